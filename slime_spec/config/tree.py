@@ -1,0 +1,238 @@
+"""The configuration tree: every setting with its default, its meaning and its slime-style flag.
+
+A path in this tree is the Hydra spelling (``trainer.lr=1e-6``); the flag is the other spelling of the same value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from slime_spec.config.setting import setting
+
+MODES = ("train", "rollout_only", "train_only")
+DTYPES = ("float32", "bfloat16", "float16")
+SPECULATIVE_ALGORITHMS = ("NONE", "LOOKUP")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    name: str = setting("default", "Name of the run; its folder is runs/NAME.", flags=("--run-name",))
+    output_dir: str | None = setting(None, "Put the run folder here instead of runs/NAME.")
+    mode: str = setting(
+        "train", "train; rollout_only (no trainer, no push, no offload); train_only (saved rollouts).", choices=MODES
+    )
+    seed: int = setting(0, "Seed of the run: prompts, sampling and initialisation derive from it.", minimum=0)
+    num_rollout: int = setting(30, "Rollout steps to run, each one policy update.", minimum=1)
+    save_samples: bool = setting(False, "Write every sample to samples.jsonl in the run folder.")
+    save_debug_rollout_data: str | None = setting(None, "Save each step's samples here; {rollout_id} is replaced.")
+    load_debug_rollout_data: str | None = setting(
+        None, "Read samples from here instead of generating; {rollout_id} is replaced."
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    hf_checkpoint: str = setting("models/SmolLM2-135M-Instruct", "Hugging Face checkpoint folder of the policy.")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Where prompts and rewards come from."""
+
+    names: tuple[str, ...] = setting(
+        ("arithmetic",), "Tasks in turn: built-in names or module:attribute.", flags=("--task",)
+    )
+    prompt_data: str | None = setting(None, "A jsonl file of prompts instead of a built-in task.")
+    input_key: str = setting("prompt", "Key of the prompt in prompt_data.")
+    label_key: str = setting("label", "Key of the answer in prompt_data.")
+    reward: str = setting(
+        "last_integer",
+        "Reward of prompt_data: a built-in name or module:function.",
+        flags=("--rm-type", "--custom-rm-path"),
+    )
+    system_prompt: str = setting("", "System message put before every prompt (empty: none).")
+    apply_chat_template: bool = setting(True, "Wrap prompts in the tokenizer's chat template.")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What is generated each step, and by how many engines."""
+
+    engine: str = setting(
+        "embedded",
+        "Engine that generates: embedded (fake: for tests).",
+        flags=("--rollout-engine",),
+        choices=("embedded", "fake"),
+    )
+    num_engines: int = setting(1, "Engine actors.", flags=("--rollout-num-engines",), minimum=1)
+    num_gpus_per_engine: int = setting(
+        0, "GPUs of one engine; 0 runs it on the CPU.", flags=("--rollout-num-gpus-per-engine",), minimum=0
+    )
+    num_cpus_per_engine: int = setting(
+        2, "CPU cores, and compute threads, of one engine.", flags=("--rollout-num-cpus-per-engine",), minimum=1
+    )
+    batch_size: int = setting(8, "Prompts per rollout step.", flags=("--rollout-batch-size",), minimum=1)
+    n_samples_per_prompt: int = setting(8, "Samples per prompt (the GRPO group).", minimum=1)
+    max_prompt_len: int = setting(512, "Longest prompt, tokens.", flags=("--rollout-max-prompt-len",), minimum=1)
+    max_response_len: int = setting(64, "Longest response, tokens.", flags=("--rollout-max-response-len",), minimum=1)
+    temperature: float = setting(
+        1.0, "Sampling temperature; 0 is greedy.", flags=("--rollout-temperature",), minimum=0.0
+    )
+    top_p: float = setting(1.0, "Nucleus mass kept.", flags=("--rollout-top-p",), above=0.0, maximum=1.0)
+    top_k: int = setting(-1, "Most likely tokens kept; -1 keeps all.", flags=("--rollout-top-k",), minimum=-1)
+    min_p: float = setting(
+        0.0, "Drop tokens below this share of the likeliest.", flags=("--rollout-min-p",), minimum=0.0, maximum=1.0
+    )
+    stop: tuple[str, ...] = setting((), "Stop strings.", flags=("--rollout-stop",))
+    stop_token_ids: tuple[int, ...] = setting((), "Stop tokens besides EOS.", flags=("--rollout-stop-token-ids",))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What `--sglang-<flag>` says and the embedded engine understands too."""
+
+    dtype: str = setting(
+        "float32", "Weights and compute dtype of the engine.", flags=("--sglang-dtype",), choices=DTYPES
+    )
+    context_length: int | None = setting(
+        None, "Longest sequence, tokens; default: the model's.", flags=("--sglang-context-length",), minimum=2
+    )
+    max_running_requests: int = setting(
+        64, "Sequences decoded at once.", flags=("--sglang-max-running-requests",), minimum=1
+    )
+    max_total_tokens: int | None = setting(
+        None, "KV cache bound, tokens; default: from kv_cache_gb.", flags=("--sglang-max-total-tokens",), minimum=2
+    )
+    kv_cache_gb: float = setting(1.0, "KV cache bound, GB, where max_total_tokens is not set.", above=0.0)
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """How the engines speculate."""
+
+    algorithm: str = setting(
+        "NONE",
+        "Speculation: NONE or LOOKUP (n-gram prompt lookup).",
+        flags=("--sglang-speculative-algorithm",),
+        choices=SPECULATIVE_ALGORITHMS,
+    )
+    num_draft_tokens: int = setting(
+        5, "Tokens verified per round, the root included.", flags=("--sglang-speculative-num-draft-tokens",), minimum=2
+    )
+    min_token_match: int = setting(
+        2, "LOOKUP: shortest suffix that counts as a match.", flags=("--sp-min-token-match",), minimum=1
+    )
+    max_token_match: int = setting(4, "LOOKUP: longest suffix tried.", flags=("--sp-max-token-match",), minimum=1)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The policy trainer."""
+
+    backend: str = setting("megatron", "Trainer: megatron.", flags=("--train-backend",), choices=("megatron",))
+    num_gpus: int = setting(
+        0, "GPUs of the trainer; 0 trains on CPU with world_size ranks.", flags=("--actor-num-gpus",), minimum=0
+    )
+    world_size: int = setting(1, "Trainer ranks: TP x PP x DP.", flags=("--actor-world-size",), minimum=1)
+    num_cpus_per_rank: int = setting(2, "CPU cores, and compute threads, of one rank.", minimum=1)
+    tensor_model_parallel_size: int = setting(1, "Tensor parallel ranks.", minimum=1)
+    pipeline_model_parallel_size: int = setting(1, "Pipeline parallel ranks.", minimum=1)
+    dtype: str = setting(
+        "float32", "Parameter dtype of the trainer.", flags=("--train-dtype",), choices=("float32", "bfloat16")
+    )
+    lr: float = setting(1e-5, "Learning rate (constant after warm-up).", minimum=0.0)
+    lr_warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.", flags=("--lr-warmup-iters",), minimum=0)
+    adam_beta1: float = setting(0.9, "Adam beta 1.", minimum=0.0, maximum=1.0)
+    adam_beta2: float = setting(0.95, "Adam beta 2.", minimum=0.0, maximum=1.0)
+    adam_eps: float = setting(1e-8, "Adam epsilon.", above=0.0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay.", minimum=0.0)
+    clip_grad: float = setting(1.0, "Gradient norm clip; 0 switches it off.", minimum=0.0)
+    max_tokens_per_microbatch: int = setting(
+        1024, "Packed tokens per microbatch.", flags=("--max-tokens-per-gpu",), minimum=1
+    )
+    global_batch_size: int | None = setting(None, "Samples per optimizer step; default: all of one rollout.", minimum=1)
+    recompute: bool = setting(
+        False,
+        "Recompute activations in the backward pass (less memory, more time).",
+        flags=("--recompute-activations",),
+    )
+    load: str | None = setting(None, "Resume from this checkpoint folder (a run's checkpoints/).")
+    save_interval: int | None = setting(
+        None, "Save a checkpoint every this many steps; default: only at the end when save_final.", minimum=1
+    )
+    save_final: bool = setting(True, "Write an HF export of the policy at the end.")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """GRPO."""
+
+    advantage_estimator: str = setting("grpo", "Advantage estimator.", choices=("grpo",))
+    normalize_std: bool = setting(
+        True, "Divide a group's advantages by its standard deviation.", flags=("--grpo-std-normalization",)
+    )
+    eps_clip: float = setting(0.2, "Lower clip of the importance ratio.", above=0.0, maximum=1.0)
+    eps_clip_high: float | None = setting(None, "Upper clip of the ratio; default: eps_clip.", above=0.0)
+    kl_loss_coef: float = setting(
+        0.0, "Weight of the KL to the reference (the initial checkpoint); 0: no reference.", minimum=0.0
+    )
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Trainer to engines."""
+
+    interval: int = setting(1, "Push weights every this many steps.", flags=("--update-weights-interval",), minimum=1)
+    bucket_bytes: int = setting(
+        128 * 1024 * 1024, "Bytes per bucket.", flags=("--update-weight-buffer-size",), minimum=1
+    )
+    transport: str = setting(
+        "ray", "How weights travel: ray (shared memory).", flags=("--update-weight-transport",), choices=("ray",)
+    )
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Ray."""
+
+    ray_address: str | None = setting(None, "Join this Ray cluster (host:port or auto) instead of starting one.")
+    colocate: bool = setting(True, "Trainer and engines share the same cores or GPUs and take turns.")
+    offload: bool = setting(True, "In colocate mode, free engine memory while training.")
+    actor_start_timeout_s: float = setting(300.0, "Longest wait for an actor to start.", above=0.0)
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Where metrics go; metrics.jsonl is always written."""
+
+    console: bool = setting(True, "Show progress on the terminal.", flags=("--console",))
+    use_wandb: bool = setting(False, "Log to wandb (offline when there is no API key).")
+    wandb_project: str = setting("slime_spec", "wandb project.")
+    wandb_group: str | None = setting(None, "wandb group.")
+    wandb_mode: str | None = setting(
+        None, "online, offline or disabled; default: by the API key.", choices=("online", "offline", "disabled")
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is told."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    push: PushConfig = field(default_factory=PushConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    # Every other ServerArgs flag given as --sglang-<flag>, typed by the checked-in table; for the SGLang engine.
+    sglang: Mapping[str, object] = field(default_factory=dict)

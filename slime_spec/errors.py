@@ -1,0 +1,24 @@
+"""The errors a user meets, each saying what to change."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work, found before anything heavy starts.
+
+    Example: ``ConfigError("rollout.n_samples_per_prompt", "must be at least 1", 0, "pass --n-samples-per-prompt 8")``
+    """
+
+    def __init__(self, setting: str, rule: str, value: object, remedy: str) -> None:
+        self.setting, self.rule, self.value, self.remedy = setting, rule, value, remedy
+        super().__init__(f"{setting}: {rule} (got {value!r}). {remedy}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, object, str]]:
+        # Exceptions cross Ray's process boundary by pickling their constructor arguments.
+        return type(self), (self.setting, self.rule, self.value, self.remedy)
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint folder that is missing, incomplete or damaged."""
+
+
+class PushError(RuntimeError):
+    """A weight push that was refused or failed; every engine stays on, or returned to, its previous version."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint folders: configuration, tensor names, reading and writing."""

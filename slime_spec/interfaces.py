@@ -1,0 +1,177 @@
+"""The seams: one narrow Protocol per thing that varies, and the tables from a setting to its class.
+
+An implementation is imported only when its name was chosen, so that no run pays for a library it does not use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from slime_spec.errors import ConfigError
+from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, Prompt, TrainReport, TrainSample
+
+if TYPE_CHECKING:
+    import torch
+
+    from slime_spec.weights.push import PushBucket, PushMessage, PushReply
+
+
+class Generation(Protocol):
+    """The samples of one group while they are being generated; iterating blocks until the next one finishes."""
+
+    def __iter__(self) -> Iterator[GeneratedSample]: ...
+
+    def abort(self) -> None:
+        """Let the unfinished samples finish now, with finish_reason "abort" and the tokens they have."""
+
+
+class RolloutEngine(Protocol):
+    """Turns prompts into samples. ``generate`` may be called from several threads; the rest from one at a time."""
+
+    def start(self) -> None:
+        """Load the checkpoint's weights (version 0) and be ready to generate."""
+
+    def generate(self, request: GroupRequest) -> Generation:
+        """Queue a group; raises ConfigError for a request that can never run (prompt beyond the context, ...)."""
+
+    def update_weights(self, message: PushMessage) -> PushReply:
+        """Take one message of a push (begin, bucket, commit or cancel); raises PushError and keeps its version."""
+
+    def set_resident(self, resident: bool) -> None:
+        """Free the KV cache (and, on CUDA, the weights) or take them back; only while no request is running."""
+
+    def stats(self) -> EngineStats: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Candidate tokens for one verify pass, the root (last emitted token) excluded; parents precede children.
+
+    ``parents[i]`` is the index of node i's parent, -1 for the root: a chain of three is ``(-1, 0, 1)``. Siblings are
+    distinct tokens. ``q_draft`` is the law each token was truly sampled from ([nodes, vocab]); None means the drafter
+    chose its tokens (argmax, n-gram, lookup), a point mass.
+    """
+
+    token_ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    q_draft: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What a drafter may look at for one request: every committed token, prompt first."""
+
+    request_key: int
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    max_draft_tokens: int
+
+
+class Drafter(Protocol):
+    """Proposes tokens for the target to verify; whatever it proposes, the output's law stays the target's."""
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+        """One draft per context, at most ``max_draft_tokens`` nodes each; an empty draft is a plain decode step."""
+
+    def observe(self, request_key: int, num_accepted: int) -> None:
+        """Learn how many drafted tokens of the last proposal were accepted."""
+
+    def forget(self, request_key: int) -> None:
+        """The request is finished: drop its state."""
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take new draft weights (drafters without weights refuse)."""
+
+
+class Trainer(Protocol):
+    """Owns the policy's weights and their integer version."""
+
+    def load(self) -> RunState | None:
+        """Build the model from the HF checkpoint, or resume (and say where the run was) when trainer.load is set."""
+
+    def step(self, samples: Sequence[TrainSample]) -> TrainReport:
+        """Run the policy step(s) for one rollout's samples."""
+
+    def push(self, version: int) -> Iterator[PushMessage]:
+        """The current weights as the messages of one push: begin, buckets, commit (slime_spec.weights.push)."""
+
+    def save(self, folder: str, state: RunState) -> None:
+        """Write a checkpoint that ``load`` resumes from; a failed write leaves the previous one intact."""
+
+    def export_hf(self, folder: str) -> None:
+        """Write the policy as an ordinary Hugging Face checkpoint folder."""
+
+    def stop(self) -> None: ...
+
+
+class WeightTransport(Protocol):
+    """Carries one bucket's tensors from trainer to engines; both ends live in one file."""
+
+    def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Trainer side: make the tensors reachable and return the handle that a PushBucket carries."""
+
+    def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
+        """Engine side: the bucket's tensors, read-only; they stay valid as long as they are referenced."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where the run is: saved with the trainer's checkpoint, so that a resumed run draws the same next prompts."""
+
+    rollout_id: int
+    next_prompt_id: int
+    weight_version: int
+
+
+class MetricSink(Protocol):
+    """A place where one step's metrics go."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question of a task before tokenisation: what the user says and what a right reply contains."""
+
+    text: str
+    answer: str
+
+
+class Task(Protocol):
+    """Prompts and their reward."""
+
+    name: str
+
+    def problem(self, index: int, seed: int) -> Problem:
+        """The problem with this index: a pure function of (index, seed)."""
+
+    def reward(self, problem: Prompt, reply: str) -> float: ...
+
+
+def load_choice(setting: str, table: Mapping[str, str], name: str) -> Any:
+    """Import the implementation that ``name`` stands for: table values read ``package.module:Name``."""
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(setting, f"must be one of {', '.join(sorted(table))}", name, f"{hint}Choose a known name.")
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+ENGINES = {"embedded": "rollout.embedded.engine:EmbeddedEngine", "fake": "rollout.fake:FakeEngine"}
+TRAINERS = {"megatron": "trainer_bridge.megatron.group:MegatronGroup"}
+TRANSPORTS = {"ray": "slime_spec.transports.ray_object_store:RayObjectStoreTransport"}
+SINKS = {
+    "jsonl": "slime_spec.metrics.jsonl:JsonlSink",
+    "console": "slime_spec.metrics.console:ConsoleSink",
+    "wandb": "slime_spec.metrics.wandb:WandbSink",
+    "null": "slime_spec.metrics.null:NullSink",
+}

@@ -1,0 +1,137 @@
+"""What crosses an actor boundary: small frozen dataclasses, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample one response; the names are SGLang's.
+
+    ``top_k=-1`` and ``top_p=1`` switch those filters off; ``temperature=0`` is greedy.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    speculative: bool = True  # False is RTP-LLM's force_disable_sp_run: this request decodes without speculation
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question to the policy: ``Prompt(prompt_id=17, task="add10", text="What is 2 + 3?", ...)``."""
+
+    prompt_id: int
+    task: str
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """One prompt and its n samples, which share the prompt's KV: one seed per sample, already derived by the caller.
+
+    Example: ``GroupRequest("step3-prompt17", (1, 4093, 198), seeds=(11, 12, 13, 14), params=SamplingParams())``
+    """
+
+    group_id: str
+    prompt_token_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class SpecCounters:
+    """What speculation did for one request; ``histogram[k]`` counts rounds in which exactly k drafts were accepted.
+
+    A round is one draft and one verify; the prefill is not a round. ``num_proposed`` is rounds times
+    (num_draft_tokens - 1), SGLang's server-wide convention. Example, 3 rounds with 0, 2 and 3 accepted drafts of 3:
+    ``SpecCounters(num_rounds=3, num_proposed=9, histogram=(1, 0, 1, 1))``
+    """
+
+    num_rounds: int = 0
+    num_proposed: int = 0
+    histogram: tuple[int, ...] = ()
+
+    @property
+    def num_correct(self) -> int:
+        """Accepted draft tokens, bonus tokens excluded."""
+        return sum(k * count for k, count in enumerate(self.histogram))
+
+
+@dataclass(frozen=True)
+class GeneratedSample:
+    """One finished response. ``logprobs[i]`` is the target's log softmax(logits / temperature) at ``token_ids[i]``."""
+
+    group_id: str
+    sample_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+    num_prompt_tokens: int
+    spec: SpecCounters = field(default_factory=SpecCounters)
+    e2e_latency_s: float = 0.0
+    engine: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response with its reward; ``error`` says why a sample is excluded from training (its reward is then None)."""
+
+    prompt: Prompt
+    response: GeneratedSample
+    text: str
+    reward: float | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """One sequence for the policy loss: logprobs and advantage apply to the tokens from ``prompt_len`` on."""
+
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    rollout_logprobs: tuple[float, ...]
+    advantage: float
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What one training step did; every mean is over all response tokens of the step, on all ranks."""
+
+    loss: float
+    pg_loss: float
+    grad_norm: float
+    entropy: float
+    clip_fraction: float
+    kl: float
+    train_rollout_logprob_abs_diff: float
+    num_tokens: int
+    num_optimizer_steps: int
+    num_microbatches: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """An engine's health at one moment."""
+
+    weight_version: int
+    num_running: int
+    num_waiting: int
+    kv_tokens_used: int
+    kv_tokens_capacity: int
+    resident: bool
+    rss_bytes: int
+    time_in_forward_s: float = 0.0
+    time_total_s: float = 0.0

@@ -1,0 +1,186 @@
+"""A push: trainer to engines, all or nothing.
+
+    trainer:  begin(manifest) ── bucket ── bucket ── … ── commit(checksum)
+                  │                │                          │
+    engines:   validate         stage + verify           swap the pointers; version = v+1
+
+Until the commit every engine serves version v from weights the push does not touch; a failure before it cancels the
+push everywhere. The commit only swaps references, so it has nothing left to fail at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from slime_spec.errors import PushError
+from slime_spec.weights.manifest import Manifest, TensorMeta, combined_checksum, tensor_checksum
+
+
+@dataclass(frozen=True)
+class BeginPush:
+    """Opens a push; the engine checks every name, shape and dtype before a byte is sent."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class PushBucket:
+    """Some tensors of an open push; ``handle`` is the transport's own (for Ray, a reference into shared memory)."""
+
+    version: int
+    index: int
+    tensors: tuple[TensorMeta, ...]
+    checksums: tuple[int, ...]
+    handle: Any
+
+
+@dataclass(frozen=True)
+class CommitPush:
+    """Closes a push: the engine's combined checksum must equal this one before any engine swaps."""
+
+    version: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class CancelPush:
+    """Drops an open push; the engine stays on its version."""
+
+    version: int
+
+
+PushMessage = BeginPush | PushBucket | CommitPush | CancelPush
+
+
+@dataclass(frozen=True)
+class PushReply:
+    """An engine's answer: its committed version and the combined checksum of what it has staged so far."""
+
+    engine: int
+    version: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """One finished push, for the metrics ``sync/*``."""
+
+    version: int
+    seconds: float
+    nbytes: int
+    num_tensors: int
+    checksum: str
+
+
+Broadcast = Callable[[PushMessage], Sequence[PushReply]]
+
+
+def run_push(messages: Iterable[PushMessage], broadcast: Broadcast) -> PushReport:
+    """Send a push's messages to every engine; raises PushError, every engine still on its old version, on any failure.
+
+    ``broadcast`` delivers one message to all engines and returns their replies (raising if any engine refused).
+    """
+    start = perf_counter()
+    manifest: Manifest | None = None
+    try:
+        for message in messages:
+            if isinstance(message, BeginPush):
+                manifest = message.manifest
+            if isinstance(message, CommitPush):
+                assert manifest is not None, "a push begins with BeginPush"
+                _commit(message, manifest, broadcast)
+                return PushReport(
+                    message.version, perf_counter() - start, manifest.nbytes, len(manifest.tensors), message.checksum
+                )
+            replies = broadcast(message)
+            if isinstance(message, PushBucket):
+                staged = {reply.checksum for reply in replies}
+                if len(staged) != 1:
+                    raise PushError(f"engines disagree on bucket {message.index}: checksums {sorted(staged)}")
+    except Exception as error:
+        if manifest is not None:
+            broadcast(CancelPush(manifest.version))
+        raise PushError(f"push of version {manifest.version if manifest else '?'} failed: {error}") from error
+    raise PushError("the push ended without a commit")
+
+
+def _commit(message: CommitPush, manifest: Manifest, broadcast: Broadcast) -> None:
+    replies = broadcast(message)
+    wrong = [r for r in replies if r.version != manifest.version or r.checksum != message.checksum]
+    if wrong:
+        raise PushError(f"after the commit of version {manifest.version} engines answered {wrong}")
+
+
+def bucketed(
+    tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Group tensors, in order, into buckets of at most ``bucket_bytes`` (a larger tensor travels alone)."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if bucket and size + nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += nbytes
+    if bucket:
+        yield bucket
+
+
+class PushReceiver:
+    """The engine's half of a push: checks what arrives, hands verified tensors on, and counts what is missing.
+
+    Example::
+
+        receiver = PushReceiver(manifest, expected=expected_shapes(spec))
+        receiver.take(bucket, tensors)        # raises PushError naming the tensor
+        receiver.finish(commit.checksum)      # raises PushError naming what never came
+    """
+
+    def __init__(self, manifest: Manifest, expected: dict[str, tuple[int, ...]]) -> None:
+        self.manifest = manifest
+        sent = {meta.name: meta for meta in manifest.tensors}
+        if missing := expected.keys() - sent.keys():
+            raise PushError(f"the push lacks {_some(missing)}")
+        if unknown := sent.keys() - expected.keys():
+            raise PushError(f"the push has tensors this model does not know: {_some(unknown)}")
+        for name, shape in expected.items():
+            if sent[name].shape != shape:
+                raise PushError(f"{name} has shape {sent[name].shape}, the engine expects {shape}")
+        self._pending = sent
+        self._checksums: dict[str, int] = {}
+
+    @property
+    def checksum(self) -> str:
+        return combined_checksum(self._checksums.items())
+
+    def take(self, bucket: PushBucket, tensors: Sequence[torch.Tensor]) -> None:
+        """Verify one bucket's tensors against the manifest and their checksums."""
+        if bucket.version != self.manifest.version:
+            raise PushError(f"bucket of version {bucket.version} inside the push of {self.manifest.version}")
+        for meta, checksum, tensor in zip(bucket.tensors, bucket.checksums, tensors, strict=True):
+            if self._pending.pop(meta.name, None) != meta:
+                raise PushError(f"{meta.name} was not announced, came twice or changed shape")
+            if tuple(tensor.shape) != meta.shape or tensor.dtype != meta.torch_dtype:
+                raise PushError(f"{meta.name} arrived as {tuple(tensor.shape)} {tensor.dtype}")
+            arrived = tensor_checksum(tensor)
+            if arrived != checksum:
+                raise PushError(f"{meta.name} arrived damaged: checksum {arrived:016x}, sent {checksum:016x}")
+            self._checksums[meta.name] = arrived
+
+    def finish(self, checksum: str) -> None:
+        if self._pending:
+            raise PushError(f"the push ended without {_some(self._pending)}")
+        if self.checksum != checksum:
+            raise PushError(f"combined checksum {self.checksum} differs from the trainer's {checksum}")
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
