@@ -26,6 +26,7 @@ setup(
         "safetensors",
         "transformers>=5.12",
         "tokenizers",
+        "jinja2",
         "numpy",
         "rich",
         "wandb",

@@ -1,1 +1,1 @@
-"""."""
+"""Rollout engines and the Ray actors and pool that host them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -89,6 +89,25 @@ class Drafter(Protocol):
         """Take new draft weights (drafters without weights refuse)."""
 
 
+class Engines(Protocol):
+    """All engines of a run as one: what the RL loop sees of the rollout side."""
+
+    def generate(self, requests: Sequence[GroupRequest]) -> Iterator[GeneratedSample]:
+        """Every group's samples, in the order in which they finish."""
+
+    def broadcast(self, message: PushMessage) -> list[PushReply]:
+        """Deliver one push message to every engine; raises if any refuses."""
+
+    def set_resident(self, resident: bool) -> list[EngineStats]: ...
+
+    def stats(self) -> list[EngineStats]: ...
+
+    def abort(self) -> None:
+        """Let everything being generated finish now with what it has."""
+
+    def stop(self) -> None: ...
+
+
 class Trainer(Protocol):
     """Owns the policy's weights and their integer version."""
 
@@ -148,7 +167,8 @@ class Problem:
 class Task(Protocol):
     """Prompts and their reward."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def problem(self, index: int, seed: int) -> Problem:
         """The problem with this index: a pure function of (index, seed)."""
@@ -156,12 +176,18 @@ class Task(Protocol):
     def reward(self, problem: Prompt, reply: str) -> float: ...
 
 
+def unknown_choice(setting: str, known: Iterable[str], name: str) -> ConfigError:
+    """The error for a name that is none of ``known``, with a suggestion where one is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return ConfigError(setting, f"must be one of {', '.join(names)}", name, f"{hint}Choose a known name.")
+
+
 def load_choice(setting: str, table: Mapping[str, str], name: str) -> Any:
     """Import the implementation that ``name`` stands for: table values read ``package.module:Name``."""
     if name not in table:
-        close = difflib.get_close_matches(name, table, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(setting, f"must be one of {', '.join(sorted(table))}", name, f"{hint}Choose a known name.")
+        raise unknown_choice(setting, table, name)
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -1,1 +1,1 @@
-"""The typed configuration tree and its checks; nothing below `slime_spec.launch` knows where the values came from."""
+"""One typed configuration tree: its settings, the checks among them, and its way from and to plain data."""

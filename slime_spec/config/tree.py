@@ -12,7 +12,9 @@ from slime_spec.config.setting import setting
 
 MODES = ("train", "rollout_only", "train_only")
 DTYPES = ("float32", "bfloat16", "float16")
-SPECULATIVE_ALGORITHMS = ("NONE", "LOOKUP")
+# What each engine speculates with is checked where engine and algorithm meet (slime_spec.config.checks).
+EMBEDDED_ALGORITHMS = ("NONE", "LOOKUP")
+SPECULATIVE_ALGORITHMS = (*EMBEDDED_ALGORITHMS, "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN", "DFLASH", "DSPARK")
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ class TrainerConfig:
         "Recompute activations in the backward pass (less memory, more time).",
         flags=("--recompute-activations",),
     )
+    save: str | None = setting(None, "Folder for checkpoints; default: checkpoints/ in the run folder.")
     load: str | None = setting(None, "Resume from this checkpoint folder (a run's checkpoints/).")
     save_interval: int | None = setting(
         None, "Save a checkpoint every this many steps; default: only at the end when save_final.", minimum=1
@@ -202,7 +205,9 @@ class ClusterConfig:
 
     ray_address: str | None = setting(None, "Join this Ray cluster (host:port or auto) instead of starting one.")
     colocate: bool = setting(True, "Trainer and engines share the same cores or GPUs and take turns.")
-    offload: bool = setting(True, "In colocate mode, free engine memory while training.")
+    offload: bool = setting(
+        True, "In colocate mode, free engine memory while training.", flags=("--offload", "--offload-rollout")
+    )
     actor_start_timeout_s: float = setting(300.0, "Longest wait for an actor to start.", above=0.0)
 
 

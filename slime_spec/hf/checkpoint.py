@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from slime_spec.hf.model_spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MEND = "Copy the checkpoint again, or correct its config.json."
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -45,21 +46,18 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def load_tensors(folder: str | Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """Every tensor of ``expected_shapes(spec)``, in the file's dtype.
+    """Every tensor of ``expected_shapes(spec)``, in that order and in the file's dtype.
 
     Raises CheckpointError naming the file or tensor when one is missing, truncated, misshapen or not finite.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for path in _shards(Path(folder)):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    tensors[name] = shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                str(path), f"must be a whole safetensors file: {error}", path.name, "Copy the checkpoint again."
-            ) from None
-    return _validated(tensors, spec, str(folder))
+    tensors = dict(_checked_tensors(Path(folder), spec))
+    return {name: tensors[name] for name in expected_shapes(spec)}
+
+
+def verify_tensors(folder: str | Path, spec: ModelSpec) -> None:
+    """The checks of ``load_tensors`` with one tensor in memory at a time."""
+    for _ in _checked_tensors(Path(folder), spec):
+        pass
 
 
 def save_checkpoint(
@@ -95,16 +93,24 @@ def _shards(folder: Path) -> list[Path]:
     )
 
 
-def _validated(tensors: dict[str, torch.Tensor], spec: ModelSpec, folder: str) -> dict[str, torch.Tensor]:
-    remedy = "Copy the checkpoint again, or correct its config.json."
-    kept = {}
-    for name, shape in expected_shapes(spec).items():
-        if name not in tensors:
-            raise CheckpointError(f"{folder}: {name}", "must be in the checkpoint", "missing", remedy)
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{folder}: {name}", f"must have shape {shape}", tuple(tensor.shape), remedy)
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder}: {name}", "must be finite", "NaN or infinity", remedy)
-        kept[name] = tensor
-    return kept
+def _checked_tensors(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
+    wanted = expected_shapes(spec)
+    for path in _shards(folder):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in wanted.keys() & set(shard.keys()):
+                    yield name, _checked(folder, name, shard.get_tensor(name), wanted.pop(name))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                str(path), f"must be a whole safetensors file: {error}", path.name, "Copy the checkpoint again."
+            ) from None
+    for name in wanted:
+        raise CheckpointError(f"{folder}: {name}", "must be in the checkpoint", "missing", MEND)
+
+
+def _checked(folder: Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{folder}: {name}", f"must have shape {shape}", tuple(tensor.shape), MEND)
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{folder}: {name}", "must be finite", "NaN or infinity", MEND)
+    return tensor

@@ -23,7 +23,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shapes and switches of a decoder (GQA, RoPE, RMSNorm, SwiGLU); Llama, SmolLM2, Qwen2 and Qwen3 differ only here."""
+    """Shapes and switches of a decoder with GQA, RoPE, RMSNorm and SwiGLU; the supported families differ only here."""
 
     architecture: str
     num_layers: int

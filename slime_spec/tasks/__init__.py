@@ -1,1 +1,1 @@
-"""."""
+"""Tasks: where prompts come from and how replies are rewarded."""

@@ -1,0 +1,33 @@
+"""Which engine gets the next group: the least loaded one that has room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Dispatcher:
+    """Counts the samples each engine still owes; has room for ``samples_per_engine`` of them.
+
+    Room is a little more than an engine decodes at once, so that its queue never runs dry while late groups can still
+    go to whichever engine frees up first.
+    """
+
+    num_engines: int
+    samples_per_engine: int
+    owed: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.owed = [0] * self.num_engines
+
+    def assign(self, num_samples: int) -> int | None:
+        """Reserve the least loaded engine for a group, or None when every engine is full; an idle one is never full."""
+        engine = min(range(self.num_engines), key=self.owed.__getitem__)
+        if self.owed[engine] and self.owed[engine] + num_samples > self.samples_per_engine:
+            return None
+        self.owed[engine] += num_samples
+        return engine
+
+    def finished(self, engine: int, num_samples: int = 1) -> None:
+        self.owed[engine] -= num_samples
+        assert self.owed[engine] >= 0, f"engine {engine} finished more samples than it was given"

@@ -1,0 +1,80 @@
+"""From a configuration to a ready GenerationCore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rollout.embedded.core import CoreSettings, GenerationCore
+from rollout.embedded.drafters import make_drafter
+from rollout.embedded.kv_cache import KvCache, bytes_per_token
+from rollout.embedded.rope import RopeTable
+from rollout.embedded.stop import StopRule, eos_ids
+from rollout.embedded.validate import Limits, context_length
+from rollout.embedded.verify import ChainRule, follow_chain
+from rollout.embedded.weights import DecoderBuilder
+from slime_spec.config.tree import Config
+from slime_spec.hf.checkpoint import load_tensors
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.interfaces import Drafter
+
+
+class Assembly:
+    """What one configuration means for one engine: limits, device, dtype, and how to build its parts."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
+        self.device = torch.device("cuda" if config.rollout.num_gpus_per_engine > 0 else "cpu")
+        self.dtype: torch.dtype = getattr(torch, config.engine.dtype)
+        per_token = bytes_per_token(self.spec, self.dtype)
+        self.limits = Limits(
+            vocab_size=self.spec.vocab_size,
+            context_length=context_length(config.engine, self.spec),
+            max_total_tokens=config.engine.max_total_tokens or int(config.engine.kv_cache_gb * 1e9 / per_token),
+        )
+        self._drafter = make_drafter(config.speculative)
+        self._rope: RopeTable | None = None
+        self._tokenizer: Tokenizer | None = None
+
+    def builder(self, device: torch.device) -> DecoderBuilder:
+        """Collects weights on ``device``; packed only for an engine whose home is the CPU."""
+        if self._rope is None:
+            self._rope = RopeTable(self.spec, self.limits.context_length, self.dtype, self.device)
+        return DecoderBuilder(self.spec, self._rope, self.dtype, device, prepack=self.device.type == "cpu")
+
+    def core(
+        self,
+        engine_index: int,
+        clock: Callable[[], float],
+        drafter: Drafter | None = None,
+        chain_rule: ChainRule = follow_chain,
+    ) -> GenerationCore:
+        """Load the checkpoint; ``drafter`` and ``chain_rule`` replace the configured ones (for tests and studies)."""
+        folder, speculative = self.config.model.hf_checkpoint, self.config.speculative
+        builder = self.builder(self.device)
+        tensors = load_tensors(folder, self.spec)
+        for name in list(tensors):
+            builder.add(name, tensors.pop(name))
+        settings = CoreSettings(
+            num_draft_tokens=speculative.num_draft_tokens,
+            speculates=drafter is not None or speculative.algorithm != "NONE",
+            max_running=self.config.engine.max_running_requests,
+            engine_index=engine_index,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)
+        stop_rule = StopRule(eos_ids(folder, self.spec.eos_token_ids), self.decode)
+        return GenerationCore(builder.finish(), cache, drafter or self._drafter, stop_rule, settings, clock, chain_rule)
+
+    def load_tokenizer(self) -> None:
+        """Read the tokenizer, once; only stop strings need it."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.load(self.config.model.hf_checkpoint)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        assert self._tokenizer is not None, "requests with stop strings load the tokenizer first"
+        return self._tokenizer.decode(token_ids)

@@ -1,0 +1,103 @@
+"""Where keys and values live: one contiguous store for running sequences, one for prompts shared by a group."""
+
+from __future__ import annotations
+
+import torch
+
+from slime_spec.hf.model_spec import ModelSpec
+
+
+class KvStore:
+    """Keys and values per layer, [rows, kv_heads, capacity, head_dim]; live rows are 0..n-1.
+
+    Attention reads ``[:n, :, :length]`` as a view, so nothing is gathered. Memory starts as zeros: masked positions
+    get weight 0, and 0 times uninitialised memory could be NaN.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self._layers, self._heads, self._head_dim = spec.num_layers, spec.num_kv_heads, spec.head_dim
+        self._dtype, self._device = dtype, device
+        self.release()
+
+    def release(self) -> None:
+        """Give the memory back; the store is empty afterwards."""
+        self.rows = self.capacity = 0
+        self.keys = [self._zeros(0, 0) for _ in range(self._layers)]
+        self.values = [self._zeros(0, 0) for _ in range(self._layers)]
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Change the allocation, keeping what fits; layer by layer, so that only one layer exists twice."""
+        keep_rows, keep = min(rows, self.rows), min(capacity, self.capacity)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                new = self._zeros(rows, capacity)
+                new[:keep_rows, :, :keep] = old[:keep_rows, :, :keep]
+                tensors[layer] = new
+        self.rows, self.capacity = rows, capacity
+
+    def write_index(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Flat index [tokens * kv_heads] of each token's vectors, for ``write``."""
+        first = rows * (self._heads * self.capacity) + positions
+        heads = torch.arange(self._heads, device=rows.device) * self.capacity
+        return (first.unsqueeze(1) + heads).flatten()
+
+    def write(self, layer: int, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values [tokens, kv_heads, head_dim] of one layer."""
+        self.keys[layer].view(-1, self._head_dim).index_copy_(0, index, keys.reshape(-1, self._head_dim))
+        self.values[layer].view(-1, self._head_dim).index_copy_(0, index, values.reshape(-1, self._head_dim))
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of row ``source`` over row ``target``."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def _zeros(self, rows: int, capacity: int) -> torch.Tensor:
+        return torch.zeros(rows, self._heads, capacity, self._head_dim, dtype=self._dtype, device=self._device)
+
+
+class KvCache:
+    """Both stores and the bound on them: allocated tokens (rows times capacity) never exceed ``max_total_tokens``."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_total_tokens: int) -> None:
+        self.own = KvStore(spec, dtype, device)
+        self.prefixes = KvStore(spec, dtype, device)
+        self.max_total_tokens = max_total_tokens
+
+    def fits(self, own: tuple[int, int], prefixes: tuple[int, int]) -> bool:
+        """Whether (rows, capacity) of both stores stay within the bound."""
+        return own[0] * own[1] + prefixes[0] * prefixes[1] <= self.max_total_tokens
+
+    def reserve(self, own: tuple[int, int], prefixes: tuple[int, int]) -> None:
+        """Make room for these (rows, capacity), which ``fits`` has allowed.
+
+        Rows grow by doubling and nothing shrinks while the bound allows it, so that a filling batch is copied rarely.
+        """
+        generous = _grown(self.own, own, doubling=True), _grown(self.prefixes, prefixes, doubling=True)
+        frugal = _grown(self.own, own, doubling=False), _grown(self.prefixes, prefixes, doubling=False)
+        shapes = next(shapes for shapes in (generous, frugal, (own, prefixes)) if self.fits(*shapes))
+        # The shrinking store goes first, so that the sum stays within the bound on the way.
+        for store, (rows, capacity) in sorted(
+            zip((self.own, self.prefixes), shapes, strict=True),
+            key=lambda pair: pair[1][0] * pair[1][1] - pair[0].rows * pair[0].capacity,
+        ):
+            if (rows, capacity) != (store.rows, store.capacity):
+                store.resize(rows, capacity)
+
+    def release(self) -> None:
+        self.own.release()
+        self.prefixes.release()
+
+
+def bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+
+
+def _grown(store: KvStore, needed: tuple[int, int], doubling: bool) -> tuple[int, int]:
+    rows, capacity = needed
+    if doubling and rows > store.rows:
+        rows = max(rows, 2 * store.rows)
+    return max(rows, store.rows), max(capacity, store.capacity)

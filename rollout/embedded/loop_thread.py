@@ -1,0 +1,89 @@
+"""The one thread that touches the core: other threads send it commands.
+
+callers ── submit(command) ──► inbox ──► loop: run commands, then core.step() while there is work
+                 │                         │
+              Future ◄─────────────────────┘   an error in the loop fails every future and every listener
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from threading import Lock
+from typing import Any, TypeVar
+
+from rollout.embedded.core import GenerationCore
+from slime_spec.errors import ConfigError, PushError
+
+T = TypeVar("T")
+Command = tuple[Callable[[], Any], Future]
+
+
+class LoopStopped(RuntimeError):
+    """The engine was stopped."""
+
+
+class LoopThread:
+    """Runs a GenerationCore; ``on_end`` is called once, with the error that ended the loop (LoopStopped if none)."""
+
+    def __init__(self, core: GenerationCore, on_end: Callable[[BaseException], None]) -> None:
+        self._core, self._on_end = core, on_end
+        self._inbox: SimpleQueue[Command | None] = SimpleQueue()
+        self._lock = Lock()
+        self._ended: BaseException | None = None
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-engine")
+        self._executor.submit(self._loop).add_done_callback(self._end)
+
+    def submit(self, command: Callable[[], T]) -> Future[T]:
+        """Run ``command`` on the loop's thread between two rounds; fails at once when the loop has ended."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._ended is not None:
+                raise RuntimeError("the engine is not running") from self._ended
+            self._inbox.put((command, future))
+        return future
+
+    def call(self, command: Callable[[], T]) -> T:
+        return self.submit(command).result()
+
+    def stop(self) -> None:
+        """End the loop after the round in progress and wait for it."""
+        self._inbox.put(None)
+        self._executor.shutdown(wait=True)
+
+    def _loop(self) -> None:
+        while self._run_commands():
+            if self._core.has_work:
+                self._core.step()
+
+    def _run_commands(self) -> bool:
+        """Run what is in the inbox, waiting for something when the core is idle; False when told to stop."""
+        block = not self._core.has_work
+        while True:
+            try:
+                item = self._inbox.get(block=block)
+            except Empty:
+                return True
+            if item is None:
+                return False
+            _run(*item)
+            block = False
+
+    def _end(self, finished: Future[None]) -> None:
+        error = finished.exception() or LoopStopped("the engine was stopped")
+        with self._lock:
+            self._ended = error
+        # Nothing is added to the inbox after this point.
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if item is not None:
+                item[1].set_exception(error)
+        self._on_end(error)
+
+
+def _run(command: Callable[[], Any], future: Future) -> None:
+    try:
+        future.set_result(command())
+    except (ConfigError, PushError, RuntimeError) as error:
+        future.set_exception(error)

@@ -1,0 +1,42 @@
+"""When a response ends: a stop token, a stop string, or the token budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from slime_spec.types import FinishReason, SamplingParams
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def eos_ids(folder: str | Path, from_config: Sequence[int]) -> frozenset[int]:
+    """End-of-sequence tokens of config.json and of generation_config.json (chat models name more of them there)."""
+    path = Path(folder) / "generation_config.json"
+    extra = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    named = extra if isinstance(extra, list) else [] if extra is None else [extra]
+    return frozenset([*from_config, *named])
+
+
+class StopRule:
+    """Decides after every token; the token that ends a response stays in it."""
+
+    def __init__(self, eos_token_ids: frozenset[int], decode: Decode) -> None:
+        self._eos_token_ids, self._decode = eos_token_ids, decode
+
+    def reason(self, token_ids: Sequence[int], num_prompt_tokens: int, params: SamplingParams) -> FinishReason | None:
+        """Why the response (what follows the prompt in ``token_ids``) ends with its last token, or None."""
+        last = token_ids[-1]
+        if last in params.stop_token_ids or (last in self._eos_token_ids and not params.ignore_eos):
+            return "stop"
+        if params.stop and self._has_stop_string(token_ids, num_prompt_tokens, params.stop):
+            return "stop"
+        return "length" if len(token_ids) - num_prompt_tokens >= params.max_new_tokens else None
+
+    def _has_stop_string(self, token_ids: Sequence[int], num_prompt_tokens: int, stops: Sequence[str]) -> bool:
+        # A token is at least one byte, so a stop string that ends here began within its own number of bytes; eight
+        # more tokens let a character or a word that starts earlier decode whole.
+        window = max(len(stop.encode()) for stop in stops) + 8
+        text = self._decode(token_ids[max(num_prompt_tokens, len(token_ids) - window) :])
+        return any(stop in text for stop in stops)

@@ -1,0 +1,77 @@
+"""Requests and settings that can never work, refused before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slime_spec.config.tree import EngineConfig
+from slime_spec.errors import ConfigError
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.types import GroupRequest, SamplingParams
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask of the engine."""
+
+    vocab_size: int
+    context_length: int
+    max_total_tokens: int
+
+
+def context_length(config: EngineConfig, spec: ModelSpec) -> int:
+    length = config.context_length or spec.max_position_embeddings
+    if length > spec.max_position_embeddings:
+        raise ConfigError(
+            "engine.context_length",
+            f"must not exceed the model's max_position_embeddings ({spec.max_position_embeddings})",
+            length,
+            "Lower --sglang-context-length.",
+        )
+    return length
+
+
+def check_request(request: GroupRequest, limits: Limits) -> None:
+    """Raise ConfigError for a request that can never run."""
+    prompt, params = request.prompt_token_ids, request.params
+    if not prompt:
+        raise ConfigError("prompt", "must hold at least one token", request.group_id, "Leave out empty prompts.")
+    if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
+        raise ConfigError(
+            "prompt",
+            f"must hold token ids from 0 to {limits.vocab_size - 1}",
+            max(prompt) if max(prompt) >= limits.vocab_size else min(prompt),
+            "Use the tokenizer of this checkpoint.",
+        )
+    if not request.seeds:
+        raise ConfigError("rollout.n_samples_per_prompt", "must be at least 1", 0, "Pass --n-samples-per-prompt 1.")
+    check_params(params)
+    total = len(prompt) + params.max_new_tokens
+    if total > limits.context_length:
+        raise ConfigError(
+            "engine.context_length",
+            f"must hold prompt ({len(prompt)}) plus max_new_tokens ({params.max_new_tokens}) = {total} tokens",
+            limits.context_length,
+            "Shorten the prompt or lower --rollout-max-response-len.",
+        )
+    if total > limits.max_total_tokens:
+        raise ConfigError(
+            "engine.max_total_tokens",
+            f"must hold at least one sequence of this request ({total} tokens)",
+            limits.max_total_tokens,
+            "Raise --sglang-max-total-tokens or engine.kv_cache_gb.",
+        )
+
+
+def check_params(params: SamplingParams) -> None:
+    rules = (
+        ("max_new_tokens", params.max_new_tokens >= 1, "must be at least 1", "Pass --rollout-max-response-len 1."),
+        ("temperature", params.temperature >= 0.0, "must not be negative", "Pass 0 for greedy decoding."),
+        ("top_p", 0.0 < params.top_p <= 1.0, "must be above 0 and at most 1", "Pass 1 to keep every token."),
+        ("top_k", params.top_k == -1 or params.top_k >= 1, "must be -1 or at least 1", "Pass -1 to keep every token."),
+        ("min_p", 0.0 <= params.min_p <= 1.0, "must be from 0 to 1", "Pass 0 to keep every token."),
+        ("stop", all(params.stop), "must not hold an empty string", "Leave out the empty stop string."),
+    )
+    for name, holds, rule, remedy in rules:
+        if not holds:
+            raise ConfigError(f"rollout.{name}", rule, getattr(params, name), remedy)

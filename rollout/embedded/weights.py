@@ -1,0 +1,128 @@
+"""Hugging Face tensors to the engine's fused, packed modules, and back.
+
+Loading a checkpoint and receiving a push are the same work: tensors arrive by name in any order, and a module is
+packed as soon as its last part is there, so that parts never pile up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rollout.embedded.linear import PackedLinear
+from rollout.embedded.model import Decoder, Layer
+from rollout.embedded.rope import RopeTable
+from slime_spec.hf.checkpoint import expected_shapes
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.weights.manifest import combined_checksum, tensor_checksum
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One module of the decoder and the tensors it is made of, stacked by rows; layer -1 is outside the blocks."""
+
+    layer: int
+    attribute: str
+    weights: tuple[str, ...]
+    biases: tuple[str, ...] = ()
+    linear: bool = True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.weights + self.biases
+
+
+def slots_of(spec: ModelSpec) -> list[Slot]:
+    slots = [
+        Slot(-1, "embedding", ("model.embed_tokens.weight",), linear=False),
+        Slot(-1, "norm", ("model.norm.weight",), linear=False),
+    ]
+    if not spec.tie_word_embeddings:
+        slots.append(Slot(-1, "head", ("lm_head.weight",)))
+    for layer in range(spec.num_layers):
+        block = f"model.layers.{layer}."
+        qkv = tuple(f"{block}self_attn.{x}_proj." for x in "qkv")
+        biases = tuple(name + "bias" for name in qkv) if spec.qkv_bias else ()
+        slots += [
+            Slot(layer, "input_norm", (block + "input_layernorm.weight",), linear=False),
+            Slot(layer, "qkv", tuple(name + "weight" for name in qkv), biases),
+            Slot(layer, "out", (block + "self_attn.o_proj.weight",)),
+            Slot(layer, "post_norm", (block + "post_attention_layernorm.weight",), linear=False),
+            Slot(layer, "gate_up", (block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight")),
+            Slot(layer, "down", (block + "mlp.down_proj.weight",)),
+        ]
+        if spec.qk_norm:
+            slots += [Slot(layer, f"{x}_norm", (f"{block}self_attn.{x}_norm.weight",), linear=False) for x in "qk"]
+    return slots
+
+
+class DecoderBuilder:
+    """Collects a model's tensors; ``finish`` returns a Decoder that shares no memory with what was added.
+
+    Example::
+
+        builder = DecoderBuilder(spec, rope, torch.float32, torch.device("cpu"))
+        for name, tensor in tensors.items():
+            builder.add(name, tensor)
+        decoder = builder.finish()
+    """
+
+    def __init__(
+        self, spec: ModelSpec, rope: RopeTable, dtype: torch.dtype, device: torch.device, prepack: bool = True
+    ) -> None:
+        self._spec, self._rope, self._dtype, self._device, self._prepack = spec, rope, dtype, device, prepack
+        self._slot_of = {name: slot for slot in slots_of(spec) for name in slot.parts}
+        self._parts: dict[str, torch.Tensor] = {}
+        self._modules: dict[tuple[int, str], PackedLinear | torch.Tensor] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor under its Hugging Face name; it must not change until its module is packed."""
+        self._parts[name] = tensor
+        slot = self._slot_of[name]
+        if all(part in self._parts for part in slot.parts):
+            weight = self._stacked(slot.weights)
+            bias = self._stacked(slot.biases) if slot.biases else None
+            self._modules[slot.layer, slot.attribute] = (
+                PackedLinear(weight, bias, self._prepack) if slot.linear else weight
+            )
+
+    def finish(self) -> Decoder:
+        """The decoder; every tensor must have been added."""
+        top = {attribute: module for (layer, attribute), module in self._modules.items() if layer < 0}
+        if self._spec.tie_word_embeddings:
+            embedding = top["embedding"]
+            assert isinstance(embedding, torch.Tensor), "the embedding is a table"
+            top["head"] = PackedLinear(embedding, prepack=self._prepack)
+        blocks: list[dict[str, PackedLinear | torch.Tensor]] = [{} for _ in range(self._spec.num_layers)]
+        for (layer, attribute), module in self._modules.items():
+            if layer >= 0:
+                blocks[layer][attribute] = module
+        return Decoder(spec=self._spec, rope=self._rope, layers=[Layer(**block) for block in blocks], **top)  # type: ignore[arg-type]
+
+    def _stacked(self, names: tuple[str, ...]) -> torch.Tensor:
+        tensors = [self._parts.pop(name).detach() for name in names]
+        # A copy even where dtype and device agree: pushed tensors live in memory that belongs to the transport.
+        return torch.cat(tensors).to(self._device, self._dtype)
+
+
+def named_tensors(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """The weights the decoder computes with, read back out of their packed form, under Hugging Face names."""
+    spec = decoder.spec
+    shapes = expected_shapes(spec)
+    read: dict[str, torch.Tensor] = {}
+    for slot in slots_of(spec):
+        module = getattr(decoder if slot.layer < 0 else decoder.layers[slot.layer], slot.attribute)
+        weight = module.unpacked() if slot.linear else module
+        rows = [shapes[name][0] for name in slot.weights]
+        read.update(zip(slot.weights, weight.split(rows), strict=True))
+        if slot.biases:
+            read.update(zip(slot.biases, module.bias.split(rows), strict=True))
+    if spec.tie_word_embeddings:
+        assert torch.equal(decoder.head.unpacked(), decoder.embedding), "the tied head computes with other weights"
+    return {name: read[name] for name in shapes}
+
+
+def decoder_checksum(decoder: Decoder) -> str:
+    """Combined checksum of ``named_tensors``: equal to a push's when engine and push have the same dtype."""
+    return combined_checksum((name, tensor_checksum(tensor)) for name, tensor in named_tensors(decoder).items())

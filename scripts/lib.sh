@@ -1,0 +1,36 @@
+# shellcheck shell=bash
+# Shared by every script: the environment (a .venv with pinned packages), set up once.
+# Overridable: SLIME_SPEC_VENV (where the environment is), PYTHON (which Python 3.11 makes it).
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+SLIME_SPEC_VENV="${SLIME_SPEC_VENV:-$ROOT/.venv}"
+
+# The environment is complete when it holds a stamp with the hash of what was asked for.
+_wanted_stamp() {
+  cat "$ROOT/constraints.txt" "$ROOT/setup.py" | sha256sum | cut -d' ' -f1
+}
+
+ensure_venv() {
+  local stamp="$SLIME_SPEC_VENV/.slime_spec_stamp" wanted
+  wanted="$(_wanted_stamp) $ROOT"
+  if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+    return
+  fi
+  local python="${PYTHON:-python3.11}"
+  command -v "$python" >/dev/null || python=python3
+  "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
+    echo "slime_spec needs Python 3.11, but $python is $("$python" --version). Set PYTHON=/path/to/python3.11." >&2
+    exit 2
+  }
+  echo "setting up $SLIME_SPEC_VENV (once, about two minutes)" >&2
+  [[ -x "$SLIME_SPEC_VENV/bin/python" ]] || "$python" -m venv "$SLIME_SPEC_VENV"
+  local pip=("$SLIME_SPEC_VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-script-location)
+  # torch first and by exact pin: every other order lets a dependency choose another build of it.
+  "${pip[@]}" "$(grep '^torch==' "$ROOT/constraints.txt")"
+  "${pip[@]}" --constraint "$ROOT/constraints.txt" --editable "${ROOT}[dev]"
+  echo "$wanted" >"$stamp"
+}
+
+slime_spec() {
+  "$SLIME_SPEC_VENV/bin/python" -m slime_spec "$@"
+}

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The main job: GRPO on SmolLM2-135M-Instruct with speculative rollouts, on a machine without a GPU.
+# Trailing arguments pass through: bash scripts/run-smollm2-135M.sh --num-rollout 3 trainer.lr=5e-6
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+MODEL_DIR="${MODEL_DIR:-$ROOT/models/SmolLM2-135M-Instruct}"
+
+ensure_venv
+cd "$ROOT"
+if [[ ! -f "$MODEL_DIR/config.json" ]]; then
+  slime_spec models fetch smollm2-135m --output "$MODEL_DIR"
+fi
+slime_spec train --config smollm2-135m --hf-checkpoint "$MODEL_DIR" \
+  --run-name "smollm2-135M-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -1,0 +1,128 @@
+"""Plain data to the typed configuration and back: the only way a Config is made from what a user wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import yaml
+
+from slime_spec.config.schema import SGLANG, nodes, settings
+from slime_spec.config.suggest import did_you_mean
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+
+
+def from_dict(data: Mapping[Any, object]) -> Config:
+    """The Config that nested plain data describes; what is absent keeps its default.
+
+    Raises ConfigError for an unknown key, a wrong type, a value out of range or not among the choices. The ``sglang``
+    node may hold anything plain; its flags are checked where their table is (slime_spec.launch).
+    """
+    built: dict[str, Any] = {}
+    for node, values in data.items():
+        if node != SGLANG and node not in nodes():
+            raise unknown_setting(str(node))
+        if not isinstance(values, Mapping):
+            raise ConfigError(str(node), "must be a group of settings", values, f"Write {node}.SETTING=VALUE.")
+        built[node] = frozen(values) if node == SGLANG else _node(node, values)
+    return Config(**built)
+
+
+def _node(node: str, values: Mapping[Any, object]) -> Any:
+    checked = {}
+    for name, value in values.items():
+        path = f"{node}.{name}"
+        if path not in settings():
+            raise unknown_setting(path)
+        checked[name] = settings()[path].check(value)
+    return nodes()[node](**checked)
+
+
+def unknown_setting(path: str) -> ConfigError:
+    """The error for a path that is not in the tree, with the nearest one that is."""
+    same_leaf = [known for known in settings() if known.rpartition(".")[2] == path.rpartition(".")[2]]
+    hint = (
+        f"Did you mean {' or '.join(same_leaf)}? " if same_leaf else did_you_mean(path, [*settings(), *nodes(), SGLANG])
+    )
+    return ConfigError(
+        path,
+        "is not a setting",
+        path,
+        f"{hint}`slime-spec config` prints every setting, `slime-spec train --help` explains them.",
+    )
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Nested plain data (tuples as lists) from which ``from_dict`` makes an equal Config."""
+    plain = {
+        node: {leaf.name: thawed(getattr(getattr(config, node), leaf.name)) for leaf in fields(cls)}
+        for node, cls in nodes().items()
+    }
+    return {**plain, SGLANG: thawed(config.sglang)}
+
+
+def frozen(value: Any) -> Any:
+    """Plain data with tuples for its lists."""
+    if isinstance(value, Mapping):
+        return {str(key): frozen(item) for key, item in value.items()}
+    return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def thawed(value: Any) -> Any:
+    """Plain data with lists for its tuples."""
+    if isinstance(value, Mapping):
+        return {key: thawed(item) for key, item in value.items()}
+    return [thawed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_yaml(text: str) -> dict[Any, Any]:
+    """The nested plain data of a configuration file, nothing in it interpolated; raises yaml.YAMLError."""
+    data = yaml.load(text, Loader=_Loader)
+    if not isinstance(data, dict):
+        raise yaml.YAMLError(f"it holds {type(data).__name__}, not groups of settings")
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader that takes 1e-6 for a number, as every newer YAML does, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a file that ``--config PATH.yaml`` reloads to an equal Config."""
+    return yaml.dump(_quoted(to_dict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Text(str):
+    """A string value, written in quotes: YAML readers disagree on what a bare ``1e-6``, ``on`` or ``null`` is."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper with quoted texts and no anchors for values that occur twice."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+_Dumper.add_representer(_Text, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
+def _quoted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _quoted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_quoted(item) for item in value]
+    return _Text(value) if isinstance(value, str) else value

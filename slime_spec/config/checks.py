@@ -1,0 +1,184 @@
+"""Settings that are fine one by one and cannot work together: each refused with the way out, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from slime_spec.config.tree import EMBEDDED_ALGORITHMS, Config, TaskConfig
+from slime_spec.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first contradiction; looks at nothing but the configuration."""
+    _check_mode(config)
+    _check_task(config)
+    _check_speculation(config)
+    _check_lengths(config)
+    if config.run.mode != "train_only":
+        _check_sampling(config)
+    if config.run.mode != "rollout_only":
+        _check_batch(config)
+        _check_ranks(config)
+    if config.run.mode == "train":
+        _check_learning_signal(config)
+        _check_shared_gpus(config)
+
+
+def notes(config: Config) -> Iterator[str]:
+    """What is allowed but has no effect in this run, one sentence each; the launcher tells the user."""
+    if config.sglang and config.rollout.engine != "sglang":
+        names = ", ".join(f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang)
+        yield f"The {config.rollout.engine} engine has no use for {names}; the setting is kept in config.yaml."
+
+
+def _check_mode(config: Config) -> None:
+    run = config.run
+    if run.load_debug_rollout_data is not None and run.mode != "train_only":
+        raise ConfigError(
+            "run.load_debug_rollout_data",
+            f"saved rollouts are only trained on, and run.mode is {run.mode}",
+            run.load_debug_rollout_data,
+            "Add --debug-train-only, or drop --load-debug-rollout-data.",
+        )
+    if run.mode == "train_only" and run.load_debug_rollout_data is None:
+        raise ConfigError(
+            "run.mode",
+            "train_only generates nothing, so it needs saved rollouts",
+            run.mode,
+            "Add --load-debug-rollout-data 'PATH_{rollout_id}.pt' from a run with --save-debug-rollout-data.",
+        )
+    if run.mode == "train_only" and run.save_debug_rollout_data is not None:
+        raise ConfigError(
+            "run.save_debug_rollout_data",
+            "train_only generates nothing to save",
+            run.save_debug_rollout_data,
+            "Drop --save-debug-rollout-data.",
+        )
+    saved = run.save_debug_rollout_data
+    if saved is not None and run.num_rollout > 1 and "{rollout_id}" not in saved:
+        raise ConfigError(
+            "run.save_debug_rollout_data",
+            f"must contain {{rollout_id}}, or each of the {run.num_rollout} rollouts overwrites the one before",
+            run.save_debug_rollout_data,
+            "Pass --save-debug-rollout-data 'PATH_{rollout_id}.pt'.",
+        )
+
+
+def _check_task(config: Config) -> None:
+    task = config.task
+    if task.prompt_data is not None and task.names not in ((), TaskConfig().names):
+        raise ConfigError(
+            "task.prompt_data",
+            f"a run has one source of prompts, and task.names is {', '.join(task.names)}",
+            task.prompt_data,
+            "Drop --task (write task.names=[] where an experiment sets it), or drop --prompt-data.",
+        )
+    if task.prompt_data is None and not task.names:
+        raise ConfigError(
+            "task.names", "needs at least one task", task.names, "Pass --task NAME or --prompt-data FILE.jsonl."
+        )
+
+
+def _check_speculation(config: Config) -> None:
+    spec = config.speculative
+    if spec.algorithm not in EMBEDDED_ALGORITHMS:
+        raise ConfigError(
+            "speculative.algorithm",
+            f"is known but not available on the {config.rollout.engine} engine in this version; available: "
+            + ", ".join(EMBEDDED_ALGORITHMS),
+            spec.algorithm,
+            "Pass --speculative-algorithm LOOKUP.",
+        )
+    if spec.min_token_match > spec.max_token_match:
+        raise ConfigError(
+            "speculative.min_token_match",
+            f"must not exceed speculative.max_token_match={spec.max_token_match}",
+            spec.min_token_match,
+            "Pass --sp-min-token-match and --sp-max-token-match with the smaller one first.",
+        )
+
+
+def _check_lengths(config: Config) -> None:
+    rollout, engine = config.rollout, config.engine
+    longest = rollout.max_prompt_len + rollout.max_response_len
+    remedy = "Lower --rollout-max-prompt-len or --rollout-max-response-len, or raise "
+    if engine.context_length is not None and longest > engine.context_length:
+        raise ConfigError(
+            "engine.context_length",
+            f"must hold max_prompt_len + max_response_len = {longest} tokens",
+            engine.context_length,
+            f"{remedy}--sglang-context-length.",
+        )
+    if engine.max_total_tokens is not None and longest > engine.max_total_tokens:
+        raise ConfigError(
+            "engine.max_total_tokens",
+            f"must hold one sequence: max_prompt_len + max_response_len = {longest} tokens",
+            engine.max_total_tokens,
+            f"{remedy}--sglang-max-total-tokens.",
+        )
+
+
+def _check_sampling(config: Config) -> None:
+    if config.rollout.top_k == 0:
+        raise ConfigError("rollout.top_k", "keeps no token at all", 0, "Pass --rollout-top-k -1 to keep every token.")
+
+
+def _check_learning_signal(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.n_samples_per_prompt == 1:
+        raise ConfigError(
+            "rollout.n_samples_per_prompt",
+            "GRPO compares a prompt's samples, and one sample's advantage is always zero",
+            rollout.n_samples_per_prompt,
+            "Pass --n-samples-per-prompt 2 or more, or --debug-rollout-only.",
+        )
+    if rollout.temperature == 0:
+        raise ConfigError(
+            "rollout.temperature",
+            "greedy samples of a prompt are all the same, so every advantage is zero",
+            rollout.temperature,
+            "Pass --rollout-temperature 1.0, or --debug-rollout-only.",
+        )
+
+
+def _check_batch(config: Config) -> None:
+    num_samples = config.rollout.batch_size * config.rollout.n_samples_per_prompt
+    per_step = config.trainer.global_batch_size
+    if per_step is not None and num_samples % per_step:
+        raise ConfigError(
+            "trainer.global_batch_size",
+            f"must divide the rollout's batch_size * n_samples_per_prompt = {num_samples}",
+            per_step,
+            f"Pass --global-batch-size {num_samples}, or leave it out for one optimizer step per rollout.",
+        )
+
+
+def _check_ranks(config: Config) -> None:
+    trainer = config.trainer
+    model_parallel = trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size
+    if trainer.world_size % model_parallel:
+        raise ConfigError(
+            "trainer.world_size",
+            f"must be a multiple of TP x PP = {model_parallel}",
+            trainer.world_size,
+            f"Pass --actor-world-size {model_parallel}, or lower the parallel sizes.",
+        )
+    if trainer.num_gpus not in (0, trainer.world_size):
+        raise ConfigError(
+            "trainer.num_gpus",
+            f"each of the {trainer.world_size} ranks has one GPU, or all run on the CPU",
+            trainer.num_gpus,
+            f"Pass --actor-world-size {trainer.num_gpus} with --actor-num-gpus {trainer.num_gpus}.",
+        )
+
+
+def _check_shared_gpus(config: Config) -> None:
+    engine_gpus = config.rollout.num_engines * config.rollout.num_gpus_per_engine
+    if config.cluster.colocate and engine_gpus != config.trainer.num_gpus:
+        raise ConfigError(
+            "cluster.colocate",
+            f"engines and trainer share the same GPUs, but the engines have {engine_gpus} and the trainer "
+            f"{config.trainer.num_gpus}",
+            config.cluster.colocate,
+            "Make --rollout-num-engines x --rollout-num-gpus-per-engine equal --actor-num-gpus, or pass --no-colocate.",
+        )

@@ -1,0 +1,23 @@
+"""The nearest known name to a mistyped one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like ``name``, letter case, hyphens and underscores aside; None when none is near."""
+    by_plain = {_plain(candidate): candidate for candidate in known}
+    near = difflib.get_close_matches(_plain(name), by_plain, n=1, cutoff=0.6)
+    return by_plain[near[0]] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"Did you mean trainer.lr? "``, or nothing when no known name is near: put it before the remedy."""
+    near = closest(name, known)
+    return f"Did you mean {near}? " if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")

@@ -1,0 +1,119 @@
+"""The command line ``slime-spec``: commands, help, and errors as one block instead of a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from slime_spec.config.suggest import did_you_mean
+from slime_spec.errors import ConfigError
+from slime_spec.launch.help import COMMANDS, train_help
+
+# Each command imports what it needs when it is chosen, so that `slime-spec config` answers at once.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 for a mistake in the command line or the configuration."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _show(COMMANDS)
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command not in HANDLERS:
+            hint = did_you_mean(command, HANDLERS)
+            raise ConfigError("command", f"must be one of {', '.join(HANDLERS)}", command, f"{hint}\n\n{COMMANDS}")
+        return HANDLERS[command](rest)
+    except ConfigError as error:
+        print(error_block(error), file=sys.stderr)
+        return 2
+
+
+def error_block(error: ConfigError) -> str:
+    """The four facts of a ConfigError, one a line."""
+    return (
+        f"error: {error.setting}\n  rule:   {error.rule}\n  value:  {error.value!r}\n  remedy: {error.remedy.strip()}"
+    )
+
+
+def _train(argv: list[str]) -> int:
+    if _wants_help(argv):
+        return 0
+    from slime_spec.config.checks import notes
+    from slime_spec.launch.compose import compose
+
+    config = compose(argv)
+    for note in notes(config):
+        print(f"note: {note}", file=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    from slime_spec.launch.train import run
+
+    return run(config, argv)
+
+
+def _rollout(argv: list[str]) -> int:
+    return _train(["--debug-rollout-only", "--save-samples", *argv])
+
+
+def _config(argv: list[str]) -> int:
+    if _wants_help(argv):
+        return 0
+    from slime_spec.config.build import to_yaml
+    from slime_spec.config.checks import notes
+    from slime_spec.launch.compose import compose
+
+    config = compose(argv)
+    _show(to_yaml(config).rstrip())
+    for note in notes(config):
+        print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    if not {"-h", "--help"} & set(argv):
+        return False
+    from slime_spec.launch.compose import experiments
+
+    _show(train_help(experiments()))
+    return True
+
+
+def _show(text: str) -> None:
+    """Print to a reader that may close early (``slime-spec train --help | head``)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
+
+
+def _models(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="slime-spec models", description="Make a model's checkpoint folder.")
+    parser.add_argument("action", choices=["fetch"])
+    parser.add_argument("name", help="smollm2-135m")
+    parser.add_argument("--output", type=Path, help="the folder to make (default: models/NAME)")
+    options = parser.parse_args(argv)
+    from slime_spec.launch.models import fetch
+
+    print(fetch(options.name, options.output))
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError("bench", "needs the name of a benchmark", argv, "Write slime-spec bench main-job.")
+    from slime_spec.launch.bench import run_bench
+
+    return run_bench(argv[0], argv[1:])
+
+
+HANDLERS: Mapping[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "rollout": _rollout,
+    "config": _config,
+    "models": _models,
+    "bench": _bench,
+}

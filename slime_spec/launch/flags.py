@@ -1,0 +1,204 @@
+"""Every flag of the command line, in slime's, SGLang's and RTP-LLM's spellings, and the setting each one sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from slime_spec.config.schema import Setting, settings
+from slime_spec.config.suggest import did_you_mean
+from slime_spec.errors import ConfigError
+from slime_spec.launch.sglang_table import SglangFlag, sglang_flags, typed_elsewhere
+from slime_spec.launch.texts import EXPECTS, NULLS, PARSERS, whole_number
+
+EXPERIMENT = "experiment"  # the choice of a file in conf/experiment (or of a path), not a setting of the tree
+SP_TYPES = {
+    "none": "NONE",
+    "deterministic": "LOOKUP",
+    "vanilla": "STANDALONE",
+    "mtp": "NEXTN",
+    "eagle": "EAGLE",
+    "eagle3": "EAGLE3",
+    "dspark": "DSPARK",
+}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a flag sets, and how.
+
+    ``num_values`` is "0" for a switch (``on`` and ``off`` are its two values), "1", "?", "+" or "*";
+    ``convert`` makes the setting's value of the texts that followed the flag and raises ConfigError.
+    """
+
+    path: str
+    num_values: str
+    convert: Callable[[Sequence[str]], Any]
+    on: object = True
+    off: object = False
+
+
+@cache
+def flags() -> Mapping[str, Flag]:
+    """Every flag by its spelling (hyphens)."""
+    table: dict[str, Flag] = {}
+
+    def add(name: str, flag: Flag) -> None:
+        assert name not in table, f"two settings have the flag {name}: {table[name].path} and {flag.path}"
+        table[name] = flag
+
+    for entry in sglang_flags().values():
+        home = typed_elsewhere().get(entry.dest)
+        flag = _typed_sglang_flag(settings()[home], entry) if home else _sglang_flag(entry)
+        for name in entry.flags:
+            add(f"--sglang-{name[2:]}", flag)
+            if name.startswith("--speculative-"):
+                add(name, flag)
+    for setting in settings().values():
+        for name in setting.flags:
+            if not (name in table and table[name].path == setting.path):
+                add(name, _tree_flag(setting))
+    for name, flag in _aliases().items():
+        add(name, flag)
+    return table
+
+
+def find_flag(name: str) -> tuple[Flag, bool]:
+    """The flag spelled ``name`` and whether it is switched on (``--no-colocate`` is ``--colocate``, switched off)."""
+    spelling = name.replace("_", "-")
+    if spelling in flags():
+        return flags()[spelling], True
+    for negated, plain in (("--no-", "--"), ("--sglang-no-", "--sglang-")):
+        positive = spelling.replace(negated, plain, 1)
+        if spelling.startswith(negated) and positive in flags() and flags()[positive].num_values == "0":
+            return flags()[positive], False
+    if spelling in REFUSED:
+        rule, remedy = REFUSED[spelling]
+        raise ConfigError(spelling, rule, name, remedy)
+    raise ConfigError(
+        name,
+        "is not a flag",
+        name,
+        f"{did_you_mean(spelling, [*flags(), *REFUSED])}`slime-spec train --help` lists every flag.",
+    )
+
+
+def parse_value(setting: Setting, text: str, kind: str | None = None) -> Any:
+    """One value of a setting from its text; raises ConfigError with the setting's own words."""
+    kind = kind or setting.type.__name__
+    if setting.is_optional and text in NULLS:
+        return None
+    try:
+        return PARSERS[kind](text)
+    except ValueError:
+        raise ConfigError(setting.path, f"must be {setting.expects}", text, setting.remedy) from None
+
+
+def parse_sglang(entry: SglangFlag, text: str) -> Any:
+    """One value of an SGLang flag from its text (``null`` is itself one of the choices of some)."""
+    if text in NULLS and text not in entry.choices:
+        return None
+    try:
+        return PARSERS[entry.type](text)
+    except ValueError:
+        raise ConfigError(entry.path, f"must be {EXPECTS[entry.type]}", text, entry.remedy) from None
+
+
+def _tree_flag(setting: Setting) -> Flag:
+    if setting.is_tuple:
+        return Flag(setting.path, "*", lambda texts: setting.check([parse_value(setting, text) for text in texts]))
+    num_values = "0" if setting.type is bool else "1"
+    return Flag(setting.path, num_values, lambda texts: setting.check(parse_value(setting, texts[0])))
+
+
+def _typed_sglang_flag(setting: Setting, entry: SglangFlag) -> Flag:
+    """A ServerArgs flag that is a setting of the tree: the tree's bounds, SGLang's way to write the value."""
+    kind = entry.type if entry.type == "suffixed_int" else None
+    return Flag(setting.path, "1", lambda texts: setting.check(parse_value(setting, texts[0], kind)))
+
+
+def _sglang_flag(entry: SglangFlag) -> Flag:
+    if entry.type == "bool":
+        return Flag(entry.path, "0", lambda texts: entry.check(parse_sglang(entry, texts[0])))
+    if entry.is_list:
+        return Flag(
+            entry.path, str(entry.nargs), lambda texts: entry.check([parse_sglang(entry, text) for text in texts])
+        )
+    # argparse's "?" without a value means the flag's const, which is the empty text wherever SGLang uses it.
+    return Flag(
+        entry.path, entry.nargs or "1", lambda texts: entry.check(parse_sglang(entry, texts[0] if texts else ""))
+    )
+
+
+def _aliases() -> Mapping[str, Flag]:
+    """Spellings that stand for another setting's value."""
+    return {
+        "--config": Flag(EXPERIMENT, "1", lambda texts: texts[0]),
+        "--debug-rollout-only": _mode_switch("rollout_only"),
+        "--debug-train-only": _mode_switch("train_only"),
+        "--disable-grpo-std-normalization": Flag(
+            "algorithm.normalize_std", "0", lambda texts: not PARSERS["bool"](texts[0]), on=False, off=True
+        ),
+        "--sp-type": Flag("speculative.algorithm", "1", lambda texts: _algorithm_of_sp_type(texts[0])),
+        "--gen-num-per-cycle": Flag(
+            "speculative.num_draft_tokens", "1", lambda texts: _draft_tokens_of_cycle(texts[0])
+        ),
+    }
+
+
+def _mode_switch(mode: str) -> Flag:
+    return Flag("run.mode", "0", lambda texts: mode if PARSERS["bool"](texts[0]) else "train", on=mode, off="train")
+
+
+def _algorithm_of_sp_type(text: str) -> str:
+    if text not in SP_TYPES:
+        hint = did_you_mean(text, SP_TYPES)
+        raise ConfigError("--sp-type", f"must be one of {', '.join(SP_TYPES)}", text, f"{hint}Choose a known type.")
+    return SP_TYPES[text]
+
+
+def _draft_tokens_of_cycle(text: str) -> int:
+    """RTP-LLM counts the drafts of a round, SGLang the verified tokens: one more, the root."""
+    try:
+        num_drafts = whole_number(text)
+    except ValueError:
+        num_drafts = 0
+    if num_drafts < 1:
+        raise ConfigError(
+            "--gen-num-per-cycle", "must be a whole number of at least 1", text, "Pass --gen-num-per-cycle 4."
+        )
+    return num_drafts + 1
+
+
+_NO_DRAFT_TRAINING = ("this version does not train drafts yet", "Leave it out; LOOKUP speculation needs no draft.")
+_NO_DRAFT_MODEL = (
+    "this version's embedded engine has no draft models yet",
+    "Leave it out; --sp-type deterministic (LOOKUP) needs no draft model.",
+)
+_NO_SUCH_PARALLELISM = (
+    "this version's trainer is parallel over tensors, pipeline stages and data only",
+    "Use --tensor-model-parallel-size, --pipeline-model-parallel-size and --actor-world-size.",
+)
+# Flags that users of slime or RTP-LLM type and this version cannot honour: each with the reason and what to do.
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "--enable-mtp-training": _NO_DRAFT_TRAINING,
+    "--mtp-num-layers": _NO_DRAFT_TRAINING,
+    "--mtp-loss-scaling-factor": _NO_DRAFT_TRAINING,
+    "--sp-model-type": _NO_DRAFT_MODEL,
+    "--sp-checkpoint-path": _NO_DRAFT_MODEL,
+    "--sp-act-type": _NO_DRAFT_MODEL,
+    "--sp-quantization": _NO_DRAFT_MODEL,
+    "--tree-decode-config": _NO_DRAFT_MODEL,
+    "--context-parallel-size": _NO_SUCH_PARALLELISM,
+    "--expert-model-parallel-size": _NO_SUCH_PARALLELISM,
+    "--expert-tensor-parallel-size": _NO_SUCH_PARALLELISM,
+    "--use-kl-loss": ("the KL loss is on exactly when its weight is above 0", "Pass --kl-loss-coef 0.001."),
+    "--rollout-num-gpus": (
+        "the engines' GPUs are counted per engine",
+        "Pass --rollout-num-engines N --rollout-num-gpus-per-engine M.",
+    ),
+    "--actor-num-nodes": ("the trainer's GPUs are counted over all nodes", "Pass --actor-num-gpus N."),
+    "--actor-num-gpus-per-node": ("the trainer's GPUs are counted over all nodes", "Pass --actor-num-gpus N."),
+}

@@ -1,0 +1,80 @@
+"""The help of the command line, written from the configuration tree."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from slime_spec.config.schema import Setting, nodes, settings
+from slime_spec.launch.flags import SP_TYPES
+from slime_spec.launch.sglang_table import sglang_flags, sglang_version
+
+WIDTH = 116
+COMMANDS = """\
+slime-spec: speculative decoding that pays in RL rollouts
+
+  slime-spec train [flags]                          rollout, policy step, weight push, every step
+  slime-spec rollout [flags]                        rollouts only, samples to samples.jsonl
+  slime-spec config [flags]                         print the resolved configuration and exit
+  slime-spec models fetch NAME [--output DIR]       make a model's Hugging Face checkpoint folder (smollm2-135m)
+  slime-spec bench NAME [--json FILE]               measure what the project promises (main-job)
+
+`slime-spec train --help` explains every flag."""
+
+
+def train_help(experiments: list[str]) -> str:
+    """Every flag of train, rollout and config, by node, with its default and meaning."""
+    return "\n".join(_lines(experiments))
+
+
+def _lines(experiments: list[str]) -> Iterator[str]:
+    yield "slime-spec train [--config NAME|PATH.yaml] [--flag VALUE | path=value] ..."
+    yield ""
+    yield from _wrapped(
+        f"Named configurations: {', '.join(experiments)}. A flag and a path=value are two spellings of one setting "
+        "(--lr 1e-6, trainer.lr=1e-6); hyphens and underscores are the same, --flag=VALUE works too, a switch is "
+        "--flag, --no-flag or --flag=false, and the last spelling of a setting wins."
+    )
+    for node, cls in nodes().items():
+        yield ""
+        yield f"{node}: {cls.__doc__}"
+        for setting in settings().values():
+            if setting.node == node:
+                yield from _setting(setting)
+    yield ""
+    yield "Modes"
+    yield "  --debug-rollout-only    run.mode=rollout_only"
+    yield "  --debug-train-only      run.mode=train_only"
+    yield "RTP-LLM's names"
+    yield f"  --sp-type {'|'.join(SP_TYPES)}    speculative.algorithm (deterministic is LOOKUP)"
+    yield "  --gen-num-per-cycle K    speculative.num_draft_tokens = K + 1"
+    yield ""
+    yield from _wrapped(
+        f"sglang: each of the {len(sglang_flags())} ServerArgs flags of SGLang {sglang_version()} is accepted as "
+        "--sglang-<flag> (or sglang.<flag>=value), typed and checked; --speculative-<flag> means "
+        "--sglang-speculative-<flag>. Lists take several values: --sglang-cuda-graph-bs $(seq 1 32) $(seq 40 8 64)."
+    )
+
+
+def _setting(setting: Setting) -> Iterator[str]:
+    value = "" if setting.type is bool else " " + _placeholder(setting)
+    yield f"  {', '.join(setting.flags)}{value}    {setting.path}={_shown(setting.default)}"
+    yield from _wrapped(setting.help, indent=" " * 6)
+
+
+def _placeholder(setting: Setting) -> str:
+    if setting.choices:
+        return "|".join(setting.choices)
+    return {str: "TEXT", int: "N", float: "X"}[setting.type] + (" ..." if setting.is_tuple else "")
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, tuple):
+        return f"[{','.join(str(item) for item in default)}]"
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return str(default)
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

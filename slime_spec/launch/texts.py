@@ -1,0 +1,62 @@
+"""Command line texts to typed values."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+
+SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+NULLS = ("null", "None")
+
+
+def whole_number(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]+", text):  # int() would also take 1_000 and blanks
+        raise ValueError(text)
+    return int(text)
+
+
+def suffixed_int(text: str) -> int:
+    """SGLang's readable integers: 8192, 8k = 8000, 25.6k, 8Ki = 8192."""
+    found = re.fullmatch(rf"([+-]?[0-9]+(?:\.[0-9]+)?)({'|'.join(SUFFIXES)})", text)
+    if not found:
+        raise ValueError(text)
+    number = Decimal(found[1]) * SUFFIXES[found[2]]
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+def finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def switch(text: str) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+# Each raises ValueError for a text that is not of its kind.
+PARSERS: Mapping[str, Callable[[str], object]] = {
+    "str": str,
+    "int": whole_number,
+    "suffixed_int": suffixed_int,
+    "float": finite_number,
+    "bool": switch,
+    "json": json.loads,
+}
+EXPECTS = {
+    "str": "text",
+    "int": "a whole number",
+    "suffixed_int": "a whole number such as 8192, 8k or 8Ki",
+    "float": "a finite number",
+    "bool": "true or false",
+    "json": "JSON",
+}

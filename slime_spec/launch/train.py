@@ -1,0 +1,150 @@
+"""The composition root of a run: builds every part from the configuration and hands them to the loop.
+
+check, read the checkpoint, tokenizer, prompts      nothing heavy has started yet: mistakes end here
+run folder, Ray, engines, trainer                   each a context that undoes itself
+loop, then the HF export
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from slime_spec.config.build import to_yaml
+from slime_spec.config.checks import check
+from slime_spec.config.tree import Config
+from slime_spec.hf.checkpoint import verify_tensors
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.hf.tokenizer import Tokenizer, check_vocabulary
+from slime_spec.interfaces import TRAINERS, Engines, RunState, Trainer, load_choice
+from slime_spec.launch.examples import Examples
+from slime_spec.launch.ray_environment import prepare_ray_environment
+from slime_spec.metrics.log import MetricLog
+from slime_spec.placement import Placement
+from slime_spec.rl.clock import PhaseClock
+from slime_spec.rl.loop import Job, push_weights, run_loop
+from slime_spec.rl.rollout_data import check_rollout_data, load_rollout, save_rollout
+from slime_spec.rl.rollouts import GeneratedRollouts, RolloutSource, SavedRollouts
+from slime_spec.rl.samples_file import append_samples
+from slime_spec.run_folder import RunFolder
+from slime_spec.tasks.source import PromptSource
+from slime_spec.types import Sample
+from trainer_bridge.layout import check_layout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before anything heavy starts."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    prompts: PromptSource
+
+
+def run(config: Config, argv: Sequence[str]) -> int:
+    """Run what the configuration says; returns the process's exit code."""
+    inputs = preflight(config)
+    folder = RunFolder.create(config, argv, to_yaml(config))
+    logger.info("run folder made path=%s mode=%s", folder.path, config.run.mode)
+    prepare_ray_environment(joining=config.cluster.ray_address is not None)
+    with (
+        MetricLog.open(config, folder.path) as log,
+        Examples(config.metrics.console) as examples,
+        _parts(config, inputs.spec) as (engines, trainer),
+    ):
+        state = _start(trainer, engines)
+        job = Job(
+            config=config,
+            rollouts=_rollout_source(config, inputs.prompts, engines),
+            trainer=trainer,
+            engines=engines,
+            log=log.log,
+            keep_samples=partial(_keep_samples, config, folder, examples),
+            save=lambda state: _save(trainer, folder, state),
+            progress=lambda phase: partial(log.progress, phase),
+        )
+        state = run_loop(job, state)
+        if trainer is not None and config.trainer.save_final:
+            trainer.export_hf(str(folder.hf_export))
+            logger.info("exported the policy path=%s version=%d", folder.hf_export, state.weight_version)
+    return 0
+
+
+def preflight(config: Config) -> Inputs:
+    """Everything that can be found wrong without Ray, a model in memory or a GPU; raises ConfigError."""
+    check(config)
+    check_rollout_data(config.run)
+    spec = ModelSpec.from_folder(config.model.hf_checkpoint)
+    if config.run.mode != "rollout_only":
+        check_layout(config, spec)
+    tokenizer = Tokenizer.load(config.model.hf_checkpoint)
+    check_vocabulary(tokenizer, spec)
+    prompts = PromptSource(config, tokenizer)
+    verify_tensors(config.model.hf_checkpoint, spec)  # a damaged file is found here, not in an actor a minute later
+    return Inputs(spec, tokenizer, prompts)
+
+
+@contextmanager
+def _parts(config: Config, spec: ModelSpec) -> Iterator[tuple[Engines | None, Trainer | None]]:
+    """The engines and the trainer that the mode needs, on Ray; stopped in reverse order."""
+    from slime_spec.launch.cluster import cluster
+
+    with ExitStack() as stack:
+        reserved = stack.enter_context(cluster(config, spec))
+        trainer = None if config.run.mode == "rollout_only" else _trainer(config, reserved.ranks)
+        if trainer is not None:
+            stack.callback(trainer.stop)
+        engines = None
+        if config.run.mode != "train_only":
+            from rollout.pool import EnginePool
+
+            engines = stack.enter_context(EnginePool(config, reserved.engines))
+            for index, stats in enumerate(engines.start()):
+                logger.info("engine started engine=%d kv_tokens=%d", index, stats.kv_tokens_capacity)
+        yield engines, trainer
+
+
+def _trainer(config: Config, placement: Placement) -> Trainer:
+    trainer_class = load_choice("trainer.backend", TRAINERS, config.trainer.backend)
+    trainer: Trainer = trainer_class(config, placement, config.push.transport)
+    return trainer
+
+
+def _start(trainer: Trainer | None, engines: Engines | None) -> RunState:
+    """Load the trainer; a resumed one brings the engines to its version before they serve."""
+    resumed = trainer.load() if trainer is not None else None
+    if resumed is None:
+        return RunState(rollout_id=0, next_prompt_id=0, weight_version=0)
+    logger.info("resumed rollout_id=%d version=%d", resumed.rollout_id, resumed.weight_version)
+    if trainer is not None and engines is not None:
+        push_weights(trainer, engines, resumed.weight_version, PhaseClock())
+    return resumed
+
+
+def _rollout_source(config: Config, prompts: PromptSource, engines: Engines | None) -> RolloutSource:
+    if engines is not None:
+        return GeneratedRollouts(config, engines, prompts.take, prompts.score)
+    template = config.run.load_debug_rollout_data
+    assert template is not None, "checks.py refuses train_only without saved rollouts"
+    return SavedRollouts(partial(load_rollout, template))
+
+
+def _keep_samples(
+    config: Config, folder: RunFolder, examples: Examples, rollout_id: int, samples: list[Sample]
+) -> None:
+    examples.see(rollout_id, samples)
+    if config.run.save_samples:
+        append_samples(folder.samples, rollout_id, samples)
+    if config.run.save_debug_rollout_data:
+        save_rollout(config.run.save_debug_rollout_data, rollout_id, samples)
+
+
+def _save(trainer: Trainer | None, folder: RunFolder, state: RunState) -> None:
+    assert trainer is not None, "only a run with a trainer saves"
+    trainer.save(str(folder.checkpoints), state)
+    logger.info("saved a checkpoint path=%s rollout_id=%d", folder.checkpoints, state.rollout_id)

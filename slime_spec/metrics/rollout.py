@@ -1,0 +1,85 @@
+"""What one step's samples say: rewards, lengths, acceptance. Ratios are pooled, a sum over a sum."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from slime_spec.speculation.meta_info import accepted_per_position
+from slime_spec.types import Sample, SpecCounters
+
+
+def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """The metrics ``rollout/*`` and ``spec/*`` of a step; a metric without a value is absent."""
+    if not samples:
+        return {"rollout/num_samples": 0.0}
+    lengths = [len(sample.response.token_ids) for sample in samples]
+    versions = [sample.response.weight_version for sample in samples]
+    truncated = sum(sample.response.finish_reason == "length" for sample in samples)
+    return {
+        "rollout/num_samples": float(len(samples)),
+        "rollout/num_excluded": float(sum(sample.reward is None for sample in samples)),
+        "rollout/num_tokens": float(sum(lengths)),
+        "rollout/response_len_mean": statistics.fmean(lengths),
+        "rollout/response_len_max": float(max(lengths)),
+        "rollout/prompt_len_mean": statistics.fmean(len(sample.prompt.token_ids) for sample in samples),
+        "rollout/truncated_ratio": truncated / len(samples),
+        "rollout/weight_version_min": float(min(versions)),
+        "rollout/weight_version_max": float(max(versions)),
+        **_reward_metrics(samples),
+        **_acceptance(samples),
+        **_acceptance_by_position([sample.response.spec for sample in samples]),
+    }
+
+
+def _reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    by_task: dict[str, list[float]] = defaultdict(list)
+    by_prompt: dict[int, list[float]] = defaultdict(list)
+    for sample in samples:
+        if sample.reward is not None:
+            by_task[sample.prompt.task].append(sample.reward)
+            by_prompt[sample.prompt.prompt_id].append(sample.reward)
+    rewards = [reward for group in by_prompt.values() for reward in group]
+    if not rewards:
+        return {}
+    mixed = sum(min(group) != max(group) for group in by_prompt.values())
+    return {
+        "rollout/reward_mean": statistics.fmean(rewards),
+        "rollout/reward_std": statistics.pstdev(rewards),
+        "rollout/mixed_group_ratio": mixed / len(by_prompt),
+        **{f"rollout/reward_mean/{task}": statistics.fmean(by_task[task]) for task in sorted(by_task)},
+    }
+
+
+def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
+    verified = [sample.response for sample in samples if sample.response.spec.num_rounds > 0]
+    num_rounds = sum(response.spec.num_rounds for response in verified)
+    num_proposed = sum(response.spec.num_proposed for response in verified)
+    num_correct = sum(response.spec.num_correct for response in verified)
+    metrics = {
+        "spec/verify_rounds": float(num_rounds),
+        "spec/proposed_drafts": float(num_proposed),
+        "spec/correct_drafts": float(num_correct),
+    }
+    if num_proposed:
+        metrics["rollout/spec_accept_rate"] = num_correct / num_proposed
+    if num_rounds:
+        metrics["rollout/spec_accept_length"] = sum(len(response.token_ids) for response in verified) / num_rounds
+    return metrics
+
+
+def _acceptance_by_position(counters: Sequence[SpecCounters]) -> dict[str, float]:
+    """Rates up to the first position that no round accepted, over the requests whose engine counted by position."""
+    counted = [spec for spec in counters if spec.histogram]
+    accepted = [sum(column) for column in zip_longest(*map(accepted_per_position, counted), fillvalue=0)]
+    num_rounds = reached = sum(spec.num_rounds for spec in counted)
+    metrics: dict[str, float] = {}
+    for position, num_accepted in enumerate(accepted):
+        if reached == 0:
+            break
+        metrics[f"spec/accept_rate_pos_{position}"] = num_accepted / reached
+        metrics[f"spec/accept_rate_cum_pos_{position}"] = num_accepted / num_rounds
+        reached = num_accepted
+    return metrics

@@ -1,0 +1,55 @@
+"""What training, the push and the clock say about one step, under the table's names."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from slime_spec.types import Sample, TrainReport
+from slime_spec.weights.push import PushReport
+
+
+def train_metrics(report: TrainReport) -> dict[str, float]:
+    """The metrics ``train/*``."""
+    return {
+        "train/loss": report.loss,
+        "train/pg_loss": report.pg_loss,
+        "train/kl_loss": report.kl,
+        "train/grad_norm": report.grad_norm,
+        "train/entropy": report.entropy,
+        "train/clip_fraction": report.clip_fraction,
+        "train/train_rollout_logprob_abs_diff": report.train_rollout_logprob_abs_diff,
+        "train/num_tokens": float(report.num_tokens),
+        "train/num_optimizer_steps": float(report.num_optimizer_steps),
+        "train/num_microbatches": float(report.num_microbatches),
+    }
+
+
+def push_metrics(report: PushReport) -> dict[str, float]:
+    """The metrics ``sync/*``; there is a report only where every engine's checksum equalled the trainer's."""
+    return {
+        "sync/seconds": report.seconds,
+        "sync/bytes": float(report.nbytes),
+        "sync/bytes_per_s": report.nbytes / report.seconds,
+        "sync/tensors": float(report.num_tensors),
+        "sync/checksum_ok": 1.0,
+        "sync/weight_version": float(report.version),
+    }
+
+
+def perf_metrics(samples: Sequence[Sample], phase_s: Mapping[str, float], total_s: float) -> dict[str, float]:
+    """The metrics ``perf/*`` from the seconds of each phase ("rollout", "train", "sync") and of the whole step."""
+    metrics = {f"perf/{phase}_time": seconds for phase, seconds in phase_s.items()}
+    metrics["perf/step_time"] = total_s
+    if not samples:
+        return metrics
+    latencies_s = [sample.response.e2e_latency_s for sample in samples]
+    metrics["perf/request_latency_mean"] = statistics.fmean(latencies_s)
+    metrics["perf/request_latency_max"] = max(latencies_s)
+    if rollout_s := phase_s.get("rollout"):
+        metrics["perf/tokens_per_s"] = sum(len(sample.response.token_ids) for sample in samples) / rollout_s
+    if train_s := phase_s.get("train"):
+        scored = [sample for sample in samples if sample.reward is not None]
+        num_tokens = sum(len(sample.prompt.token_ids) + len(sample.response.token_ids) for sample in scored)
+        metrics["perf/train_tokens_per_s"] = num_tokens / train_s
+    return metrics

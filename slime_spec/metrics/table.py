@@ -1,0 +1,131 @@
+"""Every metric there is: name, unit, meaning. A name that is no row here cannot be logged."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from slime_spec.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row; ``{i}`` in a name stands for a draft position (0 is the first drafted token), ``{task}`` for a task."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+TABLE = (
+    Metric("rollout/reward_mean", "reward", "Mean reward of the step's scored samples."),
+    Metric("rollout/reward_mean/{task}", "reward", "Mean reward of the scored samples of one task."),
+    Metric("rollout/reward_std", "reward", "Standard deviation (population) of the scored samples' rewards."),
+    Metric(
+        "rollout/mixed_group_ratio",
+        "share",
+        "Prompts whose samples' rewards differ, over prompts with a scored sample; the others give no GRPO gradient.",
+    ),
+    Metric("rollout/response_len_mean", "tokens", "Mean response length of all samples."),
+    Metric("rollout/response_len_max", "tokens", "Longest response."),
+    Metric("rollout/prompt_len_mean", "tokens", "Mean prompt length of all samples."),
+    Metric("rollout/truncated_ratio", "share", "Responses cut at max_response_len, over all responses."),
+    Metric("rollout/num_samples", "samples", "Samples generated."),
+    Metric("rollout/num_excluded", "samples", "Samples without a reward (it failed, or the response was aborted)."),
+    Metric("rollout/num_tokens", "tokens", "Response tokens generated."),
+    Metric("rollout/weight_version_min", "version", "Oldest weights that generated one of the step's samples."),
+    Metric("rollout/weight_version_max", "version", "Newest weights that generated one of the step's samples."),
+    Metric(
+        "rollout/spec_accept_rate",
+        "share",
+        "Accepted draft tokens over proposed ones, both summed over all requests; absent where nothing was proposed.",
+    ),
+    Metric(
+        "rollout/spec_accept_length",
+        "tokens/round",
+        "Response tokens over verify rounds, both summed over the requests with a verify round (SGLang's formula: the "
+        "prefill's token and the bonus tokens count); absent where there was no round.",
+    ),
+    Metric("spec/verify_rounds", "rounds", "Verify rounds of all requests (a prefill is not a round)."),
+    Metric("spec/proposed_drafts", "tokens", "Draft tokens proposed: rounds times (num_draft_tokens - 1)."),
+    Metric("spec/correct_drafts", "tokens", "Draft tokens accepted, bonus tokens excluded."),
+    Metric(
+        "spec/accept_rate_pos_{i}",
+        "share",
+        "Conditional: rounds that accepted draft position i over rounds that accepted every position before it.",
+    ),
+    Metric(
+        "spec/accept_rate_cum_pos_{i}", "share", "Cumulative: rounds that accepted draft position i over all rounds."
+    ),
+    Metric("perf/rollout_time", "s", "Generating and scoring the step's samples."),
+    Metric("perf/train_time", "s", "Policy training, from the batch to the last optimizer step."),
+    Metric("perf/sync_time", "s", "Pushing the weights to every engine."),
+    Metric("perf/step_time", "s", "The whole step."),
+    Metric("perf/tokens_per_s", "tokens/s", "Response tokens over rollout time."),
+    Metric("perf/train_tokens_per_s", "tokens/s", "Prompt and response tokens of scored samples over train time."),
+    Metric("perf/request_latency_mean", "s", "Mean time of a response, from its request to its last token."),
+    Metric("perf/request_latency_max", "s", "Time of the slowest response: the tail that the step waits for."),
+    Metric("train/loss", "loss", "The loss that was minimised, mean over response tokens."),
+    Metric("train/pg_loss", "loss", "Its clipped policy gradient part."),
+    Metric("train/kl_loss", "nats/token", "KL to the reference policy; 0 without a reference."),
+    Metric("train/grad_norm", "norm", "Gradient norm before clipping."),
+    Metric("train/entropy", "nats/token", "Entropy of the policy at the response tokens."),
+    Metric("train/clip_fraction", "share", "Response tokens whose importance ratio was clipped."),
+    Metric(
+        "train/train_rollout_logprob_abs_diff",
+        "nats/token",
+        "Mean |trainer's logprob - rollout's logprob| at the response tokens, before the step.",
+    ),
+    Metric("train/num_tokens", "tokens", "Response tokens trained on."),
+    Metric("train/num_optimizer_steps", "steps", "Optimizer steps of this rollout."),
+    Metric("train/num_microbatches", "microbatches", "Packed microbatches of this rollout."),
+    Metric("sync/seconds", "s", "Time of the push, from begin to the last engine's commit."),
+    Metric("sync/bytes", "bytes", "Weights sent to each engine."),
+    Metric("sync/bytes_per_s", "bytes/s", "Weights sent to each engine over the push's time."),
+    Metric("sync/tensors", "tensors", "Tensors sent to each engine."),
+    Metric(
+        "sync/checksum_ok",
+        "0 or 1",
+        "1: after the commit every engine's combined checksum equalled the trainer's (otherwise the push failed).",
+    ),
+    Metric("sync/weight_version", "version", "Version of the weights that every engine now serves."),
+)
+PLACEHOLDERS = {r"\{i\}": r"\d+", r"\{task\}": r"[^/]+"}
+
+
+@lru_cache(maxsize=1024)
+def metric(name: str) -> Metric:
+    """The row of a metric's name; raises ConfigError with the nearest known name where there is none."""
+    for row in TABLE:
+        if _pattern(row).fullmatch(name):
+            return row
+    close = difflib.get_close_matches(name, [row.name for row in TABLE], n=1, cutoff=0.4)
+    hint = f"Did you mean {close[0]!r}? Otherwise add" if close else "Add"
+    raise ConfigError("metrics", "must be rows of slime_spec/metrics/table.py", name, f"{hint} a row for it.")
+
+
+@lru_cache(maxsize=len(TABLE))
+def _pattern(row: Metric) -> re.Pattern[str]:
+    pattern = re.escape(row.name)
+    for placeholder, values in PLACEHOLDERS.items():
+        pattern = pattern.replace(placeholder, values)
+    return re.compile(pattern)
+
+
+def markdown() -> str:
+    """docs/metrics.md: the table, one section per name's first part."""
+    parts = [
+        "# Metrics",
+        "",
+        "Written by `python scripts/make_metrics_doc.py` from `slime_spec/metrics/table.py`. The console, "
+        "`metrics.jsonl` and wandb use these names and say the same.",
+        "A metric that has no value in a step (an acceptance rate without speculation) is absent, not zero. Ratios are "
+        "pooled: a sum over a sum, never a mean of ratios.",
+    ]
+    for section in dict.fromkeys(row.name.partition("/")[0] for row in TABLE):
+        parts += ["", f"## {section}/", "", "| name | unit | meaning |", "|---|---|---|"]
+        rows = [row for row in TABLE if row.name.partition("/")[0] == section]
+        parts += [f"| `{row.name}` | {row.unit} | {row.meaning.replace('|', chr(92) + '|')} |" for row in rows]
+    return "\n".join(parts) + "\n"

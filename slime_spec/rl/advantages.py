@@ -1,0 +1,48 @@
+"""Group-relative advantages (GRPO, arXiv 2402.03300) and the training batch they make."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+
+from slime_spec.types import Sample, TrainSample
+
+STD_EPSILON = 1e-4
+
+
+def group_advantages(rewards: Sequence[float], normalize_std: bool) -> list[float]:
+    """Each reward against its group's mean, in units of the group's (population) standard deviation if asked."""
+    mean = statistics.fmean(rewards)
+    scale = statistics.pstdev(rewards, mean) + STD_EPSILON if normalize_std else 1.0
+    return [(reward - mean) / scale for reward in rewards]
+
+
+def train_batch(samples: Sequence[Sample], normalize_std: bool) -> list[TrainSample]:
+    """Every scored sample with its advantage, groups together, in a fixed order whatever order samples came in.
+
+    Samples without a reward are excluded, from their group's mean too; so are empty responses.
+    """
+    groups: dict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if sample.reward is not None and sample.response.token_ids:
+            groups[sample.prompt.prompt_id].append(sample)
+    batch = []
+    for prompt_id in sorted(groups):
+        group = sorted(groups[prompt_id], key=lambda sample: sample.response.sample_index)
+        advantages = group_advantages([_reward(sample) for sample in group], normalize_std)
+        for sample, advantage in zip(group, advantages, strict=True):
+            batch.append(
+                TrainSample(
+                    token_ids=sample.prompt.token_ids + sample.response.token_ids,
+                    prompt_len=len(sample.prompt.token_ids),
+                    rollout_logprobs=sample.response.logprobs,
+                    advantage=advantage,
+                )
+            )
+    return batch
+
+
+def _reward(sample: Sample) -> float:
+    assert sample.reward is not None, "unscored samples were excluded above"
+    return sample.reward

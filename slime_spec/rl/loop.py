@@ -1,0 +1,102 @@
+"""The loop. One step, left to right:
+
+    rollouts ─► samples ─► group advantages ─► trainer.step ─► push to every engine ─► metrics
+       ▲                        (engines' memory is released meanwhile)     │
+       └───────────────────────── weights, version v+1 ◄───────────────────┘
+
+Without a trainer it is a rollout-only run; without engines it trains on saved rollouts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from slime_spec.config.tree import Config
+from slime_spec.interfaces import Engines, RunState, Trainer
+from slime_spec.metrics.rollout import rollout_metrics
+from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
+from slime_spec.rl.advantages import train_batch
+from slime_spec.rl.clock import PhaseClock
+from slime_spec.rl.rollouts import Progress, RolloutSource
+from slime_spec.types import Sample
+from slime_spec.weights.push import run_push
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The parts of one run, already built; None for what its mode does without."""
+
+    config: Config
+    rollouts: RolloutSource
+    trainer: Trainer | None
+    engines: Engines | None
+    log: Callable[[int, dict[str, float]], None]
+    keep_samples: Callable[[int, list[Sample]], None]
+    save: Callable[[RunState], None]
+    progress: Callable[[str], Progress]
+
+
+def run_loop(job: Job, state: RunState) -> RunState:
+    """Run every step from ``state.rollout_id`` on; returns where the run stands at the end."""
+    interval = job.config.trainer.save_interval
+    while state.rollout_id < job.config.run.num_rollout:
+        rollout_id = state.rollout_id
+        metrics, state = run_step(job, state)
+        job.log(rollout_id, metrics)
+        if job.trainer is not None and interval and state.rollout_id % interval == 0:
+            job.save(state)
+    return state
+
+
+def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
+    """One rollout, one policy step, one push."""
+    clock = PhaseClock()
+    with clock.phase("rollout"):
+        samples = job.rollouts.samples(state, job.progress("rollout"))
+    job.keep_samples(state.rollout_id, samples)
+    metrics = rollout_metrics(samples)
+    version = state.weight_version
+    if job.trainer is not None:
+        metrics |= _train(job, job.trainer, samples, clock)
+        due = (state.rollout_id + 1) % job.config.push.interval == 0
+        if job.engines is not None and due:
+            version += 1
+            metrics |= push_weights(job.trainer, job.engines, version, clock)
+    metrics |= perf_metrics(samples, clock.seconds, clock.total_s)
+    next_prompt_id = state.next_prompt_id + job.config.rollout.batch_size
+    return metrics, replace(
+        state, rollout_id=state.rollout_id + 1, next_prompt_id=next_prompt_id, weight_version=version
+    )
+
+
+def _train(job: Job, trainer: Trainer, samples: list[Sample], clock: PhaseClock) -> dict[str, float]:
+    batch = train_batch(samples, job.config.algorithm.normalize_std)
+    if not batch:
+        logger.warning("step trained on nothing: no sample had a reward samples=%d", len(samples))
+        return {}
+    with _engines_released(job), clock.phase("train"):
+        return train_metrics(trainer.step(batch))
+
+
+@contextmanager
+def _engines_released(job: Job) -> Iterator[None]:
+    """In colocate mode the engines give their memory to the trainer for the length of the block."""
+    if job.engines is None or not (job.config.cluster.colocate and job.config.cluster.offload):
+        yield
+        return
+    job.engines.set_resident(False)
+    try:
+        yield
+    finally:
+        job.engines.set_resident(True)
+
+
+def push_weights(trainer: Trainer, engines: Engines, version: int, clock: PhaseClock) -> dict[str, float]:
+    """Bring every engine to ``version``, or raise PushError with every engine where it was."""
+    with clock.phase("sync"):
+        return push_metrics(run_push(trainer.push(version), engines.broadcast))

@@ -1,0 +1,41 @@
+"""From prompts to group requests, with seeds that depend on nothing but the run, the prompt and the sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import xxhash
+
+from slime_spec.config.tree import RolloutConfig
+from slime_spec.types import GroupRequest, Prompt, SamplingParams
+
+
+def sample_seed(run_seed: int, prompt_id: int, sample_index: int) -> int:
+    """A 63-bit seed; a restart, or another number of engines, draws the same samples."""
+    return xxhash.xxh3_64_intdigest(f"{run_seed}/{prompt_id}/{sample_index}".encode()) >> 1
+
+
+def sampling_params(config: RolloutConfig) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=config.max_response_len,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        stop=config.stop,
+        stop_token_ids=config.stop_token_ids,
+    )
+
+
+def group_requests(prompts: Sequence[Prompt], config: RolloutConfig, run_seed: int) -> list[GroupRequest]:
+    """One group per prompt, ``n_samples_per_prompt`` seeds each; the group id is the prompt id."""
+    params = sampling_params(config)
+    return [
+        GroupRequest(
+            group_id=str(prompt.prompt_id),
+            prompt_token_ids=prompt.token_ids,
+            seeds=tuple(sample_seed(run_seed, prompt.prompt_id, i) for i in range(config.n_samples_per_prompt)),
+            params=params,
+        )
+        for prompt in prompts
+    ]

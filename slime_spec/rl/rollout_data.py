@@ -1,0 +1,88 @@
+"""One step's samples in a file, to train on again or to look into: ``--save-debug-rollout-data DIR/{rollout_id}.pt``.
+
+The file is ``torch.save`` of plain types, ``{"rollout_id": 3, "samples": [{...}, ...]}``, read back with
+``weights_only=True``: nothing in it is executed. Samples come back exactly as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slime_spec.config.tree import RunConfig
+from slime_spec.errors import ConfigError
+from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters
+
+PLACEHOLDER = "{rollout_id}"
+SAVE, LOAD = "run.save_debug_rollout_data", "run.load_debug_rollout_data"
+
+
+def check_rollout_data(run: RunConfig, first_rollout_id: int = 0) -> None:
+    """Refuse, before anything starts, a save path that every step would overwrite and a load path without a file."""
+    if run.save_debug_rollout_data is not None and PLACEHOLDER not in run.save_debug_rollout_data:
+        raise ConfigError(
+            SAVE,
+            f"must contain {PLACEHOLDER}, so that each step has a file of its own",
+            run.save_debug_rollout_data,
+            f"Pass --save-debug-rollout-data DIR/{PLACEHOLDER}.pt",
+        )
+    if run.load_debug_rollout_data is not None:
+        _existing(_path(run.load_debug_rollout_data, first_rollout_id))
+
+
+def save_rollout(template: str, rollout_id: int, samples: Sequence[Sample]) -> Path:
+    """Write one step's samples; the file appears whole or not at all."""
+    path = _path(template, rollout_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    torch.save({"rollout_id": rollout_id, "samples": [asdict(sample) for sample in samples]}, partial)
+    os.replace(partial, path)
+    return path
+
+
+def load_rollout(template: str, rollout_id: int) -> list[Sample]:
+    """Read one step's samples; raises ConfigError for a file that is missing or not a saved rollout."""
+    path = _existing(_path(template, rollout_id))
+    if not zipfile.is_zipfile(path):
+        raise ConfigError(LOAD, "must be a saved rollout (not a torch.save file)", str(path), "Save the rollout again.")
+    try:
+        saved = torch.load(path, weights_only=True)
+        return [_sample(fields) for fields in saved["samples"]]
+    except (OSError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            LOAD, f"must be a saved rollout ({type(error).__name__}: {reason})", str(path), "Save the rollout again."
+        ) from None
+
+
+def _path(template: str, rollout_id: int) -> Path:
+    return Path(template.replace(PLACEHOLDER, str(rollout_id)))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(
+            LOAD,
+            "must name a file of each step",
+            str(path),
+            f"Save one with --save-debug-rollout-data DIR/{PLACEHOLDER}.pt",
+        )
+    return path
+
+
+def _sample(fields: Mapping[str, Any]) -> Sample:
+    response = fields["response"]
+    return Sample(
+        **{
+            **fields,
+            "prompt": Prompt(**fields["prompt"]),
+            "response": GeneratedSample(**{**response, "spec": SpecCounters(**response["spec"])}),
+        }
+    )

@@ -1,0 +1,109 @@
+"""Tokenised prompts by id: the same (seed, id) is the same prompt, so a resumed run goes on where it was."""
+
+from __future__ import annotations
+
+from slime_spec.config.tree import Config, TaskConfig
+from slime_spec.errors import ConfigError
+from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.interfaces import Problem, Task, unknown_choice
+from slime_spec.tasks.builtin import SUITES, TASKS
+from slime_spec.tasks.jsonl import JsonlTask
+from slime_spec.tasks.rewards import load_attribute
+from slime_spec.tasks.scoring import score
+from slime_spec.types import GeneratedSample, Prompt, Sample
+
+
+class PromptSource:
+    """The run's prompts and their scoring. Example::
+
+    source = PromptSource(config, tokenizer)
+    prompts = source.take(8, start_prompt_id=0)
+    sample = source.score(prompts[0], response)
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        """Load the tasks and try them; raises ConfigError for data, a task or a reward that cannot work."""
+        if config.task.system_prompt and not config.task.apply_chat_template:
+            raise ConfigError(
+                "task.system_prompt",
+                "needs the chat template",
+                config.task.system_prompt,
+                "Drop --no-apply-chat-template, or write the system prompt into the prompts.",
+            )
+        self._config = config
+        self._tokenizer = tokenizer
+        self._tasks = load_tasks(config.task)
+        self._by_name = {task.name: task for task in self._tasks}
+        for task in self._tasks:
+            if isinstance(task, JsonlTask):
+                for number, problem in task.lines:
+                    self._token_ids(problem, f"{task.path}:{number}")
+        self.take(len(self._tasks), start_prompt_id=0)
+
+    def take(self, n: int, start_prompt_id: int) -> tuple[Prompt, ...]:
+        """The prompts ``start_prompt_id`` to ``start_prompt_id + n - 1``; tasks take turns."""
+        return tuple(self._prompt(start_prompt_id + i) for i in range(n))
+
+    def score(self, prompt: Prompt, response: GeneratedSample) -> Sample:
+        """The response with its text and the reward of the prompt's task."""
+        text = self._tokenizer.decode(response.token_ids)
+        return score(self._by_name[prompt.task].reward, prompt, response, text)
+
+    def _prompt(self, prompt_id: int) -> Prompt:
+        index, turn = divmod(prompt_id, len(self._tasks))
+        task = self._tasks[turn]
+        problem = task.problem(index, self._config.run.seed)
+        ids = self._token_ids(problem, f"problem {index} of task {task.name}")
+        return Prompt(prompt_id, task.name, problem.text, ids, problem.answer)
+
+    def _token_ids(self, problem: Problem, where: str) -> tuple[int, ...]:
+        if self._config.task.apply_chat_template:
+            ids = self._tokenizer.chat(problem.text, self._config.task.system_prompt)
+        else:
+            ids = self._tokenizer.encode(problem.text)
+        longest = self._config.rollout.max_prompt_len
+        if len(ids) > longest:
+            raise ConfigError(
+                "rollout.max_prompt_len",
+                f"{where}: the prompt must have at most {longest} tokens",
+                len(ids),
+                "Shorten the prompt, or pass a larger --rollout-max-prompt-len.",
+            )
+        return ids
+
+
+def load_tasks(config: TaskConfig) -> tuple[Task, ...]:
+    """The run's tasks in their turn: one jsonl file, or built-in names, suites and ``module:attribute``."""
+    if config.prompt_data is not None:
+        return (JsonlTask(config),)
+    if not config.names:
+        raise ConfigError("task.names", "must name at least one task", config.names, f"Choose of {_known()}.")
+    tasks = tuple(task for name in config.names for task in _named(name))
+    names = [task.name for task in tasks]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError("task.names", f"must be distinct; {', '.join(repeated)} comes twice", names, "Drop one.")
+    return tasks
+
+
+def _named(name: str) -> tuple[Task, ...]:
+    if name in SUITES:
+        return tuple(TASKS[member] for member in SUITES[name])
+    if name in TASKS:
+        return (TASKS[name],)
+    if ":" not in name:
+        raise unknown_choice("task.names", [*TASKS, *SUITES], name)
+    task = load_attribute("task.names", name)
+    absent = [part for part in ("name", "problem", "reward") if not hasattr(task, part)]
+    if absent or isinstance(task, type):
+        raise ConfigError(
+            "task.names",
+            "must name an object with name, problem(index, seed) and reward(prompt, reply)",
+            name,
+            "Name an instance, not its class." if isinstance(task, type) else f"It lacks {', '.join(absent)}.",
+        )
+    own: Task = task
+    return (own,)
+
+
+def _known() -> str:
+    return ", ".join([*TASKS, *SUITES])

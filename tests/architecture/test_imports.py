@@ -1,0 +1,151 @@
+"""The architecture, read from the sources: which way imports point and where the heavy libraries live."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("slime_spec", "rollout", "trainer_bridge")
+LAUNCH = "slime_spec.launch"
+# A library and the only modules (or packages) that may import it.
+HOMES = {
+    "megatron": ("trainer_bridge.megatron",),
+    "sglang": ("rollout.sglang_engine",),
+    "wandb": ("slime_spec.metrics.wandb",),
+    "hydra": (LAUNCH,),
+    "omegaconf": (LAUNCH,),
+    "ray": (
+        LAUNCH,
+        "rollout.actor",
+        "rollout.pool",
+        "trainer_bridge.megatron.actor",
+        "trainer_bridge.megatron.group",
+        "slime_spec.transports.ray_object_store",
+    ),
+}
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of the three packages and its file."""
+    modules = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+MODULES = module_files()
+
+
+def is_within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imported(source: str, *, at_import_time: bool = False) -> set[str]:
+    """Names that a source imports, ``from a import b`` as both ``a`` and ``a.b``.
+
+    With ``at_import_time`` only what importing the module executes: no function bodies, no TYPE_CHECKING blocks.
+    """
+    names: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if at_import_time and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)):
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module}: write the whole path"
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+        waiting.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def forbidden_imports(module: str, names: set[str]) -> set[str]:
+    """What ``module`` imports against the rules: upward, sideways, or a heavy library outside its home."""
+    allowed = {
+        "rollout": ("rollout", "slime_spec"),
+        "trainer_bridge": ("trainer_bridge", "slime_spec"),
+        "slime_spec": ("slime_spec",),
+    }[module.partition(".")[0]]
+    is_root = is_within(module, (LAUNCH,)) or module == "slime_spec.__main__"
+    wrong = set()
+    for name in names:
+        if is_within(name, PACKAGES) and not is_root and (not is_within(name, allowed) or is_within(name, (LAUNCH,))):
+            wrong.add(name)
+        library = name.partition(".")[0]
+        if library in HOMES and not is_within(module, HOMES[library]):
+            wrong.add(name)
+    return wrong
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module to the modules of ours that importing it executes."""
+    graph = {}
+    for module, path in MODULES.items():
+        names = imported(path.read_text(), at_import_time=True)
+        graph[module] = {name for name in names if name in MODULES and name != module}
+    return graph
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down_and_heavy_libraries_stay_at_home(module: str) -> None:
+    assert forbidden_imports(module, imported(MODULES[module].read_text())) == set()
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    order = list(TopologicalSorter(import_graph()).static_order())  # raises CycleError naming the cycle
+    assert set(order) == set(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("slime_spec.rl.loop", "from rollout.pool import Pool"),
+        ("slime_spec.rl.loop", "def run():\n    import trainer_bridge.megatron.group"),
+        ("rollout.pool", "from trainer_bridge import losses"),
+        ("trainer_bridge.losses", "import rollout"),
+        ("rollout.pool", "from slime_spec.launch.compose import compose"),
+        ("rollout.pool", "from slime_spec import launch"),
+        ("trainer_bridge.losses", "import megatron.core"),
+        ("slime_spec.config.build", "from omegaconf import OmegaConf"),
+        ("rollout.embedded.engine", "import ray"),
+        ("slime_spec.metrics.jsonl", "if TYPE_CHECKING:\n    import wandb"),
+    ],
+)
+def test_the_rules_catch_an_import_that_breaks_them(module: str, source: str) -> None:
+    assert forbidden_imports(module, imported(source)) != set()
+
+
+def test_the_cycle_check_sees_module_level_imports_and_not_lazy_ones() -> None:
+    assert imported("class A:\n    import ray\nif X:\n    import wandb", at_import_time=True) == {"ray", "wandb"}
+    assert imported("def f():\n    import ray\nif TYPE_CHECKING:\n    import wandb", at_import_time=True) == set()
+
+
+@pytest.mark.parametrize("target", ["slime_spec", "slime_spec.config.tree", "slime_spec.launch.cli"])
+def test_importing_the_package_and_its_configuration_loads_nothing_heavy(target: str) -> None:
+    code = f"import {target}, sys; print(' '.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert target in loaded
+    assert not {"torch", "ray", "sglang", "megatron", "wandb", "hydra", "transformers"} & set(loaded)
+
+
+def test_composing_a_configuration_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from slime_spec.launch.cli import main; code = main(['config']); "
+        "print(*sys.modules, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "batch_size: 8" in done.stdout
+    assert not {"torch", "ray", "megatron", "wandb", "transformers"} & set(done.stderr.split())

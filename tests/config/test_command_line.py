@@ -1,0 +1,266 @@
+"""Flags and overrides are two spellings of the same tree."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from config_strategies import texts
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import settings as run_with
+from omegaconf import OmegaConf
+
+from slime_spec.config.schema import settings
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.launch.arguments import read_arguments
+from slime_spec.launch.compose import compose, override_value
+from slime_spec.launch.flags import REFUSED, flags
+
+
+def refusal(*argv: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        compose(argv)
+    return caught.value
+
+
+def composed(command_line: str) -> Config:
+    return compose(command_line.split())
+
+
+@pytest.mark.parametrize(
+    ("flag_style", "hydra_style"),
+    [
+        ("--config smollm2-135m --lr 1e-6", "experiment=smollm2-135m trainer.lr=1e-6"),
+        ("--task add10 max4 --seed=7", "task.names=[add10,max4] run.seed=7"),
+        ("--task add10 trainer.lr=1", "trainer.lr=1 task.names=add10"),
+        ("--no-colocate --offload=off --use-wandb", "cluster.colocate=no cluster.offload=0 metrics.use_wandb=True"),
+        ("--rollout_top_k -1 --rollout-stop-token-ids 1 2", "rollout.top_k=-1 rollout.stop_token_ids=[1,2]"),
+        ("--debug-rollout-only", "run.mode=rollout_only"),
+        (
+            "--sp_type deterministic --gen_num_per_cycle 4",
+            "speculative.algorithm=LOOKUP speculative.num_draft_tokens=5",
+        ),
+        (
+            "--sp-min-token-match 1 --sp-max-token-match=3",
+            "speculative.min_token_match=1 speculative.max_token_match=3",
+        ),
+        ("--speculative-num-draft-tokens 9", "speculative.num_draft_tokens=9"),
+        ("--sglang-speculative-num-draft-tokens 9", "speculative.num_draft_tokens=9"),
+        ("--sglang-context-length 8Ki --sglang-dtype bfloat16", "engine.context_length=8192 engine.dtype=bfloat16"),
+        ("--sglang-cuda-graph-bs 1 2 3 --sglang-tp-size 2", "sglang.cuda_graph_bs_decode=[1,2,3] sglang.tp_size=2"),
+        ("--sglang-disable-radix-cache", "sglang.disable_radix_cache=true"),
+        ("--speculative-eagle-topk 1", "sglang.speculative_eagle_topk=1"),
+        ("--disable-grpo-std-normalization", "algorithm.normalize_std=false"),
+        ("--wandb-group null --eps-clip 2e-1", "metrics.wandb_group=null algorithm.eps_clip=0.2"),
+    ],
+)
+def test_both_spellings_mean_the_same_tree(flag_style: str, hydra_style: str) -> None:
+    config = compose(flag_style.split())
+    assert config == compose(hydra_style.split())
+    assert config != compose(["--run-name", "anything else"])
+
+
+def test_no_two_settings_share_a_flag_and_all_are_spelled_with_hyphens() -> None:
+    names = [name for setting in settings().values() for name in setting.flags]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"--[a-z0-9]+(-[a-z0-9]+)*", name) for name in [*names, *flags()])
+
+
+@pytest.mark.parametrize("path", settings())
+def test_every_setting_has_a_flag_that_sets_it_to_a_value_of_its_own(path: str) -> None:
+    setting = settings()[path]
+    text = {str: "text", int: "1", float: "0.5", bool: "false"}[setting.type]
+    text = setting.choices[-1] if setting.choices else str(int(setting.minimum or 1)) if setting.type is int else text
+    for flag in setting.flags:
+        assert read_arguments([f"{flag}={text}"]) == read_arguments([f"{path}={text}"])
+        assert list(read_arguments([f"{flag}={text}"]).settings) == [path]
+
+
+SLIME_FLAGS = [
+    "--hf-checkpoint",
+    "--rollout-batch-size",
+    "--n-samples-per-prompt",
+    "--rollout-max-response-len",
+    "--rollout-max-prompt-len",
+    "--rollout-temperature",
+    "--rollout-top-p",
+    "--rollout-top-k",
+    "--num-rollout",
+    "--colocate",
+    "--offload",
+    "--offload-rollout",
+    "--debug-rollout-only",
+    "--debug-train-only",
+    "--save-debug-rollout-data",
+    "--load-debug-rollout-data",
+    "--use-wandb",
+    "--wandb-project",
+    "--wandb-group",
+    "--wandb-mode",
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--lr",
+    "--lr-warmup-iters",
+    "--adam-beta1",
+    "--adam-beta2",
+    "--weight-decay",
+    "--clip-grad",
+    "--eps-clip",
+    "--eps-clip-high",
+    "--kl-loss-coef",
+    "--save",
+    "--load",
+    "--save-interval",
+    "--prompt-data",
+    "--input-key",
+    "--label-key",
+    "--rm-type",
+    "--custom-rm-path",
+    "--apply-chat-template",
+    "--seed",
+    "--advantage-estimator",
+    "--global-batch-size",
+    "--max-tokens-per-gpu",
+    "--rollout-stop",
+    "--rollout-num-gpus-per-engine",
+    "--update-weights-interval",
+    "--train-backend",
+]
+
+
+@pytest.mark.parametrize("flag", SLIME_FLAGS)
+def test_slimes_spelling_exists(flag: str) -> None:
+    assert flag in flags()
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_flag_of_a_feature_that_is_not_built_is_refused_with_a_way_out(flag: str) -> None:
+    error = refusal(flag, "1")
+    assert error.setting == flag
+    assert error.remedy
+    assert flag not in flags()
+
+
+def test_training_a_draft_is_refused_in_words() -> None:
+    assert "does not train drafts yet" in refusal("--enable_mtp_training").rule
+
+
+def test_the_last_spelling_of_a_setting_wins() -> None:
+    assert composed("--lr 1 trainer.lr=2 --lr=3").trainer.lr == 3.0
+    assert composed("--lr 1 --lr=3 trainer.lr=2").trainer.lr == 2.0
+    assert composed("--colocate --no-colocate").cluster.colocate is False
+    assert composed("--task a b --task c").task.names == ("c",)
+    assert composed("--config tiny --config smollm2-135m").run.name == "smollm2-135m"
+    assert composed("--sp-type none --speculative-algorithm LOOKUP").speculative.algorithm == "LOOKUP"
+
+
+def test_settings_on_the_command_line_win_over_the_experiment_wherever_it_stands() -> None:
+    assert composed("--num-rollout 5 --config tiny").run.num_rollout == 5
+    assert composed("--config tiny").run.num_rollout == 2
+
+
+def test_a_debug_mode_can_be_switched_off_again_and_only_itself() -> None:
+    assert composed("--debug-rollout-only --no-debug-rollout-only").run.mode == "train"
+    saved = "--debug-train-only --no-debug-rollout-only --load-debug-rollout-data x.pt"
+    assert composed(saved).run.mode == "train_only"
+    assert composed("--debug-rollout-only=false").run.mode == "train"
+
+
+def test_both_debug_modes_at_once_are_a_contradiction() -> None:
+    assert "--debug-train-only" in refusal("--debug-rollout-only", "--debug-train-only").setting
+    assert "--debug-train-only" in refusal("--debug-train-only", "--debug-rollout-only=true").setting
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggestion"),
+    [
+        ("--rolout-batch-size 8", "--rollout-batch-size"),
+        ("--sglang-cuda-graf-bs 1", "--sglang-cuda-graph-bs"),
+        ("--num_rollouts 3", "--num-rollout"),
+        ("--sp-typ eagle", "--sp-type"),
+        ("trainer.lrr=1", "trainer.lr"),
+        ("trianer.lr=1", "trainer.lr"),
+        ("lr=1e-6", "trainer.lr"),
+        ("sglang.tp_sise=2", "tp_size"),
+        ("experiment=tinny", "tiny"),
+        ("--config smollm2-135", "smollm2-135m"),
+        ("--sp-type determinstic", "deterministic"),
+        ("--speculative-algorithm lookup", "LOOKUP"),
+        ("--sglang-schedule-policy lpn", "lpm"),
+        ("lr", "--lr"),
+    ],
+)
+def test_a_misspelling_is_refused_with_the_right_spelling(argv: str, suggestion: str) -> None:
+    assert f"Did you mean {suggestion}" in refusal(*argv.split()).remedy
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lr", "fast"], "a finite number"),
+        (["--lr", "nan"], "finite number"),
+        (["--lr"], "needs a value"),
+        (["--lr", "--seed", "1"], "needs a value"),
+        (["--seed", "1_000"], "whole number"),
+        (["--seed", "-1"], "at least 0"),
+        (["--colocate=maybe"], "true or false"),
+        (["--debug-rollout-only=maybe"], "true or false"),
+        (["--no-colocate=true"], "takes no value"),
+        (["--no-lr"], "is not a flag"),
+        (["-x"], "is not a flag"),
+        (["--colocate", "false"], "neither a --flag nor a path=value"),
+        (["+trainer.lr=1"], "closed"),
+        (["~trainer.lr"], "neither"),
+        (["trainer=1"], "is not a setting"),
+        (["task.names=[a,"], "must be a list"),
+        (["task.names=[a],[b]"], "one list"),
+        (["task.names=[1,2]"], "each text"),
+        (["--gen-num-per-cycle", "0"], "at least 1"),
+        (["--rollout-stop-token-ids", "1", "x"], "whole number"),
+        (["sglang.speculative_num_draft_tokens=4"], "is set as speculative.num_draft_tokens"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_words(argv: list[str], words: str) -> None:
+    assert words in str(refusal(*argv))
+
+
+@pytest.mark.parametrize("name", ["NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN"])
+def test_an_algorithm_of_sglang_is_known_and_not_available_on_the_embedded_engine(name: str) -> None:
+    error = refusal("--sglang-speculative-algorithm", name)
+    assert "known but not available on the embedded engine" in error.rule
+    assert "LOOKUP" in error.rule
+
+
+def test_an_unknown_algorithm_lists_the_known_ones() -> None:
+    rule = refusal("--speculative-algorithm", "MEDUSA").rule
+    assert all(name in rule for name in ("NONE", "LOOKUP", "EAGLE3"))
+
+
+@run_with(deadline=None, max_examples=400)
+@given(texts)
+def test_any_text_survives_hydras_grammar_and_omegaconfs_interpolation(text: str) -> None:
+    parsed = OverridesParser.create().parse_override(f"run.name={override_value(text)}").value()
+    assert OmegaConf.to_container(OmegaConf.create({"a": parsed}), resolve=True) == {"a": text}
+
+
+@run_with(deadline=None, max_examples=25)
+@given(texts, texts)
+def test_a_flags_text_reaches_the_config_as_typed(system_prompt: str, stop: str) -> None:
+    config = compose([f"--system-prompt={system_prompt}", f"--rollout-stop={stop}"])
+    assert config.task.system_prompt == system_prompt
+    assert config.rollout.stop == (stop,)
+
+
+def test_quotes_around_a_hydra_value_are_not_part_of_it() -> None:
+    assert compose(["run.name='a, b'"]).run.name == "a, b"
+    assert compose(["run.name=a=b"]).run.name == "a=b"
+    assert compose(["metrics.wandb_group='null'"]).metrics.wandb_group == "null"
+    assert compose(['rollout.stop=["a,b", c]']).rollout.stop == ("a,b", "c")
+
+
+def test_a_setting_changes_nothing_but_itself() -> None:
+    base = compose([])
+    assert compose(["--lr", "0.5"]) == replace(base, trainer=replace(base.trainer, lr=0.5))

@@ -1,0 +1,134 @@
+"""Plain data to Config and back: strict one way, without loss the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from config_strategies import configs, texts, values
+from hypothesis import HealthCheck, given
+from hypothesis import settings as run_with
+
+from slime_spec.config.build import from_dict, read_yaml, to_dict, to_yaml
+from slime_spec.config.schema import settings
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.launch.compose import compose, conf_dir, experiments, file_settings
+
+relaxed = run_with(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+def test_no_data_is_the_trees_own_defaults() -> None:
+    assert from_dict({}) == Config()
+    assert from_dict(to_dict(Config())) == Config()
+
+
+def test_every_default_obeys_its_own_type_choices_and_bounds() -> None:
+    for path, setting in settings().items():
+        assert setting.check(setting.default) == setting.default, path
+        assert setting.help.endswith("."), path
+
+
+@run_with(relaxed, max_examples=30)
+@given(configs())
+def test_any_config_survives_the_way_to_plain_data_and_to_yaml(config: Config) -> None:
+    assert from_dict(to_dict(config)) == config
+    assert from_dict(read_yaml(to_yaml(config))) == config
+
+
+@run_with(relaxed, max_examples=25)
+@given(texts, texts, values(settings()["rollout.stop"]), values(settings()["metrics.wandb_group"]))
+def test_the_yaml_of_a_run_reloads_to_an_equal_config(
+    tmp_path_factory: pytest.TempPathFactory, name: str, system: str, stop: tuple[str, ...], group: str | None
+) -> None:
+    config = from_dict(
+        {
+            "run": {"name": name},
+            "task": {"system_prompt": system},
+            "rollout": {"stop": stop},
+            "metrics": {"wandb_group": group},
+            "sglang": {"cuda_graph_bs_decode": [1, 2], "served_model_name": name, "forward_hooks": [{"a": system}]},
+        }
+    )
+    path = tmp_path_factory.mktemp("run") / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert compose(["--config", str(path)]) == config
+
+
+def test_every_file_in_conf_is_the_base_or_an_experiment() -> None:
+    files = {str(path.relative_to(conf_dir())) for path in conf_dir().rglob("*") if path.is_file()}
+    assert files == {"config.yaml"} | {f"experiment/{name}.yaml" for name in experiments()}
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_every_shipped_config_composes_and_its_yaml_reloads_to_it(experiment: str, tmp_path: Path) -> None:
+    config = compose(["--config", experiment])
+    assert config != compose([])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert compose([f"experiment={path}"]) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "setting", "words"),
+    [
+        ({"trainer": {"lrr": 1.0}}, "trainer.lrr", "trainer.lr"),
+        ({"trainr": {"lr": 1.0}}, "trainr", "trainer"),
+        ({"trainer": 3}, "trainer", "group of settings"),
+        ({"trainer": {"lr": "fast"}}, "trainer.lr", "a finite number"),
+        ({"trainer": {"lr": True}}, "trainer.lr", "a finite number"),
+        ({"trainer": {"lr": float("nan")}}, "trainer.lr", "a finite number"),
+        ({"trainer": {"lr": None}}, "trainer.lr", "a finite number"),
+        ({"trainer": {"dtype": "bfloat61"}}, "trainer.dtype", "bfloat16"),
+        ({"rollout": {"batch_size": 2.0}}, "rollout.batch_size", "whole number"),
+        ({"rollout": {"n_samples_per_prompt": 0}}, "rollout.n_samples_per_prompt", "at least 1"),
+        ({"rollout": {"top_p": 0.0}}, "rollout.top_p", "above 0"),
+        ({"rollout": {"top_p": 1.5}}, "rollout.top_p", "at most 1"),
+        ({"rollout": {"stop": "end"}}, "rollout.stop", "list"),
+        ({"rollout": {"stop_token_ids": [1, "2"]}}, "rollout.stop_token_ids", "whole number"),
+        ({"cluster": {"colocate": 1}}, "cluster.colocate", "true or false"),
+    ],
+)
+def test_wrong_data_is_refused_by_setting_rule_and_remedy(data: dict[str, object], setting: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(data)
+    assert caught.value.setting == setting
+    assert words in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_a_whole_number_is_a_number() -> None:
+    config = from_dict({"trainer": {"lr": 1}})
+    assert config.trainer.lr == 1.0
+    assert type(config.trainer.lr) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [
+        ("trainer:\n  lrr: 1", "trainer.lrr"),
+        ("sglang:\n  tp_sise: 2", "sglang.tp_sise"),
+        ("sglang:\n  tp_size: two", "sglang.tp_size"),
+        ("trainer: {lr: [", "--config"),
+        ("- 1", "--config"),
+        ("", "--config"),
+        ("trainer: {lr: 1, lr: 2}", "--config"),
+    ],
+)
+def test_a_broken_config_file_is_refused_by_name(text: str, setting: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        file_settings(path)
+    assert caught.value.setting == setting
+
+
+def test_a_hand_written_file_may_say_1e_6_and_hold_dollars(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("trainer:\n  lr: 1e-6\nrun:\n  name: ${x\n")
+    assert compose(["--config", str(path)]) == compose(["--lr", "0.000001", "--run-name", "${x"])
+
+
+def test_a_config_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="readable YAML"):
+        compose(["--config", str(tmp_path / "none.yaml")])

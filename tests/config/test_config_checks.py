@@ -1,0 +1,76 @@
+"""Contradictions among settings are refused before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from slime_spec.config.checks import notes
+from slime_spec.errors import ConfigError
+from slime_spec.launch.compose import compose
+
+TRAIN_ONLY = "--debug-train-only --load-debug-rollout-data d_{rollout_id}.pt"
+
+
+@pytest.mark.parametrize(
+    ("argv", "setting"),
+    [
+        ("--sp-min-token-match 5 --sp-max-token-match 4", "speculative.min_token_match"),
+        ("--debug-rollout-only --load-debug-rollout-data d.pt", "run.load_debug_rollout_data"),
+        ("--load-debug-rollout-data d.pt", "run.load_debug_rollout_data"),
+        ("--debug-train-only", "run.mode"),
+        (f"{TRAIN_ONLY} --save-debug-rollout-data e_{{rollout_id}}.pt", "run.save_debug_rollout_data"),
+        ("--save-debug-rollout-data d.pt", "run.save_debug_rollout_data"),
+        ("--prompt-data d.jsonl --task max4", "task.prompt_data"),
+        ("--task", "task.names"),
+        (
+            "--sglang-context-length 100 --rollout-max-prompt-len 80 --rollout-max-response-len 21",
+            "engine.context_length",
+        ),
+        (
+            "--sglang-max-total-tokens 100 --rollout-max-prompt-len 80 --rollout-max-response-len 21",
+            "engine.max_total_tokens",
+        ),
+        ("--rollout-top-k 0", "rollout.top_k"),
+        ("--rollout-temperature 0", "rollout.temperature"),
+        ("--n-samples-per-prompt 1", "rollout.n_samples_per_prompt"),
+        ("--rollout-batch-size 4 --n-samples-per-prompt 4 --global-batch-size 6", "trainer.global_batch_size"),
+        ("--actor-world-size 3 --tensor-model-parallel-size 2", "trainer.world_size"),
+        ("--actor-num-gpus 2 --no-colocate", "trainer.num_gpus"),
+        ("--rollout-num-gpus-per-engine 1", "cluster.colocate"),
+        ("--rollout-num-engines 2 --rollout-num-gpus-per-engine 1 --actor-num-gpus 1", "cluster.colocate"),
+    ],
+)
+def test_a_contradiction_is_refused_by_the_setting_to_change(argv: str, setting: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(argv.split())
+    assert caught.value.setting == setting
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--sp-min-token-match 4 --sp-max-token-match 4",
+        TRAIN_ONLY,
+        f"{TRAIN_ONLY} --n-samples-per-prompt 1 --rollout-temperature 0",
+        "--save-debug-rollout-data d.pt --num-rollout 1",
+        "--save-debug-rollout-data d_{rollout_id}.pt",
+        "--prompt-data d.jsonl",
+        "--prompt-data d.jsonl --task",
+        "--sglang-context-length 100 --rollout-max-prompt-len 80 --rollout-max-response-len 20",
+        "--debug-rollout-only --rollout-temperature 0 --n-samples-per-prompt 1",
+        "--debug-rollout-only --rollout-num-gpus-per-engine 1",
+        "--rollout-batch-size 4 --n-samples-per-prompt 4 --global-batch-size 8",
+        "--actor-world-size 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        "--rollout-num-gpus-per-engine 1 --actor-num-gpus 1",
+        "--rollout-num-gpus-per-engine 1 --no-colocate",
+    ],
+)
+def test_its_legal_neighbour_is_not(argv: str) -> None:
+    assert compose(argv.split()) != compose(["--run-name", "anything else"])
+
+
+def test_a_flag_that_the_engine_cannot_use_is_noted_by_name() -> None:
+    (note,) = notes(compose(["--sglang-page-size", "16"]))
+    assert "--sglang-page-size" in note
+    assert list(notes(compose([]))) == []

@@ -1,0 +1,275 @@
+"""The engine behind the seam: threads, refusals, failures, pushes, residency."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from rollout.embedded.engine import EmbeddedEngine
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError, PushError
+from slime_spec.types import GroupRequest, SamplingParams
+from slime_spec.weights.manifest import Manifest, combined_checksum, meta_of, tensor_checksum
+from slime_spec.weights.push import BeginPush, CancelPush, CommitPush, PushBucket, PushMessage, bucketed, run_push
+from tests.support.embedded_harness import engine_config, greedy, make_core, random_prompt, run
+from tests.support.tiny_models import make_tiny_checkpoint
+
+
+class DirectTransport:
+    """Hands tensors over in memory."""
+
+    def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
+        return list(tensors)
+
+    def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
+        return bucket.handle
+
+
+@pytest.fixture
+def config(tiny_llama: Path) -> Config:
+    return engine_config(tiny_llama, "LOOKUP", max_total_tokens=3000)
+
+
+@pytest.fixture
+def engine(config: Config) -> Iterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(config, 0, DirectTransport())
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def other_weights(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+
+
+def push_of(weights: dict[str, torch.Tensor], version: int, bucket_bytes: int = 20_000) -> list[PushMessage]:
+    """A push of ``weights`` in several buckets that separate the parts of fused modules."""
+    metas = tuple(meta_of(name, tensor) for name, tensor in weights.items())
+    messages: list[PushMessage] = [BeginPush(Manifest("target", version, metas))]
+    for index, bucket in enumerate(bucketed(weights.items(), bucket_bytes)):
+        names, tensors = zip(*bucket, strict=True)
+        tensor_metas = tuple(meta_of(n, t) for n, t in bucket)
+        checksums = tuple(map(tensor_checksum, tensors))
+        assert names
+        messages.append(PushBucket(version, index, tensor_metas, checksums, DirectTransport().publish(tensors)))
+    messages.append(CommitPush(version, checksum_of(weights)))
+    return messages
+
+
+def checksum_of(weights: dict[str, torch.Tensor]) -> str:
+    return combined_checksum((name, tensor_checksum(tensor)) for name, tensor in weights.items())
+
+
+def test_several_threads_generate_at_once_and_each_gets_its_own_samples(config: Config, engine: EmbeddedEngine) -> None:
+    params = SamplingParams(max_new_tokens=25)
+    requests = [GroupRequest(f"g{i}", random_prompt(4 + i, seed=i), (i, i + 50), params) for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda request: list(engine.generate(request)), requests))
+    expected = run(make_core(config), requests)
+    for request, samples in zip(requests, answers, strict=True):
+        assert sorted(sample.sample_index for sample in samples) == [0, 1]
+        for sample in samples:
+            assert sample.group_id == request.group_id
+            assert sample.token_ids == expected[request.group_id, sample.sample_index].token_ids
+            assert sample.e2e_latency_s > 0
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.kv_tokens_used) == (0, 0, 0)
+    assert 0 < stats.time_in_forward_s < stats.time_total_s
+
+
+def test_abort_ends_a_long_generation(engine: EmbeddedEngine) -> None:
+    generation = engine.generate(GroupRequest("g", random_prompt(5, seed=0), (1, 2), SamplingParams(500)))
+    generation.abort()
+    assert [sample.finish_reason for sample in generation] == ["abort", "abort"]
+
+
+BAD_REQUESTS = {
+    "max_position|context_length": {"params": greedy(600)},
+    "at least one token": {"prompt_token_ids": ()},
+    "from 0 to 130": {"prompt_token_ids": (3, 131)},
+    "n_samples_per_prompt": {"seeds": ()},
+    "max_new_tokens": {"params": greedy(0)},
+    "temperature": {"params": SamplingParams(temperature=-0.1)},
+    "top_p": {"params": SamplingParams(top_p=0.0)},
+    "top_k": {"params": SamplingParams(top_k=0)},
+    "min_p": {"params": SamplingParams(min_p=1.1)},
+    "empty string": {"params": SamplingParams(stop=("",))},
+}
+
+
+@pytest.mark.parametrize("message", BAD_REQUESTS)
+def test_a_request_that_can_never_run_is_refused(engine: EmbeddedEngine, message: str) -> None:
+    request = GroupRequest("g", (1, 2, 3), (0,), greedy(4))
+    with pytest.raises(ConfigError, match=message):
+        engine.generate(replace(request, **BAD_REQUESTS[message]))
+    assert next(iter(engine.generate(request))).finish_reason == "length"
+
+
+def test_a_request_beyond_the_kv_bound_is_refused(tiny_llama: Path) -> None:
+    engine = EmbeddedEngine(engine_config(tiny_llama, max_total_tokens=40), 0, DirectTransport())
+    engine.start()
+    with pytest.raises(ConfigError, match="max_total_tokens"):
+        engine.generate(GroupRequest("g", (1,) * 21, (0,), greedy(20)))
+    samples = list(engine.generate(GroupRequest("g", (1,) * 20, (0, 1, 2), greedy(20))))
+    assert len(samples) == 3
+    engine.stop()
+
+
+def test_a_context_beyond_the_models_is_refused_before_loading(tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match="max_position_embeddings"):
+        EmbeddedEngine(engine_config(tiny_llama, context_length=513), 0, DirectTransport())
+
+
+def test_an_error_in_the_loop_reaches_every_waiting_caller_and_later_ones(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken_step() -> None:
+        raise ZeroDivisionError("a bug in the forward pass")
+
+    monkeypatch.setattr(engine._core, "step", broken_step)
+    generation = engine.generate(GroupRequest("a", (1, 2), (0, 1), greedy(5)))
+    with pytest.raises(RuntimeError, match="stopped before") as caught:
+        list(generation)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(RuntimeError, match="not running"):
+        engine.generate(GroupRequest("b", (1, 2), (0,), greedy(5)))
+    with pytest.raises(RuntimeError, match="not running"):
+        engine.set_resident(False)
+
+
+def test_stopping_wakes_callers(config: Config) -> None:
+    engine = EmbeddedEngine(config, 0, DirectTransport())
+    engine.start()
+    generation = engine.generate(GroupRequest("g", (1, 2), (0,), greedy(500)))
+    engine.stop()
+    with pytest.raises(RuntimeError, match="stopped before"):
+        list(generation)
+
+
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", {}),
+    "tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_a_push_the_engine_computes_with_exactly_the_pushed_weights(tmp_path: Path, family: str) -> None:
+    architecture, overrides = FAMILIES[family]
+    folder = make_tiny_checkpoint(tmp_path / "old", architecture, **overrides)
+    engine = EmbeddedEngine(engine_config(folder), 2, DirectTransport())
+    engine.start()
+    assert engine.weights_checksum() == checksum_of(load_file(folder / "model.safetensors"))
+    weights = other_weights(folder, seed=1)
+    before = next(iter(engine.generate(GroupRequest("g", (1, 2, 3), (0,), greedy(20)))))
+    report = run_push(push_of(weights, version=7), lambda message: [engine.update_weights(message)])
+    assert report.checksum == engine.weights_checksum() == checksum_of(weights)
+    after = next(iter(engine.generate(GroupRequest("g", (1, 2, 3), (0,), greedy(20)))))
+    assert (before.weight_version, after.weight_version, engine.stats().weight_version) == (0, 7, 7)
+    assert (before.token_ids, before.engine) != (after.token_ids, after.engine)
+    assert after.engine == 2
+    engine.stop()
+
+
+def test_the_engine_keeps_no_reference_into_pushed_memory(tiny_llama: Path, engine: EmbeddedEngine) -> None:
+    weights = other_weights(tiny_llama, seed=2)
+    run_push(push_of(weights, version=1), lambda message: [engine.update_weights(message)])
+    committed = engine.weights_checksum()
+    for tensor in weights.values():
+        tensor.zero_()
+    assert engine.weights_checksum() == committed
+
+
+def damaged(messages: list[PushMessage], how: str) -> list[PushMessage]:
+    bucket = messages[2]
+    assert isinstance(bucket, PushBucket)
+    if how == "lost bucket":
+        return [*messages[:2], *messages[3:]]
+    if how == "flipped bit":
+        handle = [tensor.clone() for tensor in bucket.handle]
+        handle[0].view(torch.int32).flatten()[0] ^= 1
+        return [*messages[:2], replace(bucket, handle=handle), *messages[3:]]
+    if how == "wrong checksum":
+        return [*messages[:-1], CommitPush(9, "0" * 32)]
+    if how == "missing tensor":
+        begin = messages[0]
+        assert isinstance(begin, BeginPush)
+        return [BeginPush(replace(begin.manifest, tensors=begin.manifest.tensors[1:]))]
+    if how == "no begin":
+        return messages[1:]
+    assert how == "draft side"
+    return [BeginPush(Manifest("draft", 9, ()))]
+
+
+@pytest.mark.parametrize(
+    "how", ["lost bucket", "flipped bit", "wrong checksum", "missing tensor", "no begin", "draft side"]
+)
+def test_a_failed_push_leaves_version_and_weights_untouched(tiny_llama: Path, engine: EmbeddedEngine, how: str) -> None:
+    before = engine.weights_checksum()
+    messages = push_of(other_weights(tiny_llama, seed=3), version=9)
+    with pytest.raises(PushError):
+        for message in damaged(messages, how):
+            engine.update_weights(message)
+    assert engine.update_weights(CancelPush(9)).version == 0
+    assert engine.weights_checksum() == before
+    with pytest.raises(PushError, match="outside a push"):
+        engine.update_weights(messages[-1])
+    run_push(messages, lambda message: [engine.update_weights(message)])
+    assert engine.stats().weight_version == 9
+
+
+def test_a_push_while_requests_run_disturbs_none_and_new_ones_use_it(tiny_llama: Path, engine: EmbeddedEngine) -> None:
+    running = engine.generate(GroupRequest("old", (1, 2, 3), tuple(range(8)), SamplingParams(400)))
+    run_push(push_of(other_weights(tiny_llama, seed=4), version=1), lambda message: [engine.update_weights(message)])
+    new = next(iter(engine.generate(GroupRequest("new", (1, 2, 3), (0,), greedy(3)))))
+    assert new.weight_version == 1
+    assert {(len(sample.token_ids), sample.weight_version) for sample in running} == {(400, 0)}
+
+
+def test_offloading_frees_the_kv_memory_and_coming_back_serves_again(engine: EmbeddedEngine) -> None:
+    request = GroupRequest("g", random_prompt(9, seed=1), (1, 2), greedy(20))
+    before = [sample.token_ids for sample in engine.generate(request)]
+    assert engine._core.cache.own.nbytes > 0
+    engine.set_resident(False)
+    assert engine._core.cache.own.nbytes == engine._core.cache.prefixes.nbytes == 0
+    assert not engine.stats().resident
+    with pytest.raises(RuntimeError, match="offloaded"):
+        engine.generate(request)
+    engine.set_resident(True)
+    assert [sample.token_ids for sample in engine.generate(request)] == before
+
+
+def test_offloading_while_requests_run_is_refused(engine: EmbeddedEngine) -> None:
+    generation = engine.generate(GroupRequest("g", (1, 2), (0,), greedy(400)))
+    with pytest.raises(RuntimeError, match="requests are running"):
+        engine.set_resident(False)
+    assert len(next(iter(generation)).token_ids) == 400
+
+
+def test_a_stop_string_ends_the_response_with_the_token_that_completes_it(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model")
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(131)}, unk_token="w0"))
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
+    engine = EmbeddedEngine(engine_config(folder, "LOOKUP"), 0, DirectTransport())
+    engine.start()
+    full = next(iter(engine.generate(GroupRequest("g", (1, 2, 3), (0,), greedy(30)))))
+    text = f"w{full.token_ids[7]} w{full.token_ids[8]}"
+    params = greedy(30, stop=("never there", text))
+    cut = next(iter(engine.generate(GroupRequest("g", (1, 2, 3), (0,), params))))
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == full.token_ids[: len(cut.token_ids)]
+    assert cut.token_ids[-2:] == full.token_ids[7:9]
+    engine.stop()

@@ -1,0 +1,33 @@
+"""Samples with what a test wants to say about them."""
+
+from __future__ import annotations
+
+from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters
+
+
+def sample(
+    prompt_id: int = 0,
+    reward: float | None = 1.0,
+    length: int = 4,
+    histogram: tuple[int, ...] = (),
+    num_drafts: int = 3,
+    finish_reason: str = "stop",
+    task: str = "add10",
+    version: int = 0,
+    latency_s: float = 0.0,
+    index: int = 0,
+) -> Sample:
+    num_rounds = sum(histogram)
+    response = GeneratedSample(
+        group_id=str(prompt_id),
+        sample_index=index,
+        token_ids=tuple(range(length)),
+        logprobs=tuple(-0.1 * i for i in range(length)),
+        finish_reason=finish_reason,  # type: ignore[arg-type]
+        weight_version=version,
+        num_prompt_tokens=5,
+        spec=SpecCounters(num_rounds, num_rounds * num_drafts, histogram),
+        e2e_latency_s=latency_s,
+    )
+    prompt = Prompt(prompt_id, task, "What is 2 + 3?", (1, 2, 3, 4, 5), "5")
+    return Sample(prompt, response, "5", reward, "" if reward is not None else "the reward raised KeyError: 'x'")

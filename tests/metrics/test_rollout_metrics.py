@@ -1,0 +1,124 @@
+"""What a step's samples say: pooled ratios, positions, exclusions; every number worked out by hand in the test."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import sample
+
+from slime_spec.metrics.rollout import rollout_metrics
+from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
+from slime_spec.metrics.table import TABLE, metric
+from slime_spec.types import SpecCounters, TrainReport
+from slime_spec.weights.push import PushReport
+
+
+def test_acceptance_is_pooled_over_requests_and_not_a_mean_of_their_ratios() -> None:
+    # 1 round, 3 of 3 accepted; 9 rounds, none of 27 accepted: pooled 3/30, while the mean of ratios would say 1/2.
+    both = [sample(length=5, histogram=(0, 0, 0, 1)), sample(length=10, histogram=(9,))]
+    metrics = rollout_metrics(both)
+    assert metrics["rollout/spec_accept_rate"] == 3 / 30
+    assert metrics["rollout/spec_accept_length"] == 15 / 10
+
+
+def test_a_request_without_a_verify_round_counts_in_neither_sum() -> None:
+    with_round = [sample(length=6, histogram=(1, 0, 2))]
+    without = [sample(length=1, histogram=()) for _ in range(7)]
+    alone, together = rollout_metrics(with_round), rollout_metrics(with_round + without)
+    for name in ("rollout/spec_accept_rate", "rollout/spec_accept_length", "spec/accept_rate_pos_0"):
+        assert together[name] == alone[name]
+    assert alone["rollout/spec_accept_length"] == 2.0
+
+
+def test_rates_by_position_come_from_the_histogram() -> None:
+    # 10 rounds: 4 accepted none, 3 one, 1 two, 2 all three drafts.
+    metrics = rollout_metrics([sample(histogram=(4, 2, 0, 2)), sample(histogram=(0, 1, 1))])
+    assert [metrics[f"spec/accept_rate_cum_pos_{i}"] for i in range(3)] == [6 / 10, 3 / 10, 2 / 10]
+    assert [metrics[f"spec/accept_rate_pos_{i}"] for i in range(3)] == [6 / 10, 3 / 6, 2 / 3]
+    assert metrics["spec/verify_rounds"] == 10
+    assert metrics["spec/correct_drafts"] == 4 * 0 + 3 * 1 + 1 * 2 + 2 * 3
+
+
+def test_a_position_that_no_round_accepted_has_rate_zero_and_the_ones_behind_it_none() -> None:
+    metrics = rollout_metrics([sample(histogram=(2, 3), num_drafts=3)])
+    assert [metrics.get(f"spec/accept_rate_pos_{i}") for i in range(3)] == [3 / 5, 0.0, None]
+    assert [metrics.get(f"spec/accept_rate_cum_pos_{i}") for i in range(3)] == [3 / 5, 0.0, None]
+
+
+def test_a_request_whose_engine_has_no_histogram_does_not_lower_the_rates_by_position() -> None:
+    counted = sample(histogram=(1, 1))
+    uncounted = replace(counted, response=replace(counted.response, spec=SpecCounters(8, 24, ())))
+    assert rollout_metrics([counted, uncounted])["spec/accept_rate_pos_0"] == 1 / 2
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6).map(tuple), min_size=1, max_size=5))
+def test_a_cumulative_rate_is_the_product_of_the_conditional_ones(histograms: list[tuple[int, ...]]) -> None:
+    metrics = rollout_metrics([sample(histogram=histogram, num_drafts=5) for histogram in histograms])
+    product, mean_accepted = 1.0, 0.0
+    for i in range(sum(name.startswith("spec/accept_rate_cum") for name in metrics)):
+        product *= metrics[f"spec/accept_rate_pos_{i}"]
+        assert metrics[f"spec/accept_rate_cum_pos_{i}"] == pytest.approx(product)
+        mean_accepted += product
+    if metrics["spec/verify_rounds"]:
+        assert mean_accepted == pytest.approx(metrics["spec/correct_drafts"] / metrics["spec/verify_rounds"])
+
+
+def test_without_speculation_acceptance_is_absent_rather_than_zero() -> None:
+    metrics = rollout_metrics([sample(), sample()])
+    assert metrics["spec/verify_rounds"] == 0
+    assert not [name for name in metrics if "accept_" in name]
+
+
+def test_rewards_count_scored_samples_only_and_exclusions_are_counted() -> None:
+    metrics = rollout_metrics(
+        [
+            sample(prompt_id=0, reward=1.0, length=2, task="add10"),
+            sample(prompt_id=0, reward=0.0, length=4, task="add10", finish_reason="length"),
+            sample(prompt_id=1, reward=1.0, length=6, task="max4", version=2),
+            sample(prompt_id=1, reward=None, length=8, task="max4", version=2),
+        ]
+    )
+    assert metrics["rollout/reward_mean"] == 2 / 3
+    assert metrics["rollout/reward_std"] == pytest.approx(math.sqrt(2 / 9))
+    assert metrics["rollout/reward_mean/add10"] == 1 / 2
+    assert metrics["rollout/reward_mean/max4"] == 1.0
+    assert metrics["rollout/mixed_group_ratio"] == 1 / 2
+    assert (metrics["rollout/num_samples"], metrics["rollout/num_excluded"]) == (4, 1)
+    assert (metrics["rollout/response_len_mean"], metrics["rollout/response_len_max"]) == (5, 8)
+    assert metrics["rollout/truncated_ratio"] == 1 / 4
+    assert (metrics["rollout/weight_version_min"], metrics["rollout/weight_version_max"]) == (0, 2)
+
+
+def test_a_step_whose_every_sample_is_excluded_has_no_reward_but_says_so() -> None:
+    metrics = rollout_metrics([sample(reward=None)])
+    assert metrics["rollout/num_excluded"] == 1
+    assert "rollout/reward_mean" not in metrics
+    assert rollout_metrics([]) == {"rollout/num_samples": 0.0}
+
+
+def test_speeds_are_tokens_over_the_seconds_of_their_phase() -> None:
+    samples = [sample(length=10, latency_s=1.0), sample(length=30, latency_s=3.0), sample(length=8, reward=None)]
+    metrics = perf_metrics(samples, {"rollout": 4.0, "train": 2.0, "sync": 0.5}, 7.0)
+    assert metrics["perf/tokens_per_s"] == 48 / 4
+    assert metrics["perf/train_tokens_per_s"] == (5 + 10 + 5 + 30) / 2
+    assert (metrics["perf/request_latency_mean"], metrics["perf/request_latency_max"]) == (4 / 3, 3.0)
+    assert (metrics["perf/sync_time"], metrics["perf/step_time"]) == (0.5, 7.0)
+
+
+def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
+    report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 1, 4)
+    push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab")
+    made = {
+        **rollout_metrics([sample(histogram=(1, 2, 1))]),
+        **train_metrics(report),
+        **push_metrics(push),
+        **perf_metrics([sample()], {"rollout": 1.0, "train": 1.0, "sync": 1.0}, 3.0),
+    }
+    rows = {metric(name).name for name in made}
+    assert made["sync/bytes_per_s"] == 2000
+    assert made["train/train_rollout_logprob_abs_diff"] == 1e-6
+    assert rows == {row.name for row in TABLE}, "a row that nothing logs is a promise nobody keeps"

@@ -1,0 +1,137 @@
+"""metrics.jsonl and the console."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from slime_spec.config.tree import Config, MetricsConfig
+from slime_spec.errors import ConfigError
+from slime_spec.interfaces import SINKS, load_choice
+from slime_spec.metrics.console import ConsoleSink, step_line, summary
+from slime_spec.metrics.jsonl import JsonlSink, read_metrics
+from slime_spec.metrics.log import MetricLog
+
+STEP = {
+    "rollout/reward_mean": 0.3125,
+    "rollout/response_len_mean": 18.25,
+    "rollout/spec_accept_rate": 0.351,
+    "rollout/spec_accept_length": 1.872,
+    "train/train_rollout_logprob_abs_diff": 2.13e-6,
+    "perf/tokens_per_s": 812.4,
+    "perf/rollout_time": 4.12,
+    "perf/train_time": 25.3,
+    "perf/sync_time": 0.31,
+    "rollout/num_excluded": 0.0,
+}
+
+
+def test_the_log_gives_every_sink_the_same_values_and_jsonl_is_always_among_them(tmp_path: Path) -> None:
+    with MetricLog.open(Config(metrics=MetricsConfig(console=False)), tmp_path) as log:
+        log.log(0, STEP)
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, **STEP}]
+
+
+def test_lines_that_were_logged_survive_a_kill(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from slime_spec.metrics.jsonl import JsonlSink\n"
+        "sink = JsonlSink(Path(sys.argv[1]))\n"
+        "for step in range(3): sink.write(step, {'train/loss': step / 3})\n"
+        "print('logged', flush=True); time.sleep(600)"
+    )
+    path = tmp_path / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "logged\n"
+        os.kill(process.pid, signal.SIGKILL)
+    assert [row["train/loss"] for row in read_metrics(path)] == [0.0, 1 / 3, 2 / 3]
+
+
+def test_what_is_not_finite_becomes_null_so_that_every_line_is_json(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(0, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/entropy": 0.5})
+    sink.close()
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is not JSON")
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert row == {"step": 0, "train/loss": None, "train/grad_norm": None, "train/entropy": 0.5}
+
+
+def test_a_resumed_run_appends_and_its_repeated_steps_count(tmp_path: Path) -> None:
+    for steps, loss in (((0, 1, 2), 1.0), ((2, 3), 2.0)):
+        sink = JsonlSink(tmp_path / "metrics.jsonl")
+        for step in steps:
+            sink.write(step, {"train/loss": loss})
+        sink.close()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0)]
+
+
+def test_a_step_is_one_line_of_facts() -> None:
+    assert step_line(2, 40, STEP) == (
+        "finished step=3/40 reward=0.312 len=18.2 accept_rate=0.351 accept_len=1.87 logprob_diff=2.1e-06 "
+        "tokens_per_s=812 rollout=4.1s train=25.3s sync=0.31s"
+    )
+    assert step_line(0, 1, {"rollout/reward_mean": 0.5, "rollout/num_excluded": 2.0}).endswith(
+        "reward=0.500 excluded=2"
+    )
+
+
+def test_without_a_terminal_the_console_writes_plain_lines_and_a_table_at_the_end() -> None:
+    written = io.StringIO()
+    sink = ConsoleSink(2, Console(file=written, width=60))
+    for step in range(2):
+        sink.progress("rollout", 3, 8)
+        sink.write(step, {**STEP, "rollout/reward_mean": 0.25 + step})
+    lines = written.getvalue().splitlines()
+    assert lines[0].startswith("finished step=1/2 reward=0.250 ")
+    assert len(lines) == 2, "progress and line wrapping are for terminals"
+    assert "\x1b" not in written.getvalue()
+    sink.close()
+    assert "rollout/reward_mean" in written.getvalue()
+
+
+def test_on_a_terminal_the_console_shows_the_steps_and_the_phase_that_runs() -> None:
+    written = io.StringIO()
+    sink = ConsoleSink(4, Console(file=written, width=100, force_terminal=True, color_system=None))
+    sink.progress("rollout", 3, 8)
+    sink.write(0, STEP)
+    sink.close()
+    shown = written.getvalue()
+    assert "3/8" in shown
+    assert "1/4" in shown
+    assert "finished step=1/4 reward=0.312" in shown
+
+
+def test_the_final_table_compares_the_first_steps_with_the_last() -> None:
+    rows = {step: {"rollout/reward_mean": step / 10} for step in range(10)}
+    written = io.StringIO()
+    Console(file=written, width=80).print(summary(rows))
+    row = next(line for line in written.getvalue().splitlines() if "rollout/reward_mean" in line)
+    assert "0.200" in row
+    assert "0.700" in row
+
+
+def test_every_sink_of_the_table_can_be_opened_written_and_closed(tmp_path: Path) -> None:
+    for name in SINKS.keys() - {"wandb"}:
+        sink = load_choice("metrics", SINKS, name).open(Config(), tmp_path)
+        sink.write(0, STEP)
+        sink.close()
+
+
+def test_an_unknown_metric_reaches_no_sink(tmp_path: Path) -> None:
+    with MetricLog.open(Config(metrics=MetricsConfig(console=False)), tmp_path) as log:
+        with pytest.raises(ConfigError):
+            log.log(0, {**STEP, "train/los": 1.0})
+        assert read_metrics(tmp_path / "metrics.jsonl") == []

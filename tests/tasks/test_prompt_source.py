@@ -1,0 +1,166 @@
+"""Prompts by id, and the data that is refused before anything heavy starts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slime_spec.config.tree import Config, RolloutConfig, RunConfig, TaskConfig
+from slime_spec.errors import ConfigError
+from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.tasks.source import PromptSource
+from slime_spec.types import GeneratedSample
+
+
+def config(task: TaskConfig, seed: int = 0, max_prompt_len: int = 200) -> Config:
+    return Config(run=RunConfig(seed=seed), task=task, rollout=RolloutConfig(max_prompt_len=max_prompt_len))
+
+
+def jsonl(path: Path, *lines: str) -> TaskConfig:
+    path.write_text("".join(line + "\n" for line in lines))
+    return TaskConfig(prompt_data=str(path))
+
+
+def row(prompt: object, label: object) -> str:
+    return json.dumps({"prompt": prompt, "label": label})
+
+
+def test_a_resumed_run_draws_the_prompts_that_an_uninterrupted_one_would(tokenizer: Tokenizer) -> None:
+    source = PromptSource(config(TaskConfig()), tokenizer)
+    whole = source.take(24, start_prompt_id=0)
+    resumed = PromptSource(config(TaskConfig()), tokenizer)
+    assert resumed.take(8, start_prompt_id=16) == whole[16:]
+    assert [prompt.prompt_id for prompt in whole] == list(range(24))
+
+
+def test_another_seed_draws_other_prompts(tokenizer: Tokenizer) -> None:
+    one, other = (PromptSource(config(TaskConfig(), seed), tokenizer).take(8, 0) for seed in (0, 1))
+    assert [prompt.text for prompt in one] != [prompt.text for prompt in other]
+
+
+def test_the_tasks_of_a_suite_and_of_a_list_take_turns(tokenizer: Tokenizer) -> None:
+    suite = PromptSource(config(TaskConfig(names=("arithmetic",))), tokenizer).take(4, 0)
+    assert [prompt.task for prompt in suite] == ["add10", "max4", "add10", "max4"]
+    three = PromptSource(config(TaskConfig(names=("arithmetic", "sum_sentence"))), tokenizer).take(4, 0)
+    assert [prompt.task for prompt in three] == ["add10", "max4", "sum_sentence", "add10"]
+
+
+def test_the_chat_template_and_the_system_prompt_are_applied_as_configured(tokenizer: Tokenizer) -> None:
+    def text(task: TaskConfig) -> str:
+        (prompt,) = PromptSource(config(task), tokenizer).take(1, 0)
+        return tokenizer.decode(prompt.token_ids).replace(prompt.text, "Q")
+
+    assert text(TaskConfig()) == "u:Q;a:"
+    assert text(TaskConfig(system_prompt="S")) == "s:S;u:Q;a:"
+    assert text(TaskConfig(apply_chat_template=False)) == "Q"
+    with pytest.raises(ConfigError, match=r"task\.system_prompt: needs the chat template"):
+        text(TaskConfig(apply_chat_template=False, system_prompt="S"))
+
+
+def test_a_response_is_scored_by_the_task_of_its_prompt(tokenizer: Tokenizer) -> None:
+    source = PromptSource(config(TaskConfig()), tokenizer)
+    (prompt,) = source.take(1, 0)
+    ids = tokenizer.encode(f"It is {prompt.answer}.")
+    sample = source.score(prompt, GeneratedSample("0", 0, ids, (0.0,) * len(ids), "stop", 0, 1))
+    assert (sample.reward, sample.text) == (1.0, f"It is {prompt.answer}.")
+
+
+def test_an_own_task_is_found_by_module_and_attribute_and_checked_for_what_it_lacks(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_tasks.py").write_text(
+        "from slime_spec.interfaces import Problem\n"
+        "class Echo:\n"
+        "    name = 'echo'\n"
+        "    def problem(self, index, seed): return Problem(f'say {index}', str(index))\n"
+        "    def reward(self, prompt, reply): return float(reply == prompt.answer)\n"
+        "echo = Echo()\n"
+        "class Half:\n"
+        "    name = 'half'\n"
+        "half = Half()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = PromptSource(config(TaskConfig(names=("add10", "my_tasks:echo"))), tokenizer)
+    assert [prompt.text for prompt in source.take(4, 0)][1::2] == ["say 0", "say 1"]
+    with pytest.raises(ConfigError, match="It lacks problem, reward"):
+        PromptSource(config(TaskConfig(names=("my_tasks:half",))), tokenizer)
+    with pytest.raises(ConfigError, match="Name an instance"):
+        PromptSource(config(TaskConfig(names=("my_tasks:Echo",))), tokenizer)
+
+
+def test_unknown_empty_and_repeated_task_names_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'arithmetic'"):
+        PromptSource(config(TaskConfig(names=("aritmetic",))), tokenizer)
+    with pytest.raises(ConfigError, match="at least one task"):
+        PromptSource(config(TaskConfig(names=())), tokenizer)
+    with pytest.raises(ConfigError, match="add10 comes twice"):
+        PromptSource(config(TaskConfig(names=("arithmetic", "add10"))), tokenizer)
+
+
+def test_a_built_in_prompt_beyond_max_prompt_len_is_refused_at_once(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="problem 0 of task add10: the prompt must have at most 20 tokens"):
+        PromptSource(config(TaskConfig(), max_prompt_len=20), tokenizer)
+
+
+def test_every_line_of_a_jsonl_file_comes_once_an_epoch_in_another_order(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = jsonl(tmp_path / "data.jsonl", *(row(f"p{i}", i) for i in range(30)), "")
+    source = PromptSource(config(task), tokenizer)
+    texts = [prompt.text for prompt in source.take(60, 0)]
+    assert set(Counter(texts).values()) == {2}
+    assert sorted(texts[:30]) == sorted(texts[30:])
+    assert texts[:30] != texts[30:]
+    assert [prompt.text for prompt in PromptSource(config(task), tokenizer).take(5, 40)] == texts[40:45]
+
+
+def test_the_keys_and_the_reward_of_a_jsonl_file_are_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "Capital of France?", "gold": "Paris", "more": 1}\n')
+    task = TaskConfig(prompt_data=str(path), input_key="question", label_key="gold", reward="exact")
+    source = PromptSource(config(task), tokenizer)
+    (prompt,) = source.take(1, 0)
+    ids = tokenizer.encode("Paris")
+    assert source.score(prompt, GeneratedSample("0", 0, ids, (0.0,) * 5, "stop", 0, 1)).reward == 1.0
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: 'gold' must be an integer for the reward last_integer"):
+        PromptSource(config(replace(task, reward="last_integer")), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("broken", "rule"),
+    [
+        ('{"prompt": "a", "label": 1', "must be valid JSON"),
+        ('["a", 1]', "must be a JSON object"),
+        ('{"prompt": "a"}', "must have the key 'label'"),
+        ('{"text": "a", "label": 1}', "must have the key 'prompt'"),
+        (row(["a"], 1), "'prompt' must be a text"),
+        (row("", 1), "'prompt' must be a text that is not empty"),
+        (row("a", None), "'label' must be a text or a number"),
+        (row("a", "1.5"), "'label' must be an integer"),
+        (row("a" * 300, 1), "the prompt must have at most 200 tokens"),
+    ],
+)
+def test_a_broken_line_is_refused_at_the_start_with_file_and_line_number(
+    tokenizer: Tokenizer, tmp_path: Path, broken: str, rule: str
+) -> None:
+    task = jsonl(tmp_path / "data.jsonl", row("fine", 1), "", broken, row("fine", 2))
+    with pytest.raises(ConfigError) as refused:
+        PromptSource(config(task), tokenizer)
+    assert f"{tmp_path / 'data.jsonl'}:3: {rule}" in str(refused.value)
+
+
+def test_a_line_separator_inside_a_json_text_ends_no_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = jsonl(tmp_path / "data.jsonl", '{"prompt": "a\u2028b", "label": 1}')
+    assert PromptSource(config(task), tokenizer).take(1, 0)[0].text == "a\u2028b"
+
+
+def test_a_file_that_is_missing_empty_or_no_text_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        PromptSource(config(TaskConfig(prompt_data=str(tmp_path / "absent.jsonl"))), tokenizer)
+    with pytest.raises(ConfigError, match="at least one prompt"):
+        PromptSource(config(jsonl(tmp_path / "empty.jsonl", "", "")), tokenizer)
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        PromptSource(config(TaskConfig(prompt_data=str(tmp_path / "binary.jsonl"))), tokenizer)

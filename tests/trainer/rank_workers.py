@@ -1,0 +1,186 @@
+"""What a rank does in a test; each function runs in a process of its own, called by run_ranks."""
+
+import resource
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state as mpu
+
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.hf.checkpoint import expected_shapes
+from slime_spec.interfaces import RunState
+from slime_spec.types import TrainReport, TrainSample
+from slime_spec.weights.manifest import Manifest
+from slime_spec.weights.push import PushBucket, PushReceiver
+from trainer_bridge.layout import Layout, RankCoordinates
+from trainer_bridge.megatron.cpu_shim import cpu_shim
+from trainer_bridge.megatron.model import hf_tensors
+from trainer_bridge.megatron.policy_step import accumulate_gradients, with_reference_logprobs
+from trainer_bridge.megatron.process_groups import process_groups
+from trainer_bridge.megatron.rank import TrainerRank
+from trainer_bridge.megatron.vocab_parallel import token_logprobs
+from trainer_bridge.microbatch import build_microbatch
+from trainer_bridge.packing import plan_microbatches
+
+
+def _weights(worker: TrainerRank) -> dict[str, torch.Tensor]:
+    """Every tensor this rank's stage holds."""
+    return {name: tensor.clone() for name, tensor in hf_tensors(worker.model, worker.spec)}
+
+
+def train(
+    rank: int, init_method: str, config: Config, batches: Sequence[Sequence[TrainSample]]
+) -> tuple[dict[str, torch.Tensor], list[TrainReport], dict[str, torch.Tensor]]:
+    """Weights as loaded, one report per batch, weights after."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    before = _weights(worker)
+    reports = [worker.step(batch) for batch in batches]
+    after = _weights(worker)
+    worker.close()
+    return before, reports, after
+
+
+def logprobs_and_gradients(
+    rank: int, init_method: str, config: Config, samples: Sequence[TrainSample], share_prompts: bool
+) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    """Each sample's response logprobs, and the gradients of one policy step."""
+
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    plans = plan_microbatches(samples, config.trainer.max_tokens_per_microbatch, 1, share_prompts)[0]
+    microbatches = [build_microbatch(samples, plan, torch.device("cpu")) for plan in plans]
+    with cpu_shim():
+        scored = with_reference_logprobs(worker.model, microbatches, worker.temperature)
+        worker.ddp.zero_grad_buffer()
+        accumulate_gradients(worker.ddp, microbatches, worker.loss, worker.temperature)
+    logprobs: list[list[float]] = [[] for _ in samples]
+    for plan, microbatch in zip(plans, scored, strict=True):
+        flat = iter(microbatch.ref_logprobs.tolist())
+        for segment in plan:
+            for index, length in zip(segment.sample_indices, segment.response_lens, strict=True):
+                logprobs[index] = [next(flat) for _ in range(length)]
+    gradients = {name: param.main_grad.clone() for name, param in worker.model.named_parameters()}
+    worker.close()
+    return logprobs, gradients
+
+
+def save_and_continue(
+    rank: int,
+    init_method: str,
+    config: Config,
+    batches: Sequence[Sequence[TrainSample]],
+    more: Sequence[Sequence[TrainSample]],
+    folder: str,
+    state: RunState,
+) -> list[TrainReport]:
+    """Train, save, and report the steps that follow without interruption."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    for batch in batches:
+        worker.step(batch)
+    worker.save(folder, state)
+    reports = [worker.step(batch) for batch in more]
+    worker.close()
+    return reports
+
+
+def resume(
+    rank: int, init_method: str, config: Config, batches: Sequence[Sequence[TrainSample]]
+) -> tuple[RunState, list[TrainReport]]:
+    worker = TrainerRank(config, rank, init_method)
+    state = worker.load()
+    reports = [worker.step(batch) for batch in batches]
+    worker.close()
+    return state, reports
+
+
+def save_onto_a_full_disk(rank: int, init_method: str, config: Config, folder: str) -> str:
+    """A good save, then one whose files may not grow beyond 16 KiB; returns the error's text."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    worker.save(folder, RunState(1, 8, 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, resource.RLIM_INFINITY))
+    try:
+        worker.save(folder, RunState(2, 16, 2))
+    except ConfigError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        worker.close()
+    return ""
+
+
+def export(rank: int, init_method: str, config: Config, folder: str) -> None:
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    worker.export_hf(folder)
+    worker.close()
+
+
+class KeepingTransport:
+    """Implements WeightTransport inside one process: the handle is the tensors themselves."""
+
+    def publish(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor.clone() for tensor in tensors]
+
+    def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
+        return list(bucket.handle)
+
+
+def push_to_a_receiver(rank: int, init_method: str, config: Config) -> tuple[int, list[str]]:
+    """Number of buckets, and the names of the tensors a receiver verified."""
+
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    transport = KeepingTransport()
+    buckets = list(worker.push_buckets(3, transport))
+    shapes = expected_shapes(worker.spec)
+    metas = {meta.name: meta for bucket in buckets for meta in bucket.tensors}
+    mine = {name: shape for name, shape in shapes.items() if name in metas}
+    receiver = PushReceiver(Manifest("target", 3, tuple(metas.values())), mine)
+    for bucket in buckets:
+        receiver.take(bucket, transport.receive(bucket))
+    receiver.finish(receiver.checksum)
+    worker.close()
+    return len(buckets), list(metas)
+
+
+def step_error(rank: int, init_method: str, config: Config, samples: Sequence[TrainSample]) -> str:
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    try:
+        worker.step(samples)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        worker.close()
+    return ""
+
+
+def group_coordinates(rank: int, init_method: str, layout: Layout) -> RankCoordinates:
+
+    with process_groups(layout, rank, init_method, seed=0):
+        return RankCoordinates(
+            tensor=mpu.get_tensor_model_parallel_rank(),
+            data=mpu.get_data_parallel_rank(),
+            pipeline=mpu.get_pipeline_model_parallel_rank(),
+        )
+
+
+def sliced_vocabulary(
+    rank: int,
+    init_method: str,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """This rank's view of logprobs and entropy, and the gradient of its slice of the logits."""
+
+    with process_groups(Layout(tensor=2, pipeline=1, data=1), rank, init_method, seed=0):
+        mine = logits.chunk(2, dim=1)[rank].clone().requires_grad_()
+        logprobs, entropy = token_logprobs(mine, targets, temperature, mpu.get_tensor_model_parallel_group())
+        (logprobs * weights).sum().backward()
+        return logprobs.detach(), entropy, mine.grad

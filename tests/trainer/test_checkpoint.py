@@ -1,0 +1,80 @@
+"""Resuming is as if there had been no interruption, under any layout; a failed write harms nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slime_spec.config.tree import Config
+from slime_spec.errors import CheckpointError
+from slime_spec.interfaces import RunState
+from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples
+from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint, resolve_checkpoint
+
+STATE = RunState(rollout_id=7, next_prompt_id=56, weight_version=6)
+BEFORE = [tiny_samples(seed) for seed in (1, 2)]
+AFTER = [tiny_samples(seed) for seed in (3, 4)]
+TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
+PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("policy"), "Qwen3ForCausalLM", tied=True)
+
+
+def resumed_from(config: Config, checkpoints: Path) -> Config:
+    return replace(config, trainer=replace(config.trainer, load=str(checkpoints)))
+
+
+@pytest.mark.parametrize("layout", [{}, PP2], ids=["1x1", "PP2"])
+def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps_exactly(
+    layout: dict[str, int], folder: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(folder, {**layout, "lr_warmup_steps": 4})
+    world_size = config.trainer.world_size
+    uninterrupted = run_ranks(world_size, "save_and_continue", config, BEFORE, AFTER, str(tmp_path), STATE)[0]
+    state, reports = run_ranks(world_size, "resume", resumed_from(config, tmp_path), AFTER)[0]
+    assert state == STATE
+    assert reports == uninterrupted
+
+
+def test_a_checkpoint_of_two_tensor_ranks_resumes_on_one(folder: Path, tmp_path: Path) -> None:
+    saved = run_ranks(2, "save_and_continue", tiny_config(folder, TP2), BEFORE, AFTER, str(tmp_path), STATE)[0]
+    state, reports = run_ranks(1, "resume", resumed_from(tiny_config(folder), tmp_path), AFTER)[0]
+    assert state == STATE
+    for got, expected in zip(reports, saved, strict=True):
+        assert got.loss == pytest.approx(expected.loss, abs=1e-5)
+        assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+
+
+def test_a_write_that_fails_names_the_folder_and_leaves_the_previous_checkpoint(folder: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    (problem,) = run_ranks(1, "save_onto_a_full_disk", tiny_config(folder), str(checkpoints))
+    assert str(checkpoints) in problem
+    assert "GB free" in problem
+    assert "previous checkpoint is intact" in problem
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000001"]
+    state, _ = run_ranks(1, "resume", resumed_from(tiny_config(folder), checkpoints), [])[0]
+    assert state == RunState(1, 8, 1)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="must be a checkpoint"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_written_again_replaces_the_old_one(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        folder = begin_checkpoint(tmp_path, "step-000003")
+        (folder / "metadata.json").write_text(text)
+        publish_checkpoint(tmp_path, "step-000003")
+    assert (resolve_checkpoint(tmp_path) / "metadata.json").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000003"]
+
+
+def test_an_interrupted_write_is_never_the_latest(tmp_path: Path) -> None:
+    (begin_checkpoint(tmp_path, "step-000001") / "metadata.json").write_text("whole")
+    publish_checkpoint(tmp_path, "step-000001")
+    (begin_checkpoint(tmp_path, "step-000002") / "metadata.json").write_text("half")
+    assert resolve_checkpoint(tmp_path).name == "step-000001"

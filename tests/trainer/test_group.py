@@ -1,0 +1,117 @@
+"""The trainer over real Ray actors: steps, pushes, checkpoints."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from slime_spec.config.tree import Config, RunConfig
+from slime_spec.errors import ConfigError
+from slime_spec.hf.checkpoint import expected_shapes, load_tensors
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.interfaces import RunState
+from slime_spec.launch.cluster import Cluster, cluster
+from slime_spec.transports.ray_object_store import RayObjectStoreTransport
+from slime_spec.types import TrainSample
+from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushReceiver
+from tests.trainer.trainer_support import make_policy, tiny_config, tiny_samples
+from trainer_bridge.megatron.group import MegatronGroup
+
+LAYOUTS = {"1x1": {}, "TP2": {"world_size": 2, "tensor_model_parallel_size": 2}}
+
+
+@pytest.fixture(scope="module", params=["1x1", pytest.param("TP2", marks=pytest.mark.long)])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = make_policy(tmp_path_factory.mktemp("policy"), "Qwen3ForCausalLM", tied=True)
+    config = tiny_config(folder, LAYOUTS[request.param])
+    return replace(config, run=RunConfig(mode="train_only"))
+
+
+@pytest.fixture(scope="module")
+def spec(config: Config) -> ModelSpec:
+    return ModelSpec.from_folder(config.model.hf_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(config: Config, spec: ModelSpec) -> Iterator[Cluster]:
+    with cluster(config, spec) as reserved:
+        yield reserved
+
+
+@pytest.fixture(scope="module")
+def group(config: Config, ray_cluster: Cluster) -> Iterator[MegatronGroup]:
+    group = MegatronGroup(config, ray_cluster.ranks, "ray")
+    assert group.load() is None
+    yield group
+    group.stop()
+
+
+def received(group: MegatronGroup, spec: ModelSpec, version: int) -> dict[str, torch.Tensor]:
+    """Take one push as an engine does, every checksum verified."""
+    transport = RayObjectStoreTransport()
+    weights: dict[str, torch.Tensor] = {}
+    indices = []
+    for message in group.push(version):
+        if isinstance(message, BeginPush):
+            receiver = PushReceiver(message.manifest, expected_shapes(spec))
+        elif isinstance(message, PushBucket):
+            tensors = transport.receive(message)
+            receiver.take(message, tensors)
+            weights |= {meta.name: tensor.clone() for meta, tensor in zip(message.tensors, tensors, strict=True)}
+            indices.append(message.index)
+        elif isinstance(message, CommitPush):
+            receiver.finish(message.checksum)
+            assert message.version == version
+            assert indices == list(range(len(indices)))
+            return weights
+    raise AssertionError("the push ended without a commit")
+
+
+def test_a_push_before_any_step_is_the_checkpoint(group: MegatronGroup, config: Config, spec: ModelSpec) -> None:
+    pushed = received(group, spec, 1)
+    original = load_tensors(config.model.hf_checkpoint, spec)
+    assert all(torch.equal(pushed[name], tensor) for name, tensor in original.items())
+
+
+def test_a_step_changes_what_the_next_push_sends(group: MegatronGroup, spec: ModelSpec) -> None:
+    before = received(group, spec, 2)
+    report = group.step(tiny_samples())
+    assert report.num_optimizer_steps == 1
+    assert report.grad_norm > 0
+    after = received(group, spec, 3)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_push_that_is_given_up_leaves_the_trainer_able_to_step_and_push(
+    group: MegatronGroup, spec: ModelSpec
+) -> None:
+    messages = group.push(4)
+    assert isinstance(next(messages), BeginPush)
+    assert isinstance(next(messages), PushBucket)
+    assert group.step(tiny_samples(seed=1)).num_tokens > 0
+    assert received(group, spec, 5).keys() == expected_shapes(spec).keys()
+
+
+def test_a_checkpoint_saved_by_actors_resumes_in_new_ones(
+    group: MegatronGroup, config: Config, spec: ModelSpec, ray_cluster: Cluster, tmp_path: Path
+) -> None:
+    state = RunState(rollout_id=3, next_prompt_id=24, weight_version=5)
+    group.save(str(tmp_path), state)
+    resumed_config = replace(config, trainer=replace(config.trainer, load=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"trainer\.load"):
+        MegatronGroup(
+            replace(config, trainer=replace(config.trainer, load=str(tmp_path / "no"))), ray_cluster.ranks, "ray"
+        )
+    group.stop()
+    resumed = MegatronGroup(resumed_config, ray_cluster.ranks, "ray")
+    try:
+        assert resumed.load() == state
+        with pytest.raises(ConfigError, match="context"):
+            resumed.step([TrainSample(tuple(range(129)), 120, (-1.0,) * 9, 1.0)])
+        resumed.export_hf(str(tmp_path / "export"))
+    finally:
+        resumed.stop()
+    exported = ModelSpec.from_folder(tmp_path / "export")
+    assert replace(exported, eos_token_ids=spec.eos_token_ids) == spec

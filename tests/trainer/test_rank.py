@@ -1,0 +1,57 @@
+"""What one rank refuses, exports and publishes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slime_spec.hf.checkpoint import expected_shapes, load_tensors
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.types import TrainSample
+from tests.support.tiny_models import load_reference
+from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("policy"), "Qwen2ForCausalLM", tied=True)
+
+
+def test_a_sample_longer_than_the_models_context_is_refused(folder: Path) -> None:
+    sample = TrainSample(tuple(range(129)), 120, (-1.0,) * 9, 1.0)
+    (problem,) = run_ranks(1, "step_error", tiny_config(folder), [sample])
+    assert "context of 128 tokens" in problem
+    assert "129" in problem
+
+
+def test_a_pushed_stage_is_all_of_its_tensors_and_every_checksum_holds(folder: Path) -> None:
+    config = tiny_config(folder, {"world_size": 2, "pipeline_model_parallel_size": 2})
+    answers = run_ranks(2, "push_to_a_receiver", config)
+    names = [name for _, part in answers for name in part]
+    assert sorted(names) == sorted(expected_shapes(ModelSpec.from_folder(folder)))
+    assert all(num_buckets > 1 for num_buckets, _ in answers), "the test should span several buckets"
+
+
+def test_only_the_first_tensor_rank_publishes(folder: Path) -> None:
+    config = tiny_config(folder, {"world_size": 2, "tensor_model_parallel_size": 2})
+    (first, names), (second, nothing) = run_ranks(2, "push_to_a_receiver", config)
+    assert set(names) == expected_shapes(ModelSpec.from_folder(folder)).keys()
+    assert first > 1
+    assert (second, nothing) == (0, [])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_an_export_is_a_checkpoint_that_transformers_loads(kind: str, folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    config = tiny_config(folder, {"world_size": 2, f"{kind}_model_parallel_size": 2})
+    run_ranks(2, "export", config, str(tmp_path / "export"))
+    original = load_file(folder / "model.safetensors")
+    exported = load_tensors(tmp_path / "export", ModelSpec.from_folder(tmp_path / "export"))
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in original.items())
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = load_reference(tmp_path / "export")(tokens).logits
+        assert torch.equal(logits, load_reference(folder)(tokens).logits)
+    assert (tmp_path / "export" / "tokenizer.json").read_text() == "{}"

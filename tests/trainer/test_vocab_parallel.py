@@ -1,0 +1,55 @@
+"""Logprobs, entropy and gradient of the hand-written pass against torch's log_softmax."""
+
+import pytest
+import torch
+
+from tests.trainer.trainer_support import run_ranks
+from trainer_bridge.megatron.vocab_parallel import token_logprobs
+
+
+def plain(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probs = (logits / temperature).log_softmax(-1)
+    return log_probs.gather(-1, targets[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(-1)
+
+
+def draw() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(7, 12, generator=generator) * 4
+    return logits, torch.randint(0, 12, (7,), generator=generator), torch.randn(7, generator=generator)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_entropy_and_gradient_are_log_softmaxs(temperature: float) -> None:
+    logits, targets, weights = draw()
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    logprobs, entropy = token_logprobs(ours, targets, temperature, None)
+    expected, expected_entropy = plain(theirs, targets, temperature)
+    (logprobs * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, expected_entropy.detach())
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert torch.equal(ours.detach(), logits), "the logits themselves must stay as they were"
+
+
+def test_a_vocabulary_in_two_slices_gives_the_same() -> None:
+    temperature = 0.7
+    logits, targets, weights = draw()
+    whole = logits.clone().requires_grad_()
+    expected, expected_entropy = plain(whole, targets, temperature)
+    (expected * weights).sum().backward()
+    answers = run_ranks(2, "sliced_vocabulary", logits, targets, weights, temperature)
+    for logprobs, entropy, _ in answers:
+        torch.testing.assert_close(logprobs, expected.detach())
+        torch.testing.assert_close(entropy, expected_entropy.detach())
+    torch.testing.assert_close(torch.cat([gradient for _, _, gradient in answers], dim=1), whole.grad)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    logprobs, entropy = token_logprobs(logits, torch.tensor([1]), 1.0, None)
+    logprobs.sum().backward()
+    assert logprobs.item() == -2e4
+    assert entropy.item() == 0.0
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()

@@ -1,0 +1,152 @@
+"""A push is all or nothing, and every kind of damage is refused by name."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slime_spec.errors import PushError
+from slime_spec.weights.manifest import Manifest, combined_checksum, meta_of, tensor_checksum
+from slime_spec.weights.push import (
+    BeginPush,
+    CancelPush,
+    CommitPush,
+    PushBucket,
+    PushMessage,
+    PushReceiver,
+    PushReply,
+    bucketed,
+    run_push,
+)
+
+WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(1)}
+SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
+
+
+def push_messages(version: int = 1, weights: dict[str, torch.Tensor] = WEIGHTS) -> Iterator[PushMessage]:
+    manifest = Manifest("target", version, tuple(meta_of(name, tensor) for name, tensor in weights.items()))
+    yield BeginPush(manifest)
+    sums = []
+    for index, bucket in enumerate(bucketed(weights.items(), bucket_bytes=24)):
+        checksums = tuple(tensor_checksum(tensor) for _, tensor in bucket)
+        sums += [(name, checksum) for (name, _), checksum in zip(bucket, checksums, strict=True)]
+        tensors = [tensor for _, tensor in bucket]
+        yield PushBucket(version, index, tuple(meta_of(*pair) for pair in bucket), checksums, tensors)
+    yield CommitPush(version, combined_checksum(sums))
+
+
+class Receiver:
+    """An engine's side of a push, without an engine; ``spoil`` changes a bucket's tensors on the way."""
+
+    def __init__(self, spoil=lambda bucket: bucket.handle, expected=SHAPES) -> None:
+        self.spoil, self.expected = spoil, expected
+        self.version, self.weights, self.seen = 0, {}, []
+
+    def __call__(self, message: PushMessage) -> PushReply:
+        self.seen.append(type(message).__name__)
+        match message:
+            case BeginPush():
+                self.receiver, self.staged = PushReceiver(message.manifest, self.expected), {}
+            case PushBucket():
+                tensors = self.spoil(message)
+                self.receiver.take(message, tensors)
+                self.staged |= dict(zip((m.name for m in message.tensors), tensors, strict=True))
+            case CommitPush():
+                self.receiver.finish(message.checksum)
+                self.version, self.weights = message.version, self.staged
+            case CancelPush():
+                self.staged = {}
+        return PushReply(0, self.version, self.receiver.checksum if hasattr(self, "receiver") else "")
+
+
+def test_a_push_brings_every_tensor_and_the_version_to_every_engine():
+    engines = [Receiver(), Receiver()]
+    report = run_push(push_messages(version=7), lambda message: [engine(message) for engine in engines])
+    for engine in engines:
+        assert engine.version == 7
+        assert all(torch.equal(engine.weights[name], tensor) for name, tensor in WEIGHTS.items())
+    assert (report.num_tensors, report.nbytes) == (3, 6 * 4 + 4 * 2 + 4)
+
+
+def flip_one_bit(bucket: PushBucket) -> list[torch.Tensor]:
+    tensors = [tensor.clone() for tensor in bucket.handle]
+    if bucket.index == 1:
+        tensors[0].view(torch.uint8).reshape(-1)[0] ^= 1
+    return tensors
+
+
+def test_one_flipped_bit_on_one_engine_leaves_every_engine_on_its_version():
+    engines = [Receiver(), Receiver(flip_one_bit)]
+    with pytest.raises(PushError, match="b arrived damaged"):
+        run_push(push_messages(), lambda message: [engine(message) for engine in engines])
+    assert [engine.version for engine in engines] == [0, 0]
+    assert [engine.weights for engine in engines] == [{}, {}]
+    assert all(engine.seen[-1] == "CancelPush" for engine in engines)
+
+
+def without(*names: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in WEIGHTS.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        (without("b"), "lacks b"),
+        ({**WEIGHTS, "extra": torch.ones(1)}, "does not know: extra"),
+        ({**WEIGHTS, "a": torch.ones(3, 2)}, r"a has shape \(3, 2\)"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_the_model_is_refused_before_any_bucket(weights, reason):
+    engine = Receiver()
+    with pytest.raises(PushError, match=reason):
+        run_push(push_messages(weights=weights), lambda message: [engine(message)])
+    assert "PushBucket" not in engine.seen
+
+
+def test_a_lost_bucket_is_named_at_the_commit():
+    engine = Receiver()
+    messages = [m for m in push_messages() if not (isinstance(m, PushBucket) and m.index == 1)]
+    with pytest.raises(PushError, match="ended without b"):
+        run_push(messages, lambda message: [engine(message)])
+    assert engine.version == 0
+
+
+def test_a_bucket_of_another_push_is_refused():
+    engine = Receiver()
+    messages = [replace(m, version=9) if isinstance(m, PushBucket) else m for m in push_messages()]
+    with pytest.raises(PushError, match="bucket of version 9 inside the push of 1"):
+        run_push(messages, lambda message: [engine(message)])
+
+
+def test_a_trainer_that_fails_midway_cancels_the_push():
+    def broken() -> Iterator[PushMessage]:
+        yield from list(push_messages())[:2]
+        raise OSError("trainer lost")
+
+    engine = Receiver()
+    with pytest.raises(PushError, match="trainer lost"):
+        run_push(broken(), lambda message: [engine(message)])
+    assert engine.version == 0
+    assert engine.seen[-1] == "CancelPush"
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
+def test_buckets_keep_the_order_and_never_exceed_their_size_unless_one_tensor_does(sizes, limit):
+    tensors = [(str(i), torch.zeros(n, dtype=torch.uint8)) for i, n in enumerate(sizes)]
+    buckets = list(bucketed(tensors, limit))
+    assert [pair for bucket in buckets for pair in bucket] == tensors
+    for bucket in buckets:
+        assert len(bucket) == 1 or sum(tensor.numel() for _, tensor in bucket) <= limit
+
+
+def test_the_checksum_sees_one_bit_and_not_the_order_of_arrival():
+    tensor = torch.randn(1000)
+    changed = tensor.clone()
+    changed.view(torch.int32)[567] ^= 1
+    assert tensor_checksum(tensor) != tensor_checksum(changed)
+    pairs = [("x", 1), ("y", 2)]
+    assert combined_checksum(pairs) == combined_checksum(pairs[::-1])
+    assert combined_checksum(pairs) != combined_checksum([("x", 2), ("y", 1)])

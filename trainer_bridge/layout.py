@@ -1,0 +1,88 @@
+"""How ranks form tensor, pipeline and data parallel groups, and which sizes fit a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.hf.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class RankCoordinates:
+    """A rank's place in each kind of group."""
+
+    tensor: int
+    data: int
+    pipeline: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Group sizes; ranks count tensor first, then data, then pipeline (Megatron's order tp-cp-ep-dp-pp)."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def coordinates(self, rank: int) -> RankCoordinates:
+        return RankCoordinates(
+            tensor=rank % self.tensor,
+            data=rank // self.tensor % self.data,
+            pipeline=rank // (self.tensor * self.data),
+        )
+
+    def holders(self, stage: int) -> tuple[int, ...]:
+        """The ranks whose shards together are one pipeline stage's weights, tensor rank 0 first."""
+        first = stage * self.tensor * self.data
+        return tuple(range(first, first + self.tensor))
+
+
+def check_layout(config: Config, spec: ModelSpec) -> Layout:
+    """The layout that the trainer settings ask for; raises ConfigError where model and sizes do not fit each other."""
+    trainer = config.trainer
+    tensor, pipeline = trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size
+    if trainer.world_size % (tensor * pipeline):
+        raise ConfigError(
+            "trainer.world_size",
+            f"must be a multiple of tensor ({tensor}) x pipeline ({pipeline}) parallel ranks",
+            trainer.world_size,
+            f"Pass --actor-world-size {tensor * pipeline}, or correct the parallel sizes.",
+        )
+    if trainer.num_gpus not in (0, trainer.world_size):
+        raise ConfigError(
+            "trainer.num_gpus",
+            f"must be 0 (train on CPU) or one per rank ({trainer.world_size})",
+            trainer.num_gpus,
+            "Give --actor-num-gpus and --actor-world-size the same number.",
+        )
+    for what, size in _split_by_tensor_ranks(spec).items():
+        if size % tensor:
+            raise ConfigError(
+                "trainer.tensor_model_parallel_size",
+                f"must divide the model's {what} ({size})",
+                tensor,
+                "Choose a smaller --tensor-model-parallel-size.",
+            )
+    if spec.num_layers % pipeline:
+        raise ConfigError(
+            "trainer.pipeline_model_parallel_size",
+            f"must divide the model's layers ({spec.num_layers})",
+            pipeline,
+            "Choose another --pipeline-model-parallel-size.",
+        )
+    return Layout(tensor, pipeline, trainer.world_size // (tensor * pipeline))
+
+
+def _split_by_tensor_ranks(spec: ModelSpec) -> dict[str, int]:
+    return {
+        "attention heads": spec.num_heads,
+        "key-value heads": spec.num_kv_heads,
+        "feed-forward size": spec.intermediate_size,
+        "vocabulary": spec.vocab_size,
+    }

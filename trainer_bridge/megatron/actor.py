@@ -1,0 +1,69 @@
+"""The Ray actor around one trainer rank: a process, a network address and nothing else."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import ray
+
+from slime_spec.config.tree import Config
+from slime_spec.interfaces import TRANSPORTS, RunState, load_choice
+from slime_spec.types import TrainReport, TrainSample
+from slime_spec.weights.push import PushBucket
+
+if TYPE_CHECKING:
+    from trainer_bridge.megatron.rank import TrainerRank
+
+
+class RankActor:
+    """See the module; made remote by the group, which knows its resources."""
+
+    def __init__(self, config: Config, rank: int, transport_name: str) -> None:
+        self.config, self.rank = config, rank
+        self.transport = load_choice("push.transport", TRANSPORTS, transport_name)()
+        self.on_their_way: list[PushBucket] = []
+
+    def address(self) -> str:
+        """Where the other ranks can meet this one."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def load(self, init_method: str) -> RunState | None:
+        # Imported here: the driver imports this module for its class, and must not pay for Megatron.
+        from trainer_bridge.megatron.rank import TrainerRank
+
+        self.worker: TrainerRank = TrainerRank(self.config, self.rank, init_method)
+        return self.worker.load()
+
+    def step(self, samples: Sequence[TrainSample]) -> TrainReport:
+        return self.worker.step(samples)
+
+    def push_buckets(self, version: int) -> Iterator[PushBucket]:
+        # Ray does not count a reference that is nested in a streamed value, so it is held here until ``end_push``.
+        for bucket in self.worker.push_buckets(version, self.transport):
+            self.on_their_way.append(bucket)
+            yield bucket
+
+    def end_push(self) -> None:
+        """Every engine has every bucket, or the push failed: let their shared memory go."""
+        self.on_their_way.clear()
+
+    def save(self, folder: str, state: RunState) -> None:
+        self.worker.save(folder, state)
+
+    def export_hf(self, folder: str) -> None:
+        self.worker.export_hf(folder)
+
+    def peak_rss_bytes(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def close(self) -> None:
+        self.worker.close()

@@ -1,0 +1,98 @@
+"""Core attention over packed segments on torch's scaled-dot-product attention.
+
+Megatron's own core attention refuses packed sequences without Transformer Engine, and no kernel there knows responses
+that share a prompt; this one does both, on CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention.bias import causal_lower_right
+
+from trainer_bridge.microbatch import SegmentSpan
+
+
+@dataclass(frozen=True)
+class PackedSegments:
+    """What Megatron hands through to the core attention in place of its PackedSeqParams.
+
+    The format name keeps Megatron from applying its own packed ("thd") RoPE and reshaping; ``rows`` are the rows whose
+    logits the model computes.
+    """
+
+    spans: tuple[SegmentSpan, ...]
+    rows: torch.Tensor
+    qkv_format: str = "segments"
+
+
+class SegmentAttention(MegatronModule):
+    """Each response attends causally to its prompt and itself; the constructor has the signature specs expect."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        attn_mask_type: Any = None,
+        attention_bias: None = None,
+        packed_seq_params: PackedSegments | None = None,
+    ) -> torch.Tensor:
+        """query [T, 1, heads, dim], key and value [T, 1, kv heads, dim] -> [T, 1, heads * dim]."""
+        assert packed_seq_params is not None, "the policy model only runs on packed segments"
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = attend_segments(q, k, v, packed_seq_params.spans)
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), 1, -1)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """No weights of its own."""
+        return {}
+
+
+def attend_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: tuple[SegmentSpan, ...]) -> torch.Tensor:
+    """q [1, heads, T, dim], k and v [1, kv heads, T, dim] -> [1, heads, T, dim]; T is covered by the spans in order."""
+    outputs = []
+    for span in spans:
+        prompt = slice(span.start, span.start + span.prompt_len)
+        if len(span.fed_lens) == 1:
+            # A single response simply continues its prompt: one causal call for both.
+            whole = slice(span.start, prompt.stop + span.fed_lens[0])
+            outputs.append(_causal(q[:, :, whole], k[:, :, whole], v[:, :, whole]))
+            continue
+        outputs.append(_causal(q[:, :, prompt], k[:, :, prompt], v[:, :, prompt]))
+        start = prompt.stop
+        for fed_len in span.fed_lens:
+            own = slice(start, start + fed_len)
+            start += fed_len
+            if fed_len:
+                seen_k = torch.cat([k[:, :, prompt], k[:, :, own]], dim=2)
+                seen_v = torch.cat([v[:, :, prompt], v[:, :, own]], dim=2)
+                outputs.append(_causal(q[:, :, own], seen_k, seen_v))
+    return torch.cat(outputs, dim=2)
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last ``len(q)`` of ``len(k)`` positions."""
+    grouped = q.size(1) != k.size(1)
+    if q.size(2) == k.size(2):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    bias = causal_lower_right(q.size(2), k.size(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)

@@ -1,0 +1,162 @@
+"""All trainer ranks as one Trainer: a Ray actor per rank, driven in step.
+
+    driver: MegatronGroup ──► rank 0 ─┐
+                          ──► rank 1 ─┼─ gloo / nccl
+                          ──► ...    ─┘
+Samples go to the ranks through one object; weights go from the ranks to the transport, and only handles and checksums
+come through the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.hf.checkpoint import expected_shapes
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.interfaces import RunState
+from slime_spec.placement import Placement
+from slime_spec.types import TrainReport, TrainSample
+from slime_spec.weights.manifest import Manifest, TensorMeta, combined_checksum
+from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushMessage
+from trainer_bridge.checkpoint_folder import resolve_checkpoint
+from trainer_bridge.layout import check_layout
+from trainer_bridge.megatron.actor import RankActor
+
+Result = TypeVar("Result")
+
+
+class MegatronGroup:
+    """Implements Trainer; ``placement`` says where each rank runs and with how much."""
+
+    def __init__(self, config: Config, placement: Placement, transport_name: str) -> None:
+        self.config = config
+        self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
+        self.layout = check_layout(config, self.spec)
+        if config.trainer.load is not None:
+            resolve_checkpoint(config.trainer.load)
+        self._open_push: Generator[PushMessage, None, None] | None = None
+        self.actors = [_start_actor(config, rank, placement, transport_name) for rank in range(self.layout.world_size)]
+
+    def load(self) -> RunState | None:
+        init_method = _result(self.actors[0].address.remote(), self.config.cluster.actor_start_timeout_s)
+        states: list[RunState | None] = _results([actor.load.remote(init_method) for actor in self.actors])
+        return states[0]
+
+    def step(self, samples: Sequence[TrainSample]) -> TrainReport:
+        self._end_push()
+        shared = ray.put(tuple(samples))
+        reports: list[TrainReport] = _results([actor.step.remote(shared) for actor in self.actors])
+        return reports[0]
+
+    def push(self, version: int) -> Iterator[PushMessage]:
+        """Begin, then every stage's buckets in order as they are published, then commit."""
+        yield BeginPush
+
+    def save(self, folder: str, state: RunState) -> None:
+        self._end_push()
+        _results([actor.save.remote(folder, state) for actor in self.actors])
+
+    def export_hf(self, folder: str) -> None:
+        self._end_push()
+        _results([actor.export_hf.remote(folder) for actor in self.actors])
+
+    def stop(self) -> None:
+        """End the actors; safe after a rank has failed, when the others may hang in a collective."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def peak_rss_bytes(self) -> int:
+        """The most memory the ranks have used, summed."""
+        return sum(_results([actor.peak_rss_bytes.remote() for actor in self.actors]))
+
+    def _end_push(self) -> None:
+        """Let go of the ranks' streams: a rank whose buckets nobody reads would wait for ever."""
+        if self._open_push is not None:
+            self._open_push.close()
+            self._open_push = None
+
+    def _messages(self, version: int) -> Generator[PushMessage, None, None]:
+        yield BeginPush(self._manifest(version))
+        checksums: list[tuple[str, int]] = []
+        num_buckets = 0
+        try:
+            for stage in range(self.layout.pipeline):
+                for bucket in self._stage_buckets(stage, version):
+                    checksums += zip((meta.name for meta in bucket.tensors), bucket.checksums, strict=True)
+                    yield replace(bucket, index=num_buckets)
+                    num_buckets += 1
+        finally:
+            _results([actor.end_push.remote() for actor in self.actors])
+        yield CommitPush(version, combined_checksum(checksums))
+
+    def _manifest(self, version: int) -> Manifest:
+        """Tensors in the model's order, in the trainer's dtype."""
+        dtype = self.config.trainer.dtype
+        shapes = expected_shapes(self.spec)
+        return Manifest("target", version, tuple(TensorMeta(name, shape, dtype) for name, shape in shapes.items()))
+
+    def _stage_buckets(self, stage: int, version: int) -> Iterator[PushBucket]:
+        """The stage's tensor ranks gather together; the first one streams the buckets, the others only take part."""
+        streams = [
+            self.actors[rank].push_buckets.options(num_returns="streaming").remote(version)
+            for rank in self.layout.holders(stage)
+        ]
+        for ref in streams[0]:
+            yield _result(ref)
+        for stream in streams[1:]:
+            for ref in stream:
+                _result(ref)
+
+
+def _start_actor(config: Config, rank: int, placement: Placement, transport_name: str) -> Any:
+    num_gpus = placement.num_gpus_of_rank(rank)
+    # Waiting threads sleep instead of spinning: engines and ranks may share cores.
+    env = {
+        "OMP_NUM_THREADS": str(config.trainer.num_cpus_per_rank),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **dict(placement.env),
+    }
+    if not num_gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    remote = ray.remote(RankActor).options(
+        num_cpus=placement.num_cpus_of_rank(rank),
+        num_gpus=num_gpus,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement.placement_group, placement_group_bundle_index=placement.bundle_of_rank(rank)
+        ),
+        runtime_env={"env_vars": env},
+    )
+    return remote.remote(config, rank, transport_name)
+
+
+def _result(ref: Any, timeout_s: float | None = None) -> Any:
+    """The value of one reference; an actor's exception is raised as itself, not wrapped."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except RayTaskError as error:
+        raise error.cause from None
+    except GetTimeoutError:
+        raise ConfigError(
+            "cluster.actor_start_timeout_s",
+            "must be long enough for the trainer's actors to start",
+            timeout_s,
+            "Raise it, or look in Ray's logs why the actor does not start.",
+        ) from None
+
+
+def _results(refs: Sequence[Any]) -> list[Any]:
+    """Every value, in order; raises as soon as any one fails, since the others may then wait for it for ever."""
+    values = {}
+    pending = list(refs)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1)
+        values[done[0]] = _result(done[0])
+    return [values[ref] for ref in refs]

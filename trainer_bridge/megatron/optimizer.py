@@ -1,0 +1,59 @@
+"""Gradient buckets, AdamW and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from slime_spec.config.tree import TrainerConfig
+from trainer_bridge.megatron.model import PolicyModel
+
+
+def wrap_model(model: PolicyModel) -> DistributedDataParallel:
+    """Megatron's DDP: gradients gather in one float32 buffer and are summed over data parallel ranks."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+    )
+    return DistributedDataParallel(model.config, ddp_config, model)
+
+
+def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> MegatronOptimizer:
+    """AdamW with gradient clipping (and float32 master weights where parameters are bfloat16).
+
+    The distributed optimizer stays off: without Transformer Engine its checkpoints cannot be loaded again.
+    """
+    model_config: Any = ddp.config
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=trainer.lr,
+            weight_decay=trainer.weight_decay,
+            adam_beta1=trainer.adam_beta1,
+            adam_beta2=trainer.adam_beta2,
+            adam_eps=trainer.adam_eps,
+            bf16=model_config.bf16,
+            params_dtype=model_config.params_dtype,
+            use_distributed_optimizer=False,
+            # Megatron reports the norm only where it clips; an infinite limit reports and leaves gradients alone.
+            clip_grad=trainer.clip_grad or math.inf,
+        ),
+        [ddp],
+    )
+    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def learning_rate(trainer: TrainerConfig, optimizer_step: int) -> float:
+    """Linear warm-up, then constant; ``optimizer_step`` counts from 0 and the first step is never 0."""
+    if optimizer_step + 1 >= trainer.lr_warmup_steps:
+        return trainer.lr
+    return trainer.lr * (optimizer_step + 1) / trainer.lr_warmup_steps
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

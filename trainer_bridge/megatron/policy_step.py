@@ -1,0 +1,114 @@
+"""Forward and backward over microbatches through Megatron's schedules (plain or pipelined)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from trainer_bridge.grpo import GrpoLoss
+from trainer_bridge.megatron.attention import PackedSegments
+from trainer_bridge.megatron.vocab_parallel import token_logprobs
+from trainer_bridge.microbatch import Microbatch
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """Sums over response tokens; add and divide by ``num_tokens`` for means."""
+
+    loss: float = 0.0
+    pg_loss: float = 0.0
+    entropy: float = 0.0
+    clipped: float = 0.0
+    kl: float = 0.0
+    logprob_abs_diff: float = 0.0
+    num_tokens: float = 0.0
+
+    def __add__(self, other: TokenSums) -> TokenSums:
+        return TokenSums(*(a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)))
+
+    def as_list(self) -> list[float]:
+        return [self.loss, self.pg_loss, self.entropy, self.clipped, self.kl, self.logprob_abs_diff, self.num_tokens]
+
+
+def accumulate_gradients(
+    model: torch.nn.Module, microbatches: Sequence[Microbatch], loss: GrpoLoss, temperature: float
+) -> TokenSums:
+    """Add the gradients of the mean loss over all response tokens (of all ranks); returns the same sums on every rank.
+
+    Gradients are reduced over data parallel ranks when this returns.
+    """
+    results = _run(model, microbatches, partial(_policy_loss, loss=loss, temperature=temperature), forward_only=False)
+    sums = torch.zeros(len(TokenSums().as_list()), dtype=torch.float64, device=microbatches[0].rows.device)
+    for result in results:
+        sums += result
+    if mpu.is_pipeline_last_stage():
+        dist.all_reduce(sums, group=mpu.get_data_parallel_group())
+    dist.broadcast(sums, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+    return TokenSums(*sums.tolist())
+
+
+def with_reference_logprobs(
+    reference: torch.nn.Module, microbatches: Sequence[Microbatch], temperature: float
+) -> list[Microbatch]:
+    """The microbatches with the reference model's logprobs; only the last pipeline stage has and needs them."""
+    with torch.no_grad():
+        results = _run(reference, microbatches, partial(_logprobs, temperature=temperature), forward_only=True)
+    if not mpu.is_pipeline_last_stage():
+        return list(microbatches)
+    return [replace(mb, ref_logprobs=logprobs) for mb, logprobs in zip(microbatches, results, strict=True)]
+
+
+def _run(
+    model: torch.nn.Module, microbatches: Sequence[Microbatch], finish: Any, forward_only: bool
+) -> list[torch.Tensor]:
+    """What ``finish(logits, microbatch)`` left for each microbatch; empty on all but the last pipeline stage."""
+
+    def forward_step(pending: Iterator[Microbatch], part: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        microbatch = next(pending)
+        packed = PackedSegments(microbatch.spans, microbatch.rows)
+        output = part(microbatch.token_ids, microbatch.position_ids, None, packed_seq_params=packed)
+        return output, partial(finish, microbatch=microbatch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(microbatches),
+        model=[model],
+        num_microbatches=len(microbatches),
+        seq_length=microbatches[0].token_ids.size(1),  # not used: lengths vary and travel with the activations
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _policy_loss(
+    logits: torch.Tensor, microbatch: Microbatch, loss: GrpoLoss, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Megatron's per-token contract: the loss summed over tokens, their number, and what to report."""
+    logprobs, entropy = token_logprobs(logits, microbatch.targets, temperature, _tensor_group())
+    terms = loss(logprobs, microbatch.rollout_logprobs, microbatch.advantages, microbatch.ref_logprobs)
+    weights = microbatch.weights
+    loss_sum = (terms.loss * weights).sum()
+    abs_diff = (logprobs - microbatch.rollout_logprobs).abs()
+    reported = torch.stack([terms.loss, terms.pg_loss, entropy, terms.clipped.float(), terms.kl, abs_diff])
+    sums = (reported.detach().double() * weights).sum(dim=1)
+    num_tokens = weights.sum()
+    return loss_sum, num_tokens.int(), torch.cat([sums, num_tokens.double()[None]])
+
+
+def _logprobs(
+    logits: torch.Tensor, microbatch: Microbatch, temperature: float, non_loss_data: bool = True
+) -> torch.Tensor:
+    return token_logprobs(logits, microbatch.targets, temperature, _tensor_group())[0]
+
+
+def _tensor_group() -> dist.ProcessGroup | None:
+    whole = mpu.get_tensor_model_parallel_world_size() == 1
+    return None if whole else mpu.get_tensor_model_parallel_group()

@@ -1,0 +1,163 @@
+"""One trainer rank: the policy, its optimizer and the policy step. Ray appears only in the actor around it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core import parallel_state as mpu
+
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.hf.checkpoint import load_tensors
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.interfaces import RunState, WeightTransport
+from slime_spec.types import TrainReport, TrainSample
+from slime_spec.weights.manifest import meta_of, tensor_checksum
+from slime_spec.weights.push import PushBucket, bucketed
+from trainer_bridge.grpo import GrpoLoss
+from trainer_bridge.layout import check_layout
+from trainer_bridge.megatron.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from trainer_bridge.megatron.cpu_shim import cpu_shim
+from trainer_bridge.megatron.export import export_hf
+from trainer_bridge.megatron.model import build_model, hf_tensors, load_weights, policy_device, transformer_config
+from trainer_bridge.megatron.optimizer import build_optimizer, learning_rate, set_learning_rate, wrap_model
+from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients, with_reference_logprobs
+from trainer_bridge.megatron.process_groups import join_process_groups, leave_process_groups
+from trainer_bridge.microbatch import Microbatch, build_microbatch
+from trainer_bridge.packing import plan_microbatches
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerRank:
+    """Every method is collective: all ranks call it with the same arguments, in the same order.
+
+    Example::
+
+        rank = TrainerRank(config, rank=0, init_method="tcp://127.0.0.1:29500")
+        rank.load()
+        report = rank.step(samples)
+    """
+
+    def __init__(self, config: Config, rank: int, init_method: str) -> None:
+        self.config = config
+        self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
+        layout = check_layout(config, self.spec)
+        algorithm = config.algorithm
+        self.loss = GrpoLoss(algorithm.eps_clip, algorithm.eps_clip_high or algorithm.eps_clip, algorithm.kl_loss_coef)
+        self.temperature = config.rollout.temperature or 1.0  # greedy rollouts report logprobs at temperature 1
+        self.optimizer_step = 0
+        torch.set_num_threads(config.trainer.num_cpus_per_rank)
+        join_process_groups(layout, rank, init_method, config.run.seed)
+
+    def load(self) -> RunState | None:
+        """Build the model from the HF checkpoint; with trainer.load, resume and say where the run was."""
+        trainer = self.config.trainer
+        with cpu_shim():
+            tensors = load_tensors(self.config.model.hf_checkpoint, self.spec)
+            self.reference = None
+            if self.config.algorithm.kl_loss_coef > 0:
+                self.reference = build_model(self.spec, transformer_config(self.spec, trainer)).requires_grad_(False)
+                load_weights(self.reference, tensors, self.spec)
+            self.model = build_model(self.spec, transformer_config(self.spec, trainer))
+            load_weights(self.model, tensors, self.spec)
+            del tensors
+            self.ddp = wrap_model(self.model)
+            self.optimizer = build_optimizer(self.ddp, trainer)
+            if trainer.load is None:
+                return None
+            state = load_checkpoint(trainer.load, self.model, self.optimizer)
+        self.optimizer_step = state.optimizer_step
+        logger.info("resumed path=%s rollout_id=%d", trainer.load, state.run.rollout_id)
+        return state.run
+
+    def step(self, samples: Sequence[TrainSample]) -> TrainReport:
+        """One optimizer step per ``global_batch_size`` samples; the report is the same on every rank."""
+        self._check_lengths(samples)
+        batch_size = self.config.trainer.global_batch_size or len(samples)
+        sums = TokenSums()
+        grad_norms: list[float] = []
+        num_microbatches = 0
+        with cpu_shim():
+            for start in range(0, len(samples), batch_size):
+                microbatches = self._microbatches(samples[start : start + batch_size])
+                num_microbatches += len(microbatches)
+                sums += self._accumulate(microbatches)
+                grad_norms.append(self._update())
+        return TrainReport(
+            loss=sums.loss / sums.num_tokens,
+            pg_loss=sums.pg_loss / sums.num_tokens,
+            grad_norm=sum(grad_norms) / len(grad_norms),
+            entropy=sums.entropy / sums.num_tokens,
+            clip_fraction=sums.clipped / sums.num_tokens,
+            kl=sums.kl / sums.num_tokens,
+            train_rollout_logprob_abs_diff=sums.logprob_abs_diff / sums.num_tokens,
+            num_tokens=round(sums.num_tokens),
+            num_optimizer_steps=len(grad_norms),
+            num_microbatches=num_microbatches,
+        )
+
+    def push_buckets(self, version: int, transport: WeightTransport) -> Iterator[PushBucket]:
+        """This pipeline stage's weights, numbered from 0 within the stage.
+
+        Collective over the stage's tensor ranks of data rank 0; only tensor rank 0 publishes and yields.
+        """
+        publishes = mpu.get_tensor_model_parallel_rank() == 0
+        for index, bucket in enumerate(bucketed(hf_tensors(self.model, self.spec), self.config.push.bucket_bytes)):
+            if publishes:
+                tensors = [tensor for _, tensor in bucket]
+                yield PushBucket(
+                    version=version,
+                    index=index,
+                    tensors=tuple(meta_of(name, tensor) for name, tensor in bucket),
+                    checksums=tuple(tensor_checksum(tensor) for tensor in tensors),
+                    handle=transport.publish(tensors),
+                )
+
+    def save(self, folder: str, state: RunState) -> None:
+        """Write ``folder/step-NNNNNN``; see trainer_bridge.megatron.checkpoint."""
+        with cpu_shim():
+            save_checkpoint(folder, self.model, self.optimizer, TrainerState(state, self.optimizer_step))
+
+    def export_hf(self, folder: str) -> None:
+        """Write the policy as a Hugging Face folder, with the tokenizer files of the checkpoint it came from."""
+        export_hf(self.model, self.spec, self.config.model.hf_checkpoint, folder)
+
+    def close(self) -> None:
+        leave_process_groups()
+
+    def _accumulate(self, microbatches: Sequence[Microbatch]) -> TokenSums:
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        if self.reference is not None:
+            microbatches = with_reference_logprobs(self.reference, microbatches, self.temperature)
+        return accumulate_gradients(self.ddp, microbatches, self.loss, self.temperature)
+
+    def _update(self) -> float:
+        """Clip and step; returns the gradient norm before clipping."""
+        set_learning_rate(self.optimizer, learning_rate(self.config.trainer, self.optimizer_step))
+        _, grad_norm, _ = self.optimizer.step()
+        self.optimizer_step += 1
+        return float(grad_norm)
+
+    def _microbatches(self, samples: Sequence[TrainSample]) -> list[Microbatch]:
+        plans = plan_microbatches(
+            samples,
+            max_tokens=self.config.trainer.max_tokens_per_microbatch,
+            num_ranks=mpu.get_data_parallel_world_size(),
+        )
+        build = partial(build_microbatch, samples, device=policy_device())
+        return [build(plan) for plan in plans[mpu.get_data_parallel_rank()]]
+
+    def _check_lengths(self, samples: Sequence[TrainSample]) -> None:
+        longest = max(len(sample.token_ids) for sample in samples)
+        if longest > self.spec.max_position_embeddings:
+            raise ConfigError(
+                "train sample",
+                f"must fit the model's context of {self.spec.max_position_embeddings} tokens",
+                longest,
+                "Lower --rollout-max-prompt-len or --rollout-max-response-len.",
+            )

@@ -1,0 +1,62 @@
+"""Log-probabilities and entropy of tokens where each tensor-parallel rank holds a slice of the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def token_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log softmax(logits / temperature) at the targets, differentiable, and the entropy, a metric without gradient.
+
+    ``logits`` is [N, vocab / ranks] (this rank's slice), ``targets`` [N] global token ids; both results are [N] float32
+    and equal on every rank of ``group`` (None: the vocabulary is whole).
+    """
+    logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, group)
+    return logprobs, entropy
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """One pass over the logits for both results; keeps a single [N, vocab] tensor, the probabilities, for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, group: dist.ProcessGroup | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+        peak = _reduced(scaled.amax(dim=-1), dist.ReduceOp.MAX, group)
+        shifted = scaled - peak[:, None]
+        first = dist.get_rank(group) * logits.size(-1) if group is not None else 0
+        owned = (targets >= first) & (targets < first + logits.size(-1))
+        column = torch.where(owned, targets - first, 0)
+        at_target = torch.where(owned, shifted.gather(-1, column[:, None])[:, 0], 0.0)
+        exp = shifted.exp()
+        exp_sum = exp.sum(dim=-1)
+        weighted = torch.linalg.vecdot(exp, shifted)
+        if group is not None:
+            summed = torch.stack([at_target, exp_sum, weighted])
+            at_target, exp_sum, weighted = _reduced(summed, dist.ReduceOp.SUM, group)
+        log_z = exp_sum.log()
+        ctx.save_for_backward(exp.div_(exp_sum[:, None]), owned, column)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        entropy = log_z - weighted / exp_sum
+        ctx.mark_non_differentiable(entropy)
+        return at_target - log_z, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        probabilities, owned, column = ctx.saved_tensors
+        grad = grad_logprobs / ctx.temperature
+        grad_logits = probabilities.mul(-grad[:, None])
+        grad_logits.scatter_add_(-1, column[:, None], torch.where(owned, grad, 0.0)[:, None])
+        return grad_logits.to(ctx.dtype), None, None, None
+
+
+def _reduced(values: torch.Tensor, op: Any, group: dist.ProcessGroup | None) -> torch.Tensor:
+    if group is not None:
+        dist.all_reduce(values, op=op, group=group)
+    return values

@@ -1,0 +1,94 @@
+"""A microbatch as tensors: what the model reads and what the loss needs, response tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slime_spec.types import TrainSample
+from trainer_bridge.packing import MicrobatchPlan
+
+
+@dataclass(frozen=True)
+class SegmentSpan:
+    """Where a segment lies in the packed row: ``prompt_len`` tokens from ``start``, then each response's fed tokens."""
+
+    start: int
+    prompt_len: int
+    fed_lens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """T packed tokens and the N response tokens they predict.
+
+    ``token_ids`` and ``position_ids`` are [1, T]; ``rows``, ``targets``, ``rollout_logprobs``, ``advantages``,
+    ``weights`` and ``ref_logprobs`` are [N]: row ``rows[i]`` of the model predicts token ``targets[i]``. ``weights`` is
+    1, or 0 in a microbatch that only keeps a rank in step with the others.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    spans: tuple[SegmentSpan, ...]
+    rows: torch.Tensor
+    targets: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    ref_logprobs: torch.Tensor | None = None
+
+
+def build_microbatch(samples: Sequence[TrainSample], plan: MicrobatchPlan, device: torch.device) -> Microbatch:
+    """Lay the plan's segments side by side."""
+    if not plan:
+        return _empty_microbatch(device)
+    token_ids: list[int] = []
+    position_ids: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    logprobs: list[float] = []
+    advantages: list[float] = []
+    spans: list[SegmentSpan] = []
+    for segment in plan:
+        prompt_len = segment.prompt_len
+        spans.append(SegmentSpan(len(token_ids), prompt_len, tuple(n - 1 for n in segment.response_lens)))
+        token_ids += samples[segment.sample_indices[0]].token_ids[:prompt_len]
+        position_ids += range(prompt_len)
+        last_prompt_row = len(token_ids) - 1
+        for index in segment.sample_indices:
+            sample = samples[index]
+            response = sample.token_ids[prompt_len:]
+            rows += [last_prompt_row, *range(len(token_ids), len(token_ids) + len(response) - 1)]
+            targets += response
+            logprobs += sample.rollout_logprobs
+            advantages += [sample.advantage] * len(response)
+            token_ids += response[:-1]
+            position_ids += range(prompt_len, prompt_len + len(response) - 1)
+    return Microbatch(
+        token_ids=torch.tensor([token_ids], device=device),
+        position_ids=torch.tensor([position_ids], device=device),
+        spans=tuple(spans),
+        rows=torch.tensor(rows, device=device),
+        targets=torch.tensor(targets, device=device),
+        rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32, device=device),
+        advantages=torch.tensor(advantages, dtype=torch.float32, device=device),
+        weights=torch.ones(len(rows), device=device),
+    )
+
+
+def _empty_microbatch(device: torch.device) -> Microbatch:
+    """One token that counts for nothing: the smallest input that takes part in every collective."""
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    nothing = torch.zeros(1, device=device)
+    return Microbatch(
+        token_ids=zero[None],
+        position_ids=zero[None],
+        spans=(SegmentSpan(0, 1, ()),),
+        rows=zero,
+        targets=zero,
+        rollout_logprobs=nothing,
+        advantages=nothing,
+        weights=nothing,
+    )
