@@ -22,7 +22,7 @@ from rollout.embedded.request import Group, OnSample, SampleState, coins_of
 from rollout.embedded.sampler import sample
 from rollout.embedded.stop import StopRule
 from rollout.embedded.verify import ChainRule, follow_chain
-from slime_spec.interfaces import Draft, Drafter, DraftContext
+from slime_spec.interfaces import Draft, DraftContext, Drafter
 from slime_spec.types import FinishReason, GroupRequest
 
 # Longer prompts are prefilled in pieces, which bounds the attention mask and the activations.
@@ -159,7 +159,8 @@ class GenerationCore:
         sequences = self.batch.sequences
         drafts = self._propose(sequences)
         spans = [self.batch.span(row, 1 + len(draft.token_ids)) for row, draft in enumerate(drafts)]
-        inputs, params, coins = [], [], []
+        inputs: list[int] = []
+        params, coins = [], []
         for sequence, draft in zip(sequences, drafts, strict=True):
             tokens = (sequence.token_ids[-1], *draft.token_ids)
             inputs.extend(tokens)
@@ -191,7 +192,10 @@ class GenerationCore:
                 contexts.append(DraftContext(sequence.key, sequence.token_ids, sequence.group.num_prompt_tokens, limit))
         drafts = [NO_DRAFT] * len(sequences)
         if contexts:
-            for row, draft in zip(rows, self._drafter.propose(contexts), strict=True):
+            for row, context, draft in zip(rows, contexts, self._drafter.propose(contexts), strict=True):
+                assert len(draft.token_ids) <= context.max_draft_tokens, "a drafter proposed more than it was allowed"
+                assert draft.parents == tuple(range(-1, len(draft.token_ids) - 1)), "only chains are verified"
+                assert draft.q_draft is None, "only point-mass drafts are verified"
                 drafts[row] = draft
         return drafts
 

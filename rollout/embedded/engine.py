@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from threading import Lock
 from time import perf_counter
 
@@ -57,10 +58,12 @@ class EmbeddedEngine:
         self._live: set[EmbeddedGeneration] = set()
         # Orders requests against offloading: a request is either queued before it or refused after it.
         self._gate = Lock()
+        self._started = ExitStack()
 
     def start(self) -> None:
         self._core = self._assembly.core(self._index, self._clock)
         self._thread = LoopThread(self._core, self._fail_all)
+        self._started.callback(self._thread.stop)
 
     def generate(self, request: GroupRequest) -> Generation:
         check_request(request, self._assembly.limits)
@@ -120,7 +123,7 @@ class EmbeddedEngine:
 
     def stop(self) -> None:
         """End the loop; samples still being generated fail with RuntimeError at their callers."""
-        self._thread.stop()
+        self._started.close()
 
     def _swap(self, decoder: Decoder, version: int) -> None:
         self._core.decoder, self._core.version = decoder, version

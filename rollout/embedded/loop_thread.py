@@ -30,6 +30,7 @@ class LoopThread:
     def __init__(self, core: GenerationCore, on_end: Callable[[BaseException], None]) -> None:
         self._core, self._on_end = core, on_end
         self._inbox: SimpleQueue[Command | None] = SimpleQueue()
+        self._in_hand: Future | None = None
         self._lock = Lock()
         self._ended: BaseException | None = None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-engine")
@@ -67,14 +68,17 @@ class LoopThread:
                 return True
             if item is None:
                 return False
-            _run(*item)
+            command, self._in_hand = item
+            _run(command, self._in_hand)
             block = False
 
     def _end(self, finished: Future[None]) -> None:
         error = finished.exception() or LoopStopped("the engine was stopped")
         with self._lock:
             self._ended = error
-        # Nothing is added to the inbox after this point.
+        # The command that ended the loop, if one did; and those behind it, for nothing is added from here on.
+        if self._in_hand is not None and not self._in_hand.done():
+            self._in_hand.set_exception(error)
         while not self._inbox.empty():
             item = self._inbox.get()
             if item is not None:
@@ -83,6 +87,7 @@ class LoopThread:
 
 
 def _run(command: Callable[[], Any], future: Future) -> None:
+    """A command may refuse what it is asked; any other error is the engine's own, and ends the loop."""
     try:
         future.set_result(command())
     except (ConfigError, PushError, RuntimeError) as error:

@@ -8,7 +8,8 @@ One coin per node decides everything: child x is accepted when the coin falls in
 in vocabulary order, an event of probability p_target(x), disjoint from its siblings'. What is left of the unit
 interval belongs to the other tokens, each in proportion to its p_target: the residual law. So the walk emits, at every
 position, the very token plain decoding would have drawn with that position's coin. Speculation thus changes no
-output for a given seed, and the fast path is: draw a token at every node, follow the draft while they agree.
+output for a given seed (but for coins within rounding, about 1e-6, of an interval's end: logits of passes of different
+sizes differ in their last bits), and the fast path is: draw a token at every node, follow the draft while they agree.
 """
 
 from __future__ import annotations

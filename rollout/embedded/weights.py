@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.embedded.linear import PackedLinear
+from rollout.embedded.linear import PackedLinear, can_prepack
 from rollout.embedded.model import Decoder, Layer
 from rollout.embedded.rope import RopeTable
 from slime_spec.hf.checkpoint import expected_shapes
@@ -81,11 +81,12 @@ class DecoderBuilder:
         self._parts[name] = tensor
         slot = self._slot_of[name]
         if all(part in self._parts for part in slot.parts):
+            bias = self._stacked(slot.biases).clone() if slot.biases else None
             weight = self._stacked(slot.weights)
-            bias = self._stacked(slot.biases) if slot.biases else None
-            self._modules[slot.layer, slot.attribute] = (
-                PackedLinear(weight, bias, self._prepack) if slot.linear else weight
-            )
+            packs = slot.linear and self._prepack and can_prepack(weight)
+            # Packing copies; anything else must not share memory that belongs to a push's transport.
+            weight = weight if packs else weight.clone()
+            self._modules[slot.layer, slot.attribute] = PackedLinear(weight, bias, packs) if slot.linear else weight
 
     def finish(self) -> Decoder:
         """The decoder; every tensor must have been added."""
@@ -101,9 +102,9 @@ class DecoderBuilder:
         return Decoder(spec=self._spec, rope=self._rope, layers=[Layer(**block) for block in blocks], **top)  # type: ignore[arg-type]
 
     def _stacked(self, names: tuple[str, ...]) -> torch.Tensor:
-        tensors = [self._parts.pop(name).detach() for name in names]
-        # A copy even where dtype and device agree: pushed tensors live in memory that belongs to the transport.
-        return torch.cat(tensors).to(self._device, self._dtype)
+        """The parts as one tensor; a single part may still be the caller's memory."""
+        tensors = [self._parts.pop(name).detach().to(self._device, self._dtype) for name in names]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def named_tensors(decoder: Decoder) -> dict[str, torch.Tensor]:

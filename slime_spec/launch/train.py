@@ -16,6 +16,7 @@ from functools import partial
 from slime_spec.config.build import to_yaml
 from slime_spec.config.checks import check
 from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
 from slime_spec.hf.checkpoint import verify_tensors
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.hf.tokenizer import Tokenizer, check_vocabulary
@@ -65,7 +66,7 @@ def run(config: Config, argv: Sequence[str]) -> int:
             engines=engines,
             log=log.log,
             keep_samples=partial(_keep_samples, config, folder, examples),
-            save=lambda state: _save(trainer, folder, state),
+            save=partial(_save, trainer, config.trainer.save or str(folder.checkpoints)),
             progress=lambda phase: partial(log.progress, phase),
         )
         state = run_loop(job, state)
@@ -80,6 +81,7 @@ def preflight(config: Config) -> Inputs:
     check(config)
     check_rollout_data(config.run)
     spec = ModelSpec.from_folder(config.model.hf_checkpoint)
+    _check_context(config, spec)
     if config.run.mode != "rollout_only":
         check_layout(config, spec)
     tokenizer = Tokenizer.load(config.model.hf_checkpoint)
@@ -87,6 +89,17 @@ def preflight(config: Config) -> Inputs:
     prompts = PromptSource(config, tokenizer)
     verify_tensors(config.model.hf_checkpoint, spec)  # a damaged file is found here, not in an actor a minute later
     return Inputs(spec, tokenizer, prompts)
+
+
+def _check_context(config: Config, spec: ModelSpec) -> None:
+    longest = config.rollout.max_prompt_len + config.rollout.max_response_len
+    if longest > spec.max_position_embeddings:
+        raise ConfigError(
+            "rollout.max_prompt_len",
+            f"with max_response_len must fit the model's context of {spec.max_position_embeddings} tokens",
+            longest,
+            "Lower --rollout-max-prompt-len or --rollout-max-response-len.",
+        )
 
 
 @contextmanager
@@ -144,7 +157,7 @@ def _keep_samples(
         save_rollout(config.run.save_debug_rollout_data, rollout_id, samples)
 
 
-def _save(trainer: Trainer | None, folder: RunFolder, state: RunState) -> None:
+def _save(trainer: Trainer | None, checkpoints: str, state: RunState) -> None:
     assert trainer is not None, "only a run with a trainer saves"
-    trainer.save(str(folder.checkpoints), state)
-    logger.info("saved a checkpoint path=%s rollout_id=%d", folder.checkpoints, state.rollout_id)
+    trainer.save(checkpoints, state)
+    logger.info("saved a checkpoint path=%s rollout_id=%d", checkpoints, state.rollout_id)

@@ -148,6 +148,22 @@ def test_an_error_in_the_loop_reaches_every_waiting_caller_and_later_ones(
         engine.set_resident(False)
 
 
+def test_an_error_in_a_command_reaches_its_caller_and_everyone_else(engine: EmbeddedEngine) -> None:
+    generation = engine.generate(GroupRequest("a", (1, 2), (0,), greedy(500)))
+    with pytest.raises(KeyError, match="a bug"):
+        engine._thread.call(lambda: {}["a bug"])
+    with pytest.raises(RuntimeError, match="stopped before"):
+        list(generation)
+
+
+def test_stopping_an_engine_that_never_started_is_harmless(config: Config) -> None:
+    engine = EmbeddedEngine(config, 0, DirectTransport())
+    engine.stop()
+    engine.start()
+    engine.stop()
+    engine.stop()
+
+
 def test_stopping_wakes_callers(config: Config) -> None:
     engine = EmbeddedEngine(config, 0, DirectTransport())
     engine.start()
@@ -192,6 +208,11 @@ def test_the_engine_keeps_no_reference_into_pushed_memory(tiny_llama: Path, engi
     assert engine.weights_checksum() == committed
 
 
+def send(engine: EmbeddedEngine, messages: list[PushMessage]) -> None:
+    for message in messages:
+        engine.update_weights(message)
+
+
 def damaged(messages: list[PushMessage], how: str) -> list[PushMessage]:
     bucket = messages[2]
     assert isinstance(bucket, PushBucket)
@@ -220,8 +241,7 @@ def test_a_failed_push_leaves_version_and_weights_untouched(tiny_llama: Path, en
     before = engine.weights_checksum()
     messages = push_of(other_weights(tiny_llama, seed=3), version=9)
     with pytest.raises(PushError):
-        for message in damaged(messages, how):
-            engine.update_weights(message)
+        send(engine, damaged(messages, how))
     assert engine.update_weights(CancelPush(9)).version == 0
     assert engine.weights_checksum() == before
     with pytest.raises(PushError, match="outside a push"):

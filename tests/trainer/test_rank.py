@@ -10,7 +10,8 @@ from slime_spec.hf.checkpoint import expected_shapes, load_tensors
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.types import TrainSample
 from tests.support.tiny_models import load_reference
-from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
+from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples
+from trainer_bridge.learning_rate import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,20 @@ def test_an_export_is_a_checkpoint_that_transformers_loads(kind: str, folder: Pa
         logits = load_reference(tmp_path / "export")(tokens).logits
         assert torch.equal(logits, load_reference(folder)(tokens).logits)
     assert (tmp_path / "export" / "tokenizer.json").read_text() == "{}"
+
+
+def test_bfloat16_weights_with_float32_masters_train_like_float32(folder: Path) -> None:
+    samples = [tiny_samples(seed) for seed in (1, 2, 3)]
+    ((_, exact, _),) = run_ranks(1, "train", tiny_config(folder, {"lr": 1e-3}), samples)
+    ((before, rounded, after),) = run_ranks(1, "train", tiny_config(folder, {"lr": 1e-3, "dtype": "bfloat16"}), samples)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert any(not torch.equal(before[name], tensor) for name, tensor in after.items())
+    for got, expected in zip(rounded, exact, strict=True):
+        assert got.entropy == pytest.approx(expected.entropy, rel=0.02)
+        assert got.train_rollout_logprob_abs_diff == pytest.approx(expected.train_rollout_logprob_abs_diff, rel=0.02)
+
+
+def test_learning_rate_warms_up_linearly_and_stays(folder: Path) -> None:
+    trainer = tiny_config(folder, {"lr": 1.0, "lr_warmup_steps": 4}).trainer
+    assert [learning_rate(trainer, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(tiny_config(folder, {"lr": 1.0}).trainer, 0) == 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import socket
 from collections.abc import Iterator, Sequence
@@ -61,9 +60,3 @@ class RankActor:
 
     def peak_rss_bytes(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def close(self) -> None:
-        self.worker.close()

@@ -57,8 +57,13 @@ class MegatronGroup:
         return reports[0]
 
     def push(self, version: int) -> Iterator[PushMessage]:
-        """Begin, then every stage's buckets in order as they are published, then commit."""
-        yield BeginPush
+        """Begin, then every stage's buckets in order as they are published, then commit.
+
+        A push that was not read to its end is given up when the next command comes.
+        """
+        self._end_push()
+        self._open_push = self._messages(version)
+        return self._open_push
 
     def save(self, folder: str, state: RunState) -> None:
         self._end_push()
@@ -78,7 +83,7 @@ class MegatronGroup:
         return sum(_results([actor.peak_rss_bytes.remote() for actor in self.actors]))
 
     def _end_push(self) -> None:
-        """Let go of the ranks' streams: a rank whose buckets nobody reads would wait for ever."""
+        """Give up a push that was not read to its end, and with it the shared memory that the ranks hold for it."""
         if self._open_push is not None:
             self._open_push.close()
             self._open_push = None

@@ -1,4 +1,4 @@
-"""Gradient buckets, AdamW and the learning rate."""
+"""Gradient buckets and AdamW."""
 
 from __future__ import annotations
 
@@ -45,13 +45,6 @@ def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> Meg
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
     return optimizer
-
-
-def learning_rate(trainer: TrainerConfig, optimizer_step: int) -> float:
-    """Linear warm-up, then constant; ``optimizer_step`` counts from 0 and the first step is never 0."""
-    if optimizer_step + 1 >= trainer.lr_warmup_steps:
-        return trainer.lr
-    return trainer.lr * (optimizer_step + 1) / trainer.lr_warmup_steps
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:

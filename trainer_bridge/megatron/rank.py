@@ -19,11 +19,13 @@ from slime_spec.weights.manifest import meta_of, tensor_checksum
 from slime_spec.weights.push import PushBucket, bucketed
 from trainer_bridge.grpo import GrpoLoss
 from trainer_bridge.layout import check_layout
+from trainer_bridge.learning_rate import learning_rate
 from trainer_bridge.megatron.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from trainer_bridge.megatron.cpu_shim import cpu_shim
 from trainer_bridge.megatron.export import export_hf
+from trainer_bridge.megatron.memory import release_freed_memory
 from trainer_bridge.megatron.model import build_model, hf_tensors, load_weights, policy_device, transformer_config
-from trainer_bridge.megatron.optimizer import build_optimizer, learning_rate, set_learning_rate, wrap_model
+from trainer_bridge.megatron.optimizer import build_optimizer, set_learning_rate, wrap_model
 from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients, with_reference_logprobs
 from trainer_bridge.megatron.process_groups import join_process_groups, leave_process_groups
 from trainer_bridge.microbatch import Microbatch, build_microbatch
@@ -87,6 +89,8 @@ class TrainerRank:
                 num_microbatches += len(microbatches)
                 sums += self._accumulate(microbatches)
                 grad_norms.append(self._update())
+        if self.config.cluster.colocate:
+            release_freed_memory()
         return TrainReport(
             loss=sums.loss / sums.num_tokens,
             pg_loss=sums.pg_loss / sums.num_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -10,10 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.table import Table
 
 from slime_spec.run_folder import versions
+
+# The packages that a number depends on; the JSON has them all.
+MARKDOWN_PACKAGES = ("torch", "transformers", "ray", "megatron-core")
+HOLDS = {True: "yes", False: "NO", None: ""}
 
 
 @dataclass(frozen=True)
@@ -39,29 +46,50 @@ def at_most(id: str, what: str, value: float, unit: str, bound: float) -> Row:
     return Row(id, what, value, unit, f"<= {bound:g}", value <= bound)
 
 
+def below(id: str, what: str, value: float, unit: str, bound: float) -> Row:
+    return Row(id, what, value, unit, f"< {bound:g}", value < bound)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What one call of a benchmark was told; every part takes from it what it needs."""
+
+    parts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    model: Path = Path("models/SmolLM2-135M-Instruct")
+    runs: tuple[Path, ...] = ()
+    num_rounds: int = 5
+    num_new_tokens: int = 64
+    json: Path | None = None
+    markdown: Path | None = None
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """A named set of parts, each a function from seeds to rows."""
+    """Named parts, each ``package.module:function`` from BenchOptions to rows; ``check`` refuses before any runs."""
 
     what: str
-    parts: Mapping[str, Callable[[tuple[int, ...]], list[Row]]]
+    parts: Mapping[str, str]
+    check: Callable[[BenchOptions], None]
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
     table = Table()
-    for column, justify in (("id", "left"), ("what", "left"), ("value", "right"), ("reach", "left"), ("holds", "left")):
-        table.add_column(column, justify="right" if justify == "right" else "left")
+    table.add_column("id", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("reach", no_wrap=True)
+    table.add_column("holds")
     for row in rows:
-        holds = {True: "yes", False: "NO", None: ""}[row.holds]
-        table.add_row(row.id, row.what, f"{row.value:.4g} {row.unit}", row.reach, holds)
+        table.add_row(row.id, row.what, f"{row.value:.4g} {row.unit}", row.reach, HOLDS[row.holds])
     return table
 
 
 def report_json(rows: Sequence[Row], command: Sequence[str], seeds: Sequence[int]) -> str:
-    """The rows with everything needed to repeat them."""
+    """The rows with everything needed to repeat them; a value that is NaN or infinite is null."""
     return json.dumps(
         {
-            "rows": [asdict(row) for row in rows],
+            "rows": [{**asdict(row), "value": row.value if math.isfinite(row.value) else None} for row in rows],
             "machine": machine(),
             "versions": versions(),
             "seeds": list(seeds),
@@ -69,15 +97,40 @@ def report_json(rows: Sequence[Row], command: Sequence[str], seeds: Sequence[int
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         indent=2,
+        allow_nan=False,
     )
 
 
+def report_markdown(report: str) -> str:
+    """What ``report_json`` wrote, as a Markdown table under the machine, the versions and the command."""
+    data: dict[str, Any] = json.loads(report)
+    at, packages, git = data["machine"], data["versions"]["packages"], data["versions"]["git"]
+    revision = f"{git['revision'][:12]}{' with local changes' if git['dirty'] else ''}" if git else "unknown"
+    lines = [
+        f"- machine: {at['processor']}, {at['cores']} cores, {at['memory_bytes'] / 1e9:.1f} GB, "
+        f"{at['torch_threads']} torch threads",
+        f"- versions: {', '.join(f'{name} {packages[name]}' for name in MARKDOWN_PACKAGES)}, "
+        f"Python {data['versions']['python']}; revision {revision}",
+        f"- seeds: {', '.join(map(str, data['seeds']))}; date: {data['date']}",
+        f"- command: `{data['command']}`",
+        "",
+        "| id | what | value | reach | holds |",
+        "|---|---|---:|---|---|",
+    ]
+    for row in data["rows"]:
+        value = "not finite" if row["value"] is None else f"{row['value']:.4g}"
+        cells = (f"`{row['id']}`", row["what"], f"{value} {row['unit']}", row["reach"], HOLDS[row["holds"]])
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def machine() -> dict[str, object]:
-    """Processor, cores and memory of this machine."""
+    """Processor, cores and memory of this machine, and how many threads torch computes with here."""
     cpu_info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "torch_threads": torch.get_num_threads(),
     }

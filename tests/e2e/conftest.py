@@ -1,0 +1,47 @@
+"""Whole runs of the command line on a tiny policy, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_policy import make_tiny_policy
+
+RUN_TIMEOUT_S = 240
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def slime_spec(policy: Path) -> Run:
+    """Run ``slime-spec COMMAND --config tiny ...`` on the tiny policy; its output is shown when it fails."""
+
+    def run(command: str, *arguments: str, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "slime_spec",
+                command,
+                "--config",
+                "tiny",
+                "--hf-checkpoint",
+                str(policy),
+                *arguments,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=RUN_TIMEOUT_S,
+            env={**os.environ, "WANDB_MODE": "offline", "RAY_AUTH_MODE": "token", **env},
+        )
+        assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

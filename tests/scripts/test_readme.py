@@ -1,0 +1,57 @@
+"""Every command of the README is executed, at reduced size; one that no reduction is known for fails here."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = "--num-rollout 1 --rollout-batch-size 2 --n-samples-per-prompt 2 --rollout-max-response-len 8"
+# Prefix of a command -> what is appended so that it takes seconds; {out} is a temporary folder.
+REDUCTIONS = {
+    "bash scripts/run-": f"{SMALL} --output-dir {{out}}/run --run-name readme",
+    "bash scripts/test.sh": "--collect-only -q",
+    "bash scripts/check.sh static": "",
+    "slime-spec train": f"{SMALL} --output-dir {{out}}/run",
+    "slime-spec rollout": f"{SMALL} --output-dir {{out}}/run",
+    "slime-spec config": "",
+    "slime-spec models fetch": "",
+    "slime-spec bench main-job": "--help",
+}
+
+
+def commands() -> list[str]:
+    """The lines of the README's bash blocks, comments and prompts left out, continued lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    lines = (line.partition("  #")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def reduced(command: str, out: Path) -> str:
+    for prefix, extra in REDUCTIONS.items():
+        if command.startswith(prefix):
+            return f"{command} {extra.format(out=shlex.quote(str(out)))}"
+    raise AssertionError(f"the README has a command that no test runs: {command}")
+
+
+def test_the_readme_shows_the_two_commands():
+    assert {"bash scripts/run-smollm2-135M.sh", "bash scripts/test.sh"} <= set(commands())
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_runs(command, tmp_path):
+    done = subprocess.run(
+        ["bash", "-c", reduced(command, tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=570,
+        env={**os.environ, "SLIME_SPEC_VENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

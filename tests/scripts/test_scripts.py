@@ -1,0 +1,57 @@
+"""Every launch script composes, passes its trailing arguments through, and starts nothing of another's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = sorted((ROOT / "scripts").glob("run-*.sh"))
+
+
+def resolved(script: Path, model: Path, *arguments: str) -> dict:
+    """The configuration that a script's flags describe, without running anything."""
+    done = subprocess.run(
+        ["bash", str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "SLIME_SPEC_COMMAND": "config",
+            "MODEL_DIR": str(model),
+            "SLIME_SPEC_VENV": sys.prefix,
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_there_are_launch_scripts():
+    assert any(script.name == "run-smollm2-135M.sh" for script in LAUNCHERS)
+
+
+@pytest.mark.parametrize("script", LAUNCHERS, ids=lambda script: script.name)
+def test_a_scripts_flags_compose_and_trailing_arguments_win(script, model):
+    config = resolved(script, model, "--num-rollout", "3", "trainer.lr=5e-6", "--rollout-batch-size=5")
+    assert config["model"]["hf_checkpoint"] == str(model)
+    assert config["run"]["num_rollout"] == 3
+    assert config["trainer"]["lr"] == 5e-6
+    assert config["rollout"]["batch_size"] == 5
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda script: script.name)
+def test_no_script_kills_by_name_or_forgets_to_stop_at_an_error(script):
+    text = script.read_text()
+    assert not re.search(r"\b(pkill|killall)\b|\bray stop\b", text)
+    assert script.name == "lib.sh" or "set -euo pipefail" in text
