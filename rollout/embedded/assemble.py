@@ -77,4 +77,4 @@ class Assembly:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         assert self._tokenizer is not None, "requests with stop strings load the tokenizer first"
-        return self._tokenizer.decode(token_ids)
+        return self._tokenizer.decode(token_ids, skip_special=False)  # a stop string may be a special token's text

@@ -91,7 +91,7 @@ class EmbeddedEngine:
             case CommitPush(version, checksum) if stage is not None:
                 decoder = stage.finish(version, checksum)
                 self._thread.call(lambda: self._swap(decoder, version))
-                return PushReply(self._index, version, stage.checksum)
+                return PushReply(self._index, self._core.version, stage.checksum)
             case CancelPush():
                 return PushReply(self._index, self._core.version, "")
             case _:

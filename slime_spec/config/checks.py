@@ -16,10 +16,11 @@ def check(config: Config) -> None:
     _check_lengths(config)
     if config.run.mode != "train_only":
         _check_sampling(config)
+        _check_engine_gpus(config)
     if config.run.mode != "rollout_only":
-        _check_batch(config)
         _check_ranks(config)
     if config.run.mode == "train":
+        _check_batch(config)
         _check_learning_signal(config)
         _check_shared_gpus(config)
 
@@ -54,6 +55,13 @@ def _check_mode(config: Config) -> None:
             run.save_debug_rollout_data,
             "Drop --save-debug-rollout-data.",
         )
+    if run.mode == "rollout_only" and config.trainer.load is not None:
+        raise ConfigError(
+            "trainer.load",
+            "rollout_only has no trainer to resume: its engines serve the weights of model.hf_checkpoint",
+            config.trainer.load,
+            "Pass --hf-checkpoint with the hf/ folder of the run, or drop --load.",
+        )
     saved = run.save_debug_rollout_data
     if saved is not None and run.num_rollout > 1 and "{rollout_id}" not in saved:
         raise ConfigError(
@@ -73,6 +81,15 @@ def _check_task(config: Config) -> None:
             task.prompt_data,
             "Drop --task (write task.names=[] where an experiment sets it), or drop --prompt-data.",
         )
+    if task.prompt_data is None:
+        for name in ("reward", "input_key", "label_key"):
+            if getattr(task, name) != getattr(TaskConfig(), name):
+                raise ConfigError(
+                    f"task.{name}",
+                    "belongs to task.prompt_data: built-in tasks have their own prompts and rewards",
+                    getattr(task, name),
+                    "Pass --prompt-data FILE.jsonl, or leave it out.",
+                )
     if task.prompt_data is None and not task.names:
         raise ConfigError(
             "task.names", "needs at least one task", task.names, "Pass --task NAME or --prompt-data FILE.jsonl."
@@ -121,6 +138,18 @@ def _check_lengths(config: Config) -> None:
 def _check_sampling(config: Config) -> None:
     if config.rollout.top_k == 0:
         raise ConfigError("rollout.top_k", "keeps no token at all", 0, "Pass --rollout-top-k -1 to keep every token.")
+
+
+def _check_engine_gpus(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.engine == "embedded" and rollout.num_gpus_per_engine > 1:
+        raise ConfigError(
+            "rollout.num_gpus_per_engine",
+            "must be 0 or 1: the embedded engine is not parallel over GPUs and would leave the others idle",
+            rollout.num_gpus_per_engine,
+            f"Pass --rollout-num-engines {rollout.num_engines * rollout.num_gpus_per_engine} "
+            "--rollout-num-gpus-per-engine 1.",
+        )
 
 
 def _check_learning_signal(config: Config) -> None:

@@ -166,7 +166,7 @@ class TrainerConfig:
     save: str | None = setting(None, "Folder for checkpoints; default: checkpoints/ in the run folder.")
     load: str | None = setting(None, "Resume from this checkpoint folder (a run's checkpoints/).")
     save_interval: int | None = setting(
-        None, "Save a checkpoint every this many steps; default: only at the end when save_final.", minimum=1
+        None, "Save a checkpoint to resume from every this many steps; default: none.", minimum=1
     )
     save_final: bool = setting(True, "Write an HF export of the policy at the end.")
 

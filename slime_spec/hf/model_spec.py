@@ -74,6 +74,14 @@ class ModelSpec:
         missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
             raise CheckpointError(source, f"lacks {', '.join(missing)}", architecture, "Copy the checkpoint again.")
+        # Llama's and Qwen3's bias switches also add an output bias, which nothing here knows; Qwen2 has q, k, v biases.
+        if extra := [key for key in ("attention_bias", "mlp_bias") if config.get(key)]:
+            raise CheckpointError(
+                f"{source}: {extra[0]}",
+                "must be false: such biases are not supported",
+                True,
+                "Choose another checkpoint.",
+            )
         heads = config["num_attention_heads"]
         # transformers 5 nests theta and scaling in rope_parameters; older files have rope_theta and rope_scaling.
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -90,7 +98,7 @@ class ModelSpec:
             rms_norm_eps=config["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=bool(config.get("attention_bias", architecture == "Qwen2ForCausalLM")),
+            qkv_bias=architecture == "Qwen2ForCausalLM",
             qk_norm=architecture == "Qwen3ForCausalLM",
             rope_scaling=_rope_scaling(rope, source),
             eos_token_ids=_token_ids(config.get("eos_token_id")),

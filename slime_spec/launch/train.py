@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+from rollout.embedded.validate import context_length
 from slime_spec.config.build import to_yaml
 from slime_spec.config.checks import check
 from slime_spec.config.tree import Config
@@ -58,7 +59,7 @@ def run(config: Config, argv: Sequence[str]) -> int:
         Examples(config.metrics.console) as examples,
         _parts(config, inputs.spec) as (engines, trainer),
     ):
-        state = _start(trainer, engines)
+        state = _start(config, trainer, engines)
         job = Job(
             config=config,
             rollouts=_rollout_source(config, inputs.prompts, engines),
@@ -100,6 +101,8 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
             longest,
             "Lower --rollout-max-prompt-len or --rollout-max-response-len.",
         )
+    if config.run.mode != "train_only":
+        context_length(config.engine, spec)
 
 
 @contextmanager
@@ -128,15 +131,18 @@ def _trainer(config: Config, placement: Placement) -> Trainer:
     return trainer
 
 
-def _start(trainer: Trainer | None, engines: Engines | None) -> RunState:
-    """Load the trainer; a resumed one brings the engines to its version before they serve."""
+def _start(config: Config, trainer: Trainer | None, engines: Engines | None) -> RunState:
+    """Load the trainer; a resumed one brings the engines to its weights before they serve."""
     resumed = trainer.load() if trainer is not None else None
     if resumed is None:
         return RunState(rollout_id=0, next_prompt_id=0, weight_version=0)
-    logger.info("resumed rollout_id=%d version=%d", resumed.rollout_id, resumed.weight_version)
+    # Saved between two pushes, the trainer is ahead of the version its engines had: its weights are a new version.
+    ahead = resumed.rollout_id % config.push.interval != 0
+    state = replace(resumed, weight_version=resumed.weight_version + ahead)
+    logger.info("resumed rollout_id=%d version=%d", state.rollout_id, state.weight_version)
     if trainer is not None and engines is not None:
-        push_weights(trainer, engines, resumed.weight_version, PhaseClock())
-    return resumed
+        push_weights(trainer, engines, state.weight_version, PhaseClock())
+    return state
 
 
 def _rollout_source(config: Config, prompts: PromptSource, engines: Engines | None) -> RolloutSource:

@@ -38,4 +38,4 @@ def _read_only(array: np.ndarray) -> torch.Tensor:
     """Wrap shared memory without copying it; torch has no read-only tensors and warns of it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(memoryview(array), dtype=torch.uint8)
+        return torch.frombuffer(array.data, dtype=torch.uint8)

@@ -94,6 +94,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_before_ray_starts(damage, expec
         (("--debug-rollout-only", "--debug-train-only"), "debug-train-only"),
         (("--debug-train-only",), "load-debug-rollout-data"),
         (("--rollout-max-prompt-len", "600"), "context"),
+        (("--sglang-context-length", "100000"), "max_position_embeddings"),
         (("--speculative-algorithm", "EAGLE3"), "LOOKUP"),
         (("--speculative-algorithm", "EGALE"), "EAGLE"),
         (("--tensor-model-parallel-size", "4", "--actor-world-size", "4"), "tensor"),

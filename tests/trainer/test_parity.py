@@ -1,90 +1,17 @@
-"""Three policy steps in every layout against Hugging Face, AdamW and a loss written as a loop."""
+"""Three policy steps in every layout against the reference: Hugging Face, AdamW and a loss written as a loop."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from slime_spec.config.tree import Config
-from slime_spec.types import TrainReport, TrainSample
-from tests.support.tiny_models import load_reference
-from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples
+from slime_spec.launch.bench.reference_trainer import near_policy, reference_steps, tiny_samples
+from slime_spec.types import TrainReport
+from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
 
 NUM_STEPS = 3
-
-
-def hf_logprobs(model: torch.nn.Module, sample: TrainSample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs and entropy at one sample's response tokens; one plain forward, nothing packed."""
-    logits = model(torch.tensor([sample.token_ids])).logits[0, sample.prompt_len - 1 : -1]
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    targets = torch.tensor(sample.token_ids[sample.prompt_len :])
-    return log_probs.gather(-1, targets[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(dim=-1)
-
-
-def near_policy(folder: Path, samples: list[TrainSample]) -> list[TrainSample]:
-    """The samples with the model's own logprobs, disturbed, so that some ratios are clipped and some are not."""
-    model = load_reference(folder)
-    generator = torch.Generator().manual_seed(5)
-    near = []
-    with torch.no_grad():
-        for sample in samples:
-            logprobs, _ = hf_logprobs(model, sample)
-            noise = torch.randn(logprobs.shape, generator=generator) * 0.3
-            near.append(replace(sample, rollout_logprobs=tuple((logprobs + noise).tolist())))
-    return near
-
-
-def reference_steps(
-    config: Config, batches: list[list[TrainSample]]
-) -> tuple[list[TrainReport], dict[str, torch.Tensor]]:
-    """The same training, token by token, as the papers write it."""
-    folder = Path(config.model.hf_checkpoint)
-    model, reference = load_reference(folder), load_reference(folder)
-    trainer, algorithm = config.trainer, config.algorithm
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=trainer.lr, betas=(trainer.adam_beta1, trainer.adam_beta2), weight_decay=0.0
-    )
-    reports = []
-    for batch in batches:
-        size = trainer.global_batch_size or len(batch)
-        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-        sums, norms, count = dict.fromkeys(("loss", "pg", "entropy", "clip", "kl", "diff"), 0.0), [], 0
-        for part in parts:
-            num_tokens = sum(len(s.rollout_logprobs) for s in part)
-            optimizer.zero_grad()
-            total = torch.zeros(())
-            for sample in part:
-                logprobs, entropy = hf_logprobs(model, sample)
-                with torch.no_grad():
-                    ref_logprobs, _ = hf_logprobs(reference, sample)
-                for t, old in enumerate(sample.rollout_logprobs):
-                    ratio = (logprobs[t] - old).exp()
-                    held = ratio.clamp(1 - algorithm.eps_clip, 1 + algorithm.eps_clip)
-                    pg = -torch.minimum(ratio * sample.advantage, held * sample.advantage)
-                    log_ratio = ref_logprobs[t] - logprobs[t]
-                    kl = log_ratio.exp() - log_ratio - 1 if algorithm.kl_loss_coef else torch.zeros(())
-                    total = total + pg + algorithm.kl_loss_coef * kl
-                    sums["pg"] += pg.item()
-                    sums["kl"] += kl.item()
-                    sums["clip"] += float(held * sample.advantage < ratio * sample.advantage)
-                    sums["diff"] += abs(logprobs[t].item() - old)
-                sums["entropy"] += entropy.sum().item()
-            sums["loss"] += total.item()
-            (total / num_tokens).backward()
-            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.clip_grad)))
-            optimizer.step()
-            count += num_tokens
-        mean = {key: value / count for key, value in sums.items()}
-        norm = sum(norms) / len(norms)
-        reports.append(
-            TrainReport(
-                mean["loss"], mean["pg"], norm, mean["entropy"], mean["clip"], mean["kl"], mean["diff"],
-                count, len(parts), 0,
-            )
-        )  # fmt: skip
-    return reports, {name: tensor for name, tensor in model.state_dict().items()}
 
 
 CASES = {

@@ -3,7 +3,6 @@
 import importlib
 import multiprocessing as mp
 import pickle
-import random
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from slime_spec.config.tree import AlgorithmConfig, Config, ModelConfig, PushConfig, TrainerConfig
-from slime_spec.types import TrainSample
+from slime_spec.launch.bench.reference_trainer import tiny_samples as tiny_samples
 from tests.support.tiny_models import make_tiny_checkpoint
 
 RANK_TIMEOUT_S = 120.0
@@ -41,19 +40,6 @@ def tiny_config(folder: Path, trainer: dict[str, Any] | None = None, algorithm: 
         algorithm=AlgorithmConfig(**(algorithm or {})),
         push=PushConfig(bucket_bytes=8192),
     )
-
-
-def tiny_samples(seed: int = 0, num_prompts: int = 3, group_size: int = 4, vocab_size: int = 160) -> list[TrainSample]:
-    """Groups that share prompts, with responses of 1 to 12 tokens and logprobs near those of a random model."""
-    rng = random.Random(seed)
-    samples = []
-    for _ in range(num_prompts):
-        prompt = tuple(rng.randrange(vocab_size) for _ in range(rng.randint(3, 20)))
-        for _ in range(group_size):
-            response = tuple(rng.randrange(vocab_size) for _ in range(rng.randint(1, 12)))
-            logprobs = tuple(rng.uniform(-8.0, -3.0) for _ in response)
-            samples.append(TrainSample(prompt + response, len(prompt), logprobs, rng.gauss(0.0, 1.0)))
-    return samples
 
 
 WORKERS = "tests.trainer.rank_workers"

@@ -13,7 +13,6 @@ from rich.console import Console
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import load_choice, unknown_choice
 from slime_spec.launch.bench.rows import Benchmark, BenchOptions, Row, report_json, report_markdown, rows_table
-from slime_spec.launch.ray_environment import prepare_ray_environment
 
 BENCHES = {"main-job": "slime_spec.launch.bench.main_job:MAIN_JOB"}
 WIDTH = 160
@@ -27,8 +26,7 @@ def run_bench(name: str, argv: Sequence[str]) -> int:
     """
     bench: Benchmark = load_choice("bench", BENCHES, name)
     options = _parsed(name, bench, argv)
-    bench.check(options)
-    prepare_ray_environment(joining=False)
+    bench.prepare(options)
     progress = _console(stderr=True)
     rows: list[Row] = []
     for number, part in enumerate(options.parts, 1):

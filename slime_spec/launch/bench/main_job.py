@@ -5,6 +5,7 @@ from __future__ import annotations
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.launch.bench.learning import check_learning
 from slime_spec.launch.bench.rows import Benchmark, BenchOptions
+from slime_spec.launch.ray_environment import prepare_ray_environment
 
 HERE = "slime_spec.launch.bench"
 PARTS = {
@@ -15,18 +16,21 @@ PARTS = {
     "learning": f"{HERE}.learning:measure",
 }
 NEED_THE_MODEL = {"engine", "speculation", "push"}
+START_RAY = {"push", "parity"}
 
 
-def check(options: BenchOptions) -> None:
-    """Refuse what a part would trip over later."""
+def prepare(options: BenchOptions) -> None:
+    """See Benchmark."""
     if NEED_THE_MODEL & set(options.parts):
         ModelSpec.from_folder(options.model)
     if "learning" in options.parts:
         check_learning(options)
+    if START_RAY & set(options.parts):
+        prepare_ray_environment(joining=False)
 
 
 MAIN_JOB = Benchmark(
     what="Engine speed and parity, speculation, weight push, trainer parity, and learning by whole runs (slow).",
     parts=PARTS,
-    check=check,
+    prepare=prepare,
 )

@@ -92,8 +92,8 @@ def parity_rows(policy: Path, scratch: Path, seed: int, layouts: Sequence[str]) 
             config, place = _config(policy, LAYOUTS[name]), scratch / name
             first, more = train_and_continue(config, reserved.ranks, batches, place)
             resumed = resume(config, reserved.ranks, batches[NUM_STEPS:], place)
-            rows += _reference_rows(name, first, expected)
-            rows += _resume_rows(name, more, resumed)
+            rows += reference_rows(name, first, expected)
+            rows += resume_rows(name, more, resumed)
     return rows
 
 
@@ -142,7 +142,7 @@ def _moved_row(after: Weights, before: Weights) -> Row:
     return Row("parity.weights_moved", what, least, "weight")
 
 
-def _reference_rows(name: str, got: Trained, expected: Trained) -> list[Row]:
+def reference_rows(name: str, got: Trained, expected: Trained) -> list[Row]:
     what = f"{NUM_STEPS} steps of Megatron-Core {name} against Hugging Face with AdamW: largest"
     loss, weight = _differences(got, expected)
     return [
@@ -151,7 +151,7 @@ def _reference_rows(name: str, got: Trained, expected: Trained) -> list[Row]:
     ]
 
 
-def _resume_rows(name: str, got: Trained, resumed: Trained) -> list[Row]:
+def resume_rows(name: str, got: Trained, resumed: Trained) -> list[Row]:
     what = f"{NUM_MORE_STEPS} steps after a checkpoint, {name}, in new processes against uninterrupted: largest"
     loss, weight = _differences(got, resumed)
     return [

@@ -66,11 +66,14 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Named parts, each ``package.module:function`` from BenchOptions to rows; ``check`` refuses before any runs."""
+    """Named parts, each ``package.module:function`` from BenchOptions to rows.
+
+    ``prepare`` refuses what a part would trip over later, and sets what must be set before the parts are imported.
+    """
 
     what: str
     parts: Mapping[str, str]
-    check: Callable[[BenchOptions], None]
+    prepare: Callable[[BenchOptions], None]
 
 
 def rows_table(rows: Sequence[Row]) -> Table:

@@ -9,7 +9,7 @@ Speculation pays where the first exceeds the second.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def _times(
 ) -> tuple[str, dict[str, list[Timed[Samples]]]]:
     """What was measured in words, and the rounds of each side; "prefill" is the prompts' pass and the first token."""
 
-    def side(num_new_tokens: int, speculative: bool):  # type: ignore[no-untyped-def]
+    def side(num_new_tokens: int, speculative: bool) -> Callable[[int], Samples]:
         def of_round(turn: int) -> Samples:
             chosen = tuple(prompts[(turn + i) % len(prompts)] for i in range(batch_size))
             return greedy(engine, chosen, num_new_tokens, speculative)

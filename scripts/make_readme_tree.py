@@ -1,0 +1,54 @@
+"""Write the README's tree, a phrase per file taken from the files: ``python scripts/make_readme_tree.py``."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- tree: scripts/make_readme_tree.py -->\n```text\n", "```\n<!-- /tree -->"
+FOLDERS = ("slime_spec", "rollout", "trainer_bridge", "scripts", "conf")
+
+
+def phrase(path: Path) -> str:
+    """The first sentence of a module's docstring, or of a script's first comment."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        first = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    else:
+        comments = (line[2:] for line in text.splitlines() if line.startswith("# ") and "shell" not in line)
+        first = next((line for line in comments if not line.startswith("@")), "")
+    return first.removesuffix(".")
+
+
+def tree() -> str:
+    """One line per tracked file of the product, folders with the phrase of their __init__.py."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *FOLDERS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    lines: list[str] = []
+    seen: set[Path] = set()
+    for path in sorted({ROOT / name for name in listed}, key=lambda path: (path.parent, path.name)):
+        folder = path.parent.relative_to(ROOT)
+        if path.parent not in seen:
+            seen.add(path.parent)
+            init = path.parent / "__init__.py"
+            about = phrase(init) if init.is_file() else ""
+            lines.append(f"{folder}/".ljust(34) + about)
+        if path.name != "__init__.py" and path.suffix != ".json":
+            lines.append(f"  {path.name}".ljust(34) + phrase(path))
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def with_tree(readme: str) -> str:
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{tree()}{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_tree(README.read_text(encoding="utf-8")), encoding="utf-8")

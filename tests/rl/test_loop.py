@@ -1,0 +1,144 @@
+"""The loop's order of events, with parts that only record what they were asked."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from slime_spec.config.tree import Config, PushConfig, RolloutConfig, RunConfig, TrainerConfig
+from slime_spec.errors import PushError
+from slime_spec.interfaces import RunState
+from slime_spec.rl.loop import Job, run_loop
+from slime_spec.types import EngineStats, GeneratedSample, Prompt, Sample, TrainReport
+from slime_spec.weights.manifest import Manifest, combined_checksum
+from slime_spec.weights.push import BeginPush, CancelPush, CommitPush, PushReply
+
+
+@dataclass
+class Recorder:
+    """Trainer, engines and sample source in one, writing down what happens in order."""
+
+    rewards: tuple[float | None, ...] = (1.0, 0.0)
+    refuse_version: int | None = None
+    events: list[str] = field(default_factory=list)
+    version: int = 0
+
+    def samples(self, state: RunState, progress) -> list[Sample]:
+        self.events.append(f"generate@{self.version}")
+        prompt = Prompt(state.next_prompt_id, "task", "?", (1, 2), "x")
+        return [
+            Sample(prompt, GeneratedSample("g", i, (5,), (-1.0,), "stop", self.version, 2), "t", reward)
+            for i, reward in enumerate(self.rewards)
+        ]
+
+    def step(self, samples) -> TrainReport:
+        self.events.append(f"train {len(samples)}")
+        return TrainReport(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, len(samples), 1, 1)
+
+    def push(self, version: int):
+        yield BeginPush(Manifest("target", version, ()))
+        yield CommitPush(version, combined_checksum([]))
+
+    def broadcast(self, message) -> list[PushReply]:
+        if isinstance(message, CommitPush):
+            if message.version == self.refuse_version:
+                raise PushError("an engine refused")
+            self.version = message.version
+            self.events.append(f"push {message.version}")
+        if isinstance(message, CancelPush):
+            self.events.append(f"cancel {message.version}")
+        return [PushReply(0, self.version, combined_checksum([]))]
+
+    def set_resident(self, resident: bool) -> list[EngineStats]:
+        self.events.append("resume" if resident else "release")
+        return []
+
+
+def job(recorder: Recorder, config: Config, *, trainer: bool = True, engines: bool = True) -> Job:
+    saved: list[RunState] = []
+    return Job(
+        config=config,
+        rollouts=recorder,
+        trainer=recorder if trainer else None,  # type: ignore[arg-type]
+        engines=recorder if engines else None,  # type: ignore[arg-type]
+        log=lambda step, values: recorder.events.append(f"log {step}"),
+        keep_samples=lambda rollout_id, samples: None,
+        save=lambda state: (saved.append(state), recorder.events.append(f"save {state.rollout_id}"))[0],
+        progress=lambda phase: lambda done, wanted: None,
+    )
+
+
+def config(num_rollout: int = 2, interval: int = 1, save_interval: int | None = None) -> Config:
+    return Config(
+        run=RunConfig(num_rollout=num_rollout),
+        rollout=RolloutConfig(batch_size=3),
+        push=PushConfig(interval=interval),
+        trainer=TrainerConfig(save_interval=save_interval),
+    )
+
+
+START = RunState(rollout_id=0, next_prompt_id=0, weight_version=0)
+
+
+def test_a_step_generates_trains_with_released_engines_pushes_and_logs():
+    recorder = Recorder()
+    end = run_loop(job(recorder, config()), START)
+    assert recorder.events == [
+        *("generate@0", "release", "train 2", "resume", "push 1", "log 0"),
+        *("generate@1", "release", "train 2", "resume", "push 2", "log 1"),
+    ]
+    assert end == RunState(rollout_id=2, next_prompt_id=6, weight_version=2)
+
+
+def test_weights_are_pushed_every_interval_steps():
+    recorder = Recorder()
+    run_loop(job(recorder, config(num_rollout=5, interval=2)), START)
+    assert [event for event in recorder.events if event.startswith(("push", "generate"))] == [
+        *("generate@0", "generate@0", "push 1", "generate@1", "generate@1", "push 2", "generate@2")
+    ]
+
+
+def test_apart_from_each_other_engines_keep_their_memory():
+    recorder = Recorder()
+    apart = config(num_rollout=1)
+    run_loop(job(recorder, replace(apart, cluster=replace(apart.cluster, colocate=False))), START)
+    assert "release" not in recorder.events
+
+
+def test_a_step_without_any_reward_trains_nothing_and_goes_on():
+    recorder = Recorder(rewards=(None, None))
+    run_loop(job(recorder, config(num_rollout=1)), START)
+    assert not any(event.startswith("train") for event in recorder.events)
+    assert "log 0" in recorder.events
+
+
+def test_rollout_only_never_trains_pushes_or_releases():
+    recorder = Recorder()
+    end = run_loop(job(recorder, config(), trainer=False), START)
+    assert recorder.events == ["generate@0", "log 0", "generate@0", "log 1"]
+    assert end.weight_version == 0
+
+
+def test_train_only_has_no_engines_to_push_to():
+    recorder = Recorder()
+    run_loop(job(recorder, config(num_rollout=1), engines=False), START)
+    assert recorder.events == ["generate@0", "train 2", "log 0"]
+
+
+def test_checkpoints_are_saved_every_interval_with_where_the_run_goes_on():
+    recorder = Recorder()
+    run_loop(job(recorder, config(num_rollout=4, save_interval=2)), START)
+    assert [event for event in recorder.events if event.startswith("save")] == ["save 2", "save 4"]
+
+
+def test_a_resumed_run_starts_at_its_step():
+    recorder = Recorder()
+    run_loop(job(recorder, config(num_rollout=4)), RunState(rollout_id=3, next_prompt_id=9, weight_version=3))
+    assert [event for event in recorder.events if event.startswith(("log", "push"))] == ["push 4", "log 3"]
+
+
+def test_a_refused_push_is_cancelled_and_ends_the_run_loudly():
+    recorder = Recorder(refuse_version=1)
+    with pytest.raises(PushError, match="refused"):
+        run_loop(job(recorder, config()), START)
+    assert recorder.events[-1] == "cancel 1"
+    assert recorder.version == 0
