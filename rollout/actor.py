@@ -64,7 +64,8 @@ class EngineWorker:
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
-        self._engine.stop()
+        if hasattr(self, "_engine"):  # not where ``start`` was refused
+            self._engine.stop()
 
 
 def create_engine_actor(config: Config, engine_index: int, placement: Placement) -> ray.actor.ActorHandle:

@@ -17,7 +17,18 @@ from slime_spec.hf.checkpoint import expected_shapes
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import WeightTransport
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, SpecCounters
-from slime_spec.weights.push import BeginPush, CancelPush, CommitPush, PushBucket, PushMessage, PushReceiver, PushReply
+from slime_spec.weights.manifest import combined_checksum, tensor_checksum
+from slime_spec.weights.push import (
+    BeginPush,
+    CancelPush,
+    CommitPush,
+    PreparePush,
+    PushBucket,
+    PushMessage,
+    PushReceiver,
+    PushReply,
+    VerifyPush,
+)
 
 
 class FakeGeneration:
@@ -78,10 +89,14 @@ class FakeEngine:
                 self._staged = {}
             case PushBucket():
                 self._take(message)
-            case CommitPush():
-                assert self._receiver is not None, "a commit follows a begin"
+            case PreparePush():
+                assert self._receiver is not None, "a prepare follows a begin"
                 self._receiver.finish(message.checksum)
+            case CommitPush():
                 self.weights, self._version = self._staged, message.version
+            case VerifyPush():
+                sums = ((name, tensor_checksum(tensor)) for name, tensor in self.weights.items())
+                return PushReply(self._index, self._version, combined_checksum(sums))
             case CancelPush():
                 self._receiver, self._staged = None, {}
         checksum = self._receiver.checksum if self._receiver else ""

@@ -16,10 +16,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from rollout.actor import create_engine_actor
 from rollout.dispatch import Dispatcher
 from slime_spec.config.tree import Config
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, PushError
 from slime_spec.placement import Placement
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.push import PushMessage, PushReply
+
+# An engine whose thread is not ended keeps its process alive after Ray has gone.
+STOP_TIMEOUT_S = 10.0
 
 
 @dataclass
@@ -104,6 +107,8 @@ class EnginePool:
         return ray.get([actor.stats.remote() for actor in self._actors])
 
     def stop(self) -> None:
+        """End the engines, then their processes; one that does not answer is killed all the same."""
+        ray.wait([actor.stop.remote() for actor in self._actors], num_returns=len(self._actors), timeout=STOP_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
@@ -114,6 +119,6 @@ def _unwrapped(call):  # type: ignore[no-untyped-def]
     try:
         return call()
     except RayTaskError as error:
-        if isinstance(error.cause, ConfigError):
+        if isinstance(error.cause, ConfigError | PushError):
             raise error.cause from None
         raise

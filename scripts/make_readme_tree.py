@@ -16,7 +16,7 @@ def phrase(path: Path) -> str:
     if path.suffix == ".py":
         first = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
     else:
-        comments = (line[2:] for line in text.splitlines() if line.startswith("# ") and "shell" not in line)
+        comments = (line[2:] for line in text.splitlines() if line.startswith("# ") and "shellcheck" not in line)
         first = next((line for line in comments if not line.startswith("@")), "")
     return first.removesuffix(".")
 

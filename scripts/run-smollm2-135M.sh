@@ -8,7 +8,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 MODEL_DIR="${MODEL_DIR:-$ROOT/models/SmolLM2-135M-Instruct}"
 
 ensure_venv
-cd "$ROOT"
 if [[ ! -f "$MODEL_DIR/config.json" ]]; then
   slime_spec models fetch smollm2-135m --output "$MODEL_DIR"
 fi

@@ -20,5 +20,9 @@ class CheckpointError(ConfigError):
     """A checkpoint folder that is missing, incomplete or damaged."""
 
 
+class TrainingError(RuntimeError):
+    """An optimizer step that would have ruined the weights; they are as they were before it."""
+
+
 class PushError(RuntimeError):
     """A weight push that was refused or failed; every engine stays on, or returned to, its previous version."""

@@ -24,7 +24,6 @@ class Placement:
     bundles: tuple[int, ...]
     num_cpus: float
     num_gpus: float
-    env: tuple[tuple[str, str], ...] = ()
 
     def bundle_of_rank(self, rank: int) -> int:
         return self.bundles[rank]

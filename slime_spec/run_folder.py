@@ -43,7 +43,7 @@ class RunFolder:
         starts anew with the same configuration sets the earlier logs aside (``metrics.1.jsonl``); one that resumes
         appends to them.
         """
-        path = Path(config.run.output_dir) if config.run.output_dir else Path("runs") / config.run.name
+        path = (Path(config.run.output_dir) if config.run.output_dir else Path("runs") / config.run.name).absolute()
         resuming = config.trainer.load is not None
         _refuse_strangers(path, config_yaml, resuming)
         setting = "run.output_dir" if config.run.output_dir else "run.name"
@@ -83,7 +83,7 @@ class RunFolder:
 
 def versions() -> dict[str, object]:
     """What the run ran with; ``git`` is null outside a checkout of this project."""
-    packages = {found.metadata["Name"]: found.version for found in distributions()}
+    packages = {name: found.version for found in distributions() if (name := found.metadata["Name"])}
     return {
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
         "python": platform.python_version(),

@@ -7,12 +7,19 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 
+GREEDY_BELOW_TEMPERATURE = 1e-6  # SGLang's threshold
+
+
+def is_greedy(temperature: float) -> bool:
+    """Whether samples at this temperature are argmax, their logprobs those of temperature 1."""
+    return temperature < GREEDY_BELOW_TEMPERATURE
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample one response; the names are SGLang's.
 
-    ``top_k=-1`` and ``top_p=1`` switch those filters off; ``temperature=0`` is greedy.
+    ``top_k=-1`` and ``top_p=1`` switch those filters off; ``temperature=0`` is greedy (see is_greedy).
     """
 
     max_new_tokens: int = 128
@@ -55,13 +62,17 @@ class SpecCounters:
     """What speculation did for one request; ``histogram[k]`` counts rounds in which exactly k drafts were accepted.
 
     A round is one draft and one verify; the prefill is not a round. ``num_proposed`` is rounds times
-    (num_draft_tokens - 1), SGLang's server-wide convention. Example, 3 rounds with 0, 2 and 3 accepted drafts of 3:
-    ``SpecCounters(num_rounds=3, num_proposed=9, histogram=(1, 0, 1, 1))``
+    (num_draft_tokens - 1), SGLang's server-wide convention, whatever was drafted; ``num_drafted`` counts the tokens
+    that really were, and ``num_empty_rounds`` the rounds without any (no match, or one token of the budget left).
+    Example, 3 rounds with nothing drafted, then 2 of 2 and 3 of 3 accepted:
+    ``SpecCounters(num_rounds=3, num_proposed=9, histogram=(1, 0, 1, 1), num_drafted=5, num_empty_rounds=1)``
     """
 
     num_rounds: int = 0
     num_proposed: int = 0
     histogram: tuple[int, ...] = ()
+    num_drafted: int = 0
+    num_empty_rounds: int = 0
 
     @property
     def num_correct(self) -> int:
@@ -71,7 +82,11 @@ class SpecCounters:
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """One finished response. ``logprobs[i]`` is the target's log softmax(logits / temperature) at ``token_ids[i]``."""
+    """One finished response. ``logprobs[i]`` is the target's log softmax(logits / temperature) at ``token_ids[i]``.
+
+    ``matched_stop`` is the token or the string that ended a response whose ``finish_reason`` is stop;
+    ``cached_tokens`` counts the prompt tokens whose KV another sample of the group had computed.
+    """
 
     group_id: str
     sample_index: int
@@ -83,6 +98,8 @@ class GeneratedSample:
     spec: SpecCounters = field(default_factory=SpecCounters)
     e2e_latency_s: float = 0.0
     engine: int = 0
+    matched_stop: int | str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 
 from rollout.embedded.core import CoreSettings, GenerationCore
 from rollout.embedded.drafters import make_drafter
-from rollout.embedded.kv_cache import KvCache, bytes_per_token
+from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.stop import StopRule, eos_ids
-from rollout.embedded.validate import Limits, context_length
+from rollout.embedded.validate import limits_of
 from rollout.embedded.verify import ChainRule, follow_chain
 from rollout.embedded.weights import DecoderBuilder
 from slime_spec.config.tree import Config
@@ -29,12 +29,7 @@ class Assembly:
         self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
         self.device = torch.device("cuda" if config.rollout.num_gpus_per_engine > 0 else "cpu")
         self.dtype: torch.dtype = getattr(torch, config.engine.dtype)
-        per_token = bytes_per_token(self.spec, self.dtype)
-        self.limits = Limits(
-            vocab_size=self.spec.vocab_size,
-            context_length=context_length(config.engine, self.spec),
-            max_total_tokens=config.engine.max_total_tokens or int(config.engine.kv_cache_gb * 1e9 / per_token),
-        )
+        self.limits = limits_of(config, self.spec)
         self._drafter = make_drafter(config.speculative)
         self._rope: RopeTable | None = None
         self._tokenizer: Tokenizer | None = None

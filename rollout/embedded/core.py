@@ -20,14 +20,15 @@ from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.model import Decoder
 from rollout.embedded.request import Group, OnSample, SampleState, coins_of
 from rollout.embedded.sampler import sample
-from rollout.embedded.stop import StopRule
+from rollout.embedded.stop import Ending, StopRule
 from rollout.embedded.verify import ChainRule, follow_chain
 from slime_spec.interfaces import Draft, DraftContext, Drafter
-from slime_spec.types import FinishReason, GroupRequest
+from slime_spec.types import GroupRequest
 
 # Longer prompts are prefilled in pieces, which bounds the attention mask and the activations.
 PREFILL_CHUNK_TOKENS = 1024
 NO_DRAFT = Draft(token_ids=(), parents=())
+ABORTED = Ending("abort")
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ class GenerationCore:
         rows = [row for row, each in enumerate(self.batch.sequences) if each.group is group]
         never_started = list(group.waiting)
         group.waiting.clear()
-        self._finish([(row, "abort") for row in rows])
+        self._finish([(row, ABORTED) for row in rows])
         for index in never_started:
-            group.on_sample(self._new_sequence(group, index).finished("abort", self._clock(), 0, self._engine))
+            group.on_sample(self._new_sequence(group, index).finished(ABORTED, self._clock(), 0, self._engine))
         self.batch.release_prefix(group)
 
     def step(self) -> None:
@@ -131,9 +132,9 @@ class GenerationCore:
         )
         finished = []
         for row, sequence, token_id, logprob in zip(rows, started, drawn.token_ids, drawn.logprobs, strict=True):
-            reason = self._emit(sequence, [token_id], [logprob])
-            if reason is not None:
-                finished.append((row, reason))
+            ending = self._emit(sequence, [token_id], [logprob])
+            if ending is not None:
+                finished.append((row, ending))
         self._finish(finished)
 
     def _new_sequence(self, group: Group, sample_index: int) -> SampleState:
@@ -167,18 +168,18 @@ class GenerationCore:
             params.extend([sequence.group.request.params] * len(tokens))
             coins.extend(sequence.coins[sequence.num_generated : sequence.num_generated + len(tokens)])
         drawn = sample(self._logits(self._forward(self.cache.own, spans, inputs)), params, coins)
-        finished: list[tuple[int, FinishReason]] = []
+        finished: list[tuple[int, Ending]] = []
         first = 0
         for row, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True)):
             end = first + 1 + len(draft.token_ids)
             emitted = self._chain_rule(drawn.token_ids[first:end], draft.token_ids)
             num_accepted = len(emitted) - 1
             if self._settings.speculates and sequence.group.request.params.speculative:
-                sequence.count_round(num_accepted)
+                sequence.count_round(len(draft.token_ids), num_accepted)
                 self._drafter.observe(sequence.key, num_accepted)
-            reason = self._emit(sequence, emitted, drawn.logprobs[first : first + len(emitted)])
-            if reason is not None:
-                finished.append((row, reason))
+            ending = self._emit(sequence, emitted, drawn.logprobs[first : first + len(emitted)])
+            if ending is not None:
+                finished.append((row, ending))
             first = end
         self._finish(finished)
 
@@ -221,25 +222,25 @@ class GenerationCore:
             torch.cuda.synchronize(self._settings.device)
         return self._clock()
 
-    def _emit(self, sequence: SampleState, token_ids: list[int], logprobs: list[float]) -> FinishReason | None:
+    def _emit(self, sequence: SampleState, token_ids: list[int], logprobs: list[float]) -> Ending | None:
         """Append tokens up to the first that ends the response, and say why it ended."""
         params, start = sequence.group.request.params, sequence.group.num_prompt_tokens
         for token_id, logprob in zip(token_ids, logprobs, strict=True):
             sequence.token_ids.append(token_id)
             sequence.logprobs.append(logprob)
-            reason = self._stop_rule.reason(sequence.token_ids, start, params)
-            if reason is not None:
-                return reason
+            ending = self._stop_rule.ending(sequence.token_ids, start, params)
+            if ending is not None:
+                return ending
         return None
 
-    def _finish(self, finished: list[tuple[int, FinishReason]]) -> None:
+    def _finish(self, finished: list[tuple[int, Ending]]) -> None:
         """Hand out finished samples and free their rows, highest row first so that rows below keep their numbers."""
-        for row, reason in sorted(finished, reverse=True):
+        for row, ending in sorted(finished, key=lambda pair: pair[0], reverse=True):
             sequence = self.batch.sequences[row]
             self.batch.remove(row)
             self._drafter.forget(sequence.key)
             drafts_per_round = self._settings.num_draft_tokens - 1
-            sequence.group.on_sample(sequence.finished(reason, self._clock(), drafts_per_round, self._engine))
+            sequence.group.on_sample(sequence.finished(ending, self._clock(), drafts_per_round, self._engine))
 
     @property
     def _engine(self) -> int:

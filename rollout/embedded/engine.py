@@ -13,7 +13,7 @@ import torch
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.generation import EmbeddedGeneration
-from rollout.embedded.loop_thread import LoopThread
+from rollout.embedded.loop_thread import LoopThread, Refused
 from rollout.embedded.model import Decoder
 from rollout.embedded.push import PushStage
 from rollout.embedded.validate import check_request
@@ -21,8 +21,18 @@ from rollout.embedded.weights import decoder_checksum
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
 from slime_spec.interfaces import Generation, WeightTransport
+from slime_spec.memory import release_freed_memory
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
-from slime_spec.weights.push import BeginPush, CancelPush, CommitPush, PushBucket, PushMessage, PushReply
+from slime_spec.weights.push import (
+    BeginPush,
+    CancelPush,
+    CommitPush,
+    PreparePush,
+    PushBucket,
+    PushMessage,
+    PushReply,
+    VerifyPush,
+)
 
 
 class EmbeddedEngine:
@@ -72,7 +82,7 @@ class EmbeddedEngine:
         generation = EmbeddedGeneration(len(request.seeds), lambda: self._abort(generation))
         with self._gate:
             if not self._resident:
-                raise RuntimeError("the engine is offloaded: call set_resident(True) before generating")
+                raise Refused("the engine is offloaded: call set_resident(True) before generating")
             self._live.add(generation)
             generation.group = self._thread.submit(
                 lambda: self._core.add(request, lambda sample: self._deliver(generation, sample))
@@ -88,10 +98,14 @@ class EmbeddedEngine:
                 stage = PushStage(manifest, self._assembly.spec, builder)
             case PushBucket() if stage is not None:
                 stage.take(message, self._transport)
-            case CommitPush(version, checksum) if stage is not None:
-                decoder = stage.finish(version, checksum)
+            case PreparePush(version, checksum) if stage is not None:
+                stage.prepare(version, checksum)
+            case CommitPush(version) if stage is not None and stage.decoder is not None and stage.version == version:
+                decoder = stage.decoder
                 self._thread.call(lambda: self._swap(decoder, version))
                 return PushReply(self._index, self._core.version, stage.checksum)
+            case VerifyPush():
+                return PushReply(self._index, self._core.version, self.weights_checksum())
             case CancelPush():
                 return PushReply(self._index, self._core.version, "")
             case _:
@@ -130,13 +144,12 @@ class EmbeddedEngine:
 
     def _set_resident(self, resident: bool) -> None:
         if self._core.has_work:
-            raise RuntimeError("requests are running: offload the engine when they have finished")
+            raise Refused("requests are running: offload the engine when they have finished")
         if self._assembly.device.type == "cuda":
             self._core.decoder.move(self._assembly.device if resident else torch.device("cpu"))
         if not resident:
             self._core.cache.release()
-            if self._assembly.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_freed_memory()
         self._resident = resident
 
     def _deliver(self, generation: EmbeddedGeneration, sample: GeneratedSample) -> None:

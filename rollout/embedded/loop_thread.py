@@ -2,7 +2,8 @@
 
 callers ── submit(command) ──► inbox ──► loop: run commands, then core.step() while there is work
                  │                         │
-              Future ◄─────────────────────┘   an error in the loop fails every future and every listener
+              Future ◄─────────────────────┘   an error in the loop or in a command fails every future and every
+                                               listener; only Refused is its caller's alone
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from rollout.embedded.core import GenerationCore
-from slime_spec.errors import ConfigError, PushError
 
 T = TypeVar("T")
 Command = tuple[Callable[[], Any], Future]
@@ -22,6 +22,10 @@ Command = tuple[Callable[[], Any], Future]
 
 class LoopStopped(RuntimeError):
     """The engine was stopped."""
+
+
+class Refused(RuntimeError):
+    """What the engine will not do in its present state; it has changed nothing and goes on."""
 
 
 class LoopThread:
@@ -87,8 +91,8 @@ class LoopThread:
 
 
 def _run(command: Callable[[], Any], future: Future) -> None:
-    """A command may refuse what it is asked; any other error is the engine's own, and ends the loop."""
+    """A command may refuse what it is asked; any other error (torch's are RuntimeErrors too) ends the loop."""
     try:
         future.set_result(command())
-    except (ConfigError, PushError, RuntimeError) as error:
+    except Refused as error:
         future.set_exception(error)

@@ -57,7 +57,10 @@ class Decoder:
     def move(self, device: torch.device) -> None:
         """Move every weight; only where nothing is packed (CUDA and back)."""
         self.embedding, self.norm = self.embedding.to(device), self.norm.to(device)
-        self.head.move(device)
+        if self.spec.tie_word_embeddings:
+            self.head = PackedLinear(self.embedding, prepack=False)  # moved by itself, it would be a second table
+        else:
+            self.head.move(device)
         for layer in self.layers:
             for item in fields(layer):
                 value = getattr(layer, item.name)

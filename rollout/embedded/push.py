@@ -20,6 +20,7 @@ class PushStage:
             raise PushError("this engine's drafter has no weights to update")
         self._receiver = PushReceiver(manifest, expected_shapes(spec))
         self._builder = builder
+        self.decoder: Decoder | None = None  # set once the push is prepared
 
     @property
     def version(self) -> int:
@@ -36,9 +37,9 @@ class PushStage:
         for meta, tensor in zip(bucket.tensors, tensors, strict=True):
             self._builder.add(meta.name, tensor)
 
-    def finish(self, version: int, checksum: str) -> Decoder:
-        """The complete decoder; raises PushError when anything is missing or differs."""
+    def prepare(self, version: int, checksum: str) -> None:
+        """Build the complete decoder; raises PushError when anything is missing or differs."""
         if version != self.version:
-            raise PushError(f"commit of version {version} inside the push of {self.version}")
+            raise PushError(f"prepare of version {version} inside the push of {self.version}")
         self._receiver.finish(checksum)
-        return self._builder.finish()
+        self.decoder = self._builder.finish()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from slime_spec.types import FinishReason, GeneratedSample, GroupRequest, SpecCounters
+from rollout.embedded.stop import Ending
+from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
 
 OnSample = Callable[[GeneratedSample], None]
 
@@ -57,6 +58,8 @@ class SampleState:
     coins: list[float]
     logprobs: list[float] = field(default_factory=list)
     accepted_histogram: list[int] = field(default_factory=list)
+    num_drafted: int = 0
+    num_empty_rounds: int = 0
 
     @property
     def num_generated(self) -> int:
@@ -71,12 +74,19 @@ class SampleState:
         """Positions of the row that hold committed KV."""
         return len(self.token_ids) - 1 - self.group.prefix_tokens
 
-    def count_round(self, num_accepted: int) -> None:
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose KV the group's first sample had computed when this one started."""
+        return self.group.num_prompt_tokens if self.sample_index > 0 and self.num_generated else 0
+
+    def count_round(self, num_drafted: int, num_accepted: int) -> None:
+        self.num_drafted += num_drafted
+        self.num_empty_rounds += num_drafted == 0
         missing = num_accepted + 1 - len(self.accepted_histogram)
         self.accepted_histogram.extend([0] * max(0, missing))
         self.accepted_histogram[num_accepted] += 1
 
-    def finished(self, reason: FinishReason, now_s: float, drafts_per_round: int, engine: int) -> GeneratedSample:
+    def finished(self, ending: Ending, now_s: float, drafts_per_round: int, engine: int) -> GeneratedSample:
         """The sample as it stands; ``drafts_per_round`` is num_draft_tokens - 1."""
         num_rounds = sum(self.accepted_histogram)
         return GeneratedSample(
@@ -84,10 +94,18 @@ class SampleState:
             sample_index=self.sample_index,
             token_ids=tuple(self.token_ids[self.group.num_prompt_tokens :]),
             logprobs=tuple(self.logprobs),
-            finish_reason=reason,
+            finish_reason=ending.reason,
+            matched_stop=ending.matched,
             weight_version=self.group.weight_version,
             num_prompt_tokens=self.group.num_prompt_tokens,
-            spec=SpecCounters(num_rounds, num_rounds * drafts_per_round, tuple(self.accepted_histogram)),
+            cached_tokens=self.num_cached_tokens,
+            spec=SpecCounters(
+                num_rounds=num_rounds,
+                num_proposed=num_rounds * drafts_per_round,
+                histogram=tuple(self.accepted_histogram),
+                num_drafted=self.num_drafted,
+                num_empty_rounds=self.num_empty_rounds,
+            ),
             e2e_latency_s=now_s - self.group.arrival_s,
             engine=engine,
         )

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from slime_spec.types import SamplingParams
+from slime_spec.types import SamplingParams, is_greedy
 
-# SGLang's threshold: a lower temperature is greedy.
-GREEDY_BELOW = 1e-6
 # Most nuclei hold fewer tokens than this; a full sort of the vocabulary costs 3 ms a row.
 FIRST_CANDIDATES = 1024
 BLOCK = 256
@@ -30,19 +28,15 @@ class Sampled:
     logprobs: list[float]
 
 
-def is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < GREEDY_BELOW
-
-
 def is_filtered(params: SamplingParams) -> bool:
-    return not is_greedy(params) and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
+    return not is_greedy(params.temperature) and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
 
 
 @torch.inference_mode()
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], coins: Sequence[float]) -> Sampled:
     """One token per row of ``logits`` [rows, vocab] (fp32); ``coins`` are uniforms in [0, 1), unused by greedy rows."""
     p_full, p_target = sampling_law(logits, params)
-    greedy = [is_greedy(each) for each in params]
+    greedy = [is_greedy(each.temperature) for each in params]
     if all(greedy):
         tokens = logits.argmax(dim=-1)
     else:
@@ -59,7 +53,7 @@ def sampling_law(logits: torch.Tensor, params: Sequence[SamplingParams]) -> tupl
 
     Greedy rows have T = 1 here: their logprobs are the raw ones, and their token is the argmax.
     """
-    temperatures = [1.0 if is_greedy(each) else each.temperature for each in params]
+    temperatures = [1.0 if is_greedy(each.temperature) else each.temperature for each in params]
     if set(temperatures) != {1.0}:
         logits = logits / torch.tensor(temperatures, device=logits.device, dtype=logits.dtype).unsqueeze(1)
     p_full = logits.softmax(dim=-1)

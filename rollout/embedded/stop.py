@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from slime_spec.types import FinishReason, SamplingParams
 
 Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a response ended; for a stop, the token or the string that matched."""
+
+    reason: FinishReason
+    matched: int | str | None = None
 
 
 def eos_ids(folder: str | Path, from_config: Sequence[int]) -> frozenset[int]:
@@ -25,18 +34,20 @@ class StopRule:
     def __init__(self, eos_token_ids: frozenset[int], decode: Decode) -> None:
         self._eos_token_ids, self._decode = eos_token_ids, decode
 
-    def reason(self, token_ids: Sequence[int], num_prompt_tokens: int, params: SamplingParams) -> FinishReason | None:
+    def ending(self, token_ids: Sequence[int], num_prompt_tokens: int, params: SamplingParams) -> Ending | None:
         """Why the response (what follows the prompt in ``token_ids``) ends with its last token, or None."""
         last = token_ids[-1]
         if last in params.stop_token_ids or (last in self._eos_token_ids and not params.ignore_eos):
-            return "stop"
-        if params.stop and self._has_stop_string(token_ids, num_prompt_tokens, params.stop):
-            return "stop"
-        return "length" if len(token_ids) - num_prompt_tokens >= params.max_new_tokens else None
+            return Ending("stop", last)
+        if params.stop:
+            matched = self._stop_string(token_ids, num_prompt_tokens, params.stop)
+            if matched is not None:
+                return Ending("stop", matched)
+        return Ending("length") if len(token_ids) - num_prompt_tokens >= params.max_new_tokens else None
 
-    def _has_stop_string(self, token_ids: Sequence[int], num_prompt_tokens: int, stops: Sequence[str]) -> bool:
+    def _stop_string(self, token_ids: Sequence[int], num_prompt_tokens: int, stops: Sequence[str]) -> str | None:
         # A token is at least one byte, so a stop string that ends here began within its own number of bytes; eight
         # more tokens let a character or a word that starts earlier decode whole.
         window = max(len(stop.encode()) for stop in stops) + 8
         text = self._decode(token_ids[max(num_prompt_tokens, len(token_ids) - window) :])
-        return any(stop in text for stop in stops)
+        return next((stop for stop in stops if stop in text), None)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime_spec.config.tree import EngineConfig
+import torch
+
+from rollout.embedded.kv_cache import bytes_per_token
+from slime_spec.config.tree import Config, EngineConfig
 from slime_spec.errors import ConfigError
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.types import GroupRequest, SamplingParams
@@ -29,6 +32,42 @@ def context_length(config: EngineConfig, spec: ModelSpec) -> int:
             "Lower --sglang-context-length.",
         )
     return length
+
+
+def limits_of(config: Config, spec: ModelSpec) -> Limits:
+    """What the configuration and the model allow one request; raises ConfigError for a context beyond the model's."""
+    return Limits(
+        vocab_size=spec.vocab_size,
+        context_length=context_length(config.engine, spec),
+        max_total_tokens=config.engine.max_total_tokens
+        or int(config.engine.kv_cache_gb * 1e9 / _kv_bytes(config, spec)),
+    )
+
+
+def check_kv_cache(config: Config, spec: ModelSpec) -> Limits:
+    """The limits, if the KV cache holds the longest sequence of the rollout; raises ConfigError if it does not."""
+    limits = limits_of(config, spec)
+    longest = config.rollout.max_prompt_len + config.rollout.max_response_len
+    if longest <= limits.max_total_tokens:
+        return limits
+    rule = f"must hold one sequence: max_prompt_len + max_response_len = {longest} tokens"
+    lower = "lower --rollout-max-prompt-len or --rollout-max-response-len."
+    if config.engine.max_total_tokens is not None:
+        raise ConfigError(
+            "engine.max_total_tokens", rule, limits.max_total_tokens, f"Raise --sglang-max-total-tokens, or {lower}"
+        )
+    needed_gb = longest * _kv_bytes(config, spec) / 1e9
+    raise ConfigError(
+        "engine.kv_cache_gb",
+        f"{rule} take {needed_gb:.3g} GB of this model's KV",
+        config.engine.kv_cache_gb,
+        f"Raise engine.kv_cache_gb, or {lower}",
+    )
+
+
+def _kv_bytes(config: Config, spec: ModelSpec) -> int:
+    dtype: torch.dtype = getattr(torch, config.engine.dtype)
+    return bytes_per_token(spec, dtype)
 
 
 def check_request(request: GroupRequest, limits: Limits) -> None:

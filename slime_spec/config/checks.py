@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from slime_spec.config.tree import EMBEDDED_ALGORITHMS, Config, TaskConfig
 from slime_spec.errors import ConfigError
+from slime_spec.types import is_greedy
 
 
 def check(config: Config) -> None:
@@ -19,6 +20,7 @@ def check(config: Config) -> None:
         _check_engine_gpus(config)
     if config.run.mode != "rollout_only":
         _check_ranks(config)
+        _check_saving(config)
     if config.run.mode == "train":
         _check_batch(config)
         _check_learning_signal(config)
@@ -140,6 +142,21 @@ def _check_sampling(config: Config) -> None:
         raise ConfigError("rollout.top_k", "keeps no token at all", 0, "Pass --rollout-top-k -1 to keep every token.")
 
 
+def _check_saving(config: Config) -> None:
+    trainer, interval = config.trainer, config.push.interval
+    if trainer.save is not None and trainer.save_interval is None:
+        raise ConfigError(
+            "trainer.save", "needs trainer.save_interval, or nothing is saved", trainer.save, "Pass --save-interval N."
+        )
+    if config.run.mode == "train" and trainer.save_interval is not None and trainer.save_interval % interval:
+        raise ConfigError(
+            "trainer.save_interval",
+            f"must be a multiple of push.interval={interval}, so that resumed engines get the weights they had",
+            trainer.save_interval,
+            f"Pass --save-interval {interval * (trainer.save_interval // interval + 1)}.",
+        )
+
+
 def _check_engine_gpus(config: Config) -> None:
     rollout = config.rollout
     if rollout.engine == "embedded" and rollout.num_gpus_per_engine > 1:
@@ -161,7 +178,7 @@ def _check_learning_signal(config: Config) -> None:
             rollout.n_samples_per_prompt,
             "Pass --n-samples-per-prompt 2 or more, or --debug-rollout-only.",
         )
-    if rollout.temperature == 0:
+    if is_greedy(rollout.temperature):
         raise ConfigError(
             "rollout.temperature",
             "greedy samples of a prompt are all the same, so every advantage is zero",

@@ -194,6 +194,11 @@ class PushConfig:
     bucket_bytes: int = setting(
         128 * 1024 * 1024, "Bytes per bucket.", flags=("--update-weight-buffer-size",), minimum=1
     )
+    verify: bool = setting(
+        True,
+        "After each push, read back the weights every engine computes with and compare their checksum.",
+        flags=("--check-weight-update-equal",),
+    )
     transport: str = setting(
         "ray", "How weights travel: ray (shared memory).", flags=("--update-weight-transport",), choices=("ray",)
     )

@@ -68,7 +68,7 @@ def _start_ray(plan: BundlePlan, spec: ModelSpec, config: Config) -> None:
 
 
 def _object_store_bytes(spec: ModelSpec, config: Config) -> int:
-    itemsize = 4 if config.trainer.dtype == "float32" else 2
+    itemsize = 4 if config.engine.dtype == "float32" else 2
     total = 0
     for shape in expected_shapes(spec).values():
         size = itemsize

@@ -8,6 +8,7 @@ loop, then the HF export
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -52,6 +53,7 @@ def run(config: Config, argv: Sequence[str]) -> int:
     """Run what the configuration says; returns the process's exit code."""
     inputs = preflight(config)
     folder = RunFolder.create(config, argv, to_yaml(config))
+    config = with_absolute_paths(config)
     logger.info("run folder made path=%s mode=%s", folder.path, config.run.mode)
     prepare_ray_environment(joining=config.cluster.ray_address is not None)
     with (
@@ -90,6 +92,20 @@ def preflight(config: Config) -> Inputs:
     prompts = PromptSource(config, tokenizer)
     verify_tensors(config.model.hf_checkpoint, spec)  # a damaged file is found here, not in an actor a minute later
     return Inputs(spec, tokenizer, prompts)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Actors of a joined Ray have another working directory than the user."""
+    trainer = config.trainer
+    return replace(
+        config,
+        model=replace(config.model, hf_checkpoint=os.path.abspath(config.model.hf_checkpoint)),
+        trainer=replace(trainer, save=_absolute(trainer.save), load=_absolute(trainer.load)),
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
 
 
 def _check_context(config: Config, spec: ModelSpec) -> None:
@@ -136,12 +152,12 @@ def _start(config: Config, trainer: Trainer | None, engines: Engines | None) -> 
     resumed = trainer.load() if trainer is not None else None
     if resumed is None:
         return RunState(rollout_id=0, next_prompt_id=0, weight_version=0)
-    # Saved between two pushes, the trainer is ahead of the version its engines had: its weights are a new version.
-    ahead = resumed.rollout_id % config.push.interval != 0
+    # Saved between two pushes, or without engines, the trainer is ahead of every version that was pushed.
+    ahead = resumed.rollout_id % config.push.interval != 0 or resumed.weight_version == 0
     state = replace(resumed, weight_version=resumed.weight_version + ahead)
     logger.info("resumed rollout_id=%d version=%d", state.rollout_id, state.weight_version)
     if trainer is not None and engines is not None:
-        push_weights(trainer, engines, state.weight_version, PhaseClock())
+        push_weights(config, trainer, engines, state.weight_version, PhaseClock())
     return state
 
 

@@ -58,13 +58,18 @@ def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
     num_rounds = sum(response.spec.num_rounds for response in verified)
     num_proposed = sum(response.spec.num_proposed for response in verified)
     num_correct = sum(response.spec.num_correct for response in verified)
+    num_drafted = sum(response.spec.num_drafted for response in verified)
     metrics = {
         "spec/verify_rounds": float(num_rounds),
         "spec/proposed_drafts": float(num_proposed),
+        "spec/drafted_tokens": float(num_drafted),
+        "spec/empty_rounds": float(sum(response.spec.num_empty_rounds for response in verified)),
         "spec/correct_drafts": float(num_correct),
     }
     if num_proposed:
         metrics["rollout/spec_accept_rate"] = num_correct / num_proposed
+    if num_drafted:
+        metrics["spec/accept_rate_drafted"] = num_correct / num_drafted
     if num_rounds:
         metrics["rollout/spec_accept_length"] = sum(len(response.token_ids) for response in verified) / num_rounds
     return metrics

@@ -26,13 +26,14 @@ def train_metrics(report: TrainReport) -> dict[str, float]:
 
 
 def push_metrics(report: PushReport) -> dict[str, float]:
-    """The metrics ``sync/*``; there is a report only where every engine's checksum equalled the trainer's."""
+    """The metrics ``sync/*``; ``checksum_ok`` is there where the engines' weights were read back."""
+    verified = {"sync/checksum_ok": 1.0, "sync/verify_seconds": report.verify_s} if report.verified else {}
     return {
         "sync/seconds": report.seconds,
         "sync/bytes": float(report.nbytes),
         "sync/bytes_per_s": report.nbytes / report.seconds,
         "sync/tensors": float(report.num_tensors),
-        "sync/checksum_ok": 1.0,
+        **verified,
         "sync/weight_version": float(report.version),
     }
 

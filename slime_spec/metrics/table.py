@@ -49,8 +49,19 @@ TABLE = (
         "prefill's token and the bonus tokens count); absent where there was no round.",
     ),
     Metric("spec/verify_rounds", "rounds", "Verify rounds of all requests (a prefill is not a round)."),
-    Metric("spec/proposed_drafts", "tokens", "Draft tokens proposed: rounds times (num_draft_tokens - 1)."),
+    Metric(
+        "spec/proposed_drafts",
+        "tokens",
+        "Rounds times (num_draft_tokens - 1): SGLang's convention, whether or not so many were drafted.",
+    ),
+    Metric("spec/drafted_tokens", "tokens", "Draft tokens that were really proposed and verified."),
+    Metric("spec/empty_rounds", "rounds", "Verify rounds in which nothing was drafted."),
     Metric("spec/correct_drafts", "tokens", "Draft tokens accepted, bonus tokens excluded."),
+    Metric(
+        "spec/accept_rate_drafted",
+        "share",
+        "Accepted draft tokens over drafted ones, both summed over all requests; absent where nothing was drafted.",
+    ),
     Metric(
         "spec/accept_rate_pos_{i}",
         "share",
@@ -88,8 +99,10 @@ TABLE = (
     Metric(
         "sync/checksum_ok",
         "0 or 1",
-        "1: after the commit every engine's combined checksum equalled the trainer's (otherwise the push failed).",
+        "1: the weights every engine computes with, read back after the commit, have the trainer's checksum (a push "
+        "that differs fails the run); absent with push.verify=false.",
     ),
+    Metric("sync/verify_seconds", "s", "Reading the engines' weights back and comparing, after the push."),
     Metric("sync/weight_version", "version", "Version of the weights that every engine now serves."),
 )
 PLACEHOLDERS = {r"\{i\}": r"\d+", r"\{task\}": r"[^/]+"}

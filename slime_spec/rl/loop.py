@@ -1,4 +1,4 @@
-"""The loop. One step, left to right:
+"""The loop of a run: rollout, policy step, push.
 
     rollouts ─► samples ─► group advantages ─► trainer.step ─► push to every engine ─► metrics
        ▲                        (engines' memory is released meanwhile)     │
@@ -66,7 +66,7 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
         due = (state.rollout_id + 1) % job.config.push.interval == 0
         if job.engines is not None and due:
             version += 1
-            metrics |= push_weights(job.trainer, job.engines, version, clock)
+            metrics |= push_weights(job.config, job.trainer, job.engines, version, clock)
     metrics |= perf_metrics(samples, clock.seconds, clock.total_s)
     next_prompt_id = state.next_prompt_id + job.config.rollout.batch_size
     return metrics, replace(
@@ -96,7 +96,9 @@ def _engines_released(job: Job) -> Iterator[None]:
         job.engines.set_resident(True)
 
 
-def push_weights(trainer: Trainer, engines: Engines, version: int, clock: PhaseClock) -> dict[str, float]:
+def push_weights(
+    config: Config, trainer: Trainer, engines: Engines, version: int, clock: PhaseClock
+) -> dict[str, float]:
     """Bring every engine to ``version``, or raise PushError with every engine where it was."""
     with clock.phase("sync"):
-        return push_metrics(run_push(trainer.push(version), engines.broadcast))
+        return push_metrics(run_push(trainer.push(version), engines.broadcast, config.push.verify))

@@ -23,9 +23,10 @@ def meta_info(sample: GeneratedSample) -> dict[str, Any]:
     num_tokens = len(sample.token_ids)
     return {
         "id": f"{sample.group_id}-{sample.sample_index}",
-        "finish_reason": {"type": sample.finish_reason},
+        "finish_reason": finish_reason(sample),
         "prompt_tokens": sample.num_prompt_tokens,
         "completion_tokens": num_tokens,
+        "cached_tokens": sample.cached_tokens,
         "weight_version": str(sample.weight_version),
         "e2e_latency": sample.e2e_latency_s,
         "output_token_logprobs": [
@@ -33,6 +34,19 @@ def meta_info(sample: GeneratedSample) -> dict[str, Any]:
         ],
         **speculative_keys(sample.spec, num_tokens),
     }
+
+
+def finish_reason(sample: GeneratedSample) -> dict[str, Any]:
+    """SGLang's: what matched for a stop, how many tokens for a length.
+
+    Example: ``{"type": "stop", "matched": 151645}``, ``{"type": "length", "length": 64}``
+    """
+    reason: dict[str, Any] = {"type": sample.finish_reason}
+    if sample.finish_reason == "stop":
+        reason["matched"] = sample.matched_stop
+    elif sample.finish_reason == "length":
+        reason["length"] = len(sample.token_ids)
+    return reason
 
 
 def speculative_keys(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:

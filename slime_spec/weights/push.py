@@ -1,15 +1,18 @@
 """A push: trainer to engines, all or nothing.
 
     trainer:  begin(manifest) ── bucket ── bucket ── … ── commit(checksum)
-                  │                │                          │
-    engines:   validate         stage + verify           swap the pointers; version = v+1
+                  │                │                      │
+    engines:   validate         stage + verify      prepare: whole? equal? built?     commit: swap the pointers
+                                                     every engine says yes first      version = v+1
 
 Until the commit every engine serves version v from weights the push does not touch; a failure before it cancels the
-push everywhere. The commit only swaps references, so it has nothing left to fail at.
+push everywhere. The commit only swaps references; an engine that dies right then is the one thing that can split the
+engines, and the error says so. With ``verify`` each engine then reads back the weights it computes with.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -40,11 +43,26 @@ class PushBucket:
 
 
 @dataclass(frozen=True)
-class CommitPush:
-    """Closes a push: the engine's combined checksum must equal this one before any engine swaps."""
+class PreparePush:
+    """All buckets are sent: the engine checks that none is missing, compares checksums and builds what it will use."""
 
     version: int
     checksum: str
+
+
+@dataclass(frozen=True)
+class CommitPush:
+    """Closes a push; ``checksum`` combines the tensors' checksums. A prepared engine only swaps."""
+
+    version: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class VerifyPush:
+    """Asks for the combined checksum of the weights the engine computes with, read back out of their own form."""
+
+    version: int
 
 
 @dataclass(frozen=True)
@@ -54,12 +72,15 @@ class CancelPush:
     version: int
 
 
-PushMessage = BeginPush | PushBucket | CommitPush | CancelPush
+PushMessage = BeginPush | PushBucket | PreparePush | CommitPush | VerifyPush | CancelPush
 
 
 @dataclass(frozen=True)
 class PushReply:
-    """An engine's answer: its committed version and the combined checksum of what it has staged so far."""
+    """An engine's answer: its committed version and the combined checksum of what it has staged so far.
+
+    To VerifyPush it answers with the checksum of the weights in use.
+    """
 
     engine: int
     version: int
@@ -75,45 +96,84 @@ class PushReport:
     nbytes: int
     num_tensors: int
     checksum: str
+    verified: bool = False
+    verify_s: float = 0.0
 
+
+logger = logging.getLogger(__name__)
 
 Broadcast = Callable[[PushMessage], Sequence[PushReply]]
 
 
-def run_push(messages: Iterable[PushMessage], broadcast: Broadcast) -> PushReport:
+def run_push(messages: Iterable[PushMessage], broadcast: Broadcast, verify: bool = False) -> PushReport:
     """Send a push's messages to every engine; raises PushError, every engine still on its old version, on any failure.
 
     ``broadcast`` delivers one message to all engines and returns their replies (raising if any engine refused).
+    ``verify`` reads every engine's weights back after the commit and compares them with the trainer's.
     """
     start = perf_counter()
     manifest: Manifest | None = None
     try:
         for message in messages:
+            if isinstance(message, CommitPush):
+                break
             if isinstance(message, BeginPush):
                 manifest = message.manifest
-            if isinstance(message, CommitPush):
-                assert manifest is not None, "a push begins with BeginPush"
-                _commit(message, manifest, broadcast)
-                return PushReport(
-                    message.version, perf_counter() - start, manifest.nbytes, len(manifest.tensors), message.checksum
-                )
             replies = broadcast(message)
             if isinstance(message, PushBucket):
-                staged = {reply.checksum for reply in replies}
-                if len(staged) != 1:
-                    raise PushError(f"engines disagree on bucket {message.index}: checksums {sorted(staged)}")
+                _agree(f"bucket {message.index}", replies)
+        else:
+            raise PushError("the push ended without a commit")
+        assert manifest is not None, "a push begins with BeginPush"
+        _agree("the prepared push", broadcast(PreparePush(message.version, message.checksum)), message.checksum)
     except Exception as error:
-        if manifest is not None:
-            broadcast(CancelPush(manifest.version))
+        _cancel(manifest, broadcast)
         raise PushError(f"push of version {manifest.version if manifest else '?'} failed: {error}") from error
-    raise PushError("the push ended without a commit")
+    _commit(message, broadcast)
+    seconds = perf_counter() - start
+    if verify:
+        _verify(message, broadcast)
+    verify_s = perf_counter() - start - seconds
+    return PushReport(
+        message.version, seconds, manifest.nbytes, len(manifest.tensors), message.checksum, verify, verify_s
+    )
 
 
-def _commit(message: CommitPush, manifest: Manifest, broadcast: Broadcast) -> None:
-    replies = broadcast(message)
-    wrong = [r for r in replies if r.version != manifest.version or r.checksum != message.checksum]
-    if wrong:
-        raise PushError(f"after the commit of version {manifest.version} engines answered {wrong}")
+def _agree(what: str, replies: Sequence[PushReply], checksum: str | None = None) -> None:
+    answers = {reply.checksum for reply in replies}
+    if len(answers) != 1 or (checksum is not None and answers != {checksum}):
+        raise PushError(f"checksums of {what} differ: engines {sorted(answers)}, trainer {checksum or 'not asked'}")
+
+
+def _cancel(manifest: Manifest | None, broadcast: Broadcast) -> None:
+    if manifest is None:
+        return
+    try:
+        broadcast(CancelPush(manifest.version))
+    except Exception:
+        # The first error is the one to report; an engine that cannot even cancel is dead and holds no version.
+        logger.exception("could not cancel the push version=%d", manifest.version)
+
+
+def _commit(message: CommitPush, broadcast: Broadcast) -> None:
+    try:
+        replies = broadcast(message)
+    except Exception as error:
+        raise PushError(
+            f"an engine failed at the commit of version {message.version}, which others may serve already: {error}"
+        ) from error
+    behind = [reply for reply in replies if reply.version != message.version]
+    if behind:
+        raise PushError(f"after the commit of version {message.version} engines answered {behind}")
+
+
+def _verify(message: CommitPush, broadcast: Broadcast) -> None:
+    answers = {reply.checksum for reply in broadcast(VerifyPush(message.version))}
+    if answers != {message.checksum}:
+        raise PushError(
+            f"after the push of version {message.version} engines compute with {sorted(answers)}, "
+            f"the trainer sent {message.checksum}"
+        )
 
 
 def bucketed(

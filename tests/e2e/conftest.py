@@ -11,12 +11,21 @@ import pytest
 from tests.support.tiny_policy import make_tiny_policy
 
 RUN_TIMEOUT_S = 240
+ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Prompts with a reward that differs between a random policy's replies, so that training has something to do."""
+    data = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    data.write_text("".join(f'{{"prompt": "say {i}", "label": "{i}"}}\n' for i in range(6)))
+    return ("--prompt-data", str(data), "--custom-rm-path", "tests.support.rewards:variety")
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +48,7 @@ def slime_spec(policy: Path) -> Run:
             capture_output=True,
             text=True,
             timeout=RUN_TIMEOUT_S,
+            cwd=ROOT,
             env={**os.environ, "WANDB_MODE": "offline", "RAY_AUTH_MODE": "token", **env},
         )
         assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

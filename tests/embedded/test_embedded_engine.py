@@ -17,7 +17,16 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.types import GroupRequest, SamplingParams
 from slime_spec.weights.manifest import Manifest, combined_checksum, meta_of, tensor_checksum
-from slime_spec.weights.push import BeginPush, CancelPush, CommitPush, PushBucket, PushMessage, bucketed, run_push
+from slime_spec.weights.push import (
+    BeginPush,
+    CancelPush,
+    CommitPush,
+    PreparePush,
+    PushBucket,
+    PushMessage,
+    bucketed,
+    run_push,
+)
 from tests.support.embedded_harness import engine_config, greedy, make_core, random_prompt, run
 from tests.support.tiny_models import make_tiny_checkpoint
 
@@ -63,7 +72,8 @@ def push_of(weights: dict[str, torch.Tensor], version: int, bucket_bytes: int = 
         checksums = tuple(map(tensor_checksum, tensors))
         assert names
         messages.append(PushBucket(version, index, tensor_metas, checksums, DirectTransport().publish(tensors)))
-    messages.append(CommitPush(version, checksum_of(weights)))
+    checksum = checksum_of(weights)
+    messages += [PreparePush(version, checksum), CommitPush(version, checksum)]
     return messages
 
 
@@ -223,7 +233,7 @@ def damaged(messages: list[PushMessage], how: str) -> list[PushMessage]:
         handle[0].view(torch.int32).flatten()[0] ^= 1
         return [*messages[:2], replace(bucket, handle=handle), *messages[3:]]
     if how == "wrong checksum":
-        return [*messages[:-1], CommitPush(9, "0" * 32)]
+        return [*messages[:-1], PreparePush(9, "0" * 32)]
     if how == "missing tensor":
         begin = messages[0]
         assert isinstance(begin, BeginPush)
@@ -246,7 +256,7 @@ def test_a_failed_push_leaves_version_and_weights_untouched(tiny_llama: Path, en
     assert engine.weights_checksum() == before
     with pytest.raises(PushError, match="outside a push"):
         engine.update_weights(messages[-1])
-    run_push(messages, lambda message: [engine.update_weights(message)])
+    send(engine, messages)
     assert engine.stats().weight_version == 9
 
 
@@ -289,7 +299,7 @@ def test_a_stop_string_ends_the_response_with_the_token_that_completes_it(tmp_pa
     text = f"w{full.token_ids[7]} w{full.token_ids[8]}"
     params = greedy(30, stop=("never there", text))
     cut = next(iter(engine.generate(GroupRequest("g", (1, 2, 3), (0,), params))))
-    assert cut.finish_reason == "stop"
+    assert (cut.finish_reason, cut.matched_stop) == ("stop", text)
     assert cut.token_ids == full.token_ids[: len(cut.token_ids)]
     assert cut.token_ids[-2:] == full.token_ids[7:9]
     engine.stop()

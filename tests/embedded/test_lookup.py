@@ -64,11 +64,6 @@ def test_requests_have_indexes_of_their_own_until_they_are_forgotten() -> None:
     assert drafter.propose([DraftContext(1, [5, 1, 2], 3, 3)])[0].token_ids == ()
 
 
-def test_a_shortest_match_above_the_longest_is_refused() -> None:
-    with pytest.raises(ConfigError, match="min_token_match"):
-        make_drafter(SpeculativeConfig(algorithm="LOOKUP", min_token_match=5, max_token_match=4))
-
-
 @pytest.mark.parametrize("algorithm", ["LOOKUP", "NONE"])
 def test_draft_weights_are_refused_by_drafters_without_weights(algorithm: str) -> None:
     with pytest.raises(PushError, match="draft weights"):

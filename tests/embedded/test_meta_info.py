@@ -1,12 +1,14 @@
 """Response metadata: SGLang's three generations of keys, RTP-LLM's, and the identities between them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from slime_spec.interfaces import DraftContext
 from slime_spec.speculation.meta_info import accepted_per_position, meta_info
 from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
-from tests.support.embedded_harness import engine_config, greedy, make_core, random_prompt, run
+from tests.support.embedded_harness import VOCAB, ScriptedDrafter, engine_config, greedy, make_core, random_prompt, run
 
 
 def sample_with(spec: SpecCounters, num_tokens: int) -> GeneratedSample:
@@ -41,7 +43,56 @@ def test_speculative_keys_are_absent_when_no_round_ran() -> None:
     info = meta_info(sample_with(SpecCounters(), 4))
     assert not [key for key in info if key.startswith("spec") or key == "iter_count"]
     assert info["output_token_logprobs"] == [(-0.5, 7, None)] * 4
-    assert (info["finish_reason"], info["weight_version"], info["prompt_tokens"]) == ({"type": "length"}, "3", 10)
+    assert (info["finish_reason"], info["weight_version"], info["prompt_tokens"]) == (
+        {"type": "length", "length": 4},
+        "3",
+        10,
+    )
+
+
+def test_a_response_says_which_token_or_string_stopped_it_and_an_abort_neither() -> None:
+    sample = replace(sample_with(SpecCounters(), 4), finish_reason="stop", matched_stop=7)
+    assert meta_info(sample)["finish_reason"] == {"type": "stop", "matched": 7}
+    assert meta_info(replace(sample, matched_stop="</s>"))["finish_reason"] == {"type": "stop", "matched": "</s>"}
+    aborted = replace(sample, finish_reason="abort", matched_stop=None)
+    assert meta_info(aborted)["finish_reason"] == {"type": "abort"}
+
+
+def test_the_samples_after_a_groups_first_found_the_prompt_in_the_cache(tiny_llama: Path) -> None:
+    prompt = random_prompt(9, seed=1)
+    core = make_core(engine_config(tiny_llama, max_running_requests=2))
+    samples = run(core, [GroupRequest("g", prompt, (0, 1, 2), greedy(5)), GroupRequest("one", prompt, (0,), greedy(5))])
+    cached = {key: meta_info(sample)["cached_tokens"] for key, sample in samples.items()}
+    assert cached == {("g", 0): 0, ("g", 1): 9, ("g", 2): 9, ("one", 0): 0}
+
+
+def test_a_sample_aborted_before_it_started_found_nothing_in_the_cache(tiny_llama: Path) -> None:
+    core = make_core(engine_config(tiny_llama, max_running_requests=2))
+    samples: list[GeneratedSample] = []
+    group = core.add(GroupRequest("g", random_prompt(9, seed=1), (0, 1, 2), greedy(5)), samples.append)
+    core.step()
+    core.abort(group)
+    assert {sample.sample_index: sample.cached_tokens for sample in samples} == {0: 0, 1: 9, 2: 0}
+    assert {(sample.finish_reason, sample.matched_stop) for sample in samples} == {("abort", None)}
+
+
+def test_drafted_tokens_and_empty_rounds_count_what_the_drafter_really_proposed(tiny_llama: Path) -> None:
+    """Drafts of 0, 1 or 2 tokens by the length of the text; the last token of the budget leaves room for none."""
+    proposed: list[int] = []
+
+    def script(context: DraftContext) -> tuple[int, ...]:
+        chain = (VOCAB - 1,) * min(len(context.token_ids) % 3, context.max_draft_tokens)
+        proposed.append(len(chain))
+        return chain
+
+    core = make_core(engine_config(tiny_llama, num_draft_tokens=4), drafter=ScriptedDrafter(script))
+    sample = run(core, [GroupRequest("g", random_prompt(6, seed=2), (0,), greedy(20))])["g", 0]
+    spec, unasked = sample.spec, sample.spec.num_rounds - len(proposed)
+    assert unasked in (0, 1)
+    assert spec.num_proposed == 3 * spec.num_rounds
+    assert spec.num_drafted == sum(proposed) > 0
+    assert spec.num_empty_rounds == proposed.count(0) + unasked > 0
+    assert spec.num_correct <= spec.num_drafted
 
 
 @pytest.mark.parametrize("num_draft_tokens", [2, 5, 8])

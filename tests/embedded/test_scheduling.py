@@ -89,7 +89,7 @@ def test_the_response_is_cut_at_the_first_stop_inside_an_accepted_block(tiny_lla
     sample = run(make_core(engine_config(tiny_llama, num_draft_tokens=8), drafter=oracle), [request])["g", 0]
     assert sample.token_ids == full.token_ids[:cut]
     assert sample.logprobs == pytest.approx(full.logprobs[:cut], abs=1e-4)
-    assert sample.finish_reason == "stop"
+    assert (sample.finish_reason, sample.matched_stop) == ("stop", stop)
     assert len(sample.token_ids) < 1 + sample.spec.num_rounds + sample.spec.num_correct
 
 
@@ -102,11 +102,11 @@ def test_eos_of_the_generation_config_stops_unless_ignored(tiny_llama: Path, tmp
     core = make_core(engine_config(tmp_path))
     stopped = run(core, [GroupRequest("g", prompt, (0,), greedy(30))])["g", 0]
     assert stopped.finish_reason == "stop"
-    assert stopped.token_ids[-1] == full.token_ids[4]
+    assert stopped.matched_stop == stopped.token_ids[-1] == full.token_ids[4]
     assert len(stopped.token_ids) <= 5
     ignored = run(core, [GroupRequest("g", prompt, (0,), greedy(30, ignore_eos=True))])["g", 0]
     assert ignored.token_ids == full.token_ids
-    assert ignored.finish_reason == "length"
+    assert (ignored.finish_reason, ignored.matched_stop) == ("length", None)
 
 
 def test_abort_returns_running_samples_with_what_they_have_and_leaves_others_alone(tiny_llama: Path) -> None:

@@ -16,6 +16,7 @@ def sample(
     version: int = 0,
     latency_s: float = 0.0,
     index: int = 0,
+    num_empty_rounds: int = 0,
 ) -> Sample:
     num_rounds = sum(histogram)
     response = GeneratedSample(
@@ -26,7 +27,13 @@ def sample(
         finish_reason=finish_reason,  # type: ignore[arg-type]
         weight_version=version,
         num_prompt_tokens=5,
-        spec=SpecCounters(num_rounds, num_rounds * num_drafts, histogram),
+        spec=SpecCounters(
+            num_rounds=num_rounds,
+            num_proposed=num_rounds * num_drafts,
+            histogram=histogram,
+            num_drafted=(num_rounds - num_empty_rounds) * num_drafts,
+            num_empty_rounds=num_empty_rounds,
+        ),
         e2e_latency_s=latency_s,
     )
     prompt = Prompt(prompt_id, task, "What is 2 + 3?", (1, 2, 3, 4, 5), "5")

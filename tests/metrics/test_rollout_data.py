@@ -43,6 +43,18 @@ def test_samples_come_back_exactly_as_they_were(
     assert load_rollout(template, 7) == samples
 
 
+@pytest.mark.parametrize("matched_stop", [None, 151645, "</answer>"])
+def test_what_ended_a_response_and_what_was_drafted_come_back(tmp_path: Path, matched_stop: int | str | None) -> None:
+    one = sample(histogram=(2, 1), num_empty_rounds=2)
+    response = replace(one.response, matched_stop=matched_stop, cached_tokens=5)
+    template = str(tmp_path / "step_{rollout_id}.pt")
+    save_rollout(template, 0, [replace(one, response=response)])
+    loaded = load_rollout(template, 0)[0].response
+    assert loaded == response
+    assert (loaded.matched_stop, loaded.cached_tokens) == (matched_stop, 5)
+    assert (loaded.spec.num_drafted, loaded.spec.num_empty_rounds) == (3, 2)
+
+
 def test_each_step_has_a_file_of_its_own_in_slimes_layout(tmp_path: Path) -> None:
     template = str(tmp_path / "deep" / "step_{rollout_id}.pt")
     paths = [save_rollout(template, step, [sample(prompt_id=step)]) for step in range(2)]

@@ -25,6 +25,18 @@ def test_acceptance_is_pooled_over_requests_and_not_a_mean_of_their_ratios() -> 
     assert metrics["rollout/spec_accept_length"] == 15 / 10
 
 
+def test_what_was_really_drafted_is_told_apart_from_what_the_convention_counts() -> None:
+    # 8 rounds of at most 3 drafts, 5 of them empty: 24 by convention, 9 drafted, 4 accepted.
+    samples = [sample(histogram=(3, 1), num_empty_rounds=3), sample(histogram=(3, 0, 0, 1), num_empty_rounds=2)]
+    metrics = rollout_metrics(samples)
+    assert (metrics["spec/proposed_drafts"], metrics["spec/drafted_tokens"], metrics["spec/empty_rounds"]) == (24, 9, 5)
+    assert metrics["rollout/spec_accept_rate"] == 4 / 24
+    assert metrics["spec/accept_rate_drafted"] == 4 / 9
+    nothing = rollout_metrics([sample(histogram=(4,), num_empty_rounds=4)])
+    assert (nothing["rollout/spec_accept_rate"], nothing["spec/drafted_tokens"]) == (0.0, 0.0)
+    assert "spec/accept_rate_drafted" not in nothing
+
+
 def test_a_request_without_a_verify_round_counts_in_neither_sum() -> None:
     with_round = [sample(length=6, histogram=(1, 0, 2))]
     without = [sample(length=1, histogram=()) for _ in range(7)]
@@ -111,7 +123,7 @@ def test_speeds_are_tokens_over_the_seconds_of_their_phase() -> None:
 
 def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
     report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 1, 4)
-    push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab")
+    push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True, verify_s=0.2)
     made = {
         **rollout_metrics([sample(histogram=(1, 2, 1))]),
         **train_metrics(report),

@@ -78,7 +78,7 @@ def step_metrics(step: int) -> dict[str, float]:
     return {
         **rollout_metrics(samples),
         **train_metrics(TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6 * (step + 1), 100, 1, 4)),
-        **push_metrics(PushReport(version=step + 1, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab")),
+        **push_metrics(PushReport(step + 1, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True)),
         **perf_metrics(samples, {"rollout": 1.0, "train": 2.0, "sync": 0.5}, 4.0),
     }
 

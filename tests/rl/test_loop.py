@@ -10,7 +10,7 @@ from slime_spec.interfaces import RunState
 from slime_spec.rl.loop import Job, run_loop
 from slime_spec.types import EngineStats, GeneratedSample, Prompt, Sample, TrainReport
 from slime_spec.weights.manifest import Manifest, combined_checksum
-from slime_spec.weights.push import BeginPush, CancelPush, CommitPush, PushReply
+from slime_spec.weights.push import BeginPush, CancelPush, CommitPush, PreparePush, PushReply
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Recorder:
         yield CommitPush(version, combined_checksum([]))
 
     def broadcast(self, message) -> list[PushReply]:
+        if isinstance(message, PreparePush) and message.version == self.refuse_version:
+            raise PushError("an engine refused")
         if isinstance(message, CommitPush):
-            if message.version == self.refuse_version:
-                raise PushError("an engine refused")
             self.version = message.version
             self.events.append(f"push {message.version}")
         if isinstance(message, CancelPush):

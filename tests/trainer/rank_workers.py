@@ -7,9 +7,10 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from slime_spec.config.tree import Config
-from slime_spec.errors import ConfigError
+from slime_spec.errors import CheckpointError, ConfigError, TrainingError
 from slime_spec.hf.checkpoint import expected_shapes
 from slime_spec.interfaces import RunState
+from slime_spec.launch.bench.reference_trainer import tiny_samples
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.manifest import Manifest
 from slime_spec.weights.push import PushBucket, PushReceiver
@@ -110,6 +111,67 @@ def save_onto_a_full_disk(rank: int, init_method: str, config: Config, folder: s
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         worker.close()
     return ""
+
+
+def export_onto_a_full_disk(rank: int, init_method: str, config: Config, folder: str) -> str:
+    """A good export, then one whose files may not grow beyond 16 KiB; returns the error's text."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    worker.export_hf(folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, resource.RLIM_INFINITY))
+    try:
+        worker.export_hf(folder)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        worker.close()
+    return ""
+
+
+def load_error(rank: int, init_method: str, config: Config) -> str:
+    worker = TrainerRank(config, rank, init_method)
+    try:
+        worker.load()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        worker.close()
+    return ""
+
+
+def resumed_hyperparameters(rank: int, init_method: str, config: Config) -> list[dict[str, object]]:
+    """What each parameter group applies in the step after a resume, and how many steps its moments have seen."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    worker.step(tiny_samples(seed=5))
+    optimizer = worker.optimizer
+    groups = [
+        {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")} for group in optimizer.param_groups
+    ]
+    for group, applied in zip(optimizer.param_groups, groups, strict=True):
+        applied["steps"] = int(optimizer.optimizer.state[group["params"][0]]["step"])
+    worker.close()
+    return groups
+
+
+def poisoned_step(
+    rank: int, init_method: str, config: Config, samples: Sequence[TrainSample]
+) -> tuple[str, bool, float]:
+    """The error's text, whether every weight is as it was, and the gradient norm of a good step afterwards."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    worker.step(tiny_samples(seed=5))
+    before, problem = _weights(worker), ""
+    try:
+        worker.step(samples)
+    except TrainingError as error:
+        problem = str(error)
+    after = _weights(worker)
+    unchanged = all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    grad_norm = worker.step(tiny_samples(seed=6)).grad_norm
+    worker.close()
+    return problem, unchanged, grad_norm
 
 
 def export(rank: int, init_method: str, config: Config, folder: str) -> None:

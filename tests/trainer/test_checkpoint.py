@@ -1,5 +1,6 @@
 """Resuming is as if there had been no interruption, under any layout; a failed write harms nothing."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError
 from slime_spec.interfaces import RunState
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples
-from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint, resolve_checkpoint
+from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint, resolve_checkpoint, tidy
 
 STATE = RunState(rollout_id=7, next_prompt_id=56, weight_version=6)
 BEFORE = [tiny_samples(seed) for seed in (1, 2)]
@@ -78,3 +79,80 @@ def test_an_interrupted_write_is_never_the_latest(tmp_path: Path) -> None:
     publish_checkpoint(tmp_path, "step-000001")
     (begin_checkpoint(tmp_path, "step-000002") / "metadata.json").write_text("half")
     assert resolve_checkpoint(tmp_path).name == "step-000001"
+
+
+def write_checkpoint(root: Path, name: str, text: str) -> None:
+    (begin_checkpoint(root, name) / "metadata.json").write_text(text)
+    publish_checkpoint(root, name)
+
+
+def test_a_crash_between_the_renames_of_a_step_saved_again_leaves_the_old_one_the_latest(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "step-000003", "old")
+    (begin_checkpoint(tmp_path, "step-000003") / "metadata.json").write_text("new")
+    (tmp_path / "step-000003").rename(tmp_path / ".step-000003.replaced")
+    assert (resolve_checkpoint(tmp_path) / "metadata.json").read_text() == "old"
+    assert (resolve_checkpoint(tmp_path / "step-000003") / "metadata.json").read_text() == "old"
+    begin_checkpoint(tmp_path, "step-000004")
+    assert (tmp_path / "step-000003" / "metadata.json").read_text() == "old"
+    write_checkpoint(tmp_path, "step-000003", "newer")
+    assert (resolve_checkpoint(tmp_path) / "metadata.json").read_text() == "newer"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000003"]
+
+
+def test_a_crash_before_the_replaced_folder_was_deleted_does_not_stop_the_next_save(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "step-000003", "new")
+    left_over = tmp_path / ".step-000003.replaced"
+    left_over.mkdir()
+    (left_over / "metadata.json").write_text("old")
+    assert (resolve_checkpoint(tmp_path) / "metadata.json").read_text() == "new"
+    write_checkpoint(tmp_path, "step-000003", "newer")
+    assert (resolve_checkpoint(tmp_path) / "metadata.json").read_text() == "newer"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000003"]
+
+
+def test_tidying_touches_only_the_left_overs_that_are_named(tmp_path: Path) -> None:
+    for name in (".hf.unfinished", ".other.unfinished", "hf"):
+        (tmp_path / name).mkdir()
+    tidy(tmp_path, "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.unfinished", "hf"]
+
+
+def test_a_resumed_run_applies_its_own_hyperparameters_to_the_checkpoints_moments(folder: Path, tmp_path: Path) -> None:
+    run_ranks(1, "save_and_continue", tiny_config(folder), BEFORE, [], str(tmp_path), STATE)
+    chosen = {"lr": 3e-4, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_eps": 1e-6, "weight_decay": 0.25}
+    fresh = run_ranks(1, "resumed_hyperparameters", tiny_config(folder, chosen))[0]
+    resumed = run_ranks(1, "resumed_hyperparameters", resumed_from(tiny_config(folder, chosen), tmp_path))[0]
+    assert {group["betas"] for group in resumed} == {(0.8, 0.99)}
+    assert {(group["lr"], group["eps"]) for group in resumed} == {(3e-4, 1e-6)}
+    assert 0.25 in {group["weight_decay"] for group in resumed}
+    assert [group.pop("steps") for group in fresh] == [1] * len(fresh)
+    assert [group.pop("steps") for group in resumed] == [len(BEFORE) + 1] * len(resumed)
+    assert resumed == fresh
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoints = tmp_path_factory.mktemp("saved")
+    run_ranks(1, "save_and_continue", tiny_config(folder), BEFORE, [], str(checkpoints), STATE)
+    return checkpoints / "step-000007"
+
+
+@pytest.mark.parametrize("damaged", ["common.pt", ".metadata", "metadata.json", "*.distcp"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied"])
+def test_a_damaged_checkpoint_is_refused_naming_its_folder(
+    damaged: str, damage: str, saved: Path, folder: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(saved, tmp_path / "copy"))
+    for path in copy.glob(damaged):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    (problem,) = run_ranks(1, "load_error", resumed_from(tiny_config(folder), copy))
+    assert str(copy) in problem
+    assert "whole checkpoint" in problem
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_its_folder(saved: Path, tmp_path: Path) -> None:
+    other = make_policy(tmp_path, "Qwen3ForCausalLM", tied=True, hidden_size=64)
+    (problem,) = run_ranks(1, "load_error", resumed_from(tiny_config(other), saved))
+    assert str(saved) in problem
+    assert "of this model" in problem

@@ -1,14 +1,17 @@
 """The trainer over real Ray actors: steps, pushes, checkpoints."""
 
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from slime_spec.config.tree import Config, RunConfig
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.hf.checkpoint import expected_shapes, load_tensors
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import RunState
@@ -17,7 +20,7 @@ from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import TrainSample
 from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushReceiver
 from tests.trainer.trainer_support import make_policy, tiny_config, tiny_samples
-from trainer_bridge.megatron.group import MegatronGroup
+from trainer_bridge.megatron.group import MegatronGroup, merged
 
 LAYOUTS = {"1x1": {}, "TP2": {"world_size": 2, "tensor_model_parallel_size": 2}}
 
@@ -94,6 +97,63 @@ def test_a_push_that_is_given_up_leaves_the_trainer_able_to_step_and_push(
     assert received(group, spec, 5).keys() == expected_shapes(spec).keys()
 
 
+def test_a_step_with_a_loss_that_is_not_finite_names_the_version_and_changes_nothing(
+    group: MegatronGroup, spec: ModelSpec
+) -> None:
+    before = received(group, spec, 6)
+    good = tiny_samples()
+    poison = replace(good[0], rollout_logprobs=(math.nan, *good[0].rollout_logprobs[1:]))
+    with pytest.raises(TrainingError, match=r"after weight version 6: optimizer step \d+ has loss nan"):
+        group.step([poison, *good[1:]])
+    after = received(group, spec, 7)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@ray.remote(num_cpus=0)
+class Streamer:
+    """A rank of which only the stream matters."""
+
+    def then_hanging(self, value: int) -> Iterator[int]:
+        yield value
+        time.sleep(600)
+
+    def then_failing(self, value: int) -> Iterator[int]:
+        yield value
+        raise ArithmeticError("this rank failed")
+
+    def one(self, value: int) -> Iterator[int]:
+        yield value
+
+
+def test_a_stream_that_fails_is_raised_although_another_hangs(ray_cluster: Cluster) -> None:
+    hanging, failing = Streamer.remote(), Streamer.remote()
+    streams = [
+        hanging.then_hanging.options(num_returns="streaming").remote(1),
+        failing.then_failing.options(num_returns="streaming").remote(2),
+    ]
+    taken: list[int] = []
+    with pytest.raises(ArithmeticError, match="this rank failed"):
+        taken.extend(merged(streams))
+    assert 2 in taken
+    ray.kill(hanging)
+
+
+def test_merged_streams_end_when_all_have(ray_cluster: Cluster) -> None:
+    actors = [Streamer.remote() for _ in range(3)]
+    streams = [actor.one.options(num_returns="streaming").remote(value) for value, actor in enumerate(actors)]
+    assert sorted(merged(streams)) == [0, 1, 2]
+
+
+def test_a_relative_folder_is_the_drivers(
+    group: MegatronGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    group.save("checkpoints", RunState(rollout_id=1, next_prompt_id=8, weight_version=1))
+    group.export_hf("hf")
+    assert (tmp_path / "checkpoints" / "step-000001").is_dir()
+    assert (tmp_path / "hf" / "config.json").is_file()
+
+
 def test_a_checkpoint_saved_by_actors_resumes_in_new_ones(
     group: MegatronGroup, config: Config, spec: ModelSpec, ray_cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -115,3 +175,17 @@ def test_a_checkpoint_saved_by_actors_resumes_in_new_ones(
         resumed.stop()
     exported = ModelSpec.from_folder(tmp_path / "export")
     assert replace(exported, eos_token_ids=spec.eos_token_ids) == spec
+
+
+@pytest.mark.parametrize("config", [pytest.param("TP2", marks=pytest.mark.long)], indirect=True)
+def test_a_push_in_which_one_tensor_rank_fails_raises_its_error_although_the_other_waits_for_it(
+    config: Config, ray_cluster: Cluster
+) -> None:
+    group = MegatronGroup(config, ray_cluster.ranks, "ray")
+    try:
+        group.load()
+        ray.get(group.actors[1].__ray_call__.remote(lambda actor: delattr(actor.worker, "model")))
+        with pytest.raises(AttributeError, match="model"):
+            list(group.push(1))
+    finally:
+        group.stop()

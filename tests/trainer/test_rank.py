@@ -1,11 +1,14 @@
 """What one rank refuses, exports and publishes."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from slime_spec.config.tree import RolloutConfig
 from slime_spec.hf.checkpoint import expected_shapes, load_tensors
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.types import TrainSample
@@ -56,6 +59,54 @@ def test_an_export_is_a_checkpoint_that_transformers_loads(kind: str, folder: Pa
         logits = load_reference(tmp_path / "export")(tokens).logits
         assert torch.equal(logits, load_reference(folder)(tokens).logits)
     assert (tmp_path / "export" / "tokenizer.json").read_text() == "{}"
+
+
+def test_an_export_replaces_one_of_another_layout_whole(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "export"
+    run_ranks(2, "export", tiny_config(folder, {"world_size": 2, "pipeline_model_parallel_size": 2}), str(target))
+    assert "model.safetensors.index.json" in {path.name for path in target.iterdir()}
+    run_ranks(1, "export", tiny_config(folder), str(target))
+    assert {path.name for path in target.iterdir() if "model" in path.name} == {"model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_an_export_that_does_not_fit_names_the_folder_and_leaves_the_earlier_one(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "export"
+    (problem,) = run_ranks(1, "export_onto_a_full_disk", tiny_config(folder), str(target))
+    assert str(target) in problem
+    assert "GB free" in problem
+    exported = load_tensors(target, ModelSpec.from_folder(target))
+    assert all(torch.equal(exported[name], tensor) for name, tensor in load_file(folder / "model.safetensors").items())
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_an_export_does_not_replace_a_folder_of_something_else(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(AssertionError, match="must be new, empty or an earlier export"):
+        run_ranks(1, "export", tiny_config(folder), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loss_that_is_not_finite_stops_every_rank_before_it_reaches_the_weights(
+    kind: str, dtype: str, folder: Path
+) -> None:
+    good = tiny_samples(seed=1)
+    poison = replace(good[0], rollout_logprobs=(math.nan, *good[0].rollout_logprobs[1:]))
+    config = tiny_config(folder, {"world_size": 2, f"{kind}_model_parallel_size": 2, "dtype": dtype})
+    for problem, unchanged, grad_norm in run_ranks(2, "poisoned_step", config, [poison, *good[1:]]):
+        assert "optimizer step 1 has loss nan" in problem
+        assert unchanged
+        assert 0 < grad_norm < math.inf
+
+
+def test_temperatures_that_the_sampler_treats_as_greedy_train_at_temperature_1(folder: Path) -> None:
+    samples = [tiny_samples()]
+    greedy = replace(tiny_config(folder), rollout=RolloutConfig(temperature=1e-7))
+    ((_, reports, _),) = run_ranks(1, "train", greedy, samples)
+    ((_, expected, _),) = run_ranks(1, "train", tiny_config(folder), samples)
+    assert reports == expected
 
 
 def test_bfloat16_weights_with_float32_masters_train_like_float32(folder: Path) -> None:

@@ -14,10 +14,12 @@ from slime_spec.weights.push import (
     BeginPush,
     CancelPush,
     CommitPush,
+    PreparePush,
     PushBucket,
     PushMessage,
     PushReceiver,
     PushReply,
+    VerifyPush,
     bucketed,
     run_push,
 )
@@ -41,8 +43,8 @@ def push_messages(version: int = 1, weights: dict[str, torch.Tensor] = WEIGHTS) 
 class Receiver:
     """An engine's side of a push, without an engine; ``spoil`` changes a bucket's tensors on the way."""
 
-    def __init__(self, spoil=lambda bucket: bucket.handle, expected=SHAPES) -> None:
-        self.spoil, self.expected = spoil, expected
+    def __init__(self, spoil=lambda bucket: bucket.handle, expected=SHAPES, refuse="", drift=0.0) -> None:
+        self.spoil, self.expected, self.refuse, self.drift = spoil, expected, refuse, drift
         self.version, self.weights, self.seen = 0, {}, []
 
     def __call__(self, message: PushMessage) -> PushReply:
@@ -53,11 +55,22 @@ class Receiver:
             case PushBucket():
                 tensors = self.spoil(message)
                 self.receiver.take(message, tensors)
-                self.staged |= dict(zip((m.name for m in message.tensors), tensors, strict=True))
-            case CommitPush():
+                self.staged |= {m.name: tensor.clone() for m, tensor in zip(message.tensors, tensors, strict=True)}
+            case PreparePush():
+                if self.refuse == "prepare":
+                    raise PushError("no room to build")
                 self.receiver.finish(message.checksum)
+            case CommitPush():
+                if self.refuse == "commit":
+                    raise RuntimeError("died")
                 self.version, self.weights = message.version, self.staged
+            case VerifyPush():
+                self.weights["c"] += self.drift
+                sums = ((name, tensor_checksum(tensor)) for name, tensor in self.weights.items())
+                return PushReply(0, self.version, combined_checksum(sums))
             case CancelPush():
+                if self.refuse == "cancel":
+                    raise RuntimeError("dead")
                 self.staged = {}
         return PushReply(0, self.version, self.receiver.checksum if hasattr(self, "receiver") else "")
 
@@ -106,7 +119,36 @@ def test_a_manifest_that_does_not_fit_the_model_is_refused_before_any_bucket(wei
     assert "PushBucket" not in engine.seen
 
 
-def test_a_lost_bucket_is_named_at_the_commit():
+def test_an_engine_that_cannot_prepare_keeps_every_engine_on_its_version():
+    engines = [Receiver(), Receiver(refuse="prepare")]
+    with pytest.raises(PushError, match="no room to build"):
+        run_push(push_messages(), lambda message: [engine(message) for engine in engines])
+    assert [engine.version for engine in engines] == [0, 0]
+    assert all(engine.seen[-1] == "CancelPush" for engine in engines)
+
+
+def test_an_engine_that_dies_at_the_commit_is_told_apart_from_a_refused_push():
+    engines = [Receiver(), Receiver(refuse="commit")]
+    with pytest.raises(PushError, match="which others may serve already"):
+        run_push(push_messages(), lambda message: [engine(message) for engine in engines])
+    assert engines[0].version == 1
+
+
+def test_the_first_error_is_reported_even_where_an_engine_cannot_cancel():
+    engines = [Receiver(flip_one_bit), Receiver(refuse="cancel")]
+    with pytest.raises(PushError, match="b arrived damaged"):
+        run_push(push_messages(), lambda message: [engine(message) for engine in engines])
+
+
+def test_weights_that_changed_behind_the_commit_are_found_when_they_are_read_back():
+    sound = Receiver()
+    assert run_push(push_messages(), lambda message: [sound(message)], verify=True).verified
+    drifting = Receiver(drift=1e-3)
+    with pytest.raises(PushError, match="engines compute with"):
+        run_push(push_messages(), lambda message: [drifting(message)], verify=True)
+
+
+def test_a_lost_bucket_is_named_before_the_commit():
     engine = Receiver()
     messages = [m for m in push_messages() if not (isinstance(m, PushBucket) and m.index == 1)]
     with pytest.raises(PushError, match="ended without b"):

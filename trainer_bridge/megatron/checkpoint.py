@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,15 +17,27 @@ from slime_spec.errors import CheckpointError
 from slime_spec.interfaces import RunState
 from trainer_bridge.checkpoint_folder import (
     begin_checkpoint,
-    drop_checkpoint,
     publish_checkpoint,
     resolve_checkpoint,
     step_name,
+    tidy,
+    unfinished_folder,
 )
+from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space, last_line
 from trainer_bridge.megatron.model import PolicyModel
+from trainer_bridge.megatron.optimizer import load_optimizer
 
-# A full disk shows as OSError, or as what torch and Megatron make of it in their writer processes.
-WRITE_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException)
+# What a damaged or foreign checkpoint raises: torch.load and its zip and pickle readers, json, Megatron, torch.
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    UnpicklingError,
+    CheckpointException,
+    CheckpointingException,
+)
 
 
 @dataclass(frozen=True)
@@ -44,36 +55,56 @@ def save_checkpoint(root: str, model: PolicyModel, optimizer: Any, state: Traine
     ``latest``.
     """
     folder, name = Path(root), step_name(state.run.rollout_id)
-    unfinished = folder / f".{name}.unfinished"
+    unfinished = unfinished_folder(folder, name)
     first = dist.get_rank() == 0
     try:
-        _agree(lambda: begin_checkpoint(folder, name) if first else None)
-        _agree(lambda: dist_checkpointing.save(_contents(model, optimizer, state, is_loading=False), str(unfinished)))
-        _agree(lambda: publish_checkpoint(folder, name) if first else None)
-    except _WriteFailedError as error:
+        agree(lambda: begin_checkpoint(folder, name) if first else None)
+        agree(lambda: dist_checkpointing.save(_contents(model, optimizer, state, is_loading=False), str(unfinished)))
+        agree(lambda: publish_checkpoint(folder, name) if first else None)
+    except WriteFailedError as error:
         if first:
-            drop_checkpoint(folder, name)
+            tidy(folder)
         raise CheckpointError(
             f"checkpoint folder {folder}",
             f"must take a whole checkpoint: {error}",
-            f"{_free_gb(folder):.2f} GB free",
+            free_space(folder),
             "Free disk space or choose another --output-dir; the previous checkpoint is intact.",
         ) from None
 
 
 def load_checkpoint(path: str, model: PolicyModel, optimizer: Any) -> TrainerState:
-    """Fill model and optimizer from a checkpoint folder, or from the ``latest`` of a folder of checkpoints."""
-    folder = str(resolve_checkpoint(path))
-    common = dist_checkpointing.load_common_state_dict(folder)
-    state = TrainerState(RunState(**common["run"]), common["optimizer_step"])
-    loaded = dist_checkpointing.load(_contents(model, optimizer, state, is_loading=True), folder)
-    # Megatron adds empty "extra state" entries for quantised layers; torch would not know them.
-    weights = {name: tensor for name, tensor in loaded["model"].items() if not name.endswith("_extra_state")}
-    model.load_state_dict(weights, strict=False)
+    """Fill model and optimizer from a checkpoint folder, or from the ``latest`` of a folder of checkpoints.
+
+    Raises CheckpointError naming the folder when it is damaged or belongs to another model.
+    """
+    folder = resolve_checkpoint(path)
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        state = TrainerState(RunState(**common["run"]), common["optimizer_step"])
+        loaded = dist_checkpointing.load(_contents(model, optimizer, state, is_loading=True), str(folder))
+    except READ_ERRORS as error:
+        raise CheckpointError(
+            f"checkpoint folder {folder}",
+            f"must be a whole checkpoint of this model: {last_line(error)}",
+            type(error).__name__,
+            "Pass --load DIR with an older step-NNNNNN folder.",
+        ) from error
+    _fill(model, loaded["model"])
     if state.optimizer_step:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(optimizer, loaded["optimizer"])
     torch.set_rng_state(common["torch_rng_state"])
     return state
+
+
+def _fill(model: PolicyModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Megatron adds "extra state" entries for quantised layers, empty here; torch would not know them."""
+    extra = "_extra_state"
+    unmatched = model.load_state_dict(
+        {name: tensor for name, tensor in tensors.items() if not name.endswith(extra)}, strict=False
+    )
+    missing = [name for name in unmatched.missing_keys if not name.endswith(extra)]
+    assert not missing, f"the checkpoint left weights unfilled: {missing}"
+    assert not unmatched.unexpected_keys, f"the checkpoint holds weights of no layer: {unmatched.unexpected_keys}"
 
 
 def _contents(model: PolicyModel, optimizer: Any, state: TrainerState, is_loading: bool) -> dict[str, Any]:
@@ -88,25 +119,3 @@ def _contents(model: PolicyModel, optimizer: Any, state: TrainerState, is_loadin
     if state.optimizer_step:
         contents["optimizer"] = optimizer.sharded_state_dict(sharded_model, is_loading=is_loading)
     return contents
-
-
-class _WriteFailedError(Exception):
-    """Some rank could not write; every rank raises this with the same text."""
-
-
-def _agree(action: Callable[[], object]) -> None:
-    """Run the action; if it failed on any rank, fail on all, so that none waits for the others."""
-    problem = ""
-    try:
-        action()
-    except WRITE_ERRORS as error:
-        problem = (str(error).strip().splitlines() or [""])[-1] or type(error).__name__
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise _WriteFailedError(next(text for text in problems if text))
-
-
-def _free_gb(folder: Path) -> float:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free / 1e9

@@ -4,42 +4,86 @@ from __future__ import annotations
 
 import json
 import shutil
+from glob import escape
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
+from slime_spec.errors import ConfigError
 from slime_spec.hf.checkpoint import INDEX, SINGLE
 from slime_spec.hf.model_spec import ModelSpec
+from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
+from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space
 from trainer_bridge.megatron.model import PolicyModel, hf_tensors
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
 def export_hf(model: PolicyModel, spec: ModelSpec, source: str, folder: str) -> None:
-    """All ranks together; ``source`` gives config.json (its dtype is corrected) and the tokenizer's files."""
+    """All ranks together; ``source`` gives config.json (its dtype is corrected) and the tokenizer's files.
+
+    Written beside, then moved into place, where it replaces an earlier export and nothing else. Raises ConfigError
+    naming the folder when that holds something else, or if any rank could not write.
+    """
     target = Path(folder)
-    if dist.get_rank() == 0:
-        target.mkdir(parents=True, exist_ok=True)
-        _copy_companions(Path(source), target, next(model.parameters()).dtype)
-    dist.barrier()
+    unfinished = unfinished_folder(target.parent, target.name)
+    _refuse_other_content(target)
+    first = dist.get_rank() == 0
+    try:
+        agree(lambda: _begin(Path(source), target, next(model.parameters()).dtype) if first else None)
+        weight_map = _write_stage(model, spec, unfinished)
+        agree(lambda: _publish(target, weight_map) if first else None)
+    except WriteFailedError as error:
+        if first:
+            tidy(target.parent, escape(target.name))
+        raise ConfigError(
+            f"export folder {folder}",
+            f"must take a whole export: {error}",
+            free_space(target),
+            "Free disk space or choose another --output-dir; an earlier export is intact.",
+        ) from None
+
+
+def _refuse_other_content(target: Path) -> None:
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
+        raise ConfigError(
+            "export folder", "must be new, empty or an earlier export", str(target), "Choose another folder."
+        )
+
+
+def _begin(source: Path, target: Path, dtype: torch.dtype) -> None:
+    tidy(target.parent, escape(target.name))
+    unfinished = unfinished_folder(target.parent, target.name)
+    unfinished.mkdir(parents=True)
+    _copy_companions(source, unfinished, dtype)
+
+
+def _write_stage(model: PolicyModel, spec: ModelSpec, folder: Path) -> dict[str, str]:
+    """Write this pipeline stage's file; returns the file of every tensor of every stage."""
     stage, num_stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
     file_name = SINGLE if num_stages == 1 else f"model-{stage + 1:05d}-of-{num_stages:05d}.safetensors"
-    written: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
     if mpu.get_data_parallel_rank() == 0:
-        tensors = {name: tensor.cpu() for name, tensor in hf_tensors(model, spec)}
+        gathered = {name: tensor.cpu() for name, tensor in hf_tensors(model, spec)}
         if mpu.get_tensor_model_parallel_rank() == 0:
-            save_file(tensors, target / file_name, metadata={"format": "pt"})
-            written = dict.fromkeys(tensors, file_name)
+            tensors = gathered
+    agree(lambda: save_file(tensors, folder / file_name, metadata={"format": "pt"}) if tensors else None)
     everywhere: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, written)
-    if dist.get_rank() == 0 and num_stages > 1:
-        weight_map = {name: file for part in everywhere for name, file in part.items()}
-        (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+    dist.all_gather_object(everywhere, dict.fromkeys(tensors, file_name))
+    return {name: file for part in everywhere for name, file in part.items()}
 
 
-def _copy_companions(source: Path, target: Path, dtype: object) -> None:
+def _publish(target: Path, weight_map: dict[str, str]) -> None:
+    if set(weight_map.values()) != {SINGLE}:
+        index = unfinished_folder(target.parent, target.name) / INDEX
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+    publish_folder(target.parent, target.name)
+
+
+def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
     for path in source.iterdir():
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (INDEX, "config.json"):
             shutil.copyfile(path, target / path.name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -18,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime_spec.config.tree import Config
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.hf.checkpoint import expected_shapes
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import RunState
@@ -34,7 +35,11 @@ Result = TypeVar("Result")
 
 
 class MegatronGroup:
-    """Implements Trainer; ``placement`` says where each rank runs and with how much."""
+    """Implements Trainer; ``placement`` says where each rank runs and with how much.
+
+    Actors may have another working directory than the driver: folders given to methods are made absolute here, those
+    in ``config`` (model.hf_checkpoint, trainer.load) must be reachable from both.
+    """
 
     def __init__(self, config: Config, placement: Placement, transport_name: str) -> None:
         self.config = config
@@ -42,18 +47,24 @@ class MegatronGroup:
         self.layout = check_layout(config, self.spec)
         if config.trainer.load is not None:
             resolve_checkpoint(config.trainer.load)
+        self._pushed_version = 0
         self._open_push: Generator[PushMessage, None, None] | None = None
         self.actors = [_start_actor(config, rank, placement, transport_name) for rank in range(self.layout.world_size)]
 
     def load(self) -> RunState | None:
         init_method = _result(self.actors[0].address.remote(), self.config.cluster.actor_start_timeout_s)
         states: list[RunState | None] = _results([actor.load.remote(init_method) for actor in self.actors])
+        if states[0] is not None:
+            self._pushed_version = states[0].weight_version
         return states[0]
 
     def step(self, samples: Sequence[TrainSample]) -> TrainReport:
         self._end_push()
         shared = ray.put(tuple(samples))
-        reports: list[TrainReport] = _results([actor.step.remote(shared) for actor in self.actors])
+        try:
+            reports: list[TrainReport] = _results([actor.step.remote(shared) for actor in self.actors])
+        except TrainingError as error:
+            raise TrainingError(f"after weight version {self._pushed_version}: {error}") from None
         return reports[0]
 
     def push(self, version: int) -> Iterator[PushMessage]:
@@ -62,16 +73,17 @@ class MegatronGroup:
         A push that was not read to its end is given up when the next command comes.
         """
         self._end_push()
+        self._pushed_version = version
         self._open_push = self._messages(version)
         return self._open_push
 
     def save(self, folder: str, state: RunState) -> None:
         self._end_push()
-        _results([actor.save.remote(folder, state) for actor in self.actors])
+        _results([actor.save.remote(str(Path(folder).absolute()), state) for actor in self.actors])
 
     def export_hf(self, folder: str) -> None:
         self._end_push()
-        _results([actor.export_hf.remote(folder) for actor in self.actors])
+        _results([actor.export_hf.remote(str(Path(folder).absolute())) for actor in self.actors])
 
     def stop(self) -> None:
         """End the actors; safe after a rank has failed, when the others may hang in a collective."""
@@ -99,12 +111,14 @@ class MegatronGroup:
                     yield replace(bucket, index=num_buckets)
                     num_buckets += 1
         finally:
-            _results([actor.end_push.remote() for actor in self.actors])
+            # Not waited for: an actor runs its calls in order, and after a failure one may hang in a collective.
+            for actor in self.actors:
+                actor.end_push.remote()
         yield CommitPush(version, combined_checksum(checksums))
 
     def _manifest(self, version: int) -> Manifest:
-        """Tensors in the model's order, in the trainer's dtype."""
-        dtype = self.config.trainer.dtype
+        """Tensors in the model's order, in the engines' dtype: what they compute with can then be compared."""
+        dtype = self.config.engine.dtype
         shapes = expected_shapes(self.spec)
         return Manifest("target", version, tuple(TensorMeta(name, shape, dtype) for name, shape in shapes.items()))
 
@@ -114,11 +128,20 @@ class MegatronGroup:
             self.actors[rank].push_buckets.options(num_returns="streaming").remote(version)
             for rank in self.layout.holders(stage)
         ]
-        for ref in streams[0]:
-            yield _result(ref)
-        for stream in streams[1:]:
-            for ref in stream:
-                _result(ref)
+        yield from merged(streams)
+
+
+def merged(streams: Sequence[Any]) -> Iterator[Any]:
+    """The streams' values as they come; raises as soon as any one fails, since the others may then wait for it."""
+    pending = list(streams)
+    while pending:
+        (ready,), _ = ray.wait(pending, num_returns=1)
+        try:
+            ref = next(ready)
+        except StopIteration:
+            pending = [stream for stream in pending if stream is not ready]
+            continue
+        yield _result(ref)
 
 
 def _start_actor(config: Config, rank: int, placement: Placement, transport_name: str) -> Any:
@@ -127,7 +150,6 @@ def _start_actor(config: Config, rank: int, placement: Placement, transport_name
     env = {
         "OMP_NUM_THREADS": str(config.trainer.num_cpus_per_rank),
         "OMP_WAIT_POLICY": "PASSIVE",
-        **dict(placement.env),
     }
     if not num_gpus:
         env["CUDA_VISIBLE_DEVICES"] = ""

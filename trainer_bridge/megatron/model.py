@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from slime_spec.config.tree import TrainerConfig
-from slime_spec.hf.model_spec import ModelSpec, RopeScaling
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.hf.rope import inverse_frequencies
 from trainer_bridge.megatron import names
 from trainer_bridge.megatron.attention import PackedSegments, SegmentAttention
 
@@ -92,6 +93,7 @@ class PolicyModel(GPTModel):
             # RoPE is applied from explicit positions, which restart where responses share a prompt: see _preprocess.
             position_embedding_type="none",
         )
+        # Megatron's own scaling fixes three of llama3's four parameters: it cannot represent every checkpoint.
         self.inv_freq = inverse_frequencies(spec)
 
     def _preprocess(
@@ -163,21 +165,3 @@ def _gathered(name: str, param: torch.Tensor) -> list[torch.Tensor]:
     shards = [torch.empty_like(param) for _ in range(num_ranks)]
     dist.all_gather(shards, param.contiguous(), group=mpu.get_tensor_model_parallel_group())
     return shards
-
-
-def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """RoPE's angle per position, [head_dim / 2], with Llama-3.1's scaling where the checkpoint asks for it.
-
-    Megatron's own scaling fixes three of its four parameters, so it cannot represent every checkpoint.
-    """
-    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
-    inv_freq = 1.0 / spec.rope_theta**exponent
-    return inv_freq if spec.rope_scaling is None else _scaled_as_llama3(inv_freq, spec.rope_scaling)
-
-
-def _scaled_as_llama3(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Low frequencies are divided by the factor, high ones kept, those between blended by their wavelength."""
-    turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0.0, 1.0)
-    return keep * inv_freq + (1.0 - keep) * inv_freq / scaling.factor

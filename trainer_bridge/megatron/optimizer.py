@@ -47,6 +47,27 @@ def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> Meg
     return optimizer
 
 
+def clip_gradients(optimizer: MegatronOptimizer) -> float:
+    """Ready the gradients for ``step_with_ready_grads`` and clip them; returns their norm before, same on all ranks.
+
+    This is the first half of Megatron's ``step``, which gives no chance to look at the norm before weights change.
+    """
+    (only,) = optimizer.chained_optimizers
+    only.prepare_grads()
+    return float(only.clip_grad_norm(only.config.clip_grad))
+
+
+def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
+    """Take a checkpoint's moments and step counts; hyperparameters stay those of this run's configuration."""
+    configured = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(saved)
+    for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
+        group.update(hyperparameters)
+
+
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

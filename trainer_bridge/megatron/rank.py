@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -10,11 +11,12 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from slime_spec.config.tree import Config
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.hf.checkpoint import load_tensors
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import RunState, WeightTransport
-from slime_spec.types import TrainReport, TrainSample
+from slime_spec.memory import release_freed_memory
+from slime_spec.types import TrainReport, TrainSample, is_greedy
 from slime_spec.weights.manifest import meta_of, tensor_checksum
 from slime_spec.weights.push import PushBucket, bucketed
 from trainer_bridge.grpo import GrpoLoss
@@ -23,9 +25,8 @@ from trainer_bridge.learning_rate import learning_rate
 from trainer_bridge.megatron.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from trainer_bridge.megatron.cpu_shim import cpu_shim
 from trainer_bridge.megatron.export import export_hf
-from trainer_bridge.megatron.memory import release_freed_memory
 from trainer_bridge.megatron.model import build_model, hf_tensors, load_weights, policy_device, transformer_config
-from trainer_bridge.megatron.optimizer import build_optimizer, set_learning_rate, wrap_model
+from trainer_bridge.megatron.optimizer import build_optimizer, clip_gradients, set_learning_rate, wrap_model
 from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients, with_reference_logprobs
 from trainer_bridge.megatron.process_groups import join_process_groups, leave_process_groups
 from trainer_bridge.microbatch import Microbatch, build_microbatch
@@ -50,7 +51,8 @@ class TrainerRank:
         layout = check_layout(config, self.spec)
         algorithm = config.algorithm
         self.loss = GrpoLoss(algorithm.eps_clip, algorithm.eps_clip_high or algorithm.eps_clip, algorithm.kl_loss_coef)
-        self.temperature = config.rollout.temperature or 1.0  # greedy rollouts report logprobs at temperature 1
+        temperature = config.rollout.temperature
+        self.temperature = 1.0 if is_greedy(temperature) else temperature
         self.optimizer_step = 0
         torch.set_num_threads(config.trainer.num_cpus_per_rank)
         join_process_groups(layout, rank, init_method, config.run.seed)
@@ -77,7 +79,10 @@ class TrainerRank:
         return state.run
 
     def step(self, samples: Sequence[TrainSample]) -> TrainReport:
-        """One optimizer step per ``global_batch_size`` samples; the report is the same on every rank."""
+        """One optimizer step per ``global_batch_size`` samples; the report is the same on every rank.
+
+        Raises TrainingError, on every rank, before a loss or gradient that is not finite reaches the weights.
+        """
         self._check_lengths(samples)
         batch_size = self.config.trainer.global_batch_size or len(samples)
         sums = TokenSums()
@@ -87,8 +92,9 @@ class TrainerRank:
             for start in range(0, len(samples), batch_size):
                 microbatches = self._microbatches(samples[start : start + batch_size])
                 num_microbatches += len(microbatches)
-                sums += self._accumulate(microbatches)
-                grad_norms.append(self._update())
+                batch_sums = self._accumulate(microbatches)
+                grad_norms.append(self._update(batch_sums.loss / batch_sums.num_tokens))
+                sums += batch_sums
         if self.config.cluster.colocate:
             release_freed_memory()
         return TrainReport(
@@ -105,12 +111,14 @@ class TrainerRank:
         )
 
     def push_buckets(self, version: int, transport: WeightTransport) -> Iterator[PushBucket]:
-        """This pipeline stage's weights, numbered from 0 within the stage.
+        """This pipeline stage's weights in the engines' dtype, numbered from 0 within the stage.
 
         Collective over the stage's tensor ranks of data rank 0; only tensor rank 0 publishes and yields.
         """
         publishes = mpu.get_tensor_model_parallel_rank() == 0
-        for index, bucket in enumerate(bucketed(hf_tensors(self.model, self.spec), self.config.push.bucket_bytes)):
+        dtype = getattr(torch, self.config.engine.dtype)
+        weights = ((name, tensor.to(dtype)) for name, tensor in hf_tensors(self.model, self.spec))
+        for index, bucket in enumerate(bucketed(weights, self.config.push.bucket_bytes)):
             if publishes:
                 tensors = [tensor for _, tensor in bucket]
                 yield PushBucket(
@@ -140,12 +148,18 @@ class TrainerRank:
             microbatches = with_reference_logprobs(self.reference, microbatches, self.temperature)
         return accumulate_gradients(self.ddp, microbatches, self.loss, self.temperature)
 
-    def _update(self) -> float:
+    def _update(self, loss: float) -> float:
         """Clip and step; returns the gradient norm before clipping."""
         set_learning_rate(self.optimizer, learning_rate(self.config.trainer, self.optimizer_step))
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = clip_gradients(self.optimizer)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingError(
+                f"optimizer step {self.optimizer_step} has loss {loss} and gradient norm {grad_norm}; "
+                "it was not taken, and the weights are those of the step before"
+            )
+        self.optimizer.step_with_ready_grads()
         self.optimizer_step += 1
-        return float(grad_norm)
+        return grad_norm
 
     def _microbatches(self, samples: Sequence[TrainSample]) -> list[Microbatch]:
         plans = plan_microbatches(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from slime_spec.config.tree import SpeculativeConfig
-from slime_spec.errors import ConfigError, PushError
+from slime_spec.errors import PushError
 from slime_spec.interfaces import Draft, DraftContext
 
 
@@ -62,13 +62,6 @@ class LookupDrafter:
     """Drafts chains from each request's own tokens."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
-        if config.min_token_match > config.max_token_match:
-            raise ConfigError(
-                "speculative.min_token_match",
-                f"must not exceed speculative.max_token_match ({config.max_token_match})",
-                config.min_token_match,
-                "Raise --sp-max-token-match or lower --sp-min-token-match.",
-            )
         self._min_match, self._max_match = config.min_token_match, config.max_token_match
         self._indexes: dict[int, NgramIndex] = {}
 

@@ -33,6 +33,7 @@ from slime_spec.weights.manifest import as_bytes, tensor_checksum
 from slime_spec.weights.push import (
     BeginPush,
     CommitPush,
+    PreparePush,
     PushBucket,
     PushMessage,
     PushReply,
@@ -110,7 +111,7 @@ def _round(
 def timed_push(trainer: Trainer, engines: EnginePool, version: int) -> PushTimes:
     """One push, with the driver's waiting told apart."""
     trainer_s = 0.0
-    broadcast_s: dict[type, float] = {BeginPush: 0.0, PushBucket: 0.0, CommitPush: 0.0}
+    broadcast_s: dict[type, float] = dict.fromkeys((BeginPush, PushBucket, PreparePush, CommitPush), 0.0)
 
     def messages() -> Iterator[PushMessage]:
         nonlocal trainer_s
@@ -130,7 +131,8 @@ def timed_push(trainer: Trainer, engines: EnginePool, version: int) -> PushTimes
         return replies
 
     report = run_push(messages(), broadcast)
-    return PushTimes(report, trainer_s, broadcast_s[BeginPush], broadcast_s[PushBucket], broadcast_s[CommitPush])
+    commit_s = broadcast_s[PreparePush] + broadcast_s[CommitPush]
+    return PushTimes(report, trainer_s, broadcast_s[BeginPush], broadcast_s[PushBucket], commit_s)
 
 
 class CopyRoom:

@@ -1,4 +1,4 @@
-"""Give memory that training has freed back to the machine, for the engines that share it."""
+"""Give freed memory back to the machine, for whoever shares it: engines and trainer take turns."""
 
 import ctypes
 
