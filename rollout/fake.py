@@ -57,7 +57,7 @@ class FakeGeneration:
             finish_reason="abort" if aborted else "stop",
             weight_version=self._version,
             num_prompt_tokens=len(self._request.prompt_token_ids),
-            spec=SpecCounters(num_rounds=2, num_proposed=6, histogram=(1, 1)),
+            spec=SpecCounters(num_rounds=2, num_proposed=6, histogram=(1, 1), num_drafted=6),
             engine=self._engine,
         )
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from rollout.embedded.validate import context_length
+from rollout.embedded.validate import check_kv_cache
 from slime_spec.config.build import to_yaml
 from slime_spec.config.checks import check
 from slime_spec.config.tree import Config
@@ -117,8 +117,8 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
             longest,
             "Lower --rollout-max-prompt-len or --rollout-max-response-len.",
         )
-    if config.run.mode != "train_only":
-        context_length(config.engine, spec)
+    if config.run.mode != "train_only" and config.rollout.engine == "embedded":
+        check_kv_cache(config, spec)
 
 
 @contextmanager

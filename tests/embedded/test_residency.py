@@ -37,13 +37,16 @@ def test_a_tied_head_and_its_embedding_are_one_tensor_wherever_they_move(tmp_pat
     assert decoder.layers[-1].down.unpacked().device.type == decoder.norm.device.type == "meta"
 
 
-def test_every_offload_on_the_cpu_gives_the_kv_memory_back_to_the_machine(tmp_path: Path) -> None:
+def test_every_offload_on_the_cpu_gives_the_kv_memory_back_to_the_machine(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     # The first time glibc unmaps it by itself, and learns from it to take such blocks from the heap, which it keeps.
     folder = make_tiny_checkpoint(
         tmp_path, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8, head_dim=128
     )
     engine = EmbeddedEngine(engine_config(folder), 0, RayObjectStoreTransport())
     engine.start()
+    request.addfinalizer(engine.stop)
     ends_at_once = SamplingParams(max_new_tokens=128, stop_token_ids=tuple(range(VOCAB)))
     release_freed_memory()
     for _ in range(3):
@@ -57,4 +60,3 @@ def test_every_offload_on_the_cpu_gives_the_kv_memory_back_to_the_machine(tmp_pa
         engine.set_resident(False)
         assert served_bytes - engine.stats().rss_bytes > 0.9 * kv_bytes
         engine.set_resident(True)
-    engine.stop()
