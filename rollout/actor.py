@@ -80,9 +80,6 @@ def create_engine_actor(config: Config, engine_index: int, placement: Placement)
             placement_group=placement.placement_group,
             placement_group_bundle_index=placement.bundle_of_rank(engine_index),
         ),
-        # Two processes that spin at OpenMP barriers on the same cores make each other many times slower. A push stages
-        # a whole new version in fresh memory: huge pages make that a third faster.
-        runtime_env={
-            "env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
-        },
+        # Two processes that spin at OpenMP barriers on the same cores make each other many times slower.
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}},
     ).remote(config, engine_index)

@@ -11,6 +11,12 @@ from safetensors.torch import load_file, save_file
 from slime_spec.launch.cli import main
 
 
+@pytest.fixture(autouse=True)
+def restored_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These commands run in this process: what they set for Ray must not reach the tests after them."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+
+
 @pytest.fixture
 def copy(policy: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(policy, tmp_path / "copy"))

@@ -35,7 +35,7 @@ def run_bench(name: str, argv: Sequence[str]) -> int:
         if len(options.parts) > 1:
             progress.print(rows_table(measured))
         rows += measured
-        report = report_json(rows, ["slime-spec", *sys.argv[1:]], options.seeds)
+        report = report_json(rows, ["slime-spec", "bench", name, *argv], options.seeds)
         if options.json is not None:
             options.json.write_text(report + "\n")
         if options.markdown is not None:
