@@ -23,6 +23,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
         "hydra-core>=1.3.2",
+        "PyYAML",
         "safetensors",
         "transformers>=5.12",
         "tokenizers",

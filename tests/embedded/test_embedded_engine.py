@@ -170,8 +170,11 @@ def test_stopping_an_engine_that_never_started_is_harmless(config: Config) -> No
     engine = EmbeddedEngine(config, 0, DirectTransport())
     engine.stop()
     engine.start()
+    assert len(list(engine.generate(GroupRequest("g", (1, 2), (0,), greedy(3))))) == 1
     engine.stop()
     engine.stop()
+    with pytest.raises(RuntimeError, match="not running"):
+        engine.generate(GroupRequest("g", (1, 2), (0,), greedy(3)))
 
 
 def test_stopping_wakes_callers(config: Config) -> None:

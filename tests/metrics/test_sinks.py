@@ -128,6 +128,7 @@ def test_every_sink_of_the_table_can_be_opened_written_and_closed(tmp_path: Path
         sink = load_choice("metrics", SINKS, name).open(Config(), tmp_path)
         sink.write(0, STEP)
         sink.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0]
 
 
 def test_an_unknown_metric_reaches_no_sink(tmp_path: Path) -> None:
