@@ -16,6 +16,14 @@ from slime_spec.launch.help import COMMANDS, train_help
 # Each command imports what it needs when it is chosen, so that `slime-spec config` answers at once.
 
 
+class StderrHandler(logging.StreamHandler):
+    """Logs to whatever sys.stderr is at the moment: a progress display replaces it, to print lines above its bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 for a mistake in the command line or the configuration."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -49,7 +57,7 @@ def _train(argv: list[str]) -> int:
     config = compose(argv)
     for note in notes(config):
         print(f"note: {note}", file=sys.stderr)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
     from slime_spec.launch.train import run
 
     return run(config, argv)

@@ -66,6 +66,7 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
         due = (state.rollout_id + 1) % job.config.push.interval == 0
         if job.engines is not None and due:
             version += 1
+            job.progress("push")(0, 1)
             metrics |= push_weights(job.config, job.trainer, job.engines, version, clock)
     metrics |= perf_metrics(samples, clock.seconds, clock.total_s)
     next_prompt_id = state.next_prompt_id + job.config.rollout.batch_size
@@ -79,6 +80,7 @@ def _train(job: Job, trainer: Trainer, samples: list[Sample], clock: PhaseClock)
     if not batch:
         logger.warning("step trained on nothing: no sample had a reward samples=%d", len(samples))
         return {}
+    job.progress("train")(0, 1)
     with _engines_released(job), clock.phase("train"):
         return train_metrics(trainer.step(batch))
 
