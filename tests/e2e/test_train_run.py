@@ -83,6 +83,15 @@ def test_samples_are_written_with_texts_rewards_and_meta_info(finished):
     assert all(line["meta_info"]["completion_tokens"] >= 1 for line in lines)
 
 
+def loss_bound(row: dict[str, float]) -> float:
+    """How far engines' rounding can move an on-policy loss, which is a sum that cancels.
+
+    The loss is -mean(A exp(d)) with d the trainer's logprob minus the engine's, which varies with what else is in the
+    engine's batch. To first order it moves by at most max |A| mean |d|, and in groups of two |A| is at most 1.
+    """
+    return row["train/train_rollout_logprob_abs_diff"]
+
+
 def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps(finished, slime_spec, graded, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     slime_spec("train", *SHARED, *graded, "--num-rollout", "1", "--save-interval", "1", "--output-dir", str(first))
@@ -102,8 +111,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps(finished, slime
     for ours, theirs in zip(resumed, whole, strict=True):
         for name in ("rollout/reward_mean", "rollout/num_tokens", "sync/weight_version"):
             assert ours[name] == theirs[name], name
-        for name in ("train/loss", "train/grad_norm", "train/entropy"):
+        for name in ("train/grad_norm", "train/entropy"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+        assert abs(ours["train/loss"] - theirs["train/loss"]) <= loss_bound(ours) + loss_bound(theirs)
 
 
 def test_saved_rollouts_train_without_engines(finished, slime_spec, graded, tmp_path):
