@@ -16,7 +16,12 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=INCLUDE), "slime_spec.conf"],
     package_dir={"slime_spec.conf": "conf"},
-    package_data={"slime_spec.conf": ["*.yaml", "*/*.yaml"], "slime_spec.launch": ["*.json"]},
+    package_data={
+        "slime_spec.conf": ["*.yaml", "*/*.yaml"],
+        "slime_spec.launch": ["*.json"],
+        "slime_spec.draft": ["builtin/*/*"],
+        "rollout.embedded.kernels": ["*.c", "*.h"],
+    },
     install_requires=[
         "torch>=2.13",
         "ray[default]>=2.60",
@@ -33,6 +38,7 @@ setup(
         "wandb",
         "xxhash",
         "gguf",
+        "aiohttp",
     ],
     extras_require={
         "sglang": ["sglang==0.5.21"],

@@ -22,6 +22,8 @@ from slime_spec.weights.push import (
     BeginPush,
     CancelPush,
     CommitPush,
+    ContinueGeneration,
+    PauseGeneration,
     PreparePush,
     PushBucket,
     PushMessage,
@@ -99,6 +101,8 @@ class FakeEngine:
                 return PushReply(self._index, self._version, combined_checksum(sums))
             case CancelPush():
                 self._receiver, self._staged = None, {}
+            case PauseGeneration() | ContinueGeneration():
+                pass  # its samples are made when they are asked for
         checksum = self._receiver.checksum if self._receiver else ""
         return PushReply(self._index, self._version, checksum)
 

@@ -39,7 +39,7 @@ class RolloutEngine(Protocol):
         """Queue a group; raises ConfigError for a request that can never run (prompt beyond the context, ...)."""
 
     def update_weights(self, message: PushMessage) -> PushReply:
-        """Take one message of a push (begin, bucket, commit or cancel); raises PushError and keeps its version."""
+        """Take one message of a push, or of a pause around it; raises PushError and keeps its version."""
 
     def set_resident(self, resident: bool) -> None:
         """Free the KV cache (and, on CUDA, the weights) or take them back; only while no request is running."""
@@ -47,46 +47,6 @@ class RolloutEngine(Protocol):
     def stats(self) -> EngineStats: ...
 
     def stop(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Candidate tokens for one verify pass, the root (last emitted token) excluded; parents precede children.
-
-    ``parents[i]`` is the index of node i's parent, -1 for the root: a chain of three is ``(-1, 0, 1)``. Siblings are
-    distinct tokens. ``q_draft`` is the law each token was truly sampled from ([nodes, vocab]); None means the drafter
-    chose its tokens (argmax, n-gram, lookup), a point mass.
-    """
-
-    token_ids: tuple[int, ...]
-    parents: tuple[int, ...]
-    q_draft: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class DraftContext:
-    """What a drafter may look at for one request: every committed token, prompt first."""
-
-    request_key: int
-    token_ids: Sequence[int]
-    num_prompt_tokens: int
-    max_draft_tokens: int
-
-
-class Drafter(Protocol):
-    """Proposes tokens for the target to verify; whatever it proposes, the output's law stays the target's."""
-
-    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        """One draft per context, at most ``max_draft_tokens`` nodes each; an empty draft is a plain decode step."""
-
-    def observe(self, request_key: int, num_accepted: int) -> None:
-        """Learn how many drafted tokens of the last proposal were accepted."""
-
-    def forget(self, request_key: int) -> None:
-        """The request is finished: drop its state."""
-
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take new draft weights (drafters without weights refuse)."""
 
 
 class Engines(Protocol):
@@ -158,10 +118,14 @@ class MetricSink(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """One question of a task before tokenisation: what the user says and what a right reply contains."""
+    """One question of a task before tokenisation: what the user says, and what a right reply contains.
+
+    ``advice`` is a text that the reply will resemble, empty where nobody knows one.
+    """
 
     text: str
     answer: str
+    advice: str = ""
 
 
 class Task(Protocol):
@@ -192,7 +156,11 @@ def load_choice(setting: str, table: Mapping[str, str], name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-ENGINES = {"embedded": "rollout.embedded.engine:EmbeddedEngine", "fake": "rollout.fake:FakeEngine"}
+ENGINES = {
+    "embedded": "rollout.embedded.engine:EmbeddedEngine",
+    "sglang": "rollout.sglang_engine.engine:SglangEngine",
+    "fake": "rollout.fake:FakeEngine",
+}
 TRAINERS = {"megatron": "trainer_bridge.megatron.group:MegatronGroup"}
 TRANSPORTS = {"ray": "slime_spec.transports.ray_object_store:RayObjectStoreTransport"}
 SINKS = {
@@ -200,4 +168,5 @@ SINKS = {
     "console": "slime_spec.metrics.console:ConsoleSink",
     "wandb": "slime_spec.metrics.wandb:WandbSink",
     "null": "slime_spec.metrics.null:NullSink",
+    "alarm": "slime_spec.metrics.alarm:AcceptanceAlarm",
 }

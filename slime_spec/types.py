@@ -19,7 +19,10 @@ def is_greedy(temperature: float) -> bool:
 class SamplingParams:
     """How to sample one response; the names are SGLang's.
 
-    ``top_k=-1`` and ``top_p=1`` switch those filters off; ``temperature=0`` is greedy (see is_greedy).
+    ``top_k=-1`` and ``top_p=1`` switch those filters off; ``temperature=0`` is greedy (see is_greedy). Penalties count
+    generated tokens (``repetition_penalty`` the prompt's too); ``logit_bias`` are (token id, bias) pairs.
+    ``advice_token_ids`` and ``edit`` are RTP-LLM's sp_advice_prompt_token_ids and sp_edit, ``speculative=False`` its
+    force_disable_sp_run.
     """
 
     max_new_tokens: int = 128
@@ -30,18 +33,29 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    speculative: bool = True  # False is RTP-LLM's force_disable_sp_run: this request decodes without speculation
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    speculative: bool = True
+    advice_token_ids: tuple[int, ...] = ()
+    edit: bool = False
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question to the policy: ``Prompt(prompt_id=17, task="add10", text="What is 2 + 3?", ...)``."""
+    """One question to the policy: ``Prompt(prompt_id=17, task="add10", text="What is 2 + 3?", ...)``.
+
+    ``advice_token_ids`` are a text that the reply will resemble (task.advice_key), for LOOKUP to draft from.
+    """
 
     prompt_id: int
     task: str
     text: str
     token_ids: tuple[int, ...]
     answer: str
+    advice_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,8 @@ class SpecCounters:
     A round is one draft and one verify; the prefill is not a round. ``num_proposed`` is rounds times
     (num_draft_tokens - 1), SGLang's server-wide convention, whatever was drafted; ``num_drafted`` counts the tokens
     that really were, and ``num_empty_rounds`` the rounds without any (no match, or one token of the budget left).
+    ``num_steps`` is how many drafts a round can accept: the depth of a tree; 0 where it is a chain of all drafts.
+    ``num_correct_unbinned`` are accepted drafts of which no histogram tells (SGLang before 0.5.9 counts them alone).
     Example, 3 rounds with nothing drafted, then 2 of 2 and 3 of 3 accepted:
     ``SpecCounters(num_rounds=3, num_proposed=9, histogram=(1, 0, 1, 1), num_drafted=5, num_empty_rounds=1)``
     """
@@ -73,11 +89,13 @@ class SpecCounters:
     histogram: tuple[int, ...] = ()
     num_drafted: int = 0
     num_empty_rounds: int = 0
+    num_steps: int = 0
+    num_correct_unbinned: int = 0
 
     @property
     def num_correct(self) -> int:
         """Accepted draft tokens, bonus tokens excluded."""
-        return sum(k * count for k, count in enumerate(self.histogram))
+        return self.num_correct_unbinned + sum(k * count for k, count in enumerate(self.histogram))
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,12 @@ class GeneratedSample:
     """One finished response. ``logprobs[i]`` is the target's log softmax(logits / temperature) at ``token_ids[i]``.
 
     ``matched_stop`` is the token or the string that ended a response whose ``finish_reason`` is stop;
-    ``cached_tokens`` counts the prompt tokens whose KV another sample of the group had computed.
+    ``cached_tokens`` counts the prompt tokens whose KV another sample of the group had computed. ``weight_version`` is
+    the oldest that shaped the response; ``version_spans`` are (first token index, version) pairs, empty where one
+    version generated all of it. ``draft_version`` is that of the draft's own weights, None where it has none.
+    ``lossy`` marks a sample whose verification may have bent the target's law. ``wait_s`` and ``first_token_s`` are
+    the times from its arrival to its admission and to its first token, None where nobody measured them.
+    ``num_preemptions`` counts how often its KV was given up for lack of room, and recomputed.
     """
 
     group_id: str
@@ -100,6 +123,12 @@ class GeneratedSample:
     engine: int = 0
     matched_stop: int | str | None = None
     cached_tokens: int = 0
+    version_spans: tuple[tuple[int, int], ...] = ()
+    draft_version: int | None = None
+    lossy: bool = False
+    wait_s: float | None = None
+    first_token_s: float | None = None
+    num_preemptions: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,5 +179,8 @@ class EngineStats:
     kv_tokens_capacity: int
     resident: bool
     rss_bytes: int
-    time_in_forward_s: float = 0.0
+    time_in_forward_s: float = 0.0  # the target's
     time_total_s: float = 0.0
+    time_in_draft_s: float = 0.0
+    draft_version: int = 0
+    num_preemptions: int = 0

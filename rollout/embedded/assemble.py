@@ -8,17 +8,20 @@ import torch
 
 from rollout.embedded.core import CoreSettings, GenerationCore
 from rollout.embedded.drafters import make_drafter
+from rollout.embedded.drafting import Drafter
 from rollout.embedded.kv_cache import KvCache
+from rollout.embedded.linear import best_packing
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.stop import StopRule, eos_ids
 from rollout.embedded.validate import limits_of
-from rollout.embedded.verify import ChainRule, follow_chain
+from rollout.embedded.verification import make_verifier
+from rollout.embedded.verification.verifier import Verifier
 from rollout.embedded.weights import DecoderBuilder
 from slime_spec.config.tree import Config
 from slime_spec.hf.checkpoint import load_tensors
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.hf.tokenizer import Tokenizer
-from slime_spec.interfaces import Drafter
+from slime_spec.speculation.shape import draft_shape
 
 
 class Assembly:
@@ -30,7 +33,7 @@ class Assembly:
         self.device = torch.device("cuda" if config.rollout.num_gpus_per_engine > 0 else "cpu")
         self.dtype: torch.dtype = getattr(torch, config.engine.dtype)
         self.limits = limits_of(config, self.spec)
-        self._drafter = make_drafter(config.speculative)
+        self._drafter = make_drafter(config, self.spec, self.device, self.dtype, self.limits)
         self._rope: RopeTable | None = None
         self._tokenizer: Tokenizer | None = None
 
@@ -38,23 +41,23 @@ class Assembly:
         """Collects weights on ``device``; packed only for an engine whose home is the CPU."""
         if self._rope is None:
             self._rope = RopeTable(self.spec, self.limits.context_length, self.dtype, self.device)
-        return DecoderBuilder(self.spec, self._rope, self.dtype, device, prepack=self.device.type == "cpu")
+        return DecoderBuilder(self.spec, self._rope, self.dtype, device, packing=best_packing(self.device, self.dtype))
 
     def core(
         self,
         engine_index: int,
         clock: Callable[[], float],
         drafter: Drafter | None = None,
-        chain_rule: ChainRule = follow_chain,
+        verifier: Verifier | None = None,
     ) -> GenerationCore:
-        """Load the checkpoint; ``drafter`` and ``chain_rule`` replace the configured ones (for tests and studies)."""
+        """Load the checkpoint; ``drafter`` and ``verifier`` replace the configured ones (for tests and studies)."""
         folder, speculative = self.config.model.hf_checkpoint, self.config.speculative
         builder = self.builder(self.device)
         tensors = load_tensors(folder, self.spec)
         for name in list(tensors):
             builder.add(name, tensors.pop(name))
         settings = CoreSettings(
-            num_draft_tokens=speculative.num_draft_tokens,
+            shape=draft_shape(speculative, self.spec.architecture),
             speculates=drafter is not None or speculative.algorithm != "NONE",
             max_running=self.config.engine.max_running_requests,
             engine_index=engine_index,
@@ -62,8 +65,10 @@ class Assembly:
             device=self.device,
         )
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)
-        stop_rule = StopRule(eos_ids(folder, self.spec.eos_token_ids), self.decode)
-        return GenerationCore(builder.finish(), cache, drafter or self._drafter, stop_rule, settings, clock, chain_rule)
+        stop_ids = eos_ids(folder, self.spec.eos_token_ids)
+        stop_rule = StopRule(stop_ids, self.decode)
+        verifier = verifier or make_verifier(speculative, stop_ids)
+        return GenerationCore(builder.finish(), cache, drafter or self._drafter, stop_rule, settings, clock, verifier)
 
     def load_tokenizer(self) -> None:
         """Read the tokenizer, once; only stop strings need it."""

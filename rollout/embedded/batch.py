@@ -1,76 +1,160 @@
-"""The running sequences and the rows of KV they own: sequences[i] owns row i of the own store, always."""
+"""The sequences that hold KV, and where it lies: sequences[i] owns row i of the own store, always.
+
+    own store:      | running, in no order … | being prefilled, oldest first … | spare rows
+    prefix store:   | prompts shared by a group …                              | spare rows
+
+Rows stay dense, so that attention reads slices; of the sequences being prefilled only the first has begun.
+"""
 
 from __future__ import annotations
 
-from rollout.embedded.attention import RowSpan
-from rollout.embedded.kv_cache import KvCache
+from collections.abc import Sequence
+
+import torch
+
+from rollout.embedded.drafting import Draft, Lane
+from rollout.embedded.kv_cache import KvCache, Shape
+from rollout.embedded.plan import RowSpan
 from rollout.embedded.request import Group, SampleState
+
+# A sequence is let in only if all could grow this much: otherwise it might be preempted in the very next round.
+ADMISSION_SLACK_TOKENS = 32
 
 
 class Batch:
-    """Rows stay dense: what finishes is replaced by the last row, so attention reads slices."""
+    """Gives sequences and shared prompts their rows, within the bound of the cache."""
 
-    def __init__(self, cache: KvCache, max_running: int) -> None:
-        self._cache, self._max_running = cache, max_running
+    def __init__(self, cache: KvCache, max_running: int, headroom: int, draft_cache: KvCache | None) -> None:
+        """``headroom`` slots of every own row are for drafts; ``draft_cache`` is kept in step with ``cache``."""
+        self._cache, self._max_running, self._headroom = cache, max_running, headroom
+        self._caches = [cache] if draft_cache is None else [cache, draft_cache]
         self.sequences: list[SampleState] = []
+        self.num_running = 0
         self.groups: list[Group] = []  # groups[i] owns row i of the prefix store
 
-    def room_for(self, group: Group) -> int:
-        """How many of the group's waiting samples can start now."""
-        running = len(self.sequences)
-        (_, capacity), (prefix_rows, prefix_capacity) = self._shapes(group, 1)
-        rows = (self._cache.max_total_tokens - prefix_rows * prefix_capacity) // capacity
-        return max(0, min(len(group.waiting), self._max_running - running, rows - running))
+    @property
+    def running(self) -> list[SampleState]:
+        return self.sequences[: self.num_running]
 
-    def reserve(self, group: Group, num_samples: int) -> None:
-        """Give the group's prompt its row and make room for its next samples; ``room_for`` has said they fit."""
-        self._cache.reserve(*self._shapes(group, num_samples))
-        if group.shares_prompt and group.prefix_row < 0:
+    def num_fitting(self, waiting: Sequence[SampleState]) -> int:
+        """How many of ``waiting``, the first ones, fit beside those here, with some slack for all of them to grow."""
+        most = min(len(waiting), self._max_running - len(self.sequences))
+        if most == 0:
+            return 0
+        capacity = max(map(self._slots_soon, self.sequences), default=0)
+        num_prefixes, longest = _prefix_shape(self.groups)
+        new: set[int] = set()
+        for index, sequence in enumerate(waiting[:most]):
+            group = sequence.group
+            capacity = max(capacity, self._slots_soon(sequence))
+            if not self._has_prompt(group) and group.key not in new:
+                new.add(group.key)
+                num_prefixes, longest = num_prefixes + 1, max(longest, group.num_prompt_tokens)
+            if not self._cache.fits((len(self.sequences) + index + 1, capacity), (num_prefixes, longest)):
+                return index
+        return most
+
+    def add(self, sequence: SampleState) -> None:
+        """Give a sequence the next row, and its shared prompt one if it has none; memory follows with ``allocate``."""
+        group = sequence.group
+        group.num_in_batch += 1
+        sequence.num_prefilled = 0
+        self.sequences.append(sequence)
+        if not self._has_prompt(group):
             group.prefix_row = len(self.groups)
             self.groups.append(group)
 
-    def add(self, sequence: SampleState) -> int:
-        """Start a sequence in the next row and return the row."""
-        sequence.group.num_running += 1
-        self.sequences.append(sequence)
-        return len(self.sequences) - 1
+    def allocate(self) -> bool:
+        """Make room for the prefill of every sequence here and for its next round; False if the bound forbids it."""
+        own = len(self.sequences), max(map(self._slots, self.sequences), default=0)
+        if not self._cache.reserve(own, _prefix_shape(self.groups), self._worst_case()):
+            return False
+        for follower in self._caches[1:]:
+            follower.follow(self._cache)
+        return True
 
-    def remove(self, row: int) -> None:
-        """Free a row (the last one moves into it), and its group's prompt when no sample needs it any more."""
-        group = self.sequences[row].group
-        last = self.sequences.pop()
-        if row < len(self.sequences):
-            self._cache.own.move_row(len(self.sequences), row, last.own_len)
-            self.sequences[row] = last
-        group.num_running -= 1
-        self.release_prefix(group)
+    def promote(self) -> SampleState:
+        """The oldest sequence being prefilled runs from now on."""
+        self.num_running += 1
+        return self.sequences[self.num_running - 1]
 
-    def release_prefix(self, group: Group) -> None:
-        """Free the prompt's row if the group is through."""
-        if group.prefix_row < 0 or group.num_running or group.waiting:
-            return
+    def remove(self, row: int) -> SampleState:
+        """Free a row; others move so that rows stay dense."""
+        removed = self.sequences[row]
+        if row < self.num_running:
+            self.num_running -= 1
+            last = self.sequences[self.num_running]
+            # One slot more: a draft's state of a shared prompt's last token is the sample's own.
+            self._move(self.num_running, row, last.own_len + 1)
+            row = self.num_running
+        for source in range(row + 1, len(self.sequences)):
+            self._move(source, source - 1, self.sequences[source].num_prefilled)
+        self.sequences.pop()
+        removed.group.num_in_batch -= 1
+        return removed
+
+    def release_prompt(self, group: Group) -> None:
+        """Free the row of a shared prompt that no sequence here needs."""
+        assert group.num_in_batch == 0, "a prompt in use is not released"
         last = self.groups.pop()
         if last is not group:
-            self._cache.prefixes.move_row(len(self.groups), group.prefix_row, last.num_prompt_tokens)
+            for cache in self._caches:
+                cache.prefixes.move_row(len(self.groups), group.prefix_row, last.num_prefilled)
             self.groups[group.prefix_row] = last
             last.prefix_row = group.prefix_row
-        group.prefix_row = -1
+        group.drop_prompt()
 
-    def span(self, row: int, num_tokens: int) -> RowSpan:
-        """A decode or verify pass over ``num_tokens`` tokens of a row."""
+    def lane(self, row: int) -> Lane:
+        group = self.sequences[row].group
+        return Lane(row, group.prefix_row, group.prefix_tokens)
+
+    def span(self, row: int, draft: Draft) -> RowSpan:
+        """A decode or verify pass over a row: its last token, and what was drafted to follow it."""
         sequence = self.sequences[row]
         group = sequence.group
-        return RowSpan(row, sequence.own_len, num_tokens, group.prefix_row, group.prefix_tokens)
+        parents = None if draft.is_chain else (-1, *(parent + 1 for parent in draft.parents))
+        count = 1 + len(draft.token_ids)
+        return RowSpan(row, sequence.own_len, count, group.prefix_row, group.prefix_tokens, parents)
+
+    def compact(self, spans: Sequence[RowSpan], paths: Sequence[tuple[int, ...]]) -> None:
+        """Move the accepted nodes' keys and values to the front of their rows, where those of a chain lie already."""
+        moves = [
+            (span.row, span.start + 1 + node, span.start + 1 + depth)
+            for span, path in zip(spans, paths, strict=True)
+            for depth, node in enumerate(path)
+            if node != depth
+        ]
+        if moves:
+            self._cache.own.move_slots(*torch.tensor(moves, device=self._cache.device).unbind(dim=1))
 
     @property
     def kv_tokens_used(self) -> int:
         """Positions that hold live keys and values, a shared prompt counted once."""
-        return sum(s.own_len for s in self.sequences) + sum(g.num_prompt_tokens for g in self.groups)
+        sequences, num_running = list(self.sequences), self.num_running
+        own = sum(each.own_len if row < num_running else each.num_prefilled for row, each in enumerate(sequences))
+        return own + sum(group.num_prefilled for group in list(self.groups))
 
-    def _shapes(self, group: Group, num_samples: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        own_capacity = max((each.group.own_tokens for each in self.sequences), default=0)
-        prefixes = [each.num_prompt_tokens for each in self.groups]
-        if group.shares_prompt and group.prefix_row < 0:
-            prefixes.append(group.num_prompt_tokens)
-        own = len(self.sequences) + num_samples, max(own_capacity, group.own_tokens)
-        return own, (len(prefixes), max(prefixes, default=0))
+    def _slots(self, sequence: SampleState) -> int:
+        """What a sequence's row must hold for its prefill and for its next round: the root and what is drafted."""
+        return sequence.prefill_len + 1 + self._headroom
+
+    def _slots_soon(self, sequence: SampleState) -> int:
+        return self._slots(sequence) + min(sequence.num_remaining, ADMISSION_SLACK_TOKENS)
+
+    def _worst_case(self) -> int:
+        """Slots no row can need more than."""
+        return max((self._slots(each) + each.num_remaining for each in self.sequences), default=0)
+
+    def _move(self, source: int, target: int, length: int) -> None:
+        if source != target and length:
+            for cache in self._caches:
+                cache.own.move_row(source, target, length)
+        self.sequences[target] = self.sequences[source]
+
+    @staticmethod
+    def _has_prompt(group: Group) -> bool:
+        return group.prefix_row >= 0 or not group.shares_prompt
+
+
+def _prefix_shape(groups: Sequence[Group]) -> Shape:
+    return len(groups), max((group.num_prompt_tokens for group in groups), default=0)

@@ -1,54 +1,53 @@
 """Continuous batching without threads: groups in, rounds of draft and verify, finished samples out.
 
-    step():  admit waiting groups (prefill each prompt once) ──► one round over every running sequence
-    round:   propose drafts ─ one forward over [last token, drafts] of every row ─ draw at every node ─ accept ─ emit
+                  num_fitting                 first token                    stop, length
+    add ──► waiting ────────► being prefilled ───────────► running (rounds) ───────────────► on_sample
+               ▲                     │                        │
+               └─────────────────────┴──────── preempt ───────┘   tokens, logprobs, counters survive; KV is recomputed
 
-The caller owns the thread; nothing here blocks or locks.
+    step():  admit what fits ─► one chunk of prefill ─► one round over every running sequence
+    round:   propose drafts ─ one forward over [last token, drafts] of every row ─ verify ─ emit
+
+Sequences are let in by what they need now, not by what they may come to need; when all have grown beyond the bound,
+the youngest gives way. The oldest never does, so everything finishes. The caller owns the thread; nothing here blocks.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from bisect import insort
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from rollout.embedded.attention import RowSpan, make_plan
 from rollout.embedded.batch import Batch
-from rollout.embedded.kv_cache import KvCache, KvStore
+from rollout.embedded.coins import Coins
+from rollout.embedded.drafting import NO_DRAFT, Draft, Drafter
+from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
-from rollout.embedded.request import Group, OnSample, SampleState, coins_of
-from rollout.embedded.sampler import sample
+from rollout.embedded.prefill import Prefiller
+from rollout.embedded.request import Group, OnProgress, OnSample, SampleState, Stamp
+from rollout.embedded.speculation import Speculation
 from rollout.embedded.stop import Ending, StopRule
-from rollout.embedded.verify import ChainRule, follow_chain
-from slime_spec.interfaces import Draft, DraftContext, Drafter
+from rollout.embedded.target import Target, Timing
+from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
+from slime_spec.speculation.shape import DraftShape
 from slime_spec.types import GroupRequest
+from slime_spec.weights.push import PauseMode
 
-# Longer prompts are prefilled in pieces, which bounds the attention mask and the activations.
-PREFILL_CHUNK_TOKENS = 1024
-NO_DRAFT = Draft(token_ids=(), parents=())
 ABORTED = Ending("abort")
 
 
 @dataclass(frozen=True)
 class CoreSettings:
-    """What the core is told once; ``num_draft_tokens`` counts the root."""
+    """What the core is told once."""
 
-    num_draft_tokens: int
+    shape: DraftShape
     speculates: bool
     max_running: int
     engine_index: int
     dtype: torch.dtype
     device: torch.device
-
-
-@dataclass
-class Timing:
-    """Seconds since start: inside the forward pass, and inside ``step`` altogether."""
-
-    forward_s: float = 0.0
-    total_s: float = 0.0
 
 
 class GenerationCore:
@@ -62,186 +61,220 @@ class GenerationCore:
         stop_rule: StopRule,
         settings: CoreSettings,
         clock: Callable[[], float],
-        chain_rule: ChainRule = follow_chain,
+        verifier: Verifier,
     ) -> None:
-        self.decoder, self.cache, self.version = decoder, cache, 0
+        drafter.bind(decoder)
+        self.cache, self.version, self.draft_version = cache, 0, 0
+        self.paused = False
+        self.num_preemptions = 0
         self.timing = Timing()
-        self.batch = Batch(cache, settings.max_running)
-        self.waiting: deque[Group] = deque()
-        self._drafter, self._stop_rule, self._settings = drafter, stop_rule, settings
-        self._clock, self._chain_rule = clock, chain_rule
+        self.waiting: list[SampleState] = []  # oldest first
+        self.drafter = drafter
+        self.target = Target(decoder, cache, drafter.needs, settings.dtype, settings.device, clock, self.timing)
+        self._speculation = Speculation(drafter, settings.shape, settings.speculates, self.target, self.timing, clock)
+        self.batch = Batch(cache, settings.max_running, self._speculation.headroom, drafter.cache)
+        self._prefiller = Prefiller(self.batch, self.target, self._speculation)
+        self._stop_rule, self._clock, self._verifier = stop_rule, clock, verifier
+        self._stamp = Stamp(settings.engine_index, settings.shape, verifier.lossy)
         self._next_key = 0
 
     @property
+    def decoder(self) -> Decoder:
+        return self.target.decoder
+
+    @property
     def has_work(self) -> bool:
+        """Whether samples are unfinished."""
         return bool(self.waiting or self.batch.sequences)
 
     @property
-    def num_waiting(self) -> int:
-        return sum(len(group.waiting) for group in list(self.waiting))
+    def can_step(self) -> bool:
+        return self.has_work and not self.paused
 
-    def add(self, request: GroupRequest, on_sample: OnSample) -> Group:
-        """Queue a validated group."""
-        samples = deque(range(len(request.seeds)))
-        group = Group(request, self._clock(), on_sample, samples, weight_version=self.version)
-        self.waiting.append(group)
+    def add(self, request: GroupRequest, on_sample: OnSample, on_progress: OnProgress | None = None) -> Group:
+        """Queue a validated group; ``on_progress`` hears of every round of every sample."""
+        group = Group(request, self._clock(), on_sample, self._new_key(), on_progress)
+        for index, seed in enumerate(request.seeds):
+            coins = Coins(seed, request.params.max_new_tokens)
+            tokens = list(request.prompt_token_ids)
+            self.waiting.append(SampleState(group, index, self._new_key(), tokens, coins))
         return group
 
     def abort(self, group: Group) -> None:
         """Finish the group's samples with what they have; those already finished are not touched."""
-        if group in self.waiting:
-            self.waiting.remove(group)
-        rows = [row for row, each in enumerate(self.batch.sequences) if each.group is group]
-        never_started = list(group.waiting)
-        group.waiting.clear()
-        self._finish([(row, ABORTED) for row in rows])
-        for index in never_started:
-            group.on_sample(self._new_sequence(group, index).finished(ABORTED, self._clock(), 0, self._engine))
-        self.batch.release_prefix(group)
+        self._finish((row, ABORTED) for row, each in enumerate(self.batch.sequences) if each.group is group)
+        never_resumed = [each for each in self.waiting if each.group is group]
+        self.waiting = [each for each in self.waiting if each.group is not group]
+        for sequence in never_resumed:
+            self._deliver(sequence, ABORTED)
+
+    def pause(self, mode: PauseMode) -> None:
+        """Do nothing until ``resume``; what is unfinished keeps its KV, gives it up, or ends, as ``mode`` says."""
+        self.paused = True
+        if mode == "abort":
+            for group in {each.group for each in (*self.waiting, *self.batch.sequences)}:
+                self.abort(group)
+        elif mode == "retract":
+            for row in reversed(range(len(self.batch.sequences))):
+                self._send_back(row)
+            self._release_idle_prompts()
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def use(self, decoder: Decoder, version: int) -> None:
+        """Compute with other weights from the next pass on."""
+        self.target.decoder, self.version = decoder, version
+        self._speculation.bind()
+
+    def move(self, device: torch.device) -> None:
+        """Keep the target's weights elsewhere, and with them what the draft shares with it."""
+        self.decoder.move(device)
+        self._speculation.bind()
+
+    def use_draft(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
+        """Draft with other weights from the next round on."""
+        assert self.drafter.weights is not None, "a push for the draft is refused without one"
+        self.drafter.weights.load(tensors)
+        self.draft_version = version
+
+    def release_kv(self) -> None:
+        """Give the caches' memory back; only while nothing is unfinished."""
+        for cache in (self.cache, self.drafter.cache):
+            if cache is not None:
+                cache.release()
 
     def step(self) -> None:
-        """Admit what fits, then run one round."""
+        """Admit what fits, prefill a chunk, and run one round."""
         start = self._clock()
         self._admit()
-        if self.batch.sequences:
+        self._allocate()
+        self._prefill()
+        if self.batch.num_running:
             self._round()
         self.timing.total_s += self._clock() - start
 
     def _admit(self) -> None:
-        # First come, first served: a large group at the head waits for room rather than being overtaken for ever.
-        while self.waiting and (count := self.batch.room_for(self.waiting[0])):
-            group = self.waiting[0]
-            self.batch.reserve(group, count)
-            self._start(group, count)
-            if not group.waiting:
-                self.waiting.popleft()
-                group.first_logits = None
+        # First come, first served: who needs much waits for room rather than being overtaken for ever.
+        count = self.batch.num_fitting(self.waiting)
+        admitted, self.waiting = self.waiting[:count], self.waiting[count:]
+        for sequence in admitted:
+            self._enter(sequence)
+        if self.waiting and not self.batch.sequences:
+            # Alone it fits, as was checked when it came; only prompts that others left here are in its way.
+            self._release_idle_prompts(needed=self.waiting[0].group)
+            self._enter(self.waiting.pop(0))
 
-    def _start(self, group: Group, count: int) -> None:
-        """Prefill the prompt unless that was done, and draw the first token of the next ``count`` samples."""
-        if group.first_logits is None:
-            row = group.prefix_row if group.shares_prompt else len(self.batch.sequences)
-            store = self.cache.prefixes if group.shares_prompt else self.cache.own
-            group.weight_version = self.version
-            group.first_logits = self._prefill(store, row, group.request.prompt_token_ids)
-        params = group.request.params
-        started = [self._new_sequence(group, group.waiting.popleft()) for _ in range(count)]
-        rows = [self.batch.add(sequence) for sequence in started]
-        drawn = sample(
-            group.first_logits.expand(count, -1), [params] * count, [sequence.coins[0] for sequence in started]
-        )
+    def _enter(self, sequence: SampleState) -> None:
+        self.batch.add(sequence)
+        if sequence.wait_s is None:
+            sequence.wait_s = self._clock() - sequence.group.arrival_s
+
+    def _allocate(self) -> None:
+        """Make room for the next round of every sequence, or for as many of the oldest as can have it."""
+        while not self.batch.allocate():
+            if self._release_idle_prompts():
+                continue
+            assert len(self.batch.sequences) > 1, "a single sequence fits, as was checked when it came"
+            youngest = max(range(len(self.batch.sequences)), key=lambda row: self.batch.sequences[row].key)
+            self.batch.sequences[youngest].num_preemptions += 1
+            self.num_preemptions += 1
+            self._send_back(youngest)
+
+    def _send_back(self, row: int) -> None:
+        """Take a sequence's KV away; it waits, before all younger ones, to have it recomputed."""
+        sequence = self.batch.remove(row)
+        self._speculation.forget(sequence)
+        insort(self.waiting, sequence, key=lambda each: each.key)
+
+    def _prefill(self) -> None:
+        """Prefill a chunk and draw the first tokens of the sequences whose prompts it ends, all at once."""
+        ready = self._prefiller.step(self.version)
+        fresh = [sequence for sequence in ready if not sequence.logprobs]
+        if not fresh:
+            return
+        logits = [each.group.first_logits for each in fresh]
+        rows = [self._verify_row(each, NO_DRAFT) for each in fresh]
+        first = self._verifier(torch.cat([each for each in logits if each is not None]), rows)
         finished = []
-        for row, sequence, token_id, logprob in zip(rows, started, drawn.token_ids, drawn.logprobs, strict=True):
-            ending = self._emit(sequence, [token_id], [logprob])
+        for sequence, verified in zip(fresh, first, strict=True):
+            group = sequence.group
+            group.num_started += 1
+            sequence.first_token_s = self._clock() - group.arrival_s
+            if self.drafter.weights is not None:
+                sequence.draft_version = self.draft_version
+            ending = self._emit(sequence, verified, group.prompt_version)
             if ending is not None:
-                finished.append((row, ending))
+                finished.append((self.batch.sequences.index(sequence), ending))
+            if group.num_started == len(group.request.seeds):
+                group.first_logits = None
         self._finish(finished)
-
-    def _new_sequence(self, group: Group, sample_index: int) -> SampleState:
-        self._next_key += 1
-        request = group.request
-        return SampleState(
-            group=group,
-            sample_index=sample_index,
-            key=self._next_key,
-            token_ids=list(request.prompt_token_ids),
-            coins=coins_of(request.seeds[sample_index], request.params.max_new_tokens),
-        )
-
-    def _prefill(self, store: KvStore, row: int, prompt: Sequence[int]) -> torch.Tensor:
-        """Fill the prompt's KV; the logits [1, vocab] after its last token."""
-        for start in range(0, len(prompt), PREFILL_CHUNK_TOKENS):
-            piece = prompt[start : start + PREFILL_CHUNK_TOKENS]
-            hidden = self._forward(store, [RowSpan(row, start, len(piece))], piece)
-        return self._logits(hidden[-1:])
 
     def _round(self) -> None:
         """One draft and one verify for every running sequence."""
-        sequences = self.batch.sequences
-        drafts = self._propose(sequences)
-        spans = [self.batch.span(row, 1 + len(draft.token_ids)) for row, draft in enumerate(drafts)]
+        batch = self.batch
+        running = batch.running
+        drafts = self._speculation.propose(batch)
+        spans = [batch.span(row, draft) for row, draft in enumerate(drafts)]
         inputs: list[int] = []
-        params, coins = [], []
-        for sequence, draft in zip(sequences, drafts, strict=True):
-            tokens = (sequence.token_ids[-1], *draft.token_ids)
-            inputs.extend(tokens)
-            params.extend([sequence.group.request.params] * len(tokens))
-            coins.extend(sequence.coins[sequence.num_generated : sequence.num_generated + len(tokens)])
-        drawn = sample(self._logits(self._forward(self.cache.own, spans, inputs)), params, coins)
+        for sequence, draft in zip(running, drafts, strict=True):
+            inputs.append(sequence.token_ids[-1])
+            inputs.extend(draft.token_ids)
+        output = self.target.run(self.cache.own, spans, inputs)
+        verified = self._verifier(self.target.logits(output.hidden), list(map(self._verify_row, running, drafts)))
+        batch.compact(spans, [each.path for each in verified])
+        self._speculation.observe(batch, output, spans, verified)
         finished: list[tuple[int, Ending]] = []
-        first = 0
-        for row, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True)):
-            end = first + 1 + len(draft.token_ids)
-            emitted = self._chain_rule(drawn.token_ids[first:end], draft.token_ids)
-            num_accepted = len(emitted) - 1
-            if self._settings.speculates and sequence.group.request.params.speculative:
-                sequence.count_round(len(draft.token_ids), num_accepted)
-                self._drafter.observe(sequence.key, num_accepted)
-            ending = self._emit(sequence, emitted, drawn.logprobs[first : first + len(emitted)])
+        for row, (sequence, draft, each) in enumerate(zip(running, drafts, verified, strict=True)):
+            if self._speculation.applies_to(sequence.group):
+                sequence.count_round(len(draft.token_ids), len(each.path))
+            ending = self._emit(sequence, each, self.version)
             if ending is not None:
                 finished.append((row, ending))
-            first = end
         self._finish(finished)
 
-    def _propose(self, sequences: Sequence[SampleState]) -> list[Draft]:
-        """A chain per sequence, short enough that the round cannot exceed the sequence's token budget."""
-        rows, contexts = [], []
-        for row, sequence in enumerate(sequences):
-            limit = min(self._settings.num_draft_tokens, sequence.num_remaining) - 1
-            if limit > 0 and self._settings.speculates and sequence.group.request.params.speculative:
-                rows.append(row)
-                contexts.append(DraftContext(sequence.key, sequence.token_ids, sequence.group.num_prompt_tokens, limit))
-        drafts = [NO_DRAFT] * len(sequences)
-        if contexts:
-            for row, context, draft in zip(rows, contexts, self._drafter.propose(contexts), strict=True):
-                assert len(draft.token_ids) <= context.max_draft_tokens, "a drafter proposed more than it was allowed"
-                assert draft.parents == tuple(range(-1, len(draft.token_ids) - 1)), "only chains are verified"
-                assert draft.q_draft is None, "only point-mass drafts are verified"
-                drafts[row] = draft
-        return drafts
+    def _verify_row(self, sequence: SampleState, draft: Draft) -> VerifyRow:
+        group = sequence.group
+        return VerifyRow(draft, group.request.params, sequence.coins, sequence.token_ids, group.num_prompt_tokens)
 
-    def _forward(self, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> torch.Tensor:
-        settings, spec = self._settings, self.decoder.spec
-        start = self._clock()
-        shared = self.cache.prefixes if any(span.prefix_row >= 0 for span in spans) else None
-        heads_per_kv = spec.num_heads // spec.num_kv_heads
-        plan = make_plan(store, spans, heads_per_kv, settings.dtype, settings.device, shared)
-        hidden = self.decoder.hidden(torch.tensor(token_ids, device=settings.device), plan)
-        self.timing.forward_s += self._synchronised() - start
-        return hidden
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        start = self._clock()
-        logits = self.decoder.logits(hidden)
-        self.timing.forward_s += self._synchronised() - start
-        return logits
-
-    def _synchronised(self) -> float:
-        """The time once the device has done what was queued."""
-        if self._settings.device.type == "cuda":
-            torch.cuda.synchronize(self._settings.device)
-        return self._clock()
-
-    def _emit(self, sequence: SampleState, token_ids: list[int], logprobs: list[float]) -> Ending | None:
+    def _emit(self, sequence: SampleState, verified: Verified, version: int) -> Ending | None:
         """Append tokens up to the first that ends the response, and say why it ended."""
-        params, start = sequence.group.request.params, sequence.group.num_prompt_tokens
-        for token_id, logprob in zip(token_ids, logprobs, strict=True):
-            sequence.token_ids.append(token_id)
-            sequence.logprobs.append(logprob)
-            ending = self._stop_rule.ending(sequence.token_ids, start, params)
+        group, before = sequence.group, sequence.num_generated
+        ending = None
+        for token_id, logprob in zip(verified.token_ids, verified.logprobs, strict=True):
+            sequence.append(token_id, logprob, version)
+            ending = self._stop_rule.ending(sequence.token_ids, group.num_prompt_tokens, group.request.params)
             if ending is not None:
-                return ending
-        return None
+                break
+        if group.on_progress is not None:
+            group.on_progress(sequence.progress_since(before))
+        return ending
 
-    def _finish(self, finished: list[tuple[int, Ending]]) -> None:
+    def _finish(self, finished: Iterable[tuple[int, Ending]]) -> None:
         """Hand out finished samples and free their rows, highest row first so that rows below keep their numbers."""
         for row, ending in sorted(finished, key=lambda pair: pair[0], reverse=True):
-            sequence = self.batch.sequences[row]
-            self.batch.remove(row)
-            self._drafter.forget(sequence.key)
-            drafts_per_round = self._settings.num_draft_tokens - 1
-            sequence.group.on_sample(sequence.finished(ending, self._clock(), drafts_per_round, self._engine))
+            sequence = self.batch.remove(row)
+            self._speculation.forget(sequence)
+            self._deliver(sequence, ending)
 
-    @property
-    def _engine(self) -> int:
-        return self._settings.engine_index
+    def _deliver(self, sequence: SampleState, ending: Ending) -> None:
+        group = sequence.group
+        group.num_unfinished -= 1
+        if not group.num_unfinished and group.prefix_row >= 0:
+            self._release_prompt(group)
+        group.on_sample(sequence.finished(ending, self._clock(), self._stamp, self.version))
+
+    def _release_idle_prompts(self, needed: Group | None = None) -> bool:
+        """Free the shared prompts that no sequence of the batch reads, except ``needed``'s; whether there were any."""
+        idle = [group for group in self.batch.groups if not group.num_in_batch and group is not needed]
+        for group in idle:
+            self._release_prompt(group)
+        return bool(idle)
+
+    def _release_prompt(self, group: Group) -> None:
+        self.batch.release_prompt(group)
+        self._speculation.forget_prompt(group)
+
+    def _new_key(self) -> int:
+        self._next_key += 1
+        return self._next_key

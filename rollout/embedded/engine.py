@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from threading import Lock
 from time import perf_counter
@@ -14,19 +14,22 @@ from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.generation import EmbeddedGeneration
 from rollout.embedded.loop_thread import LoopThread, Refused
-from rollout.embedded.model import Decoder
-from rollout.embedded.push import PushStage
+from rollout.embedded.push import DraftStaging, PushStage, Staging, TargetStaging, tensor_checksums
+from rollout.embedded.request import OnProgress
 from rollout.embedded.validate import check_request
-from rollout.embedded.weights import decoder_checksum
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
 from slime_spec.interfaces import Generation, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
+from slime_spec.weights.manifest import Side, combined_checksum
 from slime_spec.weights.push import (
+    NOT_COMPARABLE,
     BeginPush,
     CancelPush,
     CommitPush,
+    ContinueGeneration,
+    PauseGeneration,
     PreparePush,
     PushBucket,
     PushMessage,
@@ -38,8 +41,8 @@ from slime_spec.weights.push import (
 class EmbeddedEngine:
     """A RolloutEngine in this process, on the CPU or on one GPU.
 
-    Requests go on over a commit: their next rounds use the new weights, and their ``weight_version`` stays that of
-    their prefill, the oldest that shaped them. How many cores a pass uses is the process's choice
+    Unless the push pauses it, generating goes on over a commit: the next rounds use the new weights, and a sample's
+    ``weight_version`` is the oldest that shaped it. How many cores a pass uses is the process's choice
     (``torch.set_num_threads``), not the engine's.
 
     Example::
@@ -75,7 +78,8 @@ class EmbeddedEngine:
         self._thread = LoopThread(self._core, self._fail_all)
         self._started.callback(self._thread.stop)
 
-    def generate(self, request: GroupRequest) -> Generation:
+    def generate(self, request: GroupRequest, on_progress: OnProgress | None = None) -> Generation:
+        """See RolloutEngine; ``on_progress`` hears, on the engine's thread, what each round adds: it must not block."""
         check_request(request, self._assembly.limits)
         if request.params.stop:
             self._assembly.load_tokenizer()
@@ -85,33 +89,39 @@ class EmbeddedEngine:
                 raise Refused("the engine is offloaded: call set_resident(True) before generating")
             self._live.add(generation)
             generation.group = self._thread.submit(
-                lambda: self._core.add(request, lambda sample: self._deliver(generation, sample))
+                lambda: self._core.add(request, lambda sample: self._deliver(generation, sample), on_progress)
             )
         return generation
 
     def update_weights(self, message: PushMessage) -> PushReply:
         """See RolloutEngine; buckets are packed on the caller's thread while the loop's goes on serving."""
+        match message:
+            case PauseGeneration(_, mode):
+                self._thread.call(lambda: self._core.pause(mode))
+                return self._reply("target")
+            case ContinueGeneration():
+                self._thread.call(self._core.resume)
+                return self._reply("target")
+            case VerifyPush(_, side):
+                return self._reply(side, self.weights_checksum(side) if self._reads_back(side) else NOT_COMPARABLE)
         stage, self._push = self._push, None  # whatever fails below drops the push
         match message:
             case BeginPush(manifest):
-                builder = self._assembly.builder(self._core.decoder.embedding.device)
-                stage = PushStage(manifest, self._assembly.spec, builder)
+                stage = PushStage(manifest, self._staging(manifest.side))
             case PushBucket() if stage is not None:
                 stage.take(message, self._transport)
             case PreparePush(version, checksum) if stage is not None:
                 stage.prepare(version, checksum)
-            case CommitPush(version) if stage is not None and stage.decoder is not None and stage.version == version:
-                decoder = stage.decoder
-                self._thread.call(lambda: self._swap(decoder, version))
-                return PushReply(self._index, self._core.version, stage.checksum)
-            case VerifyPush():
-                return PushReply(self._index, self._core.version, self.weights_checksum())
+            case CommitPush(version) if stage is not None:
+                stage.check_commit(version)
+                self._thread.call(lambda: stage.commit(self._core))
+                return self._reply(stage.manifest.side, stage.checksum)
             case CancelPush():
-                return PushReply(self._index, self._core.version, "")
+                return self._reply("target" if stage is None else stage.manifest.side)
             case _:
                 raise PushError(f"{type(message).__name__} of version {message.version} outside a push")
         self._push = stage
-        return PushReply(self._index, self._core.version, stage.checksum)
+        return self._reply(stage.manifest.side, stage.checksum)
 
     def set_resident(self, resident: bool) -> None:
         with self._gate:
@@ -122,33 +132,68 @@ class EmbeddedEngine:
         return EngineStats(
             weight_version=core.version,
             num_running=len(core.batch.sequences),
-            num_waiting=core.num_waiting,
+            num_waiting=len(core.waiting),
             kv_tokens_used=core.batch.kv_tokens_used,
             kv_tokens_capacity=limits.max_total_tokens,
             resident=self._resident,
             rss_bytes=psutil.Process().memory_info().rss,
             time_in_forward_s=core.timing.forward_s,
             time_total_s=core.timing.total_s,
+            time_in_draft_s=core.timing.draft_s,
+            draft_version=core.draft_version,
+            num_preemptions=core.num_preemptions,
         )
 
-    def weights_checksum(self) -> str:
-        """Combined checksum of the weights the engine computes with, read back out of their packed form."""
-        return self._thread.call(lambda: decoder_checksum(self._core.decoder))
+    @property
+    def draft_version(self) -> int:
+        return self._core.draft_version
+
+    @property
+    def draft_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """What a push of side "draft" must bring; nothing where the drafter has no weights."""
+        weights = self._core.drafter.weights
+        return {} if weights is None else weights.shapes
+
+    def tensor_checksums(self, side: Side) -> dict[str, int]:
+        """Checksum of every tensor the engine computes with, read back out of its packed form."""
+        return self._thread.call(lambda: tensor_checksums(self._core, side))
+
+    def weights_checksum(self, side: Side = "target") -> str:
+        """All of them combined, as a push combines its own."""
+        return combined_checksum(self.tensor_checksums(side).items())
+
+    def ping(self) -> None:
+        """Return once the loop has come round; raises RuntimeError when it has ended."""
+        self._thread.call(lambda: None)
 
     def stop(self) -> None:
         """End the loop; samples still being generated fail with RuntimeError at their callers."""
         self._started.close()
 
-    def _swap(self, decoder: Decoder, version: int) -> None:
-        self._core.decoder, self._core.version = decoder, version
+    def _staging(self, side: Side) -> Staging:
+        if side == "target":
+            return TargetStaging(self._assembly.spec, self._assembly.builder(self._core.decoder.device))
+        if self._core.drafter.weights is None:
+            algorithm = self._assembly.config.speculative.algorithm
+            raise PushError(f"the drafter of speculative.algorithm {algorithm} has no weights to update")
+        return DraftStaging(self._core.drafter.weights)
+
+    def _reads_back(self, side: Side) -> bool:
+        """Whether the weights in use are the pushed ones bit for bit; a quantised draft's are not."""
+        weights = self._core.drafter.weights
+        return side == "target" or weights is None or weights.exact
+
+    def _reply(self, side: Side, checksum: str = "") -> PushReply:
+        version = self._core.version if side == "target" else self._core.draft_version
+        return PushReply(self._index, version, checksum)
 
     def _set_resident(self, resident: bool) -> None:
         if self._core.has_work:
             raise Refused("requests are running: offload the engine when they have finished")
         if self._assembly.device.type == "cuda":
-            self._core.decoder.move(self._assembly.device if resident else torch.device("cpu"))
+            self._core.move(self._assembly.device if resident else torch.device("cpu"))
         if not resident:
-            self._core.cache.release()
+            self._core.release_kv()
             release_freed_memory()
         self._resident = resident
 

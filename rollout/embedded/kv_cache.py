@@ -6,6 +6,9 @@ import torch
 
 from slime_spec.hf.model_spec import ModelSpec
 
+Shape = tuple[int, int]  # rows, capacity
+MIN_GROWTH_TOKENS = 64
+
 
 class KvStore:
     """Keys and values per layer, [rows, kv_heads, capacity, head_dim]; live rows are 0..n-1.
@@ -51,6 +54,13 @@ class KvStore:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
+    def move_slots(self, rows: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy slots ``sources`` of ``rows`` over their slots ``targets``; all are read before any is written."""
+        source_index, target_index = self.write_index(rows, sources), self.write_index(rows, targets)
+        for tensor in (*self.keys, *self.values):
+            flat = tensor.view(-1, self._head_dim)
+            flat.index_copy_(0, target_index, flat.index_select(0, source_index))
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
@@ -65,27 +75,47 @@ class KvCache:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_total_tokens: int) -> None:
         self.own = KvStore(spec, dtype, device)
         self.prefixes = KvStore(spec, dtype, device)
-        self.max_total_tokens = max_total_tokens
+        self.max_total_tokens, self.device = max_total_tokens, device
 
-    def fits(self, own: tuple[int, int], prefixes: tuple[int, int]) -> bool:
-        """Whether (rows, capacity) of both stores stay within the bound."""
+    def fits(self, own: Shape, prefixes: Shape) -> bool:
+        """Whether these shapes of both stores stay within the bound."""
         return own[0] * own[1] + prefixes[0] * prefixes[1] <= self.max_total_tokens
 
-    def reserve(self, own: tuple[int, int], prefixes: tuple[int, int]) -> None:
-        """Make room for these (rows, capacity), which ``fits`` has allowed.
+    def reserve(self, own: Shape, prefixes: Shape, worst_capacity: int = 0) -> bool:
+        """Make room for these shapes; False, and nothing changed, if the bound forbids it.
 
-        Rows grow by doubling and nothing shrinks while the bound allows it, so that a filling batch is copied rarely.
+        Rows grow by doubling, the own capacity by half (up to ``worst_capacity``, what rows may come to need), and
+        nothing shrinks while the bound allows it: so a filling batch is copied rarely.
         """
-        generous = _grown(self.own, own, doubling=True), _grown(self.prefixes, prefixes, doubling=True)
-        frugal = _grown(self.own, own, doubling=False), _grown(self.prefixes, prefixes, doubling=False)
-        shapes = next(shapes for shapes in (generous, frugal, (own, prefixes)) if self.fits(*shapes))
+        kept = _kept(self.own, own), _kept(self.prefixes, prefixes)
+        doubled = _doubled(self.own, own), _doubled(self.prefixes, prefixes)
+        for (rows, _), prefix_shape in (doubled, kept, (own, prefixes)):
+            capacity = self._own_capacity(rows, own[1], prefix_shape, worst_capacity)
+            if capacity >= own[1]:
+                self._resize((rows, capacity), prefix_shape)
+                return True
+        return False
+
+    def _own_capacity(self, rows: int, needed: int, prefixes: Shape, worst: int) -> int:
+        """What rows may hold beside these prefixes: what they do hold, or some more than needed; negative for none."""
+        room = self.max_total_tokens - prefixes[0] * prefixes[1]
+        grown = max(needed, min(worst, needed + max(MIN_GROWTH_TOKENS, needed // 2)))
+        return min(self.own.capacity if needed <= self.own.capacity else grown, room // max(rows, 1))
+
+    def _resize(self, own: Shape, prefixes: Shape) -> None:
         # The shrinking store goes first, so that the sum stays within the bound on the way.
         for store, (rows, capacity) in sorted(
-            zip((self.own, self.prefixes), shapes, strict=True),
+            ((self.own, own), (self.prefixes, prefixes)),
             key=lambda pair: pair[1][0] * pair[1][1] - pair[0].rows * pair[0].capacity,
         ):
             if (rows, capacity) != (store.rows, store.capacity):
                 store.resize(rows, capacity)
+
+    def follow(self, leader: KvCache) -> None:
+        """Take the leader's shapes, so that a row here is the row there; the bound counts the bytes of both."""
+        for store, led in ((leader.own, self.own), (leader.prefixes, self.prefixes)):
+            if (store.rows, store.capacity) != (led.rows, led.capacity):
+                led.resize(store.rows, store.capacity)
 
     def release(self) -> None:
         self.own.release()
@@ -96,8 +126,10 @@ def bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
     return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
-def _grown(store: KvStore, needed: tuple[int, int], doubling: bool) -> tuple[int, int]:
-    rows, capacity = needed
-    if doubling and rows > store.rows:
-        rows = max(rows, 2 * store.rows)
-    return max(rows, store.rows), max(capacity, store.capacity)
+def _kept(store: KvStore, needed: Shape) -> Shape:
+    return max(needed[0], store.rows), max(needed[1], store.capacity)
+
+
+def _doubled(store: KvStore, needed: Shape) -> Shape:
+    rows, capacity = _kept(store, needed)
+    return (max(rows, 2 * store.rows) if rows > store.rows else rows), capacity

@@ -59,12 +59,12 @@ class LoopThread:
 
     def _loop(self) -> None:
         while self._run_commands():
-            if self._core.has_work:
+            if self._core.can_step:
                 self._core.step()
 
     def _run_commands(self) -> bool:
-        """Run what is in the inbox, waiting for something when the core is idle; False when told to stop."""
-        block = not self._core.has_work
+        """Run what is in the inbox, waiting for something when the core has nothing to do; False when told to stop."""
+        block = not self._core.can_step
         while True:
             try:
                 item = self._inbox.get(block=block)

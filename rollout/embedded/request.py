@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+from rollout.embedded.coins import Coins
 from rollout.embedded.stop import Ending
+from slime_spec.speculation.shape import DraftShape
 from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
 
+
+@dataclass(frozen=True)
+class Progress:
+    """What one round added to one sample: ``Progress(sample_index=0, token_ids=(17, 4), logprobs=(-0.1, -2.3))``."""
+
+    sample_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What every sample of an engine bears."""
+
+    engine: int
+    shape: DraftShape
+    lossy: bool
+
+
 OnSample = Callable[[GeneratedSample], None]
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass(eq=False)
 class Group:
-    """One request on its way through the engine; ``waiting`` holds the sample indices that have no row yet."""
+    """One request on its way through the engine, and the KV of its prompt where samples share it."""
 
     request: GroupRequest
     arrival_s: float
     on_sample: OnSample
-    waiting: deque[int]
-    num_running: int = 0
+    key: int
+    on_progress: OnProgress | None = None
+    num_unfinished: int = 0
+    num_in_batch: int = 0
+    num_started: int = 0  # samples that have their first token
     prefix_row: int = -1
-    weight_version: int = 0  # of the prefill
+    num_prefilled: int = 0  # prompt positions in the prefix row
+    kv_version: int = 0  # oldest weights that computed the prompt's KV
+    prompt_version: int = 0  # weights that computed ``first_logits``
     first_logits: torch.Tensor | None = None  # [1, vocab], while samples wait for their first token
+
+    def __post_init__(self) -> None:
+        self.num_unfinished = len(self.request.seeds)
 
     @property
     def shares_prompt(self) -> bool:
@@ -36,15 +65,17 @@ class Group:
         return len(self.request.prompt_token_ids)
 
     @property
-    def own_tokens(self) -> int:
-        """KV positions one sample's row must be able to hold."""
-        own_prompt = 0 if self.shares_prompt else self.num_prompt_tokens
-        return own_prompt + self.request.params.max_new_tokens
-
-    @property
     def prefix_tokens(self) -> int:
         """KV positions the shared prompt takes."""
         return self.num_prompt_tokens if self.shares_prompt else 0
+
+    @property
+    def prefix_ready(self) -> bool:
+        return self.num_prefilled == self.prefix_tokens
+
+    def drop_prompt(self) -> None:
+        """The prompt's KV is gone."""
+        self.prefix_row, self.num_prefilled, self.first_logits = -1, 0, None
 
 
 @dataclass(eq=False)
@@ -53,13 +84,21 @@ class SampleState:
 
     group: Group
     sample_index: int
-    key: int
+    key: int  # samples are as old as their keys
     token_ids: list[int]
-    coins: list[float]
+    coins: Coins
     logprobs: list[float] = field(default_factory=list)
     accepted_histogram: list[int] = field(default_factory=list)
     num_drafted: int = 0
     num_empty_rounds: int = 0
+    num_preemptions: int = 0
+    num_prefilled: int = 0  # slots of the row filled so far, while it is being prefilled
+    kv_version: int = 0  # oldest weights that computed its KV
+    oldest_version: int | None = None  # of the weights that had a part in its tokens, by logits or by KV
+    draft_version: int | None = None  # of the draft that drafted first, where drafts have weights
+    wait_s: float | None = None  # from arrival to a row
+    first_token_s: float | None = None  # from arrival to the first token
+    version_spans: list[tuple[int, int]] = field(default_factory=list)  # (first token, version of the weights)
 
     @property
     def num_generated(self) -> int:
@@ -71,13 +110,36 @@ class SampleState:
 
     @property
     def own_len(self) -> int:
-        """Positions of the row that hold committed KV."""
+        """Slots of the row that hold committed KV, once it is prefilled."""
         return len(self.token_ids) - 1 - self.group.prefix_tokens
+
+    @property
+    def prefill_len(self) -> int:
+        """Slots to fill before it can run: all tokens but the last, or the whole prompt if nothing was generated."""
+        return self.own_len + (not self.logprobs)
+
+    @property
+    def prefilled(self) -> bool:
+        return self.group.prefix_ready and self.num_prefilled == self.prefill_len
 
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens whose KV the group's first sample had computed when this one started."""
         return self.group.num_prompt_tokens if self.sample_index > 0 and self.num_generated else 0
+
+    def append(self, token_id: int, logprob: float, version: int) -> None:
+        """Take one token that weights of ``version`` gave."""
+        if not self.version_spans or self.version_spans[-1][1] != version:
+            self.version_spans.append((self.num_generated, version))
+        # Noted here, because recomputed KV forgets whose KV the tokens before it were drawn from.
+        known = version if self.oldest_version is None else self.oldest_version
+        self.oldest_version = min(known, self.kv_version, version)
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+
+    def progress_since(self, num_generated: int) -> Progress:
+        new = slice(self.group.num_prompt_tokens + num_generated, None)
+        return Progress(self.sample_index, tuple(self.token_ids[new]), tuple(self.logprobs[num_generated:]))
 
     def count_round(self, num_drafted: int, num_accepted: int) -> None:
         self.num_drafted += num_drafted
@@ -86,9 +148,11 @@ class SampleState:
         self.accepted_histogram.extend([0] * max(0, missing))
         self.accepted_histogram[num_accepted] += 1
 
-    def finished(self, ending: Ending, now_s: float, drafts_per_round: int, engine: int) -> GeneratedSample:
-        """The sample as it stands; ``drafts_per_round`` is num_draft_tokens - 1."""
+    def finished(self, ending: Ending, now_s: float, stamp: Stamp, version: int) -> GeneratedSample:
+        """The sample as it stands; ``version`` are the weights in use, which one without tokens is said to be of."""
         num_rounds = sum(self.accepted_histogram)
+        oldest = version if self.oldest_version is None else self.oldest_version
+        uniform = [version for _, version in self.version_spans] in ([], [oldest])
         return GeneratedSample(
             group_id=self.group.request.group_id,
             sample_index=self.sample_index,
@@ -96,22 +160,23 @@ class SampleState:
             logprobs=tuple(self.logprobs),
             finish_reason=ending.reason,
             matched_stop=ending.matched,
-            weight_version=self.group.weight_version,
+            weight_version=oldest,
+            version_spans=() if uniform else tuple(self.version_spans),
+            draft_version=self.draft_version,
             num_prompt_tokens=self.group.num_prompt_tokens,
             cached_tokens=self.num_cached_tokens,
+            num_preemptions=self.num_preemptions,
             spec=SpecCounters(
                 num_rounds=num_rounds,
-                num_proposed=num_rounds * drafts_per_round,
+                num_proposed=num_rounds * (stamp.shape.num_draft_tokens - 1),
                 histogram=tuple(self.accepted_histogram),
                 num_drafted=self.num_drafted,
                 num_empty_rounds=self.num_empty_rounds,
+                num_steps=stamp.shape.num_steps,
             ),
             e2e_latency_s=now_s - self.group.arrival_s,
-            engine=engine,
+            wait_s=self.wait_s,
+            first_token_s=self.first_token_s,
+            engine=stamp.engine,
+            lossy=stamp.lossy,
         )
-
-
-def coins_of(seed: int, count: int) -> list[float]:
-    """The uniforms of one sample: coin t decides generated token t, whatever else runs in the batch."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, generator=generator, dtype=torch.float64).tolist()

@@ -6,16 +6,16 @@ packed as soon as its last part is there, so that parts never pile up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from rollout.embedded.linear import PackedLinear, can_prepack
-from rollout.embedded.model import Decoder, Layer
+from rollout.embedded.blocks import Layer
+from rollout.embedded.linear import PackedLinear, Packing, best_packing
+from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable
 from slime_spec.hf.checkpoint import expected_shapes
 from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.weights.manifest import combined_checksum, tensor_checksum
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,21 @@ class DecoderBuilder:
     """
 
     def __init__(
-        self, spec: ModelSpec, rope: RopeTable, dtype: torch.dtype, device: torch.device, prepack: bool = True
+        self,
+        spec: ModelSpec,
+        rope: RopeTable,
+        dtype: torch.dtype,
+        device: torch.device,
+        packing: Packing | None = None,
     ) -> None:
-        self._spec, self._rope, self._dtype, self._device, self._prepack = spec, rope, dtype, device, prepack
-        self._slot_of = {name: slot for slot in slots_of(spec) for name in slot.parts}
+        self._spec, self._rope, self._dtype, self._device = spec, rope, dtype, device
+        self._packing = best_packing(device, dtype) if packing is None else packing
+        # Natively, a tied head's panels serve as the embedding too: the table exists once.
+        self._shares_table = spec.tie_word_embeddings and self._packing is Packing.NATIVE
+        slots = slots_of(spec)
+        if self._shares_table:
+            slots[0] = replace(slots[0], attribute="head", linear=True)
+        self._slot_of = {name: slot for slot in slots for name in slot.parts}
         self._parts: dict[str, torch.Tensor] = {}
         self._modules: dict[tuple[int, str], PackedLinear | torch.Tensor] = {}
 
@@ -83,18 +94,23 @@ class DecoderBuilder:
         if all(part in self._parts for part in slot.parts):
             bias = self._stacked(slot.biases).clone() if slot.biases else None
             weight = self._stacked(slot.weights)
-            packs = slot.linear and self._prepack and can_prepack(weight)
+            is_packed = slot.linear and self._packing is not Packing.PLAIN
             # Packing copies; anything else must not share memory that belongs to a push's transport.
-            weight = weight if packs else weight.clone()
-            self._modules[slot.layer, slot.attribute] = PackedLinear(weight, bias, packs) if slot.linear else weight
+            weight = weight if is_packed else weight.clone()
+            module = PackedLinear(weight, bias, self._packing) if slot.linear else weight
+            self._modules[slot.layer, slot.attribute] = module
 
     def finish(self) -> Decoder:
         """The decoder; every tensor must have been added."""
-        top = {attribute: module for (layer, attribute), module in self._modules.items() if layer < 0}
-        if self._spec.tie_word_embeddings:
+        top: dict[str, PackedLinear | torch.Tensor | None] = {
+            attribute: module for (layer, attribute), module in self._modules.items() if layer < 0
+        }
+        if self._shares_table:
+            top["embedding"] = None
+        elif self._spec.tie_word_embeddings:
             embedding = top["embedding"]
             assert isinstance(embedding, torch.Tensor), "the embedding is a table"
-            top["head"] = PackedLinear(embedding, prepack=self._prepack)
+            top["head"] = PackedLinear(embedding, packing=self._packing)
         blocks: list[dict[str, PackedLinear | torch.Tensor]] = [{} for _ in range(self._spec.num_layers)]
         for (layer, attribute), module in self._modules.items():
             if layer >= 0:
@@ -114,16 +130,13 @@ def named_tensors(decoder: Decoder) -> dict[str, torch.Tensor]:
     read: dict[str, torch.Tensor] = {}
     for slot in slots_of(spec):
         module = getattr(decoder if slot.layer < 0 else decoder.layers[slot.layer], slot.attribute)
-        weight = module.unpacked() if slot.linear else module
+        if module is None:  # the embedding, which lies in the tied head
+            module = decoder.head
+        weight = module.unpacked() if isinstance(module, PackedLinear) else module
         rows = [shapes[name][0] for name in slot.weights]
         read.update(zip(slot.weights, weight.split(rows), strict=True))
         if slot.biases:
             read.update(zip(slot.biases, module.bias.split(rows), strict=True))
-    if spec.tie_word_embeddings:
+    if spec.tie_word_embeddings and decoder.embedding is not None:
         assert torch.equal(decoder.head.unpacked(), decoder.embedding), "the tied head computes with other weights"
     return {name: read[name] for name in shapes}
-
-
-def decoder_checksum(decoder: Decoder) -> str:
-    """Combined checksum of ``named_tensors``: equal to a push's when engine and push have the same dtype."""
-    return combined_checksum((name, tensor_checksum(tensor)) for name, tensor in named_tensors(decoder).items())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from slime_spec.config.tree import EMBEDDED_ALGORITHMS, Config, TaskConfig
+from slime_spec.config.speculation import check_speculation, speculation_notes
+from slime_spec.config.tree import Config, TaskConfig
 from slime_spec.errors import ConfigError
 from slime_spec.types import is_greedy
 
@@ -13,7 +14,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for the first contradiction; looks at nothing but the configuration."""
     _check_mode(config)
     _check_task(config)
-    _check_speculation(config)
+    check_speculation(config)
     _check_lengths(config)
     if config.run.mode != "train_only":
         _check_sampling(config)
@@ -32,6 +33,8 @@ def notes(config: Config) -> Iterator[str]:
     if config.sglang and config.rollout.engine != "sglang":
         names = ", ".join(f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang)
         yield f"The {config.rollout.engine} engine has no use for {names}; the setting is kept in config.yaml."
+    if config.run.mode != "train_only":
+        yield from speculation_notes(config)
 
 
 def _check_mode(config: Config) -> None:
@@ -84,7 +87,7 @@ def _check_task(config: Config) -> None:
             "Drop --task (write task.names=[] where an experiment sets it), or drop --prompt-data.",
         )
     if task.prompt_data is None:
-        for name in ("reward", "input_key", "label_key"):
+        for name in ("reward", "input_key", "label_key", "advice_key"):
             if getattr(task, name) != getattr(TaskConfig(), name):
                 raise ConfigError(
                     f"task.{name}",
@@ -95,25 +98,6 @@ def _check_task(config: Config) -> None:
     if task.prompt_data is None and not task.names:
         raise ConfigError(
             "task.names", "needs at least one task", task.names, "Pass --task NAME or --prompt-data FILE.jsonl."
-        )
-
-
-def _check_speculation(config: Config) -> None:
-    spec = config.speculative
-    if spec.algorithm not in EMBEDDED_ALGORITHMS:
-        raise ConfigError(
-            "speculative.algorithm",
-            f"is known but not available on the {config.rollout.engine} engine in this version; available: "
-            + ", ".join(EMBEDDED_ALGORITHMS),
-            spec.algorithm,
-            "Pass --speculative-algorithm LOOKUP.",
-        )
-    if spec.min_token_match > spec.max_token_match:
-        raise ConfigError(
-            "speculative.min_token_match",
-            f"must not exceed speculative.max_token_match={spec.max_token_match}",
-            spec.min_token_match,
-            "Pass --sp-min-token-match and --sp-max-token-match with the smaller one first.",
         )
 
 

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from slime_spec.config.setting import setting
+from slime_spec.config.sglang_server import SglangServerConfig
+from slime_spec.config.speculative import SpeculativeConfig
 
 MODES = ("train", "rollout_only", "train_only")
 DTYPES = ("float32", "bfloat16", "float16")
-# What each engine speculates with is checked where engine and algorithm meet (slime_spec.config.checks).
-EMBEDDED_ALGORITHMS = ("NONE", "LOOKUP")
-SPECULATIVE_ALGORITHMS = (*EMBEDDED_ALGORITHMS, "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN", "DFLASH", "DSPARK")
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,9 @@ class RunConfig:
     save_debug_rollout_data: str | None = setting(None, "Save each step's samples here; {rollout_id} is replaced.")
     load_debug_rollout_data: str | None = setting(
         None, "Read samples from here instead of generating; {rollout_id} is replaced."
+    )
+    skip_checks: tuple[str, ...] = setting(
+        (), "Findings of `slime-spec doctor`, by id, that must not stop a launch.", flags=("--skip-check",)
     )
 
 
@@ -52,6 +54,9 @@ class TaskConfig:
     prompt_data: str | None = setting(None, "A jsonl file of prompts instead of a built-in task.")
     input_key: str = setting("prompt", "Key of the prompt in prompt_data.")
     label_key: str = setting("label", "Key of the answer in prompt_data.")
+    advice_key: str | None = setting(
+        None, "Key of a text in prompt_data that the reply will resemble; LOOKUP drafts from it. Default: none."
+    )
     reward: str = setting(
         "last_integer",
         "Reward of prompt_data: a built-in name or module:function.",
@@ -67,9 +72,9 @@ class RolloutConfig:
 
     engine: str = setting(
         "embedded",
-        "Engine that generates: embedded (fake: for tests).",
+        "Engine that generates: embedded, or sglang (its own servers; fake: for tests).",
         flags=("--rollout-engine",),
-        choices=("embedded", "fake"),
+        choices=("embedded", "sglang", "fake"),
     )
     num_engines: int = setting(1, "Engine actors.", flags=("--rollout-num-engines",), minimum=1)
     num_gpus_per_engine: int = setting(
@@ -111,25 +116,6 @@ class EngineConfig:
         None, "KV cache bound, tokens; default: from kv_cache_gb.", flags=("--sglang-max-total-tokens",), minimum=2
     )
     kv_cache_gb: float = setting(1.0, "KV cache bound, GB, where max_total_tokens is not set.", above=0.0)
-
-
-@dataclass(frozen=True)
-class SpeculativeConfig:
-    """How the engines speculate."""
-
-    algorithm: str = setting(
-        "NONE",
-        "Speculation: NONE or LOOKUP (n-gram prompt lookup).",
-        flags=("--sglang-speculative-algorithm",),
-        choices=SPECULATIVE_ALGORITHMS,
-    )
-    num_draft_tokens: int = setting(
-        5, "Tokens verified per round, the root included.", flags=("--sglang-speculative-num-draft-tokens",), minimum=2
-    )
-    min_token_match: int = setting(
-        2, "LOOKUP: shortest suffix that counts as a match.", flags=("--sp-min-token-match",), minimum=1
-    )
-    max_token_match: int = setting(4, "LOOKUP: longest suffix tried.", flags=("--sp-max-token-match",), minimum=1)
 
 
 @dataclass(frozen=True)
@@ -199,6 +185,13 @@ class PushConfig:
         "After each push, read back the weights every engine computes with and compare their checksum.",
         flags=("--check-weight-update-equal",),
     )
+    pause_mode: str = setting(
+        "none",
+        "What engines do with running requests during a push: none (go on), retract (recompute their KV with the new "
+        "weights), in_place (keep it) or abort.",
+        flags=("--update-weights-pause-mode",),
+        choices=("none", "retract", "in_place", "abort"),
+    )
     transport: str = setting(
         "ray", "How weights travel: ray (shared memory).", flags=("--update-weight-transport",), choices=("ray",)
     )
@@ -239,6 +232,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    sglang_server: SglangServerConfig = field(default_factory=SglangServerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     push: PushConfig = field(default_factory=PushConfig)

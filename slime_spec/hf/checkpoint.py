@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from slime_spec.hf.model_spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHECKPOINT = "model.hf_checkpoint"
 MEND = "Copy the checkpoint again, or correct its config.json."
 
 
@@ -54,9 +55,9 @@ def load_tensors(folder: str | Path, spec: ModelSpec) -> dict[str, torch.Tensor]
     return {name: tensors[name] for name in expected_shapes(spec)}
 
 
-def verify_tensors(folder: str | Path, spec: ModelSpec) -> None:
-    """The checks of ``load_tensors`` with one tensor in memory at a time."""
-    for _ in _checked_tensors(Path(folder), spec):
+def verify_tensors(folder: str | Path, spec: ModelSpec, setting: str = CHECKPOINT) -> None:
+    """The checks of ``load_tensors`` with one tensor in memory at a time; ``setting`` named the folder."""
+    for _ in _checked_tensors(Path(folder), spec, setting):
         pass
 
 
@@ -71,7 +72,33 @@ def save_checkpoint(
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _shards(folder: Path) -> list[Path]:
+def stored_tensors(
+    folder: str | Path, wants: Callable[[str], bool], setting: str = CHECKPOINT
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a checkpoint folder whose name ``wants`` accepts, one at a time, in the file's dtype.
+
+    Raises CheckpointError naming ``setting`` for a folder without weights, and the file for a damaged one.
+    """
+    for path in _shards(Path(folder), setting):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in filter(wants, shard.keys()):
+                    yield name, shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                str(path), f"must be a whole safetensors file: {error}", path.name, "Copy the checkpoint again."
+            ) from None
+
+
+def check_tensor(folder: str | Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError for a tensor of another shape, or one that is not finite."""
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{folder}: {name}", f"must have shape {shape}", tuple(tensor.shape), MEND)
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{folder}: {name}", "must be finite", "NaN or infinity", MEND)
+
+
+def _shards(folder: Path, setting: str) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -85,32 +112,18 @@ def _shards(folder: Path) -> list[Path]:
                 "Copy the checkpoint again.",
             )
         return [folder / name for name in files]
-    raise CheckpointError(
-        "model.hf_checkpoint",
-        f"must hold {SINGLE} or {INDEX}",
-        str(folder),
-        "Pass --hf-checkpoint DIR, or make one with: slime-spec models fetch smollm2-135m",
-    )
+    fetch = "Pass --hf-checkpoint DIR, or make one with: slime-spec models fetch smollm2-135m"
+    remedy = fetch if setting == CHECKPOINT else "Pass the folder of a checkpoint with its weights."
+    raise CheckpointError(setting, f"must hold {SINGLE} or {INDEX}", str(folder), remedy)
 
 
-def _checked_tensors(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
+def _checked_tensors(folder: Path, spec: ModelSpec, setting: str = CHECKPOINT) -> Iterator[tuple[str, torch.Tensor]]:
     wanted = expected_shapes(spec)
-    for path in _shards(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in wanted.keys() & set(shard.keys()):
-                    yield name, _checked(folder, name, shard.get_tensor(name), wanted.pop(name))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                str(path), f"must be a whole safetensors file: {error}", path.name, "Copy the checkpoint again."
-            ) from None
+    missing = set(wanted)
+    for name, tensor in stored_tensors(folder, wanted.__contains__, setting):
+        check_tensor(folder, name, tensor, wanted[name])
+        missing.discard(name)
+        yield name, tensor
     for name in wanted:
-        raise CheckpointError(f"{folder}: {name}", "must be in the checkpoint", "missing", MEND)
-
-
-def _checked(folder: Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{folder}: {name}", f"must have shape {shape}", tuple(tensor.shape), MEND)
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{folder}: {name}", "must be finite", "NaN or infinity", MEND)
-    return tensor
+        if name in missing:
+            raise CheckpointError(f"{folder}: {name}", "must be in the checkpoint", "missing", MEND)

@@ -74,8 +74,10 @@ class ModelSpec:
         missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
             raise CheckpointError(source, f"lacks {', '.join(missing)}", architecture, "Copy the checkpoint again.")
-        # Llama's and Qwen3's bias switches also add an output bias, which nothing here knows; Qwen2 has q, k, v biases.
-        if extra := [key for key in ("attention_bias", "mlp_bias") if config.get(key)]:
+        # Llama's and Qwen3's bias switches also add an output bias, which nothing here knows; Qwen2 and MiMo have q, k
+        # and v biases only, and MiMo's configuration says so with the same switch.
+        switches = ("mlp_bias",) if architecture == "MiMoForCausalLM" else ("attention_bias", "mlp_bias")
+        if extra := [key for key in switches if config.get(key)]:
             raise CheckpointError(
                 f"{source}: {extra[0]}",
                 "must be false: such biases are not supported",
@@ -98,14 +100,15 @@ class ModelSpec:
             rms_norm_eps=config["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=architecture == "Qwen2ForCausalLM",
+            qkv_bias=architecture in ("Qwen2ForCausalLM", "MiMoForCausalLM"),
             qk_norm=architecture == "Qwen3ForCausalLM",
             rope_scaling=_rope_scaling(rope, source),
             eos_token_ids=_token_ids(config.get("eos_token_id")),
         )
 
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# MiMo's decoder is Qwen2's; its MTP layer is a draft's (slime_spec.draft).
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
 REQUIRED = (
     "num_hidden_layers",
     "hidden_size",

@@ -62,9 +62,9 @@ class Tokenizer:
         eos = self._specials["eos_token"]
         return self._fast.token_to_id(eos) if eos else None
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of plain text, with what the tokenizer itself adds (Llama's BOS; nothing for SmolLM2)."""
-        return tuple(self._fast.encode(text).ids)
+    def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
+        """Ids of plain text, with what the tokenizer itself adds (Llama's BOS; nothing for SmolLM2) if ``special``."""
+        return tuple(self._fast.encode(text, add_special_tokens=special).ids)
 
     def chat(self, text: str, system: str = "") -> tuple[int, ...]:
         """Ids of one user message in the chat template, ending with the opening of the assistant's turn.

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError
-from slime_spec.launch.help import COMMANDS, train_help
+from slime_spec.launch.help import BENCH, COMMANDS, train_help
+
+HELP = (["-h"], ["--help"])
+DRY_RUN = "--dry-run"  # of train and rollout: print the plan and start nothing
 
 # Each command imports what it needs when it is chosen, so that `slime-spec config` answers at once.
 
@@ -54,9 +57,18 @@ def _train(argv: list[str]) -> int:
     from slime_spec.config.checks import notes
     from slime_spec.launch.compose import compose
 
+    is_dry = DRY_RUN in argv
+    argv = [word for word in argv if word != DRY_RUN]
     config = compose(argv)
     for note in notes(config):
         print(f"note: {note}", file=sys.stderr)
+    if is_dry:
+        from slime_spec.launch.dry_run.plan import make_plan
+        from slime_spec.launch.dry_run.show import show_plan
+
+        plan = make_plan(config, argv)
+        show_plan(plan)
+        return 2 if plan.stopping else 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
     from slime_spec.launch.train import run
 
@@ -110,9 +122,33 @@ def _models(argv: list[str]) -> int:
     return 0
 
 
+def _serve(argv: list[str]) -> int:
+    from slime_spec.launch.serve import read_serve_arguments, run_serve
+
+    arguments = read_serve_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
+    return run_serve(arguments, _show)
+
+
+def _draft(argv: list[str]) -> int:
+    from slime_spec.launch.draft.command import run_draft
+
+    return run_draft(["train", *argv] if argv[:1] in HELP else argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from slime_spec.launch.doctor.command import run_doctor
+
+    return run_doctor(argv, _show)
+
+
 def _bench(argv: list[str]) -> int:
+    if argv[:1] in HELP:
+        _show(BENCH)
+        return 0
     if not argv or argv[0].startswith("-"):
-        raise ConfigError("bench", "needs the name of a benchmark", argv, "Write slime-spec bench main-job.")
+        remedy = "Write slime-spec bench main-job, or slime-spec bench engine."
+        raise ConfigError("bench", "needs the name of a benchmark", argv, remedy)
     from slime_spec.launch.bench import run_bench
 
     return run_bench(argv[0], argv[1:])
@@ -122,6 +158,9 @@ HANDLERS: Mapping[str, Callable[[list[str]], int]] = {
     "train": _train,
     "rollout": _rollout,
     "config": _config,
+    "doctor": _doctor,
     "models": _models,
     "bench": _bench,
+    "draft": _draft,
+    "serve": _serve,
 }

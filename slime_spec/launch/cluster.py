@@ -35,7 +35,7 @@ class Cluster:
 
 
 @contextmanager
-def cluster(config: Config, spec: ModelSpec) -> Iterator[Cluster]:
+def cluster(config: Config, spec: ModelSpec | None) -> Iterator[Cluster]:
     """Ray and the placement group for this run.
 
     A Ray that this run started ends with it; a joined one keeps running, only the placement group goes back.
@@ -53,7 +53,7 @@ def cluster(config: Config, spec: ModelSpec) -> Iterator[Cluster]:
         ray.shutdown()  # for a joined cluster this only disconnects
 
 
-def _start_ray(plan: BundlePlan, spec: ModelSpec, config: Config) -> None:
+def _start_ray(plan: BundlePlan, spec: ModelSpec | None, config: Config) -> None:
     cores = os.cpu_count() or 1
     if plan.num_cpus > cores:
         logger.warning("more cores reserved than this machine has reserved=%g cores=%d", plan.num_cpus, cores)
@@ -67,7 +67,9 @@ def _start_ray(plan: BundlePlan, spec: ModelSpec, config: Config) -> None:
     )
 
 
-def _object_store_bytes(spec: ModelSpec, config: Config) -> int:
+def _object_store_bytes(spec: ModelSpec | None, config: Config) -> int:
+    if spec is None:  # rollouts alone: nothing is pushed
+        return OBJECT_STORE_SLACK_BYTES
     itemsize = 4 if config.engine.dtype == "float32" else 2
     total = 0
     for shape in expected_shapes(spec).values():
@@ -75,7 +77,9 @@ def _object_store_bytes(spec: ModelSpec, config: Config) -> int:
         for dim in shape:
             size *= dim
         total += size
-    return total + total // 8 + OBJECT_STORE_SLACK_BYTES
+    # An SGLang engine keeps what it was last pushed, for a server that must be restarted, while the next push arrives.
+    num_copies = 2 if config.rollout.engine == "sglang" else 1
+    return num_copies * (total + total // 8) + OBJECT_STORE_SLACK_BYTES
 
 
 def _join_ray(address: str) -> None:

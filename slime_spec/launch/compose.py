@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import slime_spec
 from slime_spec.config.build import from_dict, read_yaml, to_dict
 from slime_spec.config.checks import check
 from slime_spec.config.schema import SGLANG, settings
+from slime_spec.config.speculation import check_environment
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -47,6 +49,7 @@ def compose(argv: Sequence[str]) -> Config:
         )
     config = from_dict(_composed(Arguments(experiment, values)))
     check(config)
+    check_environment(os.environ)
     return config
 
 

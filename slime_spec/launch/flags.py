@@ -57,12 +57,19 @@ def flags() -> Mapping[str, Flag]:
             if name.startswith("--speculative-"):
                 add(name, flag)
     for setting in settings().values():
+        flag = _tree_flag(setting)
         for name in setting.flags:
-            if not (name in table and table[name].path == setting.path):
-                add(name, _tree_flag(setting))
+            for spelling in _spellings(name):
+                if not (spelling in table and table[spelling].path == setting.path):
+                    add(spelling, flag)
     for name, flag in _aliases().items():
         add(name, flag)
     return table
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """SGLang's speculative flags go with and without their prefix, also those newer than the pinned version."""
+    return (name, name.replace("--sglang-", "--")) if name.startswith("--sglang-speculative-") else (name,)
 
 
 def find_flag(name: str) -> tuple[Flag, bool]:
@@ -116,7 +123,8 @@ def _tree_flag(setting: Setting) -> Flag:
 def _typed_sglang_flag(setting: Setting, entry: SglangFlag) -> Flag:
     """A ServerArgs flag that is a setting of the tree: the tree's bounds, SGLang's way to write the value."""
     kind = entry.type if entry.type == "suffixed_int" else None
-    return Flag(setting.path, "1", lambda texts: setting.check(parse_value(setting, texts[0], kind)))
+    num_values = "0" if setting.type is bool else "1"
+    return Flag(setting.path, num_values, lambda texts: setting.check(parse_value(setting, texts[0], kind)))
 
 
 def _sglang_flag(entry: SglangFlag) -> Flag:
@@ -142,8 +150,9 @@ def _aliases() -> Mapping[str, Flag]:
             "algorithm.normalize_std", "0", lambda texts: not PARSERS["bool"](texts[0]), on=False, off=True
         ),
         "--sp-type": Flag("speculative.algorithm", "1", lambda texts: _algorithm_of_sp_type(texts[0])),
-        "--gen-num-per-cycle": Flag(
-            "speculative.num_draft_tokens", "1", lambda texts: _draft_tokens_of_cycle(texts[0])
+        "--gen-num-per-cycle": Flag("speculative.num_steps", "1", lambda texts: _steps_of_cycle(texts[0])),
+        "--sp-quantization": Flag(
+            "speculative.draft_model_quantization", "1", lambda texts: _quantization(texts[0].lower())
         ),
     }
 
@@ -159,8 +168,8 @@ def _algorithm_of_sp_type(text: str) -> str:
     return SP_TYPES[text]
 
 
-def _draft_tokens_of_cycle(text: str) -> int:
-    """RTP-LLM counts the drafts of a round, SGLang the verified tokens: one more, the root."""
+def _steps_of_cycle(text: str) -> int:
+    """RTP-LLM drafts chains, and counts a round's drafts: SGLang's num_steps at topk 1."""
     try:
         num_drafts = whole_number(text)
     except ValueError:
@@ -169,28 +178,46 @@ def _draft_tokens_of_cycle(text: str) -> int:
         raise ConfigError(
             "--gen-num-per-cycle", "must be a whole number of at least 1", text, "Pass --gen-num-per-cycle 4."
         )
-    return num_drafts + 1
+    return num_drafts
 
 
-_NO_DRAFT_TRAINING = ("this version does not train drafts yet", "Leave it out; LOOKUP speculation needs no draft.")
-_NO_DRAFT_MODEL = (
-    "this version's embedded engine has no draft models yet",
-    "Leave it out; --sp-type deterministic (LOOKUP) needs no draft model.",
+def _quantization(name: str) -> object:
+    """RTP-LLM writes INT8, SGLang int8."""
+    return settings()["speculative.draft_model_quantization"].check(name)
+
+
+_DRAFTS_BEFORE_THE_RUN = (
+    "this version trains drafts before the RL run, not in it",
+    "Make a draft with `slime-spec draft train` and pass its folder as --speculative-draft-model-path.",
 )
+_ONE_LAW = ("every token is drawn by its request's own coin, batched or not", "Leave it out.")
 _NO_SUCH_PARALLELISM = (
     "this version's trainer is parallel over tensors, pipeline stages and data only",
     "Use --tensor-model-parallel-size, --pipeline-model-parallel-size and --actor-world-size.",
 )
 # Flags that users of slime or RTP-LLM type and this version cannot honour: each with the reason and what to do.
 REFUSED: Mapping[str, tuple[str, str]] = {
-    "--enable-mtp-training": _NO_DRAFT_TRAINING,
-    "--mtp-num-layers": _NO_DRAFT_TRAINING,
-    "--mtp-loss-scaling-factor": _NO_DRAFT_TRAINING,
-    "--sp-model-type": _NO_DRAFT_MODEL,
-    "--sp-checkpoint-path": _NO_DRAFT_MODEL,
-    "--sp-act-type": _NO_DRAFT_MODEL,
-    "--sp-quantization": _NO_DRAFT_MODEL,
-    "--tree-decode-config": _NO_DRAFT_MODEL,
+    "--enable-mtp-training": _DRAFTS_BEFORE_THE_RUN,
+    "--mtp-num-layers": _DRAFTS_BEFORE_THE_RUN,
+    "--mtp-loss-scaling-factor": _DRAFTS_BEFORE_THE_RUN,
+    "--sp-model-type": (
+        "the draft's config.json names its architecture, and --sp-type how it drafts",
+        "Leave it out, with --sp-type vanilla, mtp, eagle or eagle3.",
+    ),
+    "--sp-act-type": (
+        "a draft computes in the engine's dtype, whatever dtype its file has",
+        "Pass --sglang-dtype bfloat16 for both, and --sp-quantization int8 for a smaller draft.",
+    ),
+    "--tree-decode-config": (
+        "a tree is shaped by three numbers, not by a file",
+        "Pass --speculative-num-steps 5 --speculative-eagle-topk 4 --speculative-num-draft-tokens 8.",
+    ),
+    "--force-stream-sample": _ONE_LAW,
+    "--force-score-context-attention": ("drafts are always scored in one pass over the context", "Leave it out."),
+    "--force-sp-accept": (
+        "accepting every draft gives samples that have no target's law",
+        "Leave it out.",
+    ),
     "--context-parallel-size": _NO_SUCH_PARALLELISM,
     "--expert-model-parallel-size": _NO_SUCH_PARALLELISM,
     "--expert-tensor-parallel-size": _NO_SUCH_PARALLELISM,

@@ -16,10 +16,19 @@ slime-spec: speculative decoding that pays in RL rollouts
   slime-spec train [flags]                          rollout, policy step, weight push, every step
   slime-spec rollout [flags]                        rollouts only, samples to samples.jsonl
   slime-spec config [flags]                         print the resolved configuration and exit
+  slime-spec doctor [flags] [--json] [--fix]        check a configuration against every known trap, starting nothing
+  slime-spec serve [flags]                          answer SGLang's HTTP API with one embedded engine
   slime-spec models fetch NAME [--output DIR]       make a model's Hugging Face checkpoint folder (smollm2-135m)
-  slime-spec bench NAME [--json FILE]               measure what the project promises (main-job)
+  slime-spec draft train --target DIR --out DIR     train a draft on the target's own replies
+  slime-spec bench NAME [--json FILE]               measure what the project promises (main-job, engine)
 
 `slime-spec train --help` explains every flag."""
+
+BENCH = """\
+slime-spec bench NAME [flags]
+
+NAME is main-job (the whole RL loop) or engine (generation, with and without speculation, against other engines).
+`slime-spec bench NAME --help` explains its flags."""
 
 
 def train_help(experiments: list[str]) -> str:
@@ -45,9 +54,16 @@ def _lines(experiments: list[str]) -> Iterator[str]:
     yield "Modes"
     yield "  --debug-rollout-only    run.mode=rollout_only"
     yield "  --debug-train-only      run.mode=train_only"
+    yield "  --dry-run               print placement, servers, transport, memory and preflight; start nothing"
     yield "RTP-LLM's names"
-    yield f"  --sp-type {'|'.join(SP_TYPES)}    speculative.algorithm (deterministic is LOOKUP)"
-    yield "  --gen-num-per-cycle K    speculative.num_draft_tokens = K + 1"
+    yield f"  --sp-type {'|'.join(SP_TYPES)}    speculative.algorithm"
+    yield from _wrapped(
+        "deterministic is LOOKUP, vanilla STANDALONE, mtp NEXTN. NEXTN drafts with the MTP layer of the target itself; "
+        "SGLang's spelling of it, EAGLE with the target's folder as the draft's, means the same.",
+        indent=" " * 6,
+    )
+    yield "  --gen-num-per-cycle K    speculative.num_steps=K: a chain of K drafts"
+    yield "  --sp-quantization INT8|FP8    speculative.draft_model_quantization"
     yield ""
     yield from _wrapped(
         f"sglang: each of the {len(sglang_flags())} ServerArgs flags of SGLang {sglang_version()} is accepted as "

@@ -15,14 +15,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from rollout.embedded.validate import check_kv_cache
+from rollout.sglang_engine.model_files import read_architecture
 from slime_spec.config.build import to_yaml
 from slime_spec.config.checks import check
 from slime_spec.config.tree import Config
+from slime_spec.draft.choice import choose_draft
 from slime_spec.errors import ConfigError
 from slime_spec.hf.checkpoint import verify_tensors
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.hf.model_spec import ARCHITECTURES, ModelSpec
 from slime_spec.hf.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.interfaces import TRAINERS, Engines, RunState, Trainer, load_choice
+from slime_spec.launch.doctor.preflight import check_launch
 from slime_spec.launch.examples import Examples
 from slime_spec.launch.ray_environment import prepare_ray_environment
 from slime_spec.metrics.log import MetricLog
@@ -33,6 +36,7 @@ from slime_spec.rl.rollout_data import check_rollout_data, load_rollout, save_ro
 from slime_spec.rl.rollouts import GeneratedRollouts, RolloutSource, SavedRollouts
 from slime_spec.rl.samples_file import append_samples
 from slime_spec.run_folder import RunFolder
+from slime_spec.speculation.corpus import corpus_lines
 from slime_spec.tasks.source import PromptSource
 from slime_spec.types import Sample
 from trainer_bridge.layout import check_layout
@@ -42,15 +46,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before anything heavy starts."""
+    """What a run reads before anything heavy starts; no ``spec`` for a family that only SGLang's servers run."""
 
-    spec: ModelSpec
+    spec: ModelSpec | None
     tokenizer: Tokenizer
     prompts: PromptSource
 
 
 def run(config: Config, argv: Sequence[str]) -> int:
     """Run what the configuration says; returns the process's exit code."""
+    if config.rollout.engine == "sglang" and config.run.mode != "train_only":
+        check_launch(config, argv)
     inputs = preflight(config)
     folder = RunFolder.create(config, argv, to_yaml(config))
     config = with_absolute_paths(config)
@@ -83,29 +89,55 @@ def preflight(config: Config) -> Inputs:
     """Everything that can be found wrong without Ray, a model in memory or a GPU; raises ConfigError."""
     check(config)
     check_rollout_data(config.run)
-    spec = ModelSpec.from_folder(config.model.hf_checkpoint)
-    _check_context(config, spec)
-    if config.run.mode != "rollout_only":
-        check_layout(config, spec)
+    spec = _target_spec(config)
     tokenizer = Tokenizer.load(config.model.hf_checkpoint)
-    check_vocabulary(tokenizer, spec)
+    if spec is not None:
+        _check_context(config, spec)
+        if config.run.mode != "rollout_only":
+            check_layout(config, spec)
+        check_vocabulary(tokenizer, spec)
+    corpus = config.speculative.ngram_external_corpus_path
+    if corpus is not None and config.speculative.algorithm == "NGRAM":
+        for _ in corpus_lines(corpus):  # for its errors
+            pass
     prompts = PromptSource(config, tokenizer)
-    verify_tensors(config.model.hf_checkpoint, spec)  # a damaged file is found here, not in an actor a minute later
+    if spec is not None:
+        # Damaged files are found here, not in an actor a minute later.
+        verify_tensors(config.model.hf_checkpoint, spec)
+        if config.run.mode != "train_only" and config.rollout.engine == "embedded":
+            draft = choose_draft(config, spec)
+            if draft is not None:
+                draft.verify()
     return Inputs(spec, tokenizer, prompts)
+
+
+def _target_spec(config: Config) -> ModelSpec | None:
+    """Raises CheckpointError for a family that this project would have to compute with itself and cannot."""
+    is_served_only = config.rollout.engine == "sglang" and config.run.mode == "rollout_only"
+    if is_served_only and read_architecture(config.model.hf_checkpoint) not in ARCHITECTURES:
+        return None
+    return ModelSpec.from_folder(config.model.hf_checkpoint)
 
 
 def with_absolute_paths(config: Config) -> Config:
     """Actors of a joined Ray have another working directory than the user."""
-    trainer = config.trainer
+    trainer, speculative = config.trainer, config.speculative
     return replace(
         config,
         model=replace(config.model, hf_checkpoint=os.path.abspath(config.model.hf_checkpoint)),
+        speculative=replace(
+            speculative,
+            draft_model_path=_absolute(speculative.draft_model_path),
+            token_map=_absolute(speculative.token_map),
+            ngram_external_corpus_path=_absolute(speculative.ngram_external_corpus_path),
+        ),
         trainer=replace(trainer, save=_absolute(trainer.save), load=_absolute(trainer.load)),
     )
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(path)
+    """A name with a scheme ("builtin:...") is no path."""
+    return path if path is None or ":" in path.partition(os.sep)[0] else os.path.abspath(path)
 
 
 def _check_context(config: Config, spec: ModelSpec) -> None:
@@ -122,7 +154,7 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
 
 
 @contextmanager
-def _parts(config: Config, spec: ModelSpec) -> Iterator[tuple[Engines | None, Trainer | None]]:
+def _parts(config: Config, spec: ModelSpec | None) -> Iterator[tuple[Engines | None, Trainer | None]]:
     """The engines and the trainer that the mode needs, on Ray; stopped in reverse order."""
     from slime_spec.launch.cluster import cluster
 

@@ -32,8 +32,13 @@ class MetricLog:
 
     @classmethod
     def open(cls, config: Config, folder: Path) -> MetricLog:
-        """The sinks that the configuration asks for, metrics.jsonl always among them."""
-        asked = {"jsonl": True, "wandb": config.metrics.use_wandb, "console": config.metrics.console}
+        """The sinks that the configuration asks for, metrics.jsonl always among them, and the alarm of speculation."""
+        asked = {
+            "jsonl": True,
+            "wandb": config.metrics.use_wandb,
+            "console": config.metrics.console,
+            "alarm": config.speculative.algorithm != "NONE",
+        }
         with ExitStack() as opened:
             sinks = []
             for name in (name for name, wanted in asked.items() if wanted):

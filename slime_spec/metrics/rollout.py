@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from slime_spec.speculation.meta_info import accepted_per_position
-from slime_spec.types import Sample, SpecCounters
+from slime_spec.types import GeneratedSample, Sample, SpecCounters
 
 
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -71,8 +71,30 @@ def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
     if num_drafted:
         metrics["spec/accept_rate_drafted"] = num_correct / num_drafted
     if num_rounds:
-        metrics["rollout/spec_accept_length"] = sum(len(response.token_ids) for response in verified) / num_rounds
-    return metrics
+        metrics["rollout/spec_accept_length"] = accept_length(verified)
+        metrics["spec/lossy_ratio"] = sum(response.lossy for response in verified) / len(verified)
+    lags = [each.weight_version - each.draft_version for each in verified if each.draft_version is not None]
+    if lags:
+        metrics["spec/draft_version_lag"] = statistics.fmean(lags)
+    return metrics | _acceptance_by_version(verified)
+
+
+def accept_length(verified: Sequence[GeneratedSample]) -> float:
+    """Response tokens per verify round of samples that each had one."""
+    num_rounds = sum(response.spec.num_rounds for response in verified)
+    return sum(len(response.token_ids) for response in verified) / num_rounds
+
+
+def _acceptance_by_version(verified: Sequence[GeneratedSample]) -> dict[str, float]:
+    """Only where a step mixes versions: else it is the step's own, and a name more in every step says nothing."""
+    by_version: dict[int, list[GeneratedSample]] = defaultdict(list)
+    for response in verified:
+        by_version[response.weight_version].append(response)
+    if len(by_version) < 2:
+        return {}
+    return {
+        f"spec/accept_length_by_version/{version}": accept_length(by_version[version]) for version in sorted(by_version)
+    }
 
 
 def _acceptance_by_position(counters: Sequence[SpecCounters]) -> dict[str, float]:

@@ -26,14 +26,16 @@ def train_metrics(report: TrainReport) -> dict[str, float]:
 
 
 def push_metrics(report: PushReport) -> dict[str, float]:
-    """The metrics ``sync/*``; ``checksum_ok`` is there where the engines' weights were read back."""
+    """The metrics ``sync/*``; ``checksum_ok`` where weights were read back, ``paused_s`` where engines paused."""
     verified = {"sync/checksum_ok": 1.0, "sync/verify_seconds": report.verify_s} if report.verified else {}
+    paused = {"sync/paused_s": report.paused_s} if report.paused_s else {}
     return {
         "sync/seconds": report.seconds,
         "sync/bytes": float(report.nbytes),
         "sync/bytes_per_s": report.nbytes / report.seconds,
         "sync/tensors": float(report.num_tensors),
         **verified,
+        **paused,
         "sync/weight_version": float(report.version),
     }
 

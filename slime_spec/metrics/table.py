@@ -12,7 +12,9 @@ from slime_spec.errors import ConfigError
 
 @dataclass(frozen=True)
 class Metric:
-    """One row; ``{i}`` in a name stands for a draft position (0 is the first drafted token), ``{task}`` for a task."""
+    """One row; ``{i}`` in a name stands for a draft position (0 is the first drafted token), ``{task}`` for a task,
+    ``{version}`` for a version of the weights.
+    """
 
     name: str
     unit: str
@@ -70,6 +72,23 @@ TABLE = (
     Metric(
         "spec/accept_rate_cum_pos_{i}", "share", "Cumulative: rounds that accepted draft position i over all rounds."
     ),
+    Metric(
+        "spec/accept_length_by_version/{version}",
+        "tokens/round",
+        "rollout/spec_accept_length of the samples whose oldest weights are of this version; in steps with several.",
+    ),
+    Metric(
+        "spec/draft_version_lag",
+        "versions",
+        "Mean of the target's version less the draft's, over the samples with a verify round; absent for a draft "
+        "without weights.",
+    ),
+    Metric(
+        "spec/lossy_ratio",
+        "share",
+        "Samples whose verification may have bent the policy's law (an acceptance threshold below 1), over the samples "
+        "with a verify round; absent where there was no round.",
+    ),
     Metric("perf/rollout_time", "s", "Generating and scoring the step's samples."),
     Metric("perf/train_time", "s", "Policy training, from the batch to the last optimizer step."),
     Metric("perf/sync_time", "s", "Pushing the weights to every engine."),
@@ -103,9 +122,10 @@ TABLE = (
         "that differs fails the run); absent with push.verify=false.",
     ),
     Metric("sync/verify_seconds", "s", "Reading the engines' weights back and comparing, after the push."),
+    Metric("sync/paused_s", "s", "Time the engines paused generation for the push; absent without push.pause_mode."),
     Metric("sync/weight_version", "version", "Version of the weights that every engine now serves."),
 )
-PLACEHOLDERS = {r"\{i\}": r"\d+", r"\{task\}": r"[^/]+"}
+PLACEHOLDERS = {r"\{i\}": r"\d+", r"\{task\}": r"[^/]+", r"\{version\}": r"\d+"}
 
 
 @lru_cache(maxsize=1024)

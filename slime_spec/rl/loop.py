@@ -103,4 +103,5 @@ def push_weights(
 ) -> dict[str, float]:
     """Bring every engine to ``version``, or raise PushError with every engine where it was."""
     with clock.phase("sync"):
-        return push_metrics(run_push(trainer.push(version), engines.broadcast, config.push.verify))
+        push = run_push(trainer.push(version), engines.broadcast, config.push.verify, config.push.pause_mode)
+        return push_metrics(push)

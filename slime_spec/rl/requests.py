@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import xxhash
 
@@ -27,15 +28,20 @@ def sampling_params(config: RolloutConfig) -> SamplingParams:
     )
 
 
-def group_requests(prompts: Sequence[Prompt], config: RolloutConfig, run_seed: int) -> list[GroupRequest]:
-    """One group per prompt, ``n_samples_per_prompt`` seeds each; the group id is the prompt id."""
-    params = sampling_params(config)
+def group_requests(
+    prompts: Sequence[Prompt], config: RolloutConfig, run_seed: int, edit: bool = False
+) -> list[GroupRequest]:
+    """One group per prompt, ``n_samples_per_prompt`` seeds each; the group id is the prompt id.
+
+    A prompt's advice goes with its group; ``edit`` says how LOOKUP reads it.
+    """
+    params = replace(sampling_params(config), edit=edit)
     return [
         GroupRequest(
             group_id=str(prompt.prompt_id),
             prompt_token_ids=prompt.token_ids,
             seeds=tuple(sample_seed(run_seed, prompt.prompt_id, i) for i in range(config.n_samples_per_prompt)),
-            params=params,
+            params=replace(params, advice_token_ids=prompt.advice_token_ids),
         )
         for prompt in prompts
     ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
 from slime_spec.interfaces import Engines, RunState
 from slime_spec.rl.requests import group_requests
 from slime_spec.types import GeneratedSample, Prompt, Sample
@@ -38,7 +39,9 @@ class GeneratedRollouts:
         """Generate and score one step, in (prompt, sample) order whatever order the engines finished in."""
         prompts = self._take_prompts(self._config.rollout.batch_size, state.next_prompt_id)
         by_group = {str(prompt.prompt_id): prompt for prompt in prompts}
-        requests = group_requests(prompts, self._config.rollout, self._config.run.seed)
+        config = self._config
+        edit = config.speculative.edit and config.speculative.algorithm == "LOOKUP"
+        requests = group_requests(prompts, config.rollout, config.run.seed, edit)
         wanted = sum(len(request.seeds) for request in requests)
         scored: list[Sample] = []
         progress(0, wanted)
@@ -56,5 +59,12 @@ class SavedRollouts:
 
     def samples(self, state: RunState, progress: Progress) -> list[Sample]:
         loaded = self._load(state.rollout_id)
+        if num_lossy := sum(sample.response.lossy for sample in loaded):
+            raise ConfigError(
+                "run.load_debug_rollout_data",
+                f"{num_lossy} samples of rollout {state.rollout_id} were verified lossily and have no policy's law",
+                "lossy",
+                "Generate them again without --speculative-lossy.",
+            )
         progress(len(loaded), len(loaded))
         return loaded

@@ -1,9 +1,10 @@
-"""Prompts from a jsonl file: one object a line, with a prompt and an answer."""
+"""Prompts from a jsonl file: one object a line, with a prompt and an answer, and advice where the task has some."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,17 @@ def _problems(path: Path, config: TaskConfig, integers: bool) -> list[tuple[int,
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(SETTING, f"must be UTF-8 text: {error}", str(path), "Convert the file to UTF-8.") from None
-    problems = []
+    problems: list[tuple[int, Problem]] = []
     # Not splitlines(): JSON strings may hold U+2028 and the like, which end no jsonl line.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             problems.append((number, _problem(line, f"{path}:{number}", config, integers)))
     if not problems:
         raise ConfigError(SETTING, "must hold at least one prompt", str(path), "Put one JSON object on each line.")
+    if config.advice_key is not None and not any(problem.advice for _, problem in problems):
+        raise ConfigError(
+            "task.advice_key", f"no line of {path} has a text under it", config.advice_key, "Correct --advice-key."
+        )
     return problems
 
 
@@ -84,7 +89,17 @@ def _problem(line: str, where: str, config: TaskConfig, integers: bool) -> Probl
         raise refuse(
             f"{config.label_key!r} must be an integer for the reward last_integer", label, "Pass --rm-type exact."
         )
-    return Problem(text, str(label))
+    return Problem(text, str(label), _advice(row, config.advice_key, refuse))
+
+
+def _advice(row: dict[str, Any], key: str | None, refuse: Callable[[str, object, str], ConfigError]) -> str:
+    """The row's advice; a row without any is generated without."""
+    advice = row.get(key) if key is not None else None
+    if advice is None:
+        return ""
+    if not isinstance(advice, str):
+        raise refuse(f"{key!r} must be a text", advice, "Write a text that the reply will resemble, or leave it out.")
+    return advice
 
 
 def _is_integer(label: Any) -> bool:

@@ -54,7 +54,9 @@ class PromptSource:
         task = self._tasks[turn]
         problem = task.problem(index, self._config.run.seed)
         ids = self._token_ids(problem, f"problem {index} of task {task.name}")
-        return Prompt(prompt_id, task.name, problem.text, ids, problem.answer)
+        # A user's task may give problems of its own class, which know nothing of advice.
+        advice = self._tokenizer.encode(getattr(problem, "advice", ""), special=False)
+        return Prompt(prompt_id, task.name, problem.text, ids, problem.answer, advice)
 
     def _token_ids(self, problem: Problem, where: str) -> tuple[int, ...]:
         if self._config.task.apply_chat_template:

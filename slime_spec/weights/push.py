@@ -1,4 +1,4 @@
-"""A push: trainer to engines, all or nothing.
+"""A push of one side's weights (target or draft): trainer to engines, all or nothing.
 
     trainer:  begin(manifest) ── bucket ── bucket ── … ── commit(checksum)
                   │                │                      │
@@ -8,20 +8,27 @@
 Until the commit every engine serves version v from weights the push does not touch; a failure before it cancels the
 push everywhere. The commit only swaps references; an engine that dies right then is the one thing that can split the
 engines, and the error says so. With ``verify`` each engine then reads back the weights it computes with.
+
+Engines generate meanwhile, unless ``pause_mode`` asks for a pause from before the begin until after the verification
+(or the failure): ``retract`` has the KV of what was being generated recomputed with the new weights, ``in_place`` keeps
+it, ``abort`` ends what was being generated.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from slime_spec.errors import PushError
-from slime_spec.weights.manifest import Manifest, TensorMeta, combined_checksum, tensor_checksum
+from slime_spec.weights.manifest import Manifest, Side, TensorMeta, combined_checksum, tensor_checksum
+
+PauseMode = Literal["abort", "retract", "in_place"]
+NOT_COMPARABLE = ""  # in place of a checksum: the engine rounds what it is sent (a quantised draft)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class VerifyPush:
     """Asks for the combined checksum of the weights the engine computes with, read back out of their own form."""
 
     version: int
+    side: Side = "target"
 
 
 @dataclass(frozen=True)
@@ -72,14 +80,32 @@ class CancelPush:
     version: int
 
 
-PushMessage = BeginPush | PushBucket | PreparePush | CommitPush | VerifyPush | CancelPush
+@dataclass(frozen=True)
+class PauseGeneration:
+    """Stops generating until ContinueGeneration; new requests queue. Pausing a paused engine is no error."""
+
+    version: int
+    mode: PauseMode
+
+
+@dataclass(frozen=True)
+class ContinueGeneration:
+    """Goes on after PauseGeneration, with whatever weights the engine then has."""
+
+    version: int
+
+
+PushMessage = (
+    BeginPush | PushBucket | PreparePush | CommitPush | VerifyPush | CancelPush | PauseGeneration | ContinueGeneration
+)
 
 
 @dataclass(frozen=True)
 class PushReply:
     """An engine's answer: its committed version and the combined checksum of what it has staged so far.
 
-    To VerifyPush it answers with the checksum of the weights in use.
+    Both are of the side the message is about. To VerifyPush it answers with the checksum of the weights in use, or with
+    NOT_COMPARABLE.
     """
 
     engine: int
@@ -98,6 +124,7 @@ class PushReport:
     checksum: str
     verified: bool = False
     verify_s: float = 0.0
+    paused_s: float = 0.0
 
 
 logger = logging.getLogger(__name__)
@@ -105,38 +132,79 @@ logger = logging.getLogger(__name__)
 Broadcast = Callable[[PushMessage], Sequence[PushReply]]
 
 
-def run_push(messages: Iterable[PushMessage], broadcast: Broadcast, verify: bool = False) -> PushReport:
+def run_push(
+    messages: Iterable[PushMessage], broadcast: Broadcast, verify: bool = False, pause_mode: str = "none"
+) -> PushReport:
     """Send a push's messages to every engine; raises PushError, every engine still on its old version, on any failure.
 
     ``broadcast`` delivers one message to all engines and returns their replies (raising if any engine refused).
-    ``verify`` reads every engine's weights back after the commit and compares them with the trainer's.
+    ``verify`` reads every engine's weights back after the commit and compares them with the trainer's (the report says
+    whether they could be). ``pause_mode`` is a PauseMode, or none.
     """
+    pending = iter(messages)
     start = perf_counter()
-    manifest: Manifest | None = None
     try:
-        for message in messages:
+        begin = next(pending)
+    except Exception as error:
+        raise PushError(f"the push could not begin: {error}") from error
+    assert isinstance(begin, BeginPush), "a push begins with BeginPush"
+    begin_s = perf_counter() - start
+    if pause_mode == "none":
+        return _push(begin, pending, broadcast, verify, begin_s)
+    assert pause_mode in get_args(PauseMode), f"{pause_mode} is no way to pause"
+    start = perf_counter()
+    try:
+        _pause(PauseGeneration(begin.manifest.version, cast(PauseMode, pause_mode)), broadcast)
+        report = _push(begin, pending, broadcast, verify, begin_s)
+    except PushError:
+        _continue_after_failure(ContinueGeneration(begin.manifest.version), broadcast)
+        raise
+    broadcast(ContinueGeneration(begin.manifest.version))
+    return replace(report, paused_s=perf_counter() - start)
+
+
+def _push(
+    begin: BeginPush, rest: Iterable[PushMessage], broadcast: Broadcast, verify: bool, begin_s: float
+) -> PushReport:
+    """``begin_s`` is what the trainer took for ``begin``."""
+    start = perf_counter() - begin_s
+    manifest = begin.manifest
+    try:
+        broadcast(begin)
+        for message in rest:
             if isinstance(message, CommitPush):
                 break
-            if isinstance(message, BeginPush):
-                manifest = message.manifest
             replies = broadcast(message)
             if isinstance(message, PushBucket):
                 _agree(f"bucket {message.index}", replies)
         else:
             raise PushError("the push ended without a commit")
-        assert manifest is not None, "a push begins with BeginPush"
         _agree("the prepared push", broadcast(PreparePush(message.version, message.checksum)), message.checksum)
     except Exception as error:
         _cancel(manifest, broadcast)
-        raise PushError(f"push of version {manifest.version if manifest else '?'} failed: {error}") from error
+        raise PushError(f"push of version {manifest.version} failed: {error}") from error
     _commit(message, broadcast)
     seconds = perf_counter() - start
-    if verify:
-        _verify(message, broadcast)
+    verified = verify and _verify(message, manifest.side, broadcast)
     verify_s = perf_counter() - start - seconds
     return PushReport(
-        message.version, seconds, manifest.nbytes, len(manifest.tensors), message.checksum, verify, verify_s
+        message.version, seconds, manifest.nbytes, len(manifest.tensors), message.checksum, verified, verify_s
     )
+
+
+def _pause(message: PauseGeneration, broadcast: Broadcast) -> None:
+    try:
+        broadcast(message)
+    except Exception as error:
+        raise PushError(f"an engine could not pause for the push of version {message.version}: {error}") from error
+
+
+def _continue_after_failure(message: ContinueGeneration, broadcast: Broadcast) -> None:
+    try:
+        broadcast(message)
+    except Exception:
+        # The push's error is the one to report; an engine that cannot go on is dead.
+        logger.exception("could not continue after the push version=%d", message.version)
 
 
 def _agree(what: str, replies: Sequence[PushReply], checksum: str | None = None) -> None:
@@ -145,9 +213,7 @@ def _agree(what: str, replies: Sequence[PushReply], checksum: str | None = None)
         raise PushError(f"checksums of {what} differ: engines {sorted(answers)}, trainer {checksum or 'not asked'}")
 
 
-def _cancel(manifest: Manifest | None, broadcast: Broadcast) -> None:
-    if manifest is None:
-        return
+def _cancel(manifest: Manifest, broadcast: Broadcast) -> None:
     try:
         broadcast(CancelPush(manifest.version))
     except Exception:
@@ -167,13 +233,17 @@ def _commit(message: CommitPush, broadcast: Broadcast) -> None:
         raise PushError(f"after the commit of version {message.version} engines answered {behind}")
 
 
-def _verify(message: CommitPush, broadcast: Broadcast) -> None:
-    answers = {reply.checksum for reply in broadcast(VerifyPush(message.version))}
+def _verify(message: CommitPush, side: Side, broadcast: Broadcast) -> bool:
+    """Compare what the engines compute with; False where they cannot tell."""
+    answers = {reply.checksum for reply in broadcast(VerifyPush(message.version, side))}
+    if answers == {NOT_COMPARABLE}:
+        return False
     if answers != {message.checksum}:
         raise PushError(
             f"after the push of version {message.version} engines compute with {sorted(answers)}, "
             f"the trainer sent {message.checksum}"
         )
+    return True
 
 
 def bucketed(
@@ -203,7 +273,7 @@ class PushReceiver:
         receiver.finish(commit.checksum)      # raises PushError naming what never came
     """
 
-    def __init__(self, manifest: Manifest, expected: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, manifest: Manifest, expected: Mapping[str, tuple[int, ...]]) -> None:
         self.manifest = manifest
         sent = {meta.name: meta for meta in manifest.tensors}
         if missing := expected.keys() - sent.keys():

@@ -18,6 +18,7 @@ HOMES = {
     "megatron": ("trainer_bridge.megatron",),
     "sglang": ("rollout.sglang_engine",),
     "wandb": ("slime_spec.metrics.wandb",),
+    "aiohttp": ("rollout.embedded.http", "rollout.sglang_engine"),
     "hydra": (LAUNCH,),
     "omegaconf": (LAUNCH,),
     "ray": (

@@ -9,8 +9,10 @@ import pytest
 
 from slime_spec.config.build import to_yaml
 from slime_spec.config.schema import settings
+from slime_spec.launch.bench import BENCHES
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import compose
+from slime_spec.launch.help import COMMANDS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -59,6 +61,29 @@ def test_rollout_is_train_without_a_trainer(capsys: Capture) -> None:
 def test_a_bench_without_a_name_says_which(capsys: Capture) -> None:
     assert main(["bench"]) == 2
     assert "bench main-job" in capsys.readouterr().err
+
+
+def test_every_benchmark_is_named_where_a_newcomer_looks(capsys: Capture) -> None:
+    assert main(["bench", "--help"]) == 0
+    asked = capsys.readouterr().out
+    assert main(["bench"]) == 2
+    refused = capsys.readouterr().err
+    assert BENCHES
+    for name in BENCHES:
+        assert name in asked
+        assert f"bench {name}" in refused
+        assert name in next(line for line in COMMANDS.splitlines() if "slime-spec bench" in line)
+
+
+def test_the_only_action_of_draft_helps_without_being_named(capsys: Capture) -> None:
+    helped = []
+    for argv in (["draft", "--help"], ["draft", "train", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == 0
+        helped.append(capsys.readouterr().out)
+    assert helped[0] == helped[1]
+    assert "--target" in helped[0]
 
 
 def test_the_module_is_the_command() -> None:

@@ -41,7 +41,7 @@ def composed(command_line: str) -> Config:
         ("--debug-rollout-only", "run.mode=rollout_only"),
         (
             "--sp_type deterministic --gen_num_per_cycle 4",
-            "speculative.algorithm=LOOKUP speculative.num_draft_tokens=5",
+            "speculative.algorithm=LOOKUP speculative.num_steps=4",
         ),
         (
             "--sp-min-token-match 1 --sp-max-token-match=3",
@@ -52,7 +52,30 @@ def composed(command_line: str) -> Config:
         ("--sglang-context-length 8Ki --sglang-dtype bfloat16", "engine.context_length=8192 engine.dtype=bfloat16"),
         ("--sglang-cuda-graph-bs 1 2 3 --sglang-tp-size 2", "sglang.cuda_graph_bs_decode=[1,2,3] sglang.tp_size=2"),
         ("--sglang-disable-radix-cache", "sglang.disable_radix_cache=true"),
-        ("--speculative-eagle-topk 1", "sglang.speculative_eagle_topk=1"),
+        ("--speculative-attention-mode decode", "sglang.speculative_attention_mode=decode"),
+        (
+            "--speculative-algorithm EAGLE3 --speculative-draft-model d --speculative-num-steps 5 "
+            "--speculative-eagle-topk 4 --speculative-num-draft-tokens 8",
+            "speculative.algorithm=EAGLE3 speculative.draft_model_path=d speculative.num_steps=5 "
+            "speculative.eagle_topk=4 speculative.num_draft_tokens=8",
+        ),
+        (
+            "--sp_type eagle3 --sp_checkpoint_path d --sp_quantization INT8 --gen_num_per_cycle 3",
+            "speculative.algorithm=EAGLE3 speculative.draft_model_path=d speculative.draft_model_quantization=int8 "
+            "speculative.num_steps=3",
+        ),
+        ("--sp-type vanilla --sp-checkpoint-path d", "speculative.algorithm=STANDALONE speculative.draft_model_path=d"),
+        ("--sp-type mtp", "speculative.algorithm=NEXTN"),
+        (
+            "--sglang-speculative-algorithm NEXTN --sglang-speculative-use-rejection-sampling "
+            "--speculative-use-block-verification",
+            "speculative.algorithm=NEXTN speculative.use_rejection_sampling=true "
+            "speculative.use_block_verification=true",
+        ),
+        (
+            "--sp-type deterministic --sp-edit --prompt-data d.jsonl --advice-key draft",
+            "speculative.algorithm=LOOKUP speculative.edit=true task.prompt_data=d.jsonl task.advice_key=draft",
+        ),
         ("--disable-grpo-std-normalization", "algorithm.normalize_std=false"),
         ("--wandb-group null --eps-clip 2e-1", "metrics.wandb_group=null algorithm.eps_clip=0.2"),
     ],
@@ -145,7 +168,14 @@ def test_a_flag_of_a_feature_that_is_not_built_is_refused_with_a_way_out(flag: s
 
 
 def test_training_a_draft_is_refused_in_words() -> None:
-    assert "does not train drafts yet" in refusal("--enable_mtp_training").rule
+    error = refusal("--enable_mtp_training")
+    assert "before the RL run" in error.rule
+    assert "slime-spec draft train" in error.remedy
+
+
+@pytest.mark.parametrize("flag", ["--sp-quantization", "--speculative-draft-model-quantization"])
+def test_an_unknown_quantisation_lists_the_known(flag: str) -> None:
+    assert "must be one of int8, fp8" in refusal("--sp-type", "mtp", flag, "int4").rule
 
 
 def test_the_last_spelling_of_a_setting_wins() -> None:
@@ -227,11 +257,11 @@ def test_a_wrong_value_is_refused_in_words(argv: list[str], words: str) -> None:
     assert words in str(refusal(*argv))
 
 
-@pytest.mark.parametrize("name", ["NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN"])
+@pytest.mark.parametrize("name", ["DFLASH", "DSPARK"])
 def test_an_algorithm_of_sglang_is_known_and_not_available_on_the_embedded_engine(name: str) -> None:
     error = refusal("--sglang-speculative-algorithm", name)
     assert "known but not available on the embedded engine" in error.rule
-    assert "LOOKUP" in error.rule
+    assert "NONE, LOOKUP, NGRAM, STANDALONE, EAGLE, EAGLE3, NEXTN" in error.rule
 
 
 def test_an_unknown_algorithm_lists_the_known_ones() -> None:

@@ -68,14 +68,38 @@ def test_every_speculative_flag_works_without_the_prefix() -> None:
         assert flags()[name.replace("--sglang-", "--")] == flags()[name]
 
 
+SPECULATIVE = [
+    "accept_threshold_acc",
+    "accept_threshold_single",
+    "algorithm",
+    "draft_model_path",
+    "draft_model_quantization",
+    "eagle_topk",
+    "ngram_capacity",
+    "ngram_external_corpus_max_tokens",
+    "ngram_external_corpus_path",
+    "ngram_external_sam_budget",
+    "ngram_match_type",
+    "ngram_max_bfs_breadth",
+    "ngram_max_trie_depth",
+    "ngram_min_bfs_breadth",
+    "num_draft_tokens",
+    "num_steps",
+    "token_map",
+    "use_rejection_sampling",
+]
+
+
 def test_flags_that_the_tree_holds_are_set_in_the_tree_and_nowhere_else() -> None:
     assert typed_elsewhere() == {
         "context_length": "engine.context_length",
         "dtype": "engine.dtype",
         "max_running_requests": "engine.max_running_requests",
         "max_total_tokens": "engine.max_total_tokens",
-        "speculative_algorithm": "speculative.algorithm",
-        "speculative_num_draft_tokens": "speculative.num_draft_tokens",
+        "host": "sglang_server.host",
+        "port": "sglang_server.port",
+        "config": "sglang_server.overrides",  # slime's meaning of --sglang-config: flags of single engines
+        **{f"speculative_{name}": f"speculative.{name}" for name in SPECULATIVE},
     }
     assert compose(["--sglang-max-running-requests", "3"]).sglang == {}
 

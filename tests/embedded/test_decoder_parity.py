@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slime_spec.types import GroupRequest, SamplingParams
-from tests.support.embedded_harness import ReplayDrafter, engine_config, greedy, make_core, random_prompt, run
+from tests.support.embedded_harness import ReplayDrafter, engine_config, greedy, make_core, prefill, random_prompt, run
 from tests.support.tiny_models import LLAMA3_ROPE, load_reference, make_tiny_checkpoint
 
 FAMILIES = {
@@ -32,18 +32,10 @@ def test_prefill_logits_equal_those_of_transformers(checkpoint: Path) -> None:
     for length in (1, 2, 17, 90):
         prompt = random_prompt(length, seed=length)
         core.cache.reserve((1, length), (0, 0))
-        logits = core._prefill(core.cache.own, 0, prompt)
+        logits = prefill(core, core.cache.own, 0, prompt)
         with torch.no_grad():
             expected = reference(torch.tensor([prompt])).logits[:, -1]
         assert (logits - expected).abs().max() < 2e-4
-
-
-def test_a_prompt_prefilled_in_pieces_gives_the_same_logits(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    core, prompt = make_core(engine_config(tiny_llama)), random_prompt(100, seed=1)
-    core.cache.reserve((1, 100), (0, 0))
-    whole = core._prefill(core.cache.own, 0, prompt)
-    monkeypatch.setattr("rollout.embedded.core.PREFILL_CHUNK_TOKENS", 33)
-    assert (core._prefill(core.cache.own, 0, prompt) - whole).abs().max() < 1e-5
 
 
 def test_greedy_tokens_are_those_of_generate(checkpoint: Path) -> None:
@@ -95,7 +87,7 @@ def test_the_real_model_gives_transformers_logits_and_greedy_tokens() -> None:
     core.cache.reserve((1, 40), (0, 0))
     with torch.no_grad():
         expected = reference(torch.tensor([prompt])).logits[:, -1]
-    assert (core._prefill(core.cache.own, 0, prompt) - expected).abs().max() < 2e-4
+    assert (prefill(core, core.cache.own, 0, prompt) - expected).abs().max() < 2e-4
     sample = run(core, [GroupRequest("g", prompt, (0,), greedy(32, ignore_eos=True))])["g", 0]
     ids = torch.tensor([prompt])
     out = reference.generate(

@@ -1,10 +1,10 @@
 """The engine behind the seam: threads, refusals, failures, pushes, residency."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from threading import Event
 
 import pytest
 import torch
@@ -16,29 +16,18 @@ from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.types import GroupRequest, SamplingParams
-from slime_spec.weights.manifest import Manifest, combined_checksum, meta_of, tensor_checksum
+from slime_spec.weights.manifest import Manifest
 from slime_spec.weights.push import (
     BeginPush,
     CancelPush,
-    CommitPush,
     PreparePush,
     PushBucket,
     PushMessage,
-    bucketed,
     run_push,
 )
 from tests.support.embedded_harness import engine_config, greedy, make_core, random_prompt, run
+from tests.support.pushes import DirectTransport, checksum_of, other_weights, push_of
 from tests.support.tiny_models import make_tiny_checkpoint
-
-
-class DirectTransport:
-    """Hands tensors over in memory."""
-
-    def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return list(tensors)
-
-    def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
-        return bucket.handle
 
 
 @pytest.fixture
@@ -52,33 +41,6 @@ def engine(config: Config) -> Iterator[EmbeddedEngine]:
     engine.start()
     yield engine
     engine.stop()
-
-
-def other_weights(folder: Path, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in load_file(folder / "model.safetensors").items()
-    }
-
-
-def push_of(weights: dict[str, torch.Tensor], version: int, bucket_bytes: int = 20_000) -> list[PushMessage]:
-    """A push of ``weights`` in several buckets that separate the parts of fused modules."""
-    metas = tuple(meta_of(name, tensor) for name, tensor in weights.items())
-    messages: list[PushMessage] = [BeginPush(Manifest("target", version, metas))]
-    for index, bucket in enumerate(bucketed(weights.items(), bucket_bytes)):
-        names, tensors = zip(*bucket, strict=True)
-        tensor_metas = tuple(meta_of(n, t) for n, t in bucket)
-        checksums = tuple(map(tensor_checksum, tensors))
-        assert names
-        messages.append(PushBucket(version, index, tensor_metas, checksums, DirectTransport().publish(tensors)))
-    checksum = checksum_of(weights)
-    messages += [PreparePush(version, checksum), CommitPush(version, checksum)]
-    return messages
-
-
-def checksum_of(weights: dict[str, torch.Tensor]) -> str:
-    return combined_checksum((name, tensor_checksum(tensor)) for name, tensor in weights.items())
 
 
 def test_several_threads_generate_at_once_and_each_gets_its_own_samples(config: Config, engine: EmbeddedEngine) -> None:
@@ -115,6 +77,14 @@ BAD_REQUESTS = {
     "top_k": {"params": SamplingParams(top_k=0)},
     "min_p": {"params": SamplingParams(min_p=1.1)},
     "empty string": {"params": SamplingParams(stop=("",))},
+    "repetition_penalty": {"params": SamplingParams(repetition_penalty=0.0)},
+    "min_new_tokens": {"params": SamplingParams(max_new_tokens=4, min_new_tokens=5)},
+    "logit_bias.*0 to 130": {"params": SamplingParams(logit_bias=((131, 1.0),))},
+    "logit_bias.*numbers": {"params": SamplingParams(logit_bias=((3, float("nan")),))},
+    "logit_bias.*at most": {"params": SamplingParams(logit_bias=((3, float("inf")),))},
+    "stop_token_ids": {"params": SamplingParams(stop_token_ids=(5, -1))},
+    "frequency_penalty": {"params": SamplingParams(frequency_penalty=float("nan"))},
+    "presence_penalty": {"params": SamplingParams(presence_penalty=float("inf"))},
 }
 
 
@@ -236,23 +206,35 @@ def damaged(messages: list[PushMessage], how: str) -> list[PushMessage]:
         handle[0].view(torch.int32).flatten()[0] ^= 1
         return [*messages[:2], replace(bucket, handle=handle), *messages[3:]]
     if how == "wrong checksum":
-        return [*messages[:-1], PreparePush(9, "0" * 32)]
+        return [*messages[:-2], PreparePush(9, "0" * 32)]
     if how == "missing tensor":
         begin = messages[0]
         assert isinstance(begin, BeginPush)
         return [BeginPush(replace(begin.manifest, tensors=begin.manifest.tensors[1:]))]
     if how == "no begin":
         return messages[1:]
+    if how == "commit before prepare":
+        return [*messages[:-2], messages[-1]]
     assert how == "draft side"
     return [BeginPush(Manifest("draft", 9, ()))]
 
 
 @pytest.mark.parametrize(
-    "how", ["lost bucket", "flipped bit", "wrong checksum", "missing tensor", "no begin", "draft side"]
+    "how",
+    [
+        "lost bucket",
+        "flipped bit",
+        "wrong checksum",
+        "missing tensor",
+        "no begin",
+        "commit before prepare",
+        "draft side",
+    ],
 )
 def test_a_failed_push_leaves_version_and_weights_untouched(tiny_llama: Path, engine: EmbeddedEngine, how: str) -> None:
     before = engine.weights_checksum()
-    messages = push_of(other_weights(tiny_llama, seed=3), version=9)
+    *buckets, commit = push_of(other_weights(tiny_llama, seed=3), version=9)
+    messages = [*buckets, PreparePush(9, commit.checksum), commit]
     with pytest.raises(PushError):
         send(engine, damaged(messages, how))
     assert engine.update_weights(CancelPush(9)).version == 0
@@ -264,7 +246,10 @@ def test_a_failed_push_leaves_version_and_weights_untouched(tiny_llama: Path, en
 
 
 def test_a_push_while_requests_run_disturbs_none_and_new_ones_use_it(tiny_llama: Path, engine: EmbeddedEngine) -> None:
-    running = engine.generate(GroupRequest("old", (1, 2, 3), tuple(range(8)), SamplingParams(400)))
+    started = Event()
+    request = GroupRequest("old", (1, 2, 3), tuple(range(8)), SamplingParams(400))
+    running = engine.generate(request, lambda progress: started.set())
+    assert started.wait(timeout=60)
     run_push(push_of(other_weights(tiny_llama, seed=4), version=1), lambda message: [engine.update_weights(message)])
     new = next(iter(engine.generate(GroupRequest("new", (1, 2, 3), (0,), greedy(3)))))
     assert new.weight_version == 1

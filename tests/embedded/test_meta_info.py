@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from slime_spec.interfaces import DraftContext
-from slime_spec.speculation.meta_info import accepted_per_position, meta_info
+from rollout.embedded.drafting import DraftContext
+from slime_spec.speculation.meta_info import accepted_per_position, aux_info, meta_info
 from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
 from tests.support.embedded_harness import VOCAB, ScriptedDrafter, engine_config, greedy, make_core, random_prompt, run
 
@@ -37,6 +37,46 @@ def test_sglangs_own_example_is_reproduced() -> None:
 
 def test_rtp_llms_survival_counts_are_as_long_as_a_draft() -> None:
     assert accepted_per_position(SpecCounters(1, 3, (0, 0, 1))) == [1, 1, 0]
+
+
+def test_in_a_tree_positions_are_the_depths_of_its_paths_and_not_its_nodes() -> None:
+    """SGLang's (5, 4, 8): 7 nodes a round, paths of at most 5."""
+    spec = SpecCounters(num_rounds=4, num_proposed=28, histogram=(1, 0, 2, 1), num_steps=5)
+    assert accepted_per_position(spec) == [3, 3, 1, 0, 0]
+    info = meta_info(sample_with(spec, 12))
+    assert (info["spec_num_proposed_drafts"], info["spec_accept_rate"]) == (28, 7 / 28)
+    assert sum(info["speculative_accepted_tokens_per_pos"]) == info["spec_num_correct_drafts"] == 7
+
+
+def test_rtp_llms_aux_info_is_whole_and_converts_as_its_guide_says() -> None:
+    """Its example: 60 tokens in 12 iterations are 5 an iteration."""
+    spec = SpecCounters(num_rounds=11, num_proposed=55, histogram=(0, 0, 0, 3, 2, 6))
+    sample = replace(sample_with(spec, 60), cached_tokens=10, wait_s=0.25, first_token_s=0.5)
+    info = aux_info(sample)
+    assert info["output_len"] / info["iter_count"] == 60 / 12
+    assert (info["cost_time"], info["wait_time"], info["first_token_cost_time"]) == (1500.0, 250.0, 500.0)
+    assert (info["input_len"], info["output_len"], info["step_output_len"], info["reuse_len"]) == (10, 60, 60, 10)
+    assert info["local_reuse_len"] + info["remote_reuse_len"] + info["memory_reuse_len"] == info["reuse_len"]
+    assert info["speculative_accepted_tokens_per_pos"] == [11, 11, 11, 8, 6]
+    rounds = info["speculative_draft_rounds"]
+    assert 1 + sum(info["speculative_accepted_tokens_per_pos"]) / rounds == pytest.approx((60 - 1) / rounds, abs=0.1)
+    assert info["cum_log_probs"] == [-30.0]
+    assert {"prefix_len", "pd_sep", "beam_responses", "softmax_probs", "role_addrs", "aux_string"} <= set(info)
+
+
+def test_without_speculation_aux_info_counts_a_step_a_token_and_leaves_out_what_nobody_measured() -> None:
+    info = aux_info(sample_with(SpecCounters(), 4))
+    assert (info["iter_count"], info["speculative_draft_rounds"]) == (4, 0)
+    assert info["speculative_accepted_tokens_per_pos"] == []
+    assert not {"wait_time", "first_token_cost_time"} & set(info)
+
+
+def test_versions_and_lossiness_are_told_where_there_is_something_to_tell() -> None:
+    plain = sample_with(SpecCounters(), 4)
+    assert not {"weight_version_spans", "draft_version", "lossy"} & set(meta_info(plain))
+    told = meta_info(replace(plain, version_spans=((0, 3), (2, 4)), draft_version=2, lossy=True))
+    assert told["weight_version_spans"] == [[0, 3], [2, 4]]
+    assert (told["draft_version"], told["lossy"]) == ("2", True)
 
 
 def test_speculative_keys_are_absent_when_no_round_ran() -> None:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.engine import EmbeddedEngine
+from rollout.embedded.linear import Packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.weights import DecoderBuilder
@@ -21,7 +22,7 @@ from tests.support.tiny_models import make_tiny_checkpoint
 def unpacked_decoder(folder: Path) -> Decoder:
     """The decoder as an engine on a GPU keeps it."""
     spec, cpu = Assembly(engine_config(folder)).spec, torch.device("cpu")
-    builder = DecoderBuilder(spec, RopeTable(spec, 64, torch.float32, cpu), torch.float32, cpu, prepack=False)
+    builder = DecoderBuilder(spec, RopeTable(spec, 64, torch.float32, cpu), torch.float32, cpu, packing=Packing.PLAIN)
     for name, tensor in load_file(folder / "model.safetensors").items():
         builder.add(name, tensor)
     return builder.finish()
@@ -51,7 +52,7 @@ def test_every_offload_on_the_cpu_gives_the_kv_memory_back_to_the_machine(
     release_freed_memory()
     for _ in range(3):
         before_bytes = engine.stats().rss_bytes
-        for num_samples in (4, 9, 24):
+        for num_samples in (4, 9, 48):
             list(engine.generate(GroupRequest("g", (1, 2, 3), tuple(range(num_samples)), ends_at_once)))
         kv_bytes = engine._core.cache.own.nbytes
         served_bytes = engine.stats().rss_bytes

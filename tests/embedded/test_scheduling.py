@@ -134,8 +134,9 @@ def test_abort_returns_running_samples_with_what_they_have_and_leaves_others_alo
     assert core.batch.kv_tokens_used == 0
 
 
-def test_the_drafter_forgets_every_finished_request(tiny_llama: Path) -> None:
+def test_the_drafter_forgets_every_finished_request_and_shared_prompt(tiny_llama: Path) -> None:
     drafter = ScriptedDrafter(lambda context: (1, 2))
     run(make_core(engine_config(tiny_llama), drafter=drafter), mixed_requests(6))
     assert {key for key, _ in drafter.observed} <= set(drafter.forgotten)
-    assert len(drafter.forgotten) == len(set(drafter.forgotten)) == sum(1 + i % 5 for i in range(6))
+    num_samples, num_shared_prompts = sum(1 + i % 5 for i in range(6)), sum(i % 5 > 0 for i in range(6))
+    assert len(drafter.forgotten) == len(set(drafter.forgotten)) == num_samples + num_shared_prompts

@@ -1,4 +1,4 @@
-"""Exact proofs, without randomness: the walk emits the target's law, and the fast path is the walk."""
+"""Exact proofs, without randomness: the target-only walk emits the target's law, for chains and trees."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -6,58 +6,55 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from rollout.embedded.sampler import inverse_cdf, sampling_law
-from rollout.embedded.verify import draw_residual, follow_chain, interval, walk_reference
-from slime_spec.interfaces import Draft
+from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.verification import make_verifier
+from rollout.embedded.verification.reference import draw_outside, interval, threshold_reference, walk_reference
+from rollout.embedded.verification.verifier import VerifyRow
+from rollout.embedded.verification.verify_pass import RuleVerifier
+from rollout.embedded.verification.walk import follow_tree, target_only
+from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.types import SamplingParams
+from tests.support.emission import (
+    FixedCoins,
+    Law,
+    Toy,
+    cells,
+    emission_law,
+    first_token,
+    joint_law,
+    largest_error,
+    total_variation,
+    walk_law,
+)
 
 P_TARGET = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.25, 0.25], dtype=torch.float64) / 16
-Q_DRAFT = torch.tensor([6.0, 4.0, 2.0, 1.0, 1.0, 0.5, 0.3, 0.2], dtype=torch.float64) / 15
-Walk = Callable[[Sequence[int], torch.Tensor, float], int]
+FLAT = Toy(P_TARGET.log().expand(8, -1))  # the same law after every token
+MARKOV = Toy((torch.tensor([[5, 3, 1, 1], [1, 6, 2, 1], [2, 2, 4, 2], [1, 1, 1, 7]], dtype=torch.float64) / 10).log())
+WALK = RuleVerifier(target_only)
 
 
 def siblings(token_ids: Sequence[int]) -> Draft:
     return Draft(tuple(token_ids), (-1,) * len(token_ids))
 
 
-def first_token_law(walk: Walk, drafted: Sequence[int], law: torch.Tensor, cuts: Sequence[float]) -> torch.Tensor:
-    """The law of the emitted token, integrated exactly: between two cuts the outcome does not depend on the coin."""
-    emitted = torch.zeros_like(law)
-    edges = sorted({0.0, 1.0, *(cut for cut in cuts if 0.0 < cut < 1.0)})
-    for start, end in itertools.pairwise(edges):
-        emitted[walk(drafted, law, (start + end) / 2)] += end - start
-    return emitted
+def lossy(**thresholds: float) -> RuleVerifier:
+    return make_verifier(SpeculativeConfig(lossy=True, **thresholds), frozenset())
 
 
-def our_walk(drafted: Sequence[int], law: torch.Tensor, coin: float) -> int:
-    return walk_reference(siblings(drafted), law.expand(1 + len(drafted), -1), [coin] * 2)[0]
-
-
-def cumulative_walk(threshold_acc: float) -> Walk:
-    """SGLang's form: siblings stacked from zero; below threshold 1 it favours drafts on purpose."""
-
-    def walk(drafted: Sequence[int], law: torch.Tensor, coin: float) -> int:
-        stacked = 0.0
-        for token_id in drafted:
-            stacked += float(law[token_id])
-            if coin < stacked / threshold_acc:
-                return token_id
-        rest = law.clone()
-        rest[list(drafted)] = 0.0
-        spread = (coin - stacked / threshold_acc) / (1 - stacked / threshold_acc)
-        return int(torch.searchsorted(rest.cumsum(0) / rest.sum(), torch.tensor(spread, dtype=law.dtype), right=True))
-
-    return walk
-
-
-def cuts_of(law: torch.Tensor) -> list[float]:
-    return law.cumsum(0).tolist()
+def threshold_law(single: float, acc: float, drafted: Sequence[int]) -> Law:
+    """The law of the first token with thresholds; one sibling level, so one coin accepts and another draws."""
+    stacked = P_TARGET[list(drafted)].cumsum(0)
+    rest = P_TARGET.clone()
+    rest[list(drafted)] = 0.0
+    emit = [*(rest.cumsum(0) / rest.sum()).tolist(), *P_TARGET.cumsum(0).tolist()]
+    verifier = lossy(accept_threshold_single=single, accept_threshold_acc=acc)
+    return first_token(emission_law(verifier, FLAT, (), siblings(drafted), [emit], [(stacked / acc).tolist()]))
 
 
 @pytest.mark.parametrize("drafted", [(), (2,), (0,), (7,), (2, 0, 4), (1, 3, 5, 6), tuple(range(8))])
 def test_the_first_token_has_exactly_the_target_law_whatever_was_drafted(drafted: tuple[int, ...]) -> None:
-    law = first_token_law(our_walk, drafted, P_TARGET, cuts_of(P_TARGET))
-    assert (law - P_TARGET).abs().max() < 1e-12
+    law = first_token(walk_law(WALK, FLAT, (), siblings(drafted)))
+    assert largest_error(law, FLAT.autoregressive(1)) < 1e-12
 
 
 def test_a_sibling_is_accepted_with_its_target_probability() -> None:
@@ -69,88 +66,178 @@ def test_a_sibling_is_accepted_with_its_target_probability() -> None:
 def test_the_residual_is_the_target_without_the_siblings() -> None:
     removed = (0, 3)
     outside = [i for i in range(8) if i not in removed]
-    edges = [0.0, *cuts_of(P_TARGET)]
+    edges = [0.0, *P_TARGET.cumsum(0).tolist()]
     law = torch.zeros(8, dtype=torch.float64)
     for token_id in outside:  # coins known to lie outside the siblings' intervals
-        law[draw_residual(P_TARGET, removed, (edges[token_id] + edges[token_id + 1]) / 2)] += P_TARGET[token_id]
+        law[draw_outside(P_TARGET, removed, (edges[token_id] + edges[token_id + 1]) / 2)] += P_TARGET[token_id]
     expected = P_TARGET.clone()
     expected[list(removed)] = 0.0
     assert torch.equal(law / law.sum(), expected / expected.sum())
 
 
-def test_duplicate_siblings_do_not_change_our_law_but_break_the_cumulative_form() -> None:
-    duplicated = (2, 0, 0, 0)
-    assert (first_token_law(our_walk, duplicated, P_TARGET, cuts_of(P_TARGET)) - P_TARGET).abs().max() < 1e-12
-    stacked = P_TARGET[list(duplicated)].cumsum(0).tolist()
-    biased = first_token_law(cumulative_walk(1.0), duplicated, P_TARGET, stacked)
-    assert float(biased[0]) == pytest.approx(0.8125)
-
-
-@pytest.mark.parametrize(("threshold_acc", "bias"), [(0.5, 0.3125), (0.9, 0.0347)])
-def test_negative_control_an_acceptance_threshold_below_one_is_caught(threshold_acc: float, bias: float) -> None:
-    accept = float(P_TARGET[0]) / threshold_acc
-    rest = P_TARGET.clone()
-    rest[0] = 0.0
-    cuts = [accept, *(accept + (1 - accept) * rest.cumsum(0) / rest.sum()).tolist()]
-    law = first_token_law(cumulative_walk(threshold_acc), (0,), P_TARGET, cuts)
-    assert (law - P_TARGET).abs().max() == pytest.approx(bias, abs=1e-4)
-
-
-def test_negative_control_softmax_q_with_an_argmax_draft_is_caught() -> None:
-    drafted = int(Q_DRAFT.argmax())
-    accept = min(1.0, float(P_TARGET[drafted] / Q_DRAFT[drafted]))
-    residual = (P_TARGET - Q_DRAFT).clamp(min=0)
-    law = (1 - accept) * residual / residual.sum()
-    law[drafted] += accept
-    assert float((law - P_TARGET).abs().sum() / 2) == pytest.approx(0.46875, abs=1e-6)
-    one_hot = first_token_law(our_walk, (drafted,), P_TARGET, cuts_of(P_TARGET))
-    assert (one_hot - P_TARGET).abs().max() < 1e-12
-
-
-def markov_rounds(target: torch.Tensor, draft_of: Callable[[int], Sequence[int]], coins: Sequence[float]) -> list[int]:
-    """Three tokens by rounds of drafted chains, from root token 0; coin t decides token t."""
-    tokens: list[int] = [0]
-    while len(tokens) < 4:
-        chain = list(draft_of(tokens[-1]))[: 3 - len(tokens)] if len(tokens) < 3 else []
-        draft = Draft(tuple(chain), tuple(range(-1, len(chain) - 1)))
-        p_target = target[[tokens[-1], *chain]]
-        tokens += walk_reference(draft, p_target, coins[len(tokens) - 1 :])
-    return tokens[1:4]
+def test_duplicate_siblings_are_refused_because_the_cumulative_form_counts_them_twice() -> None:
+    with pytest.raises(AssertionError, match="siblings"):
+        walk_law(WALK, FLAT, (), siblings((2, 0, 0, 0)))
+    biased = 0.0
+    for start, end in cells([3 / 16, 8 / 16, 13 / 16]):
+        draft, coins = siblings((2, 0, 0, 0)), [(start + end) / 2] * 2
+        biased += (end - start) * (threshold_reference(draft, P_TARGET.expand(5, -1), coins, [0.999] * 2)[0] == 0)
+    assert biased == pytest.approx(0.8125)
 
 
 @pytest.mark.parametrize(
-    "drafts", [{0: (1, 2), 1: (0, 3), 2: (2, 2), 3: (0, 0)}, {0: (3, 0), 1: (), 2: (1,), 3: (3, 1)}]
+    ("single", "acc", "drafted", "tv"),
+    [
+        (1.0, 0.5, (0,), 0.3125),
+        (1.0, 0.9, (0,), 0.0347),
+        (1.0, 0.5, (2, 0, 4), 0.5),
+        (1.0, 0.9, (2, 0, 4), 0.0625),
+        (0.2, 1.0, (2, 0, 4), 0.5),
+    ],
 )
-def test_the_joint_law_of_three_tokens_is_the_autoregressive_one(drafts: dict[int, tuple[int, ...]]) -> None:
-    target = torch.tensor([[5, 3, 1, 1], [1, 6, 2, 1], [2, 2, 4, 2], [1, 1, 1, 7]], dtype=torch.float64) / 10
-    edges = sorted({0.0, 1.0, *target.cumsum(1).flatten().clamp(max=1.0).tolist()})
-    cells = [((a + b) / 2, b - a) for a, b in itertools.pairwise(edges) if b - a > 1e-12]
-    joint = torch.zeros(4, 4, 4, dtype=torch.float64)
-    for (c0, w0), (c1, w1), (c2, w2) in itertools.product(cells, repeat=3):
-        x, y, z = markov_rounds(target, lambda token: drafts[token], [c0, c1, c2])
-        joint[x, y, z] += w0 * w1 * w2
-    expected = torch.einsum("x,xy,yz->xyz", target[0], target, target)
-    assert (joint - expected).abs().max() < 1e-12
+def test_negative_control_an_acceptance_threshold_below_one_is_caught(
+    single: float, acc: float, drafted: tuple[int, ...], tv: float
+) -> None:
+    law = threshold_law(single, acc, drafted)
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-12)
+    assert total_variation(law, FLAT.autoregressive(1)) == pytest.approx(tv, abs=1e-4)
 
 
-def test_the_fast_path_agrees_with_the_walk_coin_for_coin() -> None:
+def test_thresholds_of_one_are_exact_and_need_no_lossy_mark() -> None:
+    assert largest_error(threshold_law(1.0, 1.0 - 1e-15, (2, 0, 4)), FLAT.autoregressive(1)) < 1e-12
+    assert lossy(accept_threshold_acc=0.9).lossy
+    assert not lossy().lossy
+    with pytest.raises(AssertionError, match="lossy"):
+        make_verifier(SpeculativeConfig(accept_threshold_single=0.5), frozenset())
+
+
+CHAINS = {0: (1, 2), 1: (0, 3), 2: (2, 2), 3: (0, 0)}, {0: (3, 0), 1: (), 2: (1,), 3: (3, 1)}
+TREES = (
+    {
+        0: Draft((1, 2, 0, 3, 3), (-1, -1, 1, 1, 0)),
+        1: Draft((3, 0, 1, 2, 1), (-1, -1, -1, 2, 1)),
+        2: siblings((0, 1, 2, 3)),
+        3: Draft((0, 0), (-1, 0)),
+    },
+)
+DRAFTS = [*({root: Draft.chain(chain) for root, chain in each.items()} for each in CHAINS), *TREES]
+SETTINGS = {
+    "plain": SamplingParams(),
+    "filters": SamplingParams(temperature=0.7, top_k=3, top_p=0.87, min_p=0.05),
+    "penalties": SamplingParams(frequency_penalty=0.4, presence_penalty=0.3, repetition_penalty=1.3),
+    "all": SamplingParams(
+        temperature=1.3,
+        top_p=0.93,
+        frequency_penalty=0.7,
+        presence_penalty=-0.2,
+        repetition_penalty=0.8,
+        min_new_tokens=2,
+        stop_token_ids=(1,),
+        logit_bias=((0, 0.5), (3, -0.4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("drafts", DRAFTS, ids=["chains", "other chains", "trees"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_joint_law_of_three_tokens_is_the_autoregressive_one(setting: str, drafts: dict[int, Draft]) -> None:
+    toy = Toy(MARKOV.table, SETTINGS[setting], prompt=(2, 0), eos_token_ids=frozenset({3}))
+    verifier = RuleVerifier(target_only, toy.eos_token_ids)
+    law = joint_law(lambda done: walk_law(verifier, toy, done, drafts[(*toy.prompt, *done)[-1]]), 3)
+    assert largest_error(law, toy.autoregressive(3)) < 1e-12
+
+
+def test_negative_control_penalties_frozen_at_the_root_are_caught() -> None:
+    toy = Toy(MARKOV.table, SamplingParams(frequency_penalty=2.0))
+
+    def frozen(generated: tuple[int, ...]) -> Law:
+        """A round whose nodes all have the root's penalties, as SGLang's have."""
+        root = (*toy.prompt, *generated)[-1]
+        draft = Draft.chain((root, root))
+        here = toy.table - 2.0 * torch.tensor([generated.count(i) for i in range(4)], dtype=torch.float64)
+        return walk_law(WALK, Toy(here), generated, draft)
+
+    assert total_variation(joint_law(frozen, 3), toy.autoregressive(3)) > 0.05
+
+
+@pytest.mark.parametrize("setting", ["plain", "penalties"])
+def test_greedy_rounds_emit_the_argmax_of_the_same_adjusted_logits(setting: str) -> None:
+    table = 2.0 * torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    greedy = SamplingParams(
+        temperature=0.0,
+        frequency_penalty=SETTINGS[setting].frequency_penalty * 3,
+        repetition_penalty=SETTINGS[setting].repetition_penalty,
+    )
+    toy = Toy(table, greedy)
+    plain: list[int] = []
+    while len(plain) < 12:
+        plain.append(next(iter(emission_law(WALK, toy, plain, NO_DRAFT, [()])))[0])
+    drafted: list[int] = []
+    while len(drafted) < 12:
+        tree = Draft((*plain[len(drafted) : len(drafted) + 1], 5, 4), (-1, 0, 0))
+        drafted += next(iter(emission_law(WALK, toy, drafted, tree, [()])))
+    assert drafted[:12] == plain
+    assert setting == "plain" or len(set(plain)) > 2
+
+
+def random_tree(generator: torch.Generator, nodes: int, likely: Callable[[int], int], vocab: int) -> Draft:
+    """Nodes under random parents, siblings distinct; a third of the tokens at random."""
+    token_ids: list[int] = []
+    parents: list[int] = []
+    for index in range(nodes):
+        parent = int(torch.randint(-1, index, (), generator=generator)) if index else -1
+        taken = [token_ids[i] for i, each in enumerate(parents) if each == parent]
+        token = likely(parent + 1) if index % 3 < 2 else int(torch.randint(0, vocab, (), generator=generator))
+        if token not in taken:
+            token_ids.append(token)
+            parents.append(parent)
+        else:
+            token_ids.append(next(i for i in range(vocab) if i not in taken))
+            parents.append(parent)
+    return Draft(tuple(token_ids), tuple(parents))
+
+
+def test_the_fast_path_agrees_with_the_walk_coin_for_coin_in_mixed_batches_of_trees() -> None:
     generator = torch.Generator().manual_seed(0)
     accepted = 0
-    for _ in range(600):
-        length, vocab = int(torch.randint(0, 6, (), generator=generator)), 11
-        logits = 2.0 * torch.randn(length + 1, vocab, generator=generator)
-        chain = [
-            int(logits[i].argmax()) if i % 3 < 2 else int(torch.randint(0, vocab, (), generator=generator))
-            for i in range(length)
-        ]
-        params = [SamplingParams(top_k=8, top_p=0.95)] * (length + 1)
-        coins = torch.rand(length + 1, generator=generator, dtype=torch.float64)
-        _, p_target = sampling_law(logits, params)
-        fast = follow_chain(inverse_cdf(p_target, coins).tolist(), chain)
-        law = p_target.double() / p_target.double().sum(-1, keepdim=True)
-        draft = Draft(tuple(chain), tuple(range(-1, length - 1)))
-        assert fast == walk_reference(draft, law, coins.tolist())
-        accepted += len(fast) - 1
+    params = [SamplingParams(), SamplingParams(temperature=0.8, top_k=8, top_p=0.95), SamplingParams(min_p=0.1)]
+    for _ in range(150):
+        drafts, toys, logits = [], [], []
+        for each in range(3):
+            toy = Toy(2.0 * torch.randn(11, 11, generator=generator, dtype=torch.float64), params[each], (1, 4))
+            nodes = int(torch.randint(0, 7, (), generator=generator))
+            likely = toy.table.argmax(-1).tolist()
+            draft = random_tree(generator, nodes, lambda node, likely=likely: likely[(4 + node) % 11], 11)
+            drafts.append(draft)
+            toys.append(toy)
+            logits.append(toy.logits((), draft))
+        coins = torch.rand(3, 8, generator=generator, dtype=torch.float64).tolist()
+        fast = WALK(torch.cat(logits), [row_of(*each) for each in zip(toys, drafts, coins, strict=True)])
+        for toy, draft, emit, verified in zip(toys, drafts, coins, fast, strict=True):
+            assert verified.token_ids == walk_reference(draft, toy.laws((), draft), emit)
+            assert [draft.token_ids[node] for node in verified.path] == verified.token_ids[:-1]
+            accepted += len(verified.path)
+    assert accepted > 100
+
+
+def row_of(toy: Toy, draft: Draft, emit: Sequence[float]) -> VerifyRow:
+    return VerifyRow(draft, toy.params, FixedCoins(0, emit), toy.prompt, len(toy.prompt))
+
+
+def test_thresholds_agree_with_their_reference_coin_for_coin() -> None:
+    generator = torch.Generator().manual_seed(3)
+    verifier = lossy(accept_threshold_single=0.6, accept_threshold_acc=0.7)
+    accepted = 0
+    for _ in range(150):
+        params = SamplingParams(top_p=float(torch.rand((), generator=generator)) / 2 + 0.5)
+        toy = Toy(2.0 * torch.randn(9, 9, generator=generator, dtype=torch.float64), params)
+        likely = toy.table.argmax(-1).tolist()
+        draft = random_tree(generator, 6, lambda node, likely=likely: likely[node % 9], 9)
+        emit, accept = torch.rand(2, 8, generator=generator, dtype=torch.float64).tolist()
+        row = VerifyRow(draft, params, FixedCoins(0, emit, accept), toy.prompt, 1)
+        verified = verifier(toy.logits((), draft), [row])[0]
+        assert verified.token_ids == threshold_reference(draft, toy.laws((), draft), accept, emit, 0.6, 0.7)
+        accepted += len(verified.path)
     assert accepted > 100
 
 
@@ -160,3 +247,17 @@ def test_in_a_tree_the_walk_follows_the_accepted_sibling_to_its_children() -> No
     assert walk_reference(tree, law, [0.6, 0.1, 0.9, 0.3]) == [2, 0, 3, 1]
     assert walk_reference(tree, law, [0.6, 0.9, 0.1]) == [2, 3, 0]
     assert walk_reference(tree, law, [0.1, 0.9]) == [0]
+    assert follow_tree([2, 9, 0, 3, 8, 1], tree) == ([2, 0, 3, 1], (1, 2, 4))
+
+
+def test_a_tree_emits_for_a_seed_what_plain_decoding_emits() -> None:
+    table = torch.randn(9, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    toy = Toy(table, SamplingParams(temperature=0.9, top_p=0.95))
+    tree = Draft((0, 1, 2, 3, 4, 5), (-1, -1, 0, 0, 1, 2))
+    for emit in itertools.product((0.05, 0.35, 0.65, 0.93), repeat=4):
+        row = row_of(toy, tree, emit)
+        emitted = WALK(toy.logits((), tree), [row])[0].token_ids
+        plain: list[int] = []
+        for coin in emit[: len(emitted)]:
+            plain.append(draw_outside(toy.law(plain), (), coin))
+        assert emitted == plain

@@ -13,7 +13,7 @@ from samples import sample
 from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.metrics.table import TABLE, metric
-from slime_spec.types import SpecCounters, TrainReport
+from slime_spec.types import Sample, SpecCounters, TrainReport
 from slime_spec.weights.push import PushReport
 
 
@@ -121,11 +121,18 @@ def test_speeds_are_tokens_over_the_seconds_of_their_phase() -> None:
     assert (metrics["perf/sync_time"], metrics["perf/step_time"]) == (0.5, 7.0)
 
 
+def drafted_by(draft_version: int | None, histogram: tuple[int, ...] = (1,)) -> Sample:
+    """A sample of weights 7."""
+    given = sample(histogram=histogram, version=7)
+    return replace(given, response=replace(given.response, draft_version=draft_version))
+
+
 def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
     report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 1, 4)
     push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True, verify_s=0.2)
+    push = replace(push, paused_s=0.8)
     made = {
-        **rollout_metrics([sample(histogram=(1, 2, 1))]),
+        **rollout_metrics([drafted_by(1, (1, 2, 1)), sample(histogram=(1,), version=8)]),
         **train_metrics(report),
         **push_metrics(push),
         **perf_metrics([sample()], {"rollout": 1.0, "train": 1.0, "sync": 1.0}, 3.0),
@@ -134,3 +141,24 @@ def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
     assert made["sync/bytes_per_s"] == 2000
     assert made["train/train_rollout_logprob_abs_diff"] == 1e-6
     assert rows == {row.name for row in TABLE}, "a row that nothing logs is a promise nobody keeps"
+
+
+def test_acceptance_is_told_by_version_only_where_a_step_mixes_versions() -> None:
+    old, new = sample(length=9, histogram=(0, 0, 0, 2), version=3), sample(length=6, histogram=(5,), version=4)
+    metrics = rollout_metrics([old, new, replace(old, prompt=new.prompt)])
+    by_version = {name: value for name, value in metrics.items() if "by_version" in name}
+    assert by_version == {"spec/accept_length_by_version/3": 18 / 4, "spec/accept_length_by_version/4": 6 / 5}
+    assert not [name for name in rollout_metrics([old, old]) if "by_version" in name]
+    assert metric("spec/accept_length_by_version/17").unit == "tokens/round"
+
+
+def test_the_drafts_lag_is_a_mean_over_the_samples_that_speculated_with_a_draft_that_has_weights() -> None:
+    assert rollout_metrics([drafted_by(7), drafted_by(4), drafted_by(0, ())])["spec/draft_version_lag"] == 1.5
+    assert "spec/draft_version_lag" not in rollout_metrics([drafted_by(None)])
+
+
+def test_lossy_samples_are_a_share_of_those_that_were_verified() -> None:
+    exact, unverified = sample(histogram=(2,)), sample()
+    lossy = replace(exact, response=replace(exact.response, lossy=True))
+    assert rollout_metrics([exact, lossy, exact, exact, unverified])["spec/lossy_ratio"] == 1 / 4
+    assert "spec/lossy_ratio" not in rollout_metrics([unverified])

@@ -21,3 +21,11 @@ def test_every_prompt_becomes_one_group_with_the_runs_sampling_parameters():
     assert first.seeds == tuple(sample_seed(1, 4, i) for i in range(3))
     assert (first.params.temperature, first.params.top_p, first.params.max_new_tokens) == (0.7, 0.9, 11)
     assert first.params.stop == ("\n",)
+
+
+def test_a_prompts_advice_goes_with_its_own_group_and_edit_with_all():
+    prompts = [Prompt(4, "t", "?", (1, 2), "x", advice_token_ids=(7, 8)), Prompt(9, "t", "?", (3,), "y")]
+    for edit in (False, True):
+        first, second = group_requests(prompts, RolloutConfig(), run_seed=1, edit=edit)
+        assert (first.params.advice_token_ids, second.params.advice_token_ids) == ((7, 8), ())
+        assert (first.params.edit, second.params.edit) == (edit, edit)

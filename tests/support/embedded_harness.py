@@ -11,8 +11,10 @@ import torch
 
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
+from rollout.embedded.drafting import Draft, DraftContext, Lane, Outcome, WeightlessDrafter
+from rollout.embedded.kv_cache import KvStore
+from rollout.embedded.plan import RowSpan
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
-from slime_spec.interfaces import Draft, DraftContext
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
 VOCAB = 131  # of the tiny checkpoints
@@ -41,6 +43,12 @@ def run(core: GenerationCore, requests: Sequence[GroupRequest]) -> Samples:
     return samples
 
 
+def prefill(core: GenerationCore, store: KvStore, row: int, prompt: Sequence[int]) -> torch.Tensor:
+    """Put a prompt into one row of a store by hand; the logits [1, vocab] after it."""
+    output = core.target.run(store, [RowSpan(row, 0, len(prompt))], prompt)
+    return core.target.logits(output.hidden[-1:])
+
+
 def greedy(max_new_tokens: int, **params: Any) -> SamplingParams:
     return SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0, **params)
 
@@ -50,7 +58,15 @@ def random_prompt(length: int, seed: int, vocab: int = 131) -> tuple[int, ...]:
     return tuple(torch.randint(0, vocab, (length,), generator=generator).tolist())
 
 
-class ScriptedDrafter:
+def draft_context(
+    key: int, token_ids: Sequence[int], num_prompt_tokens: int, limit: int, params: SamplingParams | None = None
+) -> DraftContext:
+    """What a drafter without a network is asked with."""
+    params = params or SamplingParams()
+    return DraftContext(key, 0, Lane(0), token_ids, num_prompt_tokens, limit, limit, params, coins=())
+
+
+class ScriptedDrafter(WeightlessDrafter):
     """Proposes what ``script(context)`` says: an oracle, an adversary, anything a test needs."""
 
     def __init__(self, script: Callable[[DraftContext], Sequence[int]]) -> None:
@@ -59,35 +75,43 @@ class ScriptedDrafter:
         self.forgotten: list[int] = []
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        chains = [tuple(self._script(context))[: context.max_draft_tokens] for context in contexts]
-        return [Draft(chain, tuple(range(-1, len(chain) - 1))) for chain in chains]
+        return [
+            Draft.chain(tuple(self._script(each))[: min(each.max_draft_tokens, each.max_depth)]) for each in contexts
+        ]
 
-    def observe(self, request_key: int, num_accepted: int) -> None:
-        self.observed.append((request_key, num_accepted))
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        self.observed += [(outcome.request_key, len(outcome.path)) for outcome in outcomes]
 
     def forget(self, request_key: int) -> None:
         self.forgotten.append(request_key)
 
-    def load(self, tensors: Any) -> None:
-        raise AssertionError("a scripted drafter has no weights")
+
+def continuation(samples: Samples, prompts: Sequence[Sequence[int]]) -> Callable[[DraftContext], Sequence[int]]:
+    """What an earlier run with the same seeds generated from here on; group i's prompt is ``prompts[i]``."""
+    outputs: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for (group_id, _), sample in samples.items():
+        outputs.setdefault(tuple(prompts[int(group_id)]), []).append(sample.token_ids)
+
+    def rest(context: DraftContext) -> Sequence[int]:
+        prompt = tuple(context.token_ids[: context.num_prompt_tokens])
+        generated = tuple(context.token_ids[context.num_prompt_tokens :])
+        candidates = [each for each in outputs[prompt] if each[: len(generated)] == generated]
+        return candidates[0][len(generated) :] if candidates else ()
+
+    return rest
 
 
 class ReplayDrafter(ScriptedDrafter):
     """Drafts what an earlier run with the same seeds generated, with every ``wrong_every``-th token changed."""
 
     def __init__(self, samples: Samples, prompts: Sequence[Sequence[int]], wrong_every: int = 0) -> None:
-        outputs: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        for (group_id, _), sample in samples.items():
-            outputs.setdefault(tuple(prompts[int(group_id)]), []).append(sample.token_ids)
+        rest = continuation(samples, prompts)
 
         def script(context: DraftContext) -> Sequence[int]:
-            prompt = tuple(context.token_ids[: context.num_prompt_tokens])
-            generated = tuple(context.token_ids[context.num_prompt_tokens :])
-            candidates = [each for each in outputs[prompt] if each[: len(generated)] == generated]
-            rest = candidates[0][len(generated) :] if candidates else ()
+            first = len(context.token_ids) - context.num_prompt_tokens
             return [
-                (token + 1) % VOCAB if wrong_every and (len(generated) + i) % wrong_every == 0 else token
-                for i, token in enumerate(rest)
+                (token + 1) % VOCAB if wrong_every and (first + i) % wrong_every == 0 else token
+                for i, token in enumerate(rest(context))
             ]
 
         super().__init__(script)

@@ -164,3 +164,32 @@ def test_a_file_that_is_missing_empty_or_no_text_is_refused(tokenizer: Tokenizer
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
         PromptSource(config(TaskConfig(prompt_data=str(tmp_path / "binary.jsonl"))), tokenizer)
+
+
+def test_a_rows_advice_becomes_plain_tokens_of_its_prompt_and_a_row_without_has_none(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "a", "label": 1, "old": "d e"},
+        {"prompt": "b", "label": 2},
+        {"prompt": "c", "label": 3, "old": ""},
+    ]
+    task = jsonl(tmp_path / "d.jsonl", *map(json.dumps, rows))
+    prompts = PromptSource(config(replace(task, advice_key="old")), tokenizer).take(3, 0)
+    advice = {prompt.text: prompt.advice_token_ids for prompt in prompts}
+    assert advice == {"a": tokenizer.encode("d e", special=False), "b": (), "c": ()}
+    assert all(prompt.advice_token_ids == () for prompt in PromptSource(config(task), tokenizer).take(3, 0))
+
+
+@pytest.mark.parametrize(
+    ("advice", "setting", "words"),
+    [(3, "task.prompt_data", ":1: 'old' must be a text"), (None, "task.advice_key", "no line of")],
+)
+def test_advice_that_is_no_text_or_that_no_row_has_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, advice: object, setting: str, words: str
+) -> None:
+    task = jsonl(tmp_path / "d.jsonl", json.dumps({"prompt": "a", "label": 1, "old": advice}))
+    with pytest.raises(ConfigError) as caught:
+        PromptSource(config(replace(task, advice_key="old")), tokenizer)
+    assert caught.value.setting == setting
+    assert words in caught.value.rule

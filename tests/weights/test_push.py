@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from time import sleep
 
 import pytest
 import torch
@@ -82,6 +83,20 @@ def test_a_push_brings_every_tensor_and_the_version_to_every_engine():
         assert engine.version == 7
         assert all(torch.equal(engine.weights[name], tensor) for name, tensor in WEIGHTS.items())
     assert (report.num_tensors, report.nbytes) == (3, 6 * 4 + 4 * 2 + 4)
+
+
+@pytest.mark.parametrize("pause_mode", ["none", "in_place"])
+def test_the_seconds_of_a_push_hold_what_the_trainer_took_to_begin_but_engines_do_not_pause_for_it(pause_mode):
+    engine, began_s = Receiver(), 0.2
+
+    def slow_to_begin() -> Iterator[PushMessage]:
+        sleep(began_s)
+        assert not engine.seen, "engines pause for the push, not for the trainer's preparation of it"
+        yield from push_messages()
+
+    report = run_push(slow_to_begin(), lambda message: [engine(message)], pause_mode=pause_mode)
+    assert report.seconds >= began_s
+    assert (report.paused_s > 0) == (pause_mode != "none")
 
 
 def flip_one_bit(bucket: PushBucket) -> list[torch.Tensor]:

@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
-from slime_spec.config.tree import SpeculativeConfig
-from slime_spec.interfaces import Drafter, load_choice
+from typing import TYPE_CHECKING
+
+import torch
+
+from rollout.embedded.drafters.quantized import check_fp8
+from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.drafting import Drafter
+from slime_spec.config.tree import Config
+from slime_spec.draft.choice import choose_draft
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.interfaces import load_choice
+from slime_spec.speculation.shape import draft_shape
+
+if TYPE_CHECKING:
+    from rollout.embedded.validate import Limits
 
 DRAFTERS = {
     "NONE": "rollout.embedded.drafters.none:NoneDrafter",
     "LOOKUP": "rollout.embedded.drafters.lookup:LookupDrafter",
+    "NGRAM": "rollout.embedded.drafters.ngram:NgramDrafter",
+    "STANDALONE": "rollout.embedded.drafters.standalone:StandaloneDrafter",
+    "EAGLE": "rollout.embedded.drafters.eagle:EagleDrafter",
+    "EAGLE3": "rollout.embedded.drafters.eagle3:Eagle3Drafter",
+    "NEXTN": "rollout.embedded.drafters.nextn:NextNDrafter",
 }
 
 
-def make_drafter(config: SpeculativeConfig) -> Drafter:
-    drafter: Drafter = load_choice("speculative.algorithm", DRAFTERS, config.algorithm)(config)
+def make_drafter(
+    config: Config, target: ModelSpec, device: torch.device, dtype: torch.dtype, limits: Limits
+) -> Drafter:
+    """The configured drafter; raises ConfigError for a draft that cannot serve. Weights are read at its first bind."""
+    speculative = config.speculative
+    drafter_class = load_choice("speculative.algorithm", DRAFTERS, speculative.algorithm)
+    if speculative.algorithm == "NGRAM":
+        with_corpus: Drafter = drafter_class.with_corpus(config, target.vocab_size)
+        return with_corpus
+    draft = choose_draft(config, target)
+    if draft is None:
+        weightless: Drafter = drafter_class(speculative)
+        return weightless
+    if speculative.draft_model_quantization == "fp8":
+        check_fp8(device)
+    setup = DrafterSetup(
+        config=speculative,
+        shape=draft_shape(speculative, target.architecture),
+        draft=draft,
+        target=target,
+        dtype=dtype,
+        device=device,
+        context_length=limits.context_length,
+        max_total_tokens=limits.max_total_tokens,
+    )
+    drafter: Drafter = drafter_class(setup)
     return drafter
+
+
+def draft_kv_spec(config: Config, target: ModelSpec) -> ModelSpec | None:
+    """The decoder whose keys and values the configured drafter caches, if it caches any; reads config files only."""
+    draft = choose_draft(config, target)
+    return None if draft is None else draft.block

@@ -1,84 +1,142 @@
-"""Prompt lookup, RTP-LLM's rules: continue the earliest earlier occurrence of the longest matching suffix.
+"""Prompt lookup and speculative edit by RTP-LLM's rules: continue an earlier occurrence of the latest tokens.
 
-For L from ``max_token_match`` down to ``min_token_match``: find the earliest i with corpus[i : i+L] equal to the last
-L tokens and i + L < len(corpus) - 1 (at least two tokens follow); propose what follows it. The corpus is the request's
-own sequence.
+Lookup, over a corpus C of m tokens (the request's advice, else its own sequence): for L from ``max_token_match`` down
+to ``min_token_match``, the earliest i with C[i : i+L] equal to the last L tokens and i + L < m - 1 (at least two
+tokens follow) wins; propose what follows it.
+
+Edit takes the advice for an earlier version of the reply. The first round proposes it from where the reply stands,
+without a match. Later rounds search as above, but only from ``search_index - L`` on, where ``search_index`` counts the
+drafts accepted from the advice; it is not moved to the place of a hit, so that after an insertion it lags and never
+skips what is still to come.
+
+When advice was given and proposed nothing, the request's own sequence is looked up instead. RTP-LLM's own bounds on a
+proposal (gen_num_per_cycle, max_new_tokens, the sequence's room) are the round's ``max_draft_tokens`` and
+``max_depth``, which are never wider. Its match lengths default to 2 and 2, here to 2 and 4: a longer suffix is the
+better hit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
-import torch
-
+from rollout.embedded.drafting import Draft, DraftContext, Outcome, WeightlessDrafter
 from slime_spec.config.tree import SpeculativeConfig
-from slime_spec.errors import PushError
-from slime_spec.interfaces import Draft, DraftContext
 
 
-class NgramIndex:
-    """The earliest position of every n-gram of a growing corpus, for each length of a range.
-
-    The earliest occurrence is enough: the rule's bound on i is an upper one, so if the earliest breaks it, all do.
-    """
+class NgramPositions:
+    """Where every n-gram of a growing corpus begins, ascending, for each length of a range."""
 
     def __init__(self, min_match: int, max_match: int) -> None:
         self._lengths = range(max_match, min_match - 1, -1)
-        self._earliest: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in self._lengths}
+        self._positions: dict[int, dict[tuple[int, ...], list[int]]] = {length: {} for length in self._lengths}
         self._num_indexed = 0
 
     def extend(self, corpus: Sequence[int]) -> None:
         """Index what was appended to ``corpus`` since the last call."""
         for length in self._lengths:
-            earliest = self._earliest[length]
+            positions = self._positions[length]
             for end in range(max(self._num_indexed + 1, length), len(corpus) + 1):
-                earliest.setdefault(tuple(corpus[end - length : end]), end - length)
+                positions.setdefault(tuple(corpus[end - length : end]), []).append(end - length)
         self._num_indexed = len(corpus)
 
-    def continuation(self, sequence: Sequence[int], corpus: Sequence[int], limit: int) -> tuple[int, ...]:
-        """At most ``limit`` tokens that followed the suffix of ``sequence`` in the indexed ``corpus``, or none."""
+    def continuation(
+        self, sequence: Sequence[int], corpus: Sequence[int], limit: int, search_index: int = 0
+    ) -> tuple[int, ...]:
+        """At most ``limit`` tokens that followed the suffix of ``sequence`` in the indexed ``corpus``, or none.
+
+        Hits before ``search_index - L`` do not count. If the earliest of the others lies too near to the corpus's end,
+        so do all.
+        """
         for length in self._lengths:
             if length > len(sequence):
                 continue
-            start = self._earliest[length].get(tuple(sequence[-length:]))
-            if start is not None and start + length < len(corpus) - 1:
-                return tuple(corpus[start + length : start + length + limit])
+            positions = self._positions[length].get(tuple(sequence[-length:]))
+            if positions is None:
+                continue
+            at = bisect_left(positions, search_index - length) if search_index > length else 0
+            if at < len(positions) and (start := positions[at] + length) < len(corpus) - 1:
+                return tuple(corpus[start : start + limit])
         return ()
 
 
-def scan_lookup(
-    sequence: Sequence[int], corpus: Sequence[int], min_match: int, max_match: int, limit: int
-) -> tuple[int, ...]:
-    """The same rule as a plain scan, for tests to hold the index against."""
-    for length in range(min(max_match, len(sequence)), min_match - 1, -1):
-        suffix = list(sequence[len(sequence) - length :])
-        for start in range(len(corpus)):
-            if start + length < len(corpus) - 1 and list(corpus[start : start + length]) == suffix:
-                return tuple(corpus[start + length : start + length + limit])
-    return ()
+@dataclass(eq=False)
+class LookupState:
+    """One request: its indexes, and how far an edit has come."""
+
+    own: NgramPositions
+    advice: NgramPositions | None
+    is_first_round: bool = True
+    search_index: int = 0
+    ran: bool = False  # this round's proposal is the advice's, so its accepted drafts count
 
 
-class LookupDrafter:
-    """Drafts chains from each request's own tokens."""
+class LookupDrafter(WeightlessDrafter):
+    """Drafts chains from each request's advice and from its own tokens."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self._min_match, self._max_match = config.min_token_match, config.max_token_match
-        self._indexes: dict[int, NgramIndex] = {}
+        self._states: dict[int, LookupState] = {}
+        # A group's samples have the same advice: it is indexed once, for as long as one of them lives.
+        self._advice: WeakValueDictionary[tuple[int, ...], NgramPositions] = WeakValueDictionary()
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        return [self._propose(context) for context in contexts]
+        return [Draft.chain(self._propose(context)) for context in contexts]
 
-    def observe(self, request_key: int, num_accepted: int) -> None:
-        pass
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            state = self._states.get(outcome.request_key)
+            if state is not None and state.ran:
+                state.search_index += len(outcome.path)
+                state.ran = False
 
     def forget(self, request_key: int) -> None:
-        self._indexes.pop(request_key, None)
+        self._states.pop(request_key, None)
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        raise PushError("prompt lookup has no draft weights to update")
+    def _propose(self, context: DraftContext) -> tuple[int, ...]:
+        state = self._state(context)
+        tokens, advice = context.token_ids, context.params.advice_token_ids
+        limit = min(context.max_draft_tokens, context.max_depth)
+        chain: tuple[int, ...] = ()
+        if context.params.edit:
+            chain = self._edit(state, context, limit)
+        elif state.advice is not None:
+            chain = state.advice.continuation(tokens, advice, limit)
+        if chain or (context.params.edit and state.advice is None):
+            return chain
+        state.own.extend(tokens)
+        return state.own.continuation(tokens, tokens, limit)
 
-    def _propose(self, context: DraftContext) -> Draft:
-        index = self._indexes.setdefault(context.request_key, NgramIndex(self._min_match, self._max_match))
-        index.extend(context.token_ids)
-        chain = index.continuation(context.token_ids, context.token_ids, context.max_draft_tokens)
-        return Draft(chain, tuple(range(-1, len(chain) - 1)))
+    def _edit(self, state: LookupState, context: DraftContext, limit: int) -> tuple[int, ...]:
+        tokens = context.token_ids
+        corpus = context.params.advice_token_ids or tokens
+        if state.is_first_round:
+            state.is_first_round, state.ran = False, True
+            num_generated = len(tokens) - context.num_prompt_tokens
+            return tuple(corpus[num_generated : num_generated + limit])
+        index = state.advice
+        if index is None:
+            index = state.own
+            index.extend(tokens)
+        chain = index.continuation(tokens, corpus, limit, state.search_index)
+        state.ran = bool(chain)
+        return chain
+
+    def _state(self, context: DraftContext) -> LookupState:
+        state = self._states.get(context.request_key)
+        if state is None:
+            advice = context.params.advice_token_ids
+            index = self._advice_index(advice) if advice else None
+            state = LookupState(NgramPositions(self._min_match, self._max_match), index)
+            self._states[context.request_key] = state
+        return state
+
+    def _advice_index(self, advice: tuple[int, ...]) -> NgramPositions:
+        index = self._advice.get(advice)
+        if index is None:
+            index = NgramPositions(self._min_match, self._max_match)
+            index.extend(advice)
+            self._advice[advice] = index
+        return index

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
-
+from rollout.embedded.drafting import NO_DRAFT, Draft, DraftContext, WeightlessDrafter
 from slime_spec.config.tree import SpeculativeConfig
-from slime_spec.errors import PushError
-from slime_spec.interfaces import Draft, DraftContext
-
-EMPTY = Draft(token_ids=(), parents=())
 
 
-class NoneDrafter:
+class NoneDrafter(WeightlessDrafter):
     """Proposes nothing."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         pass
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        return [EMPTY] * len(contexts)
-
-    def observe(self, request_key: int, num_accepted: int) -> None:
-        pass
-
-    def forget(self, request_key: int) -> None:
-        pass
-
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        raise PushError("speculation is off: the engine has no draft weights to update")
+        return [NO_DRAFT] * len(contexts)

@@ -1,0 +1,83 @@
+"""Growing chains, a token at a time for all sequences of a batch: the draft's argmax, or drawn from its law."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rollout.embedded.drafters.heads import DraftStep, DraftVocab, Heads
+from rollout.embedded.drafting import Draft, DraftContext
+from rollout.embedded.plan import RowSpan
+from rollout.embedded.verification.draw import argmax, inverse_cdf
+from slime_spec.types import is_greedy
+
+
+def chain_limit(context: DraftContext) -> int:
+    return min(context.max_draft_tokens, context.max_depth)
+
+
+def grow_chains(
+    first: Heads,
+    step: DraftStep,
+    next_slots: Sequence[RowSpan],
+    contexts: Sequence[DraftContext],
+    num_steps: int,
+    vocab: DraftVocab,
+    samples: bool,
+) -> list[Draft]:
+    """A chain per row, of ``num_steps`` tokens or as many as its context allows.
+
+    ``first`` follows each row's root; ``next_slots[row]`` is where its first drafted token's keys go. With ``samples``
+    requests that sample get tokens drawn from softmax(logits / T), and ``Draft.q_draft`` says so.
+    """
+    sampler = ChainSampler(contexts, vocab, first.logits.device) if samples else None
+    num_steps = min(num_steps, max(map(chain_limit, contexts)))
+    levels: list[torch.Tensor] = []
+    heads, spans = first, next_slots
+    for index in range(num_steps):
+        draft_ids = argmax(heads.logits)
+        if sampler is not None and sampler.rows:
+            draft_ids = sampler.draw(heads.logits, draft_ids, index)
+        levels.append(vocab.tokens(draft_ids))
+        if index + 1 < num_steps:
+            heads = step(levels[-1], heads.hidden, spans)
+            spans = [RowSpan(span.row, span.start + 1, 1, span.prefix_row, span.prefix_len) for span in spans]
+    drafts = []
+    for row, (context, chain) in enumerate(zip(contexts, torch.stack(levels, dim=1).tolist(), strict=True)):
+        tokens = chain[: chain_limit(context)]
+        drafts.append(Draft.chain(tokens, None if sampler is None else sampler.law(row, len(tokens))))
+    return drafts
+
+
+class ChainSampler:
+    """Draws the drafts of those rows of a batch whose requests sample, and keeps the laws they came from."""
+
+    def __init__(self, contexts: Sequence[DraftContext], vocab: DraftVocab, device: torch.device) -> None:
+        self.rows = [row for row, each in enumerate(contexts) if not is_greedy(each.params.temperature)]
+        self._contexts = [contexts[row] for row in self.rows]
+        self._vocab = vocab
+        temperatures = [each.params.temperature for each in self._contexts]
+        self._temperatures = torch.tensor(temperatures, device=device).unsqueeze(1)
+        self._index = torch.tensor(self.rows, device=device)
+        self._laws: list[torch.Tensor] = []
+
+    def draw(self, logits: torch.Tensor, draft_ids: torch.Tensor, step: int) -> torch.Tensor:
+        """``draft_ids`` [rows], those of sampling rows replaced by tokens drawn with the coins of this step."""
+        q_draft = (logits[self._index] / self._temperatures).softmax(dim=-1)
+        coins = torch.tensor([_coin(each, step) for each in self._contexts], dtype=torch.float64, device=logits.device)
+        self._laws.append(self._vocab.spread(q_draft))
+        return draft_ids.index_copy(0, self._index, inverse_cdf(q_draft, coins))
+
+    def law(self, row: int, num_nodes: int) -> torch.Tensor | None:
+        """The laws [nodes, target vocab] that the row's first tokens were drawn from; None for a row of argmaxes."""
+        if row not in self.rows:
+            return None
+        place = self.rows.index(row)
+        return torch.stack([law[place] for law in self._laws[:num_nodes]])
+
+
+def _coin(context: DraftContext, step: int) -> float:
+    """Steps beyond the row's own limit, whose tokens are cut away, need none."""
+    generated = len(context.token_ids) - context.num_prompt_tokens
+    return context.coins[generated + step] if step < chain_limit(context) else 0.0

@@ -1,0 +1,54 @@
+"""EAGLE (arXiv 2401.15077) and EAGLE-2 (2406.16858): one checkpoint format, drafting with the target's head.
+
+The head may be cut to hot tokens (FR-Spec, ``--speculative-token-map``), so that it costs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollout.embedded.drafters.feature_drafter import FeatureDrafter
+from rollout.embedded.drafters.heads import DraftVocab
+from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.linear import PackedLinear
+from rollout.embedded.model import Decoder
+from slime_spec.errors import ConfigError
+
+
+class EagleDrafter(FeatureDrafter):
+    """Checkpoints LlamaForCausalLMEagle; the target's head, or the hot rows of it."""
+
+    def __init__(self, setup: DrafterSetup) -> None:
+        super().__init__(setup)
+        self._hot: torch.Tensor | None = None
+        if setup.config.token_map is not None:
+            self._hot = read_token_map(setup.config.token_map, setup.target.vocab_size).to(setup.device)
+            self._vocab = DraftVocab(setup.target.vocab_size, self._hot)
+
+    def _head_of(self, decoder: Decoder) -> PackedLinear:
+        if self._hot is None:
+            return decoder.head
+        return PackedLinear(
+            decoder.head.rows(self._hot)
+        )  # a copy, cut again after every change of the target's weights
+
+
+def read_token_map(path: str, vocab_size: int) -> torch.Tensor:
+    """The hot token ids [hot] of a file that torch saved (a list or a tensor, as SGLang reads it)."""
+    setting, remedy = (
+        "speculative.token_map",
+        "Pass a file that torch.save wrote from a list of the target's token ids.",
+    )
+    if not Path(path).is_file():
+        raise ConfigError(setting, "must be a file", path, remedy)
+    stored: Any = torch.load(path, weights_only=True)
+    if not isinstance(stored, torch.Tensor | Sequence):
+        raise ConfigError(setting, "must hold a list of token ids", type(stored).__name__, remedy)
+    ids = torch.as_tensor(stored, dtype=torch.int64)
+    if ids.ndim != 1 or not len(ids) or len(ids.unique()) < len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
+        raise ConfigError(setting, f"must hold different token ids from 0 to {vocab_size - 1}", path, remedy)
+    return ids

@@ -1,0 +1,193 @@
+"""What EAGLE, EAGLE-3 and MTP drafters have in common: drafting from the target's hidden states.
+
+Per sequence, draft position t holds the keys and values of (token t + 1, features of token t). The features of the
+last committed token wait until its successor is known:
+
+    prefill   features 0 … k      extend positions 0 … k - 1, whose next tokens are known; the last features wait
+    propose   root is token k+1   extends the waiting positions; the last one's output is the first draft
+              S - 1 steps         on the draft's own states, into slots that the next round overwrites
+    observe                       features of what was accepted wait for the next propose
+
+So after every round the draft's cache of committed tokens comes from the target's true features. A group's shared
+prompt of P tokens is computed once: its first P - 1 positions, for the last one's next token differs by sample.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rollout.embedded.drafters.grow import grow_drafts
+from rollout.embedded.drafters.heads import DraftVocab, Heads
+from rollout.embedded.drafters.network import DraftNetwork
+from rollout.embedded.drafters.network_weights import NetworkBuilder
+from rollout.embedded.drafters.rows import DraftRows, last_rows, own_span
+from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill
+from rollout.embedded.kv_cache import KvCache, KvStore
+from rollout.embedded.linear import PackedLinear
+from rollout.embedded.model import Decoder
+from rollout.embedded.plan import RowSpan
+from rollout.embedded.rope import RopeTable
+from slime_spec.draft.checkpoint import draft_shapes, load_draft
+from slime_spec.draft.spec import DraftSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Track:
+    """How far a sequence's draft cache reaches; ``waiting`` are the features of the positions after."""
+
+    num_cached: int
+    waiting: tuple[torch.Tensor, ...]
+
+
+class FeatureDrafter:
+    """Drafts chains or trees with a network that reads the target's features."""
+
+    def __init__(self, setup: DrafterSetup) -> None:
+        spec = setup.draft.spec
+        assert isinstance(spec, DraftSpec), "the algorithm's draft is a network, not a whole model"
+        self.spec, self._setup = spec, setup
+        self.needs = FeatureNeed(layers=spec.capture_layers, final=not spec.capture_layers)
+        self.weights = NetworkWeights(spec, setup)
+        self._rows = DraftRows(spec.block, setup)
+        self._vocab = DraftVocab(setup.target.vocab_size)
+        self._tracks: dict[int, Track] = {}
+        self._target: Decoder | None = None
+        self._shared_head: PackedLinear | None = None
+
+    @property
+    def cache(self) -> KvCache:
+        return self._rows.cache
+
+    @torch.inference_mode()
+    def bind(self, decoder: Decoder) -> None:
+        """Share the target's embedding and head; the first time, read the draft's own weights."""
+        if self._target is None:
+            self._read()
+        self._target = decoder
+        self._shared_head = None if self.spec.has_own_head else self._head_of(decoder)
+
+    @torch.inference_mode()
+    def prefill(self, prefill: Prefill) -> None:
+        assert prefill.features is not None, "the core brings the features that were asked for"
+        track = self._track_before(prefill)
+        features = torch.cat((*track.waiting, prefill.features)) if track.waiting else prefill.features
+        count = features.shape[0] - 1
+        if count:
+            store, span = self._place(prefill, track.num_cached, count)
+            hidden = self._network.project(features[:-1])
+            self._forward(store, self._rows.tensor(prefill.token_ids[-count:]), hidden, [span])
+        # The last row alone: a view would keep the whole prompt's features.
+        self._tracks[prefill.key] = Track(track.num_cached + count, (features[-1:].clone(),))
+
+    @torch.inference_mode()
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+        spans: list[RowSpan] = []
+        next_slots: list[RowSpan] = []
+        token_ids: list[int] = []
+        waiting: list[torch.Tensor] = []
+        for context in contexts:
+            track = self._track(context.request_key, context.prompt_key)
+            num_committed = len(context.token_ids) - 1
+            prefix_len = shared_positions(context.lane.prefix_len)
+            spans.append(own_span(context.lane, prefix_len, track.num_cached, num_committed - track.num_cached))
+            next_slots.append(own_span(context.lane, prefix_len, num_committed, 1))
+            token_ids.extend(context.token_ids[track.num_cached + 1 :])
+            waiting.extend(track.waiting)
+            self._tracks[context.request_key] = Track(num_committed, ())
+        hidden = self._network.project(torch.cat(waiting) if len(waiting) > 1 else waiting[0])
+        residual = self._forward(self.cache.own, self._rows.tensor(token_ids), hidden, spans)
+        first = self._network.heads(last_rows(residual, spans), self._shared_head)
+        return grow_drafts(self._setup, self._vocab, first, self._step, next_slots, contexts)
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            assert outcome.features is not None, "the core brings the features that were asked for"
+            track = self._tracks.get(outcome.request_key)
+            if track is not None:  # else its one round had no budget for a draft, and it is the last
+                self._tracks[outcome.request_key] = Track(track.num_cached, (*track.waiting, outcome.features))
+
+    def forget(self, request_key: int) -> None:
+        self._tracks.pop(request_key, None)
+
+    @property
+    def _network(self) -> DraftNetwork:
+        return self.weights.network
+
+    def _step(self, token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]) -> Heads:
+        residual = self._forward(self.cache.own, token_ids, hidden, spans)
+        return self._network.heads(residual, self._shared_head)
+
+    def _forward(
+        self, store: KvStore, token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]
+    ) -> torch.Tensor:
+        assert self._target is not None, "a drafter is bound before it drafts"
+        own = self._network.embedding
+        embedded = self._target.embed(token_ids) if own is None else own[token_ids]
+        return self._network.forward(embedded, hidden, self._rows.plan(store, spans))
+
+    def _track(self, request_key: int, prompt_key: int) -> Track:
+        """A sample begins where its shared prompt ends."""
+        track = self._tracks.get(request_key)
+        return self._tracks[prompt_key] if track is None else track
+
+    def _track_before(self, prefill: Prefill) -> Track:
+        return Track(0, ()) if prefill.start == 0 else self._track(prefill.key, prefill.prompt_key)
+
+    def _place(self, prefill: Prefill, position: int, count: int) -> tuple[KvStore, RowSpan]:
+        if prefill.shared:
+            return self.cache.prefixes, RowSpan(prefill.lane.prefix_row, position, count)
+        prefix_len = shared_positions(prefill.lane.prefix_len)
+        return self.cache.own, own_span(prefill.lane, prefix_len, position, count)
+
+    def _read(self) -> None:
+        checkpoint = load_draft(self._setup.draft.folder, self.spec)
+        stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
+        if stored != {self._setup.dtype}:
+            logger.info("cast the draft folder=%s to=%s", self._setup.draft.folder, self._setup.dtype)
+        self.weights.load(checkpoint.tensors)
+        if checkpoint.hot_token_ids is not None:
+            self._vocab = DraftVocab(self._vocab.target_size, checkpoint.hot_token_ids.to(self._setup.device))
+
+    def _head_of(self, decoder: Decoder) -> PackedLinear:
+        return decoder.head
+
+
+def shared_positions(num_prompt_tokens: int) -> int:
+    """Draft positions of a shared prompt that are the same for all its samples."""
+    return max(0, num_prompt_tokens - 1)
+
+
+class NetworkWeights:
+    """The draft's own weights (see DraftWeights); a push makes a second network and swaps."""
+
+    def __init__(self, spec: DraftSpec, setup: DrafterSetup) -> None:
+        rope = RopeTable(spec.block, setup.context_length + setup.shape.headroom, setup.dtype, setup.device)
+        quantization = setup.config.draft_model_quantization
+        self._builder = NetworkBuilder(spec, rope, setup.dtype, setup.device, quantization)
+        self._network: DraftNetwork | None = None
+
+    @property
+    def network(self) -> DraftNetwork:
+        assert self._network is not None, "a drafter reads its weights when it is first bound"
+        return self._network
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return draft_shapes(self._builder.spec)
+
+    @property
+    def exact(self) -> bool:
+        return self._builder.quantization is None
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._network = self._builder.build(tensors)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._builder.tensors(self.network)

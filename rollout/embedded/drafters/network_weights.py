@@ -1,0 +1,116 @@
+"""A draft checkpoint's tensors to the network's fused modules, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from rollout.embedded.blocks import Layer
+from rollout.embedded.drafters.network import DraftNetwork
+from rollout.embedded.drafters.quantized import make_linear
+from rollout.embedded.linear import PackedLinear
+from rollout.embedded.rope import RopeTable
+from rollout.embedded.weights import Slot
+from slime_spec.draft.checkpoint import draft_shapes
+from slime_spec.draft.spec import DraftSpec, mtp_family
+
+FC_NORMS = "fc_norms."
+
+
+def draft_slots(spec: DraftSpec) -> list[Slot]:
+    """Every module of the network; together they use each tensor of ``draft_shapes(spec)`` once."""
+    shapes = draft_shapes(spec)
+    blocks = [f"layers.{index}." for index in range(spec.block.num_layers)]
+    top = {"fc": "fc.weight", "norm": "norm.weight", "embedding": "embed_tokens.weight", "head": "lm_head.weight"}
+    if spec.family == "eagle3":
+        blocks[0] = "midlayer."
+        top |= {"embedding_norm": "midlayer.input_layernorm.weight", "hidden_norm": "midlayer.hidden_norm.weight"}
+        top |= {"input_norm": "input_norm.weight"}
+        top |= {f"{FC_NORMS}{index}": f"fc_norm.{index}.weight" for index in range(len(spec.capture_layers))}
+    elif spec.family == "mtp":
+        family = mtp_family(spec.block.architecture)
+        blocks = [family.prefix + family.block]
+        top = {"fc": family.projection, "norm": family.final_norm, "hidden_norm": family.hidden_norm}
+        top = {attribute: family.prefix + name for attribute, name in top.items()}
+        top |= {"embedding_norm": family.prefix + family.embedding_norm}
+    slots = []
+    for attribute, name in top.items():
+        if name in shapes:
+            bias = ("fc.bias",) if attribute == "fc" and "fc.bias" in shapes else ()
+            slots.append(Slot(-1, attribute, (name,), bias, linear=attribute in ("fc", "head")))
+    for layer, block in enumerate(blocks):
+        slots += _block_slots(layer, block, spec, shapes)
+    return slots
+
+
+def _block_slots(layer: int, block: str, spec: DraftSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
+    qkv = tuple(f"{block}self_attn.{x}_proj." for x in "qkv")
+    biases = tuple(name + "bias" for name in qkv) if spec.block.qkv_bias else ()
+    slots = [
+        Slot(layer, "qkv", tuple(name + "weight" for name in qkv), biases),
+        Slot(layer, "out", (block + "self_attn.o_proj.weight",)),
+        Slot(layer, "post_norm", (block + "post_attention_layernorm.weight",), linear=False),
+        Slot(layer, "gate_up", (block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight")),
+        Slot(layer, "down", (block + "mlp.down_proj.weight",)),
+    ]
+    # EAGLE-3's first block has two norms, of the two halves it reads; its further ones call theirs hidden_norm.
+    norm = block + ("hidden_norm.weight" if spec.family == "eagle3" else "input_layernorm.weight")
+    if norm in shapes and (spec.family, layer) != ("eagle3", 0):
+        slots.append(Slot(layer, "input_norm", (norm,), linear=False))
+    return slots
+
+
+class NetworkBuilder:
+    """Makes networks of one draft from its tensors, in the engine's dtype; ``quantization`` rounds its matrices."""
+
+    def __init__(
+        self, spec: DraftSpec, rope: RopeTable, dtype: torch.dtype, device: torch.device, quantization: str | None
+    ) -> None:
+        self.spec, self.quantization = spec, quantization
+        self._rope, self._dtype, self._device = rope, dtype, device
+        self._slots = draft_slots(spec)
+
+    def build(self, tensors: Mapping[str, torch.Tensor]) -> DraftNetwork:
+        """The network; shares no memory with ``tensors``, which are those of ``draft_shapes``."""
+        top: dict[str, PackedLinear | torch.Tensor] = {}
+        # A first block whose attention is given its input never reads its norm.
+        unread = torch.ones(self.spec.block.hidden_size, dtype=self._dtype, device=self._device)
+        blocks: list[dict[str, PackedLinear | torch.Tensor]] = [
+            {"input_norm": unread} for _ in range(self.spec.block.num_layers)
+        ]
+        for slot in self._slots:
+            weight = self._stacked(slot.weights, tensors)
+            bias = self._stacked(slot.biases, tensors) if slot.biases else None
+            module = make_linear(weight, bias, self.quantization) if slot.linear else weight
+            (top if slot.layer < 0 else blocks[slot.layer])[slot.attribute] = module
+        norms = [top.pop(attribute) for attribute in list(top) if attribute.startswith(FC_NORMS)]
+        layers = [Layer(**block) for block in blocks]  # type: ignore[arg-type]
+        return DraftNetwork(self.spec, self._rope, layers, fc_norms=norms, **top)  # type: ignore[arg-type]
+
+    def tensors(self, network: DraftNetwork) -> dict[str, torch.Tensor]:
+        """The weights that ``network`` computes with, under the names of ``draft_shapes``, in its order."""
+        shapes = draft_shapes(self.spec)
+        read: dict[str, torch.Tensor] = {}
+        for slot in self._slots:
+            module = _module(network, slot)
+            weight = module.unpacked() if isinstance(module, PackedLinear) else module
+            rows = [shapes[name][0] for name in slot.weights]
+            read.update(zip(slot.weights, weight.split(rows), strict=True))
+            if slot.biases:
+                assert isinstance(module, PackedLinear), "biases belong to linears"
+                assert module.bias is not None, "a slot with biases has them"
+                read.update(zip(slot.biases, module.bias.split(rows), strict=True))
+        return {name: read[name] for name in shapes}
+
+    def _stacked(self, names: tuple[str, ...], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The parts as one tensor, always a copy: a push's memory is not ours to keep."""
+        return torch.cat([tensors[name].detach().to(self._device, self._dtype) for name in names])
+
+
+def _module(network: DraftNetwork, slot: Slot) -> PackedLinear | torch.Tensor:
+    if slot.attribute.startswith(FC_NORMS):
+        return network.fc_norms[int(slot.attribute.removeprefix(FC_NORMS))]
+    holder = network if slot.layer < 0 else network.layers[slot.layer]
+    module: PackedLinear | torch.Tensor = getattr(holder, slot.attribute)
+    return module

@@ -1,0 +1,103 @@
+"""STANDALONE (RTP-LLM's ``vanilla``): a second, smaller model with the same tokenizer drafts.
+
+Its cache holds one position per token, like the target's. After a round it keeps what it computed of the tokens that
+stood: all of a chain but its last token, which it never read; of a tree only the root, whose branches lie scattered.
+The next round begins by reading the tokens it is behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rollout.embedded.drafters.chain import chain_limit
+from rollout.embedded.drafters.grow import grow_drafts
+from rollout.embedded.drafters.heads import DraftVocab, Heads
+from rollout.embedded.drafters.rows import DraftRows, last_rows, own_span
+from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.drafters.whole_model import ModelWeights
+from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill
+from rollout.embedded.kv_cache import KvCache, KvStore
+from rollout.embedded.model import Decoder
+from rollout.embedded.plan import RowSpan
+from slime_spec.hf.model_spec import ModelSpec
+
+
+class StandaloneDrafter:
+    """Drafts chains or trees with a whole model of its own."""
+
+    needs = FeatureNeed()
+
+    def __init__(self, setup: DrafterSetup) -> None:
+        spec = setup.draft.spec
+        assert isinstance(spec, ModelSpec), "STANDALONE drafts with a whole model"
+        self.spec, self._setup = spec, setup
+        self.weights = ModelWeights(spec, setup)
+        self._rows = DraftRows(spec, setup)
+        self._vocab = DraftVocab(setup.target.vocab_size)
+        # Where the two models pad their embeddings differently, neither's padding is drafted or read.
+        self._num_tokens = min(spec.vocab_size, setup.target.vocab_size)
+        self._num_cached: dict[int, int] = {}  # tokens whose keys are right, by request or prompt
+        self._num_read = 0  # drafted tokens of a chain that the last round read
+
+    @property
+    def cache(self) -> KvCache:
+        return self._rows.cache
+
+    @torch.inference_mode()
+    def bind(self, decoder: Decoder) -> None:
+        """Nothing is shared with the target; the first time, read the draft's weights."""
+        if not self.weights.is_read:
+            self.weights.read()
+
+    @torch.inference_mode()
+    def prefill(self, prefill: Prefill) -> None:
+        count = len(prefill.token_ids)
+        if prefill.shared:
+            store, span = self.cache.prefixes, RowSpan(prefill.lane.prefix_row, prefill.start, count)
+        else:
+            store, span = self.cache.own, own_span(prefill.lane, prefill.lane.prefix_len, prefill.start, count)
+        self._forward(store, self._rows.tensor(prefill.token_ids), [span])
+        self._num_cached[prefill.key] = prefill.start + count
+
+    @torch.inference_mode()
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+        self._num_read = min(self._setup.shape.num_steps, max(map(chain_limit, contexts))) - 1
+        spans: list[RowSpan] = []
+        next_slots: list[RowSpan] = []
+        token_ids: list[int] = []
+        for context in contexts:
+            num_cached = self._num_cached.get(context.request_key)
+            if num_cached is None:  # a sample begins where its shared prompt ends
+                num_cached = self._num_cached[context.prompt_key]
+            prefix_len, num_tokens = context.lane.prefix_len, len(context.token_ids)
+            spans.append(own_span(context.lane, prefix_len, num_cached, num_tokens - num_cached))
+            next_slots.append(own_span(context.lane, prefix_len, num_tokens, 1))
+            token_ids.extend(context.token_ids[num_cached:])
+            self._num_cached[context.request_key] = num_tokens
+        hidden = self._forward(self.cache.own, self._rows.tensor(token_ids), spans)
+        first = self._heads(last_rows(hidden, spans))
+        return grow_drafts(self._setup, self._vocab, first, self._step, next_slots, contexts)
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        if self._setup.shape.topk > 1:
+            return
+        for outcome in outcomes:
+            if outcome.path:
+                self._num_cached[outcome.request_key] += min(len(outcome.path), self._num_read)
+
+    def forget(self, request_key: int) -> None:
+        self._num_cached.pop(request_key, None)
+
+    def _step(self, token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]) -> Heads:
+        return self._heads(self._forward(self.cache.own, token_ids, spans))
+
+    def _forward(self, store: KvStore, token_ids: torch.Tensor, spans: Sequence[RowSpan]) -> torch.Tensor:
+        if self.spec.vocab_size < self._setup.target.vocab_size:
+            token_ids = token_ids.clamp(max=self.spec.vocab_size - 1)
+        hidden, _ = self.weights.decoder.hidden(token_ids, self._rows.plan(store, spans))
+        return hidden
+
+    def _heads(self, hidden: torch.Tensor) -> Heads:
+        return Heads(self.weights.decoder.logits(hidden)[:, : self._num_tokens], hidden)

@@ -1,0 +1,75 @@
+"""A second whole model as a draft: its decoder, and its weights as a push sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from rollout.embedded.blocks import Layer
+from rollout.embedded.drafters.quantized import make_linear
+from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.linear import PackedLinear, best_packing
+from rollout.embedded.model import Decoder
+from rollout.embedded.rope import RopeTable
+from rollout.embedded.weights import DecoderBuilder, named_tensors
+from slime_spec.hf.checkpoint import expected_shapes, load_tensors
+from slime_spec.hf.model_spec import ModelSpec
+
+LINEARS = ("qkv", "out", "gate_up", "down")
+
+
+class ModelWeights:
+    """The draft model's weights (see DraftWeights); a push makes a second decoder and swaps."""
+
+    def __init__(self, spec: ModelSpec, setup: DrafterSetup) -> None:
+        self._spec, self._setup = spec, setup
+        positions = setup.context_length + setup.shape.headroom
+        self._rope = RopeTable(spec, positions, setup.dtype, setup.device)
+        self._quantization = setup.config.draft_model_quantization
+        self._decoder: Decoder | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        assert self._decoder is not None, "a drafter reads its weights when it is first bound"
+        return self._decoder
+
+    @property
+    def is_read(self) -> bool:
+        return self._decoder is not None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return expected_shapes(self._spec)
+
+    @property
+    def exact(self) -> bool:
+        return self._quantization is None
+
+    def read(self) -> None:
+        """Take the weights of the draft's folder."""
+        self.load(load_tensors(self._setup.draft.folder, self._spec))
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        setup = self._setup
+        packing = best_packing(setup.device, setup.dtype)
+        builder = DecoderBuilder(self._spec, self._rope, setup.dtype, setup.device, packing)
+        for name in self.shapes:
+            builder.add(name, tensors[name])
+        decoder = builder.finish()
+        if self._quantization is not None:
+            self._round(decoder)
+        self._decoder = decoder
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return named_tensors(self.decoder)
+
+    def _round(self, decoder: Decoder) -> None:
+        """Quantise the blocks' matrices; embedding and head, often one table, stay as they are."""
+        for layer in decoder.layers:
+            for attribute in LINEARS:
+                self._round_linear(layer, attribute)
+
+    def _round_linear(self, layer: Layer, attribute: str) -> None:
+        linear: PackedLinear = getattr(layer, attribute)
+        setattr(layer, attribute, make_linear(linear.unpacked(), linear.bias, self._quantization))

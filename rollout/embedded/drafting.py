@@ -1,0 +1,193 @@
+"""What the core and a drafter say to each other.
+
+    prompt, piece by piece:   prefill(Prefill)                     the target has just cached these tokens
+    every round:              propose(contexts) ──► drafts         one per speculating sequence
+                              verify (target) ──► observe(outcomes) what stood, and the target's features of it
+    end or preemption:        forget(request_key)
+    weights:                  bind(decoder) after every change of the target's; ``weights`` for the drafter's own
+
+A drafter with a network keeps keys and values in a cache of its own, whose rows are the target's: row r of the target's
+own store and row r of the drafter's belong to the same sequence, and the batch grows, moves and frees both together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rollout.embedded.kv_cache import KvCache
+from rollout.embedded.model import Decoder
+from slime_spec.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Candidate tokens for one verify pass, the root (last emitted token) excluded; parents precede children.
+
+    ``parents[i]`` is the index of node i's parent, -1 for the root: a chain of three is ``(-1, 0, 1)``. Siblings are
+    distinct tokens. ``q_draft`` is the law each token was truly sampled from ([nodes, target vocab], fp32); None means
+    the drafter chose its tokens (argmax, n-gram, lookup, top-k), a point mass.
+    """
+
+    token_ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    q_draft: torch.Tensor | None = None
+
+    @classmethod
+    def chain(cls, token_ids: Sequence[int], q_draft: torch.Tensor | None = None) -> Draft:
+        return cls(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)), q_draft)
+
+    @property
+    def is_chain(self) -> bool:
+        return all(parent == index - 1 for index, parent in enumerate(self.parents))
+
+
+NO_DRAFT = Draft(token_ids=(), parents=())
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Where a sequence's keys and values lie at this moment; rows change when other sequences finish.
+
+    ``prefix_row`` is the row of the group's shared prompt in the prefix store, -1 when the prompt is in the row itself.
+    """
+
+    row: int
+    prefix_row: int = -1
+    prefix_len: int = 0
+
+
+@dataclass(frozen=True)
+class FeatureNeed:
+    """Which of the target's hidden states a drafter wants with every prefill and every outcome.
+
+    ``layers`` are target layers (0-based) whose output, the residual stream, is taken before any norm, in the order
+    given; ``final`` adds the hidden state after the final norm. Features are concatenated along the last dimension.
+    """
+
+    layers: tuple[int, ...] = ()
+    final: bool = False
+
+    @property
+    def any(self) -> bool:
+        return bool(self.layers) or self.final
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Known tokens which the target has just cached at absolute positions ``start ..``; pieces arrive in order.
+
+    ``shared`` says that they are a group's prompt in the prefix store (row ``lane.prefix_row``) and ``key`` is the
+    prompt's; otherwise they lie in the sequence's own row and ``key`` is the request's. A sequence whose prompt was
+    shared, or that was preempted, may be given its generated tokens this way. ``features`` is [tokens, width] in the
+    compute dtype, None for a drafter that needs none. ``prompt_key`` is the prompt's in either case.
+    """
+
+    key: int
+    shared: bool
+    lane: Lane
+    start: int
+    token_ids: tuple[int, ...]
+    features: torch.Tensor | None = None
+    prompt_key: int = 0
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What a drafter may look at for one sequence; ``token_ids`` are all committed ones, prompt first.
+
+    The last token is the root of the round: the target has not cached it yet. A draft may have ``max_draft_tokens``
+    nodes and paths of ``max_depth``. ``coins[t]`` is the uniform to sample the draft of generated token t with, so that
+    the first draft of this round uses ``coins[len(token_ids) - num_prompt_tokens]``.
+    """
+
+    request_key: int
+    prompt_key: int
+    lane: Lane
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    max_draft_tokens: int
+    max_depth: int
+    params: SamplingParams
+    coins: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one sequence's last draft: ``path`` are the accepted nodes, from the root down.
+
+    ``features`` [1 + accepted, width] belong to the root and the accepted nodes: the tokens whose keys and values the
+    target has committed this round. The round also emitted one token more, the next round's root.
+    """
+
+    request_key: int
+    path: tuple[int, ...]
+    features: torch.Tensor | None = None
+
+
+class DraftWeights(Protocol):
+    """A drafter's own weights, under the names of their checkpoint format."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor a push of side "draft" must bring."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether ``tensors`` are the loaded ones bit for bit (in the engine's dtype); quantised weights are not."""
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Use these from the next round on; they are already checked against ``shapes``."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights in use, read back out of whatever form the drafter keeps them in."""
+
+
+class Drafter(Protocol):
+    """Proposes tokens for the target to verify; whatever it proposes, the output's law stays the target's."""
+
+    @property
+    def needs(self) -> FeatureNeed: ...
+
+    @property
+    def cache(self) -> KvCache | None:
+        """The drafter's own keys and values, rows as the target's; None for a drafter without a network."""
+
+    @property
+    def weights(self) -> DraftWeights | None: ...
+
+    def bind(self, decoder: Decoder) -> None:
+        """Called before the first round and after every change of the target's weights."""
+
+    def prefill(self, prefill: Prefill) -> None: ...
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+        """One draft per context; an empty draft is a plain decode step."""
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None: ...
+
+    def forget(self, request_key: int) -> None:
+        """The request is finished or preempted (or the prompt no longer needed): drop its state."""
+
+
+class WeightlessDrafter:
+    """What every drafter without a network has in common."""
+
+    needs = FeatureNeed()
+    cache: KvCache | None = None
+    weights: DraftWeights | None = None
+
+    def bind(self, decoder: Decoder) -> None:
+        pass
+
+    def prefill(self, prefill: Prefill) -> None:
+        pass
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        pass
+
+    def forget(self, request_key: int) -> None:
+        pass

@@ -1,0 +1,151 @@
+"""Known tokens into the KV: a bounded number per step, several prompts in one pass, oldest first.
+
+A step computes at most one chunk, so that a long prompt does not stall the sequences that run; within it a prompt gets
+all it needs before the next one gets anything, so that prompts finish in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rollout.embedded.batch import Batch
+from rollout.embedded.drafting import Lane, Prefill
+from rollout.embedded.plan import RowSpan
+from rollout.embedded.request import SampleState
+from rollout.embedded.speculation import Speculation
+from rollout.embedded.target import Target
+
+# Tokens per step: fewer while others decode, whose next tokens wait for it; either bounds masks and activations.
+CHUNK_TOKENS_ALONE = 1024
+CHUNK_TOKENS_BESIDE_DECODING = 256
+# Attention pads the rows of a pass to the longest.
+MAX_PADDED_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some tokens of a sequence, or of its group's shared prompt, in slots ``start ..`` of their row."""
+
+    sequence: SampleState
+    shared: bool
+    row: int
+    start: int
+    token_ids: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether what follows is a first token, so that logits are wanted."""
+        group = self.sequence.group
+        if self.shared:
+            return self.end == group.num_prompt_tokens and group.num_started < len(group.request.seeds)
+        return not self.sequence.logprobs and self.end == self.sequence.prefill_len
+
+
+class Prefiller:
+    """Works through the batch's sequences that do not run yet."""
+
+    def __init__(self, batch: Batch, target: Target, speculation: Speculation) -> None:
+        self._batch, self._target, self._speculation = batch, target, speculation
+
+    def step(self, version: int) -> list[SampleState]:
+        """Compute one chunk; the sequences that are ready now, already promoted. ``version`` is the weights'."""
+        batch = self._batch
+        pieces = list(self._next_pieces())
+        # Shared prompts first: a resumed sequence may need its prompt in this very step.
+        for shared in (True, False):
+            for together in _passes([piece for piece in pieces if piece.shared == shared]):
+                self._run(together, version)
+        ready = []
+        while batch.num_running < len(batch.sequences) and batch.sequences[batch.num_running].prefilled:
+            sequence = batch.promote()
+            if sequence.group.shares_prompt:
+                own = [sequence.kv_version] if sequence.num_prefilled else []
+                sequence.kv_version = min([sequence.group.kv_version, *own])
+            ready.append(sequence)
+        return ready
+
+    def _next_pieces(self) -> Iterator[Piece]:
+        batch = self._batch
+        budget = CHUNK_TOKENS_BESIDE_DECODING if batch.num_running else CHUNK_TOKENS_ALONE
+        begun = set()
+        for row in range(batch.num_running, len(batch.sequences)):
+            sequence = batch.sequences[row]
+            group = sequence.group
+            if not group.prefix_ready and group.key not in begun:
+                begun.add(group.key)
+                start = group.num_prefilled
+                tokens = group.request.prompt_token_ids[start : start + budget]
+                yield Piece(sequence, True, group.prefix_row, start, tokens)
+                budget -= len(tokens)
+            first = group.prefix_tokens + sequence.num_prefilled
+            tokens = tuple(sequence.token_ids[first : min(first + budget, group.prefix_tokens + sequence.prefill_len)])
+            if tokens and budget:
+                yield Piece(sequence, False, row, sequence.num_prefilled, tokens)
+                budget -= len(tokens)
+            if not budget:
+                return
+
+    def _run(self, pieces: Sequence[Piece], version: int) -> None:
+        """One pass over pieces of one store."""
+        spans: list[RowSpan] = []
+        tokens: list[int] = []
+        for piece in pieces:
+            group = piece.sequence.group
+            prefix = (-1, 0) if piece.shared else (group.prefix_row, group.prefix_tokens)
+            spans.append(RowSpan(piece.row, piece.start, len(piece.token_ids), *prefix))
+            tokens += piece.token_ids
+        store = self._target.cache.prefixes if pieces[0].shared else self._target.cache.own
+        output = self._target.run(store, spans, tokens)
+        features = self._target.features(output)
+        first = 0
+        ending: list[tuple[Piece, int]] = []
+        for piece in pieces:
+            end = first + len(piece.token_ids)
+            self._take(piece, version, None if features is None else features[first:end])
+            if piece.ends_prompt:
+                ending.append((piece, end - 1))
+            first = end
+        if ending:
+            logits = self._target.logits(output.hidden[self._target.tensor([last for _, last in ending])])
+            for (piece, _), row_logits in zip(ending, logits.split(1), strict=True):
+                piece.sequence.group.first_logits = row_logits
+                piece.sequence.group.prompt_version = version
+
+    def _take(self, piece: Piece, version: int, features: torch.Tensor | None) -> None:
+        """Note that a piece lies in the KV, and show it to the drafter."""
+        sequence, group = piece.sequence, piece.sequence.group
+        owner = group if piece.shared else sequence
+        owner.num_prefilled = piece.end
+        if piece.start == 0:
+            owner.kv_version = version
+        prompt = Lane(-1, group.prefix_row, group.prefix_tokens)
+        shown = Prefill(
+            key=owner.key,
+            shared=piece.shared,
+            lane=prompt if piece.shared else self._batch.lane(piece.row),
+            start=piece.start if piece.shared else group.prefix_tokens + piece.start,
+            token_ids=piece.token_ids,
+            features=features,
+            prompt_key=group.key,
+        )
+        self._speculation.prefill(group, shown)
+
+
+def _passes(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces of one store, in as few passes as bearable padding allows."""
+    together: list[Piece] = []
+    for piece in pieces:
+        longest = max(len(each.token_ids) for each in (piece, *together))
+        if together and (len(together) + 1) * longest > MAX_PADDED_TOKENS:
+            yield together
+            together = []
+        together.append(piece)
+    if together:
+        yield together

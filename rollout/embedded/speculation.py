@@ -1,0 +1,121 @@
+"""The drafter as the core sees it: asked only for requests that speculate, held to its limits, and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from rollout.embedded.batch import Batch
+from rollout.embedded.drafting import NO_DRAFT, Draft, DraftContext, Drafter, Outcome, Prefill
+from rollout.embedded.plan import RowSpan, tree_shape
+from rollout.embedded.request import Group, SampleState
+from rollout.embedded.target import PassOutput, Target, Timing
+from rollout.embedded.verification.verifier import Verified
+from slime_spec.speculation.shape import DraftShape
+
+
+@dataclass
+class Speculation:
+    """Everything the core asks of a drafter; ``enabled`` is False where the engine does not speculate at all."""
+
+    drafter: Drafter
+    shape: DraftShape
+    enabled: bool
+    target: Target
+    timing: Timing
+    clock: Callable[[], float]
+
+    @property
+    def headroom(self) -> int:
+        """KV slots a row needs beyond its tokens."""
+        return self.shape.headroom if self.enabled else 0
+
+    def applies_to(self, group: Group) -> bool:
+        return self.enabled and group.request.params.speculative
+
+    def bind(self) -> None:
+        """The target's weights are new."""
+        with self._timed():
+            self.drafter.bind(self.target.decoder)
+
+    def prefill(self, group: Group, prefill: Prefill) -> None:
+        if self.applies_to(group):
+            with self._timed():
+                self.drafter.prefill(prefill)
+
+    def propose(self, batch: Batch) -> list[Draft]:
+        """A draft for every running sequence, no deeper than its token budget allows."""
+        drafts = [NO_DRAFT] * batch.num_running
+        rows, contexts = [], []
+        for row, sequence in enumerate(batch.running):
+            max_depth = min(self.shape.num_steps, sequence.num_remaining - 1)
+            if max_depth > 0 and self.applies_to(sequence.group):
+                rows.append(row)
+                contexts.append(self._context(batch, row, max_depth))
+        if contexts:
+            with self._timed():
+                proposed = self.drafter.propose(contexts)
+            for row, context, draft in zip(rows, contexts, proposed, strict=True):
+                _check(draft, context)
+                drafts[row] = draft
+        return drafts
+
+    def observe(self, batch: Batch, output: PassOutput, spans: Sequence[RowSpan], verified: Sequence[Verified]) -> None:
+        """Tell the drafter what stood, with the target's features of every root and accepted node."""
+        running = batch.running
+        rows = [row for row, each in enumerate(running) if self.applies_to(each.group)]
+        if not rows:
+            return
+        first_token = [0, *accumulate(span.count for span in spans)]
+        committed = [[first_token[row], *(first_token[row] + 1 + node for node in verified[row].path)] for row in rows]
+        features: Sequence[torch.Tensor | None] = [None] * len(rows)
+        if self.drafter.needs.any:
+            index = self.target.tensor([token for tokens in committed for token in tokens])
+            gathered = self.target.features(output[index])
+            assert gathered is not None, "needed features are captured"
+            features = gathered.split([len(tokens) for tokens in committed])
+        keys = [running[row].key for row in rows]
+        paths = [verified[row].path for row in rows]
+        with self._timed():
+            self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, strict=True)])
+
+    def forget(self, sequence: SampleState) -> None:
+        """The sequence has left the batch, for good or not."""
+        if self.applies_to(sequence.group):
+            self.drafter.forget(sequence.key)
+
+    def forget_prompt(self, group: Group) -> None:
+        if self.applies_to(group):
+            self.drafter.forget(group.key)
+
+    def _context(self, batch: Batch, row: int, max_depth: int) -> DraftContext:
+        sequence = batch.sequences[row]
+        group = sequence.group
+        return DraftContext(
+            request_key=sequence.key,
+            prompt_key=group.key,
+            lane=batch.lane(row),
+            token_ids=sequence.token_ids,
+            num_prompt_tokens=group.num_prompt_tokens,
+            max_draft_tokens=self.shape.num_draft_tokens - 1,
+            max_depth=max_depth,
+            params=group.request.params,
+            coins=sequence.coins.draft_of_round(sequence.num_generated),
+        )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = self.clock()
+        yield
+        self.timing.draft_s += self.clock() - start
+
+
+def _check(draft: Draft, context: DraftContext) -> None:
+    assert len(draft.token_ids) <= context.max_draft_tokens, "a drafter proposed more than it was allowed"
+    if draft.token_ids:
+        _, depths = tree_shape(draft.parents)
+        assert depths.max() < context.max_depth, "a drafter proposed deeper than it was allowed"

@@ -1,0 +1,180 @@
+"""The algorithms one row and one node at a time, in their papers' order: what the batched verifiers are held against.
+
+Laws are normalised fp64 rows: ``p_target`` [1 + nodes, vocab] after the root (row 0) and after node i (row i + 1),
+``q_draft`` [nodes, vocab] that node i was sampled from. Coins are indexed by depth: ``accept[d]`` judges the draft
+that would be emitted d-th, ``emit[d]`` draws the d-th token where no draft supplies it. All return the emitted tokens,
+accepted ones first, then the correction or the bonus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rollout.embedded.drafting import Draft
+from slime_spec.types import SamplingParams
+
+
+def law_reference(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int] = (),
+    generated: Sequence[int] = (),
+    eos_token_ids: frozenset[int] = frozenset(),
+) -> torch.Tensor:
+    """The law [vocab] of the token after ``generated``: every step in turn, each filter renormalised, by full sorts."""
+    p = (adjust_reference(logits, params, prompt, generated, eos_token_ids) / params.temperature).softmax(-1)
+    if params.top_k > 0:
+        p = torch.where(p >= p.sort(descending=True).values[min(params.top_k, len(p)) - 1], p, 0.0)
+        p = p / p.sum()
+    if params.top_p < 1.0:
+        ranked = p.sort(descending=True).values
+        mass, kept = 0.0, 0
+        while mass < params.top_p and kept < len(p) and ranked[kept] > 0:
+            mass += float(ranked[kept])
+            kept += 1
+        p = torch.where(p >= ranked[kept - 1], p, 0.0)
+        p = p / p.sum()
+    p = torch.where(p >= params.min_p * p.max(), p, 0.0)
+    return p / p.sum()
+
+
+def adjust_reference(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    eos_token_ids: frozenset[int],
+) -> torch.Tensor:
+    """Logits [vocab] in fp64 after penalties, bias and the mask of min_new_tokens, token by token."""
+    logits = logits.double().clone()
+    for token_id in range(len(logits)):
+        count = list(generated).count(token_id)
+        logits[token_id] -= params.frequency_penalty * count
+        if count:
+            logits[token_id] -= params.presence_penalty
+        if count or token_id in prompt:
+            positive = logits[token_id] > 0
+            logits[token_id] *= 1 / params.repetition_penalty if positive else params.repetition_penalty
+    for token_id, bias in params.logit_bias:
+        logits[token_id] += bias
+    if len(generated) < params.min_new_tokens:
+        for token_id in eos_token_ids.union(params.stop_token_ids):
+            logits[token_id] = -torch.inf
+    return logits
+
+
+def walk_reference(draft: Draft, p_target: torch.Tensor, emit: Sequence[float]) -> list[int]:
+    """The target-only walk; one coin a depth both accepts and draws, by intervals in vocabulary order."""
+    emitted: list[int] = []
+    node = -1
+    while True:
+        law, coin = p_target[node + 1], emit[len(emitted)]
+        children = _children(draft, node)
+        accepted = None
+        for child in children:
+            start, end = interval(law, draft.token_ids[child])
+            if start <= coin < end:
+                accepted = child
+                break
+        if accepted is None:
+            siblings = [draft.token_ids[child] for child in children]
+            return [*emitted, draw_outside(law, siblings, coin)]
+        emitted.append(draft.token_ids[accepted])
+        node = accepted
+
+
+def rejection_reference(
+    drafted: Sequence[int],
+    q_draft: torch.Tensor,
+    p_target: torch.Tensor,
+    accept: Sequence[float],
+    emit: Sequence[float],
+) -> list[int]:
+    """Chain rejection sampling; a point mass is a one-hot row of ``q_draft``."""
+    for i, token_id in enumerate(drafted):
+        if not accept[i] * q_draft[i, token_id] < p_target[i, token_id]:
+            return [*drafted[:i], draw(_residual(p_target[i], q_draft[i], 1.0), emit[i])]
+    return [*drafted, draw(p_target[len(drafted)], emit[len(drafted)])]
+
+
+def block_reference(
+    drafted: Sequence[int],
+    q_draft: torch.Tensor,
+    p_target: torch.Tensor,
+    accept: Sequence[float],
+    emit: Sequence[float],
+) -> list[int]:
+    """Block verification (arXiv 2403.10444), prefixes in growing order; a point mass is a one-hot row."""
+    gamma, standing, scale, ratio = len(drafted), 0, 1.0, 1.0
+    for i in range(1, gamma + 1):
+        token_id = drafted[i - 1]
+        ratio = min(ratio * float(p_target[i - 1, token_id] / q_draft[i - 1, token_id]), 1.0)
+        passes = ratio
+        if i < gamma:
+            left = float((ratio * p_target[i] - q_draft[i]).clamp(min=0).sum())
+            passes = left / (left + 1 - ratio) if left + 1 - ratio > 0 else 1.0
+        if accept[i - 1] < passes:
+            standing, scale = i, ratio
+    if standing == gamma:
+        return [*drafted, draw(p_target[gamma], emit[gamma])]
+    residual = _residual(p_target[standing], q_draft[standing], scale)
+    return [*drafted[:standing], draw(residual, emit[standing])]
+
+
+def threshold_reference(
+    draft: Draft,
+    p_target: torch.Tensor,
+    accept: Sequence[float],
+    emit: Sequence[float],
+    single: float = 1.0,
+    acc: float = 1.0,
+) -> list[int]:
+    """SGLang's kernel: siblings stacked from zero. Exact at 1 and 1 for distinct siblings, biased otherwise."""
+    emitted: list[int] = []
+    node = -1
+    while True:
+        law, stacked, accepted = p_target[node + 1], 0.0, None
+        for child in _children(draft, node):
+            p = float(law[draft.token_ids[child]])
+            stacked += p
+            if p > 0 and (accept[len(emitted)] < stacked / acc or p >= single):
+                accepted = child
+                break
+        if accepted is None:
+            left = law.clone()
+            left[[draft.token_ids[child] for child in _children(draft, node)]] = 0.0
+            return [*emitted, draw(left if left.any() else law, emit[len(emitted)])]
+        emitted.append(draft.token_ids[accepted])
+        node = accepted
+
+
+def interval(law: torch.Tensor, token_id: int) -> tuple[float, float]:
+    """The part of [0, 1) that belongs to a token: lengths are probabilities, in vocabulary order."""
+    end = law.cumsum(dim=0)
+    return (float(end[token_id - 1]) if token_id else 0.0), float(end[token_id])
+
+
+def draw(weights: torch.Tensor, coin: float) -> int:
+    """The token whose interval of the normalised ``weights`` holds the coin."""
+    return draw_outside(weights / weights.sum(), (), coin)
+
+
+def draw_outside(law: torch.Tensor, removed: Sequence[int], coin: float) -> int:
+    """The token outside ``removed`` whose interval holds the coin, which is known to lie in none of theirs."""
+    for token_id in range(law.shape[0]):
+        start, end = interval(law, token_id)
+        if token_id not in removed and start <= coin < end:
+            return token_id
+    positive = [i for i in range(law.shape[0]) if law[i] > 0 and i not in removed]
+    return positive[-1]  # the coin lies in the rounding error above the last interval
+
+
+def _residual(p: torch.Tensor, q: torch.Tensor, scale: float) -> torch.Tensor:
+    left = (scale * p - q).clamp(min=0)
+    return left if left.any() else p
+
+
+def _children(draft: Draft, node: int) -> list[int]:
+    return [index for index, parent in enumerate(draft.parents) if parent == node]

@@ -1,0 +1,63 @@
+"""The seam between a pass's logits and the tokens it emits; plain decoding is a round with an empty draft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rollout.embedded.coins import Coins
+from rollout.embedded.drafting import Draft
+from slime_spec.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class VerifyRow:
+    """One sequence of a pass: what it drafted, its law, its coins; ``token_ids`` are all committed, prompt first."""
+
+    draft: Draft
+    params: SamplingParams
+    coins: Coins
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_nodes(self) -> int:
+        """Rows of logits: the root and every drafted token."""
+        return 1 + len(self.draft.token_ids)
+
+    def depths(self) -> list[int]:
+        """How many drafted tokens lead to each node, root first: node d decides token ``num_generated + d``."""
+        depths = [0]
+        for parent in self.draft.parents:
+            depths.append(depths[parent + 1] + 1)
+        return depths
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a round emits: accepted drafts, then one token of the target's; ``path`` names the accepted nodes.
+
+    ``logprobs[i]`` is the target's log softmax(logits / T) at ``token_ids[i]``, after bias and penalties.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    path: tuple[int, ...]
+
+
+class Verifier(Protocol):
+    """Decides a pass; one thread calls it."""
+
+    @property
+    def lossy(self) -> bool:
+        """Whether it may bend the target's law: every sample it touches is marked."""
+
+    def __call__(self, logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
+        """``logits`` [sum of num_nodes, vocab], only read, holds each row's root, then its nodes, row by row."""

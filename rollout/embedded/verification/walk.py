@@ -1,0 +1,76 @@
+"""The target-only walk: which drafted tokens stand, such that the output has exactly the target's law.
+
+At a node, each child x is accepted with probability p_target(x) (given that no earlier sibling was), and when none is,
+the token comes from p_target without the siblings. It is SGLang's default and, for children chosen without looking at
+the coins, exact whatever drafted them (SpecInfer, EAGLE with q = 1).
+
+One coin per position decides everything: child x is accepted when the coin of its depth falls into x's interval of the
+cumulative law in vocabulary order, an event of probability p_target(x), disjoint from its siblings'. What is left of
+the unit interval belongs to the other tokens, each in proportion to its p_target: the residual law. So the walk emits,
+at every position, the very token plain decoding would have drawn with that position's coin, whatever tree was drafted.
+Speculation thus changes no output for a given seed (but for coins within rounding, about 1e-6, of an interval's end:
+logits of passes of different sizes differ in their last bits), and the fast path is: draw a token at every node,
+follow the children that equal it. walk_reference takes the paper's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rollout.embedded.drafting import Draft
+from rollout.embedded.verification.draw import argmax, inverse_cdf
+from rollout.embedded.verification.law import sampling_law
+from rollout.embedded.verification.verifier import Verified, VerifyRow
+from rollout.embedded.verification.verify_pass import Emission, Pass, Rule, Scratch, with_logprobs
+from slime_spec.types import is_greedy
+
+# (the token drawn at every node of a row, root first; its draft) -> (tokens to emit, accepted nodes)
+Follow = Callable[[Sequence[int], Draft], tuple[list[int], tuple[int, ...]]]
+
+
+def target_only(row: VerifyRow) -> Rule:
+    return walk_greedy if is_greedy(row.params.temperature) else walk_sampled
+
+
+def follow_tree(drawn: Sequence[int], draft: Draft) -> tuple[list[int], tuple[int, ...]]:
+    """From the root to the child that equals the token drawn there, and on; the last token has no such child."""
+    child_at = dict(zip(zip(draft.parents, draft.token_ids, strict=True), range(len(draft.parents)), strict=True))
+    assert len(child_at) == len(draft.parents), "siblings of a draft must be distinct tokens"
+    path: list[int] = []
+    emitted = [drawn[0]]
+    node = child_at.get((-1, drawn[0]))
+    while node is not None:
+        path.append(node)
+        emitted.append(drawn[node + 1])
+        node = child_at.get((node, drawn[node + 1]))
+    return emitted, tuple(path)
+
+
+def walk_greedy(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tree) -> list[Verified]:
+    """Rows at temperature 0: the argmax at every node; the law is computed only where a token is emitted."""
+    logits = verify_pass.logits
+    emissions = _follow_all(verify_pass, argmax(logits).tolist(), follow)
+    nodes = [node for emission in emissions for node in emission.nodes]
+    index = torch.tensor(nodes, device=logits.device)
+    reached = torch.index_select(logits, 0, index, out=scratch.take("reached", len(nodes), logits))
+    weights = torch.softmax(reached, dim=-1, out=scratch.take("law", len(nodes), logits))
+    return with_logprobs(emissions, weights, range(len(nodes)))
+
+
+def walk_sampled(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tree) -> list[Verified]:
+    """Rows that sample: every node's token is drawn with the coin of its depth."""
+    logits = verify_pass.logits
+    weights = sampling_law(logits, verify_pass.params, scratch.take("law", len(logits), logits))
+    coins = [row.coins.emit[row.num_generated + depth] for row in verify_pass.rows for depth in row.depths()]
+    drawn = inverse_cdf(weights, torch.tensor(coins, dtype=torch.float64, device=logits.device)).tolist()
+    emissions = _follow_all(verify_pass, drawn, follow)
+    return with_logprobs(emissions, weights, [node for emission in emissions for node in emission.nodes])
+
+
+def _follow_all(verify_pass: Pass, drawn: Sequence[int], follow: Follow) -> list[Emission]:
+    return [
+        Emission(*follow(drawn[root : root + row.num_nodes], row.draft), root)
+        for row, root in zip(verify_pass.rows, verify_pass.roots, strict=True)
+    ]

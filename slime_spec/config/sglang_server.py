@@ -1,0 +1,58 @@
+"""The settings of the SGLang engine's servers, besides their own flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slime_spec.config.setting import setting
+
+
+@dataclass(frozen=True)
+class SglangServerConfig:
+    """The SGLang engine's servers; every flag of theirs is --sglang-<flag>."""
+
+    python: str | None = setting(
+        None, "Python of the environment that has sglang; default: this one.", flags=("--sglang-python",)
+    )
+    host: str = setting(
+        "127.0.0.1", "Address that servers listen on: loopback, or the node's.", flags=("--sglang-host",)
+    )
+    port: int = setting(
+        0,
+        "Port of the first engine's server, the next has the next; 0: free ones.",
+        flags=("--sglang-port",),
+        minimum=0,
+    )
+    start_timeout_s: float = setting(
+        900.0, "Longest wait for a server to become healthy.", flags=("--sglang-start-timeout",), above=0.0
+    )
+    external_addrs: tuple[str, ...] = setting(
+        (),
+        "Servers (host:port) that someone else started, one an engine; they are used, never restarted.",
+        flags=("--rollout-external-engine-addrs",),
+    )
+    overrides: str | None = setting(
+        None,
+        "YAML file of flags for single engines: {0: {mem_fraction_static: 0.7}}.",
+        flags=("--sglang-config",),
+    )
+    extra_args: tuple[str, ...] = setting(
+        (), "Words added to the servers' command line as they are.", flags=("--sglang-extra-args",)
+    )
+    transport: str = setting(
+        "tensor",
+        "How weights reach a server: tensor (shared memory, CUDA IPC), distributed (gloo, nccl) or disk.",
+        flags=("--sglang-weight-transport",),
+        choices=("tensor", "distributed", "disk"),
+    )
+    canary_prompts: int = setting(
+        4, "Prompts generated greedily after each push to see that drafts are still accepted; 0: none.", minimum=0
+    )
+    canary_tokens: int = setting(32, "Tokens of a canary's response.", minimum=1)
+    canary_drop: float = setting(
+        0.5,
+        "Accepted drafts per round below this share of their running mean: the draft is lost.",
+        above=0.0,
+        maximum=1.0,
+    )
+    max_restarts: int = setting(3, "Restarts of one engine's server before the run ends.", minimum=0)

@@ -1,0 +1,232 @@
+"""Speculative settings that are fine one by one and cannot work together, and those that have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+
+from slime_spec.config.speculative import EMBEDDED_ALGORITHMS
+from slime_spec.config.tree import Config, SpeculativeConfig
+from slime_spec.errors import ConfigError
+from slime_spec.speculation.shape import (
+    AUTO_CHAIN,
+    MODEL_DRAFTS,
+    NGRAM_DRAFT_TOKENS,
+    auto_is_chain,
+    check_shape,
+    forced_draft_tokens,
+)
+
+EVERY = tuple(name for name in EMBEDDED_ALGORITHMS if name != "NONE")
+# Which algorithms read a setting; where none does, it has no effect and the user is told.
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    "num_steps": (*MODEL_DRAFTS, "LOOKUP"),
+    "eagle_topk": MODEL_DRAFTS,
+    "num_draft_tokens": EVERY,
+    "accept_threshold_single": EVERY,
+    "accept_threshold_acc": EVERY,
+    "lossy": EVERY,
+    "token_map": ("EAGLE",),
+    "draft_norm_output_convention": ("EAGLE3",),
+    "min_token_match": ("LOOKUP",),
+    "max_token_match": ("LOOKUP",),
+    "edit": ("LOOKUP",),
+    **{field.name: ("NGRAM",) for field in fields(SpeculativeConfig) if field.name.startswith("ngram_")},
+}
+FORGED_ACCEPTANCE = "SGLANG_SIMULATE_ACC_LEN"
+
+
+def check_speculation(config: Config) -> None:
+    """Raise ConfigError for the first contradiction among the speculative settings."""
+    spec = config.speculative
+    if spec.algorithm == "LOOKUP" and config.rollout.engine == "sglang":
+        raise ConfigError(
+            "speculative.algorithm",
+            "SGLang has no LOOKUP",
+            spec.algorithm,
+            "Pass --speculative-algorithm NGRAM, or --rollout-engine embedded.",
+        )
+    if spec.algorithm not in EMBEDDED_ALGORITHMS and config.rollout.engine != "sglang":
+        raise ConfigError(
+            "speculative.algorithm",
+            f"is known but not available on the {config.rollout.engine} engine in this version; available: "
+            + ", ".join(EMBEDDED_ALGORITHMS),
+            spec.algorithm,
+            "Pass --speculative-algorithm EAGLE3, or LOOKUP, which needs no draft model.",
+        )
+    _check_draft_model(config)
+    check_shape(spec)
+    _check_sampled_drafts(spec)
+    _check_thresholds(config)
+    _check_lookup(config)
+    if spec.algorithm == "NGRAM":
+        _check_ngram(spec)
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Refuse SGLang's switch that pretends drafts were accepted: what it generates is nobody's law."""
+    if environ.get(FORGED_ACCEPTANCE) not in (None, "", "-1", "-1.0"):
+        raise ConfigError(
+            FORGED_ACCEPTANCE,
+            "forges acceptance, so that samples and their logprobs have no target's law",
+            environ[FORGED_ACCEPTANCE],
+            f"Unset {FORGED_ACCEPTANCE}.",
+        )
+
+
+def speculation_notes(config: Config) -> Iterator[str]:
+    """What is adjusted or has no effect, one sentence each."""
+    spec, default = config.speculative, SpeculativeConfig()
+    for name, algorithms in READ_BY.items():
+        if spec.algorithm not in algorithms and getattr(spec, name) != getattr(default, name):
+            yield f"speculative.{name} has no effect with speculative.algorithm={spec.algorithm}."
+    forced = forced_draft_tokens(spec)
+    if forced is not None:
+        yield (
+            f"speculative.num_draft_tokens={spec.num_draft_tokens} became {forced}: a chain (topk 1) of "
+            f"{spec.num_steps} steps is verified as num_steps + 1 tokens."
+        )
+    is_sampled = spec.use_rejection_sampling or spec.use_block_verification
+    if spec.algorithm in MODEL_DRAFTS and spec.num_steps is None and is_sampled and auto_is_chain(spec):
+        numbers = "num_steps={}, eagle_topk={}, num_draft_tokens={}".format(*AUTO_CHAIN)
+        yield f"Sampled drafts are chains: the automatic shape is {numbers} for every target."
+    if spec.lossy and spec.accept_threshold_single == spec.accept_threshold_acc == 1.0 and spec.algorithm != "NONE":
+        yield "speculative.lossy has no effect: both acceptance thresholds are 1, and the output is exact."
+
+
+def _check_draft_model(config: Config) -> None:
+    spec = config.speculative
+    path, quantization = spec.draft_model_path, spec.draft_model_quantization
+    has_model = spec.algorithm in MODEL_DRAFTS
+    if path is not None and not has_model:
+        raise ConfigError(
+            "speculative.draft_model_path",
+            f"has no use with speculative.algorithm={spec.algorithm}, which drafts without a model",
+            path,
+            "Pass --speculative-algorithm EAGLE3, EAGLE, NEXTN or STANDALONE, or leave the path out.",
+        )
+    # EAGLE and NEXTN may draft with the target's own MTP head, which its config.json tells.
+    if path is None and spec.algorithm in ("STANDALONE", "EAGLE3"):
+        raise ConfigError(
+            "speculative.draft_model_path",
+            f"{spec.algorithm} needs the checkpoint folder of a draft model",
+            path,
+            "Pass --speculative-draft-model-path DIR.",
+        )
+    if quantization is not None and not has_model:
+        raise ConfigError(
+            "speculative.draft_model_quantization",
+            f"speculative.algorithm={spec.algorithm} has no draft model to quantise",
+            quantization,
+            "Leave it out, or choose an algorithm with a draft model.",
+        )
+    if quantization == "fp8" and config.rollout.num_gpus_per_engine == 0:
+        raise ConfigError(
+            "speculative.draft_model_quantization",
+            "fp8 needs a GPU that has it, and the engines run on the CPU",
+            quantization,
+            "Pass --speculative-draft-model-quantization int8, or --rollout-num-gpus-per-engine 1.",
+        )
+
+
+def _check_sampled_drafts(spec: SpeculativeConfig) -> None:
+    for name, flag in (
+        ("use_rejection_sampling", "--speculative-use-rejection-sampling"),
+        ("use_block_verification", "--speculative-use-block-verification"),
+    ):
+        if not getattr(spec, name) or spec.algorithm == "NONE":
+            continue
+        if spec.algorithm not in MODEL_DRAFTS:
+            raise ConfigError(
+                f"speculative.{name}",
+                f"samples drafts from a draft model's law, and {spec.algorithm} has none",
+                True,
+                f"Drop {flag}: the default verification is exact for every drafter.",
+            )
+        if (spec.eagle_topk or 1) > 1:
+            raise ConfigError(
+                "speculative.eagle_topk",
+                f"must be 1 with speculative.{name}: a sampled draft is a chain",
+                spec.eagle_topk,
+                f"Pass --speculative-eagle-topk 1, or drop {flag}.",
+            )
+
+
+def _check_thresholds(config: Config) -> None:
+    spec = config.speculative
+    for name in ("accept_threshold_single", "accept_threshold_acc"):
+        value, flag = getattr(spec, name), f"--speculative-{name.replace('_', '-')}"
+        if value == 1.0 or spec.algorithm == "NONE":
+            continue
+        if config.run.mode == "train":
+            raise ConfigError(
+                f"speculative.{name}",
+                "must be 1 in a training run: below 1 samples no longer have the policy's law",
+                value,
+                f"Drop {flag}, or generate only: --debug-rollout-only with --speculative-lossy.",
+            )
+        if spec.use_rejection_sampling or spec.use_block_verification:
+            raise ConfigError(
+                f"speculative.{name}",
+                "must be 1 with rejection sampling and block verification, which have no threshold",
+                value,
+                f"Drop {flag}, or the other flag.",
+            )
+        if not spec.lossy:
+            raise ConfigError(
+                f"speculative.{name}",
+                "below 1 bends the output's law, which needs speculative.lossy",
+                value,
+                f"Drop {flag}, or accept it with --speculative-lossy: every sample is then marked.",
+            )
+
+
+def _check_lookup(config: Config) -> None:
+    spec = config.speculative
+    if spec.min_token_match > spec.max_token_match:
+        raise ConfigError(
+            "speculative.min_token_match",
+            f"must not exceed speculative.max_token_match={spec.max_token_match}",
+            spec.min_token_match,
+            "Pass --sp-min-token-match and --sp-max-token-match with the smaller one first.",
+        )
+    if config.task.advice_key is not None and spec.algorithm != "LOOKUP" and config.run.mode != "train_only":
+        raise ConfigError(
+            "task.advice_key",
+            f"advice is looked up by LOOKUP alone, and speculative.algorithm is {spec.algorithm}",
+            config.task.advice_key,
+            "Pass --speculative-algorithm LOOKUP, or drop --advice-key.",
+        )
+
+
+def _check_ngram(spec: SpeculativeConfig) -> None:
+    if spec.ngram_min_bfs_breadth > spec.ngram_max_bfs_breadth:
+        raise ConfigError(
+            "speculative.ngram_min_bfs_breadth",
+            f"must not exceed speculative.ngram_max_bfs_breadth={spec.ngram_max_bfs_breadth}",
+            spec.ngram_min_bfs_breadth,
+            "Pass --speculative-ngram-min-bfs-breadth 1, or a larger --speculative-ngram-max-bfs-breadth.",
+        )
+    if spec.ngram_capacity < spec.ngram_max_trie_depth:
+        raise ConfigError(
+            "speculative.ngram_capacity",
+            f"must hold one n-gram of speculative.ngram_max_trie_depth={spec.ngram_max_trie_depth} tokens",
+            spec.ngram_capacity,
+            "Pass a larger --speculative-ngram-capacity.",
+        )
+    path, budget = spec.ngram_external_corpus_path, spec.ngram_external_sam_budget
+    num_drafts = (spec.num_draft_tokens or NGRAM_DRAFT_TOKENS) - 1
+    if path is not None and not 0 < budget <= num_drafts:
+        raise ConfigError(
+            "speculative.ngram_external_sam_budget",
+            f"must be from 1 to num_draft_tokens - 1 = {num_drafts} with an external corpus",
+            budget,
+            f"Pass --speculative-ngram-external-sam-budget {max(1, num_drafts // 2)}.",
+        )
+    if path is None and budget:
+        raise ConfigError(
+            "speculative.ngram_external_sam_budget",
+            "is the share of an external corpus, and there is none",
+            budget,
+            "Pass --speculative-ngram-external-corpus-path FILE.jsonl, or drop the budget.",
+        )

@@ -1,0 +1,124 @@
+"""The settings of speculation: every name and meaning is SGLang's where SGLang has it, RTP-LLM's where it has not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slime_spec.config.setting import setting
+
+# What each engine speculates with is checked where engine and algorithm meet (slime_spec.config.checks).
+EMBEDDED_ALGORITHMS = ("NONE", "LOOKUP", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+SPECULATIVE_ALGORITHMS = (*EMBEDDED_ALGORITHMS, "DFLASH", "DSPARK")
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """How the engines speculate; every name and meaning is SGLang's, ``min/max_token_match`` are RTP-LLM's."""
+
+    algorithm: str = setting(
+        "NONE",
+        "Speculation: NONE, LOOKUP, NGRAM, STANDALONE, EAGLE, EAGLE3 or NEXTN.",
+        flags=("--sglang-speculative-algorithm",),
+        choices=SPECULATIVE_ALGORITHMS,
+    )
+    draft_model_path: str | None = setting(
+        None, "Checkpoint folder of the draft.", flags=("--sglang-speculative-draft-model-path", "--sp-checkpoint-path")
+    )
+    draft_model_quantization: str | None = setting(
+        None,
+        "Quantise the draft's weights (never the target's): int8, or fp8 on a GPU that has it.",
+        flags=("--sglang-speculative-draft-model-quantization",),
+        choices=("int8", "fp8"),
+    )
+    num_steps: int | None = setting(
+        None, "Depth of a draft; default: by algorithm.", flags=("--sglang-speculative-num-steps",), minimum=1
+    )
+    eagle_topk: int | None = setting(
+        None, "Branches per step; 1 drafts a chain.", flags=("--sglang-speculative-eagle-topk",), minimum=1
+    )
+    num_draft_tokens: int | None = setting(
+        None,
+        "Tokens verified per round, the root included; default: by algorithm.",
+        flags=("--sglang-speculative-num-draft-tokens",),
+        minimum=2,
+    )
+    accept_threshold_single: float = setting(
+        1.0,
+        "Accept any drafted token this likely; below 1 the output law is bent (needs lossy).",
+        flags=("--sglang-speculative-accept-threshold-single",),
+        above=0.0,
+        maximum=1.0,
+    )
+    accept_threshold_acc: float = setting(
+        1.0,
+        "Divide the acceptance coin's threshold by this; below 1 the output law is bent (needs lossy).",
+        flags=("--sglang-speculative-accept-threshold-acc",),
+        above=0.0,
+        maximum=1.0,
+    )
+    lossy: bool = setting(
+        False, "Allow thresholds below 1, in rollout_only; every sample is marked.", flags=("--speculative-lossy",)
+    )
+    use_rejection_sampling: bool = setting(
+        False,
+        "Sample drafts and verify them by rejection sampling.",
+        flags=("--sglang-speculative-use-rejection-sampling",),
+    )
+    use_block_verification: bool = setting(
+        False,
+        "Rejection sampling that judges a draft as one block (arXiv 2403.10444).",
+        flags=("--sglang-speculative-use-block-verification",),
+    )
+    token_map: str | None = setting(
+        None, "EAGLE: file of the hot token ids its head is cut to.", flags=("--sglang-speculative-token-map",)
+    )
+    draft_norm_output_convention: str = setting(
+        "sglang",
+        "EAGLE3: what norm_output in the draft's config means: sglang (recurrence after the norm) or specforge.",
+        flags=("--draft-norm-output-convention",),
+        choices=("sglang", "specforge"),
+    )
+    min_token_match: int = setting(
+        2, "LOOKUP: shortest suffix that counts as a match.", flags=("--sp-min-token-match",), minimum=1
+    )
+    max_token_match: int = setting(4, "LOOKUP: longest suffix tried.", flags=("--sp-max-token-match",), minimum=1)
+    edit: bool = setting(
+        False,
+        "LOOKUP: take the advice (or the prompt) for an earlier version of the reply and search it forward only.",
+        flags=("--sp-edit",),
+    )
+    ngram_min_bfs_breadth: int = setting(
+        1, "NGRAM: least children of a node.", flags=("--sglang-speculative-ngram-min-bfs-breadth",), minimum=1
+    )
+    ngram_max_bfs_breadth: int = setting(
+        10, "NGRAM: most children of a node.", flags=("--sglang-speculative-ngram-max-bfs-breadth",), minimum=1
+    )
+    ngram_match_type: str = setting(
+        "BFS",
+        "NGRAM: BFS takes the most recent continuations, PROB the most frequent.",
+        flags=("--sglang-speculative-ngram-match-type",),
+        choices=("BFS", "PROB"),
+    )
+    ngram_max_trie_depth: int = setting(
+        18, "NGRAM: longest n-gram kept.", flags=("--sglang-speculative-ngram-max-trie-depth",), minimum=2
+    )
+    ngram_capacity: int = setting(
+        10_000_000, "NGRAM: trie nodes kept.", flags=("--sglang-speculative-ngram-capacity",), minimum=1
+    )
+    ngram_external_corpus_path: str | None = setting(
+        None,
+        "NGRAM: jsonl file of texts or token ids to draft from besides the requests.",
+        flags=("--sglang-speculative-ngram-external-corpus-path",),
+    )
+    ngram_external_sam_budget: int = setting(
+        0,
+        "NGRAM: draft nodes taken from the external corpus per round.",
+        flags=("--sglang-speculative-ngram-external-sam-budget",),
+        minimum=0,
+    )
+    ngram_external_corpus_max_tokens: int = setting(
+        10_000_000,
+        "NGRAM: tokens of the external corpus read.",
+        flags=("--sglang-speculative-ngram-external-corpus-max-tokens",),
+        minimum=1,
+    )

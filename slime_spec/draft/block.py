@@ -1,0 +1,116 @@
+"""What every draft network is made of: RMSNorm, rotary GQA attention over its own round's keys, SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.hf.rope import inverse_frequencies
+
+
+class RmsNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, ``eps`` inside the root."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+class SwiGlu(nn.Module):
+    """down(silu(gate(x)) · up(x))"""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return down
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Rotated keys and values [batch, tokens, kv_heads, head_dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class DraftAttention(nn.Module):
+    """Attention of a draft's block; ``input_size`` is 2·hidden in EAGLE-3, whose input is [embedding; hidden]."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, spec: ModelSpec, input_size: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(input_size, q_size, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(input_size, kv_size, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(input_size, kv_size, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(q_size, spec.hidden_size, bias=False)
+        if spec.qk_norm:
+            self.q_norm = RmsNorm(self.head_dim, spec.rms_norm_eps)
+            self.k_norm = RmsNorm(self.head_dim, spec.rms_norm_eps)
+        self.has_qk_norm = spec.qk_norm
+        self.register_buffer("inv_freq", inverse_frequencies(spec), persistent=False)
+
+    def keys_values(self, x: torch.Tensor, positions: torch.Tensor) -> KeysValues:
+        """Of inputs [batch, tokens, input_size] at ``positions`` [batch, tokens]."""
+        keys = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        values = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.has_qk_norm:
+            keys = self.k_norm(keys)
+        return KeysValues(self._rotated(keys, positions), values)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        context: KeysValues,
+        visible: torch.Tensor,
+        own: Sequence[KeysValues] = (),
+    ) -> torch.Tensor:
+        """Attention output [batch, rows, hidden] of inputs [batch, rows, input_size].
+
+        Row r of sequence b sees ``context`` [batch, tokens, ...] where ``visible[b, r]`` [tokens] says so, and of each
+        of ``own`` [batch, rows, ...] its own row only: the keys of its round's earlier steps.
+        """
+        batch, rows = x.shape[:2]
+        queries = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        if self.has_qk_norm:
+            queries = self.q_norm(queries)
+        queries = self._rotated(queries, positions) * self.head_dim**-0.5
+        # [batch, kv_heads, rows · group, head_dim]: the query heads of one kv head are more rows of it.
+        group = self.heads // self.kv_heads
+        queries = queries.view(batch, rows, self.kv_heads, group, self.head_dim).permute(0, 2, 1, 3, 4)
+        keys = context.keys.permute(0, 2, 3, 1)
+        scores = (queries.flatten(2, 3) @ keys).view(batch, self.kv_heads, rows, group, -1)
+        scores = scores.masked_fill(~visible[:, None, :, None], float("-inf"))
+        diagonal = [(queries * each.keys.transpose(1, 2)[:, :, :, None]).sum(-1, keepdim=True) for each in own]
+        weights = torch.cat([scores, *diagonal], dim=-1).softmax(-1)
+        on_context = weights[..., : keys.shape[-1]].reshape(batch, self.kv_heads, rows * group, -1)
+        out = (on_context @ context.values.transpose(1, 2)).view(batch, self.kv_heads, rows, group, -1)
+        for index, each in enumerate(own, start=keys.shape[-1]):
+            out = out + weights[..., index : index + 1] * each.values.transpose(1, 2)[:, :, :, None]
+        out = out.permute(0, 2, 1, 3, 4).reshape(batch, rows, -1)
+        projected: torch.Tensor = self.o_proj(out)
+        return projected
+
+    def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding of [batch, tokens, heads, head_dim], halves of a head paired as Llama pairs them."""
+        angles = positions[..., None].float() * self.inv_freq
+        cos, sin = angles.cos()[..., None, :].to(heads.dtype), angles.sin()[..., None, :].to(heads.dtype)
+        first, second = heads.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,46 @@
+"""What a trainer needs of a draft network, whatever its family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from slime_spec.draft.block import DraftAttention
+from slime_spec.draft.spec import DraftSpec
+
+
+class DraftNetwork(nn.Module, ABC):
+    """One decoder block between an input and an output of the family's own; parameters are named as in checkpoints.
+
+    A step takes the embedding of a token and a hidden state: at the first step of a round the target's features of
+    the token before it, later the network's own ``recurrent`` output of the step before.
+
+        inputs(hidden, embedding, first) ─► attention input, residual ─► attention ─► after_attention(x)
+        after_attention(x) ─► (state for the head, state for the next step)
+    """
+
+    spec: DraftSpec
+
+    @property
+    @abstractmethod
+    def attention(self) -> DraftAttention: ...
+
+    @abstractmethod
+    def inputs(self, hidden: torch.Tensor, embedding: torch.Tensor, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(attention input, residual) of ``hidden`` [..., features or hidden] and ``embedding`` [..., hidden]."""
+
+    @abstractmethod
+    def after_attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the head is applied to, the next step's hidden) from the residual stream after attention."""
+
+    @property
+    def own_head(self) -> torch.Tensor | None:
+        """[draft vocab, hidden]; None for a network that uses the target's."""
+        return None
+
+    @property
+    def own_embedding(self) -> torch.Tensor | None:
+        """[vocab, hidden]; None for a network that uses the target's."""
+        return None

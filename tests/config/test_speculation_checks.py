@@ -1,0 +1,147 @@
+"""Speculative settings that contradict each other are refused; those that have no effect are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from slime_spec.config.checks import check, notes
+from slime_spec.config.speculation import FORGED_ACCEPTANCE, READ_BY, check_environment
+from slime_spec.config.tree import Config, SpeculativeConfig
+from slime_spec.errors import ConfigError
+from slime_spec.launch.compose import compose
+
+EAGLE3 = "--speculative-algorithm EAGLE3 --speculative-draft-model-path d"
+NGRAM = "--speculative-algorithm NGRAM"
+LOSSY = "--debug-rollout-only --speculative-lossy --speculative-algorithm LOOKUP"
+
+
+@pytest.mark.parametrize(
+    ("argv", "setting", "remedy"),
+    [
+        ("--speculative-algorithm EAGLE3", "draft_model_path", "--speculative-draft-model-path DIR"),
+        ("--speculative-algorithm STANDALONE", "draft_model_path", "--speculative-draft-model-path DIR"),
+        ("--sp-type deterministic --sp-checkpoint-path d", "draft_model_path", "EAGLE3"),
+        ("--speculative-draft-model-path d", "draft_model_path", "leave the path out"),
+        (f"{NGRAM} --sp-quantization INT8", "draft_model_quantization", "draft model"),
+        (f"{EAGLE3} --speculative-draft-model-quantization fp8", "draft_model_quantization", "int8"),
+        (f"{EAGLE3} --speculative-eagle-topk 2", "eagle_topk", "--speculative-num-steps"),
+        (f"{EAGLE3} --speculative-num-draft-tokens 4", "num_draft_tokens", "--speculative-num-steps"),
+        (f"{EAGLE3} --speculative-num-steps 2 --speculative-eagle-topk 3", "num_draft_tokens", "tokens 5"),
+        (
+            f"{EAGLE3} --speculative-num-steps 2 --speculative-eagle-topk 3 --speculative-num-draft-tokens 14",
+            "num_draft_tokens",
+            "tokens 5",
+        ),
+        (
+            f"{EAGLE3} --speculative-use-rejection-sampling --speculative-num-steps 3 --speculative-eagle-topk 2 "
+            "--speculative-num-draft-tokens 4",
+            "eagle_topk",
+            "topk 1",
+        ),
+        (
+            f"{EAGLE3} --speculative-use-block-verification --speculative-num-steps 3 --speculative-eagle-topk 2 "
+            "--speculative-num-draft-tokens 4",
+            "eagle_topk",
+            "topk 1",
+        ),
+        (f"{NGRAM} --speculative-use-rejection-sampling", "use_rejection_sampling", "exact for every drafter"),
+        (
+            "--sp-type deterministic --speculative-use-block-verification",
+            "use_block_verification",
+            "exact for every drafter",
+        ),
+        (
+            "--sp-type deterministic --speculative-accept-threshold-single 0.5 --debug-rollout-only",
+            "accept_threshold_single",
+            "--speculative-lossy",
+        ),
+        (
+            "--sp-type deterministic --speculative-accept-threshold-acc 0.9 --speculative-lossy",
+            "accept_threshold_acc",
+            "--debug-rollout-only",
+        ),
+        (
+            f"{EAGLE3} --debug-rollout-only --speculative-lossy --speculative-accept-threshold-acc 0.9 "
+            "--speculative-use-rejection-sampling",
+            "accept_threshold_acc",
+            "the other flag",
+        ),
+        (
+            f"{NGRAM} --speculative-ngram-min-bfs-breadth 4 --speculative-ngram-max-bfs-breadth 3",
+            "ngram_min_bfs_breadth",
+            "breadth 1",
+        ),
+        (f"{NGRAM} --speculative-ngram-capacity 17", "ngram_capacity", "larger"),
+        (f"{NGRAM} --speculative-ngram-external-corpus-path c.jsonl", "ngram_external_sam_budget", "budget 5"),
+        (
+            f"{NGRAM} --speculative-ngram-external-corpus-path c.jsonl --speculative-ngram-external-sam-budget 12",
+            "ngram_external_sam_budget",
+            "budget 5",
+        ),
+        (f"{NGRAM} --speculative-ngram-external-sam-budget 3", "ngram_external_sam_budget", "corpus-path"),
+    ],
+)
+def test_a_speculative_contradiction_is_refused_with_the_way_out(argv: str, setting: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(argv.split())
+    assert caught.value.setting == f"speculative.{setting}"
+    assert remedy in caught.value.remedy
+
+
+def test_a_texts_advice_needs_lookup() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["--prompt-data", "d.jsonl", "--advice-key", "draft", "--speculative-algorithm", "NGRAM"])
+    assert caught.value.setting == "task.advice_key"
+    assert "LOOKUP" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--speculative-algorithm NEXTN",
+        "--speculative-algorithm EAGLE",
+        f"{EAGLE3} --speculative-num-steps 2 --speculative-eagle-topk 3 --speculative-num-draft-tokens 13",
+        f"{EAGLE3} --speculative-num-steps 3 --speculative-use-rejection-sampling",
+        f"{EAGLE3} --speculative-use-rejection-sampling --speculative-use-block-verification",
+        f"{EAGLE3} --sp-quantization INT8",
+        f"{EAGLE3} --sp-quantization FP8 --rollout-num-gpus-per-engine 1 --no-colocate",
+        f"{LOSSY} --speculative-accept-threshold-acc 0.9",
+        f"{NGRAM} --speculative-ngram-capacity 18",
+        f"{NGRAM} --speculative-ngram-external-corpus-path c.jsonl --speculative-ngram-external-sam-budget 11",
+        "--prompt-data d.jsonl --advice-key draft --speculative-algorithm LOOKUP",
+    ],
+)
+def test_its_legal_neighbour_is_accepted_without_a_note(argv: str) -> None:
+    expected = ["Sampled drafts are chains"] if "--speculative-use" in argv and "num-steps" not in argv else []
+    assert [note.partition(":")[0] for note in notes(compose(argv.split()))] == expected
+
+
+@pytest.mark.parametrize("name", READ_BY)
+def test_a_setting_of_another_algorithm_is_named_as_without_effect(name: str) -> None:
+    values = {"ngram_match_type": "PROB", "draft_norm_output_convention": "specforge", "lossy": True, "edit": True}
+    value = values.get(name, 1 if isinstance(getattr(SpeculativeConfig(), name), float) else 3)
+    if name.startswith("accept_threshold"):
+        value = 0.5
+    config = Config(speculative=SpeculativeConfig(**{name: value}))
+    check(config)
+    assert list(notes(config)) == [f"speculative.{name} has no effect with speculative.algorithm=NONE."]
+
+
+def test_a_forced_number_of_draft_tokens_is_told() -> None:
+    argv = f"{EAGLE3} --speculative-num-steps 3 --speculative-num-draft-tokens 8"
+    (note,) = notes(compose(argv.split()))
+    assert "num_draft_tokens=8 became 4" in note
+
+
+def test_a_lossy_switch_without_a_threshold_is_told() -> None:
+    (note,) = notes(compose(LOSSY.split()))
+    assert "speculative.lossy has no effect" in note
+
+
+def test_sglangs_forged_acceptance_is_refused_by_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORGED_ACCEPTANCE, "3")
+    with pytest.raises(ConfigError) as caught:
+        compose([])
+    assert caught.value.setting == FORGED_ACCEPTANCE
+    for harmless in ({}, {FORGED_ACCEPTANCE: "-1"}, {FORGED_ACCEPTANCE: ""}):
+        check_environment(harmless)

@@ -1,0 +1,190 @@
+"""``slime-spec draft train`` from the command line: bad input before any work, and a whole small training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slime_spec.draft.checkpoint import load_draft
+from slime_spec.draft.spec import DraftSpec
+from slime_spec.draft.training.sequence import DraftSequence, read_corpus, write_line
+from slime_spec.errors import ConfigError
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.launch.cli import main
+from slime_spec.launch.draft.command import run_draft
+from slime_spec.launch.draft.corpus import plan_corpus
+from slime_spec.launch.draft.corpus_settings import CorpusSettings
+from slime_spec.launch.draft.provenance import file_sha256
+from tests.support.tiny_policy import make_tiny_policy
+
+SMALL = ["--num-prompts", "40", "--max-new-tokens", "8", "--epochs", "2", "--draft-vocab-size", "64"]
+LAYERS = ["--capture-layers", "0", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_policy(tmp_path_factory.mktemp("policy") / "tiny", num_hidden_layers=4)
+
+
+def command(policy: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "--target", str(policy), "--out", str(out), *SMALL, *LAYERS, *more]
+
+
+BAD = {
+    "--num-prompts must be at least 2": ["--num-prompts", "1"],
+    "--greedy-share must be from 0 to 1": ["--greedy-share", "1.5"],
+    "--lr must be above 0 and below 1": ["--lr", "0"],
+    "--draft-vocab-size must be at most 257": ["--draft-vocab-size", "258"],
+    "task.names must be one of": ["--task", "nope"],
+    "task.prompt_data must be a readable file": ["--prompt-data", "nowhere.jsonl"],
+    "must be different layers of the target": ["--capture-layers", "0", "1", "4"],
+    "--json must lie in a folder that is there": ["--json", "nowhere/report.json"],
+    "--resume needs the folder of a training": ["--resume"],
+    "invalid choice: 'medusa'": ["--kind", "medusa"],
+    "unrecognized arguments: --learning-rate": ["--learning-rate", "1"],
+    "--num-prompts must give prompts to learn from": ["--num-prompts", "2"],
+}
+
+
+@pytest.mark.parametrize(("rule", "flags"), BAD.items(), ids=BAD.keys())
+def test_bad_input_is_refused_before_anything_is_written(
+    policy: Path, tmp_path: Path, rule: str, flags: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_draft(command(policy, tmp_path / "out", *flags))
+    assert rule in f"{caught.value.setting} {caught.value.rule}"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to train on")
+def test_cuda_is_refused_where_there_is_none(policy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cuda needs a GPU"):
+        run_draft(command(policy, tmp_path / "out", "--device", "cuda"))
+
+
+def test_a_folder_that_holds_something_is_not_written_into(policy: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="--out: must be absent or empty"):
+        run_draft(command(policy, tmp_path))
+    with pytest.raises(ConfigError, match="--target: must be a checkpoint folder"):
+        run_draft(["train", "--target", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_another_action_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["draft", "trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main(["draft", "train", "--help"])
+    assert left.value.code == 0
+    assert "--draft-vocab-size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+def test_a_whole_training_leaves_a_draft_with_its_table_and_provenance(
+    kind: str, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    assert run_draft(command(policy, out, "--kind", kind, "--json", str(report), "--minutes", "0")) == 0
+    assert "after 0 of" in capsys.readouterr().err
+    again = ["--kind", kind, "--json", str(report), "--resume", "--draft-dtype", "float16"]
+    assert run_draft(command(policy, out, *again)) == 0
+    assert "held-out replies" in capsys.readouterr().err
+
+    target = ModelSpec.from_folder(policy)
+    draft = load_draft(out, DraftSpec.from_folder(out, target))
+    assert {tensor.dtype for tensor in draft.tensors.values()} == {torch.float16}
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["sha256"]["model.safetensors"] == file_sha256(out / "model.safetensors")
+    assert record["training"]["updates"] == record["training"]["updates_planned"] > 0
+    assert record["command"].startswith("slime-spec draft train --target")
+    assert record["held_out"] == json.loads(report.read_text()) == json.loads((out / "held_out.json").read_text())
+    corpus = list(read_corpus(out / "corpus.jsonl"))
+    learned, held_out = record["corpus"]["num_sequences"], record["corpus"]["num_held_out_sequences"]
+    assert learned > 0
+    assert held_out > 0
+    assert learned + held_out <= len(corpus)
+    if kind == "eagle3":
+        tables = load_file(out / "model.safetensors")
+        offsets = tables["d2t"] + torch.arange(64)
+        assert torch.equal(offsets, tables["t2d"].nonzero().flatten())
+
+
+CHANGED = {
+    "--temperature": "0.5",
+    "--seed": "1",
+    "--num-prompts": "41",
+    "--task": "add10",
+    "--kind": "mtp",
+    "--draft-vocab-size": "65",
+    "--intermediate-size": "32",
+    "--capture-layers": "3",
+    "--dtype": "float32",
+    "--num-steps": "2",
+    "--lr": "0.1",
+}
+
+
+def test_a_training_is_gone_on_with_under_its_own_settings_only(policy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_draft(command(policy, out, "--minutes", "0")) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for flag, value in CHANGED.items():
+        with pytest.raises(ConfigError, match=f"^{flag}: must be what .* was begun with"):
+            run_draft(command(policy, out, "--resume", flag, value))
+    other = make_tiny_policy(tmp_path / "other", num_hidden_layers=4, rope_theta=20000.0, initializer_range=0.1)
+    with pytest.raises(ConfigError, match=r"^--target: must be what"):
+        run_draft(command(other, out, "--resume"))
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "stray" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--resume: needs a folder with the settings.json"):
+        run_draft(command(policy, tmp_path / "stray", "--resume"))
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_a_corpus_of_other_prompts_is_not_gone_on_with(policy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_draft(command(policy, out, "--minutes", "0")) == 0
+    (out / "corpus.jsonl").write_text(write_line(DraftSequence(0, (1, 2, 3), 2, "task greedy")))
+    with pytest.raises(ConfigError, match="must hold replies to this command's prompts"):
+        run_draft(command(policy, out, "--resume"))
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out_and_a_broken_one_named(tmp_path: Path) -> None:
+    path, whole = tmp_path / "corpus.jsonl", write_line(DraftSequence(4, (1, 2, 3), 1, "task greedy"))
+    path.write_text(whole + whole[:20])
+    assert [each.index for each in read_corpus(path)] == [4]
+    path.write_text("{}\n" + whole)
+    with pytest.raises(ConfigError, match=r"corpus.jsonl:1 must be a sequence"):
+        list(read_corpus(path))
+
+
+def test_the_plan_mixes_tasks_and_chat_greedy_and_sampled_and_is_the_same_every_time(policy: Path) -> None:
+    settings = CorpusSettings(num_prompts=400, samples_per_prompt=2, greedy_share=0.5, chat_share=0.25)
+    plan = plan_corpus(policy, settings)
+    assert plan_corpus(policy, settings) == plan
+    assert [each.index for each in plan] == list(range(len(plan)))
+    greedy = [each for each in plan if each.params.temperature == 0]
+    assert len({each.prompt_token_ids for each in greedy}) == len(greedy)
+    sampled = [each for each in plan if each.params.temperature == 1]
+    assert len({each.seed for each in sampled}) == len(sampled)
+    chat = {each.prompt_token_ids for each in plan if each.kind.startswith("chat")}
+    prompts = {each.prompt_token_ids for each in plan}
+    # Of 400 prompts 100 are chat: 60 to 140 is more than four standard deviations either way; tasks repeat some.
+    assert 60 < len(chat) < 140
+    assert len(prompts - chat) > 100
+    assert Tokenizer.load(policy).decode(next(iter(chat)))
+
+
+def test_prompts_may_come_from_a_file_without_answers(policy: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"Say {i}."}) for i in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    settings = CorpusSettings(
+        prompt_data=str(tmp_path / "prompts.jsonl"), input_key="question", num_prompts=10, chat_share=0.0
+    )
+    tokenizer = Tokenizer.load(policy)
+    assert {each.prompt_token_ids for each in plan_corpus(policy, settings)} == {
+        tokenizer.chat(f"Say {i}.") for i in range(5)
+    }

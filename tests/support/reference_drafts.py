@@ -1,0 +1,143 @@
+"""Draft networks written down plainly, in fp64 and without any cache: what the engine's are held against.
+
+One function per family, in the order of its paper; a sequence is recomputed from its first token for every question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from slime_spec.draft.spec import DraftSpec
+from slime_spec.hf.model_spec import ModelSpec
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotated(x: torch.Tensor, theta: float) -> torch.Tensor:
+    """``x`` [positions, heads, dim], position by position."""
+    positions, _, dim = x.shape
+    angles = torch.arange(positions).double()[:, None] / theta ** (torch.arange(0, dim, 2).double() / dim)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second = x[..., : dim // 2], x[..., dim // 2 :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attention(x: torch.Tensor, tensors: Tensors, prefix: str, block: ModelSpec) -> torch.Tensor:
+    """Causal grouped-query attention over rows of ``x``."""
+    length = x.shape[0]
+
+    def heads(name: str, count: int) -> torch.Tensor:
+        y = x @ tensors[f"{prefix}self_attn.{name}_proj.weight"].T + tensors.get(
+            f"{prefix}self_attn.{name}_proj.bias", 0
+        )
+        return y.view(length, count, block.head_dim)
+
+    query = rotated(heads("q", block.num_heads), block.rope_theta)
+    group = block.num_heads // block.num_kv_heads
+    keys = rotated(heads("k", block.num_kv_heads), block.rope_theta).repeat_interleave(group, dim=1)
+    values = heads("v", block.num_kv_heads).repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query, keys) / block.head_dim**0.5
+    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).reshape(length, -1)
+    return out @ tensors[f"{prefix}self_attn.o_proj.weight"].T
+
+
+def mlp(x: torch.Tensor, tensors: Tensors, prefix: str) -> torch.Tensor:
+    gate, up = (x @ tensors[f"{prefix}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return (F.silu(gate) * up) @ tensors[prefix + "mlp.down_proj.weight"].T
+
+
+def after_attention(x: torch.Tensor, tensors: Tensors, prefix: str, eps: float) -> torch.Tensor:
+    return x + mlp(norm(x, tensors[prefix + "post_attention_layernorm.weight"], eps), tensors, prefix)
+
+
+def eagle3(spec: DraftSpec, tensors: Tensors, e: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the head reads, the next step's hidden state) for rows of embeddings and of states."""
+    eps = spec.block.rms_norm_eps
+    halves = [
+        norm(e, tensors["midlayer.input_layernorm.weight"], eps),
+        norm(x, tensors["midlayer.hidden_norm.weight"], eps),
+    ]
+    y = x + attention(torch.cat(halves, dim=-1), tensors, "midlayer.", spec.block)
+    y = after_attention(y, tensors, "midlayer.", eps)
+    for layer in range(1, spec.block.num_layers):
+        prefix = f"layers.{layer}."
+        y = y + attention(norm(y, tensors[prefix + "hidden_norm.weight"], eps), tensors, prefix, spec.block)
+        y = after_attention(y, tensors, prefix, eps)
+    normed = norm(y, tensors["norm.weight"], eps)
+    return normed if spec.logits_norm else y, normed if spec.recurrent_norm else y
+
+
+def eagle(spec: DraftSpec, tensors: Tensors, e: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    y = torch.cat([e, h], dim=-1) @ tensors["fc.weight"].T + tensors.get("fc.bias", 0)
+    for layer in range(spec.block.num_layers):
+        prefix = f"layers.{layer}."
+        inputs = y if layer == 0 else norm(y, tensors[prefix + "input_layernorm.weight"], spec.block.rms_norm_eps)
+        y = y + attention(inputs, tensors, prefix, spec.block)
+        y = after_attention(y, tensors, prefix, spec.block.rms_norm_eps)
+    return y, y
+
+
+def mtp(spec: DraftSpec, tensors: Tensors, e: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    prefix, eps = "model.mtp_layers.0.", spec.block.rms_norm_eps
+    e = torch.cat([torch.zeros_like(e[:1]), e[1:]])  # MiMo's first position has no token
+    halves = [
+        norm(h, tensors[prefix + "hidden_layernorm.weight"], eps),
+        norm(e, tensors[prefix + "token_layernorm.weight"], eps),
+    ]
+    x = torch.cat(halves, dim=-1) @ tensors[prefix + "input_proj.weight"].T
+    x = x + attention(norm(x, tensors[prefix + "input_layernorm.weight"], eps), tensors, prefix, spec.block)
+    y = norm(after_attention(x, tensors, prefix, eps), tensors[prefix + "final_layernorm.weight"], eps)
+    return y, y
+
+
+FORWARD: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"eagle3": eagle3, "eagle": eagle, "mtp": mtp}
+
+
+@dataclass(frozen=True)
+class ReferenceDraft:
+    """A draft and what it shares with its target; ``head`` [draft vocab, hidden], ``target_ids`` of its rows."""
+
+    spec: DraftSpec
+    tensors: Tensors
+    embedding: torch.Tensor
+    head: torch.Tensor
+    target_ids: torch.Tensor
+
+    def projected(self, features: torch.Tensor) -> torch.Tensor:
+        spec, eps = self.spec, self.spec.block.rms_norm_eps
+        if spec.family != "eagle3":
+            return features
+        if spec.norm_before_fc:
+            features = norm(features, self.tensors["input_norm.weight"], eps)
+        if spec.fc_norm:
+            chunks = features.split(spec.target_hidden_size, dim=-1)
+            weights = [self.tensors[f"fc_norm.{index}.weight"] for index in range(len(chunks))]
+            features = torch.cat([norm(x, w, eps) for x, w in zip(chunks, weights, strict=True)], dim=-1)
+        return features @ self.tensors["fc.weight"].T + self.tensors.get("fc.bias", 0)
+
+    def law_after(self, token_ids: Sequence[int], features: torch.Tensor, path: Sequence[int] = ()) -> torch.Tensor:
+        """Log probabilities [target vocab] of the token after ``token_ids`` (the root last) and a drafted ``path``.
+
+        ``features`` [len(token_ids) - 1, width] are the target's of all tokens but the root. Tokens that the draft has
+        no row for have -inf.
+        """
+        e = self.embedding[torch.tensor(token_ids[1:])]
+        x = self.projected(features.double())
+        forward = FORWARD[self.spec.family]
+        read, recurrent = forward(self.spec, self.tensors, e, x)
+        for token_id in path:
+            e = torch.cat([e, self.embedding[token_id][None]])
+            x = torch.cat([x, recurrent[-1:]])
+            read, recurrent = forward(self.spec, self.tensors, e, x)
+        law = torch.full((self.embedding.shape[0],), float("-inf"), dtype=torch.float64)
+        law[self.target_ids] = (read[-1] @ self.head.T).log_softmax(-1)
+        return law

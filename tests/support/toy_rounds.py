@@ -1,0 +1,109 @@
+"""Many sequences of a Markov target, generated round by round through a verifier: an engine without a model."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+from rollout.embedded.coins import Coins
+from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.verification.verifier import Verifier, VerifyRow
+from slime_spec.types import SamplingParams
+
+# (last token, most drafted tokens on a path, the round's coins for them) -> draft
+Drafting = Callable[[int, int, Sequence[float]], Draft]
+
+
+def no_draft(root: int, limit: int, coins: Sequence[float]) -> Draft:
+    return NO_DRAFT
+
+
+@dataclass
+class ToyRun:
+    """Responses, and for every round that drafted: (root, first draft, whether it stood)."""
+
+    responses: list[tuple[int, ...]]
+    first_drafts: list[tuple[int, int, bool]] = field(default_factory=list)
+    num_accepted: int = 0
+
+
+def generate(
+    verifier: Verifier,
+    table: torch.Tensor,
+    seeds: Sequence[int],
+    num_tokens: int,
+    params: SamplingParams,
+    drafting: Drafting = no_draft,
+    prompt: tuple[int, ...] = (0,),
+) -> ToyRun:
+    """``num_tokens`` for every seed; the first comes without a draft, as after a prefill."""
+    sequences = [list(prompt) for _ in seeds]
+    coins = [Coins(seed, num_tokens) for seed in seeds]
+    run = ToyRun([])
+    running = list(range(len(seeds)))
+    while running:
+        rows = []
+        for index in running:
+            tokens, generated = sequences[index], len(sequences[index]) - len(prompt)
+            limit = num_tokens - generated - 1
+            drafts = coins[index].draft_of_round(generated)[generated:]
+            draft = drafting(tokens[-1], limit, drafts) if generated and limit else NO_DRAFT
+            rows.append(VerifyRow(draft, params, coins[index], tokens, len(prompt)))
+        nodes = torch.tensor([token for row in rows for token in (row.token_ids[-1], *row.draft.token_ids)])
+        for index, row, verified in zip(running, rows, verifier(table[nodes], rows), strict=True):
+            if row.draft.token_ids:
+                first = row.draft.token_ids[0]
+                run.first_drafts.append((row.token_ids[-1], first, verified.token_ids[0] == first))
+                run.num_accepted += len(verified.path)
+            sequences[index] += verified.token_ids
+        running = [index for index in running if len(sequences[index]) < len(prompt) + num_tokens]
+    run.responses = [tuple(each[len(prompt) :]) for each in sequences]
+    return run
+
+
+def chains(next_token: Sequence[int], gamma: int) -> Drafting:
+    """Chosen chains: ``next_token[a]`` is drafted after a."""
+
+    @cache
+    def chain_of(root: int, length: int) -> Draft:
+        chain = [root]
+        for _ in range(length):
+            chain.append(next_token[chain[-1]])
+        return Draft.chain(chain[1:])
+
+    return lambda root, limit, coins: chain_of(root, min(gamma, limit))
+
+
+def trees(ranked: Sequence[Sequence[int]], parents: Sequence[int], ranks: Sequence[int]) -> Drafting:
+    """Chosen trees of one shape: node i is the ``ranks[i]``-th choice after its parent; too deep nodes are left out."""
+
+    @cache
+    def tree_of(root: int, limit: int) -> Draft:
+        tokens: list[int] = []
+        depths: list[int] = []
+        for parent, rank in zip(parents, ranks, strict=True):
+            depth = depths[parent] + 1 if parent >= 0 else 1
+            if depth > limit:
+                break
+            tokens.append(ranked[tokens[parent] if parent >= 0 else root][rank])
+            depths.append(depth)
+        return Draft(tuple(tokens), tuple(parents[: len(tokens)]))
+
+    return lambda root, limit, coins: tree_of(root, limit)
+
+
+def sampled_chains(q_draft: torch.Tensor, gamma: int) -> Drafting:
+    """Chains sampled from ``q_draft[a]`` after a, with the round's coins."""
+    cumulative = (q_draft.double().cumsum(-1) / q_draft.double().sum(-1, keepdim=True)).tolist()
+
+    def draft(root: int, limit: int, coins: Sequence[float]) -> Draft:
+        chain = [root]
+        for coin in coins[: min(gamma, limit)]:
+            chain.append(bisect_right(cumulative[chain[-1]], coin))
+        return Draft.chain(chain[1:], q_draft[chain[:-1]])
+
+    return draft
