@@ -1,0 +1,193 @@
+"""The body of POST /generate as one group request per prompt, checked before anything is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+from rollout.embedded.http.fields import Fields, as_object, bad_field, is_text, is_whole
+from rollout.embedded.http.sampling import Sampling, read_sampling
+from rollout.embedded.http.unserved import UNSERVED_FIELDS, check_unserved
+from rollout.embedded.validate import Limits, check_request
+from slime_spec.errors import ConfigError
+from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.rl.requests import sample_seed
+from slime_spec.speculation.request_fields import ADVICE, RTP_OBJECTS, with_rtp_fields
+from slime_spec.types import GroupRequest
+
+SERVED = ("text", "input_ids", "sampling_params", "rid", "stream", "return_logprob", "logprob_start_len")
+SHOWN = ("return_text_in_logprobs", "return_prompt_token_ids")
+# What a client may tell a server that has no use for it: labels, routing, keys of a cache across requests.
+LABELS = ("log_metrics", "no_logs", "session_id", "conversation_id", "custom_labels", "external_trace_header")
+ROUTING = ("routing_key", "priority", "extra_key", "cache_salt", "received_time", "http_worker_ipc")
+AUX_INFO = "aux_info"  # RTP-LLM's; it may stand in one of the objects too
+RTP_PREFIX = "extra_config."
+KNOWN = frozenset((*SERVED, *SHOWN, AUX_INFO, *RTP_OBJECTS, *LABELS, *ROUTING, *UNSERVED_FIELDS))
+
+
+@dataclass(frozen=True)
+class PromptCall:
+    """One prompt of a call: its request to the engine, and how its answers are written."""
+
+    rid: str
+    request: GroupRequest
+    sampling: Sampling
+    return_logprob: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """One POST /generate. ``is_list`` says that the answer is a list: a batch, or several samples of one prompt."""
+
+    prompts: tuple[PromptCall, ...]
+    rid: str
+    is_list: bool
+    stream: bool
+    logprob_text: bool
+    prompt_ids: bool
+    aux_info: bool
+
+
+class CallReader:
+    """Reads bodies; seeds that no client gave derive from the server's seed and a counter of prompts."""
+
+    def __init__(self, limits: Limits, tokenizer: Tokenizer, server_seed: int) -> None:
+        self._limits, self._tokenizer, self._server_seed = limits, tokenizer, server_seed
+        self._num_unseeded = 0
+
+    def read(self, body: object) -> Call:
+        """Raises ConfigError naming the field for whatever can never run."""
+        data = as_object(body, "body")
+        fields = Fields(data)
+        fields.check_names(KNOWN)
+        check_unserved(data, UNSERVED_FIELDS)
+        prompts, is_batch = self._prompts(fields)
+        per_object = [_per_prompt(fields, name, len(prompts), {}) for name in RTP_OBJECTS]
+        rtp = [_merged(objects) for objects in zip(*per_object, strict=True)]
+        sampling = self._sampling(fields, prompts, rtp)
+        rid, rids = _rids(fields.raw("rid"), len(prompts), is_batch or sampling[0].num_samples > 1)
+        logprobs = _per_prompt(fields, "return_logprob", len(prompts), False)
+        starts = _per_prompt(fields, "logprob_start_len", len(prompts), -1)
+        calls = tuple(map(self._prompt_call, rids, prompts, sampling, logprobs, starts))
+        return Call(
+            prompts=calls,
+            rid=rid,
+            is_list=is_batch or sampling[0].num_samples > 1,
+            stream=fields.switch("stream"),
+            logprob_text=fields.switch("return_text_in_logprobs"),
+            prompt_ids=fields.switch("return_prompt_token_ids"),
+            aux_info=fields.switch(AUX_INFO) or any(each.get(AUX_INFO) is True for each in rtp),
+        )
+
+    def _prompt_call(
+        self, rid: str, prompt: tuple[int, ...], sampling: Sampling, return_logprob: object, start: object
+    ) -> PromptCall:
+        if not isinstance(return_logprob, bool):
+            raise bad_field("return_logprob", "must be true or false", return_logprob, "Correct it or leave it out.")
+        if start not in (-1, len(prompt)):
+            raise bad_field(
+                "logprob_start_len",
+                f"must be -1 or the prompt's length ({len(prompt)}): this engine has no logprobs of prompt tokens",
+                start,
+                "Leave it out for the logprobs of the response.",
+            )
+        seeds = tuple(self._seeds(sampling))
+        request = GroupRequest(rid, prompt, seeds, sampling.params)
+        try:
+            check_request(request, self._limits)
+        except ConfigError as error:
+            raise _in_clients_words(error) from None
+        return PromptCall(rid, request, sampling, return_logprob)
+
+    def _prompts(self, fields: Fields) -> tuple[list[tuple[int, ...]], bool]:
+        """The prompts' token ids, and whether the client sent a list of prompts."""
+        text, ids = fields.raw("text"), fields.raw("input_ids")
+        if (text is None) == (ids is None):
+            raise bad_field(
+                "text", "a request has either text or input_ids", text, "Send one of them, a prompt or a list of them."
+            )
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            if not (isinstance(texts, list) and texts and all(map(is_text, texts))):
+                raise bad_field("text", "must be a text or a list of texts", text, "Send at least one prompt.")
+            return [self._tokenizer.encode(each) for each in texts], not isinstance(text, str)
+        lists = [ids] if isinstance(ids, list) and all(map(is_whole, ids)) else ids
+        if not (isinstance(lists, list) and all(isinstance(each, list) for each in lists)):
+            raise bad_field("input_ids", "must be a list of token ids or a list of such lists", ids, "Send [1, 2, 3].")
+        if not all(map(is_whole, (token for each in lists for token in each))):
+            raise bad_field("input_ids", "must hold whole numbers", ids, "Send the ids of the tokenizer.")
+        return [tuple(each) for each in lists], lists is ids
+
+    def _sampling(
+        self, fields: Fields, prompts: Sequence[tuple[int, ...]], rtp: Sequence[Mapping[str, Any]]
+    ) -> list[Sampling]:
+        given = _per_prompt(fields, "sampling_params", len(prompts), {})
+        sampling = [
+            self._with_rtp(read_sampling(as_object(each, "sampling_params"), self._limits, len(prompt)), extra)
+            for each, prompt, extra in zip(given, prompts, rtp, strict=True)
+        ]
+        if len(counts := {each.num_samples for each in sampling}) > 1:
+            raise bad_field(
+                "sampling_params.n",
+                "must be the same for every prompt of a batch",
+                sorted(counts),
+                "Send two requests.",
+            )
+        return sampling
+
+    def _with_rtp(self, sampling: Sampling, extra: Mapping[str, Any]) -> Sampling:
+        """What RTP-LLM's names add."""
+        speculative = {name: value for name, value in extra.items() if name != AUX_INFO}
+        Fields(speculative, RTP_PREFIX).text(ADVICE)
+        encode = partial(self._tokenizer.encode, special=False)
+        params = with_rtp_fields(sampling.params, speculative, encode, RTP_PREFIX)
+        return replace(sampling, params=params)
+
+    def _seeds(self, sampling: Sampling) -> Iterator[int]:
+        """One seed per sample; the first of a seeded prompt is the client's own."""
+        if sampling.seed is None:
+            self._num_unseeded += 1
+            base, number = self._server_seed, self._num_unseeded
+            yield from (sample_seed(base, number, index) for index in range(sampling.num_samples))
+            return
+        yield sampling.seed
+        yield from (sample_seed(sampling.seed, 0, index) for index in range(1, sampling.num_samples))
+
+
+def _merged(objects: Iterable[object]) -> Mapping[str, Any]:
+    """The objects in which RTP-LLM's clients send what concerns one prompt, as one."""
+    return {name: value for each in objects for name, value in as_object(each, RTP_PREFIX[:-1]).items()}
+
+
+def _per_prompt(fields: Fields, name: str, count: int, default: Any) -> list[Any]:
+    """A field that is one value for all prompts or a list of one a prompt."""
+    value = fields.raw(name)
+    if not isinstance(value, list):
+        return [default if value is None else value] * count
+    if len(value) != count:
+        raise bad_field(name, f"must have one entry for each of the {count} prompts", value, "Send one for all.")
+    return [default if each is None else each for each in value]
+
+
+def _rids(value: object, count: int, is_list: bool) -> tuple[str, list[str]]:
+    """The call's own id and each prompt's: ``"a"`` for a batch of two is ``a_0`` and ``a_1``."""
+    if isinstance(value, list):
+        if len(value) != count or not all(isinstance(each, str) and each for each in value):
+            raise bad_field("rid", f"must be one text for each of the {count} prompts", value, "Leave it out.")
+        if len(set(value)) != count:
+            raise bad_field("rid", "must not hold the same id twice", value, "Give each prompt its own.")
+        return uuid4().hex, value
+    if value is not None and not (isinstance(value, str) and value):
+        raise bad_field("rid", "must be a text that is not empty", value, "Leave it out.")
+    rid = value if isinstance(value, str) else uuid4().hex
+    return rid, [f"{rid}_{index}" for index in range(count)] if is_list else [rid]
+
+
+def _in_clients_words(error: ConfigError) -> ConfigError:
+    """An error about a request's setting under the name that the client sent."""
+    node, _, name = error.setting.partition(".")
+    setting = f"sampling_params.{name}" if node == "rollout" else error.setting
+    return bad_field(setting, error.rule, error.value, error.remedy)

@@ -1,0 +1,111 @@
+"""The endpoints that steer generation: abort, pause and continue, flush, release and resume."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from rollout.embedded.http.fields import Fields, as_object, bad_field
+from rollout.embedded.http.json_io import read_json, refusal
+from rollout.embedded.http.serving import Serving
+from rollout.embedded.loop_thread import Refused
+from slime_spec.weights.push import ContinueGeneration, PauseGeneration, PauseMode
+
+PAUSE_MODES: tuple[PauseMode, ...] = ("abort", "retract", "in_place")
+MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
+FLUSHED = "Cache flushed.\n"
+BUSY = "Flush cache failed: requests are running or waiting.\n"
+
+
+class ControlRoutes:
+    """``paused`` says whether generation was paused through this server."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._engine, self._generations, self._control = serving.engine, serving.generations, serving.control
+        self._released: set[str] = set()
+        self.paused = False
+
+    @property
+    def released(self) -> bool:
+        return bool(self._released)
+
+    def routes(self) -> list[web.RouteDef]:
+        either = {
+            "/flush_cache": self._flush,
+            "/release_memory_occupation": self._release,
+            "/resume_memory_occupation": self._resume,
+        }
+        return [
+            web.post("/abort_request", self._abort),
+            web.post("/pause_generation", self._pause),
+            web.post("/continue_generation", self._continue),
+            *(web.post(path, handler) for path, handler in either.items()),
+            *(web.get(path, handler) for path, handler in either.items()),
+        ]
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        """An unknown id is no error: its request may just have finished."""
+        fields = await _fields(request, {"rid", "abort_all", "abort_message", "finished_reason"})
+        if fields.switch("abort_all"):
+            await self._generations.abort_all()
+        elif rid := fields.text("rid"):
+            self._generations.abort(rid)
+        return web.Response()
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        fields = await _fields(request, {"mode"})
+        mode = fields.choice("mode", PAUSE_MODES, "abort")
+        self.paused = True
+        await self._control.run(lambda: self._engine.update_weights(PauseGeneration(self._version, mode)))
+        if mode == "abort":
+            await self._generations.abort_all()
+        return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
+
+    async def _continue(self, request: web.Request) -> web.Response:
+        await _fields(request, {"torch_empty_cache"})
+        await self._control.run(lambda: self._engine.update_weights(ContinueGeneration(self._version)))
+        self.paused = False
+        return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
+
+    async def _flush(self, request: web.Request) -> web.Response:
+        """Nothing is cached from one request to the next; SGLang's clients use the answer to see whether it is idle."""
+        stats = self._engine.stats()
+        if self._generations.num_prompts or stats.num_running or stats.num_waiting:
+            return web.Response(status=400, text=BUSY)
+        return web.Response(text=FLUSHED)
+
+    async def _release(self, request: web.Request) -> web.Response:
+        """The engine's memory goes as a whole with the first tag, and comes back with the last."""
+        tags = await _tags(request)
+        if not self._released:
+            try:
+                await self._control.run(lambda: self._engine.set_resident(False))
+            except Refused as error:
+                return refusal(400, str(error))
+        self._released |= tags
+        return web.json_response(None)
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        tags = await _tags(request)
+        if beyond := sorted(tags - self._released):
+            return refusal(400, f"not released: {', '.join(beyond)}")
+        if self._released == tags:
+            await self._control.run(lambda: self._engine.set_resident(True))
+        self._released -= tags
+        return web.json_response(None)
+
+    @property
+    def _version(self) -> int:
+        return self._engine.stats().weight_version
+
+
+async def _fields(request: web.Request, known: set[str]) -> Fields:
+    fields = Fields(as_object(await read_json(request, default={}), "body"))
+    fields.check_names(known)
+    return fields
+
+
+async def _tags(request: web.Request) -> set[str]:
+    tags = (await _fields(request, {"tags"})).texts("tags")
+    if unknown := [tag for tag in tags if tag not in MEMORY_TAGS]:
+        raise bad_field("tags", f"must be among {', '.join(MEMORY_TAGS)}", unknown[0], "Leave it out for all of them.")
+    return set(tags or MEMORY_TAGS)

@@ -1,0 +1,82 @@
+"""POST /generate: one prompt, a batch, several samples; whole or as server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from aiohttp import web
+
+from rollout.embedded.http.answers import Answer, AnswerWriter
+from rollout.embedded.http.calls import Call, CallReader
+from rollout.embedded.http.chunks import Chunks
+from rollout.embedded.http.generations import EngineEnded, Event, Finished
+from rollout.embedded.http.json_io import read_json
+from rollout.embedded.http.serving import Serving
+from rollout.embedded.loop_thread import Refused
+
+Place = tuple[int, int]
+"""(index of the prompt in its call, index of the sample among the prompt's)"""
+
+
+class GenerateRoutes:
+    """Answers are in the order of the prompts, a prompt's samples side by side.
+
+    A stream's chunks hold everything so far, or with ``incremental`` only what is new (SGLang's
+    ``--incremental-streaming-output``); a call with several answers marks each chunk with its ``index``.
+    """
+
+    def __init__(self, serving: Serving, reader: CallReader, writer: AnswerWriter, incremental: bool) -> None:
+        self._generations, self._totals = serving.generations, serving.totals
+        self._reader, self._writer, self._incremental = reader, writer, incremental
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post("/generate", self._generate), web.put("/generate", self._generate)]
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        call = self._reader.read(await read_json(request))
+        requests = [prompt.request for prompt in call.prompts]
+        async with aclosing(self._generations.events(call.rid, requests, progress=call.stream)) as events:
+            return await (self._stream(request, call, events) if call.stream else self._whole(call, events))
+
+    async def _whole(self, call: Call, events: AsyncIterator[Event]) -> web.Response:
+        answers: dict[Place, Answer] = {}
+        async for event in events:
+            if isinstance(event, Finished):
+                place = event.prompt, event.sample.sample_index
+                answers[place] = self._finished(call, event)
+        ordered = [answers[place] for place in sorted(answers)]
+        return web.json_response(ordered if call.is_list else ordered[0])
+
+    async def _stream(self, request: web.Request, call: Call, events: AsyncIterator[Event]) -> web.StreamResponse:
+        first = await anext(events)  # what the engine refuses is still an ordinary answer here
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+        chunks = Chunks(call, self._writer, self._incremental)
+        try:
+            await self._send(response, call, chunks, first)
+            async for event in events:
+                await self._send(response, call, chunks, event)
+        except (EngineEnded, Refused) as error:  # the answer's status has been sent
+            await _write(response, {"error": {"message": str(error), "type": "internal_error", "code": 503}})
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    async def _send(self, response: web.StreamResponse, call: Call, chunks: Chunks, event: Event) -> None:
+        if (answer := self._chunk(call, chunks, event)) is not None:
+            await _write(response, answer)
+
+    def _chunk(self, call: Call, chunks: Chunks, event: Event) -> Answer | None:
+        if isinstance(event, Finished):
+            return chunks.last(event, self._finished(call, event))
+        return chunks.gained(event)
+
+    def _finished(self, call: Call, event: Finished) -> Answer:
+        self._totals.count(event.sample)
+        return self._writer.finished(call, call.prompts[event.prompt], event.sample)
+
+
+async def _write(response: web.StreamResponse, answer: Answer) -> None:
+    await response.write(b"data: " + json.dumps(answer).encode() + b"\n\n")

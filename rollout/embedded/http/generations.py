@@ -1,0 +1,166 @@
+"""The engine's blocking generations as events on the server's event loop, and what is under way, by request id.
+
+    handler ── events(...) ──► one thread per prompt: engine.generate(), iterate ──┐ samples
+                    ▲          engine's own thread: on_progress ───────────────────┤ new tokens
+                    └───────────── asyncio.Queue ◄── call_soon_threadsafe ─────────┘
+
+A handler that stops listening (its client is gone, or another prompt failed) aborts what it had started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Lock
+
+from rollout.embedded.engine import EmbeddedEngine
+from rollout.embedded.loop_thread import Refused
+from rollout.embedded.request import Progress
+from slime_spec.errors import ConfigError
+from slime_spec.interfaces import Generation
+from slime_spec.types import GeneratedSample, GroupRequest
+
+# A prompt under way holds one thread, which sleeps until the engine finishes a sample.
+MAX_PROMPTS_IN_FLIGHT = 512
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Tokens that one sample has gained; ``prompt`` is the prompt's index in its call."""
+
+    prompt: int
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One sample is complete (or aborted, with the tokens it has)."""
+
+    prompt: int
+    sample: GeneratedSample
+
+
+Event = NewTokens | Finished
+
+
+class EngineEnded(RuntimeError):
+    """The engine was stopped, or an error in its loop ended it: it will not answer again."""
+
+
+class Handle:
+    """A prompt that is or will be generated; it can be aborted at any time, also before its thread has begun."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._generation: Generation | None = None
+        self._aborted = False
+
+    def bind(self, generation: Generation) -> None:
+        with self._lock:
+            self._generation = generation
+            aborted = self._aborted
+        if aborted:
+            generation.abort()
+
+    def abort(self) -> None:
+        with self._lock:
+            self._aborted, generation = True, self._generation
+        if generation is not None:
+            generation.abort()
+
+
+class Generations:
+    """Everything under way on one engine; its methods belong to the event loop."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self._engine = engine
+        self._executor = ThreadPoolExecutor(MAX_PROMPTS_IN_FLIGHT, thread_name_prefix="http-generate")
+        # A call's own id stands for all its prompts, each prompt's id for itself.
+        self._live: dict[str, tuple[Handle, ...]] = {}
+        self._jobs: set[Future[None]] = set()
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts under way or waiting."""
+        return len(self._jobs)
+
+    async def events(self, rid: str, requests: Sequence[GroupRequest], progress: bool = False) -> AsyncGenerator[Event]:
+        """Generate one call's prompts until every sample is finished; ``progress`` asks for tokens as they come.
+
+        Closing the iterator (``contextlib.aclosing``) or cancelling its reader aborts what is unfinished. Raises what
+        the engine raised, and ConfigError for an id that is in use.
+        """
+        handles = tuple(Handle() for _ in requests)
+        by_prompt = zip(requests, handles, strict=True)
+        names = {**{request.group_id: (handle,) for request, handle in by_prompt}, rid: handles}
+        if taken := names.keys() & self._live.keys():
+            raise ConfigError("rid", "must not be the id of a request under way", min(taken), "Leave it out.")
+        queue: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(event: Event | BaseException) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        jobs = [
+            self._executor.submit(self._generate, index, request, handle, put, progress)
+            for index, (request, handle) in enumerate(zip(requests, handles, strict=True))
+        ]
+        self._live |= names
+        self._jobs.update(jobs)
+        try:
+            for _ in range(sum(len(request.seeds) for request in requests)):
+                while not isinstance(event := await queue.get(), Finished):
+                    if isinstance(event, BaseException):
+                        raise event
+                    yield event
+                yield event
+        finally:
+            for job, handle in zip(jobs, handles, strict=True):
+                if not job.cancel() and not job.done():
+                    handle.abort()
+            self._jobs.difference_update(jobs)
+            for name in names:
+                del self._live[name]
+
+    def abort(self, rid: str) -> bool:
+        """Let what has this id finish with what it has; False when nothing has it."""
+        for handle in self._live.get(rid, ()):
+            handle.abort()
+        return rid in self._live
+
+    async def abort_all(self) -> None:
+        """Abort everything under way, and wait until the engine has let go of it."""
+        jobs = list(self._jobs)
+        for handles in self._live.values():
+            for handle in handles:
+                handle.abort()
+        # Not by awaiting the jobs: a caller that is cancelled would cancel those that have not begun.
+        await asyncio.to_thread(wait, jobs)
+
+    def close(self) -> None:
+        """Wait for the threads; the engine must have been stopped or be idle."""
+        self._executor.shutdown()
+
+    def _generate(
+        self,
+        prompt: int,
+        request: GroupRequest,
+        handle: Handle,
+        put: Callable[[Event | BaseException], None],
+        progress: bool,
+    ) -> None:
+        """One prompt, on a thread of its own."""
+        on_progress = (lambda gained: put(NewTokens(prompt, gained))) if progress else None
+        try:
+            generation = self._engine.generate(request, on_progress)
+            handle.bind(generation)
+            for sample in generation:
+                put(Finished(prompt, sample))
+        except Refused as error:
+            put(error)
+        except RuntimeError as error:
+            put(EngineEnded(str(error)))
+        except Exception as error:  # noqa: BLE001 - raised again by the reader of the events, whose error it is
+            put(error)

@@ -1,0 +1,143 @@
+"""The endpoints that tell: health, what is served, how it speculates, what it has done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import asdict
+from time import time
+from typing import Any
+from uuid import uuid4
+
+from aiohttp import web
+
+import slime_spec
+from rollout.embedded.http.serving import Serving
+from slime_spec.speculation.shape import draft_shape
+from slime_spec.types import GroupRequest, SamplingParams
+
+HEALTH_TIMEOUT_S = 20.0  # SGLang's
+CONTRACT = "0.5.21"  # of SGLang's HTTP API: selectors, and sessions around weight updates
+
+
+class InfoRoutes:
+    """``can_generate`` is false while generation is paused or memory released: both are healthy states."""
+
+    def __init__(self, serving: Serving, can_generate: Callable[[], bool]) -> None:
+        self._config, self._spec, self._limits = serving.config, serving.spec, serving.limits
+        self._engine, self._generations = serving.engine, serving.generations
+        self._names, self._totals, self._can_generate = serving.names, serving.totals, can_generate
+        self._started_at_s = time()
+        self.stopping = False
+
+    def routes(self) -> list[web.RouteDef]:
+        paths = {
+            "/health": self._health,
+            "/health_generate": self._health_generate,
+            "/server_info": self._server_info,
+            "/get_server_info": self._server_info,
+            "/model_info": self._model_info,
+            "/get_model_info": self._model_info,
+        }
+        return [web.get(path, handler) for path, handler in paths.items()]
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """200 if the engine's loop comes round in time."""
+        return await self._answers_in_time(asyncio.to_thread(self._engine.ping))
+
+    async def _health_generate(self, request: web.Request) -> web.Response:
+        """200 if one token can be generated; what runs already, or may not run now, proves as much as its loop."""
+        if self._generations.num_prompts or not self._can_generate():
+            return await self._health(request)
+        return await self._answers_in_time(self._one_token())
+
+    async def _answers_in_time(self, proof: Any) -> web.Response:
+        if self.stopping:
+            proof.close()
+            return web.Response(status=503)
+        try:
+            await asyncio.wait_for(proof, HEALTH_TIMEOUT_S)
+        except (TimeoutError, RuntimeError):  # RuntimeError: the engine has ended
+            return web.Response(status=503)
+        return web.Response()
+
+    async def _one_token(self) -> None:
+        params = SamplingParams(max_new_tokens=1, temperature=0.0)
+        rid = f"HEALTH_CHECK_{uuid4().hex}"
+        async with aclosing(self._generations.events(rid, [GroupRequest(rid, (0,), (0,), params)])) as events:
+            async for _ in events:
+                pass
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        folder = self._config.model.hf_checkpoint
+        return web.json_response(
+            {
+                "model_path": folder,
+                "served_model_name": folder,
+                "tokenizer_path": folder,
+                "is_generation": True,
+                "preferred_sampling_params": None,
+                "weight_version": self._names.current(),
+                "load_format": "safetensors",
+                "has_image_understanding": False,
+                "has_audio_understanding": False,
+                "architectures": [self._spec.architecture],
+            }
+        )
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response({**self._settings(), "internal_states": [self._state()]})
+
+    def _settings(self) -> dict[str, Any]:
+        """What the server was told, under SGLang's names; the speculative numbers as they were resolved."""
+        config, folder = self._config, self._config.model.hf_checkpoint
+        shape = draft_shape(config.speculative, self._spec.architecture)
+        speculative = {f"speculative_{name}": value for name, value in asdict(config.speculative).items()}
+        if config.speculative.algorithm == "NONE":
+            shown: dict[str, Any] = {"speculative_algorithm": None}
+        else:
+            shown = {
+                "speculative_num_steps": shape.num_steps,
+                "speculative_eagle_topk": shape.topk,
+                "speculative_num_draft_tokens": shape.num_draft_tokens,
+            }
+        return {
+            "model_path": folder,
+            "tokenizer_path": folder,
+            "served_model_name": folder,
+            "device": "cuda" if config.rollout.num_gpus_per_engine else "cpu",
+            "dtype": config.engine.dtype,
+            "context_length": self._limits.context_length,
+            "max_running_requests": config.engine.max_running_requests,
+            "max_total_num_tokens": self._limits.max_total_tokens,
+            "max_req_input_len": self._limits.context_length - 1,
+            "tp_size": 1,
+            "pp_size": 1,
+            "dp_size": 1,
+            "random_seed": config.run.seed,
+            "weight_version": self._names.current(),
+            **speculative,
+            **shown,
+            "startup_time": self._started_at_s,
+            "version": slime_spec.__version__,
+            "engine": "slime_spec embedded",
+            "sglang_contract": CONTRACT,
+        }
+
+    def _state(self) -> dict[str, Any]:
+        stats, totals = self._engine.stats(), self._totals
+        return {
+            "weight_version": self._names.current(),
+            "draft_version": self._engine.draft_version,
+            "num_running_reqs": stats.num_running,
+            "num_queue_reqs": stats.num_waiting,
+            "num_used_tokens": stats.kv_tokens_used,
+            "max_total_num_tokens": stats.kv_tokens_capacity,
+            "memory_released": not stats.resident,
+            "num_answered_samples": totals.num_samples,
+            "num_generated_tokens": totals.num_tokens,
+            "avg_spec_accept_length": totals.mean_accept_length,
+            "time_in_forward_s": stats.time_in_forward_s,
+            "time_total_s": stats.time_total_s,
+        }

@@ -1,0 +1,115 @@
+"""SGLang's ``sampling_params``: what is sampled, how often, and how its text is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rollout.embedded.http.fields import Fields, bad_field, finite
+from rollout.embedded.http.unserved import UNSERVED_PARAMETERS, check_unserved
+from rollout.embedded.validate import Limits
+from slime_spec.errors import ConfigError
+from slime_spec.types import SamplingParams
+
+PREFIX = "sampling_params."
+SEED_BITS = 63
+MAX_STOP_STRINGS = 32  # SGLang's bound
+MAX_SAMPLES = 4096
+LONGEST_KEY = 20  # digits of a token id; Python refuses to read thousands of them
+MAX_BIAS = 1e30  # divided by the least temperature it is still a 32-bit float
+LAW = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "n", "sampling_seed")
+PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
+LENGTH = ("max_new_tokens", "min_new_tokens", "stop", "stop_token_ids", "ignore_eos")
+# Fast tokenizers, the only ones here, put no spaces between special tokens whatever is asked of them.
+WRITING = ("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval")
+KNOWN = frozenset((*LAW, *PENALTIES, *LENGTH, *WRITING, *UNSERVED_PARAMETERS))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One prompt's sampling: ``num_samples`` responses, whose seeds derive from ``seed`` where one is given."""
+
+    params: SamplingParams
+    num_samples: int
+    seed: int | None
+    skip_special_tokens: bool
+    trim_stop: bool
+    stream_interval: int
+
+
+def read_sampling(data: Mapping[str, Any], limits: Limits, num_prompt_tokens: int) -> Sampling:
+    """Read and check ``sampling_params``; raises ConfigError naming the parameter.
+
+    ``max_new_tokens: null`` means as many as the context holds.
+    """
+    fields = Fields(data, PREFIX)
+    fields.check_names(KNOWN)
+    check_unserved(data, UNSERVED_PARAMETERS, PREFIX)
+    stop = fields.texts("stop")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise bad_field(PREFIX + "stop", f"must hold at most {MAX_STOP_STRINGS} strings", len(stop), "Send fewer.")
+    unbounded = "max_new_tokens" in data and data["max_new_tokens"] is None
+    room = max(1, limits.context_length - num_prompt_tokens)
+    params = SamplingParams(
+        max_new_tokens=room if unbounded else fields.whole("max_new_tokens", 128, minimum=1),
+        min_new_tokens=fields.whole("min_new_tokens", 0, minimum=0),
+        temperature=fields.number("temperature", 1.0),
+        top_p=fields.number("top_p", 1.0),
+        top_k=_top_k(fields.whole("top_k", -1), limits.vocab_size),
+        min_p=fields.number("min_p", 0.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0),
+        presence_penalty=fields.number("presence_penalty", 0.0),
+        repetition_penalty=fields.number("repetition_penalty", 1.0),
+        stop=stop,
+        stop_token_ids=tuple(each for each in fields.wholes("stop_token_ids") if 0 <= each < limits.vocab_size),
+        ignore_eos=fields.switch("ignore_eos"),
+        logit_bias=_logit_bias(fields.raw("logit_bias"), limits.vocab_size),
+    )
+    _check_penalties(params)
+    num_samples = fields.whole("n", 1, minimum=1)
+    if num_samples > MAX_SAMPLES:
+        raise bad_field(PREFIX + "n", f"must be at most {MAX_SAMPLES}", num_samples, "Send several requests.")
+    return Sampling(
+        params=params,
+        num_samples=num_samples,
+        seed=None if fields.raw("sampling_seed") is None else fields.whole("sampling_seed", 0) % (1 << SEED_BITS),
+        skip_special_tokens=fields.switch("skip_special_tokens", True),
+        trim_stop=not fields.switch("no_stop_trim"),
+        stream_interval=fields.whole("stream_interval", 1, minimum=1),
+    )
+
+
+def _check_penalties(params: SamplingParams) -> None:
+    """SGLang's ranges; the others are checked with every request of the engine."""
+    rules = (
+        ("frequency_penalty", -2.0 <= params.frequency_penalty <= 2.0, "must be from -2 to 2"),
+        ("presence_penalty", -2.0 <= params.presence_penalty <= 2.0, "must be from -2 to 2"),
+        ("repetition_penalty", 0.0 < params.repetition_penalty <= 2.0, "must be above 0 and at most 2"),
+        ("min_new_tokens", params.min_new_tokens <= params.max_new_tokens, "must not exceed max_new_tokens"),
+    )
+    for name, holds, rule in rules:
+        if not holds:
+            raise ConfigError(PREFIX + name, rule, getattr(params, name), "Correct the field or leave it out.")
+
+
+def _top_k(top_k: int, vocab_size: int) -> int:
+    """SGLang's clients also write "all" as a number beyond every vocabulary."""
+    return -1 if top_k >= vocab_size else top_k
+
+
+def _logit_bias(value: object, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """``{"17": -5.0}`` as pairs; JSON has no whole numbers as keys."""
+    if value is None:
+        return ()
+    name, remedy = PREFIX + "logit_bias", 'Send {"TOKEN_ID": BIAS}.'
+    if not isinstance(value, dict):
+        raise bad_field(name, "must be an object from token ids to numbers", value, remedy)
+    pairs = []
+    for key, bias in value.items():
+        if not (key.isdecimal() and len(key) <= LONGEST_KEY and int(key) < vocab_size):
+            raise bad_field(name, f"must have token ids from 0 to {vocab_size - 1} as keys", key, remedy)
+        if (number := finite(bias)) is None or abs(number) > MAX_BIAS:
+            raise bad_field(name, f"must have numbers as values, {MAX_BIAS:g} at most", bias, remedy)
+        pairs.append((int(key), number))
+    return tuple(pairs)

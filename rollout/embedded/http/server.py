@@ -1,0 +1,152 @@
+"""One embedded engine behind a socket, from the bound port to the last answer.
+
+EngineServer(config, options)   binds the port: a port in use is found before a model is loaded
+run(announce)                   loads, serves until SIGINT or SIGTERM, answers what is under way with what it has
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from rollout.embedded.engine import EmbeddedEngine
+from rollout.embedded.http.answers import AnswerWriter
+from rollout.embedded.http.calls import CallReader
+from rollout.embedded.http.control_routes import ControlRoutes
+from rollout.embedded.http.control_thread import ControlThread
+from rollout.embedded.http.generate_routes import GenerateRoutes
+from rollout.embedded.http.generations import Generations
+from rollout.embedded.http.info_routes import InfoRoutes
+from rollout.embedded.http.middleware import api_key_required, errors_as_json
+from rollout.embedded.http.pushes import HeldTensors
+from rollout.embedded.http.serving import Serving
+from rollout.embedded.http.totals import Totals
+from rollout.embedded.http.versions import VersionNames
+from rollout.embedded.http.weight_routes import WeightRoutes
+from rollout.embedded.http.weight_session import WeightUpdates
+from rollout.embedded.stop import eos_ids
+from rollout.embedded.validate import limits_of
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.hf.tokenizer import Tokenizer, check_vocabulary
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_TIMEOUT_S = 5.0  # for answers that are being written when the server stops
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the server is reached. Port 0 takes a free one; ``incremental_streaming`` streams only what is new."""
+
+    host: str = "127.0.0.1"
+    port: int = 30000
+    api_key: str | None = None
+    max_request_mb: int = 256
+    incremental_streaming: bool = False
+
+
+class EngineServer:
+    """Serves one engine. Raises ConfigError for a bad model or address before anything heavy starts."""
+
+    def __init__(self, config: Config, options: ServerOptions) -> None:
+        self._config, self._options = config, options
+        self._spec = ModelSpec.from_folder(config.model.hf_checkpoint)
+        self._tokenizer = Tokenizer.load(config.model.hf_checkpoint)
+        check_vocabulary(self._tokenizer, self._spec)
+        self._socket = bound_socket(options.host, options.port)
+        self._engine = EmbeddedEngine(config, 0, HeldTensors())
+
+    @property
+    def address(self) -> str:
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self, announce: Announce) -> None:
+        """Serve until the process is told to end; ``announce`` is given the address when requests are answered."""
+        asyncio.run(self._run(announce))
+
+    async def _run(self, announce: Announce) -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await self.serve(announce, stop)
+
+    async def serve(self, announce: Announce, stop: asyncio.Event) -> None:
+        """Serve until ``stop`` is set."""
+        await asyncio.to_thread(self._engine.start)
+        generations, control = Generations(self._engine), ControlThread()
+        try:
+            await self._answer(self._serving(generations, control), announce, stop)
+        finally:
+            await asyncio.to_thread(self._engine.stop)
+            control.close()
+            generations.close()
+
+    async def _answer(self, serving: Serving, announce: Announce, stop: asyncio.Event) -> None:
+        app, info = make_app(serving, self._options)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_TIMEOUT_S, access_log=None)
+        await runner.setup()
+        try:
+            site = web.SockSite(runner, self._socket)
+            await site.start()
+            announce(self.address)
+            await stop.wait()
+            logger.info("stopping prompts_under_way=%d", serving.generations.num_prompts)
+            info.stopping = True
+            await site.stop()
+            await serving.generations.abort_all()
+        finally:
+            await runner.cleanup()
+
+    def _serving(self, generations: Generations, control: ControlThread) -> Serving:
+        engine = self._engine
+        return Serving(
+            config=self._config,
+            spec=self._spec,
+            limits=limits_of(self._config, self._spec),
+            tokenizer=self._tokenizer,
+            engine=engine,
+            generations=generations,
+            control=control,
+            names=VersionNames(lambda: engine.stats().weight_version),
+            totals=Totals(),
+        )
+
+
+def make_app(serving: Serving, options: ServerOptions) -> tuple[web.Application, InfoRoutes]:
+    """The application, and the part of it that must know when the server stops."""
+    config = serving.config
+    eos = eos_ids(config.model.hf_checkpoint, serving.spec.eos_token_ids)
+    reader = CallReader(serving.limits, serving.tokenizer, config.run.seed)
+    writer = AnswerWriter(serving.tokenizer, serving.names, eos)
+    control = ControlRoutes(serving)
+    info = InfoRoutes(serving, can_generate=lambda: not control.paused and not control.released)
+    generate = GenerateRoutes(serving, reader, writer, options.incremental_streaming)
+    middlewares = [errors_as_json, *([api_key_required(options.api_key)] if options.api_key else [])]
+    app = web.Application(middlewares=middlewares, client_max_size=options.max_request_mb * 10**6)
+    for part in (generate, control, WeightRoutes(serving, WeightUpdates(serving)), info):
+        app.add_routes(part.routes())
+    return app, info
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that has the address to itself; it does not listen yet."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            "--host and --port", f"must be an address that can be bound: {error}", f"{host}:{port}", "Pass --port 0."
+        ) from None
+    return bound

@@ -1,0 +1,30 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rollout.embedded.engine import EmbeddedEngine
+from rollout.embedded.http.control_thread import ControlThread
+from rollout.embedded.http.generations import Generations
+from rollout.embedded.http.totals import Totals
+from rollout.embedded.http.versions import VersionNames
+from rollout.embedded.validate import Limits
+from slime_spec.config.tree import Config
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.hf.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One started engine and what is known of it."""
+
+    config: Config
+    spec: ModelSpec
+    limits: Limits
+    tokenizer: Tokenizer
+    engine: EmbeddedEngine
+    generations: Generations
+    control: ControlThread
+    names: VersionNames
+    totals: Totals

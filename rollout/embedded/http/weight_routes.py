@@ -1,0 +1,173 @@
+"""The endpoints that change weights or compare them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import torch
+from aiohttp import web
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from rollout.embedded.http.fields import Fields, as_object, bad_field
+from rollout.embedded.http.json_io import read_json
+from rollout.embedded.http.serving import Serving
+from rollout.embedded.http.weight_session import SELECTORS, SIDES, WeightUpdates
+from slime_spec.errors import ConfigError, PushError
+from slime_spec.weights.manifest import combined_checksum
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+# What SGLang's requests carry that changes nothing here: there is no cache across requests, and no CUDA graph to redo.
+IGNORED = ("flush_cache", "torch_empty_cache", "recapture_cuda_graph", "keep_pause", "is_async", "token_step")
+DISK_FORMATS = ("auto", "safetensors")
+INSTEAD = "Use update_weights_from_disk, or update_weights_from_tensor with load_format safetensors."
+UNSERVED_TRANSPORTS = (
+    "/init_weights_update_group",
+    "/destroy_weights_update_group",
+    "/update_weights_from_distributed",
+    "/update_weights_from_ipc",
+)
+
+
+class WeightRoutes:
+    """Each answers ``{"success": ..., "message": ...}``; a refusal has status 400."""
+
+    def __init__(self, serving: Serving, updates: WeightUpdates) -> None:
+        self._engine, self._generations, self._control = serving.engine, serving.generations, serving.control
+        self._updates = updates
+
+    def routes(self) -> list[web.RouteDef]:
+        posts: dict[str, Handler] = {
+            "/begin_weight_update": self._begin,
+            "/end_weight_update": self._end,
+            "/update_weights_from_tensor": self._from_tensor,
+            "/update_weights_from_disk": self._from_disk,
+            "/update_weight_version": self._rename,
+            "/weights_checker": self._check,
+        }
+        posts |= dict.fromkeys(UNSERVED_TRANSPORTS, _refuse_transport)
+        routes = [web.post(path, _answering_success(handler)) for path, handler in posts.items()]
+        return [*routes, web.get("/weights_checker", _answering_success(self._check))]
+
+    async def _begin(self, request: web.Request) -> web.Response:
+        fields = await _fields(request, {"selector"})
+        selector = fields.choice("selector", SELECTORS, "all")
+        await self._control.run(lambda: self._updates.begin(selector))
+        return _success("Success")
+
+    async def _end(self, request: web.Request) -> web.Response:
+        await _fields(request, set())
+        await self._control.run(self._updates.end)
+        return _success("Success")
+
+    async def _from_tensor(self, request: web.Request) -> web.Response:
+        fields = await _fields(
+            request,
+            {"serialized_named_tensors", "load_format", "selector", "weight_version", "abort_all_requests", *IGNORED},
+        )
+        selector = None if fields.raw("selector") is None else fields.choice("selector", SELECTORS, "all")
+        version_name = fields.text("weight_version") or None
+        if fields.text("load_format") != "safetensors":
+            raise bad_field(
+                "load_format",
+                "must be safetensors: this server never unpickles what comes over a network",
+                fields.raw("load_format"),
+                "Send serialized_named_tensors as [base64 of safetensors.torch.save(tensors)].",
+            )
+        await self._abort_if_asked(fields)
+        encoded = fields.texts("serialized_named_tensors")
+        await self._control.run(lambda: self._updates.add(_decoded(encoded), selector, version_name))
+        return _success("Success")
+
+    async def _from_disk(self, request: web.Request) -> web.Response:
+        known = {"model_path", "load_format", "selector", "weight_version", "abort_all_requests", *IGNORED}
+        fields = await _fields(request, known)
+        folder, selector = fields.text("model_path"), fields.choice("selector", SELECTORS, "target")
+        version_name = fields.text("weight_version") or None
+        fields.choice("load_format", DISK_FORMATS, "auto")
+        if not folder:
+            raise bad_field("model_path", "must be a checkpoint folder", folder, "Send the path of a folder.")
+        await self._abort_if_asked(fields)
+        await self._control.run(lambda: self._updates.from_disk(folder, selector, version_name))
+        message = "Succeeded to update model weights."
+        if version_name is not None:
+            message += f" Weight version updated to {version_name}."
+        return _success(message, num_paused_requests=0)
+
+    async def _rename(self, request: web.Request) -> web.Response:
+        fields = await _fields(request, {"new_version", "abort_all_requests"})
+        name = fields.text("new_version")
+        if not name:
+            raise bad_field("new_version", "must be a text that is not empty", name, "Send the new version.")
+        await self._abort_if_asked(fields, default=True)
+        await self._control.run(lambda: self._updates.rename(name))
+        return _success(f"Weight version updated to {name}", new_version=name)
+
+    async def _check(self, request: web.Request) -> web.Response:
+        fields = await _fields(request, {"action", "selector", "skip_tensor_list", "allow_quant_error"})
+        fields.choice("action", ("checksum",), "checksum")
+        selector, skipped = fields.choice("selector", SELECTORS, "all"), fields.texts("skip_tensor_list")
+        checksums: dict[str, str] = {}
+        for side in SIDES[selector]:
+            found = await self._control.run(partial(self._engine.tensor_checksums, side))
+            prefix = "" if side == "target" else "draft."
+            checksums |= {prefix + name: f"{value:016x}" for name, value in found.items()}
+        kept = {name: value for name, value in checksums.items() if not any(each in name for each in skipped)}
+        total = combined_checksum((name, int(value, 16)) for name, value in kept.items())
+        rank = {"checksums": kept, "per_gpu_checksum": total, "parallelism_info": [_alone(s) for s in SIDES[selector]]}
+        engine_checksum = hashlib.sha256(total.encode()).hexdigest()
+        return _success("Success", ranks=[rank], per_engine_checksum=engine_checksum)
+
+    async def _abort_if_asked(self, fields: Fields, default: bool = False) -> None:
+        if fields.switch("abort_all_requests", default):
+            await self._generations.abort_all()
+
+
+async def _fields(request: web.Request, known: set[str]) -> Fields:
+    fields = Fields(as_object(await read_json(request, default={}), "body"))
+    fields.check_names(known)
+    return fields
+
+
+def _decoded(encoded: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The tensors of a payload: one safetensors file in base64 (SGLang sends one entry per tensor parallel rank)."""
+    name, remedy = "serialized_named_tensors", "Send [base64 of safetensors.torch.save(tensors)]."
+    if len(encoded) != 1:
+        raise bad_field(name, "must have one entry: this engine has one rank", len(encoded), remedy)
+    try:
+        return load_safetensors(base64.b64decode(encoded[0], validate=True))
+    except (binascii.Error, SafetensorError) as error:
+        raise bad_field(name, f"must be base64 of a safetensors file: {error}", "?", remedy) from None
+
+
+async def _refuse_transport(request: web.Request) -> web.Response:
+    raise bad_field(request.path, "this server has no process group to receive through", "?", INSTEAD)
+
+
+def _alone(side: str) -> dict[str, Any]:
+    ranks = {"tp_rank": 0, "tp_size": 1, "dp_rank": 0, "dp_size": 1, "pp_rank": 0, "pp_size": 1, "rank": 0, "size": 1}
+    return {"role": side, **ranks}
+
+
+def _success(message: str, **more: Any) -> web.Response:
+    return web.json_response({"success": True, "message": message, **more})
+
+
+def _answering_success(handler: Handler) -> Handler:
+    """The same handler, whose refusals also say ``"success": false`` as SGLang's do."""
+
+    async def answered(request: web.Request) -> web.Response:
+        try:
+            return await handler(request)
+        except (ConfigError, PushError) as error:
+            message = str(error)
+            return web.json_response(
+                {"success": False, "message": message, "error": {"message": message, "code": 400}}, status=400
+            )
+
+    return answered

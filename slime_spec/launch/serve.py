@@ -1,0 +1,113 @@
+"""``slime-spec serve``: one embedded engine on a port, told what it is by the flags of train that concern engines."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.launch.arguments import read_arguments
+from slime_spec.launch.compose import compose
+from slime_spec.launch.texts import whole_number
+
+API_KEY_VARIABLE = "SLIME_SPEC_API_KEY"
+NODES = ("model", "engine", "speculative", "sglang")
+SETTINGS = ("run.seed", "rollout.num_gpus_per_engine", "rollout.num_cpus_per_engine")
+# A server takes whatever its context holds: a run's own lengths must not bound it, nor be held against the context.
+BASE = ("--debug-rollout-only", "rollout.max_prompt_len=1", "rollout.max_response_len=1")
+DESCRIPTION = "Serve a checkpoint with the embedded engine over SGLang's HTTP API (docs/http.md)."
+EPILOG = """\
+Every other flag is one of `slime-spec train` that concerns the model, the engine or speculation:
+  slime-spec serve --hf-checkpoint DIR --sp-type deterministic --sglang-dtype bfloat16 --sglang-context-length 2048
+"""
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """A serve command line: what to serve, and where."""
+
+    config: Config
+    host: str
+    port: int
+    api_key: str | None
+    max_request_mb: int
+    incremental_streaming: bool
+
+
+def serve_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="slime-spec serve",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", default="30000", help="port; 0 takes a free one (default: 30000)")
+    parser.add_argument("--api-key", help=f"refuse requests without this Bearer key (default: ${API_KEY_VARIABLE})")
+    parser.add_argument("--max-request-mb", default="256", help="largest request body in MB (default: 256)")
+    parser.add_argument(
+        "--incremental-streaming-output", action="store_true", help="stream only what is new in each chunk"
+    )
+    return parser
+
+
+def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
+    """Read the command line; raises ConfigError for a bad value and for a flag that a server has no use for."""
+    own, rest = serve_parser().parse_known_args(list(argv))
+    for path, value in read_arguments(rest).settings.items():
+        if path.partition(".")[0] not in NODES and path not in SETTINGS:
+            raise ConfigError(path, "belongs to a training run, and serve only generates", value, "Leave it out.")
+    return ServeArguments(
+        config=compose([*BASE, *rest]),
+        host=own.host,
+        port=_whole("--port", own.port, 0, 65535),
+        api_key=own.api_key or os.environ.get(API_KEY_VARIABLE) or None,
+        max_request_mb=_whole("--max-request-mb", own.max_request_mb, 1, 1 << 20),
+        incremental_streaming=own.incremental_streaming_output,
+    )
+
+
+def run_serve(arguments: ServeArguments, announce: Callable[[str], None]) -> int:
+    """Serve until the process is told to end; ``announce`` is given one line when requests are answered."""
+    import torch
+
+    from rollout.embedded.http.server import EngineServer, ServerOptions
+
+    config = arguments.config
+    torch.set_num_threads(config.rollout.num_cpus_per_engine)
+    options = ServerOptions(
+        host=arguments.host,
+        port=arguments.port,
+        api_key=arguments.api_key,
+        max_request_mb=arguments.max_request_mb,
+        incremental_streaming=arguments.incremental_streaming,
+    )
+    server = EngineServer(config, options)
+    what = f"model={config.model.hf_checkpoint} speculation={config.speculative.algorithm}"
+    server.run(lambda address: announce(f"serving {address} {what}{_exposure(arguments)}"))
+    return 0
+
+
+def _whole(flag: str, text: str, minimum: int, maximum: int) -> int:
+    try:
+        value = whole_number(text)
+    except ValueError:
+        value = minimum - 1
+    if not minimum <= value <= maximum:
+        rule = f"must be a whole number from {minimum} to {maximum}"
+        raise ConfigError(flag, rule, text, "Correct it or leave it out.")
+    return value
+
+
+def _exposure(arguments: ServeArguments) -> str:
+    """A word of caution where anyone on the network can change the weights."""
+    try:
+        loopback = ip_address(arguments.host).is_loopback
+    except ValueError:
+        loopback = arguments.host == "localhost"
+    return "" if loopback or arguments.api_key else " (open to the network: pass --api-key to protect it)"

@@ -1,0 +1,32 @@
+"""The face of a real model: chat prompts, its EOS, text that streams."""
+
+from pathlib import Path
+
+import pytest
+
+from slime_spec.hf.tokenizer import Tokenizer
+from tests.support.embedded_harness import engine_config
+from tests.support.http_server import served
+
+REAL_MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
+
+
+@pytest.mark.real_model
+def test_a_real_model_streams_the_answer_it_gives_at_once_and_ends_it_with_its_eos() -> None:
+    tokenizer = Tokenizer.load(REAL_MODEL)
+    question = tokenizer.chat("What is the capital of France? Answer in one sentence.")
+    body = {"input_ids": list(question), "sampling_params": {"temperature": 0, "max_new_tokens": 60}}
+    with served(engine_config(REAL_MODEL, "LOOKUP", dtype="bfloat16"), incremental_streaming=True) as server:
+        whole = server.generate(**body)
+        assert "Paris" in whole["text"]
+        assert whole["meta_info"]["finish_reason"] == {"type": "stop", "matched": tokenizer.eos_token_id}
+        assert whole["output_ids"][-1] == tokenizer.eos_token_id
+        assert "<|im_end|>" not in whole["text"]
+        chunks = server.stream(**body)
+        assert len(chunks) > 3
+        assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+        kept = server.generate(
+            input_ids=list(question),
+            sampling_params={**body["sampling_params"], "skip_special_tokens": False, "no_stop_trim": True},
+        )
+        assert kept["text"] == whole["text"] + "<|im_end|>"

@@ -1,0 +1,150 @@
+"""Streams: SGLang's framing, chunks that add up to the plain answer, text that never has to be taken back."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from threading import Event
+
+import pytest
+import requests
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollout.embedded.http.sampling import Sampling
+from rollout.embedded.http.text import GrowingText, response_text
+from rollout.embedded.loop_thread import Refused
+from rollout.embedded.request import OnProgress, Progress
+from slime_spec.config.tree import Config
+from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.interfaces import Generation
+from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
+from tests.support.http_server import TIMEOUT_S, Served, served
+
+GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+PROMPT = "the cat sat on the cat sat on"
+
+
+@pytest.fixture(scope="module")
+def incremental(config: Config) -> Iterator[Served]:
+    with served(config, incremental_streaming=True) as running:
+        yield running
+
+
+def test_chunks_hold_everything_so_far_and_the_last_is_the_plain_answer(server: Served) -> None:
+    body = {"text": PROMPT, "sampling_params": GREEDY, "return_logprob": True, "rid": "s"}
+    plain = server.generate(**body)
+    chunks = server.stream(**body)
+    assert len(chunks) > 2
+    for chunk, following in pairwise(chunks):
+        count = len(chunk["output_ids"])
+        assert following["output_ids"][:count] == chunk["output_ids"]
+        assert following["text"].startswith(chunk["text"])
+        assert chunk["meta_info"]["completion_tokens"] == count
+        assert chunk["meta_info"]["output_token_logprobs"] == plain["meta_info"]["output_token_logprobs"][:count]
+        assert chunk["meta_info"]["finish_reason"] is None or following is chunks[-1]
+        assert chunk["meta_info"]["weight_version"] == "default"
+    last = chunks[-1]
+    assert (last["text"], last["output_ids"]) == (plain["text"], plain["output_ids"])
+    timeless = [{**each["meta_info"], "e2e_latency": 0} for each in (last, plain)]
+    assert timeless[0] == timeless[1]
+
+
+def test_incremental_chunks_concatenate_to_the_plain_answer(incremental: Served) -> None:
+    body = {"text": PROMPT, "sampling_params": GREEDY, "return_logprob": True}
+    plain = incremental.generate(**body)
+    chunks = incremental.stream(**body)
+    assert len(chunks) > 2
+    assert "".join(chunk["text"] for chunk in chunks) == plain["text"]
+    assert [token for chunk in chunks for token in chunk["output_ids"]] == plain["output_ids"]
+    logprobs = [triple for chunk in chunks for triple in chunk["meta_info"]["output_token_logprobs"]]
+    assert logprobs == plain["meta_info"]["output_token_logprobs"]
+
+
+def test_a_stream_that_the_engine_refuses_to_go_on_with_says_so_and_ends(
+    own_server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, first_has_spoken = own_server.engine.generate, Event()
+
+    def once(request: GroupRequest, on_progress: OnProgress) -> Generation:
+        if request.group_id == "a_1":
+            assert first_has_spoken.wait(TIMEOUT_S)
+            raise Refused("the engine is offloaded")
+
+        def speak(progress: Progress) -> None:
+            on_progress(progress)
+            first_has_spoken.set()
+
+        return generate(request, speak)
+
+    monkeypatch.setattr(own_server.engine, "generate", once)
+    prompts = [PROMPT, PROMPT]
+    chunks = own_server.stream(text=prompts, rid="a", sampling_params={**GREEDY, "max_new_tokens": 30_000})
+    assert chunks[0]["index"] == 0
+    assert chunks[-1] == {"error": {"message": "the engine is offloaded", "type": "internal_error", "code": 503}}
+    own_server.wait_for(lambda state: state["num_running_reqs"] == 0)
+
+
+def test_a_stop_string_never_shows_in_a_stream(incremental: Served) -> None:
+    whole = incremental.generate(text=PROMPT, sampling_params=GREEDY)["text"]
+    stop = whole[6:10]
+    body = {"text": PROMPT, "sampling_params": {**GREEDY, "stop": stop}}
+    chunks = incremental.stream(**body)
+    assert "".join(chunk["text"] for chunk in chunks) == whole[: whole.index(stop)]
+    assert chunks[-1]["meta_info"]["finish_reason"]["matched"] == stop
+
+
+def test_the_chunks_of_a_batch_say_which_answer_they_belong_to(server: Served) -> None:
+    params = {**GREEDY, "n": 2, "temperature": 1.0, "sampling_seed": 3}
+    body = {"text": [PROMPT, "1 2 3 1 2 3"], "sampling_params": params}
+    plain = server.generate(**body)
+    lasts = {chunk["index"]: chunk for chunk in server.stream(**body)}
+    assert sorted(lasts) == [0, 1, 2, 3]
+    assert [lasts[index]["output_ids"] for index in range(4)] == [answer["output_ids"] for answer in plain]
+
+
+def test_an_interval_makes_chunks_rarer(server: Served) -> None:
+    every = server.stream(text=PROMPT, sampling_params=GREEDY)
+    rare = server.stream(text=PROMPT, sampling_params={**GREEDY, "stream_interval": 10})
+    assert len(rare) < len(every)
+    sizes = [len(chunk["output_ids"]) for chunk in rare]
+    assert all(later - earlier >= 10 for earlier, later in zip([0, *sizes], sizes[:-1], strict=False))
+    assert rare[-1]["output_ids"] == every[-1]["output_ids"]
+
+
+def test_a_stream_that_cannot_run_is_refused_with_its_status(server: Served) -> None:
+    body = {"text": PROMPT, "sampling_params": {"top_p": 0}, "stream": True}
+    response = requests.post(f"{server.url}/generate", json=body, timeout=60)
+    assert response.status_code == 400
+    assert "sampling_params.top_p" in response.json()["error"]["message"]
+
+
+TEXTS = st.text(st.sampled_from("ab €ü"), min_size=1, max_size=12)
+
+
+@given(text=TEXTS, sizes=st.lists(st.integers(1, 4), min_size=40, max_size=40), stops=st.lists(TEXTS, max_size=2))
+def test_growing_text_never_takes_back_what_it_showed(
+    policy_tokenizer: Tokenizer, text: str, sizes: Sequence[int], stops: list[str]
+) -> None:
+    """Characters of several bytes arrive in pieces; a stop string may begin anywhere."""
+    sampling = Sampling(SamplingParams(stop=tuple(stops)), 1, None, True, trim_stop=True, stream_interval=1)
+    growing = GrowingText(policy_tokenizer, sampling, enders=())
+    ids = policy_tokenizer.encode(text)
+    found = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    if found:  # generation ends with the token that completes a stop string
+        ids = policy_tokenizer.encode(text[: min(found)])
+    matched = next((stop for stop in stops if stop in policy_tokenizer.decode(ids)), None)
+    reason = "length" if matched is None else "stop"
+    sample = GeneratedSample("g", 0, ids, (0.0,) * len(ids), reason, 0, 1, matched_stop=matched)
+    final = response_text(policy_tokenizer, sample, sampling)
+    position, shown = 0, ""
+    for size in sizes:
+        now = growing.add(ids[position : position + size])
+        assert now.startswith(shown)
+        assert final.startswith(now) or (matched is not None and now.startswith(final[: len(now)]))
+        position, shown = position + size, now
+    if matched is None and not any(text.endswith(stop[:n]) for stop in stops for n in range(1, len(stop))):
+        assert shown == final
+
+
+@pytest.fixture(scope="module")
+def policy_tokenizer(config: Config) -> Tokenizer:
+    return Tokenizer.load(config.model.hf_checkpoint)
