@@ -1,0 +1,143 @@
+"""How a draft would do in an engine, on replies it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from slime_spec.draft.training.batch import TrainBatch
+from slime_spec.draft.training.loss import StepTarget, acceptance
+from slime_spec.draft.training.model import DraftModel
+from slime_spec.draft.unroll import Unroll
+
+
+@dataclass
+class Tally:
+    """Counts of one kind of reply; lists have an entry per draft position.
+
+    ``tried`` and ``accepted`` are over the rounds an engine would run. ``hits`` and ``overlap`` (Σ min(p, q)) are
+    SpecForge's ``acc`` and ``acceptance_rate``: over every row, teacher-forced.
+    """
+
+    num_positions: int
+    num_sequences: int = 0
+    num_rounds: int = 0
+    num_tokens: int = 0
+    tried: list[int] = field(init=False)
+    accepted: list[int] = field(init=False)
+    num_rows: list[int] = field(init=False)
+    hits: list[int] = field(init=False)
+    overlap: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("tried", "accepted", "num_rows", "hits", "overlap"):
+            setattr(self, name, [0] * self.num_positions)
+
+    @property
+    def tokens_per_verify(self) -> float:
+        """Tokens a round yields, the bonus included; the reply's first token, the prefill's, is not counted."""
+        return self.num_tokens / max(1, self.num_rounds)
+
+    @property
+    def shares(self) -> dict[str, list[float]]:
+        """Per position; ``conditional`` is the share of drafts that stood, given that those before them did."""
+        return {
+            "conditional": _shares(self.accepted, self.tried),
+            "acc": _shares(self.hits, self.num_rows),
+            "acceptance_rate": _shares(self.overlap, self.num_rows),
+        }
+
+    def summary(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "sequences": self.num_sequences,
+            "tokens_per_verify": round(self.tokens_per_verify, 4),
+            **self.shares,
+        }
+
+
+def _shares(parts: Sequence[float], wholes: Sequence[int]) -> list[float]:
+    return [round(part / max(1, whole), 4) for part, whole in zip(parts, wholes, strict=True)]
+
+
+@torch.no_grad()
+def judge(
+    model: DraftModel,
+    batches: Iterable[tuple[Sequence[str], Callable[[], TrainBatch]]],
+    num_positions: int,
+) -> dict[str, Tally]:
+    """A tally per kind of reply: ``batches`` are (kind of each sequence, loader of the batch).
+
+    A round drafts a chain of argmax tokens, each from the drafts before it. A draft stands where it is the reply's own
+    token, whether that was argmax or sampled: exactly what greedy verification, or the target-only walk, accepts.
+    """
+    tallies: dict[str, Tally] = {}
+    for kinds, load in batches:
+        batch = load()
+        lengths = _accepted_lengths(model, batch, num_positions).tolist()
+        overlap, hits, valid = _teacher_forced(model, batch, num_positions)
+        for b, kind in enumerate(kinds):
+            tally = tallies.setdefault(kind, Tally(num_positions))
+            _count_rounds(tally, lengths[b], int(batch.reply_lens[b]))
+            for step in range(num_positions):
+                tally.num_rows[step] += int(valid[step][b].sum())
+                tally.hits[step] += int(hits[step][b].sum())
+                tally.overlap[step] += float(overlap[step][b].sum())
+    return tallies
+
+
+def _count_rounds(tally: Tally, accepted_lengths: Sequence[int], reply_len: int) -> None:
+    """Walk the reply as an engine would: its first token is the prefill's, each round adds its drafts and a bonus."""
+    tally.num_sequences += 1
+    tally.num_tokens += reply_len - 1
+    root = 0
+    while root < reply_len - 1:
+        room = reply_len - 1 - root  # tokens still to come
+        accepted = min(accepted_lengths[root], room)
+        tally.num_rounds += 1
+        for position in range(min(tally.num_positions, room, accepted + 1)):
+            tally.tried[position] += 1
+            tally.accepted[position] += position < accepted
+        root += accepted + 1
+
+
+def _accepted_lengths(model: DraftModel, batch: TrainBatch, num_positions: int) -> torch.Tensor:
+    """[batch, rows]: how many of the chain of ``num_positions`` drafts of every possible round stand."""
+    unroll = Unroll(model.network, model.embedding, batch.starts, batch.num_rows)
+    head_input = unroll.first(batch.features, batch.token_ids)
+    standing = torch.ones_like(batch.valid(0))
+    lengths = torch.zeros_like(standing, dtype=torch.int64)
+    for step in range(num_positions):
+        drafted = model.target_ids(model.logits(head_input).argmax(-1))
+        standing = standing & batch.valid(step) & (drafted == batch.replies_from(step + 1))
+        lengths += standing
+        if step + 1 < num_positions:
+            head_input = unroll.next(drafted)
+    return lengths
+
+
+def _teacher_forced(
+    model: DraftModel, batch: TrainBatch, num_positions: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Per position [batch, rows]: overlap of p and q, whether the argmax is the target's, whether the row counts."""
+    unroll = Unroll(model.network, model.embedding, batch.starts, batch.num_rows)
+    overlaps, hits, valids = [], [], []
+    for step in range(num_positions):
+        ids = batch.replies_from(step)
+        head_input = unroll.first(batch.features, batch.token_ids) if step == 0 else unroll.next(ids)
+        valid = batch.valid(step)
+        sequence, row = valid.nonzero(as_tuple=True)
+        at = (sequence, row + step)
+        draft_logits = model.logits(head_input[sequence, row])
+        counts = torch.ones_like(row, dtype=torch.bool)
+        target = StepTarget(model.target_logits(batch.final[at]), batch.logsumexp[at], counts)
+        overlap = torch.zeros(valid.shape, device=valid.device)
+        overlap[sequence, row] = acceptance(draft_logits, target)
+        hit = torch.zeros_like(valid)
+        hit[sequence, row] = model.target_ids(draft_logits.argmax(-1)) == batch.argmax[at]
+        overlaps.append(overlap)
+        hits.append(hit)
+        valids.append(valid)
+    return overlaps, hits, valids

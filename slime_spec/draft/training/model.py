@@ -1,0 +1,51 @@
+"""A draft network with what it shares with its target, ready to be trained or judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from slime_spec.draft.network import DraftNetwork
+from slime_spec.draft.training.vocabulary import DraftVocabulary
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """``embedding`` and ``target_head`` [vocab, hidden] are the target's, in fp32 and frozen.
+
+    ``vocabulary`` is what the draft's logits range over: the head's rows of a network with a head of its own, else
+    those tokens of the target's head.
+    """
+
+    network: DraftNetwork
+    embedding: torch.Tensor
+    target_head: torch.Tensor
+    vocabulary: DraftVocabulary
+
+    @classmethod
+    def of(cls, network: DraftNetwork, embedding: torch.Tensor, head: torch.Tensor, ids: DraftVocabulary) -> DraftModel:
+        """From the target's whole tables."""
+        own = network.own_embedding
+        table = embedding if own is None else own
+        return cls(network, table.float(), head[ids.target_ids.to(head.device)].float(), ids)
+
+    def logits(self, head_input: torch.Tensor) -> torch.Tensor:
+        """The draft's logits [..., draft vocab], fp32."""
+        own = self.network.own_head
+        return F.linear(head_input, self.target_head if own is None else own).float()
+
+    def target_logits(self, final: torch.Tensor) -> torch.Tensor:
+        """The target's logits over the draft vocabulary, from hidden states after its final norm."""
+        return F.linear(final.float(), self.target_head)
+
+    def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        return self.vocabulary.target_ids.to(draft_ids.device)[draft_ids]
+
+    def over_all_tokens(self, head: torch.Tensor) -> DraftModel:
+        """What an engine computes: a network without a head of its own drafts from the target's whole vocabulary."""
+        if self.network.own_head is not None:
+            return self
+        everything = DraftVocabulary(torch.arange(head.shape[0]), head.shape[0])
+        return replace(self, target_head=head.float(), vocabulary=everything)

@@ -1,0 +1,43 @@
+"""A reduced draft vocabulary: the target's most frequent tokens, and the two tables that translate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from slime_spec.draft.training.sequence import DraftSequence
+
+
+@dataclass(frozen=True)
+class DraftVocabulary:
+    """``target_ids`` [draft vocab], ascending: draft token i is target token ``target_ids[i]``."""
+
+    target_ids: torch.Tensor
+    vocab_size: int
+
+    @classmethod
+    def most_frequent(cls, sequences: Iterable[DraftSequence], vocab_size: int, size: int) -> DraftVocabulary:
+        """The ``size`` most frequent tokens of the replies; of equally frequent ones (unseen ones last) the lower."""
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for sequence in sequences:
+            counts += torch.bincount(torch.tensor(sequence.reply), minlength=vocab_size)
+        chosen = torch.sort(counts, descending=True, stable=True).indices[:size]
+        return cls(chosen.sort().values, vocab_size)
+
+    @property
+    def d2t(self) -> torch.Tensor:
+        """Offsets, EAGLE's, SpecForge's and SGLang's convention: target id = draft id + d2t[draft id]."""
+        return self.target_ids - torch.arange(len(self.target_ids))
+
+    @property
+    def t2d(self) -> torch.Tensor:
+        """bool [target vocab]: the token is in the draft vocabulary."""
+        return torch.zeros(self.vocab_size, dtype=torch.bool).index_fill_(0, self.target_ids, True)
+
+    def coverage(self, sequences: Iterable[DraftSequence]) -> float:
+        """Share of the replies' tokens that the vocabulary has."""
+        t2d = self.t2d
+        inside = [t2d[torch.tensor(sequence.reply)] for sequence in sequences]
+        return float(torch.cat(inside).float().mean())

@@ -1,0 +1,84 @@
+"""A draft's first weights, taken from its target: a head that already reads, a block that already attends.
+
+SpecForge starts at random and has billions of tokens; with tens of thousands the start decides how far one comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from slime_spec.draft.eagle3 import Eagle3Layer, Eagle3Network
+from slime_spec.draft.mtp import MtpNetwork
+from slime_spec.draft.network import DraftNetwork
+from slime_spec.draft.training.vocabulary import DraftVocabulary
+from slime_spec.hf.model_spec import ModelSpec
+
+INIT_STD = 0.02
+
+
+@torch.no_grad()
+def warm_start(
+    network: DraftNetwork,
+    tensors: Mapping[str, torch.Tensor],
+    target: ModelSpec,
+    vocabulary: DraftVocabulary,
+    seed: int,
+) -> None:
+    """Fill the network from the target's last block, final norm and head, and the rest from ``seed``.
+
+    The projection starts by passing on the hidden state (EAGLE-3: of the highest captured layer), the columns that
+    read the embedding or lower layers start small. A block narrower than the target's takes its first neurons.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0.0, INIT_STD, generator=generator)
+    prefix = f"model.layers.{target.num_layers - 1}."
+    last = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if isinstance(network, Eagle3Network):
+        _eagle3(network, last, tensors, target, vocabulary)
+    elif isinstance(network, MtpNetwork):
+        _mtp(network, last, tensors, target)
+
+
+def _eagle3(
+    network: Eagle3Network,
+    last: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    target: ModelSpec,
+    vocabulary: DraftVocabulary,
+) -> None:
+    hidden, layer = target.hidden_size, network.midlayer
+    network.fc.weight[:, -hidden:] = torch.eye(hidden)
+    layer.hidden_norm.weight.copy_(last["input_layernorm.weight"])
+    for x in "qkv":
+        projection = getattr(layer.self_attn, f"{x}_proj")
+        projection.weight[:, hidden:] = last[f"self_attn.{x}_proj.weight"]
+    _block(layer, last)
+    network.norm.weight.copy_(tensors["model.norm.weight"])
+    head = tensors["model.embed_tokens.weight" if target.tie_word_embeddings else "lm_head.weight"]
+    network.lm_head.weight.copy_(head[vocabulary.target_ids])
+
+
+def _mtp(
+    network: MtpNetwork, last: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], target: ModelSpec
+) -> None:
+    network.input_proj.weight[:, : target.hidden_size] = torch.eye(target.hidden_size)
+    network.input_layernorm.weight.copy_(last["input_layernorm.weight"])
+    for x in "qkv":
+        for part in ("weight", "bias") if target.qkv_bias else ("weight",):
+            getattr(getattr(network.self_attn, f"{x}_proj"), part).copy_(last[f"self_attn.{x}_proj.{part}"])
+    _block(network, last)
+    network.final_layernorm.weight.copy_(tensors["model.norm.weight"])
+
+
+def _block(layer: Eagle3Layer | MtpNetwork, last: Mapping[str, torch.Tensor]) -> None:
+    """What both families' blocks share with the target's."""
+    layer.self_attn.o_proj.weight.copy_(last["self_attn.o_proj.weight"])
+    layer.post_attention_layernorm.weight.copy_(last["post_attention_layernorm.weight"])
+    width = min(layer.mlp.gate_proj.out_features, last["mlp.gate_proj.weight"].shape[0])
+    layer.mlp.gate_proj.weight[:width] = last["mlp.gate_proj.weight"][:width]
+    layer.mlp.up_proj.weight[:width] = last["mlp.up_proj.weight"][:width]
+    layer.mlp.down_proj.weight[:, :width] = last["mlp.down_proj.weight"][:, :width]

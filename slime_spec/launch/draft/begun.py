@@ -1,0 +1,47 @@
+"""What a draft's folder was begun with: a resumed command must mean the same corpus, network and training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from slime_spec.errors import ConfigError
+from slime_spec.launch.draft.options import DraftOptions
+
+SETTINGS_FILE = "settings.json"
+# What may change between a command and the one that goes on with it.
+FREE = ("target", "out", "corpus", "minutes", "resume", "draft_dtype", "device", "json")
+FLAGS = {"tasks": "--task", "target_checksum": "--target"}
+
+
+def check_begun(options: DraftOptions, target_checksum: str) -> None:
+    """Write down the settings of a new folder, or hold a resumed command to those of its folder.
+
+    Raises ConfigError naming the first flag that differs.
+    """
+    path, now = options.out / SETTINGS_FILE, _lasting(options, target_checksum)
+    if not options.resume:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=2) + "\n")
+        return
+    if not path.is_file():
+        raise ConfigError(
+            "--resume", f"needs a folder with the {SETTINGS_FILE} of its command", str(options.out), "Drop --resume."
+        )
+    begun = json.loads(path.read_text())
+    for name, value in now.items():
+        if value != begun.get(name):
+            raise ConfigError(
+                FLAGS.get(name, f"--{name.replace('_', '-')}"),
+                f"must be what {options.out} was begun with ({begun.get(name)!r})",
+                value,
+                "Pass the same settings, or another --out.",
+            )
+
+
+def _lasting(options: DraftOptions, target_checksum: str) -> dict[str, Any]:
+    given = {name: value for name, value in vars(options).items() if name not in FREE}
+    settings = {**asdict(options.corpus), **given, "target_checksum": target_checksum}
+    loaded: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    return loaded

@@ -1,0 +1,15 @@
+"""``slime-spec draft ACTION``: what the command line calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slime_spec.launch.draft.options import read_action, read_options
+
+
+def run_draft(argv: Sequence[str]) -> int:
+    """Raises ConfigError for an unknown action or a flag that cannot work, before torch is loaded."""
+    options = read_options(read_action(argv))
+    from slime_spec.launch.draft.train import train
+
+    return train(options, ["slime-spec", "draft", *argv])

@@ -1,0 +1,28 @@
+"""What a draft's corpus consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CORPUS_FILE = "corpus.jsonl"  # in the folder of the draft
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """What is asked, and how the replies are drawn.
+
+    Every prompt is a task's, or with probability ``chat_share`` an everyday request. With probability
+    ``greedy_share`` it gets one greedy reply, otherwise ``samples_per_prompt`` replies at ``temperature``. Replies end
+    where they end, as rollouts do, or after ``max_new_tokens``.
+    """
+
+    tasks: tuple[str, ...] = ("arithmetic_sentences",)
+    prompt_data: str | None = None
+    input_key: str = "prompt"
+    num_prompts: int = 2000
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    greedy_share: float = 0.5
+    chat_share: float = 0.05
+    seed: int = 0

@@ -1,0 +1,197 @@
+"""The command line of ``slime-spec draft train``, read and checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from slime_spec.errors import ConfigError
+from slime_spec.interfaces import unknown_choice
+from slime_spec.launch.draft.corpus_settings import CorpusSettings
+
+PROG = "slime-spec draft train"
+KINDS = ("eagle3", "mtp")
+LOSS_NAMES = ("soft_ce", "log_acceptance", "blended")
+DTYPES = ("float32", "bfloat16", "float16")
+FETCH = "Pass a model's folder, or make one with: slime-spec models fetch smollm2-135m"
+DESCRIPTION = """\
+Train a draft for a target on the target's own replies, and write it as a checkpoint that engines load.
+
+Replies and features are kept in OUT and the training's state with them: after a kill, repeat the command with
+--resume. The checkpoint, its held-out acceptance and its provenance lie in OUT when the command is done."""
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """What the command was told; ``minutes`` bounds the training, None lets it run its epochs."""
+
+    target: Path
+    out: Path
+    corpus: CorpusSettings
+    kind: Literal["eagle3", "mtp"]
+    capture_layers: tuple[int, ...] | None
+    draft_vocab_size: int
+    intermediate_size: int | None
+    held_out_percent: int
+    num_steps: int
+    epochs: int
+    batch_size: int
+    lr: float
+    loss: str
+    autocast: bool
+    minutes: float | None
+    resume: bool
+    dtype: str
+    draft_dtype: str
+    device: str
+    json: Path | None
+
+    @property
+    def seed(self) -> int:
+        return self.corpus.seed
+
+
+def read_options(argv: Sequence[str]) -> DraftOptions:
+    """Raises ConfigError for a flag, a value or a folder that cannot work."""
+    given = _parser().parse_args(argv)
+    for flag, name, least, most in RANGES:
+        value = getattr(given, name)
+        if value is not None and not least <= value <= most:
+            bounds = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
+            raise ConfigError(flag, f"must be {bounds}", value, f"See {PROG} --help.")
+    if not 0 < given.lr < 1:
+        raise ConfigError("--lr", "must be above 0 and below 1", given.lr, "Start from the default, 1e-3.")
+    if not (given.target / "config.json").is_file():
+        raise ConfigError("--target", "must be a checkpoint folder with a config.json", str(given.target), FETCH)
+    _check_folders(given.out, given.json, given.resume)
+    return DraftOptions(
+        target=given.target,
+        out=given.out,
+        corpus=CorpusSettings(
+            tasks=tuple(given.task),
+            prompt_data=given.prompt_data,
+            input_key=given.input_key,
+            num_prompts=given.num_prompts,
+            samples_per_prompt=given.samples_per_prompt,
+            max_new_tokens=given.max_new_tokens,
+            temperature=given.temperature,
+            greedy_share=given.greedy_share,
+            chat_share=given.chat_share,
+            seed=given.seed,
+        ),
+        kind=given.kind,
+        capture_layers=None if given.capture_layers is None else tuple(sorted(given.capture_layers)),
+        **{name: getattr(given, name) for name in SAME_NAME},
+    )
+
+
+# (flag, attribute, least, most)
+INF = float("inf")
+RANGES: tuple[tuple[str, str, float, float], ...] = (
+    ("--num-prompts", "num_prompts", 2, INF),
+    ("--samples-per-prompt", "samples_per_prompt", 1, INF),
+    ("--max-new-tokens", "max_new_tokens", 4, INF),
+    ("--temperature", "temperature", 0.01, INF),
+    ("--greedy-share", "greedy_share", 0, 1),
+    ("--chat-share", "chat_share", 0, 1),
+    ("--held-out-percent", "held_out_percent", 1, 50),
+    ("--draft-vocab-size", "draft_vocab_size", 1, INF),
+    ("--intermediate-size", "intermediate_size", 1, INF),
+    ("--num-steps", "num_steps", 1, 16),
+    ("--epochs", "epochs", 1, INF),
+    ("--batch-size", "batch_size", 1, INF),
+    ("--minutes", "minutes", 0, INF),
+    ("--seed", "seed", 0, INF),
+)
+SAME_NAME = (
+    "draft_vocab_size",
+    "intermediate_size",
+    "held_out_percent",
+    "num_steps",
+    "epochs",
+    "batch_size",
+    "lr",
+    "loss",
+    "autocast",
+    "minutes",
+    "resume",
+    "dtype",
+    "draft_dtype",
+    "device",
+    "json",
+)
+
+
+def _check_folders(out: Path, json: Path | None, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError("--out", "must be a folder", str(out), "Pass another --out.")
+    begun = out.is_dir() and any(out.iterdir())
+    if begun and not resume:
+        raise ConfigError(
+            "--out", "must be absent or empty", str(out), "Pass --resume to go on with it, or another --out."
+        )
+    if resume and not begun:
+        raise ConfigError("--resume", "needs the folder of a training that was begun", str(out), "Drop --resume.")
+    if json is not None and not json.parent.is_dir():
+        raise ConfigError("--json", "must lie in a folder that is there", str(json), f"Make {json.parent} first.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    settings = CorpusSettings()
+    parser = _Parser(
+        prog=PROG, description=DESCRIPTION, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--target", type=Path, required=True, help="Hugging Face checkpoint folder of the target")
+    add("--out", type=Path, required=True, help="folder of the corpus, the training's state and the checkpoint")
+    add("--resume", action="store_true", help="go on with the training that --out holds")
+    add("--kind", choices=KINDS, default="eagle3", help="draft to train (eagle3); mtp is MiMo's format")
+    corpus = parser.add_argument_group("corpus")
+    add = corpus.add_argument
+    add("--task", nargs="+", default=list(settings.tasks), help="tasks in turn, as in train (arithmetic_sentences)")
+    add("--prompt-data", help="a jsonl file of prompts instead")
+    add("--input-key", default=settings.input_key, help="key of the prompt in --prompt-data (prompt)")
+    add("--num-prompts", type=int, default=settings.num_prompts, help="prompts asked (2000)")
+    add("--samples-per-prompt", type=int, default=settings.samples_per_prompt, help="sampled replies a prompt (1)")
+    add("--max-new-tokens", type=int, default=settings.max_new_tokens, help="longest reply (64)")
+    add("--temperature", type=float, default=settings.temperature, help="of sampled replies (1.0)")
+    add("--greedy-share", type=float, default=settings.greedy_share, help="prompts with one greedy reply (0.5)")
+    add("--chat-share", type=float, default=settings.chat_share, help="prompts that are everyday requests (0.05)")
+    add("--held-out-percent", type=int, default=5, help="prompts whose replies only judge the draft (5)")
+    network = parser.add_argument_group("network")
+    add = network.add_argument
+    add("--draft-vocab-size", type=int, default=4096, help="most frequent tokens the draft knows (4096)")
+    add("--intermediate-size", type=int, help="width of the MLP (default: the target's)")
+    add("--capture-layers", type=int, nargs="+", help="target layers read (default: SGLang's choice)")
+    add("--draft-dtype", choices=DTYPES, default="bfloat16", help="dtype of the checkpoint (bfloat16)")
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--num-steps", type=int, default=5, help="unrolled steps (5)")
+    add("--epochs", type=int, default=8, help="passes over the corpus (8)")
+    add("--batch-size", type=int, default=8, help="sequences an update (8)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (1e-3)")
+    add("--loss", choices=LOSS_NAMES, default="soft_ce", help="loss of a step (soft_ce)")
+    add("--autocast", action="store_true", help="compute the network in bfloat16; its weights stay fp32")
+    add("--minutes", type=float, help="stop training after this long; --resume goes on")
+    add("--seed", type=int, default=0, help="seed of prompts, replies, first weights and order (0)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the target's passes (bfloat16)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to generate and train (cpu)")
+    add("--json", type=Path, help="write the held-out acceptance here too")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ConfigErrors, as everywhere on this command line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(PROG, message, "", f"See {PROG} --help.")
+
+
+def read_action(argv: Sequence[str]) -> list[str]:
+    """What follows ``slime-spec draft train``; raises ConfigError for another action."""
+    if not argv or argv[0] != "train":
+        raise unknown_choice("draft", ["train"], argv[0] if argv else "")
+    return list(argv[1:])

@@ -1,0 +1,192 @@
+"""``slime-spec draft train``: corpus, features, training, held-out acceptance, checkpoint, provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from time import monotonic
+
+import torch
+from rich.console import Console
+
+from slime_spec.draft.build import make_network, network_tensors
+from slime_spec.draft.checkpoint import load_draft, save_draft_checkpoint
+from slime_spec.draft.spec import DraftSpec, default_capture_layers, draft_config
+from slime_spec.draft.training.feature_store import FeatureStore
+from slime_spec.draft.training.held_out import Tally
+from slime_spec.draft.training.model import DraftModel
+from slime_spec.draft.training.progress import Progress
+from slime_spec.draft.training.run import Limits, judge_draft, train_draft
+from slime_spec.draft.training.sequence import DraftSequence, is_held_out, split
+from slime_spec.draft.training.target import FrozenTarget
+from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings
+from slime_spec.draft.training.vocabulary import DraftVocabulary
+from slime_spec.draft.training.warm_start import warm_start
+from slime_spec.errors import ConfigError
+from slime_spec.hf.checkpoint import load_tensors
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.launch.draft.begun import check_begun
+from slime_spec.launch.draft.console import ConsoleProgress, held_out_table
+from slime_spec.launch.draft.corpus import PlannedReply, generate_corpus, plan_corpus
+from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
+from slime_spec.launch.draft.options import DraftOptions
+from slime_spec.launch.draft.provenance import tensors_checksum, write_provenance
+
+# Positions judged: the chain that engines draft by default.
+NUM_POSITIONS = 3
+HELD_OUT_FILE = "held_out.json"
+
+
+def train(options: DraftOptions, command: Sequence[str]) -> int:
+    """Run the command; its tables go to the terminal, everything else to ``options.out``."""
+    console = Console(stderr=True)
+    target = ModelSpec.from_folder(options.target)
+    spec = draft_spec(options, target)
+    _check_device(options.device)
+    planned = plan_corpus(options.target, options.corpus)
+    _check_split(planned, options.held_out_percent)
+    tensors = load_tensors(options.target, target)
+    checksum = tensors_checksum(tensors)
+    check_begun(options, checksum)
+    with ConsoleProgress(console) as progress:
+        sequences = generate_corpus(
+            options.target, options.dtype, options.device, planned, options.out / CORPUS_FILE, progress
+        )
+        learned, held_out = split(sequences, options.held_out_percent)
+        frozen, store = _features(options, spec, target, checksum, [*learned, *held_out], progress)
+        model = _new_model(options, spec, target, tensors, frozen, learned)
+        trainer = _trained(options, model, learned, store, progress)
+        tallies = _judged(options, trainer, frozen, held_out, store, progress)
+    report = {kind: tally.summary() for kind, tally in sorted(tallies.items())}
+    _write_checkpoint(options, model)
+    load_draft(options.out, DraftSpec.from_folder(options.out, target))  # what was written must be what engines take
+    for path in filter(None, (options.out / HELD_OUT_FILE, options.json)):
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    write_provenance(options, command, checksum, (learned, held_out), trainer, report)
+    console.print(held_out_table(tallies))
+    console.print(_closing(options, trainer), soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
+    """The draft to train, held to the checks of one that is loaded; raises ConfigError for sizes that cannot be."""
+    block = replace(
+        target,
+        num_layers=1,
+        intermediate_size=options.intermediate_size or target.intermediate_size,
+        tie_word_embeddings=False,
+    )
+    if options.draft_vocab_size > target.vocab_size:
+        raise ConfigError(
+            "--draft-vocab-size", f"must be at most {target.vocab_size}, the target's", options.draft_vocab_size, LESS
+        )
+    if options.kind == "mtp":
+        spec = DraftSpec("mtp", block, target.hidden_size, target.vocab_size, hidden_first=True, recurrent_norm=True)
+        spec = replace(spec, zero_first_embedding=True)
+    else:
+        layers = options.capture_layers or default_capture_layers(target.num_layers)
+        spec = DraftSpec(
+            "eagle3", block, target.hidden_size, options.draft_vocab_size, capture_layers=layers, has_own_head=True
+        )
+    return DraftSpec.from_dict(draft_config(spec), target, source="the draft")
+
+
+LESS = "Pass a smaller one."
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device", "cuda needs a GPU that torch can use", device, "Pass --device cpu.")
+
+
+def _check_split(planned: Sequence[PlannedReply], held_out_percent: int) -> None:
+    sides = {is_held_out(each.prompt_token_ids, held_out_percent) for each in planned}
+    if sides != {True, False}:
+        raise ConfigError(
+            "--num-prompts",
+            f"must give prompts to learn from and, of {held_out_percent} percent, prompts to judge by",
+            len({each.prompt_token_ids for each in planned}),
+            "Pass more --num-prompts, or another --held-out-percent.",
+        )
+
+
+def _features(
+    options: DraftOptions,
+    spec: DraftSpec,
+    target: ModelSpec,
+    checksum: str,
+    sequences: Sequence[DraftSequence],
+    progress: Progress,
+) -> tuple[FrozenTarget, FeatureStore]:
+    """The target's features of every sequence, in OUT/features; the target itself keeps only what is shared."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    frozen = FrozenTarget(options.target, target, spec.capture_layers, dtype, device)
+    identity = f"{checksum} {spec.capture_layers} {options.dtype}"
+    store = FeatureStore(options.out / "features", frozen, identity, sorted(sequences, key=lambda each: each.index))
+    store.compute(progress)
+    return frozen, store
+
+
+def _new_model(
+    options: DraftOptions,
+    spec: DraftSpec,
+    target: ModelSpec,
+    tensors: Mapping[str, torch.Tensor],
+    frozen: FrozenTarget,
+    learned: Sequence[DraftSequence],
+) -> DraftModel:
+    """The draft before its first update."""
+    vocabulary = DraftVocabulary.most_frequent(learned, target.vocab_size, options.draft_vocab_size)
+    network = make_network(spec)
+    warm_start(network, tensors, target, vocabulary, options.seed)
+    return DraftModel.of(network.to(options.device), frozen.embedding, frozen.head, vocabulary)
+
+
+def _trained(
+    options: DraftOptions,
+    model: DraftModel,
+    learned: Sequence[DraftSequence],
+    store: FeatureStore,
+    progress: Progress,
+) -> DraftTrainer:
+    settings = TrainSettings(
+        num_steps=options.num_steps,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        loss=options.loss,
+        seed=options.seed,
+        autocast=options.autocast,
+    )
+    deadline_s = float("inf") if options.minutes is None else monotonic() + 60 * options.minutes
+    return train_draft(model, settings, learned, store, options.out, Limits(monotonic, deadline_s), progress)
+
+
+def _judged(
+    options: DraftOptions,
+    trainer: DraftTrainer,
+    frozen: FrozenTarget,
+    held_out: Sequence[DraftSequence],
+    store: FeatureStore,
+    progress: Progress,
+) -> dict[str, Tally]:
+    served = trainer.model.over_all_tokens(frozen.head)
+    # Without a draft vocabulary logits are wide: fewer sequences at once bound the memory.
+    batch_size = options.batch_size if served is trainer.model else max(1, options.batch_size // 4)
+    return judge_draft(served, held_out, store, batch_size, NUM_POSITIONS, progress)
+
+
+def _write_checkpoint(options: DraftOptions, model: DraftModel) -> None:
+    dtype = getattr(torch, options.draft_dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in network_tensors(model.network).items()}
+    ids = model.vocabulary.target_ids if model.network.own_head is not None else None
+    save_draft_checkpoint(options.out, model.network.spec, tensors, ids)
+
+
+def _closing(options: DraftOptions, trainer: DraftTrainer) -> str:
+    state = f"wrote {options.out} after {trainer.step_number} of {trainer.num_updates} updates"
+    algorithm = "EAGLE3" if options.kind == "eagle3" else "NEXTN"
+    use = f"--sglang-speculative-algorithm {algorithm} --sglang-speculative-draft-model-path {options.out}"
+    more = "" if trainer.step_number == trainer.num_updates else "; --resume goes on"
+    return f"{state}{more}\nuse it with: {use}"
