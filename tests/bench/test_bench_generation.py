@@ -8,20 +8,35 @@ import pytest
 import torch
 
 from rollout.embedded.assemble import Assembly
-from slime_spec.launch.bench.engine import EngineSizes, HfGenerate, engine_logits, measure_engine
+from slime_spec.draft.training.sequence import DraftSequence, split
+from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.launch.bench.engine import engine_logits, measure_engine
+from slime_spec.launch.bench.hf_generate import HfGenerate
 from slime_spec.launch.bench.local_engine import engine_config, greedy, started_engine
-from slime_spec.launch.bench.prompts import COPY, KINDS, ORDINARY
+from slime_spec.launch.bench.plain import PlainSizes
+from slime_spec.launch.bench.prompts import COPY, KINDS, ORDINARY, in_domain
 from slime_spec.launch.bench.rows import Row
 from slime_spec.launch.bench.speculation import SpeculationSizes, break_even_length, measure_speculation
 from slime_spec.launch.bench.timing import Timed, interleaved, median_ratio, median_s
 from slime_spec.types import GeneratedSample, SpecCounters
 from tests.support.embedded_harness import random_prompt
 from tests.support.tiny_models import make_tiny_checkpoint
+from tests.support.tiny_policy import make_tiny_policy
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+def test_in_domain_prompts_are_of_both_kinds_and_none_that_a_draft_is_trained_on(tmp_path: Path) -> None:
+    policy = make_tiny_policy(tmp_path)
+    prompts = in_domain(policy, 40, seed=0)
+    assert len(prompts) == 40
+    trained_on, judged_by = split([DraftSequence(i, (*ids, 1, 2), len(ids), "") for i, ids in enumerate(prompts)], 5)
+    assert (len(trained_on), len(judged_by)) == (0, 40)
+    assert {Tokenizer.load(policy).decode(ids).split()[0] for ids in prompts} == {"What", "Which"}
+    assert len(set(prompts)) > 20
 
 
 def by_id(rows: list[Row]) -> dict[str, Row]:
@@ -31,7 +46,7 @@ def by_id(rows: list[Row]) -> dict[str, Row]:
 
 def test_the_engine_part_compares_speed_logits_and_greedy_tokens(tiny: Path) -> None:
     prompts = tuple(random_prompt(5 + 3 * i, seed=i) for i in range(4))
-    sizes = EngineSizes(num_new_tokens=8, num_rounds=2, batch_sizes=(1, 3))
+    sizes = PlainSizes(num_new_tokens=8, num_rounds=2, batch_sizes=(1, 3))
     rows = by_id(measure_engine(tiny, prompts, sizes))
     figures = ("tokens_per_s", "hf_tokens_per_s", "ratio")
     speeds = {f"engine.{dtype}.b{size}.{figure}" for dtype in ("fp32", "bf16") for size in (1, 3) for figure in figures}

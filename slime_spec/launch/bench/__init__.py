@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -14,7 +15,10 @@ from slime_spec.errors import ConfigError
 from slime_spec.interfaces import load_choice, unknown_choice
 from slime_spec.launch.bench.rows import Benchmark, BenchOptions, Row, report_json, report_markdown, rows_table
 
-BENCHES = {"main-job": "slime_spec.launch.bench.main_job:MAIN_JOB"}
+BENCHES = {
+    "main-job": "slime_spec.launch.bench.main_job:MAIN_JOB",
+    "engine": "slime_spec.launch.bench.engine_speed:ENGINE_SPEED",
+}
 WIDTH = 160
 
 
@@ -52,34 +56,44 @@ def _console(stderr: bool) -> Console:
 
 def _parsed(name: str, bench: Benchmark, argv: Sequence[str]) -> BenchOptions:
     parser = _Parser(prog=f"slime-spec bench {name}", description=bench.what)
+    parser.set_defaults(**vars(bench.defaults))
+    rounds, new_tokens = bench.defaults.num_rounds, bench.defaults.num_new_tokens
     parser.add_argument("--json", type=Path, help="write the rows here, with machine, versions, seeds and command")
     parser.add_argument("--markdown", type=Path, help="write the rows here as a table")
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"measure only these: {', '.join(bench.parts)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of what is random (0 1 2)")
-    parser.add_argument("--model", type=Path, default=BenchOptions.model, help="checkpoint folder that is measured")
-    parser.add_argument("--rounds", type=int, default=BenchOptions.num_rounds, help="timed rounds; medians count (5)")
-    parser.add_argument("--new-tokens", type=int, default=BenchOptions.num_new_tokens, help="tokens a reply (64)")
-    parser.add_argument("--runs", nargs="+", type=Path, default=[], help="read these finished runs, start none")
-    given = parser.parse_args(argv)
-    for part in given.only or ():
+    parser.add_argument(
+        "--only", dest="parts", nargs="+", metavar="PART", help=f"measure only these: {', '.join(bench.parts)}"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds of what is random (0 1 2)")
+    parser.add_argument("--model", type=Path, help="checkpoint folder that is measured")
+    parser.add_argument(
+        "--rounds", dest="num_rounds", metavar="N", type=int, help=f"timed rounds; medians count ({rounds})"
+    )
+    parser.add_argument(
+        "--new-tokens", dest="num_new_tokens", metavar="N", type=int, help=f"tokens a reply ({new_tokens})"
+    )
+    bench.add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    options = BenchOptions(**values)
+    _check(options, bench)
+    return options if options.parts else replace(options, parts=tuple(bench.parts))
+
+
+def _check(options: BenchOptions, bench: Benchmark) -> None:
+    for part in options.parts:
         if part not in bench.parts:
             raise unknown_choice("--only", bench.parts, part)
-    for flag, value, least in (("--rounds", given.rounds, 1), ("--new-tokens", given.new_tokens, 2)):
-        if value < least:
+    counts = (
+        ("--rounds", options.num_rounds, 1),
+        ("--new-tokens", options.num_new_tokens, 2),
+        ("--threads", options.threads, 1),
+    )
+    for flag, value, least in counts:
+        if value is not None and value < least:
             raise ConfigError(flag, f"must be at least {least}", value, f"Pass {flag} {least} or more.")
-    for flag, path in (("--json", given.json), ("--markdown", given.markdown)):
+    for flag, path in (("--json", options.json), ("--markdown", options.markdown), ("--chart", options.chart)):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(flag, "must lie in a folder that is there", str(path), f"Make {path.parent} first.")
-    return BenchOptions(
-        parts=tuple(given.only or bench.parts),
-        seeds=tuple(given.seeds),
-        model=given.model,
-        runs=tuple(given.runs),
-        num_rounds=given.rounds,
-        num_new_tokens=given.new_tokens,
-        json=given.json,
-        markdown=given.markdown,
-    )
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,96 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from rollout.embedded.assemble import Assembly
-from rollout.embedded.attention import RowSpan, make_plan
 from rollout.embedded.core import GenerationCore
-from rollout.embedded.engine import EmbeddedEngine
-from slime_spec.launch.bench.local_engine import engine_config, greedy, started_engine
+from rollout.embedded.plan import RowSpan
+from slime_spec.launch.bench.hf_generate import HfGenerate
+from slime_spec.launch.bench.local_engine import engine_config
+from slime_spec.launch.bench.plain import SHORT, PlainSizes, hf_and_engine, hf_race
 from slime_spec.launch.bench.prompts import Prompts, tokenized
+from slime_spec.launch.bench.race import Times, per_s, speed_up
 from slime_spec.launch.bench.rows import BenchOptions, Row, at_least, at_most
-from slime_spec.launch.bench.timing import Timed, interleaved, median_ratio, median_s
 
-SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 NUM_LOGIT_PROMPTS = 3
-Replies = list[tuple[int, ...]]
-Times = dict[str, list[Timed[Replies]]]
-
-
-@dataclass(frozen=True)
-class EngineSizes:
-    """How much is measured."""
-
-    num_new_tokens: int = 64
-    num_rounds: int = 5
-    batch_sizes: tuple[int, ...] = (1, 8)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
 def measure(options: BenchOptions) -> list[Row]:
-    sizes = EngineSizes(options.num_new_tokens, options.num_rounds)
+    sizes = PlainSizes(options.num_new_tokens, options.num_rounds)
     return measure_engine(options.model, tokenized(options.model, "ordinary"), sizes)
 
 
-def measure_engine(model: Path, prompts: Prompts, sizes: EngineSizes) -> list[Row]:
+def measure_engine(model: Path, prompts: Prompts, sizes: PlainSizes) -> list[Row]:
     """Rows per dtype and batch size, then those of fp32's agreement with Hugging Face."""
     rows: list[Row] = []
-    agreement: list[Row] = []
+    same: list[bool] = []
     for dtype in sizes.dtypes:
-        reference = HfGenerate(model, dtype, sizes.num_new_tokens)
-        same: list[bool] = []
-        with started_engine(engine_config(model, dtype)) as engine:
+        with hf_and_engine(model, dtype, sizes.num_new_tokens) as sides:
             for batch_size in sizes.batch_sizes:
-                times = _times(engine, reference, _batches(prompts, batch_size), sizes, f"{dtype}, batch {batch_size}")
+                times = hf_race(sides, prompts, batch_size, sizes, f"{dtype}, batch {batch_size}")
                 rows += _speed_rows(dtype, batch_size, sizes, times)
-                for ours, theirs in zip(times["engine"], times["hf"], strict=True):
-                    same += [a == b for a, b in zip(ours.result, theirs.result, strict=True)]
-        if dtype == "float32":
-            agreement = _agreement_rows(model, reference, prompts, same)
-    return rows + agreement
+                if dtype == "float32":
+                    same += identical_replies(times)
+    reference = HfGenerate(model, "float32", sizes.num_new_tokens)
+    return rows + _agreement_rows(model, reference, prompts, same)
 
 
-def _times(
-    engine: EmbeddedEngine, reference: HfGenerate, batch: Callable[[int], Prompts], sizes: EngineSizes, what: str
-) -> Times:
-    def ours(turn: int) -> Replies:
-        samples = greedy(engine, batch(turn), sizes.num_new_tokens, speculative=False)
-        return [sample.token_ids for sample in samples]
-
-    def theirs(turn: int) -> Replies:
-        return reference.replies(batch(turn))
-
-    return interleaved(f"engine and Hugging Face, {what}", sizes.num_rounds, {"engine": ours, "hf": theirs})
+def identical_replies(times: Times) -> list[bool]:
+    """For every timed reply: whether the engine and Hugging Face said the same."""
+    return [
+        ours == theirs
+        for mine, other in zip(times["engine"], times["hf"], strict=True)
+        for ours, theirs in zip(mine.result.token_ids, other.result.token_ids, strict=True)
+    ]
 
 
-def _batches(prompts: Prompts, batch_size: int) -> Callable[[int], Prompts]:
-    """The prompts of a round: every round begins one prompt further on, so that small batches see several."""
-
-    def of_round(turn: int) -> Prompts:
-        return tuple(prompts[(turn + i) % len(prompts)] for i in range(batch_size))
-
-    return of_round
-
-
-def _speed_rows(dtype: str, batch_size: int, sizes: EngineSizes, times: Times) -> list[Row]:
+def _speed_rows(dtype: str, batch_size: int, sizes: PlainSizes, times: Times) -> list[Row]:
     prefix = f"engine.{SHORT[dtype]}.b{batch_size}"
     where = f"{SHORT[dtype]}, batch {batch_size}, {sizes.num_new_tokens} greedy tokens a prompt, prefill included"
-    num_tokens = batch_size * sizes.num_new_tokens
     ours, theirs = times["engine"], times["hf"]
-    our_speed, their_speed = num_tokens / median_s(ours), num_tokens / median_s(theirs)
     rounds = f"median of {sizes.num_rounds} interleaved rounds"
     return [
-        Row(f"{prefix}.tokens_per_s", f"embedded engine without speculation, {where}", our_speed, "tokens/s"),
-        Row(f"{prefix}.hf_tokens_per_s", f"Hugging Face generate, {where}", their_speed, "tokens/s"),
-        at_least(f"{prefix}.ratio", f"engine over Hugging Face, {rounds}", median_ratio(theirs, ours), "x", 1.5),
+        Row(
+            f"{prefix}.tokens_per_s",
+            f"embedded engine without speculation, {where}",
+            per_s(ours, "seconds"),
+            "tokens/s",
+        ),
+        Row(f"{prefix}.hf_tokens_per_s", f"Hugging Face generate, {where}", per_s(theirs, "seconds"), "tokens/s"),
+        at_least(f"{prefix}.ratio", f"engine over Hugging Face, {rounds}", speed_up(theirs, ours, "seconds"), "x", 1.5),
     ]
 
 
@@ -122,41 +94,13 @@ def _agreement_rows(model: Path, reference: HfGenerate, prompts: Prompts, same: 
     ]
 
 
-class HfGenerate:
-    """Hugging Face's model and its ``generate``: greedy, exactly ``num_new_tokens`` a prompt, padded on the left."""
-
-    def __init__(self, model: Path, dtype: str, num_new_tokens: int) -> None:
-        self.num_new_tokens = num_new_tokens
-        disable_progress_bar()  # "Loading weights" would fall into our own bar
-        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-        # generate() fills what a call leaves open from here: without an EOS nothing ends a reply early.
-        self._model.generation_config = GenerationConfig(
-            max_new_tokens=num_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None
-        )
-
-    def replies(self, prompts: Sequence[tuple[int, ...]]) -> Replies:
-        longest = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        out = self._model.generate(ids, attention_mask=mask)[:, longest:]
-        assert out.shape[1] == self.num_new_tokens, f"Hugging Face stopped after {out.shape[1]} tokens"
-        return [tuple(reply) for reply in out.tolist()]
-
-    @torch.inference_mode()
-    def logits(self, token_ids: tuple[int, ...]) -> torch.Tensor:
-        """[tokens, vocab]"""
-        return self._model(torch.tensor([token_ids])).logits[0].float()
-
-
 def engine_logits(core: GenerationCore, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
     """The engine's logits [tokens, vocab] along prompt and reply: the prompt in one pass, then token by token."""
-    spec, store = core.decoder.spec, core.cache.own
     core.cache.reserve((1, len(prompt) + len(reply)), (0, 0))
     pieces = []
     start = 0
     for piece in (prompt, *([token] for token in reply)):
-        span = RowSpan(0, start, len(piece))
-        plan = make_plan(store, [span], spec.num_heads // spec.num_kv_heads, torch.float32, torch.device("cpu"))
-        pieces.append(core.decoder.logits(core.decoder.hidden(torch.tensor(piece), plan)))
+        output = core.target.run(core.cache.own, [RowSpan(0, start, len(piece))], piece)
+        pieces.append(core.target.logits(output.hidden))
         start += len(piece)
     return torch.cat(pieces)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
+from pathlib import Path
+
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.launch.bench.learning import check_learning
 from slime_spec.launch.bench.rows import Benchmark, BenchOptions
@@ -29,8 +32,14 @@ def prepare(options: BenchOptions) -> None:
         prepare_ray_environment(joining=False)
 
 
+def add_flags(parser: ArgumentParser) -> None:
+    """See Benchmark."""
+    parser.add_argument("--runs", nargs="+", type=Path, help="read these finished runs, start none")
+
+
 MAIN_JOB = Benchmark(
     what="Engine speed and parity, speculation, weight push, trainer parity, and learning by whole runs (slow).",
     parts=PARTS,
     prepare=prepare,
+    add_flags=add_flags,
 )

@@ -1,10 +1,13 @@
-"""What the engines are asked: ordinary questions, and requests whose reply repeats the prompt."""
+"""What engines are asked: ordinary questions, requests whose reply repeats the prompt, and the main job's task."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
+from slime_spec.draft.training.sequence import is_held_out
 from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.tasks.builtin import SUITES, TASKS
 
 ORDINARY = (
     "Why do leaves change colour in autumn?",
@@ -34,13 +37,40 @@ _PASSAGES = (
     "The old mill stands at the end of the lane. Nobody has ground flour there for sixty years, but the wheel still "
     "turns when the river is high, and in spring the children come to watch it turn.",
 )
-COPY = tuple(f"Repeat the following text exactly, word for word:\n\n{passage}" for passage in _PASSAGES)
+REPEAT = "Repeat the following text exactly, word for word:\n\n"
+COPY = tuple(REPEAT + passage for passage in _PASSAGES)
+# Texts of about 190 tokens that a model of this size does repeat, by and large. EARLIER says what one place of them
+# (they all tell of the harbour) reads now, and what it read in an earlier version.
+LONG_TEXTS = tuple(
+    "\n\n".join(_PASSAGES[index] for index in chosen) for chosen in ((7, 0, 2, 4), (4, 5, 0, 3), (0, 5, 7, 3))
+)
+EARLIER = ("at the blue house next to the lighthouse", "in the old station behind the market")
 KINDS = {"copy": COPY, "ordinary": ORDINARY}
 
 Prompts = tuple[tuple[int, ...], ...]
+# Problems are a function of an index: from here on they are none that a run or a draft's corpus reaches. One task has
+# only a hundred prompts, though, so that being held out has to be a property of the prompt.
+FIRST_INDEX = 10_000_000
+HELD_OUT_PERCENT = 5  # as `slime-spec draft train` keeps from training, unless it is told otherwise
 
 
 def tokenized(model: Path, kind: str) -> Prompts:
     """The prompts of one kind in the model's chat template."""
     tokenizer = Tokenizer.load(model)
     return tuple(tokenizer.chat(text) for text in KINDS[kind])
+
+
+def in_domain(model: Path, num_prompts: int, seed: int) -> Prompts:
+    """Prompts of the main job's task, arithmetic answered in sentences, that no draft is trained on.
+
+    A few of them come again and again: one of the task's two kinds has about five that are held out.
+    """
+    tokenizer = Tokenizer.load(model)
+    tasks = [TASKS[name] for name in SUITES["arithmetic_sentences"]]
+    drawn = (tokenizer.chat(tasks[i % len(tasks)].problem(i, seed).text) for i in itertools.count(FIRST_INDEX))
+    return tuple(itertools.islice((ids for ids in drawn if is_held_out(ids, HELD_OUT_PERCENT)), num_prompts))
+
+
+def rotating(prompts: Prompts, turn: int, count: int) -> Prompts:
+    """``count`` prompts, beginning one further on every turn, so that small batches see several."""
+    return tuple(prompts[(turn + i) % len(prompts)] for i in range(count))

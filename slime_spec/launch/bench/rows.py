@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from rollout.embedded.kernels.library import kernels
 from slime_spec.run_folder import versions
 
 # The packages that a number depends on; the JSON has them all.
@@ -27,7 +29,7 @@ HOLDS = {True: "yes", False: "NO", None: ""}
 class Row:
     """One figure: ``Row("push.ratio", "push / plain copy", 2.1, "x", reach="<= 3", holds=True)``.
 
-    ``holds`` is None where nothing was promised.
+    ``holds`` is None where nothing was promised. A figure that could not be taken is NaN, and ``what`` says why.
     """
 
     id: str
@@ -60,8 +62,13 @@ class BenchOptions:
     runs: tuple[Path, ...] = ()
     num_rounds: int = 5
     num_new_tokens: int = 64
+    threads: int | None = None
+    draft: str = "builtin:smollm2-135m-eagle3"
+    peers: Path = Path("~/.cache/slime_spec/peers")
+    install_peers: bool = False
     json: Path | None = None
     markdown: Path | None = None
+    chart: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +76,14 @@ class Benchmark:
     """Named parts, each ``package.module:function`` from BenchOptions to rows.
 
     ``prepare`` refuses what a part would trip over later, and sets what must be set before the parts are imported.
+    ``add_flags`` adds flags that only this benchmark has; their names are those of BenchOptions' fields.
     """
 
     what: str
     parts: Mapping[str, str]
     prepare: Callable[[BenchOptions], None]
+    add_flags: Callable[[ArgumentParser], None]
+    defaults: BenchOptions = BenchOptions()
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
@@ -84,8 +94,15 @@ def rows_table(rows: Sequence[Row]) -> Table:
     table.add_column("reach", no_wrap=True)
     table.add_column("holds")
     for row in rows:
-        table.add_row(row.id, row.what, f"{row.value:.4g} {row.unit}", row.reach, HOLDS[row.holds])
+        table.add_row(row.id, row.what, shown(row.value, row.unit, row.holds), row.reach, HOLDS[row.holds])
     return table
+
+
+def shown(value: float | None, unit: str, holds: bool | None) -> str:
+    """A figure as tables show it. Example: ``shown(2.0831, "x", True) == "2.083 x"``"""
+    if value is not None and math.isfinite(value):
+        return f"{value:.4g} {unit}"
+    return "not measured" if holds is None and not unit else f"not finite {unit}"
 
 
 def report_json(rows: Sequence[Row], command: Sequence[str], seeds: Sequence[int]) -> str:
@@ -111,7 +128,7 @@ def report_markdown(report: str) -> str:
     revision = f"{git['revision'][:12]}{' with local changes' if git['dirty'] else ''}" if git else "unknown"
     lines = [
         f"- machine: {at['processor']}, {at['cores']} cores, {at['memory_bytes'] / 1e9:.1f} GB, "
-        f"{at['torch_threads']} torch threads",
+        f"{at['torch_threads']} torch threads, {at['engine_kernels']} kernels",
         f"- versions: {', '.join(f'{name} {packages[name]}' for name in MARKDOWN_PACKAGES)}, "
         f"Python {data['versions']['python']}; revision {revision}",
         f"- seeds: {', '.join(map(str, data['seeds']))}; date: {data['date']}",
@@ -121,14 +138,14 @@ def report_markdown(report: str) -> str:
         "|---|---|---:|---|---|",
     ]
     for row in data["rows"]:
-        value = "not finite" if row["value"] is None else f"{row['value']:.4g}"
-        cells = (f"`{row['id']}`", row["what"], f"{value} {row['unit']}", row["reach"], HOLDS[row["holds"]])
+        value = shown(row["value"], row["unit"], row["holds"])
+        cells = (f"`{row['id']}`", row["what"], value, row["reach"], HOLDS[row["holds"]])
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores and memory of this machine, and how many threads torch computes with here."""
+    """Processor, cores and memory of this machine, compute threads here, and which kernels the engine runs on."""
     cpu_info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
     return {
@@ -136,4 +153,5 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "torch_threads": torch.get_num_threads(),
+        "engine_kernels": "torch" if kernels() is None else "native",
     }

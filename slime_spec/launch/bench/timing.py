@@ -6,45 +6,53 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
-from typing import Generic, TypeVar
+from time import perf_counter, process_time
+from typing import Generic, Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
 Result = TypeVar("Result")
+Clock = Callable[[], float]
+Time = Literal["seconds", "cpu_s"]
 
 
 @dataclass(frozen=True)
 class Timed(Generic[Result]):
-    """One call: what it took and what it returned."""
+    """One call: the time it took, the CPU time it used (all threads), and what it returned."""
 
     seconds: float
     result: Result
+    cpu_s: float = 0.0
 
 
-def timed(call: Callable[[], Result], clock: Callable[[], float] = perf_counter) -> Timed[Result]:
-    start = clock()
+def timed(call: Callable[[], Result], clock: Clock = perf_counter, cpu_clock: Clock = process_time) -> Timed[Result]:
+    start, cpu_start = clock(), cpu_clock()
     result = call()
-    return Timed(clock() - start, result)
+    return Timed(clock() - start, result, cpu_clock() - cpu_start)
 
 
 def interleaved(
     what: str,
     num_rounds: int,
     sides: Mapping[str, Callable[[int], Result]],
-    clock: Callable[[], float] = perf_counter,
+    clock: Clock = perf_counter,
+    cpu_clocks: Mapping[str, Clock] | None = None,
+    before: Mapping[str, Callable[[], None]] | None = None,
 ) -> dict[str, list[Timed[Result]]]:
     """Call every side once a round, A B, B A, A B, ...; each side gets the round's number.
 
-    A warm-up round goes before and is not in the answer (it has the number of the first timed round).
+    A warm-up round goes before and is not in the answer (it has the number of the first timed round). A side that
+    works in another process has its own clock in ``cpu_clocks``; what ``before`` has for a side runs ahead, untimed.
     """
     times: dict[str, list[Timed[Result]]] = {name: [] for name in sides}
     for turn in track(range(num_rounds + 1), what, console=Console(stderr=True), transient=True):
         order = list(sides) if turn % 2 else list(sides)[::-1]
         round_number = max(turn - 1, 0)
         for name in order:
-            one = timed(partial(sides[name], round_number), clock)
+            if before is not None and name in before:
+                before[name]()
+            one = timed(partial(sides[name], round_number), clock, (cpu_clocks or {}).get(name, process_time))
             if turn:
                 times[name].append(one)
     return times

@@ -1,0 +1,217 @@
+"""The parts of ``bench engine`` that speculate, on tiny models: what they ask, compare and report."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+
+from rollout.embedded.assemble import Assembly
+from slime_spec.errors import ConfigError
+from slime_spec.hf.checkpoint import load_tensors
+from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.launch.bench import run_bench
+from slime_spec.launch.bench.advice import LookupSizes, measure_advice, measure_lookup
+from slime_spec.launch.bench.cost import CostSizes, measure_cost, time_passes
+from slime_spec.launch.bench.draft_cost import DraftSizes, measure_draft
+from slime_spec.launch.bench.drafts import Shape, eagle3_config, vllm_draft_folder
+from slime_spec.launch.bench.eagle3 import Eagle3Sizes, measure_eagle3
+from slime_spec.launch.bench.exactness import ExactnessSizes, divergence_margins, logit_noise, measure_exactness
+from slime_spec.launch.bench.local_engine import engine_config, greedy, started_engine
+from slime_spec.launch.bench.memory_probe import held_memory
+from slime_spec.launch.bench.plain import PlainSizes, measure_plain
+from slime_spec.launch.bench.race import Answer, Ask, EngineSide, ForgetfulSide, decode_speed_up, ratio_rows
+from slime_spec.launch.bench.rows import BenchOptions, Row
+from slime_spec.launch.bench.timing import Timed
+from tests.support.embedded_harness import random_prompt
+from tests.support.tiny_drafts import EAGLE3, make_tiny_draft
+from tests.support.tiny_models import make_tiny_checkpoint
+
+PROMPTS = tuple(random_prompt(6 + 2 * i, seed=i) for i in range(6))
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> BenchOptions:
+    folder = tmp_path_factory.mktemp("speculating")
+    target = make_tiny_checkpoint(folder / "target", eos_token_id=5)
+    return BenchOptions(model=target, draft=str(make_tiny_draft(folder / "draft", target, EAGLE3)))
+
+
+def by_id(rows: list[Row]) -> dict[str, Row]:
+    assert len({row.id for row in rows}) == len(rows)
+    return {row.id: row for row in rows}
+
+
+def answer(num_tokens: int, num_replies: int = 1) -> Answer:
+    return Answer([tuple(range(num_tokens))] * num_replies, num_tokens)
+
+
+def test_a_decode_ratio_leaves_the_prefill_out_on_both_sides() -> None:
+    # 1 s of prefill each; then 20 tokens in 10 s against 10 tokens in 2 s.
+    slow, fast, prefill = Timed(11.0, answer(21)), Timed(3.0, answer(11)), Timed(1.0, answer(1))
+    assert decode_speed_up([slow], [fast], [prefill], "seconds") == pytest.approx(2.5)
+
+
+def test_ratios_count_tokens_because_replies_end_where_they_end() -> None:
+    slow, fast = Timed(10.0, answer(20), cpu_s=5.0), Timed(10.0, answer(40), cpu_s=2.5)
+    rows = by_id(ratio_rows("x", "", [slow], [fast], 3.0))
+    assert (rows["x.ratio"].value, rows["x.ratio"].holds) == (2.0, False)
+    assert (rows["x.cpu_ratio"].value, rows["x.cpu_ratio"].holds) == (4.0, True)
+
+
+def test_an_engine_answers_batch_by_batch_ends_at_eos_and_counts_its_passes(options: BenchOptions) -> None:
+    with started_engine(eagle3_config(options, "float32", Shape(2, 1, 3))) as engine:
+        exact = EngineSide(engine, speculative=False).answer(Ask(PROMPTS, 4, 9))
+        speculated = EngineSide(engine, speculative=True).answer(Ask(PROMPTS, 2, 9))
+        stop = exact.token_ids[0][3]
+        ended = EngineSide(engine, speculative=True).answer(Ask(PROMPTS[:1], 1, 9, (stop,)))
+    assert exact.num_passes == 6 * 8
+    assert speculated.token_ids == exact.token_ids
+    assert speculated.num_passes is not None
+    assert speculated.num_passes <= exact.num_passes
+    first = exact.token_ids[0]
+    assert ended.token_ids == [first[: first.index(stop) + 1]]
+
+
+def test_a_forgetful_engine_has_learned_nothing_from_the_round_before(options: BenchOptions) -> None:
+    ask = Ask(PROMPTS[:1], 1, 24)
+    with ForgetfulSide(engine_config(options.model, "float32", "NGRAM")) as side:
+        side.renew()
+        first, again = side.answer(ask), side.answer(ask)
+        side.renew()
+        renewed = side.answer(ask)
+    assert first.num_passes is not None
+    assert again.num_passes is not None
+    assert first.token_ids == again.token_ids == renewed.token_ids
+    assert again.num_passes < first.num_passes == renewed.num_passes
+
+
+def test_the_plain_part_holds_both_dtypes_against_hugging_face(options: BenchOptions) -> None:
+    rows = by_id(measure_plain(options.model, PROMPTS, PlainSizes(6, 1, (1, 3)), {1: 0.0, 3: 1e9}))
+    assert len(rows) == 2 * 2 * 6
+    for dtype in ("fp32", "bf16"):
+        assert rows[f"plain.{dtype}.b1.ratio"].holds
+        assert rows[f"plain.{dtype}.b3.cpu_ratio"].holds is False
+        assert rows[f"plain.{dtype}.b1.hf.tokens_per_s"].value > 0
+
+
+def test_the_eagle3_part_names_the_best_shape_and_compares_verifications(options: BenchOptions) -> None:
+    shapes = (Shape(2, 1, 3), Shape(2, 2, 4))
+    sizes = Eagle3Sizes(10, 1, (1, 4), (4,), ("float32",), ("float32",), shapes)
+    rows = by_id(measure_eagle3(options, PROMPTS, sizes))
+    for batch_size, reach in ((1, ">= 2"), (4, ">= 1.6")):
+        best = rows[f"eagle3.fp32.b{batch_size}.best.decode_cpu_ratio"]
+        assert best.reach == reach
+        assert any(shape.name in best.what for shape in shapes)
+        assert rows[f"eagle3.fp32.b{batch_size}.best.ratio"].holds is None
+    for name in ("target_only", "rejection", "block"):
+        assert rows[f"eagle3.fp32.b4.sampled.{name}.decode_cpu_ratio"].value > 0
+        assert rows[f"eagle3.fp32.b4.sampled.{name}.tokens_per_cpu_s"].value > 0
+
+
+def test_advice_is_measured_in_both_modes_and_without(options: BenchOptions) -> None:
+    sizes = LookupSizes(12, 2, (1, 2), ("float32",))
+    with started_engine(engine_config(options.model, "float32")) as engine:
+        replies = [each.token_ids for each in greedy(engine, PROMPTS[:2], 24, speculative=False)]
+    rows = by_id(measure_advice(options.model, dict(zip(PROMPTS, replies, strict=False)), sizes, longest=24))
+    prefix = "lookup.fp32.edited_text.b1"
+    assert rows[f"{prefix}.advice_n16.ratio"].reach == ">= 3"
+    assert rows[f"{prefix}.edit_n16.ratio"].holds is None
+    assert rows[f"{prefix}.edit_n8.tokens_per_pass"].value > 3  # the advice is the reply itself
+    found = by_id(measure_lookup(options.model, {"copy": PROMPTS}, sizes))
+    assert found["lookup.fp32.copy.b2.ngram.cpu_ratio"].value > 0
+
+
+def test_passes_are_timed_for_every_batch_and_width_and_leave_the_cache_alone(options: BenchOptions) -> None:
+    sizes = CostSizes(2, (1, 3), (1, 4), 16, ("float32",))
+    passes = time_passes(options.model, "float32", sizes)
+    assert passes.keys() == {"1,1", "1,4", "3,1", "3,4"}
+    assert all(len(times) == 2 and min(each.seconds for each in times) > 0 for times in passes.values())
+
+
+def test_draft_costs_are_those_of_rounds_and_leave_nothing_running(options: BenchOptions) -> None:
+    sizes = DraftSizes(6, 1, (2, 8), (Shape(2, 1, 3), Shape(3, 1, 4)))
+    found = measure_draft(options, "float32", PROMPTS, sizes)
+    assert [(each.batch_size, each.num_tokens) for each in found.drafts] == [(2, 2), (8, 2), (2, 3), (8, 3)]
+    assert all(each.seconds > 0 for each in found.drafts)
+    assert found.accept_lengths.keys() == {2, 3}
+    assert all(1.0 <= length <= steps + 1 for steps, length in found.accept_lengths.items())
+    assert found.outside_shares.keys() == {
+        f"{how}_{name}" for how in ("greedy", "sampled") for name in ("s2k1n3", "s3k1n4")
+    }
+    assert all(0 < share < 1 for share in found.outside_shares.values())
+
+
+def test_the_cost_part_says_where_speculation_loses_and_draws_it(options: BenchOptions, tmp_path: Path) -> None:
+    sizes = CostSizes(1, (1, 2), (1, 4), 16, ("float32",), DraftSizes(4, 1, (1, 8), (Shape(2, 1, 3),)))
+    # A random draft of a random model gains next to nothing, so it loses at once.
+    rows = by_id(measure_cost(replace(options, chart=tmp_path / "chart.svg"), PROMPTS, sizes))
+    assert rows["cost.fp32.verify4.ratio"].reach == "<= 1.2"
+    assert rows["cost.fp32.model.s2.loses_from.measured"].value == 1
+    predicted = rows["cost.fp32.model.s2.b1.predicted"].value
+    length = rows["cost.fp32.model.s2.accept_length"].value
+    assert predicted == pytest.approx(length / rows["cost.fp32.model.s2.b1.break_even"].value)
+    assert rows["cost.fp32.memory_beside"].reach == "<= 300"
+    assert (tmp_path / "chart.svg").read_text().startswith("<svg")
+
+
+def test_memory_counts_weights_once_and_the_kv_bound(options: BenchOptions) -> None:
+    held = held_memory(options.model, "float32", 512)
+    spec = ModelSpec.from_folder(options.model)
+    assert held.kv_bound == 512 * 2 * 4 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    assert held.weights == sum(each.nbytes for each in load_tensors(options.model, spec).values())
+    assert held.process > held.weights + held.kv_bound
+
+
+def test_greedy_replies_are_compared_and_margins_are_shown(options: BenchOptions) -> None:
+    rows = by_id(measure_exactness(options, PROMPTS, ExactnessSizes(16, 3)))
+    names = ("lookup", "ngram", "eagle3_s3k1n4", "eagle3_s5k4n8")
+    for name in names:
+        assert rows[f"exactness.fp32.{name}.greedy_identical"].holds
+        assert rows[f"exactness.bf16.{name}.greedy_identical"].holds is None
+    assert rows["exactness.bf16.margin_max"].holds
+    assert math.isfinite(rows["exactness.bf16.logit_noise"].value)
+
+
+def test_a_divergence_is_shown_with_the_margin_at_its_first_token(options: BenchOptions) -> None:
+    core = Assembly(engine_config(options.model, "float32")).core(0, perf_counter)
+    with started_engine(engine_config(options.model, "float32")) as engine:
+        (sample,) = greedy(engine, PROMPTS[:1], 6, speculative=False)
+    ours = sample.token_ids
+    assert divergence_margins(core, PROMPTS[:1], [ours], [ours]) == []
+    changed = (*ours[:3], (ours[3] + 1) % 131, *ours[4:])
+    (margin,) = divergence_margins(core, PROMPTS[:1], [ours], [changed])
+    (at_end,) = divergence_margins(core, PROMPTS[:1], [ours], [(*ours[:5], (ours[5] + 1) % 131)])
+    assert margin > 0
+    assert margin != at_end
+    assert logit_noise(core, PROMPTS[:1]) < 1e-4
+
+
+def test_vllm_gets_the_draft_with_its_layers_named_by_their_inputs(options: BenchOptions, tmp_path: Path) -> None:
+    folder = vllm_draft_folder(options, tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
+    original = Path(options.draft) / "model.safetensors"
+    assert (folder / "model.safetensors").read_bytes() == original.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "setting", "says"),
+    [
+        (["--only", "peer"], "--only", "Did you mean 'peers'?"),
+        (["--threads", "0"], "--threads", "at least 1"),
+        (["--chart", "/nowhere/chart.svg"], "--chart", "folder that is there"),
+        (["--runs", "x"], "slime-spec bench engine", "--runs"),
+        (["--model", "/nowhere"], "model.hf_checkpoint", "models fetch smollm2-135m"),
+        (["--only", "eagle3", "--draft", "/nowhere"], "speculative.draft_model_path", "config.json"),
+    ],
+)
+def test_a_mistake_is_refused_before_an_engine_starts(
+    options: BenchOptions, argv: list[str], setting: str, says: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run_bench("engine", ["--model", str(options.model), *argv])
+    assert refused.value.setting == setting
+    assert says in str(refused.value)
