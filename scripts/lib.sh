@@ -34,3 +34,17 @@ ensure_venv() {
 slime_spec() {
   "$SLIME_SPEC_VENV/bin/python" -m slime_spec "$@"
 }
+
+# launch EXPERIMENT [flags]: `slime-spec train` with a named configuration, its run named after it and the time.
+# SLIME_SPEC_COMMAND chooses another command of the same flags (config, rollout, doctor); SGLANG_PYTHON is the Python of
+# the environment that has sglang, where it is not this one.
+launch() {
+  local experiment="$1" sglang=()
+  shift
+  if [[ -n "${SGLANG_PYTHON:-}" ]]; then
+    sglang=(--sglang-python "$SGLANG_PYTHON")
+  fi
+  ensure_venv
+  slime_spec "${SLIME_SPEC_COMMAND:-train}" --config "$experiment" \
+    --run-name "$experiment-$(date +%Y%m%d-%H%M%S)" "${sglang[@]}" "$@"
+}

@@ -39,7 +39,7 @@ def tree() -> str:
             init = path.parent / "__init__.py"
             about = phrase(init) if init.is_file() else ""
             lines.append(f"{folder}/".ljust(34) + about)
-        if path.name != "__init__.py" and path.suffix != ".json":
+        if path.name != "__init__.py" and path.suffix not in (".json", ".safetensors"):
             lines.append(f"  {path.name}".ljust(34) + phrase(path))
     return "\n".join(line.rstrip() for line in lines) + "\n"
 

@@ -1,0 +1,149 @@
+"""Everything a check may look at, read once: settings, server flags, the two checkpoints' headers, SGLang's version."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rollout.sglang_engine.arguments import Place, server_flags
+from slime_spec.config.build import read_yaml
+from slime_spec.config.tree import Config
+from slime_spec.draft.choice import BUILTIN, builtin_folder
+from slime_spec.launch.arguments import read_arguments
+from slime_spec.launch.compose import conf_dir, experiments
+from slime_spec.launch.doctor.checkpoint import Checkpoint
+from slime_spec.launch.doctor.release import Release, find_release
+from slime_spec.speculation.shape import MODEL_DRAFTS, DraftShape, draft_shape
+
+DraftKind = Literal["none", "in_target", "head", "whole"]
+ATTENTION = ("decode_attention_backend", "attention_backend")  # the one that decodes, first
+DENSE_GRAPH_SIZES = (*range(1, 33), *range(40, 65, 8), *range(80, 161, 16))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """``given`` are the paths of settings that the command line or the experiment sets; ``flags`` are the servers'.
+
+    ``draft`` is None for algorithms without a draft network; an MTP layer inside the target's checkpoint is a draft
+    whose checkpoint is the target's. ``acceptance`` are a finished run's cumulative rates by draft position.
+    """
+
+    config: Config
+    given: frozenset[str]
+    target: Checkpoint
+    draft: Checkpoint | None
+    release: Release
+    flags: Mapping[str, object]
+    environ: Mapping[str, str]
+    acceptance: tuple[float, ...] = ()
+
+    @property
+    def on_sglang(self) -> bool:
+        return self.config.rollout.engine == "sglang" and self.config.run.mode != "train_only"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.config.rollout.num_gpus_per_engine > 0
+
+    @property
+    def speculates(self) -> bool:
+        return self.config.speculative.algorithm != "NONE" and self.config.run.mode != "train_only"
+
+    @property
+    def draft_kind(self) -> DraftKind:
+        """A head over the target's features (EAGLE, EAGLE3), an MTP layer in the target's checkpoint, a whole model."""
+        if self.config.speculative.algorithm not in MODEL_DRAFTS:
+            return "none"
+        if self.config.speculative.algorithm == "STANDALONE":
+            return "whole"
+        return "in_target" if self.draft is self.target else "head"
+
+    @property
+    def shape(self) -> DraftShape:
+        return draft_shape(self.config.speculative, self.target.architecture)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence of a rollout."""
+        return self.config.rollout.max_prompt_len + self.config.rollout.max_response_len
+
+    @property
+    def context_length(self) -> int | None:
+        """What the servers are told, or the target's own; None where its config.json does not say."""
+        return self.config.engine.context_length or self.target.context_length
+
+    @property
+    def samples_per_engine(self) -> int:
+        rollout = self.config.rollout
+        return -(-rollout.batch_size * rollout.n_samples_per_prompt // rollout.num_engines)
+
+    @property
+    def trains_with_pushes(self) -> bool:
+        return self.config.run.mode == "train"
+
+    @property
+    def attention_backend(self) -> str | None:
+        """The backend that decodes and verifies; None: SGLang chooses."""
+        return next((str(self.flags[name]) for name in ATTENTION if self.flags.get(name)), None)
+
+    @property
+    def page_size(self) -> int:
+        page_size = self.flags.get("page_size", 1)
+        assert isinstance(page_size, int), "typed by the table of flags"
+        return page_size
+
+    @property
+    def uses_graphs(self) -> bool:
+        is_off = self.flags.get("disable_cuda_graph") or self.flags.get("cuda_graph_backend_decode") == "disabled"
+        return self.on_gpu and not is_off
+
+    @property
+    def graph_sizes_are_dense(self) -> bool:
+        """Whether the captured batch sizes leave out few of those that occur (every one up to 32, then in steps)."""
+        sizes = self.flags.get("cuda_graph_bs_decode") or ()
+        assert isinstance(sizes, tuple | list), "typed by the table of flags"
+        wanted = {size for size in DENSE_GRAPH_SIZES if size <= self.config.engine.max_running_requests}
+        return bool(sizes) and wanted <= set(sizes)
+
+
+def gather(config: Config, argv: Sequence[str], acceptance: tuple[float, ...] = ()) -> Facts:
+    """Read what the checks need; raises ConfigError for a checkpoint that cannot be read.
+
+    Of the checkpoints only config.json and the headers of the weights; of SGLang only its installed version.
+    """
+    target = Checkpoint.read(config.model.hf_checkpoint)
+    on_sglang = config.rollout.engine == "sglang"
+    return Facts(
+        config=config,
+        given=given_settings(argv),
+        target=target,
+        draft=_draft(config, target),
+        release=find_release(config.sglang_server.python),
+        flags=server_flags(config, 0, Place(config.sglang_server.host, config.sglang_server.port)) if on_sglang else {},
+        environ=os.environ,
+        acceptance=acceptance,
+    )
+
+
+def _draft(config: Config, target: Checkpoint) -> Checkpoint | None:
+    algorithm, path = config.speculative.algorithm, config.speculative.draft_model_path
+    if algorithm not in MODEL_DRAFTS:
+        return None
+    if path is None or os.path.realpath(path) == os.path.realpath(target.folder):
+        return target
+    folder = str(builtin_folder(path)) if path.startswith(BUILTIN) else path
+    return Checkpoint.read(folder, "speculative.draft_model_path")
+
+
+def given_settings(argv: Sequence[str]) -> frozenset[str]:
+    """Paths of the settings that the command line or its experiment sets; those that only have defaults are not."""
+    arguments = read_arguments(argv)
+    name = arguments.experiment
+    if name is None:
+        return frozenset(arguments.settings)
+    path = conf_dir() / "experiment" / f"{name}.yaml" if name in experiments() else Path(name)
+    data: dict[str, Any] = read_yaml(path.read_text())
+    return frozenset(arguments.settings) | {f"{node}.{leaf}" for node, leaves in data.items() for leaf in leaves}

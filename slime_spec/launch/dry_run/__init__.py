@@ -1,0 +1,7 @@
+"""``slime-spec train --dry-run``: everything a launch would do, from settings, config.json and weight headers alone.
+
+parameters.py   how many parameters a config.json means
+memory.py       what engines and trainer will hold
+plan.py         placement, servers, transport, memory, preflight: the whole plan
+show.py         the plan on a terminal
+"""

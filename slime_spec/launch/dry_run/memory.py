@@ -1,0 +1,145 @@
+"""What engines and trainer will hold, in bytes, before any of them exists.
+
+Counted: weights, KV cache, gradients, optimizer state, and the copy of the weights that a push keeps in shared memory.
+Not counted: activations, CUDA graphs and contexts, which depend on kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slime_spec.config.tree import Config
+from slime_spec.launch.doctor.checkpoint import Checkpoint
+from slime_spec.launch.doctor.facts import Facts
+from slime_spec.launch.dry_run.parameters import count_parameters, kv_elements_per_token
+
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+FLOAT32_BYTES = 4
+ADAM_STATES = 2
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Of one engine, over all its GPUs; ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length."""
+
+    target_bytes: int
+    draft_bytes: int
+    kv_bytes_per_token: int
+    num_sequences: int
+    kv_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.target_bytes + self.draft_bytes + self.kv_bytes
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """Of one rank: parameters, float32 gradients, Adam's moments and, for bfloat16 parameters, float32 masters."""
+
+    num_parameters: int
+    weights_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """None: what config.json does not tell; ``source`` says what the numbers come from."""
+
+    source: str
+    engine: EngineMemory | None
+    trainer: TrainerMemory | None
+    push_bytes: int | None
+
+
+def plan_memory(facts: Facts) -> MemoryPlan:
+    config = facts.config
+    num_parameters = decoder_parameters(facts.target)
+    source = "config.json" if facts.target.tensors is None else "config.json and the weights' headers"
+    if num_parameters is None:
+        return MemoryPlan(source, None, None, None)
+    runs_engines, trains = config.run.mode != "train_only", config.run.mode != "rollout_only"
+    itemsize = weight_itemsize(facts.target, config.engine.dtype)
+    return MemoryPlan(
+        source,
+        engine=_engine(facts, itemsize) if runs_engines else None,
+        trainer=_trainer(config, num_parameters) if trains else None,
+        push_bytes=num_parameters * itemsize if runs_engines and trains else None,
+    )
+
+
+def decoder_parameters(target: Checkpoint) -> int | None:
+    """Parameters of the target without its MTP layers."""
+    counted = count_parameters(target.config)
+    return None if counted is None else counted.decoder
+
+
+def weight_itemsize(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of one weight in a server: a checkpoint quantised to 8 bits stays so, others become ``dtype``."""
+    quantization = checkpoint.config.get("quantization_config") or {}
+    return 1 if quantization.get("quant_method") == "fp8" else ITEMSIZES[dtype]
+
+
+def _engine(facts: Facts, itemsize: int) -> EngineMemory:
+    config = facts.config
+    counted = count_parameters(facts.target.config)
+    assert counted is not None, "plan_memory stops where nothing can be counted"
+    kv_itemsize = 1 if str(facts.flags.get("kv_cache_dtype", "")).startswith("fp8") else ITEMSIZES[config.engine.dtype]
+    elements = kv_elements_per_token(facts.target.config) or 0
+    draft_bytes = 0
+    if facts.draft_kind == "in_target":
+        draft_bytes = counted.mtp * itemsize
+        elements += kv_elements_per_token(facts.target.config, facts.target.num_mtp_layers) or 0
+    elif facts.draft is not None:
+        draft_bytes = draft_parameters(facts.draft) * ITEMSIZES[config.engine.dtype]
+        elements += kv_elements_per_token(facts.draft.config) or 0
+    num_sequences = min(config.engine.max_running_requests, facts.samples_per_engine)
+    num_tokens = num_sequences * (facts.longest + (facts.shape.headroom if facts.speculates else 0))
+    if config.engine.max_total_tokens is not None:
+        num_tokens = min(num_tokens, config.engine.max_total_tokens)
+    return EngineMemory(
+        target_bytes=counted.decoder * itemsize,
+        draft_bytes=draft_bytes,
+        kv_bytes_per_token=elements * kv_itemsize,
+        num_sequences=num_sequences,
+        kv_bytes=elements * kv_itemsize * num_tokens,
+    )
+
+
+def draft_parameters(draft: Checkpoint) -> int:
+    """Of the file's headers, tables of token ids left out; without a file, of a head as SpecForge exports it."""
+    if draft.tensors is not None:
+        return sum(each.num_elements for name, each in draft.tensors.items() if name not in ("d2t", "t2d"))
+    counted, config = count_parameters(draft.config), draft.config
+    if counted is None:
+        return 0
+    if draft.architecture not in ("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle"):
+        return counted.decoder
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    # The embedding is the target's; the projection reads features of the target beside or below the token's.
+    without_tables = counted.decoder - vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    if draft.architecture != "LlamaForCausalLMEagle3":
+        return int(without_tables + 2 * hidden * hidden)
+    features = 3 * (config.get("target_hidden_size") or hidden)
+    head = (config.get("draft_vocab_size") or 0) * hidden
+    heads = config["num_attention_heads"] + 2 * (config.get("num_key_value_heads") or config["num_attention_heads"])
+    wider_attention = heads * (config.get("head_dim") or hidden // config["num_attention_heads"]) * hidden
+    return int(without_tables + features * hidden + head + wider_attention + hidden)
+
+
+def _trainer(config: Config, num_parameters: int) -> TrainerMemory:
+    trainer = config.trainer
+    held = num_parameters // (trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size)
+    itemsize = ITEMSIZES[trainer.dtype]
+    masters = FLOAT32_BYTES if trainer.dtype != "float32" else 0
+    return TrainerMemory(
+        num_parameters=held,
+        weights_bytes=held * itemsize,
+        gradient_bytes=held * FLOAT32_BYTES,
+        optimizer_bytes=held * (ADAM_STATES * FLOAT32_BYTES + masters),
+    )

@@ -1,0 +1,121 @@
+"""Parameters of a decoder by its config.json: dense or with experts, grouped-query or latent attention, MTP layers.
+
+Names and shapes are those of the checkpoints of Llama, Qwen2, Qwen3 (and MoE), MiMo, GLM-4.5/4.6 and DeepSeek-V3/R1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+QK_NORMS = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+QKV_BIASES = ("Qwen2ForCausalLM", "MiMoForCausalLM")
+# MTP layers that carry copies of the embedding and the head, which servers drop and take from the target.
+COPIES = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
+DENSE_MTP_NORMS = 3  # MiMo: token, hidden and final, beside those of the layer
+MOE_MTP_NORMS = 3  # enorm, hnorm, shared_head.norm
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """``decoder`` all but the MTP layers; ``mtp`` what drafting adds; ``mtp_copies`` what a file repeats."""
+
+    decoder: int
+    mtp: int
+    mtp_copies: int
+
+    @property
+    def stored(self) -> int:
+        return self.decoder + self.mtp + self.mtp_copies
+
+
+def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
+    """None for a config.json that does not give the sizes of a decoder."""
+    if any(
+        config.get(key) is None for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    ):
+        return None
+    hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    architecture = (config.get("architectures") or ["?"])[0]
+    dense = _num_dense_layers(config)
+    decoder = (
+        vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        + hidden
+        + layers * (_attention(config, architecture) + 2 * hidden)
+        + dense * _dense_mlp(config)
+        + (layers - dense) * _expert_mlp(config)
+    )
+    num_mtp = int(config.get("num_nextn_predict_layers") or 0)
+    norms = MOE_MTP_NORMS if _num_experts(config) else DENSE_MTP_NORMS
+    mlp = _expert_mlp(config) if _num_experts(config) else _dense_mlp(config)
+    layer = _attention(config, architecture) + 2 * hidden + mlp + 2 * hidden * hidden + norms * hidden
+    copies = 2 * vocab * hidden if architecture in COPIES else 0
+    return Parameters(decoder, num_mtp * layer, num_mtp * copies)
+
+
+def kv_elements_per_token(config: Mapping[str, Any], num_layers: int | None = None) -> int | None:
+    """Numbers cached per position over all layers: keys and values per head, or the latent and its rotary part."""
+    layers = config.get("num_hidden_layers") if num_layers is None else num_layers
+    if layers is None or config.get("num_attention_heads") is None:
+        return None
+    if config.get("kv_lora_rank"):
+        return int(layers * (config["kv_lora_rank"] + config["qk_rope_head_dim"]))
+    return int(layers * 2 * _num_kv_heads(config) * _head_dim(config))
+
+
+def _num_kv_heads(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _num_experts(config: Mapping[str, Any]) -> int:
+    # Configurations have three names for it.
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    return int(next((config[name] for name in names if config.get(name)), 0))
+
+
+def _num_dense_layers(config: Mapping[str, Any]) -> int:
+    if not _num_experts(config):
+        return int(config["num_hidden_layers"])
+    return int(config.get("first_k_dense_replace") or len(config.get("mlp_only_layers") or ()))
+
+
+def _attention(config: Mapping[str, Any], architecture: str) -> int:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if config.get("kv_lora_rank"):
+        return _latent_attention(config)
+    dim, kv_heads = _head_dim(config), _num_kv_heads(config)
+    rows = (heads + 2 * kv_heads) * dim
+    biases = rows if architecture in QKV_BIASES or config.get("attention_bias") else 0
+    norms = 2 * dim if architecture in QK_NORMS or config.get("use_qk_norm") else 0
+    return int(rows * hidden + heads * dim * hidden + biases + norms)
+
+
+def _latent_attention(config: Mapping[str, Any]) -> int:
+    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    query_rank = config.get("q_lora_rank")
+    if query_rank:
+        queries = hidden * query_rank + query_rank + query_rank * heads * (nope + rope)
+    else:
+        queries = hidden * heads * (nope + rope)
+    keys = hidden * (rank + rope) + rank + rank * heads * (nope + value)
+    return int(queries + keys + heads * value * hidden)
+
+
+def _dense_mlp(config: Mapping[str, Any]) -> int:
+    return int(3 * config["hidden_size"] * config.get("intermediate_size", 0))
+
+
+def _expert_mlp(config: Mapping[str, Any]) -> int:
+    experts = _num_experts(config)
+    if not experts:
+        return 0
+    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
+    # DeepSeek's and GLM's router also has a bias per expert that corrects its scores.
+    correction = experts if config.get("n_routed_experts") else 0
+    return int((experts + (config.get("n_shared_experts") or 0)) * 3 * hidden * width + experts * hidden + correction)

@@ -1,0 +1,148 @@
+"""``train --dry-run``: the plan, from settings, config.json and headers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slime_spec.launch.cli import main
+from slime_spec.launch.compose import compose
+from slime_spec.launch.doctor.checkpoint import Checkpoint
+from slime_spec.launch.dry_run.memory import draft_parameters, plan_memory
+from slime_spec.launch.dry_run.parameters import count_parameters, kv_elements_per_token
+from slime_spec.launch.dry_run.plan import make_plan
+from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, make_facts
+from tests.support.make_stand_ins import STAND_INS
+
+Capture = pytest.CaptureFixture[str]
+GLM_355B: dict[str, Any] = {
+    **{"architectures": ["Glm4MoeForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 92, "vocab_size": 151552},
+    **{"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288},
+    **{"moe_intermediate_size": 1536, "n_routed_experts": 160, "n_shared_experts": 1, "first_k_dense_replace": 3},
+    **{"attention_bias": True, "use_qk_norm": True, "num_nextn_predict_layers": 1, "model_type": "glm4_moe"},
+}
+DEEPSEEK_R1: dict[str, Any] = {
+    **{"architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "num_hidden_layers": 61, "vocab_size": 129280},
+    **{"num_attention_heads": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256},
+    **{"n_shared_experts": 1, "first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512},
+    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_nextn_predict_layers": 1},
+}
+QWEN3_235B: dict[str, Any] = {
+    **{"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 94, "vocab_size": 151936},
+    **{"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 12288},
+    **{"moe_intermediate_size": 1536, "num_experts": 128},
+}
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_counted_parameters_are_those_that_a_checkpoint_of_the_family_holds(name: str, tmp_path: Path) -> None:
+    target = Checkpoint.read(str(STAND_INS[name](tmp_path).target))
+    counted = count_parameters(target.config)
+    assert counted is not None
+    assert target.tensors is not None
+    assert counted.stored == sum(tensor.num_elements for tensor in target.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [(TARGET, 8.03), (QWEN3_235B, 235.1), (DEEPSEEK_R1, 671.0)],
+    ids=["llama-3.1-8b", "qwen3-235b", "deepseek-r1"],
+)
+def test_counted_parameters_are_the_published_ones(config: dict[str, Any], billions: float) -> None:
+    counted = count_parameters(config)
+    assert counted is not None
+    assert counted.decoder / 1e9 == pytest.approx(billions, rel=0.002)
+
+
+def test_an_mtp_layer_counts_what_drafting_adds_without_the_copies_in_its_file() -> None:
+    """DeepSeek's own account: 671 B for the model, 14 B with MTP's copies of embedding and head, 11.5 B without."""
+    counted = count_parameters(DEEPSEEK_R1)
+    assert counted is not None
+    assert counted.mtp / 1e9 == pytest.approx(11.5, rel=0.01)
+    assert count_parameters(GLM_355B).decoder / 1e9 == pytest.approx(355, rel=0.02)  # type: ignore[union-attr]
+
+
+def test_the_kv_cache_of_a_latent_is_that_of_the_latent() -> None:
+    assert kv_elements_per_token(DEEPSEEK_R1) == 61 * (512 + 64)
+    assert kv_elements_per_token(TARGET) == 32 * 2 * 8 * 128
+
+
+def test_a_draft_without_a_file_is_counted_as_its_export_would_be(tmp_path: Path) -> None:
+    draft = STAND_INS["llama3.1-8b"](tmp_path).draft
+    whole = Checkpoint.read(str(draft))
+    config_alone = Checkpoint(whole.folder, whole.config, None)
+    assert draft_parameters(config_alone) == draft_parameters(whole)
+
+
+def test_memory_is_weights_cache_gradients_and_optimizer(tmp_path: Path) -> None:
+    argv = (*SERVERS, "--speculative-algorithm", "EAGLE3", *CHAIN, "--train-dtype", "bfloat16")
+    memory = plan_memory(make_facts(tmp_path, argv, draft=EAGLE3_HEAD))
+    assert memory.engine is not None
+    assert memory.trainer is not None
+    parameters = count_parameters(TARGET).decoder  # type: ignore[union-attr]
+    assert memory.engine.target_bytes == memory.push_bytes == 2 * parameters
+    assert memory.engine.draft_bytes == pytest.approx(0.85e9, rel=0.01)
+    assert memory.engine.kv_bytes_per_token == 2 * 2 * 8 * 128 * 33
+    assert memory.engine.kv_bytes == memory.engine.kv_bytes_per_token * 64 * (512 + 64 + 4)
+    assert memory.trainer.total_bytes == 18 * parameters
+
+
+def test_an_mtp_draft_costs_its_layer_and_its_own_cache(tmp_path: Path) -> None:
+    argv = (*SERVERS, "--speculative-algorithm", "EAGLE", *CHAIN)
+    memory = plan_memory(make_facts(tmp_path, argv, target=MIMO))
+    assert memory.engine is not None
+    assert memory.engine.draft_bytes == 2 * count_parameters(MIMO).mtp  # type: ignore[union-attr]
+    assert memory.engine.kv_bytes_per_token == 2 * 2 * 8 * 128 * 33
+
+
+def test_rollouts_alone_plan_no_trainer_and_no_push(tmp_path: Path) -> None:
+    memory = plan_memory(make_facts(tmp_path, (*SERVERS, "--debug-rollout-only")))
+    assert (memory.trainer, memory.push_bytes) == (None, None)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> list[str]:
+    (tmp_path / "config.json").write_text(json.dumps(TARGET))
+    return [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version"]
+
+
+def test_the_plan_has_a_command_line_for_every_server(job: list[str]) -> None:
+    argv = [*job, "--rollout-num-engines", "2", "--actor-num-gpus", "2", "--actor-world-size", "2"]
+    plan = make_plan(compose(argv), argv)
+    first, second = plan.servers
+    assert "-m sglang.launch_server" in first
+    assert "--attention-backend fa3" in first
+    assert first.replace("--port 30000", "--port 30001") == second
+    assert len(plan.bundles.bundles) == 2
+
+
+def test_a_dry_run_prints_the_whole_plan_and_starts_nothing(job: list[str], tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *job, "--dry-run", "--output-dir", str(run)]) == 0
+    told = capsys.readouterr().out
+    for heading in ("run", "placement", "engine", "transport", "memory (from config.json;", "preflight"):
+        assert any(line.startswith(heading) for line in told.splitlines())
+    assert "tensor (CUDA IPC)" in told
+    assert "TP 1 x PP 1 x DP 1" in told
+    assert told.rstrip().endswith("a launch would go on")
+    assert not run.exists()
+
+
+def test_a_dry_run_of_what_preflight_refuses_ends_as_the_launch_would(job: list[str], capsys: Capture) -> None:
+    broken = ["--speculative-algorithm", "NGRAM", "--rollout-min-p", "0.1"]
+    assert main(["train", *job, *broken, "--dry-run"]) == 2
+    told = capsys.readouterr().out
+    assert "a launch would stop here: min-p" in told
+    assert "flags that mend this: --rollout-min-p 0" in told
+
+
+def test_a_dry_run_says_what_the_trainer_cannot_train(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GLM_355B))
+    argv = [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "--dry-run"]
+    assert main(["train", *argv]) == 2
+    assert "Glm4MoeForCausalLM has a mixture of 160 experts, which the trainer cannot build" in capsys.readouterr().out
+    assert main(["train", *argv, "--debug-rollout-only"]) == 0
+    assert "rollout_only pushes no weights" in capsys.readouterr().out

@@ -1,0 +1,65 @@
+"""What is known of each SGLang version, and how an interpreter is asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from slime_spec.launch.doctor.release import find_release, release_of
+from slime_spec.launch.sglang_table import sglang_version
+
+
+@pytest.mark.parametrize(
+    ("text", "reaches_draft", "selective", "draft_alone"),
+    [
+        ("0.5.6", {"tensor"}, set(), False),
+        ("0.5.9", {"tensor"}, set(), False),
+        ("0.5.10.post1", {"tensor"}, {"tensor"}, False),
+        ("0.5.12.post1", {"tensor", "disk"}, {"tensor"}, False),
+        ("0.5.20", {"tensor", "disk"}, {"tensor"}, False),
+        ("0.5.21", {"tensor", "distributed", "disk"}, {"tensor", "distributed"}, True),
+        ("0.6.0", {"tensor", "distributed", "disk"}, {"tensor", "distributed"}, True),
+    ],
+)
+def test_each_version_has_its_weight_update_contract(text, reaches_draft, selective, draft_alone) -> None:
+    contract = release_of(text).update_contract
+    assert (contract.reaches_draft, contract.selective, contract.draft_alone) == (reaches_draft, selective, draft_alone)
+
+
+@pytest.mark.parametrize(
+    ("text", "correct"),
+    [
+        ("0.5.10.post1", "spec_accept_token_num"),
+        ("0.5.11", "spec_accepted_drafts"),
+        ("0.5.12.post1", "spec_num_correct_drafts"),
+        ("0.5.23", "spec_num_correct_drafts"),
+    ],
+)
+def test_each_version_has_its_generation_of_metadata_keys(text: str, correct: str) -> None:
+    assert release_of(text).metadata_keys[0] == correct
+
+
+def test_an_interpreter_with_sglang_is_believed_without_importing_it(tmp_path: Path) -> None:
+    """A package whose import would fail, found by its metadata alone."""
+    site = tmp_path / "site"
+    (site / "sglang").mkdir(parents=True)
+    (site / "sglang" / "__init__.py").write_text("raise RuntimeError('imported')")
+    for name, text in (("sglang", "0.5.12.post1"), ("torch", "2.11.0+cu130")):
+        info = site / f"{name}-{text}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {text}\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{site}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    release = find_release(str(python))
+    assert (release.version, release.text, release.torch) == ((0, 5, 12), "0.5.12.post1", "2.11.0+cu130")
+    assert release.is_installed
+
+
+@pytest.mark.parametrize("python", ["/nonexistent/python", "/bin/false"])
+def test_an_interpreter_that_does_not_answer_is_judged_as_the_pinned_version(python: str) -> None:
+    release = find_release(python)
+    assert release.text == sglang_version()
+    assert not release.is_installed

@@ -1,0 +1,94 @@
+"""Facts for the doctor's checks from a command line and a few keys of two config.json files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rollout.sglang_engine.arguments import Place, server_flags
+from slime_spec.config.tree import Config
+from slime_spec.launch.compose import compose
+from slime_spec.launch.doctor.checkpoint import Checkpoint, StoredTensor
+from slime_spec.launch.doctor.facts import Facts, given_settings
+from slime_spec.launch.doctor.release import release_of
+
+TARGET = {
+    **{"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "max_position_embeddings": 8192},
+    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "vocab_size": 128256, "model_type": "llama"},
+}
+EAGLE3_HEAD = {
+    **{"architectures": ["LlamaForCausalLMEagle3"], "torch_dtype": "bfloat16", "max_position_embeddings": 8192},
+    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1, "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "vocab_size": 128256, "draft_vocab_size": 32000, "model_type": "llama"},
+}
+MIMO = {**TARGET, "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+# A sound job on the SGLang engine: no check has a word against it.
+SERVERS = (
+    *("--rollout-engine", "sglang", "--rollout-num-gpus-per-engine", "1", "--actor-num-gpus", "1"),
+    *("--sglang-dtype", "bfloat16", "--sglang-attention-backend", "fa3", "--sglang-max-running-requests", "64"),
+    *("--sglang-mem-fraction-static", "0.8"),
+)
+CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
+TREE = ("--speculative-num-steps", "5", "--speculative-eagle-topk", "8", "--speculative-num-draft-tokens", "32")
+
+
+DRAFT = "draft"  # stands for the folder in what is composed, so that a command line is composed once
+
+
+@cache
+def composed_once(argv: tuple[str, ...]) -> Config:
+    return compose(argv)
+
+
+def make_facts(
+    folder: Path,
+    argv: Sequence[str],
+    target: Mapping[str, Any] = TARGET,
+    draft: Mapping[str, Any] | None = None,
+    *,
+    version: str = "0.5.21",
+    is_installed: bool = True,
+    torch: str | None = None,
+    tensors: Sequence[str] | None = None,
+    without_flags: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    acceptance: tuple[float, ...] = (),
+) -> Facts:
+    """``tensors`` are names in the draft's file (the target's, where it drafts itself); ``without_flags`` are taken
+    from what the engine would pass to its servers."""
+    own = Checkpoint.read(str(_folder(folder / "target", target)))
+    head = None if draft is None else Checkpoint.read(str(_folder(folder / "draft", draft)))
+    words = (*argv, *(("--speculative-draft-model-path", DRAFT) if head else ()))
+    if tensors is not None:
+        stored = {name: StoredTensor("bfloat16", (1,), 2) for name in tensors}
+        head, own = (replace(head, tensors=stored), own) if head else (head, replace(own, tensors=stored))
+    composed = composed_once(words)
+    config = replace(
+        composed,
+        model=replace(composed.model, hf_checkpoint=own.folder),
+        speculative=replace(composed.speculative, draft_model_path=head.folder if head else None),
+    )
+    if head is None and config.speculative.algorithm in ("EAGLE", "NEXTN"):
+        head = own
+    flags = server_flags(config, 0, Place("127.0.0.1", 30000)) if config.rollout.engine == "sglang" else {}
+    return Facts(
+        config=config,
+        given=given_settings(words),
+        target=own,
+        draft=head,
+        release=release_of(version, is_installed, torch),
+        flags={name: value for name, value in flags.items() if name not in without_flags},
+        environ=environ or {},
+        acceptance=acceptance,
+    )
+
+
+def _folder(path: Path, config: Mapping[str, Any]) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
