@@ -1,0 +1,1 @@
+"""The SGLang engine: real SGLang servers behind the RolloutEngine seam."""

@@ -1,0 +1,185 @@
+"""A configuration as the command line of one SGLang server, checked against the flags that its version knows.
+
+In rising precedence: what the engine itself needs, the settings of the tree, --sglang-<flag> for all engines,
+sglang_server.overrides for one. What an RL run must own (the model, the address, the weights' version) cannot be
+overridden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from rollout.sglang_engine.installed import InstalledSglang
+from rollout.sglang_engine.model_files import read_architecture
+from slime_spec.config.build import read_yaml
+from slime_spec.config.suggest import did_you_mean
+from slime_spec.config.tree import Config, SpeculativeConfig
+from slime_spec.draft.families import MTP_FAMILIES
+from slime_spec.errors import ConfigError
+
+OVERRIDES = "sglang_server.overrides"
+EXTRA = "sglang_server.extra_args"
+OWNED = ("model_path", "host", "port", "weight_version", "node_rank", "dist_init_addr")
+# Settings of the tree that are ours or RTP-LLM's and mean nothing to SGLang.
+NOT_SGLANGS = ("lossy", "draft_norm_output_convention", "min_token_match", "max_token_match", "edit")
+ALGORITHMS = ("NONE", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN", "DFLASH", "DSPARK")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server is: its address, and its node among those of one engine.
+
+    ``Place("127.0.0.1", 30000)``; the second of two nodes: ``Place(host, port, 2, 1, "10.0.0.1:25000")``
+    """
+
+    host: str
+    port: int
+    num_nodes: int = 1
+    node_rank: int = 0
+    init_address: str | None = None
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def server_flags(config: Config, engine_index: int, place: Place, speculate: bool = True) -> dict[str, object]:
+    """Every flag of one server by its dest; ``speculate=False`` leaves speculation out."""
+    overrides = {**config.sglang, **engine_overrides(config.sglang_server.overrides, engine_index)}
+    for dest in OWNED:
+        if dest in overrides:
+            raise ConfigError(f"sglang.{dest}", "belongs to the engine", overrides[dest], "Leave it out.")
+    flags: dict[str, object] = {
+        "model_path": config.model.hf_checkpoint,
+        "host": place.host,
+        "port": place.port,
+        "weight_version": "0",
+        "dtype": config.engine.dtype,
+        "context_length": config.engine.context_length,
+        "max_running_requests": config.engine.max_running_requests,
+        "max_total_tokens": config.engine.max_total_tokens,
+        "skip_server_warmup": True,
+        "incremental_streaming_output": True,
+        **_device_flags(config, place),
+    }
+    if speculate:
+        flags |= speculative_flags(config.speculative, config.model.hf_checkpoint)
+    # An override must not bring back what speculate=False took away.
+    kept = {name: value for name, value in overrides.items() if speculate or not name.startswith("speculative_")}
+    return {name: value for name, value in {**flags, **kept}.items() if value is not None}
+
+
+def _device_flags(config: Config, place: Place) -> dict[str, object]:
+    num_gpus = config.rollout.num_gpus_per_engine
+    if num_gpus == 0:
+        return {"device": "cpu"}
+    flags: dict[str, object] = {}
+    data_parallel = config.sglang.get("dp_size", 1)
+    assert isinstance(data_parallel, int), "typed by the table of flags"
+    # With attention data parallelism the ranks share the tensor-parallel ones; without, each replica has its own.
+    shared = bool(config.sglang.get("enable_dp_attention"))
+    flags["tp_size"] = num_gpus if shared else num_gpus // data_parallel
+    if place.num_nodes > 1:
+        flags |= {"nnodes": place.num_nodes, "node_rank": place.node_rank, "dist_init_addr": place.init_address}
+    if config.cluster.colocate and config.cluster.offload:
+        flags["enable_memory_saver"] = True
+        if config.speculative.algorithm not in ("NONE", "NGRAM"):
+            flags["enable_draft_weights_cpu_backup"] = True
+    return flags
+
+
+def speculative_flags(config: SpeculativeConfig, target: str) -> dict[str, object]:
+    """Settings that differ from their defaults, under SGLang's names; raises ConfigError for what it does not have."""
+    if config.algorithm not in ALGORITHMS:
+        raise ConfigError(
+            "speculative.algorithm",
+            f"SGLang has {', '.join(ALGORITHMS[1:])}",
+            config.algorithm,
+            "Pass --speculative-algorithm NGRAM, which looks suffixes up too, or --rollout-engine embedded.",
+        )
+    if config.algorithm == "NONE":
+        return {}
+    default = SpeculativeConfig()
+    flags: dict[str, object] = {
+        f"speculative_{field.name}": getattr(config, field.name)
+        for field in fields(config)
+        if field.name not in NOT_SGLANGS and getattr(config, field.name) != getattr(default, field.name)
+    }
+    is_mtp = config.algorithm in ("NEXTN", "EAGLE") and config.draft_model_path is None
+    if is_mtp and read_architecture(target) in MTP_FAMILIES:
+        # For some families (MiMo) SGLang does not default to the target's own folder.
+        flags["speculative_draft_model_path"] = target
+    return flags
+
+
+def engine_overrides(path: str | None, engine_index: int) -> dict[str, object]:
+    """The flags that ``sglang_server.overrides`` has for one engine."""
+    if path is None:
+        return {}
+    try:
+        data = read_yaml(Path(path).read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(OVERRIDES, f"must be a readable YAML file: {error}", path, "Correct it.") from None
+    strangers = [key for key in data if not isinstance(key, int)]
+    if strangers or not all(isinstance(flags, dict) for flags in data.values()):
+        raise ConfigError(
+            OVERRIDES, "maps engine numbers to flags", strangers, "Write {0: {mem_fraction_static: 0.7}}."
+        )
+    found: dict[str, object] = data.get(engine_index, {})
+    return found
+
+
+def command_line(python: str, flags: Mapping[str, object], extra: Sequence[str], sglang: InstalledSglang) -> list[str]:
+    """The server's command; raises ConfigError for a flag that this version does not know."""
+    words = [python, "-m", "sglang.launch_server"]
+    for dest, value in flags.items():
+        flag = sglang.flag(dest)
+        if flag is None:
+            if dest in NICE_TO_HAVE:
+                continue
+            hint = did_you_mean(dest, sglang.flags)
+            raise ConfigError(
+                f"sglang.{dest}",
+                f"is no flag of SGLang {sglang.version}",
+                value,
+                f"{hint}Leave it out, or pass --sglang-python with another version.",
+            )
+        if not flag.takes_value:
+            words += [_switch(flag.spellings, bool(value))] if value or _negation(flag.spellings) else []
+        else:
+            words += [flag.spellings[0], *_values(value)]
+    return [*words, *_checked_extra(extra, sglang)]
+
+
+# Flags that older versions lack and the engine can do without.
+NICE_TO_HAVE = ("incremental_streaming_output", "enable_draft_weights_cpu_backup", "weight_version")
+
+
+def _negation(spellings: Sequence[str]) -> str | None:
+    return next((name for name in spellings if name.startswith("--no-")), None)
+
+
+def _switch(spellings: Sequence[str], value: bool) -> str:
+    positive = next(name for name in spellings if not name.startswith("--no-"))
+    return positive if value else str(_negation(spellings))
+
+
+def _values(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def _checked_extra(extra: Sequence[str], sglang: InstalledSglang) -> list[str]:
+    known = sglang.by_spelling()
+    for word in extra:
+        name = word.partition("=")[0]
+        if word.startswith("--") and name not in known:
+            raise ConfigError(
+                EXTRA, f"{name} is no flag of SGLang {sglang.version}", word, f"{did_you_mean(name, known)}Correct it."
+            )
+    return list(extra)

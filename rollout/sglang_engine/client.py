@@ -1,0 +1,130 @@
+"""One server's HTTP interface: JSON calls and streams, with errors that say whether anything may have happened.
+
+Nothing is retried here. A call that was refused did nothing; after ServerGone nobody knows, and the caller decides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import aiohttp
+
+CONTROL_TIMEOUT_S = 600.0
+# A streamed chunk of many samples' logprobs is one line, longer than aiohttp's own limit.
+LONGEST_LINE = 256 * 1024 * 1024
+
+
+class ServerRefused(RuntimeError):
+    """The server answered with an error; it is alive and did not do what was asked."""
+
+    def __init__(self, path: str, status: int, message: str) -> None:
+        self.path, self.status, self.message = path, status, message
+        super().__init__(f"{path} was refused ({status}): {message}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
+        return type(self), (self.path, self.status, self.message)
+
+
+class ServerGone(ConnectionError):
+    """The connection failed or broke, or no answer came in time."""
+
+
+class SglangClient:
+    """Calls one server; belongs to the asyncio loop in which ``open`` ran."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.url = url
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    async def open(self) -> None:
+        # Every sample in flight holds a connection: the server's own queue is the limit, not aiohttp's 100.
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, read_bufsize=2**20)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def get(self, path: str, timeout_s: float = 60.0) -> Any:
+        return await self._call("GET", path, None, timeout_s)
+
+    async def post(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+        """The answer's JSON (its text where it is none); raises ServerRefused or ServerGone."""
+        return await self._call("POST", path, body or {}, timeout_s)
+
+    async def is_healthy(self, timeout_s: float = 10.0) -> bool:
+        try:
+            await self.get("/health", timeout_s)
+        except (ServerRefused, ServerGone):
+            return False
+        return True
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of one streamed /generate; ends after the server's [DONE].
+
+        Raises ServerGone when the stream breaks off, ServerRefused for an error, also one sent as a chunk.
+        """
+        path = "/generate"
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
+        try:
+            async with self._session.post(self.url + path, json={**body, "stream": True}, timeout=timeout) as response:
+                if response.status != 200:
+                    raise _refusal(path, response.status, await response.text())
+                async for data in _events(response.content):
+                    if data == b"[DONE]":
+                        return
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise ServerRefused(path, 400, _message(data.decode()))
+                    yield chunk
+        except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
+            raise ServerGone(f"{self.url}{path}: {type(error).__name__} {error}") from error
+        raise ServerGone(f"{self.url}{path}: the stream ended before the response")
+
+    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                text = await response.text()
+        except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
+            raise ServerGone(f"{self.url}{path}: {type(error).__name__} {error}") from error
+        if response.status != 200:
+            raise _refusal(path, response.status, text)
+        try:
+            return json.loads(text) if text else None
+        except json.JSONDecodeError:
+            return text
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The data of each server-sent event."""
+    pending = bytearray()
+    async for block in content.iter_any():
+        pending += block
+        if len(pending) > LONGEST_LINE:
+            raise ConnectionError(f"an event of more than {LONGEST_LINE} bytes")
+        *lines, rest = pending.split(b"\n")
+        pending = bytearray(rest)
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield bytes(line[5:]).strip()
+
+
+def _refusal(path: str, status: int, text: str) -> ServerRefused | ServerGone:
+    """A server that is starting or ending, and a router without servers, say 502 to 504: nothing was done."""
+    if status in (502, 503, 504):
+        return ServerGone(f"{path}: {status} {_message(text)}")
+    return ServerRefused(path, status, _message(text))
+
+
+def _message(text: str) -> str:
+    """What the server says in the several shapes of its errors."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError:
+        return text.strip()[:2000]
+    found = data.get("error", data) if isinstance(data, dict) else data
+    if isinstance(found, dict):
+        found = found.get("message", found.get("detail", found))
+    return str(found)[:2000]

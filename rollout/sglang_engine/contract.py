@@ -1,0 +1,112 @@
+"""How a server takes weights: read from the fields of its requests, never from its version.
+
+    none       tensors go to the draft's runner and to the target's (up to 0.5.9)
+    flag       the same, unless disable_draft_model is set; from a group they go to the target alone (0.5.10 to 0.5.20)
+    selector   every call names its side, inside a session that must be begun and ended (from 0.5.21)
+
+The fields are in the server's own /openapi.json. A server that hides it is asked to end a session that was never begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rollout.sglang_engine.client import ServerRefused, SglangClient
+from slime_spec.errors import PushError
+from slime_spec.weights.manifest import Side
+
+Style = Literal["none", "flag", "selector"]
+TENSOR, END, CHECKER = "/update_weights_from_tensor", "/end_weight_update", "/weights_checker"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """``has_checksums``: /weights_checker tells each tensor's checksum by side.
+
+    Example: ``Contract("selector", has_checksums=True)``
+    """
+
+    style: Style
+    has_checksums: bool
+
+    @property
+    def has_session(self) -> bool:
+        return self.style == "selector"
+
+    def tensor_fields(self, side: Side, has_draft: bool) -> dict[str, Any]:
+        """What an update from tensors must say so that only ``side`` changes; raises PushError where none can."""
+        if self.style == "selector":
+            return {"selector": side}
+        if side == "draft":
+            raise PushError(
+                "this SGLang has no way to update the draft alone: its weights stay as they are. "
+                "Use SGLang 0.5.21 or newer (selector), or restart the engines with the new draft's folder."
+            )
+        if not has_draft:
+            return {}
+        if self.style == "flag":
+            return {"disable_draft_model": True}
+        raise PushError(
+            "this SGLang loads tensors into the draft too and would overwrite it. "
+            "Pass --sglang-weight-transport distributed, or use SGLang 0.5.10 or newer."
+        )
+
+    def group_fields(self, side: Side) -> dict[str, Any]:
+        """The same for an update from a process group, which older servers give to the target alone."""
+        if self.style == "selector":
+            return {"selector": side}
+        if side == "draft":
+            return self.tensor_fields(side, has_draft=True)  # raises
+        return {}
+
+
+def contract_of(openapi: Mapping[str, Any]) -> Contract:
+    """The contract that a server's description of itself shows; raises PushError where it has no weight updates."""
+    fields = request_fields(openapi, TENSOR)
+    if fields is None:
+        raise PushError(f"the server has no {TENSOR}: it is no SGLang that can be trained")
+    style: Style = "none"
+    if "selector" in fields and request_fields(openapi, END) is not None:
+        style = "selector"
+    elif "disable_draft_model" in fields:
+        style = "flag"
+    checker = request_fields(openapi, CHECKER)
+    return Contract(style, has_checksums=checker is not None and "selector" in checker)
+
+
+def request_fields(openapi: Mapping[str, Any], path: str) -> frozenset[str] | None:
+    """The names in the JSON body of a path's POST; None where there is no such path."""
+    post = openapi.get("paths", {}).get(path, {}).get("post")
+    if post is None:
+        return None
+    content = post.get("requestBody", {}).get("content", {}).get("application/json", {})
+    return frozenset(_names(content.get("schema", {}), openapi))
+
+
+def _names(schema: Mapping[str, Any], openapi: Mapping[str, Any]) -> set[str]:
+    found = set(schema.get("properties", {}))
+    if "$ref" in schema:
+        node: Any = openapi
+        for part in schema["$ref"].removeprefix("#/").split("/"):
+            node = node[part]
+        found |= _names(node, openapi)
+    for part in (*schema.get("anyOf", ()), *schema.get("allOf", ()), *schema.get("oneOf", ())):
+        found |= _names(part, openapi)
+    return found
+
+
+async def detect(client: SglangClient) -> Contract:
+    """Ask the server."""
+    try:
+        return contract_of(await client.get("/openapi.json"))
+    except ServerRefused:
+        pass
+    try:
+        await client.post(END)
+    except ServerRefused as error:
+        # 400: it knows sessions and has none open. 404: it does not, and nothing tells whether it knows the flag.
+        is_selector = error.status == 400
+        return Contract("selector" if is_selector else "none", has_checksums=is_selector)
+    return Contract("selector", has_checksums=True)  # it has just ended a session that someone else left open

@@ -1,0 +1,182 @@
+"""A whole push into one server: paused, inside a session, bucket by bucket, and looked at afterwards.
+
+pause (retract) ─ begin(side) ─ bucket ─ bucket ─ … ─ end ─ continue ─ version? checksums?
+
+The server loads in place, so generating between two buckets would mix versions: it is paused while it loads, unless
+whoever pushes has paused it already.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rollout.sglang_engine.client import ServerRefused, SglangClient
+from rollout.sglang_engine.contract import END, Contract
+from rollout.sglang_engine.transports.bucket import NamedTensors, ServerTransport
+from slime_spec.errors import PushError
+from slime_spec.weights.manifest import Side
+from slime_spec.weights.push import PauseMode, bucketed
+
+logger = logging.getLogger(__name__)
+
+BEGIN = "/begin_weight_update"
+Sums = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One side's weights at one version."""
+
+    side: Side
+    version: int
+    tensors: Mapping[str, torch.Tensor]
+
+
+class Delivery:
+    """Delivers to one server. ``mtp_names`` are target tensors that belong to the draft inside it."""
+
+    def __init__(
+        self,
+        client: SglangClient,
+        contract: Contract,
+        transport: ServerTransport,
+        transport_name: str,
+        has_external_draft: bool,
+        bucket_bytes: int,
+    ) -> None:
+        self._client, self._contract, self._transport = client, contract, transport
+        self._name, self._has_external_draft, self._bucket_bytes = transport_name, has_external_draft, bucket_bytes
+
+    def check(self, side: Side) -> None:
+        """Raise PushError, before anything is sent, where this side cannot be updated this way."""
+        if self._name == "disk":
+            if self._has_external_draft:
+                raise PushError(
+                    "an update from disk loads the policy into the draft too: with a reduced vocabulary the server "
+                    "dies of it, else the draft is overwritten. Pass --sglang-weight-transport tensor or distributed."
+                )
+            if side == "draft":
+                raise PushError("an update from disk has no side. Pass --sglang-weight-transport tensor.")
+            return
+        self._fields(side)
+
+    async def deliver(self, weights: Weights, mtp_names: frozenset[str], paused: PauseMode | None) -> None:
+        """Raises ServerRefused with the server in an unknown state, ServerGone when it is dead."""
+        parts = _parts(weights, mtp_names) if self._contract.style == "selector" else [(weights.side, weights.tensors)]
+        flush = paused != "in_place"  # KV that paused requests hold cannot be flushed, and the server dies of trying
+        async with self._paused(paused):
+            await self._transport.open(self._client)
+            try:
+                for side, tensors in parts:
+                    async with self._session(side):
+                        await self._send(side, weights, list(bucketed(tensors.items(), self._bucket_bytes)), flush)
+            finally:
+                await self._transport.close(self._client)
+        logger.info("weights delivered side=%s version=%d", weights.side, weights.version)
+
+    async def checksums(self, side: Side) -> Sums:
+        """Every tensor's checksum by the server's own reckoning; nothing where it has none."""
+        if not self._contract.has_checksums:
+            return {}
+        try:
+            answer = await self._client.post("/weights_checker", {"action": "checksum", "selector": side})
+        except ServerRefused as error:
+            logger.warning("no checksums reason=%s", error.message)
+            return {}
+        return {
+            f"{rank}:{name}": checksum
+            for rank, payload in enumerate(answer.get("ranks") or [])
+            for name, checksum in payload["checksums"].items()
+        }
+
+    async def version(self) -> str:
+        """The target's version as the server tells it."""
+        for path in ("/model_info", "/get_model_info"):
+            try:
+                return str((await self._client.get(path)).get("weight_version"))
+            except ServerRefused:
+                continue
+        return ""
+
+    async def _send(
+        self, side: Side, weights: Weights, buckets: list[list[tuple[str, torch.Tensor]]], flush: bool
+    ) -> None:
+        for number, bucket in enumerate(buckets):
+            fields = {**self._fields(side), "flush_cache": flush and number == len(buckets) - 1}
+            if weights.side == "target" and number == len(buckets) - 1:
+                fields["weight_version"] = str(weights.version)
+            await self._send_one(bucket, fields)
+
+    async def _send_one(self, bucket: NamedTensors, fields: Mapping[str, Any]) -> None:
+        await self._transport.send(self._client, bucket, fields)
+
+    def _fields(self, side: Side) -> dict[str, Any]:
+        if self._name == "disk":
+            return {}
+        if self._name == "distributed":
+            return self._contract.group_fields(side)
+        return self._contract.tensor_fields(side, self._has_external_draft)
+
+    @asynccontextmanager
+    async def _session(self, side: Side) -> AsyncIterator[None]:
+        """Begun and ended where the contract has sessions; one that somebody left open is ended first."""
+        if not self._contract.has_session or self._name == "disk":
+            yield
+            return
+        try:
+            await self._client.post(BEGIN, {"selector": side})
+        except ServerRefused as error:
+            if error.status != 400:
+                raise
+            logger.warning("ended a stale weight-update session reason=%s", error.message)
+            await self._client.post(END)
+            await self._client.post(BEGIN, {"selector": side})
+        try:
+            yield
+        finally:
+            await self._client.post(END)
+
+    @asynccontextmanager
+    async def _paused(self, paused: PauseMode | None) -> AsyncIterator[None]:
+        if paused is not None:
+            yield
+            return
+        await self._client.post("/pause_generation", {"mode": "retract"})
+        try:
+            yield
+        finally:
+            await self._client.post("/continue_generation")
+
+
+def _parts(weights: Weights, mtp_names: frozenset[str]) -> list[tuple[Side, Mapping[str, torch.Tensor]]]:
+    """A target's push with its MTP layers' tensors is two: each side loads only what its selector names."""
+    if weights.side == "draft" or not mtp_names & weights.tensors.keys():
+        return [(weights.side, weights.tensors)]
+    inner = {name: tensor for name, tensor in weights.tensors.items() if name in mtp_names}
+    outer = {name: tensor for name, tensor in weights.tensors.items() if name not in mtp_names}
+    return [("target", outer), ("draft", inner)]
+
+
+async def read_back(client: SglangClient, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
+    """Names of some tensors whose first rows the server does not have; those it cannot show are not judged."""
+    names = list(tensors)
+    picked = sorted({names[0], names[len(names) // 3], names[2 * len(names) // 3], names[-1]})
+    wrong = []
+    for name in picked:
+        try:
+            shown = await client.post("/get_weights_by_name", {"name": name, "truncate_size": 2})
+        except ServerRefused:
+            continue
+        if shown is None:
+            continue
+        theirs = torch.tensor(shown, dtype=torch.float64).flatten()
+        ours = tensors[name][:2].to(dtype).to(torch.float64).flatten()[: len(theirs)]
+        if not torch.equal(theirs, ours):
+            wrong.append(name)
+    return wrong

@@ -1,0 +1,375 @@
+"""A server that answers as recorded SGLang servers did, for tests of everything that talks to one.
+
+It generates nothing: its next token is a function of the last one and its position, so that a response continued on
+another server is the same as one that was not interrupted. What it was told (updates, pauses, aborts) can be asked.
+
+    with serving(FakeServer("0.5.15", contract="0.5.15")) as url: ...
+    python -m rollout.sglang_engine.fake --port 30000       # as a process, in place of sglang.launch_server
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+RECORDINGS = Path(__file__).with_name("recordings.json")
+VOCABULARY = 64
+CONTEXT_LENGTH = 512
+DRAFTS = 3
+Body = dict[str, Any]
+
+
+@cache
+def recordings() -> Mapping[str, Any]:
+    data: Mapping[str, Any] = json.loads(RECORDINGS.read_text())
+    return data
+
+
+def next_token(last: int, position: int) -> int:
+    """The whole model."""
+    return (31 * last + 7 * position + 3) % VOCABULARY
+
+
+class FakeServer:
+    """``generation`` names the metadata's recording, ``contract`` that of the weight updates' fields.
+
+    ``accepted`` is how many of three drafts every round accepts; ``delay_s`` is what a round takes. ``calls`` are the
+    control calls in order, each (path, body).
+    """
+
+    def __init__(
+        self,
+        generation: str = "0.5.21",
+        contract: str = "0.5.21",
+        accepted: int = 2,
+        delay_s: float = 0.0,
+        incremental: bool = False,
+        hides_openapi: bool = False,
+        api_key: str | None = None,
+    ) -> None:
+        self.meta_info = recordings()["meta_info"][generation]
+        self.tensor_fields: list[str] = recordings()["tensor_fields"][contract]
+        self.has_session = "selector" in self.tensor_fields
+        self.accepted, self.delay_s, self.incremental = accepted, delay_s, incremental
+        self.hides_openapi, self.api_key = hides_openapi, api_key
+        self.weight_version = "0"
+        self.session: str | None = None
+        self.sums = {"target": 0, "draft": 0}
+        self.calls: list[tuple[str, Body]] = []
+        self._running: dict[str, asyncio.Event] = {}
+        self._going = asyncio.Event()
+        self._going.set()
+
+    def app(self) -> web.Application:
+        posts = {
+            "/generate": self._generate,
+            "/abort_request": self._abort,
+            "/update_weights_from_tensor": self._update,
+            "/update_weights_from_distributed": self._update,
+            "/update_weights_from_disk": self._from_disk,
+            "/pause_generation": self._pause,
+            "/continue_generation": self._continue,
+            "/flush_cache": self._ok,
+            "/release_memory_occupation": self._ok,
+            "/resume_memory_occupation": self._ok,
+            "/init_weights_update_group": self._ok,
+            "/destroy_weights_update_group": self._ok,
+            "/get_weights_by_name": self._no_weights,
+        }
+        if self.has_session:
+            posts |= {
+                "/begin_weight_update": self._begin,
+                "/end_weight_update": self._end,
+                "/weights_checker": self._check,
+            }
+        gets = {"/health": self._ok, "/server_info": self._info, "/model_info": self._model, "/v1/loads": self._loads}
+        if not self.hides_openapi:
+            gets["/openapi.json"] = self._openapi
+        app = web.Application(client_max_size=2**30, middlewares=[self._authorized])
+        app.add_routes([web.post(path, handler) for path, handler in posts.items()])
+        app.add_routes([web.get(path, handler) for path, handler in gets.items()])
+        return app
+
+    def told(self, path: str) -> list[Body]:
+        """The bodies of all calls of a path."""
+        return [body for called, body in self.calls if called == path]
+
+    @web.middleware
+    async def _authorized(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.api_key is not None and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    async def _body(self, request: web.Request) -> Body:
+        body: Body = await request.json() if request.can_read_body else {}
+        self.calls.append((request.path, body))
+        return body
+
+    # Generating
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request)
+        sampling = body["sampling_params"]
+        if len(body["input_ids"]) + sampling["max_new_tokens"] > CONTEXT_LENGTH:
+            return await self._answer(request, body, _once(recordings()["errors"]["too_long"]), status=400)
+        return await self._answer(request, body, self._chunks(body))
+
+    async def _answer(
+        self, request: web.Request, body: Body, chunks: AsyncIterator[Body], status: int = 200
+    ) -> web.StreamResponse:
+        if not body.get("stream"):
+            answers = [chunk async for chunk in chunks]
+            return web.json_response(answers[-1], status=status)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        async for chunk in chunks:
+            await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _chunks(self, body: Body) -> AsyncIterator[Body]:
+        """One chunk a round: its token and ``accepted`` more."""
+        prompt, limit = body["input_ids"], body["sampling_params"]["max_new_tokens"]
+        aborted = self._running[body["rid"]] = asyncio.Event()
+        ids: list[int] = []
+        spans: list[Body] = []
+        rounds = 0
+        last, sent = prompt[-1], 0
+        while len(ids) < limit and not aborted.is_set():
+            await asyncio.sleep(self.delay_s)
+            await self._going.wait()
+            if aborted.is_set():
+                break
+            count = 1 if not ids else self.accepted + 1
+            rounds += bool(ids)
+            first = len(ids)
+            for _ in range(min(count, limit - len(ids))):
+                last = next_token(last, len(prompt) + len(ids))
+                ids.append(last)
+            if not spans or spans[-1]["version"] != self.weight_version:
+                spans.append({"version": self.weight_version, "start": first})
+            if len(ids) < limit:
+                yield self._chunk(body, ids, sent, None, rounds, spans)
+                sent = len(ids) if self.incremental else 0
+        reason = {"type": "abort", "message": "Abort"} if aborted.is_set() else {"type": "length", "length": len(ids)}
+        del self._running[body["rid"]]
+        yield self._chunk(body, ids, sent, reason, rounds, spans)
+
+    def _chunk(
+        self, body: Body, ids: Sequence[int], sent: int, reason: Body | None, rounds: int, spans: Sequence[Body]
+    ) -> Body:
+        meta = dict(self.meta_info) | {
+            "id": body["rid"],
+            "finish_reason": reason,
+            "weight_version": self.weight_version,
+        }
+        meta |= {"prompt_tokens": len(body["input_ids"]), "completion_tokens": len(ids)}
+        triples = [[-0.5 - token / 100, token, None] for token in ids[sent:]] if body.get("return_logprob") else []
+        meta |= {"output_token_logprobs": triples}
+        ends = [span["start"] for span in spans[1:]] + [len(ids)]
+        if "weight_versions" in meta:
+            meta["weight_versions"] = [{**span, "end": end} for span, end in zip(spans, ends, strict=True)]
+        counts = self._spec_keys(rounds, len(ids))
+        for key in list(meta):
+            if key.startswith("spec_"):
+                del meta[key]
+                if reason is not None and rounds:
+                    meta[key] = counts[key]
+        if reason is None:
+            meta.pop("weight_versions", None)
+        return {"text": "", "output_ids": list(ids[sent:]), "meta_info": meta}
+
+    def _spec_keys(self, rounds: int, num_tokens: int) -> Body:
+        correct, proposed = rounds * self.accepted, rounds * DRAFTS
+        histogram = [0] * self.accepted + [rounds]
+        pairs = (("correct_drafts", "proposed_drafts"), ("accept_token_num", "draft_token_num"))
+        return {
+            "spec_verify_ct": rounds,
+            "spec_accept_rate": correct / proposed if proposed else 0.0,
+            "spec_accept_length": num_tokens / rounds if rounds else 0.0,
+            "spec_num_correct_drafts": correct,
+            "spec_num_proposed_drafts": proposed,
+            "spec_accepted_drafts": correct,
+            "spec_proposed_drafts": proposed,
+            f"spec_{pairs[1][0]}": correct,
+            f"spec_{pairs[1][1]}": proposed,
+            "spec_correct_drafts_histogram": histogram,
+            "spec_accept_histogram": histogram,
+        }
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        for rid, aborted in self._running.items():
+            if body.get("abort_all") or rid == body.get("rid"):
+                aborted.set()
+        return web.Response()
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        if body.get("mode", "abort") == "abort":
+            for aborted in self._running.values():
+                aborted.set()
+        else:
+            self._going.clear()
+        return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
+
+    async def _continue(self, request: web.Request) -> web.Response:
+        await self._body(request)
+        self._going.set()
+        return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
+
+    # Weights
+
+    async def _begin(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        if self.session is not None:
+            return _refused(recordings()["errors"]["session_open"])
+        self.session = body.get("selector", "all")
+        return _done()
+
+    async def _end(self, request: web.Request) -> web.Response:
+        await self._body(request)
+        if self.session is None:
+            return _refused(recordings()["errors"]["no_begin"])
+        self.session = None
+        return _done()
+
+    async def _update(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        if self.has_session and self.session is None:
+            return _refused(recordings()["errors"]["no_session"])
+        for side in self._sides(body):
+            self.sums[side] += 1
+        self.weight_version = body.get("weight_version") or self.weight_version
+        return _done()
+
+    def _sides(self, body: Body) -> Sequence[str]:
+        if self.has_session:
+            selector = body.get("selector", "all")
+            return ("target", "draft") if selector == "all" else (selector,)
+        return ("target",) if body.get("disable_draft_model") else ("target", "draft")
+
+    async def _from_disk(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        body["files"] = sorted(path.name for path in Path(body["model_path"]).iterdir())
+        self.sums = {side: value + 1 for side, value in self.sums.items()}
+        self.weight_version = body.get("weight_version") or self.weight_version
+        return _done()
+
+    async def _check(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        sides = ("target", "draft") if body.get("selector", "all") == "all" else (body["selector"],)
+        checksums = {f"{side}.model.norm.weight": f"{self.sums[side]:016x}" for side in sides}
+        return web.json_response({"success": True, "message": "Success", "ranks": [{"checksums": checksums}]})
+
+    async def _no_weights(self, request: web.Request) -> web.Response:
+        await self._body(request)
+        return web.json_response(None)
+
+    async def _ok(self, request: web.Request) -> web.Response:
+        await self._body(request)
+        return web.json_response({"success": True, "message": ""})
+
+    # What it says of itself
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "version": "fake",
+                "max_total_num_tokens": 4096,
+                "tp_size": 1,
+                "dp_size": 1,
+                "speculative_num_steps": DRAFTS,
+            }
+        )
+
+    async def _model(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.weight_version})
+
+    async def _loads(self, request: web.Request) -> web.Response:
+        return web.json_response({"loads": [{"num_running_reqs": len(self._running), "num_waiting_reqs": 0}]})
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        bodies: dict[str, list[str]] = {"/update_weights_from_tensor": self.tensor_fields}
+        if self.has_session:
+            bodies |= {"/begin_weight_update": ["selector"], "/end_weight_update": [], "/weights_checker": ["selector"]}
+        schemas: Body = {path[1:]: {"properties": {name: {} for name in names}} for path, names in bodies.items()}
+        paths = {
+            path: {"post": {"requestBody": {"content": {"application/json": {"schema": _reference(path)}}}}}
+            for path in bodies
+        }
+        return web.json_response({"paths": paths, "components": {"schemas": schemas}})
+
+
+def _reference(path: str) -> Body:
+    return {"anyOf": [{"$ref": f"#/components/schemas/{path[1:]}"}, {"type": "null"}]}
+
+
+def _done() -> web.Response:
+    return web.json_response({"success": True, "message": "Success"})
+
+
+def _refused(message: str) -> web.Response:
+    return web.json_response({"success": False, "message": message}, status=400)
+
+
+async def _once(body: Body) -> AsyncIterator[Body]:
+    yield body
+
+
+@contextmanager
+def serving(server: FakeServer) -> Iterator[str]:
+    """Serve in a thread on a free port of loopback; gives ``host:port``."""
+    loop = asyncio.new_event_loop()
+    started: list[str] = []
+    up = threading.Event()
+    runner = web.AppRunner(server.app(), shutdown_timeout=0.1)
+
+    async def start() -> None:
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        started.append(f"{host}:{port}")
+        up.set()
+
+    def run() -> None:
+        loop.run_until_complete(start())
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    up.wait()
+    try:
+        yield started[0]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until ended, as a process; unknown flags are SGLang's and have no effect."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--api-key")
+    parser.add_argument("--delay-s", type=float, default=0.005)
+    known, _ = parser.parse_known_args(argv)
+    server = FakeServer(delay_s=known.delay_s, api_key=known.api_key)
+    web.run_app(server.app(), host=known.host, port=known.port, print=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What a caller of ``generate`` holds, and the coroutine behind each of its samples."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Protocol
+from uuid import uuid4
+
+from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
+from rollout.sglang_engine.sample import GrowingSample, Part, Reading
+from slime_spec.errors import ConfigError
+from slime_spec.types import GeneratedSample, GroupRequest
+
+# Requests that break off again and again on a server that lives, with no token in between, will do so for ever.
+MAX_FRUITLESS_PARTS = 3
+
+
+class Link(Protocol):
+    """The way to a server that may die and come back."""
+
+    @property
+    def client(self) -> SglangClient: ...
+
+    @property
+    def reading(self) -> Reading: ...
+
+    @property
+    def weights_key(self) -> str:
+        """Differs whenever the target's weights do."""
+
+    @property
+    def draft_version(self) -> int | None: ...
+
+    async def until_ready(self) -> None:
+        """Return once requests may be sent; raises what ended the engine for good."""
+
+    def suspect(self) -> None:
+        """A connection broke: have the server looked at."""
+
+
+class SglangGeneration:
+    """The samples of one group; the engine's asyncio thread delivers, the caller's iterates."""
+
+    def __init__(self, request: GroupRequest, abort: Callable[[], None]) -> None:
+        self.request = request
+        self._abort = abort
+        self._num_left = len(request.seeds)
+        self._arrived: SimpleQueue[GeneratedSample | BaseException] = SimpleQueue()
+
+    def __iter__(self) -> Iterator[GeneratedSample]:
+        while self._num_left:
+            arrived = self._arrived.get()
+            if isinstance(arrived, BaseException):
+                raise arrived
+            self._num_left -= 1
+            yield arrived
+
+    def abort(self) -> None:
+        self._abort()
+
+    def deliver(self, arrived: GeneratedSample | BaseException) -> None:
+        self._arrived.put(arrived)
+
+
+class SampleRun:
+    """One sample from its first request to its end, across servers that die under it. Lives in the asyncio loop."""
+
+    def __init__(self, request: GroupRequest, index: int, link: Link) -> None:
+        self._sample = GrowingSample(request, index, link.reading)
+        self._link = link
+        self._rid: str | None = None
+        self._aborted = asyncio.Event()
+
+    @property
+    def num_tokens(self) -> int:
+        """How many have arrived."""
+        return self._sample.num_tokens
+
+    async def abort(self) -> None:
+        """Let it end now with the tokens it has."""
+        self._aborted.set()
+        if self._rid is not None:
+            try:
+                await self._link.client.post("/abort_request", {"rid": self._rid})
+            except ServerGone:
+                self._link.suspect()  # its stream has broken too, and ends the sample
+
+    async def run(self) -> GeneratedSample:
+        """Raises ConfigError for a request that the server refuses, RuntimeError when it cannot be finished."""
+        start = perf_counter()
+        fruitless = 0
+        while True:
+            if not await self._ready():
+                return self._sample.finished(perf_counter() - start, self._link.draft_version, aborted=True)
+            had = self._sample.num_tokens
+            try:
+                await self._part()
+            except ServerGone as error:
+                self._link.suspect()
+                fruitless = fruitless + 1 if self._sample.num_tokens == had else 0
+                self._sample.break_off()
+                if fruitless == MAX_FRUITLESS_PARTS:
+                    raise RuntimeError(f"{self._sample.request.group_id}: its requests break off: {error}") from error
+                await asyncio.sleep(fruitless)
+                if not self._sample.is_complete:
+                    continue
+            return self._sample.finished(perf_counter() - start, self._link.draft_version)
+
+    async def _ready(self) -> bool:
+        """False where the sample was aborted while there was no server."""
+        ready = asyncio.ensure_future(self._link.until_ready())
+        aborted = asyncio.ensure_future(self._aborted.wait())
+        try:
+            await asyncio.wait({ready, aborted}, return_when=asyncio.FIRST_COMPLETED)
+            if self._aborted.is_set():
+                return False
+            ready.result()
+            return True
+        finally:
+            ready.cancel()
+            aborted.cancel()
+
+    async def _part(self) -> None:
+        request = self._sample.request
+        self._rid = f"{request.group_id}-{self._sample.index}-{uuid4().hex[:8]}"
+        body = self._sample.body(self._rid, self._link.weights_key)
+        part: Part = self._sample.part
+        try:
+            async for chunk in self._link.client.stream(body):
+                part.take(chunk)
+        except ServerRefused as error:
+            raise ConfigError(
+                "request", f"SGLang refused it: {error.message}", request.group_id, "Correct the prompt or sampling."
+            ) from error
+        finally:
+            self._rid = None
+        if not part.ended:
+            raise ServerGone("the stream ended before the response")

@@ -1,0 +1,49 @@
+"""Runs a server and outlives nobody: ends the server's whole process group when its standard input closes.
+
+    python guard.py COMMAND...
+
+An engine's actor may be killed without a chance to clean up, and SGLang starts processes of its own, which would go on
+holding the GPU. The standard input of this process is a pipe from the actor: however the actor ends, it closes.
+Nothing but the standard library, so that it costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+
+GRACE_S = 10.0
+
+
+def guard(command: Sequence[str]) -> int:
+    """Run ``command`` until it ends or the standard input does; returns its exit code (128 + signal if killed)."""
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    threading.Thread(target=_end_with_input, args=(server,), daemon=True).start()
+    code = server.wait()
+    _signal_group(server.pid, signal.SIGKILL)  # what the server left behind
+    return code if code >= 0 else 128 - code
+
+
+def _end_with_input(server: subprocess.Popen[bytes]) -> None:
+    # Not a buffered read: a blocked reader would hold the buffer's lock when the interpreter ends.
+    while os.read(0, 4096):
+        pass
+    _signal_group(server.pid, signal.SIGTERM)
+    try:
+        server.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        _signal_group(server.pid, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(sys.argv[1:]))

@@ -1,0 +1,51 @@
+"""What a server says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """``num_ranks`` are the tensor-parallel ranks that weights are sent to; ``num_steps`` is a draft's depth.
+
+    Example: ``ServerInfo("0.5.21", max_total_tokens=4096, num_ranks=1, num_steps=3)``
+    """
+
+    version: str
+    max_total_tokens: int
+    num_ranks: int
+    num_steps: int
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> ServerInfo:
+        """From /server_info."""
+        drafted = answer.get("speculative_num_draft_tokens") or 1
+        return cls(
+            version=str(answer.get("version", "?")),
+            max_total_tokens=int(answer.get("max_total_num_tokens") or 0),
+            num_ranks=int(answer.get("tp_size") or 1)
+            * (1 if answer.get("enable_dp_attention") else int(answer.get("dp_size") or 1)),
+            num_steps=int(answer.get("speculative_num_steps") or drafted - 1),
+        )
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests and KV tokens at one moment, over all data-parallel ranks."""
+
+    num_running: int
+    num_waiting: int
+    num_used_tokens: int
+
+
+def load_of(answer: object) -> Load:
+    """From /v1/loads; zeros where the server does not have it."""
+    ranks = answer.get("loads", []) if isinstance(answer, Mapping) else []
+
+    def total(name: str) -> int:
+        return sum(int(rank.get(name) or 0) for rank in ranks)
+
+    return Load(total("num_running_reqs"), total("num_waiting_reqs"), total("num_used_tokens"))

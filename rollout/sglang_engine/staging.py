@@ -1,0 +1,91 @@
+"""A push on its way through the engine: collected, checked against the checkpoint, complete before the server hears.
+
+SGLang loads in place and dies of a tensor of the wrong shape, so nothing is sent that was not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from rollout.sglang_engine.model_files import TABLES, DraftFiles, Shapes, TargetFiles
+from slime_spec.errors import PushError
+from slime_spec.interfaces import WeightTransport
+from slime_spec.weights.manifest import Manifest
+from slime_spec.weights.push import PushBucket, PushReceiver
+
+# Names that SGLang and SpecForge read alike for an EAGLE-3 or EAGLE draft's one layer.
+LAYER_NAMES = ("midlayer.", "layers.0.", "model.layers.0.")
+
+
+class PushStage:
+    """One open push; dropping it leaves the server as it was."""
+
+    def __init__(self, manifest: Manifest, target: TargetFiles, draft: DraftFiles | None) -> None:
+        expected = expected_target(manifest, target) if manifest.side == "target" else expected_draft(manifest, draft)
+        _check_dtypes(manifest)
+        self._receiver = PushReceiver(manifest, expected)
+        self._prepared = False
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._receiver.manifest
+
+    @property
+    def checksum(self) -> str:
+        return self._receiver.checksum
+
+    def take(self, bucket: PushBucket, transport: WeightTransport) -> None:
+        tensors = transport.receive(bucket)
+        self._receiver.take(bucket, tensors)
+        self.tensors |= {meta.name: tensor for meta, tensor in zip(bucket.tensors, tensors, strict=True)}
+
+    def prepare(self, version: int, checksum: str) -> None:
+        self._check_version("prepare", version)
+        self._receiver.finish(checksum)
+        self._prepared = True
+
+    def check_commit(self, version: int) -> None:
+        """Raise PushError unless the push is whole."""
+        self._check_version("commit", version)
+        if not self._prepared:
+            raise PushError(f"commit of version {version} before its prepare")
+
+    def _check_version(self, step: str, version: int) -> None:
+        if version != self.manifest.version:
+            raise PushError(f"{step} of version {version} inside the push of {self.manifest.version}")
+
+
+def expected_target(manifest: Manifest, target: TargetFiles) -> Shapes:
+    """The checkpoint's tensors, and of its MTP layers' those that the push brings."""
+    sent = {meta.name for meta in manifest.tensors}
+    return {**target.shapes, **{name: shape for name, shape in target.mtp_shapes.items() if name in sent}}
+
+
+def expected_draft(manifest: Manifest, draft: DraftFiles | None) -> Shapes:
+    """The draft's tensors under the names that the push uses for its layer."""
+    if draft is None:
+        raise PushError("the drafter has no weights to update")
+    sent = {meta.name for meta in manifest.tensors}
+    if tables := sorted(sent & set(TABLES)):
+        raise PushError(f"{', '.join(tables)} cannot be pushed: SGLang reads a draft's vocabulary once, at its start")
+    if draft.in_target or sent == set(draft.shapes):
+        return draft.shapes
+    return _renamed(draft.shapes, sent)
+
+
+def _renamed(shapes: Shapes, sent: set[str]) -> Mapping[str, tuple[int, ...]]:
+    """The shapes with the layer's prefix that the push uses, if it uses one of the known ones."""
+    theirs = next((prefix for prefix in LAYER_NAMES if any(name.startswith(prefix) for name in sent)), None)
+    ours = next((prefix for prefix in LAYER_NAMES if any(name.startswith(prefix) for name in shapes)), None)
+    if theirs is None or ours is None:
+        return shapes
+    return {theirs + name.removeprefix(ours) if name.startswith(ours) else name: shapes[name] for name in shapes}
+
+
+def _check_dtypes(manifest: Manifest) -> None:
+    for meta in manifest.tensors:
+        if not meta.torch_dtype.is_floating_point:
+            raise PushError(f"{meta.name} is {meta.dtype}: weights are floating-point numbers")

@@ -1,0 +1,154 @@
+"""One server kept alive: launched, watched, restarted with the current weights before it serves again.
+
+serving ──(process ended, or twice no answer to a health check)──► down ──restart, restore──► serving
+                                                                     └──(too often)──► failed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+
+from rollout.sglang_engine.client import SglangClient
+from rollout.sglang_engine.loop_thread import AsyncLoop
+from rollout.sglang_engine.server import ServerProcess, ServerStartError
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.5
+HEALTH_TIMEOUT_S = 30.0
+
+
+class EngineFailed(RuntimeError):
+    """The server died more often than it may be restarted, or did not come up again."""
+
+
+class Supervisor:
+    """Watches the server from a thread of its own.
+
+    ``launch`` makes a new, not yet started process; ``restore`` brings it to the current weights and is called, with
+    the server healthy, before any sample is sent to it. ``exclusive`` is held while the server is being replaced: who
+    else holds it (a push, an offload) has the server to itself.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[], ServerProcess],
+        restore: Callable[[], None],
+        client: SglangClient,
+        loop: AsyncLoop,
+        exclusive: threading.RLock,
+        start_timeout_s: float,
+        max_restarts: int,
+    ) -> None:
+        self._launch, self._restore = launch, restore
+        self._client, self._loop, self._exclusive = client, loop, exclusive
+        self._start_timeout_s, self._max_restarts = start_timeout_s, max_restarts
+        self.num_restarts = 0
+        self._server: ServerProcess | None = None
+        self._failure: EngineFailed | None = None
+        self._ready = asyncio.Event()
+        self._suspected = threading.Event()
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="sglang-watch", daemon=True)
+
+    def start(self) -> None:
+        """Launch, wait for health, go on watching; raises ServerStartError or ConfigError."""
+        self._bring_up()
+        self._set_ready(True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._suspected.set()
+        if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
+            self._watcher.join()
+        if self._server is not None:
+            self._server.stop()
+
+    @property
+    def server(self) -> ServerProcess:
+        assert self._server is not None, "started"
+        return self._server
+
+    async def until_ready(self) -> None:
+        """Return once the server serves; raises EngineFailed when it never will."""
+        await self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def suspect(self) -> None:
+        """Somebody's connection broke: look now."""
+        self._suspected.set()
+
+    def replace(self, why: str) -> None:
+        """End the server and bring up another (with whatever ``launch`` now says)."""
+        with self._exclusive:
+            logger.warning("replacing the server reason=%s", why)
+            self._set_ready(False)
+            self.server.stop()
+            self._bring_up()
+            self._restore()
+            self._set_ready(True)
+
+    def _bring_up(self) -> None:
+        server = self._launch()
+        server.start()
+        self._server = server
+        try:
+            server.wait_until(lambda: self._loop.call(self._client.is_healthy()), self._start_timeout_s)
+        except ServerStartError:
+            server.stop()
+            raise
+
+    def _watch(self) -> None:
+        while not self._stopping.is_set():
+            suspected = self._suspected.wait(WATCH_S)
+            self._suspected.clear()
+            if self._stopping.is_set():
+                return
+            why = self._trouble(suspected)
+            if why and not self._recover(why):
+                return
+
+    def _trouble(self, suspected: bool) -> str:
+        """Why the server must be replaced, or nothing."""
+        server = self.server
+        if not server.is_alive:
+            return f"its process ended with code {server.exit_code}; {server.tail()[-500:]}"
+        if not suspected:
+            return ""
+        for _ in range(2):
+            if self._loop.call(self._client.is_healthy(HEALTH_TIMEOUT_S)):
+                return ""
+            if not server.is_alive or self._stopping.is_set():
+                break
+        return "" if self._stopping.is_set() else "it does not answer"
+
+    def _recover(self, why: str) -> bool:
+        """Replace the server, again if need be; False when the engine has failed for good."""
+        with self._exclusive:
+            if self._stopping.is_set():
+                return False
+            if not self._trouble(suspected=True):
+                return True  # a push that met the dead server has replaced it meanwhile
+            self._set_ready(False)
+            while self.num_restarts < self._max_restarts:
+                self.num_restarts += 1
+                try:
+                    self.replace(f"{why} restart={self.num_restarts}")
+                    return True
+                except Exception as error:
+                    logger.exception("the server did not come back")
+                    why = str(error)
+            self._failure = EngineFailed(f"the server died {self.num_restarts + 1} times; the last time: {why}")
+            self._set_ready(True)  # whoever waits is woken, to hear of the failure
+            return False
+
+    def _set_ready(self, ready: bool) -> None:
+        async def change() -> None:
+            self._ready.set() if ready else self._ready.clear()
+
+        self._loop.call(change())

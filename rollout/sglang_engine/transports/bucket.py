@@ -1,0 +1,23 @@
+"""What a transport carries at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from rollout.sglang_engine.client import SglangClient
+
+NamedTensors = Sequence[tuple[str, torch.Tensor]]
+
+
+class ServerTransport(Protocol):
+    """Brings buckets of one push to one server."""
+
+    async def open(self, client: SglangClient) -> None: ...
+
+    async def send(self, client: SglangClient, bucket: NamedTensors, fields: Mapping[str, Any]) -> None:
+        """Have the server load the bucket; ``fields`` go into its request. Raises ServerRefused or ServerGone."""
+
+    async def close(self, client: SglangClient) -> None: ...

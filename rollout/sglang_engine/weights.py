@@ -1,0 +1,183 @@
+"""What one server computes with: pushes on their way to it, and what a new server must be brought to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
+from rollout.sglang_engine.delivery import Delivery, Sums, Weights, read_back
+from rollout.sglang_engine.loop_thread import AsyncLoop
+from rollout.sglang_engine.model_files import DraftFiles, TargetFiles
+from rollout.sglang_engine.staging import PushStage
+from slime_spec.config.tree import Config
+from slime_spec.errors import PushError
+from slime_spec.interfaces import WeightTransport
+from slime_spec.weights.manifest import Side
+from slime_spec.weights.push import (
+    BeginPush,
+    CancelPush,
+    CommitPush,
+    ContinueGeneration,
+    PauseGeneration,
+    PauseMode,
+    PreparePush,
+    PushBucket,
+    PushMessage,
+    PushReply,
+    VerifyPush,
+)
+
+
+class ServerWeights:
+    """The engine's half of pushes. It keeps what was last pushed: a server that dies is brought back to it.
+
+    ``replace_server`` restarts the server and calls ``restore``; ``changed`` is called after a push, once the server
+    generates again. Used by one thread at a time.
+    """
+
+    delivery: Delivery  # known once the server has said what it can do
+
+    def __init__(
+        self,
+        config: Config,
+        engine_index: int,
+        files: tuple[TargetFiles, DraftFiles | None],
+        transport: WeightTransport,
+        client: SglangClient,
+        loop: AsyncLoop,
+        replace_server: Callable[[str], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self._config, self._index = config, engine_index
+        self._target, self._draft = files
+        self._transport, self._client, self._loop = transport, client, loop
+        self._replace_server, self._changed = replace_server, changed
+        self._current: dict[Side, Weights] = {}
+        self._checksums: dict[Side, str] = {}
+        self._draft_sums: Sums = {}
+        self._stage: PushStage | None = None
+        self._paused: PauseMode | None = None
+        self._is_dirty = False
+
+    def version(self, side: Side) -> int:
+        """Of the last push; 0 for what the checkpoint had."""
+        weights = self._current.get(side)
+        return 0 if weights is None else weights.version
+
+    def update(self, message: PushMessage) -> PushReply:
+        """See RolloutEngine.update_weights."""
+        match message:
+            case PauseGeneration(_, mode):
+                self._loop.call(self._client.post("/pause_generation", {"mode": mode}))
+                self._paused = mode
+                return self._reply("target")
+            case ContinueGeneration():
+                self._loop.call(self._client.post("/continue_generation"))
+                self._paused = None
+                self._tell_changed()
+                return self._reply("target")
+            case VerifyPush(_, side):
+                return self._reply(side, self._verified(side))
+        stage, self._stage = self._stage, None  # whatever fails below drops the push
+        match message:
+            case BeginPush(manifest):
+                self.delivery.check(manifest.side)
+                stage = PushStage(manifest, self._target, self._draft)
+            case PushBucket() if stage is not None:
+                stage.take(message, self._transport)
+            case PreparePush(version, checksum) if stage is not None:
+                stage.prepare(version, checksum)
+            case CommitPush(version) if stage is not None:
+                stage.check_commit(version)
+                self._commit(stage)
+                return self._reply(stage.manifest.side, stage.checksum)
+            case CancelPush():
+                return self._reply("target" if stage is None else stage.manifest.side)
+            case _:
+                raise PushError(f"{type(message).__name__} of version {message.version} outside a push")
+        self._stage = stage
+        return self._reply(stage.manifest.side, stage.checksum)
+
+    def restore(self, speculates: bool) -> None:
+        """Bring a new server, which has its checkpoints' weights, to the current ones."""
+        self._paused = None
+        for side in ("target", "draft"):
+            if side in self._current and (side == "target" or speculates):
+                self._deliver(self._current[side])
+
+    def send_draft_again(self) -> bool:
+        """False where no draft was ever pushed: only a new server has it then."""
+        if "draft" not in self._current:
+            return False
+        self._deliver(self._current["draft"])
+        return True
+
+    def remember_draft(self) -> None:
+        """Note the draft's checksums, as they are when all is well."""
+        self._draft_sums = self._loop.call(self.delivery.checksums("draft"))
+
+    def draft_is_as_remembered(self) -> bool:
+        return self._loop.call(self.delivery.checksums("draft")) == self._draft_sums
+
+    def _commit(self, stage: PushStage) -> None:
+        """Bring the server to the push; one that dies of it is restarted, with it."""
+        side, version = stage.manifest.side, stage.manifest.version
+        before = self._current.get(side)
+        self._current[side] = Weights(side, version, stage.tensors)
+        try:
+            self._deliver(self._current[side])
+        except ServerGone as error:
+            self._replace_server(f"it died during the push of {side} version {version}: {error}")
+        except ServerRefused as error:
+            # It may have loaded some of it: a new server, with what it had.
+            if before is None:
+                del self._current[side]
+            else:
+                self._current[side] = before
+            self._replace_server(f"it refused the push of {side} version {version}: {error}")
+            raise PushError(f"engine {self._index}: {error}") from error
+        self._checksums[side] = stage.checksum
+        if side == "target":
+            self._check_version()
+        if self._draft is not None:
+            self.remember_draft()
+        self._is_dirty = True
+        if self._paused is None:
+            self._tell_changed()
+
+    def _deliver(self, weights: Weights) -> None:
+        mtp_names = frozenset(self._target.mtp_shapes)
+        self._loop.call(self.delivery.deliver(weights, mtp_names, self._paused))
+
+    def _tell_changed(self) -> None:
+        dirty, self._is_dirty = self._is_dirty, False
+        if dirty:
+            self._changed()
+
+    def _check_version(self) -> None:
+        told = self._loop.call(self.delivery.version())
+        if told != str(self.version("target")):
+            raise PushError(f"after the push of version {self.version('target')} the server tells version {told!r}")
+
+    def _verified(self, side: Side) -> str:
+        """The pushed checksum where the server's weights are what was pushed, else what is wrong.
+
+        SGLang keeps projections fused and has no way to read all of them back: the first rows of some tensors are
+        compared as numbers, and the draft's checksums by the server's reckoning with those right after the push.
+        """
+        weights = self._current.get(side)
+        if weights is None:
+            return "nothing was pushed"
+        if side == "target":
+            dtype: torch.dtype = getattr(torch, self._config.engine.dtype)
+            wrong = self._loop.call(read_back(self._client, weights.tensors, dtype))
+            if wrong:
+                return f"the server has other values of {', '.join(wrong)}"
+        elif not self.draft_is_as_remembered():
+            return "the draft's checksums have changed since the push"
+        return self._checksums[side]
+
+    def _reply(self, side: Side, checksum: str = "") -> PushReply:
+        return PushReply(self._index, self.version(side), checksum)

@@ -1,0 +1,114 @@
+"""Engines on fake servers, and the checkpoints that they believe in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rollout.sglang_engine.engine import SglangEngine
+from rollout.sglang_engine.fake import FakeServer, serving
+from slime_spec.config.tree import (
+    Config,
+    EngineConfig,
+    ModelConfig,
+    PushConfig,
+    RolloutConfig,
+    RunConfig,
+    SglangServerConfig,
+    SpeculativeConfig,
+)
+from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
+from slime_spec.weights.push import PushMessage, PushReport, run_push
+from tests.support.pushes import DirectTransport
+from tests.support.sglang_checkpoints import make_draft, make_target
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    target: Path
+    eagle3: Path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    folder = tmp_path_factory.mktemp("sglang")
+    target = make_target(folder / "target")
+    return Checkpoints(target, make_draft(folder / "eagle3", target, "EAGLE3"))
+
+
+@pytest.fixture
+def config(checkpoints: Checkpoints, tmp_path: Path) -> Config:
+    """One engine on the CPU that drafts with EAGLE-3."""
+    return Config(
+        run=RunConfig(mode="rollout_only", output_dir=str(tmp_path)),
+        model=ModelConfig(hf_checkpoint=str(checkpoints.target)),
+        engine=EngineConfig(max_running_requests=8, max_total_tokens=4096),
+        rollout=RolloutConfig(engine="sglang", num_gpus_per_engine=0, num_cpus_per_engine=1),
+        speculative=SpeculativeConfig(
+            algorithm="EAGLE3",
+            draft_model_path=str(checkpoints.eagle3),
+            num_steps=3,
+            eagle_topk=1,
+            num_draft_tokens=4,
+        ),
+        sglang_server=SglangServerConfig(start_timeout_s=60.0, canary_prompts=0),
+        push=PushConfig(bucket_bytes=100_000),
+    )
+
+
+@dataclass(frozen=True)
+class OnFake:
+    """An engine and the fake that it believes to be SGLang."""
+
+    engine: SglangEngine
+    server: FakeServer
+
+    def push(self, messages: list[PushMessage], **options: Any) -> PushReport:
+        return run_push(messages, lambda message: [self.engine.update_weights(message)], **options)
+
+    def generate(self, num_tokens: int = 20, num_samples: int = 1, **params: Any) -> list[GeneratedSample]:
+        sampling = SamplingParams(max_new_tokens=num_tokens, **params)
+        request = GroupRequest("group", (5, 6, 7), tuple(range(num_samples)), sampling)
+        return sorted(self.engine.generate(request), key=lambda sample: sample.sample_index)
+
+
+Connect = Callable[..., OnFake]
+
+
+@pytest.fixture
+def connect(config: Config) -> Iterator[Connect]:
+    """``connect(FakeServer(...), transport="disk")`` starts an engine on it; keywords are sglang_server settings."""
+    with ExitStack() as stack:
+
+        def start(server: FakeServer | None = None, base: Config = config, **settings: Any) -> OnFake:
+            server = server or FakeServer()
+            address = stack.enter_context(serving(server))
+            settings = {"external_addrs": (address,), **settings}
+            chosen = replace(base, sglang_server=replace(base.sglang_server, **settings))
+            engine = SglangEngine(chosen, 0, DirectTransport())
+            engine.start()
+            stack.callback(engine.stop)
+            return OnFake(engine, server)
+
+        yield start
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one algorithm's real server stand together, so that each server starts once."""
+
+    def algorithm(item: pytest.Item) -> str:
+        callspec = getattr(item, "callspec", None)
+        return str(callspec.params.get("running", "")) if callspec is not None else ""
+
+    items.sort(key=algorithm)

@@ -1,0 +1,76 @@
+"""Responses of every generation of SGLang, as recorded, read as the same counters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rollout.sglang_engine.fake import recordings
+from slime_spec.speculation.meta_info import speculative_keys
+from slime_spec.speculation.metadata import UnknownMetadataError, generation_of, pooled, spec_counters
+from slime_spec.types import SpecCounters
+
+VERSIONS = sorted(recordings()["meta_info"])
+
+
+def recorded(version: str) -> dict[str, Any]:
+    meta: dict[str, Any] = recordings()["meta_info"][version]
+    return meta
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_generation_of_keys_gives_the_same_counts(version: str) -> None:
+    spec = spec_counters(recorded(version), num_steps=3)
+    assert (spec.num_rounds, spec.num_proposed, spec.num_correct, spec.num_steps) == (194, 582, 1, 3)
+    assert spec.num_drafted == 582
+
+
+@pytest.mark.parametrize("version", [version for version in VERSIONS if version != "0.5.8"])
+def test_a_histogram_is_read_where_there_is_one(version: str) -> None:
+    spec = spec_counters(recorded(version))
+    assert spec.histogram == (193, 1)
+    assert spec.num_correct_unbinned == 0
+
+
+def test_without_a_histogram_the_accepted_drafts_are_still_counted() -> None:
+    spec = spec_counters(recorded("0.5.8"))
+    assert spec.histogram == ()
+    assert spec.num_correct == spec.num_correct_unbinned == 1
+
+
+def test_a_response_that_has_two_generations_of_keys_is_read_by_the_newest() -> None:
+    meta = recorded("0.5.15") | {"spec_accepted_drafts": 99}
+    assert spec_counters(meta).num_correct == 1
+    assert generation_of(meta) is not None
+
+
+def test_no_keys_mean_that_nothing_was_verified() -> None:
+    plain = {key: value for key, value in recorded("0.5.21").items() if not key.startswith("spec_")}
+    assert spec_counters(plain) == SpecCounters()
+
+
+def test_rounds_under_unknown_keys_are_an_error_and_not_zero() -> None:
+    with pytest.raises(UnknownMetadataError, match="spec_accepted_tokens_v9"):
+        spec_counters({"spec_verify_ct": 3, "spec_accepted_tokens_v9": 4})
+
+
+def test_ngram_does_not_claim_that_padding_was_drafted() -> None:
+    assert spec_counters(recorded("0.5.21"), fills_rounds=False).num_drafted == 0
+
+
+def test_counters_are_pooled_as_sums() -> None:
+    parts = [
+        SpecCounters(2, 6, (1, 1), 6, num_steps=3),
+        SpecCounters(),
+        SpecCounters(3, 9, (1, 0, 0, 2), 9, num_steps=3),
+    ]
+    whole = pooled(parts)
+    assert whole == SpecCounters(5, 15, (2, 1, 0, 2), 15, num_steps=3)
+    assert whole.num_correct == sum(part.num_correct for part in parts)
+    assert pooled([]) == SpecCounters()
+
+
+def test_what_our_own_server_writes_reads_back() -> None:
+    spec = SpecCounters(num_rounds=3, num_proposed=9, histogram=(1, 0, 1, 1), num_drafted=9, num_steps=3)
+    assert spec_counters(speculative_keys(spec, num_tokens=9), num_steps=3) == spec

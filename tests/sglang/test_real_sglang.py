@@ -1,0 +1,282 @@
+"""The real SGLang on the CPU, every algorithm: exact output, true counters, draft-safe pushes, no sample lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from rollout.sglang_engine.engine import SglangEngine
+from slime_spec.errors import PushError
+from slime_spec.speculation.metadata import pooled
+from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
+from slime_spec.weights.push import PauseMode
+from tests.support.pushes import DirectTransport, disturbed
+from tests.support.sglang_real import ALGORITHMS, PROMPTS, Models, Real, cpu_environment, embedded_samples
+from tests.support.tiny_models import load_reference
+
+pytestmark = pytest.mark.long
+
+NUM_TOKENS = 40
+LOGPROB_ERROR = 2e-4  # two implementations in float32
+# Tensors that a draft shares with its target, so that the target's push changes them too.
+SHARED = ("embed_tokens", "lm_head")
+# A bias that these drafts do not have, tables of positions, and a reduced vocabulary's.
+NOT_PUSHED = ("qkv_proj.bias", "rotary", "cos_sin", "d2t", "hot_token")
+
+
+def on(*algorithms: str) -> pytest.MarkDecorator:
+    """A test on the servers of these algorithms."""
+    return pytest.mark.parametrize("running", algorithms, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models.make(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def running(request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    """One server of each algorithm, one at a time."""
+    with cpu_environment():
+        config = models.config(request.param, tmp_path_factory.mktemp("run"))
+        engine = SglangEngine(config, 0, DirectTransport())
+        engine.start()
+        yield Real(request.param, config, engine)
+        engine.stop()
+
+
+@pytest.fixture
+def real(running: Real) -> Real:
+    """The server with its checkpoints' weights, whatever an earlier test pushed."""
+    if running.engine._weights.version("target"):
+        running.push(running.target_weights, 100)
+    if running.engine._weights.version("draft"):
+        running.push(running.draft_weights, 100, "draft")
+    return running
+
+
+@cache
+def greedy(folder: Path, num_tokens: int = NUM_TOKENS) -> list[tuple[tuple[int, ...], list[float]]]:
+    """Greedy decoding in transformers: each prompt's tokens and their logprobs."""
+    model = load_reference(folder)
+    answers = []
+    for prompt in PROMPTS:
+        ids, logprobs = list(prompt), []
+        with torch.no_grad():
+            for _ in range(num_tokens):
+                law = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                ids.append(int(law.argmax()))
+                logprobs.append(float(law.max()))
+        answers.append((tuple(ids[len(prompt) :]), logprobs))
+    return answers
+
+
+@on(*ALGORITHMS)
+def test_greedy_speculation_is_greedy_decoding_in_transformers(real: Real, models: Models) -> None:
+    """Every algorithm equals one reference, plain decoding included, so all equal each other."""
+    samples = real.generate(NUM_TOKENS)
+    for sample, (token_ids, logprobs) in zip(samples, greedy(models.reference(real.algorithm)), strict=True):
+        assert sample.token_ids == token_ids
+        assert sample.logprobs == pytest.approx(logprobs, abs=LOGPROB_ERROR)
+
+
+@on(*ALGORITHMS)
+def test_counters_add_up(real: Real) -> None:
+    for sample in real.generate(NUM_TOKENS):
+        spec = sample.spec
+        if real.algorithm == "NONE":
+            assert spec.num_rounds == 0
+            continue
+        assert sum(spec.histogram) == spec.num_rounds > 0
+        assert spec.num_correct_unbinned == 0
+        assert spec.num_proposed == spec.num_rounds * ((real.config.speculative.num_draft_tokens or 4) - 1)
+        # The prefill brings a token, each round one and what it accepts; the last round may be cut off.
+        made = 1 + spec.num_rounds + spec.num_correct
+        assert len(sample.token_ids) == NUM_TOKENS <= made <= NUM_TOKENS + (spec.num_steps or 3)
+
+
+@on("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+def test_the_embedded_engine_accepts_what_sglang_accepts(real: Real) -> None:
+    """Same tokens and same acceptance, round by round.
+
+    Two differences are known. SGLang's last round may accept drafts beyond the request's budget, which are cut off.
+    SGLang's STANDALONE draft never sees the first token of the text; ours does, and here it is the target itself.
+    """
+    theirs, ours = real.generate(NUM_TOKENS), embedded_samples(real.config, NUM_TOKENS)
+    assert [sample.token_ids for sample in theirs] == [sample.token_ids for sample in ours]
+    if real.algorithm == "STANDALONE":
+        their_pool, our_pool = (pooled(sample.spec for sample in samples) for samples in (theirs, ours))
+        assert our_pool.num_correct > their_pool.num_correct > 0
+        return
+    for their_sample, our_sample in zip(theirs, ours, strict=True):
+        assert our_sample.spec.histogram in within_budget(their_sample.spec)
+
+
+def within_budget(spec: SpecCounters) -> list[tuple[int, ...]]:
+    """The histograms that ``spec`` may be without the drafts that its last round accepted beyond NUM_TOKENS."""
+    beyond = 1 + spec.num_rounds + spec.num_correct - NUM_TOKENS
+    if beyond == 0:
+        return [spec.histogram]
+    found = []
+    for last, count in enumerate(spec.histogram):
+        if count and last >= beyond:
+            moved = list(spec.histogram)
+            moved[last] -= 1
+            moved[last - beyond] += 1
+            while not moved[-1]:
+                moved.pop()
+            found.append(tuple(moved))
+    return found
+
+
+@on("STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+def test_a_push_changes_exactly_the_side_that_it_names(real: Real) -> None:
+    target, draft = real.checksums("target"), real.checksums("draft")
+    assert target
+    assert draft
+    real.push(real.other_target(), 1, verify=True)
+    changed = {name for name, checksum in real.checksums("target").items() if checksum != target[name]}
+    assert changed == {name for name in target if "rotary" not in name and "cos_sin" not in name}
+    moved = {name for name, checksum in real.checksums("draft").items() if checksum != draft[name]}
+    assert all(any(shared in name for shared in SHARED) for name in moved)
+    target, draft = real.checksums("target"), real.checksums("draft")
+    real.push(disturbed(real.draft_weights, 2), 2, "draft", verify=True)
+    moved = {name for name, checksum in real.checksums("target").items() if checksum != target[name]}
+    assert all(any(shared in name for shared in SHARED) for name in moved)
+    kept = {name for name, checksum in real.checksums("draft").items() if checksum == draft[name]}
+    assert all(any(part in name for part in (*SHARED, *NOT_PUSHED)) for name in kept)
+    assert len(kept) < len(draft) / 2
+
+
+@on("STANDALONE")
+def test_a_stale_draft_is_hardly_accepted_and_a_pushed_one_is_again(real: Real) -> None:
+    fresh = pooled(sample.spec for sample in real.generate(NUM_TOKENS))
+    other = real.other_target()
+    real.push(other, 7)
+    samples = real.generate(NUM_TOKENS)
+    stale = pooled(sample.spec for sample in samples)
+    assert {sample.weight_version for sample in samples} == {7}
+    assert stale.num_correct / stale.num_rounds < 0.5 * fresh.num_correct / fresh.num_rounds
+    real.push(other, 7, "draft")
+    again = real.generate(NUM_TOKENS)
+    back = pooled(sample.spec for sample in again)
+    assert back.num_correct / back.num_rounds > 2 * stale.num_correct / stale.num_rounds
+    assert [sample.token_ids for sample in again] == [sample.token_ids for sample in samples]
+    assert {sample.draft_version for sample in again} == {7}
+
+
+@on("STANDALONE", "EAGLE3", "NGRAM", "NONE")
+@pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
+def test_a_push_during_generation_shows_in_the_version_spans(real: Real, mode: PauseMode) -> None:
+    request = GroupRequest("long", PROMPTS[0], (1, 2), SamplingParams(450, temperature=0.0, ignore_eos=True))
+    before = real.engine._weights.version("target")
+    messages = real.other_target()
+    generation = real.engine.generate(request)
+    wait_for_tokens(real, 20)
+    real.push(messages, before + 1, pause_mode=mode)
+    for sample in generation:
+        assert len(sample.token_ids) == len(sample.logprobs)
+        if mode == "abort":
+            assert (sample.finish_reason, sample.version_spans, sample.weight_version) == ("abort", (), before)
+            assert 0 < len(sample.token_ids) < 450
+            continue
+        assert len(sample.token_ids) == 450
+        assert [version for _, version in sample.version_spans] == [before, before + 1]
+        assert sample.weight_version == before
+        start = sample.version_spans[1][0]
+        assert sample.token_ids[:start] == greedy_prefix(real, start)
+    assert {sample.weight_version for sample in real.generate(4)} == {before + 1}
+
+
+def wait_for_tokens(real: Real, num_tokens: int) -> None:
+    """Until every running sample has so many."""
+    deadline = time.monotonic() + 120.0
+    while min((run.num_tokens for run in real.engine._runs), default=num_tokens) < num_tokens:
+        assert time.monotonic() < deadline, "the server generates nothing"
+        time.sleep(0.02)
+
+
+def greedy_prefix(real: Real, num_tokens: int) -> tuple[int, ...]:
+    """What the checkpoint's weights say to PROMPTS[0]."""
+    model = load_reference(Path(real.config.model.hf_checkpoint))
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        made = model.generate(ids, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return tuple(made[0, len(PROMPTS[0]) :].tolist())
+
+
+@on("EAGLE3")
+def test_a_payload_that_would_kill_the_server_never_reaches_it(real: Real) -> None:
+    wrong = {**real.target_weights, "lm_head.weight": torch.zeros(320, 48)}
+    with pytest.raises(PushError, match=r"lm_head.weight has shape \(320, 48\)"):
+        real.push(wrong, 3)
+    with pytest.raises(PushError, match="the push lacks"):
+        real.push(real.target_weights, 3, "draft")
+    assert len(real.generate(4)) == len(PROMPTS)
+
+
+@on("NGRAM")
+def test_a_session_left_open_is_recovered(real: Real) -> None:
+    real.engine._loop.call(real.engine.client.post("/begin_weight_update", {"selector": "all"}))
+    real.push(real.other_target(), 5, verify=True)
+    assert {sample.weight_version for sample in real.generate(4)} == {5}
+
+
+@on("EAGLE3", "STANDALONE")
+def test_the_draft_survives_an_offload(real: Real) -> None:
+    before = real.checksums("draft")
+    real.engine.set_resident(False)
+    real.engine.set_resident(True)
+    assert real.checksums("draft") == before
+    assert len(real.generate(4)) == len(PROMPTS)
+
+
+@on("STANDALONE")
+def test_a_killed_server_comes_back_with_both_sides_and_no_sample_is_lost(real: Real) -> None:
+    other = real.other_target()
+    real.push(other, 4)
+    real.push(other, 4, "draft")
+    undisturbed = real.generate(200)
+    sampling = SamplingParams(200, temperature=0.0, ignore_eos=True)
+    groups = [real.engine.generate(GroupRequest(f"k{i}", prompt, (i,), sampling)) for i, prompt in enumerate(PROMPTS)]
+    wait_for_tokens(real, 20)
+    assert real.engine._supervisor is not None
+    process = real.engine._supervisor.server._process
+    assert process is not None
+    scheduler = next(
+        child for child in psutil.Process(process.pid).children(recursive=True) if "schedul" in child.cmdline()[0]
+    )
+    scheduler.kill()
+    samples = [sample for group in groups for sample in group]
+    assert real.engine._supervisor.num_restarts == 1
+    assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in undisturbed]
+    for sample, other_sample in zip(samples, undisturbed, strict=True):
+        assert sample.logprobs == pytest.approx(other_sample.logprobs, abs=LOGPROB_ERROR)
+        assert (sample.weight_version, sample.draft_version, sample.finish_reason) == (4, 4, "length")
+    again, before = (pooled(sample.spec for sample in each) for each in (real.generate(200), undisturbed))
+    assert again.histogram == before.histogram
+
+
+@on("NONE")
+def test_temperature_reaches_a_server_that_does_not_speculate(real: Real) -> None:
+    """On a CPU SGLang verifies greedily whatever the temperature, so only plain decoding samples there."""
+    hot = [sample.token_ids for sample in real.generate(NUM_TOKENS, temperature=1.0)]
+    assert hot != [sample.token_ids for sample in real.generate(NUM_TOKENS)]
+
+
+@on("NONE")
+def test_an_aborted_sample_keeps_its_tokens(real: Real) -> None:
+    sampling = SamplingParams(400, temperature=0.0, ignore_eos=True)
+    generation = real.engine.generate(GroupRequest("abort", PROMPTS[0], (1,), sampling))
+    wait_for_tokens(real, 10)
+    generation.abort()
+    (sample,) = generation
+    assert sample.finish_reason == "abort"
+    assert 0 < len(sample.token_ids) == len(sample.logprobs) < 400
+    assert sample.token_ids[:NUM_TOKENS] == real.generate(NUM_TOKENS)[0].token_ids[: len(sample.token_ids)]

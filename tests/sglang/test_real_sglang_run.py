@@ -1,0 +1,72 @@
+"""Whole runs whose engine is the real SGLang: the Megatron trainer pushes to its server, and rollouts alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slime_spec.metrics.jsonl import read_metrics
+from tests.support.sglang_checkpoints import make_target
+from tests.support.sglang_real import CPU, ROOT, sglang_python
+
+pytestmark = pytest.mark.long
+
+STEPS = 2
+RUN_TIMEOUT_S = 900
+
+
+def run(folder: Path, *arguments: str) -> list[dict[str, float]]:
+    """``slime-spec train`` on a tiny policy whose draft is a copy of it (STANDALONE); the metrics of its steps."""
+    policy = make_target(folder / "policy")
+    data = folder / "prompts.jsonl"
+    data.write_text("".join(f'{{"prompt": "say {i}", "label": "{i}"}}\n' for i in range(6)))
+    command = [
+        *(sys.executable, "-m", "slime_spec", "train", "--config", "tiny", "--hf-checkpoint", str(policy)),
+        *("--rollout-engine", "sglang", "--sglang-python", sglang_python(), "--sglang-attention-backend", "intel_amx"),
+        *(
+            "--sglang-mem-fraction-static",
+            "0.3",
+            "--sglang-max-total-tokens",
+            "4096",
+            "--sglang-max-running-requests",
+            "8",
+        ),
+        *("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(policy)),
+        *("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
+        *("--prompt-data", str(data), "--custom-rm-path", "tests.support.rewards:variety"),
+        *("--rollout-max-response-len", "24", "--num-rollout", str(STEPS), "--output-dir", str(folder / "run")),
+        *("--actor-start-timeout-s", "600", *arguments),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{CPU}{os.pathsep}{ROOT}",
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, cwd=ROOT, env=environment)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return read_metrics(folder / "run" / "metrics.jsonl")
+
+
+def test_the_megatron_trainer_trains_on_what_sglang_samples_and_pushes_to_it(tmp_path: Path) -> None:
+    """Greedily verified on a CPU, samples of one prompt are alike: the loop is what is proved, and the logprobs."""
+    metrics = run(tmp_path, "--speculative-algorithm", "NGRAM", "--lr", "1e-3")
+    assert len(metrics) == STEPS
+    for step, row in enumerate(metrics):
+        assert row["rollout/weight_version_min"] == row["rollout/weight_version_max"] == step
+        assert row["sync/weight_version"] == step + 1
+        assert row["sync/checksum_ok"] == 1
+        assert row["spec/verify_rounds"] > 0
+
+
+def test_rollouts_alone_are_a_run_too(tmp_path: Path) -> None:
+    metrics = run(tmp_path, "--debug-rollout-only")
+    assert len(metrics) == STEPS
+    for row in metrics:
+        assert row["rollout/num_samples"] > 0
+        assert row["rollout/spec_accept_length"] > 1.0

@@ -1,0 +1,197 @@
+"""A server that dies under its engine: what was lost, and what the next one is brought to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rollout.sglang_engine.canary import Canary
+from rollout.sglang_engine.draft_watch import DraftWatch
+from rollout.sglang_engine.engine import SglangEngine
+from rollout.sglang_engine.fake import FakeServer, next_token
+from rollout.sglang_engine.supervise import EngineFailed
+from slime_spec.config.tree import Config
+from slime_spec.types import GroupRequest, SamplingParams
+from slime_spec.weights.push import run_push
+from tests.sglang.conftest import Checkpoints, Connect
+from tests.support.pushes import DirectTransport, other_weights, push_of
+
+FAKE = Path(__file__).resolve().parents[1] / "support" / "sglang_fake"
+REQUEST = GroupRequest("group", (5, 6, 7), (1, 2, 3), SamplingParams(max_new_tokens=300))
+
+
+@pytest.fixture
+def engine(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[SglangEngine]:
+    """On a fake server that is a process, as SGLang is."""
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{FAKE}{os.pathsep}{root}")
+    settings = replace(config.sglang_server, max_restarts=2)
+    engine = SglangEngine(replace(config, sglang_server=settings), 0, DirectTransport())
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def kill_server(engine: SglangEngine) -> None:
+    assert engine._supervisor is not None
+    process = engine._supervisor.server._process
+    assert process is not None
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGKILL)
+
+
+def whole(num_tokens: int) -> tuple[int, ...]:
+    ids: list[int] = []
+    for position in range(num_tokens):
+        ids.append(next_token(ids[-1] if ids else 7, 3 + position))
+    return tuple(ids)
+
+
+def test_no_sample_is_lost_and_the_new_server_has_the_current_weights(
+    engine: SglangEngine, checkpoints: Checkpoints
+) -> None:
+    messages = push_of(other_weights(checkpoints.target, 1), 4)
+    run_push(messages, lambda message: [engine.update_weights(message)])
+    generation = engine.generate(REQUEST)
+    time.sleep(0.3)
+    kill_server(engine)
+    samples = sorted(generation, key=lambda sample: sample.sample_index)
+    assert [sample.sample_index for sample in samples] == [0, 1, 2]
+    for sample in samples:
+        assert sample.token_ids == whole(300)
+        assert len(sample.logprobs) == 300
+        assert sample.finish_reason == "length"
+        assert (sample.weight_version, sample.version_spans) == (4, ())
+        assert sample.spec.num_rounds == 0  # nobody knows the rounds of the server that died
+    assert engine._supervisor is not None
+    assert engine._supervisor.num_restarts == 1
+    assert engine._loop.call(engine.client.get("/model_info"))["weight_version"] == "4"
+
+
+def test_an_abort_while_there_is_no_server_gives_what_had_arrived(engine: SglangEngine) -> None:
+    generation = engine.generate(REQUEST)
+    time.sleep(0.3)
+    kill_server(engine)
+    time.sleep(0.1)
+    generation.abort()
+    samples = list(generation)
+    assert len(samples) == 3
+    for sample in samples:
+        assert sample.finish_reason in ("abort", "length")
+        assert sample.token_ids == whole(len(sample.token_ids))
+
+
+def test_an_engine_whose_server_dies_too_often_fails_its_samples(engine: SglangEngine) -> None:
+    assert engine._supervisor is not None
+    engine._supervisor.num_restarts = 2
+    generation = engine.generate(REQUEST)
+    time.sleep(0.2)
+    kill_server(engine)
+    with pytest.raises(EngineFailed, match="died 3 times"):
+        list(generation)
+
+
+def test_a_server_that_dies_during_a_push_comes_back_with_what_was_pushed(
+    engine: SglangEngine, checkpoints: Checkpoints
+) -> None:
+    messages = push_of(other_weights(checkpoints.target, 1), 1)
+    *before, commit = messages
+    seen: list[str] = []
+
+    def deliver(message: object) -> list[object]:
+        if message is commit:
+            kill_server(engine)
+        seen.append(type(message).__name__)
+        return [engine.update_weights(message)]  # type: ignore[arg-type]
+
+    report = run_push([*before, commit], deliver)  # type: ignore[arg-type]
+    assert report.version == 1
+    assert engine._loop.call(engine.client.get("/model_info"))["weight_version"] == "1"
+    assert "CancelPush" not in seen
+
+
+class Sent:
+    """ServerWeights, as far as DraftWatch knows it: ``heals`` says that the draft sent again is accepted again."""
+
+    def __init__(self, server: FakeServer, heals: bool) -> None:
+        self._server, self._heals = server, heals
+        self.num_sent = 0
+        self.as_remembered = True
+
+    def send_draft_again(self) -> bool:
+        self.num_sent += 1
+        if self._heals:
+            self._server.accepted = 2
+        return True
+
+    def remember_draft(self) -> None:
+        self.as_remembered = True
+
+    def draft_is_as_remembered(self) -> bool:
+        return self.as_remembered
+
+
+def watch_of(connect: Connect, heals: bool) -> tuple[FakeServer, Sent, DraftWatch, list[str]]:
+    server = FakeServer()
+    engine = connect(server).engine
+    canary = Canary(2, 16, 0.5, longest=100)
+    canary.see((1, 2, 3))
+    canary.see((4, 5))
+    sent, replaced = Sent(server, heals), []
+    watch = DraftWatch(canary, sent, engine.client, engine._loop, replaced.append, True, True)  # type: ignore[arg-type]
+    return server, sent, watch, replaced
+
+
+def test_a_draft_that_is_refused_after_a_push_is_sent_again(connect: Connect) -> None:
+    server, sent, watch, replaced = watch_of(connect, heals=True)
+    watch.after_push()
+    assert watch.canary.mean == 2.0
+    server.accepted = 0
+    watch.after_push()
+    assert (sent.num_sent, watch.speculates, replaced) == (1, True, [])
+
+
+def test_speculation_ends_with_an_alarm_when_that_does_not_help(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, sent, watch, replaced = watch_of(connect, heals=False)
+    watch.after_push()
+    server.accepted = 0
+    watch.after_push()
+    assert (sent.num_sent, watch.speculates, replaced) == (1, False, ["speculation is disabled"])
+    assert [record.levelname for record in caplog.records if "ALARM speculation" in record.message] == ["ERROR"]
+
+
+def test_a_small_drop_is_no_alarm_and_moves_the_mean(connect: Connect) -> None:
+    server, sent, watch, _ = watch_of(connect, heals=False)
+    server.accepted = 3
+    watch.after_push()
+    server.accepted = 2
+    watch.after_push()
+    assert sent.num_sent == 0
+    assert watch.canary.mean == pytest.approx(0.7 * 3 + 0.3 * 2)
+
+
+def test_a_draft_lost_in_an_offload_is_sent_again(connect: Connect) -> None:
+    _, sent, watch, _ = watch_of(connect, heals=True)
+    watch.after_offload()
+    assert sent.num_sent == 0
+    sent.as_remembered = False
+    watch.after_offload()
+    assert sent.num_sent == 1
+
+
+def test_canary_prompts_are_the_first_distinct_ones_that_fit() -> None:
+    canary = Canary(2, 8, 0.5, longest=3)
+    for prompt in [(1, 2, 3, 4), (1, 2), (1, 2), (3,), (4,)]:
+        canary.see(prompt)
+    assert canary.prompts == [(1, 2), (3,)]

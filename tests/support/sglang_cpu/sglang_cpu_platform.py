@@ -1,0 +1,14 @@
+"""SGLang plugin (entry-point group ``sglang.srt.plugins``): speculation on a CPU that has no AMX.
+
+Only SGLang's ``intel_amx`` attention backend verifies drafts on a CPU, and SGLang replaces it where AMX is absent. Its
+two attention kernels come from the stand-in ``sgl_kernel`` beside this file, which needs no AMX.
+"""
+
+import torch
+from sglang.srt.runtime_context import _PLATFORM
+
+
+def activate() -> None:
+    _PLATFORM._install(has_amx=True)
+    # SGLang 0.5.21 waits for CUDA before it sums up weights, on a CPU too.
+    torch.cuda.synchronize = lambda device=None: None

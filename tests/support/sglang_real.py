@@ -1,0 +1,172 @@
+"""The real SGLang on this machine's CPU: installed once by the script that CI uses, and the settings it needs there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rollout.embedded.engine import EmbeddedEngine
+from rollout.sglang_engine.engine import SglangEngine
+from slime_spec.config.tree import (
+    Config,
+    EngineConfig,
+    ModelConfig,
+    PushConfig,
+    RolloutConfig,
+    RunConfig,
+    SglangServerConfig,
+    SpeculativeConfig,
+)
+from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
+from slime_spec.weights.push import PushReport, run_push
+from tests.support.pushes import DirectTransport, disturbed, push_of
+from tests.support.sglang_checkpoints import make_draft, make_target
+from tests.support.tiny_drafts import edit_config, make_tiny_mimo
+from tests.support.tiny_models import make_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = ROOT / "tests" / "support" / "sglang_cpu"
+START_TIMEOUT_S = 1200.0
+TABLES = ("d2t", "t2d")
+ALGORITHMS = ("NONE", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+PROMPTS = ((10, 20, 30, 40), (72, 101, 108, 108, 111), (50, 43, 50, 61), (1, 2, 3, 4, 5, 6, 7, 8), (200, 100, 50))
+
+
+@cache
+def sglang_python() -> str:
+    """The interpreter of the environment; installs it where it is not there yet."""
+    script = ROOT / "scripts" / "install-sglang-cpu.sh"
+    done = subprocess.run(["bash", str(script)], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.split()[-1]
+
+
+@contextmanager
+def cpu_environment() -> Iterator[None]:
+    """What SGLang needs to run on a CPU, for the servers started within."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(CPU))
+        patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target and a draft of each format; ``mimo`` is a target that holds its draft, ``mimo_decoder`` without it."""
+
+    target: Path
+    eagle: Path
+    eagle3: Path
+    mimo: Path
+    mimo_decoder: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> Models:
+        target = make_target(folder / "target")
+        mimo = make_tiny_mimo(folder / "mimo", vocab_size=257, eos_token_id=256)
+        # MiMo's own model_type is known to transformers only through the remote code of its checkpoints.
+        edit_config(mimo, model_type="qwen2")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(target / name, mimo)
+        # The same weights as a model that transformers knows.
+        decoder = make_tiny_checkpoint(folder / "decoder", "Qwen2ForCausalLM", vocab_size=257, eos_token_id=256)
+        drafts = (make_draft(folder / name.lower(), target, name) for name in ("EAGLE", "EAGLE3"))
+        return cls(target, *drafts, mimo, decoder)
+
+    def reference(self, algorithm: str) -> Path:
+        """The target, as transformers loads it."""
+        return self.mimo_decoder if algorithm == "NEXTN" else self.target
+
+    def config(self, algorithm: str, folder: Path, **server: Any) -> Config:
+        """The same settings for the SGLang engine and the embedded one."""
+        return Config(
+            run=RunConfig(mode="rollout_only", output_dir=str(folder)),
+            model=ModelConfig(hf_checkpoint=str(self.mimo if algorithm == "NEXTN" else self.target)),
+            engine=EngineConfig(max_running_requests=8, max_total_tokens=4096),
+            rollout=RolloutConfig(engine="sglang", num_gpus_per_engine=0, num_cpus_per_engine=1),
+            speculative=self._speculative(algorithm),
+            sglang_server=SglangServerConfig(
+                **{"python": sglang_python(), "start_timeout_s": START_TIMEOUT_S, "canary_prompts": 0, **server}
+            ),
+            push=PushConfig(bucket_bytes=100_000),
+            sglang={"attention_backend": "intel_amx", "mem_fraction_static": 0.3},
+        )
+
+    def _speculative(self, algorithm: str) -> SpeculativeConfig:
+        chain: dict[str, Any] = {"num_steps": 3, "eagle_topk": 1, "num_draft_tokens": 4}
+        tree: dict[str, Any] = {"num_steps": 3, "eagle_topk": 4, "num_draft_tokens": 16}
+        settings: dict[str, dict[str, Any]] = {
+            "NONE": {},
+            "NGRAM": {"num_draft_tokens": 4},
+            "STANDALONE": {"draft_model_path": str(self.target), **chain},
+            "EAGLE": {"draft_model_path": str(self.eagle), **tree},
+            "EAGLE3": {"draft_model_path": str(self.eagle3), **tree},
+            "NEXTN": chain,
+        }
+        return SpeculativeConfig(algorithm=algorithm, **settings[algorithm])
+
+
+@dataclass(frozen=True)
+class Real:
+    """A running SGLang engine of one algorithm."""
+
+    algorithm: str
+    config: Config
+    engine: SglangEngine
+
+    def generate(self, num_tokens: int = 40, **params: Any) -> list[GeneratedSample]:
+        """Greedy responses to PROMPTS, in their order."""
+        return generate(self.engine, num_tokens, **params)
+
+    def push(self, weights: dict[str, torch.Tensor], version: int, side: Any = "target", **options: Any) -> PushReport:
+        messages = push_of(weights, version, side, bucket_bytes=200_000)
+        return run_push(messages, lambda message: [self.engine.update_weights(message)], **options)
+
+    @property
+    def target_weights(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's, without an MTP layer."""
+        stored = load_file(Path(self.config.model.hf_checkpoint) / "model.safetensors")
+        return {name: tensor for name, tensor in stored.items() if "mtp" not in name}
+
+    @property
+    def draft_weights(self) -> dict[str, torch.Tensor]:
+        folder = Path(self.config.speculative.draft_model_path or self.config.model.hf_checkpoint)
+        stored = load_file(folder / "model.safetensors")
+        wanted = (lambda name: "mtp" in name) if self.algorithm == "NEXTN" else (lambda name: name not in TABLES)
+        return {name: tensor for name, tensor in stored.items() if wanted(name)}
+
+    def other_target(self, seed: int = 1) -> dict[str, torch.Tensor]:
+        return disturbed(self.target_weights, seed)
+
+    def checksums(self, side: Any) -> dict[str, str]:
+        return dict(self.engine._loop.call(self.engine._weights.delivery.checksums(side)))
+
+
+def generate(engine: SglangEngine | EmbeddedEngine, num_tokens: int, **params: Any) -> list[GeneratedSample]:
+    settings: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, **params}
+    sampling = SamplingParams(max_new_tokens=num_tokens, **settings)
+    groups = [engine.generate(GroupRequest(f"p{i}", prompt, (i,), sampling)) for i, prompt in enumerate(PROMPTS)]
+    return [sample for group in groups for sample in group]
+
+
+def embedded_samples(config: Config, num_tokens: int) -> list[GeneratedSample]:
+    """What the embedded engine makes of the same settings."""
+    embedded = replace(config, rollout=replace(config.rollout, engine="embedded"), sglang={})
+    engine = EmbeddedEngine(embedded, 0, DirectTransport())
+    engine.start()
+    try:
+        # One at a time, as a trie of n-grams learns from what others generate.
+        return generate(engine, num_tokens)
+    finally:
+        engine.stop()
