@@ -21,6 +21,7 @@ setup(
         "slime_spec.launch": ["*.json"],
         "slime_spec.draft": ["builtin/*/*"],
         "rollout.embedded.kernels": ["*.c", "*.h"],
+        "rollout.sglang_engine": ["*.json"],
     },
     install_requires=[
         "torch>=2.13",

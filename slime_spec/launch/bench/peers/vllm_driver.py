@@ -30,7 +30,7 @@ class VllmDriver:
             enforce_eager=settings.get("eager", False),
             speculative_config=settings.get("speculative"),
             enable_prefix_caching=False,  # every round asks for the same prompts again
-            disable_log_stats=False,  # or its counters of drafts stay empty
+            disable_log_stats=not self._speculates,  # its counters of drafts are statistics too
             seed=0,
         )
         self.about = {"engine": "vllm", "version": vllm.__version__}
