@@ -9,6 +9,7 @@ Nothing but the standard library, so that it costs nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -18,15 +19,27 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 GRACE_S = 10.0
+PR_SET_PDEATHSIG = 1  # Linux
 
 
 def guard(command: Sequence[str]) -> int:
     """Run ``command`` until it ends or the standard input does; returns its exit code (128 + signal if killed)."""
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(128))
     threading.Thread(target=_end_with_input, args=(server,), daemon=True).start()
-    code = server.wait()
-    _signal_group(server.pid, signal.SIGKILL)  # what the server left behind
+    try:
+        code = server.wait()
+    finally:
+        _signal_group(server.pid, signal.SIGKILL)  # what the server left behind, or all of it
     return code if code >= 0 else 128 - code
+
+
+def _die_with_parent() -> None:
+    """In the server, before it runs: where this process is killed outright, the kernel ends the server."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_with_input(server: subprocess.Popen[bytes]) -> None:

@@ -20,6 +20,7 @@ REDUCTIONS = {
     "slime-spec rollout": f"{SMALL} --output-dir {{out}}/run",
     "slime-spec config": "",
     "slime-spec models fetch": "",
+    "slime-spec doctor": "",
     "slime-spec serve": "--help",
     "slime-spec draft train": "--help",
     "slime-spec bench main-job": "--help",

@@ -13,14 +13,19 @@ from slime_spec.metrics.jsonl import read_metrics
 from tests.support.sglang_checkpoints import make_target
 from tests.support.sglang_real import CPU, ROOT, sglang_python
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
 
 STEPS = 2
 RUN_TIMEOUT_S = 900
 
 
-def run(folder: Path, *arguments: str) -> list[dict[str, float]]:
-    """``slime-spec train`` on a tiny policy whose draft is a copy of it (STANDALONE); the metrics of its steps."""
+def _standalone(draft: Path) -> tuple[str, ...]:
+    shape = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
+    return ("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(draft), *shape)
+
+
+def run(folder: Path, *arguments: str, speculates: bool = True) -> list[dict[str, float]]:
+    """``slime-spec train`` on a tiny policy whose draft is a copy of it; the metrics of its steps."""
     policy = make_target(folder / "policy")
     data = folder / "prompts.jsonl"
     data.write_text("".join(f'{{"prompt": "say {i}", "label": "{i}"}}\n' for i in range(6)))
@@ -35,8 +40,7 @@ def run(folder: Path, *arguments: str) -> list[dict[str, float]]:
             "--sglang-max-running-requests",
             "8",
         ),
-        *("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(policy)),
-        *("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
+        *(_standalone(policy) if speculates else ()),
         *("--prompt-data", str(data), "--custom-rm-path", "tests.support.rewards:variety"),
         *("--rollout-max-response-len", "24", "--num-rollout", str(STEPS), "--output-dir", str(folder / "run")),
         *("--actor-start-timeout-s", "600", *arguments),
@@ -53,15 +57,18 @@ def run(folder: Path, *arguments: str) -> list[dict[str, float]]:
     return read_metrics(folder / "run" / "metrics.jsonl")
 
 
-def test_the_megatron_trainer_trains_on_what_sglang_samples_and_pushes_to_it(tmp_path: Path) -> None:
-    """Greedily verified on a CPU, samples of one prompt are alike: the loop is what is proved, and the logprobs."""
-    metrics = run(tmp_path, "--speculative-algorithm", "NGRAM", "--lr", "1e-3")
+@pytest.mark.parametrize("speculates", [True, False])
+def test_the_megatron_trainer_trains_on_what_sglang_samples_and_pushes_to_it(tmp_path: Path, speculates: bool) -> None:
+    """On a CPU SGLang verifies greedily whatever the temperature: only without speculation do samples differ."""
+    metrics = run(tmp_path, "--lr", "1e-3", speculates=speculates)
     assert len(metrics) == STEPS
     for step, row in enumerate(metrics):
         assert row["rollout/weight_version_min"] == row["rollout/weight_version_max"] == step
         assert row["sync/weight_version"] == step + 1
         assert row["sync/checksum_ok"] == 1
-        assert row["spec/verify_rounds"] > 0
+        assert (row["spec/verify_rounds"] > 0) == speculates
+        assert row["train/train_rollout_logprob_abs_diff"] < 1e-4
+    assert speculates or any(row["train/grad_norm"] > 0 for row in metrics)
 
 
 def test_rollouts_alone_are_a_run_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -70,6 +71,19 @@ def test_a_server_ends_when_its_engine_is_killed(tmp_path: Path) -> None:
     engine.kill()
     engine.wait()
     assert is_gone(child)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_ends_with_its_guard(tmp_path: Path, number: signal.Signals) -> None:
+    """Killed outright the guard can do nothing more: then the kernel ends the server, and SGLang's parts see that."""
+    code = "import os, time; print('child', os.getpid(), flush=True); time.sleep(60)"
+    server = process(code, tmp_path / "server.log")
+    server.start()
+    child = child_of(tmp_path / "server.log")
+    assert server._process is not None
+    server._process.send_signal(number)
+    assert is_gone(child)
+    server.stop()
 
 
 def test_a_server_that_ends_by_itself_is_told_with_its_log_and_the_likely_cause(tmp_path: Path) -> None:

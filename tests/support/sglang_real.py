@@ -74,13 +74,15 @@ class Models:
     @classmethod
     def make(cls, folder: Path) -> Models:
         target = make_target(folder / "target")
-        mimo = make_tiny_mimo(folder / "mimo", vocab_size=257, eos_token_id=256)
+        # SGLang's Qwen2 takes hidden_size / num_attention_heads for the heads' size, whatever config.json says.
+        qwen2: dict[str, Any] = {"vocab_size": 257, "eos_token_id": 256, "head_dim": 8}
+        mimo = make_tiny_mimo(folder / "mimo", **qwen2)
         # MiMo's own model_type is known to transformers only through the remote code of its checkpoints.
         edit_config(mimo, model_type="qwen2")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(target / name, mimo)
         # The same weights as a model that transformers knows.
-        decoder = make_tiny_checkpoint(folder / "decoder", "Qwen2ForCausalLM", vocab_size=257, eos_token_id=256)
+        decoder = make_tiny_checkpoint(folder / "decoder", "Qwen2ForCausalLM", **qwen2)
         drafts = (make_draft(folder / name.lower(), target, name) for name in ("EAGLE", "EAGLE3"))
         return cls(target, *drafts, mimo, decoder)
 
