@@ -2,52 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rollout.node_actor import NodeWorker, RayNode
+from rollout.sglang_engine.nodes import Site
 from slime_spec.config.tree import Config
-from slime_spec.interfaces import ENGINES, TRANSPORTS, Generation, RolloutEngine, load_choice
+from slime_spec.interfaces import ENGINES, TRANSPORTS, Generation, MayStopServing, RolloutEngine, load_choice
 from slime_spec.placement import Placement
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.push import PushMessage, PushReply
 
 # Every group being generated holds one thread, which sleeps until the engine's own loop finishes a sample.
 MAX_GROUPS_IN_FLIGHT = 512
+# Threads of each kind of call: a push must not keep a generation from being aborted, nor a watch hold up either.
+CONCURRENCY = {"generate": MAX_GROUPS_IN_FLIGHT, "control": 1, "abort": 1, "watch": 1}
 
 
 class EngineWorker:
-    """One engine in its own process; groups generate concurrently, control calls never wait behind them."""
+    """One engine in its own process; groups generate concurrently, control calls never wait behind them.
+
+    A flight number names one call of ``generate``, so that an abort finds it, even one that has overtaken it.
+    """
 
     _engine: RolloutEngine
 
-    def __init__(self, config: Config, engine_index: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine_index: int,
+        nodes: Sequence[ray.actor.ActorHandle] = (),
+        devices: tuple[str, ...] = (),
+    ) -> None:
         self._config, self._index = config, engine_index
-        self._generations: dict[str, Generation] = {}
+        self._nodes, self._devices = nodes, devices
+        self._generations: dict[int, Generation] = {}
+        self._aborted: set[int] = set()
+        self._stopped = threading.Event()
 
     @ray.method(concurrency_group="control")
     def start(self) -> EngineStats:
         # Built here: what an actor's constructor raises reaches the caller only as Ray's "the actor died".
         transport = load_choice("push.transport", TRANSPORTS, self._config.push.transport)()
         engine_class = load_choice("rollout.engine", ENGINES, self._config.rollout.engine)
-        self._engine = engine_class(self._config, self._index, transport)
+        placed = {"site": self._site()} if self._config.rollout.engine == "sglang" else {}
+        self._engine = engine_class(self._config, self._index, transport, **placed)
         self._engine.start()
         return self._engine.stats()
 
     @ray.method(concurrency_group="generate", num_returns="streaming")
-    def generate(self, request: GroupRequest) -> Iterator[GeneratedSample]:
-        generation = self._engine.generate(request)
-        self._generations[request.group_id] = generation
+    def generate(self, request: GroupRequest, flight: int) -> Iterator[GeneratedSample]:
+        generation = self._generations[flight] = self._engine.generate(request)
         try:
+            if flight in self._aborted:
+                generation.abort()
             yield from generation
         finally:
-            self._generations.pop(request.group_id, None)
+            del self._generations[flight]
+            self._aborted.discard(flight)
 
-    @ray.method(concurrency_group="control")
-    def abort(self) -> None:
-        for generation in list(self._generations.values()):
-            generation.abort()
+    @ray.method(concurrency_group="abort")
+    def abort(self, flights: Sequence[int]) -> None:
+        """Abort those generations, begun or about to begin; one that has ended is past it."""
+        self._aborted.update(flights)
+        for flight in flights:
+            if (generation := self._generations.get(flight)) is not None:
+                generation.abort()
+
+    @ray.method(concurrency_group="watch")
+    def wait_serving(self, known: bool) -> bool:
+        """See MayStopServing; any other engine serves as long as its process lives."""
+        if isinstance(self._engine, MayStopServing):
+            return self._engine.wait_serving(known)
+        if known:
+            self._stopped.wait()
+        return True
 
     @ray.method(concurrency_group="control")
     def update_weights(self, message: PushMessage) -> PushReply:
@@ -64,22 +99,50 @@ class EngineWorker:
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
+        self._stopped.set()
         if hasattr(self, "_engine"):  # not where ``start`` was refused
             self._engine.stop()
 
+    def _site(self) -> Site:
+        return Site(
+            address=ray.util.get_node_ip_address(),
+            num_cluster_nodes=sum(node["Alive"] for node in ray.nodes()),
+            others=tuple(RayNode(node) for node in self._nodes),
+            devices=self._devices,
+        )
 
-def create_engine_actor(config: Config, engine_index: int, placement: Placement) -> ray.actor.ActorHandle:
-    """Start one engine's actor in its bundle, with as many compute threads as the cores it was given."""
+
+@dataclass(frozen=True)
+class EngineActors:
+    """One engine's actors: the engine itself, and the owners of its server's processes on its other nodes."""
+
+    engine: ray.actor.ActorHandle
+    nodes: tuple[ray.actor.ActorHandle, ...]
+
+
+def create_engine_actors(config: Config, engine_index: int, placement: Placement) -> EngineActors:
+    """Start one engine's actors in their bundles, with as many compute threads as the cores they were given."""
+    options = partial(_actor_options, config, engine_index, placement)
+    nodes = tuple(
+        # Ray starts one that died anew, perhaps elsewhere, and what it was asked is asked again: all of it may be.
+        ray.remote(NodeWorker)
+        .options(**options(bundle), max_restarts=-1, max_task_retries=-1)
+        .remote(placement.devices_of_bundle(bundle))
+        for bundle in placement.other_nodes_of_rank(engine_index)
+    )
+    bundle = placement.bundle_of_rank(engine_index)
+    engine = ray.remote(concurrency_groups=CONCURRENCY)(EngineWorker).options(name=None, **options(bundle))
+    return EngineActors(engine.remote(config, engine_index, nodes, placement.devices_of_bundle(bundle)), nodes)
+
+
+def _actor_options(config: Config, engine_index: int, placement: Placement, bundle: int) -> dict[str, Any]:
     threads = str(config.rollout.num_cpus_per_engine)
-    actor_class = ray.remote(concurrency_groups={"generate": MAX_GROUPS_IN_FLIGHT, "control": 1})(EngineWorker)
-    return actor_class.options(
-        name=None,
-        num_cpus=placement.num_cpus_of_rank(engine_index),
-        num_gpus=placement.num_gpus_of_rank(engine_index),
-        scheduling_strategy=PlacementGroupSchedulingStrategy(
-            placement_group=placement.placement_group,
-            placement_group_bundle_index=placement.bundle_of_rank(engine_index),
+    return {
+        "num_cpus": placement.num_cpus_of_rank(engine_index),
+        "num_gpus": placement.num_gpus_of_rank(engine_index),
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            placement_group=placement.placement_group, placement_group_bundle_index=bundle
         ),
         # Two processes that spin at OpenMP barriers on the same cores make each other many times slower.
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}},
-    ).remote(config, engine_index)
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}},
+    }

@@ -1,4 +1,4 @@
-"""Which engine gets the next group: the least loaded one that has room."""
+"""Which engine gets the next group: the least loaded one that serves and has room."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ class Dispatcher:
     """Counts the samples each engine still owes; has room for ``samples_per_engine`` of them.
 
     Room is a little more than an engine decodes at once, so that its queue never runs dry while late groups can still
-    go to whichever engine frees up first.
+    go to whichever engine frees up first. ``serving`` says which engines serve now; its owner changes it.
     """
 
-    num_engines: int
+    serving: list[bool]
     samples_per_engine: int
     owed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.owed = [0] * self.num_engines
+        self.owed = [0] * len(self.serving)
 
     def assign(self, num_samples: int) -> int | None:
-        """Reserve the least loaded engine for a group, or None when every engine is full; an idle one is never full."""
-        engine = min(range(self.num_engines), key=self.owed.__getitem__)
+        """Reserve the least loaded engine for a group; None when all that serve are full. An idle one is never full."""
+        serving = [engine for engine, serves in enumerate(self.serving) if serves]
+        if not serving:
+            return None
+        engine = min(serving, key=self.owed.__getitem__)
         if self.owed[engine] and self.owed[engine] + num_samples > self.samples_per_engine:
             return None
         self.owed[engine] += num_samples

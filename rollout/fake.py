@@ -7,34 +7,28 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
+from rollout.begun import as_begun, check_begun
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
 from slime_spec.hf.checkpoint import expected_shapes
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import WeightTransport
+from slime_spec.speculation.metadata import pooled
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, SpecCounters
-from slime_spec.weights.manifest import combined_checksum, tensor_checksum
-from slime_spec.weights.push import (
-    BeginPush,
-    CancelPush,
-    CommitPush,
-    ContinueGeneration,
-    PauseGeneration,
-    PreparePush,
-    PushBucket,
-    PushMessage,
-    PushReceiver,
-    PushReply,
-    VerifyPush,
-)
+from slime_spec.weights.manifest import Manifest, Side, combined_checksum, tensor_checksum
+from slime_spec.weights.push import PauseMode, PushBucket, PushMessage, PushReply
+from slime_spec.weights.stage import PushDesk, PushStage
+
+TOKENS = range(32, 127)  # whatever the model's vocabulary
+ROUNDS = SpecCounters(num_rounds=2, num_proposed=6, histogram=(1, 1), num_drafted=6)
 
 
 class FakeGeneration:
-    """Samples of one group, made as they are asked for."""
+    """Samples of one group, made as they are asked for; one that is aborted stops half-way through what it lacks."""
 
     def __init__(self, request: GroupRequest, engine: int, version: int) -> None:
         self._request, self._engine, self._version = request, engine, version
@@ -44,24 +38,73 @@ class FakeGeneration:
         self._aborted.set()
 
     def __iter__(self) -> Iterator[GeneratedSample]:
-        for index, seed in enumerate(self._request.seeds):
-            yield self._sample(index, seed)
+        for position, seed in enumerate(self._request.seeds):
+            yield self._sample(position, seed)
 
-    def _sample(self, index: int, seed: int) -> GeneratedSample:
+    def _sample(self, position: int, seed: int) -> GeneratedSample:
         rng = random.Random(seed)
-        aborted = self._aborted.is_set()
-        length = 0 if aborted else rng.randint(1, self._request.params.max_new_tokens)
+        length = rng.randint(1, self._request.params.max_new_tokens)
+        token_ids = tuple(rng.choice(TOKENS) for _ in range(length))
+        logprobs = tuple(-rng.random() for _ in range(length))
+        begun = as_begun(self._request, position)
+        num_begun, aborted = len(begun.token_ids), self._aborted.is_set()
+        count = num_begun + (length - num_begun) // 2 if aborted else length
+        spans = begun.spans
+        if spans and count > num_begun and spans[-1][1] != self._version:
+            spans += ((num_begun, self._version),)
         return GeneratedSample(
-            group_id=self._request.group_id,
-            sample_index=index,
-            token_ids=tuple(rng.randrange(32, 127) for _ in range(length)),
-            logprobs=tuple(-rng.random() for _ in range(length)),
+            group_id=begun.group_id,
+            sample_index=begun.sample_index,
+            token_ids=begun.token_ids + token_ids[num_begun:count],
+            logprobs=begun.logprobs + logprobs[num_begun:count],
             finish_reason="abort" if aborted else "stop",
-            weight_version=self._version,
-            num_prompt_tokens=len(self._request.prompt_token_ids),
-            spec=SpecCounters(num_rounds=2, num_proposed=6, histogram=(1, 1), num_drafted=6),
+            weight_version=min(version for _, version in spans) if spans else self._version,
+            num_prompt_tokens=begun.num_prompt_tokens,
+            spec=pooled([begun.spec, ROUNDS]) if count > num_begun else begun.spec,
+            e2e_latency_s=begun.e2e_latency_s,
             engine=self._engine,
+            version_spans=spans if len(spans) > 1 else (),
         )
+
+
+class FakeStaging:
+    """Tensors, kept."""
+
+    def __init__(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        self.expected = expected
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.tensors[name] = tensor.clone()
+
+    def build(self) -> None:
+        pass
+
+
+class FakeWeights:
+    """Implements ServingWeights for weights that nothing computes with; they are all the target's."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec, self._version = spec, 0
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def version(self, side: Side) -> int:
+        return self._version
+
+    def staging(self, manifest: Manifest) -> FakeStaging:
+        return FakeStaging(expected_shapes(self._spec))
+
+    def commit(self, stage: PushStage[FakeStaging]) -> None:
+        self.tensors, self._version = stage.staging.tensors, stage.manifest.version
+
+    def checksum(self, side: Side) -> str:
+        return combined_checksum((name, tensor_checksum(tensor)) for name, tensor in self.tensors.items())
+
+    def pause(self, mode: PauseMode) -> None:
+        """Nothing is under way: its samples are made when they are asked for."""
+
+    def resume(self) -> None:
+        pass
 
 
 class FakeEngine:
@@ -72,54 +115,32 @@ class FakeEngine:
     ) -> None:
         self._config, self._index, self._transport = config, engine_index, transport
         self._fail_bucket = fail_bucket
-        self._version = 0
         self._resident = True
-        self._receiver: PushReceiver | None = None
-        self._staged: dict[str, torch.Tensor] = {}
-        self.weights: dict[str, torch.Tensor] = {}
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """What was pushed last."""
+        return self._weights.tensors
 
     def start(self) -> None:
-        self._spec = ModelSpec.from_folder(self._config.model.hf_checkpoint)
+        self._weights = FakeWeights(ModelSpec.from_folder(self._config.model.hf_checkpoint))
+        self._pushes = PushDesk(self._index, self._transport, self._weights)
 
     def generate(self, request: GroupRequest) -> FakeGeneration:
-        return FakeGeneration(request, self._index, self._version)
+        check_begun(request, TOKENS.stop)
+        return FakeGeneration(request, self._index, self._weights.version("target"))
 
     def update_weights(self, message: PushMessage) -> PushReply:
-        match message:
-            case BeginPush():
-                self._receiver = PushReceiver(message.manifest, expected_shapes(self._spec))
-                self._staged = {}
-            case PushBucket():
-                self._take(message)
-            case PreparePush():
-                assert self._receiver is not None, "a prepare follows a begin"
-                self._receiver.finish(message.checksum)
-            case CommitPush():
-                self.weights, self._version = self._staged, message.version
-            case VerifyPush():
-                sums = ((name, tensor_checksum(tensor)) for name, tensor in self.weights.items())
-                return PushReply(self._index, self._version, combined_checksum(sums))
-            case CancelPush():
-                self._receiver, self._staged = None, {}
-            case PauseGeneration() | ContinueGeneration():
-                pass  # its samples are made when they are asked for
-        checksum = self._receiver.checksum if self._receiver else ""
-        return PushReply(self._index, self._version, checksum)
-
-    def _take(self, bucket: PushBucket) -> None:
-        assert self._receiver is not None, "a bucket follows a begin"
-        if bucket.index == self._fail_bucket:
-            raise PushError(f"engine {self._index} refused bucket {bucket.index}, as it was told to")
-        tensors = self._transport.receive(bucket)
-        self._receiver.take(bucket, tensors)
-        self._staged |= {meta.name: tensor.clone() for meta, tensor in zip(bucket.tensors, tensors, strict=True)}
+        if isinstance(message, PushBucket) and message.index == self._fail_bucket:
+            raise PushError(f"engine {self._index} refused bucket {message.index}, as it was told to")
+        return self._pushes.answer(message)
 
     def set_resident(self, resident: bool) -> None:
         self._resident = resident
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            weight_version=self._version,
+            weight_version=self._weights.version("target"),
             num_running=0,
             num_waiting=0,
             kv_tokens_used=0,

@@ -1,45 +1,65 @@
 """The engines as one: prompts go to the least loaded, finished samples stream back, pushes reach all of them.
 
-generate(groups) ─► Dispatcher ─► EngineWorker 0 ─┐
-                             └──► EngineWorker 1 ─┴─► samples, in the order they finish
+generate(groups) ─► Flights ─► EngineWorker 0 ─┐
+                ▲         └──► EngineWorker 1 ─┴─► samples, in the order they finish
+                └── unfinished samples of an engine that does not serve, to go on at another
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from itertools import count
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from rollout.actor import create_engine_actor
+from rollout.actor import create_engine_actors
 from rollout.dispatch import Dispatcher
+from rollout.flights import Flight, Flights
+from rollout.sglang_engine.installed import installed_in
+from rollout.sglang_engine.launcher import listening_host
+from rollout.sglang_engine.router_process import RouterProcess, behind_router
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.placement import Placement
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.push import PushMessage, PushReply
 
+logger = logging.getLogger(__name__)
+
 # An engine whose thread is not ended keeps its process alive after Ray has gone.
 STOP_TIMEOUT_S = 10.0
+# How long an abort from another thread may go unnoticed while nothing arrives.
+ABORT_POLL_S = 0.2
 
 
-@dataclass
-class _InFlight:
-    """A group on an engine; ``num_left`` samples have not come back."""
-
-    engine: int
-    group_id: str
-    num_left: int
+class EngineProcessDied(RuntimeError):
+    """An engine's own process has ended, of which no other is made: its weights and its part in pushes are gone."""
 
 
 class EnginePool:
-    """All rollout engines of a run. Use as a context manager: leaving it stops the engines and their actors."""
+    """All rollout engines of a run. Use as a context manager: leaving it stops the engines and their actors.
+
+    An engine that loses its server (MayStopServing) is given nothing until it serves again, and what it had not
+    finished goes on at engines that serve; where there is none, it waits in its engine. One whose process dies is lost:
+    its samples go on at the others as they were when it got them, an ERROR is logged, and the next push (or any other
+    call to all engines) raises EngineProcessDied.
+    """
 
     def __init__(self, config: Config, placement: Placement) -> None:
-        self._config = config
-        self._actors = [create_engine_actor(config, i, placement) for i in range(config.rollout.num_engines)]
+        self._router = _router(config)
+        self._config = config if self._router is None else behind_router(config, self._router.address)
+        created = [create_engine_actors(self._config, i, placement) for i in range(config.rollout.num_engines)]
+        self._actors = [actors.engine for actors in created]
+        self._node_actors = [node for actors in created for node in actors.nodes]
+        self._serving = [True] * len(self._actors)
+        self._dead: dict[int, RayActorError] = {}
+        self._watches: dict[ray.ObjectRef, int] = {}
+        self._flight_numbers = count()
+        self._num_aborts = 0
 
     def __enter__(self) -> EnginePool:
         return self
@@ -50,8 +70,14 @@ class EnginePool:
     def start(self) -> list[EngineStats]:
         """Load every engine; raises the engine's own ConfigError, or one about the timeout."""
         timeout_s = self._config.cluster.actor_start_timeout_s
+        if self._config.rollout.engine == "sglang":
+            timeout_s += self._config.sglang_server.start_timeout_s  # over which it tells more than the time
+        if self._router is not None:
+            self._router.start()
         calls = [actor.start.remote() for actor in self._actors]
         try:
+            if self._router is not None:
+                self._router.wait_until_ready()
             return _unwrapped(lambda: ray.get(calls, timeout=timeout_s))
         except ray.exceptions.GetTimeoutError:
             raise ConfigError(
@@ -62,56 +88,138 @@ class EnginePool:
             ) from None
 
     def generate(self, requests: Sequence[GroupRequest]) -> Iterator[GeneratedSample]:
-        """Generate every group; samples come in the order in which they finish, whichever engine they ran on."""
-        waiting = deque(requests)
-        dispatcher = Dispatcher(len(self._actors), 2 * self._config.engine.max_running_requests)
-        in_flight: dict[ray.ObjectRefGenerator, _InFlight] = {}
-        while waiting or in_flight:
-            while waiting and (engine := dispatcher.assign(len(waiting[0].seeds))) is not None:
-                group = waiting.popleft()
-                stream = self._actors[engine].generate.remote(group)
-                in_flight[stream] = _InFlight(engine, group.group_id, len(group.seeds))
-            ready, _ = ray.wait(list(in_flight), num_returns=1, fetch_local=False)
-            for stream in ready:
-                sample = self._next(stream, in_flight[stream])
-                if sample is None:
-                    del in_flight[stream]
-                    continue
-                dispatcher.finished(in_flight[stream].engine)
-                in_flight[stream].num_left -= 1
-                yield sample
+        """Generate every group, one call at a time; samples come as they finish, whichever engine they ran on.
 
-    def _next(self, stream: ray.ObjectRefGenerator, flight: _InFlight) -> GeneratedSample | None:
-        try:
-            sample: GeneratedSample = _unwrapped(lambda: ray.get(next(stream)))
-            return sample
-        except StopIteration:
-            assert flight.num_left == 0, f"{flight.group_id} ended with {flight.num_left} samples missing"
-            return None
-        except RayActorError as error:
-            raise RuntimeError(f"engine {flight.engine} died while it generated {flight.group_id}: {error}") from error
+        Raises what ended an engine for good (EngineFailed), and EngineProcessDied once no engine's process is left.
+        """
+        room = 2 * self._config.engine.max_running_requests
+        flights = Flights(requests, Dispatcher(self._serving, room), self._flight_numbers)
+        return self._samples(flights, self._num_aborts)
 
     def abort(self) -> None:
-        """Let everything being generated finish now with what it has."""
-        ray.get([actor.abort.remote() for actor in self._actors])
+        """See Engines: let the generation in progress, if there is one, come to its end now; from any thread."""
+        self._num_aborts += 1
 
     def broadcast(self, message: PushMessage) -> list[PushReply]:
-        """Deliver one push message to every engine; raises if any of them refuses."""
-        calls = [actor.update_weights.remote(message) for actor in self._actors]
-        return _unwrapped(lambda: ray.get(calls))
+        """Deliver one push message to every engine; raises if any of them refuses, or has died."""
+        return self._on_all("update_weights", message)
 
     def set_resident(self, resident: bool) -> list[EngineStats]:
-        return ray.get([actor.set_resident.remote(resident) for actor in self._actors])
+        return self._on_all("set_resident", resident)
 
     def stats(self) -> list[EngineStats]:
-        return ray.get([actor.stats.remote() for actor in self._actors])
+        return self._on_all("stats")
+
+    def _samples(self, flights: Flights, num_aborts: int) -> Iterator[GeneratedSample]:
+        streams: dict[ray.ObjectRefGenerator, Flight] = {}
+        self._hear_all()
+        while flights.has_unfinished:
+            if self._num_aborts > num_aborts and not flights.is_aborted:
+                self._abort(flights.in_air)
+                yield from flights.abort()
+            for flight in flights.launch():
+                streams[self._actors[flight.engine].generate.remote(flight.request, flight.number)] = flight
+            self._abort(flights.recall())
+            self._watch_all()
+            for ref in self._ready([*self._watches, *streams], ABORT_POLL_S):
+                if ref in self._watches:
+                    self._hear(ref)
+                else:
+                    yield from self._next(ref, streams, flights)
+
+    def _ready(self, refs: Collection[Any], timeout_s: float) -> list[Any]:
+        """One that has something, if any has it in time; raises EngineProcessDied where no engine is left."""
+        if len(self._dead) == len(self._actors):
+            *_, last = self._dead.values()
+            raise EngineProcessDied(f"no engine is left: their processes have died, the last so: {last}") from last
+        ready: list[Any] = ray.wait(list(refs), num_returns=1, timeout=timeout_s, fetch_local=False)[0]
+        return ready
+
+    def _next(
+        self, stream: ray.ObjectRefGenerator, streams: dict[ray.ObjectRefGenerator, Flight], flights: Flights
+    ) -> list[GeneratedSample]:
+        """What the caller gets of the next thing that a stream has."""
+        flight = streams[stream]
+        try:
+            sample = flights.arrived(flight, _unwrapped(lambda: ray.get(next(stream))))
+            return [] if sample is None else [sample]
+        except StopIteration:
+            del streams[stream]
+            return flights.ended(flight)
+        except RayActorError as error:
+            del streams[stream]
+            self._bury(flight.engine, error)
+            return flights.lost(flight)
+
+    def _abort(self, flights: Sequence[Flight]) -> None:
+        for engine in {flight.engine for flight in flights} - self._dead.keys():
+            numbers = [flight.number for flight in flights if flight.engine == engine]
+            self._actors[engine].abort.remote(numbers)
+
+    def _watch_all(self) -> None:
+        """Have every engine say when it begins or ceases to serve."""
+        for engine in set(range(len(self._actors))) - self._dead.keys() - set(self._watches.values()):
+            self._watches[self._actors[engine].wait_serving.remote(self._serving[engine])] = engine
+
+    def _hear_all(self) -> None:
+        """What has changed since the last generation, twice where a server was lost and replaced."""
+        self._watch_all()
+        timeout_s = 0.0
+        while heard := self._ready(self._watches, timeout_s):
+            for watch in heard:
+                self._hear(watch)
+            self._watch_all()
+            timeout_s = ABORT_POLL_S
+
+    def _hear(self, watch: ray.ObjectRef) -> None:
+        engine = self._watches.pop(watch)
+        try:
+            self._serving[engine] = _unwrapped(lambda: ray.get(watch))
+        except RayActorError as error:
+            self._bury(engine, error)
+        else:
+            logger.warning(
+                "engine %s engine=%d", "serves again" if self._serving[engine] else "lost its server", engine
+            )
+
+    def _bury(self, engine: int, error: RayActorError) -> None:
+        """An engine's process has died: go on without it."""
+        if engine in self._dead:
+            return
+        self._dead[engine] = error
+        self._serving[engine] = False
+        logger.error("engine process died, others take over its samples engine=%d error=%s", engine, error)
+
+    def _on_all(self, method: str, *arguments: object) -> list[Any]:
+        calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        try:
+            results: list[Any] = _unwrapped(lambda: ray.get(calls))
+        except RayActorError as error:
+            raise EngineProcessDied(
+                f"an engine's process died, and no other is made: resume the run from its last checkpoint ({error})"
+            ) from error
+        return results
 
     def stop(self) -> None:
         """End the engines, then their processes; one that does not answer is killed all the same."""
         ray.wait([actor.stop.remote() for actor in self._actors], num_returns=len(self._actors), timeout=STOP_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        for node in self._node_actors:
+            ray.kill(node)
+        self._actors, self._node_actors = [], []
+        if self._router is not None:
+            self._router.stop()
+
+
+def _router(config: Config) -> RouterProcess | None:
+    """The router of a run that wants one of its own."""
+    if config.rollout.engine != "sglang" or not config.sglang_server.router:
+        return None
+    num_cluster_nodes = sum(node["Alive"] for node in ray.nodes())
+    address = ray.util.get_node_ip_address()
+    sglang = installed_in(config.sglang_server.python or sys.executable)
+    return RouterProcess(config, sglang, listening_host(config, address, num_cluster_nodes > 1), address)
 
 
 def _unwrapped(call):  # type: ignore[no-untyped-def]

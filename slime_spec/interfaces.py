@@ -9,7 +9,7 @@ import difflib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from slime_spec.errors import ConfigError
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, Prompt, TrainReport, TrainSample
@@ -26,7 +26,10 @@ class Generation(Protocol):
     def __iter__(self) -> Iterator[GeneratedSample]: ...
 
     def abort(self) -> None:
-        """Let the unfinished samples finish now, with finish_reason "abort" and the tokens they have."""
+        """Let the unfinished samples finish now, with finish_reason "abort" and the tokens they have.
+
+        A later request goes on from them where it names them in ``begun``.
+        """
 
 
 class RolloutEngine(Protocol):
@@ -49,11 +52,19 @@ class RolloutEngine(Protocol):
     def stop(self) -> None: ...
 
 
+@runtime_checkable
+class MayStopServing(Protocol):
+    """An engine whose server may die and come back while the engine itself lives on."""
+
+    def wait_serving(self, known: bool) -> bool:
+        """Return whether it serves, once that is not what is ``known``; raises when it never will again."""
+
+
 class Engines(Protocol):
     """All engines of a run as one: what the RL loop sees of the rollout side."""
 
     def generate(self, requests: Sequence[GroupRequest]) -> Iterator[GeneratedSample]:
-        """Every group's samples, in the order in which they finish."""
+        """Every group's samples, in the order in which they finish, whichever engine they began on."""
 
     def broadcast(self, message: PushMessage) -> list[PushReply]:
         """Deliver one push message to every engine; raises if any refuses."""
@@ -63,7 +74,11 @@ class Engines(Protocol):
     def stats(self) -> list[EngineStats]: ...
 
     def abort(self) -> None:
-        """Let everything being generated finish now with what it has."""
+        """Let every sample of the generation in progress end now, with finish_reason "abort" and the tokens it has.
+
+        They come out of ``generate``, those too whose turn had not come. A later ``generate`` goes on from those that a
+        request's ``begun`` names, on any engine and with newer weights; ``version_spans`` say which tokens are whose.
+        """
 
     def stop(self) -> None: ...
 
@@ -101,11 +116,16 @@ class WeightTransport(Protocol):
 
 @dataclass(frozen=True)
 class RunState:
-    """Where the run is: saved with the trainer's checkpoint, so that a resumed run draws the same next prompts."""
+    """Where the run is: saved with the trainer's checkpoint, so that a resumed run draws the same next prompts.
+
+    ``unfinished_prompt_ids`` were drawn and not trained on yet: the next step begins with them, and with what the
+    engines have generated of them as long as the run's process lives.
+    """
 
     rollout_id: int
     next_prompt_id: int
     weight_version: int
+    unfinished_prompt_ids: tuple[int, ...] = ()
 
 
 class MetricSink(Protocol):

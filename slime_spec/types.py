@@ -62,6 +62,10 @@ class Prompt:
 class GroupRequest:
     """One prompt and its n samples, which share the prompt's KV: one seed per sample, already derived by the caller.
 
+    ``begun`` are samples to go on from: none, or one for each seed, in the seeds' order, as an earlier generation left
+    them (finish_reason "abort", perhaps without a token). What comes back is whole, with the token budget and every
+    count over both parts, under the sample_index it had: a request may hold some of a group's samples only.
+
     Example: ``GroupRequest("step3-prompt17", (1, 4093, 198), seeds=(11, 12, 13, 14), params=SamplingParams())``
     """
 
@@ -69,6 +73,16 @@ class GroupRequest:
     prompt_token_ids: tuple[int, ...]
     seeds: tuple[int, ...]
     params: SamplingParams
+    begun: tuple[GeneratedSample, ...] = ()
+
+    @property
+    def sample_indices(self) -> tuple[int, ...]:
+        """The sample_index of each seed's sample."""
+        return tuple(sample.sample_index for sample in self.begun) or tuple(range(len(self.seeds)))
+
+    def begun_at(self, position: int) -> GeneratedSample | None:
+        """What that seed's sample goes on from, if anything."""
+        return self.begun[position] if self.begun else None
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,9 @@ class GeneratedSample:
     version generated all of it. ``draft_version`` is that of the draft's own weights, None where it has none.
     ``lossy`` marks a sample whose verification may have bent the target's law. ``wait_s`` and ``first_token_s`` are
     the times from its arrival to its admission and to its first token, None where nobody measured them.
-    ``num_preemptions`` counts how often its KV was given up for lack of room, and recomputed.
+    ``num_preemptions`` counts how often its KV was given up for lack of room, and recomputed. A sample that
+    went on from an earlier part (GroupRequest.begun) sums the times of both; ``spec`` is empty where either part's
+    rounds are unknown.
     """
 
     group_id: str
@@ -129,6 +145,11 @@ class GeneratedSample:
     wait_s: float | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """``version_spans``, also where one version generated all of it; empty without tokens."""
+        return self.version_spans or (((0, self.weight_version),) if self.token_ids else ())
 
 
 @dataclass(frozen=True)
@@ -170,7 +191,12 @@ class TrainReport:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """An engine's health at one moment."""
+    """An engine's health at one moment; seconds and counts are sums since its start.
+
+    ``canary`` is what the canary after the last push counted, no rounds where none ran. ``probed_round_s`` and
+    ``probed_plain_s`` are the times of some rounds of draft and verify, and of one plain decode step of the very batch
+    of each: what a round costs in plain steps. An engine that does not measure leaves its times at 0.
+    """
 
     weight_version: int
     num_running: int
@@ -184,3 +210,9 @@ class EngineStats:
     time_in_draft_s: float = 0.0
     draft_version: int = 0
     num_preemptions: int = 0
+    speculates: bool = False
+    num_restarts: int = 0
+    num_draft_resends: int = 0
+    canary: SpecCounters = field(default_factory=SpecCounters)
+    probed_round_s: float = 0.0
+    probed_plain_s: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slime_spec.config.checks import check_ranks
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.hf.model_spec import ModelSpec
@@ -47,20 +48,7 @@ def check_layout(config: Config, spec: ModelSpec) -> Layout:
     """The layout that the trainer settings ask for; raises ConfigError where model and sizes do not fit each other."""
     trainer = config.trainer
     tensor, pipeline = trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size
-    if trainer.world_size % (tensor * pipeline):
-        raise ConfigError(
-            "trainer.world_size",
-            f"must be a multiple of tensor ({tensor}) x pipeline ({pipeline}) parallel ranks",
-            trainer.world_size,
-            f"Pass --actor-world-size {tensor * pipeline}, or correct the parallel sizes.",
-        )
-    if trainer.num_gpus not in (0, trainer.world_size):
-        raise ConfigError(
-            "trainer.num_gpus",
-            f"must be 0 (train on CPU) or one per rank ({trainer.world_size})",
-            trainer.num_gpus,
-            "Give --actor-num-gpus and --actor-world-size the same number.",
-        )
+    check_ranks(trainer)
     for what, size in _split_by_tensor_ranks(spec).items():
         if size % tensor:
             raise ConfigError(

@@ -12,13 +12,14 @@ from rollout.embedded.drafting import Drafter
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.linear import best_packing
 from rollout.embedded.rope import RopeTable
-from rollout.embedded.stop import StopRule, eos_ids
+from rollout.embedded.stop import StopRule
 from rollout.embedded.validate import limits_of
 from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.verifier import Verifier
 from rollout.embedded.weights import DecoderBuilder
 from slime_spec.config.tree import Config
 from slime_spec.hf.checkpoint import load_tensors
+from slime_spec.hf.end_tokens import eos_ids
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.speculation.shape import draft_shape
@@ -63,6 +64,7 @@ class Assembly:
             engine_index=engine_index,
             dtype=self.dtype,
             device=self.device,
+            cost_probe_interval=self.config.engine.cost_probe_interval,
         )
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)
         stop_ids = eos_ids(folder, self.spec.eos_token_ids)

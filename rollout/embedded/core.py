@@ -15,21 +15,22 @@ the youngest gives way. The oldest never does, so everything finishes. The calle
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rollout.embedded.batch import Batch
-from rollout.embedded.coins import Coins
+from rollout.embedded.cost_probe import CostProbe
 from rollout.embedded.drafting import NO_DRAFT, Draft, Drafter
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
+from rollout.embedded.plan import RowSpan
 from rollout.embedded.prefill import Prefiller
 from rollout.embedded.request import Group, OnProgress, OnSample, SampleState, Stamp
 from rollout.embedded.speculation import Speculation
 from rollout.embedded.stop import Ending, StopRule
-from rollout.embedded.target import Target, Timing
+from rollout.embedded.target import PassOutput, Target, Timing
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
 from slime_spec.speculation.shape import DraftShape
 from slime_spec.types import GroupRequest
@@ -48,6 +49,7 @@ class CoreSettings:
     engine_index: int
     dtype: torch.dtype
     device: torch.device
+    cost_probe_interval: int = 0
 
 
 class GenerationCore:
@@ -71,6 +73,7 @@ class GenerationCore:
         self.waiting: list[SampleState] = []  # oldest first
         self.drafter = drafter
         self.target = Target(decoder, cache, drafter.needs, settings.dtype, settings.device, clock, self.timing)
+        self.probe = CostProbe(settings.cost_probe_interval, self.timing, clock)
         self._speculation = Speculation(drafter, settings.shape, settings.speculates, self.target, self.timing, clock)
         self.batch = Batch(cache, settings.max_running, self._speculation.headroom, drafter.cache)
         self._prefiller = Prefiller(self.batch, self.target, self._speculation)
@@ -94,10 +97,9 @@ class GenerationCore:
     def add(self, request: GroupRequest, on_sample: OnSample, on_progress: OnProgress | None = None) -> Group:
         """Queue a validated group; ``on_progress`` hears of every round of every sample."""
         group = Group(request, self._clock(), on_sample, self._new_key(), on_progress)
-        for index, seed in enumerate(request.seeds):
-            coins = Coins(seed, request.params.max_new_tokens)
-            tokens = list(request.prompt_token_ids)
-            self.waiting.append(SampleState(group, index, self._new_key(), tokens, coins))
+        speculates = self._speculation.applies_to(group)
+        for position in range(len(request.seeds)):
+            self.waiting.append(SampleState.of(group, position, self._new_key(), speculates))
         return group
 
     def abort(self, group: Group) -> None:
@@ -168,7 +170,7 @@ class GenerationCore:
     def _enter(self, sequence: SampleState) -> None:
         self.batch.add(sequence)
         if sequence.wait_s is None:
-            sequence.wait_s = self._clock() - sequence.group.arrival_s
+            sequence.wait_s = sequence.elapsed_s(self._clock())
 
     def _allocate(self) -> None:
         """Make room for the next round of every sequence, or for as many of the oldest as can have it."""
@@ -199,8 +201,10 @@ class GenerationCore:
         finished = []
         for sequence, verified in zip(fresh, first, strict=True):
             group = sequence.group
+            if group.num_started:  # the first had computed the prompt
+                sequence.cached_tokens = group.num_prompt_tokens
             group.num_started += 1
-            sequence.first_token_s = self._clock() - group.arrival_s
+            sequence.first_token_s = sequence.elapsed_s(self._clock())
             if self.drafter.weights is not None:
                 sequence.draft_version = self.draft_version
             ending = self._emit(sequence, verified, group.prompt_version)
@@ -214,16 +218,13 @@ class GenerationCore:
         """One draft and one verify for every running sequence."""
         batch = self.batch
         running = batch.running
-        drafts = self._speculation.propose(batch)
-        spans = [batch.span(row, draft) for row, draft in enumerate(drafts)]
-        inputs: list[int] = []
-        for sequence, draft in zip(running, drafts, strict=True):
-            inputs.append(sequence.token_ids[-1])
-            inputs.extend(draft.token_ids)
-        output = self.target.run(self.cache.own, spans, inputs)
-        verified = self._verifier(self.target.logits(output.hidden), list(map(self._verify_row, running, drafts)))
-        batch.compact(spans, [each.path for each in verified])
-        self._speculation.observe(batch, output, spans, verified)
+        # A round of which some rows only decode tells neither cost.
+        is_typical = all(self._speculation.applies_to(each.group) for each in running)
+        with self.probe.around(self._plain_step, is_typical):
+            drafts = self._speculation.propose(batch)
+            output, spans, verified = self._verify(drafts)
+            batch.compact(spans, [each.path for each in verified])
+            self._speculation.observe(batch, output, spans, verified)
         finished: list[tuple[int, Ending]] = []
         for row, (sequence, draft, each) in enumerate(zip(running, drafts, verified, strict=True)):
             if self._speculation.applies_to(sequence.group):
@@ -232,6 +233,22 @@ class GenerationCore:
             if ending is not None:
                 finished.append((row, ending))
         self._finish(finished)
+
+    def _plain_step(self) -> None:
+        """One plain step for its time alone: it writes the last tokens' KV, as the round after it does again."""
+        self._verify([NO_DRAFT] * self.batch.num_running)
+
+    def _verify(self, drafts: Sequence[Draft]) -> tuple[PassOutput, list[RowSpan], list[Verified]]:
+        """One pass over every running sequence's last token and draft, and what of them stands."""
+        running = self.batch.running
+        spans = [self.batch.span(row, draft) for row, draft in enumerate(drafts)]
+        inputs: list[int] = []
+        for sequence, draft in zip(running, drafts, strict=True):
+            inputs.append(sequence.token_ids[-1])
+            inputs.extend(draft.token_ids)
+        output = self.target.run(self.cache.own, spans, inputs)
+        verified = self._verifier(self.target.logits(output.hidden), list(map(self._verify_row, running, drafts)))
+        return output, spans, verified
 
     def _verify_row(self, sequence: SampleState, draft: Draft) -> VerifyRow:
         group = sequence.group

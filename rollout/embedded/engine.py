@@ -14,28 +14,16 @@ from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.generation import EmbeddedGeneration
 from rollout.embedded.loop_thread import LoopThread, Refused
-from rollout.embedded.push import DraftStaging, PushStage, Staging, TargetStaging, tensor_checksums
+from rollout.embedded.push import CoreStaging, CoreWeights
 from rollout.embedded.request import OnProgress
 from rollout.embedded.validate import check_request
 from slime_spec.config.tree import Config
-from slime_spec.errors import PushError
 from slime_spec.interfaces import Generation, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.manifest import Side, combined_checksum
-from slime_spec.weights.push import (
-    NOT_COMPARABLE,
-    BeginPush,
-    CancelPush,
-    CommitPush,
-    ContinueGeneration,
-    PauseGeneration,
-    PreparePush,
-    PushBucket,
-    PushMessage,
-    PushReply,
-    VerifyPush,
-)
+from slime_spec.weights.push import PushMessage, PushReply
+from slime_spec.weights.stage import PushDesk
 
 
 class EmbeddedEngine:
@@ -56,6 +44,8 @@ class EmbeddedEngine:
 
     _core: GenerationCore
     _thread: LoopThread
+    _weights: CoreWeights
+    _pushes: PushDesk[CoreStaging]
 
     def __init__(
         self,
@@ -67,7 +57,6 @@ class EmbeddedEngine:
         self._assembly = Assembly(config)
         self._index, self._transport, self._clock = engine_index, transport, clock
         self._resident = True
-        self._push: PushStage | None = None
         self._live: set[EmbeddedGeneration] = set()
         # Orders requests against offloading: a request is either queued before it or refused after it.
         self._gate = Lock()
@@ -76,6 +65,8 @@ class EmbeddedEngine:
     def start(self) -> None:
         self._core = self._assembly.core(self._index, self._clock)
         self._thread = LoopThread(self._core, self._fail_all)
+        self._weights = CoreWeights(self._assembly, self._core, self._thread)
+        self._pushes = PushDesk(self._index, self._transport, self._weights)
         self._started.callback(self._thread.stop)
 
     def generate(self, request: GroupRequest, on_progress: OnProgress | None = None) -> Generation:
@@ -95,33 +86,7 @@ class EmbeddedEngine:
 
     def update_weights(self, message: PushMessage) -> PushReply:
         """See RolloutEngine; buckets are packed on the caller's thread while the loop's goes on serving."""
-        match message:
-            case PauseGeneration(_, mode):
-                self._thread.call(lambda: self._core.pause(mode))
-                return self._reply("target")
-            case ContinueGeneration():
-                self._thread.call(self._core.resume)
-                return self._reply("target")
-            case VerifyPush(_, side):
-                return self._reply(side, self.weights_checksum(side) if self._reads_back(side) else NOT_COMPARABLE)
-        stage, self._push = self._push, None  # whatever fails below drops the push
-        match message:
-            case BeginPush(manifest):
-                stage = PushStage(manifest, self._staging(manifest.side))
-            case PushBucket() if stage is not None:
-                stage.take(message, self._transport)
-            case PreparePush(version, checksum) if stage is not None:
-                stage.prepare(version, checksum)
-            case CommitPush(version) if stage is not None:
-                stage.check_commit(version)
-                self._thread.call(lambda: stage.commit(self._core))
-                return self._reply(stage.manifest.side, stage.checksum)
-            case CancelPush():
-                return self._reply("target" if stage is None else stage.manifest.side)
-            case _:
-                raise PushError(f"{type(message).__name__} of version {message.version} outside a push")
-        self._push = stage
-        return self._reply(stage.manifest.side, stage.checksum)
+        return self._pushes.answer(message)
 
     def set_resident(self, resident: bool) -> None:
         with self._gate:
@@ -142,6 +107,9 @@ class EmbeddedEngine:
             time_in_draft_s=core.timing.draft_s,
             draft_version=core.draft_version,
             num_preemptions=core.num_preemptions,
+            speculates=self._assembly.config.speculative.algorithm != "NONE",
+            probed_round_s=core.probe.round_s,
+            probed_plain_s=core.probe.plain_s,
         )
 
     @property
@@ -156,7 +124,7 @@ class EmbeddedEngine:
 
     def tensor_checksums(self, side: Side) -> dict[str, int]:
         """Checksum of every tensor the engine computes with, read back out of its packed form."""
-        return self._thread.call(lambda: tensor_checksums(self._core, side))
+        return self._weights.tensor_checksums(side)
 
     def weights_checksum(self, side: Side = "target") -> str:
         """All of them combined, as a push combines its own."""
@@ -169,23 +137,6 @@ class EmbeddedEngine:
     def stop(self) -> None:
         """End the loop; samples still being generated fail with RuntimeError at their callers."""
         self._started.close()
-
-    def _staging(self, side: Side) -> Staging:
-        if side == "target":
-            return TargetStaging(self._assembly.spec, self._assembly.builder(self._core.decoder.device))
-        if self._core.drafter.weights is None:
-            algorithm = self._assembly.config.speculative.algorithm
-            raise PushError(f"the drafter of speculative.algorithm {algorithm} has no weights to update")
-        return DraftStaging(self._core.drafter.weights)
-
-    def _reads_back(self, side: Side) -> bool:
-        """Whether the weights in use are the pushed ones bit for bit; a quantised draft's are not."""
-        weights = self._core.drafter.weights
-        return side == "target" or weights is None or weights.exact
-
-    def _reply(self, side: Side, checksum: str = "") -> PushReply:
-        version = self._core.version if side == "target" else self._core.draft_version
-        return PushReply(self._index, version, checksum)
 
     def _set_resident(self, resident: bool) -> None:
         if self._core.has_work:

@@ -20,7 +20,11 @@ T = TypeVar("T")
 Command = tuple[Callable[[], Any], Future]
 
 
-class LoopStopped(RuntimeError):
+class LoopEnded(RuntimeError):
+    """The loop has ended, stopped or by an error: the engine will never answer again."""
+
+
+class LoopStopped(LoopEnded):
     """The engine was stopped."""
 
 
@@ -45,7 +49,7 @@ class LoopThread:
         future: Future[T] = Future()
         with self._lock:
             if self._ended is not None:
-                raise RuntimeError("the engine is not running") from self._ended
+                raise LoopEnded("the engine is not running") from self._ended
             self._inbox.put((command, future))
         return future
 

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 
+from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.drafting import DraftWeights
+from rollout.embedded.loop_thread import LoopThread
 from rollout.embedded.weights import DecoderBuilder, named_tensors
 from slime_spec.errors import PushError
 from slime_spec.hf.checkpoint import expected_shapes
 from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.interfaces import WeightTransport
-from slime_spec.weights.manifest import Manifest, Side, tensor_checksum
-from slime_spec.weights.push import PushBucket, PushReceiver
+from slime_spec.weights.manifest import Manifest, Side, combined_checksum, tensor_checksum
+from slime_spec.weights.push import NOT_COMPARABLE, PauseMode
+from slime_spec.weights.stage import PushStage, Staging
 
 
-class Staging(Protocol):
-    """What one side's tensors become, before and at the commit."""
-
-    @property
-    def expected(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor the push must bring."""
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one verified tensor, whose memory belongs to the transport."""
-
-    def build(self) -> None:
-        """All tensors are there: do everything but the swap."""
+class CoreStaging(Staging, Protocol):
+    """A staging whose tensors a core takes over."""
 
     def commit(self, core: GenerationCore, version: int) -> None:
         """Swap, on the core's thread."""
@@ -69,53 +60,46 @@ class DraftStaging:
         core.use_draft(self._tensors, version)
 
 
-class PushStage:
-    """One open push; dropping it leaves the engine as it was."""
+class CoreWeights:
+    """The weights of a running core; what touches them runs between two rounds, on its thread."""
 
-    def __init__(self, manifest: Manifest, staging: Staging) -> None:
-        self._receiver = PushReceiver(manifest, staging.expected)
-        self._staging = staging
-        self._prepared = False
+    def __init__(self, assembly: Assembly, core: GenerationCore, thread: LoopThread) -> None:
+        self._assembly, self._core, self._thread = assembly, core, thread
 
-    @property
-    def manifest(self) -> Manifest:
-        return self._receiver.manifest
+    def version(self, side: Side) -> int:
+        return self._core.version if side == "target" else self._core.draft_version
 
-    @property
-    def checksum(self) -> str:
-        """Combined checksum of what has been staged so far."""
-        return self._receiver.checksum
+    def staging(self, manifest: Manifest) -> CoreStaging:
+        """Packing happens on the caller's thread, while the core goes on serving."""
+        if manifest.side == "target":
+            return TargetStaging(self._assembly.spec, self._assembly.builder(self._core.decoder.device))
+        if self._core.drafter.weights is None:
+            algorithm = self._assembly.config.speculative.algorithm
+            raise PushError(f"the drafter of speculative.algorithm {algorithm} has no weights to update")
+        return DraftStaging(self._core.drafter.weights)
 
-    def take(self, bucket: PushBucket, transport: WeightTransport) -> None:
-        tensors = transport.receive(bucket)
-        self._receiver.take(bucket, tensors)
-        for meta, tensor in zip(bucket.tensors, tensors, strict=True):
-            self._staging.add(meta.name, tensor)
+    def commit(self, stage: PushStage[CoreStaging]) -> None:
+        self._thread.call(lambda: stage.staging.commit(self._core, stage.manifest.version))
 
-    def prepare(self, version: int, checksum: str) -> None:
-        """Build what will serve; raises PushError when anything is missing or differs."""
-        self._check_version("prepare", version)
-        self._receiver.finish(checksum)
-        self._staging.build()
-        self._prepared = True
+    def checksum(self, side: Side) -> str:
+        """As a push combines its own; a quantised draft's weights are not the pushed ones bit for bit."""
+        draft = self._core.drafter.weights
+        if side == "draft" and draft is not None and not draft.exact:
+            return NOT_COMPARABLE
+        return combined_checksum(self.tensor_checksums(side).items())
 
-    def check_commit(self, version: int) -> None:
-        """Raise PushError unless this version is prepared."""
-        self._check_version("commit", version)
-        if not self._prepared:
-            raise PushError(f"commit of version {version} before its prepare")
+    def tensor_checksums(self, side: Side) -> dict[str, int]:
+        """Checksum of every tensor one side computes with; equal to a push's where both have the same dtype."""
+        return self._thread.call(lambda: _tensor_checksums(self._core, side))
 
-    def commit(self, core: GenerationCore) -> None:
-        """Swap, on the core's thread."""
-        self._staging.commit(core, self.manifest.version)
+    def pause(self, mode: PauseMode) -> None:
+        self._thread.call(lambda: self._core.pause(mode))
 
-    def _check_version(self, step: str, version: int) -> None:
-        if version != self.manifest.version:
-            raise PushError(f"{step} of version {version} inside the push of {self.manifest.version}")
+    def resume(self) -> None:
+        self._thread.call(self._core.resume)
 
 
-def tensor_checksums(core: GenerationCore, side: Side) -> dict[str, int]:
-    """Checksum of every tensor one side computes with; equal to a push's where both have the same dtype."""
+def _tensor_checksums(core: GenerationCore, side: Side) -> dict[str, int]:
     if side == "target":
         tensors = named_tensors(core.decoder)
     else:

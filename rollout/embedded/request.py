@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rollout.begun import rounds_are_known
 from rollout.embedded.coins import Coins
 from rollout.embedded.stop import Ending
 from slime_spec.speculation.shape import DraftShape
@@ -55,6 +56,7 @@ class Group:
 
     def __post_init__(self) -> None:
         self.num_unfinished = len(self.request.seeds)
+        self.num_started = sum(bool(begun.token_ids) for begun in self.request.begun)
 
     @property
     def shares_prompt(self) -> bool:
@@ -80,7 +82,10 @@ class Group:
 
 @dataclass(eq=False)
 class SampleState:
-    """One sample while it is generated. ``token_ids`` starts with the prompt; the last token is not in the KV yet."""
+    """One sample while it is generated. ``token_ids`` starts with the prompt; the last token is not in the KV yet.
+
+    One that goes on from an earlier part holds that part's tokens, times and counts from the start.
+    """
 
     group: Group
     sample_index: int
@@ -92,6 +97,10 @@ class SampleState:
     num_drafted: int = 0
     num_empty_rounds: int = 0
     num_preemptions: int = 0
+    cached_tokens: int = 0
+    spent_s: float = 0.0  # in earlier parts
+    lossy: bool = False  # an earlier part was
+    rounds_known: bool = True
     num_prefilled: int = 0  # slots of the row filled so far, while it is being prefilled
     kv_version: int = 0  # oldest weights that computed its KV
     oldest_version: int | None = None  # of the weights that had a part in its tokens, by logits or by KV
@@ -99,6 +108,25 @@ class SampleState:
     wait_s: float | None = None  # from arrival to a row
     first_token_s: float | None = None  # from arrival to the first token
     version_spans: list[tuple[int, int]] = field(default_factory=list)  # (first token, version of the weights)
+
+    @classmethod
+    def of(cls, group: Group, position: int, key: int, speculates: bool) -> SampleState:
+        """The sample of a group's seed, as new or as its earlier part left it; it goes on whatever the params.
+
+        Stop strings and penalties look at all its tokens, and its coins are those of its seed at every token: where
+        the weights are the same, it becomes what it would have been undisturbed.
+        """
+        request = group.request
+        coins = Coins(request.seeds[position], request.params.max_new_tokens)
+        state = cls(group, request.sample_indices[position], key, list(request.prompt_token_ids), coins)
+        begun = request.begun_at(position)
+        if begun is None:
+            return state
+        state.spent_s, state.wait_s = begun.e2e_latency_s, begun.wait_s
+        state.num_preemptions = begun.num_preemptions
+        if begun.token_ids:
+            state._take_part(begun, speculates)
+        return state
 
     @property
     def num_generated(self) -> int:
@@ -122,11 +150,6 @@ class SampleState:
     def prefilled(self) -> bool:
         return self.group.prefix_ready and self.num_prefilled == self.prefill_len
 
-    @property
-    def num_cached_tokens(self) -> int:
-        """Prompt tokens whose KV the group's first sample had computed when this one started."""
-        return self.group.num_prompt_tokens if self.sample_index > 0 and self.num_generated else 0
-
     def append(self, token_id: int, logprob: float, version: int) -> None:
         """Take one token that weights of ``version`` gave."""
         if not self.version_spans or self.version_spans[-1][1] != version:
@@ -148,9 +171,12 @@ class SampleState:
         self.accepted_histogram.extend([0] * max(0, missing))
         self.accepted_histogram[num_accepted] += 1
 
+    def elapsed_s(self, now_s: float) -> float:
+        """Time since its arrival, that of earlier parts included."""
+        return self.spent_s + now_s - self.group.arrival_s
+
     def finished(self, ending: Ending, now_s: float, stamp: Stamp, version: int) -> GeneratedSample:
         """The sample as it stands; ``version`` are the weights in use, which one without tokens is said to be of."""
-        num_rounds = sum(self.accepted_histogram)
         oldest = version if self.oldest_version is None else self.oldest_version
         uniform = [version for _, version in self.version_spans] in ([], [oldest])
         return GeneratedSample(
@@ -164,19 +190,36 @@ class SampleState:
             version_spans=() if uniform else tuple(self.version_spans),
             draft_version=self.draft_version,
             num_prompt_tokens=self.group.num_prompt_tokens,
-            cached_tokens=self.num_cached_tokens,
+            cached_tokens=self.cached_tokens,
             num_preemptions=self.num_preemptions,
-            spec=SpecCounters(
-                num_rounds=num_rounds,
-                num_proposed=num_rounds * (stamp.shape.num_draft_tokens - 1),
-                histogram=tuple(self.accepted_histogram),
-                num_drafted=self.num_drafted,
-                num_empty_rounds=self.num_empty_rounds,
-                num_steps=stamp.shape.num_steps,
-            ),
-            e2e_latency_s=now_s - self.group.arrival_s,
+            spec=self._counters(stamp.shape) if self.rounds_known else SpecCounters(),
+            e2e_latency_s=self.elapsed_s(now_s),
             wait_s=self.wait_s,
             first_token_s=self.first_token_s,
             engine=stamp.engine,
-            lossy=stamp.lossy,
+            lossy=stamp.lossy or self.lossy,
         )
+
+    def _counters(self, shape: DraftShape) -> SpecCounters:
+        num_rounds = sum(self.accepted_histogram)
+        return SpecCounters(
+            num_rounds=num_rounds,
+            num_proposed=num_rounds * (shape.num_draft_tokens - 1),
+            histogram=tuple(self.accepted_histogram),
+            num_drafted=self.num_drafted,
+            num_empty_rounds=self.num_empty_rounds,
+            num_steps=shape.num_steps,
+        )
+
+    def _take_part(self, begun: GeneratedSample, speculates: bool) -> None:
+        """Hold the tokens of an earlier part, and what is known of them."""
+        self.token_ids += begun.token_ids
+        self.logprobs += begun.logprobs
+        self.version_spans += begun.spans
+        self.oldest_version, self.draft_version = begun.weight_version, begun.draft_version
+        self.first_token_s, self.cached_tokens = begun.first_token_s, begun.cached_tokens
+        self.lossy = begun.lossy
+        spec = begun.spec
+        self.rounds_known = not speculates or rounds_are_known(len(begun.token_ids), spec.num_rounds)
+        self.accepted_histogram += spec.histogram
+        self.num_drafted, self.num_empty_rounds = spec.num_drafted, spec.num_empty_rounds

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from slime_spec.types import FinishReason, SamplingParams
 
@@ -18,14 +16,6 @@ class Ending:
 
     reason: FinishReason
     matched: int | str | None = None
-
-
-def eos_ids(folder: str | Path, from_config: Sequence[int]) -> frozenset[int]:
-    """End-of-sequence tokens of config.json and of generation_config.json (chat models name more of them there)."""
-    path = Path(folder) / "generation_config.json"
-    extra = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    named = extra if isinstance(extra, list) else [] if extra is None else [extra]
-    return frozenset([*from_config, *named])
 
 
 class StopRule:

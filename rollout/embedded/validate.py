@@ -7,6 +7,7 @@ from math import inf, isfinite
 
 import torch
 
+from rollout.begun import check_begun
 from rollout.embedded.drafters import draft_kv_spec
 from rollout.embedded.kv_cache import bytes_per_token
 from slime_spec.config.tree import Config, EngineConfig
@@ -101,6 +102,7 @@ def check_request(request: GroupRequest, limits: Limits) -> None:
         )
     if not request.seeds:
         raise ConfigError("rollout.n_samples_per_prompt", "must be at least 1", 0, "Pass --n-samples-per-prompt 1.")
+    check_begun(request, limits.vocab_size)
     check_params(params, limits.vocab_size)
     check_speculative_params(params, limits.algorithm, limits.vocab_size)
     total = len(prompt) + params.max_new_tokens

@@ -13,16 +13,26 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rollout.sglang_engine.installed import InstalledSglang
-from rollout.sglang_engine.model_files import read_architecture
-from slime_spec.config.build import read_yaml
+from rollout.sglang_engine.labels import label_suffix
+from rollout.sglang_engine.model_files import draft_folder, read_architecture
+from slime_spec.config.addresses import address_of
+from slime_spec.config.build import from_dict, read_yaml, to_dict
+from slime_spec.config.server_checks import check_servers
+from slime_spec.config.speculation import check_speculation
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.draft.families import MTP_FAMILIES
+from slime_spec.draft.shipped import BUILTIN
 from slime_spec.errors import ConfigError
+from slime_spec.placement import num_engine_nodes
 
 OVERRIDES = "sglang_server.overrides"
 EXTRA = "sglang_server.extra_args"
-OWNED = ("model_path", "host", "port", "weight_version", "node_rank", "dist_init_addr")
+LOOPBACK = "127.0.0.1"
+PLANNED_PORT = 30000  # stands for "a free one" where no port is set
+OWNED = ("model_path", "host", "port", "weight_version", "nnodes", "node_rank", "dist_init_addr")
+# What --sglang-<flag> sets in the engine's node of the tree.
+OF_ENGINE = ("dtype", "context_length", "max_running_requests", "max_total_tokens")
 # Settings of the tree that are ours or RTP-LLM's and mean nothing to SGLang.
 NOT_SGLANGS = ("lossy", "draft_norm_output_convention", "min_token_match", "max_token_match", "edit")
 ALGORITHMS = ("NONE", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN", "DFLASH", "DSPARK")
@@ -43,13 +53,27 @@ class Place:
 
     @property
     def url(self) -> str:
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        """Where the same node reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{address_of(host, self.port)}"
+
+
+def planned_places(config: Config, engine_index: int) -> tuple[Place, ...]:
+    """The places of an engine's servers as far as they are known before it starts, one a node."""
+    settings, num_nodes = config.sglang_server, num_engine_nodes(config)
+    port = (settings.port or PLANNED_PORT) + engine_index
+    if num_nodes == 1:
+        return (Place(settings.host or LOOPBACK, port),)
+    names = [f"ENGINE{engine_index}-NODE{node}" for node in range(num_nodes)]
+    return tuple(
+        Place(settings.host or name, port, num_nodes, node, f"{names[0]}:PORT") for node, name in enumerate(names)
+    )
 
 
 def server_flags(config: Config, engine_index: int, place: Place, speculate: bool = True) -> dict[str, object]:
     """Every flag of one server by its dest; ``speculate=False`` leaves speculation out."""
-    overrides = {**config.sglang, **engine_overrides(config.sglang_server.overrides, engine_index)}
+    config = config_of_engine(config, engine_index)
+    overrides = config.sglang
     for dest in OWNED:
         if dest in overrides:
             raise ConfigError(f"sglang.{dest}", "belongs to the engine", overrides[dest], "Leave it out.")
@@ -57,15 +81,17 @@ def server_flags(config: Config, engine_index: int, place: Place, speculate: boo
         "model_path": config.model.hf_checkpoint,
         "host": place.host,
         "port": place.port,
-        "weight_version": "0",
+        "weight_version": f"0{label_suffix(config, engine_index)}",
         "dtype": config.engine.dtype,
         "context_length": config.engine.context_length,
         "max_running_requests": config.engine.max_running_requests,
         "max_total_tokens": config.engine.max_total_tokens,
         "skip_server_warmup": True,
         "incremental_streaming_output": True,
-        **_device_flags(config, place),
+        **_device_flags(config),
     }
+    if place.num_nodes > 1:
+        flags |= {"nnodes": place.num_nodes, "node_rank": place.node_rank, "dist_init_addr": place.init_address}
     if speculate:
         flags |= speculative_flags(config.speculative, config.model.hf_checkpoint)
     # An override must not bring back what speculate=False took away.
@@ -73,7 +99,7 @@ def server_flags(config: Config, engine_index: int, place: Place, speculate: boo
     return {name: value for name, value in {**flags, **kept}.items() if value is not None}
 
 
-def _device_flags(config: Config, place: Place) -> dict[str, object]:
+def _device_flags(config: Config) -> dict[str, object]:
     num_gpus = config.rollout.num_gpus_per_engine
     if num_gpus == 0:
         return {"device": "cpu"}
@@ -83,12 +109,12 @@ def _device_flags(config: Config, place: Place) -> dict[str, object]:
     # With attention data parallelism the ranks share the tensor-parallel ones; without, each replica has its own.
     shared = bool(config.sglang.get("enable_dp_attention"))
     flags["tp_size"] = num_gpus if shared else num_gpus // data_parallel
-    if place.num_nodes > 1:
-        flags |= {"nnodes": place.num_nodes, "node_rank": place.node_rank, "dist_init_addr": place.init_address}
-    if config.cluster.colocate and config.cluster.offload:
+    if config.run.mode == "train" and config.cluster.colocate and config.cluster.offload:
         flags["enable_memory_saver"] = True
         if config.speculative.algorithm not in ("NONE", "NGRAM"):
             flags["enable_draft_weights_cpu_backup"] = True
+        if config.push.interval > 1:  # the weights that come back are generated with, no push replaces them first
+            flags["enable_weights_cpu_backup"] = True
     return flags
 
 
@@ -113,13 +139,36 @@ def speculative_flags(config: SpeculativeConfig, target: str) -> dict[str, objec
     if is_mtp and read_architecture(target) in MTP_FAMILIES:
         # For some families (MiMo) SGLang does not default to the target's own folder.
         flags["speculative_draft_model_path"] = target
+    elif (config.draft_model_path or "").startswith(BUILTIN):
+        flags["speculative_draft_model_path"] = str(draft_folder(config))
     return flags
 
 
-def engine_overrides(path: str | None, engine_index: int) -> dict[str, object]:
-    """The flags that ``sglang_server.overrides`` has for one engine."""
+def config_of_engine(config: Config, engine_index: int) -> Config:
+    """The configuration with the flags that ``sglang_server.overrides`` has for this engine in their places."""
+    path = config.sglang_server.overrides
     if path is None:
-        return {}
+        return config
+    flags = _engine_overrides(path, engine_index, config.rollout.num_engines)
+    data = to_dict(config)
+    if "speculative_algorithm" in flags:  # the steps and the draft of another algorithm mean nothing to it
+        data["speculative"] = to_dict(Config())["speculative"]
+    for dest, value in flags.items():
+        name = dest.removeprefix("speculative_")
+        if dest in OF_ENGINE:
+            data["engine"][dest] = value
+        elif dest != name and name in data["speculative"]:
+            data["speculative"][name] = value
+        else:
+            data["sglang"][dest] = value
+    data["sglang_server"]["overrides"] = None
+    changed = from_dict(data)
+    check_speculation(changed)
+    check_servers(changed)
+    return changed
+
+
+def _engine_overrides(path: str, engine_index: int, num_engines: int) -> dict[str, object]:
     try:
         data = read_yaml(Path(path).read_text())
     except (OSError, ValueError, TypeError) as error:
@@ -128,6 +177,10 @@ def engine_overrides(path: str | None, engine_index: int) -> dict[str, object]:
     if strangers or not all(isinstance(flags, dict) for flags in data.values()):
         raise ConfigError(
             OVERRIDES, "maps engine numbers to flags", strangers, "Write {0: {mem_fraction_static: 0.7}}."
+        )
+    if absent := [key for key in data if not 0 <= key < num_engines]:
+        raise ConfigError(
+            OVERRIDES, f"numbers the engines from 0 to {num_engines - 1}", absent, "Correct the number, or drop it."
         )
     found: dict[str, object] = data.get(engine_index, {})
     return found

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from rollout.sglang_engine.client import SglangClient
 from slime_spec.speculation.metadata import pooled, spec_counters
+from slime_spec.types import SpecCounters
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +43,19 @@ class Canary:
         if len(self.prompts) < self.num_prompts and len(ids) <= self.longest and ids not in self.prompts:
             self.prompts.append(ids)
 
-    async def accepted_per_round(self, client: SglangClient) -> float | None:
-        """Drafts accepted per verify round, over all prompts; None where nothing was verified."""
+    async def run(self, client: SglangClient) -> SpecCounters:
+        """What was drafted and accepted, over all prompts."""
         answers = await asyncio.gather(*(self._generate(client, prompt) for prompt in self.prompts))
-        spec = pooled(spec_counters(answer["meta_info"]) for answer in answers)
-        return spec.num_correct / spec.num_rounds if spec.num_rounds else None
+        return pooled(spec_counters(answer["meta_info"]) for answer in answers)
 
-    def judge(self, accepted: float) -> bool:
-        """Whether drafts are accepted as before; a good number goes into the mean."""
+    def judge(self, counted: SpecCounters) -> bool:
+        """Whether drafts are accepted per round as before; a good number goes into the mean.
+
+        Where nothing was verified there is nothing to judge.
+        """
+        if not counted.num_rounds:
+            return True
+        accepted = counted.num_correct / counted.num_rounds
         if self.mean is not None and accepted < self.drop * self.mean:
             logger.error("ALARM drafts are refused accepted_per_round=%.3f mean=%.3f", accepted, self.mean)
             return False

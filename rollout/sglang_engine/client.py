@@ -6,14 +6,19 @@ Nothing is retried here. A call that was refused did nothing; after ServerGone n
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
 
 CONTROL_TIMEOUT_S = 600.0
+ABORT_TIMEOUT_S = 30.0
+# With it sglang-router marks the answers that are its own and no server's.
+ROUTER_ERROR = "x-smg-error-code"
 # A streamed chunk of many samples' logprobs is one line, longer than aiohttp's own limit.
 LONGEST_LINE = 256 * 1024 * 1024
+# SGLang closes a connection that was idle for 5 s; a request that meets the closing looks like a server that died.
+KEEP_ALIVE_S = 1.0
 
 
 class ServerRefused(RuntimeError):
@@ -31,8 +36,12 @@ class ServerGone(ConnectionError):
     """The connection failed or broke, or no answer came in time."""
 
 
+class NotReached(ServerGone):
+    """There was no connection: nothing was sent."""
+
+
 class SglangClient:
-    """Calls one server; belongs to the asyncio loop in which ``open`` ran."""
+    """Calls one server, or a router; belongs to the asyncio loop in which ``open`` ran."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url
@@ -40,8 +49,14 @@ class SglangClient:
 
     async def open(self) -> None:
         # Every sample in flight holds a connection: the server's own queue is the limit, not aiohttp's 100.
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, read_bufsize=2**20)
+
+    def at(self, url: str) -> SglangClient:
+        """The same for another server; it lasts as long as this one."""
+        other = SglangClient(url)
+        other._session = self._session
+        return other
 
     async def close(self) -> None:
         await self._session.close()
@@ -53,6 +68,13 @@ class SglangClient:
         """The answer's JSON (its text where it is none); raises ServerRefused or ServerGone."""
         return await self._call("POST", path, body or {}, timeout_s)
 
+    async def delete(self, path: str, timeout_s: float) -> Any:
+        return await self._call("DELETE", path, None, timeout_s)
+
+    async def abort(self, rid: str) -> None:
+        """End a request with what it has; one that the server does not know is no error."""
+        await self.post("/abort_request", {"rid": rid}, ABORT_TIMEOUT_S)
+
     async def is_healthy(self, timeout_s: float = 10.0) -> bool:
         try:
             await self.get("/health", timeout_s)
@@ -60,7 +82,7 @@ class SglangClient:
             return False
         return True
 
-    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of one streamed /generate; ends after the server's [DONE].
 
         Raises ServerGone when the stream breaks off, ServerRefused for an error, also one sent as a chunk.
@@ -70,7 +92,7 @@ class SglangClient:
         try:
             async with self._session.post(self.url + path, json={**body, "stream": True}, timeout=timeout) as response:
                 if response.status != 200:
-                    raise _refusal(path, response.status, await response.text())
+                    raise _refusal(path, response, await response.text())
                 async for data in _events(response.content):
                     if data == b"[DONE]":
                         return
@@ -79,7 +101,7 @@ class SglangClient:
                         raise ServerRefused(path, 400, _message(data.decode()))
                     yield chunk
         except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
-            raise ServerGone(f"{self.url}{path}: {type(error).__name__} {error}") from error
+            raise _broken(f"{self.url}{path}", error) from error
         raise ServerGone(f"{self.url}{path}: the stream ended before the response")
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
@@ -88,9 +110,9 @@ class SglangClient:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
                 text = await response.text()
         except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
-            raise ServerGone(f"{self.url}{path}: {type(error).__name__} {error}") from error
-        if response.status != 200:
-            raise _refusal(path, response.status, text)
+            raise _broken(f"{self.url}{path}", error) from error
+        if response.status not in (200, 202):
+            raise _refusal(path, response, text)
         try:
             return json.loads(text) if text else None
         except json.JSONDecodeError:
@@ -111,9 +133,15 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
                 yield bytes(line[5:]).strip()
 
 
-def _refusal(path: str, status: int, text: str) -> ServerRefused | ServerGone:
-    """A server that is starting or ending, and a router without servers, say 502 to 504: nothing was done."""
-    if status in (502, 503, 504):
+def _broken(url: str, error: Exception) -> ServerGone:
+    kind = NotReached if isinstance(error, aiohttp.ClientConnectorError) else ServerGone
+    return kind(f"{url}: {type(error).__name__} {error}")
+
+
+def _refusal(path: str, response: aiohttp.ClientResponse, text: str) -> ServerRefused | ServerGone:
+    """A server that is starting or ending, and a router whose server is gone, say 5xx: nothing was done."""
+    status = response.status
+    if status in (502, 503, 504) or (status == 500 and ROUTER_ERROR in response.headers):
         return ServerGone(f"{path}: {status} {_message(text)}")
     return ServerRefused(path, status, _message(text))
 

@@ -26,6 +26,8 @@ from slime_spec.weights.push import PauseMode, bucketed
 logger = logging.getLogger(__name__)
 
 BEGIN = "/begin_weight_update"
+# Parts of a fused projection that SGLang cuts out as if every head had hidden_size / num_attention_heads dimensions.
+MISREAD = (".k_proj.", ".v_proj.")
 Sums = Mapping[str, str]
 
 
@@ -39,7 +41,10 @@ class Weights:
 
 
 class Delivery:
-    """Delivers to one server. ``mtp_names`` are target tensors that belong to the draft inside it."""
+    """Delivers to one server, whose weights are then called by their version and ``label_suffix``.
+
+    ``mtp_names`` are target tensors that belong to the draft inside it.
+    """
 
     def __init__(
         self,
@@ -49,9 +54,11 @@ class Delivery:
         transport_name: str,
         has_external_draft: bool,
         bucket_bytes: int,
+        label_suffix: str = "",
     ) -> None:
         self._client, self._contract, self._transport = client, contract, transport
         self._name, self._has_external_draft, self._bucket_bytes = transport_name, has_external_draft, bucket_bytes
+        self._label_suffix = label_suffix
 
     def check(self, side: Side) -> None:
         """Raise PushError, before anything is sent, where this side cannot be updated this way."""
@@ -99,7 +106,7 @@ class Delivery:
         """The target's version as the server tells it."""
         for path in ("/model_info", "/get_model_info"):
             try:
-                return str((await self._client.get(path)).get("weight_version"))
+                return str((await self._client.get(path)).get("weight_version")).removesuffix(self._label_suffix)
             except ServerRefused:
                 continue
         return ""
@@ -110,7 +117,7 @@ class Delivery:
         for number, bucket in enumerate(buckets):
             fields = {**self._fields(side), "flush_cache": flush and number == len(buckets) - 1}
             if weights.side == "target" and number == len(buckets) - 1:
-                fields["weight_version"] = str(weights.version)
+                fields["weight_version"] = f"{weights.version}{self._label_suffix}"
             await self._send_one(bucket, fields)
 
     async def _send_one(self, bucket: NamedTensors, fields: Mapping[str, Any]) -> None:
@@ -164,8 +171,8 @@ def _parts(weights: Weights, mtp_names: frozenset[str]) -> list[tuple[Side, Mapp
 
 
 async def read_back(client: SglangClient, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
-    """Names of some tensors whose first rows the server does not have; those it cannot show are not judged."""
-    names = list(tensors)
+    """Names of some tensors whose first rows a rank of the server does not have; what it cannot show is not judged."""
+    names = [name for name in tensors if not any(part in name for part in MISREAD)]
     picked = sorted({names[0], names[len(names) // 3], names[2 * len(names) // 3], names[-1]})
     wrong = []
     for name in picked:
@@ -173,10 +180,15 @@ async def read_back(client: SglangClient, tensors: Mapping[str, torch.Tensor], d
             shown = await client.post("/get_weights_by_name", {"name": name, "truncate_size": 2})
         except ServerRefused:
             continue
-        if shown is None:
-            continue
-        theirs = torch.tensor(shown, dtype=torch.float64).flatten()
-        ours = tensors[name][:2].to(dtype).to(torch.float64).flatten()[: len(theirs)]
-        if not torch.equal(theirs, ours):
+        ours = tensors[name][:2].to(dtype).to(torch.float64)
+        if any(not torch.equal(theirs, ours) for theirs in _per_replica(shown, ours.dim())):
             wrong.append(name)
     return wrong
+
+
+def _per_replica(shown: Any, num_dims: int) -> list[torch.Tensor]:
+    """The rows by data-parallel replica; a server with one of them, or that cannot read the name, says so bare."""
+    if shown is None or None in shown:
+        return []
+    theirs = torch.tensor(shown, dtype=torch.float64)
+    return [theirs] if theirs.dim() == num_dims else list(theirs)

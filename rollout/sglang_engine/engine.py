@@ -4,45 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from contextlib import ExitStack
-from pathlib import Path
-from threading import RLock
+from threading import Event, RLock
 
 import psutil
 import torch
 
-from rollout.sglang_engine.arguments import Place, command_line, server_flags
+from rollout.sglang_engine.arguments import LOOPBACK, config_of_engine
 from rollout.sglang_engine.canary import Canary
 from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.contract import detect
 from rollout.sglang_engine.delivery import Delivery
 from rollout.sglang_engine.draft_watch import DraftWatch
+from rollout.sglang_engine.external import use_server
 from rollout.sglang_engine.generation import SampleRun, SglangGeneration
 from rollout.sglang_engine.installed import InstalledSglang, checked_in, installed_in
+from rollout.sglang_engine.labels import label_suffix
+from rollout.sglang_engine.launcher import Launcher
 from rollout.sglang_engine.limits import check_request
 from rollout.sglang_engine.loop_thread import AsyncLoop
 from rollout.sglang_engine.model_files import TargetFiles, draft_files
+from rollout.sglang_engine.nodes import Site
+from rollout.sglang_engine.router import Requests, RoutedRequests
 from rollout.sglang_engine.sample import Reading
-from rollout.sglang_engine.server import ServerProcess, ServerStartError, check_port, free_port
+from rollout.sglang_engine.server import ServerProcess, ServerStartError
 from rollout.sglang_engine.server_info import ServerInfo, load_of
 from rollout.sglang_engine.supervise import Supervisor
 from rollout.sglang_engine.transports.bucket import ServerTransport
 from rollout.sglang_engine.weights import ServerWeights
+from slime_spec.config.addresses import is_loopback
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.interfaces import WeightTransport
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
-from slime_spec.weights.push import PushMessage, PushReply
+from slime_spec.weights.push import ContinueGeneration, PauseGeneration, PushMessage, PushReply, VerifyPush
+from slime_spec.weights.stage import PushDesk
 
 logger = logging.getLogger(__name__)
 
-# A crash must be seen at once: SGLang otherwise waits minutes for dumps that nobody asked for.
-SERVER_ENVIRONMENT = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
-
-
 # SGLang keeps some positions of the context for drafts.
 CANARY_MARGIN = 64
+REENTER_TIMEOUT_S = 15.0
+RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
+# Asked again of a server that takes the place of a dead one: none of them changes what a push has staged.
+AROUND_PUSH = (PauseGeneration, ContinueGeneration, VerifyPush)
+HERE = Site()  # one node that nobody else uses
 
 
 class Offloaded(RuntimeError):
@@ -52,7 +58,8 @@ class Offloaded(RuntimeError):
 class SglangEngine:
     """A RolloutEngine whose server is a process of its own, or one that somebody else started.
 
-    The server's weights change only while it is paused; a sample across a push says so in its version spans.
+    The server's weights change only while it is paused; a sample across a push says so in its version spans. ``site``
+    says where the engine is, and what other nodes it has.
 
     Example::
 
@@ -63,30 +70,40 @@ class SglangEngine:
         engine.stop()
     """
 
-    def __init__(self, config: Config, engine_index: int, transport: WeightTransport) -> None:
-        self._config, self._index, self._transport = config, engine_index, transport
+    def __init__(self, config: Config, engine_index: int, transport: WeightTransport, site: Site = HERE) -> None:
+        self._config = config = config_of_engine(config, engine_index)
+        self._index, self._transport = engine_index, transport
         self._target = TargetFiles.read(config.model.hf_checkpoint)
         self._draft = draft_files(config, self._target)
-        self._external = config.sglang_server.external_addrs
+        external = config.sglang_server.external_addrs
+        self._external = external[engine_index] if external else None
         self._sglang = self._ask_interpreter()
-        self._place = self._choose_place()
+        self._launcher = None if external else Launcher(config, engine_index, self._sglang, site)
+        self._site = site
+        self._routed: RoutedRequests | None = None
         self._exclusive = RLock()
         self._supervisor: Supervisor | None = None
         self._resident = True
         self._runs: set[SampleRun] = set()
         self._started = ExitStack()
-        self._command(speculate=True)  # for its errors, before anything starts
+        self._stopped = Event()
 
     # The way to the server, for sample runs (Link).
 
     @property
     def client(self) -> SglangClient:
+        """To the engine's own server."""
         return self._client
+
+    @property
+    def requests(self) -> Requests:
+        return self._routed or self._client
 
     @property
     def reading(self) -> Reading:
         fills = self._config.speculative.algorithm != "NGRAM"
-        return Reading(self._index, self._info.num_steps if self._watch.speculates else 0, fills)
+        num_steps = self._info.num_steps if self._watch.speculates else 0
+        return Reading(self._index, num_steps, fills, self._target.eos_token_ids)
 
     @property
     def weights_key(self) -> str:
@@ -104,16 +121,21 @@ class SglangEngine:
         if self._supervisor is not None:
             self._supervisor.suspect()
 
+    # MayStopServing
+
+    def wait_serving(self, known: bool) -> bool:
+        if self._supervisor is None:  # nobody here looks after an external server
+            self._stopped.wait()
+            return known
+        return self._supervisor.wait_serving(known)
+
     # RolloutEngine
 
     def start(self) -> None:
         self._loop = AsyncLoop(f"sglang-{self._index}")
-        key = self._config.sglang.get("api_key")
-        url = f"http://{self._external[self._index]}" if self._external else self._place.url
-        self._client = SglangClient(url, None if key is None else str(key))
-        self._loop.call(self._client.open())
         self._started.callback(self._loop.close)
-        self._started.callback(lambda: self._loop.call(self._client.close()))
+        url = f"http://{self._external}" if self._launcher is None else self._launcher.url
+        self._client = self._open(url)
         self._make_parts()
         try:
             self._start_server()
@@ -121,6 +143,7 @@ class SglangEngine:
             self._weights.delivery = self._make_delivery()
             if self._draft is not None:
                 self._weights.remember_draft()
+            self._enter_router()
         except BaseException:
             self.stop()
             raise
@@ -130,7 +153,7 @@ class SglangEngine:
         if not self._resident:
             raise Offloaded("the engine is offloaded: call set_resident(True) before generating")
         self._watch.canary.see(request.prompt_token_ids)
-        runs = [SampleRun(request, index, self) for index in range(len(request.seeds))]
+        runs = [SampleRun(request, position, self) for position in range(len(request.seeds))]
         generation = SglangGeneration(request, lambda: self._loop.call(_abort_all(runs)))
         self._runs.update(runs)
         for run in runs:
@@ -139,7 +162,13 @@ class SglangEngine:
 
     def update_weights(self, message: PushMessage) -> PushReply:
         with self._exclusive:
-            return self._weights.update(message)
+            try:
+                return self._pushes.answer(message)
+            except ServerGone as error:
+                if not isinstance(message, AROUND_PUSH):
+                    raise
+                self._replace_server(f"it died before {type(message).__name__}: {error}")
+                return self._pushes.answer(message)
 
     def set_resident(self, resident: bool) -> None:
         with self._exclusive:
@@ -147,9 +176,14 @@ class SglangEngine:
                 return
             if not resident and self._runs:
                 raise Offloaded("requests are running: offload the engine when they have finished")
-            path = "/resume_memory_occupation" if resident else "/release_memory_occupation"
-            self._loop.call(self._client.post(path))
-            self._resident = resident
+            try:
+                self._loop.call(self._client.post(RESUME if resident else RELEASE))
+                self._resident = resident
+            except ServerGone as error:
+                self._resident = resident  # where the next one is brought to
+                self._replace_server(f"it died before it was {'resumed' if resident else 'released'}: {error}")
+            if self._supervisor is not None:
+                self._supervisor.may_restart = resident
             if resident:
                 self._watch.after_offload()
 
@@ -164,10 +198,15 @@ class SglangEngine:
             resident=self._resident,
             rss_bytes=psutil.Process().memory_info().rss,
             draft_version=self._weights.version("draft"),
+            speculates=self._watch.speculates,
+            num_restarts=0 if self._supervisor is None else self._supervisor.num_replaced,
+            num_draft_resends=self._watch.num_resends,
+            canary=self._watch.counted,
         )
 
     def stop(self) -> None:
         """End the server; samples still being generated fail with RuntimeError at their callers."""
+        self._stopped.set()
         self._started.close()
 
     # Starting
@@ -178,12 +217,13 @@ class SglangEngine:
             config,
             self._index,
             (self._target, self._draft),
-            self._transport,
             self._client,
             self._loop,
             self._replace_server,
             lambda: self._watch.after_push(),
+            lambda: self._watch.speculates,
         )
+        self._pushes = PushDesk(self._index, self._transport, self._weights)
         longest = (config.engine.context_length or self._target.context_length) - settings.canary_tokens - CANARY_MARGIN
         self._watch = DraftWatch(
             Canary(settings.canary_prompts, settings.canary_tokens, settings.canary_drop, longest),
@@ -202,49 +242,52 @@ class SglangEngine:
 
     def _ask_interpreter(self) -> InstalledSglang:
         python = self._config.sglang_server.python
-        if self._external or python is None:
+        if self._external is not None or python is None:
             return checked_in()
         return installed_in(python)
 
-    def _choose_place(self) -> Place:
-        settings = self._config.sglang_server
-        if self._external:
-            if len(self._external) < self._config.rollout.num_engines:
-                raise ConfigError(
-                    "sglang_server.external_addrs",
-                    f"must have one server for each of the {self._config.rollout.num_engines} engines",
-                    self._external,
-                    "Name more servers, or lower --rollout-num-engines.",
-                )
-            return Place("external", 0)
-        if settings.port == 0:
-            return Place(settings.host, free_port(settings.host))
-        port = settings.port + self._index
-        check_port(settings.host, port)
-        return Place(settings.host, port)
-
-    def _command(self, speculate: bool) -> list[str]:
-        settings = self._config.sglang_server
-        flags = server_flags(self._config, self._index, self._place, speculate)
-        return command_line(settings.python or sys.executable, flags, settings.extra_args, self._sglang)
+    def _open(self, url: str) -> SglangClient:
+        key = self._config.sglang.get("api_key")
+        client = SglangClient(url, None if key is None else str(key))
+        self._loop.call(client.open())
+        self._started.callback(lambda: self._loop.call(client.close()))
+        return client
 
     def _launch(self) -> ServerProcess:
-        run = self._config.run
-        folder = Path(run.output_dir or f"runs/{run.name}")
-        log = folder / "engines" / f"sglang-{self._index}.log"
-        return ServerProcess(self._command(self._watch.speculates), SERVER_ENVIRONMENT, log.absolute())
+        assert self._launcher is not None, "no external server"
+        if self._routed is not None:
+            self._loop.call(self._routed.withdraw())
+        return self._launcher.server(self._watch.speculates)
+
+    def _restore(self) -> None:
+        self._weights.restore()
+        if not self._resident:  # the trainer has the memory, and SGLang dies of resuming what it has not released
+            self._loop.call(self._client.post(RELEASE))
+        if self._routed is not None:
+            try:
+                self._loop.call(self._routed.enter(REENTER_TIMEOUT_S))
+            except ConfigError as error:  # the others serve, and this one its own engine where there is no router
+                logger.error("the restarted server gets no routed requests reason=%s", error)
+
+    def _enter_router(self) -> None:
+        address = self._config.sglang_server.router_addr
+        if address is None:
+            return
+        url = self._client.url if self._launcher is None else self._launcher.reachable_url
+        key = self._config.sglang.get("api_key")
+        routed = RoutedRequests(self._open(f"http://{address}"), self._client, url, None if key is None else str(key))
+        self._loop.call(routed.enter())
+        self._routed = routed
+        self._started.callback(lambda: self._loop.call(routed.withdraw()))
 
     def _start_server(self) -> None:
-        settings = self._config.sglang_server
-        if self._external:
-            if not self._loop.call(self._client.is_healthy(settings.start_timeout_s)):
-                raise ConfigError(
-                    "sglang_server.external_addrs", "must answer", self._client.url, "Start it, or correct the address."
-                )
+        if self._launcher is None:
+            self._loop.call(use_server(self._client, self._config, self._index, self._target))
             return
+        settings = self._config.sglang_server
         self._supervisor = Supervisor(
             self._launch,
-            lambda: self._weights.restore(self._watch.speculates),
+            self._restore,
             self._client,
             self._loop,
             self._exclusive,
@@ -271,6 +314,7 @@ class SglangEngine:
             settings.transport,
             external_draft,
             self._config.push.bucket_bytes,
+            label_suffix(self._config, self._index),
         )
 
     def _make_transport(self, name: str) -> ServerTransport:
@@ -282,11 +326,18 @@ class SglangEngine:
         if name == "distributed":
             from rollout.sglang_engine.transports.distributed import DistributedTransport
 
-            return DistributedTransport(self._config.sglang_server.host, num_ranks, on_gpu, f"push-{self._index}")
+            return DistributedTransport(self._own_host(), num_ranks, on_gpu, f"push-{self._index}")
         from rollout.sglang_engine.transports.tensor import TensorTransport, check_torch
 
         check_torch(self._sglang.torch_version)
         return TensorTransport(num_ranks, on_gpu and torch.cuda.is_available())
+
+    def _own_host(self) -> str:
+        """Where the server reaches this process."""
+        if self._launcher is not None:
+            return self._launcher.reachable_host
+        assert self._external is not None, "an engine has a server of its own or another's"
+        return LOOPBACK if is_loopback(self._external.rpartition(":")[0].strip("[]")) else self._site.address
 
     # Samples
 

@@ -43,7 +43,7 @@ class FakeServer:
     """``generation`` names the metadata's recording, ``contract`` that of the weight updates' fields.
 
     ``accepted`` is how many of three drafts every round accepts; ``delay_s`` is what a round takes. ``calls`` are the
-    control calls in order, each (path, body).
+    control calls in order, each (path, body). ``model`` and ``server_args`` are what it says of itself besides.
     """
 
     def __init__(
@@ -62,9 +62,13 @@ class FakeServer:
         self.accepted, self.delay_s, self.incremental = accepted, delay_s, incremental
         self.hides_openapi, self.api_key = hides_openapi, api_key
         self.weight_version = "0"
+        self.model: Body = {}
+        self.server_args: Body = {}
         self.session: str | None = None
         self.sums = {"target": 0, "draft": 0}
+        self.rows: Mapping[str, Any] = {}
         self.calls: list[tuple[str, Body]] = []
+        self.memory_released = False
         self._running: dict[str, asyncio.Event] = {}
         self._going = asyncio.Event()
         self._going.set()
@@ -79,11 +83,12 @@ class FakeServer:
             "/pause_generation": self._pause,
             "/continue_generation": self._continue,
             "/flush_cache": self._ok,
-            "/release_memory_occupation": self._ok,
-            "/resume_memory_occupation": self._ok,
+            "/release_memory_occupation": self._release,
+            "/resume_memory_occupation": self._resume,
             "/init_weights_update_group": self._ok,
             "/destroy_weights_update_group": self._ok,
-            "/get_weights_by_name": self._no_weights,
+            "/get_weights_by_name": self._rows,
+            "/update_weight_version": self._rename,
         }
         if self.has_session:
             posts |= {
@@ -105,7 +110,8 @@ class FakeServer:
 
     @web.middleware
     async def _authorized(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        if self.api_key is not None and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+        is_open = self.api_key is None or request.path.startswith("/health")
+        if not is_open and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         answer: web.StreamResponse = await handler(request)
         return answer
@@ -228,6 +234,16 @@ class FakeServer:
         self._going.set()
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
 
+    async def _release(self, request: web.Request) -> web.Response:
+        self.memory_released = True
+        return await self._ok(request)
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        if not self.memory_released:  # what SGLang's scheduler dies of
+            return web.json_response({"error": "KeyError: 'kv_cache'"}, status=500)
+        self.memory_released = False
+        return await self._ok(request)
+
     # Weights
 
     async def _begin(self, request: web.Request) -> web.Response:
@@ -269,12 +285,16 @@ class FakeServer:
     async def _check(self, request: web.Request) -> web.Response:
         body = await self._body(request)
         sides = ("target", "draft") if body.get("selector", "all") == "all" else (body["selector"],)
-        checksums = {f"{side}.model.norm.weight": f"{self.sums[side]:016x}" for side in sides}
+        checksums = {f"{side}.model.norm.weight": f"{side}-{self.sums[side]:x}" for side in sides}
         return web.json_response({"success": True, "message": "Success", "ranks": [{"checksums": checksums}]})
 
-    async def _no_weights(self, request: web.Request) -> web.Response:
-        await self._body(request)
-        return web.json_response(None)
+    async def _rename(self, request: web.Request) -> web.Response:
+        self.weight_version = (await self._body(request))["new_version"]
+        return _done()
+
+    async def _rows(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        return web.json_response(self.rows.get(body["name"]))
 
     async def _ok(self, request: web.Request) -> web.Response:
         await self._body(request)
@@ -290,11 +310,13 @@ class FakeServer:
                 "tp_size": 1,
                 "dp_size": 1,
                 "speculative_num_steps": DRAFTS,
+                "memory_released": self.memory_released,
+                **self.server_args,
             }
         )
 
     async def _model(self, request: web.Request) -> web.Response:
-        return web.json_response({"weight_version": self.weight_version})
+        return web.json_response({"weight_version": self.weight_version, **self.model})
 
     async def _loads(self, request: web.Request) -> web.Response:
         return web.json_response({"loads": [{"num_running_reqs": len(self._running), "num_waiting_reqs": 0}]})
@@ -365,9 +387,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--api-key")
+    parser.add_argument("--weight-version", default="0")
     parser.add_argument("--delay-s", type=float, default=0.005)
     known, _ = parser.parse_known_args(argv)
     server = FakeServer(delay_s=known.delay_s, api_key=known.api_key)
+    server.weight_version = known.weight_version
     web.run_app(server.app(), host=known.host, port=known.port, print=None)
 
 

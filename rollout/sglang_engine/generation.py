@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Coroutine, Iterator
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import uuid4
 
-from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
+from rollout.begun import MAX_FRUITLESS_PARTS
+from rollout.sglang_engine.client import ServerGone, ServerRefused
+from rollout.sglang_engine.router import Requests
 from rollout.sglang_engine.sample import GrowingSample, Part, Reading
 from slime_spec.errors import ConfigError
 from slime_spec.types import GeneratedSample, GroupRequest
 
-# Requests that break off again and again on a server that lives, with no token in between, will do so for ever.
-MAX_FRUITLESS_PARTS = 3
+logger = logging.getLogger(__name__)
 
 
 class Link(Protocol):
     """The way to a server that may die and come back."""
 
     @property
-    def client(self) -> SglangClient: ...
+    def requests(self) -> Requests: ...
 
     @property
     def reading(self) -> Reading: ...
@@ -68,8 +70,8 @@ class SglangGeneration:
 class SampleRun:
     """One sample from its first request to its end, across servers that die under it. Lives in the asyncio loop."""
 
-    def __init__(self, request: GroupRequest, index: int, link: Link) -> None:
-        self._sample = GrowingSample(request, index, link.reading)
+    def __init__(self, request: GroupRequest, position: int, link: Link) -> None:
+        self._sample = GrowingSample(request, position, link.reading)
         self._link = link
         self._rid: str | None = None
         self._aborted = asyncio.Event()
@@ -84,9 +86,11 @@ class SampleRun:
         self._aborted.set()
         if self._rid is not None:
             try:
-                await self._link.client.post("/abort_request", {"rid": self._rid})
+                await self._link.requests.abort(self._rid)
             except ServerGone:
-                self._link.suspect()  # its stream has broken too, and ends the sample
+                self._link.suspect()  # its stream breaks too, and ends the sample
+            except ServerRefused as error:  # no reason to lose what it generates
+                logger.warning("a sample runs on to its end reason=%s", error)
 
     async def run(self) -> GeneratedSample:
         """Raises ConfigError for a request that the server refuses, RuntimeError when it cannot be finished."""
@@ -104,23 +108,27 @@ class SampleRun:
                 self._sample.break_off()
                 if fruitless == MAX_FRUITLESS_PARTS:
                     raise RuntimeError(f"{self._sample.request.group_id}: its requests break off: {error}") from error
-                await asyncio.sleep(fruitless)
+                await self._unless_aborted(asyncio.sleep(fruitless))
                 if not self._sample.is_complete:
                     continue
             return self._sample.finished(perf_counter() - start, self._link.draft_version)
 
     async def _ready(self) -> bool:
         """False where the sample was aborted while there was no server."""
-        ready = asyncio.ensure_future(self._link.until_ready())
+        return await self._unless_aborted(self._link.until_ready())
+
+    async def _unless_aborted(self, waiting: Coroutine[Any, Any, None]) -> bool:
+        """Wait, raising what that raises; False as soon as the sample is aborted."""
+        waited = asyncio.ensure_future(waiting)
         aborted = asyncio.ensure_future(self._aborted.wait())
         try:
-            await asyncio.wait({ready, aborted}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({waited, aborted}, return_when=asyncio.FIRST_COMPLETED)
             if self._aborted.is_set():
                 return False
-            ready.result()
+            waited.result()
             return True
         finally:
-            ready.cancel()
+            waited.cancel()
             aborted.cancel()
 
     async def _part(self) -> None:
@@ -129,8 +137,10 @@ class SampleRun:
         body = self._sample.body(self._rid, self._link.weights_key)
         part: Part = self._sample.part
         try:
-            async for chunk in self._link.client.stream(body):
+            async for chunk in self._link.requests.stream(body):
                 part.take(chunk)
+                if self._aborted.is_set() and not part.ended:
+                    await self.abort()  # the first may have overtaken the request
         except ServerRefused as error:
             raise ConfigError(
                 "request", f"SGLang refused it: {error.message}", request.group_id, "Correct the prompt or sampling."

@@ -22,7 +22,7 @@ SETTING = "sglang_server.python"
 ASK_TIMEOUT_S = 300.0
 QUESTION = """
 import argparse, json, sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser(add_help=False)
 ServerArgs.add_cli_args(parser)
@@ -30,7 +30,13 @@ flags = [
     {"dest": action.dest, "flags": list(action.option_strings), "takes_value": action.nargs != 0}
     for action in parser._actions
 ]
-print("SLIME_SPEC " + json.dumps({"sglang": version("sglang"), "torch": version("torch"), "flags": flags}))
+try:
+    router = version("sglang-router")
+except PackageNotFoundError:
+    router = None
+print("SLIME_SPEC " + json.dumps(
+    {"sglang": version("sglang"), "torch": version("torch"), "router": router, "flags": flags}
+))
 """
 
 
@@ -45,11 +51,12 @@ class ServerFlag:
 
 @dataclass(frozen=True)
 class InstalledSglang:
-    """``torch_version`` is None where no interpreter was asked."""
+    """``torch_version`` is None where no interpreter was asked, ``router_version`` where it has no sglang-router."""
 
     version: str
     torch_version: str | None
     flags: Mapping[str, ServerFlag]
+    router_version: str | None = None
 
     def flag(self, dest: str) -> ServerFlag | None:
         return self.flags.get(dest)
@@ -90,4 +97,4 @@ def installed_in(python: str) -> InstalledSglang:
         earlier = flags.get(row["dest"])
         spellings = (*earlier.spellings, *row["flags"]) if earlier else tuple(row["flags"])
         flags[row["dest"]] = ServerFlag(row["dest"], spellings, row["takes_value"])
-    return InstalledSglang(data["sglang"], data["torch"], flags)
+    return InstalledSglang(data["sglang"], data["torch"], flags, data["router"])

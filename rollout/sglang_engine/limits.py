@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rollout.begun import check_begun
 from rollout.sglang_engine.model_files import TargetFiles
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -24,6 +25,7 @@ def check_request(request: GroupRequest, target: TargetFiles, config: Config) ->
             raise ConfigError(name, f"must hold token ids from 0 to {target.vocab_size - 1}", bad, "Use this model's.")
     if not request.seeds:
         raise ConfigError("rollout.n_samples_per_prompt", "must be at least 1", 0, "Pass --n-samples-per-prompt 1.")
+    check_begun(request, target.vocab_size)
     longest = config.engine.context_length or target.context_length
     total = len(prompt) + params.max_new_tokens
     if total > longest:

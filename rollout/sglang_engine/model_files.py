@@ -10,10 +10,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from slime_spec.config.tree import Config
+from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.draft.families import MTP_FAMILIES
+from slime_spec.draft.shipped import BUILTIN, builtin_folder
 from slime_spec.errors import CheckpointError
-from slime_spec.hf.checkpoint import INDEX, SINGLE
+from slime_spec.hf.end_tokens import eos_ids, listed
+from slime_spec.hf.file_names import INDEX, SINGLE
 
 Shapes = Mapping[str, tuple[int, ...]]
 TABLES = ("d2t", "t2d")  # constants of a reduced vocabulary, which SGLang reads once, at its start
@@ -27,6 +29,7 @@ class TargetFiles:
     vocab_size: int
     context_length: int
     num_layers: int
+    eos_token_ids: frozenset[int]
     shapes: Shapes
     mtp_shapes: Shapes
 
@@ -42,6 +45,7 @@ class TargetFiles:
             vocab_size=text["vocab_size"],
             context_length=text.get("max_position_embeddings", 2**31),
             num_layers=text["num_hidden_layers"],
+            eos_token_ids=eos_ids(folder, listed(text.get("eos_token_id", config.get("eos_token_id")))),
             shapes={name: shape for name, shape in stored.items() if name not in mtp and not _is_tied_head(name, text)},
             mtp_shapes=mtp,
         )
@@ -61,7 +65,7 @@ def draft_files(config: Config, target: TargetFiles) -> DraftFiles | None:
     speculative = config.speculative
     if speculative.algorithm in ("NONE", "NGRAM", "LOOKUP"):
         return None
-    folder = speculative.draft_model_path
+    folder = draft_folder(speculative)
     own = folder is None or Path(folder).resolve() == Path(config.model.hf_checkpoint).resolve()
     if folder is None or (own and speculative.algorithm != "STANDALONE"):
         return DraftFiles(target.mtp_shapes, in_target=True, is_reduced=False)
@@ -69,6 +73,12 @@ def draft_files(config: Config, target: TargetFiles) -> DraftFiles | None:
     reduced = draft.get("draft_vocab_size", target.vocab_size) not in (None, target.vocab_size)
     shapes = {name: shape for name, shape in stored_shapes(folder).items() if name not in TABLES}
     return DraftFiles(shapes, in_target=False, is_reduced=reduced)
+
+
+def draft_folder(config: SpeculativeConfig) -> str | None:
+    """The folder that the settings name, that of a draft which ships with the package too."""
+    path = config.draft_model_path
+    return str(builtin_folder(path)) if path is not None and path.startswith(BUILTIN) else path
 
 
 def read_config(folder: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One sample while a server generates it: what has arrived, over as many parts as it took.
 
-A part is one request. It ends with the response, or breaks off with its server; the next part goes on from the tokens
-that arrived, where that gives the same law, and starts anew where it would not.
+A part is one request. It ends with the response, or breaks off with its server, or is aborted; the next part goes on
+from the tokens that arrived, here or on another engine (GroupRequest.begun), where that gives the same law, and starts
+anew where it would not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rollout.begun import rounds_are_known
+from rollout.sglang_engine.labels import engine_number, version_number
 from slime_spec.speculation.metadata import pooled, spec_counters
 from slime_spec.types import FinishReason, GeneratedSample, GroupRequest, SamplingParams, SpecCounters
 
@@ -23,11 +26,15 @@ class ProtocolError(RuntimeError):
 
 @dataclass(frozen=True)
 class Reading:
-    """How an engine reads metadata: ``num_steps`` and ``fills_rounds`` are spec_counters', ``engine`` is its number."""
+    """How an engine reads metadata: ``num_steps`` and ``fills_rounds`` are spec_counters', ``engine`` is its number.
+
+    ``eos_token_ids`` end a response whose params do not say ignore_eos.
+    """
 
     engine: int
     num_steps: int
     fills_rounds: bool
+    eos_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -70,18 +77,24 @@ class Part:
 
 
 class GrowingSample:
-    """Sample ``index`` of a group, from its first request to its finished response."""
+    """The sample of one of a group's seeds, from its first request to its finished response."""
 
-    def __init__(self, request: GroupRequest, index: int, reading: Reading) -> None:
-        self.request, self.index = request, index
+    def __init__(self, request: GroupRequest, position: int, reading: Reading) -> None:
+        self.request, self.index = request, request.sample_indices[position]
+        self._seed = request.seeds[position]
         self._reading = reading
+        self._engine = reading.engine
+        self._begun = request.begun_at(position)
+        self._taken: GeneratedSample | None = None  # ``_begun``, where its tokens count
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._spans: list[Span] = []
         self._counters: list[SpecCounters] = []
         self._cached_tokens = self._num_retractions = 0
-        self._broke = False
+        self._rounds_known = True
         self.part = Part()
+        if self._begun is not None and self._begun.token_ids and can_go_on(request.params):
+            self._take(self._begun)
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +107,7 @@ class GrowingSample:
         return {
             "rid": rid,
             "input_ids": [*self.request.prompt_token_ids, *self._token_ids],
-            "sampling_params": {**params, "sampling_seed": self.request.seeds[self.index]},
+            "sampling_params": {**params, "sampling_seed": self._seed},
             "return_logprob": True,
             "logprob_start_len": -1,
             "extra_key": extra_key,
@@ -106,8 +119,7 @@ class GrowingSample:
             self._keep()
         else:
             self._token_ids, self._logprobs, self._spans, self._counters = [], [], [], []
-        # The rounds of a part that broke off are unknown, and tokens without their rounds would look like speed.
-        self._broke = True
+            self._rounds_known = True
         self.part = Part()
 
     @property
@@ -120,9 +132,12 @@ class GrowingSample:
         self._keep()
         reason: Mapping[str, Any] = self.part.meta_info.get("finish_reason") or {}
         kind: FinishReason = "abort" if aborted else finish_kind(reason.get("type", "length"))
+        matched = reason.get("matched") if kind == "stop" else None
+        if kind == "abort":
+            kind, matched = self._end_of_aborted()
         if len(self._logprobs) != len(self._token_ids):
             raise ProtocolError(f"{len(self._token_ids)} tokens with {len(self._logprobs)} logprobs")
-        spec = SpecCounters() if self._broke else replace(pooled(self._counters), num_steps=self._reading.num_steps)
+        spec = replace(pooled(self._counters), num_steps=self._reading.num_steps)
         versions = [version for _, version in self._spans] or [
             version_number(self.part.meta_info.get("weight_version"))
         ]
@@ -134,15 +149,43 @@ class GrowingSample:
             finish_reason=kind,
             weight_version=min(versions),
             num_prompt_tokens=len(self.request.prompt_token_ids),
-            spec=spec if spec.num_rounds else SpecCounters(),
-            e2e_latency_s=latency_s,
-            engine=self._reading.engine,
-            matched_stop=reason.get("matched") if kind == "stop" else None,
+            spec=spec if spec.num_rounds and self._rounds_known else SpecCounters(),
+            e2e_latency_s=latency_s + (self._begun.e2e_latency_s if self._begun else 0.0),
+            engine=self._engine,
+            matched_stop=matched,
             cached_tokens=self._cached_tokens,
             version_spans=tuple(self._spans) if len(set(versions)) > 1 else (),
-            draft_version=draft_version,
-            num_preemptions=self._num_retractions,
+            draft_version=self._taken.draft_version if self._taken else draft_version,
+            lossy=self._taken is not None and self._taken.lossy,
+            num_preemptions=self._num_retractions + (self._begun.num_preemptions if self._begun else 0),
         )
+
+    def _take(self, begun: GeneratedSample) -> None:
+        self._taken = begun
+        self._token_ids, self._logprobs, self._spans = list(begun.token_ids), list(begun.logprobs), list(begun.spans)
+        self._counters, self._cached_tokens = [begun.spec], begun.cached_tokens
+        self._rounds_known = rounds_are_known(len(begun.token_ids), begun.spec.num_rounds)
+
+    def _end_of_aborted(self) -> tuple[FinishReason, int | None]:
+        """How a response that was aborted ends, once it holds nothing beyond its end.
+
+        SGLang ends an aborted request before it looks for stop tokens and at the budget: the last round's tokens may go
+        on after the one that ends the response.
+        """
+        params = self.request.params
+        ends = frozenset() if params.ignore_eos else self._reading.eos_token_ids.union(params.stop_token_ids)
+        at = next((index for index, token in enumerate(self._token_ids) if token in ends), None)
+        if at is not None and at < params.max_new_tokens:
+            self._cut(at + 1)
+            return "stop", self._token_ids[at]
+        if self.is_complete:
+            self._cut(params.max_new_tokens)
+            return "length", None
+        return "abort", None
+
+    def _cut(self, num_tokens: int) -> None:
+        del self._token_ids[num_tokens:], self._logprobs[num_tokens:]
+        self._spans = [span for span in self._spans if span[0] < num_tokens]
 
     def _keep(self) -> None:
         part, start = self.part, len(self._token_ids)
@@ -151,11 +194,16 @@ class GrowingSample:
         for first, version in part.spans:
             if first < len(part.token_ids) and (not self._spans or self._spans[-1][1] != version):
                 self._spans.append((start + first, version))
+        told = engine_number(part.meta_info.get("weight_version"))
+        self._engine = self._engine if told is None else told  # behind a router it may be another engine's server
+        counters = SpecCounters()
         if part.ended:
             meta = part.meta_info
-            self._counters.append(spec_counters(meta, self._reading.num_steps, self._reading.fills_rounds))
+            counters = spec_counters(meta, self._reading.num_steps, self._reading.fills_rounds)
             self._cached_tokens += int(meta.get("cached_tokens") or 0)
             self._num_retractions += int(meta.get("num_retractions") or 0)
+        self._counters.append(counters)
+        self._rounds_known &= rounds_are_known(len(part.token_ids), counters.num_rounds)
 
 
 def sampling_fields(params: SamplingParams, num_generated: int) -> dict[str, Any]:
@@ -194,11 +242,6 @@ def finish_kind(name: str) -> FinishReason:
     if name == "stop":
         return "stop"
     return "abort" if name == "abort" else "length"
-
-
-def version_number(text: object) -> int:
-    """Our versions are whole numbers; a server that was never pushed to may call its own anything."""
-    return int(text) if isinstance(text, str) and text.isdigit() else 0
 
 
 def _is_abort(meta: Mapping[str, Any]) -> bool:

@@ -18,13 +18,14 @@ from slime_spec.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 TAIL_LINES = 25
+TAIL_BYTES = 64 * 1024  # of a log that weeks may have written
 STOP_TIMEOUT_S = guard.GRACE_S + 10.0
 POLL_S = 0.25
 
 # What a server's log says when it cannot start, and what that usually means; the first that matches is told.
 LIKELY_CAUSES: tuple[tuple[str, str], ...] = (
     (r"address already in use|Errno 98", "the port is taken: pass another --sglang-port, or 0 for a free one"),
-    (r"No module named sglang", "this Python has no sglang: pass --sglang-python /path/to/python of one that has"),
+    (r"No module named '?sglang", "this Python has no sglang: pass --sglang-python /path/to/python of one that has"),
     (r"unrecognized arguments|error: argument", "this SGLang does not know a flag: check it against its version"),
     (r"CUDA out of memory|OutOfMemoryError|Not enough memory", "GPU memory: lower --sglang-mem-fraction-static"),
     (
@@ -51,16 +52,30 @@ class ServerStartError(RuntimeError):
     """The server did not become healthy; the message has the end of its log and the likely cause."""
 
 
+def probe_socket(host: str) -> socket.socket:
+    """One that can be bound to ``host``."""
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
 def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+    """Raises ConfigError for a host that is none of this node's addresses."""
+    with probe_socket(host) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise ConfigError(
+                "sglang_server.host",
+                f"must be an address of the node: {error.strerror}",
+                host,
+                "Leave out --sglang-host, or pass 0.0.0.0 and --sglang-api-key.",
+            ) from None
         port: int = probe.getsockname()[1]
         return port
 
 
 def check_port(host: str, port: int, setting: str = "sglang_server.port") -> None:
     """Raise ConfigError where the port cannot be bound, before minutes of loading end in the same error."""
-    with socket.socket() as probe:
+    with probe_socket(host) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -135,7 +150,7 @@ class ServerProcess:
         if not self.log.is_file():
             return ""
         with self.log.open("rb") as written:
-            written.seek(self._log_start)
+            written.seek(max(self._log_start, written.seek(0, os.SEEK_END) - TAIL_BYTES))
             text = written.read().decode(errors="replace")
         return "\n".join(text.splitlines()[-TAIL_LINES:])
 

@@ -11,51 +11,26 @@ import torch
 
 from rollout.sglang_engine.model_files import TABLES, DraftFiles, Shapes, TargetFiles
 from slime_spec.errors import PushError
-from slime_spec.interfaces import WeightTransport
 from slime_spec.weights.manifest import Manifest
-from slime_spec.weights.push import PushBucket, PushReceiver
 
 # Names that SGLang and SpecForge read alike for an EAGLE-3 or EAGLE draft's one layer.
 LAYER_NAMES = ("midlayer.", "layers.0.", "model.layers.0.")
 
 
-class PushStage:
-    """One open push; dropping it leaves the server as it was."""
+class ServerStaging:
+    """Collects what the server will be sent, as the transport holds it."""
 
     def __init__(self, manifest: Manifest, target: TargetFiles, draft: DraftFiles | None) -> None:
-        expected = expected_target(manifest, target) if manifest.side == "target" else expected_draft(manifest, draft)
+        is_target = manifest.side == "target"
+        self.expected = expected_target(manifest, target) if is_target else expected_draft(manifest, draft)
         _check_dtypes(manifest)
-        self._receiver = PushReceiver(manifest, expected)
-        self._prepared = False
         self.tensors: dict[str, torch.Tensor] = {}
 
-    @property
-    def manifest(self) -> Manifest:
-        return self._receiver.manifest
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.tensors[name] = tensor
 
-    @property
-    def checksum(self) -> str:
-        return self._receiver.checksum
-
-    def take(self, bucket: PushBucket, transport: WeightTransport) -> None:
-        tensors = transport.receive(bucket)
-        self._receiver.take(bucket, tensors)
-        self.tensors |= {meta.name: tensor for meta, tensor in zip(bucket.tensors, tensors, strict=True)}
-
-    def prepare(self, version: int, checksum: str) -> None:
-        self._check_version("prepare", version)
-        self._receiver.finish(checksum)
-        self._prepared = True
-
-    def check_commit(self, version: int) -> None:
-        """Raise PushError unless the push is whole."""
-        self._check_version("commit", version)
-        if not self._prepared:
-            raise PushError(f"commit of version {version} before its prepare")
-
-    def _check_version(self, step: str, version: int) -> None:
-        if version != self.manifest.version:
-            raise PushError(f"{step} of version {version} inside the push of {self.manifest.version}")
+    def build(self) -> None:
+        pass
 
 
 def expected_target(manifest: Manifest, target: TargetFiles) -> Shapes:

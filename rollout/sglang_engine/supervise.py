@@ -25,6 +25,10 @@ class EngineFailed(RuntimeError):
     """The server died more often than it may be restarted, or did not come up again."""
 
 
+class Stopped(RuntimeError):
+    """The engine was stopped while its server was being replaced."""
+
+
 class Supervisor:
     """Watches the server from a thread of its own.
 
@@ -46,10 +50,14 @@ class Supervisor:
         self._launch, self._restore = launch, restore
         self._client, self._loop, self._exclusive = client, loop, exclusive
         self._start_timeout_s, self._max_restarts = start_timeout_s, max_restarts
-        self.num_restarts = 0
+        self.num_restarts = 0  # of a server that died, tried
+        self.may_restart = True  # not while a trainer has the memory that a server takes at its start
+        self.num_replaced = 0  # servers brought up instead of another, for whatever reason
         self._server: ServerProcess | None = None
         self._failure: EngineFailed | None = None
         self._ready = asyncio.Event()
+        self._serves = False
+        self._changed = threading.Condition()
         self._suspected = threading.Event()
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="sglang-watch", daemon=True)
@@ -63,6 +71,8 @@ class Supervisor:
     def stop(self) -> None:
         self._stopping.set()
         self._suspected.set()
+        with self._changed:
+            self._changed.notify_all()
         if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
             self._watcher.join()
         if self._server is not None:
@@ -79,18 +89,29 @@ class Supervisor:
         if self._failure is not None:
             raise self._failure
 
+    def wait_serving(self, known: bool) -> bool:
+        """See MayStopServing; when the supervisor ends, what is ``known`` comes back."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._serves != known or self._failure is not None or self._stopping.is_set()
+            )
+        if self._failure is not None:
+            raise self._failure
+        return known if self._stopping.is_set() else not known
+
     def suspect(self) -> None:
         """Somebody's connection broke: look now."""
         self._suspected.set()
 
     def replace(self, why: str) -> None:
-        """End the server and bring up another (with whatever ``launch`` now says)."""
+        """End the server and bring up another (with whatever ``launch`` now says); raises Stopped midway."""
         with self._exclusive:
             logger.warning("replacing the server reason=%s", why)
             self._set_ready(False)
             self.server.stop()
             self._bring_up()
             self._restore()
+            self.num_replaced += 1
             self._set_ready(True)
 
     def _bring_up(self) -> None:
@@ -98,10 +119,15 @@ class Supervisor:
         server.start()
         self._server = server
         try:
-            server.wait_until(lambda: self._loop.call(self._client.is_healthy()), self._start_timeout_s)
-        except ServerStartError:
+            server.wait_until(self._is_healthy, self._start_timeout_s)
+        except (ServerStartError, Stopped):
             server.stop()
             raise
+
+    def _is_healthy(self) -> bool:
+        if self._stopping.is_set():
+            raise Stopped("the engine is being stopped")
+        return self._loop.call(self._client.is_healthy())
 
     def _watch(self) -> None:
         while not self._stopping.is_set():
@@ -128,18 +154,24 @@ class Supervisor:
         return "" if self._stopping.is_set() else "it does not answer"
 
     def _recover(self, why: str) -> bool:
-        """Replace the server, again if need be; False when the engine has failed for good."""
+        """Replace the server, again if need be; False when the engine is stopped, or has failed for good."""
+        self._set_ready(False)  # at once: whoever has the server to itself may yet take long to give up
         with self._exclusive:
             if self._stopping.is_set():
                 return False
             if not self._trouble(suspected=True):
+                self._set_ready(True)
                 return True  # a push that met the dead server has replaced it meanwhile
-            self._set_ready(False)
+            if not self.may_restart:
+                self._set_ready(self.server.is_alive)  # whoever gives the memory back finds it dead
+                return True
             while self.num_restarts < self._max_restarts:
                 self.num_restarts += 1
                 try:
                     self.replace(f"{why} restart={self.num_restarts}")
                     return True
+                except Stopped:
+                    return False
                 except Exception as error:
                     logger.exception("the server did not come back")
                     why = str(error)
@@ -152,3 +184,6 @@ class Supervisor:
             self._ready.set() if ready else self._ready.clear()
 
         self._loop.call(change())
+        with self._changed:
+            self._serves = ready
+            self._changed.notify_all()

@@ -10,31 +10,23 @@ from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.delivery import Delivery, Sums, Weights, read_back
 from rollout.sglang_engine.loop_thread import AsyncLoop
 from rollout.sglang_engine.model_files import DraftFiles, TargetFiles
-from rollout.sglang_engine.staging import PushStage
+from rollout.sglang_engine.staging import ServerStaging
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
-from slime_spec.interfaces import WeightTransport
-from slime_spec.weights.manifest import Side
-from slime_spec.weights.push import (
-    BeginPush,
-    CancelPush,
-    CommitPush,
-    ContinueGeneration,
-    PauseGeneration,
-    PauseMode,
-    PreparePush,
-    PushBucket,
-    PushMessage,
-    PushReply,
-    VerifyPush,
-)
+from slime_spec.weights.manifest import Manifest, Side
+from slime_spec.weights.push import PauseMode
+from slime_spec.weights.stage import PushStage
+
+# Tensors whose storage a draft may share with its target: a push of the target changes them, and a release loses them.
+SHARED = ("embed_tokens", "lm_head", "shared_head.head")
 
 
 class ServerWeights:
     """The engine's half of pushes. It keeps what was last pushed: a server that dies is brought back to it.
 
     ``replace_server`` restarts the server and calls ``restore``; ``changed`` is called after a push, once the server
-    generates again. Used by one thread at a time.
+    generates again. ``speculates`` says whether the server has a draft at all: one that is pushed to a server whose
+    speculation was given up is only kept. Used by one thread at a time.
     """
 
     delivery: Delivery  # known once the server has said what it can do
@@ -44,20 +36,19 @@ class ServerWeights:
         config: Config,
         engine_index: int,
         files: tuple[TargetFiles, DraftFiles | None],
-        transport: WeightTransport,
         client: SglangClient,
         loop: AsyncLoop,
         replace_server: Callable[[str], None],
         changed: Callable[[], None],
+        speculates: Callable[[], bool],
     ) -> None:
         self._config, self._index = config, engine_index
         self._target, self._draft = files
-        self._transport, self._client, self._loop = transport, client, loop
-        self._replace_server, self._changed = replace_server, changed
+        self._client, self._loop = client, loop
+        self._replace_server, self._changed, self._speculates = replace_server, changed, speculates
         self._current: dict[Side, Weights] = {}
         self._checksums: dict[Side, str] = {}
         self._draft_sums: Sums = {}
-        self._stage: PushStage | None = None
         self._paused: PauseMode | None = None
         self._is_dirty = False
 
@@ -66,46 +57,30 @@ class ServerWeights:
         weights = self._current.get(side)
         return 0 if weights is None else weights.version
 
-    def update(self, message: PushMessage) -> PushReply:
-        """See RolloutEngine.update_weights."""
-        match message:
-            case PauseGeneration(_, mode):
-                self._loop.call(self._client.post("/pause_generation", {"mode": mode}))
-                self._paused = mode
-                return self._reply("target")
-            case ContinueGeneration():
-                self._loop.call(self._client.post("/continue_generation"))
-                self._paused = None
-                self._tell_changed()
-                return self._reply("target")
-            case VerifyPush(_, side):
-                return self._reply(side, self._verified(side))
-        stage, self._stage = self._stage, None  # whatever fails below drops the push
-        match message:
-            case BeginPush(manifest):
-                self.delivery.check(manifest.side)
-                stage = PushStage(manifest, self._target, self._draft)
-            case PushBucket() if stage is not None:
-                stage.take(message, self._transport)
-            case PreparePush(version, checksum) if stage is not None:
-                stage.prepare(version, checksum)
-            case CommitPush(version) if stage is not None:
-                stage.check_commit(version)
-                self._commit(stage)
-                return self._reply(stage.manifest.side, stage.checksum)
-            case CancelPush():
-                return self._reply("target" if stage is None else stage.manifest.side)
-            case _:
-                raise PushError(f"{type(message).__name__} of version {message.version} outside a push")
-        self._stage = stage
-        return self._reply(stage.manifest.side, stage.checksum)
+    def staging(self, manifest: Manifest) -> ServerStaging:
+        self.delivery.check(manifest.side)
+        return ServerStaging(manifest, self._target, self._draft)
 
-    def restore(self, speculates: bool) -> None:
+    def pause(self, mode: PauseMode) -> None:
+        self._loop.call(self._client.post("/pause_generation", {"mode": mode}))
+        self._paused = mode
+
+    def resume(self) -> None:
+        self._loop.call(self._client.post("/continue_generation"))
+        self._paused = None
+        self._tell_changed()
+
+    def restore(self) -> None:
         """Bring a new server, which has its checkpoints' weights, to the current ones."""
         self._paused = None
         for side in ("target", "draft"):
-            if side in self._current and (side == "target" or speculates):
+            if side in self._current:
                 self._deliver(self._current[side])
+
+    @property
+    def can_mend_draft(self) -> bool:
+        """Not where the checksums say that the server still has the draft of its folder, and none was pushed."""
+        return "draft" in self._current or not self._draft_sums
 
     def send_draft_again(self) -> bool:
         """False where no draft was ever pushed: only a new server has it then."""
@@ -116,16 +91,21 @@ class ServerWeights:
 
     def remember_draft(self) -> None:
         """Note the draft's checksums, as they are when all is well."""
-        self._draft_sums = self._loop.call(self.delivery.checksums("draft"))
+        self._draft_sums = self._sums_of_draft()
 
     def draft_is_as_remembered(self) -> bool:
-        return self._loop.call(self.delivery.checksums("draft")) == self._draft_sums
+        return self._sums_of_draft() == self._draft_sums
 
-    def _commit(self, stage: PushStage) -> None:
+    def _sums_of_draft(self) -> Sums:
+        """Of what is the draft's own."""
+        sums = self._loop.call(self.delivery.checksums("draft"))
+        return {name: checksum for name, checksum in sums.items() if not any(part in name for part in SHARED)}
+
+    def commit(self, stage: PushStage[ServerStaging]) -> None:
         """Bring the server to the push; one that dies of it is restarted, with it."""
         side, version = stage.manifest.side, stage.manifest.version
         before = self._current.get(side)
-        self._current[side] = Weights(side, version, stage.tensors)
+        self._current[side] = Weights(side, version, stage.staging.tensors)
         try:
             self._deliver(self._current[side])
         except ServerGone as error:
@@ -141,14 +121,16 @@ class ServerWeights:
         self._checksums[side] = stage.checksum
         if side == "target":
             self._check_version()
-        if self._draft is not None:
+        if self._speculates() and (side == "draft" or self._target.mtp_shapes.keys() & stage.staging.tensors.keys()):
             self.remember_draft()
         self._is_dirty = True
         if self._paused is None:
             self._tell_changed()
 
     def _deliver(self, weights: Weights) -> None:
-        mtp_names = frozenset(self._target.mtp_shapes)
+        if weights.side == "draft" and not self._speculates():
+            return
+        mtp_names = frozenset(self._target.mtp_shapes if self._speculates() else ())
         self._loop.call(self.delivery.deliver(weights, mtp_names, self._paused))
 
     def _tell_changed(self) -> None:
@@ -161,7 +143,7 @@ class ServerWeights:
         if told != str(self.version("target")):
             raise PushError(f"after the push of version {self.version('target')} the server tells version {told!r}")
 
-    def _verified(self, side: Side) -> str:
+    def checksum(self, side: Side) -> str:
         """The pushed checksum where the server's weights are what was pushed, else what is wrong.
 
         SGLang keeps projections fused and has no way to read all of them back: the first rows of some tensors are
@@ -175,9 +157,6 @@ class ServerWeights:
             wrong = self._loop.call(read_back(self._client, weights.tensors, dtype))
             if wrong:
                 return f"the server has other values of {', '.join(wrong)}"
-        elif not self.draft_is_as_remembered():
+        elif self._speculates() and not self.draft_is_as_remembered():
             return "the draft's checksums have changed since the push"
         return self._checksums[side]
-
-    def _reply(self, side: Side, checksum: str = "") -> PushReply:
-        return PushReply(self._index, self.version(side), checksum)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from slime_spec.config.server_checks import check_servers, server_notes, unused_server_settings
 from slime_spec.config.speculation import check_speculation, speculation_notes
-from slime_spec.config.tree import Config, TaskConfig
+from slime_spec.config.tree import Config, RolloutConfig, TaskConfig, TrainerConfig
 from slime_spec.errors import ConfigError
 from slime_spec.types import is_greedy
 
@@ -18,9 +19,12 @@ def check(config: Config) -> None:
     _check_lengths(config)
     if config.run.mode != "train_only":
         _check_sampling(config)
+        _check_over_sampling(config.rollout)
         _check_engine_gpus(config)
+        if config.rollout.engine == "sglang":
+            check_servers(config)
     if config.run.mode != "rollout_only":
-        _check_ranks(config)
+        check_ranks(config.trainer)
         _check_saving(config)
     if config.run.mode == "train":
         _check_batch(config)
@@ -32,9 +36,15 @@ def notes(config: Config) -> Iterator[str]:
     """What is allowed but has no effect in this run, one sentence each; the launcher tells the user."""
     if config.sglang and config.rollout.engine != "sglang":
         names = ", ".join(f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang)
-        yield f"The {config.rollout.engine} engine has no use for {names}; the setting is kept in config.yaml."
+        yield f"The {config.rollout.engine} engine has no use for {names}."
+    if config.run.mode != "train_only" and config.rollout.engine != "sglang":
+        yield from unused_server_settings(config)
     if config.run.mode != "train_only":
+        if config.rollout.partial_rollout and _num_in_progress(config.rollout) == config.rollout.batch_size:
+            yield "Without --over-sampling-batch-size nothing is left unfinished, and --partial-rollout has no effect."
         yield from speculation_notes(config)
+        if config.rollout.engine == "sglang":
+            yield from server_notes(config)
 
 
 def _check_mode(config: Config) -> None:
@@ -183,8 +193,31 @@ def _check_batch(config: Config) -> None:
         )
 
 
-def _check_ranks(config: Config) -> None:
-    trainer = config.trainer
+def _num_in_progress(rollout: RolloutConfig) -> int:
+    """Prompts in progress during a step."""
+    return rollout.over_sampling_batch_size or rollout.batch_size
+
+
+def _check_over_sampling(rollout: RolloutConfig) -> None:
+    in_progress = _num_in_progress(rollout)
+    if in_progress < rollout.batch_size:
+        raise ConfigError(
+            "rollout.over_sampling_batch_size",
+            f"must be at least rollout.batch_size ({rollout.batch_size})",
+            in_progress,
+            "Raise it, or leave it out.",
+        )
+    if in_progress > rollout.batch_size and not rollout.partial_rollout:
+        raise ConfigError(
+            "rollout.over_sampling_batch_size",
+            "begins prompts that a step does not finish; throwing them away would train on short responses only",
+            in_progress,
+            "Add --partial-rollout, so that the next step goes on with them.",
+        )
+
+
+def check_ranks(trainer: TrainerConfig) -> None:
+    """Raise ConfigError where the ranks do not divide into groups, or have no GPU each."""
     model_parallel = trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size
     if trainer.world_size % model_parallel:
         raise ConfigError(
@@ -204,6 +237,8 @@ def _check_ranks(config: Config) -> None:
 
 def _check_shared_gpus(config: Config) -> None:
     engine_gpus = config.rollout.num_engines * config.rollout.num_gpus_per_engine
+    if config.rollout.engine == "sglang" and config.sglang_server.external_addrs:
+        return  # they have GPUs of their own
     if config.cluster.colocate and engine_gpus != config.trainer.num_gpus:
         raise ConfigError(
             "cluster.colocate",

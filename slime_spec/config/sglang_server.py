@@ -14,8 +14,10 @@ class SglangServerConfig:
     python: str | None = setting(
         None, "Python of the environment that has sglang; default: this one.", flags=("--sglang-python",)
     )
-    host: str = setting(
-        "127.0.0.1", "Address that servers listen on: loopback, or the node's.", flags=("--sglang-host",)
+    host: str | None = setting(
+        None,
+        "Address that servers listen on; default: loopback, each node's own where other nodes must reach them.",
+        flags=("--sglang-host",),
     )
     port: int = setting(
         0,
@@ -30,6 +32,19 @@ class SglangServerConfig:
         (),
         "Servers (host:port) that someone else started, one an engine; they are used, never restarted.",
         flags=("--rollout-external-engine-addrs",),
+    )
+    router: bool = setting(
+        False,
+        "Put an sglang-router (of the Python that has sglang) in front of the servers.",
+        flags=("--sglang-router",),
+    )
+    router_addr: str | None = setting(
+        None,
+        "An sglang-router (host:port) that someone else started, with --disable-retries.",
+        flags=("--sglang-router-addr",),
+    )
+    router_args: tuple[str, ...] = setting(
+        (), "Words added to the router's command line, as --policy=round_robin.", flags=("--sglang-router-args",)
     )
     overrides: str | None = setting(
         None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
-from slime_spec.config.speculative import EMBEDDED_ALGORITHMS
+from slime_spec.config.speculative import EMBEDDED_ALGORITHMS, SPECULATIVE_ALGORITHMS
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.speculation.shape import (
@@ -17,7 +17,10 @@ from slime_spec.speculation.shape import (
     forced_draft_tokens,
 )
 
-EVERY = tuple(name for name in EMBEDDED_ALGORITHMS if name != "NONE")
+EVERY = tuple(name for name in SPECULATIVE_ALGORITHMS if name != "NONE")
+WITH_DRAFT_MODEL = (*MODEL_DRAFTS, "DFLASH", "DSPARK")
+# What says which draft model there is and how its drafts are verified; each is an error with another algorithm.
+OF_DRAFT_MODEL = ("draft_model_path", "draft_model_quantization", "use_rejection_sampling", "use_block_verification")
 # Which algorithms read a setting; where none does, it has no effect and the user is told.
 READ_BY: Mapping[str, tuple[str, ...]] = {
     "num_steps": (*MODEL_DRAFTS, "LOOKUP"),
@@ -63,6 +66,14 @@ def check_speculation(config: Config) -> None:
         _check_ngram(spec)
 
 
+def unused_draft_settings(spec: SpeculativeConfig) -> list[str]:
+    """Those of OF_DRAFT_MODEL that are set for an algorithm without a draft model: an experiment's, of another one."""
+    if spec.algorithm in WITH_DRAFT_MODEL:
+        return []
+    default = SpeculativeConfig()
+    return [name for name in OF_DRAFT_MODEL if getattr(spec, name) != getattr(default, name)]
+
+
 def check_environment(environ: Mapping[str, str]) -> None:
     """Refuse SGLang's switch that pretends drafts were accepted: what it generates is nobody's law."""
     if environ.get(FORGED_ACCEPTANCE) not in (None, "", "-1", "-1.0"):
@@ -97,7 +108,7 @@ def speculation_notes(config: Config) -> Iterator[str]:
 def _check_draft_model(config: Config) -> None:
     spec = config.speculative
     path, quantization = spec.draft_model_path, spec.draft_model_quantization
-    has_model = spec.algorithm in MODEL_DRAFTS
+    has_model = spec.algorithm in WITH_DRAFT_MODEL
     if path is not None and not has_model:
         raise ConfigError(
             "speculative.draft_model_path",

@@ -84,6 +84,12 @@ class RolloutConfig:
         2, "CPU cores, and compute threads, of one engine.", flags=("--rollout-num-cpus-per-engine",), minimum=1
     )
     batch_size: int = setting(8, "Prompts per rollout step.", flags=("--rollout-batch-size",), minimum=1)
+    over_sampling_batch_size: int | None = setting(
+        None, "Prompts in progress during a step, which ends when batch_size are complete; default: no more.", minimum=1
+    )
+    partial_rollout: bool = setting(
+        False, "Keep what over-sampling leaves unfinished; the next step goes on with it, under its newer weights."
+    )
     n_samples_per_prompt: int = setting(8, "Samples per prompt (the GRPO group).", minimum=1)
     max_prompt_len: int = setting(512, "Longest prompt, tokens.", flags=("--rollout-max-prompt-len",), minimum=1)
     max_response_len: int = setting(64, "Longest response, tokens.", flags=("--rollout-max-response-len",), minimum=1)
@@ -116,6 +122,11 @@ class EngineConfig:
         None, "KV cache bound, tokens; default: from kv_cache_gb.", flags=("--sglang-max-total-tokens",), minimum=2
     )
     kv_cache_gb: float = setting(1.0, "KV cache bound, GB, where max_total_tokens is not set.", above=0.0)
+    cost_probe_interval: int = setting(
+        64,
+        "Embedded: time a plain decode step once in this many rounds, for spec/net_speedup_est; 0: never.",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -202,6 +213,9 @@ class ClusterConfig:
     """Ray."""
 
     ray_address: str | None = setting(None, "Join this Ray cluster (host:port or auto) instead of starting one.")
+    num_gpus_per_node: int = setting(
+        8, "GPUs of one node; an engine with more spans several.", flags=("--num-gpus-per-node",), minimum=1
+    )
     colocate: bool = setting(True, "Trainer and engines share the same cores or GPUs and take turns.")
     offload: bool = setting(
         True, "In colocate mode, free engine memory while training.", flags=("--offload", "--offload-rollout")

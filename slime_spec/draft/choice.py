@@ -9,17 +9,16 @@ from pathlib import Path
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.draft.checkpoint import verify_draft
 from slime_spec.draft.families import MTP_FAMILIES
+from slime_spec.draft.shipped import BUILTIN, builtin_folder
 from slime_spec.draft.spec import ANOTHER_DRAFT, DRAFT_PATH, DraftSpec
 from slime_spec.errors import CheckpointError, ConfigError
 from slime_spec.hf.checkpoint import verify_tensors
 from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.interfaces import unknown_choice
 
 # algorithm -> draft families it runs, its own first; in SGLang NEXTN is another name of EAGLE
 FAMILIES = {"EAGLE3": ("eagle3",), "EAGLE": ("eagle", "mtp"), "NEXTN": ("mtp", "eagle")}
 NETWORKED = ("STANDALONE", *FAMILIES)
 TOKENIZER = "tokenizer.json"
-BUILTIN = "builtin:"  # drafts that ship with the package, by name
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,6 @@ def _folder(config: Config, target: ModelSpec) -> Path:
     raise ConfigError(
         DRAFT_PATH, f"must name the draft's folder: {algorithm} drafts with a network", None, ANOTHER_DRAFT
     )
-
-
-def builtin_folder(path: str) -> Path:
-    """The folder of ``builtin:NAME``; raises ConfigError listing the drafts that ship with the package."""
-    folders = Path(__file__).parent / "builtin"
-    known = [f"{BUILTIN}{folder.parent.name}" for folder in folders.glob("*/config.json")]
-    if path not in known:
-        raise unknown_choice(DRAFT_PATH, known, path)
-    return folders / path.removeprefix(BUILTIN)
 
 
 def _whole_model(folder: Path, target: ModelSpec, target_folder: str) -> ModelSpec:

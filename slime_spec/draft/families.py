@@ -5,7 +5,7 @@ The order is a property of the weights: swapped halves load without complaint an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 OTHER_ENGINE = "draft with it through the SGLang engine, or pass --sglang-speculative-algorithm LOOKUP"
 NOT_EMBEDDED = f"which the embedded engine does not have; {OTHER_ENGINE}"
@@ -56,16 +56,7 @@ DEEPSEEK = MtpFamily(
     unread=("embed_tokens.weight", "shared_head.head.weight"),
     refused=MLA_MOE,
 )
-GLM = MtpFamily(
-    prefix="model.layers.{layers}.",
-    projection="eh_proj.weight",
-    hidden_first=False,
-    embedding_norm="enorm.weight",
-    hidden_norm="hnorm.weight",
-    final_norm="shared_head.norm.weight",
-    unread=("embed_tokens.weight", "shared_head.head.weight"),
-    refused=GQA_MOE,
-)
+GLM = replace(DEEPSEEK, refused=GQA_MOE)
 QWEN3_NEXT = MtpFamily(
     prefix="mtp.",
     projection="fc.weight",

@@ -11,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slime_spec.errors import CheckpointError
+from slime_spec.hf.file_names import INDEX, SINGLE
 from slime_spec.hf.model_spec import ModelSpec
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CHECKPOINT = "model.hf_checkpoint"
 MEND = "Copy the checkpoint again, or correct its config.json."
 

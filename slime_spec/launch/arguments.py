@@ -11,9 +11,12 @@ from slime_spec.config.build import unknown_setting
 from slime_spec.config.schema import SGLANG, settings
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError
-from slime_spec.launch.flags import EXPERIMENT, Flag, find_flag, flags, parse_sglang, parse_value
+from slime_spec.launch.flags import EXPERIMENT, Flag, find_flag, flags, is_flag, parse_sglang, parse_value
+from slime_spec.launch.newer_flags import newer_flag
 from slime_spec.launch.sglang_table import sglang_flag
 
+EXTRA_ARGS = "sglang_server.extra_args"
+SGLANG_FLAG = ("--sglang-", "--sglang_")
 DEBUG_MODES = ("--debug-rollout-only", "--debug-train-only")
 # A token that is an override ends a flag's list of values; a value that looks like one is written --flag=VALUE.
 OVERRIDE = re.compile(r"[a-z_]+\.[a-z0-9_.]+=|experiment=")
@@ -34,9 +37,14 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     """Read the command line; raises ConfigError for an unknown flag or key, a wrong type, a value out of range."""
     values: dict[str, Any] = {}
     debug: dict[str, bool] = {}
+    servers_own: tuple[str, ...] = ()
     position = 0
     while position < len(argv):
         token = argv[position]
+        if token.startswith(SGLANG_FLAG) and not is_flag(token) and (newer := newer_flag(argv, position)):
+            servers_own += newer.words
+            position += newer.num_tokens
+            continue
         if token.startswith("-"):
             name, flag, value, used = _read_flag(argv, position)
             path = flag.path
@@ -57,6 +65,8 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
             True,
             "Pass one of them.",
         )
+    if servers_own:
+        values[EXTRA_ARGS] = (*values.get(EXTRA_ARGS, ()), *servers_own)
     return Arguments(values.pop(EXPERIMENT, None), values)
 
 

@@ -45,23 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def error_block(error: ConfigError) -> str:
-    """The four facts of a ConfigError, one a line."""
-    return (
-        f"error: {error.setting}\n  rule:   {error.rule}\n  value:  {error.value!r}\n  remedy: {error.remedy.strip()}"
-    )
+    """The four facts of a ConfigError, one a line; a fact that is a list begins below its name."""
+    facts = {"rule": error.rule, "value": repr(error.value), "remedy": error.remedy.strip(" ").rstrip()}
+    lines = [
+        f"  {f'{name}:':8}{text}" if not text.startswith("\n") else f"  {name}:{text}" for name, text in facts.items()
+    ]
+    return "\n".join([f"error: {error.setting}", *lines])
 
 
 def _train(argv: list[str]) -> int:
     if _wants_help(argv):
         return 0
-    from slime_spec.config.checks import notes
-    from slime_spec.launch.compose import compose
+    from slime_spec.launch.compose import composed
 
     is_dry = DRY_RUN in argv
     argv = [word for word in argv if word != DRY_RUN]
-    config = compose(argv)
-    for note in notes(config):
-        print(f"note: {note}", file=sys.stderr)
+    made = composed(argv)
+    config = made.config
+    _tell(made.notes)
     if is_dry:
         from slime_spec.launch.dry_run.plan import make_plan
         from slime_spec.launch.dry_run.show import show_plan
@@ -83,14 +84,17 @@ def _config(argv: list[str]) -> int:
     if _wants_help(argv):
         return 0
     from slime_spec.config.build import to_yaml
-    from slime_spec.config.checks import notes
-    from slime_spec.launch.compose import compose
+    from slime_spec.launch.compose import composed
 
-    config = compose(argv)
-    _show(to_yaml(config).rstrip())
-    for note in notes(config):
-        print(f"note: {note}", file=sys.stderr)
+    made = composed(argv)
+    _show(to_yaml(made.config).rstrip())
+    _tell(made.notes)
     return 0
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _wants_help(argv: Sequence[str]) -> bool:
@@ -126,6 +130,7 @@ def _serve(argv: list[str]) -> int:
     from slime_spec.launch.serve import read_serve_arguments, run_serve
 
     arguments = read_serve_arguments(argv)
+    _tell(arguments.notes)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
     return run_serve(arguments, _show)
 
@@ -147,7 +152,7 @@ def _bench(argv: list[str]) -> int:
         _show(BENCH)
         return 0
     if not argv or argv[0].startswith("-"):
-        remedy = "Write slime-spec bench main-job, or slime-spec bench engine."
+        remedy = "Write slime-spec bench main-job, slime-spec bench engine or slime-spec bench sglang."
         raise ConfigError("bench", "needs the name of a benchmark", argv, remedy)
     from slime_spec.launch.bench import run_bench
 

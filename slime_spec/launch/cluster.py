@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.hf.checkpoint import expected_shapes
 from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.placement import BundlePlan, Placement, plan_bundles
+from slime_spec.placement import Bundle, BundlePlan, Placement, plan_bundles
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,15 @@ class Cluster:
 
     engines: Placement
     ranks: Placement
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a bundle of one GPU is: ``Slot(bundle=3, node="f00d...", gpu="1")``."""
+
+    bundle: int
+    node: str
+    gpu: str
 
 
 @contextmanager
@@ -113,16 +123,63 @@ def _reserved(plan: BundlePlan) -> Iterator[Cluster]:
                 f"wanted {bundles}, there is {ray.cluster_resources()}",
                 "Ask for fewer engines or cores, set cluster.colocate=true, or join a larger Ray.",
             )
-        yield Cluster(
-            engines=_placement(group, plan, plan.engine_bundles, plan.engine_share),
-            ranks=_placement(group, plan, plan.rank_bundles, plan.rank_share),
-        )
+        where = _where_bundles_are(group, len(bundles)) if plan.together > 1 else None
+        yield _placed(group, plan, where)
     finally:
         remove_placement_group(group)
 
 
-def _placement(group: object, plan: BundlePlan, indices: tuple[int, ...], share: float) -> Placement:
-    if not indices:
-        return Placement(group, (), 0.0, 0.0)
-    bundle = plan.bundles[indices[0]]
-    return Placement(group, indices, bundle.num_cpus * share, bundle.num_gpus * share)
+def _where_bundles_are(group: PlacementGroup, num_bundles: int) -> list[Slot]:
+    """Each bundle's node and GPU: Ray hands bundles of one GPU out in no order."""
+
+    def slot() -> tuple[str, str]:
+        return ray.get_runtime_context().get_node_id(), str(ray.get_gpu_ids()[0])
+
+    asked = ray.remote(num_cpus=0, num_gpus=1)(slot)
+    at = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(num_bundles)]
+    found = ray.get([asked.options(scheduling_strategy=strategy).remote() for strategy in at])
+    return [Slot(bundle, node, gpu) for bundle, (node, gpu) in enumerate(found)]
+
+
+def _placed(group: object, plan: BundlePlan, where: list[Slot] | None) -> Cluster:
+    """The plan's bundles as Ray has them; ``where`` is known where some of them must be neighbours."""
+    row = list(range(len(plan.bundles))) if where is None else in_rows(where, plan.together)
+    gpu_of = {} if where is None else {slot.bundle: slot.gpu for slot in where}
+    nodes = tuple(tuple(row[bundle] for bundle in engine) for engine in plan.engine_nodes)
+    devices = {
+        row[first]: tuple(gpu_of[bundle] for bundle in row[first : first + plan.together])
+        for engine in plan.engine_nodes
+        for first in engine
+        if gpu_of
+    }
+
+    def share(bundles: tuple[int, ...], part: float) -> tuple[float, float]:
+        first = plan.bundles[bundles[0]] if bundles else Bundle(0.0, 0.0)
+        return first.num_cpus * part, first.num_gpus * part
+
+    engines = tuple(engine[0] for engine in nodes)
+    ranks = tuple(row[bundle] for bundle in plan.rank_bundles)
+    return Cluster(
+        engines=Placement(group, engines, *share(plan.engine_bundles, plan.engine_share), nodes, devices),
+        ranks=Placement(group, ranks, *share(plan.rank_bundles, plan.rank_share)),
+    )
+
+
+def in_rows(slots: Sequence[Slot], length: int) -> list[int]:
+    """Bundles in such an order that each ``length`` in a row are on one node, their GPUs ascending.
+
+    Raises ConfigError where the nodes do not have that many of them in multiples.
+    """
+    nodes: dict[str, list[Slot]] = {}
+    for slot in slots:
+        nodes.setdefault(slot.node, []).append(slot)
+    counts = [len(of_node) for of_node in nodes.values()]
+    if any(count % length for count in counts):
+        raise ConfigError(
+            "rollout.num_gpus_per_engine",
+            f"an engine's {length} GPUs of one node must be on one node, and the job's are spread as {counts}",
+            length,
+            "Set --num-gpus-per-node to what the nodes have free, or use whole nodes.",
+        )
+    in_order = [sorted(of_node, key=lambda slot: (len(slot.gpu), slot.gpu)) for of_node in nodes.values()]
+    return [slot.bundle for of_node in in_order for slot in of_node]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from yaml import YAMLError
 
 import slime_spec
 from slime_spec.config.build import from_dict, read_yaml, to_dict
-from slime_spec.config.checks import check
+from slime_spec.config.checks import check, notes
 from slime_spec.config.schema import SGLANG, settings
-from slime_spec.config.speculation import check_environment
+from slime_spec.config.speculation import check_environment, unused_draft_settings
+from slime_spec.config.speculative import SpeculativeConfig
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -28,11 +30,25 @@ from slime_spec.launch.arguments import Arguments, read_arguments
 from slime_spec.launch.sglang_table import check_sglang, sglang_flag
 
 
+@dataclass(frozen=True)
+class Composed:
+    """A configuration, and what of it was left out or has no effect, one sentence each."""
+
+    config: Config
+    notes: tuple[str, ...]
+
+
 def compose(argv: Sequence[str]) -> Config:
+    """The configuration alone; see ``composed``."""
+    return composed(argv).config
+
+
+def composed(argv: Sequence[str]) -> Composed:
     """The configuration that ``argv`` (flags and overrides, without the command's name) describes.
 
     In rising precedence: the tree's defaults, conf/config.yaml, the chosen experiment or file, the command line.
     Values on the command line and in a file are literal: only conf/ may interpolate (``${model.hf_checkpoint}``).
+    Another algorithm than the experiment's leaves out the experiment's draft, but not one from the command line.
     Raises ConfigError, before anything heavy is imported, for whatever cannot be honoured.
     """
     arguments = read_arguments(argv)
@@ -48,9 +64,19 @@ def compose(argv: Sequence[str]) -> Config:
             f"{did_you_mean(experiment, experiments())}Pass --config NAME or --config PATH.yaml.",
         )
     config = from_dict(_composed(Arguments(experiment, values)))
+    unused = [name for name in unused_draft_settings(config.speculative) if not _is_given(arguments, name)]
+    left_out = (f"speculative.{name} is not used by {config.speculative.algorithm}: left out." for name in unused)
+    default = SpeculativeConfig()
+    kept = replace(config.speculative, **{name: getattr(default, name) for name in unused})
+    config = replace(config, speculative=kept)
     check(config)
     check_environment(os.environ)
-    return config
+    return Composed(config, (*left_out, *notes(config)))
+
+
+def _is_given(arguments: Arguments, name: str) -> bool:
+    """Whether the command line itself sets this of the speculative settings."""
+    return f"speculative.{name}" in arguments.settings
 
 
 def conf_dir() -> Path:

@@ -92,6 +92,15 @@ def find_flag(name: str) -> tuple[Flag, bool]:
     )
 
 
+def is_flag(token: str) -> bool:
+    """Whether ``token`` (a flag, perhaps with =value) is one that find_flag finds."""
+    try:
+        find_flag(token.partition("=")[0])
+    except ConfigError:
+        return False
+    return True
+
+
 def parse_value(setting: Setting, text: str, kind: str | None = None) -> Any:
     """One value of a setting from its text; raises ConfigError with the setting's own words."""
     kind = kind or setting.type.__name__

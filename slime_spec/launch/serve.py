@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from ipaddress import ip_address
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
-from slime_spec.launch.compose import compose
+from slime_spec.launch.compose import composed
 from slime_spec.launch.texts import whole_number
+
+logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "SLIME_SPEC_API_KEY"
 NODES = ("model", "engine", "speculative", "sglang")
@@ -28,7 +31,7 @@ Every other flag is one of `slime-spec train` that concerns the model, the engin
 
 @dataclass(frozen=True)
 class ServeArguments:
-    """A serve command line: what to serve, and where."""
+    """A serve command line: what to serve, and where; ``notes`` say what of it has no effect."""
 
     config: Config
     host: str
@@ -36,6 +39,7 @@ class ServeArguments:
     api_key: str | None
     max_request_mb: int
     incremental_streaming: bool
+    notes: tuple[str, ...] = ()
 
 
 def serve_parser() -> argparse.ArgumentParser:
@@ -62,13 +66,15 @@ def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
     for path, value in read_arguments(rest).settings.items():
         if path.partition(".")[0] not in NODES and path not in SETTINGS:
             raise ConfigError(path, "belongs to a training run, and serve only generates", value, "Leave it out.")
+    made = composed([*BASE, *rest])
     return ServeArguments(
-        config=compose([*BASE, *rest]),
+        config=made.config,
         host=own.host,
         port=_whole("--port", own.port, 0, 65535),
         api_key=own.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         max_request_mb=_whole("--max-request-mb", own.max_request_mb, 1, 1 << 20),
         incremental_streaming=own.incremental_streaming_output,
+        notes=made.notes,
     )
 
 
@@ -89,6 +95,7 @@ def run_serve(arguments: ServeArguments, announce: Callable[[str], None]) -> int
     )
     server = EngineServer(config, options)
     what = f"model={config.model.hf_checkpoint} speculation={config.speculative.algorithm}"
+    logger.info("loading address=%s %s dtype=%s", server.address, what, config.engine.dtype)
     server.run(lambda address: announce(f"serving {address} {what}{_exposure(arguments)}"))
     return 0
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from rollout.embedded.validate import check_kv_cache
 from rollout.sglang_engine.model_files import read_architecture
@@ -55,11 +56,10 @@ class Inputs:
 
 def run(config: Config, argv: Sequence[str]) -> int:
     """Run what the configuration says; returns the process's exit code."""
-    if config.rollout.engine == "sglang" and config.run.mode != "train_only":
-        check_launch(config, argv)
+    check_launch(config, argv)
     inputs = preflight(config)
     folder = RunFolder.create(config, argv, to_yaml(config))
-    config = with_absolute_paths(config)
+    config = with_absolute_paths(config, folder.path)
     logger.info("run folder made path=%s mode=%s", folder.path, config.run.mode)
     prepare_ray_environment(joining=config.cluster.ray_address is not None)
     with (
@@ -119,11 +119,17 @@ def _target_spec(config: Config) -> ModelSpec | None:
     return ModelSpec.from_folder(config.model.hf_checkpoint)
 
 
-def with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: Config, run_folder: Path) -> Config:
     """Actors of a joined Ray have another working directory than the user."""
-    trainer, speculative = config.trainer, config.speculative
+    trainer, speculative, server = config.trainer, config.speculative, config.sglang_server
     return replace(
         config,
+        run=replace(config.run, output_dir=os.path.abspath(run_folder)),
+        sglang_server=replace(
+            server,
+            overrides=_absolute(server.overrides),
+            python=_absolute(server.python) if os.sep in (server.python or "") else server.python,  # else on the PATH
+        ),
         model=replace(config.model, hf_checkpoint=os.path.abspath(config.model.hf_checkpoint)),
         speculative=replace(
             speculative,

@@ -17,6 +17,8 @@ LINE = (
     ("rollout/response_len_mean", "len", "{:.1f}"),
     ("rollout/spec_accept_rate", "accept_rate", "{:.3f}"),
     ("rollout/spec_accept_length", "accept_len", "{:.2f}"),
+    ("spec/net_speedup_est", "net_speedup", "{:.2f}x"),
+    ("sync/canary_accept_length", "canary", "{:.2f}"),
     ("train/train_rollout_logprob_abs_diff", "logprob_diff", "{:.1e}"),
     ("train/grad_norm", "grad_norm", "{:.2f}"),
     ("perf/tokens_per_s", "tokens_per_s", "{:.0f}"),

@@ -89,12 +89,49 @@ TABLE = (
         "Samples whose verification may have bent the policy's law (an acceptance threshold below 1), over the samples "
         "with a verify round; absent where there was no round.",
     ),
+    Metric(
+        "spec/break_even_length",
+        "tokens/round",
+        "Time of a round (draft, verify) over that of a plain decode step of the same batch, both summed over the "
+        "rounds that the engines probed since their start (engine.cost_probe_interval): speculation pays above it. Of "
+        "the embedded engine; SGLang does not time its rounds.",
+    ),
+    Metric(
+        "spec/net_speedup_est",
+        "x",
+        "Tokens a round brought (the prefill's token apart) over spec/break_even_length: an estimate of decoding with "
+        "speculation over without; below 1 it costs more than it saves. Prefill and waiting are not in it.",
+    ),
+    Metric(
+        "engine/speculating",
+        "share",
+        "Engines that speculate, over all engines; it falls where a canary's alarm has disabled speculation.",
+    ),
+    Metric(
+        "engine/restarts", "restarts", "Servers that replaced one that died or had lost its draft, since the start."
+    ),
+    Metric(
+        "engine/draft_resends",
+        "times",
+        "Drafts given to an engine again because they were lost or refused, since the start.",
+    ),
+    Metric(
+        "engine/preemptions",
+        "times",
+        "Sequences whose KV the embedded engine gave up for lack of room, since the start.",
+    ),
     Metric("perf/rollout_time", "s", "Generating and scoring the step's samples."),
     Metric("perf/train_time", "s", "Policy training, from the batch to the last optimizer step."),
     Metric("perf/sync_time", "s", "Pushing the weights to every engine."),
     Metric("perf/step_time", "s", "The whole step."),
     Metric("perf/tokens_per_s", "tokens/s", "Response tokens over rollout time."),
     Metric("perf/train_tokens_per_s", "tokens/s", "Prompt and response tokens of scored samples over train time."),
+    Metric(
+        "perf/engine_forward_share",
+        "share",
+        "Of the time the engines worked during the step, that in the target's forward; where they time it.",
+    ),
+    Metric("perf/engine_draft_share", "share", "Likewise, the time in the drafter."),
     Metric("perf/request_latency_mean", "s", "Mean time of a response, from its request to its last token."),
     Metric("perf/request_latency_max", "s", "Time of the slowest response: the tail that the step waits for."),
     Metric("train/loss", "loss", "The loss that was minimised, mean over response tokens."),
@@ -122,6 +159,13 @@ TABLE = (
         "that differs fails the run); absent with push.verify=false.",
     ),
     Metric("sync/verify_seconds", "s", "Reading the engines' weights back and comparing, after the push."),
+    Metric(
+        "sync/canary_accept_length",
+        "tokens/round",
+        "1 + drafts accepted per verify round of the SGLang engines' canaries (sglang_server.canary_prompts, greedy) "
+        "after the push, pooled over the engines; absent where none ran.",
+    ),
+    Metric("sync/canary_accept_length_min", "tokens/round", "That of the engine with the lowest."),
     Metric("sync/paused_s", "s", "Time the engines paused generation for the push; absent without push.pause_mode."),
     Metric("sync/weight_version", "version", "Version of the weights that every engine now serves."),
 )

@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import Engines, RunState, Trainer
+from slime_spec.metrics.engines import benefit_metrics, canary_metrics, engine_metrics
 from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.rl.advantages import train_batch
@@ -56,8 +57,10 @@ def run_loop(job: Job, state: RunState) -> RunState:
 def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
     """One rollout, one policy step, one push."""
     clock = PhaseClock()
+    before = [] if job.engines is None else job.engines.stats()
     with clock.phase("rollout"):
-        samples = job.rollouts.samples(state, job.progress("rollout"))
+        rollout = job.rollouts.rollout(state, job.progress("rollout"))
+    samples = rollout.samples
     job.keep_samples(state.rollout_id, samples)
     metrics = rollout_metrics(samples)
     version = state.weight_version
@@ -68,11 +71,12 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
             version += 1
             job.progress("push")(0, 1)
             metrics |= push_weights(job.config, job.trainer, job.engines, version, clock)
+    if job.engines is not None:
+        after = job.engines.stats()
+        speculates = job.config.speculative.algorithm != "NONE"
+        metrics |= engine_metrics(before, after, speculates) | benefit_metrics(after, samples)
     metrics |= perf_metrics(samples, clock.seconds, clock.total_s)
-    next_prompt_id = state.next_prompt_id + job.config.rollout.batch_size
-    return metrics, replace(
-        state, rollout_id=state.rollout_id + 1, next_prompt_id=next_prompt_id, weight_version=version
-    )
+    return metrics, RunState(state.rollout_id + 1, rollout.next_prompt_id, version, rollout.unfinished_prompt_ids)
 
 
 def _train(job: Job, trainer: Trainer, samples: list[Sample], clock: PhaseClock) -> dict[str, float]:
@@ -104,4 +108,4 @@ def push_weights(
     """Bring every engine to ``version``, or raise PushError with every engine where it was."""
     with clock.phase("sync"):
         push = run_push(trainer.push(version), engines.broadcast, config.push.verify, config.push.pause_mode)
-        return push_metrics(push)
+    return push_metrics(push) | canary_metrics(engines.stats())

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import Engines, RunState
+from slime_spec.rl.open_group import OpenGroup
 from slime_spec.rl.requests import group_requests
 from slime_spec.types import GeneratedSample, Prompt, Sample
 
 Progress = Callable[[int, int], None]  # (samples finished, samples wanted)
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """One step's samples, in (prompt, sample) order, and where the run's prompts stand after it."""
+
+    samples: list[Sample]
+    next_prompt_id: int
+    unfinished_prompt_ids: tuple[int, ...] = ()
+
+
 class RolloutSource(Protocol):
     """Gives one step's scored samples."""
 
-    def samples(self, state: RunState, progress: Progress) -> list[Sample]: ...
+    def rollout(self, state: RunState, progress: Progress) -> Rollout: ...
 
 
 class GeneratedRollouts:
     """Samples from the engines.
+
+    With ``rollout.over_sampling_batch_size`` more groups are in progress than a step trains on: it ends with the first
+    ``batch_size`` that are complete, the others are aborted and go on in the next step (partial rollout; slime's
+    settings). Which these are depends on time, so two such runs need not train on the same steps. What was generated of
+    them stays here: a resumed run begins them anew, from the prompt ids in its state.
 
     ``take_prompts(n, start)`` gives the n prompts from an id on; ``score(prompt, response)`` attaches the reward.
     """
@@ -34,21 +50,56 @@ class GeneratedRollouts:
         score: Callable[[Prompt, GeneratedSample], Sample],
     ) -> None:
         self._config, self._engines, self._take_prompts, self._score = config, engines, take_prompts, score
+        self._open: dict[int, OpenGroup] = {}
 
-    def samples(self, state: RunState, progress: Progress) -> list[Sample]:
-        """Generate and score one step, in (prompt, sample) order whatever order the engines finished in."""
-        prompts = self._take_prompts(self._config.rollout.batch_size, state.next_prompt_id)
-        by_group = {str(prompt.prompt_id): prompt for prompt in prompts}
-        config = self._config
-        edit = config.speculative.edit and config.speculative.algorithm == "LOOKUP"
-        requests = group_requests(prompts, config.rollout, config.run.seed, edit)
-        wanted = sum(len(request.seeds) for request in requests)
-        scored: list[Sample] = []
-        progress(0, wanted)
-        for response in self._engines.generate(requests):
-            scored.append(self._score(by_group[response.group_id], response))
-            progress(len(scored), wanted)
-        return sorted(scored, key=lambda sample: (sample.prompt.prompt_id, sample.response.sample_index))
+    def rollout(self, state: RunState, progress: Progress) -> Rollout:
+        """Generate and score one step."""
+        next_prompt_id = self._open_groups(state)
+        complete = self._complete_groups(progress)
+        self._open = {prompt_id: group for prompt_id, group in self._open.items() if prompt_id not in complete}
+        samples = [sample for group in complete.values() for sample in group.finished]
+        samples.sort(key=lambda sample: (sample.prompt.prompt_id, sample.response.sample_index))
+        return Rollout(samples, next_prompt_id, tuple(self._open))
+
+    def _open_groups(self, state: RunState) -> int:
+        """Have as many groups open as a step has in progress, the unfinished first; the next new prompt's id."""
+        rollout = self._config.rollout
+        ids = [prompt_id for prompt_id in state.unfinished_prompt_ids if prompt_id not in self._open]
+        prompts = [prompt for prompt_id in ids for prompt in self._take_prompts(1, prompt_id)]
+        num_known = len(self._open) + len(ids)
+        num_new = max(0, (rollout.over_sampling_batch_size or rollout.batch_size) - num_known)
+        prompts += self._take_prompts(num_new, state.next_prompt_id)
+        speculative = self._config.speculative
+        edit = speculative.edit and speculative.algorithm == "LOOKUP"
+        requests = group_requests(prompts, rollout, self._config.run.seed, edit)
+        for prompt, request in zip(prompts, requests, strict=True):
+            self._open[prompt.prompt_id] = OpenGroup(prompt, request)
+        return state.next_prompt_id + num_new
+
+    def _complete_groups(self, progress: Progress) -> dict[int, OpenGroup]:
+        """Generate until a batch of the open groups is complete."""
+        size = self._config.rollout.batch_size
+        groups = {group.request.group_id: group for group in self._open.values()}
+        complete = {group.prompt.prompt_id: group for group in groups.values() if group.is_complete}
+        wanted = size * self._config.rollout.n_samples_per_prompt
+        num_finished = sum(len(group.finished) for group in groups.values())
+        progress(min(num_finished, wanted), wanted)
+        is_aborted = False
+        if len(complete) < size:
+            for response in self._engines.generate([each.rest() for each in groups.values() if not each.is_complete]):
+                group = groups[response.group_id]
+                if is_aborted and response.finish_reason == "abort":
+                    group.begun[response.sample_index] = response
+                    continue
+                group.finish(self._score(group.prompt, response))
+                num_finished += 1
+                progress(min(num_finished, wanted), wanted)
+                if group.is_complete:
+                    complete[group.prompt.prompt_id] = group
+                if len(complete) == size < len(groups) and not is_aborted:
+                    is_aborted = True
+                    self._engines.abort()
+        return dict(list(complete.items())[:size])
 
 
 class SavedRollouts:
@@ -57,7 +108,7 @@ class SavedRollouts:
     def __init__(self, load: Callable[[int], list[Sample]]) -> None:
         self._load = load
 
-    def samples(self, state: RunState, progress: Progress) -> list[Sample]:
+    def rollout(self, state: RunState, progress: Progress) -> Rollout:
         loaded = self._load(state.rollout_id)
         if num_lossy := sum(sample.response.lossy for sample in loaded):
             raise ConfigError(
@@ -67,4 +118,4 @@ class SavedRollouts:
                 "Generate them again without --speculative-lossy.",
             )
         progress(len(loaded), len(loaded))
-        return loaded
+        return Rollout(loaded, state.next_prompt_id + len({sample.prompt.prompt_id for sample in loaded}))

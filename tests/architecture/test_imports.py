@@ -24,6 +24,7 @@ HOMES = {
     "ray": (
         LAUNCH,
         "rollout.actor",
+        "rollout.node_actor",
         "rollout.pool",
         "trainer_bridge.megatron.actor",
         "trainer_bridge.megatron.group",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from slime_spec.config.checks import check, notes
 from slime_spec.config.speculation import FORGED_ACCEPTANCE, READ_BY, check_environment
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
-from slime_spec.launch.compose import compose
+from slime_spec.launch.compose import compose, composed
 
 EAGLE3 = "--speculative-algorithm EAGLE3 --speculative-draft-model-path d"
 NGRAM = "--speculative-algorithm NGRAM"
@@ -145,3 +147,39 @@ def test_sglangs_forged_acceptance_is_refused_by_its_environment_variable(monkey
     assert caught.value.setting == FORGED_ACCEPTANCE
     for harmless in ({}, {FORGED_ACCEPTANCE: "-1"}, {FORGED_ACCEPTANCE: ""}):
         check_environment(harmless)
+
+
+@pytest.mark.parametrize("algorithm", ["NGRAM", "LOOKUP", "NONE"])
+def test_another_algorithm_leaves_out_the_experiments_draft_and_says_so(algorithm: str) -> None:
+    made = composed(["--config", "smollm2-135m", "--speculative-algorithm", algorithm])
+    speculative = made.config.speculative
+    assert speculative.algorithm == algorithm
+    assert (speculative.draft_model_path, speculative.use_rejection_sampling) == (None, False)
+    for name in ("draft_model_path", "use_rejection_sampling"):
+        assert f"speculative.{name} is not used by {algorithm}: left out." in made.notes
+
+
+def test_the_experiments_draft_stays_with_an_algorithm_that_has_one() -> None:
+    made = composed(["--config", "smollm2-135m", "--no-speculative-use-rejection-sampling"])
+    assert made.config.speculative.draft_model_path == "builtin:smollm2-135m-eagle3"
+    assert not [note for note in made.notes if "left out" in note]
+
+
+def test_a_draft_from_the_command_line_is_refused_also_over_an_experiments() -> None:
+    argv = ["--config", "smollm2-135m", *NGRAM.split(), "--speculative-draft-model-path", "d"]
+    with pytest.raises(ConfigError, match="leave the path out"):
+        compose(argv)
+
+
+def test_a_files_draft_is_left_out_as_an_experiments_is(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("speculative: {algorithm: NGRAM, draft_model_path: d}")
+    made = composed(["--config", str(file)])
+    assert made.config.speculative.draft_model_path is None
+    assert made.notes[0] == "speculative.draft_model_path is not used by NGRAM: left out."
+
+
+def test_sglangs_algorithms_with_a_draft_of_their_own_take_its_path() -> None:
+    argv = "--rollout-engine sglang --speculative-algorithm DFLASH --speculative-draft-model-path d"
+    made = composed(argv.split())
+    assert made.config.speculative.draft_model_path == "d"

@@ -80,3 +80,15 @@ def test_it_drafts_for_the_model_it_was_trained_on() -> None:
     }
     rounds = sum(each.spec.num_rounds for each in drafted.values())
     assert sum(len(each.token_ids) - 1 for each in drafted.values()) / rounds >= 2.8
+
+
+def test_the_measurements_say_what_its_provenance_recorded() -> None:
+    record = json.loads((FOLDER / "provenance.json").read_text())
+    page = (Path(__file__).parents[2] / "docs" / "measurements.md").read_text(encoding="utf-8")
+    assert f"- command: `{record['command']}`\n- date: {record['date']}" in page
+    for kind, found in record["held_out"].items():
+        by_position = [
+            " / ".join(f"{share:.3f}" for share in found[name]) for name in ("conditional", "acceptance_rate")
+        ]
+        row = [kind, str(found["sequences"]), f"{found['tokens_per_verify']:.2f}", *by_position]
+        assert f"| {' | '.join(row)} |\n" in page

@@ -1,6 +1,7 @@
 """``slime-spec draft train`` from the command line: bad input before any work, and a whole small training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from slime_spec.launch.cli import main
 from slime_spec.launch.draft.command import run_draft
 from slime_spec.launch.draft.corpus import plan_corpus
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
+from slime_spec.launch.draft.options import read_action, read_options
 from slime_spec.launch.draft.provenance import file_sha256
+from slime_spec.launch.draft.train import draft_spec
 from tests.support.tiny_policy import make_tiny_policy
 
 SMALL = ["--num-prompts", "40", "--max-new-tokens", "8", "--epochs", "2", "--draft-vocab-size", "64"]
@@ -125,6 +128,29 @@ CHANGED = {
     "--num-steps": "2",
     "--lr": "0.1",
 }
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layers"),
+    [
+        (1, (0,)),
+        (2, (0,)),
+        (3, (0, 1)),
+        (4, (0, 1, 2)),
+        (5, (0, 2, 3)),
+        (6, (0, 2, 4)),
+        (7, (1, 2, 3)),
+        (30, (1, 14, 26)),
+    ],
+)
+def test_a_shallow_target_has_capture_layers_by_default_too(
+    policy: Path, tmp_path: Path, num_layers: int, layers: tuple[int, ...]
+) -> None:
+    argv = ["train", "--target", str(policy), "--out", str(tmp_path / "out"), *SMALL]
+    target = replace(ModelSpec.from_folder(policy), num_layers=num_layers)
+    spec = draft_spec(read_options(read_action(argv)), target)
+    assert spec.capture_layers == layers
+    assert spec.feature_size == len(layers) * target.hidden_size
 
 
 def test_a_training_is_gone_on_with_under_its_own_settings_only(policy: Path, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_a_draft_that_ships_with_the_package_goes_by_its_name(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = make_tiny_draft(tmp_path / "builtin" / "tiny", target, EAGLE3)
-    monkeypatch.setattr("slime_spec.draft.choice.__file__", str(tmp_path / "choice.py"))
+    monkeypatch.setattr("slime_spec.draft.shipped.__file__", str(tmp_path / "shipped.py"))
     assert chosen(target, Path("builtin:tiny")).folder == draft
     with pytest.raises(ConfigError, match="must be one of builtin:tiny") as caught:
         chosen(target, Path("builtin:tyni"))

@@ -61,6 +61,15 @@ def test_speculation_ran_and_its_counters_add_up(finished):
         assert row["rollout/spec_accept_rate"] == row["spec/correct_drafts"] / row["spec/proposed_drafts"]
 
 
+def test_the_engines_tell_that_they_speculate_what_it_costs_and_that_none_restarted(finished):
+    metrics = rows(finished)
+    assert all(row["engine/speculating"] == 1 and row["engine/restarts"] == 0 for row in metrics)
+    assert all(0 < row["perf/engine_draft_share"] < row["perf/engine_forward_share"] < 1 for row in metrics)
+    probed = [row for row in metrics if "spec/break_even_length" in row]
+    assert probed
+    assert all(row["spec/net_speedup_est"] > 0 for row in probed)
+
+
 def test_the_export_is_the_trained_policy_under_the_names_it_came_with(finished, policy):
     before, after = load_file(policy / "model.safetensors"), load_file(finished / "hf" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
@@ -166,3 +175,32 @@ def test_a_reward_that_raises_or_is_not_a_number_costs_the_sample_and_not_the_ru
     assert any("no verdict" in sample["error"] for sample in excluded)
     assert sum(row["rollout/num_excluded"] for row in rows(tmp_path / "run")) == len(excluded) > 0
     assert "excluded sample" in done.stderr
+
+
+def test_partial_rollout_trains_on_whole_groups_whose_tokens_say_which_weights_gave_them(slime_spec, graded, tmp_path):
+    """Six groups are in progress and two of them end a step; six samples run at once, so that others are part done."""
+    data = str(tmp_path / "rollout_{rollout_id}.pt")
+    asked = (
+        *SHARED[:-2],
+        *graded,
+        *("--over-sampling-batch-size", "6", "--partial-rollout", "--sglang-max-running-requests", "7"),
+        *("--rollout-max-response-len", "48", "--save-debug-rollout-data", data, "--save-interval", "1"),
+    )
+    slime_spec("train", *asked, "--num-rollout", "3", "--output-dir", str(tmp_path / "first"))
+    steps = ("--load", str(tmp_path / "first" / "checkpoints"), "--num-rollout", "5")
+    slime_spec("train", *asked, *steps, "--output-dir", str(tmp_path / "second"))
+    trained: list[int] = []
+    num_mixed = 0
+    for step in range(5):
+        samples = load_rollout(data, step)
+        ids = sorted({sample.prompt.prompt_id for sample in samples})
+        assert [len(samples), len(ids)] == [4, 2]
+        trained += ids
+        for response in (sample.response for sample in samples):
+            assert response.finish_reason in ("stop", "length")
+            assert len(response.token_ids) == len(response.logprobs) <= 48
+            assert all(version <= step for _, version in response.spans)
+            num_mixed += len(response.version_spans) > 1
+    assert len(set(trained)) == 10, "a prompt was trained on twice"
+    assert max(trained) < 14, "the resumed run took new prompts before those that were unfinished"
+    assert num_mixed > 0

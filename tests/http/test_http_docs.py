@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rollout.embedded.http.control_thread import ControlThread
 from rollout.embedded.http.generations import Generations
+from rollout.embedded.http.one_thread import OneThread
 from rollout.embedded.http.server import EngineServer, ServerOptions, make_app
 from slime_spec.config.tree import Config
 from slime_spec.launch.serve import read_serve_arguments
@@ -46,7 +46,9 @@ def test_the_command_is_understood() -> None:
 def test_the_table_lists_every_endpoint_and_method(example_config: Config) -> None:
     server = EngineServer(example_config, ServerOptions(port=0))
     server._socket.close()
-    app, _ = make_app(server._serving(Generations(server._engine), ControlThread()), ServerOptions())
+    app, _ = make_app(
+        server._serving(Generations(server._engine), OneThread("control"), OneThread("reading")), ServerOptions()
+    )
     routes = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource}
     listed = set()
     for paths, methods in re.findall(r"^\| (`/[^|]*) \| ([A-Z, ]+) \|", PAGE, re.MULTILINE):

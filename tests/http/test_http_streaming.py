@@ -1,6 +1,7 @@
 """Streams: SGLang's framing, chunks that add up to the plain answer, text that never has to be taken back."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from threading import Event
 
@@ -9,6 +10,8 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rollout.embedded.http.answers import AnswerWriter
+from rollout.embedded.http.generate_routes import LARGE_TEXT_BYTES
 from rollout.embedded.http.sampling import Sampling
 from rollout.embedded.http.text import GrowingText, response_text
 from rollout.embedded.loop_thread import Refused
@@ -81,6 +84,73 @@ def test_a_stream_that_the_engine_refuses_to_go_on_with_says_so_and_ends(
     assert chunks[0]["index"] == 0
     assert chunks[-1] == {"error": {"message": "the engine is offloaded", "type": "internal_error", "code": 503}}
     own_server.wait_for(lambda state: state["num_running_reqs"] == 0)
+
+
+def test_an_error_in_mid_stream_ends_the_stream_with_its_event_and_no_second_head(
+    own_server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(AnswerWriter, "finished", fail)
+    chunks = own_server.stream(text=PROMPT, sampling_params={**GREEDY, "max_new_tokens": 50})
+    assert len(chunks) > 1
+    assert chunks[-1]["error"] == {
+        "message": "the server failed; its log says why",
+        "type": "internal_error",
+        "code": 500,
+    }
+    monkeypatch.undo()
+    assert own_server.generate(text=PROMPT, sampling_params=GREEDY)["output_ids"]
+
+
+def test_an_answer_that_has_begun_is_cut_off_and_not_answered_twice(
+    own_server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever handler fails after its head was sent: here the stream's end, which no event can tell of any more."""
+
+    async def fail(*_: object) -> None:
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr("aiohttp.web.StreamResponse.write_eof", fail)
+    body = {"text": PROMPT, "sampling_params": GREEDY, "stream": True}
+    received: list[bytes] = []
+    response = requests.post(f"{own_server.url}/generate", json=body, timeout=TIMEOUT_S, stream=True)
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        received.extend(response.iter_content(None))
+    assert b"[DONE]" in b"".join(received)
+    assert b"HTTP/1.1" not in b"".join(received)
+
+
+def test_a_large_text_keeps_no_other_request_waiting(own_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, has_answered = Tokenizer.encode, Event()
+
+    def slow(tokenizer: Tokenizer, text: str, special: bool = True) -> tuple[int, ...]:
+        if len(text) > LARGE_TEXT_BYTES:
+            assert has_answered.wait(TIMEOUT_S)
+        return encode(tokenizer, text, special)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    with ThreadPoolExecutor(1) as client:
+        # Longer than the context: what matters is the time until that is known.
+        large = client.submit(own_server.post, "/generate", {"text": "a" * 45_000, "sampling_params": GREEDY})
+        assert own_server.generate(text=PROMPT, sampling_params=GREEDY)["output_ids"]
+        assert not large.done()
+        has_answered.set()
+        assert large.result()[0] == 400
+
+
+def test_an_engine_whose_loop_has_ended_is_unavailable_to_every_call(own_server: Served) -> None:
+    with pytest.raises(ZeroDivisionError):
+        own_server.engine._thread.call(lambda: 1 / 0)
+    for path, body in [
+        ("/generate", {"text": PROMPT, "sampling_params": GREEDY}),
+        ("/pause_generation", {"mode": "retract"}),
+        ("/weights_checker", {"action": "checksum"}),
+    ]:
+        status, answer = own_server.post(path, body)
+        assert (status, answer["error"]["type"]) == (503, "unavailable_error"), path
+    assert own_server.get("/health_generate")[0] == 503
 
 
 def test_a_stop_string_never_shows_in_a_stream(incremental: Served) -> None:

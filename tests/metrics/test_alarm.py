@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slime_spec.config.speculative import EMBEDDED_ALGORITHMS
+from slime_spec.config.speculative import SPECULATIVE_ALGORITHMS
 from slime_spec.config.tree import Config, MetricsConfig, SpeculativeConfig
 from slime_spec.metrics.alarm import LIKELY_CAUSES, SILENT_ROUNDS, AcceptanceAlarm
 from slime_spec.metrics.log import MetricLog
@@ -58,7 +58,7 @@ def test_fewer_rounds_an_accepted_draft_or_no_draft_at_all_are_no_alarm(
 
 
 def test_every_algorithm_that_drafts_has_its_likely_causes() -> None:
-    assert set(LIKELY_CAUSES) == set(EMBEDDED_ALGORITHMS) - {"NONE"}
+    assert set(LIKELY_CAUSES) == set(SPECULATIVE_ALGORITHMS) - {"NONE"}
 
 
 @pytest.mark.parametrize(("algorithm", "expected"), [("LOOKUP", 1), ("NONE", 0)])

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import sample
 
+from slime_spec.metrics.engines import benefit_metrics, canary_metrics, engine_metrics
 from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.metrics.table import TABLE, metric
-from slime_spec.types import Sample, SpecCounters, TrainReport
+from slime_spec.types import EngineStats, Sample, SpecCounters, TrainReport
 from slime_spec.weights.push import PushReport
 
 
@@ -127,6 +128,18 @@ def drafted_by(draft_version: int | None, histogram: tuple[int, ...] = (1,)) -> 
     return replace(given, response=replace(given.response, draft_version=draft_version))
 
 
+def said_by_engines() -> dict[str, float]:
+    idle = EngineStats(0, 0, 0, 0, 100, True, 0)
+    canary = SpecCounters(num_rounds=3, histogram=(1, 2))
+    times = replace(idle, time_total_s=2.0, time_in_forward_s=1.0, probed_round_s=4.0, probed_plain_s=2.0)
+    worked = replace(times, canary=canary)
+    return {
+        **engine_metrics([idle], [worked], speculates=True),
+        **benefit_metrics([worked], [sample(histogram=(0, 2))]),
+        **canary_metrics([worked]),
+    }
+
+
 def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
     report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 1, 4)
     push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True, verify_s=0.2)
@@ -136,6 +149,7 @@ def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
         **train_metrics(report),
         **push_metrics(push),
         **perf_metrics([sample()], {"rollout": 1.0, "train": 1.0, "sync": 1.0}, 3.0),
+        **said_by_engines(),
     }
     rows = {metric(name).name for name in made}
     assert made["sync/bytes_per_s"] == 2000

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import ray
 
-from slime_spec.config.tree import ClusterConfig, Config, RunConfig, TrainerConfig
+from slime_spec.config.tree import ClusterConfig, Config, RunConfig, SglangServerConfig, TrainerConfig
 from slime_spec.errors import ConfigError
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.launch.cluster import cluster
@@ -64,3 +64,36 @@ def test_without_colocation_every_actor_has_a_bundle_of_its_own(config):
 
 def test_a_rollout_only_run_reserves_nothing_for_a_trainer(config):
     assert plan_bundles(config).rank_bundles == ()
+
+
+def on_gpus(config: Config, num_gpus_per_engine: int, colocate: bool) -> Config:
+    """Two SGLang engines and a trainer of four GPUs, on nodes of two."""
+    return replace(
+        config,
+        run=RunConfig(mode="train"),
+        rollout=replace(config.rollout, engine="sglang", num_gpus_per_engine=num_gpus_per_engine),
+        trainer=TrainerConfig(world_size=4, num_gpus=4),
+        cluster=ClusterConfig(colocate=colocate, num_gpus_per_node=2),
+    )
+
+
+def test_an_engine_has_a_bundle_on_each_of_its_nodes(config):
+    plan = plan_bundles(on_gpus(config, 4, colocate=False))
+    assert plan.engine_nodes == ((0, 1), (2, 3))
+    assert plan.engine_bundles == (0, 2)
+    assert plan.rank_bundles == (4, 5, 6, 7)
+    assert [bundle.num_gpus for bundle in plan.bundles] == [2.0] * 4 + [1.0] * 4
+
+
+def test_a_colocated_engine_shares_each_of_its_gpus_with_a_rank_and_no_more_are_reserved(config):
+    plan = plan_bundles(on_gpus(config, 2, colocate=True))
+    assert [bundle.num_gpus for bundle in plan.bundles] == [1.0] * 4
+    assert (plan.engine_nodes, plan.rank_bundles) == (((0,), (2,)), (0, 1, 2, 3))
+    assert (plan.engine_share, plan.rank_share, plan.together) == (0.5, 0.5, 2)
+
+
+def test_a_server_that_somebody_else_started_takes_no_gpu_of_ours(config):
+    apart = on_gpus(config, 4, colocate=False)
+    plan = plan_bundles(replace(apart, sglang_server=SglangServerConfig(external_addrs=("a:1", "b:1"))))
+    assert plan.engine_nodes == ((0,), (1,))
+    assert [bundle.num_gpus for bundle in plan.bundles[:2]] == [0.0, 0.0]

@@ -14,8 +14,8 @@ from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.launch.cluster import Cluster, cluster
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GroupRequest, SamplingParams
-from slime_spec.weights.manifest import Manifest, combined_checksum, meta_of, tensor_checksum
-from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushMessage, bucketed, run_push
+from slime_spec.weights.messages import push_messages
+from slime_spec.weights.push import PushMessage, run_push
 from tests.support.fake_config import fake_engine_config
 
 
@@ -65,14 +65,7 @@ def test_samples_depend_on_their_seed_and_not_on_the_engine_they_ran_on(pool):
 def messages(spec: ModelSpec, version: int, transport: RayObjectStoreTransport) -> Iterator[PushMessage]:
     generator = torch.Generator().manual_seed(version)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in expected_shapes(spec).items()}
-    yield BeginPush(Manifest("target", version, tuple(meta_of(*pair) for pair in weights.items())))
-    sums = {name: tensor_checksum(tensor) for name, tensor in weights.items()}
-    for index, bucket in enumerate(bucketed(weights.items(), bucket_bytes=4096)):
-        names = [name for name, _ in bucket]
-        handle = transport.publish([tensor for _, tensor in bucket])
-        metas = tuple(meta_of(name, tensor) for name, tensor in bucket)
-        yield PushBucket(version, index, metas, tuple(sums[name] for name in names), handle)
-    yield CommitPush(version, combined_checksum(sums.items()))
+    yield from push_messages(weights, version, "target", 4096, transport)
 
 
 def test_a_push_through_shared_memory_brings_every_engine_to_the_trainers_checksum(pool, spec):

@@ -4,11 +4,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from slime_spec.config.tree import Config, PushConfig, RolloutConfig, RunConfig, TrainerConfig
+from slime_spec.config.tree import Config, PushConfig, RolloutConfig, RunConfig, SpeculativeConfig, TrainerConfig
 from slime_spec.errors import PushError
 from slime_spec.interfaces import RunState
 from slime_spec.rl.loop import Job, run_loop
-from slime_spec.types import EngineStats, GeneratedSample, Prompt, Sample, TrainReport
+from slime_spec.rl.rollouts import Rollout
+from slime_spec.types import EngineStats, GeneratedSample, Prompt, Sample, SpecCounters, TrainReport
 from slime_spec.weights.manifest import Manifest, combined_checksum
 from slime_spec.weights.push import BeginPush, CancelPush, CommitPush, PreparePush, PushReply
 
@@ -18,17 +19,25 @@ class Recorder:
     """Trainer, engines and sample source in one, writing down what happens in order."""
 
     rewards: tuple[float | None, ...] = (1.0, 0.0)
+    unfinished: tuple[int, ...] = ()
     refuse_version: int | None = None
     events: list[str] = field(default_factory=list)
     version: int = 0
+    num_stats: int = 0
+    logged: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def samples(self, state: RunState, progress) -> list[Sample]:
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.events.append(f"log {step}")
+        self.logged[step] = values
+
+    def rollout(self, state: RunState, progress) -> Rollout:
         self.events.append(f"generate@{self.version}")
         prompt = Prompt(state.next_prompt_id, "task", "?", (1, 2), "x")
-        return [
+        samples = [
             Sample(prompt, GeneratedSample("g", i, (5,), (-1.0,), "stop", self.version, 2), "t", reward)
             for i, reward in enumerate(self.rewards)
         ]
+        return Rollout(samples, state.next_prompt_id + 3, self.unfinished)
 
     def step(self, samples) -> TrainReport:
         self.events.append(f"train {len(samples)}")
@@ -48,6 +57,20 @@ class Recorder:
             self.events.append(f"cancel {message.version}")
         return [PushReply(0, self.version, combined_checksum([]))]
 
+    def stats(self) -> list[EngineStats]:
+        """After each push the canary accepted one draft more a round."""
+        self.num_stats += 1
+        canary = SpecCounters(num_rounds=10, num_proposed=30, histogram=(0,) * self.version + (10,))
+        return [
+            EngineStats(
+                *(self.version, 0, 0, 0, 0, True, 0),
+                speculates=self.version < 2,
+                canary=canary if self.version else SpecCounters(),
+                probed_round_s=3.0 * self.num_stats,
+                probed_plain_s=2.0 * self.num_stats,
+            )
+        ]
+
     def set_resident(self, resident: bool) -> list[EngineStats]:
         self.events.append("resume" if resident else "release")
         return []
@@ -60,7 +83,7 @@ def job(recorder: Recorder, config: Config, *, trainer: bool = True, engines: bo
         rollouts=recorder,
         trainer=recorder if trainer else None,  # type: ignore[arg-type]
         engines=recorder if engines else None,  # type: ignore[arg-type]
-        log=lambda step, values: recorder.events.append(f"log {step}"),
+        log=recorder.log,
         keep_samples=lambda rollout_id, samples: None,
         save=lambda state: (saved.append(state), recorder.events.append(f"save {state.rollout_id}"))[0],
         progress=lambda phase: lambda done, wanted: None,
@@ -130,6 +153,11 @@ def test_checkpoints_are_saved_every_interval_with_where_the_run_goes_on():
     assert [event for event in recorder.events if event.startswith("save")] == ["save 2", "save 4"]
 
 
+def test_prompts_that_a_step_left_unfinished_are_part_of_where_the_run_is():
+    end = run_loop(job(Recorder(unfinished=(1, 4)), config(num_rollout=1)), START)
+    assert end == RunState(rollout_id=1, next_prompt_id=3, weight_version=1, unfinished_prompt_ids=(1, 4))
+
+
 def test_a_resumed_run_starts_at_its_step():
     recorder = Recorder()
     run_loop(job(recorder, config(num_rollout=4)), RunState(rollout_id=3, next_prompt_id=9, weight_version=3))
@@ -142,3 +170,25 @@ def test_a_refused_push_is_cancelled_and_ends_the_run_loudly():
         run_loop(job(recorder, config()), START)
     assert recorder.events[-1] == "cancel 1"
     assert recorder.version == 0
+
+
+def test_a_step_logs_what_the_engines_say_and_the_canary_of_its_push():
+    recorder = Recorder()
+    asked = replace(config(num_rollout=3, interval=2), speculative=SpeculativeConfig(algorithm="EAGLE3"))
+    run_loop(job(recorder, asked), START)
+    assert [values.get("sync/canary_accept_length") for values in recorder.logged.values()] == [None, 2.0, None]
+    assert [values["engine/speculating"] for values in recorder.logged.values()] == [1.0, 1.0, 1.0]
+    assert recorder.logged[0]["spec/break_even_length"] == 1.5
+
+
+def test_a_disabled_speculation_shows_in_the_step_after_which_it_was_disabled():
+    recorder = Recorder()
+    asked = replace(config(num_rollout=3), speculative=SpeculativeConfig(algorithm="EAGLE3"))
+    run_loop(job(recorder, asked), START)
+    assert [values["engine/speculating"] for values in recorder.logged.values()] == [1.0, 0.0, 0.0]
+
+
+def test_without_engines_nothing_is_said_of_them():
+    recorder = Recorder()
+    run_loop(job(recorder, config(num_rollout=1), engines=False), START)
+    assert not [name for name in recorder.logged[0] if name.startswith(("engine/", "spec/break_even"))]

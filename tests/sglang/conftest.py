@@ -1,4 +1,4 @@
-"""Engines on fake servers, and the checkpoints that they believe in."""
+"""Engines on fake servers, with the checkpoints that they believe in; one real server of each algorithm."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.fake import FakeServer, serving
@@ -25,14 +26,24 @@ from slime_spec.config.tree import (
 )
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.push import PushMessage, PushReport, run_push
-from tests.support.pushes import DirectTransport
+from tests.support.pushes import DirectTransport, other_weights
 from tests.support.sglang_checkpoints import make_draft, make_target
+from tests.support.sglang_real import TABLES, Models, Real, cpu_environment, started
 
 
 @dataclass(frozen=True)
 class Checkpoints:
     target: Path
     eagle3: Path
+
+    def target_weights(self) -> dict[str, torch.Tensor]:
+        """Others than the checkpoint's."""
+        return other_weights(self.target, seed=1)
+
+    def draft_weights(self) -> dict[str, torch.Tensor]:
+        """Others than the checkpoint's, without its tables."""
+        stored = load_file(self.eagle3 / "model.safetensors")
+        return {name: tensor * 1.1 for name, tensor in stored.items() if name not in TABLES}
 
 
 @pytest.fixture(scope="session")
@@ -104,11 +115,20 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one algorithm's real server stand together, so that each server starts once."""
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models.make(tmp_path_factory.mktemp("models"))
 
-    def algorithm(item: pytest.Item) -> str:
-        callspec = getattr(item, "callspec", None)
-        return str(callspec.params.get("running", "")) if callspec is not None else ""
 
-    items.sort(key=algorithm)
+@pytest.fixture(scope="session")
+def running(request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    """One real server of each algorithm, one at a time: tests/conftest.py has those of an algorithm run together."""
+    with cpu_environment(), started(models.config(request.param, tmp_path_factory.mktemp("run"))) as engine:
+        yield Real(request.param, engine)
+
+
+@pytest.fixture
+def real(running: Real) -> Real:
+    """The server with its checkpoints' weights, whatever an earlier test pushed."""
+    running.reset()
+    return running

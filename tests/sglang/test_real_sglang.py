@@ -3,85 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from rollout.sglang_engine.engine import SglangEngine
+from rollout.sglang_engine.fake import recordings
 from slime_spec.errors import PushError
 from slime_spec.speculation.metadata import pooled
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
 from slime_spec.weights.push import PauseMode
-from tests.support.pushes import DirectTransport, disturbed
-from tests.support.sglang_real import ALGORITHMS, PROMPTS, Models, Real, cpu_environment, embedded_samples
+from tests.support.sglang_real import ALGORITHMS, PROMPTS, Models, Real, embedded_samples, greedy, on
+from tests.support.sglang_recording import recording
 from tests.support.tiny_models import load_reference
 
 pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
 
 NUM_TOKENS = 40
 LOGPROB_ERROR = 2e-4  # two implementations in float32
-# Tensors that a draft shares with its target, so that the target's push changes them too.
-SHARED = ("embed_tokens", "lm_head")
-# Biases that these drafts do not have, tables of positions, and a reduced vocabulary's.
-NOT_PUSHED = ("proj.bias", "rotary", "cos_sin", "d2t", "hot_token")
-
-
-def on(*algorithms: str) -> pytest.MarkDecorator:
-    """A test on the servers of these algorithms."""
-    return pytest.mark.parametrize("running", algorithms, indirect=True)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models.make(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def running(request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
-    """One server of each algorithm, one at a time."""
-    with cpu_environment():
-        config = models.config(request.param, tmp_path_factory.mktemp("run"))
-        engine = SglangEngine(config, 0, DirectTransport())
-        engine.start()
-        yield Real(request.param, config, engine)
-        engine.stop()
-
-
-@pytest.fixture
-def real(running: Real) -> Real:
-    """The server with its checkpoints' weights, whatever an earlier test pushed."""
-    if running.engine._weights.version("target"):
-        running.push(running.target_weights, 100)
-    if running.engine._weights.version("draft"):
-        running.push(running.draft_weights, 100, "draft")
-    return running
-
-
-@cache
-def greedy(folder: Path, num_tokens: int = NUM_TOKENS) -> list[tuple[tuple[int, ...], list[float]]]:
-    """Greedy decoding in transformers: each prompt's tokens and their logprobs."""
-    model = load_reference(folder)
-    answers = []
-    for prompt in PROMPTS:
-        ids, logprobs = list(prompt), []
-        with torch.no_grad():
-            for _ in range(num_tokens):
-                law = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-                ids.append(int(law.argmax()))
-                logprobs.append(float(law.max()))
-        answers.append((tuple(ids[len(prompt) :]), logprobs))
-    return answers
 
 
 @on(*ALGORITHMS)
 def test_greedy_speculation_is_greedy_decoding_in_transformers(real: Real, models: Models) -> None:
     """Every algorithm equals one reference, plain decoding included, so all equal each other."""
     samples = real.generate(NUM_TOKENS)
-    for sample, (token_ids, logprobs) in zip(samples, greedy(models.reference(real.algorithm)), strict=True):
+    for sample, (token_ids, logprobs) in zip(
+        samples, greedy(models.reference(real.algorithm), NUM_TOKENS), strict=True
+    ):
         assert sample.token_ids == token_ids
         assert sample.logprobs == pytest.approx(logprobs, abs=LOGPROB_ERROR)
 
@@ -133,25 +83,6 @@ def within_budget(spec: SpecCounters) -> list[tuple[int, ...]]:
                 moved.pop()
             found.append(tuple(moved))
     return found
-
-
-@on("STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
-def test_a_push_changes_exactly_the_side_that_it_names(real: Real) -> None:
-    target, draft = real.checksums("target"), real.checksums("draft")
-    assert target
-    assert draft
-    real.push(real.other_target(), 1, verify=True)
-    changed = {name for name, checksum in real.checksums("target").items() if checksum != target[name]}
-    assert changed == {name for name in target if "rotary" not in name and "cos_sin" not in name}
-    moved = {name for name, checksum in real.checksums("draft").items() if checksum != draft[name]}
-    assert [name for name in moved if not any(shared in name for shared in SHARED)] == []
-    target, draft = real.checksums("target"), real.checksums("draft")
-    real.push(disturbed(real.draft_weights, 2), 2, "draft", verify=True)
-    moved = {name for name, checksum in real.checksums("target").items() if checksum != target[name]}
-    assert [name for name in moved if not any(shared in name for shared in SHARED)] == []
-    kept = {name for name, checksum in real.checksums("draft").items() if checksum == draft[name]}
-    assert [name for name in kept if not any(part in name for part in (*SHARED, *NOT_PUSHED))] == []
-    assert len(kept) < len(draft) / 2
 
 
 @on("STANDALONE")
@@ -280,3 +211,26 @@ def test_an_aborted_sample_keeps_its_tokens(real: Real) -> None:
     assert sample.finish_reason == "abort"
     assert 0 < len(sample.token_ids) == len(sample.logprobs) < 400
     assert sample.token_ids[:NUM_TOKENS] == real.generate(NUM_TOKENS)[0].token_ids[: len(sample.token_ids)]
+
+
+@on("NONE", "EAGLE3")
+def test_an_aborted_sample_goes_on_from_its_tokens(real: Real) -> None:
+    request = GroupRequest("whole", PROMPTS[0], (1,), SamplingParams(200, temperature=0.0, ignore_eos=True))
+    (undisturbed,) = real.engine.generate(request)
+    generation = real.engine.generate(replace(request, group_id="begun"))
+    wait_for_tokens(real, 20)
+    generation.abort()
+    (begun,) = generation
+    assert begun.finish_reason == "abort"
+    assert 0 < len(begun.token_ids) < 200
+    (whole,) = real.engine.generate(replace(request, group_id="begun", begun=(begun,)))
+    assert (whole.token_ids, whole.finish_reason) == (undisturbed.token_ids, "length")
+    assert whole.logprobs == pytest.approx(undisturbed.logprobs, abs=LOGPROB_ERROR)
+
+
+@on("EAGLE3")
+def test_the_fake_server_replays_what_the_real_one_answers(real: Real) -> None:
+    made, kept = recording(real), recordings()
+    assert made["meta_info"].keys() == kept["meta_info"]["0.5.21"].keys()
+    assert made["tensor_fields"] == kept["tensor_fields"]["0.5.21"]
+    assert made["errors"] == kept["errors"]

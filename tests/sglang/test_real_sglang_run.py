@@ -11,12 +11,12 @@ import pytest
 
 from slime_spec.metrics.jsonl import read_metrics
 from tests.support.sglang_checkpoints import make_target
-from tests.support.sglang_real import CPU, ROOT, sglang_python
+from tests.support.sglang_real import CPU, ROOT, START_TIMEOUT_S, sglang_python
 
 pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
 
 STEPS = 2
-RUN_TIMEOUT_S = 900
+RUN_TIMEOUT_S = 500
 
 
 def _standalone(draft: Path) -> tuple[str, ...]:
@@ -32,18 +32,12 @@ def run(folder: Path, *arguments: str, speculates: bool = True) -> list[dict[str
     command = [
         *(sys.executable, "-m", "slime_spec", "train", "--config", "tiny", "--hf-checkpoint", str(policy)),
         *("--rollout-engine", "sglang", "--sglang-python", sglang_python(), "--sglang-attention-backend", "intel_amx"),
-        *(
-            "--sglang-mem-fraction-static",
-            "0.3",
-            "--sglang-max-total-tokens",
-            "4096",
-            "--sglang-max-running-requests",
-            "8",
-        ),
+        *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096"),
+        *("--sglang-max-running-requests", "8", "--sglang-start-timeout", str(START_TIMEOUT_S)),
         *(_standalone(policy) if speculates else ()),
         *("--prompt-data", str(data), "--custom-rm-path", "tests.support.rewards:variety"),
         *("--rollout-max-response-len", "24", "--num-rollout", str(STEPS), "--output-dir", str(folder / "run")),
-        *("--actor-start-timeout-s", "600", *arguments),
+        *arguments,
     ]
     environment = {
         **os.environ,
@@ -68,12 +62,17 @@ def test_the_megatron_trainer_trains_on_what_sglang_samples_and_pushes_to_it(tmp
         assert row["sync/checksum_ok"] == 1
         assert (row["spec/verify_rounds"] > 0) == speculates
         assert row["train/train_rollout_logprob_abs_diff"] < 1e-4
+        assert row.get("engine/speculating") == (1 if speculates else None)
+        assert row["engine/restarts"] == row.get("engine/draft_resends", 0) == 0
+        assert not speculates or row["sync/canary_accept_length"] > 1.0
     assert speculates or any(row["train/grad_norm"] > 0 for row in metrics)
 
 
-def test_rollouts_alone_are_a_run_too(tmp_path: Path) -> None:
-    metrics = run(tmp_path, "--debug-rollout-only")
+def test_rollouts_alone_are_a_run_too_also_through_a_router(tmp_path: Path) -> None:
+    metrics = run(tmp_path, "--debug-rollout-only", "--sglang-router")
     assert len(metrics) == STEPS
     for row in metrics:
         assert row["rollout/num_samples"] > 0
+    assert (tmp_path / "run" / "engines" / "router.log").is_file()
+    for row in metrics:
         assert row["rollout/spec_accept_length"] > 1.0

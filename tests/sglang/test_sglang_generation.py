@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from rollout.sglang_engine.engine import Offloaded
 from rollout.sglang_engine.fake import FakeServer, next_token
@@ -59,6 +60,23 @@ def test_every_sample_is_a_request_with_its_own_seed_and_the_params(connect: Con
     assert first["input_ids"] == list(PROMPT)
     assert first["return_logprob"] is True
     assert first["rid"] != second["rid"]
+
+
+class RefusesAborts(FakeServer):
+    async def _abort(self, request: web.Request) -> web.Response:
+        return web.json_response({"error": "not now"}, status=500)
+
+
+def test_a_refused_abort_lets_its_sample_run_on_and_blames_no_prompt(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_fake = connect(RefusesAborts(delay_s=0.01))
+    generation = on_fake.engine.generate(GroupRequest("group", PROMPT, (1,), SamplingParams(max_new_tokens=60)))
+    time.sleep(0.1)
+    generation.abort()
+    (sample,) = generation
+    assert sample.token_ids == expected(60)
+    assert "runs on to its end reason=/abort_request was refused (500): not now" in caplog.text
 
 
 def test_an_abort_keeps_what_there_is(connect: Connect) -> None:
@@ -140,7 +158,7 @@ def test_what_the_server_refuses_reaches_the_caller(connect: Connect, config: Co
 def test_an_api_key_opens_the_server_and_its_absence_does_not(connect: Connect, config: Config) -> None:
     keyed = replace(config, sglang={"api_key": "secret"})
     assert len(connect(FakeServer(api_key="secret"), keyed).generate(3)[0].token_ids) == 3
-    with pytest.raises(ConfigError, match="must answer"):
+    with pytest.raises(ConfigError, match=r"401.*--sglang-api-key"):
         connect(FakeServer(api_key="secret"))
 
 

@@ -116,6 +116,17 @@ def test_the_tail_is_of_this_start_and_not_of_an_earlier_one(tmp_path: Path) -> 
     server.stop()
 
 
+def test_the_tail_of_an_endless_log_is_read_without_the_rest(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    server = process("pass", log)
+    server.start()
+    server.stop()
+    with log.open("r+b") as written:
+        written.seek(2**40)  # a hole: it takes no room on the disk
+        written.write(b"\nthe end\n")
+    assert server.tail().splitlines()[-1] == "the end"
+
+
 def test_a_port_in_use_is_refused_before_anything_is_loaded() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -123,6 +134,12 @@ def test_a_port_in_use_is_refused_before_anything_is_loaded() -> None:
         with pytest.raises(ConfigError, match=r"must be free on 127\.0\.0\.1"):
             check_port("127.0.0.1", taken.getsockname()[1])
     check_port("127.0.0.1", free_port("127.0.0.1"))
+    check_port("::1", free_port("::1"))
+
+
+def test_an_address_of_another_machine_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="must be an address of the node"):
+        free_port("192.0.2.1")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,9 +15,11 @@ import psutil
 import pytest
 
 from rollout.sglang_engine.canary import Canary
+from rollout.sglang_engine.client import SglangClient
 from rollout.sglang_engine.draft_watch import DraftWatch
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.fake import FakeServer, next_token
+from rollout.sglang_engine.server import free_port
 from rollout.sglang_engine.supervise import EngineFailed
 from slime_spec.config.tree import Config
 from slime_spec.types import GroupRequest, SamplingParams
@@ -100,6 +103,18 @@ def test_an_engine_whose_server_dies_too_often_fails_its_samples(engine: SglangE
         list(generation)
 
 
+def test_an_engine_tells_who_waits_when_it_ceases_to_serve_and_when_it_serves_again(engine: SglangEngine) -> None:
+    kill_server(engine)
+    assert engine.wait_serving(True) is False
+    assert engine.wait_serving(False) is True
+    told: list[bool] = []
+    waiting = threading.Thread(target=lambda: told.append(engine.wait_serving(True)))
+    waiting.start()
+    engine.stop()
+    waiting.join(timeout=10)
+    assert told == [True], "nobody waits for an engine that was stopped"
+
+
 def test_a_server_that_dies_during_a_push_comes_back_with_what_was_pushed(
     engine: SglangEngine, checkpoints: Checkpoints
 ) -> None:
@@ -115,6 +130,7 @@ def test_a_server_that_dies_during_a_push_comes_back_with_what_was_pushed(
 
     report = run_push([*before, commit], deliver)  # type: ignore[arg-type]
     assert report.version == 1
+    assert engine.stats().num_restarts == 1
     assert engine._loop.call(engine.client.get("/model_info"))["weight_version"] == "1"
     assert "CancelPush" not in seen
 
@@ -126,6 +142,7 @@ class Sent:
         self._server, self._heals = server, heals
         self.num_sent = 0
         self.as_remembered = True
+        self.can_mend_draft = True
 
     def send_draft_again(self) -> bool:
         self.num_sent += 1
@@ -158,6 +175,8 @@ def test_a_draft_that_is_refused_after_a_push_is_sent_again(connect: Connect) ->
     server.accepted = 0
     watch.after_push()
     assert (sent.num_sent, watch.speculates, replaced) == (1, True, [])
+    assert watch.num_resends == 1
+    assert watch.counted.num_correct == 2 * watch.counted.num_rounds > 0, "what the canary counted in the end"
 
 
 def test_speculation_ends_with_an_alarm_when_that_does_not_help(
@@ -169,6 +188,63 @@ def test_speculation_ends_with_an_alarm_when_that_does_not_help(
     watch.after_push()
     assert (sent.num_sent, watch.speculates, replaced) == (1, False, ["speculation is disabled"])
     assert [record.levelname for record in caplog.records if "ALARM speculation" in record.message] == ["ERROR"]
+    assert watch.counted.num_rounds > watch.counted.num_correct == 0
+    watch.after_push()
+    assert watch.counted.num_rounds == 0, "no canary sings where nothing speculates: the last push has no number"
+
+
+def test_a_draft_that_somebody_else_changed_is_sent_again_after_the_next_push(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, sent, watch, replaced = watch_of(connect, heals=True)
+    sent.as_remembered = False
+    watch.after_push()
+    assert (sent.num_sent, watch.num_resends, watch.speculates, replaced) == (1, 1, True, [])
+    assert "ALARM the draft was changed" in caplog.text
+
+
+def test_no_server_is_restarted_for_a_draft_that_it_still_has(connect: Connect) -> None:
+    server, sent, watch, replaced = watch_of(connect, heals=True)
+    sent.can_mend_draft = False
+    watch.after_push()
+    server.accepted = 0
+    watch.after_push()
+    assert (sent.num_sent, watch.speculates, replaced) == (0, False, ["speculation is disabled"])
+
+
+def test_an_external_server_whose_drafts_are_refused_goes_on_under_alarm(
+    connect: Connect, checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_fake = connect(canary_prompts=2)
+    on_fake.generate()
+    on_fake.push(push_of(checkpoints.target_weights(), 1))
+    on_fake.server.accepted = 0
+    on_fake.push(push_of(checkpoints.target_weights(), 2))
+    assert on_fake.engine.stats().speculates
+    assert "cannot be restarted: speculation is disabled" in caplog.text
+    assert {sample.weight_version for sample in on_fake.generate()} == {2}
+
+
+def test_a_server_that_is_gone_under_the_canary_is_left_to_who_watches_it(connect: Connect) -> None:
+    server = FakeServer()
+    engine, sent = connect(server).engine, Sent(server, heals=True)
+    canary = Canary(1, 16, 0.5, longest=100)
+    canary.see((1, 2, 3))
+    gone = SglangClient(f"http://127.0.0.1:{free_port('127.0.0.1')}")
+    engine._loop.call(gone.open())
+    replaced: list[str] = []
+    watch = DraftWatch(canary, sent, gone, engine._loop, replaced.append, True, True)  # type: ignore[arg-type]
+    watch.after_push()
+    engine._loop.call(gone.close())
+    assert (sent.num_sent, watch.speculates, replaced) == (0, True, [])
+
+
+def test_a_draft_pushed_after_speculation_was_given_up_is_only_kept(connect: Connect, checkpoints: Checkpoints) -> None:
+    on_fake = connect()
+    on_fake.engine._watch.speculates = False
+    on_fake.push(push_of(checkpoints.draft_weights(), 3, "draft"), verify=True)
+    assert on_fake.server.told("/update_weights_from_tensor") == []
+    assert on_fake.engine.stats().draft_version == 3
 
 
 def test_a_small_drop_is_no_alarm_and_moves_the_mean(connect: Connect) -> None:
@@ -195,3 +271,16 @@ def test_canary_prompts_are_the_first_distinct_ones_that_fit() -> None:
     for prompt in [(1, 2, 3, 4), (1, 2), (1, 2), (3,), (4,)]:
         canary.see(prompt)
     assert canary.prompts == [(1, 2), (3,)]
+
+
+@pytest.mark.parametrize("pause_mode", ["none", "retract"])
+def test_the_engine_tells_what_the_canary_of_its_last_push_counted(
+    connect: Connect, checkpoints: Checkpoints, pause_mode: str
+) -> None:
+    on_fake = connect(canary_prompts=2, canary_tokens=12)
+    on_fake.generate()
+    assert on_fake.engine.stats().canary.num_rounds == 0
+    on_fake.push(push_of(other_weights(checkpoints.target, 1), 1), pause_mode=pause_mode)
+    stats = on_fake.engine.stats()
+    assert stats.speculates
+    assert stats.canary.num_correct == on_fake.server.accepted * stats.canary.num_rounds > 0

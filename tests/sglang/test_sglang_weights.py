@@ -19,21 +19,11 @@ from slime_spec.errors import ConfigError, PushError
 from slime_spec.types import GroupRequest, SamplingParams
 from slime_spec.weights.push import CancelPush, CommitPush, PreparePush
 from tests.sglang.conftest import Checkpoints, Connect, OnFake
-from tests.support.pushes import other_weights, push_of
+from tests.support.pushes import push_of
 from tests.support.sglang_checkpoints import make_target
 from tests.support.tiny_drafts import make_tiny_mimo
 
 UPDATES = "/update_weights_from_tensor"
-
-
-def target_weights(checkpoints: Checkpoints) -> dict[str, torch.Tensor]:
-    return other_weights(checkpoints.target, seed=1)
-
-
-def draft_weights(checkpoints: Checkpoints) -> dict[str, torch.Tensor]:
-    tables = ("d2t", "t2d")
-    stored = load_file(checkpoints.eagle3 / "model.safetensors")
-    return {name: tensor * 1.1 for name, tensor in stored.items() if name not in tables}
 
 
 def paths(on_fake: OnFake) -> list[str]:
@@ -49,7 +39,7 @@ def test_a_target_push_is_one_session_of_the_target_in_a_paused_server(
     connect: Connect, checkpoints: Checkpoints
 ) -> None:
     on_fake = connect()
-    report = on_fake.push(push_of(target_weights(checkpoints), 3), verify=True)
+    report = on_fake.push(push_of(checkpoints.target_weights(), 3), verify=True)
     assert (report.version, report.verified) == (3, True)
     assert paths(on_fake) == [
         "/pause_generation",
@@ -71,7 +61,7 @@ def test_a_target_push_is_one_session_of_the_target_in_a_paused_server(
 
 def test_a_draft_push_names_the_draft_and_leaves_the_version_alone(connect: Connect, checkpoints: Checkpoints) -> None:
     on_fake = connect()
-    report = on_fake.push(push_of(draft_weights(checkpoints), 5, "draft"), verify=True)
+    report = on_fake.push(push_of(checkpoints.draft_weights(), 5, "draft"), verify=True)
     assert report.verified
     updates = on_fake.server.told(UPDATES)
     assert {body["selector"] for body in updates} == {"draft"}
@@ -82,18 +72,18 @@ def test_a_draft_push_names_the_draft_and_leaves_the_version_alone(connect: Conn
 
 
 def test_a_draft_whose_layer_goes_by_its_other_name_is_taken_too(connect: Connect, checkpoints: Checkpoints) -> None:
-    renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in draft_weights(checkpoints).items()}
+    renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in checkpoints.draft_weights().items()}
     assert connect().push(push_of(renamed, 1, "draft")).num_tensors == len(renamed)
 
 
 def test_the_older_contract_keeps_target_tensors_from_the_draft(connect: Connect, checkpoints: Checkpoints) -> None:
     on_fake = connect(FakeServer("0.5.15", contract="0.5.15"))
-    on_fake.push(push_of(target_weights(checkpoints), 1))
+    on_fake.push(push_of(checkpoints.target_weights(), 1))
     updates = on_fake.server.told(UPDATES)
     assert all(body["disable_draft_model"] is True and "selector" not in body for body in updates)
     assert on_fake.server.sums["draft"] == 0
     with pytest.raises(PushError, match="no way to update the draft alone"):
-        on_fake.push(push_of(draft_weights(checkpoints), 1, "draft"))
+        on_fake.push(push_of(checkpoints.draft_weights(), 1, "draft"))
 
 
 def test_the_oldest_contract_would_overwrite_the_draft_and_is_refused(
@@ -101,10 +91,10 @@ def test_the_oldest_contract_would_overwrite_the_draft_and_is_refused(
 ) -> None:
     on_fake = connect(FakeServer("0.5.9", contract="0.5.9"))
     with pytest.raises(PushError, match="would overwrite it"):
-        on_fake.push(push_of(target_weights(checkpoints), 1))
+        on_fake.push(push_of(checkpoints.target_weights(), 1))
     assert on_fake.server.told(UPDATES) == []
     plain = connect(FakeServer("0.5.9", contract="0.5.9"), replace(config, speculative=SpeculativeConfig()))
-    plain.push(push_of(target_weights(checkpoints), 1))
+    plain.push(push_of(checkpoints.target_weights(), 1))
     assert plain.server.weight_version == "1"
 
 
@@ -133,13 +123,13 @@ def test_a_payload_that_would_kill_the_server_is_refused_before_it_is_sent(
 ) -> None:
     on_fake = connect()
     with pytest.raises(PushError, match=message):
-        on_fake.push(push_of(spoiled(target_weights(checkpoints), **changes), 1))
+        on_fake.push(push_of(spoiled(checkpoints.target_weights(), **changes), 1))
     assert on_fake.server.told(UPDATES) == on_fake.server.told("/pause_generation") == []
     assert on_fake.generate(4)[0].weight_version == 0
 
 
 def test_a_drafts_vocabulary_cannot_be_pushed(connect: Connect, checkpoints: Checkpoints) -> None:
-    tables = {**draft_weights(checkpoints), "d2t": torch.zeros(61, dtype=torch.int64)}
+    tables = {**checkpoints.draft_weights(), "d2t": torch.zeros(61, dtype=torch.int64)}
     with pytest.raises(PushError, match="d2t cannot be pushed"):
         connect().push(push_of(tables, 1, "draft"))
 
@@ -147,7 +137,7 @@ def test_a_drafts_vocabulary_cannot_be_pushed(connect: Connect, checkpoints: Che
 def test_a_session_that_somebody_left_open_is_ended_first(connect: Connect, checkpoints: Checkpoints) -> None:
     on_fake = connect()
     on_fake.server.session = "all"
-    on_fake.push(push_of(target_weights(checkpoints), 1))
+    on_fake.push(push_of(checkpoints.target_weights(), 1))
     assert on_fake.server.weight_version == "1"
     assert on_fake.server.session is None
 
@@ -159,7 +149,7 @@ def test_a_push_that_pauses_the_engines_pauses_once_and_flushes_only_where_that_
     on_fake = connect(FakeServer(delay_s=0.01))
     running = on_fake.engine.generate(GroupRequest("running", (5, 6, 7), (1,), SamplingParams(max_new_tokens=100)))
     time.sleep(0.1)
-    on_fake.push(push_of(target_weights(checkpoints), 2), pause_mode=mode)
+    on_fake.push(push_of(checkpoints.target_weights(), 2), pause_mode=mode)
     assert on_fake.server.told("/pause_generation") == [{"mode": mode}]
     assert on_fake.server.told(UPDATES)[-1]["flush_cache"] is (mode == "retract")
     (sample,) = running
@@ -169,7 +159,7 @@ def test_a_push_that_pauses_the_engines_pauses_once_and_flushes_only_where_that_
 def test_prefixes_of_older_weights_are_never_reused(connect: Connect, checkpoints: Checkpoints) -> None:
     on_fake = connect()
     on_fake.generate(3)
-    on_fake.push(push_of(target_weights(checkpoints), 1))
+    on_fake.push(push_of(checkpoints.target_weights(), 1))
     on_fake.generate(3)
     before, after = (body["extra_key"] for body in on_fake.server.told("/generate"))
     assert before != after
@@ -182,7 +172,7 @@ def test_messages_outside_a_push_are_refused_and_a_cancelled_push_leaves_nothing
     for message in (PreparePush(1, ""), CommitPush(1, "")):
         with pytest.raises(PushError, match="outside a push"):
             on_fake.engine.update_weights(message)
-    begin, bucket, *_ = push_of(target_weights(checkpoints), 1)
+    begin, bucket, *_ = push_of(checkpoints.target_weights(), 1)
     on_fake.engine.update_weights(begin)
     on_fake.engine.update_weights(bucket)
     assert on_fake.engine.update_weights(CancelPush(1)).version == 0
@@ -193,9 +183,9 @@ def test_an_update_from_disk_is_refused_where_the_draft_has_its_own_weights(
     connect: Connect, checkpoints: Checkpoints, config: Config
 ) -> None:
     with pytest.raises(PushError, match="the server dies of it"):
-        connect(transport="disk").push(push_of(target_weights(checkpoints), 1))
+        connect(transport="disk").push(push_of(checkpoints.target_weights(), 1))
     plain = connect(base=replace(config, speculative=SpeculativeConfig(algorithm="NGRAM")), transport="disk")
-    plain.push(push_of(target_weights(checkpoints), 4))
+    plain.push(push_of(checkpoints.target_weights(), 4))
     (body,) = plain.server.told("/update_weights_from_disk")
     assert body["weight_version"] == "4"
     assert {"config.json", "model.safetensors"} <= set(body["files"])
@@ -234,3 +224,26 @@ def test_tensor_handles_need_the_same_torch() -> None:
     check_torch(None)
     with pytest.raises(ConfigError, match="transport distributed"):
         check_torch("2.9.1")
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_other_values_in_the_server_fail_the_verification(
+    connect: Connect, checkpoints: Checkpoints, num_replicas: int
+) -> None:
+    on_fake, weights = connect(), checkpoints.target_weights()
+    shown = {name: tensor[:2].tolist() for name, tensor in weights.items()}
+    on_fake.server.rows = {name: rows if num_replicas == 1 else [rows] * num_replicas for name, rows in shown.items()}
+    assert on_fake.push(push_of(weights, 1), verify=True).verified
+    first = next(iter(weights))
+    shown[first][0][0] += 1.0
+    with pytest.raises(PushError, match=f"other values of {first}"):
+        on_fake.push(push_of(weights, 2), verify=True)
+
+
+def test_projections_that_sglang_cuts_out_wrongly_are_not_asked_for(connect: Connect, checkpoints: Checkpoints) -> None:
+    """It takes hidden_size / num_attention_heads for a head's size, whatever config.json says."""
+    on_fake, weights = connect(), checkpoints.target_weights()
+    kv = {name: tensor for name, tensor in weights.items() if ".k_proj." in name or ".v_proj." in name}
+    on_fake.server.rows = {name: torch.zeros_like(tensor[:2]).tolist() for name, tensor in kv.items()}
+    assert kv
+    assert on_fake.push(push_of(weights, 1), verify=True).verified

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from slime_spec.weights.manifest import Manifest, Side, combined_checksum, meta_of, tensor_checksum
-from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushMessage, bucketed
+from slime_spec.transports.in_process import InProcessTransport
+from slime_spec.weights.manifest import Side, combined_checksum, tensor_checksum
+from slime_spec.weights.messages import push_messages
+from slime_spec.weights.push import PushMessage
 
-
-class DirectTransport:
-    """Hands tensors over in memory."""
-
-    def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return list(tensors)
-
-    def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
-        return bucket.handle
+DirectTransport = InProcessTransport
 
 
 def other_weights(folder: Path, seed: int) -> dict[str, torch.Tensor]:
@@ -37,15 +30,7 @@ def push_of(
     weights: Mapping[str, torch.Tensor], version: int, side: Side = "target", bucket_bytes: int = 20_000
 ) -> list[PushMessage]:
     """A push of ``weights`` in several buckets that separate the parts of fused modules."""
-    metas = tuple(meta_of(name, tensor) for name, tensor in weights.items())
-    messages: list[PushMessage] = [BeginPush(Manifest(side, version, metas))]
-    for index, bucket in enumerate(bucketed(weights.items(), bucket_bytes)):
-        _, tensors = zip(*bucket, strict=True)
-        tensor_metas = tuple(meta_of(n, t) for n, t in bucket)
-        checksums = tuple(map(tensor_checksum, tensors))
-        messages.append(PushBucket(version, index, tensor_metas, checksums, DirectTransport().publish(tensors)))
-    messages.append(CommitPush(version, checksum_of(weights)))
-    return messages
+    return list(push_messages(weights, version, side, bucket_bytes, DirectTransport()))
 
 
 def checksum_of(weights: Mapping[str, torch.Tensor]) -> str:

@@ -27,26 +27,38 @@ from slime_spec.config.tree import (
     SglangServerConfig,
     SpeculativeConfig,
 )
+from slime_spec.speculation.metadata import pooled
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.push import PushReport, run_push
 from tests.support.pushes import DirectTransport, disturbed, push_of
 from tests.support.sglang_checkpoints import make_draft, make_target
 from tests.support.tiny_drafts import edit_config, make_tiny_mimo
-from tests.support.tiny_models import make_tiny_checkpoint
+from tests.support.tiny_models import load_reference, make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "tests" / "support" / "sglang_cpu"
-START_TIMEOUT_S = 1200.0
+INSTALL_TIMEOUT_S = 1800.0
+START_TIMEOUT_S = 300.0  # ready in 15 to 45 s; the rest is for a busy machine
 TABLES = ("d2t", "t2d")
 ALGORITHMS = ("NONE", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
 PROMPTS = ((10, 20, 30, 40), (72, 101, 108, 108, 111), (50, 43, 50, 61), (1, 2, 3, 4, 5, 6, 7, 8), (200, 100, 50))
 
 
+def on(*algorithms: str) -> pytest.MarkDecorator:
+    """A test on the running servers of these algorithms."""
+    return pytest.mark.parametrize("running", algorithms, indirect=True)
+
+
 @cache
-def sglang_python() -> str:
-    """The interpreter of the environment; installs it where it is not there yet."""
+def _installed() -> subprocess.CompletedProcess[str]:
     script = ROOT / "scripts" / "install-sglang-cpu.sh"
-    done = subprocess.run(["bash", str(script)], stdout=subprocess.PIPE, text=True, check=True)
+    return subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
+
+
+def sglang_python() -> str:
+    """The interpreter of the environment, installed where it is not there yet; where it cannot be, tests fail."""
+    done = _installed()
+    assert done.returncode == 0, f"SGLang for the CPU cannot be installed:\n{done.stderr}"
     return done.stdout.split()[-1]
 
 
@@ -119,13 +131,48 @@ class Models:
         return SpeculativeConfig(algorithm=algorithm, **settings[algorithm])
 
 
+@contextmanager
+def started(config: Config) -> Iterator[SglangEngine]:
+    engine = SglangEngine(config, 0, DirectTransport())
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
 @dataclass(frozen=True)
 class Real:
-    """A running SGLang engine of one algorithm."""
+    """An SGLang engine of one algorithm on a running server."""
 
     algorithm: str
-    config: Config
     engine: SglangEngine
+
+    @property
+    def config(self) -> Config:
+        return self.engine._config
+
+    @contextmanager
+    def another(self, **server: Any) -> Iterator[Real]:
+        """A second engine on the same server, which is somebody else's to it, with settings of its own."""
+        address = self.engine.client.url.removeprefix("http://")
+        settings = replace(self.config.sglang_server, external_addrs=(address,), **server)
+        with started(replace(self.config, sglang_server=settings)) as engine:
+            try:
+                yield Real(self.algorithm, engine)
+            finally:
+                # The draft first: this engine would take a draft that it did not push for a lost one.
+                if self.draft_weights:
+                    self.push(self.draft_weights, 100, "draft")
+                self.push(self.target_weights, 100)
+
+    def reset(self) -> None:
+        """The checkpoints' weights, whatever was pushed."""
+        assert self.engine._loop.call(self.engine.client.is_healthy(30.0)), "an earlier test has broken the server"
+        if self.engine._weights.version("target"):
+            self.push(self.target_weights, 100)
+        if self.engine._weights.version("draft"):
+            self.push(self.draft_weights, 100, "draft")
 
     def generate(self, num_tokens: int = 40, **params: Any) -> list[GeneratedSample]:
         """Greedy responses to PROMPTS, in their order."""
@@ -143,6 +190,9 @@ class Real:
 
     @property
     def draft_weights(self) -> dict[str, torch.Tensor]:
+        """What a push of the draft brings; nothing where the drafter has no weights."""
+        if self.algorithm in ("NONE", "NGRAM"):
+            return {}
         folder = Path(self.config.speculative.draft_model_path or self.config.model.hf_checkpoint)
         stored = load_file(folder / "model.safetensors")
         wanted = (lambda name: "mtp" in name) if self.algorithm == "NEXTN" else (lambda name: name not in TABLES)
@@ -153,6 +203,10 @@ class Real:
 
     def checksums(self, side: Any) -> dict[str, str]:
         return dict(self.engine._loop.call(self.engine._weights.delivery.checksums(side)))
+
+    def accepted_per_round(self, num_tokens: int = 40) -> float:
+        spec = pooled(sample.spec for sample in self.generate(num_tokens))
+        return spec.num_correct / spec.num_rounds
 
 
 def generate(engine: SglangEngine | EmbeddedEngine, num_tokens: int, **params: Any) -> list[GeneratedSample]:
@@ -172,3 +226,19 @@ def embedded_samples(config: Config, num_tokens: int) -> list[GeneratedSample]:
         return generate(engine, num_tokens)
     finally:
         engine.stop()
+
+
+@cache
+def greedy(folder: Path, num_tokens: int) -> list[tuple[tuple[int, ...], list[float]]]:
+    """Greedy decoding of PROMPTS in transformers: each response's tokens and their logprobs."""
+    model = load_reference(folder)
+    answers = []
+    for prompt in PROMPTS:
+        ids, logprobs = list(prompt), []
+        with torch.no_grad():
+            for _ in range(num_tokens):
+                law = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                ids.append(int(law.argmax()))
+                logprobs.append(float(law.max()))
+        answers.append((tuple(ids[len(prompt) :]), logprobs))
+    return answers

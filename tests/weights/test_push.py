@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slime_spec.errors import PushError
-from slime_spec.weights.manifest import Manifest, combined_checksum, meta_of, tensor_checksum
+from slime_spec.transports.in_process import InProcessTransport
+from slime_spec.weights.manifest import combined_checksum, tensor_checksum
+from slime_spec.weights.messages import push_messages
 from slime_spec.weights.push import (
     BeginPush,
     CancelPush,
@@ -29,16 +31,8 @@ WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.
 SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
 
 
-def push_messages(version: int = 1, weights: dict[str, torch.Tensor] = WEIGHTS) -> Iterator[PushMessage]:
-    manifest = Manifest("target", version, tuple(meta_of(name, tensor) for name, tensor in weights.items()))
-    yield BeginPush(manifest)
-    sums = []
-    for index, bucket in enumerate(bucketed(weights.items(), bucket_bytes=24)):
-        checksums = tuple(tensor_checksum(tensor) for _, tensor in bucket)
-        sums += [(name, checksum) for (name, _), checksum in zip(bucket, checksums, strict=True)]
-        tensors = [tensor for _, tensor in bucket]
-        yield PushBucket(version, index, tuple(meta_of(*pair) for pair in bucket), checksums, tensors)
-    yield CommitPush(version, combined_checksum(sums))
+def messages_of(version: int = 1, weights: dict[str, torch.Tensor] = WEIGHTS) -> Iterator[PushMessage]:
+    return push_messages(weights, version, "target", 24, InProcessTransport())
 
 
 class Receiver:
@@ -78,7 +72,7 @@ class Receiver:
 
 def test_a_push_brings_every_tensor_and_the_version_to_every_engine():
     engines = [Receiver(), Receiver()]
-    report = run_push(push_messages(version=7), lambda message: [engine(message) for engine in engines])
+    report = run_push(messages_of(version=7), lambda message: [engine(message) for engine in engines])
     for engine in engines:
         assert engine.version == 7
         assert all(torch.equal(engine.weights[name], tensor) for name, tensor in WEIGHTS.items())
@@ -92,7 +86,7 @@ def test_the_seconds_of_a_push_hold_what_the_trainer_took_to_begin_but_engines_d
     def slow_to_begin() -> Iterator[PushMessage]:
         sleep(began_s)
         assert not engine.seen, "engines pause for the push, not for the trainer's preparation of it"
-        yield from push_messages()
+        yield from messages_of()
 
     report = run_push(slow_to_begin(), lambda message: [engine(message)], pause_mode=pause_mode)
     assert report.seconds >= began_s
@@ -109,7 +103,7 @@ def flip_one_bit(bucket: PushBucket) -> list[torch.Tensor]:
 def test_one_flipped_bit_on_one_engine_leaves_every_engine_on_its_version():
     engines = [Receiver(), Receiver(flip_one_bit)]
     with pytest.raises(PushError, match="b arrived damaged"):
-        run_push(push_messages(), lambda message: [engine(message) for engine in engines])
+        run_push(messages_of(), lambda message: [engine(message) for engine in engines])
     assert [engine.version for engine in engines] == [0, 0]
     assert [engine.weights for engine in engines] == [{}, {}]
     assert all(engine.seen[-1] == "CancelPush" for engine in engines)
@@ -130,14 +124,14 @@ def without(*names: str) -> dict[str, torch.Tensor]:
 def test_a_manifest_that_does_not_fit_the_model_is_refused_before_any_bucket(weights, reason):
     engine = Receiver()
     with pytest.raises(PushError, match=reason):
-        run_push(push_messages(weights=weights), lambda message: [engine(message)])
+        run_push(messages_of(weights=weights), lambda message: [engine(message)])
     assert "PushBucket" not in engine.seen
 
 
 def test_an_engine_that_cannot_prepare_keeps_every_engine_on_its_version():
     engines = [Receiver(), Receiver(refuse="prepare")]
     with pytest.raises(PushError, match="no room to build"):
-        run_push(push_messages(), lambda message: [engine(message) for engine in engines])
+        run_push(messages_of(), lambda message: [engine(message) for engine in engines])
     assert [engine.version for engine in engines] == [0, 0]
     assert all(engine.seen[-1] == "CancelPush" for engine in engines)
 
@@ -145,27 +139,27 @@ def test_an_engine_that_cannot_prepare_keeps_every_engine_on_its_version():
 def test_an_engine_that_dies_at_the_commit_is_told_apart_from_a_refused_push():
     engines = [Receiver(), Receiver(refuse="commit")]
     with pytest.raises(PushError, match="which others may serve already"):
-        run_push(push_messages(), lambda message: [engine(message) for engine in engines])
+        run_push(messages_of(), lambda message: [engine(message) for engine in engines])
     assert engines[0].version == 1
 
 
 def test_the_first_error_is_reported_even_where_an_engine_cannot_cancel():
     engines = [Receiver(flip_one_bit), Receiver(refuse="cancel")]
     with pytest.raises(PushError, match="b arrived damaged"):
-        run_push(push_messages(), lambda message: [engine(message) for engine in engines])
+        run_push(messages_of(), lambda message: [engine(message) for engine in engines])
 
 
 def test_weights_that_changed_behind_the_commit_are_found_when_they_are_read_back():
     sound = Receiver()
-    assert run_push(push_messages(), lambda message: [sound(message)], verify=True).verified
+    assert run_push(messages_of(), lambda message: [sound(message)], verify=True).verified
     drifting = Receiver(drift=1e-3)
     with pytest.raises(PushError, match="engines compute with"):
-        run_push(push_messages(), lambda message: [drifting(message)], verify=True)
+        run_push(messages_of(), lambda message: [drifting(message)], verify=True)
 
 
 def test_a_lost_bucket_is_named_before_the_commit():
     engine = Receiver()
-    messages = [m for m in push_messages() if not (isinstance(m, PushBucket) and m.index == 1)]
+    messages = [m for m in messages_of() if not (isinstance(m, PushBucket) and m.index == 1)]
     with pytest.raises(PushError, match="ended without b"):
         run_push(messages, lambda message: [engine(message)])
     assert engine.version == 0
@@ -173,14 +167,14 @@ def test_a_lost_bucket_is_named_before_the_commit():
 
 def test_a_bucket_of_another_push_is_refused():
     engine = Receiver()
-    messages = [replace(m, version=9) if isinstance(m, PushBucket) else m for m in push_messages()]
+    messages = [replace(m, version=9) if isinstance(m, PushBucket) else m for m in messages_of()]
     with pytest.raises(PushError, match="bucket of version 9 inside the push of 1"):
         run_push(messages, lambda message: [engine(message)])
 
 
 def test_a_trainer_that_fails_midway_cancels_the_push():
     def broken() -> Iterator[PushMessage]:
-        yield from list(push_messages())[:2]
+        yield from list(messages_of())[:2]
         raise OSError("trainer lost")
 
     engine = Receiver()

@@ -13,7 +13,7 @@ from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
 from slime_spec.errors import ConfigError
-from slime_spec.hf.checkpoint import INDEX, SINGLE
+from slime_spec.hf.file_names import INDEX, SINGLE
 from slime_spec.hf.model_spec import ModelSpec
 from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
 from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space

@@ -17,7 +17,7 @@ from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import RunState, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.types import TrainReport, TrainSample, is_greedy
-from slime_spec.weights.manifest import meta_of, tensor_checksum
+from slime_spec.weights.messages import bucket_of
 from slime_spec.weights.push import PushBucket, bucketed
 from trainer_bridge.grpo import GrpoLoss
 from trainer_bridge.layout import check_layout
@@ -118,16 +118,9 @@ class TrainerRank:
         publishes = mpu.get_tensor_model_parallel_rank() == 0
         dtype = getattr(torch, self.config.engine.dtype)
         weights = ((name, tensor.to(dtype)) for name, tensor in hf_tensors(self.model, self.spec))
-        for index, bucket in enumerate(bucketed(weights, self.config.push.bucket_bytes)):
+        for index, named in enumerate(bucketed(weights, self.config.push.bucket_bytes)):
             if publishes:
-                tensors = [tensor for _, tensor in bucket]
-                yield PushBucket(
-                    version=version,
-                    index=index,
-                    tensors=tuple(meta_of(name, tensor) for name, tensor in bucket),
-                    checksums=tuple(tensor_checksum(tensor) for tensor in tensors),
-                    handle=transport.publish(tensors),
-                )
+                yield bucket_of(named, version, index, transport)
 
     def save(self, folder: str, state: RunState) -> None:
         """Write ``folder/step-NNNNNN``; see trainer_bridge.megatron.checkpoint."""

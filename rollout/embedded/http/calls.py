@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -56,7 +57,7 @@ class CallReader:
 
     def __init__(self, limits: Limits, tokenizer: Tokenizer, server_seed: int) -> None:
         self._limits, self._tokenizer, self._server_seed = limits, tokenizer, server_seed
-        self._num_unseeded = 0
+        self._unseeded = count(1)  # read from two threads
 
     def read(self, body: object) -> Call:
         """Raises ConfigError naming the field for whatever can never run."""
@@ -149,8 +150,7 @@ class CallReader:
     def _seeds(self, sampling: Sampling) -> Iterator[int]:
         """One seed per sample; the first of a seeded prompt is the client's own."""
         if sampling.seed is None:
-            self._num_unseeded += 1
-            base, number = self._server_seed, self._num_unseeded
+            base, number = self._server_seed, next(self._unseeded)
             yield from (sample_seed(base, number, index) for index in range(sampling.num_samples))
             return
         yield sampling.seed

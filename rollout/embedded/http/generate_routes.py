@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 
 from aiohttp import web
 
@@ -12,10 +14,14 @@ from rollout.embedded.http.answers import Answer, AnswerWriter
 from rollout.embedded.http.calls import Call, CallReader
 from rollout.embedded.http.chunks import Chunks
 from rollout.embedded.http.generations import EngineEnded, Event, Finished
-from rollout.embedded.http.json_io import read_json
+from rollout.embedded.http.json_io import FAILED, error_body, read_json
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.loop_thread import Refused
+from slime_spec.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+LARGE_TEXT_BYTES = 1 << 15  # of a body: to tokenise more takes tens of milliseconds
 Place = tuple[int, int]
 """(index of the prompt in its call, index of the sample among the prompt's)"""
 
@@ -28,17 +34,24 @@ class GenerateRoutes:
     """
 
     def __init__(self, serving: Serving, reader: CallReader, writer: AnswerWriter, incremental: bool) -> None:
-        self._generations, self._totals = serving.generations, serving.totals
+        self._generations, self._totals, self._reading = serving.generations, serving.totals, serving.reading
         self._reader, self._writer, self._incremental = reader, writer, incremental
 
     def routes(self) -> list[web.RouteDef]:
         return [web.post("/generate", self._generate), web.put("/generate", self._generate)]
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        call = self._reader.read(await read_json(request))
+        call = await self._read(request)
         requests = [prompt.request for prompt in call.prompts]
         async with aclosing(self._generations.events(call.rid, requests, progress=call.stream)) as events:
             return await (self._stream(request, call, events) if call.stream else self._whole(call, events))
+
+    async def _read(self, request: web.Request) -> Call:
+        """The call, its texts tokenised; where that takes long, other requests are not kept waiting."""
+        body = await read_json(request)
+        if len(await request.read()) > LARGE_TEXT_BYTES:
+            return await self._reading.run(partial(self._reader.read, body))
+        return self._reader.read(body)
 
     async def _whole(self, call: Call, events: AsyncIterator[Event]) -> web.Response:
         answers: dict[Place, Answer] = {}
@@ -58,8 +71,15 @@ class GenerateRoutes:
             await self._send(response, call, chunks, first)
             async for event in events:
                 await self._send(response, call, chunks, event)
-        except (EngineEnded, Refused) as error:  # the answer's status has been sent
-            await _write(response, {"error": {"message": str(error), "type": "internal_error", "code": 503}})
+        except (EngineEnded, Refused) as error:  # the answer's status has been sent: the stream says what went wrong
+            await _write(response, error_body(503, str(error), "internal_error"))
+        except ConfigError as error:
+            await _write(response, error_body(400, str(error), "invalid_request_error"))
+        except ConnectionError:
+            raise  # the client is gone: there is nobody to tell
+        except Exception:
+            logger.exception("stream failed rid=%s", call.rid)
+            await _write(response, error_body(500, FAILED, "internal_error"))
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response

@@ -138,6 +138,7 @@ class InfoRoutes:
             "num_answered_samples": totals.num_samples,
             "num_generated_tokens": totals.num_tokens,
             "avg_spec_accept_length": totals.mean_accept_length,
+            "spec_break_even_length": stats.probed_round_s / stats.probed_plain_s if stats.probed_plain_s else None,
             "time_in_forward_s": stats.time_in_forward_s,
             "time_total_s": stats.time_total_s,
         }

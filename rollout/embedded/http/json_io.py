@@ -10,6 +10,7 @@ from aiohttp import web
 
 from rollout.embedded.http.fields import bad_field
 
+FAILED = "the server failed; its log says why"
 # Beyond this a body is parsed on a thread, so that other requests are not kept waiting.
 LARGE_BODY_BYTES = 1 << 20
 
@@ -28,5 +29,9 @@ async def read_json(request: web.Request, default: object = None) -> Any:
 
 
 def refusal(status: int, message: str, kind: str = "invalid_request_error") -> web.Response:
+    return web.json_response(error_body(status, message, kind), status=status)
+
+
+def error_body(status: int, message: str, kind: str) -> dict[str, Any]:
     """``{"error": {"message": ...}}``, SGLang's shape."""
-    return web.json_response({"error": {"message": message, "type": kind, "code": status}}, status=status)
+    return {"error": {"message": message, "type": kind, "code": status}}

@@ -1,31 +1,20 @@
-"""Weights that a client sent or named, as pushes to the engine: begin, one bucket, prepare, commit, all or nothing."""
+"""Weights that a client sent or named, as pushes to the engine: all or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import sys
+from collections.abc import Mapping
 
 import torch
 
 from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.errors import PushError
-from slime_spec.weights.manifest import Manifest, Side, combined_checksum, meta_of, tensor_checksum
-from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushReceiver, run_push
+from slime_spec.transports.in_process import InProcessTransport
+from slime_spec.weights.manifest import Side
+from slime_spec.weights.messages import manifest_of, push_messages
+from slime_spec.weights.push import PushReceiver, run_push
 
-
-class HeldTensors:
-    """The WeightTransport of tensors that are in this process already."""
-
-    def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return list(tensors)
-
-    def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
-        tensors: list[torch.Tensor] = bucket.handle
-        return tensors
-
-
-def manifest_of(side: Side, version: int, tensors: Mapping[str, torch.Tensor]) -> Manifest:
-    return Manifest(side, version, tuple(meta_of(name, tensor) for name, tensor in tensors.items()))
+ONE_BUCKET = sys.maxsize  # bytes: nothing travels, so nothing is gained by sending parts
 
 
 def check_complete(side: Side, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -38,12 +27,5 @@ def check_complete(side: Side, tensors: Mapping[str, torch.Tensor], expected: Ma
 
 def push_tensors(engine: EmbeddedEngine, side: Side, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
     """Make the engine use these; raises PushError, the engine still on its old version."""
-    manifest = manifest_of(side, version, tensors)
-    checksums = tuple(map(tensor_checksum, tensors.values()))
-    handle = HeldTensors().publish(tuple(tensors.values()))
-    messages = (
-        BeginPush(manifest),
-        PushBucket(version, 0, manifest.tensors, checksums, handle),
-        CommitPush(version, combined_checksum(zip(tensors, checksums, strict=True))),
-    )
+    messages = push_messages(tensors, version, side, ONE_BUCKET, InProcessTransport())
     run_push(messages, lambda message: [engine.update_weights(message)])

@@ -19,23 +19,24 @@ from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.http.answers import AnswerWriter
 from rollout.embedded.http.calls import CallReader
 from rollout.embedded.http.control_routes import ControlRoutes
-from rollout.embedded.http.control_thread import ControlThread
 from rollout.embedded.http.generate_routes import GenerateRoutes
 from rollout.embedded.http.generations import Generations
 from rollout.embedded.http.info_routes import InfoRoutes
 from rollout.embedded.http.middleware import api_key_required, errors_as_json
-from rollout.embedded.http.pushes import HeldTensors
+from rollout.embedded.http.one_thread import OneThread
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.http.totals import Totals
 from rollout.embedded.http.versions import VersionNames
 from rollout.embedded.http.weight_routes import WeightRoutes
 from rollout.embedded.http.weight_session import WeightUpdates
-from rollout.embedded.stop import eos_ids
 from rollout.embedded.validate import limits_of
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.hf.end_tokens import eos_ids
 from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.hf.tokenizer import Tokenizer, check_vocabulary
+from slime_spec.metrics.alarm import AcceptanceAlarm
+from slime_spec.transports.in_process import InProcessTransport
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class EngineServer:
         self._tokenizer = Tokenizer.load(config.model.hf_checkpoint)
         check_vocabulary(self._tokenizer, self._spec)
         self._socket = bound_socket(options.host, options.port)
-        self._engine = EmbeddedEngine(config, 0, HeldTensors())
+        self._engine = EmbeddedEngine(config, 0, InProcessTransport())
 
     @property
     def address(self) -> str:
@@ -83,12 +84,13 @@ class EngineServer:
     async def serve(self, announce: Announce, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set."""
         await asyncio.to_thread(self._engine.start)
-        generations, control = Generations(self._engine), ControlThread()
+        generations, threads = Generations(self._engine), (OneThread("http-control"), OneThread("http-reading"))
         try:
-            await self._answer(self._serving(generations, control), announce, stop)
+            await self._answer(self._serving(generations, *threads), announce, stop)
         finally:
             await asyncio.to_thread(self._engine.stop)
-            control.close()
+            for thread in threads:
+                thread.close()
             generations.close()
 
     async def _answer(self, serving: Serving, announce: Announce, stop: asyncio.Event) -> None:
@@ -107,8 +109,8 @@ class EngineServer:
         finally:
             await runner.cleanup()
 
-    def _serving(self, generations: Generations, control: ControlThread) -> Serving:
-        engine = self._engine
+    def _serving(self, generations: Generations, control: OneThread, reading: OneThread) -> Serving:
+        engine, algorithm = self._engine, self._config.speculative.algorithm
         return Serving(
             config=self._config,
             spec=self._spec,
@@ -117,8 +119,9 @@ class EngineServer:
             engine=engine,
             generations=generations,
             control=control,
+            reading=reading,
             names=VersionNames(lambda: engine.stats().weight_version),
-            totals=Totals(),
+            totals=Totals(None if algorithm == "NONE" else AcceptanceAlarm(algorithm)),
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rollout.embedded.engine import EmbeddedEngine
-from rollout.embedded.http.control_thread import ControlThread
 from rollout.embedded.http.generations import Generations
+from rollout.embedded.http.one_thread import OneThread
 from rollout.embedded.http.totals import Totals
 from rollout.embedded.http.versions import VersionNames
 from rollout.embedded.validate import Limits
@@ -17,7 +17,10 @@ from slime_spec.hf.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Serving:
-    """One started engine and what is known of it."""
+    """One started engine and what is known of it.
+
+    ``control`` is the one thread from which the engine takes all but generate; ``reading`` tokenises large texts.
+    """
 
     config: Config
     spec: ModelSpec
@@ -25,6 +28,7 @@ class Serving:
     tokenizer: Tokenizer
     engine: EmbeddedEngine
     generations: Generations
-    control: ControlThread
+    control: OneThread
+    reading: OneThread
     names: VersionNames
     totals: Totals

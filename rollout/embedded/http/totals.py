@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from slime_spec.metrics.alarm import AcceptanceAlarm
 from slime_spec.types import GeneratedSample
 
 
 class Totals:
-    """Sums over every sample that was answered."""
+    """Sums over every sample that was answered; ``alarm`` sees them too."""
 
-    def __init__(self) -> None:
+    def __init__(self, alarm: AcceptanceAlarm | None = None) -> None:
+        self._alarm = alarm
         self.num_samples = self.num_tokens = self.num_rounds = self.num_correct = 0
 
     def count(self, sample: GeneratedSample) -> None:
@@ -16,6 +18,9 @@ class Totals:
         self.num_tokens += len(sample.token_ids)
         self.num_rounds += sample.spec.num_rounds
         self.num_correct += sample.spec.num_correct
+        if self._alarm is not None:
+            num_rounds = sample.spec.num_rounds - sample.spec.num_empty_rounds
+            self._alarm.see(num_rounds, sample.spec.num_correct, f"samples={self.num_samples}")
 
     @property
     def mean_accept_length(self) -> float | None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
 
-from rollout.sglang_engine.client import SglangClient
+from rollout.sglang_engine.client import ServerGone, SglangClient
 from rollout.sglang_engine.server import free_port
 from rollout.sglang_engine.transports.bucket import NamedTensors
 
-TIMEOUT = timedelta(minutes=10)
+FORM_TIMEOUT = timedelta(minutes=2)
+SEND_TIMEOUT = timedelta(minutes=10)
 
 
 class DistributedTransport:
@@ -25,6 +26,7 @@ class DistributedTransport:
         self._backend, self._device = ("nccl", "cuda") if on_gpu else ("gloo", "cpu")
         self._number = 0
         self._group: dist.ProcessGroup | None = None
+        self._sending: asyncio.Task[None] | None = None
 
     async def open(self, client: SglangClient) -> None:
         """Form the group; both ends wait for each other."""
@@ -40,12 +42,16 @@ class DistributedTransport:
             "backend": self._backend,
         }
         joined = asyncio.create_task(client.post("/init_weights_update_group", request))
-        try:
-            self._group = await asyncio.to_thread(
-                _form_group, self._host, port, 1 + self._num_ranks, group_name, self._backend
-            )
-        finally:
-            await joined
+        formed = asyncio.create_task(
+            asyncio.to_thread(_form_group, self._host, port, 1 + self._num_ranks, group_name, self._backend)
+        )
+        # Whichever end fails first is the one to hear of: the other waits for it in vain, and gives up by itself.
+        await asyncio.wait({joined, formed}, return_when=asyncio.FIRST_EXCEPTION)
+        for task in (joined, formed):
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            if task.done():
+                task.result()
+        self._group = formed.result()
 
     async def send(self, client: SglangClient, bucket: NamedTensors, fields: Mapping[str, Any]) -> None:
         request = {
@@ -56,40 +62,39 @@ class DistributedTransport:
             **fields,
         }
         loaded = asyncio.create_task(client.post("/update_weights_from_distributed", request))
-        try:
-            # A server that refuses the request never joins the broadcasts: whichever ends first with an error wins.
-            sent = asyncio.create_task(asyncio.to_thread(self._broadcast, bucket))
-            await asyncio.wait({loaded, sent}, return_when=asyncio.FIRST_EXCEPTION)
-            if loaded.done() and loaded.exception() is not None:
-                self._abort()
-            await sent
-        finally:
-            await loaded
+        self._sending = asyncio.create_task(asyncio.to_thread(self._broadcast, bucket))
+        # A server that refuses never joins the broadcasts, which then end when it leaves the group (see close).
+        await asyncio.wait({loaded, self._sending}, return_when=asyncio.FIRST_EXCEPTION)
+        await loaded
+        await self._sending
 
     async def close(self, client: SglangClient) -> None:
         group, self._group = self._group, None
         if group is None:
             return
-        await client.post("/destroy_weights_update_group", {"group_name": f"{self._name}-{self._number}"})
-        dist.destroy_process_group(group)
+        try:
+            await client.post("/destroy_weights_update_group", {"group_name": f"{self._name}-{self._number}"})
+        finally:
+            if self._sending is not None:
+                await asyncio.wait({self._sending})
+                self._sending.exception()  # told by send, or for the reason that the server gave
+            dist.destroy_process_group(group)
 
     def _broadcast(self, bucket: NamedTensors) -> None:
         assert self._group is not None, "opened before it sends"
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        for _, tensor in bucket:
-            # gloo reads the memory it is given, and Ray's is read-only but fit for reading.
-            self._group.broadcast([tensor.contiguous().to(self._device)], options).wait()
-
-    def _abort(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
+        options.rootRank, options.rootTensor, options.timeout = 0, 0, SEND_TIMEOUT
+        try:
+            for _, tensor in bucket:
+                # gloo reads the memory it is given, and Ray's is read-only but fit for reading.
+                self._group.broadcast([tensor.contiguous().to(self._device)], options).wait()
+        except RuntimeError as error:
+            raise ServerGone(f"the broadcast to {self._name}: {error}") from error
 
 
 def _form_group(host: str, port: int, world_size: int, name: str, backend: str) -> dist.ProcessGroup:
     """As SGLang forms its end: a group beside the default one, which this process need not have."""
-    store: dist.Store = dist.TCPStore(host, port, world_size, is_master=True, timeout=TIMEOUT)
+    store: dist.Store = dist.TCPStore(host, port, world_size, is_master=True, timeout=FORM_TIMEOUT)
     group, _ = _new_process_group_helper(
         world_size,
         0,
@@ -98,7 +103,7 @@ def _form_group(host: str, port: int, world_size: int, name: str, backend: str) 
         PrefixStore(name, store),
         group_name=name,  # type: ignore[arg-type]
         backend_options=None,
-        timeout=TIMEOUT,
+        timeout=FORM_TIMEOUT,
     )
     _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
     return group

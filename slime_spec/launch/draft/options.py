@@ -165,7 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     add = network.add_argument
     add("--draft-vocab-size", type=int, default=4096, help="most frequent tokens the draft knows (4096)")
     add("--intermediate-size", type=int, help="width of the MLP (default: the target's)")
-    add("--capture-layers", type=int, nargs="+", help="target layers read (default: SGLang's choice)")
+    add(
+        "--capture-layers",
+        type=int,
+        nargs="+",
+        help="target layers read (default: SGLang's choice; spread out in a target of fewer than 7)",
+    )
     add("--draft-dtype", choices=DTYPES, default="bfloat16", help="dtype of the checkpoint (bfloat16)")
     training = parser.add_argument_group("training")
     add = training.add_argument

@@ -17,7 +17,7 @@ import torch
 
 from slime_spec.draft.training.sequence import DraftSequence
 from slime_spec.draft.training.trainer import DraftTrainer
-from slime_spec.hf.checkpoint import SINGLE
+from slime_spec.hf.file_names import SINGLE
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
 from slime_spec.launch.draft.options import DraftOptions
 from slime_spec.weights.manifest import combined_checksum, tensor_checksum

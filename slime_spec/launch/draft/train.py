@@ -85,11 +85,23 @@ def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
         spec = DraftSpec("mtp", block, target.hidden_size, target.vocab_size, hidden_first=True, recurrent_norm=True)
         spec = replace(spec, zero_first_embedding=True)
     else:
-        layers = options.capture_layers or default_capture_layers(target.num_layers)
+        layers = options.capture_layers or capture_layers_of(target.num_layers)
         spec = DraftSpec(
             "eagle3", block, target.hidden_size, options.draft_vocab_size, capture_layers=layers, has_own_head=True
         )
     return DraftSpec.from_dict(draft_config(spec), target, source="the draft")
+
+
+def capture_layers_of(num_target_layers: int) -> tuple[int, ...]:
+    """SGLang's default where it is three different layers, else as many as there are before the last, spread out.
+
+    SGLang reads a layer's output where the next layer begins, so that it never sees the last one's.
+    """
+    layers = default_capture_layers(num_target_layers)
+    if min(layers) >= 0 and len(set(layers)) == len(layers):
+        return layers
+    last = max(0, num_target_layers - 2)
+    return tuple(sorted({0, (last + 1) // 2, last}))
 
 
 LESS = "Pass a smaller one."

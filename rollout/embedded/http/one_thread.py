@@ -1,4 +1,4 @@
-"""The one thread that the server's control calls run on, in the order in which they came."""
+"""A thread for what must not keep the server's event loop waiting, and must run one thing at a time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class ControlThread:
-    """An engine takes all but generate from one thread at a time; what has begun ends, also when its client leaves."""
+class OneThread:
+    """Runs commands in the order in which they came; what has begun ends, also when its client leaves."""
 
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="http-control")
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     async def run(self, command: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, command)

@@ -1,0 +1,94 @@
+"""A server that someone else started: whether it serves the model and the speculation of this run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rollout.sglang_engine.client import ServerRefused, SglangClient
+from rollout.sglang_engine.labels import label_suffix, version_number
+from rollout.sglang_engine.model_files import TargetFiles
+from slime_spec.config.server_checks import ADDRESSES
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+
+# SGLang runs NEXTN as EAGLE and says so.
+SAME = {"NEXTN": "EAGLE"}
+
+
+async def use_server(client: SglangClient, config: Config, engine_index: int, target: TargetFiles) -> None:
+    """Make sure of the server, and name its weights where a router needs their names; raises ConfigError."""
+    if not await client.is_healthy(config.sglang_server.start_timeout_s):
+        raise ConfigError(ADDRESSES, "must answer", client.url, "Start it, or correct the address.")
+    try:
+        model_info, server_info = await client.get("/model_info"), await client.get("/server_info")
+    except ServerRefused as error:
+        raise ConfigError(
+            ADDRESSES, f"must say what it serves: {error}", client.url, "Pass its --api-key as --sglang-api-key."
+        ) from None
+    check_served(client.url, config, target, model_info, server_info)
+    suffix = label_suffix(config, engine_index)
+    if not suffix:
+        return
+    label = f"{version_number(model_info.get('weight_version'))}{suffix}"
+    try:
+        await client.post("/update_weight_version", {"new_version": label, "abort_all_requests": False})
+    except ServerRefused as error:
+        raise ConfigError(
+            "sglang_server.router",
+            f"needs servers that can be told what to call their weights: {error}",
+            client.url,
+            "Drop the router, or use a newer SGLang.",
+        ) from None
+
+
+def check_served(
+    url: str, config: Config, target: TargetFiles, model_info: Mapping[str, Any], server_info: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for another model, or another speculation, as far as the server tells them.
+
+    Its answers name the architecture (newer versions) and the model's folder; the vocabulary and the number of
+    layers are read there, where this machine has that folder.
+    """
+    ours: dict[str, object] = {
+        "architecture": target.architecture,
+        "vocab_size": target.vocab_size,
+        "num_hidden_layers": target.num_layers,
+    }
+    theirs = _told(model_info)
+    for name, value in ours.items():
+        if theirs.get(name, value) != value:
+            raise ConfigError(
+                ADDRESSES,
+                f"must serve the model of --hf-checkpoint, and {url} has {name} {theirs[name]} where that has {value}",
+                model_info.get("model_path"),
+                f"Start that server with --model-path {config.model.hf_checkpoint}, or name another.",
+            )
+    if "speculative_algorithm" in server_info:
+        algorithm = config.speculative.algorithm
+        told = server_info["speculative_algorithm"] or "NONE"
+        if SAME.get(told, told) != SAME.get(algorithm, algorithm):
+            raise ConfigError(
+                "speculative.algorithm",
+                f"must be what the server speculates with: {url} was started with {told}",
+                algorithm,
+                f"Pass --speculative-algorithm {told}, or start that server with {algorithm}.",
+            )
+
+
+def _told(model_info: Mapping[str, Any]) -> dict[str, object]:
+    told: dict[str, object] = {}
+    path = Path(str(model_info.get("model_path") or "")) / "config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        text = config.get("text_config", config)
+        told = {name: text[name] for name in ("vocab_size", "num_hidden_layers") if name in text}
+        told |= _architecture(config)
+    return told | _architecture(model_info)
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, object]:
+    names = config.get("architectures")
+    return {"architecture": names[0]} if names else {}

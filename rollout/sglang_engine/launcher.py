@@ -1,0 +1,131 @@
+"""How an engine's server comes to be: its address, its command line, its process on each of the engine's nodes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from rollout.sglang_engine.arguments import LOOPBACK, Place, command_line, server_flags
+from rollout.sglang_engine.installed import InstalledSglang
+from rollout.sglang_engine.labels import label_suffix
+from rollout.sglang_engine.nodes import Part, Site, SpannedServer
+from rollout.sglang_engine.server import ServerProcess, check_port, free_port, probe_socket
+from slime_spec.config.addresses import ANY_HOST, address_of, is_loopback
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# A crash must be seen at once: SGLang otherwise waits minutes for dumps that nobody asked for.
+SERVER_ENVIRONMENT = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
+# From the rendezvous's port on, SGLang takes some more for the parts of an engine of several nodes.
+NUM_RENDEZVOUS_PORTS = 16
+
+
+def listening_host(config: Config, node_address: str, others_come: bool) -> str:
+    """The address that a server, or a router, listens on: its node's where others come to it from other nodes."""
+    return config.sglang_server.host or (node_address if others_come else LOOPBACK)
+
+
+class Launcher:
+    """Starts servers of one engine, each in the place of the one before.
+
+    Raises ConfigError at once for a port that is taken and a flag that this SGLang does not know.
+    """
+
+    def __init__(self, config: Config, engine_index: int, sglang: InstalledSglang, site: Site) -> None:
+        self._config, self._index, self._sglang, self._site = config, engine_index, sglang, site
+        is_routed = bool(label_suffix(config, engine_index))
+        self._others_come = site.num_cluster_nodes > 1 and (is_routed or bool(site.others))
+        self.host = listening_host(config, site.address, self._others_come)
+        self.num_nodes = 1 + len(site.others)
+        if is_routed and sglang.flag("weight_version") is None:
+            raise ConfigError(
+                "sglang_server.router",
+                f"needs a server that names its weights' version, and SGLang {sglang.version} does not",
+                sglang.version,
+                "Drop --sglang-router, or use a newer SGLang.",
+            )
+        self.place = self._choose_place()
+        self._commands([self.place] * self.num_nodes, speculate=True)  # for its errors, before anything starts
+        is_open = config.sglang_server.host is None and not is_loopback(self.host) and engine_index == 0
+        if is_open and not config.sglang.get("api_key"):
+            logger.warning("servers listen without --sglang-api-key on their nodes' addresses first=%s", self.host)
+
+    @property
+    def url(self) -> str:
+        """Where the engine's own server is reached from its node."""
+        return self.place.url
+
+    @property
+    def reachable_host(self) -> str:
+        """The address of the engine's first node for whoever shares the cluster."""
+        return self._site.address if self.host in ANY_HOST else self.host
+
+    @property
+    def reachable_url(self) -> str:
+        return f"http://{address_of(self.reachable_host, self.place.port)}"
+
+    def server(self, speculate: bool) -> ServerProcess:
+        """A new server, not yet started."""
+        places = self._places()
+        own, *others = self._commands(places, speculate)
+        environment = dict(SERVER_ENVIRONMENT)
+        if self._site.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._site.devices)
+        if not others:
+            return ServerProcess(own, environment, self._log(0))
+        parts = [
+            Part(node, command, self._log(rank))
+            for rank, (node, command) in enumerate(zip(self._site.others, others, strict=True), start=1)
+        ]
+        return SpannedServer(own, environment, self._log(0), parts)
+
+    def _choose_place(self) -> Place:
+        port = self._config.sglang_server.port
+        if port == 0:
+            return Place(self.host, free_port(self.host))
+        check_port(self.host, port + self._index)
+        return Place(self.host, port + self._index)
+
+    def _places(self) -> list[Place]:
+        """One for each node; the rendezvous is new at every start, as the old one's port may linger."""
+        if not self._site.others:
+            return [self.place]
+        host = self.reachable_host
+        rendezvous = address_of(host, free_ports(host, NUM_RENDEZVOUS_PORTS))
+        places = [Place(self.host, self.place.port, self.num_nodes, 0, rendezvous)]
+        for rank, node in enumerate(self._site.others, start=1):
+            node_host = listening_host(self._config, node.address(), self._others_come)
+            places.append(Place(node_host, node.free_port(node_host), self.num_nodes, rank, rendezvous))
+        return places
+
+    def _commands(self, places: list[Place], speculate: bool) -> list[list[str]]:
+        settings = self._config.sglang_server
+        python = settings.python or sys.executable
+        return [
+            command_line(
+                python, server_flags(self._config, self._index, place, speculate), settings.extra_args, self._sglang
+            )
+            for place in places
+        ]
+
+    def _log(self, node_rank: int) -> Path:
+        run = self._config.run
+        folder = Path(run.output_dir or f"runs/{run.name}").absolute()
+        of_node = f"-node{node_rank}" if node_rank else ""
+        return folder / "engines" / f"sglang-{self._index}{of_node}.log"
+
+
+def free_ports(host: str, count: int) -> int:
+    """The first of ``count`` free ports in a row."""
+    while True:
+        first = free_port(host)
+        try:
+            for port in range(first, first + count):
+                with probe_socket(host) as probe:
+                    probe.bind((host, port))
+        except (OSError, OverflowError):
+            continue
+        return first

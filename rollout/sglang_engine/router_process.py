@@ -1,0 +1,97 @@
+"""The sglang-router of a run: a process beside the engine pool, which it ends with."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+from rollout.sglang_engine.installed import InstalledSglang
+from rollout.sglang_engine.server import ServerProcess, ServerStartError, free_port
+from slime_spec.config.addresses import ANY_HOST, address_of
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0
+HEALTH_TIMEOUT_S = 5.0
+# As long as the longest response: its default would end any that takes more than half an hour.
+REQUEST_TIMEOUT_S = 7 * 24 * 3600
+# A request that failed is the engines' to send again, with the tokens it has; whether a server serves is theirs to
+# know: one that is paused or has released its memory must not be taken for dead.
+FLAGS = ("--disable-retries", "--disable-circuit-breaker", "--disable-health-check")
+
+
+class RouterProcess:
+    """Starts a router that has no servers yet: the engines enter theirs.
+
+    It listens on ``host``; where that is every address, engines reach it at ``node_address``.
+
+    Example::
+
+        router = RouterProcess(config, installed_in(python), "127.0.0.1", "127.0.0.1")
+        router.start()
+        ...  # start the engines with sglang_server.router_addr = router.address
+        router.wait_until_ready()
+        router.stop()
+    """
+
+    def __init__(self, config: Config, sglang: InstalledSglang, host: str, node_address: str) -> None:
+        python = config.sglang_server.python or sys.executable
+        if sglang.router_version is None:
+            raise ConfigError(
+                "sglang_server.router",
+                "needs sglang-router in the environment that has sglang",
+                python,
+                f"Run {python} -m pip install sglang-router, or drop --sglang-router.",
+            )
+        port = free_port(host)
+        self.address = address_of(node_address if host in ANY_HOST else host, port)
+        self._url = f"http://{self.address}"
+        run = config.run
+        log = Path(run.output_dir or f"runs/{run.name}").absolute() / "engines" / "router.log"
+        self._process = ServerProcess(router_command(config, python, host, port, free_port(host)), {}, log)
+
+    def start(self) -> None:
+        self._process.start()
+
+    def wait_until_ready(self) -> None:
+        """Raises ConfigError with the end of its log when it does not start."""
+        try:
+            self._process.wait_until(self._is_healthy, START_TIMEOUT_S)
+        except ServerStartError as error:
+            raise ConfigError(
+                "sglang_server.router", f"its router must start. {error}", True, "Correct --sglang-router-args."
+            ) from None
+        logger.info("router ready address=%s", self.address)
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self._url}/liveness", timeout=HEALTH_TIMEOUT_S) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+
+def behind_router(config: Config, address: str) -> Config:
+    """The configuration of engines whose router runs at ``address``."""
+    server = replace(config.sglang_server, router=False, router_args=(), router_addr=address)
+    return replace(config, sglang_server=server)
+
+
+def router_command(config: Config, python: str, host: str, port: int, metrics_port: int) -> list[str]:
+    words = [python, "-m", "sglang_router.launch_router", "--host", host, "--port", str(port)]
+    # Its own default is every address of the machine.
+    words += ["--prometheus-host", host, "--prometheus-port", str(metrics_port)]
+    words += [*FLAGS, "--request-timeout-secs", str(REQUEST_TIMEOUT_S), "--shutdown-grace-period-secs", "1"]
+    words += ["--log-level", "warn"]
+    if key := config.sglang.get("api_key"):
+        words += ["--api-key", str(key)]
+    return [*words, *config.sglang_server.router_args]

@@ -1,0 +1,141 @@
+"""Settings of the SGLang engine's servers that cannot work together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+from slime_spec.config.addresses import ANY_HOST, check_address, is_loopback
+from slime_spec.config.sglang_server import SglangServerConfig
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+
+ADDRESSES, HOST, ROUTER = "sglang_server.external_addrs", "sglang_server.host", "sglang_server.router_addr"
+# What only starting a server reads.
+OF_STARTING = ("port", "extra_args", "max_restarts")
+
+
+def check_servers(config: Config) -> None:
+    """Raise ConfigError for the first contradiction."""
+    _check_external(config)
+    _check_router(config)
+    if not config.sglang_server.external_addrs:
+        _check_data_parallel(config)
+        _check_ranks(config)
+        _check_nodes(config)
+
+
+def server_notes(config: Config) -> Iterator[str]:
+    """What is allowed and should be known, one sentence each."""
+    host = config.sglang_server.host
+    if host is not None and not is_loopback(host) and not config.sglang.get("api_key"):
+        yield (
+            f"The servers listen on {host} without --sglang-api-key: whoever reaches that address can use them and "
+            "replace their weights."
+        )
+    if config.sglang_server.external_addrs:
+        flags = [f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang if dest != "api_key"]
+        if without := [*flags, *_set_here(config, OF_STARTING)]:
+            yield f"Servers that run already have their own flags: {', '.join(without)} change nothing there."
+
+
+def unused_server_settings(config: Config) -> Iterator[str]:
+    """A note on settings of servers in a run that has none."""
+    if names := _set_here(config, tuple(each.name for each in fields(SglangServerConfig))):
+        yield f"The {config.rollout.engine} engine starts no servers and has no use for {', '.join(names)}."
+
+
+def _set_here(config: Config, names: Sequence[str]) -> list[str]:
+    """Those of the servers' settings that are not at their defaults, as the tree names them."""
+    default = SglangServerConfig()
+    return [f"sglang_server.{name}" for name in names if getattr(config.sglang_server, name) != getattr(default, name)]
+
+
+def _check_external(config: Config) -> None:
+    addresses, num_engines = config.sglang_server.external_addrs, config.rollout.num_engines
+    for address in addresses:
+        check_address(ADDRESSES, address)
+    if len(set(addresses)) < len(addresses):
+        raise ConfigError(ADDRESSES, "must name each server once", addresses, "Name another server for each engine.")
+    if addresses and len(addresses) != num_engines:
+        raise ConfigError(
+            ADDRESSES,
+            f"must have one server for each of the {num_engines} engines",
+            addresses,
+            f"Pass --rollout-num-engines {len(addresses)}, or name {num_engines} servers.",
+        )
+
+
+def _check_router(config: Config) -> None:
+    server = config.sglang_server
+    if server.router_addr is not None:
+        check_address(ROUTER, server.router_addr)
+        if server.router:
+            raise ConfigError(
+                ROUTER, "is a router that runs already", server.router_addr, "Drop --sglang-router, or the address."
+            )
+    if server.router_args and not server.router:
+        raise ConfigError(
+            "sglang_server.router_args", "is for a router of our own", server.router_args, "Pass --sglang-router."
+        )
+
+
+def _check_data_parallel(config: Config) -> None:
+    num_gpus, replicas = config.rollout.num_gpus_per_engine, config.sglang.get("dp_size", 1)
+    assert isinstance(replicas, int), "typed by the table of flags"
+    if replicas < 1 or max(1, num_gpus) % replicas:  # the CPU is one device
+        raise ConfigError(
+            "sglang.dp_size",
+            f"must divide the {num_gpus} GPUs of an engine: each replica has as many",
+            replicas,
+            "Pass another --sglang-dp-size, or --rollout-num-gpus-per-engine.",
+        )
+
+
+def _check_ranks(config: Config) -> None:
+    """Sizes that the user gives must use the GPUs that the engine reserves, all of them and no others."""
+    num_gpus, sizes = config.rollout.num_gpus_per_engine, config.sglang
+    if not num_gpus or not sizes.keys() & {"tp_size", "pp_size"}:
+        return
+    data_parallel, stages = sizes.get("dp_size", 1), sizes.get("pp_size", 1)
+    assert isinstance(data_parallel, int), "typed by the table of flags"
+    replicas = 1 if sizes.get("enable_dp_attention") else data_parallel
+    ranks = sizes.get("tp_size", num_gpus // replicas)
+    assert isinstance(ranks, int), "typed by the table of flags"
+    assert isinstance(stages, int), "typed by the table of flags"
+    if ranks * stages * replicas != num_gpus:
+        raise ConfigError(
+            "sglang.tp_size",
+            f"times pp_size ({stages}) and the replicas ({replicas}) must be the {num_gpus} GPUs of an engine",
+            ranks,
+            "Leave it out, or pass another --rollout-num-gpus-per-engine.",
+        )
+
+
+def _check_nodes(config: Config) -> None:
+    """Several nodes hold an engine's GPUs evenly, reach each other, and take weights over the network."""
+    num_gpus, per_node = config.rollout.num_gpus_per_engine, config.cluster.num_gpus_per_node
+    server = config.sglang_server
+    if num_gpus <= per_node:
+        return
+    if num_gpus % per_node:
+        raise ConfigError(
+            "rollout.num_gpus_per_engine",
+            f"beyond one node's GPUs must be a multiple of cluster.num_gpus_per_node = {per_node}",
+            num_gpus,
+            f"Pass --rollout-num-gpus-per-engine {per_node * (num_gpus // per_node)}, or --num-gpus-per-node.",
+        )
+    if server.host not in (None, *ANY_HOST):
+        raise ConfigError(
+            HOST,
+            f"is at most one node's address, and an engine of {num_gpus} GPUs spans {num_gpus // per_node} nodes",
+            server.host,
+            "Leave out --sglang-host: each node then listens on its own address.",
+        )
+    if config.run.mode == "train" and server.transport == "tensor":
+        raise ConfigError(
+            "sglang_server.transport",
+            "tensor shares the memory of one node, and an engine spans several",
+            server.transport,
+            "Pass --sglang-weight-transport distributed.",
+        )

@@ -1,0 +1,58 @@
+"""Flags that the table of the pinned SGLang does not have and the installation that will run the servers does."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import distributions
+
+from rollout.sglang_engine.installed import installed_in
+
+PREFIX = "--sglang-"
+PYTHON = re.compile(r"(?:--sglang[-_]python|sglang_server\.python)=(.+)")
+
+
+@dataclass(frozen=True)
+class NewerFlag:
+    """``NewerFlag(("--warp-drive", "9"), num_tokens=2)``: words for the server, and how many tokens they took."""
+
+    words: tuple[str, ...]
+    num_tokens: int
+
+
+def newer_flag(argv: Sequence[str], position: int) -> NewerFlag | None:
+    """The unknown flag at ``position`` as its servers spell it; None where they do not know it either.
+
+    Asks the interpreter of --sglang-python (else this one, where it has sglang), which takes an import of sglang.
+    """
+    name, has_value, attached = argv[position].partition("=")
+    spelling = name.replace("_", "-")
+    python = _interpreter(argv)
+    if not spelling.startswith(PREFIX) or python is None:
+        return None
+    theirs = f"--{spelling.removeprefix(PREFIX)}"
+    flag = installed_in(python).by_spelling().get(theirs)
+    if flag is None:
+        return None
+    if has_value:
+        return NewerFlag((theirs, attached), 1)
+    values = list(_values(argv[position + 1 :])) if flag.takes_value else []
+    return NewerFlag((theirs, *values), 1 + len(values))
+
+
+def _values(tokens: Sequence[str]) -> Sequence[str]:
+    """Up to the next flag, or the next path=value."""
+    end = next((i for i, token in enumerate(tokens) if re.match(r"--|[a-z_]+\.[a-z0-9_.]+=", token)), len(tokens))
+    return tokens[:end]
+
+
+def _interpreter(argv: Sequence[str]) -> str | None:
+    named = None
+    for token, following in zip(argv, (*argv[1:], ""), strict=True):
+        if found := PYTHON.fullmatch(token):
+            named = found[1]
+        elif token.replace("_", "-") == "--sglang-python" and following:
+            named = following
+    return named or (sys.executable if any(distributions(name="sglang")) else None)

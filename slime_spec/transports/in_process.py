@@ -1,0 +1,21 @@
+"""Weights between a pusher and an engine in the same process: what is published is what is received."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from slime_spec.weights.push import PushBucket
+
+
+class InProcessTransport:
+    """Implements WeightTransport by reference: nothing is copied."""
+
+    def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
+        return list(tensors)
+
+    def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
+        tensors: list[torch.Tensor] = bucket.handle
+        return tensors

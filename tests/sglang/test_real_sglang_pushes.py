@@ -1,0 +1,147 @@
+"""Pushes into the real SGLang, each transport: exactly the named side changes, a lost draft is noticed and mended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from rollout.sglang_engine.client import ServerRefused
+from slime_spec.errors import PushError
+from tests.support.pushes import disturbed
+from tests.support.sglang_real import Models, Real, cpu_environment, greedy, on, started
+
+pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
+
+NUM_TOKENS = 40
+# Tensors that a draft shares with its target, so that the target's push changes them too.
+SHARED = ("embed_tokens", "lm_head")
+# Biases that most of these drafts do not have, tables of positions, and a reduced vocabulary's.
+NOT_PUSHED = ("proj.bias", "rotary", "cos_sin", "d2t", "hot_token")
+Sums = Mapping[str, str]
+
+
+def changed(before: Sums, after: Sums) -> set[str]:
+    assert before
+    return {name for name, checksum in after.items() if checksum != before[name]}
+
+
+def without(names: Mapping[str, object] | set[str], *parts: str) -> set[str]:
+    return {name for name in names if not any(part in name for part in parts)}
+
+
+@on("STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+@pytest.mark.parametrize("transport", ["tensor", "distributed"])
+def test_a_push_changes_exactly_the_side_that_it_names(real: Real, transport: str) -> None:
+    with real.another(transport=transport) as engine:
+        target, draft = real.checksums("target"), real.checksums("draft")
+        engine.push(engine.other_target(), 1, verify=True)
+        assert changed(target, real.checksums("target")) == without(target, "rotary", "cos_sin")
+        assert without(changed(draft, real.checksums("draft")), *SHARED) == set()
+        target, draft = real.checksums("target"), real.checksums("draft")
+        engine.push(disturbed(engine.draft_weights, 2), 2, "draft", verify=True)
+        assert without(changed(target, real.checksums("target")), *SHARED) == set()
+        assert without(draft, *SHARED, *NOT_PUSHED) <= changed(draft, real.checksums("draft"))
+        assert {sample.weight_version for sample in engine.generate(4)} == {1}
+
+
+@on("EAGLE3")
+def test_a_bucket_that_the_server_refuses_ends_a_distributed_push_at_once(real: Real) -> None:
+    """It never joins the broadcast, which would wait for it until a timeout."""
+    with real.another(transport="distributed") as engine:
+        loop, client = engine.engine._loop, engine.engine.client
+        transport = engine.engine._weights.delivery._transport
+        loop.call(transport.open(client))
+        with pytest.raises(ServerRefused, match="begin_weight_update"):
+            loop.call(transport.send(client, list(engine.target_weights.items()), {"selector": "target"}))
+        loop.call(transport.close(client))
+        engine.push(engine.other_target(), 3, verify=True)
+        assert {sample.weight_version for sample in engine.generate(4)} == {3}
+
+
+@on("NONE", "NGRAM", "NEXTN")
+def test_an_update_from_disk_brings_what_tensors_bring(real: Real) -> None:
+    real.push(real.other_target(), 4)
+    sums, samples = real.checksums("target"), real.generate(NUM_TOKENS)
+    real.reset()
+    draft = real.checksums("draft") if real.algorithm == "NEXTN" else {}
+    assert changed(real.checksums("target"), sums)
+    with real.another(transport="disk") as engine:
+        engine.push(engine.other_target(), 5, verify=True)
+        assert real.checksums("target") == sums
+        again = engine.generate(NUM_TOKENS)
+        assert [sample.token_ids for sample in again] == [sample.token_ids for sample in samples]
+        assert {sample.weight_version for sample in again} == {5}
+        if draft:
+            assert without(changed(draft, real.checksums("draft")), *SHARED) == set()
+
+
+@on("EAGLE3")
+def test_an_update_from_disk_that_would_kill_the_server_never_reaches_it(real: Real) -> None:
+    before = real.checksums("target"), real.checksums("draft")
+    with real.another(transport="disk") as engine:
+        with pytest.raises(PushError, match="loads the policy into the draft too"):
+            engine.push(engine.other_target(), 6)
+        assert (real.checksums("target"), real.checksums("draft")) == before
+        assert {sample.weight_version for sample in engine.generate(4)} == {100}
+
+
+@on("STANDALONE")
+def test_a_draft_overwritten_by_others_is_noticed_after_a_push_and_sent_again(
+    real: Real, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = real.accepted_per_round()
+    with real.another(canary_prompts=3) as engine:
+        engine.generate(4)  # whose prompts the canary keeps
+        engine.push(engine.target_weights, 1)
+        engine.push(engine.draft_weights, 1, "draft")
+        assert "ALARM" not in caplog.text
+        real.push(disturbed(real.draft_weights, 3), 9, "draft")
+        assert engine.accepted_per_round() < 0.5 * fresh
+        engine.push(engine.target_weights, 2)
+        assert engine.accepted_per_round() == fresh
+        assert "ALARM the draft was changed" in caplog.text
+        assert engine.engine.stats().num_draft_resends == 1
+        assert engine.engine.stats().speculates
+
+
+@on("STANDALONE")
+def test_a_draft_lost_in_an_offload_is_sent_again(real: Real, caplog: pytest.LogCaptureFixture) -> None:
+    fresh = real.accepted_per_round()
+    with real.another() as engine:
+        engine.push(engine.draft_weights, 1, "draft")
+        engine.engine.set_resident(False)
+        real.push(disturbed(real.draft_weights, 3), 9, "draft")
+        engine.engine.set_resident(True)
+        assert "ALARM the draft did not survive" in caplog.text
+        assert engine.accepted_per_round() == fresh
+
+
+def test_speculation_is_given_up_under_alarm_where_no_draft_fits(
+    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server of its own, which ends without speculation: a target is pushed, and the draft stays the old one."""
+    config = models.config("STANDALONE", tmp_path / "run", canary_prompts=3)
+    with cpu_environment(), started(config) as engine:
+        real = Real("STANDALONE", engine)
+        real.generate(4)
+        real.push(real.target_weights, 1)
+        assert "ALARM" not in caplog.text
+        other = real.other_target()
+        shutil.copytree(models.target, tmp_path / "other")
+        save_file(other, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+        real.push(other, 2, verify=True)
+        assert "ALARM drafts are refused" in caplog.text
+        assert "ALARM speculation is disabled" in caplog.text
+        assert (engine.stats().speculates, engine.stats().num_restarts) == (False, 1)
+        samples = real.generate(NUM_TOKENS)
+        assert [sample.token_ids for sample in samples] == [ids for ids, _ in greedy(tmp_path / "other", NUM_TOKENS)]
+        assert {(sample.weight_version, sample.draft_version, sample.spec.num_rounds) for sample in samples} == {
+            (2, None, 0)
+        }
+        real.push(other, 3, "draft", verify=True)  # kept for a server that would speculate
+        real.push(real.target_weights, 3, verify=True)
+        assert {sample.weight_version for sample in real.generate(4)} == {3}
