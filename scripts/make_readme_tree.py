@@ -32,7 +32,10 @@ def tree() -> str:
     ).stdout.split()
     lines: list[str] = []
     seen: set[Path] = set()
-    for path in sorted({ROOT / name for name in listed}, key=lambda path: (path.parent, path.name)):
+    there = {
+        ROOT / name for name in listed if (ROOT / name).is_file()
+    }  # not what was deleted and is still in the index
+    for path in sorted(there, key=lambda path: (path.parent, path.name)):
         folder = path.parent.relative_to(ROOT)
         if path.parent not in seen:
             seen.add(path.parent)

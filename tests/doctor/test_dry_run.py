@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,10 @@ QWEN3_235B: dict[str, Any] = {
     **{"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 12288},
     **{"moe_intermediate_size": 1536, "num_experts": 128},
 }
+MIXTRAL_8X7B: dict[str, Any] = {
+    **{"architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8},
+}
 
 
 @pytest.mark.parametrize("name", STAND_INS)
@@ -48,8 +54,8 @@ def test_counted_parameters_are_those_that_a_checkpoint_of_the_family_holds(name
 
 @pytest.mark.parametrize(
     ("config", "billions"),
-    [(TARGET, 8.03), (QWEN3_235B, 235.1), (DEEPSEEK_R1, 671.0)],
-    ids=["llama-3.1-8b", "qwen3-235b", "deepseek-r1"],
+    [(TARGET, 8.03), (QWEN3_235B, 235.1), (DEEPSEEK_R1, 671.0), (MIXTRAL_8X7B, 46.7)],
+    ids=["llama-3.1-8b", "qwen3-235b", "deepseek-r1", "mixtral-8x7b"],
 )
 def test_counted_parameters_are_the_published_ones(config: dict[str, Any], billions: float) -> None:
     counted = count_parameters(config)
@@ -106,16 +112,17 @@ def test_rollouts_alone_plan_no_trainer_and_no_push(tmp_path: Path) -> None:
 @pytest.fixture
 def job(tmp_path: Path) -> list[str]:
     (tmp_path / "config.json").write_text(json.dumps(TARGET))
-    return [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version"]
+    return [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "gpus"]
 
 
 def test_the_plan_has_a_command_line_for_every_server(job: list[str]) -> None:
     argv = [*job, "--rollout-num-engines", "2", "--actor-num-gpus", "2", "--actor-world-size", "2"]
     plan = make_plan(compose(argv), argv)
     first, second = plan.servers
-    assert "-m sglang.launch_server" in first
-    assert "--attention-backend fa3" in first
-    assert first.replace("--port 30000", "--port 30001") == second
+    assert first.command[1:3] == ("-m", "sglang.launch_server")
+    assert ("--attention-backend", "fa3") in pairwise(first.command)
+    assert shlex.join(first.command).replace("--port 30000", "--port 30001") == shlex.join(second.command)
+    assert [each.address for each in plan.servers] == ["127.0.0.1:30000", "127.0.0.1:30001"]
     assert len(plan.bundles.bundles) == 2
 
 
@@ -136,13 +143,113 @@ def test_a_dry_run_of_what_preflight_refuses_ends_as_the_launch_would(job: list[
     assert main(["train", *job, *broken, "--dry-run"]) == 2
     told = capsys.readouterr().out
     assert "a launch would stop here: min-p" in told
-    assert "flags that mend this: --rollout-min-p 0" in told
+    assert "to add: --rollout-min-p 0" in told
 
 
 def test_a_dry_run_says_what_the_trainer_cannot_train(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GLM_355B))
-    argv = [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "--dry-run"]
+    argv = [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "gpus", "--dry-run"]
     assert main(["train", *argv]) == 2
     assert "Glm4MoeForCausalLM has a mixture of 160 experts, which the trainer cannot build" in capsys.readouterr().out
     assert main(["train", *argv, "--debug-rollout-only"]) == 0
     assert "rollout_only pushes no weights" in capsys.readouterr().out
+
+
+LLAMA_DRAFT = {**EAGLE3_HEAD, "torch_dtype": "float16", "max_position_embeddings": 2048}
+MIMO_7B = {
+    **{"architectures": ["MiMoForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151680},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008, "num_nextn_predict_layers": 1},
+    **{"model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}},
+}
+QWEN3_DRAFT = {**EAGLE3_HEAD, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "target", "draft", "gpu_gb"),
+    [
+        ("eagle3-llama3.1-8b", TARGET, LLAMA_DRAFT, 80),
+        ("mimo-7b-rl-mtp", MIMO_7B, None, 80),
+        ("glm4.5-355b-a32b-mtp", GLM_355B, None, 141),
+        ("glm4.6-355b-a32b-mtp", GLM_355B, None, 141),
+        ("deepseek-r1-mtp", {**DEEPSEEK_R1, "quantization_config": {"quant_method": "fp8"}}, None, 141),
+        ("qwen3-235b-a22b-eagle3", QWEN3_235B, QWEN3_DRAFT, 141),
+    ],
+)
+def test_a_recipe_fits_the_gpus_that_it_is_for_with_every_sequence_at_its_longest(
+    experiment: str, target: dict[str, Any], draft: dict[str, Any] | None, gpu_gb: int, tmp_path: Path
+) -> None:
+    argv = ["--config", experiment, "--hf-checkpoint", str(write_config(tmp_path / "target", target))]
+    if draft is not None:
+        argv += ["--speculative-draft-model-path", str(write_config(tmp_path / "draft", draft))]
+    memory = make_plan(compose(argv), argv).memory
+    assert memory.engine is not None
+    assert memory.mem_fraction_static is not None
+    assert memory.engine.gpu_bytes <= memory.mem_fraction_static * gpu_gb * 1e9
+    # What tensor parallelism leaves of a GPU to the trainer, which takes its turn.
+    assert memory.trainer is None or memory.trainer.total_bytes < 0.6 * gpu_gb * 1e9
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 131072, **config}))
+    return folder
+
+
+def test_ranks_that_cannot_split_a_cache_keep_copies_of_it(tmp_path: Path) -> None:
+    """A latent is whole on every rank; of four key-value heads eight ranks hold two copies."""
+    wide = (*SERVERS, "--debug-rollout-only", "--rollout-num-gpus-per-engine", "8")
+    copies = []
+    for number, target in enumerate((TARGET, QWEN3_235B, DEEPSEEK_R1)):
+        (tmp_path / str(number)).mkdir()
+        memory = plan_memory(make_facts(tmp_path / str(number), wide, target=target))
+        assert memory.engine is not None
+        copies.append(memory.engine.kv_copies)
+    assert copies == [1, 2, 8]
+    apart = (*wide, "--sglang-enable-dp-attention", "--sglang-dp-size", "8")
+    memory = plan_memory(make_facts(tmp_path, apart, target=DEEPSEEK_R1))
+    assert memory.engine is not None
+    assert memory.engine.kv_copies == 1
+    counted = count_parameters(DEEPSEEK_R1)
+    assert counted is not None
+    assert memory.engine.target_bytes > 2 * (counted.decoder + 7 * counted.attention)
+
+
+def test_the_plan_of_llama_on_eight_gpus_is_what_a_pencil_says(tmp_path: Path) -> None:
+    """8.03 billion float16 weights; 33 layers x 2 x 8 heads x 128 x 2 bytes a token for 32 x (2016 + 33) tokens."""
+    argv = ["--config", "eagle3-llama3.1-8b", "--hf-checkpoint", str(write_config(tmp_path / "target", TARGET))]
+    argv += ["--speculative-draft-model-path", str(write_config(tmp_path / "draft", LLAMA_DRAFT))]
+    memory = make_plan(compose(argv), argv).memory
+    assert memory.engine is not None
+    assert memory.trainer is not None
+    assert memory.engine.target_bytes == 2 * 8_030_261_248
+    assert memory.engine.kv_bytes == 33 * 2 * 8 * 128 * 2 * 32 * 2049
+    assert memory.trainer.total_bytes == 18 * (8_030_261_248 // 4)
+    assert memory.push_bytes == 2 * 8_030_261_248
+
+
+def test_an_engine_of_several_nodes_has_a_command_on_each_and_its_nodes_in_the_placement(
+    job: list[str], capsys: Capture
+) -> None:
+    two_nodes = ["--rollout-num-gpus-per-engine", "16", "--ray-address", "auto", "--debug-rollout-only"]
+    assert main(["train", *job, *two_nodes, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "bundles 0-1: 2 cores, 8 GPUs each: engine 0 node 0, engine 0 node 1" in told
+    assert "--nnodes 2 --node-rank 0 --dist-init-addr ENGINE0-NODE0:PORT" in told.replace(" \\\n     ", "")
+    assert "the same for engine 0 node 1 at ENGINE0-NODE1:30000, each with its --node-rank" in told
+
+
+def test_servers_that_differ_in_their_place_alone_are_told_once(job: list[str], capsys: Capture) -> None:
+    many = ["--rollout-num-engines", "3", "--no-colocate", "--sglang-router"]
+    main(["train", *job, *many, "--dry-run"])
+    told = capsys.readouterr().out
+    assert told.count("sglang.launch_server") == 1
+    assert "the same for engine 1 at 127.0.0.1:30001, engine 2 at 127.0.0.1:30002\n" in told
+    assert "requests go through an sglang-router" in told
+
+
+@pytest.mark.parametrize("changed", [{"intermediate_size": [1, 2]}, {"intermediate_size": None}, {"hidden_size": None}])
+def test_a_family_whose_sizes_have_other_names_or_vary_is_planned_without_its_memory(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
+    memory = plan_memory(make_facts(tmp_path, (*SERVERS, "--debug-rollout-only"), target={**TARGET, **changed}))
+    assert memory.engine is None

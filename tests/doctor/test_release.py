@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from slime_spec.launch.doctor.release import find_release, release_of
 from slime_spec.launch.sglang_table import sglang_version
+from tests.support.doctor_facts import python_with
 
 
 @pytest.mark.parametrize(
@@ -41,21 +41,24 @@ def test_each_version_has_its_generation_of_metadata_keys(text: str, correct: st
     assert release_of(text).metadata_keys[0] == correct
 
 
+@pytest.mark.parametrize("text", ["0.0.0.dev1+gd7c8b9ab9", "nightly"])
+def test_a_build_from_source_is_judged_as_the_pinned_version_and_shown_as_itself(text: str) -> None:
+    built = release_of(text)
+    assert (built.version, built.text) == (release_of(sglang_version()).version, text)
+
+
 def test_an_interpreter_with_sglang_is_believed_without_importing_it(tmp_path: Path) -> None:
     """A package whose import would fail, found by its metadata alone."""
     site = tmp_path / "site"
-    (site / "sglang").mkdir(parents=True)
-    (site / "sglang" / "__init__.py").write_text("raise RuntimeError('imported')")
-    for name, text in (("sglang", "0.5.12.post1"), ("torch", "2.11.0+cu130")):
-        info = site / f"{name}-{text}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {text}\n")
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{site}" exec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    release = find_release(str(python))
+    (site / "sglang" / "srt" / "configs").mkdir(parents=True)
+    (site / "sglang" / "srt" / "configs" / "own.py").write_text('class OwnConfig:\n    model_type = "own_family"\n')
+    (site / "transformers" / "models" / "llama").mkdir(parents=True)
+    for package in ("sglang", "transformers"):
+        (site / package / "__init__.py").write_text("raise RuntimeError('imported')")
+    release = find_release(str(python_with(tmp_path, sglang="0.5.12.post1", torch="2.11.0+cu130")))
     assert (release.version, release.text, release.torch) == ((0, 5, 12), "0.5.12.post1", "2.11.0+cu130")
     assert release.is_installed
+    assert release.model_types == {"llama", "own_family"}
 
 
 @pytest.mark.parametrize("python", ["/nonexistent/python", "/bin/false"])

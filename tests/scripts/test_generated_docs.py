@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+from slime_spec.launch.doctor.document import markdown
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -15,3 +17,9 @@ def test_the_readmes_tree_has_every_file_with_its_own_first_line():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert script.with_tree(readme) == readme, "run: python scripts/make_readme_tree.py"
     assert "cli.py" in readme
+
+
+def test_the_document_of_the_doctor_has_every_check_with_its_reason():
+    document = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    assert document == markdown(), "run: python scripts/make_doctor_doc.py"
+    assert "**flashinfer-graph-padding**" in document

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,7 +34,23 @@ ON_SGLANGS_CPU = (
     *("--num-rollout", "2", "--rollout-batch-size", "1", "--n-samples-per-prompt", "2", "--no-console"),
     *("--rollout-max-prompt-len", "128", "--rollout-max-response-len", "12", "--rollout-temperature", "0"),
 )
-WITHOUT_SGLANG = ("--skip-check", "sglang-version")
+# The CPU is one device: a recipe whose GPUs attend for sequences of their own cannot do so there.
+ON_THE_CPU_TOO = {"run-deepseek-r1-mtp.sh": ("--no-sglang-enable-dp-attention", "--sglang-dp-size", "1")}
+# The plan for another machine: this one need not have eight GPUs, nor sglang.
+ELSEWHERE = ("--skip-check", "gpus", "sglang-version")
+
+
+GUIDE = {
+    "speculative-algorithm": "EAGLE3",
+    "speculative-num-steps": "5",
+    "speculative-eagle-topk": "8",
+    "speculative-num-draft-tokens": "32",
+    "max-running-requests": "48",
+    "dtype": "float16",
+    "context-length": "2048",
+    "attention-backend": "fa3",
+    "mem-fraction-static": "0.8",
+}
 
 
 @pytest.fixture(scope="session")
@@ -41,15 +60,22 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StandIn]:
 
 def run_script(script: str, made: StandIn, *arguments: str, timeout_s: float = TIMEOUT_S, **environ: str) -> str:
     """The script's standard output; its errors are shown where it fails."""
-    done = subprocess.run(
+    done = ended_script(script, made, *arguments, timeout_s=timeout_s, **environ)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def ended_script(
+    script: str, made: StandIn | None, *arguments: str, timeout_s: float = TIMEOUT_S, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    folders = made.environ if made else {}
+    return subprocess.run(
         ["bash", str(ROOT / "scripts" / script), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, **made.environ, "SLIME_SPEC_VENV": sys.prefix, **environ},
+        env={**os.environ, **folders, "SLIME_SPEC_VENV": sys.prefix, **environ},
     )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def test_every_recipe_has_a_stand_in() -> None:
@@ -59,7 +85,7 @@ def test_every_recipe_has_a_stand_in() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_recipe_prints_its_whole_plan_and_preflight_lets_it_go_on(script: str, stand_ins: dict[str, StandIn]) -> None:
-    told = run_script(script, stand_ins[SCRIPTS[script]], "--dry-run", *WITHOUT_SGLANG)
+    told = run_script(script, stand_ins[SCRIPTS[script]], "--dry-run", *ELSEWHERE)
     assert "-m sglang.launch_server" in told
     assert "warning" not in told
     assert told.rstrip().endswith("a launch would go on")
@@ -79,6 +105,16 @@ def test_the_llama_recipe_has_the_guides_settings(stand_ins: dict[str, StandIn])
     assert rollout["max_prompt_len"] + rollout["max_response_len"] + 32 <= 2048
 
 
+def test_the_servers_of_the_llama_recipe_are_started_with_the_guides_flags(stand_ins: dict[str, StandIn]) -> None:
+    made = stand_ins["llama3.1-8b"]
+    told = run_script("run-eagle3-llama3.1-8B.sh", made, "--dry-run", *ELSEWHERE)
+    command = told.partition("server of engine 0: ")[2].partition("\n  the same for engine 1 at")[0]
+    flags = dict(re.findall(r"--([a-z-]+) ([^\s-][^\s]*)", command.replace("\\\n", " ")))
+    assert {name: flags[name] for name in GUIDE} == GUIDE
+    assert flags["speculative-draft-model-path"] == str(made.draft)
+    assert flags["tp-size"] == "1"
+
+
 def test_the_deepseek_recipe_drafts_a_chain_of_three(stand_ins: dict[str, StandIn]) -> None:
     config = yaml.safe_load(run_script("run-deepseek-r1-mtp.sh", stand_ins["deepseek-r1"], SLIME_SPEC_COMMAND="config"))
     shape = [config["speculative"][name] for name in ("algorithm", "num_steps", "eagle_topk", "num_draft_tokens")]
@@ -96,19 +132,77 @@ def test_a_dense_recipe_runs_without_a_gpu_on_the_embedded_engine(
         assert step["rollout/num_samples"] == 4
         assert (step["spec/verify_rounds"] or 0) > 0
         assert (step["spec/drafted_tokens"] or 0) > 0
+    told = run_doctor_on(tmp_path / "run")
+    (bar,) = (each for each in told["findings"] if each["id"] == "acceptance-bar")
+    assert f"finished run: {steps_rate(steps):.0%}" in bar["read"]
+
+
+def run_doctor_on(run: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "slime_spec", "doctor", "--json", "--metrics", str(run)], capture_output=True, text=True
+    )
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def steps_rate(steps: list[dict[str, float | None]]) -> float:
+    """Share of the run's rounds that accepted their first draft."""
+    rounds = [step["spec/verify_rounds"] or 0.0 for step in steps]
+    rates = [step.get("spec/accept_rate_cum_pos_0") or 0.0 for step in steps]
+    return sum(rate * number for rate, number in zip(rates, rounds, strict=True)) / sum(rounds)
+
+
+@pytest.mark.parametrize(
+    ("script", "what"),
+    [
+        ("run-glm4.5-355B-A32B-mtp.sh", "Glm4MoeForCausalLM has a mixture of 4 experts"),
+        ("run-deepseek-r1-mtp.sh", "DeepseekV3ForCausalLM has a mixture of 4 experts and latent attention (MLA)"),
+        ("run-qwen3-235B-A22B-eagle3.sh", "Qwen3MoeForCausalLM has a mixture of 4 experts"),
+    ],
+)
+def test_a_family_that_only_sglang_runs_is_refused_on_the_embedded_engine_with_the_way_out(
+    script: str, what: str, stand_ins: dict[str, StandIn], tmp_path: Path
+) -> None:
+    done = ended_script(script, stand_ins[SCRIPTS[script]], *EMBEDDED, "--output-dir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert f"engine-architecture: {what}, which the embedded engine does not run" in done.stderr
+    assert "engine-architecture: Pass --rollout-engine sglang." in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_model_folder_a_script_says_which_variable_names_it(tmp_path: Path) -> None:
+    done = ended_script("run-deepseek-r1-mtp.sh", None, MODEL_DIR=str(tmp_path / "absent"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model.hf_checkpoint\n")
+    assert "MODEL_DIR=DIR" in done.stderr
+
+
+def test_without_gpus_and_sglang_a_script_names_both_and_starts_nothing(
+    stand_ins: dict[str, StandIn], tmp_path: Path
+) -> None:
+    nothing = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
+    done = ended_script(
+        "run-eagle3-llama3.1-8B.sh", stand_ins["llama3.1-8b"], "--output-dir", str(tmp_path / "run"), **nothing
+    )
+    assert done.returncode == 2
+    assert "gpus: the run wants 8 GPUs and this machine has 0" in done.stderr
+    assert "sglang-version: no sglang in this environment's Python" in done.stderr
+    assert "SGLANG_PYTHON" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.sglang_server
-def test_the_llama_recipe_runs_without_a_gpu_on_a_real_sglang_server(
-    stand_ins: dict[str, StandIn], tmp_path: Path
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "run-glm4.6-355B-A32B-mtp.sh"])  # as GLM-4.5
+def test_a_recipe_runs_without_a_gpu_on_a_real_sglang_server(
+    script: str, stand_ins: dict[str, StandIn], tmp_path: Path
 ) -> None:
     from tests.support.sglang_real import CPU, sglang_python
 
     environ = {"PYTHONPATH": f"{CPU}{os.pathsep}{ROOT}", "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
     run_script(
-        "run-eagle3-llama3.1-8B.sh",
-        stand_ins["llama3.1-8b"],
-        *(*ON_SGLANGS_CPU, "--output-dir", str(tmp_path / "run")),
+        script,
+        stand_ins[SCRIPTS[script]],
+        *(*ON_SGLANGS_CPU, *ON_THE_CPU_TOO.get(script, ()), "--output-dir", str(tmp_path / "run")),
         timeout_s=SERVER_TIMEOUT_S,
         SGLANG_PYTHON=sglang_python(),
         **environ,
@@ -116,3 +210,4 @@ def test_the_llama_recipe_runs_without_a_gpu_on_a_real_sglang_server(
     steps = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [step["rollout/num_samples"] for step in steps] == [2, 2]
     assert all((step["spec/verify_rounds"] or 0) > 0 for step in steps)
+    assert all((step["spec/drafted_tokens"] or 0) > 0 for step in steps)

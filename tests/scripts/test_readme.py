@@ -16,6 +16,7 @@ REDUCTIONS = {
     "bash scripts/run-": f"{SMALL} --output-dir {{out}}/run --run-name readme",
     "bash scripts/test.sh": "--collect-only -q",
     "bash scripts/check.sh static": "",
+    "slime-spec train --config smollm2-135m --dry-run": "",
     "slime-spec train": f"{SMALL} --output-dir {{out}}/run",
     "slime-spec rollout": f"{SMALL} --output-dir {{out}}/run",
     "slime-spec config": "",
@@ -25,6 +26,7 @@ REDUCTIONS = {
     "slime-spec draft train": "--help",
     "slime-spec bench main-job": "--help",
     "slime-spec bench engine": "--help",
+    "slime-spec bench sglang": "--help",
 }
 
 

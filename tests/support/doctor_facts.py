@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rollout.sglang_engine.arguments import Place, server_flags
+from rollout.sglang_engine.installed import checked_in
 from slime_spec.config.tree import Config
 from slime_spec.launch.compose import compose
 from slime_spec.launch.doctor.checkpoint import Checkpoint, StoredTensor
-from slime_spec.launch.doctor.facts import Facts, given_settings
+from slime_spec.launch.doctor.facts import Facts
+from slime_spec.launch.doctor.gather import given_settings
 from slime_spec.launch.doctor.release import release_of
 
 TARGET = {
@@ -55,12 +58,13 @@ def make_facts(
     is_installed: bool = True,
     torch: str | None = None,
     tensors: Sequence[str] | None = None,
-    without_flags: Sequence[str] = (),
+    model_types: Sequence[str] = (),
+    gpu_bytes: tuple[int, ...] | None = None,
+    silent_servers: tuple[str, ...] = (),
     environ: Mapping[str, str] | None = None,
     acceptance: tuple[float, ...] = (),
 ) -> Facts:
-    """``tensors`` are names in the draft's file (the target's, where it drafts itself); ``without_flags`` are taken
-    from what the engine would pass to its servers."""
+    """``tensors`` are names in the draft's file (the target's, where it drafts itself)."""
     own = Checkpoint.read(str(_folder(folder / "target", target)))
     head = None if draft is None else Checkpoint.read(str(_folder(folder / "draft", draft)))
     words = (*argv, *(("--speculative-draft-model-path", DRAFT) if head else ()))
@@ -71,7 +75,7 @@ def make_facts(
     config = replace(
         composed,
         model=replace(composed.model, hf_checkpoint=own.folder),
-        speculative=replace(composed.speculative, draft_model_path=head.folder if head else None),
+        speculative=replace(composed.speculative, draft_model_path=head.folder) if head else composed.speculative,
     )
     if head is None and config.speculative.algorithm in ("EAGLE", "NEXTN"):
         head = own
@@ -81,9 +85,12 @@ def make_facts(
         given=given_settings(words),
         target=own,
         draft=head,
-        release=release_of(version, is_installed, torch),
-        flags={name: value for name, value in flags.items() if name not in without_flags},
+        release=release_of(version, is_installed, torch, model_types),
+        flags={} if silent_servers else flags,
         environ=environ or {},
+        known_flags=checked_in() if is_installed else None,
+        gpu_bytes=gpu_bytes,
+        silent_servers=silent_servers,
         acceptance=acceptance,
     )
 
@@ -92,3 +99,16 @@ def _folder(path: Path, config: Mapping[str, Any]) -> Path:
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def python_with(folder: Path, **versions: str) -> Path:
+    """An interpreter that finds these packages (``sglang="0.5.21"``), by their metadata alone."""
+    site = folder / "site"
+    for name, text in versions.items():
+        info = site / f"{name}-{text}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {text}\n")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{site}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return python

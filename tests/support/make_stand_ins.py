@@ -39,6 +39,22 @@ SMALL = {
     "tie_word_embeddings": False,
     "initializer_range": 0.2,
 }
+MIMO_CONFIGURATION = """\
+from transformers import Qwen2Config
+
+
+class MiMoConfig(Qwen2Config):
+    model_type = "mimo"
+"""
+YARN = {
+    **{"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+# Of R1's config.json, what transformers does not write and SGLang reads.
+R1_KEYS = {
+    **{"rope_theta": 10000, "rope_scaling": YARN, "moe_layer_freq": 1, "topk_method": "noaux_tc"},
+    **{"scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5, "ep_size": 1},
+}
 LATENT = {
     **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
     **{"num_key_value_heads": 6, "head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 4},
@@ -73,10 +89,15 @@ def make_llama(folder: Path) -> StandIn:
 
 
 def make_mimo(folder: Path) -> StandIn:
-    """MiMo-7B-RL: a Qwen2 decoder and an MTP layer in one file."""
+    """MiMo-7B-RL: a Qwen2 decoder and an MTP layer in one file, and the code of its configuration beside it.
+
+    Heads have hidden_size / num_attention_heads dimensions, as Qwen2's: its config.json names no other size.
+    """
     target = make_tiny_policy(folder / "target")  # for its tokenizer
     eos = json.loads((target / "config.json").read_text())["eos_token_id"]
-    make_tiny_mimo(target, vocab_size=VOCAB, eos_token_id=eos, max_position_embeddings=32768)
+    make_tiny_mimo(target, vocab_size=VOCAB, eos_token_id=eos, max_position_embeddings=32768, head_dim=8)
+    edit_config(target, head_dim=None, auto_map={"AutoConfig": "configuration_mimo.MiMoConfig"})
+    (target / "configuration_mimo.py").write_text(MIMO_CONFIGURATION)
     return StandIn(in_dtype(target, torch.bfloat16), None)
 
 
@@ -97,6 +118,7 @@ def make_deepseek(folder: Path) -> StandIn:
     """DeepSeek-R1: latent attention, experts, and an MTP layer after the last."""
     target = make_moe(folder / "target", "deepseek_v3", **EXPERTS, **LATENT, max_position_embeddings=163840)
     add_mtp_layer(target)
+    edit_config(target, rope_parameters=None, **R1_KEYS)
     return StandIn(in_dtype(target, torch.bfloat16), None)
 
 

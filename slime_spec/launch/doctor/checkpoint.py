@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from slime_spec.errors import CheckpointError
-from slime_spec.hf.checkpoint import INDEX, SINGLE
+from slime_spec.hf.file_names import INDEX, SINGLE
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
+NAMED_BY = {
+    "model.hf_checkpoint": "--hf-checkpoint (a script: MODEL_DIR=DIR)",
+    "speculative.draft_model_path": "--speculative-draft-model-path (a script: DRAFT_DIR=DIR)",
+}
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON header, little-endian
 LONGEST_HEADER = 100_000_000  # the format's own bound
 
@@ -45,7 +49,10 @@ class Checkpoint:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise CheckpointError(
-                setting, "must be a checkpoint folder with a config.json", folder, "Pass the folder of a checkpoint."
+                setting,
+                "must be a checkpoint folder with a config.json (nothing is downloaded)",
+                folder,
+                f"Pass {NAMED_BY[setting]} with the folder of the checkpoint.",
             )
         try:
             config = json.loads(path.read_text())
@@ -54,7 +61,7 @@ class Checkpoint:
                 str(path), f"must be JSON: {error}", path.name, "Copy the checkpoint again."
             ) from None
         # Multimodal checkpoints keep the language model's numbers one level down.
-        return cls(folder, {**config.get("text_config", {}), **config}, stored_headers(Path(folder)))
+        return cls(folder, {**(config.get("text_config") or {}), **config}, stored_headers(Path(folder)))
 
     @property
     def architecture(self) -> str:

@@ -11,23 +11,26 @@ from rich.console import Console
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose
 from slime_spec.launch.doctor import report
-from slime_spec.launch.doctor.facts import gather
 from slime_spec.launch.doctor.finding import Finding, Severity
 from slime_spec.launch.doctor.finished_run import acceptance_by_position
+from slime_spec.launch.doctor.gather import gather
 from slime_spec.launch.doctor.preflight import check_skipped, examine
-from slime_spec.launch.doctor.release import Release
 
 USAGE = """\
 slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]
 
   Checks a configuration against every trap of speculative rollouts that is known to this version, without starting
-  anything: it reads config.json and headers of the checkpoints and the version of SGLang (--sglang-python).
+  anything: it reads config.json and headers of the checkpoints, asks SGLang's interpreter (--sglang-python) for its
+  version and the driver for this machine's GPUs.
 
-  --metrics RUN    also judge the acceptance of a finished run (its folder or metrics.jsonl) by draft position
+  --metrics RUN    also judge the acceptance of a finished run (its folder or metrics.jsonl) by draft position;
+                   without flags of train the run is checked as it ran
   --json           findings as JSON
   --fix            only the flags that mend what was found, to append to the command
 
-Exit code: 2 with an error (which stops a launch on the sglang engine, see --skip-check), 1 with a warning, else 0."""
+Exit code: 2 with an error (which stops a launch), 1 with a warning, else 0; --skip-check ID leaves a check out of it,
+and of what stops a launch."""
+CONFIG = "config.yaml"  # of a run's folder
 
 
 @dataclass(frozen=True)
@@ -40,31 +43,47 @@ class Options:
     train: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What was found; ``sglang`` is the version judged, None where no server is planned or nothing composes."""
+
+    findings: list[Finding]
+    judged: str
+    sglang: str | None
+    skipped: tuple[str, ...]
+
+
 def run_doctor(argv: Sequence[str], show: Callable[[str], None]) -> int:
     """Returns the exit code; a configuration that does not compose is itself a finding."""
     if {"-h", "--help"} & set(argv):
         show(USAGE)
         return 0
     options = _options(argv)
-    findings, release = _findings(options)
+    examined = _examine(options)
     if options.as_json:
-        show(report.as_json(findings, release.text if release else None))
+        show(report.as_json(examined.findings, examined.sglang, examined.skipped))
     elif options.as_fix:
-        show(report.as_flags(findings))
+        show(report.as_flags(examined.findings))
     else:
-        Console(width=report.width(), highlight=False).print(report.as_table(findings, _judged(release)))
-    return report.exit_code(findings)
+        text = report.as_text(examined.findings, examined.judged, examined.skipped)
+        Console(width=report.width(), highlight=False).print(text)
+    return report.exit_code(each for each in examined.findings if each.id not in examined.skipped)
 
 
-def _findings(options: Options) -> tuple[list[Finding], Release | None]:
+def _examine(options: Options) -> Examined:
     acceptance = acceptance_by_position(options.metrics) if options.metrics is not None else ()
     try:
         config = compose(options.train)
         check_skipped(config.run.skip_checks)
-        facts = gather(config, options.train, acceptance)
+        engines = gather(config, options.train, acceptance)
     except ConfigError as error:
-        return [_refused(error)], None
-    return examine(facts), facts.release
+        return Examined([_refused(error)], "a configuration that is refused", None, ())
+    first = engines[0]
+    judged = f"a run on SGLang {first.release.text}" if first.on_sglang else f"a run on {config.rollout.engine} engines"
+    if first.on_sglang and not first.release.is_installed:
+        judged += " (the pinned version; none is installed)"
+    sglang = first.release.text if first.on_sglang else None
+    return Examined(examine(engines), judged, sglang, config.run.skip_checks)
 
 
 def _refused(error: ConfigError) -> Finding:
@@ -77,12 +96,6 @@ def _refused(error: ConfigError) -> Finding:
         fix=(),
         links=(),
     )
-
-
-def _judged(release: Release | None) -> str:
-    if release is None:
-        return "a configuration that is refused"
-    return f"SGLang {release.text}" + ("" if release.is_installed else " (pinned; none is installed)")
 
 
 def _options(argv: Sequence[str]) -> Options:
@@ -100,4 +113,12 @@ def _options(argv: Sequence[str]) -> Options:
             metrics = Path(path)
         elif word not in ("--json", "--fix"):
             train.append(word)
+    if metrics is not None and not train:
+        train = _as_it_ran(metrics)
     return Options(metrics, "--json" in argv, "--fix" in argv, tuple(train))
+
+
+def _as_it_ran(metrics: Path) -> list[str]:
+    """The flags of the run whose metrics these are, where its folder tells."""
+    settings = (metrics if metrics.is_dir() else metrics.parent) / CONFIG
+    return ["--config", str(settings)] if settings.is_file() else []

@@ -1,21 +1,15 @@
-"""Everything a check may look at, read once: settings, server flags, the two checkpoints' headers, SGLang's version."""
+"""Everything a check may look at: settings, server flags, the two checkpoints' headers, SGLang's version, the GPUs."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from rollout.sglang_engine.arguments import Place, server_flags
-from slime_spec.config.build import read_yaml
+from rollout.sglang_engine.installed import InstalledSglang
 from slime_spec.config.tree import Config
-from slime_spec.draft.choice import BUILTIN, builtin_folder
-from slime_spec.launch.arguments import read_arguments
-from slime_spec.launch.compose import conf_dir, experiments
 from slime_spec.launch.doctor.checkpoint import Checkpoint
-from slime_spec.launch.doctor.release import Release, find_release
+from slime_spec.launch.doctor.release import Release
 from slime_spec.speculation.shape import MODEL_DRAFTS, DraftShape, draft_shape
 
 DraftKind = Literal["none", "in_target", "head", "whole"]
@@ -28,7 +22,10 @@ class Facts:
     """``given`` are the paths of settings that the command line or the experiment sets; ``flags`` are the servers'.
 
     ``draft`` is None for algorithms without a draft network; an MTP layer inside the target's checkpoint is a draft
-    whose checkpoint is the target's. ``acceptance`` are a finished run's cumulative rates by draft position.
+    whose checkpoint is the target's. ``known_flags`` are what the servers' interpreter says it understands, None where
+    there is none to ask. ``gpu_bytes`` is the memory of each GPU that the run may use, None for a cluster's, which are
+    not counted. ``acceptance`` are a finished run's cumulative rates by draft position. ``silent_servers`` are those
+    that someone else started and that did not tell their flags.
     """
 
     config: Config
@@ -38,11 +35,20 @@ class Facts:
     release: Release
     flags: Mapping[str, object]
     environ: Mapping[str, str]
+    known_flags: InstalledSglang | None = None
+    gpu_bytes: tuple[int, ...] | None = None
     acceptance: tuple[float, ...] = ()
+    engine: int = 0
+    silent_servers: tuple[str, ...] = ()
 
     @property
     def on_sglang(self) -> bool:
         return self.config.rollout.engine == "sglang" and self.config.run.mode != "train_only"
+
+    @property
+    def knows_servers(self) -> bool:
+        """Whether the flags of an SGLang engine's servers are known: ours, or told by those that run already."""
+        return self.on_sglang and bool(self.flags)
 
     @property
     def on_gpu(self) -> bool:
@@ -107,43 +113,3 @@ class Facts:
         assert isinstance(sizes, tuple | list), "typed by the table of flags"
         wanted = {size for size in DENSE_GRAPH_SIZES if size <= self.config.engine.max_running_requests}
         return bool(sizes) and wanted <= set(sizes)
-
-
-def gather(config: Config, argv: Sequence[str], acceptance: tuple[float, ...] = ()) -> Facts:
-    """Read what the checks need; raises ConfigError for a checkpoint that cannot be read.
-
-    Of the checkpoints only config.json and the headers of the weights; of SGLang only its installed version.
-    """
-    target = Checkpoint.read(config.model.hf_checkpoint)
-    on_sglang = config.rollout.engine == "sglang"
-    return Facts(
-        config=config,
-        given=given_settings(argv),
-        target=target,
-        draft=_draft(config, target),
-        release=find_release(config.sglang_server.python),
-        flags=server_flags(config, 0, Place(config.sglang_server.host, config.sglang_server.port)) if on_sglang else {},
-        environ=os.environ,
-        acceptance=acceptance,
-    )
-
-
-def _draft(config: Config, target: Checkpoint) -> Checkpoint | None:
-    algorithm, path = config.speculative.algorithm, config.speculative.draft_model_path
-    if algorithm not in MODEL_DRAFTS:
-        return None
-    if path is None or os.path.realpath(path) == os.path.realpath(target.folder):
-        return target
-    folder = str(builtin_folder(path)) if path.startswith(BUILTIN) else path
-    return Checkpoint.read(folder, "speculative.draft_model_path")
-
-
-def given_settings(argv: Sequence[str]) -> frozenset[str]:
-    """Paths of the settings that the command line or its experiment sets; those that only have defaults are not."""
-    arguments = read_arguments(argv)
-    name = arguments.experiment
-    if name is None:
-        return frozenset(arguments.settings)
-    path = conf_dir() / "experiment" / f"{name}.yaml" if name in experiments() else Path(name)
-    data: dict[str, Any] = read_yaml(path.read_text())
-    return frozenset(arguments.settings) | {f"{node}.{leaf}" for node, leaves in data.items() for leaf in leaves}

@@ -83,7 +83,7 @@ def always(_: Facts) -> bool:
 
 
 def on_sglang(facts: Facts) -> bool:
-    return facts.on_sglang
+    return facts.knows_servers
 
 
 def speculating(facts: Facts) -> bool:
@@ -91,6 +91,11 @@ def speculating(facts: Facts) -> bool:
 
 
 def speculating_on_sglang(facts: Facts) -> bool:
+    return facts.knows_servers and facts.speculates
+
+
+def asking_sglang_to_speculate(facts: Facts) -> bool:
+    """What requests say is known, whatever the servers run with."""
     return facts.on_sglang and facts.speculates
 
 

@@ -27,8 +27,8 @@ def acceptance_by_position(path: Path) -> tuple[float, ...]:
         ) from None
     counted = [step for step in steps if KEY.format(0) in step and step.get(ROUNDS)]
     num_rounds = sum(step[ROUNDS] or 0.0 for step in counted)
-    accepted = takewhile(
-        bool,
-        (sum((step.get(KEY.format(i)) or 0.0) * (step[ROUNDS] or 0.0) for step in counted) for i in count()),
+    # A position that no round of a step accepted may be absent from that step.
+    drafted = takewhile(lambda key: any(key in step for step in counted), map(KEY.format, count()))
+    return tuple(
+        sum((step.get(key) or 0.0) * (step[ROUNDS] or 0.0) for step in counted) / num_rounds for key in drafted
     )
-    return tuple(number / num_rounds for number in accepted)

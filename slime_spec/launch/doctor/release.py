@@ -6,21 +6,31 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from slime_spec.launch.sglang_table import sglang_version
 
 ASK_TIMEOUT_S = 60.0
 # importlib.metadata only: importing sglang takes seconds, and may fail for reasons that are not ours to find.
 QUESTION = """
-import json
+import json, re
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 def of(name):
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-print(json.dumps({"sglang": of("sglang"), "torch": of("torch")}))
+def files(package, pattern):
+    spec = find_spec(package)
+    return [path for root in (spec.submodule_search_locations if spec else ()) for path in Path(root).glob(pattern)]
+types = {path.name for path in files("transformers", "models/*")}
+for path in files("sglang", "srt/configs/*.py"):
+    types.update(re.findall(r'model_type = "([^"]+)"', path.read_text(errors="replace")))
+print("SLIME_SPEC " + json.dumps({"sglang": of("sglang"), "torch": of("torch"), "model_types": sorted(types)}))
 """
 
 
@@ -53,12 +63,16 @@ SELECTOR = UpdateContract(
 
 @dataclass(frozen=True)
 class Release:
-    """``Release((0, 5, 21), "0.5.21", is_installed=True, torch="2.13.0")``; not installed: the pinned version."""
+    """``Release((0, 5, 21), "0.5.21", is_installed=True, torch="2.13.0")``; not installed: the pinned version.
+
+    ``model_types`` are those that its transformers and itself have configuration classes for; none: nobody was asked.
+    """
 
     version: tuple[int, ...]
     text: str
     is_installed: bool
     torch: str | None = None
+    model_types: frozenset[str] = frozenset()
 
     @property
     def update_contract(self) -> UpdateContract:
@@ -77,11 +91,24 @@ class Release:
         return ("spec_accept_token_num", "spec_draft_token_num")
 
 
-def release_of(text: str, is_installed: bool = True, torch: str | None = None) -> Release:
-    """The release of a version string: "0.5.12.post1" is (0, 5, 12)."""
-    numbers = re.match(r"\d+(\.\d+)*", text)
-    version = tuple(int(number) for number in numbers[0].split("."))[:3] if numbers else ()
-    return Release(version, text, is_installed, torch)
+def release_of(
+    text: str, is_installed: bool = True, torch: str | None = None, model_types: Iterable[str] = ()
+) -> Release:
+    """The release of a version string: "0.5.12.post1" is (0, 5, 12); a build from source ("0.0.0.dev1") the pinned."""
+    version = _numbers(text)
+    if not any(version):
+        version = _numbers(sglang_version())
+    return Release(version, text, is_installed, torch, frozenset(model_types))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(number) for number in found[0].split("."))[:3] if found else ()
+
+
+def pinned_release() -> Release:
+    """What the checks speak of where there is none to ask."""
+    return release_of(sglang_version(), is_installed=False)
 
 
 def find_release(python: str | None) -> Release:
@@ -91,8 +118,9 @@ def find_release(python: str | None) -> Release:
             [python or sys.executable, "-c", QUESTION], capture_output=True, text=True, timeout=ASK_TIMEOUT_S
         )
     except (OSError, subprocess.TimeoutExpired):
-        return release_of(sglang_version(), is_installed=False)
-    answer = json.loads(done.stdout) if done.returncode == 0 else {"sglang": None}
-    if answer["sglang"] is None:
-        return release_of(sglang_version(), is_installed=False)
-    return release_of(answer["sglang"], is_installed=True, torch=answer["torch"])
+        return pinned_release()
+    answers = [line for line in done.stdout.splitlines() if line.startswith("SLIME_SPEC ")]
+    answer: dict[str, Any] = json.loads(answers[-1].removeprefix("SLIME_SPEC ")) if answers else {}
+    if answer.get("sglang") is None:
+        return pinned_release()
+    return release_of(answer["sglang"], torch=answer["torch"], model_types=answer["model_types"])

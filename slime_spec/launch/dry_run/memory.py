@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from slime_spec.config.tree import Config
 from slime_spec.launch.doctor.checkpoint import Checkpoint
 from slime_spec.launch.doctor.facts import Facts
-from slime_spec.launch.dry_run.parameters import count_parameters, kv_elements_per_token
+from slime_spec.launch.dry_run.parameters import Parameters, count_parameters, kv_elements_per_token, num_kv_heads
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 FLOAT32_BYTES = 4
@@ -20,56 +20,81 @@ ADAM_STATES = 2
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Of one engine, over all its GPUs; ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length."""
+    """Of one engine, over all its GPUs; ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length.
+
+    ``kv_copies``: tensor-parallel ranks beyond the number of key-value heads keep what another rank has, and every
+    rank keeps a latent (MLA) whole. ``num_gpus`` 0 is the CPU.
+    """
 
     target_bytes: int
     draft_bytes: int
     kv_bytes_per_token: int
     num_sequences: int
     kv_bytes: int
+    kv_copies: int
+    num_gpus: int
 
     @property
     def total_bytes(self) -> int:
-        return self.target_bytes + self.draft_bytes + self.kv_bytes
+        return self.target_bytes + self.draft_bytes + self.kv_copies * self.kv_bytes
+
+    @property
+    def gpu_bytes(self) -> int:
+        """On each GPU; what ranks do not split (norms, routers) is small."""
+        return self.total_bytes // max(1, self.num_gpus)
 
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Of one rank: parameters, float32 gradients, Adam's moments and, for bfloat16 parameters, float32 masters."""
+    """Of one rank: parameters, float32 gradients, Adam's moments and, for bfloat16 parameters, float32 masters.
+
+    ``reference_bytes`` is the initial checkpoint, kept where the loss has a KL term.
+    """
 
     num_parameters: int
     weights_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    reference_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.gradient_bytes + self.optimizer_bytes
+        return self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.reference_bytes
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """None: what config.json does not tell; ``source`` says what the numbers come from."""
+    """None: what config.json does not tell; ``source`` says what the numbers come from.
+
+    ``push_copies`` of a push's ``push_bytes`` are in shared memory: a server that dies is started again with the one
+    before while the next arrives. ``mem_fraction_static`` is the servers'; ``takes_turns`` says that engines give their
+    memory back before the trainer takes its own.
+    """
 
     source: str
     engine: EngineMemory | None
     trainer: TrainerMemory | None
     push_bytes: int | None
+    push_copies: int
+    mem_fraction_static: float | None
+    takes_turns: bool
 
 
 def plan_memory(facts: Facts) -> MemoryPlan:
     config = facts.config
     num_parameters = decoder_parameters(facts.target)
     source = "config.json" if facts.target.tensors is None else "config.json and the weights' headers"
-    if num_parameters is None:
-        return MemoryPlan(source, None, None, None)
     runs_engines, trains = config.run.mode != "train_only", config.run.mode != "rollout_only"
-    itemsize = weight_itemsize(facts.target, config.engine.dtype)
+    is_known, itemsize = num_parameters is not None, weight_itemsize(facts.target, config.engine.dtype)
+    fraction = facts.flags.get("mem_fraction_static")
     return MemoryPlan(
         source,
-        engine=_engine(facts, itemsize) if runs_engines else None,
-        trainer=_trainer(config, num_parameters) if trains else None,
-        push_bytes=num_parameters * itemsize if runs_engines and trains else None,
+        engine=_engine(facts, itemsize) if runs_engines and is_known else None,
+        trainer=_trainer(config, num_parameters) if trains and num_parameters is not None else None,
+        push_bytes=num_parameters * itemsize if runs_engines and trains and num_parameters is not None else None,
+        push_copies=2 if config.rollout.engine == "sglang" else 1,
+        mem_fraction_static=fraction if isinstance(fraction, float) else None,
+        takes_turns=runs_engines and trains and config.cluster.colocate and config.cluster.offload,
     )
 
 
@@ -103,12 +128,37 @@ def _engine(facts: Facts, itemsize: int) -> EngineMemory:
     if config.engine.max_total_tokens is not None:
         num_tokens = min(num_tokens, config.engine.max_total_tokens)
     return EngineMemory(
-        target_bytes=counted.decoder * itemsize,
+        target_bytes=_target_bytes(facts, counted, itemsize),
         draft_bytes=draft_bytes,
         kv_bytes_per_token=elements * kv_itemsize,
         num_sequences=num_sequences,
         kv_bytes=elements * kv_itemsize * num_tokens,
+        kv_copies=_kv_copies(facts),
+        num_gpus=config.rollout.num_gpus_per_engine,
     )
+
+
+def _target_bytes(facts: Facts, counted: Parameters, itemsize: int) -> int:
+    """Over all GPUs; with attention that is parallel over data each of its replicas has attention and embedding."""
+    # A checkpoint quantised to 8 bits leaves its embedding and head as they are.
+    wider = counted.tables * (max(itemsize, ITEMSIZES[facts.config.engine.dtype]) - itemsize)
+    replicas = _integer(facts, "dp_size") if facts.flags.get("enable_dp_attention") else 1
+    return counted.decoder * itemsize + wider + (replicas - 1) * (counted.attention + counted.tables // 2) * itemsize
+
+
+def _integer(facts: Facts, flag: str) -> int:
+    value = facts.flags.get(flag, 1)
+    assert isinstance(value, int), "typed by the table of flags"
+    return value
+
+
+def _kv_copies(facts: Facts) -> int:
+    tensor_parallel = _integer(facts, "tp_size")
+    if facts.flags.get("enable_dp_attention"):
+        tensor_parallel //= _integer(facts, "dp_size")  # each replica's ranks keep its own sequences
+    if facts.target.config.get("kv_lora_rank"):
+        return max(1, tensor_parallel)
+    return max(1, tensor_parallel // num_kv_heads(facts.target.config))
 
 
 def draft_parameters(draft: Checkpoint) -> int:
@@ -142,4 +192,5 @@ def _trainer(config: Config, num_parameters: int) -> TrainerMemory:
         weights_bytes=held * itemsize,
         gradient_bytes=held * FLOAT32_BYTES,
         optimizer_bytes=held * (ADAM_STATES * FLOAT32_BYTES + masters),
+        reference_bytes=held * itemsize if config.algorithm.kl_loss_coef > 0 else 0,
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 QK_NORMS = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 QKV_BIASES = ("Qwen2ForCausalLM", "MiMoForCausalLM")
 # MTP layers that carry copies of the embedding and the head, which servers drop and take from the target.
@@ -19,11 +20,16 @@ MOE_MTP_NORMS = 3  # enorm, hnorm, shared_head.norm
 
 @dataclass(frozen=True)
 class Parameters:
-    """``decoder`` all but the MTP layers; ``mtp`` what drafting adds; ``mtp_copies`` what a file repeats."""
+    """``decoder`` all but the MTP layers; ``mtp`` what drafting adds; ``mtp_copies`` what a file repeats.
+
+    Of the decoder, ``tables`` are the embedding and the head, ``attention`` that of all layers.
+    """
 
     decoder: int
     mtp: int
     mtp_copies: int
+    tables: int
+    attention: int
 
     @property
     def stored(self) -> int:
@@ -32,17 +38,18 @@ class Parameters:
 
 def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
     """None for a config.json that does not give the sizes of a decoder."""
-    if any(
-        config.get(key) is None for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    ):
+    if not _has_sizes(config) or not isinstance(_mlp_width(config), int):
         return None
     hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
     architecture = (config.get("architectures") or ["?"])[0]
     dense = _num_dense_layers(config)
+    tables = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    attention = layers * _attention(config, architecture)
     decoder = (
-        vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        tables
         + hidden
-        + layers * (_attention(config, architecture) + 2 * hidden)
+        + attention
+        + layers * 2 * hidden
         + dense * _dense_mlp(config)
         + (layers - dense) * _expert_mlp(config)
     )
@@ -51,20 +58,36 @@ def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
     mlp = _expert_mlp(config) if _num_experts(config) else _dense_mlp(config)
     layer = _attention(config, architecture) + 2 * hidden + mlp + 2 * hidden * hidden + norms * hidden
     copies = 2 * vocab * hidden if architecture in COPIES else 0
-    return Parameters(decoder, num_mtp * layer, num_mtp * copies)
+    return Parameters(decoder, num_mtp * layer, num_mtp * copies, tables, attention)
 
 
 def kv_elements_per_token(config: Mapping[str, Any], num_layers: int | None = None) -> int | None:
     """Numbers cached per position over all layers: keys and values per head, or the latent and its rotary part."""
-    layers = config.get("num_hidden_layers") if num_layers is None else num_layers
-    if layers is None or config.get("num_attention_heads") is None:
+    if not _has_sizes(config):
         return None
+    layers = config["num_hidden_layers"] if num_layers is None else num_layers
     if config.get("kv_lora_rank"):
         return int(layers * (config["kv_lora_rank"] + config["qk_rope_head_dim"]))
-    return int(layers * 2 * _num_kv_heads(config) * _head_dim(config))
+    return int(layers * 2 * num_kv_heads(config) * _head_dim(config))
 
 
-def _num_kv_heads(config: Mapping[str, Any]) -> int:
+def _has_sizes(config: Mapping[str, Any]) -> bool:
+    """Families that vary a size by layer have a list there; others have names of their own."""
+    return all(isinstance(config.get(key), int) for key in SIZES) and isinstance(_dense_width(config), int)
+
+
+def _mlp_width(config: Mapping[str, Any]) -> Any:
+    """Of an expert where there are experts; Mixtral's have the width that elsewhere is a dense layer's."""
+    dense = _dense_width(config)
+    width = config.get("moe_intermediate_size") or dense if _num_experts(config) else dense
+    return width or None
+
+
+def _dense_width(config: Mapping[str, Any]) -> Any:
+    return config.get("intermediate_size") or 0
+
+
+def num_kv_heads(config: Mapping[str, Any]) -> int:
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
@@ -88,7 +111,7 @@ def _attention(config: Mapping[str, Any], architecture: str) -> int:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if config.get("kv_lora_rank"):
         return _latent_attention(config)
-    dim, kv_heads = _head_dim(config), _num_kv_heads(config)
+    dim, kv_heads = _head_dim(config), num_kv_heads(config)
     rows = (heads + 2 * kv_heads) * dim
     biases = rows if architecture in QKV_BIASES or config.get("attention_bias") else 0
     norms = 2 * dim if architecture in QK_NORMS or config.get("use_qk_norm") else 0
@@ -108,14 +131,14 @@ def _latent_attention(config: Mapping[str, Any]) -> int:
 
 
 def _dense_mlp(config: Mapping[str, Any]) -> int:
-    return int(3 * config["hidden_size"] * config.get("intermediate_size", 0))
+    return int(3 * config["hidden_size"] * _dense_width(config))
 
 
 def _expert_mlp(config: Mapping[str, Any]) -> int:
     experts = _num_experts(config)
     if not experts:
         return 0
-    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
+    hidden, width = config["hidden_size"], _mlp_width(config)
     # DeepSeek's and GLM's router also has a bias per expert that corrects its scores.
     correction = experts if config.get("n_routed_experts") else 0
     return int((experts + (config.get("n_shared_experts") or 0)) * 3 * hidden * width + experts * hidden + correction)

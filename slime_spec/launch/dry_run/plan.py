@@ -2,69 +2,77 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rollout.sglang_engine.arguments import Place, command_line, server_flags
-from rollout.sglang_engine.installed import checked_in, installed_in
+from rollout.sglang_engine.arguments import command_line, planned_places, server_flags
+from rollout.sglang_engine.installed import checked_in
 from slime_spec.config.tree import Config
-from slime_spec.launch.doctor.facts import Facts, gather
-from slime_spec.launch.doctor.finding import Finding, Severity
-from slime_spec.launch.doctor.preflight import check_skipped, examine
+from slime_spec.launch.doctor.facts import Facts
+from slime_spec.launch.doctor.finding import Finding
+from slime_spec.launch.doctor.gather import gather
+from slime_spec.launch.doctor.preflight import check_skipped, examine, not_skipped
 from slime_spec.launch.dry_run.memory import MemoryPlan, plan_memory
 from slime_spec.placement import BundlePlan, plan_bundles
 
-FIRST_PORT = 30000  # stands for "a free one" where no port is set
+
+@dataclass(frozen=True)
+class PlannedServer:
+    """One server process of an engine, on one of its nodes; no command for one that someone else started.
+
+    ``PlannedServer(0, 0, "127.0.0.1:30000", ("python", "-m", "sglang.launch_server", "--model-path", ...))``
+    """
+
+    engine: int
+    node: int
+    address: str
+    command: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``servers`` are command lines (or addresses), one an engine; none for engines that are no servers."""
+    """``servers``: none for engines that are no servers."""
 
     facts: Facts
     bundles: BundlePlan
-    servers: tuple[str, ...]
+    servers: tuple[PlannedServer, ...]
     transport: str
     memory: MemoryPlan
     findings: tuple[Finding, ...]
 
     @property
     def stopping(self) -> tuple[Finding, ...]:
-        """The errors that would stop this launch: preflight's gate is before servers only."""
-        skipped = self.facts.config.run.skip_checks
-        return tuple(each for each in self.findings if each.severity is Severity.ERROR and each.id not in skipped)
+        """The errors that would stop this launch."""
+        return tuple(not_skipped(self.findings, self.facts.config.run.skip_checks))
 
 
 def make_plan(config: Config, argv: Sequence[str]) -> Plan:
     """Raises ConfigError for a checkpoint without config.json, or a server flag that the version does not know."""
     check_skipped(config.run.skip_checks)
-    facts = gather(config, argv)
+    engines = gather(config, argv)
+    facts = engines[0]
     return Plan(
         facts=facts,
         bundles=plan_bundles(config),
-        servers=tuple(_servers(facts)) if facts.on_sglang else (),
+        servers=tuple(_servers(config, facts)) if facts.on_sglang else (),
         transport=transport_text(config),
         memory=plan_memory(facts),
-        findings=tuple(examine(facts)),
+        findings=tuple(examine(engines)),
     )
 
 
-def _servers(facts: Facts) -> list[str]:
-    config = facts.config
+def _servers(config: Config, facts: Facts) -> Iterator[PlannedServer]:
     server = config.sglang_server
-    if server.external_addrs:
-        return [f"(started by someone else) {address}" for address in server.external_addrs]
     python = server.python or sys.executable
-    sglang = installed_in(python) if facts.release.is_installed else checked_in()
-    commands = []
     for engine in range(config.rollout.num_engines):
-        place = Place(server.host, (server.port or FIRST_PORT) + engine)
-        commands.append(
-            shlex.join(command_line(python, server_flags(config, engine, place), server.extra_args, sglang))
-        )
-    return commands
+        if server.external_addrs:
+            yield PlannedServer(engine, 0, server.external_addrs[engine], ())
+            continue
+        for place in planned_places(config, engine):
+            flags = server_flags(config, engine, place)
+            command = command_line(python, flags, server.extra_args, facts.known_flags or checked_in())
+            yield PlannedServer(engine, place.node_rank, f"{place.host}:{place.port}", tuple(command))
 
 
 def transport_text(config: Config) -> str:

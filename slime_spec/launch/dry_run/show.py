@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 
 from rich.console import Console
+from rich.text import Text
 
-from slime_spec.launch.doctor.report import STYLES, as_flags, width
-from slime_spec.launch.dry_run.memory import MemoryPlan
-from slime_spec.launch.dry_run.plan import Plan
+from slime_spec.launch.doctor.finding import Severity
+from slime_spec.launch.doctor.report import as_flags, brief, headline, width
+from slime_spec.launch.dry_run.memory import EngineMemory
+from slime_spec.launch.dry_run.placement import counted, placement_lines
+from slime_spec.launch.dry_run.plan import Plan, PlannedServer
 
-GB = 1e9
-PORT = re.compile(r" --port \d+")
+FOLD_AT = 96  # columns
+# What servers that are alike have of their own.
+PLACE = ("--host", "--port", "--node-rank", "--dist-init-addr", "--weight-version")
 
 
 def show_plan(plan: Plan) -> None:
@@ -23,11 +28,16 @@ def show_plan(plan: Plan) -> None:
         for line in lines:
             console.print(f"  {line}", markup=False, soft_wrap=True)
     console.print("preflight", style="bold")
+    skipped = plan.facts.config.run.skip_checks
     for finding in plan.findings:
-        console.print(f"  {finding.severity.value} {finding.id}", style=STYLES[finding.severity], markup=False)
-        console.print(f"    {finding.read}\n    -> {finding.remedy}", markup=False, soft_wrap=True)
+        if finding.severity is not Severity.INFO:
+            console.print(Text("  ") + headline(finding, skipped))
+            remedy = "" if finding.id in skipped else f"\n    -> {finding.remedy}"
+            console.print(f"    {finding.read}{remedy}", markup=False, soft_wrap=True)
+    if infos := [each for each in plan.findings if each.severity is Severity.INFO]:
+        console.print(brief(infos))
     if fix := as_flags(plan.findings):
-        console.print(f"  flags that mend this: {fix}", markup=False, soft_wrap=True)
+        console.print(f"  to add: {fix}", markup=False, soft_wrap=True)
     stopping = ", ".join(each.id for each in plan.stopping)
     console.print(
         f"  a launch would stop here: {stopping}" if stopping else "  a launch would go on", style="bold", markup=False
@@ -38,9 +48,9 @@ def sections(plan: Plan) -> dict[str, list[str]]:
     return {
         "run": list(_run(plan)),
         "placement": list(_placement(plan)),
-        "engine": list(_engine(plan)),
+        **({"engine": list(_engine(plan))} if plan.facts.config.run.mode != "train_only" else {}),
         "transport": [plan.transport],
-        f"memory (from {plan.memory.source}; activations and CUDA graphs come on top)": list(_memory(plan.memory)),
+        f"memory (from {plan.memory.source}; activations and CUDA graphs come on top)": list(_memory(plan)),
     }
 
 
@@ -62,14 +72,11 @@ def _run(plan: Plan) -> Iterator[str]:
 def _placement(plan: Plan) -> Iterator[str]:
     config, bundles = plan.facts.config, plan.bundles
     num_gpus = sum(bundle.num_gpus for bundle in bundles.bundles)
-    shared = set(bundles.engine_bundles) & set(bundles.rank_bundles)
-    yield f"{len(bundles.bundles)} bundles, {bundles.num_cpus:g} cores and {num_gpus:g} GPUs in all" + (
-        f"; {len(shared)} shared by engines and trainer, which take turns" if shared else ""
+    shared = bundles.engine_bundles and set(bundles.engine_bundles) <= set(bundles.rank_bundles)
+    yield f"{counted(len(bundles.bundles), 'bundle')}: {bundles.num_cpus:g} cores and {num_gpus:g} GPUs in all" + (
+        "; engines and trainer take turns on them" if shared else ""
     )
-    for index, bundle in enumerate(bundles.bundles):
-        held = [f"engine {i}" for i, at in enumerate(bundles.engine_bundles) if at == index]
-        held += [f"trainer rank {i}" for i, at in enumerate(bundles.rank_bundles) if at == index]
-        yield f"bundle {index}: {bundle.num_cpus:g} cores, {bundle.num_gpus:g} GPUs: {', '.join(held)}"
+    yield from placement_lines(bundles)
     if bundles.rank_bundles:
         trainer = config.trainer
         tensor, pipeline = trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size
@@ -81,7 +88,8 @@ def _engine(plan: Plan) -> Iterator[str]:
     release = plan.facts.release
     version = f", SGLang {release.text}{'' if release.is_installed else ' (pinned; none is installed)'}"
     yield (
-        f"{config.rollout.num_engines} x {config.rollout.engine}, {config.rollout.num_gpus_per_engine} GPUs each, "
+        f"{config.rollout.num_engines} x {config.rollout.engine}, "
+        f"{counted(config.rollout.num_gpus_per_engine, 'GPU')} each, "
         f"{config.engine.dtype}{version if plan.facts.on_sglang else ''}"
     )
     if plan.facts.speculates:
@@ -90,28 +98,88 @@ def _engine(plan: Plan) -> Iterator[str]:
             f"speculation {spec.algorithm}: num_steps {shape.num_steps}, topk {shape.topk}, "
             f"{shape.num_draft_tokens} tokens verified a round"
         )
-    shown: dict[str, int] = {}
-    for index, command in enumerate(plan.servers):
-        first = shown.setdefault(PORT.sub("", command), index)
-        yield f"server {index}: " + (command if first == index else f"as server {first} with{PORT.findall(command)[0]}")
+    router = config.sglang_server
+    if router.router or router.router_addr:
+        yield f"requests go through an sglang-router{f' at {router.router_addr}' if router.router_addr else ''}"
+    yield from _servers(plan)
 
 
-def _memory(memory: MemoryPlan) -> Iterator[str]:
+def _servers(plan: Plan) -> Iterator[str]:
+    """Each command that differs from those before it in more than its place, and where the others are."""
+    if plan.facts.config.sglang_server.external_addrs:
+        yield from (f"server of engine {each.engine}: {each.address}, started by someone else" for each in plan.servers)
+        return
+    alike: dict[tuple[str, ...], list[PlannedServer]] = {}
+    for server in plan.servers:
+        alike.setdefault(_without_place(server.command), []).append(server)
+    for first, *others in alike.values():
+        yield f"server of {_name(first)}: {_folded(first.command)}"
+        if others:
+            rank = ", each with its --node-rank" if any(each.node for each in others) else ""
+            yield f"  the same for {', '.join(f'{_name(each)} at {each.address}' for each in others)}{rank}"
+
+
+def _name(server: PlannedServer) -> str:
+    return f"engine {server.engine}" + (f" node {server.node}" if server.node else "")
+
+
+def _without_place(command: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for before, word in pairwise(("", *command)) if before not in PLACE and word not in PLACE)
+
+
+def _folded(command: tuple[str, ...]) -> str:
+    """The literal command line, folded so that a shell still reads it as one."""
+    lines = [""]
+    for word in map(shlex.quote, command):
+        is_flag = word.startswith("--")
+        if is_flag and len(lines[-1]) > FOLD_AT:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return " \\\n      ".join(lines)
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    memory = plan.memory
     if memory.engine is None and memory.trainer is None:
         yield "unknown: config.json does not give the sizes of a decoder"
     if memory.engine is not None:
-        engine = memory.engine
-        yield (
-            f"one engine: {engine.total_bytes / GB:.3g} GB = target {engine.target_bytes / GB:.3g} + draft "
-            f"{engine.draft_bytes / GB:.3g} + KV {engine.kv_bytes / GB:.3g} ({engine.num_sequences} longest sequences, "
-            f"{engine.kv_bytes_per_token} bytes a token)"
-        )
+        yield from _engine_memory(memory.engine, memory.mem_fraction_static)
     if memory.trainer is not None:
         trainer = memory.trainer
+        reference = f" + reference {_size(trainer.reference_bytes)}" if trainer.reference_bytes else ""
         yield (
-            f"one trainer rank: {trainer.total_bytes / GB:.3g} GB = {trainer.num_parameters / GB:.3g} billion "
-            f"parameters {trainer.weights_bytes / GB:.3g} + gradients {trainer.gradient_bytes / GB:.3g} + optimizer "
-            f"{trainer.optimizer_bytes / GB:.3g}"
+            f"one trainer rank: {_size(trainer.total_bytes)} = {trainer.num_parameters:,} parameters "
+            f"{_size(trainer.weights_bytes)} + gradients {_size(trainer.gradient_bytes)} + optimizer "
+            f"{_size(trainer.optimizer_bytes)}{reference}"
         )
     if memory.push_bytes is not None:
-        yield f"one push: {memory.push_bytes / GB:.3g} GB in shared memory"
+        copies = f", {memory.push_copies} of them at a time" if memory.push_copies > 1 else ""
+        yield f"one push: {_size(memory.push_bytes)} in shared memory{copies}"
+    if plan.facts.gpu_bytes:
+        yield f"this machine: {counted(len(plan.facts.gpu_bytes), 'GPU')} of {_size(min(plan.facts.gpu_bytes))}"
+
+
+def _engine_memory(engine: EngineMemory, mem_fraction_static: float | None) -> Iterator[str]:
+    copies = f" x {engine.kv_copies} copies" if engine.kv_copies > 1 else ""
+    yield (
+        f"one engine: {_size(engine.total_bytes)} = target {_size(engine.target_bytes)} + draft "
+        f"{_size(engine.draft_bytes)} + KV {_size(engine.kv_bytes)}{copies} (for {engine.num_sequences} of the longest "
+        f"sequences, {engine.kv_bytes_per_token} bytes a token)"
+    )
+    if engine.num_gpus:
+        needed = (
+            f", within --sglang-mem-fraction-static {mem_fraction_static:g} of a GPU with at least "
+            f"{_size(int(engine.gpu_bytes / mem_fraction_static))}"
+            if mem_fraction_static
+            else ""
+        )
+        where = "its GPU" if engine.num_gpus == 1 else f"each of its {engine.num_gpus} GPUs"
+        yield f"  on {where}: {_size(engine.gpu_bytes)}{needed}"
+
+
+def _size(num_bytes: int) -> str:
+    """In the unit that leaves a number from 1 to 999; GB are 10^9 bytes."""
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {unit}"
+    return f"{num_bytes} bytes"

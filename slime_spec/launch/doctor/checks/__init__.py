@@ -8,6 +8,8 @@ from slime_spec.launch.doctor.checks import (
     dtype,
     graphs,
     law,
+    machine,
+    memory,
     metrics,
     models,
     shape,
@@ -16,6 +18,9 @@ from slime_spec.launch.doctor.checks import (
 from slime_spec.launch.doctor.finding import Trap
 
 TRAPS: tuple[Trap, ...] = (
+    machine.gpus,
+    machine.server_flags,
+    machine.external_servers,
     models.trainer_architecture,
     models.engine_architecture,
     models.sglang_version,
@@ -34,6 +39,7 @@ TRAPS: tuple[Trap, ...] = (
     draft.capture_layers,
     draft.norm_output,
     draft.token_map,
+    attention.cpu_backend,
     attention.verify_backend,
     attention.draft_backend,
     attention.tree_page_size,
@@ -41,10 +47,12 @@ TRAPS: tuple[Trap, ...] = (
     attention.dp_attention,
     graphs.flashinfer_graph_padding,
     graphs.graph_padding_switch,
-    graphs.tree_mask_padding,
+    graphs.mask_padding,
     batch.running_requests_unset,
     batch.running_requests_small,
     batch.memory_fraction,
+    memory.engine_memory,
+    memory.trainer_memory,
     law.rejection_sampling,
     law.accept_thresholds,
     law.min_p,
@@ -62,6 +70,7 @@ TRAPS: tuple[Trap, ...] = (
     shape.auto_shape,
     shape.chain_tokens,
     shape.adaptive,
+    shape.adaptive_steps,
     metrics.metadata_keys,
     metrics.acceptance_bar,
 )

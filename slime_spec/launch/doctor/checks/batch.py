@@ -48,9 +48,10 @@ def running_requests_small(facts: Facts) -> Sighting | None:
 
 @trap(
     "memory-fraction",
-    "SGLang sizes the KV cache by the target; the draft's weights, its own KV and the verify graphs come on top, and "
-    "servers with a draft run out of memory at the default.",
+    "Up to 0.5.13 SGLang sizes the KV cache without the draft's weights; its KV and the verify graphs come on top in "
+    "every version, and servers with a draft run out of memory at the default.",
     "6875",
+    "28855",
     "https://github.com/THUDM/slime/issues/1022",
     "https://github.com/THUDM/slime/issues/693",
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from slime_spec.launch.doctor.facts import Facts
-from slime_spec.launch.doctor.finding import Severity, Sighting, speculating, trap
+from slime_spec.launch.doctor.finding import Severity, Sighting, on_sglang, speculating, trap
 
 OVERWRITE = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 REFUSES_LONGER = (0, 5, 1)  # before, a server started and read beyond the draft's tables
-WIDENS_TABLES = (0, 5, 4)  # before, the variable let it start and its rotary table stayed short
+WIDENS_TABLES = (0, 5, 3)  # before, the variable let it start and its rotary table stayed short (0.5.2 wheel)
 
 
 def _draft_context(facts: Facts) -> int | None:
@@ -18,7 +18,7 @@ def _draft_context(facts: Facts) -> int | None:
     "draft-context",
     "A draft's rotary table ends at its own max_position_embeddings. Before 0.5.1 a server started all the same and "
     "read beyond it (illegal memory access); since then it refuses to start, unless SGLANG_ALLOW_OVERWRITE_LONGER_"
-    "CONTEXT_LEN=1, which stretches the draft over positions it was never trained on.",
+    "CONTEXT_LEN=1, which from 0.5.3 on stretches the draft over positions it was never trained on.",
     "9388",
     "3574",
     "10787",
@@ -67,7 +67,7 @@ def draft_length(facts: Facts) -> Sighting | None:
     "A server refuses a context beyond its model's, unless SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1, and refuses "
     "each longer request one by one.",
     "9388",
-    applies=lambda facts: facts.on_sglang,
+    applies=on_sglang,
 )
 def context_length(facts: Facts) -> Sighting | None:
     own, asked = facts.target.context_length, facts.config.engine.context_length

@@ -16,7 +16,12 @@ AUTOMATIC_PATH = (
     *("HYV3ForCausalLM", "HYV4ForCausalLM", "Qwen4ExpForConditionalGeneration"),
 )
 DRAFT_FLAG = "--sglang-speculative-draft-model-path"
-HEADS = {"EAGLE3": "lm_head.weight"}
+# What a draft's architecture is made for; a plain decoder's name on a head means that it was not converted.
+HEADS = {
+    **dict.fromkeys(("LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"), "EAGLE3"),
+    **dict.fromkeys(("LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle", "MistralForCausalLMEagle"), "EAGLE"),
+    **dict.fromkeys(("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "STANDALONE"),
+}
 
 
 @trap(
@@ -79,15 +84,17 @@ def draft_fit(facts: Facts) -> Sighting | None:
     if draft is None or draft is target:
         return None
     differences = []
-    if draft.vocab_size != target.vocab_size:
+    # Models of one family pad their embedding differently, which the embedded engine sees past and SGLang does not.
+    may_pad = facts.draft_kind == "whole" and not facts.on_sglang
+    if draft.vocab_size != target.vocab_size and not may_pad:
         differences.append(f"vocab_size is {draft.vocab_size}, the target's {target.vocab_size}")
     if facts.draft_kind == "head":
         size = draft.config.get("target_hidden_size") or draft.config.get("hidden_size")
         if size != target.config.get("hidden_size"):
             differences.append(f"it reads {size} hidden features, the target has {target.config.get('hidden_size')}")
-        is_eagle3 = draft.architecture == EAGLE3_ARCHITECTURE
-        if is_eagle3 != (facts.config.speculative.algorithm == "EAGLE3"):
-            differences.append(f"it is a {draft.architecture}, for {'EAGLE3' if is_eagle3 else 'EAGLE'}")
+        made_for = HEADS.get(draft.architecture, facts.config.speculative.algorithm)
+        if (made_for == "EAGLE3") != (facts.config.speculative.algorithm == "EAGLE3"):
+            differences.append(f"it is a {draft.architecture}, for {made_for}")
     if not differences:
         return None
     return Sighting(
@@ -112,7 +119,8 @@ def draft_tensors(facts: Facts) -> Sighting | None:
         wanted.append("lm_head.weight")
     if has_reduced_vocabulary(facts):
         wanted.append("d2t")
-    missing = [name for name in wanted if name not in draft.tensors]
+    stored = {name.removeprefix("model.") for name in draft.tensors}
+    missing = [name for name in wanted if name not in stored]
     if not missing:
         return None
     return Sighting(

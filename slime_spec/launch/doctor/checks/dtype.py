@@ -31,7 +31,8 @@ def draft_dtype(facts: Facts) -> Sighting | None:
     dtype = _half(facts)
     return Sighting(
         Severity.ERROR if facts.on_gpu else Severity.WARNING,
-        f"the draft is {draft.dtype}, the target {target.dtype}, and --sglang-dtype is not given",
+        f"the draft is {draft.dtype}, the target {target.dtype}, and --sglang-dtype is not given "
+        f"({facts.config.engine.dtype} is passed)",
         f"Pass --sglang-dtype {dtype}.",
         ("--sglang-dtype", dtype),
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from slime_spec.launch.doctor.facts import Facts
-from slime_spec.launch.doctor.finding import Severity, Sighting, speculating, trap
+from slime_spec.launch.doctor.finding import Severity, Sighting, asking_sglang_to_speculate, speculating, trap
 from slime_spec.types import is_greedy
 
 DOCS = "https://docs.sglang.ai/advanced_features/speculative_decoding.html"
 NEUTRAL: Mapping[str, float] = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
-SEEDED = (0, 5, 16)  # up to 0.5.15 the coins of a verify pass are the engine's own
+SEEDED = (0, 5, 17)  # up to 0.5.16 the coins of a verify pass are the engine's own
 
 
 def _samples(facts: Facts) -> bool:
@@ -73,7 +73,7 @@ def has_reduced_vocabulary(facts: Facts) -> bool:
 @trap(
     "accept-thresholds",
     "Below 1 the thresholds accept drafts that the target would not have drawn: samples follow neither the policy nor "
-    "their logprobs.",
+    "their logprobs. A training run refuses them; in rollouts alone every sample is marked.",
     DOCS,
     applies=speculating,
 )
@@ -83,7 +83,7 @@ def accept_thresholds(facts: Facts) -> Sighting | None:
     if thresholds == (1.0, 1.0):
         return None
     return Sighting(
-        Severity.WARNING if facts.config.run.mode == "rollout_only" else Severity.ERROR,
+        Severity.WARNING,
         f"--speculative-accept-threshold-single {thresholds[0]:g}, -acc {thresholds[1]:g}",
         "Leave both at 1.",
         ("--speculative-accept-threshold-single", "1", "--speculative-accept-threshold-acc", "1"),
@@ -95,6 +95,7 @@ def accept_thresholds(facts: Facts) -> Sighting | None:
     "SGLang's verify pass knows top-k and top-p but not min-p: tokens that min-p forbids are emitted, with logprobs "
     "as if they were allowed.",
     "10617",
+    applies=asking_sglang_to_speculate,
 )
 def min_p(facts: Facts) -> Sighting | None:
     asked = facts.config.rollout.min_p or _default_sampling(facts).get("min_p")
@@ -130,6 +131,7 @@ def penalties(facts: Facts) -> Sighting | None:
     "Without speculation SGLang cuts top-k and top-p on the same law; its verify pass renormalises after top-k before "
     "it cuts top-p. With both set the two laws differ.",
     DOCS,
+    applies=asking_sglang_to_speculate,
 )
 def joint_filters(facts: Facts) -> Sighting | None:
     rollout = facts.config.rollout
@@ -153,7 +155,7 @@ def joint_filters(facts: Facts) -> Sighting | None:
     "39253",
 )
 def greedy_verify(facts: Facts) -> Sighting | None:
-    if facts.on_gpu or not _samples(facts):
+    if facts.on_gpu or facts.config.sglang_server.external_addrs or not _samples(facts):
         return None
     return Sighting(
         Severity.WARNING,
@@ -181,7 +183,7 @@ def ngram_padding(facts: Facts) -> Sighting | None:
 
 @trap(
     "sampling-seed",
-    "Up to 0.5.15 a verify pass draws from the engine's own generator: a request's seed has no effect under "
+    "Up to 0.5.16 a verify pass draws from the engine's own generator: a request's seed has no effect under "
     "speculation, and a rollout cannot be repeated.",
     "https://github.com/radixark/miles/issues/2002",
     "30822",

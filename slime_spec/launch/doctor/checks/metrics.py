@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from slime_spec.launch.doctor.facts import Facts
 from slime_spec.launch.doctor.finding import Severity, Sighting, always, trap
+from slime_spec.speculation.shape import MODEL_DRAFTS, tree_pool_size
 
-# RTP-LLM's advice: the k-th draft position pays where more than this share of rounds accepts it.
+# RTP-LLM's advice for drafts: train until more than these shares of rounds accept the first, second and third token.
 BAR = (0.8, 0.6, 0.4)
 
 
@@ -28,22 +29,25 @@ def metadata_keys(facts: Facts) -> Sighting | None:
 
 @trap(
     "acceptance-bar",
-    "A draft position costs the same whether it is accepted or not. RTP-LLM keeps the first where more than 80 % of "
-    "rounds accept it, the second above 60 %, the third above 40 %.",
+    "A draft position costs the same whether it is accepted or not. RTP-LLM's advice is to train a draft until more "
+    "than 80 % of rounds accept its first token, 60 % the second and 40 % the third.",
     "https://github.com/alibaba/rtp-llm/blob/main/docs/backend/speculative_decoding.md",
     applies=always,
 )
 def acceptance_bar(facts: Facts) -> Sighting | None:
     if not facts.acceptance:
         return None
-    rates = ", ".join(f"{rate:.0%}" for rate in facts.acceptance[: len(BAR)])
+    # Positions that are not drafted any more are none to judge.
+    num_judged = min(len(BAR), facts.shape.num_steps if facts.speculates else len(BAR))
+    judged = facts.acceptance[:num_judged]
+    rates = ", ".join(f"{rate:.0%}" for rate in judged)
     num_kept = 0
-    for rate, bar in zip(facts.acceptance, BAR, strict=False):
+    for rate, bar in zip(judged, BAR, strict=False):
         if rate <= bar:
             break
         num_kept += 1
     read = f"accepted by draft position in the finished run: {rates}; the bar: 80%, 60%, 40%"
-    if num_kept == min(len(BAR), len(facts.acceptance)):
+    if num_kept == len(judged):
         return Sighting(Severity.INFO, read, "The draft pays its way.")
     if num_kept == 0:
         return Sighting(
@@ -51,13 +55,25 @@ def acceptance_bar(facts: Facts) -> Sighting | None:
             read,
             "Train the draft on this policy's samples, or pass --speculative-algorithm NONE at large batches.",
         )
+    fix = _shallower(facts, num_kept)
+    how = f": pass {' '.join(fix)}" if fix else ""
     return Sighting(
         Severity.WARNING,
         read,
-        f"Pass --speculative-num-steps {num_kept} and --speculative-num-draft-tokens {num_kept + 1}, or train the "
-        "draft on this policy's samples.",
-        (
-            *("--speculative-num-steps", str(num_kept), "--speculative-eagle-topk", "1"),
-            *("--speculative-num-draft-tokens", str(num_kept + 1)),
-        ),
+        f"Draft no deeper than {num_kept}{how}; or train the draft on this policy's samples.",
+        fix,
+    )
+
+
+def _shallower(facts: Facts, num_steps: int) -> tuple[str, ...]:
+    """Flags of the same drafts, cut to a depth; none for the n-gram worker, which has no depth."""
+    shape = facts.shape
+    if facts.config.speculative.algorithm not in (*MODEL_DRAFTS, "LOOKUP"):
+        return ()
+    is_chain = shape.topk == 1
+    count = num_steps + 1 if is_chain else min(shape.num_draft_tokens, tree_pool_size(num_steps, shape.topk) + 1)
+    topk = () if facts.config.speculative.algorithm == "LOOKUP" else ("--speculative-eagle-topk", str(shape.topk))
+    return (
+        *("--speculative-num-steps", str(num_steps), *topk),
+        *("--speculative-num-draft-tokens", str(count)),
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from shutil import which
+
 from slime_spec.hf.model_spec import ARCHITECTURES
 from slime_spec.launch.doctor.facts import Facts
 from slime_spec.launch.doctor.finding import Severity, Sighting, always, on_sglang, trap
 
-# Families with code of their own in older checkpoints that transformers has known for long.
-NATIVE_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v3", "deepseek_v32")
 REPOSITORY = "https://github.com/sgl-project/sglang"
 
 
@@ -84,21 +84,38 @@ def model_type(facts: Facts) -> Sighting | None:
 
 @trap(
     "remote-code",
-    "A family that transformers does not know brings its configuration as code in the checkpoint folder; a server "
-    "runs it only when told to.",
+    "A family that transformers does not know (MiMo) brings its configuration as code in the checkpoint folder; a "
+    "server runs it only when told to, and without either does not start.",
     "https://github.com/XiaomiMiMo/MiMo",
     applies=on_sglang,
 )
 def remote_code(facts: Facts) -> Sighting | None:
-    config = facts.target.config
-    if "auto_map" not in config or config.get("model_type") in NATIVE_TYPES or facts.flags.get("trust_remote_code"):
-        return None
-    return Sighting(
-        Severity.ERROR,
-        f"{facts.target.folder}/config.json (model_type {config.get('model_type')}) names code in its auto_map",
-        "Read that code, then pass --sglang-trust-remote-code.",
-        ("--sglang-trust-remote-code",),
-    )
+    checkpoints = {each.folder: each for each in (facts.target, facts.draft) if each is not None}
+    for folder, checkpoint in checkpoints.items():
+        model_type, has_code = checkpoint.config.get("model_type"), "auto_map" in checkpoint.config
+        if not model_type or _is_known(facts, str(model_type)):
+            continue
+        if not has_code:
+            return Sighting(
+                Severity.ERROR,
+                f"{folder}/config.json has model_type {model_type}, which the servers do not know, and no auto_map "
+                "that names the code of it",
+                "Copy the checkpoint again with its configuration_*.py, or use a newer SGLang that knows the family.",
+            )
+        if not facts.flags.get("trust_remote_code"):
+            return Sighting(
+                Severity.ERROR,
+                f"{folder}/config.json (model_type {model_type}) names code in its auto_map",
+                "Read that code, then pass --sglang-trust-remote-code.",
+                ("--sglang-trust-remote-code",),
+            )
+    return None
+
+
+def _is_known(facts: Facts, model_type: str) -> bool:
+    """Asked of the servers' interpreter; without one only the family with a recipe here is known to be unknown."""
+    known = facts.release.model_types
+    return model_type in known if known else model_type != "mimo"
 
 
 @trap(
@@ -111,9 +128,14 @@ def remote_code(facts: Facts) -> Sighting | None:
 def sglang_version(facts: Facts) -> Sighting | None:
     if facts.release.is_installed or facts.config.sglang_server.external_addrs:
         return None
-    python = facts.config.sglang_server.python or "this environment's Python"
+    asked = facts.config.sglang_server.python
+    python = asked or "this environment's Python"
+    if asked is not None and which(asked) is None:
+        python = f"{asked}, which is no program"
     return Sighting(
         Severity.ERROR,
         f"no sglang in {python}; judged as {facts.release.text}",
-        "Pass --sglang-python with the Python of an environment that has sglang.",
+        f"Pass --sglang-python (or set SGLANG_PYTHON for a script) with the Python of an environment that has it: "
+        f"python3.11 -m venv ENV && ENV/bin/pip install sglang=={facts.release.text}; for a CPU "
+        "scripts/install-sglang-cpu.sh makes one.",
     )

@@ -77,4 +77,29 @@ def adaptive(facts: Facts) -> Sighting | None:
         Severity.WARNING,
         f"--speculative-adaptive has no effect: {', '.join(reasons)}",
         "Drop --speculative-adaptive, or remove what stands against it.",
+        ("--no-speculative-adaptive",),
+    )
+
+
+@trap(
+    "adaptive-steps",
+    "Adaptive speculation moves between candidate numbers of steps and has to start at one of them: from 0.5.14 on the "
+    "server refuses any other, before that it starts elsewhere.",
+    DOCS,
+)
+def adaptive_steps(facts: Facts) -> Sighting | None:
+    num_steps = facts.config.speculative.num_steps
+    if not facts.flags.get("speculative_adaptive") or facts.flags.get("speculative_adaptive_config"):
+        return None
+    candidates = (1, 3, 5, 7) if facts.release.version >= (0, 5, 20) else (1, 3, 7)
+    if num_steps is None or num_steps in candidates:
+        return None
+    nearest = max(number for number in candidates if number < num_steps)
+    return Sighting(
+        Severity.ERROR if facts.release.version >= (0, 5, 14) else Severity.WARNING,
+        f"--speculative-adaptive with num_steps {num_steps}; SGLang {facts.release.text} has "
+        f"{', '.join(map(str, candidates))}",
+        f"Pass --speculative-num-steps {nearest} --speculative-num-draft-tokens {nearest + 1}, or candidates of your "
+        "own with --speculative-adaptive-config.",
+        ("--speculative-num-steps", str(nearest), "--speculative-num-draft-tokens", str(nearest + 1)),
     )

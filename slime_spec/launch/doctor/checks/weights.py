@@ -8,13 +8,15 @@ from slime_spec.launch.doctor.checks.law import has_reduced_vocabulary
 from slime_spec.launch.doctor.facts import Facts
 from slime_spec.launch.doctor.finding import Severity, Sighting, trap
 
+HAS_DRAFT_BACKUP = (0, 5, 6)  # --enable-draft-weights-cpu-backup (read in the wheels: not in 0.5.5)
+
 
 def pushing(facts: Facts) -> bool:
-    return facts.on_sglang and facts.trains_with_pushes and not facts.config.sglang_server.external_addrs
+    return facts.knows_servers and facts.trains_with_pushes and not facts.config.sglang_server.external_addrs
 
 
 def pushing_beside_a_draft(facts: Facts) -> bool:
-    return facts.on_sglang and facts.trains_with_pushes and facts.draft is not None
+    return facts.knows_servers and facts.trains_with_pushes and facts.draft is not None
 
 
 def _transport(facts: Facts) -> str:
@@ -33,13 +35,16 @@ def _transport(facts: Facts) -> str:
 )
 def draft_overwritten(facts: Facts) -> Sighting | None:
     contract, transport = facts.release.update_contract, _transport(facts)
-    if facts.draft_kind == "in_target" or transport not in contract.reaches_draft or transport in contract.selective:
+    is_spared = transport != "disk" and (transport not in contract.reaches_draft or transport in contract.selective)
+    if facts.draft_kind == "in_target" or is_spared:
         return None
     safe = "tensor" if "tensor" in contract.selective else "distributed"
     return Sighting(
         Severity.ERROR,
-        f"SGLang {facts.release.text} ({contract.name}) loads a {transport} update into target and external draft",
-        f"Pass --sglang-weight-transport {safe}, or use SGLang 0.5.21 or newer with tensor or distributed.",
+        f"SGLang {facts.release.text} ({contract.name}) loads a {transport} update into target and external draft"
+        if transport in contract.reaches_draft
+        else "an update from disk has no side, and the engine sends none beside a draft of its own",
+        f"Pass --sglang-weight-transport {safe}{'' if contract.draft_alone else ', or use SGLang 0.5.21 or newer'}.",
         ("--sglang-weight-transport", safe),
     )
 
@@ -78,11 +83,13 @@ def draft_refresh(facts: Facts) -> Sighting | None:
     contract, transport = facts.release.update_contract, _transport(facts)
     told = f"SGLang {facts.release.text} ({contract.name}), transport {transport}"
     if transport not in contract.reaches_draft:
+        # Tensors reach a draft everywhere; one of its own, which they must not touch, is not refreshed by them.
+        helps = facts.draft_kind == "in_target"
         return Sighting(
             Severity.WARNING,
             f"{told}: an update never reaches the draft",
-            "Pass --sglang-weight-transport tensor, or use SGLang 0.5.21 or newer.",
-            ("--sglang-weight-transport", "tensor"),
+            f"{'Pass --sglang-weight-transport tensor, or use' if helps else 'Use'} SGLang 0.5.21 or newer.",
+            ("--sglang-weight-transport", "tensor") if helps else (),
         )
     if facts.draft_kind == "in_target":
         # The target's loader skips an MTP layer's tensors and the draft's takes them: only what is pushed arrives.
@@ -90,10 +97,12 @@ def draft_refresh(facts: Facts) -> Sighting | None:
     elif contract.draft_alone and transport in contract.selective:
         how = "by a push of its own"
     else:
+        way = "Pass --sglang-weight-transport tensor" if contract.draft_alone else "Use SGLang 0.5.21 or newer"
         return Sighting(
             Severity.WARNING,
             f"{told}: an external draft can be spared but not refreshed",
-            "Use SGLang 0.5.21 or newer to push a draft of its own; else watch rollout/spec_accept_length.",
+            f"{way} to push a draft of its own; else watch rollout/spec_accept_length.",
+            ("--sglang-weight-transport", "tensor") if contract.draft_alone else (),
         )
     return Sighting(
         Severity.INFO,
@@ -107,7 +116,8 @@ def draft_refresh(facts: Facts) -> Sighting | None:
     "draft-lost-on-resume",
     "Between rollouts a colocated server gives its weights back; the target's are pushed again, the draft's are not. "
     "Without a copy in memory the draft resumes with whatever the pages hold: accept length 1.0 and a rollout slower "
-    "than without speculation.",
+    "than without speculation. With a copy drafts were reported lost all the same, since it is made of whole "
+    "allocations (#31674).",
     "31674",
     "13268",
     "https://github.com/THUDM/slime/issues/971",
@@ -116,13 +126,36 @@ def draft_refresh(facts: Facts) -> Sighting | None:
 def draft_lost_on_resume(facts: Facts) -> Sighting | None:
     if not (facts.flags.get("enable_memory_saver") and facts.config.cluster.colocate and facts.config.cluster.offload):
         return None
+    if facts.release.version < HAS_DRAFT_BACKUP:
+        return Sighting(
+            Severity.ERROR,
+            f"servers release memory between rollouts, and SGLang {facts.release.text} cannot keep a copy of the draft",
+            "Pass --no-offload, or use SGLang 0.5.6 or newer.",
+            ("--no-offload",),
+        )
     if facts.flags.get("enable_draft_weights_cpu_backup"):
-        return None
+        return _despite_the_copy(facts)
     return Sighting(
         Severity.ERROR,
         "servers release memory between rollouts, and --enable-draft-weights-cpu-backup is off",
         "Pass --sglang-enable-draft-weights-cpu-backup, or --no-offload.",
         ("--sglang-enable-draft-weights-cpu-backup",),
+    )
+
+
+def _despite_the_copy(facts: Facts) -> Sighting:
+    read = f"servers release memory between rollouts and keep a copy of the draft (SGLang {facts.release.text})"
+    if facts.release.update_contract.draft_alone:
+        return Sighting(
+            Severity.INFO,
+            read,
+            "Nothing to do: the engine compares the draft's checksums after each resume and mends what is lost.",
+        )
+    return Sighting(
+        Severity.WARNING,
+        read,
+        "Watch rollout/spec_accept_length: this version tells no checksums of the draft. Pass --no-offload where "
+        "memory has room for both, or use SGLang 0.5.21 or newer.",
     )
 
 

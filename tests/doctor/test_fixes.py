@@ -1,0 +1,49 @@
+"""What a finding tells its reader to do is true: the flags exist, and with them the finding is gone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from slime_spec.launch.doctor.finding import Severity
+from slime_spec.launch.doctor.preflight import examine
+from slime_spec.launch.doctor.report import flags_to_add
+from slime_spec.launch.flags import find_flag, flags
+from tests.support.doctor_cases import CASES, Case
+from tests.support.doctor_facts import make_facts
+
+SEEN = tuple(each for each in CASES if each.sees)
+MENDABLE = tuple(each for each in SEEN if each.sees is not Severity.INFO)
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
+
+
+def named(each: Case) -> str:
+    return f"{each.trap}-{each.sees}"
+
+
+@pytest.mark.parametrize("each", SEEN, ids=named)
+def test_every_flag_that_a_finding_names_is_one_of_the_command_line(each: Case, tmp_path: Path) -> None:
+    (found,) = (one for one in examine([make_facts(tmp_path, each.argv, **each.facts)]) if one.id == each.trap)
+    told = f"{found.read} {found.why} {found.remedy} {' '.join(found.fix)}"
+    given = {word for text in each.argv for word in FLAG.findall(text)}
+    for flag in set(FLAG.findall(told)) - given:
+        # Raises ConfigError for an unknown one; why tells of SGLang's own flags, which have a prefix here.
+        find_flag(flag if flag in flags() or flag.startswith("--no-") else f"--sglang-{flag[2:]}")
+
+
+@pytest.mark.parametrize("each", MENDABLE, ids=named)
+def test_the_flags_that_fix_prints_take_away_every_finding_that_has_some(each: Case, tmp_path: Path) -> None:
+    before = examine([make_facts(tmp_path, each.argv, **each.facts)])
+    mended = {one.id for one in before if one.fix and one.severity is not Severity.INFO}
+    argv = (*each.argv, *flags_to_add(before))
+    after = examine([make_facts(tmp_path, argv, **each.facts)])
+    left = {one.id: f"{one.read}: {one.fix}" for one in after if one.severity is not Severity.INFO}
+    assert not mended & set(left), f"{flags_to_add(before)} leaves {left}"
+    assert set(left) <= {one.id for one in before}, f"{flags_to_add(before)} brings {left}"
+
+
+def test_most_traps_have_flags_that_mend_them() -> None:
+    """So that the two properties above speak of something."""
+    assert len({each.trap for each in MENDABLE}) > 30
