@@ -27,6 +27,7 @@ from slime_spec.launch.bench.peers.catalogue import PEERS, STAMP, Mode, Peer, Pe
 from slime_spec.launch.bench.peers.gguf_file import gguf_name, write_gguf
 from slime_spec.launch.bench.peers.install import install
 from slime_spec.launch.bench.peers.process import PeerProcess
+from slime_spec.launch.bench.peers.vllm_driver import num_passes
 from slime_spec.launch.bench.race import Answer, Ask, race, speed_up, tokens_per_pass
 from slime_spec.launch.bench.rows import Row
 from slime_spec.launch.bench.timing import Timed
@@ -85,6 +86,13 @@ def test_passes_that_a_peer_does_not_know_are_not_made_up(tmp_path: Path) -> Non
         answer = fake.answer(Ask(PROMPTS, 1, 4))
     assert answer.num_passes is None
     assert tokens_per_pass([Timed(1.0, answer)]) is None
+
+
+@pytest.mark.parametrize(("method", "expected"), [(None, 2 + 4), ("eagle3", 3), ("ngram", None)])
+def test_vllms_passes_are_its_drafts_where_every_round_has_one(method: str | None, expected: int | None) -> None:
+    """Not tokens less accepted drafts: those beyond a reply's end are accepted too, and no token of the reply."""
+    replies = [[1, 2, 3], [1, 2, 3, 4, 5]]
+    assert num_passes(method, replies, num_drafts=3) == expected
 
 
 class InstantSide:

@@ -18,6 +18,7 @@ from slime_spec.launch.bench.rows import Benchmark, BenchOptions, Row, report_js
 BENCHES = {
     "main-job": "slime_spec.launch.bench.main_job:MAIN_JOB",
     "engine": "slime_spec.launch.bench.engine_speed:ENGINE_SPEED",
+    "sglang": "slime_spec.launch.bench.sglang.benchmark:SGLANG",
 }
 WIDTH = 160
 
@@ -87,6 +88,9 @@ def _check(options: BenchOptions, bench: Benchmark) -> None:
         ("--rounds", options.num_rounds, 1),
         ("--new-tokens", options.num_new_tokens, 2),
         ("--threads", options.threads, 1),
+        ("--num-prompts", options.num_prompts, 1),
+        ("--num-gpus", options.num_gpus, 0),
+        *(("--batch-sizes", size, 1) for size in options.batch_sizes),
     )
     for flag, value, least in counts:
         if value is not None and value < least:

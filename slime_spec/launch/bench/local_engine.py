@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
+from slime_spec.interfaces import RolloutEngine
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
@@ -15,7 +16,7 @@ from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 def engine_config(model: Path, dtype: str, algorithm: str = "NONE") -> Config:
     return Config(
         model=ModelConfig(hf_checkpoint=str(model)),
-        engine=EngineConfig(dtype=dtype),
+        engine=EngineConfig(dtype=dtype, cost_probe_interval=0),  # nothing but what is timed
         speculative=SpeculativeConfig(algorithm=algorithm),
     )
 
@@ -31,9 +32,22 @@ def started_engine(config: Config) -> Iterator[EmbeddedEngine]:
 
 
 def greedy(
-    engine: EmbeddedEngine, prompts: Sequence[tuple[int, ...]], num_new_tokens: int, speculative: bool
+    engine: RolloutEngine,
+    prompts: Sequence[tuple[int, ...]],
+    num_new_tokens: int,
+    speculative: bool,
+    stop_token_ids: tuple[int, ...] = (),
 ) -> list[GeneratedSample]:
-    """One reply a prompt, all at once, exactly ``num_new_tokens`` long (EOS does not end it), in the prompts' order."""
-    params = SamplingParams(num_new_tokens, temperature=0.0, ignore_eos=True, speculative=speculative)
+    """One reply a prompt, all at once, in the prompts' order.
+
+    It is exactly ``num_new_tokens`` long, or ends at one of ``stop_token_ids`` (EOS by itself does not end it).
+    """
+    params = SamplingParams(
+        num_new_tokens,
+        temperature=0.0,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=not stop_token_ids,
+        speculative=speculative,
+    )
     generations = [engine.generate(GroupRequest(str(i), prompt, (0,), params)) for i, prompt in enumerate(prompts)]
     return [sample for generation in generations for sample in generation]

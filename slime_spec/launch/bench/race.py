@@ -10,8 +10,8 @@ from time import process_time
 from types import TracebackType
 from typing import Protocol
 
-from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.config.tree import Config
+from slime_spec.interfaces import RolloutEngine
 from slime_spec.launch.bench.local_engine import started_engine
 from slime_spec.launch.bench.prompts import Prompts
 from slime_spec.launch.bench.rows import Row, at_least
@@ -62,14 +62,14 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class EngineSide:
-    """The embedded engine of this process, speculating or not.
+    """An engine of this process, speculating or not.
 
     ``params_of`` says how a prompt is sampled, all but the length; every request has a seed of its own.
     """
 
     def __init__(
         self,
-        engine: EmbeddedEngine,
+        engine: RolloutEngine,
         speculative: bool,
         params_of: Callable[[tuple[int, ...]], SamplingParams] = lambda prompt: GREEDY,
     ) -> None:

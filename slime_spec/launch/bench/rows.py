@@ -69,6 +69,13 @@ class BenchOptions:
     json: Path | None = None
     markdown: Path | None = None
     chart: Path | None = None
+    sglang_python: str | None = None
+    algorithms: tuple[str, ...] = ("NONE", "NGRAM", "STANDALONE", "EAGLE3")
+    dtype: str = "float32"
+    num_gpus: int | None = None
+    attention_backend: str | None = None
+    num_prompts: int = 8
+    batch_sizes: tuple[int, ...] = (1, 8, 32, 64)
 
 
 @dataclass(frozen=True)

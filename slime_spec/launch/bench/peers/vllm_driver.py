@@ -14,6 +14,11 @@ os.environ.update(
 )
 
 
+# Methods that draft in every round. Others (n-grams) do not, and vLLM counts neither their rounds nor, in any method,
+# which accepted drafts lay beyond a reply's end: their passes cannot be told.
+DRAFTS_ALWAYS = ("eagle", "eagle3", "mtp", "draft_model")
+
+
 class VllmDriver:
     """Greedy generation; compiled unless ``eager``; ``speculative`` is vLLM's speculative_config or null."""
 
@@ -21,16 +26,17 @@ class VllmDriver:
         import vllm
 
         self._sampling = vllm.SamplingParams
-        self._speculates = settings.get("speculative") is not None
+        speculative = settings.get("speculative")
+        self._method = None if speculative is None else speculative["method"]
         self._llm = vllm.LLM(
             settings["model"],
             dtype=settings["dtype"],
             max_model_len=settings["max_tokens"],
             max_num_seqs=settings["max_batch"],
             enforce_eager=settings.get("eager", False),
-            speculative_config=settings.get("speculative"),
+            speculative_config=speculative,
             enable_prefix_caching=False,  # every round asks for the same prompts again
-            disable_log_stats=not self._speculates,  # its counters of drafts are statistics too
+            disable_log_stats=self._method is None,  # its counters of drafts are statistics too
             seed=0,
         )
         self.about = {"engine": "vllm", "version": vllm.__version__}
@@ -45,18 +51,23 @@ class VllmDriver:
             ignore_eos=True,
             detokenize=False,
         )
-        before = self._num_accepted()
+        before = self._num_drafts()
         outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         replies = [list(each.outputs[0].token_ids) for each in outputs]
-        # Every pass after the prefill yields one token and the drafts that were accepted.
-        return replies, sum(len(each) - 1 for each in replies) - (self._num_accepted() - before)
+        return replies, num_passes(self._method, replies, self._num_drafts() - before)
 
-    def _num_accepted(self) -> int:
-        """Drafted tokens that were accepted so far, over all sequences."""
-        if not self._speculates:
+    def _num_drafts(self) -> int:
+        """Drafts that were verified so far, over all sequences: with DRAFTS_ALWAYS the passes after the prefills."""
+        if self._method is None:
             return 0
-        counters = [each for each in self._llm.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens"]
-        return sum(int(each.value) for each in counters)
+        return sum(int(each.value) for each in self._llm.get_metrics() if each.name == "vllm:spec_decode_num_drafts")
+
+
+def num_passes(method: str | None, replies: list[list[int]], num_drafts: int) -> int | None:
+    """Target passes after the prefills, None where vLLM does not tell; ``num_drafts`` were verified meanwhile."""
+    if method is None:
+        return sum(len(each) - 1 for each in replies)
+    return num_drafts if method in DRAFTS_ALWAYS else None
 
 
 def load(settings: dict[str, Any]) -> VllmDriver:
