@@ -3,7 +3,7 @@
 It generates nothing: its next token is a function of the last one and its position, so that a response continued on
 another server is the same as one that was not interrupted. What it was told (updates, pauses, aborts) can be asked.
 
-    with serving(FakeServer("0.5.15", contract="0.5.15")) as url: ...
+    with serving(FakeServer("0.5.20", contract="0.5.20")) as url: ...
     python -m rollout.sglang_engine.fake --port 30000       # as a process, in place of sglang.launch_server
 """
 

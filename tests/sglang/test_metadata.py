@@ -52,7 +52,7 @@ def test_without_a_histogram_the_accepted_drafts_are_still_counted() -> None:
 
 
 def test_a_response_that_has_two_generations_of_keys_is_read_by_the_newest() -> None:
-    meta = recorded("0.5.15") | {"spec_accepted_drafts": 99}
+    meta = recorded("0.5.20") | {"spec_accepted_drafts": 99}
     assert spec_counters(meta).num_correct == meta["spec_num_correct_drafts"] != 99
     assert generation_of(meta) is not None
 

@@ -112,7 +112,7 @@ def test_a_response_across_versions_says_where_each_begins(connect: Connect) -> 
     assert sample.weight_version == 0
 
 
-@pytest.mark.parametrize("generation", ["0.5.8", "0.5.9", "0.5.11", "0.5.15"])
+@pytest.mark.parametrize("generation", ["0.5.8", "0.5.9", "0.5.11", "0.5.20"])
 def test_older_servers_are_read_too(connect: Connect, generation: str) -> None:
     (sample,) = connect(FakeServer(generation)).generate(20)
     assert (sample.spec.num_rounds, sample.spec.num_proposed, sample.spec.num_correct) == (7, 21, 14)

@@ -77,7 +77,7 @@ def test_a_draft_whose_layer_goes_by_its_other_name_is_taken_too(connect: Connec
 
 
 def test_the_older_contract_keeps_target_tensors_from_the_draft(connect: Connect, checkpoints: Checkpoints) -> None:
-    on_fake = connect(FakeServer("0.5.15", contract="0.5.15"))
+    on_fake = connect(FakeServer("0.5.20", contract="0.5.20"))
     on_fake.push(push_of(checkpoints.target_weights(), 1))
     updates = on_fake.server.told(UPDATES)
     assert all(body["disable_draft_model"] is True and "selector" not in body for body in updates)

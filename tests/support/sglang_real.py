@@ -50,14 +50,18 @@ def on(*algorithms: str) -> pytest.MarkDecorator:
 
 
 @cache
-def _installed() -> subprocess.CompletedProcess[str]:
+def _installed(release: str) -> subprocess.CompletedProcess[str]:
     script = ROOT / "scripts" / "install-sglang-cpu.sh"
-    return subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
+    command = ["bash", str(script), *([release] if release else [])]
+    return subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
 
 
-def sglang_python() -> str:
-    """The interpreter of the environment, installed where it is not there yet; where it cannot be, tests fail."""
-    done = _installed()
+def sglang_python(release: str = "") -> str:
+    """The interpreter of the environment, or of another release's over it, installed where it is not there yet.
+
+    Where it cannot be, tests fail.
+    """
+    done = _installed(release)
     assert done.returncode == 0, f"SGLang for the CPU cannot be installed:\n{done.stderr}"
     return done.stdout.split()[-1]
 

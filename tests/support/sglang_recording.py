@@ -1,6 +1,7 @@
 """What a real SGLang server answers, for rollout/sglang_engine/recordings.json, which the fake server replays.
 
-    python -m tests.support.sglang_recording    # records the SGLang that scripts/install-sglang-cpu.sh installs
+    python -m tests.support.sglang_recording           # records the SGLang that scripts/install-sglang-cpu.sh installs
+    python -m tests.support.sglang_recording 0.5.20    # and another release, of which there are no refusals
 
 Versions too old to run here are not recorded: theirs is the recorded response under the keys of their source.
 """
@@ -18,10 +19,11 @@ from typing import Any
 from rollout.sglang_engine.contract import END, TENSOR, request_fields
 from rollout.sglang_engine.delivery import BEGIN
 from rollout.sglang_engine.fake import RECORDINGS
-from tests.support.sglang_real import PROMPTS, Models, Real, cpu_environment, started
+from tests.support.sglang_real import PROMPTS, Models, Real, cpu_environment, sglang_python, started
 
 ALGORITHM = "EAGLE3"
 NUM_TOKENS = 196
+PROVENANCE = f"recorded from a server on the CPU ({ALGORITHM}) by tests/support/sglang_recording.py"
 # What a fake response fills in, and what never repeats.
 FILLED = {"id": "r1", "output_token_logprobs": [], "e2e_latency": 1.0, "response_sent_to_client_ts": 0.0}
 # Older names -> the recorded ones; the other keys have kept theirs.
@@ -42,24 +44,27 @@ class _AnyStatus(urllib.request.HTTPErrorProcessor):
 _NO_ERRORS = urllib.request.build_opener(_AnyStatus, urllib.request.ProxyHandler({}))
 
 
+SAMPLING = {"temperature": 0.0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+REQUEST = {"rid": "r1", "input_ids": list(PROMPTS[0]), "sampling_params": SAMPLING, "return_logprob": True}
+
+
 def recording(real: Real) -> dict[str, Any]:
-    """A finished response's metadata, the fields of a weight update, and the refusals of one server."""
-    sampling = {"temperature": 0.0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
-    body = {"rid": "r1", "input_ids": list(PROMPTS[0]), "sampling_params": sampling, "return_logprob": True}
-    meta_info = _answer(real, "/generate", body)["meta_info"]
+    """A finished response's metadata, and the fields of a weight update."""
+    meta_info = _answer(real, "/generate", REQUEST)["meta_info"]
     meta_info |= {name: value for name, value in FILLED.items() if name in meta_info}
+    openapi = _answer(real, "/openapi.json")
+    return {"meta_info": meta_info, "tensor_fields": sorted(request_fields(openapi, TENSOR) or ())}
+
+
+def refusals(real: Real) -> dict[str, Any]:
+    """What a server of the present contract says of calls out of turn, and of a request that is too long."""
     update = {"serialized_named_tensors": [""], "selector": "target"}
     errors = {"no_session": _refusal(real, TENSOR, update), "no_begin": _refusal(real, END, {})}
     _answer(real, BEGIN, {"selector": "all"})
     errors["session_open"] = _refusal(real, BEGIN, {"selector": "all"})
     _answer(real, END, {})
-    too_long = {**body, "sampling_params": {**sampling, "max_new_tokens": 10**6}}
-    openapi = _answer(real, "/openapi.json")
-    return {
-        "meta_info": meta_info,
-        "tensor_fields": sorted(request_fields(openapi, TENSOR) or ()),
-        "errors": {**errors, "too_long": _answer(real, "/generate", too_long, status=400)},
-    }
+    too_long = {**REQUEST, "sampling_params": {**SAMPLING, "max_new_tokens": 10**6}}
+    return {**errors, "too_long": _answer(real, "/generate", too_long, status=400)}
 
 
 def _answer(real: Real, path: str, body: Mapping[str, Any] | None = None, status: int = 200) -> Any:
@@ -79,34 +84,38 @@ def _refusal(real: Real, path: str, body: Mapping[str, Any]) -> str:
     return str(answer["message"])
 
 
-def renewed(data: Mapping[str, Any], version: str, made: Mapping[str, Any]) -> dict[str, Any]:
-    """The recordings with what this version answered, and with older versions' keys filled from it."""
-    meta_info = {version: made["meta_info"]}
-    provenance = {version: f"recorded from a server on the CPU ({ALGORITHM}) by tests/support/sglang_recording.py"}
-    for older, keys in data["meta_info"].items():
-        if data["provenance"].get(older, "").startswith("recorded"):
-            meta_info.setdefault(older, keys)
-            provenance.setdefault(older, data["provenance"][older])
-        elif older != version:
+def renewed(
+    data: Mapping[str, Any], version: str, made: Mapping[str, Any], errors: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The recordings with what this version answered, and with the keys of versions that cannot run filled from it.
+
+    ``errors`` is None for a version whose refusals are not the present ones.
+    """
+    provenance = {**data["provenance"], version: PROVENANCE}
+    meta_info = {**data["meta_info"], version: made["meta_info"]}
+    for older, keys in meta_info.items():
+        if errors is not None and provenance.get(older, "") != PROVENANCE:
             meta_info[older] = {key: made["meta_info"][OLDER_KEYS.get(key, key)] for key in keys}
             provenance[older] = f"not recorded: the response of {version} under the keys of this version's source"
     return {
         "provenance": provenance,
         "meta_info": meta_info,
         "tensor_fields": {**data["tensor_fields"], version: made["tensor_fields"]},
-        "errors": made["errors"],
+        "errors": data["errors"] if errors is None else errors,
     }
 
 
-def main() -> None:
+def main(release: str = "") -> None:
     data = json.loads(RECORDINGS.read_text())
     with tempfile.TemporaryDirectory() as name, cpu_environment():
-        config = Models.make(Path(name) / "models").config(ALGORITHM, Path(name) / "run")
+        folder = Path(name)
+        config = Models.make(folder / "models").config(ALGORITHM, folder / "run", python=sglang_python(release))
         with started(config) as engine:
-            data = renewed(data, engine._info.version, recording(Real(ALGORITHM, engine)))
+            real = Real(ALGORITHM, engine)
+            data = renewed(data, engine._info.version, recording(real), None if release else refusals(real))
     RECORDINGS.write_text(json.dumps(data, indent=1) + "\n")
     sys.stdout.write(f"{RECORDINGS}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
