@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the SGLang that the tests run on a CPU, in an environment of its own, once; prints its Python's path.
 #   bash scripts/install-sglang-cpu.sh            the release that requirements.txt pins
-#   bash scripts/install-sglang-cpu.sh 0.5.20     another one, over the same dependencies (they suit 0.5.20 and 0.5.21)
+#   bash scripts/install-sglang-cpu.sh 0.5.20     another one, over the same dependencies (seen to suit 0.5.20, 0.5.21 and 0.5.23)
 # The environment is cached by what it holds, beside the other caches (XDG_CACHE_HOME). PYTHON chooses its Python 3.11.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

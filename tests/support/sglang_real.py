@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -59,9 +60,10 @@ def _installed(release: str) -> subprocess.CompletedProcess[str]:
 def sglang_python(release: str = "") -> str:
     """The interpreter of the environment, or of another release's over it, installed where it is not there yet.
 
-    Where it cannot be, tests fail.
+    SGLANG_RELEASE in the environment names the release where the caller names none. Where it cannot be installed, tests
+    fail.
     """
-    done = _installed(release)
+    done = _installed(release or os.environ.get("SGLANG_RELEASE", ""))
     assert done.returncode == 0, f"SGLang for the CPU cannot be installed:\n{done.stderr}"
     return done.stdout.split()[-1]
 
