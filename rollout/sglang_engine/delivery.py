@@ -170,20 +170,20 @@ def _parts(weights: Weights, mtp_names: frozenset[str]) -> list[tuple[Side, Mapp
     return [("target", outer), ("draft", inner)]
 
 
-async def read_back(client: SglangClient, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
-    """Names of some tensors whose first rows a rank of the server does not have; what it cannot show is not judged."""
+async def read_back(client: SglangClient, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, bool]:
+    """For some tensors by name, whether every rank of the server has their first rows; not for what it cannot show."""
     names = [name for name in tensors if not any(part in name for part in MISREAD)]
     picked = sorted({names[0], names[len(names) // 3], names[2 * len(names) // 3], names[-1]})
-    wrong = []
+    judged = {}
     for name in picked:
         try:
             shown = await client.post("/get_weights_by_name", {"name": name, "truncate_size": 2})
         except ServerRefused:
             continue
         ours = tensors[name][:2].to(dtype).to(torch.float64)
-        if any(not torch.equal(theirs, ours) for theirs in _per_replica(shown, ours.dim())):
-            wrong.append(name)
-    return wrong
+        if replicas := _per_replica(shown, ours.dim()):
+            judged[name] = all(torch.equal(theirs, ours) for theirs in replicas)
+    return judged
 
 
 def _per_replica(shown: Any, num_dims: int) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from rollout.sglang_engine.staging import ServerStaging
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
 from slime_spec.weights.manifest import Manifest, Side
-from slime_spec.weights.push import PauseMode
+from slime_spec.weights.push import NOT_COMPARABLE, PauseMode
 from slime_spec.weights.stage import PushStage
 
 # Tensors whose storage a draft may share with its target: a push of the target changes them, and a release loses them.
@@ -144,7 +144,7 @@ class ServerWeights:
             raise PushError(f"after the push of version {self.version('target')} the server tells version {told!r}")
 
     def checksum(self, side: Side) -> str:
-        """The pushed checksum where the server's weights are what was pushed, else what is wrong.
+        """The pushed checksum where the server's weights are what was pushed, else what is wrong, or NOT_COMPARABLE.
 
         SGLang keeps projections fused and has no way to read all of them back: the first rows of some tensors are
         compared as numbers, and the draft's checksums by the server's reckoning with those right after the push.
@@ -154,9 +154,15 @@ class ServerWeights:
             return "nothing was pushed"
         if side == "target":
             dtype: torch.dtype = getattr(torch, self._config.engine.dtype)
-            wrong = self._loop.call(read_back(self._client, weights.tensors, dtype))
-            if wrong:
+            judged = self._loop.call(read_back(self._client, weights.tensors, dtype))
+            if not judged:
+                return NOT_COMPARABLE
+            if wrong := [name for name, is_same in judged.items() if not is_same]:
                 return f"the server has other values of {', '.join(wrong)}"
-        elif self._speculates() and not self.draft_is_as_remembered():
-            return "the draft's checksums have changed since the push"
+        else:
+            sums = self._sums_of_draft() if self._speculates() else {}
+            if not sums:  # no draft runs, or the server tells none
+                return NOT_COMPARABLE
+            if sums != self._draft_sums:
+                return "the draft's checksums have changed since the push"
         return self._checksums[side]

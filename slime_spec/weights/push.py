@@ -28,7 +28,7 @@ from slime_spec.errors import PushError
 from slime_spec.weights.manifest import Manifest, Side, TensorMeta, combined_checksum, tensor_checksum
 
 PauseMode = Literal["abort", "retract", "in_place"]
-NOT_COMPARABLE = ""  # in place of a checksum: the engine rounds what it is sent (a quantised draft)
+NOT_COMPARABLE = ""  # in place of a checksum: the engine cannot tell, or rounds what it is sent (a quantised draft)
 
 
 @dataclass(frozen=True)
@@ -234,16 +234,14 @@ def _commit(message: CommitPush, broadcast: Broadcast) -> None:
 
 
 def _verify(message: CommitPush, side: Side, broadcast: Broadcast) -> bool:
-    """Compare what the engines compute with; False where they cannot tell."""
+    """Compare what the engines compute with; False where any of them cannot tell."""
     answers = {reply.checksum for reply in broadcast(VerifyPush(message.version, side))}
-    if answers == {NOT_COMPARABLE}:
-        return False
-    if answers != {message.checksum}:
+    if answers - {NOT_COMPARABLE, message.checksum}:
         raise PushError(
             f"after the push of version {message.version} engines compute with {sorted(answers)}, "
             f"the trainer sent {message.checksum}"
         )
-    return True
+    return NOT_COMPARABLE not in answers
 
 
 def bucketed(

@@ -39,6 +39,7 @@ def test_a_target_push_is_one_session_of_the_target_in_a_paused_server(
     connect: Connect, checkpoints: Checkpoints
 ) -> None:
     on_fake = connect()
+    on_fake.server.rows = {name: tensor[:2].tolist() for name, tensor in checkpoints.target_weights().items()}
     report = on_fake.push(push_of(checkpoints.target_weights(), 3), verify=True)
     assert (report.version, report.verified) == (3, True)
     assert paths(on_fake) == [
@@ -244,6 +245,15 @@ def test_projections_that_sglang_cuts_out_wrongly_are_not_asked_for(connect: Con
     """It takes hidden_size / num_attention_heads for a head's size, whatever config.json says."""
     on_fake, weights = connect(), checkpoints.target_weights()
     kv = {name: tensor for name, tensor in weights.items() if ".k_proj." in name or ".v_proj." in name}
-    on_fake.server.rows = {name: torch.zeros_like(tensor[:2]).tolist() for name, tensor in kv.items()}
+    wrong = {name: torch.zeros_like(tensor[:2]).tolist() for name, tensor in kv.items()}
+    on_fake.server.rows = {name: tensor[:2].tolist() for name, tensor in weights.items()} | wrong
     assert kv
     assert on_fake.push(push_of(weights, 1), verify=True).verified
+
+
+def test_weights_that_the_server_does_not_show_are_not_called_verified(
+    connect: Connect, checkpoints: Checkpoints
+) -> None:
+    on_fake = connect()
+    assert on_fake.server.rows == {}
+    assert not on_fake.push(push_of(checkpoints.target_weights(), 1), verify=True).verified
