@@ -18,8 +18,8 @@ setup(
     package_dir={"slime_spec.conf": "conf"},
     package_data={
         "slime_spec.conf": ["*.yaml", "*/*.yaml"],
-        "slime_spec.launch": ["*.json"],
-        "slime_spec.draft": ["builtin/*/*"],
+        "slime_spec.sglang": ["*.json"],
+        "slime_spec.checkpoints": ["builtin/*/*"],
         "rollout.embedded.kernels": ["*.c", "*.h"],
         "rollout.sglang_engine": ["*.json"],
     },

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from rollout.begun import as_begun, check_begun
+from rollout.partial_samples import as_begun, check_begun
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
-from slime_spec.hf.checkpoint import expected_shapes
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import WeightTransport
-from slime_spec.speculation.metadata import pooled
+from slime_spec.sglang.metadata import pooled
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, SpecCounters
 from slime_spec.weights.manifest import Manifest, Side, combined_checksum, tensor_checksum
 from slime_spec.weights.push import PauseMode, PushBucket, PushMessage, PushReply

@@ -18,13 +18,13 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rollout.actor import create_engine_actors
 from rollout.dispatch import Dispatcher
-from rollout.flights import Flight, Flights
-from rollout.sglang_engine.installed import installed_in
+from rollout.in_flight import Flight, Flights
 from rollout.sglang_engine.launcher import listening_host
 from rollout.sglang_engine.router_process import RouterProcess, behind_router
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.placement import Placement
+from slime_spec.sglang.installed import installed_in
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.push import PushMessage, PushReply
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from slime_spec.launch.doctor.document import markdown
+from slime_spec.launch.doctor import USAGE
+from slime_spec.preflight.document import markdown
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "doctor.md"
 
 if __name__ == "__main__":
-    DOC.write_text(markdown(), encoding="utf-8")
+    DOC.write_text(markdown(USAGE), encoding="utf-8")

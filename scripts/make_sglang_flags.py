@@ -1,4 +1,4 @@
-"""Write slime_spec/launch/sglang_flags.json: every command line flag of the installed SGLang's ServerArgs.
+"""Write slime_spec/sglang/flags.json: every command line flag of the installed SGLang's ServerArgs.
 
 Run it in an environment with the pinned SGLang (its ServerArgs needs no GPU and few of its requirements):
 
@@ -16,7 +16,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-TABLE = Path(__file__).resolve().parent.parent / "slime_spec" / "launch" / "sglang_flags.json"
+TABLE = Path(__file__).resolve().parent.parent / "slime_spec" / "sglang" / "flags.json"
 
 # SGLang's own argparse types, by the name of their function; all its JSON readers accept one JSON text.
 TYPES = {

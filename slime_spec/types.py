@@ -116,15 +116,14 @@ class SpecCounters:
 class GeneratedSample:
     """One finished response. ``logprobs[i]`` is the target's log softmax(logits / temperature) at ``token_ids[i]``.
 
-    ``matched_stop`` is the token or the string that ended a response whose ``finish_reason`` is stop;
-    ``cached_tokens`` counts the prompt tokens whose KV another sample of the group had computed. ``weight_version`` is
-    the oldest that shaped the response; ``version_spans`` are (first token index, version) pairs, empty where one
-    version generated all of it. ``draft_version`` is that of the draft's own weights, None where it has none.
-    ``lossy`` marks a sample whose verification may have bent the target's law. ``wait_s`` and ``first_token_s`` are
-    the times from its arrival to its admission and to its first token, None where nobody measured them.
-    ``num_preemptions`` counts how often its KV was given up for lack of room, and recomputed. A sample that
-    went on from an earlier part (GroupRequest.begun) sums the times of both; ``spec`` is empty where either part's
-    rounds are unknown.
+    ``matched_stop`` is the token or the string that ended a response whose ``finish_reason`` is stop; ``cached_tokens``
+    counts the prompt tokens whose KV another sample of the group had computed. ``weight_version`` is the oldest that
+    shaped the response; ``version_spans`` are (first token index, version) pairs, empty where one version generated all
+    of it. ``draft_version`` is that of the draft's own weights, None where it has none. ``lossy`` marks a sample whose
+    verification may have bent the target's distribution. ``wait_s`` and ``first_token_s`` are the times from its
+    arrival to its admission and to its first token, None where nobody measured them. ``num_preemptions`` counts how
+    often its KV was given up for lack of room, and recomputed. A sample that went on from an earlier part
+    (GroupRequest.begun) sums the times of both; ``spec`` is empty where either part's rounds are unknown.
     """
 
     group_id: str

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.checks import check_ranks
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)

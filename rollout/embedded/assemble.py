@@ -17,12 +17,12 @@ from rollout.embedded.validate import limits_of
 from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.verifier import Verifier
 from rollout.embedded.weights import DecoderBuilder
+from slime_spec.checkpoints.end_tokens import eos_ids
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
-from slime_spec.hf.checkpoint import load_tensors
-from slime_spec.hf.end_tokens import eos_ids
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.tokenizer import Tokenizer
-from slime_spec.speculation.shape import draft_shape
+from slime_spec.sglang.draft_shape import draft_shape
 
 
 class Assembly:

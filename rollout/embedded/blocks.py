@@ -17,7 +17,7 @@ from rollout.embedded.kernels.blocks import NativeBlocks
 from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable, rotate
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 
 @dataclass

@@ -32,7 +32,7 @@ from rollout.embedded.speculation import Speculation
 from rollout.embedded.stop import Ending, StopRule
 from rollout.embedded.target import PassOutput, Target, Timing
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
-from slime_spec.speculation.shape import DraftShape
+from slime_spec.sglang.draft_shape import DraftShape
 from slime_spec.types import GroupRequest
 from slime_spec.weights.push import PauseMode
 
@@ -252,7 +252,7 @@ class GenerationCore:
 
     def _verify_row(self, sequence: SampleState, draft: Draft) -> VerifyRow:
         group = sequence.group
-        return VerifyRow(draft, group.request.params, sequence.coins, sequence.token_ids, group.num_prompt_tokens)
+        return VerifyRow(draft, group.request.params, sequence.uniforms, sequence.token_ids, group.num_prompt_tokens)
 
     def _emit(self, sequence: SampleState, verified: Verified, version: int) -> Ending | None:
         """Append tokens up to the first that ends the response, and say why it ended."""

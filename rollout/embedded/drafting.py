@@ -28,8 +28,8 @@ class Draft:
     """Candidate tokens for one verify pass, the root (last emitted token) excluded; parents precede children.
 
     ``parents[i]`` is the index of node i's parent, -1 for the root: a chain of three is ``(-1, 0, 1)``. Siblings are
-    distinct tokens. ``q_draft`` is the law each token was truly sampled from ([nodes, target vocab], fp32); None means
-    the drafter chose its tokens (argmax, n-gram, lookup, top-k), a point mass.
+    distinct tokens. ``q_draft`` is the distribution each token was truly sampled from ([nodes, target vocab], fp32);
+    None means the drafter chose its tokens (argmax, n-gram, lookup, top-k), a point mass.
     """
 
     token_ids: tuple[int, ...]
@@ -100,8 +100,8 @@ class DraftContext:
     """What a drafter may look at for one sequence; ``token_ids`` are all committed ones, prompt first.
 
     The last token is the root of the round: the target has not cached it yet. A draft may have ``max_draft_tokens``
-    nodes and paths of ``max_depth``. ``coins[t]`` is the uniform to sample the draft of generated token t with, so that
-    the first draft of this round uses ``coins[len(token_ids) - num_prompt_tokens]``.
+    nodes and paths of ``max_depth``. ``uniforms[t]`` is the uniform to sample the draft of generated token t with, so
+    that the first draft of this round uses ``uniforms[len(token_ids) - num_prompt_tokens]``.
     """
 
     request_key: int
@@ -112,7 +112,7 @@ class DraftContext:
     max_draft_tokens: int
     max_depth: int
     params: SamplingParams
-    coins: Sequence[float]
+    uniforms: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class DraftWeights(Protocol):
 
 
 class Drafter(Protocol):
-    """Proposes tokens for the target to verify; whatever it proposes, the output's law stays the target's."""
+    """Proposes tokens for the target to verify; whatever it proposes, the output's distribution stays the target's."""
 
     @property
     def needs(self) -> FeatureNeed: ...

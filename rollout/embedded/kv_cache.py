@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 Shape = tuple[int, int]  # rows, capacity
 MIN_GROWTH_TOKENS = 64

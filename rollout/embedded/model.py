@@ -13,7 +13,7 @@ from rollout.embedded.blocks import BlockStack, Layer, rms_norm
 from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 __all__ = ["Decoder", "Layer"]
 

@@ -11,9 +11,9 @@ from rollout.embedded.core import GenerationCore
 from rollout.embedded.drafting import DraftWeights
 from rollout.embedded.loop_thread import LoopThread
 from rollout.embedded.weights import DecoderBuilder, named_tensors
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.errors import PushError
-from slime_spec.hf.checkpoint import expected_shapes
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.weights.manifest import Manifest, Side, combined_checksum, tensor_checksum
 from slime_spec.weights.push import NOT_COMPARABLE, PauseMode
 from slime_spec.weights.stage import PushStage, Staging

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rollout.begun import rounds_are_known
-from rollout.embedded.coins import Coins
 from rollout.embedded.stop import Ending
-from slime_spec.speculation.shape import DraftShape
+from rollout.embedded.uniforms import Uniforms
+from rollout.partial_samples import rounds_are_known
+from slime_spec.sglang.draft_shape import DraftShape
 from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
 
 
@@ -91,7 +91,7 @@ class SampleState:
     sample_index: int
     key: int  # samples are as old as their keys
     token_ids: list[int]
-    coins: Coins
+    uniforms: Uniforms
     logprobs: list[float] = field(default_factory=list)
     accepted_histogram: list[int] = field(default_factory=list)
     num_drafted: int = 0
@@ -113,12 +113,12 @@ class SampleState:
     def of(cls, group: Group, position: int, key: int, speculates: bool) -> SampleState:
         """The sample of a group's seed, as new or as its earlier part left it; it goes on whatever the params.
 
-        Stop strings and penalties look at all its tokens, and its coins are those of its seed at every token: where
+        Stop strings and penalties look at all its tokens, and its uniforms are those of its seed at every token: where
         the weights are the same, it becomes what it would have been undisturbed.
         """
         request = group.request
-        coins = Coins(request.seeds[position], request.params.max_new_tokens)
-        state = cls(group, request.sample_indices[position], key, list(request.prompt_token_ids), coins)
+        uniforms = Uniforms(request.seeds[position], request.params.max_new_tokens)
+        state = cls(group, request.sample_indices[position], key, list(request.prompt_token_ids), uniforms)
         begun = request.begun_at(position)
         if begun is None:
             return state

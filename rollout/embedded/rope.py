@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.rope import inverse_frequencies
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.rope import inverse_frequencies
 
 
 class RopeTable:

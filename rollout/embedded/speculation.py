@@ -15,7 +15,7 @@ from rollout.embedded.plan import RowSpan, tree_shape
 from rollout.embedded.request import Group, SampleState
 from rollout.embedded.target import PassOutput, Target, Timing
 from rollout.embedded.verification.verifier import Verified
-from slime_spec.speculation.shape import DraftShape
+from slime_spec.sglang.draft_shape import DraftShape
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Speculation:
             max_draft_tokens=self.shape.num_draft_tokens - 1,
             max_depth=max_depth,
             params=group.request.params,
-            coins=sequence.coins.draft_of_round(sequence.num_generated),
+            uniforms=sequence.uniforms.draft_of_round(sequence.num_generated),
         )
 
     @contextmanager

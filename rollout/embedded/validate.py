@@ -7,14 +7,14 @@ from math import inf, isfinite
 
 import torch
 
-from rollout.begun import check_begun
 from rollout.embedded.drafters import draft_kv_spec
 from rollout.embedded.kv_cache import bytes_per_token
+from rollout.partial_samples import check_begun
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.sglang.draft_shape import draft_shape
 from slime_spec.speculation.request_fields import check_speculative_params
-from slime_spec.speculation.shape import draft_shape
 from slime_spec.types import GroupRequest, SamplingParams
 
 MAX_LOGIT_BIAS = 1e30  # divided by the least temperature it is still an fp32 number; -inf bans a token

@@ -14,8 +14,8 @@ from rollout.embedded.blocks import Layer
 from rollout.embedded.linear import PackedLinear, Packing, best_packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable
-from slime_spec.hf.checkpoint import expected_shapes
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from threading import Event, RLock
 import psutil
 import torch
 
-from rollout.sglang_engine.arguments import LOOPBACK, config_of_engine
 from rollout.sglang_engine.canary import Canary
 from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.contract import detect
@@ -18,12 +17,9 @@ from rollout.sglang_engine.delivery import Delivery
 from rollout.sglang_engine.draft_watch import DraftWatch
 from rollout.sglang_engine.external import use_server
 from rollout.sglang_engine.generation import SampleRun, SglangGeneration
-from rollout.sglang_engine.installed import InstalledSglang, checked_in, installed_in
-from rollout.sglang_engine.labels import label_suffix
 from rollout.sglang_engine.launcher import Launcher
 from rollout.sglang_engine.limits import check_request
 from rollout.sglang_engine.loop_thread import AsyncLoop
-from rollout.sglang_engine.model_files import TargetFiles, draft_files
 from rollout.sglang_engine.nodes import Site
 from rollout.sglang_engine.router import Requests, RoutedRequests
 from rollout.sglang_engine.sample import Reading
@@ -32,10 +28,14 @@ from rollout.sglang_engine.server_info import ServerInfo, load_of
 from rollout.sglang_engine.supervise import Supervisor
 from rollout.sglang_engine.transports.bucket import ServerTransport
 from rollout.sglang_engine.weights import ServerWeights
+from slime_spec.checkpoints.model_files import TargetFiles, draft_files
 from slime_spec.config.addresses import is_loopback
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.interfaces import WeightTransport
+from slime_spec.sglang.arguments import LOOPBACK, config_of_engine
+from slime_spec.sglang.installed import InstalledSglang, checked_in, installed_in
+from slime_spec.sglang.labels import label_suffix
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.push import ContinueGeneration, PauseGeneration, PushMessage, PushReply, VerifyPush
 from slime_spec.weights.stage import PushDesk

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rollout.sglang_engine.client import ServerRefused, SglangClient
-from rollout.sglang_engine.labels import label_suffix, version_number
-from rollout.sglang_engine.model_files import TargetFiles
+from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.sglang.labels import label_suffix, version_number
 
 # SGLang runs NEXTN as EAGLE and says so.
 SAME = {"NEXTN": "EAGLE"}

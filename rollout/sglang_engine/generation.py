@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any, Protocol
 from uuid import uuid4
 
-from rollout.begun import MAX_FRUITLESS_PARTS
+from rollout.partial_samples import MAX_FRUITLESS_PARTS
 from rollout.sglang_engine.client import ServerGone, ServerRefused
 from rollout.sglang_engine.router import Requests
 from rollout.sglang_engine.sample import GrowingSample, Part, Reading

@@ -6,14 +6,14 @@ import logging
 import sys
 from pathlib import Path
 
-from rollout.sglang_engine.arguments import LOOPBACK, Place, command_line, server_flags
-from rollout.sglang_engine.installed import InstalledSglang
-from rollout.sglang_engine.labels import label_suffix
 from rollout.sglang_engine.nodes import Part, Site, SpannedServer
 from rollout.sglang_engine.server import ServerProcess, check_port, free_port, probe_socket
 from slime_spec.config.addresses import ANY_HOST, address_of, is_loopback
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.sglang.arguments import LOOPBACK, Place, command_line, server_flags
+from slime_spec.sglang.installed import InstalledSglang
+from slime_spec.sglang.labels import label_suffix
 
 logger = logging.getLogger(__name__)
 

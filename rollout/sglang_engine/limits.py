@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rollout.begun import check_begun
-from rollout.sglang_engine.model_files import TargetFiles
+from rollout.partial_samples import check_begun
+from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.speculation.request_fields import check_speculative_params

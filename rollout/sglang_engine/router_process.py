@@ -9,11 +9,11 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
-from rollout.sglang_engine.installed import InstalledSglang
 from rollout.sglang_engine.server import ServerProcess, ServerStartError, free_port
 from slime_spec.config.addresses import ANY_HOST, address_of
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.sglang.installed import InstalledSglang
 
 logger = logging.getLogger(__name__)
 

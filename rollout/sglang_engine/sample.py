@@ -1,8 +1,8 @@
 """One sample while a server generates it: what has arrived, over as many parts as it took.
 
 A part is one request. It ends with the response, or breaks off with its server, or is aborted; the next part goes on
-from the tokens that arrived, here or on another engine (GroupRequest.begun), where that gives the same law, and starts
-anew where it would not.
+from the tokens that arrived, here or on another engine (GroupRequest.begun), where that gives the same distribution,
+and starts anew where it would not.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rollout.begun import rounds_are_known
-from rollout.sglang_engine.labels import engine_number, version_number
-from slime_spec.speculation.metadata import pooled, spec_counters
+from rollout.partial_samples import rounds_are_known
+from slime_spec.sglang.labels import engine_number, version_number
+from slime_spec.sglang.metadata import pooled, spec_counters
 from slime_spec.types import FinishReason, GeneratedSample, GroupRequest, SamplingParams, SpecCounters
 
 Span = tuple[int, int]
@@ -231,7 +231,7 @@ def sampling_fields(params: SamplingParams, num_generated: int) -> dict[str, Any
 
 
 def can_go_on(params: SamplingParams) -> bool:
-    """Whether generated tokens may become part of the prompt without bending the law of the rest.
+    """Whether generated tokens may become part of the prompt without bending the distribution of the rest.
 
     Stop strings may begin before the seam, and penalties of generated tokens do not count the prompt's.
     """

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from rollout.sglang_engine.model_files import TABLES, DraftFiles, Shapes, TargetFiles
+from slime_spec.checkpoints.model_files import TABLES, DraftFiles, Shapes, TargetFiles
 from slime_spec.errors import PushError
 from slime_spec.weights.manifest import Manifest
 

@@ -9,8 +9,8 @@ import torch
 from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.delivery import Delivery, Sums, Weights, read_back
 from rollout.sglang_engine.loop_thread import AsyncLoop
-from rollout.sglang_engine.model_files import DraftFiles, TargetFiles
 from rollout.sglang_engine.staging import ServerStaging
+from slime_spec.checkpoints.model_files import DraftFiles, TargetFiles
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
 from slime_spec.weights.manifest import Manifest, Side

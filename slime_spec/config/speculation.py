@@ -8,7 +8,7 @@ from dataclasses import fields
 from slime_spec.config.speculative import EMBEDDED_ALGORITHMS, SPECULATIVE_ALGORITHMS
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
-from slime_spec.speculation.shape import (
+from slime_spec.sglang.draft_shape import (
     AUTO_CHAIN,
     MODEL_DRAFTS,
     NGRAM_DRAFT_TOKENS,
@@ -75,11 +75,11 @@ def unused_draft_settings(spec: SpeculativeConfig) -> list[str]:
 
 
 def check_environment(environ: Mapping[str, str]) -> None:
-    """Refuse SGLang's switch that pretends drafts were accepted: what it generates is nobody's law."""
+    """Refuse SGLang's switch that pretends drafts were accepted: what it generates is nobody's distribution."""
     if environ.get(FORGED_ACCEPTANCE) not in (None, "", "-1", "-1.0"):
         raise ConfigError(
             FORGED_ACCEPTANCE,
-            "forges acceptance, so that samples and their logprobs have no target's law",
+            "forges acceptance, so that samples and their logprobs have no target's distribution",
             environ[FORGED_ACCEPTANCE],
             f"Unset {FORGED_ACCEPTANCE}.",
         )
@@ -150,7 +150,7 @@ def _check_sampled_drafts(spec: SpeculativeConfig) -> None:
         if spec.algorithm not in MODEL_DRAFTS:
             raise ConfigError(
                 f"speculative.{name}",
-                f"samples drafts from a draft model's law, and {spec.algorithm} has none",
+                f"samples drafts from a draft model's distribution, and {spec.algorithm} has none",
                 True,
                 f"Drop {flag}: the default verification is exact for every drafter.",
             )
@@ -172,7 +172,7 @@ def _check_thresholds(config: Config) -> None:
         if config.run.mode == "train":
             raise ConfigError(
                 f"speculative.{name}",
-                "must be 1 in a training run: below 1 samples no longer have the policy's law",
+                "must be 1 in a training run: below 1 samples no longer have the policy's distribution",
                 value,
                 f"Drop {flag}, or generate only: --debug-rollout-only with --speculative-lossy.",
             )
@@ -186,7 +186,7 @@ def _check_thresholds(config: Config) -> None:
         if not spec.lossy:
             raise ConfigError(
                 f"speculative.{name}",
-                "below 1 bends the output's law, which needs speculative.lossy",
+                "below 1 bends the output's distribution, which needs speculative.lossy",
                 value,
                 f"Drop {flag}, or accept it with --speculative-lossy: every sample is then marked.",
             )

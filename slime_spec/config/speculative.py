@@ -44,14 +44,14 @@ class SpeculativeConfig:
     )
     accept_threshold_single: float = setting(
         1.0,
-        "Accept any drafted token this likely; below 1 the output law is bent (needs lossy).",
+        "Accept any drafted token this likely; below 1 the output distribution is bent (needs lossy).",
         flags=("--sglang-speculative-accept-threshold-single",),
         above=0.0,
         maximum=1.0,
     )
     accept_threshold_acc: float = setting(
         1.0,
-        "Divide the acceptance coin's threshold by this; below 1 the output law is bent (needs lossy).",
+        "Divide the acceptance uniform's threshold by this; below 1 the output distribution is bent (needs lossy).",
         flags=("--sglang-speculative-accept-threshold-acc",),
         above=0.0,
         maximum=1.0,

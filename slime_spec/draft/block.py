@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.rope import inverse_frequencies
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.rope import inverse_frequencies
 
 
 class RmsNorm(nn.Module):

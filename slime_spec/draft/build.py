@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.families import MIMO
 from slime_spec.draft.eagle3 import Eagle3Network
-from slime_spec.draft.families import MIMO
 from slime_spec.draft.mtp import MtpNetwork
 from slime_spec.draft.network import DraftNetwork
-from slime_spec.draft.spec import DraftSpec
 
 
 def make_network(spec: DraftSpec) -> DraftNetwork:

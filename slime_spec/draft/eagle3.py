@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.block import DraftAttention, RmsNorm, SwiGlu
 from slime_spec.draft.network import DraftNetwork
-from slime_spec.draft.spec import DraftSpec
-from slime_spec.hf.model_spec import ModelSpec
 
 
 class Eagle3Layer(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.draft.block import DraftAttention, RmsNorm, SwiGlu
 from slime_spec.draft.network import DraftNetwork
-from slime_spec.draft.spec import DraftSpec
 
 
 class MtpNetwork(DraftNetwork):
@@ -15,7 +15,7 @@ class MtpNetwork(DraftNetwork):
 
     Features are the target's hidden state after its final norm; the recurrent state is the layer's own output after
     ``final_layernorm``, to which the target's head is applied. In a checkpoint the parameters' names begin with the
-    family's prefix (slime_spec.draft.families).
+    family's prefix (slime_spec.checkpoints.families).
     """
 
     def __init__(self, spec: DraftSpec) -> None:

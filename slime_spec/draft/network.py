@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
+from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.draft.block import DraftAttention
-from slime_spec.draft.spec import DraftSpec
 
 
 class DraftNetwork(nn.Module, ABC):

@@ -11,9 +11,9 @@ from slime_spec.config.build import unknown_setting
 from slime_spec.config.schema import SGLANG, settings
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError
-from slime_spec.launch.flags import EXPERIMENT, Flag, find_flag, flags, is_flag, parse_sglang, parse_value
+from slime_spec.launch.flags import EXPERIMENT, Flag, find_flag, flags, is_flag, parse_value
 from slime_spec.launch.newer_flags import newer_flag
-from slime_spec.launch.sglang_table import sglang_flag
+from slime_spec.sglang.flags import sglang_flag
 
 EXTRA_ARGS = "sglang_server.extra_args"
 SGLANG_FLAG = ("--sglang-", "--sglang_")
@@ -125,8 +125,7 @@ def _read_override(token: str) -> tuple[str, Any]:
         entry = sglang_flag(leaf)
         if entry.is_list and text.startswith("["):
             return path, entry.check(list_of(path, text))
-        value = parse_sglang(entry, unquoted(text))
-        return path, entry.check([value] if entry.is_list else value)
+        return path, entry.parse([unquoted(text)])
     if path not in settings():
         raise unknown_setting(path)
     setting = settings()[path]

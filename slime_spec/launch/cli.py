@@ -61,19 +61,18 @@ def _train(argv: list[str]) -> int:
     is_dry = DRY_RUN in argv
     argv = [word for word in argv if word != DRY_RUN]
     made = composed(argv)
-    config = made.config
     _tell(made.notes)
     if is_dry:
         from slime_spec.launch.dry_run.plan import make_plan
         from slime_spec.launch.dry_run.show import show_plan
 
-        plan = make_plan(config, argv)
+        plan = make_plan(made)
         show_plan(plan)
         return 2 if plan.stopping else 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
     from slime_spec.launch.train import run
 
-    return run(config, argv)
+    return run(made, argv)
 
 
 def _rollout(argv: list[str]) -> int:
@@ -120,7 +119,7 @@ def _models(argv: list[str]) -> int:
     parser.add_argument("name", help="smollm2-135m")
     parser.add_argument("--output", type=Path, help="the folder to make (default: models/NAME)")
     options = parser.parse_args(argv)
-    from slime_spec.launch.models import fetch
+    from slime_spec.checkpoints.fetch import fetch
 
     print(fetch(options.name, options.output))
     return 0
@@ -142,7 +141,7 @@ def _draft(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    from slime_spec.launch.doctor.command import run_doctor
+    from slime_spec.launch.doctor import run_doctor
 
     return run_doctor(argv, _show)
 
@@ -154,7 +153,7 @@ def _bench(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         remedy = "Write slime-spec bench main-job, slime-spec bench engine or slime-spec bench sglang."
         raise ConfigError("bench", "needs the name of a benchmark", argv, remedy)
-    from slime_spec.launch.bench import run_bench
+    from slime_spec.bench import run_bench
 
     return run_bench(argv[0], argv[1:])
 

@@ -13,10 +13,10 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.hf.checkpoint import expected_shapes
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.placement import Bundle, BundlePlan, Placement, plan_bundles
 
 logger = logging.getLogger(__name__)

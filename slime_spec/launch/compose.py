@@ -27,15 +27,19 @@ from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import Arguments, read_arguments
-from slime_spec.launch.sglang_table import check_sglang, sglang_flag
+from slime_spec.sglang.flags import check_sglang, sglang_flag
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A configuration, and what of it was left out or has no effect, one sentence each."""
+    """A configuration; ``notes`` say what of it was left out or has no effect, one sentence each.
+
+    ``given`` are the paths of the settings that the command line or its experiment sets; others have their defaults.
+    """
 
     config: Config
     notes: tuple[str, ...]
+    given: frozenset[str]
 
 
 def compose(argv: Sequence[str]) -> Config:
@@ -71,7 +75,15 @@ def composed(argv: Sequence[str]) -> Composed:
     config = replace(config, speculative=kept)
     check(config)
     check_environment(os.environ)
-    return Composed(config, (*left_out, *notes(config)))
+    return Composed(config, (*left_out, *notes(config)), frozenset(values) | _set_by(experiment))
+
+
+def _set_by(experiment: str | None) -> frozenset[str]:
+    """The paths of the settings that a named experiment sets."""
+    if experiment is None:
+        return frozenset()
+    data = read_yaml((conf_dir() / "experiment" / f"{experiment}.yaml").read_text())
+    return frozenset(f"{node}.{leaf}" for node, leaves in data.items() for leaf in leaves)
 
 
 def _is_given(arguments: Arguments, name: str) -> bool:

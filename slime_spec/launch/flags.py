@@ -9,9 +9,9 @@ from typing import Any
 
 from slime_spec.config.schema import Setting, settings
 from slime_spec.config.suggest import did_you_mean
+from slime_spec.config.texts import NULLS, PARSERS, whole_number
 from slime_spec.errors import ConfigError
-from slime_spec.launch.sglang_table import SglangFlag, sglang_flags, typed_elsewhere
-from slime_spec.launch.texts import EXPECTS, NULLS, PARSERS, whole_number
+from slime_spec.sglang.flags import SglangFlag, sglang_flags, typed_elsewhere
 
 EXPERIMENT = "experiment"  # the choice of a file in conf/experiment (or of a path), not a setting of the tree
 SP_TYPES = {
@@ -112,16 +112,6 @@ def parse_value(setting: Setting, text: str, kind: str | None = None) -> Any:
         raise ConfigError(setting.path, f"must be {setting.expects}", text, setting.remedy) from None
 
 
-def parse_sglang(entry: SglangFlag, text: str) -> Any:
-    """One value of an SGLang flag from its text (``null`` is itself one of the choices of some)."""
-    if text in NULLS and text not in entry.choices:
-        return None
-    try:
-        return PARSERS[entry.type](text)
-    except ValueError:
-        raise ConfigError(entry.path, f"must be {EXPECTS[entry.type]}", text, entry.remedy) from None
-
-
 def _tree_flag(setting: Setting) -> Flag:
     if setting.is_tuple:
         return Flag(setting.path, "*", lambda texts: setting.check([parse_value(setting, text) for text in texts]))
@@ -137,16 +127,7 @@ def _typed_sglang_flag(setting: Setting, entry: SglangFlag) -> Flag:
 
 
 def _sglang_flag(entry: SglangFlag) -> Flag:
-    if entry.type == "bool":
-        return Flag(entry.path, "0", lambda texts: entry.check(parse_sglang(entry, texts[0])))
-    if entry.is_list:
-        return Flag(
-            entry.path, str(entry.nargs), lambda texts: entry.check([parse_sglang(entry, text) for text in texts])
-        )
-    # argparse's "?" without a value means the flag's const, which is the empty text wherever SGLang uses it.
-    return Flag(
-        entry.path, entry.nargs or "1", lambda texts: entry.check(parse_sglang(entry, texts[0] if texts else ""))
-    )
+    return Flag(entry.path, "0" if entry.type == "bool" else entry.nargs or "1", entry.parse)
 
 
 def _aliases() -> Mapping[str, Flag]:
@@ -199,7 +180,7 @@ _DRAFTS_BEFORE_THE_RUN = (
     "this version trains drafts before the RL run, not in it",
     "Make a draft with `slime-spec draft train` and pass its folder as --speculative-draft-model-path.",
 )
-_ONE_LAW = ("every token is drawn by its request's own coin, batched or not", "Leave it out.")
+_ONE_DISTRIBUTION = ("every token is drawn by its request's own uniform, batched or not", "Leave it out.")
 _NO_SUCH_PARALLELISM = (
     "this version's trainer is parallel over tensors, pipeline stages and data only",
     "Use --tensor-model-parallel-size, --pipeline-model-parallel-size and --actor-world-size.",
@@ -221,10 +202,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         "a tree is shaped by three numbers, not by a file",
         "Pass --speculative-num-steps 5 --speculative-eagle-topk 4 --speculative-num-draft-tokens 8.",
     ),
-    "--force-stream-sample": _ONE_LAW,
+    "--force-stream-sample": _ONE_DISTRIBUTION,
     "--force-score-context-attention": ("drafts are always scored in one pass over the context", "Leave it out."),
     "--force-sp-accept": (
-        "accepting every draft gives samples that have no target's law",
+        "accepting every draft gives samples that have no target's distribution",
         "Leave it out.",
     ),
     "--context-parallel-size": _NO_SUCH_PARALLELISM,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from slime_spec.config.schema import Setting, nodes, settings
 from slime_spec.launch.flags import SP_TYPES
-from slime_spec.launch.sglang_table import sglang_flags, sglang_version
+from slime_spec.sglang.flags import sglang_flags, sglang_version
 
 WIDTH = 116
 COMMANDS = """\

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+from slime_spec.config.texts import whole_number
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
 from slime_spec.launch.compose import composed
-from slime_spec.launch.texts import whole_number
 
 logger = logging.getLogger(__name__)
 

@@ -16,21 +16,22 @@ from functools import partial
 from pathlib import Path
 
 from rollout.embedded.validate import check_kv_cache
-from rollout.sglang_engine.model_files import read_architecture
+from slime_spec.checkpoints.draft_choice import choose_draft
+from slime_spec.checkpoints.model_files import read_architecture
+from slime_spec.checkpoints.model_spec import ARCHITECTURES, ModelSpec
+from slime_spec.checkpoints.tensors import verify_tensors
+from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
 from slime_spec.config.checks import check
 from slime_spec.config.tree import Config
-from slime_spec.draft.choice import choose_draft
 from slime_spec.errors import ConfigError
-from slime_spec.hf.checkpoint import verify_tensors
-from slime_spec.hf.model_spec import ARCHITECTURES, ModelSpec
-from slime_spec.hf.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.interfaces import TRAINERS, Engines, RunState, Trainer, load_choice
-from slime_spec.launch.doctor.preflight import check_launch
-from slime_spec.launch.examples import Examples
+from slime_spec.launch.compose import Composed
 from slime_spec.launch.ray_environment import prepare_ray_environment
+from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
 from slime_spec.placement import Placement
+from slime_spec.preflight.gate import check_launch
 from slime_spec.rl.clock import PhaseClock
 from slime_spec.rl.loop import Job, push_weights, run_loop
 from slime_spec.rl.rollout_data import check_rollout_data, load_rollout, save_rollout
@@ -54,9 +55,10 @@ class Inputs:
     prompts: PromptSource
 
 
-def run(config: Config, argv: Sequence[str]) -> int:
+def run(made: Composed, argv: Sequence[str]) -> int:
     """Run what the configuration says; returns the process's exit code."""
-    check_launch(config, argv)
+    config = made.config
+    check_launch(config, made.given)
     inputs = preflight(config)
     folder = RunFolder.create(config, argv, to_yaml(config))
     config = with_absolute_paths(config, folder.path)

@@ -86,8 +86,8 @@ TABLE = (
     Metric(
         "spec/lossy_ratio",
         "share",
-        "Samples whose verification may have bent the policy's law (an acceptance threshold below 1), over the samples "
-        "with a verify round; absent where there was no round.",
+        "Samples whose verification may have bent the policy's distribution (an acceptance threshold below 1), over "
+        "the samples with a verify round; absent where there was no round.",
     ),
     Metric(
         "spec/break_even_length",

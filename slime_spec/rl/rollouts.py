@@ -113,7 +113,7 @@ class SavedRollouts:
         if num_lossy := sum(sample.response.lossy for sample in loaded):
             raise ConfigError(
                 "run.load_debug_rollout_data",
-                f"{num_lossy} samples of rollout {state.rollout_id} were verified lossily and have no policy's law",
+                f"{num_lossy} samples of rollout {state.rollout_id} were verified lossily and are no policy's",
                 "lossy",
                 "Generate them again without --speculative-lossy.",
             )

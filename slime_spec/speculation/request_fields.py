@@ -46,7 +46,10 @@ def with_rtp_fields(
             )
     if _switch(fields, FORCE, prefix):
         raise ConfigError(
-            prefix + FORCE, "accepting every draft gives a reply that has no target's law", True, "Leave it out."
+            prefix + FORCE,
+            "accepting every draft gives a reply that has no target's distribution",
+            True,
+            "Leave it out.",
         )
     text, token_ids = _text(fields, prefix), _token_ids(fields, prefix)
     if text and token_ids:

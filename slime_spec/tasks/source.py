@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, TaskConfig
 from slime_spec.errors import ConfigError
-from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.interfaces import Problem, Task, unknown_choice
 from slime_spec.tasks.builtin import SUITES, TASKS
 from slime_spec.tasks.jsonl import JsonlTask

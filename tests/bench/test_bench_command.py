@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from slime_spec.bench import run_bench
+from slime_spec.bench.main_job import PARTS
 from slime_spec.errors import ConfigError
-from slime_spec.launch.bench import run_bench
-from slime_spec.launch.bench.main_job import PARTS
 from slime_spec.launch.cli import main
 from tests.bench.made_up_run import steps, write_run
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from rollout.embedded.assemble import Assembly
+from slime_spec.bench.engine import engine_logits, measure_engine
+from slime_spec.bench.hf_generate import HfGenerate
+from slime_spec.bench.local_engine import engine_config, greedy, started_engine
+from slime_spec.bench.plain import PlainSizes
+from slime_spec.bench.prompts import COPY, KINDS, ORDINARY, in_domain
+from slime_spec.bench.rows import Row
+from slime_spec.bench.speculation import SpeculationSizes, break_even_length, measure_speculation
+from slime_spec.bench.timing import Timed, interleaved, median_ratio, median_s
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.draft.training.sequence import DraftSequence, split
-from slime_spec.hf.tokenizer import Tokenizer
-from slime_spec.launch.bench.engine import engine_logits, measure_engine
-from slime_spec.launch.bench.hf_generate import HfGenerate
-from slime_spec.launch.bench.local_engine import engine_config, greedy, started_engine
-from slime_spec.launch.bench.plain import PlainSizes
-from slime_spec.launch.bench.prompts import COPY, KINDS, ORDINARY, in_domain
-from slime_spec.launch.bench.rows import Row
-from slime_spec.launch.bench.speculation import SpeculationSizes, break_even_length, measure_speculation
-from slime_spec.launch.bench.timing import Timed, interleaved, median_ratio, median_s
 from slime_spec.types import GeneratedSample, SpecCounters
 from tests.support.embedded_harness import random_prompt
 from tests.support.tiny_models import make_tiny_checkpoint

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slime_spec.launch.bench.learning import MEASURED, Run, learning_rows, read_run, run_seed
+from slime_spec.bench.learning import MEASURED, Run, learning_rows, read_run, run_seed
 from tests.bench.made_up_run import REWARDS, steps, write_run
 
 

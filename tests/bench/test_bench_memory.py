@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from slime_spec.launch.bench.memory import TreeMemory, pss_bytes, tree_pss_bytes
+from slime_spec.bench.memory import TreeMemory, pss_bytes, tree_pss_bytes
 
 MB = 1_000_000
 # A parent and a forked child that both touch the same 100 MB, and the child 50 MB of its own.
@@ -54,6 +54,6 @@ def test_a_sampler_that_fails_does_not_end_in_silence(monkeypatch: pytest.Monkey
     def denied(pid: int) -> int:
         raise PermissionError(pid)
 
-    monkeypatch.setattr("slime_spec.launch.bench.memory.pss_bytes", denied)
+    monkeypatch.setattr("slime_spec.bench.memory.pss_bytes", denied)
     with pytest.raises(PermissionError), TreeMemory(1, interval_s=0.01):
         pass

@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from slime_spec.errors import ConfigError
-from slime_spec.hf.checkpoint import load_tensors
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.launch.bench.against_peers import (
+from slime_spec.bench.against_peers import (
     PeerCells,
     fastest,
     in_domain_rows,
@@ -22,15 +19,18 @@ from slime_spec.launch.bench.against_peers import (
     plain_rows,
     takes_part,
 )
-from slime_spec.launch.bench.peers import catalogue
-from slime_spec.launch.bench.peers.catalogue import PEERS, STAMP, Mode, Peer, PeerFiles, PeerSizes, modes
-from slime_spec.launch.bench.peers.gguf_file import gguf_name, write_gguf
-from slime_spec.launch.bench.peers.install import install
-from slime_spec.launch.bench.peers.process import PeerProcess
-from slime_spec.launch.bench.peers.vllm_driver import num_passes
-from slime_spec.launch.bench.race import Answer, Ask, race, speed_up, tokens_per_pass
-from slime_spec.launch.bench.rows import Row
-from slime_spec.launch.bench.timing import Timed
+from slime_spec.bench.peers import catalogue
+from slime_spec.bench.peers.catalogue import PEERS, STAMP, Mode, Peer, PeerFiles, PeerSizes, modes
+from slime_spec.bench.peers.gguf_file import gguf_name, write_gguf
+from slime_spec.bench.peers.install import install
+from slime_spec.bench.peers.process import PeerProcess
+from slime_spec.bench.peers.vllm_driver import num_passes
+from slime_spec.bench.race import Answer, Ask, race, speed_up, tokens_per_pass
+from slime_spec.bench.rows import Row
+from slime_spec.bench.timing import Timed
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
+from slime_spec.errors import ConfigError
 from tests.support.tiny_models import make_tiny_checkpoint
 
 DRIVER = Path(__file__).with_name("fake_driver.py")
@@ -228,7 +228,7 @@ def test_every_mode_belongs_to_a_peer_and_begins_with_its_name(tmp_path: Path) -
 
 
 def test_the_gguf_file_reads_back_as_the_checkpoint(tmp_path: Path) -> None:
-    from slime_spec.hf.gguf import halves_from_pairs
+    from slime_spec.checkpoints.gguf import halves_from_pairs
 
     gguf = pytest.importorskip("gguf")
     folder = make_tiny_checkpoint(tmp_path / "model", tie_word_embeddings=True)

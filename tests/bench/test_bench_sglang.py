@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from slime_spec.bench import run_bench
+from slime_spec.bench.race import Answer
+from slime_spec.bench.rows import BenchOptions, Row
+from slime_spec.bench.sglang import offload, push, restart
+from slime_spec.bench.sglang.benchmark import PARTS
+from slime_spec.bench.sglang.counters import adds_up, within_budget
+from slime_spec.bench.sglang.exactness import exactly, share_of_equals
+from slime_spec.bench.sglang.replies import prompts_of, replies
+from slime_spec.bench.sglang.speed import speed_comparison
+from slime_spec.bench.timing import Timed
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import load_choice
-from slime_spec.launch.bench import run_bench
-from slime_spec.launch.bench.race import Answer
-from slime_spec.launch.bench.rows import BenchOptions, Row
-from slime_spec.launch.bench.sglang import offload, push, restart
-from slime_spec.launch.bench.sglang.benchmark import PARTS
-from slime_spec.launch.bench.sglang.counters import adds_up, within_budget
-from slime_spec.launch.bench.sglang.exactness import exactly, share_of_equals
-from slime_spec.launch.bench.sglang.replies import prompts_of, replies
-from slime_spec.launch.bench.sglang.speed import speed_comparison
-from slime_spec.launch.bench.timing import Timed
 from slime_spec.types import GeneratedSample, SpecCounters
 from slime_spec.weights.manifest import Side
 from slime_spec.weights.push import PushReport

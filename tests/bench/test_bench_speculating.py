@@ -9,22 +9,22 @@ from time import perf_counter
 import pytest
 
 from rollout.embedded.assemble import Assembly
+from slime_spec.bench import run_bench
+from slime_spec.bench.advice import LookupSizes, measure_advice, measure_lookup
+from slime_spec.bench.cost import CostSizes, measure_cost, time_passes
+from slime_spec.bench.draft_cost import DraftSizes, measure_draft
+from slime_spec.bench.drafts import Shape, eagle3_config, vllm_draft_folder
+from slime_spec.bench.eagle3 import Eagle3Sizes, measure_eagle3
+from slime_spec.bench.exactness import ExactnessSizes, divergence_margins, logit_noise, measure_exactness
+from slime_spec.bench.local_engine import engine_config, greedy, started_engine
+from slime_spec.bench.memory_probe import held_memory
+from slime_spec.bench.plain import PlainSizes, measure_plain
+from slime_spec.bench.race import Answer, Ask, EngineSide, ForgetfulSide, decode_speed_up, ratio_rows
+from slime_spec.bench.rows import BenchOptions, Row
+from slime_spec.bench.timing import Timed
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.errors import ConfigError
-from slime_spec.hf.checkpoint import load_tensors
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.launch.bench import run_bench
-from slime_spec.launch.bench.advice import LookupSizes, measure_advice, measure_lookup
-from slime_spec.launch.bench.cost import CostSizes, measure_cost, time_passes
-from slime_spec.launch.bench.draft_cost import DraftSizes, measure_draft
-from slime_spec.launch.bench.drafts import Shape, eagle3_config, vllm_draft_folder
-from slime_spec.launch.bench.eagle3 import Eagle3Sizes, measure_eagle3
-from slime_spec.launch.bench.exactness import ExactnessSizes, divergence_margins, logit_noise, measure_exactness
-from slime_spec.launch.bench.local_engine import engine_config, greedy, started_engine
-from slime_spec.launch.bench.memory_probe import held_memory
-from slime_spec.launch.bench.plain import PlainSizes, measure_plain
-from slime_spec.launch.bench.race import Answer, Ask, EngineSide, ForgetfulSide, decode_speed_up, ratio_rows
-from slime_spec.launch.bench.rows import BenchOptions, Row
-from slime_spec.launch.bench.timing import Timed
 from tests.support.embedded_harness import random_prompt
 from tests.support.tiny_drafts import EAGLE3, make_tiny_draft
 from tests.support.tiny_models import make_tiny_checkpoint

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from slime_spec.hf.checkpoint import expected_shapes, load_tensors
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.launch.bench.parity import Trained, parity_rows, random_policy, reference_rows, resume_rows
-from slime_spec.launch.bench.push import CopyRoom, push_rounds, push_rows
+from slime_spec.bench.parity import Trained, parity_rows, random_policy, reference_rows, resume_rows
+from slime_spec.bench.push import CopyRoom, push_rounds, push_rows
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
 from slime_spec.launch.compose import compose
 from slime_spec.types import TrainReport
 from tests.support.tiny_models import load_reference, make_tiny_checkpoint

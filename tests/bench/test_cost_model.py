@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from slime_spec.launch.bench.chart import Series, write_chart
-from slime_spec.launch.bench.cost_model import CostModel, Line, Pass, fit
+from slime_spec.bench.chart import Series, write_chart
+from slime_spec.bench.cost_model import CostModel, Line, Pass, fit
 
 TRUE = CostModel(0.010, 0.0005, 0.001, Line(0.0008, 0.0001), Line(0.0006, 0.0002), Line(0.0004, 0.0001))
 SIZES = (1, 2, 4, 8)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from slime_spec.bench import BENCHES
 from slime_spec.config.build import to_yaml
 from slime_spec.config.schema import settings
-from slime_spec.launch.bench import BENCHES
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import compose
 from slime_spec.launch.help import COMMANDS

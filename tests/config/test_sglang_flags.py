@@ -11,7 +11,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
 from slime_spec.launch.compose import compose
 from slime_spec.launch.flags import flags
-from slime_spec.launch.sglang_table import RENAMED, SglangFlag, sglang_flags, sglang_version, typed_elsewhere
+from slime_spec.sglang.flags import RENAMED, SglangFlag, sglang_flags, sglang_version, typed_elsewhere
 
 SAMPLES = {"str": "text", "int": "3", "suffixed_int": "4k", "float": "0.5", "json": '{"a": [1, 2]}'}
 PARSED = {"str": "text", "int": 3, "suffixed_int": 4000, "float": 0.5, "json": {"a": (1, 2)}}

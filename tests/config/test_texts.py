@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slime_spec.launch.texts import PARSERS
+from slime_spec.config.texts import PARSERS
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-import slime_spec.draft
+import slime_spec.checkpoints
+from slime_spec.checkpoints.draft_choice import choose_draft
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import load_draft
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
-from slime_spec.draft.checkpoint import load_draft
-from slime_spec.draft.choice import choose_draft
-from slime_spec.draft.spec import DraftSpec
-from slime_spec.hf.checkpoint import load_tensors
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.launch.draft.provenance import file_sha256, tensors_checksum
 from slime_spec.tasks.builtin import SUITES, TASKS
 from slime_spec.types import GroupRequest
 from tests.support.embedded_harness import greedy, make_core, run
 
 NAME = "smollm2-135m-eagle3"
-FOLDER = Path(slime_spec.draft.__file__).parent / "builtin" / NAME
+FOLDER = Path(slime_spec.checkpoints.__file__).parent / "builtin" / NAME
 MEGABYTE = 1_000_000
 # What SmolLM2-135M's config.json says, as far as a draft's checks ask.
 SMOLLM2 = {

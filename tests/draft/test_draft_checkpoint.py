@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slime_spec.draft.checkpoint import (
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import (
     DraftCheckpoint,
     draft_shapes,
     hot_ids_of_d2t,
@@ -16,9 +17,8 @@ from slime_spec.draft.checkpoint import (
     save_draft_checkpoint,
     verify_draft,
 )
-from slime_spec.draft.spec import DraftSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError
-from slime_spec.hf.model_spec import ModelSpec
 from tests.support.tiny_drafts import (
     DRAFT_VOCAB,
     EAGLE,

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slime_spec.draft.checkpoint import load_draft
-from slime_spec.draft.spec import DraftSpec
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import load_draft
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.draft.training.sequence import DraftSequence, read_corpus, write_line
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.launch.cli import main
 from slime_spec.launch.draft.command import run_draft
 from slime_spec.launch.draft.corpus import plan_corpus

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rollout.embedded.drafters.feature_drafter import FeatureDrafter
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft, save_draft_checkpoint
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig
-from slime_spec.draft.checkpoint import draft_shapes, load_draft, save_draft_checkpoint
-from slime_spec.draft.spec import DraftSpec
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.draft_formats import FORMATS, FreshDraft, TinyDraft, make_format
 from tests.support.embedded_harness import Samples, greedy, make_core, random_prompt, run
@@ -132,9 +132,11 @@ def test_a_token_map_cuts_the_head_to_hot_tokens_whatever_their_order(eagle: Tin
     for each in recorder.proposals:
         assert set(each.draft.token_ids) <= set(hot.tolist())
         for node in range(len(each.draft.token_ids)):
-            law = fresh.log_law(each.token_ids, each.draft.token_ids[:node]).masked_fill(cold, float("-inf"))
+            distribution = fresh.log_distribution(each.token_ids, each.draft.token_ids[:node]).masked_fill(
+                cold, float("-inf")
+            )
             assert each.draft.q_draft is not None
-            assert (each.draft.q_draft[node] - law.softmax(-1)).abs().max() < 2e-4
+            assert (each.draft.q_draft[node] - distribution.softmax(-1)).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from slime_spec.checkpoints.draft_choice import choose_draft
+from slime_spec.checkpoints.draft_spec import DraftSpec, default_capture_layers, draft_config
+from slime_spec.checkpoints.families import MTP_FAMILIES
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
-from slime_spec.draft.choice import choose_draft
-from slime_spec.draft.families import MTP_FAMILIES
-from slime_spec.draft.spec import DraftSpec, default_capture_layers, draft_config
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
 from tests.support.tiny_drafts import EAGLE, EAGLE3, NEXTN, edit_config, make_tiny_draft, make_tiny_mimo
 from tests.support.tiny_models import make_tiny_checkpoint
 from tests.support.tiny_policy import make_tiny_policy
@@ -249,7 +249,7 @@ def test_a_draft_that_ships_with_the_package_goes_by_its_name(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = make_tiny_draft(tmp_path / "builtin" / "tiny", target, EAGLE3)
-    monkeypatch.setattr("slime_spec.draft.shipped.__file__", str(tmp_path / "shipped.py"))
+    monkeypatch.setattr("slime_spec.checkpoints.shipped.__file__", str(tmp_path / "shipped.py"))
     assert chosen(target, Path("builtin:tiny")).folder == draft
     with pytest.raises(ConfigError, match="must be one of builtin:tiny") as caught:
         chosen(target, Path("builtin:tyni"))

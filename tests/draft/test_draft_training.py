@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import load_draft, save_draft_checkpoint
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.draft.build import network_tensors
-from slime_spec.draft.checkpoint import load_draft, save_draft_checkpoint
-from slime_spec.draft.spec import DraftSpec
 from slime_spec.draft.training.batch import TrainBatch, collate, epoch_batches
 from slime_spec.draft.training.loss import LOSSES, StepTarget, acceptance
 from slime_spec.draft.training.run import Limits, judge_draft, train_draft
@@ -18,7 +19,6 @@ from slime_spec.draft.training.sequence import DraftSequence, is_held_out
 from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings, learning_rate, unrolled_loss
 from slime_spec.draft.training.vocabulary import DraftVocabulary
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.types import GroupRequest
 from tests.support.draft_training import Lesson, Silent, make_lesson, tiny_corpus
 from tests.support.embedded_harness import greedy, make_core, run
@@ -220,7 +220,7 @@ def test_rows_whose_target_is_outside_the_draft_vocabulary_do_not_count(lesson: 
     assert unrolled_loss(model, replace(batch, argmax=argmax), SETTINGS)[0] > 0
 
 
-def test_acceptance_is_the_overlap_of_both_laws_over_all_tokens() -> None:
+def test_acceptance_is_the_overlap_of_both_distributions_over_all_tokens() -> None:
     logits_p, logits_q = torch.tensor([2.0, 1.0, 0.0, 3.0]), torch.tensor([[0.5, 2.0]])
     kept = torch.tensor([0, 2])  # the draft knows tokens 0 and 2
     target = StepTarget(logits_p[kept][None], logits_p.logsumexp(0)[None], torch.tensor([True]))

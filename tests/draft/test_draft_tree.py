@@ -14,47 +14,47 @@ from rollout.embedded.drafting import Draft, DraftContext, Lane
 from rollout.embedded.plan import RowSpan, positions_of, tree_shape
 from slime_spec.types import SamplingParams
 
-# A draft over three states of four tokens that looks at the last token only: row t is the law after token t.
+# A draft over three states of four tokens that looks at the last token only: row t is the distribution after token t.
 MARKOV = [[0.5, 0.3, 0.15, 0.05], [0.1, 0.6, 0.2, 0.1], [0.25, 0.25, 0.4, 0.1], [0.25, 0.25, 0.25, 0.25]]
-Laws = Sequence[Sequence[Sequence[float]]]
+Distributions = Sequence[Sequence[Sequence[float]]]
 
 
 class PairDraft:
-    """A draft whose law depends on the last two tokens, the one before coming in through the hidden state.
+    """A draft whose distribution depends on the last two tokens, the one before coming in through the hidden state.
 
-    ``laws[a][b]`` is the law after tokens a, b; a root is its own predecessor. So a leaf that gets another's hidden
-    state drafts something else.
+    ``distributions[a][b]`` is the distribution after tokens a, b; a root is its own predecessor. So a leaf that gets
+    another's hidden state drafts something else.
     """
 
-    def __init__(self, laws: Laws) -> None:
-        self._log_laws = torch.tensor(laws, dtype=torch.float64).log().float()
+    def __init__(self, distributions: Distributions) -> None:
+        self._log_distributions = torch.tensor(distributions, dtype=torch.float64).log().float()
         self.spans: list[list[RowSpan]] = []
 
     def step(self, tokens: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]) -> Heads:
         assert tokens.shape[0] == sum(span.count for span in spans)
         self.spans.append(list(spans))
-        return Heads(self._log_laws[hidden[:, 0].long(), tokens], tokens.unsqueeze(1).float())
+        return Heads(self._log_distributions[hidden[:, 0].long(), tokens], tokens.unsqueeze(1).float())
 
     def grow(self, roots: list[int], num_steps: int, topk: int, count: int, limits: tuple[int, int]) -> list[Draft]:
         contexts = [
-            DraftContext(row, 0, Lane(row), [root], 0, *limits, SamplingParams(), coins=())
+            DraftContext(row, 0, Lane(row), [root], 0, *limits, SamplingParams(), uniforms=())
             for row, root in enumerate(roots)
         ]
         slots = [RowSpan(row, 10 * (row + 1), 1) for row in range(len(roots))]
         root_ids = torch.tensor(roots)
-        first = Heads(self._log_laws[root_ids, root_ids], root_ids.unsqueeze(1).float())
-        vocab = DraftVocab(self._log_laws.shape[0])
+        first = Heads(self._log_distributions[root_ids, root_ids], root_ids.unsqueeze(1).float())
+        vocab = DraftVocab(self._log_distributions.shape[0])
         return grow_trees(first, self.step, slots, contexts, num_steps, topk, count, vocab)
 
 
-def laws_after(laws: Laws, root: int) -> Callable[[tuple[int, ...]], Sequence[float]]:
+def distributions_after(distributions: Distributions, root: int) -> Callable[[tuple[int, ...]], Sequence[float]]:
     """The same draft as the slow builder asks it."""
 
-    def law_after(path: tuple[int, ...]) -> Sequence[float]:
+    def distribution_after(path: tuple[int, ...]) -> Sequence[float]:
         before_last, last = (root, root, *path)[-2:]
-        return laws[before_last][last]
+        return distributions[before_last][last]
 
-    return law_after
+    return distribution_after
 
 
 def test_the_worked_example_of_the_rules_comes_out() -> None:
@@ -78,8 +78,8 @@ def test_the_worked_example_of_the_rules_comes_out() -> None:
 
 
 @st.composite
-def pair_laws(draw: st.DrawFn) -> Laws:
-    """Laws without ties among a node's children; products tie now and then."""
+def pair_distributions(draw: st.DrawFn) -> Distributions:
+    """Distributions without ties among a node's children; products tie now and then."""
     size = draw(st.integers(3, 6))
     weights = st.permutations(range(1, size + 1))
     tables = draw(st.lists(st.lists(weights, min_size=size, max_size=size), min_size=size, max_size=size))
@@ -87,16 +87,22 @@ def pair_laws(draw: st.DrawFn) -> Laws:
 
 
 @settings(max_examples=150, deadline=None)
-@given(laws=pair_laws(), steps=st.integers(1, 5), topk=st.integers(1, 4), count=st.integers(2, 14), data=st.data())
+@given(
+    distributions=pair_distributions(),
+    steps=st.integers(1, 5),
+    topk=st.integers(1, 4),
+    count=st.integers(2, 14),
+    data=st.data(),
+)
 def test_batched_trees_are_those_of_the_slow_builder(
-    laws: Laws, steps: int, topk: int, count: int, data: st.DataObject
+    distributions: Distributions, steps: int, topk: int, count: int, data: st.DataObject
 ) -> None:
-    topk = min(topk, len(laws))
-    roots = data.draw(st.lists(st.integers(0, len(laws) - 1), min_size=1, max_size=3))
-    drafts = PairDraft(laws).grow(roots, steps, topk, count, limits=(count - 1, steps))
+    topk = min(topk, len(distributions))
+    roots = data.draw(st.lists(st.integers(0, len(distributions) - 1), min_size=1, max_size=3))
+    drafts = PairDraft(distributions).grow(roots, steps, topk, count, limits=(count - 1, steps))
     for root, draft in zip(roots, drafts, strict=True):
-        law_after = laws_after(laws, root)
-        pool, expected = tree_reference(law_after, steps, topk, count)
+        distribution_after = distributions_after(distributions, root)
+        pool, expected = tree_reference(distribution_after, steps, topk, count)
         assert len(pool) == topk + (steps - 1) * topk**2
         assert len(draft.token_ids) == min(count - 1, len(pool))
         assert_is_tree_of_distinct_siblings(draft)
@@ -107,11 +113,11 @@ def test_batched_trees_are_those_of_the_slow_builder(
 @pytest.mark.parametrize(("steps", "topk", "count"), [(5, 4, 8), (3, 8, 32), (7, 10, 60)])
 def test_large_trees_over_a_large_vocabulary_are_those_of_the_slow_builder(steps: int, topk: int, count: int) -> None:
     generator = torch.Generator().manual_seed(steps)
-    laws = torch.rand(40, 40, 40, generator=generator, dtype=torch.float64).pow(4)
-    laws = (laws / laws.sum(-1, keepdim=True)).tolist()
-    drafts = PairDraft(laws).grow([3, 17], steps, topk, count, limits=(count - 1, steps))
+    distributions = torch.rand(40, 40, 40, generator=generator, dtype=torch.float64).pow(4)
+    distributions = (distributions / distributions.sum(-1, keepdim=True)).tolist()
+    drafts = PairDraft(distributions).grow([3, 17], steps, topk, count, limits=(count - 1, steps))
     for root, draft in zip((3, 17), drafts, strict=True):
-        _, expected = tree_reference(laws_after(laws, root), steps, topk, count)
+        _, expected = tree_reference(distributions_after(distributions, root), steps, topk, count)
         assert draft == expected
 
 
@@ -132,7 +138,7 @@ def assert_is_tree_of_distinct_siblings(draft: Draft) -> None:
 def test_a_tie_goes_to_the_node_that_came_first() -> None:
     even = [[[0.25] * 4] * 4] * 4
     (draft,) = PairDraft(even).grow([0], num_steps=2, topk=2, count=5, limits=(4, 2))
-    _, expected = tree_reference(laws_after(even, 0), 2, 2, 5)
+    _, expected = tree_reference(distributions_after(even, 0), 2, 2, 5)
     assert draft.parents == expected.parents == (-1, -1, 0, 0)
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import draft_shapes
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.block import DraftAttention, KeysValues
 from slime_spec.draft.build import load_network
-from slime_spec.draft.checkpoint import draft_shapes
-from slime_spec.draft.spec import DraftSpec
 from slime_spec.draft.unroll import Unroll
-from slime_spec.hf.model_spec import ModelSpec
 from tests.support.reference_drafts import ReferenceDraft
 from tests.support.tiny_drafts import BLOCK, random_tensors, some_target_ids
 
@@ -58,12 +58,12 @@ def test_every_step_of_every_row_is_what_a_round_computes(spec: DraftSpec) -> No
         else:
             columns = torch.tensor(starts)[:, None] + 1 + step + torch.arange(num_rows)
             head_input = unroll.next(token_ids.gather(1, columns.clamp(max=max(lengths) - 1)))
-        laws = (head_input @ reference.head.T).log_softmax(-1)
+        distributions = (head_input @ reference.head.T).log_softmax(-1)
         for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             for t in range(start, min(start + num_rows, length - 1 - step)):
                 known, path = token_ids[b, : t + 2].tolist(), token_ids[b, t + 2 : t + 2 + step].tolist()
-                expected = reference.law_after(known, features[b, : t + 1], path)[reference.target_ids]
-                torch.testing.assert_close(laws[b, t - start], expected, rtol=0, atol=1e-5)
+                expected = reference.distribution_after(known, features[b, : t + 1], path)[reference.target_ids]
+                torch.testing.assert_close(distributions[b, t - start], expected, rtol=0, atol=1e-5)
                 compared += 1
     assert compared == sum(
         min(num_rows, length - 1 - step - start)

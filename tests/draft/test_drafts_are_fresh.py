@@ -53,20 +53,20 @@ def often_right(oracle: Samples) -> Callable[[DraftContext], Sequence[int]]:
     return script
 
 
-def assert_sampled_from_fresh_law(proposals: Sequence[Proposal], fresh: FreshDraft) -> None:
+def assert_sampled_from_fresh_distribution(proposals: Sequence[Proposal], fresh: FreshDraft) -> None:
     assert len(proposals) > 20
     for each in proposals:
         assert each.draft.q_draft is not None
         for node in range(len(each.draft.token_ids)):
-            log_law = fresh.log_law(each.token_ids, each.draft.token_ids[:node])
-            law = (log_law / each.context.params.temperature).softmax(-1)
-            assert (each.draft.q_draft[node] - law).abs().max() < 1e-3
+            log_distribution = fresh.log_distribution(each.token_ids, each.draft.token_ids[:node])
+            distribution = (log_distribution / each.context.params.temperature).softmax(-1)
+            assert (each.draft.q_draft[node] - distribution).abs().max() < 1e-3
 
 
-def test_sampled_chains_come_from_the_fresh_law(tiny: TinyDraft, fresh: FreshDraft) -> None:
+def test_sampled_chains_come_from_the_fresh_distribution(tiny: TinyDraft, fresh: FreshDraft) -> None:
     config = tiny.config(num_steps=3, use_rejection_sampling=True, engine={"max_running_requests": 5})
     proposals, samples = drafted(config, SamplingParams(max_new_tokens=12, temperature=0.7))
-    assert_sampled_from_fresh_law(proposals, fresh)
+    assert_sampled_from_fresh_distribution(proposals, fresh)
     accepted = {sample.spec.num_correct for sample in samples.values()}
     assert len(accepted) > 1, "some drafts stand and some fall, or this proves little"
 
@@ -81,8 +81,8 @@ def test_chains_after_any_acceptance_are_a_fresh_drafters(tiny: TinyDraft, fresh
     for each in proposals:
         assert each.draft.q_draft is None
         for node, token in enumerate(each.draft.token_ids):
-            law = fresh.log_law(each.token_ids, each.draft.token_ids[:node])
-            assert law[token] >= law.max() - 1e-4  # the argmax, or within rounding of it
+            distribution = fresh.log_distribution(each.token_ids, each.draft.token_ids[:node])
+            assert distribution[token] >= distribution.max() - 1e-4  # the argmax, or within rounding of it
 
 
 def test_trees_after_any_acceptance_are_the_papers(tiny: TinyDraft, fresh: FreshDraft) -> None:
@@ -91,11 +91,11 @@ def test_trees_after_any_acceptance_are_the_papers(tiny: TinyDraft, fresh: Fresh
     assert len(proposals) > 20
     for each in proposals:
 
-        def law(path: tuple[int, ...], token_ids: tuple[int, ...] = each.token_ids) -> list[float]:
-            return fresh.log_law(token_ids, path).exp().tolist()
+        def distribution(path: tuple[int, ...], token_ids: tuple[int, ...] = each.token_ids) -> list[float]:
+            return fresh.log_distribution(token_ids, path).exp().tolist()
 
         depth = min(3, each.context.max_depth)
-        _, expected = tree_reference(law, depth, 2, 6)
+        _, expected = tree_reference(distribution, depth, 2, 6)
         assert (each.draft.token_ids, each.draft.parents) == (expected.token_ids, expected.parents)
 
 
@@ -108,4 +108,4 @@ def test_chunks_and_preemption_leave_no_trace(
     proposals, samples = drafted(config, SamplingParams(max_new_tokens=80, temperature=1.0))
     # The youngest give way: samples of a shared prompt, whose generated tokens are then prefilled on their own.
     assert sum(sample.num_preemptions for (group, _), sample in samples.items() if len(SEEDS[int(group)]) > 1) > 1
-    assert_sampled_from_fresh_law(proposals[::5], fresh)
+    assert_sampled_from_fresh_distribution(proposals[::5], fresh)

@@ -103,12 +103,12 @@ def test_after_any_acceptance_drafts_are_what_transformers_would_draft(
     for each in proposals[:: len(proposals) // 60]:
         ids = torch.tensor([[*each.token_ids, *each.draft.token_ids]])
         with torch.no_grad():
-            laws = model(ids).logits[0, len(each.token_ids) - 1 : -1].softmax(-1)
+            distributions = model(ids).logits[0, len(each.token_ids) - 1 : -1].softmax(-1)
         assert each.draft.q_draft is not None
-        assert (each.draft.q_draft - laws).abs().max() < 2e-4
+        assert (each.draft.q_draft - distributions).abs().max() < 2e-4
 
 
-def test_sampled_drafts_are_drawn_with_the_coins_of_their_tokens(target: Path, similar: Path) -> None:
+def test_sampled_drafts_are_drawn_with_the_uniforms_of_their_tokens(target: Path, similar: Path) -> None:
     config = settings(target, similar, (3, 1, 4), use_rejection_sampling=True)
     proposals, _ = recorded(config, SamplingParams(max_new_tokens=20, temperature=0.8))
     for each in proposals:
@@ -117,8 +117,8 @@ def test_sampled_drafts_are_drawn_with_the_coins_of_their_tokens(target: Path, s
         assert each.draft.q_draft is not None
         for node, token in enumerate(each.draft.token_ids):
             cumulative = each.draft.q_draft[node].double().cumsum(0)
-            coin = context.coins[first + node] * float(cumulative[-1])
-            assert (cumulative[token - 1] if token else 0.0) - 1e-6 <= coin <= cumulative[token] + 1e-6
+            uniform = context.uniforms[first + node] * float(cumulative[-1])
+            assert (cumulative[token - 1] if token else 0.0) - 1e-6 <= uniform <= cumulative[token] + 1e-6
 
 
 def test_a_request_that_samples_and_one_that_does_not_draft_side_by_side(target: Path, similar: Path) -> None:
@@ -129,9 +129,9 @@ def test_a_request_that_samples_and_one_that_does_not_draft_side_by_side(target:
     samples = run(core, mixed)
     alone = run(make_core(settings(target, similar, (3, 1, 4))), mixed[:1])
     assert samples["0", 0].token_ids == alone["0", 0].token_ids
-    laws = {each.context.params.temperature: each.draft.q_draft for each in recorder.proposals}
-    assert laws[0.0] is None
-    assert laws[1.0] is not None
+    distributions = {each.context.params.temperature: each.draft.q_draft for each in recorder.proposals}
+    assert distributions[0.0] is None
+    assert distributions[1.0] is not None
 
 
 def test_models_that_pad_one_vocabulary_differently_draft_for_each_other(tmp_path: Path) -> None:

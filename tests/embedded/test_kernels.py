@@ -20,8 +20,8 @@ from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.weights import DecoderBuilder, named_tensors
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.types import GroupRequest
 from tests.support.embedded_harness import ReplayDrafter, engine_config, greedy, make_core, random_prompt, run
 from tests.support.random_blocks import RandomBlocks, RandomCache, block_spec, inputs

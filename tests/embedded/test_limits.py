@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from rollout.embedded.validate import check_kv_cache, limits_of
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import RolloutConfig, SpeculativeConfig
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
 from tests.support.embedded_harness import engine_config
 
 KV_BYTES = 2 * 3 * 2 * 16 * 4  # per token: keys and values, layers, KV heads, head_dim, fp32

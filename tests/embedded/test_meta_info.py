@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rollout.embedded.drafting import DraftContext
-from slime_spec.speculation.meta_info import accepted_per_position, aux_info, meta_info
+from slime_spec.sglang.meta_info import accepted_per_position, aux_info, meta_info
 from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
 from tests.support.embedded_harness import VOCAB, ScriptedDrafter, engine_config, greedy, make_core, random_prompt, run
 

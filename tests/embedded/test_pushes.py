@@ -16,9 +16,9 @@ from rollout.embedded.core import GenerationCore
 from rollout.embedded.drafting import Draft, DraftContext
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.model import Decoder
+from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.errors import PushError
-from slime_spec.hf.checkpoint import expected_shapes
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.manifest import Side
 from slime_spec.weights.push import (

@@ -1,21 +1,21 @@
-"""The sampling law, what requests add to it, and the draw from it."""
+"""The sampling distribution, what requests add to it, and the draw from it."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.embedded.coins import Coins
 from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.uniforms import Uniforms
+from rollout.embedded.verification.distributions import kept_mass, sampling_distribution
 from rollout.embedded.verification.draw import argmax, inverse_cdf
-from rollout.embedded.verification.law import kept_mass, sampling_law
 from rollout.embedded.verification.penalties import adjusted
-from rollout.embedded.verification.reference import adjust_reference, law_reference
+from rollout.embedded.verification.reference import adjust_reference, distribution_reference
 from rollout.embedded.verification.verifier import Verified, VerifyRow
 from rollout.embedded.verification.verify_pass import NODES_PER_CHUNK, RuleVerifier
 from rollout.embedded.verification.walk import target_only
 from slime_spec.types import SamplingParams
-from tests.support.emission import FixedCoins
+from tests.support.emission import FixedUniforms
 
 PARAMS = st.builds(
     SamplingParams,
@@ -26,46 +26,50 @@ PARAMS = st.builds(
 )
 
 
-def drawn(logits: torch.Tensor, params: list[SamplingParams], coin: float) -> list[Verified]:
+def drawn(logits: torch.Tensor, params: list[SamplingParams], uniform: float) -> list[Verified]:
     """One plain token per row of ``logits``."""
-    rows = [VerifyRow(NO_DRAFT, each, FixedCoins(0, [coin]), (0,), 1) for each in params]
+    rows = [VerifyRow(NO_DRAFT, each, FixedUniforms(0, [uniform]), (0,), 1) for each in params]
     return RuleVerifier(target_only)(logits, rows)
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(PARAMS, min_size=1, max_size=5), seed=st.integers(0, 10**6), vocab=st.sampled_from([9, 300, 2100]))
-def test_the_law_of_a_mixed_batch_equals_the_slow_one_row_by_row(
+def test_the_distribution_of_a_mixed_batch_equals_the_slow_one_row_by_row(
     rows: list[SamplingParams], seed: int, vocab: int
 ) -> None:
     logits = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed))
-    weights = sampling_law(logits, rows, out=torch.full_like(logits, torch.nan))
+    weights = sampling_distribution(logits, rows, out=torch.full_like(logits, torch.nan))
     mass = kept_mass(weights, rows)
     for row, params in enumerate(rows):
-        law = weights[row].double() / mass[row]
-        assert (law - law_reference(logits[row], params)).abs().max() < 1e-5
+        distribution = weights[row].double() / mass[row]
+        assert (distribution - distribution_reference(logits[row], params)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("vocab", [5000, 9000, 20000])
 def test_a_nucleus_wider_than_the_first_candidates_is_found_whole(vocab: int) -> None:
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)) * 0.01
     params = [SamplingParams(top_p=p) for p in (0.9, 0.1, 1.0)]
-    weights = sampling_law(logits, params)
+    weights = sampling_distribution(logits, params)
     for row, each in enumerate(params):
-        assert int((weights[row] > 0).sum()) == pytest.approx(int((law_reference(logits[row], each) > 0).sum()), abs=1)
+        assert int((weights[row] > 0).sum()) == pytest.approx(
+            int((distribution_reference(logits[row], each) > 0).sum()), abs=1
+        )
 
 
 def test_tied_tokens_are_kept_together_whatever_their_order() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
-    weights = sampling_law(logits, [SamplingParams(top_k=2)])
+    weights = sampling_distribution(logits, [SamplingParams(top_k=2)])
     assert (weights > 0).tolist() == [[True, True, True, True, False]]
-    nucleus = sampling_law(logits, [SamplingParams(top_k=2, top_p=0.6)])  # ties count in the mass that top-p measures
+    nucleus = sampling_distribution(
+        logits, [SamplingParams(top_k=2, top_p=0.6)]
+    )  # ties count in the mass that top-p measures
     assert (nucleus > 0).tolist() == [[True, True, True, True, False]]
 
 
 def test_filters_apply_in_turn_and_not_jointly() -> None:
     p = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.25, 0.25]]) / 16
-    weights = sampling_law(p.log(), [SamplingParams(top_k=4, top_p=0.8)])
-    # Top-k leaves 14/16, of which 0.8 needs three tokens; of the whole law it would need a fourth.
+    weights = sampling_distribution(p.log(), [SamplingParams(top_k=4, top_p=0.8)])
+    # Top-k leaves 14/16, of which 0.8 needs three tokens; of the whole distribution it would need a fourth.
     assert (weights > 0).tolist() == [[True] * 3 + [False] * 5]
 
 
@@ -83,25 +87,25 @@ def test_the_two_level_draw_equals_a_cumulative_sum(vocab: int) -> None:
     weights = torch.rand(400, vocab, generator=generator)
     weights[:, ::3] = 0.0
     weights[:, 0] += 0.01
-    coins = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
     cumulative = weights.double().cumsum(-1)
-    expected = torch.searchsorted(cumulative, coins.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
-    assert torch.equal(inverse_cdf(weights, coins), expected)
+    expected = torch.searchsorted(cumulative, uniforms.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
+    assert torch.equal(inverse_cdf(weights, uniforms), expected)
 
 
-@pytest.mark.parametrize("coin", [0.0, 1.0 - 2.0**-53])
-def test_a_token_of_weight_zero_is_never_drawn_even_at_the_ends(coin: float) -> None:
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+def test_a_token_of_weight_zero_is_never_drawn_even_at_the_ends(uniform: float) -> None:
     weights = torch.zeros(1, 700)
     weights[0, 300] = weights[0, 301] = 0.1
-    token = int(inverse_cdf(weights, torch.tensor([coin], dtype=torch.float64)))
-    assert token == (300 if coin == 0.0 else 301)
+    token = int(inverse_cdf(weights, torch.tensor([uniform], dtype=torch.float64)))
+    assert token == (300 if uniform == 0.0 else 301)
 
 
-def test_a_coin_on_the_boundary_belongs_to_the_next_token() -> None:
+def test_a_uniform_on_the_boundary_belongs_to_the_next_token() -> None:
     weights = torch.zeros(1, 600)
     weights[0, [3, 5, 256]] = torch.tensor([1.0, 1.0, 2.0])  # boundaries within a block and between blocks
-    coins = torch.tensor([0.25, 0.5], dtype=torch.float64)
-    assert inverse_cdf(weights.expand(2, -1), coins).tolist() == [5, 256]
+    uniforms = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    assert inverse_cdf(weights.expand(2, -1), uniforms).tolist() == [5, 256]
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 256, 257, 1024, 3001])
@@ -133,7 +137,7 @@ def test_logprobs_are_not_renormalised_for_the_filters() -> None:
 def test_logprobs_are_those_of_the_adjusted_logits(temperature: float) -> None:
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1))
     params = SamplingParams(temperature=temperature, presence_penalty=1.5, logit_bias=((5, 2.0),))
-    row = VerifyRow(NO_DRAFT, params, FixedCoins(3, [0.7]), (1, 2, 7, 5, 5), 2)
+    row = VerifyRow(NO_DRAFT, params, FixedUniforms(3, [0.7]), (1, 2, 7, 5, 5), 2)
     [verified] = RuleVerifier(target_only)(logits, [row])
     after = adjust_reference(logits[0], params, (1, 2), (7, 5, 5), frozenset()) / (temperature or 1.0)
     assert verified.logprobs[0] == pytest.approx(float(after.log_softmax(-1)[verified.token_ids[0]]), abs=1e-5)
@@ -158,7 +162,9 @@ def test_adjustments_follow_the_path_of_every_node(
 ) -> None:
     parents = [data.draw(st.integers(-1, index - 1)) for index in range(len(drafted))]
     num_prompt = data.draw(st.integers(1, len(tokens)))
-    rows = [VerifyRow(Draft(tuple(drafted), tuple(parents)), each, Coins(0, 9), tokens, num_prompt) for each in params]
+    rows = [
+        VerifyRow(Draft(tuple(drafted), tuple(parents)), each, Uniforms(0, 9), tokens, num_prompt) for each in params
+    ]
     logits = torch.randn(len(rows) * (1 + len(drafted)), 12, generator=torch.Generator().manual_seed(len(tokens)))
     got = adjusted(logits, rows, frozenset({1}))
     paths: list[list[int]] = [[]]
@@ -173,7 +179,7 @@ def test_adjustments_follow_the_path_of_every_node(
 
 def test_requests_without_adjustments_cost_no_copy() -> None:
     logits = torch.randn(3, 12)
-    row = VerifyRow(NO_DRAFT, SamplingParams(min_new_tokens=2), Coins(0, 9), (1, 2, 3), 1)
+    row = VerifyRow(NO_DRAFT, SamplingParams(min_new_tokens=2), Uniforms(0, 9), (1, 2, 3), 1)
     assert adjusted(logits, [row] * 3, frozenset({1})) is logits
 
 
@@ -181,7 +187,7 @@ def test_rows_are_judged_the_same_in_a_pass_of_many_chunks() -> None:
     generator = torch.Generator().manual_seed(0)
     drafts = [Draft.chain([1] * (index % 4)) for index in range(NODES_PER_CHUNK)]
     kinds = [SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(top_p=0.7, presence_penalty=0.5)]
-    rows = [VerifyRow(draft, kinds[i % 3], Coins(i, 9), (0, 1, 2), 1) for i, draft in enumerate(drafts)]
+    rows = [VerifyRow(draft, kinds[i % 3], Uniforms(i, 9), (0, 1, 2), 1) for i, draft in enumerate(drafts)]
     logits = torch.randn(sum(row.num_nodes for row in rows), 50, generator=generator)
     together = RuleVerifier(target_only)(logits, rows)
     first = 0

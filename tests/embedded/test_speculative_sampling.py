@@ -1,4 +1,4 @@
-"""Sampling with speculation on the real code path has plain sampling's law.
+"""Sampling with speculation on the real code path has plain sampling's distribution.
 
 Two-sample chi-square tests, 20,000 samples per arm (200,000 in the long form), arms with disjoint seeds (equal seeds
 give equal outputs, as another test here shows). Significance 1e-4 for each form of the file, divided by its
@@ -46,7 +46,7 @@ REDUCED_Q = torch.tensor([[0.2, 0.3, 0.0, 0.1, 0.0, 0.1, 0.3]]).expand(VOCAB, -1
 
 
 class DraftScript(ScriptedDrafter):
-    """Proposes whole drafts: trees, or chains with the law they were sampled from."""
+    """Proposes whole drafts: trees, or chains with the distribution they were sampled from."""
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         return [self._script(context) for context in contexts]
@@ -68,12 +68,12 @@ def fixed_tree(context: DraftContext) -> Draft:
 
 
 def sampled_chain(context: DraftContext) -> Draft:
-    """Drawn with the round's coins from a law that lacks two tokens of the target's."""
+    """Drawn with the round's uniforms from a distribution that lacks two tokens of the target's."""
     chain: list[int] = []
     start = len(context.token_ids) - context.num_prompt_tokens
     for index in range(min(3, context.max_depth)):
-        coin = torch.tensor([context.coins[start + index]], dtype=torch.float64)
-        chain.append(int(inverse_cdf(REDUCED_Q[:1], coin)))
+        uniform = torch.tensor([context.uniforms[start + index]], dtype=torch.float64)
+        chain.append(int(inverse_cdf(REDUCED_Q[:1], uniform)))
     return Draft.chain(chain, REDUCED_Q[: len(chain)]) if chain else NO_DRAFT
 
 
@@ -112,7 +112,7 @@ ARMS: dict[str, tuple[Callable[[DraftContext], Draft], RuleVerifier, SamplingPar
     [(arm, NUM_SAMPLES) for arm in list(ARMS)[:4]]
     + [pytest.param(arm, 200_000, marks=pytest.mark.long) for arm in ARMS],
 )
-def test_scripted_drafts_leave_the_law_unchanged(micro_llama: Path, arm: str, num_samples: int) -> None:
+def test_scripted_drafts_leave_the_distribution_unchanged(micro_llama: Path, arm: str, num_samples: int) -> None:
     script, verifier, params = ARMS[arm]
     drafter = DraftScript(script)
     speculative = outputs(micro_llama, num_samples, params, num_samples, drafter=drafter, verifier=verifier)
@@ -121,7 +121,7 @@ def test_scripted_drafts_leave_the_law_unchanged(micro_llama: Path, arm: str, nu
         assert p > SIGNIFICANCE, view
 
 
-def test_prompt_lookup_leaves_the_law_unchanged(micro_llama: Path) -> None:
+def test_prompt_lookup_leaves_the_distribution_unchanged(micro_llama: Path) -> None:
     core = make_core(engine_config(micro_llama, "LOOKUP", num_draft_tokens=4, max_running_requests=200))
     seeds = range(2 * NUM_SAMPLES, 3 * NUM_SAMPLES)
     requests = [GroupRequest(str(s), PROMPT, tuple(seeds[s : s + 1000]), PARAMS) for s in range(0, NUM_SAMPLES, 1000)]
@@ -131,7 +131,7 @@ def test_prompt_lookup_leaves_the_law_unchanged(micro_llama: Path) -> None:
 
 
 def lenient(drawn: Sequence[int], draft: Draft) -> tuple[list[int], tuple[int, ...]]:
-    """Accepts every second draft that the coin refused: an acceptance threshold in disguise."""
+    """Accepts every second draft that the uniform refused: an acceptance threshold in disguise."""
     emitted: list[int] = []
     for token_id, drafted in zip(drawn, draft.token_ids, strict=False):
         if token_id != drafted and (token_id + drafted) % 2:

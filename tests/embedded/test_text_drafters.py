@@ -15,7 +15,10 @@ from tests.support.embedded_harness import Samples, engine_config, greedy, make_
 
 NUM_TOKENS = 64
 PROMPTS = [random_prompt(5 + i % 4, seed=100 + i) * (1 + i % 3) for i in range(24)]
-LAWS = {"greedy": greedy(NUM_TOKENS), "sampled": SamplingParams(max_new_tokens=NUM_TOKENS, temperature=0.6, top_k=4)}
+DISTRIBUTIONS = {
+    "greedy": greedy(NUM_TOKENS),
+    "sampled": SamplingParams(max_new_tokens=NUM_TOKENS, temperature=0.6, top_k=4),
+}
 
 
 def requests(params: SamplingParams, advice: dict[int, tuple[int, ...]] | None = None) -> list[GroupRequest]:
@@ -30,7 +33,7 @@ def requests(params: SamplingParams, advice: dict[int, tuple[int, ...]] | None =
 @pytest.fixture(scope="module")
 def plain(tiny_llama: Path) -> dict[str, Samples]:
     core = make_core(engine_config(tiny_llama, max_running_requests=16))
-    return {law: run(core, requests(params)) for law, params in LAWS.items()}
+    return {distribution: run(core, requests(params)) for distribution, params in DISTRIBUTIONS.items()}
 
 
 def tokens(samples: Samples) -> dict[tuple[str, int], tuple[int, ...]]:
@@ -41,7 +44,7 @@ def num_correct(samples: Samples) -> int:
     return sum(sample.spec.num_correct for sample in samples.values())
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -53,14 +56,14 @@ def num_correct(samples: Samples) -> int:
     ids=lambda settings: "-".join(map(str, settings.values())) or "default",
 )
 def test_ngram_trees_change_no_token_of_greedy_or_of_seeded_samples(
-    tiny_llama: Path, plain: dict[str, Samples], settings: dict[str, object], law: str
+    tiny_llama: Path, plain: dict[str, Samples], settings: dict[str, object], distribution: str
 ) -> None:
     config = replace(
         engine_config(tiny_llama, max_running_requests=16),
         speculative=SpeculativeConfig(algorithm="NGRAM", **settings),  # type: ignore[arg-type]
     )
-    samples = run(make_core(config), requests(LAWS[law]))
-    assert tokens(samples) == tokens(plain[law])
+    samples = run(make_core(config), requests(DISTRIBUTIONS[distribution]))
+    assert tokens(samples) == tokens(plain[distribution])
     assert num_correct(samples) > 0
     limit = settings.get("num_draft_tokens", 12)
     for sample in samples.values():
@@ -74,24 +77,24 @@ def test_a_corpus_of_the_very_replies_is_drafted_from(tiny_llama: Path, plain: d
         speculative=SpeculativeConfig(algorithm="NGRAM", ngram_external_sam_budget=8),
     )
     documents = [(*PROMPTS[int(group)], *sample.token_ids) for (group, _), sample in plain["greedy"].items()]
-    without = run(make_core(config, drafter=NgramDrafter(config.speculative)), requests(LAWS["greedy"]))
+    without = run(make_core(config, drafter=NgramDrafter(config.speculative)), requests(DISTRIBUTIONS["greedy"]))
     drafter = NgramDrafter(config.speculative, SuffixArray(documents, 40))
-    samples = run(make_core(config, drafter=drafter), requests(LAWS["greedy"]))
+    samples = run(make_core(config, drafter=drafter), requests(DISTRIBUTIONS["greedy"]))
     assert tokens(samples) == tokens(without) == tokens(plain["greedy"])
     assert num_correct(samples) > num_correct(without)
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("edit", [False, True])
 def test_advice_edited_in_one_place_saves_most_rounds_and_changes_no_token(
-    tiny_llama: Path, plain: dict[str, Samples], edit: bool, law: str
+    tiny_llama: Path, plain: dict[str, Samples], edit: bool, distribution: str
 ) -> None:
     """The advice is the first sample's reply with five tokens of its middle replaced by two others."""
-    replies = {i: plain[law][str(i), 0].token_ids for i in range(len(PROMPTS))}
+    replies = {i: plain[distribution][str(i), 0].token_ids for i in range(len(PROMPTS))}
     advice = {i: (*reply[:30], 1, 2, *reply[35:]) for i, reply in replies.items()}
     core = make_core(engine_config(tiny_llama, "LOOKUP", 9, max_running_requests=16))
-    samples = run(core, requests(replace(LAWS[law], edit=edit), advice))
-    assert tokens(samples) == tokens(plain[law])
+    samples = run(core, requests(replace(DISTRIBUTIONS[distribution], edit=edit), advice))
+    assert tokens(samples) == tokens(plain[distribution])
     first = [sample for (_, index), sample in samples.items() if index == 0]
     rounds = sum(sample.spec.num_rounds for sample in first)
     assert rounds < 0.4 * sum(len(sample.token_ids) for sample in first)

@@ -13,7 +13,7 @@ from rollout.embedded.core import GenerationCore
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.linear import Packing
 from rollout.embedded.plan import RowSpan, make_plan, positions_of, sees, tree_shape
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 from tests.support.embedded_harness import engine_config, make_core, prefill, random_prompt
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What verifiers emit on synthetic logits has plain decoding's law, measured with the coins an engine uses.
+"""What verifiers emit on synthetic logits has plain decoding's distribution, measured with the uniforms an engine uses.
 
 Two-sample chi-square tests on arms with disjoint seeds. Significance 1e-4 for each of the two sizes of the file,
 divided by its number of comparisons: a correct verifier would fail for one choice of seeds in 10,000, and the seeds
@@ -12,8 +12,8 @@ from functools import cache
 import pytest
 import torch
 
-from rollout.embedded.coins import Coins, RoundCoins
 from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.uniforms import RoundUniforms, Uniforms
 from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.verifier import Verifier, VerifyRow
 from slime_spec.config.tree import SpeculativeConfig
@@ -71,7 +71,7 @@ def arm(
     [(name, 20_000) for name in list(ARMS)[:4]]
     + [pytest.param(name, 200_000, marks=pytest.mark.long) for name in ARMS],
 )
-def test_speculation_leaves_the_law_unchanged(name: str, num_samples: int) -> None:
+def test_speculation_leaves_the_distribution_unchanged(name: str, num_samples: int) -> None:
     verifier, drafting, params = ARMS[name]
     speculative = arm(num_samples, verifier, drafting, params)
     assert speculative.num_accepted > num_samples / 4
@@ -98,9 +98,9 @@ def test_first_drafts_stand_with_their_analytic_probability(sampled: bool, num_s
     assert abs(accepted - expected) < 4 * variance**0.5
 
 
-def softmax_q_of_a_chosen_chain(root: int, limit: int, coins: Sequence[float]) -> Draft:
-    """RTP-LLM's old mistake: the argmax is drafted, its softmax handed over as the law it was drawn from."""
-    chosen = chains([int(row.argmax()) for row in Q_DRAFT], 3)(root, limit, coins).token_ids
+def softmax_q_of_a_chosen_chain(root: int, limit: int, uniforms: Sequence[float]) -> Draft:
+    """RTP-LLM's old mistake: the argmax is drafted, its softmax handed over as the distribution it was drawn from."""
+    chosen = chains([int(row.argmax()) for row in Q_DRAFT], 3)(root, limit, uniforms).token_ids
     return Draft.chain(chosen, Q_DRAFT[[root, *chosen[:-1]]])
 
 
@@ -117,7 +117,7 @@ WRONG: dict[str, Callable[[], tuple[Verifier, Drafting]]] = {
 }
 
 
-def duplicated_siblings(root: int, limit: int, coins: Sequence[float]) -> Draft:
+def duplicated_siblings(root: int, limit: int, uniforms: Sequence[float]) -> Draft:
     return Draft((RANKED[root][1],) * 3, (-1,) * 3)
 
 
@@ -130,7 +130,7 @@ def test_negative_control_a_wrong_rule_is_caught(name: str) -> None:
 
 
 def test_negative_control_joint_filters_are_caught() -> None:
-    # Both sets measured on the unfiltered law, as SGLang's ordinary sampler does: two answers that need not agree.
+    # Both sets measured on the unfiltered distribution, as SGLang's ordinary sampler does: they need not agree.
     p = (TABLE / FILTERED.temperature).softmax(-1)
     ranked = p.sort(dim=-1, descending=True)
     inside = ranked.values.cumsum(-1) - ranked.values < FILTERED.top_p
@@ -141,28 +141,28 @@ def test_negative_control_joint_filters_are_caught() -> None:
     assert comparisons(plain(20_000, FILTERED).responses, run.responses)["joint of tokens 2 to 4"] < SIGNIFICANCE
 
 
-class CoinsOfTheToken(Coins):
-    """Draft and accept coins that a token keeps from round to round."""
+class UniformsOfTheToken(Uniforms):
+    """Draft and accept uniforms that a token keeps from round to round."""
 
-    def draft_of_round(self, num_generated: int) -> RoundCoins:
+    def draft_of_round(self, num_generated: int) -> RoundUniforms:
         return super().draft_of_round(0)
 
-    def accept_of_round(self, num_generated: int) -> RoundCoins:
+    def accept_of_round(self, num_generated: int) -> RoundUniforms:
         return super().accept_of_round(0)
 
 
-def test_negative_control_block_verification_needs_new_coins_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_negative_control_block_verification_needs_new_uniforms_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
     table = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
     blind = sampled_chains(torch.full((2, 2), 0.5), 2)
     expected = generate(WALK, table, range(8_000), 4, PLAIN).responses
     fresh = generate(BLOCK, table, range(8_000, 16_000), 4, PLAIN, blind).responses
-    monkeypatch.setattr("tests.support.toy_rounds.Coins", CoinsOfTheToken)
+    monkeypatch.setattr("tests.support.toy_rounds.Uniforms", UniformsOfTheToken)
     reused = generate(BLOCK, table, range(8_000, 16_000), 4, PLAIN, blind).responses
     assert p_value(expected, fresh) > SIGNIFICANCE
     assert p_value(expected, reused) < SIGNIFICANCE
 
 
-def adversarial(root: int, limit: int, coins: Sequence[float]) -> Draft:
+def adversarial(root: int, limit: int, uniforms: Sequence[float]) -> Draft:
     return Draft.chain([RANKED[root][-1]] * min(3, limit))
 
 
@@ -192,7 +192,7 @@ def test_the_walk_does_not_read_q() -> None:
 
 
 def test_an_empty_draft_is_a_plain_step_for_every_rule() -> None:
-    row = VerifyRow(NO_DRAFT, PLAIN, Coins(3, 5), (0,), 1)
+    row = VerifyRow(NO_DRAFT, PLAIN, Uniforms(3, 5), (0,), 1)
     rules = (WALK, REJECTION, BLOCK, lossy(accept_threshold_acc=0.5))
     emitted = {rule(TABLE[:1], [row])[0].token_ids[0] for rule in rules}
     assert len(emitted) == 1

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
-from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.types import GroupRequest
 from tests.support.embedded_harness import greedy, make_core, run
 from tests.support.http_server import Served

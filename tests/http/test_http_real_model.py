@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from tests.support.embedded_harness import engine_config
 from tests.support.http_server import served
 

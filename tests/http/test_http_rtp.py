@@ -6,8 +6,8 @@ import pytest
 
 from rollout.embedded.http.calls import CallReader
 from rollout.embedded.validate import Limits
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
-from slime_spec.hf.tokenizer import Tokenizer
 from tests.support.http_server import Served
 
 GREEDY = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}

@@ -16,8 +16,8 @@ from rollout.embedded.http.sampling import Sampling
 from rollout.embedded.http.text import GrowingText, response_text
 from rollout.embedded.loop_thread import Refused
 from rollout.embedded.request import OnProgress, Progress
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
-from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.interfaces import Generation
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from tests.support.http_server import TIMEOUT_S, Served, served

@@ -8,7 +8,7 @@ import pytest
 from tiny_llama import make_llama, write_gguf
 from transformers import LlamaForCausalLM
 
-from slime_spec.launch.models import fetch
+from slime_spec.checkpoints.fetch import fetch
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from slime_spec.errors import CheckpointError, ConfigError
-from slime_spec.hf.gguf import GgufModel
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.tokenizer import Tokenizer, check_vocabulary
+from slime_spec.checkpoints.gguf import GgufModel
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 
 LLAMA3 = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] %}"

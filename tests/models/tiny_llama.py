@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from slime_spec.hf.gguf import LAYER_NAMES, TOP_NAMES
+from slime_spec.checkpoints.gguf import LAYER_NAMES, TOP_NAMES
 
 HEADS, KV_HEADS, HIDDEN, LAYERS, INTER = 4, 2, 32, 2, 48
 TEMPLATE = (

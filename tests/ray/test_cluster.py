@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import ray
 
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import ClusterConfig, Config, RunConfig, SglangServerConfig, TrainerConfig
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.launch.cluster import cluster
 from slime_spec.placement import plan_bundles
 from tests.support.fake_config import fake_engine_config

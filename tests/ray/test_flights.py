@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.begun import as_begun
 from rollout.dispatch import Dispatcher
-from rollout.flights import Flight, Flights
+from rollout.in_flight import Flight, Flights
+from rollout.partial_samples import as_begun
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
 NUM_TOKENS = 6

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rollout.pool import EnginePool
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config, ModelConfig
 from slime_spec.errors import ConfigError, PushError
-from slime_spec.hf.checkpoint import expected_shapes
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.launch.cluster import Cluster, cluster
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GroupRequest, SamplingParams

@@ -3,7 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from slime_spec.launch.doctor.document import markdown
+from slime_spec.launch.doctor import USAGE
+from slime_spec.preflight.document import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,5 +22,5 @@ def test_the_readmes_tree_has_every_file_with_its_own_first_line():
 
 def test_the_document_of_the_doctor_has_every_check_with_its_reason():
     document = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
-    assert document == markdown(), "run: python scripts/make_doctor_doc.py"
+    assert document == markdown(USAGE), "run: python scripts/make_doctor_doc.py"
     assert "**flashinfer-graph-padding**" in document

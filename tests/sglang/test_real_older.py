@@ -8,7 +8,7 @@ import pytest
 
 from rollout.sglang_engine.fake import recordings
 from slime_spec.errors import PushError
-from slime_spec.speculation.metadata import GENERATIONS, spec_counters
+from slime_spec.sglang.metadata import GENERATIONS, spec_counters
 from tests.support.sglang_real import Models, Real, cpu_environment, greedy, sglang_python, started
 from tests.support.sglang_recording import recording
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 import slime_spec
-from rollout.sglang_engine.arguments import Place, command_line, config_of_engine, planned_places, server_flags
 from rollout.sglang_engine.engine import SglangEngine
-from rollout.sglang_engine.installed import checked_in, installed_in
 from rollout.sglang_engine.launcher import Launcher
 from rollout.sglang_engine.nodes import NodeProcess, Site
 from slime_spec.config.tree import ClusterConfig, Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.train import with_absolute_paths
 from slime_spec.run_folder import RunFolder
+from slime_spec.sglang.arguments import Place, command_line, config_of_engine, planned_places, server_flags
+from slime_spec.sglang.installed import checked_in, installed_in
 from tests.support.pushes import DirectTransport
 from tests.support.sglang_checkpoints import make_target
 from tests.support.tiny_drafts import edit_config
@@ -206,7 +206,7 @@ def test_a_place_is_reached_where_it_listens() -> None:
 
 
 def test_a_draft_that_ships_with_the_package_is_a_folder_to_sglang(config: Config) -> None:
-    name = next(iter(sorted(path.name for path in (Path(slime_spec.__file__).parent / "draft" / "builtin").iterdir())))
+    name = next(iter(sorted(path.name for path in (Path(slime_spec.__file__).parent / "checkpoints" / "builtin").iterdir())))
     drafting = SpeculativeConfig(algorithm="EAGLE3", draft_model_path=f"builtin:{name}")
     line = words(replace(config, speculative=drafting)).split()
     folder = Path(line[line.index("--speculative-draft-model-path") + 1])

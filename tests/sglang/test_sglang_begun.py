@@ -81,7 +81,7 @@ def test_a_sample_without_a_token_brings_its_index_and_its_time(connect: Connect
 
 
 @pytest.mark.parametrize("params", [{"stop": ("a",)}, {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
-def test_where_going_on_would_bend_the_law_it_starts_anew(connect: Connect, params: dict[str, Any]) -> None:
+def test_where_going_on_would_bend_the_distribution_it_starts_anew(connect: Connect, params: dict[str, Any]) -> None:
     on_fake = connect()
     begun = part(10, weight_version=2, lossy=True, draft_version=7)
     request = GroupRequest("group", PROMPT, (1,), replace(PARAMS, **params), (begun,))

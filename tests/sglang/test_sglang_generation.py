@@ -224,7 +224,7 @@ def test_a_broken_sample_goes_on_from_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("params", [{"stop": ("a",)}, {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
-def test_it_starts_anew_where_going_on_would_bend_its_law(params: dict[str, Any]) -> None:
+def test_it_starts_anew_where_going_on_would_bend_its_distribution(params: dict[str, Any]) -> None:
     body = broken_sample(SamplingParams(max_new_tokens=20, **params)).body("next", "key")
     assert body["input_ids"] == list(PROMPT)
     assert body["sampling_params"]["max_new_tokens"] == 20

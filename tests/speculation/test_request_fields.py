@@ -53,7 +53,7 @@ def test_nothing_said_changes_nothing() -> None:
         ({"sp_edit": 2}, "sp_edit", "0, 1, true or false"),
         ({"sp_edit": "1"}, "sp_edit", "0, 1, true or false"),
         ({"sp_edit": 1.0}, "sp_edit", "0, 1, true or false"),
-        ({"force_sp_accept": True}, "force_sp_accept", "no target's law"),
+        ({"force_sp_accept": True}, "force_sp_accept", "no target's distribution"),
         ({"sp_advice_prompt": [1]}, "sp_advice_prompt", "sp_advice_prompt_token_ids"),
         ({"sp_advice_prompt_token_ids": "1"}, "sp_advice_prompt_token_ids", "list of whole numbers"),
         ({"sp_advice_prompt_token_ids": [1, True]}, "sp_advice_prompt_token_ids", "list of whole numbers"),

@@ -6,7 +6,7 @@ import pytest
 
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.errors import ConfigError
-from slime_spec.speculation.shape import check_shape, draft_shape, tree_pool_size
+from slime_spec.sglang.draft_shape import check_shape, draft_shape, tree_pool_size
 
 LLAMA, QWEN = "LlamaForCausalLM", "Qwen2ForCausalLM"
 

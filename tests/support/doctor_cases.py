@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from slime_spec.launch.doctor.facts import DENSE_GRAPH_SIZES
-from slime_spec.launch.doctor.finding import Severity
+from slime_spec.preflight.facts import DENSE_GRAPH_SIZES
+from slime_spec.preflight.finding import Severity
 from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, TREE
 
 ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO

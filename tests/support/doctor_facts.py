@@ -10,14 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rollout.sglang_engine.arguments import Place, server_flags
-from rollout.sglang_engine.installed import checked_in
-from slime_spec.config.tree import Config
-from slime_spec.launch.compose import compose
-from slime_spec.launch.doctor.checkpoint import Checkpoint, StoredTensor
-from slime_spec.launch.doctor.facts import Facts
-from slime_spec.launch.doctor.gather import given_settings
-from slime_spec.launch.doctor.release import release_of
+from slime_spec.checkpoints.stored import Checkpoint, StoredTensor
+from slime_spec.launch.compose import Composed, composed
+from slime_spec.preflight.facts import Facts
+from slime_spec.sglang.arguments import Place, server_flags
+from slime_spec.sglang.installed import checked_in
+from slime_spec.sglang.releases import release_of
 
 TARGET = {
     **{"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "max_position_embeddings": 8192},
@@ -44,8 +42,8 @@ DRAFT = "draft"  # stands for the folder in what is composed, so that a command 
 
 
 @cache
-def composed_once(argv: tuple[str, ...]) -> Config:
-    return compose(argv)
+def composed_once(argv: tuple[str, ...]) -> Composed:
+    return composed(argv)
 
 
 def make_facts(
@@ -71,7 +69,8 @@ def make_facts(
     if tensors is not None:
         stored = {name: StoredTensor("bfloat16", (1,), 2) for name in tensors}
         head, own = (replace(head, tensors=stored), own) if head else (head, replace(own, tensors=stored))
-    composed = composed_once(words)
+    made = composed_once(words)
+    composed = made.config
     config = replace(
         composed,
         model=replace(composed.model, hf_checkpoint=own.folder),
@@ -82,7 +81,7 @@ def make_facts(
     flags = server_flags(config, 0, Place("127.0.0.1", 30000)) if config.rollout.engine == "sglang" else {}
     return Facts(
         config=config,
-        given=given_settings(words),
+        given=made.given,
         target=own,
         draft=head,
         release=release_of(version, is_installed, torch, model_types),

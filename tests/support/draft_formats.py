@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import load_draft
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
-from slime_spec.draft.checkpoint import load_draft
-from slime_spec.draft.spec import DraftSpec
-from slime_spec.hf.checkpoint import load_tensors
-from slime_spec.hf.model_spec import ModelSpec
 from tests.support.reference_drafts import ReferenceDraft
 from tests.support.tiny_drafts import EAGLE, EAGLE3, NEXTN, make_tiny_draft, make_tiny_mimo
 from tests.support.tiny_models import load_reference, make_tiny_checkpoint
@@ -103,9 +103,9 @@ class FreshDraft:
         )
         self._features = lru_cache(maxsize=4096)(self._computed_features)
 
-    def log_law(self, token_ids: Sequence[int], path: Sequence[int] = ()) -> torch.Tensor:
+    def log_distribution(self, token_ids: Sequence[int], path: Sequence[int] = ()) -> torch.Tensor:
         """fp64 log probabilities [target vocab] of the token after ``token_ids`` (the root last) and ``path``."""
-        return self.draft.law_after(token_ids, self._features(tuple(token_ids[:-1])), path)
+        return self.draft.distribution_after(token_ids, self._features(tuple(token_ids[:-1])), path)
 
     def _computed_features(self, token_ids: tuple[int, ...]) -> torch.Tensor:
         with torch.no_grad():

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.draft.build import make_network
-from slime_spec.draft.spec import DraftSpec
 from slime_spec.draft.training.feature_store import FeatureStore
 from slime_spec.draft.training.model import DraftModel
 from slime_spec.draft.training.sequence import DraftSequence, split
 from slime_spec.draft.training.target import FrozenTarget
 from slime_spec.draft.training.vocabulary import DraftVocabulary
 from slime_spec.draft.training.warm_start import warm_start
-from slime_spec.hf.checkpoint import load_tensors
-from slime_spec.hf.model_spec import ModelSpec
 from tests.support.embedded_harness import random_prompt
 from tests.support.tiny_models import load_reference
 

@@ -63,7 +63,7 @@ def draft_context(
 ) -> DraftContext:
     """What a drafter without a network is asked with."""
     params = params or SamplingParams()
-    return DraftContext(key, 0, Lane(0), token_ids, num_prompt_tokens, limit, limit, params, coins=())
+    return DraftContext(key, 0, Lane(0), token_ids, num_prompt_tokens, limit, limit, params, uniforms=())
 
 
 class ScriptedDrafter(WeightlessDrafter):

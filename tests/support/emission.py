@@ -1,4 +1,4 @@
-"""The exact law of what a verifier emits: between two cuts no outcome depends on a coin, so cells are summed up.
+"""The exact distribution of what a verifier emits: between two cuts no outcome changes, so cells are summed up.
 
 That a cut is where the verifier changes its mind is checked too: each cell is judged just inside both its ends.
 """
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.embedded.coins import Coins
 from rollout.embedded.drafting import Draft
-from rollout.embedded.verification.reference import law_reference
+from rollout.embedded.uniforms import Uniforms
+from rollout.embedded.verification.reference import distribution_reference
 from rollout.embedded.verification.verifier import Verifier, VerifyRow
 from slime_spec.types import SamplingParams
 
 Cuts = Iterable[float]
-Law = dict[tuple[int, ...], float]
+Distribution = dict[tuple[int, ...], float]
 PLAIN = SamplingParams()
 INSIDE = 1e-13  # how far from its end a cell is judged; rounding in fp64 is a hundredth of it
 
 
-class FixedCoins(Coins):
-    """Coins a test chose, from the token ``num_generated`` on."""
+class FixedUniforms(Uniforms):
+    """Uniforms a test chose, from the token ``num_generated`` on."""
 
     def __init__(self, num_generated: int, emit: Sequence[float], accept: Sequence[float] = ()) -> None:
         self.emit = [0.0] * num_generated + list(emit)
@@ -43,32 +43,32 @@ class Toy:
     prompt: tuple[int, ...] = (0,)
     eos_token_ids: frozenset[int] = frozenset()
 
-    def law(self, generated: Sequence[int]) -> torch.Tensor:
+    def distribution(self, generated: Sequence[int]) -> torch.Tensor:
         """What plain decoding draws from after ``generated``, by the slow reference."""
         last = (*self.prompt, *generated)[-1]
-        return law_reference(self.table[last], self.params, self.prompt, generated, self.eos_token_ids)
+        return distribution_reference(self.table[last], self.params, self.prompt, generated, self.eos_token_ids)
 
-    def laws(self, generated: Sequence[int], draft: Draft) -> torch.Tensor:
+    def distributions(self, generated: Sequence[int], draft: Draft) -> torch.Tensor:
         """The same at the root and at every node of a draft."""
         paths: list[tuple[int, ...]] = [()]
         for token_id, parent in zip(draft.token_ids, draft.parents, strict=True):
             paths.append((*paths[parent + 1], token_id))
-        return torch.stack([self.law([*generated, *path]) for path in paths])
+        return torch.stack([self.distribution([*generated, *path]) for path in paths])
 
     def logits(self, generated: Sequence[int], draft: Draft) -> torch.Tensor:
         return self.table[[(*self.prompt, *generated)[-1], *draft.token_ids]]
 
-    def autoregressive(self, num_tokens: int) -> Law:
-        """The law of plain decoding's first tokens."""
-        laws: Law = {(): 1.0}
+    def autoregressive(self, num_tokens: int) -> Distribution:
+        """The distribution of plain decoding's first tokens."""
+        distributions: Distribution = {(): 1.0}
         for _ in range(num_tokens):
-            laws = {
+            distributions = {
                 (*tokens, x): weight * float(p)
-                for tokens, weight in laws.items()
-                for x, p in enumerate(self.law(tokens))
+                for tokens, weight in distributions.items()
+                for x, p in enumerate(self.distribution(tokens))
                 if p > 0
             }
-        return laws
+        return distributions
 
 
 def cells(cuts: Cuts) -> list[tuple[float, float]]:
@@ -79,15 +79,15 @@ def cells(cuts: Cuts) -> list[tuple[float, float]]:
     return list(itertools.pairwise(edges))
 
 
-def emission_law(
+def emission_distribution(
     verifier: Verifier,
     toy: Toy,
     generated: Sequence[int],
     draft: Draft,
     emit_cuts: Sequence[Cuts],
     accept_cuts: Sequence[Cuts] = (),
-) -> Law:
-    """The law of a round's emitted tokens; ``emit_cuts[d]`` and ``accept_cuts[d]`` are those of depth d.
+) -> Distribution:
+    """The distribution of a round's emitted tokens; ``emit_cuts[d]`` and ``accept_cuts[d]`` are those of depth d.
 
     One entry of ``emit_cuts`` serves every depth: right where a round draws one token only, its last.
     """
@@ -96,37 +96,37 @@ def emission_law(
     rows, weights = [], []
     for cell in itertools.product(*(cells(cuts) for cuts in (*emit_cuts, *accept_cuts))):
         weights.append(torch.tensor([end - start for start, end in cell], dtype=torch.float64).prod().item())
-        for coins in ([start + INSIDE for start, _ in cell], [end - INSIDE for _, end in cell]):
-            emit = coins[:1] * (1 + len(draft.token_ids)) if shared else coins[: len(emit_cuts)]
-            chosen = FixedCoins(len(generated), emit, coins[len(emit_cuts) :])
+        for uniforms in ([start + INSIDE for start, _ in cell], [end - INSIDE for _, end in cell]):
+            emit = uniforms[:1] * (1 + len(draft.token_ids)) if shared else uniforms[: len(emit_cuts)]
+            chosen = FixedUniforms(len(generated), emit, uniforms[len(emit_cuts) :])
             rows.append(VerifyRow(draft, toy.params, chosen, committed, len(toy.prompt)))
     judged = [tuple(each.token_ids) for each in verifier(toy.logits(generated, draft).repeat(len(rows), 1), rows)]
-    law: Law = {}
+    distribution: Distribution = {}
     for at_start, at_end, weight in zip(judged[::2], judged[1::2], weights, strict=True):
         assert at_start == at_end, "the verifier changes its mind elsewhere than at the cuts"
-        law[at_start] = law.get(at_start, 0.0) + weight
-    return law
+        distribution[at_start] = distribution.get(at_start, 0.0) + weight
+    return distribution
 
 
-def walk_law(verifier: Verifier, toy: Toy, generated: Sequence[int], draft: Draft) -> Law:
+def walk_distribution(verifier: Verifier, toy: Toy, generated: Sequence[int], draft: Draft) -> Distribution:
     """Of a target-only round: at each depth, the cuts of every node there."""
-    laws, depths = toy.laws(generated, draft), [0]
+    distributions, depths = toy.distributions(generated, draft), [0]
     for parent in draft.parents:
         depths.append(depths[parent + 1] + 1)
-    cuts = [laws[[node for node, d in enumerate(depths) if d == depth]] for depth in range(max(depths) + 1)]
-    return emission_law(verifier, toy, generated, draft, [each.cumsum(1).flatten().tolist() for each in cuts])
+    cuts = [distributions[[node for node, d in enumerate(depths) if d == depth]] for depth in range(max(depths) + 1)]
+    return emission_distribution(verifier, toy, generated, draft, [each.cumsum(1).flatten().tolist() for each in cuts])
 
 
-def chain_law(verifier: Verifier, toy: Toy, generated: Sequence[int], draft: Draft) -> Law:
+def chain_distribution(verifier: Verifier, toy: Toy, generated: Sequence[int], draft: Draft) -> Distribution:
     """Of a round of rejection sampling or block verification of one drafted chain, given the chain."""
-    p, q = toy.laws(generated, draft), draft.q_draft
+    p, q = toy.distributions(generated, draft), draft.q_draft
     scales = prefix_ratios(p, q, draft.token_ids)
     residuals = [p[-1], *((scale * p[i] - q[i]).clamp(min=0) for i, scale in enumerate(scales[:-1]))]
     residuals += [(p[i] - q[i]).clamp(min=0) for i in range(len(q))]
     emit = [cut for each in residuals if each.sum() > 0 for cut in (each / each.sum()).cumsum(0).tolist()]
     token_wise = [float(p[i, x] / q[i, x]) for i, x in enumerate(draft.token_ids)]
     block = pass_probabilities(p, q, draft.token_ids)
-    return emission_law(verifier, toy, generated, draft, [emit], list(zip(token_wise, block, strict=True)))
+    return emission_distribution(verifier, toy, generated, draft, [emit], list(zip(token_wise, block, strict=True)))
 
 
 def prefix_ratios(p: torch.Tensor, q: torch.Tensor, drafted: Sequence[int]) -> list[float]:
@@ -157,13 +157,13 @@ def sampled_drafts(q_of: Callable[[int], torch.Tensor], root: int, gamma: int) -
     return drafts
 
 
-def joint_law(round_law: Callable[[tuple[int, ...]], Law], num_tokens: int) -> Law:
-    """The law of the first tokens generated round by round; ``round_law`` is given what was generated so far."""
-    done: Law = {}
-    open_ends: Law = {(): 1.0}
+def joint_distribution(round_distribution: Callable[[tuple[int, ...]], Distribution], num_tokens: int) -> Distribution:
+    """The distribution of the first tokens, round by round; ``round_distribution`` is given the tokens so far."""
+    done: Distribution = {}
+    open_ends: Distribution = {(): 1.0}
     while open_ends:
         generated, weight = open_ends.popitem()
-        for emitted, probability in round_law(generated).items():
+        for emitted, probability in round_distribution(generated).items():
             tokens = (*generated, *emitted)
             where = done if len(tokens) >= num_tokens else open_ends
             tokens = tokens[:num_tokens]
@@ -171,21 +171,21 @@ def joint_law(round_law: Callable[[tuple[int, ...]], Law], num_tokens: int) -> L
     return done
 
 
-def largest_error(left: Law, right: Law) -> float:
+def largest_error(left: Distribution, right: Distribution) -> float:
     return max(abs(left.get(tokens, 0.0) - right.get(tokens, 0.0)) for tokens in left.keys() | right.keys())
 
 
-def total_variation(left: Law, right: Law) -> float:
+def total_variation(left: Distribution, right: Distribution) -> float:
     return sum(abs(left.get(tokens, 0.0) - right.get(tokens, 0.0)) for tokens in left.keys() | right.keys()) / 2
 
 
-def first_token(law: Law) -> Law:
-    marginal: Law = {}
-    for tokens, weight in law.items():
+def first_token(distribution: Distribution) -> Distribution:
+    marginal: Distribution = {}
+    for tokens, weight in distribution.items():
         marginal[tokens[:1]] = marginal.get(tokens[:1], 0.0) + weight
     return marginal
 
 
-def mean_accepted(law: Law) -> float:
+def mean_accepted(distribution: Distribution) -> float:
     """Drafts a round accepts on average: all but its last token."""
-    return sum((len(tokens) - 1) * weight for tokens, weight in law.items())
+    return sum((len(tokens) - 1) * weight for tokens, weight in distribution.items())

@@ -10,7 +10,7 @@ import torch
 from rollout.embedded.drafting import Draft, DraftContext, DraftWeights, FeatureNeed, Outcome, Prefill
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 LEDGER_SPEC = ModelSpec.from_dict(
     {

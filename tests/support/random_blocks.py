@@ -14,7 +14,7 @@ from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import AttentionPlan, RowSpan, make_plan
 from rollout.embedded.rope import RopeTable
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 CPU = torch.device("cpu")
 

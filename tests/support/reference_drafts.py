@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from slime_spec.draft.spec import DraftSpec
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -124,7 +124,9 @@ class ReferenceDraft:
             features = torch.cat([norm(x, w, eps) for x, w in zip(chunks, weights, strict=True)], dim=-1)
         return features @ self.tensors["fc.weight"].T + self.tensors.get("fc.bias", 0)
 
-    def law_after(self, token_ids: Sequence[int], features: torch.Tensor, path: Sequence[int] = ()) -> torch.Tensor:
+    def distribution_after(
+        self, token_ids: Sequence[int], features: torch.Tensor, path: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Log probabilities [target vocab] of the token after ``token_ids`` (the root last) and a drafted ``path``.
 
         ``features`` [len(token_ids) - 1, width] are the target's of all tokens but the root. Tokens that the draft has
@@ -138,6 +140,6 @@ class ReferenceDraft:
             e = torch.cat([e, self.embedding[token_id][None]])
             x = torch.cat([x, recurrent[-1:]])
             read, recurrent = forward(self.spec, self.tensors, e, x)
-        law = torch.full((self.embedding.shape[0],), float("-inf"), dtype=torch.float64)
-        law[self.target_ids] = (read[-1] @ self.head.T).log_softmax(-1)
-        return law
+        distribution = torch.full((self.embedding.shape[0],), float("-inf"), dtype=torch.float64)
+        distribution[self.target_ids] = (read[-1] @ self.head.T).log_softmax(-1)
+        return distribution

@@ -28,7 +28,7 @@ from slime_spec.config.tree import (
     SglangServerConfig,
     SpeculativeConfig,
 )
-from slime_spec.speculation.metadata import pooled
+from slime_spec.sglang.metadata import pooled
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.push import PushReport, run_push
 from tests.support.pushes import DirectTransport, disturbed, push_of
@@ -243,8 +243,8 @@ def greedy(folder: Path, num_tokens: int) -> list[tuple[tuple[int, ...], list[fl
         ids, logprobs = list(prompt), []
         with torch.no_grad():
             for _ in range(num_tokens):
-                law = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-                ids.append(int(law.argmax()))
-                logprobs.append(float(law.max()))
+                distribution = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                ids.append(int(distribution.argmax()))
+                logprobs.append(float(distribution.max()))
         answers.append((tuple(ids[len(prompt) :]), logprobs))
     return answers

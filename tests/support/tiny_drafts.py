@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from slime_spec.draft.checkpoint import draft_shapes, save_draft_checkpoint
-from slime_spec.draft.spec import DraftSpec
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import draft_shapes, save_draft_checkpoint
+from slime_spec.checkpoints.model_spec import ModelSpec
 from tests.support.tiny_models import make_tiny_checkpoint
 
 DRAFT_VOCAB = 61

@@ -9,16 +9,16 @@ from functools import cache
 
 import torch
 
-from rollout.embedded.coins import Coins
 from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.uniforms import Uniforms
 from rollout.embedded.verification.verifier import Verifier, VerifyRow
 from slime_spec.types import SamplingParams
 
-# (last token, most drafted tokens on a path, the round's coins for them) -> draft
+# (last token, most drafted tokens on a path, the round's uniforms for them) -> draft
 Drafting = Callable[[int, int, Sequence[float]], Draft]
 
 
-def no_draft(root: int, limit: int, coins: Sequence[float]) -> Draft:
+def no_draft(root: int, limit: int, uniforms: Sequence[float]) -> Draft:
     return NO_DRAFT
 
 
@@ -42,7 +42,7 @@ def generate(
 ) -> ToyRun:
     """``num_tokens`` for every seed; the first comes without a draft, as after a prefill."""
     sequences = [list(prompt) for _ in seeds]
-    coins = [Coins(seed, num_tokens) for seed in seeds]
+    uniforms = [Uniforms(seed, num_tokens) for seed in seeds]
     run = ToyRun([])
     running = list(range(len(seeds)))
     while running:
@@ -50,9 +50,9 @@ def generate(
         for index in running:
             tokens, generated = sequences[index], len(sequences[index]) - len(prompt)
             limit = num_tokens - generated - 1
-            drafts = coins[index].draft_of_round(generated)[generated:]
+            drafts = uniforms[index].draft_of_round(generated)[generated:]
             draft = drafting(tokens[-1], limit, drafts) if generated and limit else NO_DRAFT
-            rows.append(VerifyRow(draft, params, coins[index], tokens, len(prompt)))
+            rows.append(VerifyRow(draft, params, uniforms[index], tokens, len(prompt)))
         nodes = torch.tensor([token for row in rows for token in (row.token_ids[-1], *row.draft.token_ids)])
         for index, row, verified in zip(running, rows, verifier(table[nodes], rows), strict=True):
             if row.draft.token_ids:
@@ -75,7 +75,7 @@ def chains(next_token: Sequence[int], gamma: int) -> Drafting:
             chain.append(next_token[chain[-1]])
         return Draft.chain(chain[1:])
 
-    return lambda root, limit, coins: chain_of(root, min(gamma, limit))
+    return lambda root, limit, uniforms: chain_of(root, min(gamma, limit))
 
 
 def trees(ranked: Sequence[Sequence[int]], parents: Sequence[int], ranks: Sequence[int]) -> Drafting:
@@ -93,17 +93,17 @@ def trees(ranked: Sequence[Sequence[int]], parents: Sequence[int], ranks: Sequen
             depths.append(depth)
         return Draft(tuple(tokens), tuple(parents[: len(tokens)]))
 
-    return lambda root, limit, coins: tree_of(root, limit)
+    return lambda root, limit, uniforms: tree_of(root, limit)
 
 
 def sampled_chains(q_draft: torch.Tensor, gamma: int) -> Drafting:
-    """Chains sampled from ``q_draft[a]`` after a, with the round's coins."""
+    """Chains sampled from ``q_draft[a]`` after a, with the round's uniforms."""
     cumulative = (q_draft.double().cumsum(-1) / q_draft.double().sum(-1, keepdim=True)).tolist()
 
-    def draft(root: int, limit: int, coins: Sequence[float]) -> Draft:
+    def draft(root: int, limit: int, uniforms: Sequence[float]) -> Draft:
         chain = [root]
-        for coin in coins[: min(gamma, limit)]:
-            chain.append(bisect_right(cumulative[chain[-1]], coin))
+        for uniform in uniforms[: min(gamma, limit)]:
+            chain.append(bisect_right(cumulative[chain[-1]], uniform))
         return Draft.chain(chain[1:], q_draft[chain[:-1]])
 
     return draft

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.checkpoints.tokenizer import Tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + ';' }}{% endfor %}a:"
 

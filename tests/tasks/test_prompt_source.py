@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, RolloutConfig, RunConfig, TaskConfig
 from slime_spec.errors import ConfigError
-from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.tasks.source import PromptSource
 from slime_spec.types import GeneratedSample
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from megatron.core import parallel_state as mpu
 
+from slime_spec.bench.reference_trainer import tiny_samples
+from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError, ConfigError, TrainingError
-from slime_spec.hf.checkpoint import expected_shapes
 from slime_spec.interfaces import RunState
-from slime_spec.launch.bench.reference_trainer import tiny_samples
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.manifest import Manifest
 from slime_spec.weights.push import PushBucket, PushReceiver

@@ -10,10 +10,10 @@ import pytest
 import ray
 import torch
 
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
 from slime_spec.config.tree import Config, RunConfig
 from slime_spec.errors import ConfigError, TrainingError
-from slime_spec.hf.checkpoint import expected_shapes, load_tensors
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import RunState
 from slime_spec.launch.cluster import Cluster, cluster
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport

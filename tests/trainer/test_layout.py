@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import ConfigError
-from slime_spec.hf.model_spec import ModelSpec
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
 from trainer_bridge.layout import Layout, check_layout
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slime_spec.hf.checkpoint import expected_shapes
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
 from tests.trainer.trainer_support import make_policy
 from trainer_bridge.megatron import names
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slime_spec.launch.bench.reference_trainer import near_policy, reference_steps, tiny_samples
+from slime_spec.bench.reference_trainer import near_policy, reference_steps, tiny_samples
 from slime_spec.types import TrainReport
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
 from slime_spec.config.tree import RolloutConfig
-from slime_spec.hf.checkpoint import expected_shapes, load_tensors
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.types import TrainSample
 from tests.support.tiny_models import load_reference
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples

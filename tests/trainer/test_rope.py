@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.rope import inverse_frequencies
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.rope import inverse_frequencies
 from tests.support.tiny_models import LLAMA3_ROPE
 from tests.trainer.trainer_support import make_policy
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from slime_spec.bench.reference_trainer import tiny_samples as tiny_samples
 from slime_spec.config.tree import AlgorithmConfig, Config, ModelConfig, PushConfig, TrainerConfig
-from slime_spec.launch.bench.reference_trainer import tiny_samples as tiny_samples
 from tests.support.tiny_models import make_tiny_checkpoint
 
 RANK_TIMEOUT_S = 120.0

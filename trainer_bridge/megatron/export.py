@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
+from slime_spec.checkpoints.file_names import INDEX, SINGLE
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import ConfigError
-from slime_spec.hf.file_names import INDEX, SINGLE
-from slime_spec.hf.model_spec import ModelSpec
 from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
 from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space
 from trainer_bridge.megatron.model import PolicyModel, hf_tensors

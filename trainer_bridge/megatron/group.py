@@ -18,10 +18,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, TrainingError
-from slime_spec.hf.checkpoint import expected_shapes
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import RunState
 from slime_spec.placement import Placement
 from slime_spec.types import TrainReport, TrainSample

@@ -15,9 +15,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.rope import inverse_frequencies
 from slime_spec.config.tree import TrainerConfig
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.rope import inverse_frequencies
 from trainer_bridge.megatron import names
 from trainer_bridge.megatron.attention import PackedSegments, SegmentAttention
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 GLOBAL_NAMES = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from megatron.core import parallel_state as mpu
 
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, TrainingError
-from slime_spec.hf.checkpoint import load_tensors
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import RunState, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.types import TrainReport, TrainSample, is_greedy

@@ -9,11 +9,11 @@ import torch
 from rollout.embedded.drafters.quantized import check_fp8
 from rollout.embedded.drafters.setup import DrafterSetup
 from rollout.embedded.drafting import Drafter
+from slime_spec.checkpoints.draft_choice import choose_draft
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config
-from slime_spec.draft.choice import choose_draft
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.interfaces import load_choice
-from slime_spec.speculation.shape import draft_shape
+from slime_spec.sglang.draft_shape import draft_shape
 
 if TYPE_CHECKING:
     from rollout.embedded.validate import Limits

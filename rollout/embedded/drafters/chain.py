@@ -1,4 +1,4 @@
-"""Growing chains, a token at a time for all sequences of a batch: the draft's argmax, or drawn from its law."""
+"""Growing chains, a token at a time for all sequences of a batch: the draft's argmax, or a sample of it."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def grow_chains(
     drafts = []
     for row, (context, chain) in enumerate(zip(contexts, torch.stack(levels, dim=1).tolist(), strict=True)):
         tokens = chain[: chain_limit(context)]
-        drafts.append(Draft.chain(tokens, None if sampler is None else sampler.law(row, len(tokens))))
+        drafts.append(Draft.chain(tokens, None if sampler is None else sampler.distribution(row, len(tokens))))
     return drafts
 
 
 class ChainSampler:
-    """Draws the drafts of those rows of a batch whose requests sample, and keeps the laws they came from."""
+    """Draws the drafts of those rows of a batch whose requests sample, and keeps the distributions they came from."""
 
     def __init__(self, contexts: Sequence[DraftContext], vocab: DraftVocab, device: torch.device) -> None:
         self.rows = [row for row, each in enumerate(contexts) if not is_greedy(each.params.temperature)]
@@ -60,24 +60,26 @@ class ChainSampler:
         temperatures = [each.params.temperature for each in self._contexts]
         self._temperatures = torch.tensor(temperatures, device=device).unsqueeze(1)
         self._index = torch.tensor(self.rows, device=device)
-        self._laws: list[torch.Tensor] = []
+        self._distributions: list[torch.Tensor] = []
 
     def draw(self, logits: torch.Tensor, draft_ids: torch.Tensor, step: int) -> torch.Tensor:
-        """``draft_ids`` [rows], those of sampling rows replaced by tokens drawn with the coins of this step."""
+        """``draft_ids`` [rows], those of sampling rows replaced by tokens drawn with the uniforms of this step."""
         q_draft = (logits[self._index] / self._temperatures).softmax(dim=-1)
-        coins = torch.tensor([_coin(each, step) for each in self._contexts], dtype=torch.float64, device=logits.device)
-        self._laws.append(self._vocab.spread(q_draft))
-        return draft_ids.index_copy(0, self._index, inverse_cdf(q_draft, coins))
+        uniforms = torch.tensor(
+            [_uniform(each, step) for each in self._contexts], dtype=torch.float64, device=logits.device
+        )
+        self._distributions.append(self._vocab.spread(q_draft))
+        return draft_ids.index_copy(0, self._index, inverse_cdf(q_draft, uniforms))
 
-    def law(self, row: int, num_nodes: int) -> torch.Tensor | None:
-        """The laws [nodes, target vocab] that the row's first tokens were drawn from; None for a row of argmaxes."""
+    def distribution(self, row: int, num_nodes: int) -> torch.Tensor | None:
+        """The distributions [nodes, target vocab] of the row's first sampled tokens; None for a row of argmaxes."""
         if row not in self.rows:
             return None
         place = self.rows.index(row)
-        return torch.stack([law[place] for law in self._laws[:num_nodes]])
+        return torch.stack([distribution[place] for distribution in self._distributions[:num_nodes]])
 
 
-def _coin(context: DraftContext, step: int) -> float:
+def _uniform(context: DraftContext, step: int) -> float:
     """Steps beyond the row's own limit, whose tokens are cut away, need none."""
     generated = len(context.token_ids) - context.num_prompt_tokens
-    return context.coins[generated + step] if step < chain_limit(context) else 0.0
+    return context.uniforms[generated + step] if step < chain_limit(context) else 0.0

@@ -32,8 +32,8 @@ from rollout.embedded.linear import PackedLinear
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.rope import RopeTable
-from slime_spec.draft.checkpoint import draft_shapes, load_draft
-from slime_spec.draft.spec import DraftSpec
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
 
 logger = logging.getLogger(__name__)
 

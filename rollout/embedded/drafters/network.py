@@ -1,4 +1,4 @@
-"""The forward pass of an EAGLE, EAGLE-3 or MTP draft: tokens and what precedes them in, the next token's law out.
+"""The forward pass of an EAGLE, EAGLE-3 or MTP draft: tokens and the features before them in, logits out.
 
 Position t of a draft reads the embedding e of token t + 1 and the target's features h of token t, so that it predicts
 token t + 2. Beyond the committed tokens it reads its own hidden state in the features' place.
@@ -20,7 +20,7 @@ from rollout.embedded.drafters.heads import Heads
 from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable
-from slime_spec.draft.spec import DraftSpec
+from slime_spec.checkpoints.draft_spec import DraftSpec
 
 
 @dataclass

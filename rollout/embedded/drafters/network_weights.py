@@ -12,8 +12,8 @@ from rollout.embedded.drafters.quantized import make_linear
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.weights import Slot
-from slime_spec.draft.checkpoint import draft_shapes
-from slime_spec.draft.spec import DraftSpec, mtp_family
+from slime_spec.checkpoints.draft_spec import DraftSpec, mtp_family
+from slime_spec.checkpoints.draft_tensors import draft_shapes
 
 FC_NORMS = "fc_norms."
 

@@ -19,8 +19,8 @@ from rollout.embedded.drafters.growth import DraftTree, Growth
 from rollout.embedded.drafters.suffixes import SuffixArray
 from rollout.embedded.drafters.trie import Suffixes, Trie
 from rollout.embedded.drafting import Draft, DraftContext, WeightlessDrafter
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, SpeculativeConfig
-from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.speculation.corpus import read_corpus
 
 

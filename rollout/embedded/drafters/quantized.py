@@ -1,6 +1,6 @@
 """Drafts with rounded weights (``--speculative-draft-model-quantization``): int8, or fp8 on a GPU that has it.
 
-Rounding a draft moves how many of its tokens are accepted, never the output's law.
+Rounding a draft moves how many of its tokens are accepted, never the output's distribution.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from rollout.embedded.drafters.setup import DrafterSetup
 from rollout.embedded.drafting import Lane
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.plan import AttentionPlan, RowSpan, make_plan
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 
 class DraftRows:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from slime_spec.checkpoints.draft_choice import ChosenDraft
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import SpeculativeConfig
-from slime_spec.draft.choice import ChosenDraft
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.speculation.shape import DraftShape
+from slime_spec.sglang.draft_shape import DraftShape
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,5 @@ class DrafterSetup:
 
     @property
     def samples_drafts(self) -> bool:
-        """Whether drafts are drawn from the draft's law, which verification then needs, instead of chosen."""
+        """Whether drafts are drawn from the draft's distribution, which verification then needs, instead of chosen."""
         return self.config.use_rejection_sampling or self.config.use_block_verification

@@ -21,7 +21,7 @@ from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome,
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 
 class StandaloneDrafter:

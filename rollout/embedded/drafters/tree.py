@@ -108,21 +108,21 @@ def _select(pool: Pool, contexts: Sequence[DraftContext], most: int) -> list[Dra
 
 
 def tree_reference(
-    law_after: Callable[[tuple[int, ...]], Sequence[float]], num_steps: int, topk: int, num_draft_tokens: int
+    distribution_after: Callable[[tuple[int, ...]], Sequence[float]], num_steps: int, topk: int, num_draft_tokens: int
 ) -> tuple[list[tuple[int, int, float]], Draft]:
     """The same tree, one node at a time with plain probabilities, for tests to hold ``grow_trees`` against.
 
-    ``law_after(path)`` are the next token's probabilities after the root and ``path``. Returns the pool as (token,
-    parent, score), and the draft.
+    ``distribution_after(path)`` are the next token's probabilities after the root and ``path``. Returns the pool as
+    (token, parent, score), and the draft.
     """
     pool: list[tuple[int, int, float]] = []
     paths: list[tuple[int, ...]] = []
 
     def add_children(parent: int) -> None:
         path, score = ((), 1.0) if parent < 0 else (paths[parent], pool[parent][2])
-        law = law_after(path)
-        for token in sorted(range(len(law)), key=lambda token: -law[token])[:topk]:
-            pool.append((token, parent, score * law[token]))
+        distribution = distribution_after(path)
+        for token in sorted(range(len(distribution)), key=lambda token: -distribution[token])[:topk]:
+            pool.append((token, parent, score * distribution[token]))
             paths.append((*path, token))
 
     add_children(-1)

@@ -13,8 +13,8 @@ from rollout.embedded.linear import PackedLinear, best_packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.weights import DecoderBuilder, named_tensors
-from slime_spec.hf.checkpoint import expected_shapes, load_tensors
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
 
 LINEARS = ("qkv", "out", "gate_up", "down")
 

@@ -9,8 +9,8 @@ from rollout.embedded.http.calls import Call, PromptCall
 from rollout.embedded.http.text import GrowingText, response_text
 from rollout.embedded.http.versions import VersionNames
 from rollout.embedded.request import Progress
-from slime_spec.hf.tokenizer import Tokenizer
-from slime_spec.speculation.meta_info import aux_info, meta_info
+from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.sglang.meta_info import aux_info, meta_info
 from slime_spec.types import GeneratedSample
 
 Answer = dict[str, Any]

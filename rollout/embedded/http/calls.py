@@ -13,8 +13,8 @@ from rollout.embedded.http.fields import Fields, as_object, bad_field, is_text, 
 from rollout.embedded.http.sampling import Sampling, read_sampling
 from rollout.embedded.http.unserved import UNSERVED_FIELDS, check_unserved
 from rollout.embedded.validate import Limits, check_request
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
-from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.rl.requests import sample_seed
 from slime_spec.speculation.request_fields import ADVICE, RTP_OBJECTS, with_rtp_fields
 from slime_spec.types import GroupRequest

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
+from slime_spec.checkpoints.draft_choice import ChosenDraft, choose_draft
+from slime_spec.checkpoints.draft_tensors import load_draft
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config
-from slime_spec.draft.checkpoint import load_draft
-from slime_spec.draft.choice import ChosenDraft, choose_draft
 from slime_spec.errors import CheckpointError
-from slime_spec.hf.checkpoint import load_tensors
-from slime_spec.hf.model_spec import ModelSpec
 
 ANEW = "Restart the server with this draft."
 

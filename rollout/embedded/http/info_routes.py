@@ -14,7 +14,7 @@ from aiohttp import web
 
 import slime_spec
 from rollout.embedded.http.serving import Serving
-from slime_spec.speculation.shape import draft_shape
+from slime_spec.sglang.draft_shape import draft_shape
 from slime_spec.types import GroupRequest, SamplingParams
 
 HEALTH_TIMEOUT_S = 20.0  # SGLang's

@@ -18,12 +18,12 @@ MAX_STOP_STRINGS = 32  # SGLang's bound
 MAX_SAMPLES = 4096
 LONGEST_KEY = 20  # digits of a token id; Python refuses to read thousands of them
 MAX_BIAS = 1e30  # divided by the least temperature it is still a 32-bit float
-LAW = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "n", "sampling_seed")
+DISTRIBUTION = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "n", "sampling_seed")
 PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
 LENGTH = ("max_new_tokens", "min_new_tokens", "stop", "stop_token_ids", "ignore_eos")
 # Fast tokenizers, the only ones here, put no spaces between special tokens whatever is asked of them.
 WRITING = ("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval")
-KNOWN = frozenset((*LAW, *PENALTIES, *LENGTH, *WRITING, *UNSERVED_PARAMETERS))
+KNOWN = frozenset((*DISTRIBUTION, *PENALTIES, *LENGTH, *WRITING, *UNSERVED_PARAMETERS))
 
 
 @dataclass(frozen=True)

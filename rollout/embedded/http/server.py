@@ -30,11 +30,11 @@ from rollout.embedded.http.versions import VersionNames
 from rollout.embedded.http.weight_routes import WeightRoutes
 from rollout.embedded.http.weight_session import WeightUpdates
 from rollout.embedded.validate import limits_of
+from slime_spec.checkpoints.end_tokens import eos_ids
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.hf.end_tokens import eos_ids
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.metrics.alarm import AcceptanceAlarm
 from slime_spec.transports.in_process import InProcessTransport
 

@@ -10,9 +10,9 @@ from rollout.embedded.http.one_thread import OneThread
 from rollout.embedded.http.totals import Totals
 from rollout.embedded.http.versions import VersionNames
 from rollout.embedded.validate import Limits
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.hf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from rollout.embedded.http.sampling import Sampling
-from slime_spec.hf.tokenizer import Tokenizer
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.types import GeneratedSample
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of the first bytes of a character

@@ -15,9 +15,9 @@ from rollout.embedded.http.draft_folder import DraftFolders
 from rollout.embedded.http.fields import bad_field
 from rollout.embedded.http.pushes import check_complete, push_tensors
 from rollout.embedded.http.serving import Serving
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
 from slime_spec.errors import CheckpointError, PushError
-from slime_spec.hf.checkpoint import expected_shapes, load_tensors
-from slime_spec.hf.model_spec import ModelSpec
 from slime_spec.weights.manifest import Side
 
 SELECTORS = ("target", "draft", "all")

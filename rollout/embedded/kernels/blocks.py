@@ -17,7 +17,7 @@ from rollout.embedded.kernels.library import (
 )
 from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.plan import AttentionPlan
-from slime_spec.hf.model_spec import ModelSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from rollout.embedded.blocks import Layer

@@ -1,4 +1,4 @@
-"""From logits to emitted tokens: the sampling law, and which drafted tokens stand so that the law is the target's."""
+"""From logits to emitted tokens: the sampling distribution, and the drafted tokens that stand under it."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Order (SGLang's): frequency and presence penalties (additive, counts of generated tokens), repetition penalty (scaling,
 tokens of prompt and response), logit bias, then the mask that keeps a response going until ``min_new_tokens``. At a
-drafted node the history includes the node and its ancestors, so each node has the law that plain decoding would have
-there; SGLang applies the root's penalties to the whole draft.
+drafted node the history includes the node and its ancestors, so each node has the distribution that plain decoding
+would have there; SGLang applies the root's penalties to the whole draft.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The algorithms one row and one node at a time, in their papers' order: what the batched verifiers are held against.
 
-Laws are normalised fp64 rows: ``p_target`` [1 + nodes, vocab] after the root (row 0) and after node i (row i + 1),
-``q_draft`` [nodes, vocab] that node i was sampled from. Coins are indexed by depth: ``accept[d]`` judges the draft
-that would be emitted d-th, ``emit[d]`` draws the d-th token where no draft supplies it. All return the emitted tokens,
-accepted ones first, then the correction or the bonus.
+Distributions are normalised fp64 rows: ``p_target`` [1 + nodes, vocab] after the root (row 0) and after node i (row i +
+1), ``q_draft`` [nodes, vocab] that node i was sampled from. Uniforms are indexed by depth: ``accept[d]`` judges the
+draft that would be emitted d-th, ``emit[d]`` draws the d-th token where no draft supplies it. All return the emitted
+tokens, accepted ones first, then the correction or the bonus.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from rollout.embedded.drafting import Draft
 from slime_spec.types import SamplingParams
 
 
-def law_reference(
+def distribution_reference(
     logits: torch.Tensor,
     params: SamplingParams,
     prompt: Sequence[int] = (),
     generated: Sequence[int] = (),
     eos_token_ids: frozenset[int] = frozenset(),
 ) -> torch.Tensor:
-    """The law [vocab] of the token after ``generated``: every step in turn, each filter renormalised, by full sorts."""
+    """The distribution [vocab] of the token after ``generated``: each filter in turn, renormalised, by full sorts."""
     p = (adjust_reference(logits, params, prompt, generated, eos_token_ids) / params.temperature).softmax(-1)
     if params.top_k > 0:
         p = torch.where(p >= p.sort(descending=True).values[min(params.top_k, len(p)) - 1], p, 0.0)
@@ -66,21 +66,21 @@ def adjust_reference(
 
 
 def walk_reference(draft: Draft, p_target: torch.Tensor, emit: Sequence[float]) -> list[int]:
-    """The target-only walk; one coin a depth both accepts and draws, by intervals in vocabulary order."""
+    """The target-only walk; one uniform a depth both accepts and draws, by intervals in vocabulary order."""
     emitted: list[int] = []
     node = -1
     while True:
-        law, coin = p_target[node + 1], emit[len(emitted)]
+        distribution, uniform = p_target[node + 1], emit[len(emitted)]
         children = _children(draft, node)
         accepted = None
         for child in children:
-            start, end = interval(law, draft.token_ids[child])
-            if start <= coin < end:
+            start, end = interval(distribution, draft.token_ids[child])
+            if start <= uniform < end:
                 accepted = child
                 break
         if accepted is None:
             siblings = [draft.token_ids[child] for child in children]
-            return [*emitted, draw_outside(law, siblings, coin)]
+            return [*emitted, draw_outside(distribution, siblings, uniform)]
         emitted.append(draft.token_ids[accepted])
         node = accepted
 
@@ -135,40 +135,40 @@ def threshold_reference(
     emitted: list[int] = []
     node = -1
     while True:
-        law, stacked, accepted = p_target[node + 1], 0.0, None
+        distribution, stacked, accepted = p_target[node + 1], 0.0, None
         for child in _children(draft, node):
-            p = float(law[draft.token_ids[child]])
+            p = float(distribution[draft.token_ids[child]])
             stacked += p
             if p > 0 and (accept[len(emitted)] < stacked / acc or p >= single):
                 accepted = child
                 break
         if accepted is None:
-            left = law.clone()
+            left = distribution.clone()
             left[[draft.token_ids[child] for child in _children(draft, node)]] = 0.0
-            return [*emitted, draw(left if left.any() else law, emit[len(emitted)])]
+            return [*emitted, draw(left if left.any() else distribution, emit[len(emitted)])]
         emitted.append(draft.token_ids[accepted])
         node = accepted
 
 
-def interval(law: torch.Tensor, token_id: int) -> tuple[float, float]:
+def interval(distribution: torch.Tensor, token_id: int) -> tuple[float, float]:
     """The part of [0, 1) that belongs to a token: lengths are probabilities, in vocabulary order."""
-    end = law.cumsum(dim=0)
+    end = distribution.cumsum(dim=0)
     return (float(end[token_id - 1]) if token_id else 0.0), float(end[token_id])
 
 
-def draw(weights: torch.Tensor, coin: float) -> int:
-    """The token whose interval of the normalised ``weights`` holds the coin."""
-    return draw_outside(weights / weights.sum(), (), coin)
+def draw(weights: torch.Tensor, uniform: float) -> int:
+    """The token whose interval of the normalised ``weights`` holds the uniform."""
+    return draw_outside(weights / weights.sum(), (), uniform)
 
 
-def draw_outside(law: torch.Tensor, removed: Sequence[int], coin: float) -> int:
-    """The token outside ``removed`` whose interval holds the coin, which is known to lie in none of theirs."""
-    for token_id in range(law.shape[0]):
-        start, end = interval(law, token_id)
-        if token_id not in removed and start <= coin < end:
+def draw_outside(distribution: torch.Tensor, removed: Sequence[int], uniform: float) -> int:
+    """The token outside ``removed`` whose interval holds the uniform, which is known to lie in none of theirs."""
+    for token_id in range(distribution.shape[0]):
+        start, end = interval(distribution, token_id)
+        if token_id not in removed and start <= uniform < end:
             return token_id
-    positive = [i for i in range(law.shape[0]) if law[i] > 0 and i not in removed]
-    return positive[-1]  # the coin lies in the rounding error above the last interval
+    positive = [i for i in range(distribution.shape[0]) if distribution[i] > 0 and i not in removed]
+    return positive[-1]  # the uniform lies in the rounding error above the last interval
 
 
 def _residual(p: torch.Tensor, q: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Rejection sampling of drafts that were sampled, token by token (Leviathan et al.; SGLang's rejection sampling).
 
 Draft x_i ~ q_i is accepted when u_i q_i(x_i) < p_i(x_i), u_i uniform. At the first refusal the token comes from the
-residual law, relu(p_i - q_i) normalised; when all stand, the bonus token comes from p after them. The output has the
-target's law, and a draft stands with probability sum min(p, q).
+residual distribution, relu(p_i - q_i) normalised; when all stand, the bonus token comes from p after them. The output
+has the target's distribution, and a draft stands with probability sum min(p, q).
 
 A draft without q was chosen, not sampled: q is one-hot. Acceptance then has probability p(x) and the residual is p
 without x, which is the target-only walk, so that is what judges it. Rows at temperature 0 take the greedy walk: their
@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
+from rollout.embedded.verification.distributions import kept_mass, sampling_distribution
 from rollout.embedded.verification.draw import inverse_cdf
-from rollout.embedded.verification.law import kept_mass, sampling_law
 from rollout.embedded.verification.verifier import Verified, VerifyRow
 from rollout.embedded.verification.verify_pass import Emission, Pass, Rule, Scratch, with_logprobs
 from rollout.embedded.verification.walk import target_only
@@ -24,7 +24,7 @@ from slime_spec.types import is_greedy
 
 
 class SampledChain:
-    """One row whose draft was sampled: p and q where they matter. ``weights`` [1 + drafts, vocab] are the law's."""
+    """One row whose draft was sampled: p and q. ``weights`` [1 + drafts, vocab] are unnormalised p."""
 
     def __init__(self, row: VerifyRow, weights: torch.Tensor, mass: torch.Tensor) -> None:
         assert row.draft.is_chain, "only chains are sampled: settings that draft trees are refused at the start"
@@ -33,9 +33,9 @@ class SampledChain:
         chosen = torch.tensor(row.draft.token_ids, device=weights.device).unsqueeze(1)
         self.p_of_token = (weights[:-1].gather(1, chosen).squeeze(1) / mass[:-1]).tolist()
         self.q_of_token = self.q_draft.gather(1, chosen).squeeze(1).tolist()
-        assert min(self.q_of_token) > 0.0, "q must be the law that the draft was sampled from"
-        coins = row.coins.accept_of_round(row.num_generated)
-        self.coins = [coins[row.num_generated + i] for i in range(len(self.p_of_token))]
+        assert min(self.q_of_token) > 0.0, "q must be the distribution that the draft was sampled from"
+        uniforms = row.uniforms.accept_of_round(row.num_generated)
+        self.uniforms = [uniforms[row.num_generated + i] for i in range(len(self.p_of_token))]
 
     def residual(self, num_accepted: int, scale: float, out: torch.Tensor) -> None:
         """relu(scale p - q) after ``num_accepted`` drafts into ``out`` [vocab]; the bonus token's p after all."""
@@ -53,27 +53,27 @@ Acceptance = Callable[[SampledChain], tuple[int, float]]
 
 
 def token_by_token(chain: SampledChain) -> tuple[int, float]:
-    for index, (p, q, coin) in enumerate(zip(chain.p_of_token, chain.q_of_token, chain.coins, strict=True)):
-        if not coin * q < p:
+    for index, (p, q, uniform) in enumerate(zip(chain.p_of_token, chain.q_of_token, chain.uniforms, strict=True)):
+        if not uniform * q < p:
             return index, 1.0
-    return len(chain.coins), 1.0
+    return len(chain.uniforms), 1.0
 
 
 def judge_sampled(verify_pass: Pass, scratch: Scratch, acceptance: Acceptance) -> list[Verified]:
-    """Rows whose drafts were sampled: accept by the row's accept coins, draw the last token with its emit coin."""
+    """Rows whose drafts were sampled: accepted by its accept uniforms, the last token drawn with its emit uniform."""
     logits, rows, roots = verify_pass.logits, verify_pass.rows, verify_pass.roots
-    weights = sampling_law(logits, verify_pass.params, scratch.take("law", len(logits), logits))
+    weights = sampling_distribution(logits, verify_pass.params, scratch.take("distribution", len(logits), logits))
     mass = kept_mass(weights, verify_pass.params)
-    last_law = scratch.take("residual", len(rows), logits)
-    num_accepted, coins = [], []
+    last_distribution = scratch.take("residual", len(rows), logits)
+    num_accepted, uniforms = [], []
     for index, (row, root) in enumerate(zip(rows, roots, strict=True)):
         nodes = slice(root, root + row.num_nodes)
         chain = SampledChain(row, weights[nodes], mass[nodes])
         stands, scale = acceptance(chain)
-        chain.residual(stands, scale, last_law[index])
+        chain.residual(stands, scale, last_distribution[index])
         num_accepted.append(stands)
-        coins.append(row.coins.emit[row.num_generated + stands])
-    last = inverse_cdf(last_law, torch.tensor(coins, dtype=torch.float64, device=logits.device)).tolist()
+        uniforms.append(row.uniforms.emit[row.num_generated + stands])
+    last = inverse_cdf(last_distribution, torch.tensor(uniforms, dtype=torch.float64, device=logits.device)).tolist()
     emissions = [
         Emission([*row.draft.token_ids[:stands], token], tuple(range(stands)), root)
         for row, root, stands, token in zip(rows, roots, num_accepted, last, strict=True)
@@ -90,5 +90,5 @@ def rejection_sampling(row: VerifyRow) -> Rule:
 
 
 def was_sampled(row: VerifyRow) -> bool:
-    """Whether q has a say: some drafts, of a row that samples, drawn from a law that came with them."""
+    """Whether q has a say: some drafts, of a row that samples, drawn from a distribution that came with them."""
     return row.draft.q_draft is not None and bool(row.draft.token_ids) and not is_greedy(row.params.temperature)

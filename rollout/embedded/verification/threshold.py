@@ -1,8 +1,8 @@
-"""SGLang's acceptance thresholds: below 1 they accept more than the target's law allows, so the output is lossy.
+"""SGLang's acceptance thresholds: below 1 they accept more than the target would, so the output is lossy.
 
-At a node, siblings are tried in order with one coin u; P adds up their probabilities. Sibling x with p(x) > 0 is
+At a node, siblings are tried in order with one uniform u; P adds up their probabilities. Sibling x with p(x) > 0 is
 accepted when u < P / threshold_acc or p(x) >= threshold_single. When none is, the token comes from p without the
-siblings, drawn with a coin of its own. Only ``speculative.lossy`` leads here, and every sample is marked.
+siblings, drawn with a uniform of its own. Only ``speculative.lossy`` leads here, and every sample is marked.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from rollout.embedded.drafting import Draft
+from rollout.embedded.verification.distributions import kept_mass, sampling_distribution
 from rollout.embedded.verification.draw import inverse_cdf
-from rollout.embedded.verification.law import kept_mass, sampling_law
 from rollout.embedded.verification.verifier import Verified, VerifyRow
 from rollout.embedded.verification.verify_pass import Emission, Pass, Rule, Scratch, with_logprobs
 from rollout.embedded.verification.walk import target_only
@@ -28,32 +28,34 @@ class Thresholds:
     single: float
     acc: float
 
-    def accept(self, p_of_siblings: list[float], coin: float) -> int | None:
+    def accept(self, p_of_siblings: list[float], uniform: float) -> int | None:
         """Which sibling is accepted, None if none is."""
         stacked = 0.0
         for index, p in enumerate(p_of_siblings):
             stacked += p
-            if p > 0.0 and (coin < stacked / self.acc or p >= self.single):
+            if p > 0.0 and (uniform < stacked / self.acc or p >= self.single):
                 return index
         return None
 
     def judge(self, verify_pass: Pass, scratch: Scratch) -> list[Verified]:
         """Rows that sample: walk each tree by thresholds, then draw the last token of all of them."""
         logits, rows, roots = verify_pass.logits, verify_pass.rows, verify_pass.roots
-        weights = sampling_law(logits, verify_pass.params, scratch.take("law", len(logits), logits))
+        weights = sampling_distribution(logits, verify_pass.params, scratch.take("distribution", len(logits), logits))
         p_of_token = iter(_p_of_drafts(verify_pass, weights))
-        last_law = scratch.take("residual", len(rows), logits)
-        paths, coins = [], []
+        last_distribution = scratch.take("residual", len(rows), logits)
+        paths, uniforms = [], []
         for index, (row, root) in enumerate(zip(rows, roots, strict=True)):
             path, refused = self.walk(row, [next(p_of_token) for _ in row.draft.token_ids])
             stop = root + 1 + path[-1] if path else root
-            last_law[index].copy_(weights[stop])
-            last_law[index, torch.tensor(refused, dtype=torch.long, device=logits.device)] = 0.0
-            if not bool(last_law[index].any()):  # the siblings hold all the mass: the refusal was rounding
-                last_law[index].copy_(weights[stop])
+            last_distribution[index].copy_(weights[stop])
+            last_distribution[index, torch.tensor(refused, dtype=torch.long, device=logits.device)] = 0.0
+            if not bool(last_distribution[index].any()):  # the siblings hold all the mass: the refusal was rounding
+                last_distribution[index].copy_(weights[stop])
             paths.append(path)
-            coins.append(row.coins.emit[row.num_generated + len(path)])
-        last = inverse_cdf(last_law, torch.tensor(coins, dtype=torch.float64, device=logits.device)).tolist()
+            uniforms.append(row.uniforms.emit[row.num_generated + len(path)])
+        last = inverse_cdf(
+            last_distribution, torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+        ).tolist()
         emissions = [
             Emission([*(row.draft.token_ids[node] for node in path), token], path, root)
             for row, root, path, token in zip(rows, roots, paths, last, strict=True)
@@ -62,11 +64,11 @@ class Thresholds:
 
     def walk(self, row: VerifyRow, p_of_token: list[float]) -> tuple[tuple[int, ...], list[int]]:
         """The accepted nodes, and the tokens refused after the last of them."""
-        coins = row.coins.accept_of_round(row.num_generated)
+        uniforms = row.uniforms.accept_of_round(row.num_generated)
         path: list[int] = []
         while children := children_of(row.draft, path[-1] if path else -1):
-            coin = coins[row.num_generated + len(path)]
-            accepted = self.accept([p_of_token[child] for child in children], coin)
+            uniform = uniforms[row.num_generated + len(path)]
+            accepted = self.accept([p_of_token[child] for child in children], uniform)
             if accepted is None:
                 return tuple(path), [row.draft.token_ids[child] for child in children]
             path.append(children[accepted])

@@ -8,18 +8,18 @@ from typing import Protocol
 
 import torch
 
-from rollout.embedded.coins import Coins
 from rollout.embedded.drafting import Draft
+from rollout.embedded.uniforms import Uniforms
 from slime_spec.types import SamplingParams
 
 
 @dataclass(frozen=True)
 class VerifyRow:
-    """One sequence of a pass: what it drafted, its law, its coins; ``token_ids`` are all committed, prompt first."""
+    """One sequence of a pass: its draft, its sampling, its uniforms; ``token_ids`` are all committed, prompt first."""
 
     draft: Draft
     params: SamplingParams
-    coins: Coins
+    uniforms: Uniforms
     token_ids: Sequence[int]
     num_prompt_tokens: int
 
@@ -57,7 +57,7 @@ class Verifier(Protocol):
 
     @property
     def lossy(self) -> bool:
-        """Whether it may bend the target's law: every sample it touches is marked."""
+        """Whether it may bend the target's distribution: every sample it touches is marked."""
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
         """``logits`` [sum of num_nodes, vocab], only read, holds each row's root, then its nodes, row by row."""

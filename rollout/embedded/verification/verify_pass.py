@@ -12,7 +12,7 @@ from rollout.embedded.verification.penalties import adjusted
 from rollout.embedded.verification.verifier import Verified, VerifyRow
 from slime_spec.types import SamplingParams
 
-# Rows of logits judged at once: the memory a law needs stays bounded, and in the caches.
+# Rows of logits judged at once: the memory a distribution needs stays bounded, and in the caches.
 NODES_PER_CHUNK = 64
 
 
@@ -76,7 +76,7 @@ class Emission:
 
 
 def with_logprobs(emissions: Sequence[Emission], weights: torch.Tensor, nodes: Sequence[int]) -> list[Verified]:
-    """The k-th token emitted in this pass has the log of its weight in row ``nodes[k]`` of the law."""
+    """The k-th token emitted in this pass has the log of its weight in row ``nodes[k]`` of the distribution."""
     tokens = [token for emission in emissions for token in emission.token_ids]
     at = weights[torch.tensor(nodes, device=weights.device), torch.tensor(tokens, device=weights.device)]
     logprobs = iter(at.log().tolist())

@@ -1,16 +1,16 @@
-"""The target-only walk: which drafted tokens stand, such that the output has exactly the target's law.
+"""The target-only walk: which drafted tokens stand, such that the output has exactly the target's distribution.
 
 At a node, each child x is accepted with probability p_target(x) (given that no earlier sibling was), and when none is,
 the token comes from p_target without the siblings. It is SGLang's default and, for children chosen without looking at
-the coins, exact whatever drafted them (SpecInfer, EAGLE with q = 1).
+the uniforms, exact whatever drafted them (SpecInfer, EAGLE with q = 1).
 
-One coin per position decides everything: child x is accepted when the coin of its depth falls into x's interval of the
-cumulative law in vocabulary order, an event of probability p_target(x), disjoint from its siblings'. What is left of
-the unit interval belongs to the other tokens, each in proportion to its p_target: the residual law. So the walk emits,
-at every position, the very token plain decoding would have drawn with that position's coin, whatever tree was drafted.
-Speculation thus changes no output for a given seed (but for coins within rounding, about 1e-6, of an interval's end:
-logits of passes of different sizes differ in their last bits), and the fast path is: draw a token at every node,
-follow the children that equal it. walk_reference takes the paper's order.
+One uniform per position decides everything: child x is accepted when the uniform of its depth falls into x's interval
+of the cumulative distribution in vocabulary order, an event of probability p_target(x), disjoint from its siblings'.
+What is left of the unit interval belongs to the other tokens, each in proportion to its p_target: the residual
+distribution. So the walk emits, at every position, the very token plain decoding would have drawn with that position's
+uniform, whatever tree was drafted. Speculation thus changes no output for a given seed (but for uniforms within
+rounding, about 1e-6, of an interval's end: logits of passes of different sizes differ in their last bits), and the fast
+path is: draw a token at every node, follow the children that equal it. walk_reference takes the paper's order.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from rollout.embedded.drafting import Draft
+from rollout.embedded.verification.distributions import sampling_distribution
 from rollout.embedded.verification.draw import argmax, inverse_cdf
-from rollout.embedded.verification.law import sampling_law
 from rollout.embedded.verification.verifier import Verified, VerifyRow
 from rollout.embedded.verification.verify_pass import Emission, Pass, Rule, Scratch, with_logprobs
 from slime_spec.types import is_greedy
@@ -49,22 +49,22 @@ def follow_tree(drawn: Sequence[int], draft: Draft) -> tuple[list[int], tuple[in
 
 
 def walk_greedy(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tree) -> list[Verified]:
-    """Rows at temperature 0: the argmax at every node; the law is computed only where a token is emitted."""
+    """Rows at temperature 0: the argmax at every node; the distribution is computed only where a token is emitted."""
     logits = verify_pass.logits
     emissions = _follow_all(verify_pass, argmax(logits).tolist(), follow)
     nodes = [node for emission in emissions for node in emission.nodes]
     index = torch.tensor(nodes, device=logits.device)
     reached = torch.index_select(logits, 0, index, out=scratch.take("reached", len(nodes), logits))
-    weights = torch.softmax(reached, dim=-1, out=scratch.take("law", len(nodes), logits))
+    weights = torch.softmax(reached, dim=-1, out=scratch.take("distribution", len(nodes), logits))
     return with_logprobs(emissions, weights, range(len(nodes)))
 
 
 def walk_sampled(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tree) -> list[Verified]:
-    """Rows that sample: every node's token is drawn with the coin of its depth."""
+    """Rows that sample: every node's token is drawn with the uniform of its depth."""
     logits = verify_pass.logits
-    weights = sampling_law(logits, verify_pass.params, scratch.take("law", len(logits), logits))
-    coins = [row.coins.emit[row.num_generated + depth] for row in verify_pass.rows for depth in row.depths()]
-    drawn = inverse_cdf(weights, torch.tensor(coins, dtype=torch.float64, device=logits.device)).tolist()
+    weights = sampling_distribution(logits, verify_pass.params, scratch.take("distribution", len(logits), logits))
+    uniforms = [row.uniforms.emit[row.num_generated + depth] for row in verify_pass.rows for depth in row.depths()]
+    drawn = inverse_cdf(weights, torch.tensor(uniforms, dtype=torch.float64, device=logits.device)).tolist()
     emissions = _follow_all(verify_pass, drawn, follow)
     return with_logprobs(emissions, weights, [node for emission in emissions for node in emission.nodes])
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.training.sequence import DraftSequence
-from slime_spec.hf.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 import torch
 
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.eagle3 import Eagle3Layer, Eagle3Network
 from slime_spec.draft.mtp import MtpNetwork
 from slime_spec.draft.network import DraftNetwork
 from slime_spec.draft.training.vocabulary import DraftVocabulary
-from slime_spec.hf.model_spec import ModelSpec
 
 INIT_STD = 0.02
 

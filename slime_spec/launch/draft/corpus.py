@@ -11,11 +11,11 @@ from pathlib import Path
 import xxhash
 
 from rollout.embedded.engine import EmbeddedEngine
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, RolloutConfig, RunConfig, TaskConfig
 from slime_spec.draft.training.progress import Progress
 from slime_spec.draft.training.sequence import DraftSequence, read_corpus, write_line
 from slime_spec.errors import ConfigError
-from slime_spec.hf.tokenizer import Tokenizer
 from slime_spec.interfaces import Generation
 from slime_spec.launch.draft.chat_prompts import chat_prompts
 from slime_spec.launch.draft.corpus_settings import CorpusSettings

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from slime_spec.checkpoints.file_names import SINGLE
 from slime_spec.draft.training.sequence import DraftSequence
 from slime_spec.draft.training.trainer import DraftTrainer
-from slime_spec.hf.file_names import SINGLE
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
 from slime_spec.launch.draft.options import DraftOptions
 from slime_spec.weights.manifest import combined_checksum, tensor_checksum

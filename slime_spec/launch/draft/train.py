@@ -10,9 +10,11 @@ from time import monotonic
 import torch
 from rich.console import Console
 
+from slime_spec.checkpoints.draft_spec import DraftSpec, default_capture_layers, draft_config
+from slime_spec.checkpoints.draft_tensors import load_draft, save_draft_checkpoint
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.draft.build import make_network, network_tensors
-from slime_spec.draft.checkpoint import load_draft, save_draft_checkpoint
-from slime_spec.draft.spec import DraftSpec, default_capture_layers, draft_config
 from slime_spec.draft.training.feature_store import FeatureStore
 from slime_spec.draft.training.held_out import Tally
 from slime_spec.draft.training.model import DraftModel
@@ -24,14 +26,12 @@ from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings
 from slime_spec.draft.training.vocabulary import DraftVocabulary
 from slime_spec.draft.training.warm_start import warm_start
 from slime_spec.errors import ConfigError
-from slime_spec.hf.checkpoint import load_tensors
-from slime_spec.hf.model_spec import ModelSpec
-from slime_spec.launch.draft.begun import check_begun
 from slime_spec.launch.draft.console import ConsoleProgress, held_out_table
 from slime_spec.launch.draft.corpus import PlannedReply, generate_corpus, plan_corpus
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
 from slime_spec.launch.draft.options import DraftOptions
 from slime_spec.launch.draft.provenance import tensors_checksum, write_provenance
+from slime_spec.launch.draft.started import check_begun
 
 # Positions judged: the chain that engines draft by default.
 NUM_POSITIONS = 3

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rollout.sglang_engine.arguments import command_line, planned_places, server_flags
-from rollout.sglang_engine.installed import checked_in
 from slime_spec.config.tree import Config
-from slime_spec.launch.doctor.facts import Facts
-from slime_spec.launch.doctor.finding import Finding
-from slime_spec.launch.doctor.gather import gather
-from slime_spec.launch.doctor.preflight import check_skipped, examine, not_skipped
-from slime_spec.launch.dry_run.memory import MemoryPlan, plan_memory
+from slime_spec.launch.compose import Composed
 from slime_spec.placement import BundlePlan, plan_bundles
+from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.finding import Finding
+from slime_spec.preflight.gate import check_skipped, examine, not_skipped
+from slime_spec.preflight.gather import gather
+from slime_spec.preflight.memory import MemoryPlan, plan_memory
+from slime_spec.sglang.arguments import command_line, planned_places, server_flags
+from slime_spec.sglang.installed import checked_in
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ class Plan:
         return tuple(not_skipped(self.findings, self.facts.config.run.skip_checks))
 
 
-def make_plan(config: Config, argv: Sequence[str]) -> Plan:
+def make_plan(made: Composed) -> Plan:
     """Raises ConfigError for a checkpoint without config.json, or a server flag that the version does not know."""
+    config = made.config
     check_skipped(config.run.skip_checks)
-    engines = gather(config, argv)
+    engines = gather(config, made.given)
     facts = engines[0]
     return Plan(
         facts=facts,

@@ -9,11 +9,11 @@ from itertools import pairwise
 from rich.console import Console
 from rich.text import Text
 
-from slime_spec.launch.doctor.finding import Severity
-from slime_spec.launch.doctor.report import as_flags, brief, headline, width
-from slime_spec.launch.dry_run.memory import EngineMemory
 from slime_spec.launch.dry_run.placement import counted, placement_lines
 from slime_spec.launch.dry_run.plan import Plan, PlannedServer
+from slime_spec.preflight.finding import Severity
+from slime_spec.preflight.memory import EngineMemory
+from slime_spec.preflight.report import as_flags, brief, headline, width
 
 FOLD_AT = 96  # columns
 # What servers that are alike have of their own.

@@ -1,0 +1,79 @@
+"""A sample's uniforms: one stream per purpose, indexed by the generated token they decide.
+
+What a sample draws depends on its seed and on its own past, whatever else runs in the batch and however many engines
+there are; so a seed names one output. Streams are independent of each other: a draft must not be drawn with the uniform
+that judges it.
+
+Token t is emitted once, so one stream serves ``emit`` for the sample's life. It may be drafted in several rounds, and
+block verification looks at the uniforms of a whole draft before it refuses its tail: what is known of a used uniform is
+then part of the past. So ``draft_of_round`` and ``accept_of_round`` are new streams in every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: the golden ratio's bits
+_DRAFT, _ACCEPT = 1, 2
+
+
+class Uniforms:
+    """The streams of one sample; those that are never asked for cost nothing."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        self._seed, self._count = seed, count
+
+    @cached_property
+    def emit(self) -> Sequence[float]:
+        """Decides token t in plain decoding and in the target-only walk; the residual and bonus draws elsewhere."""
+        # Not torch's generator, which reads 32 bits of a seed.
+        uniforms: list[float] = np.random.Generator(np.random.PCG64(self._seed & _MASK)).random(self._count).tolist()
+        return uniforms
+
+    def draft_of_round(self, num_generated: int) -> Sequence[float]:
+        """Draws the draft of token t in the round that starts after ``num_generated`` tokens."""
+        return RoundUniforms(self._key(_DRAFT, num_generated), self._count)
+
+    def accept_of_round(self, num_generated: int) -> Sequence[float]:
+        """Judges the draft of token t in that round, where drafts are judged by uniforms of their own."""
+        return RoundUniforms(self._key(_ACCEPT, num_generated), self._count)
+
+    def _key(self, purpose: int, num_generated: int) -> int:
+        return mixed(mixed(mixed(self._seed) + purpose) + num_generated)
+
+
+class RoundUniforms(Sequence[float]):
+    """Uniforms in [0, 1) made from a counter when they are asked for: most rounds use a few of thousands."""
+
+    def __init__(self, key: int, count: int) -> None:
+        self._key, self._count = key, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[float]: ...
+
+    def __getitem__(self, index: int | slice) -> float | list[float]:
+        if isinstance(index, slice):
+            return [self._uniform(t) for t in range(*index.indices(self._count))]
+        return self._uniform(range(self._count)[index])
+
+    def _uniform(self, t: int) -> float:
+        return (mixed(self._key + t * _GOLDEN) >> 11) * 2.0**-53
+
+
+def mixed(value: int) -> int:
+    """splitmix64: 64 bits in which every bit of ``value`` counts."""
+    value = (value + _GOLDEN) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

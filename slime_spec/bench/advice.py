@@ -1,0 +1,121 @@
+"""Drafts without a network: lookup with advice on an edited text, prompt lookup and n-grams on what is copied or not.
+
+The edit: the model is asked to repeat a text of about 200 tokens; the advice is an earlier version of that text, which
+reads differently in one place. The model writes what it writes (now and then it departs from the text by itself).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from slime_spec.bench.drafts import with_draft_tokens
+from slime_spec.bench.local_engine import engine_config, started_engine
+from slime_spec.bench.plain import SHORT
+from slime_spec.bench.prompts import EARLIER, LONG_TEXTS, REPEAT, Prompts, rotating, tokenized
+from slime_spec.bench.race import Ask, EngineSide, ForgetfulSide, Side, race, ratio_rows, speed_rows
+from slime_spec.bench.rows import BenchOptions, Row
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.types import SamplingParams
+
+REACH = 3.0
+LONGEST_REPLY = 256
+# Tokens verified per round, the root included.
+ADVICE_TOKENS = (8, 16)
+Advice = Mapping[tuple[int, ...], tuple[int, ...]]  # prompt -> advice
+
+
+@dataclass(frozen=True)
+class LookupSizes:
+    """How much is measured."""
+
+    num_new_tokens: int = 128
+    num_rounds: int = 5
+    batch_sizes: tuple[int, ...] = (1, 8)
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+
+
+def measure(options: BenchOptions) -> list[Row]:
+    sizes = LookupSizes(options.num_new_tokens, options.num_rounds)
+    rows = measure_advice(options.model, edits(options.model), sizes)
+    kinds = {"copy": tokenized(options.model, "copy"), "chat": tokenized(options.model, "ordinary")}
+    return rows + measure_lookup(options.model, kinds, sizes)
+
+
+def edits(model: Path) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Prompts that ask for a text, each with that text's earlier version as advice."""
+    tokenizer = Tokenizer.load(model)
+    now, before = EARLIER
+    return {tokenizer.chat(REPEAT + text): tokenizer.encode(text.replace(now, before)) for text in LONG_TEXTS}
+
+
+def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int = LONGEST_REPLY) -> list[Row]:
+    """Batch 1, greedy, replies end at EOS: with advice in both of RTP-LLM's modes, without advice, and plain."""
+    prompts, stops = tuple(advice), ModelSpec.from_folder(model).eos_token_ids
+    rows: list[Row] = []
+    for dtype in sizes.dtypes:
+        with ExitStack() as started:
+            sides: dict[str, Side] = {}
+            for count in ADVICE_TOKENS:
+                config = with_draft_tokens(engine_config(model, dtype, "LOOKUP"), count)
+                engine = started.enter_context(started_engine(config))
+                sides.setdefault("plain", EngineSide(engine, False))
+                sides[f"no_advice_n{count}"] = EngineSide(engine, True)
+                for name, edit in (("advice", False), ("edit", True)):
+                    sides[f"{name}_n{count}"] = EngineSide(engine, True, _advised(advice, edit))
+
+            def ask(turn: int) -> Ask:
+                return Ask(rotating(prompts, turn, 1), 1, longest, stops)
+
+            where = f"{SHORT[dtype]}, a text edited in one place, batch 1"
+            times = race(f"lookup, {where}", sizes.num_rounds, sides, ask)
+        prefix = f"lookup.{SHORT[dtype]}.edited_text.b1"
+        for name in sides:
+            rows += speed_rows(f"{prefix}.{name}", f"{name}, {where}", times[name])
+        for count in ADVICE_TOKENS:
+            for name in ("advice", "edit", "no_advice"):
+                side = f"{name}_n{count}"
+                reach = REACH if side == f"advice_n{max(ADVICE_TOKENS)}" else None
+                words = f"{side} over plain decoding, {where}"
+                rows += ratio_rows(f"{prefix}.{side}", words, times["plain"], times[side], reach)
+    return rows
+
+
+def _advised(advice: Advice, edit: bool) -> Callable[[tuple[int, ...]], SamplingParams]:
+    """Greedy with the prompt's own advice."""
+    return lambda prompt: SamplingParams(temperature=0.0, advice_token_ids=advice[prompt], edit=edit)
+
+
+def measure_lookup(model: Path, kinds: Mapping[str, Prompts], sizes: LookupSizes) -> list[Row]:
+    """LOOKUP and NGRAM as they come, bf16, greedy: reported, nothing is promised where nothing is copied.
+
+    NGRAM learns from every request, and rounds ask the same again: it forgets between them.
+    """
+    rows: list[Row] = []
+    dtype = sizes.dtypes[0]
+    with ExitStack() as started:
+        engine = started.enter_context(started_engine(engine_config(model, dtype, "LOOKUP")))
+        ngram = started.enter_context(ForgetfulSide(engine_config(model, dtype, "NGRAM")))
+        sides: dict[str, Side] = {
+            "plain": EngineSide(engine, False),
+            "lookup": EngineSide(engine, True),
+            "ngram": ngram,
+        }
+        for kind, prompts in kinds.items():
+            for batch_size in sizes.batch_sizes:
+
+                def ask(turn: int, prompts: Prompts = prompts, count: int = batch_size) -> Ask:
+                    return Ask(rotating(prompts, turn, count), count, sizes.num_new_tokens)
+
+                where = f"{SHORT[dtype]}, {kind} prompts, batch {batch_size}"
+                times = race(f"lookup and n-grams, {where}", sizes.num_rounds, sides, ask, {"ngram": ngram.renew})
+                prefix = f"lookup.{SHORT[dtype]}.{kind}.b{batch_size}"
+                for name in sides:
+                    rows += speed_rows(f"{prefix}.{name}", f"{name}, {where}", times[name])
+                for name in ("lookup", "ngram"):
+                    words = f"{name} over plain decoding, {where}"
+                    rows += ratio_rows(f"{prefix}.{name}", words, times["plain"], times[name])
+    return rows

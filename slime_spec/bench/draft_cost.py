@@ -1,0 +1,108 @@
+"""What a draft costs and gains: rounds of EAGLE-3 chains at the core, with a clock around the drafter."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+from rollout.embedded.assemble import Assembly
+from rollout.embedded.core import GenerationCore
+from slime_spec.bench.cost_model import Pass
+from slime_spec.bench.drafts import CHAINS, Shape, eagle3_config
+from slime_spec.bench.prompts import Prompts, rotating
+from slime_spec.bench.rows import BenchOptions
+from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
+
+SHARE_BATCH_SIZE = 8
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class DraftSizes:
+    """How much is measured."""
+
+    max_rounds: int = 12
+    num_repeats: int = 3
+    batch_sizes: tuple[int, ...] = (1, 4, 8)
+    shapes: tuple[Shape, ...] = CHAINS
+
+
+@dataclass
+class DraftCost:
+    """Passes are (batch size, steps, seconds a round): of drafting, and of what surrounds a round or a plain step.
+
+    ``accept_lengths`` are tokens gained per round by steps; ``outside_shares`` the share of a round's time outside
+    target and draft at batch SHARE_BATCH_SIZE.
+    """
+
+    drafts: list[Pass] = field(default_factory=list)
+    outside: list[Pass] = field(default_factory=list)
+    plain_outside: list[Pass] = field(default_factory=list)
+    accept_lengths: dict[int, float] = field(default_factory=dict)
+    outside_shares: dict[str, float] = field(default_factory=dict)
+
+
+def measure_draft(options: BenchOptions, dtype: str, prompts: Prompts, sizes: DraftSizes) -> DraftCost:
+    """Greedy rounds in every shape and batch size; plain steps too; sampled ones for their share outside."""
+    found = DraftCost()
+    for shape in sizes.shapes:
+        core = Assembly(eagle3_config(options, dtype, shape)).core(0, perf_counter)
+        gained: list[GeneratedSample] = []
+        for batch_size in sizes.batch_sizes:
+            runs = timed_runs(core, prompts, batch_size, sizes, GREEDY)
+            found.drafts.append(Pass(batch_size, shape.num_steps, min(run.draft_s for run in runs)))
+            found.outside.append(Pass(batch_size, 1, min(run.outside_s for run in runs)))
+            gained += [sample for run in runs for sample in run.samples]
+            if shape == sizes.shapes[0]:
+                plain = timed_runs(core, prompts, batch_size, sizes, replace(GREEDY, speculative=False))
+                found.plain_outside.append(Pass(batch_size, 1, min(run.outside_s for run in plain)))
+            if batch_size == SHARE_BATCH_SIZE:
+                sampled = timed_runs(core, prompts, batch_size, sizes, replace(GREEDY, temperature=1.0))
+                for name, measured in (("greedy", runs), ("sampled", sampled)):
+                    share = statistics.median(run.outside_share for run in measured)
+                    found.outside_shares[f"{name}_{shape.name}"] = share
+        num_rounds = sum(sample.spec.num_rounds for sample in gained)
+        found.accept_lengths[shape.num_steps] = sum(len(sample.token_ids) - 1 for sample in gained) / num_rounds
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """The first rounds of one batch; times are per round, over those in which the batch was whole."""
+
+    draft_s: float
+    outside_s: float
+    outside_share: float
+    samples: list[GeneratedSample]
+
+
+def timed_runs(
+    core: GenerationCore, prompts: Prompts, batch_size: int, sizes: DraftSizes, params: SamplingParams
+) -> list[Run]:
+    """Several batches, the first of which warms up and is left out."""
+    batches = [rotating(prompts, i * batch_size, batch_size) for i in range(sizes.num_repeats + 1)]
+    return [timed_run(core, batch, params, sizes.max_rounds) for batch in batches][1:]
+
+
+def timed_run(core: GenerationCore, prompts: Prompts, params: SamplingParams, max_rounds: int) -> Run:
+    """Decode one batch from when all have begun until the next ends, or for ``max_rounds``, and abort the rest."""
+    finished: list[GeneratedSample] = []
+    groups = [
+        core.add(GroupRequest(str(index), prompt, (index,), params), finished.append)
+        for index, prompt in enumerate(prompts)
+    ]
+    while core.batch.num_running + len(finished) < len(prompts):
+        core.step()
+    num_ended = len(finished)
+    timing = core.timing
+    forward_s, draft_s, total_s = timing.forward_s, timing.draft_s, timing.total_s
+    num_rounds = 0
+    while len(finished) == num_ended and num_rounds < max_rounds:
+        core.step()
+        num_rounds += 1
+    forward_s, draft_s, total_s = timing.forward_s - forward_s, timing.draft_s - draft_s, timing.total_s - total_s
+    for group in groups:
+        core.abort(group)
+    outside_s = total_s - forward_s - draft_s
+    return Run(draft_s / num_rounds, outside_s / num_rounds, outside_s / total_s, finished)

@@ -1,0 +1,57 @@
+"""The benchmark of the embedded engine: its speed against others', what speculation wins, and what it costs."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+import torch
+
+from slime_spec.bench.drafts import CHAINS, eagle3_config
+from slime_spec.bench.peers.catalogue import PEERS
+from slime_spec.bench.peers.install import install
+from slime_spec.bench.rows import Benchmark, BenchOptions
+from slime_spec.checkpoints.draft_choice import choose_draft
+from slime_spec.checkpoints.model_spec import ModelSpec
+
+HERE = "slime_spec.bench"
+PARTS = {
+    "plain": f"{HERE}.plain:measure",
+    "peers": f"{HERE}.against_peers:measure",
+    "eagle3": f"{HERE}.eagle3:measure",
+    "lookup": f"{HERE}.advice:measure",
+    "cost": f"{HERE}.cost:measure",
+    "exactness": f"{HERE}.exactness:measure",
+}
+NEED_THE_DRAFT = {"peers", "eagle3", "cost", "exactness"}
+
+
+def prepare(options: BenchOptions) -> None:
+    """See Benchmark; one thread computes unless told otherwise, as in every peer."""
+    target = ModelSpec.from_folder(options.model)
+    if NEED_THE_DRAFT & set(options.parts):
+        choose_draft(eagle3_config(options, "float32", CHAINS[0]), target)
+    torch.set_num_threads(options.threads or 1)
+    if options.install_peers:
+        for peer in PEERS.values():
+            install(peer, options.peers.expanduser())
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """See Benchmark."""
+    parser.add_argument("--threads", metavar="N", type=int, help="compute threads of every engine (1)")
+    parser.add_argument("--draft", metavar="DRAFT", help=f"the EAGLE-3 draft that is measured ({BenchOptions.draft})")
+    parser.add_argument("--peers", metavar="DIR", type=Path, help=f"where the peers are ({BenchOptions.peers})")
+    parser.add_argument(
+        "--install-peers", action="store_true", help="first install those that are not there (minutes, gigabytes)"
+    )
+    parser.add_argument("--chart", type=Path, help="draw speed-up over batch size into this SVG file (part cost)")
+
+
+ENGINE_SPEED = Benchmark(
+    what="Speed of the embedded engine: against Hugging Face, vLLM and llama.cpp, and of speculation against none.",
+    parts=PARTS,
+    prepare=prepare,
+    add_flags=add_flags,
+    defaults=BenchOptions(num_rounds=3, num_new_tokens=128),
+)

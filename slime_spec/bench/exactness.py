@@ -1,0 +1,128 @@
+"""Greedy replies with and without speculation: the same tokens in fp32; in bf16, how near a tie each divergence was.
+
+Logits of a pass over several tokens may differ in the last bits from those of passes over one: where two tokens are
+that close, bf16 may decide otherwise. So every first divergence is shown with the margin of the two best tokens there,
+and held against the largest difference that the number of tokens in a pass makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+
+from rollout.embedded.assemble import Assembly
+from rollout.embedded.core import GenerationCore
+from rollout.embedded.plan import RowSpan
+from slime_spec.bench.drafts import Shape, eagle3_config
+from slime_spec.bench.engine import engine_logits
+from slime_spec.bench.local_engine import engine_config, greedy, started_engine
+from slime_spec.bench.plain import SHORT
+from slime_spec.bench.prompts import Prompts, in_domain, tokenized
+from slime_spec.bench.rows import BenchOptions, Row, at_least, at_most
+from slime_spec.config.tree import Config
+from slime_spec.types import GeneratedSample
+
+SHAPES = (Shape(3, 1, 4), Shape(5, 4, 8))
+NUM_NOISE_PROMPTS = 4
+# Two logits may each be off by the largest difference, in opposite directions.
+MARGIN_REACH = 2.0
+
+
+@dataclass(frozen=True)
+class ExactnessSizes:
+    """How much is compared."""
+
+    num_new_tokens: int = 128
+    batch_size: int = 8
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+
+def measure(options: BenchOptions) -> list[Row]:
+    ordinary, copy = tokenized(options.model, "ordinary"), tokenized(options.model, "copy")
+    prompts = (*ordinary, *copy, *in_domain(options.model, 8, options.seeds[0]))
+    return measure_exactness(options, prompts, ExactnessSizes(options.num_new_tokens))
+
+
+def measure_exactness(options: BenchOptions, prompts: Prompts, sizes: ExactnessSizes) -> list[Row]:
+    """Rows per dtype and way of drafting; then, per dtype, the margins of all divergences."""
+    rows: list[Row] = []
+    for dtype in sizes.dtypes:
+        core = Assembly(engine_config(options.model, dtype)).core(0, perf_counter)
+        margins: list[float] = []
+        expected = _replies(engine_config(options.model, dtype), prompts, sizes)
+        for name, config in speculating(options, dtype).items():
+            found = _replies(config, prompts, sizes)
+            rows.append(_identity_row(dtype, name, expected, found))
+            margins += divergence_margins(core, prompts, expected, found)
+        if dtype != "float32":
+            rows += _margin_rows(dtype, margins, logit_noise(core, prompts[:NUM_NOISE_PROMPTS]))
+    return rows
+
+
+def speculating(options: BenchOptions, dtype: str) -> dict[str, Config]:
+    """The ways of drafting that are compared with none."""
+    plain = engine_config(options.model, dtype)
+    weightless = {
+        name: replace(plain, speculative=replace(plain.speculative, algorithm=name)) for name in ("LOOKUP", "NGRAM")
+    }
+    eagle3 = {f"EAGLE3_{shape.name}": eagle3_config(options, dtype, shape) for shape in SHAPES}
+    return {**weightless, **eagle3}
+
+
+Tokens = tuple[int, ...]
+
+
+def _replies(config: Config, prompts: Prompts, sizes: ExactnessSizes) -> list[Tokens]:
+    """Every prompt's greedy reply, batch by batch, from an engine of its own."""
+    samples: list[GeneratedSample] = []
+    with started_engine(config) as engine:
+        for start in range(0, len(prompts), sizes.batch_size):
+            samples += greedy(engine, prompts[start : start + sizes.batch_size], sizes.num_new_tokens, speculative=True)
+    return [each.token_ids for each in samples]
+
+
+def _identity_row(dtype: str, name: str, expected: Sequence[Tokens], found: Sequence[Tokens]) -> Row:
+    share = sum(a == b for a, b in zip(expected, found, strict=True)) / len(expected)
+    id = f"exactness.{SHORT[dtype]}.{name.lower()}.greedy_identical"
+    what = f"{SHORT[dtype]}: of {len(expected)} replies, those that {name} left unchanged, token for token"
+    return at_least(id, what, share, "share", 1.0) if dtype == "float32" else Row(id, what, share, "share")
+
+
+def _margin_rows(dtype: str, margins: Sequence[float], noise: float) -> list[Row]:
+    what = f"{SHORT[dtype]}: largest difference that 4 tokens a pass instead of one make to a logit"
+    rows = [Row(f"exactness.{SHORT[dtype]}.logit_noise", what, noise, "logits")]
+    what = f"{SHORT[dtype]}: largest margin of the two best tokens at {len(margins)} first divergences"
+    id = f"exactness.{SHORT[dtype]}.margin_max"
+    return [*rows, at_most(id, what, max(margins, default=0.0), "logits", MARGIN_REACH * noise)]
+
+
+def divergence_margins(
+    core: GenerationCore, prompts: Prompts, expected: Sequence[Tokens], found: Sequence[Tokens]
+) -> list[float]:
+    """The margin between the two best logits of plain decoding where each changed reply first departs."""
+    margins = []
+    for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
+        if ours == theirs:
+            continue
+        same = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        best = engine_logits(core, prompt, ours[:same])[-1].topk(2).values
+        margins.append(float(best[0] - best[1]))
+    return margins
+
+
+def logit_noise(core: GenerationCore, prompts: Prompts) -> float:
+    """Largest |logit over four-token passes - logit over one-token passes| along the prompts."""
+    furthest = 0.0
+    for prompt in prompts:
+        singly = engine_logits(core, prompt[:1], prompt[1:])
+        by_fours = []
+        core.cache.reserve((1, len(prompt)), (0, 0))
+        for start in range(0, len(prompt), 4):
+            piece = prompt[start : start + 4]
+            output = core.target.run(core.cache.own, [RowSpan(0, start, len(piece))], piece)
+            by_fours.append(core.target.logits(output.hidden))
+        furthest = max(furthest, float((torch.cat(by_fours) - singly).abs().max()))
+    return furthest

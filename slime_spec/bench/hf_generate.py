@@ -1,0 +1,55 @@
+"""Hugging Face's model and its ``generate``, the slow engine that everyone has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import process_time
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from slime_spec.bench.race import Answer, Ask
+
+
+class HfGenerate:
+    """Hugging Face's model and its ``generate``: greedy, exactly ``num_new_tokens`` a prompt, padded on the left."""
+
+    def __init__(self, model: Path, dtype: str, num_new_tokens: int) -> None:
+        self.num_new_tokens = num_new_tokens
+        disable_progress_bar()  # "Loading weights" would fall into our own bar
+        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        # generate() fills what a call leaves open from here: without an EOS nothing ends a reply early.
+        self._model.generation_config = GenerationConfig(
+            max_new_tokens=num_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+
+    def replies(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        out = self._model.generate(ids, attention_mask=mask)[:, longest:]
+        assert out.shape[1] == self.num_new_tokens, f"Hugging Face stopped after {out.shape[1]} tokens"
+        return [tuple(reply) for reply in out.tolist()]
+
+    @torch.inference_mode()
+    def logits(self, token_ids: tuple[int, ...]) -> torch.Tensor:
+        """[tokens, vocab]"""
+        return self._model(torch.tensor([token_ids])).logits[0].float()
+
+
+class HfSide:
+    """``HfGenerate`` in a race; it knows no replies that end early."""
+
+    def __init__(self, reference: HfGenerate) -> None:
+        self._reference = reference
+
+    def answer(self, ask: Ask) -> Answer:
+        assert not ask.stop_token_ids, "HfGenerate ends every reply by its length"
+        assert ask.num_new_tokens == self._reference.num_new_tokens
+        replies = [reply for batch in ask.batches for reply in self._reference.replies(batch)]
+        return Answer(replies, len(replies) * (ask.num_new_tokens - 1))
+
+    def cpu_s(self) -> float:
+        return process_time()

@@ -1,0 +1,53 @@
+"""Install the peers, each into a virtual environment of its own: they pin what this project pins otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from slime_spec.bench.peers.catalogue import STAMP, Peer
+from slime_spec.errors import ConfigError
+
+Run = Callable[[Sequence[str], Mapping[str, str], Path], int]
+QUIET = ("--quiet", "--disable-pip-version-check", "--no-input")
+
+
+def run_logged(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+    """Run to the end with everything it prints in ``log``; the exit code."""
+    with log.open("a") as output:
+        return subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
+
+
+def install(peer: Peer, folder: Path, run: Run = run_logged) -> None:
+    """Make ``folder/<peer>`` by the peer's recipe unless that is done; minutes, as one of them is compiled.
+
+    Raises ConfigError with the log's place when a step fails; the stamp is written last, so that half an installation
+    is never taken for one.
+    """
+    console = Console(stderr=True)
+    if peer.is_installed(folder):
+        console.print(f"{peer.title} is already in {folder / peer.name}")
+        return
+    home = folder / peer.name
+    log = folder / f"{peer.name}-install.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(home, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    pip = [str(peer.python(folder)), "-m", "pip"]
+    commands = [[sys.executable, "-m", "venv", str(home)]]
+    commands += [[*pip, verb, *QUIET, *arguments] for verb, *arguments in peer.recipe]
+    for command in commands:
+        step = " ".join(command[2:])
+        with console.status(f"{peer.title}: {step} (log: {log})"):
+            code = run(command, {**os.environ, **peer.build_environment}, log)
+        if code != 0:
+            raise ConfigError("--install-peers", f"a step of {peer.title} ended with code {code}", step, f"Read {log}.")
+    (home / STAMP).write_text(json.dumps(peer.stamp))
+    console.print(f"installed {peer.title} in {home}")

@@ -1,0 +1,67 @@
+"""Plain decoding, no speculation, against Hugging Face ``generate`` in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from slime_spec.bench.hf_generate import HfGenerate, HfSide
+from slime_spec.bench.local_engine import engine_config, started_engine
+from slime_spec.bench.prompts import Prompts, rotating, tokenized
+from slime_spec.bench.race import Ask, EngineSide, Side, Times, race, ratio_rows, speed_rows
+from slime_spec.bench.rows import BenchOptions, Row
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+# Times faster than Hugging Face, by batch size.
+REACH = {1: 1.8, 8: 2.0}
+
+
+@dataclass(frozen=True)
+class PlainSizes:
+    """How much is measured."""
+
+    num_new_tokens: int = 128
+    num_rounds: int = 5
+    batch_sizes: tuple[int, ...] = (1, 8)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+
+def measure(options: BenchOptions) -> list[Row]:
+    chat, copy = tokenized(options.model, "ordinary"), tokenized(options.model, "copy")
+    mixed = tuple(prompt for pair in zip(chat, copy, strict=True) for prompt in pair)
+    return measure_plain(options.model, mixed, PlainSizes(options.num_new_tokens, options.num_rounds), REACH)
+
+
+def measure_plain(model: Path, prompts: Prompts, sizes: PlainSizes, reach: Mapping[int, float]) -> list[Row]:
+    """Speeds and ratios per dtype and batch size."""
+    rows: list[Row] = []
+    for dtype in sizes.dtypes:
+        with hf_and_engine(model, dtype, sizes.num_new_tokens) as sides:
+            for batch_size in sizes.batch_sizes:
+                where = f"{SHORT[dtype]}, batch {batch_size}"
+                times = hf_race(sides, prompts, batch_size, sizes, where)
+                prefix = f"plain.{SHORT[dtype]}.b{batch_size}"
+                text = f"{where}, {sizes.num_new_tokens} greedy tokens, chat and copy prompts, prefill included"
+                rows += speed_rows(prefix, f"embedded engine, {text}", times["engine"])
+                rows += speed_rows(f"{prefix}.hf", f"Hugging Face generate, {text}", times["hf"])
+                words = f"engine over Hugging Face, {where}"
+                rows += ratio_rows(prefix, words, times["hf"], times["engine"], reach[batch_size])
+    return rows
+
+
+@contextmanager
+def hf_and_engine(model: Path, dtype: str, num_new_tokens: int) -> Iterator[dict[str, Side]]:
+    reference = HfGenerate(model, dtype, num_new_tokens)
+    with started_engine(engine_config(model, dtype)) as engine:
+        yield {"engine": EngineSide(engine, speculative=False), "hf": HfSide(reference)}
+
+
+def hf_race(sides: Mapping[str, Side], prompts: Prompts, batch_size: int, sizes: PlainSizes, where: str) -> Times:
+    """Both sides on batches that begin one prompt further on every round."""
+
+    def ask(turn: int) -> Ask:
+        return Ask(rotating(prompts, turn, batch_size), batch_size, sizes.num_new_tokens)
+
+    return race(f"engine and Hugging Face, {where}", sizes.num_rounds, sides, ask)

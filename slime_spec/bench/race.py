@@ -1,0 +1,223 @@
+"""Engines asked the same in turn, each in its own way: ours, Hugging Face's generate, peers in their own processes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from time import process_time
+from types import TracebackType
+from typing import Protocol
+
+from slime_spec.bench.local_engine import started_engine
+from slime_spec.bench.prompts import Prompts
+from slime_spec.bench.rows import Row, at_least
+from slime_spec.bench.timing import Time, Timed, interleaved
+from slime_spec.config.tree import Config
+from slime_spec.interfaces import RolloutEngine
+from slime_spec.types import GroupRequest, SamplingParams
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a round asks of every side: one greedy reply per prompt, ``batch_size`` prompts at once.
+
+    A reply ends after ``num_new_tokens``, or earlier at one of ``stop_token_ids`` (which it then contains).
+    """
+
+    prompts: Prompts
+    batch_size: int
+    num_new_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def batches(self) -> list[Prompts]:
+        starts = range(0, len(self.prompts), self.batch_size)
+        return [self.prompts[start : start + self.batch_size] for start in starts]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Replies in the prompts' order; ``num_passes``: target passes after the prefill, summed over sequences."""
+
+    token_ids: list[tuple[int, ...]]
+    num_passes: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+
+class Side(Protocol):
+    """One engine of a race."""
+
+    def answer(self, ask: Ask) -> Answer: ...
+
+    def cpu_s(self) -> float:
+        """CPU seconds that the side's process has used so far."""
+
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class EngineSide:
+    """An engine of this process, speculating or not.
+
+    ``params_of`` says how a prompt is sampled, all but the length; every request has a seed of its own.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        speculative: bool,
+        params_of: Callable[[tuple[int, ...]], SamplingParams] = lambda prompt: GREEDY,
+    ) -> None:
+        self._engine, self._speculative, self._params_of = engine, speculative, params_of
+        self._next_seed = 0
+
+    def answer(self, ask: Ask) -> Answer:
+        samples = []
+        for batch in ask.batches:
+            groups = [self._engine.generate(self._request(prompt, ask)) for prompt in batch]
+            samples += [sample for group in groups for sample in group]
+        num_passes = sum(each.spec.num_rounds if self._speculative else len(each.token_ids) - 1 for each in samples)
+        return Answer([each.token_ids for each in samples], num_passes)
+
+    def cpu_s(self) -> float:
+        return process_time()
+
+    def _request(self, prompt: tuple[int, ...], ask: Ask) -> GroupRequest:
+        self._next_seed += 1
+        params = replace(
+            self._params_of(prompt),
+            max_new_tokens=ask.num_new_tokens,
+            stop_token_ids=ask.stop_token_ids,
+            ignore_eos=not ask.stop_token_ids,
+            speculative=self._speculative,
+        )
+        return GroupRequest(str(self._next_seed), prompt, (self._next_seed,), params)
+
+
+class ForgetfulSide:
+    """An engine that is started anew for every round: what it learned from the last one (n-grams) is gone."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._running = config, ExitStack()
+
+    def __enter__(self) -> ForgetfulSide:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._running.close()
+
+    def renew(self) -> None:
+        """Start it; to be called before every round."""
+        self._running.close()
+        self._side = EngineSide(self._running.enter_context(started_engine(self._config)), speculative=True)
+
+    def answer(self, ask: Ask) -> Answer:
+        return self._side.answer(ask)
+
+    def cpu_s(self) -> float:
+        return process_time()
+
+
+class PrefillSide:
+    """Another side's time to the first tokens, for what follows to be told apart."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+
+    def answer(self, ask: Ask) -> Answer:
+        return self._side.answer(replace(ask, num_new_tokens=1))
+
+    def cpu_s(self) -> float:
+        return self._side.cpu_s()
+
+
+Times = dict[str, list[Timed[Answer]]]
+
+
+def race(
+    what: str,
+    num_rounds: int,
+    sides: Mapping[str, Side],
+    ask: Callable[[int], Ask],
+    before: Mapping[str, Callable[[], None]] | None = None,
+) -> Times:
+    """Every side answers ``ask(round)`` in turn; see ``interleaved``."""
+
+    def answering(side: Side) -> Callable[[int], Answer]:
+        return lambda turn: side.answer(ask(turn))
+
+    calls = {name: answering(side) for name, side in sides.items()}
+    clocks = {name: side.cpu_s for name, side in sides.items()}
+    return interleaved(what, num_rounds, calls, cpu_clocks=clocks, before=before)
+
+
+def per_s(times: Sequence[Timed[Answer]], time: Time) -> float:
+    """Tokens per second (or per CPU second): the median over rounds."""
+    return statistics.median(each.result.num_tokens / getattr(each, time) for each in times)
+
+
+def speed_up(slower: Sequence[Timed[Answer]], faster: Sequence[Timed[Answer]], time: Time) -> float:
+    """Tokens per second of one side over the other's: the median over rounds, so that the machine's drift cancels."""
+    return statistics.median(
+        (b.result.num_tokens * getattr(a, time)) / (a.result.num_tokens * getattr(b, time))
+        for a, b in zip(slower, faster, strict=True)
+    )
+
+
+def decode_speed_up(
+    slower: Sequence[Timed[Answer]],
+    faster: Sequence[Timed[Answer]],
+    prefill: Sequence[Timed[Answer]],
+    time: Time,
+) -> float:
+    """As ``speed_up``, for the tokens after the first and the time after ``prefill``'s, which counts for both sides."""
+
+    def rate(each: Timed[Answer], first: Timed[Answer]) -> float:
+        num_tokens = each.result.num_tokens - len(each.result.token_ids)
+        return num_tokens / (getattr(each, time) - getattr(first, time))
+
+    return statistics.median(
+        rate(b, first) / rate(a, first) for a, b, first in zip(slower, faster, prefill, strict=True)
+    )
+
+
+def tokens_per_pass(times: Sequence[Timed[Answer]]) -> float | None:
+    """Tokens that a sequence gained per target pass after its prefill; None where the side does not say."""
+    answers = [each.result for each in times]
+    counts = [each.num_passes for each in answers]
+    if None in counts or not sum(filter(None, counts)):
+        return None
+    return sum(each.num_tokens - len(each.token_ids) for each in answers) / sum(filter(None, counts))
+
+
+def speed_rows(prefix: str, what: str, times: Sequence[Timed[Answer]]) -> list[Row]:
+    """Both speeds of one side, and its tokens per target pass where it tells and they are not one."""
+    rows = [
+        Row(f"{prefix}.tokens_per_s", what, per_s(times, "seconds"), "tokens/s"),
+        Row(f"{prefix}.tokens_per_cpu_s", what, per_s(times, "cpu_s"), "tokens/CPU-s"),
+    ]
+    per_pass = tokens_per_pass(times)
+    if per_pass is not None and per_pass != 1.0:
+        rows.append(Row(f"{prefix}.tokens_per_pass", f"{what}: the prefill's token apart", per_pass, "tokens/pass"))
+    return rows
+
+
+def ratio_rows(
+    prefix: str, what: str, slower: Sequence[Timed[Answer]], faster: Sequence[Timed[Answer]], bound: float | None = None
+) -> list[Row]:
+    """How much faster, by the clock and by CPU time, each held to ``bound`` if there is one."""
+    rounds = f"median of {len(slower)} interleaved rounds"
+    by_clock, by_cpu = speed_up(slower, faster, "seconds"), speed_up(slower, faster, "cpu_s")
+    return [
+        maybe_at_least(f"{prefix}.ratio", f"{what}, by the clock, {rounds}", by_clock, bound),
+        maybe_at_least(f"{prefix}.cpu_ratio", f"{what}, per CPU second, {rounds}", by_cpu, bound),
+    ]
+
+
+def maybe_at_least(id: str, what: str, value: float, bound: float | None) -> Row:
+    return Row(id, what, value, "x") if bound is None else at_least(id, what, value, "x", bound)

@@ -1,0 +1,124 @@
+"""A started SGLang engine in this process, and what a benchmark asks of its server besides samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from rollout.sglang_engine import guard
+from rollout.sglang_engine.client import SglangClient
+from rollout.sglang_engine.engine import SglangEngine
+from rollout.sglang_engine.loop_thread import AsyncLoop
+from slime_spec.bench.local_engine import greedy
+from slime_spec.bench.prompts import Prompts
+from slime_spec.bench.race import EngineSide
+from slime_spec.bench.sglang.weights import Weights
+from slime_spec.config.tree import Config
+from slime_spec.transports.in_process import InProcessTransport
+from slime_spec.types import GeneratedSample
+from slime_spec.weights.manifest import Side
+from slime_spec.weights.messages import push_messages
+from slime_spec.weights.push import PushReport, run_push
+
+Sums = Mapping[str, str]
+
+
+class Server:
+    """One engine and its server. Control goes past the engine, on a connection of the benchmark's own."""
+
+    def __init__(
+        self, engine: SglangEngine, config: Config, control: tuple[SglangClient, AsyncLoop], root: psutil.Process | None
+    ) -> None:
+        self.engine, self._config = engine, config
+        self._client, self._loop = control
+        self._root = root
+        self._versions: dict[Side, int] = {"target": 0, "draft": 0}
+
+    @property
+    def address(self) -> str:
+        """host:port"""
+        return self._client.url.removeprefix("http://")
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        return self._loop.call(self._client.post(path, body))
+
+    def checksums(self, side: Side) -> Sums:
+        """Every tensor of one side, of all ranks, by the server's own reckoning."""
+        answer = self.ask("/weights_checker", {"action": "checksum", "selector": side})
+        ranks = enumerate(answer["ranks"])
+        return {f"{rank}:{name}": each for rank, payload in ranks for name, each in payload["checksums"].items()}
+
+    def forget(self) -> None:
+        """Drop cached prefixes."""
+        self.ask("/flush_cache")
+
+    def greedy(
+        self, prompts: Prompts, num_new_tokens: int, stop_token_ids: tuple[int, ...] = ()
+    ) -> list[GeneratedSample]:
+        return greedy(self.engine, prompts, num_new_tokens, speculative=True, stop_token_ids=stop_token_ids)
+
+    def push(self, weights: Weights, side: Side) -> PushReport:
+        """Push the side's next version."""
+        self._versions[side] += 1
+        messages = push_messages(
+            weights, self._versions[side], side, self._config.push.bucket_bytes, InProcessTransport()
+        )
+        return run_push(messages, lambda message: [self.engine.update_weights(message)])
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the server's processes."""
+        assert self._root is not None, "a server that this engine started"
+        times = [each.cpu_times() for each in (self._root, *self._root.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
+
+    def kill(self) -> None:
+        """End the server without a word, as the kernel does when memory is out."""
+        assert self._root is not None, "a server that this engine started"
+        (process,) = self._root.children()
+        process.kill()
+
+
+class ServerSide(EngineSide):
+    """A server as one side of a race; a server speculates with all requests or none."""
+
+    def __init__(self, server: Server, speculative: bool) -> None:
+        super().__init__(server.engine, speculative)
+        self._server = server
+
+    def cpu_s(self) -> float:
+        return self._server.cpu_s()
+
+
+@contextmanager
+def started(config: Config) -> Iterator[Server]:
+    """Start the engine; raises ConfigError where its server does not come up."""
+    settings, algorithm = config.sglang_server, config.speculative.algorithm
+    doing = "the same server" if settings.external_addrs else "starting a server"
+    say(f"{doing}: {algorithm}, weights by {settings.transport}")
+    with ExitStack() as running:
+        before = _guards()
+        engine = SglangEngine(config, 0, InProcessTransport())
+        engine.start()
+        running.callback(engine.stop)
+        roots = [each for each in _guards() if each not in before]
+        loop = AsyncLoop("bench")
+        running.callback(loop.close)
+        client = SglangClient(engine.client.url)
+        loop.call(client.open())
+        running.callback(lambda: loop.call(client.close()))
+        yield Server(engine, config, (client, loop), roots[0] if roots else None)
+
+
+def say(what: str) -> None:
+    """A line of progress."""
+    Console(stderr=True).print(what, markup=False, highlight=False)
+
+
+def _guards() -> list[psutil.Process]:
+    """Processes of this one under which servers run."""
+    children = [each for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE]
+    return [each for each in children if guard.__file__ in each.cmdline()]

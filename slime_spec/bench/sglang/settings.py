@@ -1,0 +1,109 @@
+"""What is measured: the algorithms that target and draft allow, as configurations of the SGLang engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slime_spec.bench.prompts import Prompts
+from slime_spec.bench.rows import BenchOptions
+from slime_spec.checkpoints.shipped import BUILTIN, builtin_folder
+from slime_spec.config.tree import (
+    ClusterConfig,
+    Config,
+    EngineConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    SglangServerConfig,
+    SpeculativeConfig,
+)
+from slime_spec.errors import ConfigError
+
+# SGLang's own choice for most models, and as many tokens for the algorithm without steps.
+CHAIN: Mapping[str, Any] = {"num_steps": 3, "eagle_topk": 1, "num_draft_tokens": 4}
+ALGORITHMS = ("NONE", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+WITHOUT_WEIGHTS = ("NONE", "NGRAM")
+# Only these of SGLang's attention backends verify drafts where nothing but torch and Triton is installed.
+ATTENTION_ON_CPU, ATTENTION_ON_GPU = "intel_amx", "triton"
+MEMORY_SHARE = 0.3  # of a GPU: part "speed" runs two servers on one
+MARGIN = 64  # tokens of a request that SGLang keeps for drafts
+CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
+
+
+def num_gpus(options: BenchOptions) -> int:
+    """GPUs of one server."""
+    if options.num_gpus is not None:
+        return options.num_gpus
+    return int(torch.cuda.is_available() and os.environ.get(CPU_ENGINE) != "1")
+
+
+def place(options: BenchOptions) -> str:
+    """Where it was measured, for the rows."""
+    count = num_gpus(options)
+    return "a CPU" if count == 0 else f"{count} GPU{'s' if count > 1 else ''}"
+
+
+def drafting(options: BenchOptions) -> str:
+    """The algorithm whose draft is pushed, offloaded and raced: the last one that drafts with weights."""
+    found = [name for name in options.algorithms if name not in WITHOUT_WEIGHTS]
+    if not found:
+        raise ConfigError(
+            "--algorithms",
+            "must have one that drafts with weights: parts push, restart, offload and speed are about its draft",
+            options.algorithms,
+            "Add EAGLE3, or pass --only exactness counters.",
+        )
+    return found[-1]
+
+
+def speculation(options: BenchOptions, algorithm: str) -> SpeculativeConfig:
+    """STANDALONE drafts with the target itself, NEXTN with its MTP layer, EAGLE and EAGLE3 with --draft."""
+    if algorithm == "NONE":
+        return SpeculativeConfig(algorithm="NONE")
+    if algorithm == "NGRAM":
+        return SpeculativeConfig(algorithm="NGRAM", num_draft_tokens=CHAIN["num_draft_tokens"])
+    folders = {"STANDALONE": str(options.model), "NEXTN": None}
+    return SpeculativeConfig(algorithm=algorithm, draft_model_path=folders.get(algorithm, _draft(options)), **CHAIN)
+
+
+def _draft(options: BenchOptions) -> str:
+    """SGLang wants a folder."""
+    return str(builtin_folder(options.draft)) if options.draft.startswith(BUILTIN) else options.draft
+
+
+def engine_settings(options: BenchOptions, algorithm: str, prompts: Prompts, at_once: int, log: Path) -> Config:
+    """One server for ``at_once`` of these prompts; the embedded engine reads the same configuration.
+
+    ``log`` is the folder of the server's log.
+    """
+    gpus = num_gpus(options)
+    attention = options.attention_backend or (ATTENTION_ON_GPU if gpus else ATTENTION_ON_CPU)
+    room = max(map(len, prompts)) + options.num_new_tokens + MARGIN
+    return Config(
+        run=RunConfig(mode="rollout_only", output_dir=str(log)),
+        model=ModelConfig(hf_checkpoint=str(options.model)),
+        engine=EngineConfig(dtype=options.dtype, max_running_requests=at_once, max_total_tokens=at_once * room),
+        rollout=RolloutConfig(engine="sglang", num_gpus_per_engine=gpus),
+        cluster=ClusterConfig(colocate=False),
+        speculative=speculation(options, algorithm),
+        # The bench looks at drafts itself, and an idle server must not disturb the one that is timed.
+        sglang_server=SglangServerConfig(python=options.sglang_python, host="127.0.0.1", canary_prompts=0),
+        sglang={"attention_backend": attention, "mem_fraction_static": MEMORY_SHARE, "sleep_on_idle": True},
+    )
+
+
+def with_transport(config: Config, transport: str, server: str | None = None) -> Config:
+    """The same, pushing by ``transport``; ``server`` (host:port) is used instead of starting one."""
+    addresses = () if server is None else (server,)
+    return replace(config, sglang_server=replace(config.sglang_server, transport=transport, external_addrs=addresses))
+
+
+def embedded(config: Config) -> Config:
+    """The same for the embedded engine."""
+    return replace(config, rollout=replace(config.rollout, engine="embedded", num_gpus_per_engine=0), sglang={})

@@ -1,0 +1,92 @@
+"""A draft and a target that no longer fit each other: drafts are refused, and a push has them accepted again.
+
+    a trained draft    the draft is moved away and back; then the target is
+    STANDALONE         the target moves, and its draft, until then the same model, follows it
+
+What a target says after it was moved may be easier to guess than before (the same words again and again): there a
+trained draft's acceptance is reported and held to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from slime_spec.bench.prompts import in_domain
+from slime_spec.bench.rows import BenchOptions, Row, at_least, at_most
+from slime_spec.bench.sglang.replies import LENGTH, Samples, accept_length, accepted_per_round
+from slime_spec.bench.sglang.servers import started
+from slime_spec.bench.sglang.settings import drafting, engine_settings
+from slime_spec.bench.sglang.weights import Weights, disturbed, draft_weights, target_weights
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.weights.manifest import Side
+
+# Drafts that a round accepts, over those of the checkpoints' weights.
+MOST_WHEN_STALE, LEAST_WHEN_BACK = 0.5, 0.8
+TARGET_MOVES, DRAFT_MOVES = 0.15, 1.0  # by this share of each weight; a target must still write sentences
+
+
+@dataclass(frozen=True)
+class Move:
+    """One push, and what it does to acceptance: a draft that fits is accepted as at first, a stale one is not."""
+
+    name: str
+    weights: Weights
+    side: Side
+    leaves: Literal["fitting", "stale", "unknown"]
+
+
+def measure(options: BenchOptions) -> list[Row]:
+    algorithm = drafting(options)
+    rows = [] if algorithm == "STANDALONE" else _rows(options, algorithm)
+    return rows + (_rows(options, "STANDALONE") if "STANDALONE" in options.algorithms else [])
+
+
+def _rows(options: BenchOptions, algorithm: str) -> list[Row]:
+    """On questions of the task that the shipped draft was trained for; replies end where the model ends them."""
+    prompts = in_domain(options.model, options.num_prompts, options.seeds[0])
+    stops = ModelSpec.from_folder(options.model).eos_token_ids
+    with TemporaryDirectory(prefix="slime-spec-bench-") as log:
+        config = engine_settings(options, algorithm, prompts, len(prompts), Path(log))
+        moves = moves_of(algorithm, target_weights(config), draft_weights(config), options.seeds[0])
+        with started(config) as server:
+            fresh = server.greedy(prompts, options.num_new_tokens, stops)
+            moved = []
+            for move in moves:
+                server.push(move.weights, move.side)
+                moved.append(server.greedy(prompts, options.num_new_tokens, stops))
+    return acceptance_rows(algorithm, fresh, moves, moved)
+
+
+def moves_of(algorithm: str, target: Weights, draft: Weights, seed: int) -> list[Move]:
+    away = disturbed(target, TARGET_MOVES, seed)
+    if algorithm == "STANDALONE":
+        return [Move("target_moved", away, "target", "stale"), Move("draft_followed", away, "draft", "fitting")]
+    return [
+        Move("draft_moved", disturbed(draft, DRAFT_MOVES, seed), "draft", "stale"),
+        Move("draft_back", draft, "draft", "fitting"),
+        Move("target_moved", away, "target", "unknown"),
+        Move("target_back", target, "target", "fitting"),
+    ]
+
+
+def acceptance_rows(algorithm: str, fresh: Samples, moves: Sequence[Move], moved: Sequence[Samples]) -> list[Row]:
+    """Accept length after every push, and what a round then accepts over what it accepted at first."""
+    prefix, words = f"stale.{algorithm.lower()}", f"{algorithm}: reply tokens over verify rounds"
+    rows = [Row(f"{prefix}.fresh.accept_length", f"{words}, nothing pushed", accept_length(fresh), LENGTH)]
+    for move, samples in zip(moves, moved, strict=True):
+        where = f"{prefix}.{move.name}"
+        after = f"after a push: {move.name.replace('_', ' ')}"
+        rows.append(Row(f"{where}.accept_length", f"{words}, {after}", accept_length(samples), LENGTH))
+        what = f"{algorithm}: accepted drafts per round {after}, over those at first"
+        share = accepted_per_round(samples) / accepted_per_round(fresh)
+        if move.leaves == "fitting":
+            rows.append(at_least(f"{where}.share", what, share, "x", LEAST_WHEN_BACK))
+        elif move.leaves == "stale":
+            rows.append(at_most(f"{where}.share", what, share, "x", MOST_WHEN_STALE))
+        else:
+            rows.append(Row(f"{where}.share", what, share, "x"))
+    return rows

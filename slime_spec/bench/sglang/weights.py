@@ -1,0 +1,40 @@
+"""What is pushed: a checkpoint's weights, or weights that differ from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from slime_spec.checkpoints.model_files import TargetFiles, draft_files
+from slime_spec.checkpoints.tensors import stored_tensors
+from slime_spec.config.tree import Config
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def target_weights(config: Config) -> Weights:
+    """The checkpoint's, in the engine's dtype."""
+    folder = config.model.hf_checkpoint
+    return _stored(folder, TargetFiles.read(folder).shapes, config)
+
+
+def draft_weights(config: Config) -> Weights:
+    """What a push of the draft carries: its own tensors, or the target's MTP layers."""
+    draft = draft_files(config, TargetFiles.read(config.model.hf_checkpoint))
+    assert draft is not None, f"{config.speculative.algorithm} drafts with weights"
+    return _stored(config.speculative.draft_model_path or config.model.hf_checkpoint, draft.shapes, config)
+
+
+def _stored(folder: str, names: Mapping[str, object], config: Config) -> Weights:
+    dtype: torch.dtype = getattr(torch, config.engine.dtype)
+    return {name: tensor.to(dtype) for name, tensor in stored_tensors(folder, names.__contains__)}
+
+
+def disturbed(weights: Weights, share: float, seed: int) -> Weights:
+    """Every number changed by about ``share`` of itself."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (tensor * (1 + share * torch.randn(tensor.shape, generator=generator))).to(tensor.dtype)
+        for name, tensor in weights.items()
+    }

@@ -1,0 +1,148 @@
+"""Which draft the settings name, and whether it can draft for the target: everything that config files alone tell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from slime_spec.checkpoints.draft_spec import ANOTHER_DRAFT, DRAFT_PATH, DraftSpec
+from slime_spec.checkpoints.draft_tensors import verify_draft
+from slime_spec.checkpoints.families import MTP_FAMILIES
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.shipped import BUILTIN, builtin_folder
+from slime_spec.checkpoints.tensors import verify_tensors
+from slime_spec.config.tree import Config, SpeculativeConfig
+from slime_spec.errors import CheckpointError, ConfigError
+
+# algorithm -> draft families it runs, its own first; in SGLang NEXTN is another name of EAGLE
+FAMILIES = {"EAGLE3": ("eagle3",), "EAGLE": ("eagle", "mtp"), "NEXTN": ("mtp", "eagle")}
+NETWORKED = ("STANDALONE", *FAMILIES)
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class ChosenDraft:
+    """The folder whose weights draft; ``spec`` is a whole model's (STANDALONE) or a draft network's."""
+
+    folder: Path
+    spec: ModelSpec | DraftSpec
+
+    @property
+    def block(self) -> ModelSpec:
+        """The decoder whose keys and values the drafter caches."""
+        return self.spec if isinstance(self.spec, ModelSpec) else self.spec.block
+
+    def verify(self) -> None:
+        """Read every tensor, one in memory at a time; raises CheckpointError naming the first that is damaged."""
+        if isinstance(self.spec, ModelSpec):
+            verify_tensors(self.folder, self.spec, DRAFT_PATH)
+        else:
+            verify_draft(self.folder, self.spec)
+
+
+def choose_draft(config: Config, target: ModelSpec) -> ChosenDraft | None:
+    """The draft of ``config``, None for an algorithm without one; raises ConfigError for one that cannot serve."""
+    speculative = config.speculative
+    if speculative.algorithm not in NETWORKED:
+        return None
+    _check_quantization(speculative, on_gpu=config.rollout.num_gpus_per_engine > 0)
+    folder = _folder(config, target)
+    if speculative.algorithm == "STANDALONE":
+        draft = ChosenDraft(folder, _whole_model(folder, target, config.model.hf_checkpoint))
+    else:
+        spec = DraftSpec.from_folder(folder, target, speculative.draft_norm_output_convention)
+        _check_family(spec, speculative.algorithm)
+        _check_tokenizers(folder, config.model.hf_checkpoint)
+        draft = ChosenDraft(folder, spec)
+    _check_context(draft, config.engine.context_length or target.max_position_embeddings)
+    return draft
+
+
+def _folder(config: Config, target: ModelSpec) -> Path:
+    path, algorithm = config.speculative.draft_model_path, config.speculative.algorithm
+    if path is not None and path.startswith(BUILTIN):
+        return builtin_folder(path)
+    if path is not None:
+        if not (Path(path) / "config.json").is_file():
+            raise CheckpointError(DRAFT_PATH, "must be a checkpoint folder with a config.json", path, ANOTHER_DRAFT)
+        return Path(path)
+    if algorithm in ("NEXTN", "EAGLE") and target.architecture in MTP_FAMILIES:
+        return Path(config.model.hf_checkpoint)  # the MTP layer inside the target's checkpoint
+    raise ConfigError(
+        DRAFT_PATH, f"must name the draft's folder: {algorithm} drafts with a network", None, ANOTHER_DRAFT
+    )
+
+
+def _whole_model(folder: Path, target: ModelSpec, target_folder: str) -> ModelSpec:
+    spec = ModelSpec.from_folder(folder)
+    same = _check_tokenizers(folder, target_folder)
+    # Models of one family pad their embedding differently; tokens beyond the tokenizer's are never generated.
+    if spec.vocab_size != target.vocab_size and not same:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: vocab_size",
+            f"must be the target's ({target.vocab_size})",
+            spec.vocab_size,
+            ANOTHER_DRAFT,
+        )
+    return spec
+
+
+def _check_family(spec: DraftSpec, algorithm: str) -> None:
+    if spec.family not in FAMILIES[algorithm]:
+        fitting = next(name for name, families in FAMILIES.items() if spec.family == families[0])
+        raise ConfigError(
+            "speculative.algorithm",
+            f"must be {fitting} for a draft of the {spec.family} family",
+            algorithm,
+            f"Pass --sglang-speculative-algorithm {fitting}, or another draft.",
+        )
+
+
+def _check_context(draft: ChosenDraft, context_length: int) -> None:
+    longest = draft.block.max_position_embeddings
+    if longest < context_length:
+        raise ConfigError(
+            f"{draft.folder / 'config.json'}: max_position_embeddings",
+            f"must cover the run's context of {context_length} tokens",
+            longest,
+            f"Lower --sglang-context-length to {longest}, or raise the draft's max_position_embeddings: beyond the "
+            "lengths it was trained on fewer drafts are accepted, and the output stays the target's.",
+        )
+
+
+def _check_tokenizers(draft: Path, target: str | Path) -> bool:
+    """Raise ConfigError where both folders have a tokenizer and they differ; whether both have one."""
+    files = draft / TOKENIZER, Path(target) / TOKENIZER
+    if not all(path.is_file() for path in files):
+        return False
+    vocabularies = [_vocabulary(path) for path in files]
+    if vocabularies[0] != vocabularies[1]:
+        differing = {item for one, other in (vocabularies, vocabularies[::-1]) for item in one.items() - other.items()}
+        token, index = min(differing, key=lambda item: (item[1], item[0]))
+        raise CheckpointError(
+            str(files[0]),
+            f"must hold the target's tokens: {len(differing)} differ",
+            f"{token!r} = {index}",
+            ANOTHER_DRAFT,
+        )
+    return True
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """Every token of a tokenizer.json and its id."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    vocab = stored["model"]["vocab"]
+    # A unigram model lists [piece, score] pairs in the order of their ids.
+    tokens = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+    return tokens | {added["content"]: added["id"] for added in stored.get("added_tokens", [])}
+
+
+def _check_quantization(config: SpeculativeConfig, on_gpu: bool) -> None:
+    if config.draft_model_quantization == "fp8" and not on_gpu:
+        raise ConfigError(
+            "speculative.draft_model_quantization",
+            "fp8 needs a GPU that computes with it, and this run's engines are on the CPU",
+            "fp8",
+            "Pass --sglang-speculative-draft-model-quantization int8, or leave it out.",
+        )

@@ -1,0 +1,266 @@
+"""Draft checkpoints on disk: read under one set of names whatever wrote them, refused by name, written for SGLang.
+
+Names are SpecForge's and SGLang's. Readers also know ``layers.0.`` for ``midlayer.``, a leading ``model.`` and the
+older names of EAGLE-3's per-layer norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from slime_spec.checkpoints.draft_spec import DRAFT_PATH, DraftSpec, draft_config, mtp_family
+from slime_spec.checkpoints.families import MtpFamily
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import check_tensor, save_checkpoint, stored_tensors
+from slime_spec.errors import CheckpointError
+
+MEND = "Copy the draft again, or correct its config.json."
+RENAMED = {"layers.0.": "midlayer.", "aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1."}
+RENAMED |= {"aux_norm_high.": "fc_norm.2."}
+D2T, T2D = TABLES = "d2t", "t2d"
+# Tensors that many files of a family lack although they should be there; absent, they are zero.
+OPTIONAL: dict[str, frozenset[str]] = {"eagle3": frozenset(), "eagle": frozenset({"fc.bias"}), "mtp": frozenset()}
+
+
+@dataclass(frozen=True)
+class DraftCheckpoint:
+    """A draft's own weights in the file's dtype, under the names of ``draft_shapes``.
+
+    ``hot_token_ids`` [draft vocab] int64 are the target ids of the head's rows, ascending; None means all of them.
+    """
+
+    spec: DraftSpec
+    tensors: dict[str, torch.Tensor]
+    hot_token_ids: torch.Tensor | None = None
+
+
+def draft_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
+    """Every trainable tensor of the draft itself, in file order; shared embedding and head are not among them."""
+    shapes = {"eagle3": _eagle3_shapes, "eagle": _eagle_shapes, "mtp": _mtp_shapes}[spec.family](spec)
+    if spec.has_own_embedding:
+        shapes["embed_tokens.weight"] = (spec.block.vocab_size, spec.block.hidden_size)
+    if spec.has_own_head:
+        shapes["lm_head.weight"] = (spec.draft_vocab_size, spec.block.hidden_size)
+    return shapes
+
+
+def load_draft(folder: str | Path, spec: DraftSpec) -> DraftCheckpoint:
+    """Read the draft; raises CheckpointError naming what is missing, unknown, misshapen, not finite or mapped wrong."""
+    folder, wanted = Path(folder), draft_shapes(spec)
+    tensors = dict(_checked_tensors(folder, spec))
+    hot_token_ids = _hot_token_ids(folder, spec, tensors)
+    if OPTIONAL[spec.family] & wanted.keys():
+        tensors.setdefault("fc.bias", torch.zeros(wanted["fc.bias"], dtype=tensors["fc.weight"].dtype))
+    return DraftCheckpoint(spec, {name: tensors[name] for name in wanted}, hot_token_ids)
+
+
+def verify_draft(folder: str | Path, spec: DraftSpec) -> None:
+    """The checks of ``load_draft`` with one tensor in memory at a time, the tables of the vocabulary apart."""
+    folder = Path(folder)
+    _hot_token_ids(folder, spec, {name: table for name, table in _checked_tensors(folder, spec) if name in TABLES})
+
+
+def save_draft_checkpoint(
+    folder: str | Path,
+    spec: DraftSpec,
+    tensors: Mapping[str, torch.Tensor],
+    hot_token_ids: torch.Tensor | None = None,
+) -> None:
+    """Write config.json and model.safetensors as SpecForge exports them; ``load_draft`` and SGLang read them back.
+
+    ``tensors`` are those of ``draft_shapes(spec)``. ``hot_token_ids`` is needed where the draft has a reduced
+    vocabulary; d2t (as offsets) and t2d are made from it. An MTP draft becomes a folder of its own.
+    """
+    wanted = draft_shapes(spec)
+    assert tensors.keys() == wanted.keys(), f"tensors differ: {sorted(tensors.keys() ^ wanted.keys())}"
+    for name, shape in wanted.items():
+        assert tuple(tensors[name].shape) == shape, f"{name} has shape {tuple(tensors[name].shape)}, not {shape}"
+    stored = [(name, tensors[name]) for name in wanted]
+    if hot_token_ids is None and spec.has_own_head:
+        hot_token_ids = torch.arange(spec.block.vocab_size)  # SpecForge wants the tables of a full vocabulary too
+    if hot_token_ids is not None:
+        assert tuple(hot_token_ids.shape) == (spec.draft_vocab_size,), "one target id for every row of the head"
+        assert bool((hot_token_ids.diff() > 0).all()), "target ids ascend"
+        in_draft = torch.zeros(spec.block.vocab_size, dtype=torch.bool)
+        in_draft[hot_token_ids] = True
+        offsets = hot_token_ids.to(torch.int64) - torch.arange(spec.draft_vocab_size)
+        stored += [(D2T, offsets), (T2D, in_draft)]
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    save_checkpoint(folder, stored, {**draft_config(spec), "torch_dtype": dtype})
+
+
+def canonical_name(stored: str, spec: DraftSpec) -> str:
+    """The name in ``draft_shapes`` of a tensor as its file calls it."""
+    if spec.family == "mtp":
+        return stored
+    name = stored.removeprefix("model.")
+    if spec.family == "eagle3":
+        for old, new in RENAMED.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+    return name
+
+
+def hot_ids_of_d2t(d2t: torch.Tensor, t2d: torch.Tensor | None, vocab_size: int, source: str = "") -> torch.Tensor:
+    """The target ids [draft vocab] that ``d2t`` stands for, whichever of its two conventions the file follows.
+
+    Offset (EAGLE, SpecForge, SGLang): row i is token i + d2t[i]. Absolute (RTP-LLM): row i is token d2t[i]. Rows
+    ascend in both. ``t2d`` [vocab] decides where it is given; without it the values must fit one convention only.
+    """
+    d2t = d2t.to(torch.int64)
+    readings = {"offset": d2t + torch.arange(d2t.shape[0]), "absolute": d2t}
+    if t2d is not None:
+        used = t2d.to(torch.bool).nonzero().squeeze(1)
+        fitting = [ids for ids in readings.values() if torch.equal(ids, used)]
+    else:
+        fitting = [ids for ids in readings.values() if _are_token_ids(ids, vocab_size)]
+        if len(fitting) == 2:
+            raise CheckpointError(
+                f"{source}: {D2T}",
+                "must fit one convention only, and reads as offsets and as token ids alike",
+                f"{d2t[:4].tolist()}...",
+                f"Keep {T2D} in the checkpoint: it says which it is.",
+            )
+    if not fitting:
+        rule = (
+            f"must give the tokens that {T2D} marks"
+            if t2d is not None
+            else f"must give ascending ids below {vocab_size}"
+        )
+        raise CheckpointError(
+            f"{source}: {D2T}",
+            f"{rule}, as offsets (token = row + d2t, SpecForge and SGLang) or as token ids (RTP-LLM)",
+            f"{d2t[:4].tolist()}...",
+            "Export the draft again.",
+        )
+    return fitting[0]
+
+
+def _are_token_ids(ids: torch.Tensor, vocab_size: int) -> bool:
+    return bool(ids[0] >= 0) and bool(ids[-1] < vocab_size) and bool((ids.diff() > 0).all())
+
+
+def _checked_tensors(folder: Path, spec: DraftSpec) -> Iterator[tuple[str, torch.Tensor]]:
+    """The draft's tensors and its tables one by one, under their canonical names; raises when all have been seen."""
+    wanted = draft_shapes(spec)
+    seen: set[str] = set()
+    unknown: list[str] = []
+    prefix = mtp_family(spec.block.architecture).prefix if spec.in_target else ""
+    for stored, tensor in stored_tensors(folder, lambda name: name.startswith(prefix), DRAFT_PATH):
+        name = canonical_name(stored, spec)
+        if name in TABLES and spec.family == "eagle3":
+            yield name, tensor
+        elif name in wanted:
+            if name in seen:
+                raise CheckpointError(f"{folder}: {stored}", f"must be there once, and {name} is it too", stored, MEND)
+            check_tensor(folder, stored, tensor, wanted[name])
+            seen.add(name)
+            yield name, tensor
+        elif not _is_unread(name, spec):
+            unknown.append(stored)
+    for name in wanted:
+        if name not in seen | OPTIONAL[spec.family]:
+            raise CheckpointError(f"{folder}: {name}", "must be in the draft's checkpoint", "missing", MEND)
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: {unknown[0]}", "is no tensor of this kind of draft", f"{len(unknown)} unknown tensors", MEND
+        )
+
+
+def _hot_token_ids(folder: Path, spec: DraftSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    tables = {name: tensors[name] for name in TABLES if name in tensors}
+    sizes = {D2T: spec.draft_vocab_size, T2D: spec.block.vocab_size}
+    for name, table in tables.items():
+        if tuple(table.shape) != (sizes[name],):
+            raise CheckpointError(f"{folder}: {name}", f"must have shape {(sizes[name],)}", tuple(table.shape), MEND)
+    if D2T not in tables:
+        if spec.draft_vocab_size < spec.block.vocab_size:
+            raise CheckpointError(
+                f"{folder}: {D2T}", "must map the draft's reduced vocabulary to the target's", "missing", MEND
+            )
+        return None
+    ids = hot_ids_of_d2t(tables[D2T], tables.get(T2D), spec.block.vocab_size, str(folder))
+    return None if ids.shape[0] == spec.block.vocab_size else ids
+
+
+def _is_unread(name: str, spec: DraftSpec) -> bool:
+    """Whether SGLang leaves this tensor aside too: copies of the target's, buffers, norms of layers that use others."""
+    if name.endswith("rotary_emb.inv_freq") or name == "embed_tokens.weight":
+        return True
+    if spec.family == "eagle":
+        return name == "lm_head.weight"
+    if spec.family == "mtp":
+        return name.removeprefix(mtp_family(spec.block.architecture).prefix) in (
+            "embed_tokens.weight",
+            "lm_head.weight",
+        )
+    return name.startswith("layers.") and name.endswith(".input_layernorm.weight")
+
+
+def _eagle3_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
+    hidden = spec.block.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, spec.feature_size)}
+    if spec.fc_bias:
+        shapes["fc.bias"] = (hidden,)
+    if spec.norm_before_fc:
+        shapes["input_norm.weight"] = (spec.feature_size,)
+    if spec.fc_norm:
+        for index in range(len(spec.capture_layers)):
+            shapes[f"fc_norm.{index}.weight"] = (spec.target_hidden_size,)
+    for layer in range(spec.block.num_layers):
+        prefix = "midlayer." if layer == 0 else f"layers.{layer}."
+        if layer == 0:
+            shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "hidden_norm.weight"] = (hidden,)
+        shapes |= _block_shapes(prefix, spec.block, 2 * hidden if layer == 0 else hidden)
+    shapes["norm.weight"] = (hidden,)
+    return shapes
+
+
+def _eagle_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
+    hidden = spec.block.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, 2 * hidden)}
+    if spec.fc_bias:
+        shapes["fc.bias"] = (hidden,)
+    for layer in range(spec.block.num_layers):
+        prefix = f"layers.{layer}."
+        if layer > 0:
+            shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes |= _block_shapes(prefix, spec.block, hidden)
+    return shapes
+
+
+def _mtp_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
+    family: MtpFamily = mtp_family(spec.block.architecture)
+    hidden, prefix = spec.block.hidden_size, family.prefix
+    block = prefix + family.block
+    return {
+        prefix + family.projection: (hidden, 2 * hidden),
+        prefix + family.embedding_norm: (hidden,),
+        prefix + family.hidden_norm: (hidden,),
+        block + "input_layernorm.weight": (hidden,),
+        **_block_shapes(block, spec.block, hidden),
+        prefix + family.final_norm: (hidden,),
+    }
+
+
+def _block_shapes(prefix: str, block: ModelSpec, input_size: int) -> dict[str, tuple[int, ...]]:
+    """Attention (over ``input_size`` columns), the norm after it and the MLP of one decoder layer."""
+    hidden, inter, dim = block.hidden_size, block.intermediate_size, block.head_dim
+    rows = {"q": block.num_heads * dim, "k": block.num_kv_heads * dim, "v": block.num_kv_heads * dim}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for x, n in rows.items():
+        shapes[f"{prefix}self_attn.{x}_proj.weight"] = (n, input_size)
+    if block.qkv_bias:
+        for x, n in rows.items():
+            shapes[f"{prefix}self_attn.{x}_proj.bias"] = (n,)
+    shapes[prefix + "self_attn.o_proj.weight"] = (hidden, rows["q"])
+    shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+    shapes[prefix + "mlp.gate_proj.weight"] = (inter, hidden)
+    shapes[prefix + "mlp.up_proj.weight"] = (inter, hidden)
+    shapes[prefix + "mlp.down_proj.weight"] = (hidden, inter)
+    return shapes

@@ -1,0 +1,125 @@
+"""``slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from slime_spec.errors import ConfigError
+from slime_spec.launch.compose import composed
+from slime_spec.preflight import report
+from slime_spec.preflight.finding import Finding, Severity
+from slime_spec.preflight.finished_run import acceptance_by_position
+from slime_spec.preflight.gate import check_skipped, examine
+from slime_spec.preflight.gather import gather
+
+USAGE = """\
+slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]
+
+  Checks a configuration against every trap of speculative rollouts that is known to this version, without starting
+  anything: it reads config.json and headers of the checkpoints, asks SGLang's interpreter (--sglang-python) for its
+  version and the driver for this machine's GPUs.
+
+  --metrics RUN    also judge the acceptance of a finished run (its folder or metrics.jsonl) by draft position;
+                   without flags of train the run is checked as it ran
+  --json           findings as JSON
+  --fix            only the flags that mend what was found, to append to the command
+
+Exit code: 2 with an error (which stops a launch), 1 with a warning, else 0; --skip-check ID leaves a check out of it,
+and of what stops a launch."""
+CONFIG = "config.yaml"  # of a run's folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's own flags, and those of train."""
+
+    metrics: Path | None
+    as_json: bool
+    as_fix: bool
+    train: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found; ``sglang`` is the version judged, None where no server is planned or nothing composes."""
+
+    findings: list[Finding]
+    judged: str
+    sglang: str | None
+    skipped: tuple[str, ...]
+
+
+def run_doctor(argv: Sequence[str], show: Callable[[str], None]) -> int:
+    """Returns the exit code; a configuration that does not compose is itself a finding."""
+    if {"-h", "--help"} & set(argv):
+        show(USAGE)
+        return 0
+    options = _options(argv)
+    examined = _examine(options)
+    if options.as_json:
+        show(report.as_json(examined.findings, examined.sglang, examined.skipped))
+    elif options.as_fix:
+        show(report.as_flags(examined.findings))
+    else:
+        text = report.as_text(examined.findings, examined.judged, examined.skipped)
+        Console(width=report.width(), highlight=False).print(text)
+    return report.exit_code(each for each in examined.findings if each.id not in examined.skipped)
+
+
+def _examine(options: Options) -> Examined:
+    acceptance = acceptance_by_position(options.metrics) if options.metrics is not None else ()
+    try:
+        made = composed(options.train)
+        config = made.config
+        check_skipped(config.run.skip_checks)
+        engines = gather(config, made.given, acceptance)
+    except ConfigError as error:
+        return Examined([_refused(error)], "a configuration that is refused", None, ())
+    first = engines[0]
+    judged = f"a run on SGLang {first.release.text}" if first.on_sglang else f"a run on {config.rollout.engine} engines"
+    if first.on_sglang and not first.release.is_installed:
+        judged += " (the pinned version; none is installed)"
+    sglang = first.release.text if first.on_sglang else None
+    return Examined(examine(engines), judged, sglang, config.run.skip_checks)
+
+
+def _refused(error: ConfigError) -> Finding:
+    return Finding(
+        id="configuration",
+        severity=Severity.ERROR,
+        read=f"{error.setting} = {error.value!r}: {error.rule}",
+        why="Nothing starts with a configuration that is refused; the other checks need one.",
+        remedy=error.remedy.strip(),
+        fix=(),
+        links=(),
+    )
+
+
+def _options(argv: Sequence[str]) -> Options:
+    metrics: Path | None = None
+    train: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "--metrics":
+            path = value or next(words, None)
+            if path is None:
+                raise ConfigError(
+                    "--metrics", "needs a run's folder or metrics.jsonl", None, "Pass --metrics runs/NAME."
+                )
+            metrics = Path(path)
+        elif word not in ("--json", "--fix"):
+            train.append(word)
+    if metrics is not None and not train:
+        train = _as_it_ran(metrics)
+    return Options(metrics, "--json" in argv, "--fix" in argv, tuple(train))
+
+
+def _as_it_ran(metrics: Path) -> list[str]:
+    """The flags of the run whose metrics these are, where its folder tells."""
+    settings = (metrics if metrics.is_dir() else metrics.parent) / CONFIG
+    return ["--config", str(settings)] if settings.is_file() else []

@@ -1,0 +1,186 @@
+"""Whether this draft is one for this target, and complete: a wrong one drafts, and is never accepted."""
+
+from __future__ import annotations
+
+from slime_spec.checkpoints.draft_spec import EAGLE3_ARCHITECTURE, default_capture_layers
+from slime_spec.checkpoints.families import MTP_FAMILIES
+from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
+from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
+
+# Targets whose draft path SGLang sets to the target's own; for any other with an MTP layer it has to be given.
+AUTOMATIC_PATH = (
+    *("DeepseekV32ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV4ForCausalLM", "Glm4MoeForCausalLM"),
+    *("Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"),
+    *("BailingMoeV2_5ForCausalLM", "MistralLarge3ForCausalLM", "PixtralForConditionalGeneration"),
+    *("HYV3ForCausalLM", "HYV4ForCausalLM", "Qwen4ExpForConditionalGeneration"),
+)
+DRAFT_FLAG = "--sglang-speculative-draft-model-path"
+# What a draft's architecture is made for; a plain decoder's name on a head means that it was not converted.
+HEADS = {
+    **dict.fromkeys(("LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"), "EAGLE3"),
+    **dict.fromkeys(("LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle", "MistralForCausalLMEagle"), "EAGLE"),
+    **dict.fromkeys(("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "STANDALONE"),
+}
+
+
+@trap(
+    "mtp-path",
+    "SGLang takes the target's own MTP layer for the draft only for the architectures on its list (DeepSeek, GLM and "
+    "a few more). MiMo, Qwen3-Next and others are not on it: without the path the server does not start.",
+    "https://docs.sglang.ai/advanced_features/speculative_decoding.html",
+)
+def mtp_path(facts: Facts) -> Sighting | None:
+    if facts.draft_kind != "in_target" or facts.flags.get("speculative_draft_model_path"):
+        return None
+    if facts.target.architecture in AUTOMATIC_PATH:
+        return None
+    return Sighting(
+        Severity.ERROR,
+        f"{facts.target.architecture} drafts with its own MTP layer and the servers are given no draft path",
+        f"Pass {DRAFT_FLAG} with the target's folder.",
+        (DRAFT_FLAG, facts.target.folder),
+    )
+
+
+@trap(
+    "mtp-missing",
+    "An MTP layer that is not in the checkpoint starts with random weights: it drafts, nothing is accepted, and "
+    "every round costs more than plain decoding.",
+    "27908",
+    "24795",
+    applies=speculating,
+)
+def mtp_missing(facts: Facts) -> Sighting | None:
+    if facts.draft_kind != "in_target":
+        return None
+    target = facts.target
+    if target.num_mtp_layers == 0:
+        read = f"{target.architecture} drafts with its own MTP layer, and its config.json counts none"
+    elif target.tensors is not None and target.architecture in MTP_FAMILIES:
+        prefix = MTP_FAMILIES[target.architecture].prefix.format(layers=target.config.get("num_hidden_layers"))
+        if any(name.startswith(prefix) for name in target.tensors):
+            return None
+        read = f"no tensor of the target's checkpoint begins with {prefix}"
+    else:
+        return None
+    return Sighting(
+        Severity.ERROR,
+        read,
+        f"Pass a checkpoint that kept its MTP layer, {DRAFT_FLAG} with a draft of its own, or LOOKUP or NGRAM.",
+    )
+
+
+@trap(
+    "draft-fit",
+    "A draft reads one target's hidden states and writes its vocabulary; for another the server ends while loading, "
+    "or worse, drafts noise.",
+    "27829",
+    "https://github.com/THUDM/slime/issues/1177",
+    applies=speculating,
+)
+def draft_fit(facts: Facts) -> Sighting | None:
+    draft, target = facts.draft, facts.target
+    if draft is None or draft is target:
+        return None
+    differences = []
+    # Models of one family pad their embedding differently, which the embedded engine sees past and SGLang does not.
+    may_pad = facts.draft_kind == "whole" and not facts.on_sglang
+    if draft.vocab_size != target.vocab_size and not may_pad:
+        differences.append(f"vocab_size is {draft.vocab_size}, the target's {target.vocab_size}")
+    if facts.draft_kind == "head":
+        size = draft.config.get("target_hidden_size") or draft.config.get("hidden_size")
+        if size != target.config.get("hidden_size"):
+            differences.append(f"it reads {size} hidden features, the target has {target.config.get('hidden_size')}")
+        made_for = HEADS.get(draft.architecture, facts.config.speculative.algorithm)
+        if (made_for == "EAGLE3") != (facts.config.speculative.algorithm == "EAGLE3"):
+            differences.append(f"it is a {draft.architecture}, for {made_for}")
+    if not differences:
+        return None
+    return Sighting(
+        Severity.ERROR, f"the draft in {draft.folder}: {'; '.join(differences)}", f"Pass {DRAFT_FLAG} for this target."
+    )
+
+
+@trap(
+    "draft-tensors",
+    "SGLang skips names it does not know and starts what is missing at random: a draft without its head or its token "
+    "table has an accept length of exactly 1.00.",
+    "27908",
+    "27829",
+    applies=speculating,
+)
+def draft_tensors(facts: Facts) -> Sighting | None:
+    draft = facts.draft
+    if draft is None or draft.tensors is None or draft.architecture != EAGLE3_ARCHITECTURE:
+        return None
+    wanted = ["fc.weight", "norm.weight"]
+    if draft.config.get("draft_vocab_size") is not None:
+        wanted.append("lm_head.weight")
+    if has_reduced_vocabulary(facts):
+        wanted.append("d2t")
+    stored = {name.removeprefix("model.") for name in draft.tensors}
+    missing = [name for name in wanted if name not in stored]
+    if not missing:
+        return None
+    return Sighting(
+        Severity.ERROR,
+        f"the draft in {draft.folder} lacks {', '.join(missing)}",
+        f"Export the draft again with all its tensors, or pass {DRAFT_FLAG} with another.",
+    )
+
+
+@trap(
+    "capture-layers",
+    "An EAGLE-3 draft reads outputs of target layers, which SGLang takes at the input of the next one: the last layer "
+    "has no next, its features are left out without a word, and the first draft pass ends the server.",
+    "https://github.com/sgl-project/SpecForge",
+)
+def capture_layers(facts: Facts) -> Sighting | None:
+    draft, num_layers = facts.draft, facts.target.config.get("num_hidden_layers")
+    if draft is None or draft.architecture != EAGLE3_ARCHITECTURE or num_layers is None:
+        return None
+    named = (draft.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    layers = tuple(named or default_capture_layers(num_layers))
+    if min(layers) >= 0 and max(layers) < num_layers - 1 and len(set(layers)) == len(layers):
+        return None
+    return Sighting(
+        Severity.ERROR,
+        f"the draft reads layers {', '.join(map(str, layers))} ({'named' if named else 'the default'}) of a target "
+        f"with {num_layers}",
+        f"Pass a draft that reads different layers between 0 and {num_layers - 2}, or --rollout-engine embedded.",
+    )
+
+
+@trap(
+    "norm-output",
+    "norm_output means two things: in SpecForge, where drafts are trained, only that a norm precedes the head; in "
+    "SGLang that the next step starts after that norm. A draft trained by the one and served by the other draws its "
+    "second and later tokens from the wrong state.",
+    "https://github.com/sgl-project/SpecForge",
+)
+def norm_output(facts: Facts) -> Sighting | None:
+    if facts.draft is None or facts.draft_kind != "head" or not facts.draft.config.get("norm_output"):
+        return None
+    return Sighting(
+        Severity.WARNING,
+        f"{facts.draft.folder}/config.json has norm_output true",
+        "Compare acceptance at the second position with the first; if it falls away, set norm_output to false there.",
+    )
+
+
+@trap(
+    "token-map",
+    "A token map cuts a copy out of the target's head when the server starts. Each push changes the head and not the "
+    "copy, so the draft's head grows stale.",
+    "https://docs.sglang.ai/advanced_features/speculative_decoding.html",
+)
+def token_map(facts: Facts) -> Sighting | None:
+    spec = facts.config.speculative
+    if spec.token_map is None or spec.algorithm == "EAGLE3" or not facts.trains_with_pushes:
+        return None
+    return Sighting(
+        Severity.WARNING,
+        "--speculative-token-map while the target is trained",
+        "Drop --speculative-token-map, or watch rollout/spec_accept_length and restart the servers when it falls.",
+    )

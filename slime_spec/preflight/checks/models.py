@@ -1,0 +1,141 @@
+"""What this version's trainer and engines can run."""
+
+from __future__ import annotations
+
+from shutil import which
+
+from slime_spec.checkpoints.model_spec import ARCHITECTURES
+from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.finding import Severity, Sighting, always, on_sglang, trap
+
+REPOSITORY = "https://github.com/sgl-project/sglang"
+
+
+def lacking(facts: Facts) -> str:
+    """What the target has that this project's decoder does not, in words; "" where it has the architecture."""
+    config, architecture = facts.target.config, facts.target.architecture
+    if architecture in ARCHITECTURES:
+        return ""
+    experts = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts")
+    parts = []
+    if experts:
+        parts.append(f"a mixture of {experts} experts")
+    if config.get("kv_lora_rank"):
+        parts.append("latent attention (MLA)")
+    return f"{architecture} has {' and '.join(parts)}" if parts else f"{architecture} is another family"
+
+
+@trap(
+    "trainer-architecture",
+    "The Megatron bridge of this version builds dense decoders: Llama, Qwen2, Qwen3, MiMo without its MTP layer.",
+    "https://github.com/NVIDIA/Megatron-LM",
+    applies=always,
+)
+def trainer_architecture(facts: Facts) -> Sighting | None:
+    if not (reason := lacking(facts)):
+        return None
+    told = f"{reason}, which the trainer cannot build; it trains {', '.join(ARCHITECTURES)}"
+    if facts.config.run.mode == "rollout_only":
+        return Sighting(Severity.INFO, told, "Nothing to do: this run only generates.")
+    return Sighting(
+        Severity.ERROR,
+        told,
+        "Pass --debug-rollout-only: rollouts with speculation do not need the trainer.",
+        ("--debug-rollout-only",),
+    )
+
+
+@trap(
+    "engine-architecture",
+    "The embedded engine runs the same dense decoders; everything that SGLang runs, runs on the sglang engine.",
+    REPOSITORY,
+    applies=always,
+)
+def engine_architecture(facts: Facts) -> Sighting | None:
+    is_embedded = facts.config.rollout.engine == "embedded" and facts.config.run.mode != "train_only"
+    if not is_embedded or not (reason := lacking(facts)):
+        return None
+    return Sighting(
+        Severity.ERROR,
+        f"{reason}, which the embedded engine does not run",
+        "Pass --rollout-engine sglang.",
+        ("--rollout-engine", "sglang"),
+    )
+
+
+@trap(
+    "model-type",
+    "A server finds the class of a configuration by its model_type, for the target and for the draft; without one it "
+    "does not start.",
+    "https://huggingface.co/docs/transformers/main_classes/configuration",
+    applies=on_sglang,
+)
+def model_type(facts: Facts) -> Sighting | None:
+    checkpoints = {each.folder: each for each in (facts.target, facts.draft) if each is not None}
+    lacking_type = [folder for folder, each in checkpoints.items() if not each.config.get("model_type")]
+    if not lacking_type:
+        return None
+    return Sighting(
+        Severity.ERROR,
+        f"no model_type in config.json of {', '.join(lacking_type)}",
+        'Add "model_type": "llama" (or the family that the checkpoint is of) to that config.json.',
+    )
+
+
+@trap(
+    "remote-code",
+    "A family that transformers does not know (MiMo) brings its configuration as code in the checkpoint folder; a "
+    "server runs it only when told to, and without either does not start.",
+    "https://github.com/XiaomiMiMo/MiMo",
+    applies=on_sglang,
+)
+def remote_code(facts: Facts) -> Sighting | None:
+    checkpoints = {each.folder: each for each in (facts.target, facts.draft) if each is not None}
+    for folder, checkpoint in checkpoints.items():
+        model_type, has_code = checkpoint.config.get("model_type"), "auto_map" in checkpoint.config
+        if not model_type or _is_known(facts, str(model_type)):
+            continue
+        if not has_code:
+            return Sighting(
+                Severity.ERROR,
+                f"{folder}/config.json has model_type {model_type}, which the servers do not know, and no auto_map "
+                "that names the code of it",
+                "Copy the checkpoint again with its configuration_*.py, or use a newer SGLang that knows the family.",
+            )
+        if not facts.flags.get("trust_remote_code"):
+            return Sighting(
+                Severity.ERROR,
+                f"{folder}/config.json (model_type {model_type}) names code in its auto_map",
+                "Read that code, then pass --sglang-trust-remote-code.",
+                ("--sglang-trust-remote-code",),
+            )
+    return None
+
+
+def _is_known(facts: Facts, model_type: str) -> bool:
+    """Asked of the servers' interpreter; without one only the family with a recipe here is known to be unknown."""
+    known = facts.release.model_types
+    return model_type in known if known else model_type != "mimo"
+
+
+@trap(
+    "sglang-version",
+    "Servers are started with an interpreter that has sglang. Most traps belong to versions; without one to ask, the "
+    "checks speak of the pinned version.",
+    f"{REPOSITORY}/releases",
+    applies=on_sglang,
+)
+def sglang_version(facts: Facts) -> Sighting | None:
+    if facts.release.is_installed or facts.config.sglang_server.external_addrs:
+        return None
+    asked = facts.config.sglang_server.python
+    python = asked or "this environment's Python"
+    if asked is not None and which(asked) is None:
+        python = f"{asked}, which is no program"
+    return Sighting(
+        Severity.ERROR,
+        f"no sglang in {python}; judged as {facts.release.text}",
+        f"Pass --sglang-python (or set SGLANG_PYTHON for a script) with the Python of an environment that has it: "
+        f"python3.11 -m venv ENV && ENV/bin/pip install sglang=={facts.release.text}; for a CPU "
+        "scripts/install-sglang-cpu.sh makes one.",
+    )

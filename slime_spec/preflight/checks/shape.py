@@ -1,0 +1,105 @@
+"""What a round drafts where settings leave it open, or name what the others do not allow."""
+
+from __future__ import annotations
+
+from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
+from slime_spec.sglang.draft_shape import MODEL_DRAFTS, forced_draft_tokens
+
+DOCS = "https://docs.sglang.ai/advanced_features/speculative_decoding.html"
+
+
+@trap(
+    "auto-shape",
+    "With all three numbers unset SGLang chooses by the target's architecture, for one request at a time, not for a "
+    "rollout's batches: (5, 4, 8) for Llama and Grok, (3, 1, 4) for the others and for STANDALONE.",
+    DOCS,
+    applies=speculating,
+)
+def auto_shape(facts: Facts) -> Sighting | None:
+    spec, shape = facts.config.speculative, facts.shape
+    if spec.algorithm not in MODEL_DRAFTS or spec.num_steps is not None:
+        return None
+    return Sighting(
+        Severity.INFO,
+        f"no shape is given: {facts.target.architecture} with {spec.algorithm} gets num_steps {shape.num_steps}, "
+        f"topk {shape.topk}, {shape.num_draft_tokens} draft tokens",
+        "Name them, so that a new version's rule changes nothing.",
+        (
+            *("--speculative-num-steps", str(shape.num_steps), "--speculative-eagle-topk", str(shape.topk)),
+            *("--speculative-num-draft-tokens", str(shape.num_draft_tokens)),
+        ),
+    )
+
+
+@trap(
+    "chain-tokens",
+    "A chain (topk 1) of S steps is verified as S + 1 tokens; SGLang replaces any other number with a log line.",
+    DOCS,
+    applies=speculating,
+)
+def chain_tokens(facts: Facts) -> Sighting | None:
+    forced = forced_draft_tokens(facts.config.speculative)
+    if forced is None:
+        return None
+    return Sighting(
+        Severity.INFO,
+        f"--speculative-num-draft-tokens {facts.config.speculative.num_draft_tokens} becomes {forced}",
+        f"Pass --speculative-num-draft-tokens {forced}, or --speculative-eagle-topk 2 for a tree.",
+        ("--speculative-num-draft-tokens", str(forced)),
+    )
+
+
+@trap(
+    "adaptive",
+    "Adaptive speculation works for chains of EAGLE and EAGLE3 on plain servers; elsewhere SGLang switches it off "
+    "with a log line and goes on with fixed numbers.",
+    DOCS,
+)
+def adaptive(facts: Facts) -> Sighting | None:
+    if not facts.flags.get("speculative_adaptive"):
+        return None
+    spec, reasons = facts.config.speculative, []
+    if spec.algorithm not in ("EAGLE", "EAGLE3", "NEXTN"):
+        reasons.append(f"the algorithm is {spec.algorithm}")
+    if (spec.eagle_topk or 1) > 1:
+        reasons.append(f"topk is {spec.eagle_topk}")
+    reasons += [
+        f"--sglang-{dest.replace('_', '-')} is on"
+        for dest in ("enable_dp_attention", "enable_multi_layer_eagle", "enable_two_batch_overlap", "enable_pdmux")
+        if facts.flags.get(dest)
+    ]
+    if facts.release.version < (0, 5, 12):
+        reasons.append(f"SGLang {facts.release.text} does not have it")
+    if not reasons:
+        return None
+    return Sighting(
+        Severity.WARNING,
+        f"--speculative-adaptive has no effect: {', '.join(reasons)}",
+        "Drop --speculative-adaptive, or remove what stands against it.",
+        ("--no-speculative-adaptive",),
+    )
+
+
+@trap(
+    "adaptive-steps",
+    "Adaptive speculation moves between candidate numbers of steps and has to start at one of them: from 0.5.14 on the "
+    "server refuses any other, before that it starts elsewhere.",
+    DOCS,
+)
+def adaptive_steps(facts: Facts) -> Sighting | None:
+    num_steps = facts.config.speculative.num_steps
+    if not facts.flags.get("speculative_adaptive") or facts.flags.get("speculative_adaptive_config"):
+        return None
+    candidates = (1, 3, 5, 7) if facts.release.version >= (0, 5, 20) else (1, 3, 7)
+    if num_steps is None or num_steps in candidates:
+        return None
+    nearest = max(number for number in candidates if number < num_steps)
+    return Sighting(
+        Severity.ERROR if facts.release.version >= (0, 5, 14) else Severity.WARNING,
+        f"--speculative-adaptive with num_steps {num_steps}; SGLang {facts.release.text} has "
+        f"{', '.join(map(str, candidates))}",
+        f"Pass --speculative-num-steps {nearest} --speculative-num-draft-tokens {nearest + 1}, or candidates of your "
+        "own with --speculative-adaptive-config.",
+        ("--speculative-num-steps", str(nearest), "--speculative-num-draft-tokens", str(nearest + 1)),
+    )

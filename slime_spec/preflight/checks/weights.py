@@ -1,0 +1,195 @@
+"""What a weight push and a sleep do to the draft, by version and transport."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed_version
+
+from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
+from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.finding import Severity, Sighting, trap
+
+HAS_DRAFT_BACKUP = (0, 5, 6)  # --enable-draft-weights-cpu-backup (read in the wheels: not in 0.5.5)
+
+
+def pushing(facts: Facts) -> bool:
+    return facts.knows_servers and facts.trains_with_pushes and not facts.config.sglang_server.external_addrs
+
+
+def pushing_beside_a_draft(facts: Facts) -> bool:
+    return facts.knows_servers and facts.trains_with_pushes and facts.draft is not None
+
+
+def _transport(facts: Facts) -> str:
+    return facts.config.sglang_server.transport
+
+
+@trap(
+    "draft-overwritten",
+    "Without a way to say whom an update is for, SGLang loads the target's tensors into the draft as well. Layers of "
+    "an external draft share names with the target's: same shapes are overwritten in silence (accept length 2.71 "
+    "became 1.00), others end the server.",
+    "https://github.com/THUDM/slime/issues/1177",
+    "https://github.com/radixark/miles/issues/1926",
+    "28257",
+    applies=pushing_beside_a_draft,
+)
+def draft_overwritten(facts: Facts) -> Sighting | None:
+    contract, transport = facts.release.update_contract, _transport(facts)
+    is_spared = transport != "disk" and (transport not in contract.reaches_draft or transport in contract.selective)
+    if facts.draft_kind == "in_target" or is_spared:
+        return None
+    safe = "tensor" if "tensor" in contract.selective else "distributed"
+    return Sighting(
+        Severity.ERROR,
+        f"SGLang {facts.release.text} ({contract.name}) loads a {transport} update into target and external draft"
+        if transport in contract.reaches_draft
+        else "an update from disk has no side, and the engine sends none beside a draft of its own",
+        f"Pass --sglang-weight-transport {safe}{'' if contract.draft_alone else ', or use SGLang 0.5.21 or newer'}.",
+        ("--sglang-weight-transport", safe),
+    )
+
+
+@trap(
+    "disk-reduced-vocabulary",
+    "A disk update loads the policy's checkpoint into every runner: a draft with a reduced vocabulary fails an "
+    "assertion on the embedding's size, outside of any handler, and the server ends.",
+    "28257",
+    applies=pushing_beside_a_draft,
+)
+def disk_reduced_vocabulary(facts: Facts) -> Sighting | None:
+    is_reached = "disk" in facts.release.update_contract.reaches_draft
+    if _transport(facts) != "disk" or not is_reached or not has_reduced_vocabulary(facts):
+        return None
+    return Sighting(
+        Severity.ERROR,
+        "--sglang-weight-transport disk with a draft whose vocabulary is smaller than the target's",
+        "Pass --sglang-weight-transport tensor (or distributed).",
+        ("--sglang-weight-transport", "tensor"),
+    )
+
+
+@trap(
+    "draft-refresh",
+    "A policy moves away from a draft that stays as it was. Whether a push can refresh the draft depends on SGLang's "
+    "version and the transport: up to 0.5.20 a distributed update never reaches it; from 0.5.21 an update names its "
+    "side.",
+    "27718",
+    "28257",
+    "28710",
+    "34495",
+    applies=pushing_beside_a_draft,
+)
+def draft_refresh(facts: Facts) -> Sighting | None:
+    contract, transport = facts.release.update_contract, _transport(facts)
+    told = f"SGLang {facts.release.text} ({contract.name}), transport {transport}"
+    if transport not in contract.reaches_draft:
+        # Tensors reach a draft everywhere; one of its own, which they must not touch, is not refreshed by them.
+        helps = facts.draft_kind == "in_target"
+        return Sighting(
+            Severity.WARNING,
+            f"{told}: an update never reaches the draft",
+            f"{'Pass --sglang-weight-transport tensor, or use' if helps else 'Use'} SGLang 0.5.21 or newer.",
+            ("--sglang-weight-transport", "tensor") if helps else (),
+        )
+    if facts.draft_kind == "in_target":
+        # The target's loader skips an MTP layer's tensors and the draft's takes them: only what is pushed arrives.
+        how = "with the target's tensors, if the trainer has an MTP layer"
+    elif contract.draft_alone and transport in contract.selective:
+        how = "by a push of its own"
+    else:
+        way = "Pass --sglang-weight-transport tensor" if contract.draft_alone else "Use SGLang 0.5.21 or newer"
+        return Sighting(
+            Severity.WARNING,
+            f"{told}: an external draft can be spared but not refreshed",
+            f"{way} to push a draft of its own; else watch rollout/spec_accept_length.",
+            ("--sglang-weight-transport", "tensor") if contract.draft_alone else (),
+        )
+    return Sighting(
+        Severity.INFO,
+        f"{told}: the draft can be refreshed {how}",
+        "This version's trainer trains the target alone and the draft stays as loaded: watch "
+        "rollout/spec_accept_length.",
+    )
+
+
+@trap(
+    "draft-lost-on-resume",
+    "Between rollouts a colocated server gives its weights back; the target's are pushed again, the draft's are not. "
+    "Without a copy in memory the draft resumes with whatever the pages hold: accept length 1.0 and a rollout slower "
+    "than without speculation. With a copy drafts were reported lost all the same, since it is made of whole "
+    "allocations (#31674).",
+    "31674",
+    "13268",
+    "https://github.com/THUDM/slime/issues/971",
+    applies=pushing_beside_a_draft,
+)
+def draft_lost_on_resume(facts: Facts) -> Sighting | None:
+    if not (facts.flags.get("enable_memory_saver") and facts.config.cluster.colocate and facts.config.cluster.offload):
+        return None
+    if facts.release.version < HAS_DRAFT_BACKUP:
+        return Sighting(
+            Severity.ERROR,
+            f"servers release memory between rollouts, and SGLang {facts.release.text} cannot keep a copy of the draft",
+            "Pass --no-offload, or use SGLang 0.5.6 or newer.",
+            ("--no-offload",),
+        )
+    if facts.flags.get("enable_draft_weights_cpu_backup"):
+        return _despite_the_copy(facts)
+    return Sighting(
+        Severity.ERROR,
+        "servers release memory between rollouts, and --enable-draft-weights-cpu-backup is off",
+        "Pass --sglang-enable-draft-weights-cpu-backup, or --no-offload.",
+        ("--sglang-enable-draft-weights-cpu-backup",),
+    )
+
+
+def _despite_the_copy(facts: Facts) -> Sighting:
+    read = f"servers release memory between rollouts and keep a copy of the draft (SGLang {facts.release.text})"
+    if facts.release.update_contract.draft_alone:
+        return Sighting(
+            Severity.INFO,
+            read,
+            "Nothing to do: the engine compares the draft's checksums after each resume and mends what is lost.",
+        )
+    return Sighting(
+        Severity.WARNING,
+        read,
+        "Watch rollout/spec_accept_length: this version tells no checksums of the draft. Pass --no-offload where "
+        "memory has room for both, or use SGLang 0.5.21 or newer.",
+    )
+
+
+@trap(
+    "ngram-update",
+    "The n-gram worker has no weights and does not know update calls; a disk update was seen to end it.",
+    "24343",
+    "35403",
+    applies=pushing,
+)
+def ngram_update(facts: Facts) -> Sighting | None:
+    if facts.config.speculative.algorithm != "NGRAM" or _transport(facts) != "disk":
+        return None
+    return Sighting(
+        Severity.WARNING,
+        "--sglang-weight-transport disk with NGRAM",
+        "Pass --sglang-weight-transport tensor.",
+        ("--sglang-weight-transport", "tensor"),
+    )
+
+
+@trap(
+    "torch-versions",
+    "The tensor transport hands over torch's own serialised handles, which only the same torch reads.",
+    "https://docs.sglang.ai/advanced_features/sglang_for_rl.html",
+    applies=pushing,
+)
+def torch_versions(facts: Facts) -> Sighting | None:
+    theirs, ours = facts.release.torch, installed_version("torch")
+    if _transport(facts) != "tensor" or theirs is None or theirs.partition("+")[0] == ours.partition("+")[0]:
+        return None
+    return Sighting(
+        Severity.ERROR,
+        f"the servers have torch {theirs}, the trainer {ours}, and weights travel as tensors",
+        "Pass --sglang-weight-transport distributed, or give both environments one torch.",
+        ("--sglang-weight-transport", "distributed"),
+    )

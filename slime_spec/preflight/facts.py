@@ -1,0 +1,115 @@
+"""Everything a check may look at: settings, server flags, the two checkpoints' headers, SGLang's version, the GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from slime_spec.checkpoints.stored import Checkpoint
+from slime_spec.config.tree import Config
+from slime_spec.sglang.draft_shape import MODEL_DRAFTS, DraftShape, draft_shape
+from slime_spec.sglang.installed import InstalledSglang
+from slime_spec.sglang.releases import Release
+
+DraftKind = Literal["none", "in_target", "head", "whole"]
+ATTENTION = ("decode_attention_backend", "attention_backend")  # the one that decodes, first
+DENSE_GRAPH_SIZES = (*range(1, 33), *range(40, 65, 8), *range(80, 161, 16))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """``given`` are the paths of settings that the command line or the experiment sets; ``flags`` are the servers'.
+
+    ``draft`` is None for algorithms without a draft network; an MTP layer inside the target's checkpoint is a draft
+    whose checkpoint is the target's. ``known_flags`` are what the servers' interpreter says it understands, None where
+    there is none to ask. ``gpu_bytes`` is the memory of each GPU that the run may use, None for a cluster's, which are
+    not counted. ``acceptance`` are a finished run's cumulative rates by draft position. ``silent_servers`` are those
+    that someone else started and that did not tell their flags.
+    """
+
+    config: Config
+    given: frozenset[str]
+    target: Checkpoint
+    draft: Checkpoint | None
+    release: Release
+    flags: Mapping[str, object]
+    environ: Mapping[str, str]
+    known_flags: InstalledSglang | None = None
+    gpu_bytes: tuple[int, ...] | None = None
+    acceptance: tuple[float, ...] = ()
+    engine: int = 0
+    silent_servers: tuple[str, ...] = ()
+
+    @property
+    def on_sglang(self) -> bool:
+        return self.config.rollout.engine == "sglang" and self.config.run.mode != "train_only"
+
+    @property
+    def knows_servers(self) -> bool:
+        """Whether the flags of an SGLang engine's servers are known: ours, or told by those that run already."""
+        return self.on_sglang and bool(self.flags)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.config.rollout.num_gpus_per_engine > 0
+
+    @property
+    def speculates(self) -> bool:
+        return self.config.speculative.algorithm != "NONE" and self.config.run.mode != "train_only"
+
+    @property
+    def draft_kind(self) -> DraftKind:
+        """A head over the target's features (EAGLE, EAGLE3), an MTP layer in the target's checkpoint, a whole model."""
+        if self.config.speculative.algorithm not in MODEL_DRAFTS:
+            return "none"
+        if self.config.speculative.algorithm == "STANDALONE":
+            return "whole"
+        return "in_target" if self.draft is self.target else "head"
+
+    @property
+    def shape(self) -> DraftShape:
+        return draft_shape(self.config.speculative, self.target.architecture)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence of a rollout."""
+        return self.config.rollout.max_prompt_len + self.config.rollout.max_response_len
+
+    @property
+    def context_length(self) -> int | None:
+        """What the servers are told, or the target's own; None where its config.json does not say."""
+        return self.config.engine.context_length or self.target.context_length
+
+    @property
+    def samples_per_engine(self) -> int:
+        rollout = self.config.rollout
+        return -(-rollout.batch_size * rollout.n_samples_per_prompt // rollout.num_engines)
+
+    @property
+    def trains_with_pushes(self) -> bool:
+        return self.config.run.mode == "train"
+
+    @property
+    def attention_backend(self) -> str | None:
+        """The backend that decodes and verifies; None: SGLang chooses."""
+        return next((str(self.flags[name]) for name in ATTENTION if self.flags.get(name)), None)
+
+    @property
+    def page_size(self) -> int:
+        page_size = self.flags.get("page_size", 1)
+        assert isinstance(page_size, int), "typed by the table of flags"
+        return page_size
+
+    @property
+    def uses_graphs(self) -> bool:
+        is_off = self.flags.get("disable_cuda_graph") or self.flags.get("cuda_graph_backend_decode") == "disabled"
+        return self.on_gpu and not is_off
+
+    @property
+    def graph_sizes_are_dense(self) -> bool:
+        """Whether the captured batch sizes leave out few of those that occur (every one up to 32, then in steps)."""
+        sizes = self.flags.get("cuda_graph_bs_decode") or ()
+        assert isinstance(sizes, tuple | list), "typed by the table of flags"
+        wanted = {size for size in DENSE_GRAPH_SIZES if size <= self.config.engine.max_running_requests}
+        return bool(sizes) and wanted <= set(sizes)

@@ -1,0 +1,114 @@
+"""What a check finds, and how a check is written: a small function of the facts, with why it matters and its links."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from slime_spec.preflight.facts import Facts
+
+SGLANG_REPOSITORY = "https://github.com/sgl-project/sglang"
+
+
+class Severity(StrEnum):
+    """An error stops a launch; a warning is printed; an info says what will happen."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A trap that these facts run into: what was read, what to do, and the flags that do it (none: nothing to add)."""
+
+    severity: Severity
+    read: str
+    remedy: str
+    fix: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sighting with what is known about its trap. Example::
+
+    Finding("draft-dtype", Severity.ERROR, "the draft is float16, the target bfloat16, ...", "one server ...",
+            "Pass --sglang-dtype float16.", ("--sglang-dtype", "float16"), ("https://github.com/...",))
+    """
+
+    id: str
+    severity: Severity
+    read: str
+    why: str
+    remedy: str
+    fix: tuple[str, ...]
+    links: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "severity": self.severity.value,
+            "read": self.read,
+            "why": self.why,
+            "remedy": self.remedy,
+            "fix": list(self.fix),
+            "links": list(self.links),
+        }
+
+
+Condition = Callable[[Facts], bool]
+
+
+@dataclass(frozen=True)
+class Trap:
+    """One known trap: ``look`` is asked only where ``applies`` holds."""
+
+    id: str
+    why: str
+    links: tuple[str, ...]
+    applies: Condition
+    look: Callable[[Facts], Sighting | None]
+
+    def __call__(self, facts: Facts) -> Finding | None:
+        sighting = self.look(facts) if self.applies(facts) else None
+        if sighting is None:
+            return None
+        return Finding(self.id, sighting.severity, sighting.read, self.why, sighting.remedy, sighting.fix, self.links)
+
+
+def always(_: Facts) -> bool:
+    return True
+
+
+def on_sglang(facts: Facts) -> bool:
+    return facts.knows_servers
+
+
+def speculating(facts: Facts) -> bool:
+    return facts.speculates
+
+
+def speculating_on_sglang(facts: Facts) -> bool:
+    return facts.knows_servers and facts.speculates
+
+
+def asking_sglang_to_speculate(facts: Facts) -> bool:
+    """What requests say is known, whatever the servers run with."""
+    return facts.on_sglang and facts.speculates
+
+
+def trap(
+    id: str, why: str, *links: str, applies: Condition = speculating_on_sglang
+) -> Callable[[Callable[[Facts], Sighting | None]], Trap]:
+    """Make a check of the function below; links are URLs or numbers of SGLang's issues and pull requests."""
+
+    def made(look: Callable[[Facts], Sighting | None]) -> Trap:
+        return Trap(id, why, tuple(_url(link) for link in links), applies, look)
+
+    return made
+
+
+def _url(link: str) -> str:
+    return f"{SGLANG_REPOSITORY}/issues/{link}" if link.isdigit() else link

@@ -1,0 +1,105 @@
+"""All checks on one configuration, and the gate before a launch: errors stop it, warnings are logged once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from slime_spec.config.suggest import did_you_mean
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.preflight.checks import TRAPS
+from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.finding import Finding, Severity, Trap
+from slime_spec.preflight.gather import gather
+
+logger = logging.getLogger(__name__)
+THEIR_FLAGS = ("--sglang-", "--no-sglang-", "--speculative-", "--no-speculative-")
+OUR_FLAGS = ("--sglang-weight-transport",)
+ORDER = (Severity.ERROR, Severity.WARNING, Severity.INFO)
+
+
+def examine(engines: Sequence[Facts]) -> list[Finding]:
+    """What every check finds, errors first: each trap once, at the first engine that runs into it."""
+    found = [finding for each in TRAPS if (finding := _first(each, engines)) is not None]
+    return sorted(found, key=lambda finding: ORDER.index(finding.severity))
+
+
+def _first(trap: Trap, engines: Sequence[Facts]) -> Finding | None:
+    for facts in engines:
+        finding = trap(facts)
+        if finding is None:
+            continue
+        if facts.config.sglang_server.external_addrs:
+            return _of_external(finding, facts)
+        return finding if facts is engines[0] else _of_one_engine(finding, facts.engine)
+    return None
+
+
+def _of_one_engine(finding: Finding, engine: int) -> Finding:
+    """A flag for all engines would not reach what --sglang-config sets for one."""
+    return replace(
+        finding,
+        read=f"engine {engine}: {finding.read}",
+        remedy=f"In the file of --sglang-config, for engine {engine}: {finding.remedy}",
+        fix=(),
+    )
+
+
+def _of_external(finding: Finding, facts: Facts) -> Finding:
+    """What a server was started with is mended where it was started."""
+    is_theirs = any(word.startswith(THEIR_FLAGS) and word not in OUR_FLAGS for word in finding.fix)
+    if not is_theirs:
+        return finding
+    address = facts.config.sglang_server.external_addrs[facts.engine]
+    return replace(
+        finding,
+        read=f"{address}: {finding.read}",
+        remedy=f"Where {address} is started (without the prefix --sglang-): {finding.remedy}",
+        fix=(),
+    )
+
+
+def check_launch(config: Config, given: frozenset[str]) -> None:
+    """Raise ConfigError naming every error that ``run.skip_checks`` does not; log the rest once, a line each.
+
+    Nothing has started yet: this reads files and asks an interpreter for a version.
+    """
+    check_skipped(config.run.skip_checks)
+    findings = examine(gather(config, given))
+    stopping = not_skipped(findings, config.run.skip_checks)
+    for finding in findings:
+        if finding.severity is not Severity.INFO and finding not in stopping:
+            logger.warning("preflight found check=%s: %s. %s", finding.id, finding.read, finding.remedy)
+    if stopping:
+        raise refusal(stopping)
+
+
+def not_skipped(findings: Sequence[Finding], skipped: Sequence[str]) -> list[Finding]:
+    """The errors that stop a launch."""
+    return [each for each in findings if each.severity is Severity.ERROR and each.id not in skipped]
+
+
+def refusal(errors: Sequence[Finding]) -> ConfigError:
+    """One error for all findings that stop a launch."""
+    ids = [each.id for each in errors]
+    return ConfigError(
+        "preflight",
+        "".join(f"\n    {each.id}: {each.read}" for each in errors),
+        ids,
+        "".join(f"\n    {each.id}: {each.remedy}" for each in errors)
+        + f"\n    `slime-spec doctor` with the same flags explains; --skip-check {' '.join(ids)} takes the risk.",
+    )
+
+
+def check_skipped(ids: Sequence[str]) -> None:
+    known = [each.id for each in TRAPS]
+    for name in ids:
+        if name not in known:
+            raise ConfigError(
+                "run.skip_checks",
+                "must name checks of `slime-spec doctor`",
+                name,
+                f"{did_you_mean(name, known)}Known: {', '.join(known)}.",
+            )

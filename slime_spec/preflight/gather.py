@@ -1,0 +1,110 @@
+"""Reading the facts: files, the interpreter of the servers, this machine. Nothing is started, no weight is read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+from slime_spec.checkpoints.shipped import BUILTIN, builtin_folder
+from slime_spec.checkpoints.stored import Checkpoint
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.preflight.external import ask_server, config_as_served
+from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.gpus import visible_gpu_bytes
+from slime_spec.sglang.arguments import config_of_engine, planned_places, server_flags, with_flags
+from slime_spec.sglang.draft_shape import MODEL_DRAFTS
+from slime_spec.sglang.flags import read_server_words, sglang_version
+from slime_spec.sglang.installed import InstalledSglang, checked_in, installed_in
+from slime_spec.sglang.releases import Release, find_release, pinned_release, release_of
+
+GIVEN_BY_A_SERVER = frozenset({"engine.dtype", "engine.max_running_requests"})
+
+
+def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] = ()) -> tuple[Facts, ...]:
+    """The facts of the first engine, and of each further one that is configured as none before it.
+
+    ``given`` are the paths of the settings that somebody has set; the others have their defaults.
+    Raises ConfigError for a checkpoint that cannot be read. Of the checkpoints only config.json and the headers of the
+    weights are read; SGLang's interpreter is asked for its version, and for its flags where the version is not the
+    pinned one; a server that someone else started is asked for both.
+    """
+    on_sglang = config.rollout.engine == "sglang" and config.run.mode != "train_only"
+    target = Checkpoint.read(config.model.hf_checkpoint)
+    base = Facts(
+        config=config,
+        given=given,
+        target=target,
+        draft=_draft(config, target),
+        release=pinned_release(),
+        flags={},
+        environ=os.environ,
+        gpu_bytes=visible_gpu_bytes(os.environ) if config.cluster.ray_address is None else None,
+        acceptance=acceptance,
+    )
+    if not on_sglang:
+        return (base,)
+    return tuple(_external(base) if config.sglang_server.external_addrs else _started(base))
+
+
+def _started(base: Facts) -> Iterator[Facts]:
+    """Servers of our own, with the flags that they will be started with."""
+    release = find_release(base.config.sglang_server.python)
+    base = replace(base, release=release, known_flags=_known_flags(base.config, release))
+    for engine, own in _engines(base.config):
+        flags = server_flags(own, engine, planned_places(own, engine)[0])
+        yield replace(base, config=own, draft=_draft(own, base.target), flags=flags, engine=engine)
+
+
+def _external(base: Facts) -> Iterator[Facts]:
+    """Servers that run already, with the flags that they tell; of one that does not answer nothing is known."""
+    addresses = base.config.sglang_server.external_addrs
+    asked = [ask_server(address, base.config.sglang.get("api_key")) for address in addresses]
+    silent = tuple(address for address, answer in zip(addresses, asked, strict=True) if answer is None)
+    # What is not given here is given there.
+    base = replace(base, given=base.given | GIVEN_BY_A_SERVER, silent_servers=silent)
+    answers = [(engine, answer) for engine, answer in enumerate(asked) if answer is not None]
+    if not answers:
+        yield base
+    for engine, answer in answers:
+        release = release_of(answer.version, is_installed=True)
+        served = config_as_served(base.config, answer)
+        yield replace(base, config=served, release=release, flags=answer.flags, engine=engine)
+
+
+def _engines(config: Config) -> Iterator[tuple[int, Config]]:
+    """Engines that differ, each with what is set for it alone, and added to its command line, in its places."""
+    seen: list[Config] = []
+    for engine in range(config.rollout.num_engines if config.sglang_server.overrides else 1):
+        own = _with_extra_args(config_of_engine(config, engine))
+        if own not in seen:
+            seen.append(own)
+            yield engine, own
+
+
+def _with_extra_args(config: Config) -> Config:
+    try:
+        flags = read_server_words(config.sglang_server.extra_args)
+    except ConfigError:
+        return config  # flags of another version than the table's: the check of server flags has a say
+    return with_flags(config, flags)
+
+
+def _known_flags(config: Config, release: Release) -> InstalledSglang | None:
+    if not release.is_installed:
+        return None
+    # Asking takes an import of sglang, and the table is what the pinned version answers.
+    is_pinned = release.text == sglang_version()
+    return checked_in() if is_pinned else installed_in(config.sglang_server.python or sys.executable)
+
+
+def _draft(config: Config, target: Checkpoint) -> Checkpoint | None:
+    algorithm, path = config.speculative.algorithm, config.speculative.draft_model_path
+    if algorithm not in MODEL_DRAFTS or config.run.mode == "train_only":
+        return None
+    if path is None or os.path.realpath(path) == os.path.realpath(target.folder):
+        return target
+    folder = str(builtin_folder(path)) if path.startswith(BUILTIN) else path
+    return Checkpoint.read(folder, "speculative.draft_model_path")

@@ -1,0 +1,242 @@
+"""A configuration as the command line of one SGLang server, checked against the flags that its version knows.
+
+In rising precedence: what the engine itself needs, the settings of the tree, --sglang-<flag> for all engines,
+sglang_server.overrides for one. What an RL run must own (the model, the address, the weights' version) cannot be
+overridden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from slime_spec.checkpoints.families import MTP_FAMILIES
+from slime_spec.checkpoints.model_files import draft_folder, read_architecture
+from slime_spec.checkpoints.shipped import BUILTIN
+from slime_spec.config.addresses import address_of
+from slime_spec.config.build import from_dict, read_yaml, to_dict
+from slime_spec.config.server_checks import check_servers
+from slime_spec.config.speculation import check_speculation
+from slime_spec.config.suggest import did_you_mean
+from slime_spec.config.tree import Config, SpeculativeConfig
+from slime_spec.errors import ConfigError
+from slime_spec.placement import num_engine_nodes
+from slime_spec.sglang.installed import InstalledSglang
+from slime_spec.sglang.labels import label_suffix
+
+OVERRIDES = "sglang_server.overrides"
+EXTRA = "sglang_server.extra_args"
+LOOPBACK = "127.0.0.1"
+PLANNED_PORT = 30000  # stands for "a free one" where no port is set
+OWNED = ("model_path", "host", "port", "weight_version", "nnodes", "node_rank", "dist_init_addr")
+# What --sglang-<flag> sets in the engine's node of the tree.
+OF_ENGINE = ("dtype", "context_length", "max_running_requests", "max_total_tokens")
+# Settings of the tree that are ours or RTP-LLM's and mean nothing to SGLang.
+NOT_SGLANGS = ("lossy", "draft_norm_output_convention", "min_token_match", "max_token_match", "edit")
+ALGORITHMS = ("NONE", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN", "DFLASH", "DSPARK")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server is: its address, and its node among those of one engine.
+
+    ``Place("127.0.0.1", 30000)``; the second of two nodes: ``Place(host, port, 2, 1, "10.0.0.1:25000")``
+    """
+
+    host: str
+    port: int
+    num_nodes: int = 1
+    node_rank: int = 0
+    init_address: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the same node reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{address_of(host, self.port)}"
+
+
+def planned_places(config: Config, engine_index: int) -> tuple[Place, ...]:
+    """The places of an engine's servers as far as they are known before it starts, one a node."""
+    settings, num_nodes = config.sglang_server, num_engine_nodes(config)
+    port = (settings.port or PLANNED_PORT) + engine_index
+    if num_nodes == 1:
+        return (Place(settings.host or LOOPBACK, port),)
+    names = [f"ENGINE{engine_index}-NODE{node}" for node in range(num_nodes)]
+    return tuple(
+        Place(settings.host or name, port, num_nodes, node, f"{names[0]}:PORT") for node, name in enumerate(names)
+    )
+
+
+def server_flags(config: Config, engine_index: int, place: Place, speculate: bool = True) -> dict[str, object]:
+    """Every flag of one server by its dest; ``speculate=False`` leaves speculation out."""
+    config = config_of_engine(config, engine_index)
+    overrides = config.sglang
+    for dest in OWNED:
+        if dest in overrides:
+            raise ConfigError(f"sglang.{dest}", "belongs to the engine", overrides[dest], "Leave it out.")
+    flags: dict[str, object] = {
+        "model_path": config.model.hf_checkpoint,
+        "host": place.host,
+        "port": place.port,
+        "weight_version": f"0{label_suffix(config, engine_index)}",
+        "dtype": config.engine.dtype,
+        "context_length": config.engine.context_length,
+        "max_running_requests": config.engine.max_running_requests,
+        "max_total_tokens": config.engine.max_total_tokens,
+        "skip_server_warmup": True,
+        "incremental_streaming_output": True,
+        **_device_flags(config),
+    }
+    if place.num_nodes > 1:
+        flags |= {"nnodes": place.num_nodes, "node_rank": place.node_rank, "dist_init_addr": place.init_address}
+    if speculate:
+        flags |= speculative_flags(config.speculative, config.model.hf_checkpoint)
+    # An override must not bring back what speculate=False took away.
+    kept = {name: value for name, value in overrides.items() if speculate or not name.startswith("speculative_")}
+    return {name: value for name, value in {**flags, **kept}.items() if value is not None}
+
+
+def _device_flags(config: Config) -> dict[str, object]:
+    num_gpus = config.rollout.num_gpus_per_engine
+    if num_gpus == 0:
+        return {"device": "cpu"}
+    flags: dict[str, object] = {}
+    data_parallel = config.sglang.get("dp_size", 1)
+    assert isinstance(data_parallel, int), "typed by the table of flags"
+    # With attention data parallelism the ranks share the tensor-parallel ones; without, each replica has its own.
+    shared = bool(config.sglang.get("enable_dp_attention"))
+    flags["tp_size"] = num_gpus if shared else num_gpus // data_parallel
+    if config.run.mode == "train" and config.cluster.colocate and config.cluster.offload:
+        flags["enable_memory_saver"] = True
+        if config.speculative.algorithm not in ("NONE", "NGRAM"):
+            flags["enable_draft_weights_cpu_backup"] = True
+        if config.push.interval > 1:  # the weights that come back are generated with, no push replaces them first
+            flags["enable_weights_cpu_backup"] = True
+    return flags
+
+
+def speculative_flags(config: SpeculativeConfig, target: str) -> dict[str, object]:
+    """Settings that differ from their defaults, under SGLang's names; raises ConfigError for what it does not have."""
+    if config.algorithm not in ALGORITHMS:
+        raise ConfigError(
+            "speculative.algorithm",
+            f"SGLang has {', '.join(ALGORITHMS[1:])}",
+            config.algorithm,
+            "Pass --speculative-algorithm NGRAM, which looks suffixes up too, or --rollout-engine embedded.",
+        )
+    if config.algorithm == "NONE":
+        return {}
+    default = SpeculativeConfig()
+    flags: dict[str, object] = {
+        f"speculative_{field.name}": getattr(config, field.name)
+        for field in fields(config)
+        if field.name not in NOT_SGLANGS and getattr(config, field.name) != getattr(default, field.name)
+    }
+    is_mtp = config.algorithm in ("NEXTN", "EAGLE") and config.draft_model_path is None
+    if is_mtp and read_architecture(target) in MTP_FAMILIES:
+        # For some families (MiMo) SGLang does not default to the target's own folder.
+        flags["speculative_draft_model_path"] = target
+    elif (config.draft_model_path or "").startswith(BUILTIN):
+        flags["speculative_draft_model_path"] = str(draft_folder(config))
+    return flags
+
+
+def config_of_engine(config: Config, engine_index: int) -> Config:
+    """The configuration with the flags that ``sglang_server.overrides`` has for this engine in their places."""
+    path = config.sglang_server.overrides
+    if path is None:
+        return config
+    changed = with_flags(config, _engine_overrides(path, engine_index, config.rollout.num_engines))
+    changed = replace(changed, sglang_server=replace(changed.sglang_server, overrides=None))
+    check_speculation(changed)
+    check_servers(changed)
+    return changed
+
+
+def with_flags(config: Config, flags: Mapping[str, object]) -> Config:
+    """The configuration with SGLang's flags (by their dests) in their places; raises ConfigError for a bad value."""
+    data = to_dict(config)
+    if "speculative_algorithm" in flags:  # the steps and the draft of another algorithm mean nothing to it
+        data["speculative"] = to_dict(Config())["speculative"]
+    for dest, value in flags.items():
+        name = dest.removeprefix("speculative_")
+        if dest in OF_ENGINE:
+            data["engine"][dest] = value
+        elif dest != name and name in data["speculative"]:
+            data["speculative"][name] = value
+        else:
+            data["sglang"][dest] = value
+    return from_dict(data)
+
+
+def _engine_overrides(path: str, engine_index: int, num_engines: int) -> dict[str, object]:
+    try:
+        data = read_yaml(Path(path).read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(OVERRIDES, f"must be a readable YAML file: {error}", path, "Correct it.") from None
+    strangers = [key for key in data if not isinstance(key, int)]
+    if strangers or not all(isinstance(flags, dict) for flags in data.values()):
+        raise ConfigError(
+            OVERRIDES, "maps engine numbers to flags", strangers, "Write {0: {mem_fraction_static: 0.7}}."
+        )
+    if absent := [key for key in data if not 0 <= key < num_engines]:
+        raise ConfigError(
+            OVERRIDES, f"numbers the engines from 0 to {num_engines - 1}", absent, "Correct the number, or drop it."
+        )
+    found: dict[str, object] = data.get(engine_index, {})
+    return found
+
+
+def command_line(python: str, flags: Mapping[str, object], extra: Sequence[str], sglang: InstalledSglang) -> list[str]:
+    """The server's command; raises ConfigError for a flag that this version does not know."""
+    words = [python, "-m", "sglang.launch_server"]
+    for dest, value in flags.items():
+        flag = sglang.flag(dest)
+        if flag is None:
+            if dest in NICE_TO_HAVE:
+                continue
+            hint = did_you_mean(dest, sglang.flags)
+            raise ConfigError(
+                f"sglang.{dest}",
+                f"is no flag of SGLang {sglang.version}",
+                value,
+                f"{hint}Leave it out, or pass --sglang-python with another version.",
+            )
+        if not flag.takes_value:
+            words += [_switch(flag.spellings, bool(value))] if value or _negation(flag.spellings) else []
+        else:
+            words += [flag.spellings[0], *_values(value)]
+    return [*words, *_checked_extra(extra, sglang)]
+
+
+# Flags that older versions lack and the engine can do without.
+NICE_TO_HAVE = ("incremental_streaming_output", "enable_draft_weights_cpu_backup", "weight_version")
+
+
+def _negation(spellings: Sequence[str]) -> str | None:
+    return next((name for name in spellings if name.startswith("--no-")), None)
+
+
+def _switch(spellings: Sequence[str], value: bool) -> str:
+    positive = next(name for name in spellings if not name.startswith("--no-"))
+    return positive if value else str(_negation(spellings))
+
+
+def _values(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def _checked_extra(extra: Sequence[str], sglang: InstalledSglang) -> list[str]:
+    known = sglang.by_spelling()
+    for word in extra:
+        name = word.partition("=")[0]
+        if word.startswith("--") and name not in known:
+            raise ConfigError(
+                EXTRA, f"{name} is no flag of SGLang {sglang.version}", word, f"{did_you_mean(name, known)}Correct it."
+            )
+    return list(extra)

@@ -1,0 +1,255 @@
+"""``train --dry-run``: the plan, from settings, config.json and headers alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slime_spec.checkpoints.parameters import count_parameters, kv_elements_per_token
+from slime_spec.checkpoints.stored import Checkpoint
+from slime_spec.launch.cli import main
+from slime_spec.launch.compose import composed
+from slime_spec.launch.dry_run.plan import make_plan
+from slime_spec.preflight.memory import draft_parameters, plan_memory
+from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, make_facts
+from tests.support.make_stand_ins import STAND_INS
+
+Capture = pytest.CaptureFixture[str]
+GLM_355B: dict[str, Any] = {
+    **{"architectures": ["Glm4MoeForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 92, "vocab_size": 151552},
+    **{"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288},
+    **{"moe_intermediate_size": 1536, "n_routed_experts": 160, "n_shared_experts": 1, "first_k_dense_replace": 3},
+    **{"attention_bias": True, "use_qk_norm": True, "num_nextn_predict_layers": 1, "model_type": "glm4_moe"},
+}
+DEEPSEEK_R1: dict[str, Any] = {
+    **{"architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "num_hidden_layers": 61, "vocab_size": 129280},
+    **{"num_attention_heads": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256},
+    **{"n_shared_experts": 1, "first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512},
+    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_nextn_predict_layers": 1},
+}
+QWEN3_235B: dict[str, Any] = {
+    **{"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 94, "vocab_size": 151936},
+    **{"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 12288},
+    **{"moe_intermediate_size": 1536, "num_experts": 128},
+}
+MIXTRAL_8X7B: dict[str, Any] = {
+    **{"architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8},
+}
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_counted_parameters_are_those_that_a_checkpoint_of_the_family_holds(name: str, tmp_path: Path) -> None:
+    target = Checkpoint.read(str(STAND_INS[name](tmp_path).target))
+    counted = count_parameters(target.config)
+    assert counted is not None
+    assert target.tensors is not None
+    assert counted.stored == sum(tensor.num_elements for tensor in target.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [(TARGET, 8.03), (QWEN3_235B, 235.1), (DEEPSEEK_R1, 671.0), (MIXTRAL_8X7B, 46.7)],
+    ids=["llama-3.1-8b", "qwen3-235b", "deepseek-r1", "mixtral-8x7b"],
+)
+def test_counted_parameters_are_the_published_ones(config: dict[str, Any], billions: float) -> None:
+    counted = count_parameters(config)
+    assert counted is not None
+    assert counted.decoder / 1e9 == pytest.approx(billions, rel=0.002)
+
+
+def test_an_mtp_layer_counts_what_drafting_adds_without_the_copies_in_its_file() -> None:
+    """DeepSeek's own account: 671 B for the model, 14 B with MTP's copies of embedding and head, 11.5 B without."""
+    counted = count_parameters(DEEPSEEK_R1)
+    assert counted is not None
+    assert counted.mtp / 1e9 == pytest.approx(11.5, rel=0.01)
+    assert count_parameters(GLM_355B).decoder / 1e9 == pytest.approx(355, rel=0.02)  # type: ignore[union-attr]
+
+
+def test_the_kv_cache_of_a_latent_is_that_of_the_latent() -> None:
+    assert kv_elements_per_token(DEEPSEEK_R1) == 61 * (512 + 64)
+    assert kv_elements_per_token(TARGET) == 32 * 2 * 8 * 128
+
+
+def test_a_draft_without_a_file_is_counted_as_its_export_would_be(tmp_path: Path) -> None:
+    draft = STAND_INS["llama3.1-8b"](tmp_path).draft
+    whole = Checkpoint.read(str(draft))
+    config_alone = Checkpoint(whole.folder, whole.config, None)
+    assert draft_parameters(config_alone) == draft_parameters(whole)
+
+
+def test_memory_is_weights_cache_gradients_and_optimizer(tmp_path: Path) -> None:
+    argv = (*SERVERS, "--speculative-algorithm", "EAGLE3", *CHAIN, "--train-dtype", "bfloat16")
+    memory = plan_memory(make_facts(tmp_path, argv, draft=EAGLE3_HEAD))
+    assert memory.engine is not None
+    assert memory.trainer is not None
+    parameters = count_parameters(TARGET).decoder  # type: ignore[union-attr]
+    assert memory.engine.target_bytes == memory.push_bytes == 2 * parameters
+    assert memory.engine.draft_bytes == pytest.approx(0.85e9, rel=0.01)
+    assert memory.engine.kv_bytes_per_token == 2 * 2 * 8 * 128 * 33
+    assert memory.engine.kv_bytes == memory.engine.kv_bytes_per_token * 64 * (512 + 64 + 4)
+    assert memory.trainer.total_bytes == 18 * parameters
+
+
+def test_an_mtp_draft_costs_its_layer_and_its_own_cache(tmp_path: Path) -> None:
+    argv = (*SERVERS, "--speculative-algorithm", "EAGLE", *CHAIN)
+    memory = plan_memory(make_facts(tmp_path, argv, target=MIMO))
+    assert memory.engine is not None
+    assert memory.engine.draft_bytes == 2 * count_parameters(MIMO).mtp  # type: ignore[union-attr]
+    assert memory.engine.kv_bytes_per_token == 2 * 2 * 8 * 128 * 33
+
+
+def test_rollouts_alone_plan_no_trainer_and_no_push(tmp_path: Path) -> None:
+    memory = plan_memory(make_facts(tmp_path, (*SERVERS, "--debug-rollout-only")))
+    assert (memory.trainer, memory.push_bytes) == (None, None)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> list[str]:
+    (tmp_path / "config.json").write_text(json.dumps(TARGET))
+    return [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "gpus"]
+
+
+def test_the_plan_has_a_command_line_for_every_server(job: list[str]) -> None:
+    argv = [*job, "--rollout-num-engines", "2", "--actor-num-gpus", "2", "--actor-world-size", "2"]
+    plan = make_plan(composed(argv))
+    first, second = plan.servers
+    assert first.command[1:3] == ("-m", "sglang.launch_server")
+    assert ("--attention-backend", "fa3") in pairwise(first.command)
+    assert shlex.join(first.command).replace("--port 30000", "--port 30001") == shlex.join(second.command)
+    assert [each.address for each in plan.servers] == ["127.0.0.1:30000", "127.0.0.1:30001"]
+    assert len(plan.bundles.bundles) == 2
+
+
+def test_a_dry_run_prints_the_whole_plan_and_starts_nothing(job: list[str], tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *job, "--dry-run", "--output-dir", str(run)]) == 0
+    told = capsys.readouterr().out
+    for heading in ("run", "placement", "engine", "transport", "memory (from config.json;", "preflight"):
+        assert any(line.startswith(heading) for line in told.splitlines())
+    assert "tensor (CUDA IPC)" in told
+    assert "TP 1 x PP 1 x DP 1" in told
+    assert told.rstrip().endswith("a launch would go on")
+    assert not run.exists()
+
+
+def test_a_dry_run_of_what_preflight_refuses_ends_as_the_launch_would(job: list[str], capsys: Capture) -> None:
+    broken = ["--speculative-algorithm", "NGRAM", "--rollout-min-p", "0.1"]
+    assert main(["train", *job, *broken, "--dry-run"]) == 2
+    told = capsys.readouterr().out
+    assert "a launch would stop here: min-p" in told
+    assert "to add: --rollout-min-p 0" in told
+
+
+def test_a_dry_run_says_what_the_trainer_cannot_train(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GLM_355B))
+    argv = [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "gpus", "--dry-run"]
+    assert main(["train", *argv]) == 2
+    assert "Glm4MoeForCausalLM has a mixture of 160 experts, which the trainer cannot build" in capsys.readouterr().out
+    assert main(["train", *argv, "--debug-rollout-only"]) == 0
+    assert "rollout_only pushes no weights" in capsys.readouterr().out
+
+
+LLAMA_DRAFT = {**EAGLE3_HEAD, "torch_dtype": "float16", "max_position_embeddings": 2048}
+MIMO_7B = {
+    **{"architectures": ["MiMoForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151680},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008, "num_nextn_predict_layers": 1},
+    **{"model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}},
+}
+QWEN3_DRAFT = {**EAGLE3_HEAD, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "target", "draft", "gpu_gb"),
+    [
+        ("eagle3-llama3.1-8b", TARGET, LLAMA_DRAFT, 80),
+        ("mimo-7b-rl-mtp", MIMO_7B, None, 80),
+        ("glm4.5-355b-a32b-mtp", GLM_355B, None, 141),
+        ("glm4.6-355b-a32b-mtp", GLM_355B, None, 141),
+        ("deepseek-r1-mtp", {**DEEPSEEK_R1, "quantization_config": {"quant_method": "fp8"}}, None, 141),
+        ("qwen3-235b-a22b-eagle3", QWEN3_235B, QWEN3_DRAFT, 141),
+    ],
+)
+def test_a_recipe_fits_the_gpus_that_it_is_for_with_every_sequence_at_its_longest(
+    experiment: str, target: dict[str, Any], draft: dict[str, Any] | None, gpu_gb: int, tmp_path: Path
+) -> None:
+    argv = ["--config", experiment, "--hf-checkpoint", str(write_config(tmp_path / "target", target))]
+    if draft is not None:
+        argv += ["--speculative-draft-model-path", str(write_config(tmp_path / "draft", draft))]
+    memory = make_plan(composed(argv)).memory
+    assert memory.engine is not None
+    assert memory.mem_fraction_static is not None
+    assert memory.engine.gpu_bytes <= memory.mem_fraction_static * gpu_gb * 1e9
+    # What tensor parallelism leaves of a GPU to the trainer, which takes its turn.
+    assert memory.trainer is None or memory.trainer.total_bytes < 0.6 * gpu_gb * 1e9
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 131072, **config}))
+    return folder
+
+
+def test_ranks_that_cannot_split_a_cache_keep_copies_of_it(tmp_path: Path) -> None:
+    """A latent is whole on every rank; of four key-value heads eight ranks hold two copies."""
+    wide = (*SERVERS, "--debug-rollout-only", "--rollout-num-gpus-per-engine", "8")
+    copies = []
+    for number, target in enumerate((TARGET, QWEN3_235B, DEEPSEEK_R1)):
+        (tmp_path / str(number)).mkdir()
+        memory = plan_memory(make_facts(tmp_path / str(number), wide, target=target))
+        assert memory.engine is not None
+        copies.append(memory.engine.kv_copies)
+    assert copies == [1, 2, 8]
+    apart = (*wide, "--sglang-enable-dp-attention", "--sglang-dp-size", "8")
+    memory = plan_memory(make_facts(tmp_path, apart, target=DEEPSEEK_R1))
+    assert memory.engine is not None
+    assert memory.engine.kv_copies == 1
+    counted = count_parameters(DEEPSEEK_R1)
+    assert counted is not None
+    assert memory.engine.target_bytes > 2 * (counted.decoder + 7 * counted.attention)
+
+
+def test_the_plan_of_llama_on_eight_gpus_is_what_a_pencil_says(tmp_path: Path) -> None:
+    """8.03 billion float16 weights; 33 layers x 2 x 8 heads x 128 x 2 bytes a token for 32 x (2016 + 33) tokens."""
+    argv = ["--config", "eagle3-llama3.1-8b", "--hf-checkpoint", str(write_config(tmp_path / "target", TARGET))]
+    argv += ["--speculative-draft-model-path", str(write_config(tmp_path / "draft", LLAMA_DRAFT))]
+    memory = make_plan(composed(argv)).memory
+    assert memory.engine is not None
+    assert memory.trainer is not None
+    assert memory.engine.target_bytes == 2 * 8_030_261_248
+    assert memory.engine.kv_bytes == 33 * 2 * 8 * 128 * 2 * 32 * 2049
+    assert memory.trainer.total_bytes == 18 * (8_030_261_248 // 4)
+    assert memory.push_bytes == 2 * 8_030_261_248
+
+
+def test_an_engine_of_several_nodes_has_a_command_on_each_and_its_nodes_in_the_placement(
+    job: list[str], capsys: Capture
+) -> None:
+    two_nodes = ["--rollout-num-gpus-per-engine", "16", "--ray-address", "auto", "--debug-rollout-only"]
+    assert main(["train", *job, *two_nodes, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "bundles 0-1: 2 cores, 8 GPUs each: engine 0 node 0, engine 0 node 1" in told
+    assert "--nnodes 2 --node-rank 0 --dist-init-addr ENGINE0-NODE0:PORT" in told.replace(" \\\n     ", "")
+    assert "the same for engine 0 node 1 at ENGINE0-NODE1:30000, each with its --node-rank" in told
+
+
+def test_servers_that_differ_in_their_place_alone_are_told_once(job: list[str], capsys: Capture) -> None:
+    many = ["--rollout-num-engines", "3", "--no-colocate", "--sglang-router"]
+    main(["train", *job, *many, "--dry-run"])
+    told = capsys.readouterr().out
+    assert told.count("sglang.launch_server") == 1
+    assert "the same for engine 1 at 127.0.0.1:30001, engine 2 at 127.0.0.1:30002\n" in told
+    assert "requests go through an sglang-router" in told
+
+
+@pytest.mark.parametrize("changed", [{"intermediate_size": [1, 2]}, {"intermediate_size": None}, {"hidden_size": None}])
+def test_a_family_whose_sizes_have_other_names_or_vary_is_planned_without_its_memory(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
+    memory = plan_memory(make_facts(tmp_path, (*SERVERS, "--debug-rollout-only"), target={**TARGET, **changed}))
+    assert memory.engine is None
