@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from rollout.actor import create_engine_actors
 from rollout.dispatch import Dispatcher
@@ -22,8 +22,9 @@ from rollout.in_flight import Flight, Flights
 from rollout.sglang_engine.launcher import listening_host
 from rollout.sglang_engine.router_process import RouterProcess, behind_router
 from slime_spec.config.tree import Config
-from slime_spec.errors import ConfigError, PushError
+from slime_spec.errors import ConfigError
 from slime_spec.placement import Placement
+from slime_spec.ray_errors import result_of
 from slime_spec.sglang.installed import installed_in
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.push import PushMessage, PushReply
@@ -78,7 +79,7 @@ class EnginePool:
         try:
             if self._router is not None:
                 self._router.wait_until_ready()
-            return _unwrapped(lambda: ray.get(calls, timeout=timeout_s))
+            return result_of(calls, timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise ConfigError(
                 "cluster.actor_start_timeout_s",
@@ -141,7 +142,7 @@ class EnginePool:
         """What the caller gets of the next thing that a stream has."""
         flight = streams[stream]
         try:
-            sample = flights.arrived(flight, _unwrapped(lambda: ray.get(next(stream))))
+            sample = flights.arrived(flight, result_of(next(stream)))
             return [] if sample is None else [sample]
         except StopIteration:
             del streams[stream]
@@ -174,7 +175,7 @@ class EnginePool:
     def _hear(self, watch: ray.ObjectRef) -> None:
         engine = self._watches.pop(watch)
         try:
-            self._serving[engine] = _unwrapped(lambda: ray.get(watch))
+            self._serving[engine] = result_of(watch)
         except RayActorError as error:
             self._bury(engine, error)
         else:
@@ -193,7 +194,7 @@ class EnginePool:
     def _on_all(self, method: str, *arguments: object) -> list[Any]:
         calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
         try:
-            results: list[Any] = _unwrapped(lambda: ray.get(calls))
+            results: list[Any] = result_of(calls)
         except RayActorError as error:
             raise EngineProcessDied(
                 f"an engine's process died, and no other is made: resume the run from its last checkpoint ({error})"
@@ -220,13 +221,3 @@ def _router(config: Config) -> RouterProcess | None:
     address = ray.util.get_node_ip_address()
     sglang = installed_in(config.sglang_server.python or sys.executable)
     return RouterProcess(config, sglang, listening_host(config, address, num_cluster_nodes > 1), address)
-
-
-def _unwrapped(call):  # type: ignore[no-untyped-def]
-    """Raise the actor's own exception where it is one of ours, not Ray's wrapping of it."""
-    try:
-        return call()
-    except RayTaskError as error:
-        if isinstance(error.cause, ConfigError | PushError):
-            raise error.cause from None
-        raise

@@ -21,6 +21,8 @@ from typing import Any
 
 from aiohttp import web
 
+from slime_spec.config.addresses import address_of
+
 RECORDINGS = Path(__file__).with_name("recordings.json")
 VOCABULARY = 64
 CONTEXT_LENGTH = 512
@@ -362,7 +364,7 @@ def serving(server: FakeServer) -> Iterator[str]:
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         host, port = runner.addresses[0][:2]
-        started.append(f"{host}:{port}")
+        started.append(address_of(host, port))
         up.set()
 
     def run() -> None:

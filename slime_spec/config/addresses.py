@@ -10,8 +10,8 @@ HIGHEST_PORT = 65535
 ANY_HOST = ("0.0.0.0", "::")
 
 
-def check_address(setting: str, address: str) -> None:
-    """Raise ConfigError for anything but HOST:PORT or [IPV6]:PORT."""
+def parse_address(setting: str, address: str) -> tuple[str, int]:
+    """The host, without brackets, and the port; raises ConfigError for anything but HOST:PORT or [IPV6]:PORT."""
     remedy = "Write HOST:PORT, or [IPV6]:PORT."
     if "://" in address or "/" in address:
         raise ConfigError(setting, "must be an address without a scheme or a path", address, remedy)
@@ -21,10 +21,11 @@ def check_address(setting: str, address: str) -> None:
     bracketed = host.startswith("[") and host.endswith("]")
     if (":" in host) != bracketed or (bracketed and not _is_ip(host[1:-1])) or host != host.strip():
         raise ConfigError(setting, "must have its IPv6 host in brackets", address, remedy)
+    return host.strip("[]"), int(port)
 
 
 def address_of(host: str, port: int) -> str:
-    """``address_of("::1", 30000)`` is ``[::1]:30000``."""
+    """What ``parse_address`` reads: ``address_of("::1", 30000)`` is ``[::1]:30000``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-from slime_spec.config.addresses import ANY_HOST, check_address, is_loopback
+from slime_spec.config.addresses import ANY_HOST, is_loopback, parse_address
 from slime_spec.config.sglang_server import SglangServerConfig
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -54,7 +54,7 @@ def _set_here(config: Config, names: Sequence[str]) -> list[str]:
 def _check_external(config: Config) -> None:
     addresses, num_engines = config.sglang_server.external_addrs, config.rollout.num_engines
     for address in addresses:
-        check_address(ADDRESSES, address)
+        parse_address(ADDRESSES, address)
     if len(set(addresses)) < len(addresses):
         raise ConfigError(ADDRESSES, "must name each server once", addresses, "Name another server for each engine.")
     if addresses and len(addresses) != num_engines:
@@ -69,7 +69,7 @@ def _check_external(config: Config) -> None:
 def _check_router(config: Config) -> None:
     server = config.sglang_server
     if server.router_addr is not None:
-        check_address(ROUTER, server.router_addr)
+        parse_address(ROUTER, server.router_addr)
         if server.router:
             raise ConfigError(
                 ROUTER, "is a router that runs already", server.router_addr, "Drop --sglang-router, or the address."

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
+from slime_spec.config.addresses import parse_address
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.placement import Bundle, BundlePlan, Placement, plan_bundles
@@ -97,12 +98,14 @@ def _join_ray(address: str) -> None:
     remedy = (
         "Start Ray there (ray start --head; with tokens, share its token), or drop --ray-address for a private Ray."
     )
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     if address != "auto":
-        if not host or not port.isdigit():
-            raise ConfigError("cluster.ray_address", "must be auto or HOST:PORT", address, remedy)
         try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+            host_and_port = parse_address("cluster.ray_address", address.removeprefix("ray://"))
+        except ConfigError as error:
+            rule = f"must be auto or HOST:PORT, which {error.rule}"
+            raise ConfigError("cluster.ray_address", rule, address, remedy) from None
+        try:
+            socket.create_connection(host_and_port, timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
             raise ConfigError("cluster.ray_address", f"must be reachable: {error}", address, remedy) from None
     try:

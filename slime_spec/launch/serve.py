@@ -7,8 +7,8 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 
+from slime_spec.config.addresses import is_loopback
 from slime_spec.config.texts import whole_number
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -113,8 +113,5 @@ def _whole(flag: str, text: str, minimum: int, maximum: int) -> int:
 
 def _exposure(arguments: ServeArguments) -> str:
     """A word of caution where anyone on the network can change the weights."""
-    try:
-        loopback = ip_address(arguments.host).is_loopback
-    except ValueError:
-        loopback = arguments.host == "localhost"
-    return "" if loopback or arguments.api_key else " (open to the network: pass --api-key to protect it)"
+    is_protected = is_loopback(arguments.host) or arguments.api_key
+    return "" if is_protected else " (open to the network: pass --api-key to protect it)"

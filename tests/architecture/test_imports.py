@@ -30,6 +30,8 @@ HOMES = {
         "rollout.pool",
         "trainer_bridge.megatron.actor",
         "trainer_bridge.megatron.group",
+        # Both the engine pool and the trainer group raise what actors raise, by one rule.
+        "slime_spec.ray_errors",
         "slime_spec.transports.ray_object_store",
     ),
 }

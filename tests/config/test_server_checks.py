@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from slime_spec.config.addresses import check_address, is_loopback
+from slime_spec.config.addresses import address_of, is_loopback, parse_address
 from slime_spec.config.checks import check, notes
 from slime_spec.config.tree import ClusterConfig, Config, RolloutConfig, RunConfig, SglangServerConfig, TrainerConfig
 from slime_spec.errors import ConfigError
@@ -28,7 +28,7 @@ def serving(num_gpus: int = 0, num_engines: int = 1, sglang: dict[str, object] |
 
 @pytest.mark.parametrize("address", ["127.0.0.1:30000", "node-3.cluster:1", "[::1]:30000", "[fe80::1]:65535"])
 def test_an_address_is_a_host_and_a_port(address: str) -> None:
-    check_address(SETTING, address)
+    assert address_of(*parse_address(SETTING, address)) == address
 
 
 @pytest.mark.parametrize(

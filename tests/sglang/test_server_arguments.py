@@ -206,7 +206,9 @@ def test_a_place_is_reached_where_it_listens() -> None:
 
 
 def test_a_draft_that_ships_with_the_package_is_a_folder_to_sglang(config: Config) -> None:
-    name = next(iter(sorted(path.name for path in (Path(slime_spec.__file__).parent / "checkpoints" / "builtin").iterdir())))
+    name = next(
+        iter(sorted(path.name for path in (Path(slime_spec.__file__).parent / "checkpoints" / "builtin").iterdir()))
+    )
     drafting = SpeculativeConfig(algorithm="EAGLE3", draft_model_path=f"builtin:{name}")
     line = words(replace(config, speculative=drafting)).split()
     folder = Path(line[line.index("--speculative-draft-model-path") + 1])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime_spec.checkpoints.model_spec import ModelSpec
@@ -24,6 +24,7 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.interfaces import RunState
 from slime_spec.placement import Placement
+from slime_spec.ray_errors import result_of
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.manifest import Manifest, TensorMeta, combined_checksum
 from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushMessage
@@ -165,11 +166,9 @@ def _start_actor(config: Config, rank: int, placement: Placement, transport_name
 
 
 def _result(ref: Any, timeout_s: float | None = None) -> Any:
-    """The value of one reference; an actor's exception is raised as itself, not wrapped."""
+    """See result_of; a timeout is a ConfigError."""
     try:
-        return ray.get(ref, timeout=timeout_s)
-    except RayTaskError as error:
-        raise error.cause from None
+        return result_of(ref, timeout_s)
     except GetTimeoutError:
         raise ConfigError(
             "cluster.actor_start_timeout_s",

@@ -33,6 +33,7 @@ from rollout.embedded.validate import limits_of
 from slime_spec.checkpoints.end_tokens import eos_ids
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
+from slime_spec.config.addresses import address_of
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.metrics.alarm import AcceptanceAlarm
@@ -69,7 +70,7 @@ class EngineServer:
     @property
     def address(self) -> str:
         host, port = self._socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"http://{address_of(host, port)}"
 
     def run(self, announce: Announce) -> None:
         """Serve until the process is told to end; ``announce`` is given the address when requests are answered."""
@@ -150,6 +151,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            "--host and --port", f"must be an address that can be bound: {error}", f"{host}:{port}", "Pass --port 0."
+            "--host and --port",
+            f"must be an address that can be bound: {error}",
+            address_of(host, port),
+            "Pass --port 0.",
         ) from None
     return bound

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from slime_spec.config.addresses import address_of
 from slime_spec.config.tree import Config
 from slime_spec.launch.compose import Composed
 from slime_spec.placement import BundlePlan, plan_bundles
@@ -74,7 +75,7 @@ def _servers(config: Config, facts: Facts) -> Iterator[PlannedServer]:
         for place in planned_places(config, engine):
             flags = server_flags(config, engine, place)
             command = command_line(python, flags, server.extra_args, facts.known_flags or checked_in())
-            yield PlannedServer(engine, place.node_rank, f"{place.host}:{place.port}", tuple(command))
+            yield PlannedServer(engine, place.node_rank, address_of(place.host, place.port), tuple(command))
 
 
 def transport_text(config: Config) -> str:
