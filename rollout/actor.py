@@ -12,10 +12,11 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rollout.node_actor import NodeWorker, RayNode
-from rollout.sglang_engine.nodes import Site
 from slime_spec.config.tree import Config
-from slime_spec.interfaces import ENGINES, TRANSPORTS, Generation, MayStopServing, RolloutEngine, load_choice
+from slime_spec.engines import kind_of
+from slime_spec.interfaces import TRANSPORTS, Generation, MayStopServing, RolloutEngine, load, load_choice
 from slime_spec.placement import Placement
+from slime_spec.site import Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.push import PushMessage, PushReply
 
@@ -50,9 +51,8 @@ class EngineWorker:
     def start(self) -> EngineStats:
         # Built here: what an actor's constructor raises reaches the caller only as Ray's "the actor died".
         transport = load_choice("push.transport", TRANSPORTS, self._config.push.transport)()
-        engine_class = load_choice("rollout.engine", ENGINES, self._config.rollout.engine)
-        placed = {"site": self._site()} if self._config.rollout.engine == "sglang" else {}
-        self._engine = engine_class(self._config, self._index, transport, **placed)
+        engine_class, site = load(kind_of(self._config).engine), site_here(self._nodes, self._devices)
+        self._engine = engine_class(self._config, self._index, transport, site=site)
         self._engine.start()
         return self._engine.stats()
 
@@ -103,18 +103,20 @@ class EngineWorker:
         if hasattr(self, "_engine"):  # not where ``start`` was refused
             self._engine.stop()
 
-    def _site(self) -> Site:
-        return Site(
-            address=ray.util.get_node_ip_address(),
-            num_cluster_nodes=sum(node["Alive"] for node in ray.nodes()),
-            others=tuple(RayNode(node) for node in self._nodes),
-            devices=self._devices,
-        )
+
+def site_here(nodes: Sequence[ray.actor.ActorHandle] = (), devices: tuple[str, ...] = ()) -> Site:
+    """The Site of this process; ``nodes`` are the NodeWorkers of an engine's other nodes."""
+    return Site(
+        address=ray.util.get_node_ip_address(),
+        num_cluster_nodes=sum(node["Alive"] for node in ray.nodes()),
+        others=tuple(RayNode(node) for node in nodes),
+        devices=devices,
+    )
 
 
 @dataclass(frozen=True)
 class EngineActors:
-    """One engine's actors: the engine itself, and the owners of its server's processes on its other nodes."""
+    """One engine's actors: the engine itself, and the owners of its processes on its other nodes."""
 
     engine: ray.actor.ActorHandle
     nodes: tuple[ray.actor.ActorHandle, ...]
@@ -123,12 +125,13 @@ class EngineActors:
 def create_engine_actors(config: Config, engine_index: int, placement: Placement) -> EngineActors:
     """Start one engine's actors in their bundles, with as many compute threads as the cores they were given."""
     options = partial(_actor_options, config, engine_index, placement)
+    node_class = kind_of(config).node
     nodes = tuple(
         # Ray starts one that died anew, perhaps elsewhere, and what it was asked is asked again: all of it may be.
         ray.remote(NodeWorker)
         .options(**options(bundle), max_restarts=-1, max_task_retries=-1)
-        .remote(placement.devices_of_bundle(bundle))
-        for bundle in placement.other_nodes_of_rank(engine_index)
+        .remote(node_class, placement.devices_of_bundle(bundle))
+        for bundle in (placement.other_nodes_of_rank(engine_index) if node_class is not None else ())
     )
     bundle = placement.bundle_of_rank(engine_index)
     engine = ray.remote(concurrency_groups=CONCURRENCY)(EngineWorker).options(name=None, **options(bundle))

@@ -18,6 +18,7 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
 from slime_spec.interfaces import WeightTransport
 from slime_spec.sglang.metadata import pooled
+from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, SpecCounters
 from slime_spec.weights.manifest import Manifest, Side, combined_checksum, tensor_checksum
 from slime_spec.weights.push import PauseMode, PushBucket, PushMessage, PushReply
@@ -111,9 +112,15 @@ class FakeEngine:
     """Implements RolloutEngine; ``fail_bucket`` makes it refuse that bucket of every push."""
 
     def __init__(
-        self, config: Config, engine_index: int, transport: WeightTransport, fail_bucket: int | None = None
+        self,
+        config: Config,
+        engine_index: int,
+        transport: WeightTransport,
+        site: Site = HERE,
+        fail_bucket: int | None = None,
     ) -> None:
-        self._config, self._index, self._transport = config, engine_index, transport
+        self.config, self.site = config, site
+        self._index, self._transport = engine_index, transport
         self._fail_bucket = fail_bucket
         self._resident = True
 
@@ -123,7 +130,7 @@ class FakeEngine:
         return self._weights.tensors
 
     def start(self) -> None:
-        self._weights = FakeWeights(ModelSpec.from_folder(self._config.model.hf_checkpoint))
+        self._weights = FakeWeights(ModelSpec.from_folder(self.config.model.hf_checkpoint))
         self._pushes = PushDesk(self._index, self._transport, self._weights)
 
     def generate(self, request: GroupRequest) -> FakeGeneration:
@@ -144,7 +151,7 @@ class FakeEngine:
             num_running=0,
             num_waiting=0,
             kv_tokens_used=0,
-            kv_tokens_capacity=self._config.engine.max_total_tokens or 0,
+            kv_tokens_capacity=self.config.engine.max_total_tokens or 0,
             resident=self._resident,
             rss_bytes=0,
         )

@@ -1,4 +1,4 @@
-"""The Ray actors on the other nodes of an engine that is larger than one: each owns the server process there."""
+"""The Ray actors on the other nodes of an engine that is larger than one node: each owns the engine's process there."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from rollout.sglang_engine.launcher import SERVER_ENVIRONMENT
-from rollout.sglang_engine.nodes import NodeLost, NodeProcess
+from slime_spec.interfaces import load
+from slime_spec.ray_errors import result_of
+from slime_spec.site import Node, NodeLost
 
-# Longer than a server takes to end.
+# Longer than a process takes to end.
 CALL_TIMEOUT_S = 60.0
 
 
-class NodeWorker(NodeProcess):
-    """A NodeProcess of the node that it runs on; ``devices`` as in Site."""
+class NodeWorker:
+    """Holds the Node of the node that it runs on: ``node_class`` as in EngineKind, ``devices`` as in Site."""
 
-    def __init__(self, devices: tuple[str, ...]) -> None:
+    def __init__(self, node_class: str, devices: tuple[str, ...]) -> None:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-        super().__init__(ray.util.get_node_ip_address(), {**SERVER_ENVIRONMENT, **visible})
+        self._node: Node = load(node_class)(ray.util.get_node_ip_address(), visible)
+
+    def ask(self, method: str, *arguments: object) -> Any:
+        """The answer of one of the Node's methods."""
+        return getattr(self._node, method)(*arguments)
 
 
 class RayNode:
     """A Node whose process belongs to a NodeWorker.
 
-    An actor that has died is started anew by Ray and asked again; whether its process went with it, it tells.
+    An actor that has died is started anew by Ray and asked again; its exit code says whether the process went with it.
     """
 
     def __init__(self, actor: ray.actor.ActorHandle) -> None:
@@ -57,6 +62,6 @@ class RayNode:
 
     def _ask(self, method: str, *arguments: object) -> Any:
         try:
-            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=CALL_TIMEOUT_S)
+            return result_of(self._actor.ask.remote(method, *arguments), CALL_TIMEOUT_S)
         except (RayActorError, GetTimeoutError) as error:
             raise NodeLost(f"a node of this engine does not answer: {error}") from error

@@ -8,7 +8,6 @@ generate(groups) ─► Flights ─► EngineWorker 0 ─┐
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -16,16 +15,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from rollout.actor import create_engine_actors
+from rollout.actor import create_engine_actors, site_here
 from rollout.dispatch import Dispatcher
 from rollout.in_flight import Flight, Flights
-from rollout.sglang_engine.launcher import listening_host
-from rollout.sglang_engine.router_process import RouterProcess, behind_router
+from rollout.shared_part import shared_part
 from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.placement import Placement
 from slime_spec.ray_errors import result_of
-from slime_spec.sglang.installed import installed_in
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.push import PushMessage, PushReply
 
@@ -51,8 +49,8 @@ class EnginePool:
     """
 
     def __init__(self, config: Config, placement: Placement) -> None:
-        self._router = _router(config)
-        self._config = config if self._router is None else behind_router(config, self._router.address)
+        self._shared = shared_part(config, site_here())
+        self._config = self._shared.engine_config
         created = [create_engine_actors(self._config, i, placement) for i in range(config.rollout.num_engines)]
         self._actors = [actors.engine for actors in created]
         self._node_actors = [node for actors in created for node in actors.nodes]
@@ -70,15 +68,11 @@ class EnginePool:
 
     def start(self) -> list[EngineStats]:
         """Load every engine; raises the engine's own ConfigError, or one about the timeout."""
-        timeout_s = self._config.cluster.actor_start_timeout_s
-        if self._config.rollout.engine == "sglang":
-            timeout_s += self._config.sglang_server.start_timeout_s  # over which it tells more than the time
-        if self._router is not None:
-            self._router.start()
+        timeout_s = kind_of(self._config).start_timeout_s(self._config)
+        self._shared.start()
         calls = [actor.start.remote() for actor in self._actors]
         try:
-            if self._router is not None:
-                self._router.wait_until_ready()
+            self._shared.wait_until_ready()
             return result_of(calls, timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise ConfigError(
@@ -209,15 +203,4 @@ class EnginePool:
         for node in self._node_actors:
             ray.kill(node)
         self._actors, self._node_actors = [], []
-        if self._router is not None:
-            self._router.stop()
-
-
-def _router(config: Config) -> RouterProcess | None:
-    """The router of a run that wants one of its own."""
-    if config.rollout.engine != "sglang" or not config.sglang_server.router:
-        return None
-    num_cluster_nodes = sum(node["Alive"] for node in ray.nodes())
-    address = ray.util.get_node_ip_address()
-    sglang = installed_in(config.sglang_server.python or sys.executable)
-    return RouterProcess(config, sglang, listening_host(config, address, num_cluster_nodes > 1), address)
+        self._shared.stop()

@@ -9,7 +9,7 @@ import difflib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from slime_spec.errors import ConfigError
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, Prompt, TrainReport, TrainSample
@@ -17,7 +17,11 @@ from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, Prompt,
 if TYPE_CHECKING:
     import torch
 
+    from slime_spec.config.tree import Config
     from slime_spec.weights.push import PushBucket, PushMessage, PushReply
+
+
+Choice = TypeVar("Choice")
 
 
 class Generation(Protocol):
@@ -79,6 +83,22 @@ class Engines(Protocol):
         They come out of ``generate``, those too whose turn had not come. A later ``generate`` goes on from those that a
         request's ``begun`` names, on any engine and with newer weights; ``version_spans`` say which tokens are whose.
         """
+
+    def stop(self) -> None: ...
+
+
+class SharedPart(Protocol):
+    """What all engines of a run share, such as a router: started before them, ended after them."""
+
+    @property
+    def engine_config(self) -> Config:
+        """The configuration of the engines that use it."""
+
+    def start(self) -> None:
+        """Begin to start it; the engines start meanwhile."""
+
+    def wait_until_ready(self) -> None:
+        """Return once it serves; raises ConfigError where it does not start."""
 
     def stop(self) -> None: ...
 
@@ -168,19 +188,24 @@ def unknown_choice(setting: str, known: Iterable[str], name: str) -> ConfigError
     return ConfigError(setting, f"must be one of {', '.join(names)}", name, f"{hint}Choose a known name.")
 
 
-def load_choice(setting: str, table: Mapping[str, str], name: str) -> Any:
-    """Import the implementation that ``name`` stands for: table values read ``package.module:Name``."""
+def choose(setting: str, table: Mapping[str, Choice], name: str) -> Choice:
+    """What ``name`` stands for in the table; raises ConfigError for an unknown name."""
     if name not in table:
         raise unknown_choice(setting, table, name)
-    module, _, attribute = table[name].partition(":")
+    return table[name]
+
+
+def load(path: str) -> Any:
+    """Import what a path names that reads ``package.module:name``."""
+    module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-ENGINES = {
-    "embedded": "rollout.embedded.engine:EmbeddedEngine",
-    "sglang": "rollout.sglang_engine.engine:SglangEngine",
-    "fake": "rollout.fake:FakeEngine",
-}
+def load_choice(setting: str, table: Mapping[str, str], name: str) -> Any:
+    """Import the implementation that ``name`` stands for in a table of paths."""
+    return load(choose(setting, table, name))
+
+
 TRAINERS = {"megatron": "trainer_bridge.megatron.group:MegatronGroup"}
 TRANSPORTS = {"ray": "slime_spec.transports.ray_object_store:RayObjectStoreTransport"}
 SINKS = {

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def num_engine_nodes(config: Config) -> int:
 
 def num_reserved_gpus(config: Config) -> int:
     """GPUs of one engine that Ray must keep for it: none for a server that someone else started."""
-    is_external = config.rollout.engine == "sglang" and config.sglang_server.external_addrs
-    return 0 if is_external else config.rollout.num_gpus_per_engine
+    return 0 if kind_of(config).uses_external_servers(config) else config.rollout.num_gpus_per_engine
 
 
 def plan_bundles(config: Config) -> BundlePlan:

@@ -20,6 +20,7 @@ from rollout.embedded.validate import check_request
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import Generation, WeightTransport
 from slime_spec.memory import release_freed_memory
+from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.manifest import Side, combined_checksum
 from slime_spec.weights.push import PushMessage, PushReply
@@ -52,6 +53,7 @@ class EmbeddedEngine:
         config: Config,
         engine_index: int,
         transport: WeightTransport,
+        site: Site = HERE,  # this process's own: it reaches for nothing outside
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._assembly = Assembly(config)

@@ -20,7 +20,6 @@ from rollout.sglang_engine.generation import SampleRun, SglangGeneration
 from rollout.sglang_engine.launcher import Launcher
 from rollout.sglang_engine.limits import check_request
 from rollout.sglang_engine.loop_thread import AsyncLoop
-from rollout.sglang_engine.nodes import Site
 from rollout.sglang_engine.router import Requests, RoutedRequests
 from rollout.sglang_engine.sample import Reading
 from rollout.sglang_engine.server import ServerProcess, ServerStartError
@@ -29,13 +28,15 @@ from rollout.sglang_engine.supervise import Supervisor
 from rollout.sglang_engine.transports.bucket import ServerTransport
 from rollout.sglang_engine.weights import ServerWeights
 from slime_spec.checkpoints.model_files import TargetFiles, draft_files
-from slime_spec.config.addresses import is_loopback
+from slime_spec.config.addresses import is_loopback, parse_address
+from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.interfaces import WeightTransport
 from slime_spec.sglang.arguments import LOOPBACK, config_of_engine
 from slime_spec.sglang.installed import InstalledSglang, checked_in, installed_in
 from slime_spec.sglang.labels import label_suffix
+from slime_spec.site import HERE, NodeLost, Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.push import ContinueGeneration, PauseGeneration, PushMessage, PushReply, VerifyPush
 from slime_spec.weights.stage import PushDesk
@@ -48,7 +49,6 @@ REENTER_TIMEOUT_S = 15.0
 RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
 # Asked again of a server that takes the place of a dead one: none of them changes what a push has staged.
 AROUND_PUSH = (PauseGeneration, ContinueGeneration, VerifyPush)
-HERE = Site()  # one node that nobody else uses
 
 
 class Offloaded(RuntimeError):
@@ -297,7 +297,7 @@ class SglangEngine:
         self._started.callback(self._supervisor.stop)
         try:
             self._supervisor.start()
-        except ServerStartError as error:
+        except (ServerStartError, NodeLost) as error:
             raise ConfigError(
                 "rollout.engine", f"its server must start. {error}", "sglang", "Correct what the log names."
             ) from None
@@ -337,7 +337,7 @@ class SglangEngine:
         if self._launcher is not None:
             return self._launcher.reachable_host
         assert self._external is not None, "an engine has a server of its own or another's"
-        return LOOPBACK if is_loopback(self._external.rpartition(":")[0].strip("[]")) else self._site.address
+        return LOOPBACK if is_loopback(parse_address(ADDRESSES, self._external)[0]) else self._site.address
 
     # Samples
 

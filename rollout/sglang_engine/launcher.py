@@ -6,19 +6,18 @@ import logging
 import sys
 from pathlib import Path
 
-from rollout.sglang_engine.nodes import Part, Site, SpannedServer
-from rollout.sglang_engine.server import ServerProcess, check_port, free_port, probe_socket
+from rollout.sglang_engine.nodes import Part, SpannedServer
+from rollout.sglang_engine.server import SERVER_ENVIRONMENT, ServerProcess, check_port, free_port, probe_socket
 from slime_spec.config.addresses import ANY_HOST, address_of, is_loopback
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.sglang.arguments import LOOPBACK, Place, command_line, server_flags
 from slime_spec.sglang.installed import InstalledSglang
 from slime_spec.sglang.labels import label_suffix
+from slime_spec.site import Site
 
 logger = logging.getLogger(__name__)
 
-# A crash must be seen at once: SGLang otherwise waits minutes for dumps that nobody asked for.
-SERVER_ENVIRONMENT = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 # From the rendezvous's port on, SGLang takes some more for the parts of an engine of several nodes.
 NUM_RENDEZVOUS_PORTS = 16
 

@@ -10,58 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from rollout.sglang_engine.server import ServerProcess, ServerStartError, free_port
-
-# What has taken a process with it is told as the system's kill is: 128 + SIGKILL.
-LOST = 137
-
-
-class Node(Protocol):
-    """Another node of an engine, and the server process there. Any call raises NodeLost where the node is gone."""
-
-    def address(self) -> str:
-        """Where this node's ports are reached."""
-
-    def free_port(self, host: str) -> int: ...
-
-    def launch(self, command: Sequence[str], log: Path) -> None:
-        """Start the process, its output in a log of that node; one that still runs ends first."""
-
-    def exit_code(self) -> int | None:
-        """None while the process runs; LOST where its owner has been started anew without it."""
-
-    def tail(self) -> str: ...
-
-    def stop(self) -> None:
-        """End the process; no error where it has ended, or the node has."""
-
-
-class NodeLost(ServerStartError):
-    """A node of an engine does not answer."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an engine is: its first node's address, its other nodes, how many the cluster has.
-
-    ``devices`` are the GPUs of the first node as CUDA_VISIBLE_DEVICES names them; empty: those this process sees.
-
-    Example: ``Site("10.0.0.1", num_cluster_nodes=2, others=(node,))``
-    """
-
-    address: str = "127.0.0.1"
-    num_cluster_nodes: int = 1
-    others: Sequence[Node] = ()
-    devices: tuple[str, ...] = ()
+from rollout.sglang_engine.server import SERVER_ENVIRONMENT, ServerProcess, free_port
+from slime_spec.site import LOST, Node, NodeLost
 
 
 class NodeProcess:
-    """A Node in this very process: what an actor on another node holds, and what tests use without one."""
+    """A Node in this very process, whose process is a server: what an actor on another node holds, and tests use."""
 
     def __init__(self, address: str, environment: Mapping[str, str]) -> None:
-        self._address, self._environment = address, environment
+        self._address, self._environment = address, {**SERVER_ENVIRONMENT, **environment}
         self._process: ServerProcess | None = None
 
     def address(self) -> str:

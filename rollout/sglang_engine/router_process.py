@@ -9,11 +9,13 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
+from rollout.sglang_engine.launcher import listening_host
 from rollout.sglang_engine.server import ServerProcess, ServerStartError, free_port
 from slime_spec.config.addresses import ANY_HOST, address_of
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.sglang.installed import InstalledSglang
+from slime_spec.sglang.installed import InstalledSglang, installed_in
+from slime_spec.site import Site
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ FLAGS = ("--disable-retries", "--disable-circuit-breaker", "--disable-health-che
 
 
 class RouterProcess:
-    """Starts a router that has no servers yet: the engines enter theirs.
+    """The SharedPart of engines that want a router of their own: it has no servers yet, the engines enter theirs.
 
     It listens on ``host``; where that is every address, engines reach it at ``node_address``.
 
@@ -35,12 +37,13 @@ class RouterProcess:
 
         router = RouterProcess(config, installed_in(python), "127.0.0.1", "127.0.0.1")
         router.start()
-        ...  # start the engines with sglang_server.router_addr = router.address
+        ...  # start the engines with router.engine_config
         router.wait_until_ready()
         router.stop()
     """
 
     def __init__(self, config: Config, sglang: InstalledSglang, host: str, node_address: str) -> None:
+        self._config = config
         python = config.sglang_server.python or sys.executable
         if sglang.router_version is None:
             raise ConfigError(
@@ -55,6 +58,10 @@ class RouterProcess:
         run = config.run
         log = Path(run.output_dir or f"runs/{run.name}").absolute() / "engines" / "router.log"
         self._process = ServerProcess(router_command(config, python, host, port, free_port(host)), {}, log)
+
+    @property
+    def engine_config(self) -> Config:
+        return behind_router(self._config, self.address)
 
     def start(self) -> None:
         self._process.start()
@@ -78,6 +85,14 @@ class RouterProcess:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
+
+
+def own_router(config: Config, site: Site) -> RouterProcess | None:
+    """The router of a run that wants one of its own (see EngineKind.shared_part)."""
+    if not config.sglang_server.router:
+        return None
+    host = listening_host(config, site.address, site.num_cluster_nodes > 1)
+    return RouterProcess(config, installed_in(config.sglang_server.python or sys.executable), host, site.address)
 
 
 def behind_router(config: Config, address: str) -> Config:

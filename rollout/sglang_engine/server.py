@@ -17,6 +17,8 @@ from slime_spec.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# A crash must be seen at once: SGLang otherwise waits minutes for dumps that nobody asked for.
+SERVER_ENVIRONMENT = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 TAIL_LINES = 25
 TAIL_BYTES = 64 * 1024  # of a log that weeks may have written
 STOP_TIMEOUT_S = guard.GRACE_S + 10.0

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from slime_spec.config.server_checks import check_servers, server_notes, unused_server_settings
 from slime_spec.config.speculation import check_speculation, speculation_notes
 from slime_spec.config.tree import Config, RolloutConfig, TaskConfig, TrainerConfig
+from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.types import is_greedy
 
@@ -21,7 +22,7 @@ def check(config: Config) -> None:
         _check_sampling(config)
         _check_over_sampling(config.rollout)
         _check_engine_gpus(config)
-        if config.rollout.engine == "sglang":
+        if kind_of(config).has_servers:
             check_servers(config)
     if config.run.mode != "rollout_only":
         check_ranks(config.trainer)
@@ -34,16 +35,17 @@ def check(config: Config) -> None:
 
 def notes(config: Config) -> Iterator[str]:
     """What is allowed but has no effect in this run, one sentence each; the launcher tells the user."""
-    if config.sglang and config.rollout.engine != "sglang":
+    has_servers = kind_of(config).has_servers
+    if config.sglang and not has_servers:
         names = ", ".join(f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang)
         yield f"The {config.rollout.engine} engine has no use for {names}."
-    if config.run.mode != "train_only" and config.rollout.engine != "sglang":
+    if config.run.mode != "train_only" and not has_servers:
         yield from unused_server_settings(config)
     if config.run.mode != "train_only":
         if config.rollout.partial_rollout and _num_in_progress(config.rollout) == config.rollout.batch_size:
             yield "Without --over-sampling-batch-size nothing is left unfinished, and --partial-rollout has no effect."
         yield from speculation_notes(config)
-        if config.rollout.engine == "sglang":
+        if has_servers:
             yield from server_notes(config)
 
 
@@ -152,11 +154,12 @@ def _check_saving(config: Config) -> None:
 
 
 def _check_engine_gpus(config: Config) -> None:
-    rollout = config.rollout
-    if rollout.engine == "embedded" and rollout.num_gpus_per_engine > 1:
+    rollout, max_gpus = config.rollout, kind_of(config).max_gpus
+    if max_gpus is not None and rollout.num_gpus_per_engine > max_gpus:
         raise ConfigError(
             "rollout.num_gpus_per_engine",
-            "must be 0 or 1: the embedded engine is not parallel over GPUs and would leave the others idle",
+            f"must be 0 or {max_gpus}: the {rollout.engine} engine is not parallel over GPUs and would leave the "
+            "others idle",
             rollout.num_gpus_per_engine,
             f"Pass --rollout-num-engines {rollout.num_engines * rollout.num_gpus_per_engine} "
             "--rollout-num-gpus-per-engine 1.",
@@ -237,7 +240,7 @@ def check_ranks(trainer: TrainerConfig) -> None:
 
 def _check_shared_gpus(config: Config) -> None:
     engine_gpus = config.rollout.num_engines * config.rollout.num_gpus_per_engine
-    if config.rollout.engine == "sglang" and config.sglang_server.external_addrs:
+    if kind_of(config).uses_external_servers(config):
         return  # they have GPUs of their own
     if config.cluster.colocate and engine_gpus != config.trainer.num_gpus:
         raise ConfigError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from slime_spec.config.setting import setting
 from slime_spec.config.sglang_server import SglangServerConfig
 from slime_spec.config.speculative import SpeculativeConfig
+from slime_spec.engines import ENGINES
 
 MODES = ("train", "rollout_only", "train_only")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -74,7 +75,7 @@ class RolloutConfig:
         "embedded",
         "Engine that generates: embedded, or sglang (its own servers; fake: for tests).",
         flags=("--rollout-engine",),
-        choices=("embedded", "sglang", "fake"),
+        choices=tuple(ENGINES),
     )
     num_engines: int = setting(1, "Engine actors.", flags=("--rollout-num-engines",), minimum=1)
     num_gpus_per_engine: int = setting(

@@ -17,6 +17,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.addresses import parse_address
 from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.placement import Bundle, BundlePlan, Placement, plan_bundles
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 RESERVE_TIMEOUT_S = 60.0
-# Samples and bookkeeping besides the one copy of the weights that a push holds in shared memory.
+# Samples and bookkeeping besides the weights that a push holds in shared memory.
 OBJECT_STORE_SLACK_BYTES = 256 * 1024 * 1024
 
 
@@ -88,9 +89,7 @@ def _object_store_bytes(spec: ModelSpec | None, config: Config) -> int:
         for dim in shape:
             size *= dim
         total += size
-    # An SGLang engine keeps what it was last pushed, for a server that must be restarted, while the next push arrives.
-    num_copies = 2 if config.rollout.engine == "sglang" else 1
-    return num_copies * (total + total // 8) + OBJECT_STORE_SLACK_BYTES
+    return kind_of(config).num_weight_copies * (total + total // 8) + OBJECT_STORE_SLACK_BYTES
 
 
 def _join_ray(address: str) -> None:

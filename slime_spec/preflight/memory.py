@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from slime_spec.checkpoints.parameters import Parameters, count_parameters, kv_elements_per_token, num_kv_heads
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
@@ -92,7 +93,7 @@ def plan_memory(facts: Facts) -> MemoryPlan:
         engine=_engine(facts, itemsize) if runs_engines and is_known else None,
         trainer=_trainer(config, num_parameters) if trains and num_parameters is not None else None,
         push_bytes=num_parameters * itemsize if runs_engines and trains and num_parameters is not None else None,
-        push_copies=2 if config.rollout.engine == "sglang" else 1,
+        push_copies=kind_of(config).num_weight_copies,
         mem_fraction_static=fraction if isinstance(fraction, float) else None,
         takes_turns=runs_engines and trains and config.cluster.colocate and config.cluster.offload,
     )

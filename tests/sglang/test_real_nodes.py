@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rollout.sglang_engine.engine import SglangEngine
-from rollout.sglang_engine.nodes import NodeProcess, Site
+from rollout.sglang_engine.nodes import NodeProcess
+from slime_spec.site import Site
 from tests.sglang.test_real_sglang import LOGPROB_ERROR, greedy
 from tests.support.pushes import DirectTransport
 from tests.support.sglang_real import Models, Real, cpu_environment, generate

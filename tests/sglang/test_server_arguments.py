@@ -11,13 +11,14 @@ import pytest
 import slime_spec
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.launcher import Launcher
-from rollout.sglang_engine.nodes import NodeProcess, Site
+from rollout.sglang_engine.nodes import NodeProcess
 from slime_spec.config.tree import ClusterConfig, Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.train import with_absolute_paths
 from slime_spec.run_folder import RunFolder
 from slime_spec.sglang.arguments import Place, command_line, config_of_engine, planned_places, server_flags
 from slime_spec.sglang.installed import checked_in, installed_in
+from slime_spec.site import Site
 from tests.support.pushes import DirectTransport
 from tests.support.sglang_checkpoints import make_target
 from tests.support.tiny_drafts import edit_config

@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from rollout.sglang_engine.engine import SglangEngine
-from rollout.sglang_engine.nodes import LOST, NodeLost, NodeProcess, Part, Site, SpannedServer
+from rollout.sglang_engine.nodes import NodeProcess, Part, SpannedServer
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.site import LOST, NodeLost, Site
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.pushes import DirectTransport
 

@@ -17,7 +17,6 @@ import pytest
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.fake import FakeServer, serving
 from rollout.sglang_engine.launcher import Launcher
-from rollout.sglang_engine.nodes import Site
 from rollout.sglang_engine.router import RoutedRequests
 from rollout.sglang_engine.router_process import RouterProcess, behind_router, router_command
 from slime_spec.config.tree import Config
@@ -25,6 +24,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.sglang.arguments import Place, config_of_engine, server_flags
 from slime_spec.sglang.installed import checked_in, installed_in
 from slime_spec.sglang.labels import engine_number, label_suffix, version_number
+from slime_spec.site import Site
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.push import run_push
 from tests.sglang.conftest import Checkpoints, Connect
