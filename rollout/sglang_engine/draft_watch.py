@@ -1,90 +1,51 @@
-"""Sees that the draft is still there, mends it, and gives speculation up, loudly, where it cannot."""
+"""Judges whether a server's draft is still there and accepted, and says what to do where it is not.
+
+Checksums that changed without a push, and drafts that the canary sees refused, mean a draft that was lost. It is sent
+again, or read again from its folder by a new server; where that does not help, the server goes on without speculation.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from enum import Enum, auto
 
 from rollout.sglang_engine.canary import Canary
-from rollout.sglang_engine.client import ServerGone, SglangClient
-from rollout.sglang_engine.loop_thread import AsyncLoop
-from rollout.sglang_engine.weights import ServerWeights
-from slime_spec.errors import PushError
 from slime_spec.types import SpecCounters
 
-logger = logging.getLogger(__name__)
+
+class Verdict(Enum):
+    """What to do about the draft."""
+
+    FINE = auto()
+    RESEND = auto()  # the draft that was pushed
+    RESTART = auto()  # the server, which reads the draft of its folder
+    DISABLE = auto()  # speculation: a new server without it
 
 
 class DraftWatch:
-    """``has_weights``: the drafter has weights that can be lost. ``speculates`` turns false when all else failed.
+    """Judges what others have measured; it calls no server. ``has_weights``: the drafter has weights to lose.
 
-    ``counted`` is what the last canary counted since the last push; ``num_resends`` how often the draft was mended.
+    ``is_pushed``, where it is asked for, says that the engine has a draft to send; without one only the folder has it.
     """
 
-    def __init__(
-        self,
-        canary: Canary,
-        weights: ServerWeights,
-        client: SglangClient,
-        loop: AsyncLoop,
-        replace_server: Callable[[str], None],
-        speculates: bool,
-        has_weights: bool,
-    ) -> None:
-        self.canary = canary
-        self._weights, self._client, self._loop = weights, client, loop
-        self._replace_server, self._has_weights = replace_server, has_weights
-        self.speculates = speculates
-        self.counted = SpecCounters()
-        self.num_resends = 0
+    def __init__(self, canary: Canary, has_weights: bool) -> None:
+        self.canary, self.has_weights = canary, has_weights
 
-    def after_offload(self) -> None:
-        """SGLang has lost drafts over a release and resume."""
-        if self.speculates and self._has_weights:
-            self._check_sums("the draft did not survive the offload")
+    def judge_sums(self, are_as_remembered: bool, is_pushed: bool) -> Verdict:
+        """Judge the draft's checksums against those that it had when all was well."""
+        return Verdict.FINE if are_as_remembered else _mending(is_pushed)
 
-    def after_push(self) -> None:
-        """Compare checksums and run the canary; where it fails, the draft again, then a server without speculation."""
-        self.counted = SpecCounters()
-        if not self.speculates:
-            return
-        if self._has_weights:
-            self._check_sums("the draft was changed, and not by a push of it")
-        if not self.canary.prompts or self._is_well():
-            return
-        if self._has_weights and self._weights.can_mend_draft:
-            self._mend()
-            if self._is_well():
-                logger.warning("the draft is accepted again")
-                return
-        logger.error("ALARM speculation is disabled: drafts are refused, and the draft is the one that was pushed")
-        self.speculates = False
-        self.speculates = not self._replace("speculation is disabled")
+    def judge_canary(self, counted: SpecCounters | None, is_pushed: bool, is_proved: bool, is_mended: bool) -> Verdict:
+        """Judge what the canary counted; None where the server was gone, which whoever watches it brings back.
 
-    def _check_sums(self, alarm: str) -> None:
-        if not self._weights.draft_is_as_remembered():
-            logger.error("ALARM %s", alarm)
-            self._mend()
+        ``is_proved``: the checksums say that the server has the right draft, so that its folder has no better one.
+        ``is_mended``: the draft has just been sent or read again, which is tried once.
+        """
+        if counted is None or self.canary.judge(counted):
+            return Verdict.FINE
+        if is_mended or not self.has_weights or (is_proved and not is_pushed):
+            return Verdict.DISABLE
+        return _mending(is_pushed)
 
-    def _is_well(self) -> bool:
-        try:
-            self.counted = self._loop.call(self.canary.run(self._client))
-        except ServerGone as error:  # whoever watches the server brings it back, with its draft
-            logger.warning("no canary reason=%s", error)
-            return True
-        return self.canary.judge(self.counted)
 
-    def _mend(self) -> None:
-        self.num_resends += 1
-        if not self._weights.send_draft_again():
-            self._replace("the draft is lost, and only its folder has it")
-        self._weights.remember_draft()
-
-    def _replace(self, why: str) -> bool:
-        """False where the server is somebody else's, who reads the log."""
-        try:
-            self._replace_server(why)
-        except PushError as error:
-            logger.error("ALARM %s", error)
-            return False
-        return True
+def _mending(is_pushed: bool) -> Verdict:
+    return Verdict.RESEND if is_pushed else Verdict.RESTART

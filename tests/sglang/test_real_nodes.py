@@ -31,7 +31,7 @@ def test_an_engine_on_two_nodes_decodes_like_one_and_takes_pushes_on_both(
         engine = SglangEngine(config, 0, DirectTransport(), Site(others=(NodeProcess("127.0.0.1", {}),)))
         try:
             engine.start()
-            assert engine._info.num_ranks == 2
+            assert engine.server.info.num_ranks == 2
             two = Real("EAGLE3", engine)
             for sample, (token_ids, logprobs) in zip(
                 generate(engine, NUM_TOKENS), greedy(models.target, NUM_TOKENS), strict=True

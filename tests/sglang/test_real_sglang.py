@@ -106,7 +106,7 @@ def test_a_stale_draft_is_hardly_accepted_and_a_pushed_one_is_again(real: Real) 
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
 def test_a_push_during_generation_shows_in_the_version_spans(real: Real, mode: PauseMode) -> None:
     request = GroupRequest("long", PROMPTS[0], (1, 2), SamplingParams(450, temperature=0.0, ignore_eos=True))
-    before = real.engine._weights.version("target")
+    before = real.engine.weights.version("target")
     messages = real.other_target()
     generation = real.engine.generate(request)
     wait_for_tokens(real, 20)
@@ -128,7 +128,7 @@ def test_a_push_during_generation_shows_in_the_version_spans(real: Real, mode: P
 def wait_for_tokens(real: Real, num_tokens: int) -> None:
     """Until every running sample has so many."""
     deadline = time.monotonic() + 120.0
-    while min((run.num_tokens for run in real.engine._runs), default=num_tokens) < num_tokens:
+    while min((run.num_tokens for run in real.engine.samples.in_progress), default=num_tokens) < num_tokens:
         assert time.monotonic() < deadline, "the server generates nothing"
         time.sleep(0.02)
 
@@ -154,7 +154,7 @@ def test_a_payload_that_would_kill_the_server_never_reaches_it(real: Real) -> No
 
 @on("NGRAM")
 def test_a_session_left_open_is_recovered(real: Real) -> None:
-    real.engine._loop.call(real.engine.client.post("/begin_weight_update", {"selector": "all"}))
+    real.engine.server.loop.call(real.engine.client.post("/begin_weight_update", {"selector": "all"}))
     real.push(real.other_target(), 5, verify=True)
     assert {sample.weight_version for sample in real.generate(4)} == {5}
 
@@ -177,15 +177,15 @@ def test_a_killed_server_comes_back_with_both_sides_and_no_sample_is_lost(real: 
     sampling = SamplingParams(200, temperature=0.0, ignore_eos=True)
     groups = [real.engine.generate(GroupRequest(f"k{i}", prompt, (i,), sampling)) for i, prompt in enumerate(PROMPTS)]
     wait_for_tokens(real, 20)
-    assert real.engine._supervisor is not None
-    process = real.engine._supervisor.server._process
+    assert real.engine.server.supervisor is not None
+    process = real.engine.server.supervisor.server._process
     assert process is not None
     scheduler = next(
         child for child in psutil.Process(process.pid).children(recursive=True) if "schedul" in child.cmdline()[0]
     )
     scheduler.kill()
     samples = [sample for group in groups for sample in group]
-    assert real.engine._supervisor.num_restarts == 1
+    assert real.engine.server.supervisor.num_restarts == 1
     assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in undisturbed]
     for sample, other_sample in zip(samples, undisturbed, strict=True):
         assert sample.logprobs == pytest.approx(other_sample.logprobs, abs=LOGPROB_ERROR)

@@ -52,8 +52,8 @@ def test_a_push_changes_exactly_the_side_that_it_names(real: Real, transport: st
 def test_a_bucket_that_the_server_refuses_ends_a_distributed_push_at_once(real: Real) -> None:
     """It never joins the broadcast, which would wait for it until a timeout."""
     with real.another(transport="distributed") as engine:
-        loop, client = engine.engine._loop, engine.engine.client
-        transport = engine.engine._weights.delivery._transport
+        loop, client = engine.engine.server.loop, engine.engine.client
+        transport = engine.engine.weights.delivery._transport
         loop.call(transport.open(client))
         with pytest.raises(ServerRefused, match="begin_weight_update"):
             loop.call(transport.send(client, list(engine.target_weights.items()), {"selector": "target"}))

@@ -152,7 +152,7 @@ def test_what_the_server_refuses_reaches_the_caller(connect: Connect, config: Co
             pass
 
     with pytest.raises(RuntimeError, match="maximum context length"):
-        on_fake.engine._loop.call(overlong())
+        on_fake.engine.server.loop.call(overlong())
 
 
 def test_an_api_key_opens_the_server_and_its_absence_does_not(connect: Connect, config: Config) -> None:
@@ -240,7 +240,7 @@ def test_a_sample_that_broke_claims_no_acceptance_since_its_rounds_are_unknown()
 
 def test_a_sample_without_speculation_has_no_counters(connect: Connect, config: Config) -> None:
     on_fake = connect(FakeServer(), replace(config, speculative=SpeculativeConfig()))
-    assert on_fake.engine.draft_version is None
+    assert on_fake.engine.samples.draft_version is None
     assert sampling_fields(SamplingParams(), 0)["temperature"] == 1.0
 
 

@@ -38,8 +38,8 @@ def engine(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[SglangEn
 
 
 def supervisor_of(engine: SglangEngine) -> Supervisor:
-    assert engine._supervisor is not None
-    return engine._supervisor
+    assert engine.server.supervisor is not None
+    return engine.server.supervisor
 
 
 def kill_server(engine: SglangEngine) -> None:
@@ -67,7 +67,7 @@ def test_a_server_that_dies_while_it_is_offloaded_is_replaced_when_its_memory_is
 
 
 def test_samples_wait_for_a_dead_server_as_long_as_something_else_has_it_to_itself(engine: SglangEngine) -> None:
-    with engine._exclusive:  # a push that waits for a transport's timeout, say
+    with engine.server.exclusive:  # a push that waits for a transport's timeout, say
         generation = engine.generate(REQUEST)
         time.sleep(0.3)
         kill_server(engine)
@@ -101,7 +101,7 @@ def test_a_server_found_dead_by_an_offload_is_replaced_by_one_that_is_where_it_s
     kill_server(engine)
     engine.set_resident(resident)
     assert engine.stats().resident is resident
-    assert engine._loop.call(engine.client.get("/server_info"))["memory_released"] is not resident
+    assert engine.server.loop.call(engine.client.get("/server_info"))["memory_released"] is not resident
     assert engine.stats().num_restarts == 1
 
 
@@ -118,6 +118,6 @@ def test_a_server_found_dead_around_a_push_comes_back_and_the_push_goes_on(
 
     run_push(push_of(weights, 3), deliver, verify=True, pause_mode="retract")
     assert engine.stats().num_restarts == 1
-    assert engine._loop.call(engine.client.get("/model_info"))["weight_version"] == "3"
+    assert engine.server.loop.call(engine.client.get("/model_info"))["weight_version"] == "3"
     samples = list(engine.generate(REQUEST))
     assert {(len(sample.token_ids), sample.weight_version) for sample in samples} == {(300, 3)}

@@ -151,7 +151,7 @@ def test_a_server_that_is_restarted_behind_the_router_is_entered_again_and_no_sa
             engine.start()
         generations = [engine.generate(group(f"g{index}", 4, 200)) for index, engine in enumerate(engines)]
         time.sleep(0.4)
-        supervisor = engines[1]._supervisor
+        supervisor = engines[1].server.supervisor
         assert supervisor is not None
         assert supervisor.server._process is not None
         for child in psutil.Process(supervisor.server._process.pid).children(recursive=True):
@@ -215,9 +215,9 @@ def test_a_router_that_cannot_take_the_server_is_told_in_time(connect: Connect) 
     """The fake server is no router: it has no /workers."""
     engine = connect(FakeServer()).engine
     with serving(FakeServer()) as address:
-        routed = RoutedRequests(engine._open(f"http://{address}"), engine.client, engine.client.url, None)
+        routed = RoutedRequests(engine.server.open(f"http://{address}"), engine.client, engine.client.url, None)
         with pytest.raises(ConfigError, match=r"must take the server at .* within 0\.5 s"):
-            engine._loop.call(routed.enter(0.5))
+            engine.server.loop.call(routed.enter(0.5))
 
 
 def test_a_server_that_cannot_name_its_weights_is_not_put_behind_a_router(config: Config) -> None:

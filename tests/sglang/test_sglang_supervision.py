@@ -7,8 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -16,13 +16,17 @@ import pytest
 
 from rollout.sglang_engine.canary import Canary
 from rollout.sglang_engine.client import SglangClient
-from rollout.sglang_engine.draft_watch import DraftWatch
+from rollout.sglang_engine.draft_watch import DraftWatch, Verdict
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.fake import FakeServer, next_token
+from rollout.sglang_engine.loop_thread import AsyncLoop
 from rollout.sglang_engine.server import free_port
 from rollout.sglang_engine.supervise import EngineFailed
+from rollout.sglang_engine.upkeep import Upkeep
+from rollout.sglang_engine.weights import Outcome
 from slime_spec.config.tree import Config
-from slime_spec.types import GroupRequest, SamplingParams
+from slime_spec.errors import PushError
+from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
 from slime_spec.weights.push import run_push
 from tests.sglang.conftest import Checkpoints, Connect
 from tests.support.pushes import DirectTransport, other_weights, push_of
@@ -44,8 +48,8 @@ def engine(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[SglangEn
 
 
 def kill_server(engine: SglangEngine) -> None:
-    assert engine._supervisor is not None
-    process = engine._supervisor.server._process
+    assert engine.server.supervisor is not None
+    process = engine.server.supervisor.server._process
     assert process is not None
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -75,9 +79,9 @@ def test_no_sample_is_lost_and_the_new_server_has_the_current_weights(
         assert sample.finish_reason == "length"
         assert (sample.weight_version, sample.version_spans) == (4, ())
         assert sample.spec.num_rounds == 0  # nobody knows the rounds of the server that died
-    assert engine._supervisor is not None
-    assert engine._supervisor.num_restarts == 1
-    assert engine._loop.call(engine.client.get("/model_info"))["weight_version"] == "4"
+    assert engine.server.supervisor is not None
+    assert engine.server.supervisor.num_restarts == 1
+    assert engine.server.loop.call(engine.client.get("/model_info"))["weight_version"] == "4"
 
 
 def test_an_abort_while_there_is_no_server_gives_what_had_arrived(engine: SglangEngine) -> None:
@@ -94,8 +98,8 @@ def test_an_abort_while_there_is_no_server_gives_what_had_arrived(engine: Sglang
 
 
 def test_an_engine_whose_server_dies_too_often_fails_its_samples(engine: SglangEngine) -> None:
-    assert engine._supervisor is not None
-    engine._supervisor.num_restarts = 2
+    assert engine.server.supervisor is not None
+    engine.server.supervisor.num_restarts = 2
     generation = engine.generate(REQUEST)
     time.sleep(0.2)
     kill_server(engine)
@@ -131,24 +135,30 @@ def test_a_server_that_dies_during_a_push_comes_back_with_what_was_pushed(
     report = run_push([*before, commit], deliver)  # type: ignore[arg-type]
     assert report.version == 1
     assert engine.stats().num_restarts == 1
-    assert engine._loop.call(engine.client.get("/model_info"))["weight_version"] == "1"
+    assert engine.server.loop.call(engine.client.get("/model_info"))["weight_version"] == "1"
     assert "CancelPush" not in seen
 
 
 class Sent:
-    """ServerWeights, as far as DraftWatch knows it: ``heals`` says that the draft sent again is accepted again."""
+    """ServerWeights, as far as Upkeep needs them: ``heals`` says that the draft sent again is accepted again."""
 
     def __init__(self, server: FakeServer, heals: bool) -> None:
         self._server, self._heals = server, heals
         self.num_sent = 0
         self.as_remembered = True
-        self.can_mend_draft = True
+        self.has_pushed_draft, self.knows_draft_sums, self.is_paused = True, True, False
+        self.outcome = Outcome()
 
-    def send_draft_again(self) -> bool:
+    def send(self, stage: object) -> Outcome:
+        return self.outcome
+
+    def confirm(self, stage: object) -> None:
+        pass
+
+    def send_draft_again(self) -> None:
         self.num_sent += 1
         if self._heals:
             self._server.accepted = 2
-        return True
 
     def remember_draft(self) -> None:
         self.as_remembered = True
@@ -157,59 +167,153 @@ class Sent:
         return self.as_remembered
 
 
-def watch_of(connect: Connect, heals: bool) -> tuple[FakeServer, Sent, DraftWatch, list[str]]:
+@dataclass
+class Kept:
+    """KeptServer, as far as Upkeep needs it; it only notes why it was replaced."""
+
+    client: SglangClient
+    loop: AsyncLoop
+    speculates: bool = True
+    replaced: list[str] = field(default_factory=list)
+
+    def replace(self, why: str) -> None:
+        self.replaced.append(why)
+
+
+@dataclass
+class Tended:
+    """An Upkeep on a fake server that has had pushes of nothing."""
+
+    server: FakeServer
+    sent: Sent
+    kept: Kept
+    canary: Canary
+    upkeep: Upkeep
+
+    def push(self) -> None:
+        self.upkeep.commit(None)  # type: ignore[arg-type]
+
+
+def tended(connect: Connect, heals: bool, client: SglangClient | None = None) -> Tended:
     server = FakeServer()
     engine = connect(server).engine
     canary = Canary(2, 16, 0.5, longest=100)
     canary.see((1, 2, 3))
     canary.see((4, 5))
-    sent, replaced = Sent(server, heals), []
-    watch = DraftWatch(canary, sent, engine.client, engine._loop, replaced.append, True, True)  # type: ignore[arg-type]
-    return server, sent, watch, replaced
+    sent, kept = Sent(server, heals), Kept(client or engine.client, engine.server.loop)
+    upkeep = Upkeep(kept, sent, DraftWatch(canary, has_weights=True))  # type: ignore[arg-type]
+    return Tended(server, sent, kept, canary, upkeep)
+
+
+GOOD = SpecCounters(num_rounds=4, num_proposed=12, histogram=(0, 0, 4))
+BAD = SpecCounters(num_rounds=4, num_proposed=12, histogram=(4,))
+
+
+def watch(has_weights: bool = True) -> DraftWatch:
+    """A watch that has seen drafts accepted."""
+    watch = DraftWatch(Canary(1, 8, 0.5, longest=100), has_weights)
+    assert watch.judge_canary(GOOD, is_pushed=True, is_proved=False, is_mended=False) is Verdict.FINE
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("are_as_remembered", "is_pushed", "verdict"),
+    [(True, True, Verdict.FINE), (False, True, Verdict.RESEND), (False, False, Verdict.RESTART)],
+)
+def test_a_draft_that_was_changed_comes_back_from_where_it_is(
+    are_as_remembered: bool, is_pushed: bool, verdict: Verdict
+) -> None:
+    assert watch().judge_sums(are_as_remembered, is_pushed) is verdict
+
+
+@pytest.mark.parametrize(
+    ("is_pushed", "is_proved", "verdict"),
+    [
+        (True, False, Verdict.RESEND),
+        (True, True, Verdict.RESEND),
+        (False, False, Verdict.RESTART),
+        (False, True, Verdict.DISABLE),  # the folder has no other draft than the server
+    ],
+)
+def test_a_refused_draft_is_mended_once_and_then_given_up(is_pushed: bool, is_proved: bool, verdict: Verdict) -> None:
+    judge = watch().judge_canary
+    assert judge(BAD, is_pushed, is_proved, is_mended=False) is verdict
+    assert judge(BAD, is_pushed, is_proved, is_mended=True) is Verdict.DISABLE
+    assert judge(GOOD, is_pushed, is_proved, is_mended=True) is Verdict.FINE
+
+
+def test_a_drafter_without_weights_has_nothing_to_mend() -> None:
+    assert watch(has_weights=False).judge_canary(BAD, False, False, is_mended=False) is Verdict.DISABLE
+
+
+def test_nothing_is_judged_of_a_server_that_was_gone_or_verified_nothing() -> None:
+    assert watch().judge_canary(None, True, False, is_mended=False) is Verdict.FINE
+    assert watch().judge_canary(SpecCounters(), True, False, is_mended=False) is Verdict.FINE
 
 
 def test_a_draft_that_is_refused_after_a_push_is_sent_again(connect: Connect) -> None:
-    server, sent, watch, replaced = watch_of(connect, heals=True)
-    watch.after_push()
-    assert watch.canary.mean == 2.0
-    server.accepted = 0
-    watch.after_push()
-    assert (sent.num_sent, watch.speculates, replaced) == (1, True, [])
-    assert watch.num_resends == 1
-    assert watch.counted.num_correct == 2 * watch.counted.num_rounds > 0, "what the canary counted in the end"
+    on = tended(connect, heals=True)
+    on.push()
+    assert on.canary.mean == 2.0
+    on.server.accepted = 0
+    on.push()
+    assert (on.sent.num_sent, on.kept.speculates, on.kept.replaced) == (1, True, [])
+    assert on.upkeep.num_resends == 1
+    assert on.upkeep.counted.num_correct == 2 * on.upkeep.counted.num_rounds > 0, "what the canary counted in the end"
 
 
 def test_speculation_ends_with_an_alarm_when_that_does_not_help(
     connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server, sent, watch, replaced = watch_of(connect, heals=False)
-    watch.after_push()
-    server.accepted = 0
-    watch.after_push()
-    assert (sent.num_sent, watch.speculates, replaced) == (1, False, ["speculation is disabled"])
+    on = tended(connect, heals=False)
+    on.push()
+    on.server.accepted = 0
+    on.push()
+    assert (on.sent.num_sent, on.kept.speculates, on.kept.replaced) == (1, False, ["speculation is disabled"])
     assert [record.levelname for record in caplog.records if "ALARM speculation" in record.message] == ["ERROR"]
-    assert watch.counted.num_rounds > watch.counted.num_correct == 0
-    watch.after_push()
-    assert watch.counted.num_rounds == 0, "no canary sings where nothing speculates: the last push has no number"
+    assert on.upkeep.counted.num_rounds > on.upkeep.counted.num_correct == 0
+    on.push()
+    assert on.upkeep.counted.num_rounds == 0, "no canary sings where nothing speculates: the last push has no number"
 
 
 def test_a_draft_that_somebody_else_changed_is_sent_again_after_the_next_push(
     connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _, sent, watch, replaced = watch_of(connect, heals=True)
-    sent.as_remembered = False
-    watch.after_push()
-    assert (sent.num_sent, watch.num_resends, watch.speculates, replaced) == (1, 1, True, [])
+    on = tended(connect, heals=True)
+    on.sent.as_remembered = False
+    on.push()
+    assert (on.sent.num_sent, on.upkeep.num_resends, on.kept.speculates, on.kept.replaced) == (1, 1, True, [])
     assert "ALARM the draft was changed" in caplog.text
 
 
 def test_no_server_is_restarted_for_a_draft_that_it_still_has(connect: Connect) -> None:
-    server, sent, watch, replaced = watch_of(connect, heals=True)
-    sent.can_mend_draft = False
-    watch.after_push()
-    server.accepted = 0
-    watch.after_push()
-    assert (sent.num_sent, watch.speculates, replaced) == (0, False, ["speculation is disabled"])
+    on = tended(connect, heals=True)
+    on.sent.has_pushed_draft = False
+    on.push()
+    on.server.accepted = 0
+    on.push()
+    assert (on.sent.num_sent, on.kept.speculates, on.kept.replaced) == (0, False, ["speculation is disabled"])
+
+
+def test_a_draft_that_only_its_folder_has_comes_back_with_a_new_server(connect: Connect) -> None:
+    on = tended(connect, heals=True)
+    on.sent.has_pushed_draft, on.sent.as_remembered = False, False
+    on.push()
+    assert (on.sent.num_sent, on.upkeep.num_resends) == (0, 1)
+    assert on.kept.replaced == ["the draft is lost, and only its folder has it"]
+    assert on.kept.speculates
+
+
+@pytest.mark.parametrize("refusal", [None, PushError("engine 0: no")])
+def test_a_server_that_was_lost_in_a_push_is_replaced_before_the_push_ends(
+    connect: Connect, refusal: PushError | None
+) -> None:
+    on = tended(connect, heals=True)
+    on.sent.outcome = Outcome("it died during the push", refusal)
+    with nullcontext() if refusal is None else pytest.raises(PushError, match="engine 0: no"):
+        on.push()
+    assert on.kept.replaced == ["it died during the push"]
+    assert (on.upkeep.counted.num_rounds > 0) is (refusal is None), "a push that was refused is not looked at"
 
 
 def test_an_external_server_whose_drafts_are_refused_goes_on_under_alarm(
@@ -226,44 +330,39 @@ def test_an_external_server_whose_drafts_are_refused_goes_on_under_alarm(
 
 
 def test_a_server_that_is_gone_under_the_canary_is_left_to_who_watches_it(connect: Connect) -> None:
-    server = FakeServer()
-    engine, sent = connect(server).engine, Sent(server, heals=True)
-    canary = Canary(1, 16, 0.5, longest=100)
-    canary.see((1, 2, 3))
     gone = SglangClient(f"http://127.0.0.1:{free_port('127.0.0.1')}")
-    engine._loop.call(gone.open())
-    replaced: list[str] = []
-    watch = DraftWatch(canary, sent, gone, engine._loop, replaced.append, True, True)  # type: ignore[arg-type]
-    watch.after_push()
-    engine._loop.call(gone.close())
-    assert (sent.num_sent, watch.speculates, replaced) == (0, True, [])
+    on = tended(connect, heals=True, client=gone)
+    on.kept.loop.call(gone.open())
+    on.push()
+    on.kept.loop.call(gone.close())
+    assert (on.sent.num_sent, on.kept.speculates, on.kept.replaced) == (0, True, [])
 
 
 def test_a_draft_pushed_after_speculation_was_given_up_is_only_kept(connect: Connect, checkpoints: Checkpoints) -> None:
     on_fake = connect()
-    on_fake.engine._watch.speculates = False
+    on_fake.engine.server.speculates = False
     on_fake.push(push_of(checkpoints.draft_weights(), 3, "draft"), verify=True)
     assert on_fake.server.told("/update_weights_from_tensor") == []
     assert on_fake.engine.stats().draft_version == 3
 
 
 def test_a_small_drop_is_no_alarm_and_moves_the_mean(connect: Connect) -> None:
-    server, sent, watch, _ = watch_of(connect, heals=False)
-    server.accepted = 3
-    watch.after_push()
-    server.accepted = 2
-    watch.after_push()
-    assert sent.num_sent == 0
-    assert watch.canary.mean == pytest.approx(0.7 * 3 + 0.3 * 2)
+    on = tended(connect, heals=False)
+    on.server.accepted = 3
+    on.push()
+    on.server.accepted = 2
+    on.push()
+    assert on.sent.num_sent == 0
+    assert on.canary.mean == pytest.approx(0.7 * 3 + 0.3 * 2)
 
 
 def test_a_draft_lost_in_an_offload_is_sent_again(connect: Connect) -> None:
-    _, sent, watch, _ = watch_of(connect, heals=True)
-    watch.after_offload()
-    assert sent.num_sent == 0
-    sent.as_remembered = False
-    watch.after_offload()
-    assert sent.num_sent == 1
+    on = tended(connect, heals=True)
+    on.upkeep.after_offload()
+    assert on.sent.num_sent == 0
+    on.sent.as_remembered = False
+    on.upkeep.after_offload()
+    assert on.sent.num_sent == 1
 
 
 def test_canary_prompts_are_the_first_distinct_ones_that_fit() -> None:

@@ -101,8 +101,8 @@ def test_the_oldest_contract_would_overwrite_the_draft_and_is_refused(
 
 def test_the_contract_is_read_from_the_servers_answers_where_it_hides_its_description(connect: Connect) -> None:
     new, old = connect(FakeServer(hides_openapi=True)), connect(FakeServer("0.5.9", "0.5.9", hides_openapi=True))
-    assert new.engine._weights.delivery._contract == Contract("selector", has_checksums=True)
-    assert old.engine._weights.delivery._contract == Contract("none", has_checksums=False)
+    assert new.engine.weights.delivery._contract == Contract("selector", has_checksums=True)
+    assert old.engine.weights.delivery._contract == Contract("none", has_checksums=False)
 
 
 def spoiled(weights: dict[str, torch.Tensor], **changes: torch.Tensor | None) -> dict[str, torch.Tensor]:

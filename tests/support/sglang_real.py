@@ -156,7 +156,7 @@ class Real:
 
     @property
     def config(self) -> Config:
-        return self.engine._config
+        return self.engine.config
 
     @contextmanager
     def another(self, **server: Any) -> Iterator[Real]:
@@ -174,10 +174,12 @@ class Real:
 
     def reset(self) -> None:
         """The checkpoints' weights, whatever was pushed."""
-        assert self.engine._loop.call(self.engine.client.is_healthy(30.0)), "an earlier test has broken the server"
-        if self.engine._weights.version("target"):
+        assert self.engine.server.loop.call(self.engine.client.is_healthy(30.0)), (
+            "an earlier test has broken the server"
+        )
+        if self.engine.weights.version("target"):
             self.push(self.target_weights, 100)
-        if self.engine._weights.version("draft"):
+        if self.engine.weights.version("draft"):
             self.push(self.draft_weights, 100, "draft")
 
     def generate(self, num_tokens: int = 40, **params: Any) -> list[GeneratedSample]:
@@ -208,7 +210,7 @@ class Real:
         return disturbed(self.target_weights, seed)
 
     def checksums(self, side: Any) -> dict[str, str]:
-        return dict(self.engine._loop.call(self.engine._weights.delivery.checksums(side)))
+        return dict(self.engine.server.loop.call(self.engine.weights.delivery.checksums(side)))
 
     def accepted_per_round(self, num_tokens: int = 40) -> float:
         spec = pooled(sample.spec for sample in self.generate(num_tokens))

@@ -112,7 +112,7 @@ def main(release: str = "") -> None:
         config = Models.make(folder / "models").config(ALGORITHM, folder / "run", python=sglang_python(release))
         with started(config) as engine:
             real = Real(ALGORITHM, engine)
-            data = renewed(data, engine._info.version, recording(real), None if release else refusals(real))
+            data = renewed(data, engine.server.info.version, recording(real), None if release else refusals(real))
     RECORDINGS.write_text(json.dumps(data, indent=1) + "\n")
     sys.stdout.write(f"{RECORDINGS}\n")
 

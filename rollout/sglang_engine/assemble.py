@@ -1,0 +1,61 @@
+"""Makes the parts of an engine from its configuration and what its server says of itself."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from rollout.sglang_engine.canary import Canary
+from rollout.sglang_engine.contract import detect
+from rollout.sglang_engine.delivery import Delivery
+from rollout.sglang_engine.draft_watch import DraftWatch
+from rollout.sglang_engine.kept_server import KeptServer
+from rollout.sglang_engine.transports.bucket import ServerTransport
+from slime_spec.checkpoints.model_files import DraftFiles, TargetFiles
+from slime_spec.config.tree import Config
+from slime_spec.sglang.labels import label_suffix
+
+logger = logging.getLogger(__name__)
+
+# SGLang keeps some positions of the context for drafts.
+CANARY_MARGIN = 64
+
+
+def make_watch(config: Config, target: TargetFiles, draft: DraftFiles | None) -> DraftWatch:
+    settings = config.sglang_server
+    longest = (config.engine.context_length or target.context_length) - settings.canary_tokens - CANARY_MARGIN
+    canary = Canary(settings.canary_prompts, settings.canary_tokens, settings.canary_drop, longest)
+    return DraftWatch(canary, has_weights=draft is not None)
+
+
+def make_delivery(config: Config, engine_index: int, draft: DraftFiles | None, server: KeptServer) -> Delivery:
+    """For a server that has started, whose contract it is asked for."""
+    contract = server.loop.call(detect(server.client))
+    logger.info("server ready version=%s contract=%s", server.info.version, contract)
+    transport = config.sglang_server.transport
+    return Delivery(
+        server.client,
+        contract,
+        _transport(transport, config, engine_index, server),
+        transport,
+        draft is not None and not draft.in_target,
+        config.push.bucket_bytes,
+        label_suffix(config, engine_index),
+    )
+
+
+def _transport(name: str, config: Config, engine_index: int, server: KeptServer) -> ServerTransport:
+    num_ranks, on_gpu = server.info.num_ranks, config.rollout.num_gpus_per_engine > 0
+    if name == "disk":
+        from rollout.sglang_engine.transports.disk import DiskTransport
+
+        return DiskTransport(config.model.hf_checkpoint)
+    if name == "distributed":
+        from rollout.sglang_engine.transports.distributed import DistributedTransport
+
+        return DistributedTransport(server.own_host, num_ranks, on_gpu, f"push-{engine_index}")
+    from rollout.sglang_engine.transports.tensor import TensorTransport, check_torch
+
+    check_torch(server.sglang.torch_version)
+    return TensorTransport(num_ranks, on_gpu and torch.cuda.is_available())

@@ -1,0 +1,199 @@
+"""One engine's server over its whole life: started or found, kept alive, replaced, entered in the router, ended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from threading import Event, RLock
+
+from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
+from rollout.sglang_engine.external import use_server
+from rollout.sglang_engine.launcher import Launcher
+from rollout.sglang_engine.loop_thread import AsyncLoop
+from rollout.sglang_engine.router import Requests, RoutedRequests
+from rollout.sglang_engine.server import ServerProcess, ServerStartError
+from rollout.sglang_engine.server_info import Load, ServerInfo, load_of
+from rollout.sglang_engine.supervise import Supervisor
+from slime_spec.checkpoints.model_files import TargetFiles
+from slime_spec.config.addresses import is_loopback, parse_address
+from slime_spec.config.server_checks import ADDRESSES
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError, PushError
+from slime_spec.sglang.arguments import LOOPBACK
+from slime_spec.sglang.installed import InstalledSglang, checked_in, installed_in
+from slime_spec.site import NodeLost, Site
+
+logger = logging.getLogger(__name__)
+
+REENTER_TIMEOUT_S = 15.0
+RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
+
+
+class KeptServer:
+    """The server of one engine, of its own or somebody else's (which is used, and never restarted).
+
+    ``exclusive`` is held by whoever has the server to itself: a push, an offload, a replacement. ``speculates`` says
+    whether the server has a draft, and whether the next one gets it. ``restore``, given to ``start``, brings a new
+    server to the current weights before any sample is sent to it.
+    """
+
+    client: SglangClient
+    info: ServerInfo
+    loop: AsyncLoop
+
+    def __init__(self, config: Config, engine_index: int, target: TargetFiles, site: Site) -> None:
+        self._config, self._index, self._target, self._site = config, engine_index, target, site
+        external = config.sglang_server.external_addrs
+        self._external = external[engine_index] if external else None
+        self.sglang = self._ask_interpreter()
+        self._launcher = None if external else Launcher(config, engine_index, self.sglang, site)
+        self._routed: RoutedRequests | None = None
+        self.supervisor: Supervisor | None = None
+        self.exclusive = RLock()
+        self.resident = True
+        self.speculates = config.speculative.algorithm != "NONE"
+        self._started = ExitStack()
+        self._stopped = Event()
+
+    def start(self, restore: Callable[[], None]) -> None:
+        """Start the server or find the external one, and read what it says of itself; raises ConfigError."""
+        self._restore_weights = restore
+        self.loop = AsyncLoop(f"sglang-{self._index}")
+        self._started.callback(self.loop.close)
+        self.client = self.open(f"http://{self._external}" if self._launcher is None else self._launcher.url)
+        if self._launcher is None:
+            self.loop.call(use_server(self.client, self._config, self._index, self._target))
+        else:
+            self._supervise()
+        self.info = ServerInfo.of(self.loop.call(self.client.get("/server_info")))
+
+    def enter_router(self) -> None:
+        """Have the run's router, where there is one, send requests to the server; it has the current weights."""
+        address = self._config.sglang_server.router_addr
+        if address is None:
+            return
+        url = self.client.url if self._launcher is None else self._launcher.reachable_url
+        routed = RoutedRequests(self.open(f"http://{address}"), self.client, url, self._api_key)
+        self.loop.call(routed.enter())
+        self._routed = routed
+        self._started.callback(lambda: self.loop.call(routed.withdraw()))
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._started.close()
+
+    def open(self, url: str) -> SglangClient:
+        """A client of any server, with this run's key, that is closed when the server is stopped."""
+        client = SglangClient(url, self._api_key)
+        self.loop.call(client.open())
+        self._started.callback(lambda: self.loop.call(client.close()))
+        return client
+
+    @property
+    def requests(self) -> Requests:
+        """Where samples are generated: the router, or the server."""
+        return self._routed or self.client
+
+    @property
+    def own_host(self) -> str:
+        """Where the server reaches this process."""
+        if self._launcher is not None:
+            return self._launcher.reachable_host
+        assert self._external is not None, "an engine has a server of its own or another's"
+        return LOOPBACK if is_loopback(parse_address(ADDRESSES, self._external)[0]) else self._site.address
+
+    @property
+    def num_replaced(self) -> int:
+        return 0 if self.supervisor is None else self.supervisor.num_replaced
+
+    def replace(self, why: str) -> None:
+        """Bring up another server with the current weights; raises PushError where it is somebody else's."""
+        if self.supervisor is None:
+            raise PushError(f"the external server {self.client.url} cannot be restarted: {why}")
+        self.supervisor.replace(why)
+
+    def set_resident(self, resident: bool) -> None:
+        """Free the server's memory, or take it back."""
+        try:
+            self.loop.call(self.client.post(RESUME if resident else RELEASE))
+            self.resident = resident
+        except ServerGone as error:
+            self.resident = resident  # where the next one is brought to
+            self.replace(f"it died before it was {'resumed' if resident else 'released'}: {error}")
+        if self.supervisor is not None:
+            self.supervisor.may_restart = resident
+
+    def load(self) -> Load:
+        """What the server is busy with; zeros where it does not answer."""
+
+        async def ask() -> object:
+            try:
+                return await self.client.get("/v1/loads")
+            except (ServerRefused, ServerGone):
+                return {}
+
+        return load_of(self.loop.call(ask()))
+
+    async def until_ready(self) -> None:
+        """Return once the server serves; raises what ended it for good."""
+        if self.supervisor is not None:
+            await self.supervisor.until_ready()
+
+    def suspect(self) -> None:
+        """A connection broke: have the server looked at."""
+        if self.supervisor is not None:
+            self.supervisor.suspect()
+
+    def wait_serving(self, known: bool) -> bool:
+        """See MayStopServing."""
+        if self.supervisor is None:  # nobody here looks after an external server
+            self._stopped.wait()
+            return known
+        return self.supervisor.wait_serving(known)
+
+    @property
+    def _api_key(self) -> str | None:
+        key = self._config.sglang.get("api_key")
+        return None if key is None else str(key)
+
+    def _ask_interpreter(self) -> InstalledSglang:
+        python = self._config.sglang_server.python
+        if self._external is not None or python is None:
+            return checked_in()
+        return installed_in(python)
+
+    def _supervise(self) -> None:
+        settings = self._config.sglang_server
+        self.supervisor = Supervisor(
+            self._launch,
+            self._restore,
+            self.client,
+            self.loop,
+            self.exclusive,
+            settings.start_timeout_s,
+            settings.max_restarts,
+        )
+        self._started.callback(self.supervisor.stop)
+        try:
+            self.supervisor.start()
+        except (ServerStartError, NodeLost) as error:
+            raise ConfigError(
+                "rollout.engine", f"its server must start. {error}", "sglang", "Correct what the log names."
+            ) from None
+
+    def _launch(self) -> ServerProcess:
+        assert self._launcher is not None, "no external server"
+        if self._routed is not None:
+            self.loop.call(self._routed.withdraw())
+        return self._launcher.server(self.speculates)
+
+    def _restore(self) -> None:
+        self._restore_weights()
+        if not self.resident:  # the trainer has the memory, and SGLang dies of resuming what it has not released
+            self.loop.call(self.client.post(RELEASE))
+        if self._routed is not None:
+            try:
+                self.loop.call(self._routed.enter(REENTER_TIMEOUT_S))
+            except ConfigError as error:  # the others serve, and this one its own engine where there is no router
+                logger.error("the restarted server gets no routed requests reason=%s", error)

@@ -1,0 +1,129 @@
+"""Acts on what a push, an offload and the canary report: the server is replaced, its draft mended or given up.
+
+PushDesk ─ commit ─► ServerWeights.send ─ Outcome ─► replace the server? ─► confirm ─► DraftWatch ─ Verdict ─► act
+"""
+
+from __future__ import annotations
+
+import logging
+
+from rollout.sglang_engine.client import ServerGone
+from rollout.sglang_engine.draft_watch import DraftWatch, Verdict
+from rollout.sglang_engine.kept_server import KeptServer
+from rollout.sglang_engine.staging import ServerStaging
+from rollout.sglang_engine.weights import ServerWeights
+from slime_spec.errors import PushError
+from slime_spec.types import SpecCounters
+from slime_spec.weights.manifest import Manifest, Side
+from slime_spec.weights.push import PauseMode
+from slime_spec.weights.stage import PushStage
+
+logger = logging.getLogger(__name__)
+
+
+class Upkeep:
+    """Implements ServingWeights for the engine's PushDesk: ServerWeights, and what follows from their outcomes.
+
+    ``counted`` is what the last canary counted since the last push; ``num_resends`` how often the draft was mended.
+    Used by one thread at a time.
+    """
+
+    def __init__(self, server: KeptServer, weights: ServerWeights, watch: DraftWatch) -> None:
+        self._server, self._weights, self._watch = server, weights, watch
+        self._is_changed = False  # by a push, since the draft was last looked at
+        self.counted = SpecCounters()
+        self.num_resends = 0
+
+    def version(self, side: Side) -> int:
+        return self._weights.version(side)
+
+    def staging(self, manifest: Manifest) -> ServerStaging:
+        return self._weights.staging(manifest)
+
+    def pause(self, mode: PauseMode) -> None:
+        self._weights.pause(mode)
+
+    def resume(self) -> None:
+        self._weights.resume()
+        self._look_after_push()
+
+    def commit(self, stage: PushStage[ServerStaging]) -> None:
+        """Bring the server to the push; one that dies of it is replaced, with it; raises PushError if it refuses."""
+        outcome = self._weights.send(stage)
+        if outcome.loss:
+            self._server.replace(outcome.loss)
+        if outcome.refusal is not None:
+            raise outcome.refusal
+        self._weights.confirm(stage)
+        self._is_changed = True
+        if not self._weights.is_paused:
+            self._look_after_push()
+
+    def checksum(self, side: Side) -> str:
+        return self._weights.checksum(side)
+
+    def after_offload(self) -> None:
+        """See that the draft is there: SGLang has lost drafts over a release and resume."""
+        if self._server.speculates and self._watch.has_weights:
+            self._check_sums("the draft did not survive the offload")
+
+    def _look_after_push(self) -> None:
+        """Compare checksums and run the canary, once the server generates again."""
+        if not self._is_changed:
+            return
+        self._is_changed = False
+        self.counted = SpecCounters()
+        if not self._server.speculates:
+            return
+        if self._watch.has_weights:
+            self._check_sums("the draft was changed, and not by a push of it")
+        if self._watch.canary.prompts:
+            self._check_canary()
+
+    def _check_sums(self, alarm: str) -> None:
+        verdict = self._watch.judge_sums(self._weights.draft_is_as_remembered(), self._weights.has_pushed_draft)
+        if verdict is not Verdict.FINE:
+            logger.error("ALARM %s", alarm)
+            self._act(verdict)
+
+    def _check_canary(self) -> None:
+        verdict = self._canary_verdict(is_mended=False)
+        if verdict in (Verdict.RESEND, Verdict.RESTART):
+            self._act(verdict)
+            verdict = self._canary_verdict(is_mended=True)
+            if verdict is Verdict.FINE:
+                logger.warning("the draft is accepted again")
+        if verdict is Verdict.DISABLE:
+            self._act(verdict)
+
+    def _canary_verdict(self, is_mended: bool) -> Verdict:
+        counted: SpecCounters | None = None
+        try:
+            counted = self.counted = self._server.loop.call(self._watch.canary.run(self._server.client))
+        except ServerGone as error:
+            logger.warning("no canary reason=%s", error)
+        return self._watch.judge_canary(
+            counted, self._weights.has_pushed_draft, self._weights.knows_draft_sums, is_mended
+        )
+
+    def _act(self, verdict: Verdict) -> None:
+        if verdict is Verdict.DISABLE:
+            logger.error("ALARM speculation is disabled: drafts are refused, and the draft is the one that was pushed")
+            self._server.speculates = False
+            self._server.speculates = not self._replace("speculation is disabled")
+            return
+        self.num_resends += 1
+        if verdict is Verdict.RESEND:
+            self._weights.send_draft_again()
+        else:
+            self._replace("the draft is lost, and only its folder has it")
+        self._weights.remember_draft()
+
+    def _replace(self, why: str) -> bool:
+        """False where the server is somebody else's, who reads the log."""
+        try:
+            self._server.replace(why)
+        except PushError as error:
+            logger.error("ALARM %s", error)
+            return False
+        return True
