@@ -103,7 +103,7 @@ class Delivery:
         }
 
     async def version(self) -> str:
-        """The target's version as the server tells it."""
+        """The target's version as the server reports it."""
         for path in ("/model_info", "/get_model_info"):
             try:
                 return str((await self._client.get(path)).get("weight_version")).removesuffix(self._label_suffix)

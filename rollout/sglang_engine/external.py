@@ -47,7 +47,7 @@ async def use_server(client: SglangClient, config: Config, engine_index: int, ta
 def check_served(
     url: str, config: Config, target: TargetFiles, model_info: Mapping[str, Any], server_info: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError for another model, or another speculation, as far as the server tells them.
+    """Raise ConfigError for another model, or another speculation, as far as the server reports them.
 
     Its answers name the architecture (newer versions) and the model's folder; the vocabulary and the number of
     layers are read there, where this machine has that folder.

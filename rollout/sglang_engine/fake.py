@@ -1,4 +1,4 @@
-"""A server that answers as recorded SGLang servers did, for tests of everything that talks to one.
+"""A server that answers as recorded SGLang servers did, for tests of everything that talks to a server.
 
 It generates nothing: its next token is a function of the last one and its position, so that a response continued on
 another server is the same as one that was not interrupted. What it was told (updates, pauses, aborts) can be asked.
@@ -13,27 +13,19 @@ import argparse
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
+from rollout.sglang_engine.fake_http import Body, Handlers
+from rollout.sglang_engine.fake_weights import FakeWeights
+from rollout.sglang_engine.recordings import recordings
 from slime_spec.config.addresses import address_of
 
-RECORDINGS = Path(__file__).with_name("recordings.json")
 VOCABULARY = 64
 CONTEXT_LENGTH = 512
 DRAFTS = 3
-Body = dict[str, Any]
-
-
-@cache
-def recordings() -> Mapping[str, Any]:
-    data: Mapping[str, Any] = json.loads(RECORDINGS.read_text())
-    return data
 
 
 def next_token(last: int, position: int) -> int:
@@ -41,11 +33,11 @@ def next_token(last: int, position: int) -> int:
     return (31 * last + 7 * position + 3) % VOCABULARY
 
 
-class FakeServer:
+class FakeServer(FakeWeights):
     """``generation`` names the metadata's recording, ``contract`` that of the weight updates' fields.
 
-    ``accepted`` is how many of three drafts every round accepts; ``delay_s`` is what a round takes. ``calls`` are the
-    control calls in order, each (path, body). ``model`` and ``server_args`` are what it says of itself besides.
+    ``accepted`` is how many of three drafts every round accepts; ``delay_s`` is what a round takes. ``model`` and
+    ``server_args`` are what it says of itself besides.
     """
 
     def __init__(
@@ -58,72 +50,31 @@ class FakeServer:
         hides_openapi: bool = False,
         api_key: str | None = None,
     ) -> None:
+        super().__init__(contract, api_key)
         self.meta_info = recordings()["meta_info"][generation]
-        self.tensor_fields: list[str] = recordings()["tensor_fields"][contract]
-        self.has_session = "selector" in self.tensor_fields
         self.accepted, self.delay_s, self.incremental = accepted, delay_s, incremental
-        self.hides_openapi, self.api_key = hides_openapi, api_key
-        self.weight_version = "0"
+        self.hides_openapi = hides_openapi
         self.model: Body = {}
         self.server_args: Body = {}
-        self.session: str | None = None
-        self.sums = {"target": 0, "draft": 0}
-        self.rows: Mapping[str, Any] = {}
-        self.calls: list[tuple[str, Body]] = []
-        self.memory_released = False
         self._running: dict[str, asyncio.Event] = {}
         self._going = asyncio.Event()
         self._going.set()
 
-    def app(self) -> web.Application:
+    def posts(self) -> Handlers:
         posts = {
             "/generate": self._generate,
             "/abort_request": self._abort,
-            "/update_weights_from_tensor": self._update,
-            "/update_weights_from_distributed": self._update,
-            "/update_weights_from_disk": self._from_disk,
             "/pause_generation": self._pause,
             "/continue_generation": self._continue,
             "/flush_cache": self._ok,
-            "/release_memory_occupation": self._release,
-            "/resume_memory_occupation": self._resume,
-            "/init_weights_update_group": self._ok,
-            "/destroy_weights_update_group": self._ok,
-            "/get_weights_by_name": self._rows,
-            "/update_weight_version": self._rename,
         }
-        if self.has_session:
-            posts |= {
-                "/begin_weight_update": self._begin,
-                "/end_weight_update": self._end,
-                "/weights_checker": self._check,
-            }
-        gets = {"/health": self._ok, "/server_info": self._info, "/model_info": self._model, "/v1/loads": self._loads}
+        return {**super().posts(), **posts}
+
+    def gets(self) -> Handlers:
+        gets = {"/server_info": self._info, "/model_info": self._model, "/v1/loads": self._loads}
         if not self.hides_openapi:
             gets["/openapi.json"] = self._openapi
-        app = web.Application(client_max_size=2**30, middlewares=[self._authorized])
-        app.add_routes([web.post(path, handler) for path, handler in posts.items()])
-        app.add_routes([web.get(path, handler) for path, handler in gets.items()])
-        return app
-
-    def told(self, path: str) -> list[Body]:
-        """The bodies of all calls of a path."""
-        return [body for called, body in self.calls if called == path]
-
-    @web.middleware
-    async def _authorized(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        is_open = self.api_key is None or request.path.startswith("/health")
-        if not is_open and request.headers.get("Authorization") != f"Bearer {self.api_key}":
-            return web.json_response({"error": "Unauthorized"}, status=401)
-        answer: web.StreamResponse = await handler(request)
-        return answer
-
-    async def _body(self, request: web.Request) -> Body:
-        body: Body = await request.json() if request.can_read_body else {}
-        self.calls.append((request.path, body))
-        return body
-
-    # Generating
+        return {**super().gets(), **gets}
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
@@ -236,74 +187,6 @@ class FakeServer:
         self._going.set()
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
 
-    async def _release(self, request: web.Request) -> web.Response:
-        self.memory_released = True
-        return await self._ok(request)
-
-    async def _resume(self, request: web.Request) -> web.Response:
-        if not self.memory_released:  # what SGLang's scheduler dies of
-            return web.json_response({"error": "KeyError: 'kv_cache'"}, status=500)
-        self.memory_released = False
-        return await self._ok(request)
-
-    # Weights
-
-    async def _begin(self, request: web.Request) -> web.Response:
-        body = await self._body(request)
-        if self.session is not None:
-            return _refused(recordings()["errors"]["session_open"])
-        self.session = body.get("selector", "all")
-        return _done()
-
-    async def _end(self, request: web.Request) -> web.Response:
-        await self._body(request)
-        if self.session is None:
-            return _refused(recordings()["errors"]["no_begin"])
-        self.session = None
-        return _done()
-
-    async def _update(self, request: web.Request) -> web.Response:
-        body = await self._body(request)
-        if self.has_session and self.session is None:
-            return _refused(recordings()["errors"]["no_session"])
-        for side in self._sides(body):
-            self.sums[side] += 1
-        self.weight_version = body.get("weight_version") or self.weight_version
-        return _done()
-
-    def _sides(self, body: Body) -> Sequence[str]:
-        if self.has_session:
-            selector = body.get("selector", "all")
-            return ("target", "draft") if selector == "all" else (selector,)
-        return ("target",) if body.get("disable_draft_model") else ("target", "draft")
-
-    async def _from_disk(self, request: web.Request) -> web.Response:
-        body = await self._body(request)
-        body["files"] = sorted(path.name for path in Path(body["model_path"]).iterdir())
-        self.sums = {side: value + 1 for side, value in self.sums.items()}
-        self.weight_version = body.get("weight_version") or self.weight_version
-        return _done()
-
-    async def _check(self, request: web.Request) -> web.Response:
-        body = await self._body(request)
-        sides = ("target", "draft") if body.get("selector", "all") == "all" else (body["selector"],)
-        checksums = {f"{side}.model.norm.weight": f"{side}-{self.sums[side]:x}" for side in sides}
-        return web.json_response({"success": True, "message": "Success", "ranks": [{"checksums": checksums}]})
-
-    async def _rename(self, request: web.Request) -> web.Response:
-        self.weight_version = (await self._body(request))["new_version"]
-        return _done()
-
-    async def _rows(self, request: web.Request) -> web.Response:
-        body = await self._body(request)
-        return web.json_response(self.rows.get(body["name"]))
-
-    async def _ok(self, request: web.Request) -> web.Response:
-        await self._body(request)
-        return web.json_response({"success": True, "message": ""})
-
-    # What it says of itself
-
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response(
             {
@@ -337,14 +220,6 @@ class FakeServer:
 
 def _reference(path: str) -> Body:
     return {"anyOf": [{"$ref": f"#/components/schemas/{path[1:]}"}, {"type": "null"}]}
-
-
-def _done() -> web.Response:
-    return web.json_response({"success": True, "message": "Success"})
-
-
-def _refused(message: str) -> web.Response:
-    return web.json_response({"success": False, "message": message}, status=400)
 
 
 async def _once(body: Body) -> AsyncIterator[Body]:

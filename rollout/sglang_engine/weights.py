@@ -1,4 +1,4 @@
-"""What one server computes with: pushes on their way to it, and what a new server must be brought to."""
+"""The weights of one server: pushes on their way to it, and the weights that a new server must be brought to."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Outcome:
 
 
 class ServerWeights:
-    """Keeps what was last pushed and sends it to the server: one that is replaced is brought back to it.
+    """Keeps the weights that were last pushed and sends them to the server, also to one that takes its place.
 
     A draft that is pushed to a server whose speculation was given up is only kept. Used by one thread at a time.
     """
@@ -56,7 +56,7 @@ class ServerWeights:
         self._paused: PauseMode | None = None
 
     def version(self, side: Side) -> int:
-        """Of the last push; 0 for what the checkpoint had."""
+        """The version of the side's last push; 0 for the checkpoint's weights."""
         weights = self._current.get(side)
         return 0 if weights is None else weights.version
 
@@ -110,7 +110,7 @@ class ServerWeights:
         return self._sums_of_draft() == self._draft_sums
 
     def _sums_of_draft(self) -> Sums:
-        """Of what is the draft's own."""
+        """The checksums of the tensors that are the draft's own."""
         sums = self._server.loop.call(self.delivery.checksums("draft"))
         return {name: checksum for name, checksum in sums.items() if not any(part in name for part in SHARED)}
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from slime_spec.engines import ENGINES
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("slime_spec", "rollout", "trainer_bridge")
 LAUNCH = "slime_spec.launch"
@@ -108,6 +110,13 @@ def import_graph() -> dict[str, set[str]]:
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down_and_heavy_libraries_stay_at_home(module: str) -> None:
     assert forbidden_imports(module, imported(MODULES[module].read_text())) == set()
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("rollout.") and name.count(".") == 1])
+def test_pool_and_actors_know_engines_by_what_their_kind_declares(module: str) -> None:
+    source = MODULES[module].read_text()
+    assert not [name for name in imported(source) if is_within(name, ("rollout.embedded", "rollout.sglang_engine"))]
+    assert not [name for name in ENGINES if f'"{name}"' in source]
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rollout.sglang_engine.fake import recordings
+from rollout.sglang_engine.recordings import recordings
 from slime_spec.sglang.meta_info import speculative_keys
 from slime_spec.sglang.metadata import UnknownMetadataError, generation_of, pooled, spec_counters
 from slime_spec.types import SpecCounters

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rollout.sglang_engine.fake import recordings
+from rollout.sglang_engine.recordings import recordings
 from slime_spec.errors import PushError
 from slime_spec.sglang.metadata import GENERATIONS, spec_counters
 from tests.support.sglang_real import Models, Real, cpu_environment, greedy, sglang_python, started

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from rollout.sglang_engine.fake import recordings
+from rollout.sglang_engine.recordings import recordings
 from slime_spec.errors import PushError
 from slime_spec.sglang.metadata import pooled
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rollout.sglang_engine.fake import Body, FakeServer, next_token
+from rollout.sglang_engine.fake import FakeServer, next_token
+from rollout.sglang_engine.fake_http import Body
 from rollout.sglang_engine.sample import GrowingSample, Reading
 from slime_spec.errors import ConfigError
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams, SpecCounters

@@ -18,7 +18,7 @@ from typing import Any
 
 from rollout.sglang_engine.contract import END, TENSOR, request_fields
 from rollout.sglang_engine.delivery import BEGIN
-from rollout.sglang_engine.fake import RECORDINGS
+from rollout.sglang_engine.recordings import RECORDINGS
 from tests.support.sglang_real import PROMPTS, Models, Real, cpu_environment, sglang_python, started
 
 ALGORITHM = "EAGLE3"

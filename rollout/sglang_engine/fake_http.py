@@ -1,0 +1,52 @@
+"""The calls of a fake SGLang server: which it answers, who may make them, and a record of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from aiohttp import web
+
+Body = dict[str, Any]
+Handlers = Mapping[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]
+
+
+class FakeHttp:
+    """Answers the calls that ``posts`` and ``gets`` name; ``calls`` are those so far, in order, each (path, body)."""
+
+    def __init__(self, api_key: str | None = None) -> None:
+        self.api_key = api_key
+        self.calls: list[tuple[str, Body]] = []
+
+    def posts(self) -> Handlers:
+        return {}
+
+    def gets(self) -> Handlers:
+        return {"/health": self._ok}
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=2**30, middlewares=[self._authorized])
+        app.add_routes([web.post(path, handler) for path, handler in self.posts().items()])
+        app.add_routes([web.get(path, handler) for path, handler in self.gets().items()])
+        return app
+
+    def told(self, path: str) -> list[Body]:
+        """The bodies of all calls of a path."""
+        return [body for called, body in self.calls if called == path]
+
+    @web.middleware
+    async def _authorized(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        is_open = self.api_key is None or request.path.startswith("/health")
+        if not is_open and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    async def _body(self, request: web.Request) -> Body:
+        body: Body = await request.json() if request.can_read_body else {}
+        self.calls.append((request.path, body))
+        return body
+
+    async def _ok(self, request: web.Request) -> web.Response:
+        await self._body(request)
+        return web.json_response({"success": True, "message": ""})
