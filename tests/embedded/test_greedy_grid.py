@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,26 +30,67 @@ TEXT_DRAFTERS = {
 NETWORKS = ["standalone", "eagle3", "eagle", "nextn in a folder of its own", "mimo"]
 
 
-@pytest.fixture(params=["float32", "bfloat16"], scope="module")
-def dtype(request: pytest.FixtureRequest) -> str:
-    if request.param == "bfloat16" and kernels() is None:
+DTYPES = ["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A target, what drafts for it, and its responses without speculation."""
+
+    config: Callable[[tuple[int, int, int]], Config]
+    tokens: list[tuple[int, ...]]
+
+
+@pytest.fixture(scope="module")
+def plain_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Plain]:
+    """``plain_of(network, dtype)``: the same for every shape, so generated once."""
+
+    @cache
+    def made(name: str, dtype: str) -> Plain:
+        config = config_of_network(tmp_path_factory.mktemp("network"), name, dtype)
+        return Plain(config, plain_tokens(config(SHAPES[0])))
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def text_plain_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[tuple[int, ...]]]]:
+    @cache
+    def made(dtype: str) -> tuple[Path, list[tuple[int, ...]]]:
+        target = make_tiny_checkpoint(tmp_path_factory.mktemp("llama"), num_hidden_layers=NUM_LAYERS)
+        return target, plain_tokens(config_of(target, dtype, SpeculativeConfig(algorithm="NONE")))
+
+    return made
+
+
+def needs_kernels(dtype: str) -> None:
+    if dtype == "bfloat16" and kernels() is None:
         pytest.skip("torch's bf16 depends on a pass's size; the bench reports the margins of its divergences")
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"), num_hidden_layers=NUM_LAYERS)
-
-
-@pytest.fixture(scope="module")
-def plain(target: Path, dtype: str) -> Samples:
-    return run(make_core(config_of(target, dtype, SpeculativeConfig(algorithm="NONE"))), REQUESTS)
 
 
 def config_of(target: Path, dtype: str, speculative: SpeculativeConfig) -> Config:
     engine = EngineConfig(dtype=dtype, max_running_requests=16)
     return Config(model=ModelConfig(hf_checkpoint=str(target)), speculative=speculative, engine=engine)
+
+
+def config_of_network(folder: Path, name: str, dtype: str) -> Callable[[tuple[int, int, int]], Config]:
+    """A tiny target and draft, as the configuration of each shape."""
+    if name != "standalone":
+        tiny = make_format(folder, name)
+        return lambda shape: tiny.config(*shape, engine={"dtype": dtype, "max_running_requests": 16})
+    target, draft = make_tiny_checkpoint(folder / "target"), make_tiny_checkpoint(folder / "draft")
+
+    def of_shape(shape: tuple[int, int, int]) -> Config:
+        numbers = dict(zip(("num_steps", "eagle_topk", "num_draft_tokens"), shape, strict=True))
+        return config_of(
+            target, dtype, SpeculativeConfig(algorithm="STANDALONE", draft_model_path=str(draft), **numbers)
+        )
+
+    return of_shape
+
+
+def plain_tokens(config: Config) -> list[tuple[int, ...]]:
+    return tokens_of(run(make_core(replace(config, speculative=SpeculativeConfig(algorithm="NONE"))), REQUESTS))
 
 
 def tokens_of(samples: Samples) -> list[tuple[int, ...]]:
@@ -60,34 +103,27 @@ def num_correct(samples: Samples) -> int:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", TEXT_DRAFTERS)
-def test_drafters_without_a_network_change_no_token(target: Path, plain: Samples, dtype: str, name: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_drafters_without_a_network_change_no_token(
+    text_plain_of: Callable[[str], tuple[Path, list[tuple[int, ...]]]], dtype: str, name: str
+) -> None:
+    needs_kernels(dtype)
+    target, expected = text_plain_of(dtype)
     samples = run(make_core(config_of(target, dtype, SpeculativeConfig(**TEXT_DRAFTERS[name]))), REQUESTS)  # type: ignore[arg-type]
-    assert tokens_of(samples) == tokens_of(plain)
+    assert tokens_of(samples) == expected
     assert num_correct(samples) > 0
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_drafters_with_a_network_change_no_token(
-    tmp_path: Path, dtype: str, name: str, shape: tuple[int, int, int]
+    plain_of: Callable[[str, str], Plain], dtype: str, name: str, shape: tuple[int, int, int]
 ) -> None:
-    if name == "standalone":
-        folder, draft = make_tiny_checkpoint(tmp_path / "target"), make_tiny_checkpoint(tmp_path / "draft")
-        num_steps, topk, count = shape
-        network = SpeculativeConfig(
-            algorithm="STANDALONE",
-            draft_model_path=str(draft),
-            num_steps=num_steps,
-            eagle_topk=topk,
-            num_draft_tokens=count,
-        )
-        config = config_of(folder, dtype, network)
-    else:
-        tiny = make_format(tmp_path, name)
-        config = tiny.config(*shape, engine={"dtype": dtype, "max_running_requests": 16})
-    expected = run(make_core(replace(config, speculative=SpeculativeConfig(algorithm="NONE"))), REQUESTS)
-    samples = run(make_core(config), REQUESTS)
-    assert tokens_of(samples) == tokens_of(expected)
+    needs_kernels(dtype)
+    plain = plain_of(name, dtype)
+    samples = run(make_core(plain.config(shape)), REQUESTS)
+    assert tokens_of(samples) == plain.tokens
     if name == "standalone" or shape[1] > 1:
         assert num_correct(samples) > 0

@@ -30,6 +30,7 @@ from tests.support.embedded_harness import (
     random_prompt,
     run,
 )
+from tests.support.proofs import proves
 from tests.support.statistics import comparisons
 
 NUM_SAMPLES, NUM_TOKENS, VOCAB = 20_000, 4, 7
@@ -41,6 +42,7 @@ PENALISED = SamplingParams(
     max_new_tokens=NUM_TOKENS, frequency_penalty=1.2, repetition_penalty=1.3, min_new_tokens=3, logit_bias=((4, 1.0),)
 )
 
+PROVES = proves("rollout/embedded")
 LIKELY_NEXT = (6, 3, 4, 1, 1, 0, 2)
 REDUCED_Q = torch.tensor([[0.2, 0.3, 0.0, 0.1, 0.0, 0.1, 0.3]]).expand(VOCAB, -1)
 
@@ -96,7 +98,7 @@ def rule(**settings: bool) -> RuleVerifier:
     return make_verifier(SpeculativeConfig(**settings), frozenset())
 
 
-# (what drafts, what verifies, settings of the request); the last ones in the long form only
+# (what drafts, what verifies, settings of the request)
 ARMS: dict[str, tuple[Callable[[DraftContext], Draft], RuleVerifier, SamplingParams]] = {
     "chains": (fixed_chain, rule(), PARAMS),
     "trees, filters": (fixed_tree, rule(), FILTERED),
@@ -109,8 +111,8 @@ ARMS: dict[str, tuple[Callable[[DraftContext], Draft], RuleVerifier, SamplingPar
 
 @pytest.mark.parametrize(
     ("arm", "num_samples"),
-    [(arm, NUM_SAMPLES) for arm in list(ARMS)[:4]]
-    + [pytest.param(arm, 200_000, marks=pytest.mark.long) for arm in ARMS],
+    [(arm, NUM_SAMPLES) for arm in ARMS]
+    + [pytest.param(arm, 200_000, marks=[pytest.mark.long, PROVES]) for arm in ARMS],
 )
 def test_scripted_drafts_leave_the_distribution_unchanged(micro_llama: Path, arm: str, num_samples: int) -> None:
     script, verifier, params = ARMS[arm]

@@ -18,11 +18,13 @@ from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.verifier import Verifier, VerifyRow
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.types import SamplingParams
+from tests.support.proofs import proves
 from tests.support.statistics import comparisons, p_value
 from tests.support.toy_rounds import Drafting, ToyRun, chains, generate, no_draft, sampled_chains, trees
 
 NUM_TOKENS, VOCAB = 4, 8
-SIZES = [20_000, pytest.param(200_000, marks=pytest.mark.long)]
+PROVES = proves("rollout/embedded/verification", "rollout/embedded/uniforms.py", "rollout/embedded/drafting.py")
+SIZES = [20_000, pytest.param(200_000, marks=[pytest.mark.long, PROVES])]
 TABLE = 1.2 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(11))
 RANKED = TABLE.argsort(dim=-1, descending=True).tolist()
 Q_DRAFT = (TABLE + torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(12))).softmax(-1)
@@ -38,7 +40,7 @@ BLOCK = make_verifier(SpeculativeConfig(use_block_verification=True), EMPTY)
 PLAIN = SamplingParams()
 FILTERED = SamplingParams(temperature=0.8, top_k=6, top_p=0.85)
 PENALISED = SamplingParams(frequency_penalty=1.0, repetition_penalty=1.4)
-# (verifier, drafting, settings of the request); the last ones in the long form only
+# (verifier, drafting, settings of the request)
 ARMS: dict[str, tuple[Verifier, Drafting, SamplingParams]] = {
     "walk, chains": (WALK, CHAINS, PLAIN),
     "walk, trees, filters": (WALK, TREES, FILTERED),
@@ -68,8 +70,8 @@ def arm(
 
 @pytest.mark.parametrize(
     ("name", "num_samples"),
-    [(name, 20_000) for name in list(ARMS)[:4]]
-    + [pytest.param(name, 200_000, marks=pytest.mark.long) for name in ARMS],
+    [(name, 20_000) for name in ARMS]
+    + [pytest.param(name, 200_000, marks=[pytest.mark.long, PROVES]) for name in ARMS],
 )
 def test_speculation_leaves_the_distribution_unchanged(name: str, num_samples: int) -> None:
     verifier, drafting, params = ARMS[name]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from slime_spec.metrics.jsonl import read_metrics
+from tests.support.launched import run_in_process
 from tests.support.make_stand_ins import SCRIPTS, STAND_INS, StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,13 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StandIn]:
     return {name: make(tmp_path_factory.mktemp(name)) for name, make in STAND_INS.items()}
 
 
+def planned(script: str, made: StandIn, *arguments: str, **environ: str) -> str:
+    """What the script prints where it starts nothing."""
+    done = run_in_process(script, *arguments, environ={**made.environ, **environ})
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
 def run_script(script: str, made: StandIn, *arguments: str, timeout_s: float = TIMEOUT_S, **environ: str) -> str:
     """The script's standard output; its errors are shown where it fails."""
     done = ended_script(script, made, *arguments, timeout_s=timeout_s, **environ)
@@ -66,15 +74,14 @@ def run_script(script: str, made: StandIn, *arguments: str, timeout_s: float = T
 
 
 def ended_script(
-    script: str, made: StandIn | None, *arguments: str, timeout_s: float = TIMEOUT_S, **environ: str
+    script: str, made: StandIn, *arguments: str, timeout_s: float = TIMEOUT_S, **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    folders = made.environ if made else {}
     return subprocess.run(
         ["bash", str(ROOT / "scripts" / script), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, **folders, "SLIME_SPEC_VENV": sys.prefix, **environ},
+        env={**os.environ, **made.environ, "SLIME_SPEC_VENV": sys.prefix, **environ},
     )
 
 
@@ -85,7 +92,7 @@ def test_every_recipe_has_a_stand_in() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_recipe_prints_its_whole_plan_and_preflight_lets_it_go_on(script: str, stand_ins: dict[str, StandIn]) -> None:
-    told = run_script(script, stand_ins[SCRIPTS[script]], "--dry-run", *ELSEWHERE)
+    told = planned(script, stand_ins[SCRIPTS[script]], "--dry-run", *ELSEWHERE)
     assert "-m sglang.launch_server" in told
     assert "warning" not in told
     assert told.rstrip().endswith("a launch would go on")
@@ -93,7 +100,7 @@ def test_a_recipe_prints_its_whole_plan_and_preflight_lets_it_go_on(script: str,
 
 def test_the_llama_recipe_has_the_guides_settings(stand_ins: dict[str, StandIn]) -> None:
     made = stand_ins["llama3.1-8b"]
-    config = yaml.safe_load(run_script("run-eagle3-llama3.1-8B.sh", made, SLIME_SPEC_COMMAND="config"))
+    config = yaml.safe_load(planned("run-eagle3-llama3.1-8B.sh", made, SLIME_SPEC_COMMAND="config"))
     speculative, engine, rollout = config["speculative"], config["engine"], config["rollout"]
     shape = [speculative[name] for name in ("algorithm", "num_steps", "eagle_topk", "num_draft_tokens")]
     assert shape == ["EAGLE3", 5, 8, 32]
@@ -107,7 +114,7 @@ def test_the_llama_recipe_has_the_guides_settings(stand_ins: dict[str, StandIn])
 
 def test_the_servers_of_the_llama_recipe_are_started_with_the_guides_flags(stand_ins: dict[str, StandIn]) -> None:
     made = stand_ins["llama3.1-8b"]
-    told = run_script("run-eagle3-llama3.1-8B.sh", made, "--dry-run", *ELSEWHERE)
+    told = planned("run-eagle3-llama3.1-8B.sh", made, "--dry-run", *ELSEWHERE)
     command = told.partition("server of engine 0: ")[2].partition("\n  the same for engine 1 at")[0]
     flags = dict(re.findall(r"--([a-z-]+) ([^\s-][^\s]*)", command.replace("\\\n", " ")))
     assert {name: flags[name] for name in GUIDE} == GUIDE
@@ -116,7 +123,7 @@ def test_the_servers_of_the_llama_recipe_are_started_with_the_guides_flags(stand
 
 
 def test_the_deepseek_recipe_drafts_a_chain_of_three(stand_ins: dict[str, StandIn]) -> None:
-    config = yaml.safe_load(run_script("run-deepseek-r1-mtp.sh", stand_ins["deepseek-r1"], SLIME_SPEC_COMMAND="config"))
+    config = yaml.safe_load(planned("run-deepseek-r1-mtp.sh", stand_ins["deepseek-r1"], SLIME_SPEC_COMMAND="config"))
     shape = [config["speculative"][name] for name in ("algorithm", "num_steps", "eagle_topk", "num_draft_tokens")]
     assert shape == ["EAGLE", 3, 1, 4]
 
@@ -163,7 +170,8 @@ def steps_rate(steps: list[dict[str, float | None]]) -> float:
 def test_a_family_that_only_sglang_runs_is_refused_on_the_embedded_engine_with_the_way_out(
     script: str, what: str, stand_ins: dict[str, StandIn], tmp_path: Path
 ) -> None:
-    done = ended_script(script, stand_ins[SCRIPTS[script]], *EMBEDDED, "--output-dir", str(tmp_path / "run"))
+    made = stand_ins[SCRIPTS[script]]
+    done = run_in_process(script, *EMBEDDED, "--output-dir", str(tmp_path / "run"), environ=made.environ)
     assert done.returncode == 2
     assert f"engine-architecture: {what}, which the embedded engine does not run" in done.stderr
     assert "engine-architecture: Pass --rollout-engine sglang." in done.stderr
@@ -171,7 +179,7 @@ def test_a_family_that_only_sglang_runs_is_refused_on_the_embedded_engine_with_t
 
 
 def test_without_a_model_folder_a_script_says_which_variable_names_it(tmp_path: Path) -> None:
-    done = ended_script("run-deepseek-r1-mtp.sh", None, MODEL_DIR=str(tmp_path / "absent"))
+    done = run_in_process("run-deepseek-r1-mtp.sh", environ={"MODEL_DIR": str(tmp_path / "absent")})
     assert done.returncode == 2
     assert done.stderr.startswith("error: model.hf_checkpoint\n")
     assert "MODEL_DIR=DIR" in done.stderr

@@ -1,13 +1,12 @@
 """Every launch script composes, passes its trailing arguments through, and starts nothing of another's."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.support.launched import run_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = sorted((ROOT / "scripts").glob("run-*.sh"))
@@ -15,18 +14,8 @@ LAUNCHERS = sorted((ROOT / "scripts").glob("run-*.sh"))
 
 def resolved(script: Path, model: Path, *arguments: str) -> dict:
     """The configuration that a script's flags describe, without running anything."""
-    done = subprocess.run(
-        ["bash", str(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={
-            **os.environ,
-            "SLIME_SPEC_COMMAND": "config",
-            "MODEL_DIR": str(model),
-            "SLIME_SPEC_VENV": sys.prefix,
-        },
-    )
+    environ = {"SLIME_SPEC_COMMAND": "config", "MODEL_DIR": str(model)}
+    done = run_in_process(script.name, *arguments, environ=environ)
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(done.stdout)
 

@@ -1,0 +1,71 @@
+"""Proofs of minutes that run when what they prove has changed: a record of what was last proven, and its comparison.
+
+    @proves("rollout/embedded/verification", "rollout/embedded/uniforms.py")
+    def test_...(): ...
+
+``tests/proven.json`` holds, for each set of paths, a digest of the files as they were when their proofs last passed.
+A proof whose digest is the recorded one is skipped; ``--all`` runs every proof, ``--record-proofs`` writes what has
+passed. A record that is out of date therefore costs time, and never a proof.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "tests" / "proven.json"
+SOURCES = (".py", ".c", ".h")
+
+
+def proves(*paths: str) -> pytest.MarkDecorator:
+    """Mark a test as a proof of these files and folders (relative to the repository)."""
+    return pytest.mark.proves(*paths)
+
+
+def key_of(paths: Sequence[str], test_file: Path) -> str:
+    """The record's key: the paths, and the file of the proof itself."""
+    return " ".join(sorted({*paths, test_file.relative_to(ROOT).as_posix()}))
+
+
+def digest_of(key: str, root: Path = ROOT) -> str:
+    """A digest of every source below the key's paths, and its name; raises FileNotFoundError for a path without any."""
+    digest = hashlib.sha256()
+    for path in key.split(" "):
+        place = root / path
+        files = sorted(each for each in place.rglob("*") if each.suffix in SOURCES) if place.is_dir() else [place]
+        if not files:
+            raise FileNotFoundError(f"{place} holds no source")
+        for file in files:
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def recorded(record: Path = RECORD) -> Mapping[str, str]:
+    """Digests by key; empty where nothing was recorded."""
+    proven: Mapping[str, str] = json.loads(record.read_text()) if record.is_file() else {}
+    return proven
+
+
+class Recorder:
+    """Remembers which proofs passed, here or in the workers of a run, and writes their digests at its end."""
+
+    def __init__(self, record: Path = RECORD) -> None:
+        self._record = record
+        self._passed: dict[str, bool] = {}
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, key in report.user_properties:
+            if name == "proves" and report.when == "call":
+                self._passed[str(key)] = self._passed.get(str(key), True) and report.passed
+
+    @pytest.hookimpl
+    def pytest_sessionfinish(self) -> None:
+        digests = {key: digest_of(key) for key, passed in self._passed.items() if passed}
+        kept = {key: digest for key, digest in recorded(self._record).items() if key not in self._passed}
+        self._record.write_text(json.dumps({**kept, **digests}, indent=2, sort_keys=True) + "\n")
