@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rollout.sglang_engine.client import ServerRefused, SglangClient
+from slime_spec.checkpoints.folder import CONFIG, CheckpointFolder
 from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
@@ -80,11 +80,10 @@ def check_served(
 
 def _told(model_info: Mapping[str, Any]) -> dict[str, object]:
     told: dict[str, object] = {}
-    path = Path(str(model_info.get("model_path") or "")) / "config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        text = config.get("text_config", config)
-        told = {name: text[name] for name in ("vocab_size", "num_hidden_layers") if name in text}
+    folder = Path(str(model_info.get("model_path") or ""))
+    if (folder / CONFIG).is_file():
+        config = CheckpointFolder(folder).config
+        told = {name: config[name] for name in ("vocab_size", "num_hidden_layers") if name in config}
         told |= _architecture(config)
     return told | _architecture(model_info)
 

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from slime_spec.bench.reference_trainer import near_policy, reference_steps, tiny_samples
 from slime_spec.bench.rows import BenchOptions, Row, at_most
+from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes, load_tensors, save_checkpoint
 from slime_spec.config.tree import AlgorithmConfig, Config, ModelConfig, RunConfig, TrainerConfig
@@ -29,8 +30,8 @@ from trainer_bridge.megatron.group import MegatronGroup
 NUM_STEPS, NUM_MORE_STEPS = 3, 2
 # The sizes that two tensor ranks and two pipeline stages can share.
 POLICY: Mapping[str, object] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    "architectures": [LLAMA.architecture],
+    "model_type": LLAMA.model_type,
     "vocab_size": 160,
     "hidden_size": 32,
     "intermediate_size": 48,

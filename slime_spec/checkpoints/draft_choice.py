@@ -1,23 +1,21 @@
-"""Which draft the settings name, and whether it can draft for the target: everything that config files alone tell."""
+"""Which draft the embedded engine runs, and whether it fits the target: everything that JSON files alone say."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from slime_spec.checkpoints.draft_spec import ANOTHER_DRAFT, DRAFT_PATH, DraftSpec
+from slime_spec.checkpoints.draft_location import FORMATS_OF, NETWORKED, fitting_algorithm, locate_draft
+from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import verify_draft
-from slime_spec.checkpoints.families import MTP_FAMILIES
+from slime_spec.checkpoints.families import family_of
+from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT
+from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.shipped import BUILTIN, builtin_folder
 from slime_spec.checkpoints.tensors import verify_tensors
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import CheckpointError, ConfigError
 
-# algorithm -> draft families it runs, its own first; in SGLang NEXTN is another name of EAGLE
-FAMILIES = {"EAGLE3": ("eagle3",), "EAGLE": ("eagle", "mtp"), "NEXTN": ("mtp", "eagle")}
-NETWORKED = ("STANDALONE", *FAMILIES)
 TOKENIZER = "tokenizer.json"
 
 
@@ -60,22 +58,16 @@ def choose_draft(config: Config, target: ModelSpec) -> ChosenDraft | None:
 
 
 def _folder(config: Config, target: ModelSpec) -> Path:
-    path, algorithm = config.speculative.draft_model_path, config.speculative.algorithm
-    if path is not None and path.startswith(BUILTIN):
-        return builtin_folder(path)
-    if path is not None:
-        if not (Path(path) / "config.json").is_file():
-            raise CheckpointError(DRAFT_PATH, "must be a checkpoint folder with a config.json", path, ANOTHER_DRAFT)
-        return Path(path)
-    if algorithm in ("NEXTN", "EAGLE") and target.architecture in MTP_FAMILIES:
-        return Path(config.model.hf_checkpoint)  # the MTP layer inside the target's checkpoint
-    raise ConfigError(
-        DRAFT_PATH, f"must name the draft's folder: {algorithm} drafts with a network", None, ANOTHER_DRAFT
-    )
+    draft = locate_draft(config.speculative, config.model.hf_checkpoint)
+    is_unnamed = config.speculative.draft_model_path is None
+    if draft is None or (is_unnamed and family_of(target.architecture).mtp is None):
+        rule = f"must name the draft's folder: {config.speculative.algorithm} drafts with a network"
+        raise ConfigError(DRAFT_PATH, rule, None, ANOTHER_DRAFT)
+    return Path(draft.folder)
 
 
 def _whole_model(folder: Path, target: ModelSpec, target_folder: str) -> ModelSpec:
-    spec = ModelSpec.from_folder(folder)
+    spec = ModelSpec.from_folder(folder, DRAFT_PATH)
     same = _check_tokenizers(folder, target_folder)
     # Models of one family pad their embedding differently; tokens beyond the tokenizer's are never generated.
     if spec.vocab_size != target.vocab_size and not same:
@@ -89,8 +81,8 @@ def _whole_model(folder: Path, target: ModelSpec, target_folder: str) -> ModelSp
 
 
 def _check_family(spec: DraftSpec, algorithm: str) -> None:
-    if spec.family not in FAMILIES[algorithm]:
-        fitting = next(name for name, families in FAMILIES.items() if spec.family == families[0])
+    if spec.family not in FORMATS_OF[algorithm]:
+        fitting = fitting_algorithm(spec.family)
         raise ConfigError(
             "speculative.algorithm",
             f"must be {fitting} for a draft of the {spec.family} family",
@@ -116,7 +108,7 @@ def _check_tokenizers(draft: Path, target: str | Path) -> bool:
     files = draft / TOKENIZER, Path(target) / TOKENIZER
     if not all(path.is_file() for path in files):
         return False
-    vocabularies = [_vocabulary(path) for path in files]
+    vocabularies = [_vocabulary(CheckpointFolder(path.parent)) for path in files]
     if vocabularies[0] != vocabularies[1]:
         differing = {item for one, other in (vocabularies, vocabularies[::-1]) for item in one.items() - other.items()}
         token, index = min(differing, key=lambda item: (item[1], item[0]))
@@ -129,9 +121,9 @@ def _check_tokenizers(draft: Path, target: str | Path) -> bool:
     return True
 
 
-def _vocabulary(path: Path) -> dict[str, int]:
-    """Every token of a tokenizer.json and its id."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
+def _vocabulary(folder: CheckpointFolder) -> dict[str, int]:
+    """Every token of the folder's tokenizer.json and its id."""
+    stored = folder.json(TOKENIZER)
     vocab = stored["model"]["vocab"]
     # A unigram model lists [piece, score] pairs in the order of their ids.
     tokens = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from slime_spec.checkpoints.families import MIMO, MTP_FAMILIES, NEXTN_DRAFT, MtpFamily
+from slime_spec.checkpoints.families import FORMAT_OF, family_of, format_of_family
+from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFamily, DraftFormat, DraftReading
+from slime_spec.checkpoints.families.family import MtpLayer
+from slime_spec.checkpoints.families.llama import LLAMA
+from slime_spec.checkpoints.families.nextn import OWN_LAYER
+from slime_spec.checkpoints.families.qwen2 import QWEN2
+from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder, architecture_of
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError
 
-DraftFamily = Literal["eagle", "eagle3", "mtp"]
-
-EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
-# config.json's architecture -> the family of the draft's decoder block
-EAGLE_ARCHITECTURES = {"LlamaForCausalLMEagle": "LlamaForCausalLM", "Qwen2ForCausalLMEagle": "Qwen2ForCausalLM"}
 NORM_OUTPUT_CONVENTIONS = ("sglang", "specforge")
-DRAFT_PATH = "speculative.draft_model_path"
-ANOTHER_DRAFT = "Pass --sglang-speculative-draft-model-path with a draft made for this target."
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,21 @@ class DraftSpec:
         """Width of the target features of one token."""
         return max(1, len(self.capture_layers)) * self.target_hidden_size
 
+    @property
+    def format(self) -> DraftFormat:
+        """Names and shapes of the draft's tensors, and the keys of its config.json."""
+        return format_of_family(self.family)
+
+    @property
+    def mtp_layer(self) -> MtpLayer:
+        """The names of an MTP draft: those of the target's own layer, or of the layer that our own training writes."""
+        return family_of(self.block.architecture).mtp or OWN_LAYER
+
     @classmethod
     def from_folder(cls, folder: str | Path, target: ModelSpec, norm_output_convention: str = "sglang") -> DraftSpec:
         """Read ``folder/config.json``; raises CheckpointError for what cannot draft for ``target``."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise CheckpointError(
-                DRAFT_PATH, "must be a checkpoint folder with a config.json", str(folder), ANOTHER_DRAFT
-            )
-        return cls.from_dict(json.loads(path.read_text()), target, norm_output_convention, str(path))
+        stored = CheckpointFolder(Path(folder), DRAFT_PATH)
+        return cls.from_dict(stored.config, target, norm_output_convention, stored.source)
 
     @classmethod
     def from_dict(
@@ -72,48 +76,34 @@ class DraftSpec:
         source: str = "config.json",
     ) -> DraftSpec:
         """The draft that ``config`` describes; ``norm_output_convention`` is what EAGLE-3's ``norm_output`` means."""
-        architecture = (config.get("architectures") or ["?"])[0]
-        if architecture == EAGLE3_ARCHITECTURE:
-            spec = _eagle3(config, target, norm_output_convention, source)
-        elif architecture in EAGLE_ARCHITECTURES:
-            spec = _eagle(config, target, source)
-        elif architecture in MTP_FAMILIES:
-            spec = _mtp(config, target, architecture, source)
-        else:
-            known = (EAGLE3_ARCHITECTURE, *EAGLE_ARCHITECTURES, *MTP_FAMILIES)
+        assert norm_output_convention in NORM_OUTPUT_CONVENTIONS, norm_output_convention
+        architecture = architecture_of(config)
+        draft_format, layer = FORMAT_OF.get(architecture), family_of(architecture).mtp
+        if draft_format is None:
             raise CheckpointError(
                 f"{source}: architectures",
-                f"must name a draft: {', '.join(known)}",
+                f"must name a draft: {', '.join(FORMAT_OF)}",
                 architecture,
                 "Correct the config.json if it is such a draft, or use STANDALONE for a whole model.",
             )
+        # A draft without rope_theta rotates by 10000, whatever its target does.
+        as_model = {
+            "architectures": [draft_format.blocks.get(architecture, architecture)],
+            "tie_word_embeddings": False,
+        }
+        block = ModelSpec.from_dict({**draft_format.block_config(config, layer, source), **as_model}, source)
+        reading = DraftReading(config, block, target, layer, norm_output_convention, source)
+        spec = cls(family=draft_format.family, block=block, **draft_format.fields(reading))
         _check_against_target(spec, target, source)
         return spec
-
-
-def default_capture_layers(num_target_layers: int) -> tuple[int, ...]:
-    """SGLang's and EAGLE's default: the inputs of layers 2, n // 2 and n - 3, named here as outputs of those before."""
-    return tuple(layer - 1 for layer in (2, num_target_layers // 2, num_target_layers - 3))
-
-
-def mtp_family(architecture: str) -> MtpFamily:
-    """The names of the MTP layer that goes with a supported ``DraftSpec.block.architecture``."""
-    return MTP_FAMILIES.get(architecture, MIMO)
-
-
-def mtp_prefix(family: MtpFamily, num_target_layers: int) -> str:
-    return family.prefix.format(layers=num_target_layers)
 
 
 def draft_config(spec: DraftSpec) -> dict[str, Any]:
     """The config.json of ``spec``, as SpecForge and SGLang read it (MTP: this project's own NextN format)."""
     block = spec.block
-    architecture = {"eagle3": EAGLE3_ARCHITECTURE, "eagle": "LlamaForCausalLMEagle", "mtp": NEXTN_DRAFT}[spec.family]
-    if spec.family == "eagle" and block.qkv_bias:
-        architecture = "Qwen2ForCausalLMEagle"
     config: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": "qwen2" if block.qkv_bias else "llama",
+        "architectures": [],
+        "model_type": (QWEN2 if block.qkv_bias else LLAMA).model_type,
         "hidden_size": block.hidden_size,
         "intermediate_size": block.intermediate_size,
         "num_hidden_layers": block.num_layers,
@@ -129,132 +119,7 @@ def draft_config(spec: DraftSpec) -> dict[str, Any]:
     }
     if block.rope_scaling is not None:
         config["rope_scaling"] = {"rope_type": "llama3", **vars(block.rope_scaling)}
-    if spec.family == "mtp":
-        return {**config, "num_nextn_predict_layers": 1}
-    config["bias"] = spec.fc_bias
-    if spec.family == "eagle":
-        return config
-    if spec.has_own_head:
-        config["draft_vocab_size"] = spec.draft_vocab_size
-    config["target_hidden_size"] = spec.target_hidden_size
-    config["num_aux_hidden_states"] = len(spec.capture_layers)
-    config["eagle_config"] = {
-        "eagle_aux_hidden_state_layer_ids": list(spec.capture_layers),
-        "use_aux_hidden_state": True,
-        "norm_before_fc": spec.norm_before_fc,
-    }
-    config["fc_norm"] = spec.fc_norm
-    # Absent, the key means logits after the norm and a recurrence before it in both conventions; present, it means
-    # the recurrence to SGLang and the logits to SpecForge.
-    if (spec.logits_norm, spec.recurrent_norm) != (True, False):
-        config["norm_output"] = spec.recurrent_norm
-    return config
-
-
-def _eagle3(config: Mapping[str, Any], target: ModelSpec, convention: str, source: str) -> DraftSpec:
-    assert convention in NORM_OUTPUT_CONVENTIONS, convention
-    block = _block(config, "LlamaForCausalLM", source)
-    eagle = config.get("eagle_config") or {}
-    if eagle.get("use_aux_hidden_state") is False:
-        raise CheckpointError(
-            f"{source}: eagle_config.use_aux_hidden_state",
-            "must be true: drafts that read the final hidden state alone are not supported",
-            False,
-            ANOTHER_DRAFT,
-        )
-    draft_vocab = config.get("draft_vocab_size")
-    tied = bool(config.get("tie_word_embeddings")) and draft_vocab in (None, block.vocab_size)
-    if tied and not target.tie_word_embeddings:
-        raise CheckpointError(
-            f"{source}: tie_word_embeddings",
-            "must be false: the draft shares the target's embedding, which is not the target's head",
-            True,
-            "Set it to false and keep lm_head.weight in the draft, or leave draft_vocab_size out.",
-        )
-    norm_output = config.get("norm_output")
-    return DraftSpec(
-        family="eagle3",
-        block=block,
-        target_hidden_size=config.get("target_hidden_size") or block.hidden_size,
-        draft_vocab_size=draft_vocab or block.vocab_size,
-        capture_layers=_capture_layers(config, eagle, target, source),
-        has_own_embedding=(config.get("target_hidden_size") or block.hidden_size) != block.hidden_size,
-        has_own_head=draft_vocab is not None and not tied,
-        fc_bias=bool(config.get("bias", False)),
-        fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm")),
-        norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
-        logits_norm=True if convention == "sglang" or norm_output is None else bool(norm_output),
-        recurrent_norm=bool(norm_output) if convention == "sglang" else False,
-    )
-
-
-def _capture_layers(
-    config: Mapping[str, Any], eagle: Mapping[str, Any], target: ModelSpec, source: str
-) -> tuple[int, ...]:
-    named = eagle.get("eagle_aux_hidden_state_layer_ids")
-    # The target hands its layers out from the lowest up, in whatever order a config lists them.
-    layers = tuple(sorted(named)) if named else default_capture_layers(target.num_layers)
-    setting = f"{source}: eagle_config.eagle_aux_hidden_state_layer_ids"
-    if min(layers) < 0 or max(layers) >= target.num_layers or len(set(layers)) < len(layers):
-        raise CheckpointError(
-            setting,
-            f"must be different layers of the target, 0 to {target.num_layers - 1}"
-            + ("" if named else ", and by default they are the layers before 2, n // 2 and n - 3"),
-            list(layers),
-            "Name the layers the draft was trained on, or choose a draft made for this target.",
-        )
-    count = config.get("num_aux_hidden_states")
-    if count is not None and count != len(layers):
-        raise CheckpointError(
-            f"{source}: num_aux_hidden_states",
-            f"must be the number of captured layers ({len(layers)}: {', '.join(map(str, layers))})",
-            count,
-            "Name the layers in eagle_config.eagle_aux_hidden_state_layer_ids.",
-        )
-    return layers
-
-
-def _eagle(config: Mapping[str, Any], target: ModelSpec, source: str) -> DraftSpec:
-    block = _block(config, EAGLE_ARCHITECTURES[config["architectures"][0]], source)
-    return DraftSpec(
-        family="eagle",
-        block=block,
-        target_hidden_size=block.hidden_size,
-        draft_vocab_size=block.vocab_size,
-        fc_bias=bool(config.get("bias", True)),
-        logits_norm=False,
-    )
-
-
-def _mtp(config: Mapping[str, Any], target: ModelSpec, architecture: str, source: str) -> DraftSpec:
-    family = MTP_FAMILIES[architecture]
-    if family.refused:
-        raise CheckpointError(f"{source}: architectures", family.refused, architecture, ANOTHER_DRAFT)
-    if not config.get("num_nextn_predict_layers"):
-        raise CheckpointError(
-            f"{source}: num_nextn_predict_layers",
-            "must be at least 1: this checkpoint has no MTP layer",
-            config.get("num_nextn_predict_layers"),
-            ANOTHER_DRAFT,
-        )
-    in_target = architecture != NEXTN_DRAFT
-    kind = architecture if in_target else "LlamaForCausalLM"
-    block = _block({**config, "num_hidden_layers": 1}, kind, source)
-    return DraftSpec(
-        family="mtp",
-        block=block,
-        target_hidden_size=block.hidden_size,
-        draft_vocab_size=block.vocab_size,
-        hidden_first=family.hidden_first,
-        recurrent_norm=True,
-        zero_first_embedding=family.zero_first_embedding,
-        in_target=in_target,
-    )
-
-
-def _block(config: Mapping[str, Any], architecture: str, source: str) -> ModelSpec:
-    """The draft's decoder block; a draft without rope_theta rotates by 10000, whatever its target does."""
-    return ModelSpec.from_dict({**config, "architectures": [architecture], "tie_word_embeddings": False}, source)
+    return {**config, **spec.format.config(spec)}
 
 
 def _check_against_target(spec: DraftSpec, target: ModelSpec, source: str) -> None:

@@ -1,7 +1,7 @@
 """Draft checkpoints on disk: read under one set of names whatever wrote them, refused by name, written for SGLang.
 
-Names are SpecForge's and SGLang's. Readers also know ``layers.0.`` for ``midlayer.``, a leading ``model.`` and the
-older names of EAGLE-3's per-layer norms.
+Names are SpecForge's and SGLang's; which other names a file may use is known to the draft's format
+(``slime_spec.checkpoints.families``).
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ from pathlib import Path
 
 import torch
 
-from slime_spec.checkpoints.draft_spec import DRAFT_PATH, DraftSpec, draft_config, mtp_family
-from slime_spec.checkpoints.families import MtpFamily
-from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
+from slime_spec.checkpoints.folder import DRAFT_PATH
 from slime_spec.checkpoints.tensors import check_tensor, save_checkpoint, stored_tensors
 from slime_spec.errors import CheckpointError
 
 MEND = "Copy the draft again, or correct its config.json."
-RENAMED = {"layers.0.": "midlayer.", "aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1."}
-RENAMED |= {"aux_norm_high.": "fc_norm.2."}
 D2T, T2D = TABLES = "d2t", "t2d"
-# Tensors that many files of a family lack although they should be there; absent, they are zero.
-OPTIONAL: dict[str, frozenset[str]] = {"eagle3": frozenset(), "eagle": frozenset({"fc.bias"}), "mtp": frozenset()}
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class DraftCheckpoint:
 
 def draft_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
     """Every trainable tensor of the draft itself, in file order; shared embedding and head are not among them."""
-    shapes = {"eagle3": _eagle3_shapes, "eagle": _eagle_shapes, "mtp": _mtp_shapes}[spec.family](spec)
+    shapes = spec.format.shapes(spec)
     if spec.has_own_embedding:
         shapes["embed_tokens.weight"] = (spec.block.vocab_size, spec.block.hidden_size)
     if spec.has_own_head:
@@ -53,8 +48,8 @@ def load_draft(folder: str | Path, spec: DraftSpec) -> DraftCheckpoint:
     folder, wanted = Path(folder), draft_shapes(spec)
     tensors = dict(_checked_tensors(folder, spec))
     hot_token_ids = _hot_token_ids(folder, spec, tensors)
-    if OPTIONAL[spec.family] & wanted.keys():
-        tensors.setdefault("fc.bias", torch.zeros(wanted["fc.bias"], dtype=tensors["fc.weight"].dtype))
+    for name in spec.format.optional & wanted.keys() - tensors.keys():
+        tensors[name] = torch.zeros(wanted[name], dtype=next(iter(tensors.values())).dtype)
     return DraftCheckpoint(spec, {name: tensors[name] for name in wanted}, hot_token_ids)
 
 
@@ -91,18 +86,6 @@ def save_draft_checkpoint(
         stored += [(D2T, offsets), (T2D, in_draft)]
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     save_checkpoint(folder, stored, {**draft_config(spec), "torch_dtype": dtype})
-
-
-def canonical_name(stored: str, spec: DraftSpec) -> str:
-    """The name in ``draft_shapes`` of a tensor as its file calls it."""
-    if spec.family == "mtp":
-        return stored
-    name = stored.removeprefix("model.")
-    if spec.family == "eagle3":
-        for old, new in RENAMED.items():
-            if name.startswith(old):
-                return new + name.removeprefix(old)
-    return name
 
 
 def hot_ids_of_d2t(d2t: torch.Tensor, t2d: torch.Tensor | None, vocab_size: int, source: str = "") -> torch.Tensor:
@@ -149,10 +132,10 @@ def _checked_tensors(folder: Path, spec: DraftSpec) -> Iterator[tuple[str, torch
     wanted = draft_shapes(spec)
     seen: set[str] = set()
     unknown: list[str] = []
-    prefix = mtp_family(spec.block.architecture).prefix if spec.in_target else ""
+    prefix = spec.mtp_layer.prefix if spec.in_target else ""
     for stored, tensor in stored_tensors(folder, lambda name: name.startswith(prefix), DRAFT_PATH):
-        name = canonical_name(stored, spec)
-        if name in TABLES and spec.family == "eagle3":
+        name = spec.format.canonical_name(stored)
+        if name in TABLES and spec.format.has_tables:
             yield name, tensor
         elif name in wanted:
             if name in seen:
@@ -163,7 +146,7 @@ def _checked_tensors(folder: Path, spec: DraftSpec) -> Iterator[tuple[str, torch
         elif not _is_unread(name, spec):
             unknown.append(stored)
     for name in wanted:
-        if name not in seen | OPTIONAL[spec.family]:
+        if name not in seen | spec.format.optional:
             raise CheckpointError(f"{folder}: {name}", "must be in the draft's checkpoint", "missing", MEND)
     if unknown:
         raise CheckpointError(
@@ -191,76 +174,4 @@ def _is_unread(name: str, spec: DraftSpec) -> bool:
     """Whether SGLang leaves this tensor aside too: copies of the target's, buffers, norms of layers that use others."""
     if name.endswith("rotary_emb.inv_freq") or name == "embed_tokens.weight":
         return True
-    if spec.family == "eagle":
-        return name == "lm_head.weight"
-    if spec.family == "mtp":
-        return name.removeprefix(mtp_family(spec.block.architecture).prefix) in (
-            "embed_tokens.weight",
-            "lm_head.weight",
-        )
-    return name.startswith("layers.") and name.endswith(".input_layernorm.weight")
-
-
-def _eagle3_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
-    hidden = spec.block.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, spec.feature_size)}
-    if spec.fc_bias:
-        shapes["fc.bias"] = (hidden,)
-    if spec.norm_before_fc:
-        shapes["input_norm.weight"] = (spec.feature_size,)
-    if spec.fc_norm:
-        for index in range(len(spec.capture_layers)):
-            shapes[f"fc_norm.{index}.weight"] = (spec.target_hidden_size,)
-    for layer in range(spec.block.num_layers):
-        prefix = "midlayer." if layer == 0 else f"layers.{layer}."
-        if layer == 0:
-            shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "hidden_norm.weight"] = (hidden,)
-        shapes |= _block_shapes(prefix, spec.block, 2 * hidden if layer == 0 else hidden)
-    shapes["norm.weight"] = (hidden,)
-    return shapes
-
-
-def _eagle_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
-    hidden = spec.block.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, 2 * hidden)}
-    if spec.fc_bias:
-        shapes["fc.bias"] = (hidden,)
-    for layer in range(spec.block.num_layers):
-        prefix = f"layers.{layer}."
-        if layer > 0:
-            shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes |= _block_shapes(prefix, spec.block, hidden)
-    return shapes
-
-
-def _mtp_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
-    family: MtpFamily = mtp_family(spec.block.architecture)
-    hidden, prefix = spec.block.hidden_size, family.prefix
-    block = prefix + family.block
-    return {
-        prefix + family.projection: (hidden, 2 * hidden),
-        prefix + family.embedding_norm: (hidden,),
-        prefix + family.hidden_norm: (hidden,),
-        block + "input_layernorm.weight": (hidden,),
-        **_block_shapes(block, spec.block, hidden),
-        prefix + family.final_norm: (hidden,),
-    }
-
-
-def _block_shapes(prefix: str, block: ModelSpec, input_size: int) -> dict[str, tuple[int, ...]]:
-    """Attention (over ``input_size`` columns), the norm after it and the MLP of one decoder layer."""
-    hidden, inter, dim = block.hidden_size, block.intermediate_size, block.head_dim
-    rows = {"q": block.num_heads * dim, "k": block.num_kv_heads * dim, "v": block.num_kv_heads * dim}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for x, n in rows.items():
-        shapes[f"{prefix}self_attn.{x}_proj.weight"] = (n, input_size)
-    if block.qkv_bias:
-        for x, n in rows.items():
-            shapes[f"{prefix}self_attn.{x}_proj.bias"] = (n,)
-    shapes[prefix + "self_attn.o_proj.weight"] = (hidden, rows["q"])
-    shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-    shapes[prefix + "mlp.gate_proj.weight"] = (inter, hidden)
-    shapes[prefix + "mlp.up_proj.weight"] = (inter, hidden)
-    shapes[prefix + "mlp.down_proj.weight"] = (hidden, inter)
-    return shapes
+    return spec.format.is_unread(name, spec)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class GgufModel:
         """The contents of config.json, for weights stored as float32."""
         heads = self._field("llama.attention.head_count")
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [LLAMA.architecture],
+            "model_type": LLAMA.model_type,
             "hidden_act": "silu",
             "hidden_size": self._field("llama.embedding_length"),
             "intermediate_size": self._field("llama.feed_forward_length"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slime_spec.checkpoints.families import BUILT_ARCHITECTURES, family_of
+from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, architecture_of, require, token_ids
 from slime_spec.errors import CheckpointError
 
 
@@ -43,41 +44,25 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ModelSpec:
-        """Read ``folder/config.json``; raises CheckpointError naming the file and the key."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise CheckpointError(
-                "model.hf_checkpoint",
-                "must be a Hugging Face checkpoint folder with a config.json",
-                str(folder),
-                "Pass --hf-checkpoint DIR, or make one with: slime-spec models fetch smollm2-135m",
-            )
-        try:
-            config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise CheckpointError(
-                str(path), f"must be valid JSON: {error}", path.name, "Copy the checkpoint again."
-            ) from None
-        return cls.from_dict(config, source=str(path))
+    def from_folder(cls, folder: str | Path, setting: str = TARGET_PATH) -> ModelSpec:
+        """Read ``folder/config.json``; raises CheckpointError naming ``setting``, or the file and the key."""
+        stored = CheckpointFolder(Path(folder), setting)
+        return cls.from_dict(stored.config, stored.source)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], source: str = "config.json") -> ModelSpec:
-        architecture = (config.get("architectures") or ["?"])[0]
-        if architecture not in ARCHITECTURES:
+        architecture = architecture_of(config)
+        family = family_of(architecture)
+        if not family.is_built:
             raise CheckpointError(
                 f"{source}: architectures",
-                f"must be one of {', '.join(ARCHITECTURES)}",
+                f"must be one of {', '.join(BUILT_ARCHITECTURES)}",
                 architecture,
                 "Choose a checkpoint of a supported family.",
             )
-        missing = [key for key in REQUIRED if config.get(key) is None]
-        if missing:
-            raise CheckpointError(source, f"lacks {', '.join(missing)}", architecture, "Copy the checkpoint again.")
-        # Llama's and Qwen3's bias switches also add an output bias, which nothing here knows; Qwen2 and MiMo have q, k
-        # and v biases only, and MiMo's configuration says so with the same switch.
-        switches = ("mlp_bias",) if architecture == "MiMoForCausalLM" else ("attention_bias", "mlp_bias")
-        if extra := [key for key in switches if config.get(key)]:
+        require(config, REQUIRED, source)
+        # Llama's and Qwen3's bias switches also add an output bias, which nothing here knows.
+        if extra := [key for key in family.refused_biases if config.get(key)]:
             raise CheckpointError(
                 f"{source}: {extra[0]}",
                 "must be false: such biases are not supported",
@@ -100,15 +85,13 @@ class ModelSpec:
             rms_norm_eps=config["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=architecture in ("Qwen2ForCausalLM", "MiMoForCausalLM"),
-            qk_norm=architecture == "Qwen3ForCausalLM",
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
             rope_scaling=_rope_scaling(rope, source),
-            eos_token_ids=_token_ids(config.get("eos_token_id")),
+            eos_token_ids=token_ids(config.get("eos_token_id")),
         )
 
 
-# MiMo's decoder is Qwen2's; its MTP layer is a draft's (slime_spec.draft).
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
 REQUIRED = (
     "num_hidden_layers",
     "hidden_size",
@@ -118,12 +101,6 @@ REQUIRED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-
-
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from slime_spec.checkpoints.families import family_of
+from slime_spec.checkpoints.families.family import Family
+from slime_spec.checkpoints.folder import architecture_of
+
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-QK_NORMS = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
-QKV_BIASES = ("Qwen2ForCausalLM", "MiMoForCausalLM")
-# MTP layers that carry copies of the embedding and the head, which servers drop and take from the target.
-COPIES = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
 DENSE_MTP_NORMS = 3  # MiMo: token, hidden and final, beside those of the layer
 MOE_MTP_NORMS = 3  # enorm, hnorm, shared_head.norm
 
@@ -41,10 +41,10 @@ def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
     if not _has_sizes(config) or not isinstance(_mlp_width(config), int):
         return None
     hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
-    architecture = (config.get("architectures") or ["?"])[0]
+    family = family_of(architecture_of(config))
     dense = _num_dense_layers(config)
     tables = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    attention = layers * _attention(config, architecture)
+    attention = layers * _attention(config, family)
     decoder = (
         tables
         + hidden
@@ -56,8 +56,8 @@ def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
     num_mtp = int(config.get("num_nextn_predict_layers") or 0)
     norms = MOE_MTP_NORMS if _num_experts(config) else DENSE_MTP_NORMS
     mlp = _expert_mlp(config) if _num_experts(config) else _dense_mlp(config)
-    layer = _attention(config, architecture) + 2 * hidden + mlp + 2 * hidden * hidden + norms * hidden
-    copies = 2 * vocab * hidden if architecture in COPIES else 0
+    layer = _attention(config, family) + 2 * hidden + mlp + 2 * hidden * hidden + norms * hidden
+    copies = len(family.mtp.copies) * vocab * hidden if family.mtp else 0
     return Parameters(decoder, num_mtp * layer, num_mtp * copies, tables, attention)
 
 
@@ -107,14 +107,14 @@ def _num_dense_layers(config: Mapping[str, Any]) -> int:
     return int(config.get("first_k_dense_replace") or len(config.get("mlp_only_layers") or ()))
 
 
-def _attention(config: Mapping[str, Any], architecture: str) -> int:
+def _attention(config: Mapping[str, Any], family: Family) -> int:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if config.get("kv_lora_rank"):
         return _latent_attention(config)
     dim, kv_heads = _head_dim(config), num_kv_heads(config)
     rows = (heads + 2 * kv_heads) * dim
-    biases = rows if architecture in QKV_BIASES or config.get("attention_bias") else 0
-    norms = 2 * dim if architecture in QK_NORMS or config.get("use_qk_norm") else 0
+    biases = rows if family.qkv_bias or config.get("attention_bias") else 0
+    norms = 2 * dim if family.qk_norm or config.get("use_qk_norm") else 0
     return int(rows * hidden + heads * dim * hidden + biases + norms)
 
 

@@ -10,35 +10,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slime_spec.checkpoints.file_names import INDEX, SINGLE
+from slime_spec.checkpoints.families.dense import block_shapes
+from slime_spec.checkpoints.folder import AGAIN, CONFIG, SINGLE, TARGET_PATH, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError
 
-CHECKPOINT = "model.hf_checkpoint"
 MEND = "Copy the checkpoint again, or correct its config.json."
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of the family under its Hugging Face name, in the order in which weights are pushed."""
-    hidden, inter, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
-    rows = {"q": spec.num_heads * dim, "k": spec.num_kv_heads * dim, "v": spec.num_kv_heads * dim}
+    hidden = spec.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
     for layer in range(spec.num_layers):
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        for x, n in rows.items():
-            shapes[f"{prefix}self_attn.{x}_proj.weight"] = (n, hidden)
-        if spec.qkv_bias:
-            for x, n in rows.items():
-                shapes[f"{prefix}self_attn.{x}_proj.bias"] = (n,)
-        if spec.qk_norm:
-            for x in "qk":
-                shapes[f"{prefix}self_attn.{x}_norm.weight"] = (dim,)
-        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, rows["q"])
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[prefix + "mlp.gate_proj.weight"] = (inter, hidden)
-        shapes[prefix + "mlp.up_proj.weight"] = (inter, hidden)
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, inter)
+        shapes |= block_shapes(prefix, spec, hidden)
     shapes["model.norm.weight"] = (hidden,)
     if not spec.tie_word_embeddings:
         shapes["lm_head.weight"] = (spec.vocab_size, hidden)
@@ -54,7 +41,7 @@ def load_tensors(folder: str | Path, spec: ModelSpec) -> dict[str, torch.Tensor]
     return {name: tensors[name] for name in expected_shapes(spec)}
 
 
-def verify_tensors(folder: str | Path, spec: ModelSpec, setting: str = CHECKPOINT) -> None:
+def verify_tensors(folder: str | Path, spec: ModelSpec, setting: str = TARGET_PATH) -> None:
     """The checks of ``load_tensors`` with one tensor in memory at a time; ``setting`` named the folder."""
     for _ in _checked_tensors(Path(folder), spec, setting):
         pass
@@ -63,30 +50,28 @@ def verify_tensors(folder: str | Path, spec: ModelSpec, setting: str = CHECKPOIN
 def save_checkpoint(
     folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, object]
 ) -> None:
-    """Write ``config.json`` and one ``model.safetensors`` that transformers loads."""
+    """Write config.json and one ``model.safetensors`` that transformers loads."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
     save_file(named, target / SINGLE, metadata={"format": "pt"})
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def stored_tensors(
-    folder: str | Path, wants: Callable[[str], bool], setting: str = CHECKPOINT
+    folder: str | Path, wants: Callable[[str], bool], setting: str = TARGET_PATH
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a checkpoint folder whose name ``wants`` accepts, one at a time, in the file's dtype.
 
     Raises CheckpointError naming ``setting`` for a folder without weights, and the file for a damaged one.
     """
-    for path in _shards(Path(folder), setting):
+    for path in CheckpointFolder(Path(folder), setting).weight_files:
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in filter(wants, shard.keys()):
                     yield name, shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                str(path), f"must be a whole safetensors file: {error}", path.name, "Copy the checkpoint again."
-            ) from None
+            raise CheckpointError(str(path), f"must be a whole safetensors file: {error}", path.name, AGAIN) from None
 
 
 def check_tensor(folder: str | Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -97,26 +82,7 @@ def check_tensor(folder: str | Path, name: str, tensor: torch.Tensor, shape: tup
         raise CheckpointError(f"{folder}: {name}", "must be finite", "NaN or infinity", MEND)
 
 
-def _shards(folder: Path, setting: str) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        absent = [name for name in files if not (folder / name).is_file()]
-        if absent:
-            raise CheckpointError(
-                str(folder),
-                f"lacks {', '.join(absent)}, which {INDEX} names",
-                folder.name,
-                "Copy the checkpoint again.",
-            )
-        return [folder / name for name in files]
-    fetch = "Pass --hf-checkpoint DIR, or make one with: slime-spec models fetch smollm2-135m"
-    remedy = fetch if setting == CHECKPOINT else "Pass the folder of a checkpoint with its weights."
-    raise CheckpointError(setting, f"must hold {SINGLE} or {INDEX}", str(folder), remedy)
-
-
-def _checked_tensors(folder: Path, spec: ModelSpec, setting: str = CHECKPOINT) -> Iterator[tuple[str, torch.Tensor]]:
+def _checked_tensors(folder: Path, spec: ModelSpec, setting: str = TARGET_PATH) -> Iterator[tuple[str, torch.Tensor]]:
     wanted = expected_shapes(spec)
     missing = set(wanted)
     for name, tensor in stored_tensors(folder, wanted.__contains__, setting):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,11 +11,9 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
+from slime_spec.checkpoints.folder import AGAIN, REMEDIES, TARGET_PATH, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError, ConfigError
-
-FETCH = "Pass --hf-checkpoint DIR, or make one with: slime-spec models fetch smollm2-135m"
-AGAIN = "Copy the checkpoint again."
 
 
 class Tokenizer:
@@ -42,12 +39,12 @@ class Tokenizer:
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError("model.hf_checkpoint", "must hold a tokenizer.json", str(folder), FETCH)
+            raise CheckpointError(TARGET_PATH, "must hold a tokenizer.json", str(folder), REMEDIES[TARGET_PATH])
         try:
             fast = FastTokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # noqa: BLE001 - the Rust parser raises bare Exception, and nothing narrower
             raise CheckpointError(str(path), f"must be a tokenizer: {error}", path.name, AGAIN) from None
-        config = _json_object(Path(folder) / "tokenizer_config.json")
+        config = CheckpointFolder(Path(folder)).json("tokenizer_config.json")
         separate = Path(folder) / "chat_template.jinja"
         template = separate.read_text(encoding="utf-8") if separate.is_file() else config.get("chat_template")
         return cls(fast, config, template, str(folder))
@@ -124,18 +121,6 @@ def check_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> None:
             f"{tokenizer.vocab_size} ids",
             "Use the tokenizer files that belong to these weights.",
         )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError("model.hf_checkpoint", f"must hold a {path.name}", str(path.parent), FETCH)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(str(path), f"must be valid JSON: {error}", path.name, AGAIN) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(str(path), "must be a JSON object", type(value).__name__, AGAIN)
-    return value
 
 
 def _content(token: str | dict[str, Any] | None) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
-from slime_spec.checkpoints.families import MIMO
 from slime_spec.draft.eagle3 import Eagle3Network
 from slime_spec.draft.mtp import MtpNetwork
 from slime_spec.draft.network import DraftNetwork
@@ -32,4 +31,4 @@ def load_network(spec: DraftSpec, tensors: Mapping[str, torch.Tensor]) -> DraftN
 
 
 def _prefix(spec: DraftSpec) -> str:
-    return MIMO.prefix if spec.family == "mtp" else ""
+    return spec.mtp_layer.prefix if spec.family == "mtp" else ""

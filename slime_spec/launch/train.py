@@ -17,8 +17,9 @@ from pathlib import Path
 
 from rollout.embedded.validate import check_kv_cache
 from slime_spec.checkpoints.draft_choice import choose_draft
-from slime_spec.checkpoints.model_files import read_architecture
-from slime_spec.checkpoints.model_spec import ARCHITECTURES, ModelSpec
+from slime_spec.checkpoints.families import family_of
+from slime_spec.checkpoints.folder import CheckpointFolder
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import verify_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
@@ -116,9 +117,10 @@ def preflight(config: Config) -> Inputs:
 def _target_spec(config: Config) -> ModelSpec | None:
     """Raises CheckpointError for a family that this project would have to compute with itself and cannot."""
     is_served_only = config.rollout.engine == "sglang" and config.run.mode == "rollout_only"
-    if is_served_only and read_architecture(config.model.hf_checkpoint) not in ARCHITECTURES:
+    stored = CheckpointFolder(Path(config.model.hf_checkpoint))
+    if is_served_only and not family_of(stored.architecture).is_built:
         return None
-    return ModelSpec.from_folder(config.model.hf_checkpoint)
+    return ModelSpec.from_dict(stored.config, stored.source)
 
 
 def with_absolute_paths(config: Config, run_folder: Path) -> Config:

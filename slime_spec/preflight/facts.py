@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
-from slime_spec.sglang.draft_shape import MODEL_DRAFTS, DraftShape, draft_shape
+from slime_spec.sglang.draft_shape import DraftShape, draft_shape
 from slime_spec.sglang.installed import InstalledSglang
 from slime_spec.sglang.releases import Release
 
@@ -61,11 +62,8 @@ class Facts:
     @property
     def draft_kind(self) -> DraftKind:
         """A head over the target's features (EAGLE, EAGLE3), an MTP layer in the target's checkpoint, a whole model."""
-        if self.config.speculative.algorithm not in MODEL_DRAFTS:
-            return "none"
-        if self.config.speculative.algorithm == "STANDALONE":
-            return "whole"
-        return "in_target" if self.draft is self.target else "head"
+        draft = locate_draft(self.config.speculative, self.target.folder)
+        return "none" if draft is None else draft.kind
 
     @property
     def shape(self) -> DraftShape:

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from slime_spec.checkpoints.shipped import BUILTIN, builtin_folder
+from slime_spec.checkpoints.draft_location import locate_draft
+from slime_spec.checkpoints.folder import DRAFT_PATH
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -15,7 +16,6 @@ from slime_spec.preflight.external import ask_server, config_as_served
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.gpus import visible_gpu_bytes
 from slime_spec.sglang.arguments import config_of_engine, planned_places, server_flags, with_flags
-from slime_spec.sglang.draft_shape import MODEL_DRAFTS
 from slime_spec.sglang.flags import read_server_words, sglang_version
 from slime_spec.sglang.installed import InstalledSglang, checked_in, installed_in
 from slime_spec.sglang.releases import Release, find_release, pinned_release, release_of
@@ -101,10 +101,9 @@ def _known_flags(config: Config, release: Release) -> InstalledSglang | None:
 
 
 def _draft(config: Config, target: Checkpoint) -> Checkpoint | None:
-    algorithm, path = config.speculative.algorithm, config.speculative.draft_model_path
-    if algorithm not in MODEL_DRAFTS or config.run.mode == "train_only":
+    draft = locate_draft(config.speculative, target.folder)
+    if draft is None or config.run.mode == "train_only":
         return None
-    if path is None or os.path.realpath(path) == os.path.realpath(target.folder):
+    if os.path.realpath(draft.folder) == os.path.realpath(target.folder):
         return target
-    folder = str(builtin_folder(path)) if path.startswith(BUILTIN) else path
-    return Checkpoint.read(folder, "speculative.draft_model_path")
+    return Checkpoint.read(draft.folder, DRAFT_PATH)

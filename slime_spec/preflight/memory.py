@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slime_spec.checkpoints.families import FORMAT_OF
+from slime_spec.checkpoints.model_files import TABLES
 from slime_spec.checkpoints.parameters import Parameters, count_parameters, kv_elements_per_token, num_kv_heads
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
@@ -165,22 +167,15 @@ def _kv_copies(facts: Facts) -> int:
 def draft_parameters(draft: Checkpoint) -> int:
     """Of the file's headers, tables of token ids left out; without a file, of a head as SpecForge exports it."""
     if draft.tensors is not None:
-        return sum(each.num_elements for name, each in draft.tensors.items() if name not in ("d2t", "t2d"))
+        return sum(each.num_elements for name, each in draft.tensors.items() if name not in TABLES)
     counted, config = count_parameters(draft.config), draft.config
     if counted is None:
         return 0
-    if draft.architecture not in ("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle"):
+    draft_format = FORMAT_OF.get(draft.architecture)
+    if draft_format is None or draft_format.num_own_parameters is None:
         return counted.decoder
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
     # The embedding is the target's; the projection reads features of the target beside or below the token's.
-    without_tables = counted.decoder - vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    if draft.architecture != "LlamaForCausalLMEagle3":
-        return int(without_tables + 2 * hidden * hidden)
-    features = 3 * (config.get("target_hidden_size") or hidden)
-    head = (config.get("draft_vocab_size") or 0) * hidden
-    heads = config["num_attention_heads"] + 2 * (config.get("num_key_value_heads") or config["num_attention_heads"])
-    wider_attention = heads * (config.get("head_dim") or hidden // config["num_attention_heads"]) * hidden
-    return int(without_tables + features * hidden + head + wider_attention + hidden)
+    return counted.decoder - counted.tables + draft_format.num_own_parameters(config)
 
 
 def _trainer(config: Config, num_parameters: int) -> TrainerMemory:

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from slime_spec.checkpoints.families import MTP_FAMILIES
-from slime_spec.checkpoints.model_files import draft_folder, read_architecture
-from slime_spec.checkpoints.shipped import BUILTIN
+from slime_spec.checkpoints.draft_location import locate_draft
+from slime_spec.checkpoints.families import family_of
+from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.config.addresses import address_of
 from slime_spec.config.build import from_dict, read_yaml, to_dict
 from slime_spec.config.server_checks import check_servers
@@ -135,13 +135,15 @@ def speculative_flags(config: SpeculativeConfig, target: str) -> dict[str, objec
         for field in fields(config)
         if field.name not in NOT_SGLANGS and getattr(config, field.name) != getattr(default, field.name)
     }
-    is_mtp = config.algorithm in ("NEXTN", "EAGLE") and config.draft_model_path is None
-    if is_mtp and read_architecture(target) in MTP_FAMILIES:
-        # For some families (MiMo) SGLang does not default to the target's own folder.
-        flags["speculative_draft_model_path"] = target
-    elif (config.draft_model_path or "").startswith(BUILTIN):
-        flags["speculative_draft_model_path"] = str(draft_folder(config))
+    draft, named = locate_draft(config, target), config.draft_model_path
+    # For some families (MiMo) SGLang does not default to the target's own folder.
+    if draft is not None and (named is not None or _has_mtp_layer(target)):
+        flags["speculative_draft_model_path"] = draft.folder
     return flags
+
+
+def _has_mtp_layer(folder: str) -> bool:
+    return family_of(CheckpointFolder(Path(folder)).architecture).mtp is not None
 
 
 def config_of_engine(config: Config, engine_index: int) -> Config:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from slime_spec.checkpoints.draft_choice import choose_draft
-from slime_spec.checkpoints.draft_spec import DraftSpec, default_capture_layers, draft_config
-from slime_spec.checkpoints.families import MTP_FAMILIES
+from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
+from slime_spec.checkpoints.families import BY_ARCHITECTURE, nextn
+from slime_spec.checkpoints.families.eagle3 import default_capture_layers
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
 from slime_spec.errors import ConfigError
@@ -17,6 +18,10 @@ from tests.support.tiny_drafts import EAGLE, EAGLE3, NEXTN, edit_config, make_ti
 from tests.support.tiny_models import make_tiny_checkpoint
 from tests.support.tiny_policy import make_tiny_policy
 
+MTP_LAYERS = {
+    nextn.ARCHITECTURE: nextn.OWN_LAYER,
+    **{name: family.mtp for name, family in BY_ARCHITECTURE.items() if family.mtp is not None},
+}
 # The keys of lmsys/sglang-EAGLE3-LLaMA3.1-Instruct-8B that matter, and its target's.
 LMSYS = {
     "architectures": ["LlamaForCausalLMEagle3"],
@@ -109,17 +114,17 @@ def test_a_draft_without_its_own_vocabulary_shares_the_targets_head(target: Path
 
 
 def test_the_table_knows_every_familys_halves_and_names() -> None:
-    order = {name: family.hidden_first for name, family in MTP_FAMILIES.items()}
+    order = {name: family.hidden_first for name, family in MTP_LAYERS.items()}
     assert order.pop("MiMoForCausalLM")
     assert order.pop("LlamaForCausalLMNextN")
     assert not any(order.values())  # DeepSeek, GLM and Qwen3-Next put the embedding first
-    names = {name: (family.prefix.format(layers=61), family.projection) for name, family in MTP_FAMILIES.items()}
+    names = {name: (family.prefix.format(layers=61), family.projection) for name, family in MTP_LAYERS.items()}
     assert names["MiMoForCausalLM"] == ("model.mtp_layers.0.", "input_proj.weight")
     assert names["DeepseekV3ForCausalLM"] == ("model.layers.61.", "eh_proj.weight")
     assert names["Glm4MoeForCausalLM"] == ("model.layers.61.", "eh_proj.weight")
     assert names["Qwen3NextForCausalLM"] == ("mtp.", "fc.weight")
-    assert MTP_FAMILIES["DeepseekV3ForCausalLM"].final_norm == "shared_head.norm.weight"
-    assert MTP_FAMILIES["Qwen3NextForCausalLM"].embedding_norm == "pre_fc_norm_embedding.weight"
+    assert MTP_LAYERS["DeepseekV3ForCausalLM"].final_norm == "shared_head.norm.weight"
+    assert MTP_LAYERS["Qwen3NextForCausalLM"].embedding_norm == "pre_fc_norm_embedding.weight"
 
 
 @pytest.mark.parametrize("architecture", ["DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "Qwen3NextForCausalLM"])
@@ -249,7 +254,7 @@ def test_a_draft_that_ships_with_the_package_goes_by_its_name(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = make_tiny_draft(tmp_path / "builtin" / "tiny", target, EAGLE3)
-    monkeypatch.setattr("slime_spec.checkpoints.shipped.__file__", str(tmp_path / "shipped.py"))
+    monkeypatch.setattr("slime_spec.checkpoints.draft_location.__file__", str(tmp_path / "draft_location.py"))
     assert chosen(target, Path("builtin:tiny")).folder == draft
     with pytest.raises(ConfigError, match="must be one of builtin:tiny") as caught:
         chosen(target, Path("builtin:tyni"))

@@ -50,7 +50,7 @@ def test_a_draft_folder_that_is_not_there_is_refused_before_anything_starts(mode
     config = models.config("EAGLE3", tmp_path / "run")
     told = refusal(replace(config, speculative=replace(config.speculative, draft_model_path="/no/such/draft")))
     assert "/no/such/draft" in told
-    assert "Pass a checkpoint folder" in told
+    assert "must be a checkpoint folder" in told
     assert not (tmp_path / "run" / "engines").exists()
 
 

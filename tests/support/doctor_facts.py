@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from slime_spec.checkpoints.stored import Checkpoint, StoredTensor
+from slime_spec.checkpoints.folder import StoredTensor
+from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.launch.compose import Composed, composed
 from slime_spec.preflight.facts import Facts
 from slime_spec.sglang.arguments import Place, server_flags

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
-from slime_spec.checkpoints.file_names import INDEX, SINGLE
+from slime_spec.checkpoints.folder import CONFIG, INDEX, SINGLE, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import ConfigError
 from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
@@ -87,7 +87,7 @@ def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
     for path in source.iterdir():
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (INDEX, "config.json"):
             shutil.copyfile(path, target / path.name)
-    config = json.loads((source / "config.json").read_text())
+    config = CheckpointFolder(source).json(CONFIG)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -12,7 +12,7 @@ from rollout.embedded.drafters.quantized import make_linear
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.weights import Slot
-from slime_spec.checkpoints.draft_spec import DraftSpec, mtp_family
+from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes
 
 FC_NORMS = "fc_norms."
@@ -29,7 +29,7 @@ def draft_slots(spec: DraftSpec) -> list[Slot]:
         top |= {"input_norm": "input_norm.weight"}
         top |= {f"{FC_NORMS}{index}": f"fc_norm.{index}.weight" for index in range(len(spec.capture_layers))}
     elif spec.family == "mtp":
-        family = mtp_family(spec.block.architecture)
+        family = spec.mtp_layer
         blocks = [family.prefix + family.block]
         top = {"fc": family.projection, "norm": family.final_norm, "hidden_norm": family.hidden_norm}
         top = {attribute: family.prefix + name for attribute, name in top.items()}

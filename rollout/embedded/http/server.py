@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from aiohttp import web
 
@@ -30,7 +31,7 @@ from rollout.embedded.http.versions import VersionNames
 from rollout.embedded.http.weight_routes import WeightRoutes
 from rollout.embedded.http.weight_session import WeightUpdates
 from rollout.embedded.validate import limits_of
-from slime_spec.checkpoints.end_tokens import eos_ids
+from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.addresses import address_of
@@ -129,7 +130,7 @@ class EngineServer:
 def make_app(serving: Serving, options: ServerOptions) -> tuple[web.Application, InfoRoutes]:
     """The application, and the part of it that must know when the server stops."""
     config = serving.config
-    eos = eos_ids(config.model.hf_checkpoint, serving.spec.eos_token_ids)
+    eos = CheckpointFolder(Path(config.model.hf_checkpoint)).eos_token_ids
     reader = CallReader(serving.limits, serving.tokenizer, config.run.seed)
     writer = AnswerWriter(serving.tokenizer, serving.names, eos)
     control = ControlRoutes(serving)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from rollout.sglang_engine.client import SglangClient
 from rollout.sglang_engine.transports.bucket import NamedTensors
-from slime_spec.checkpoints.file_names import SINGLE
+from slime_spec.checkpoints.folder import SINGLE
 
 PATH = "/update_weights_from_disk"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.gguf import LAYER_NAMES, TOP_NAMES
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
@@ -23,10 +24,10 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
     spec = ModelSpec.from_folder(checkpoint)
-    if spec.architecture != "LlamaForCausalLM" or spec.rope_scaling is not None:
+    if spec.architecture not in LLAMA.architectures or spec.rope_scaling is not None:
         raise ConfigError(
             "--model",
-            "must be a LlamaForCausalLM with plain RoPE to be measured against llama.cpp",
+            f"must be a {LLAMA.architecture} with plain RoPE to be measured against llama.cpp",
             spec.architecture,
             "Measure another model, or leave llama.cpp out.",
         )

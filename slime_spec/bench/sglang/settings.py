@@ -12,7 +12,7 @@ import torch
 
 from slime_spec.bench.prompts import Prompts
 from slime_spec.bench.rows import BenchOptions
-from slime_spec.checkpoints.shipped import BUILTIN, builtin_folder
+from slime_spec.checkpoints.draft_location import BUILTIN, builtin_folder
 from slime_spec.config.tree import (
     ClusterConfig,
     Config,
@@ -74,7 +74,7 @@ def speculation(options: BenchOptions, algorithm: str) -> SpeculativeConfig:
 
 def _draft(options: BenchOptions) -> str:
     """SGLang wants a folder."""
-    return str(builtin_folder(options.draft)) if options.draft.startswith(BUILTIN) else options.draft
+    return builtin_folder(options.draft) if options.draft.startswith(BUILTIN) else options.draft
 
 
 def engine_settings(options: BenchOptions, algorithm: str, prompts: Prompts, at_once: int, log: Path) -> Config:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.model_files import TargetFiles, draft_files
 from slime_spec.checkpoints.tensors import stored_tensors
 from slime_spec.config.tree import Config
@@ -21,9 +22,11 @@ def target_weights(config: Config) -> Weights:
 
 def draft_weights(config: Config) -> Weights:
     """What a push of the draft carries: its own tensors, or the target's MTP layers."""
-    draft = draft_files(config, TargetFiles.read(config.model.hf_checkpoint))
-    assert draft is not None, f"{config.speculative.algorithm} drafts with weights"
-    return _stored(config.speculative.draft_model_path or config.model.hf_checkpoint, draft.shapes, config)
+    folder = config.model.hf_checkpoint
+    location, draft = locate_draft(config.speculative, folder), draft_files(config, TargetFiles.read(folder))
+    assert location is not None, f"{config.speculative.algorithm} drafts with weights"
+    assert draft is not None, "a located draft has files"
+    return _stored(location.folder, draft.shapes, config)
 
 
 def _stored(folder: str, names: Mapping[str, object], config: Config) -> Weights:

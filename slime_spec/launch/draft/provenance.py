@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from slime_spec.checkpoints.file_names import SINGLE
+from slime_spec.checkpoints.folder import SINGLE
 from slime_spec.draft.training.sequence import DraftSequence
 from slime_spec.draft.training.trainer import DraftTrainer
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE

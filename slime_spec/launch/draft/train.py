@@ -10,8 +10,9 @@ from time import monotonic
 import torch
 from rich.console import Console
 
-from slime_spec.checkpoints.draft_spec import DraftSpec, default_capture_layers, draft_config
+from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
 from slime_spec.checkpoints.draft_tensors import load_draft, save_draft_checkpoint
+from slime_spec.checkpoints.families.eagle3 import default_capture_layers
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.draft.build import make_network, network_tensors

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from slime_spec.checkpoints.draft_spec import EAGLE3_ARCHITECTURE, default_capture_layers
-from slime_spec.checkpoints.families import MTP_FAMILIES
+from slime_spec.checkpoints.draft_location import fitting_algorithm
+from slime_spec.checkpoints.families import family_of, head_format
+from slime_spec.checkpoints.families.eagle3 import EAGLE3, default_capture_layers
 from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
 
-# Targets whose draft path SGLang sets to the target's own; for any other with an MTP layer it has to be given.
-AUTOMATIC_PATH = (
-    *("DeepseekV32ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV4ForCausalLM", "Glm4MoeForCausalLM"),
-    *("Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"),
-    *("BailingMoeV2_5ForCausalLM", "MistralLarge3ForCausalLM", "PixtralForConditionalGeneration"),
-    *("HYV3ForCausalLM", "HYV4ForCausalLM", "Qwen4ExpForConditionalGeneration"),
-)
 DRAFT_FLAG = "--sglang-speculative-draft-model-path"
-# What a draft's architecture is made for; a plain decoder's name on a head means that it was not converted.
-HEADS = {
-    **dict.fromkeys(("LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"), "EAGLE3"),
-    **dict.fromkeys(("LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle", "MistralForCausalLMEagle"), "EAGLE"),
-    **dict.fromkeys(("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "STANDALONE"),
-}
 
 
 @trap(
@@ -33,7 +21,7 @@ HEADS = {
 def mtp_path(facts: Facts) -> Sighting | None:
     if facts.draft_kind != "in_target" or facts.flags.get("speculative_draft_model_path"):
         return None
-    if facts.target.architecture in AUTOMATIC_PATH:
+    if family_of(facts.target.architecture).sglang_finds_mtp:
         return None
     return Sighting(
         Severity.ERROR,
@@ -57,8 +45,8 @@ def mtp_missing(facts: Facts) -> Sighting | None:
     target = facts.target
     if target.num_mtp_layers == 0:
         read = f"{target.architecture} drafts with its own MTP layer, and its config.json counts none"
-    elif target.tensors is not None and target.architecture in MTP_FAMILIES:
-        prefix = MTP_FAMILIES[target.architecture].prefix.format(layers=target.config.get("num_hidden_layers"))
+    elif target.tensors is not None and (layer := family_of(target.architecture).mtp) is not None:
+        prefix = layer.prefix_in(target.config.get("num_hidden_layers"))
         if any(name.startswith(prefix) for name in target.tensors):
             return None
         read = f"no tensor of the target's checkpoint begins with {prefix}"
@@ -92,7 +80,7 @@ def draft_fit(facts: Facts) -> Sighting | None:
         size = draft.config.get("target_hidden_size") or draft.config.get("hidden_size")
         if size != target.config.get("hidden_size"):
             differences.append(f"it reads {size} hidden features, the target has {target.config.get('hidden_size')}")
-        made_for = HEADS.get(draft.architecture, facts.config.speculative.algorithm)
+        made_for = _made_for(draft.architecture) or facts.config.speculative.algorithm
         if (made_for == "EAGLE3") != (facts.config.speculative.algorithm == "EAGLE3"):
             differences.append(f"it is a {draft.architecture}, for {made_for}")
     if not differences:
@@ -100,6 +88,13 @@ def draft_fit(facts: Facts) -> Sighting | None:
     return Sighting(
         Severity.ERROR, f"the draft in {draft.folder}: {'; '.join(differences)}", f"Pass {DRAFT_FLAG} for this target."
     )
+
+
+def _made_for(architecture: str) -> str | None:
+    """The algorithm that a draft is made for; a plain decoder's name on a head means that it was not converted."""
+    if (draft_format := head_format(architecture)) is not None:
+        return fitting_algorithm(draft_format.family)
+    return fitting_algorithm(None) if family_of(architecture).is_built else None
 
 
 @trap(
@@ -112,7 +107,7 @@ def draft_fit(facts: Facts) -> Sighting | None:
 )
 def draft_tensors(facts: Facts) -> Sighting | None:
     draft = facts.draft
-    if draft is None or draft.tensors is None or draft.architecture != EAGLE3_ARCHITECTURE:
+    if draft is None or draft.tensors is None or draft.architecture not in EAGLE3.blocks:
         return None
     wanted = ["fc.weight", "norm.weight"]
     if draft.config.get("draft_vocab_size") is not None:
@@ -138,7 +133,7 @@ def draft_tensors(facts: Facts) -> Sighting | None:
 )
 def capture_layers(facts: Facts) -> Sighting | None:
     draft, num_layers = facts.draft, facts.target.config.get("num_hidden_layers")
-    if draft is None or draft.architecture != EAGLE3_ARCHITECTURE or num_layers is None:
+    if draft is None or draft.architecture not in EAGLE3.blocks or num_layers is None:
         return None
     named = (draft.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     layers = tuple(named or default_capture_layers(num_layers))

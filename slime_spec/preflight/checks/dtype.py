@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from slime_spec.checkpoints.families import family_of
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, on_sglang, trap
 
 HALF_ONLY = ("fa3", "fa4", "flashinfer", "flashmla", "trtllm_mha", "trtllm_mla", "cutedsl_mla")
-BFLOAT16_ONLY = ("Qwen2ForCausalLM",)  # activations beyond float16's 65504 are common
 DTYPE = "engine.dtype"
 
 
 def _half(facts: Facts) -> str:
     """The half precision dtype to serve in: the draft's, unless the target overflows it."""
     draft = facts.draft.dtype if facts.draft else None
-    if draft in ("float16", "bfloat16") and facts.target.architecture not in BFLOAT16_ONLY:
+    if draft in ("float16", "bfloat16") and not family_of(facts.target.architecture).overflows_float16:
         return draft
     return "bfloat16"
 
@@ -68,7 +68,7 @@ def float32_attention(facts: Facts) -> Sighting | None:
 def float16_range(facts: Facts) -> Sighting | None:
     if facts.config.engine.dtype != "float16" or facts.target.dtype != "bfloat16":
         return None
-    is_known = facts.target.architecture in BFLOAT16_ONLY
+    is_known = family_of(facts.target.architecture).overflows_float16
     return Sighting(
         Severity.ERROR if is_known else Severity.INFO,
         f"a bfloat16 {facts.target.architecture} is served in float16",

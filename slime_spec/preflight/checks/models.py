@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shutil import which
 
-from slime_spec.checkpoints.model_spec import ARCHITECTURES
+from slime_spec.checkpoints.families import BUILT_ARCHITECTURES, family_of, model_type_comes_as_code
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, always, on_sglang, trap
 
@@ -14,7 +14,7 @@ REPOSITORY = "https://github.com/sgl-project/sglang"
 def lacking(facts: Facts) -> str:
     """What the target has that this project's decoder does not, in words; "" where it has the architecture."""
     config, architecture = facts.target.config, facts.target.architecture
-    if architecture in ARCHITECTURES:
+    if family_of(architecture).is_built:
         return ""
     experts = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts")
     parts = []
@@ -34,7 +34,7 @@ def lacking(facts: Facts) -> str:
 def trainer_architecture(facts: Facts) -> Sighting | None:
     if not (reason := lacking(facts)):
         return None
-    told = f"{reason}, which the trainer cannot build; it trains {', '.join(ARCHITECTURES)}"
+    told = f"{reason}, which the trainer cannot build; it trains {', '.join(BUILT_ARCHITECTURES)}"
     if facts.config.run.mode == "rollout_only":
         return Sighting(Severity.INFO, told, "Nothing to do: this run only generates.")
     return Sighting(
@@ -113,9 +113,9 @@ def remote_code(facts: Facts) -> Sighting | None:
 
 
 def _is_known(facts: Facts, model_type: str) -> bool:
-    """Asked of the servers' interpreter; without one only the family with a recipe here is known to be unknown."""
+    """Asked of the servers' interpreter; without one only families described here are known to be unknown."""
     known = facts.release.model_types
-    return model_type in known if known else model_type != "mimo"
+    return model_type in known if known else not model_type_comes_as_code(model_type)
 
 
 @trap(

@@ -1,0 +1,73 @@
+"""What differs between the formats of draft checkpoints: keys of config.json, names of tensors, shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from slime_spec.checkpoints.families.dense import Shapes
+from slime_spec.checkpoints.families.family import MtpLayer
+
+if TYPE_CHECKING:
+    from slime_spec.checkpoints.draft_spec import DraftSpec
+    from slime_spec.checkpoints.model_spec import ModelSpec
+
+DraftFamily = Literal["eagle", "eagle3", "mtp"]
+ANOTHER_DRAFT = "Pass --sglang-speculative-draft-model-path with a draft made for this target."
+
+
+@dataclass(frozen=True)
+class DraftReading:
+    """A draft's config.json on its way to a DraftSpec; ``source`` is what errors call it.
+
+    ``layer`` is the MTP layer of a target's own checkpoint. ``convention`` is what EAGLE-3's ``norm_output`` means:
+    SGLang's reading or SpecForge's.
+    """
+
+    config: Mapping[str, Any]
+    block: ModelSpec
+    target: ModelSpec
+    layer: MtpLayer | None
+    convention: str
+    source: str
+
+
+def _whole_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str) -> Mapping[str, Any]:
+    return config
+
+
+@dataclass(frozen=True)
+class DraftFormat:
+    """One format of draft checkpoints. Names are SpecForge's and SGLang's.
+
+    ``blocks`` has config.json's architectures and for each that of the draft's decoder block; ``served`` are further
+    architectures of the format that SGLang alone reads. ``block_config`` gives the block's config.json, and raises
+    CheckpointError for a draft that the embedded engine cannot run. ``fields`` are those of the DraftSpec beyond family
+    and block, ``shapes`` the trainable tensors but shared embedding and head, ``config`` the keys of config.json beyond
+    the block's. ``renamed`` maps beginnings of names that some files use to ours. ``optional`` tensors are zero where
+    a file lacks them; those for which ``is_unread`` are left aside, as SGLang does. ``num_own_parameters`` counts the
+    draft's parameters beyond its decoder block from config.json alone.
+    """
+
+    family: DraftFamily
+    blocks: Mapping[str, str]
+    fields: Callable[[DraftReading], dict[str, Any]]
+    shapes: Callable[[DraftSpec], Shapes]
+    config: Callable[[DraftSpec], dict[str, Any]]
+    is_unread: Callable[[str, DraftSpec], bool]
+    block_config: Callable[[Mapping[str, Any], MtpLayer | None, str], Mapping[str, Any]] = _whole_config
+    served: tuple[str, ...] = ()
+    drops_model_prefix: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    has_tables: bool = False
+    num_own_parameters: Callable[[Mapping[str, Any]], int] | None = None
+
+    def canonical_name(self, stored: str) -> str:
+        """Our name of a tensor as its file calls it."""
+        name = stored.removeprefix("model.") if self.drops_model_prefix else stored
+        for old, new in self.renamed.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name

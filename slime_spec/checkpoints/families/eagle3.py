@@ -1,0 +1,153 @@
+"""EAGLE-3 (arXiv 2503.01840): a Llama block over the features of several target layers, as SpecForge exports it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from slime_spec.checkpoints.families.dense import Shapes, block_shapes
+from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFormat, DraftReading
+from slime_spec.checkpoints.families.llama import LLAMA
+from slime_spec.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from slime_spec.checkpoints.draft_spec import DraftSpec
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+NUM_CAPTURED = 3  # layers, where config.json names none
+
+
+def default_capture_layers(num_target_layers: int) -> tuple[int, ...]:
+    """SGLang's and EAGLE's default: the inputs of layers 2, n // 2 and n - 3, named here as outputs of those before."""
+    return tuple(layer - 1 for layer in (2, num_target_layers // 2, num_target_layers - 3))
+
+
+def _fields(read: DraftReading) -> dict[str, Any]:
+    config, block, source = read.config, read.block, read.source
+    eagle = config.get("eagle_config") or {}
+    if eagle.get("use_aux_hidden_state") is False:
+        raise CheckpointError(
+            f"{source}: eagle_config.use_aux_hidden_state",
+            "must be true: drafts that read the final hidden state alone are not supported",
+            False,
+            ANOTHER_DRAFT,
+        )
+    draft_vocab = config.get("draft_vocab_size")
+    tied = bool(config.get("tie_word_embeddings")) and draft_vocab in (None, block.vocab_size)
+    if tied and not read.target.tie_word_embeddings:
+        raise CheckpointError(
+            f"{source}: tie_word_embeddings",
+            "must be false: the draft shares the target's embedding, which is not the target's head",
+            True,
+            "Set it to false and keep lm_head.weight in the draft, or leave draft_vocab_size out.",
+        )
+    norm_output = config.get("norm_output")
+    is_sglangs = read.convention == "sglang"
+    target_hidden_size = config.get("target_hidden_size") or block.hidden_size
+    return {
+        "target_hidden_size": target_hidden_size,
+        "draft_vocab_size": draft_vocab or block.vocab_size,
+        "capture_layers": _capture_layers(read, eagle),
+        "has_own_embedding": target_hidden_size != block.hidden_size,
+        "has_own_head": draft_vocab is not None and not tied,
+        "fc_bias": bool(config.get("bias", False)),
+        "fc_norm": bool(config.get("fc_norm") or config.get("use_aux_norm")),
+        "norm_before_fc": bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
+        "logits_norm": True if is_sglangs or norm_output is None else bool(norm_output),
+        "recurrent_norm": bool(norm_output) if is_sglangs else False,
+    }
+
+
+def _capture_layers(read: DraftReading, eagle: Mapping[str, Any]) -> tuple[int, ...]:
+    named, num_layers = eagle.get("eagle_aux_hidden_state_layer_ids"), read.target.num_layers
+    # The target hands its layers out from the lowest up, in whatever order a config lists them.
+    layers = tuple(sorted(named)) if named else default_capture_layers(num_layers)
+    if min(layers) < 0 or max(layers) >= num_layers or len(set(layers)) < len(layers):
+        raise CheckpointError(
+            f"{read.source}: eagle_config.eagle_aux_hidden_state_layer_ids",
+            f"must be different layers of the target, 0 to {num_layers - 1}"
+            + ("" if named else ", and by default they are the layers before 2, n // 2 and n - 3"),
+            list(layers),
+            "Name the layers the draft was trained on, or choose a draft made for this target.",
+        )
+    count = read.config.get("num_aux_hidden_states")
+    if count is not None and count != len(layers):
+        raise CheckpointError(
+            f"{read.source}: num_aux_hidden_states",
+            f"must be the number of captured layers ({len(layers)}: {', '.join(map(str, layers))})",
+            count,
+            "Name the layers in eagle_config.eagle_aux_hidden_state_layer_ids.",
+        )
+    return layers
+
+
+def _shapes(spec: DraftSpec) -> Shapes:
+    hidden = spec.block.hidden_size
+    shapes: Shapes = {"fc.weight": (hidden, spec.feature_size)}
+    if spec.fc_bias:
+        shapes["fc.bias"] = (hidden,)
+    if spec.norm_before_fc:
+        shapes["input_norm.weight"] = (spec.feature_size,)
+    if spec.fc_norm:
+        for index in range(len(spec.capture_layers)):
+            shapes[f"fc_norm.{index}.weight"] = (spec.target_hidden_size,)
+    for layer in range(spec.block.num_layers):
+        prefix = "midlayer." if layer == 0 else f"layers.{layer}."
+        if layer == 0:
+            shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "hidden_norm.weight"] = (hidden,)
+        shapes |= block_shapes(prefix, spec.block, 2 * hidden if layer == 0 else hidden)
+    shapes["norm.weight"] = (hidden,)
+    return shapes
+
+
+def _config(spec: DraftSpec) -> dict[str, Any]:
+    config: dict[str, Any] = {"architectures": [ARCHITECTURE], "bias": spec.fc_bias}
+    if spec.has_own_head:
+        config["draft_vocab_size"] = spec.draft_vocab_size
+    config["target_hidden_size"] = spec.target_hidden_size
+    config["num_aux_hidden_states"] = len(spec.capture_layers)
+    config["eagle_config"] = {
+        "eagle_aux_hidden_state_layer_ids": list(spec.capture_layers),
+        "use_aux_hidden_state": True,
+        "norm_before_fc": spec.norm_before_fc,
+    }
+    config["fc_norm"] = spec.fc_norm
+    # Absent, the key means logits after the norm and a recurrence before it in both conventions; present, it means
+    # the recurrence to SGLang and the logits to SpecForge.
+    if (spec.logits_norm, spec.recurrent_norm) != (True, False):
+        config["norm_output"] = spec.recurrent_norm
+    return config
+
+
+def _is_unread(name: str, spec: DraftSpec) -> bool:
+    """The norms of layers that use others."""
+    return name.startswith("layers.") and name.endswith(".input_layernorm.weight")
+
+
+def _num_own_parameters(config: Mapping[str, Any]) -> int:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    features = NUM_CAPTURED * (config.get("target_hidden_size") or hidden)
+    head = (config.get("draft_vocab_size") or 0) * hidden
+    qkv_heads = heads + 2 * (config.get("num_key_value_heads") or heads)
+    wider_attention = qkv_heads * (config.get("head_dim") or hidden // heads) * hidden
+    return int(features * hidden + head + wider_attention + hidden)
+
+
+EAGLE3 = DraftFormat(
+    family="eagle3",
+    blocks={ARCHITECTURE: LLAMA.architecture},
+    served=("Eagle3DeepseekV2ForCausalLM",),
+    fields=_fields,
+    shapes=_shapes,
+    config=_config,
+    is_unread=_is_unread,
+    renamed={
+        "layers.0.": "midlayer.",
+        "aux_norm_low.": "fc_norm.0.",  # the older names of the norms of captured layers
+        "aux_norm_mid.": "fc_norm.1.",
+        "aux_norm_high.": "fc_norm.2.",
+    },
+    has_tables=True,
+    num_own_parameters=_num_own_parameters,
+)

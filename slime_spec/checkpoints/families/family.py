@@ -1,0 +1,64 @@
+"""What differs between model families whose decoders this project builds, counts or only serves through SGLang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OTHER_ENGINE = "draft with it through the SGLang engine, or pass --sglang-speculative-algorithm LOOKUP"
+NOT_EMBEDDED = f"which the embedded engine does not have; {OTHER_ENGINE}"
+
+
+@dataclass(frozen=True)
+class MtpLayer:
+    """Names of one family's MTP layer, below ``prefix``; ``{layers}`` is the target's number of decoder layers.
+
+    ``hidden_first`` says that the projection's columns are [hidden; embedding], else [embedding; hidden]. The order is
+    a property of the weights: swapped halves load without complaint and draft nonsense.
+    ``block`` precedes the names of the decoder block (a Llama or Qwen2 block where the family is supported).
+    ``copies`` are repeated tensors of the target, of its vocabulary's size, which servers drop.
+    ``zero_first_embedding``: position 0 reads a zero embedding. ``refused`` says why the embedded engine cannot draft
+    with the layer.
+    """
+
+    prefix: str
+    projection: str
+    hidden_first: bool
+    embedding_norm: str
+    hidden_norm: str
+    final_norm: str
+    block: str = ""
+    copies: tuple[str, ...] = ()
+    zero_first_embedding: bool = False
+    refused: str = ""
+
+    def prefix_in(self, num_layers: int | None) -> str:
+        """The prefix in a target of ``num_layers`` decoder layers."""
+        return self.prefix.replace("{layers}", str(num_layers))
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models that config.json calls by one of ``architectures``.
+
+    ``is_built`` says that the embedded engine and the trainer build the decoder (GQA, RoPE, RMSNorm and SwiGLU);
+    SGLang alone serves the others. ``qkv_bias`` and ``qk_norm`` are the decoder's, and ``refused_biases`` those keys
+    of config.json that would add biases which nothing here knows. ``overflows_float16``: activations beyond its 65504
+    are common. ``sglang_finds_mtp``: SGLang takes the target's folder for the draft's without being given a path.
+    ``comes_as_code``: transformers does not know ``model_type``; the checkpoint brings the configuration's code.
+    """
+
+    architectures: tuple[str, ...]
+    model_type: str = ""
+    is_built: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    refused_biases: tuple[str, ...] = ("attention_bias", "mlp_bias")
+    mtp: MtpLayer | None = None
+    overflows_float16: bool = False
+    sglang_finds_mtp: bool = False
+    comes_as_code: bool = False
+
+    @property
+    def architecture(self) -> str:
+        """The name that this project writes into a config.json."""
+        return self.architectures[0]

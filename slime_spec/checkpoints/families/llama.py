@@ -1,0 +1,5 @@
+"""Llama 2 and 3, and the models that use their decoder under its name (SmolLM2)."""
+
+from slime_spec.checkpoints.families.family import Family
+
+LLAMA = Family(("LlamaForCausalLM",), model_type="llama", is_built=True)

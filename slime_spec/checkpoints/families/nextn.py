@@ -1,0 +1,82 @@
+"""MTP layers as drafts: the target's own inside its checkpoint, or one of our own training in MiMo's format.
+
+A draft of our own (``NextN``) is for a target without an MTP layer: MiMo's layer around a Llama block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from slime_spec.checkpoints.families.dense import Shapes, block_shapes
+from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFormat, DraftReading
+from slime_spec.checkpoints.families.family import MtpLayer
+from slime_spec.checkpoints.families.llama import LLAMA
+from slime_spec.checkpoints.families.mimo import MIMO
+from slime_spec.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from slime_spec.checkpoints.draft_spec import DraftSpec
+
+ARCHITECTURE = "LlamaForCausalLMNextN"
+assert MIMO.mtp is not None, "MiMo is the family whose MTP layer our own drafts follow"
+OWN_LAYER: MtpLayer = MIMO.mtp
+
+
+def _block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str) -> Mapping[str, Any]:
+    if layer is not None and layer.refused:
+        raise CheckpointError(f"{source}: architectures", layer.refused, config["architectures"][0], ANOTHER_DRAFT)
+    if not config.get("num_nextn_predict_layers"):
+        raise CheckpointError(
+            f"{source}: num_nextn_predict_layers",
+            "must be at least 1: this checkpoint has no MTP layer",
+            config.get("num_nextn_predict_layers"),
+            ANOTHER_DRAFT,
+        )
+    return {**config, "num_hidden_layers": 1}
+
+
+def _fields(read: DraftReading) -> dict[str, Any]:
+    layer = read.layer or OWN_LAYER
+    return {
+        "target_hidden_size": read.block.hidden_size,
+        "draft_vocab_size": read.block.vocab_size,
+        "hidden_first": layer.hidden_first,
+        "recurrent_norm": True,
+        "zero_first_embedding": layer.zero_first_embedding,
+        "in_target": read.layer is not None,
+    }
+
+
+def _shapes(spec: DraftSpec) -> Shapes:
+    layer, hidden = spec.mtp_layer, spec.block.hidden_size
+    prefix, block = layer.prefix, layer.prefix + layer.block
+    return {
+        prefix + layer.projection: (hidden, 2 * hidden),
+        prefix + layer.embedding_norm: (hidden,),
+        prefix + layer.hidden_norm: (hidden,),
+        block + "input_layernorm.weight": (hidden,),
+        **block_shapes(block, spec.block, hidden),
+        prefix + layer.final_norm: (hidden,),
+    }
+
+
+def _config(spec: DraftSpec) -> dict[str, Any]:
+    return {"architectures": [ARCHITECTURE], "num_nextn_predict_layers": 1}
+
+
+def _is_unread(name: str, spec: DraftSpec) -> bool:
+    """Copies of the target's tables."""
+    return name.removeprefix(spec.mtp_layer.prefix) in ("embed_tokens.weight", "lm_head.weight")
+
+
+NEXTN = DraftFormat(
+    family="mtp",
+    blocks={ARCHITECTURE: LLAMA.architecture},
+    block_config=_block_config,
+    fields=_fields,
+    shapes=_shapes,
+    config=_config,
+    is_unread=_is_unread,
+    drops_model_prefix=False,
+)

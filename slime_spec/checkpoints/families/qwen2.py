@@ -1,0 +1,5 @@
+"""Qwen2 and Qwen2.5: Llama's decoder with biases of queries, keys and values."""
+
+from slime_spec.checkpoints.families.family import Family
+
+QWEN2 = Family(("Qwen2ForCausalLM",), model_type="qwen2", is_built=True, qkv_bias=True, overflows_float16=True)
