@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from slime_spec.checkpoints.model_files import TABLES, DraftFiles, Shapes, TargetFiles
+from slime_spec.checkpoints.families.eagle3 import TABLES
+from slime_spec.checkpoints.model_files import DraftFiles, Shapes, TargetFiles
 from slime_spec.errors import PushError
 from slime_spec.weights.manifest import Manifest
 

@@ -11,6 +11,7 @@ from slime_spec.bench.local_engine import engine_config
 from slime_spec.bench.rows import BenchOptions
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.folder import CONFIG, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config
 
@@ -62,7 +63,7 @@ def vllm_draft_folder(options: BenchOptions, folder: Path) -> Path:
     draft = choose_draft(eagle3_config(options, "bfloat16", CHAINS[0]), target)
     assert draft is not None, "EAGLE3 has a draft"
     assert isinstance(draft.spec, DraftSpec), "whose spec is a draft network's"
-    config = json.loads((draft.folder / "config.json").read_text())
+    config = CheckpointFolder(draft.folder).json(CONFIG)
     inputs_of = [layer + 1 for layer in draft.spec.capture_layers]
     config["eagle_config"] = {**config.get("eagle_config", {}), "eagle_aux_hidden_state_layer_ids": inputs_of}
     folder.mkdir()

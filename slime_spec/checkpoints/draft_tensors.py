@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
+from slime_spec.checkpoints.families.eagle3 import D2T, T2D, TABLES
 from slime_spec.checkpoints.folder import DRAFT_PATH
 from slime_spec.checkpoints.tensors import check_tensor, save_checkpoint, stored_tensors
 from slime_spec.errors import CheckpointError
 
 MEND = "Copy the draft again, or correct its config.json."
-D2T, T2D = TABLES = "d2t", "t2d"
 
 
 @dataclass(frozen=True)

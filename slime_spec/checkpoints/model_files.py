@@ -8,11 +8,11 @@ from pathlib import Path
 
 from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.families import family_of
+from slime_spec.checkpoints.families.eagle3 import TABLES
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder, StoredTensor, require
 from slime_spec.config.tree import Config
 
 Shapes = Mapping[str, tuple[int, ...]]
-TABLES = ("d2t", "t2d")  # constants of a reduced vocabulary, which SGLang reads once, at its start
 UNBOUNDED = 2**31
 
 

@@ -13,7 +13,7 @@ from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, StoredT
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The lenient view: what config.json does not say is None, and nothing is required of it.
+    """A checkpoint of which nothing is required: what its config.json does not say is None.
 
     ``tensors`` is None where the folder has no weights (a plan needs none).
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slime_spec.checkpoints.families import FORMAT_OF
-from slime_spec.checkpoints.model_files import TABLES
+from slime_spec.checkpoints.families.eagle3 import TABLES
 from slime_spec.checkpoints.parameters import Parameters, count_parameters, kv_elements_per_token, num_kv_heads
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config

@@ -24,17 +24,21 @@ EXCEPTIONS = {
 PRODUCT = {str(path.relative_to(ROOT)): path for path in MODULES.values()}
 
 
-def words_of_code(source: str) -> set[str]:
-    """Every word in the string constants of a source; docstrings and comments are no code."""
+def strings_of_code(source: str) -> list[str]:
+    """The string constants of a source; docstrings and comments are no code."""
     tree = ast.parse(source)
     bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
     prose = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
-    strings = [
+    return [
         node.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
     ]
-    return {word for text in strings for word in re.findall(r"\w+", text)}
+
+
+def words_of_code(source: str) -> set[str]:
+    """Every word in the string constants of a source."""
+    return {word for text in strings_of_code(source) for word in re.findall(r"\w+", text)}
 
 
 WORDS = {name: words_of_code(path.read_text()) for name, path in PRODUCT.items()}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slime_spec.checkpoints.draft_spec import DraftSpec
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+D2T, T2D = TABLES = "d2t", "t2d"  # constants of a reduced vocabulary, which SGLang reads once, at its start
 NUM_CAPTURED = 3  # layers, where config.json names none
 
 

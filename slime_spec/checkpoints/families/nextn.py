@@ -12,15 +12,14 @@ from slime_spec.checkpoints.families.dense import Shapes, block_shapes
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFormat, DraftReading
 from slime_spec.checkpoints.families.family import MtpLayer
 from slime_spec.checkpoints.families.llama import LLAMA
-from slime_spec.checkpoints.families.mimo import MIMO
+from slime_spec.checkpoints.families.mimo import MIMO_LAYER
 from slime_spec.errors import CheckpointError
 
 if TYPE_CHECKING:
     from slime_spec.checkpoints.draft_spec import DraftSpec
 
 ARCHITECTURE = "LlamaForCausalLMNextN"
-assert MIMO.mtp is not None, "MiMo is the family whose MTP layer our own drafts follow"
-OWN_LAYER: MtpLayer = MIMO.mtp
+OWN_LAYER = MIMO_LAYER
 
 
 def _block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str) -> Mapping[str, Any]:
