@@ -60,7 +60,7 @@ class Assembly:
             builder.add(name, tensors.pop(name))
         settings = CoreSettings(
             shape=draft_shape(speculative, self.spec.architecture),
-            speculates=drafter is not None or speculative.algorithm != "NONE",
+            speculates=drafter is not None or speculative.record.speculates,
             max_running=self.config.engine.max_running_requests,
             engine_index=engine_index,
             dtype=self.dtype,

@@ -109,7 +109,7 @@ class EmbeddedEngine:
             time_in_draft_s=core.timing.draft_s,
             draft_version=core.draft_version,
             num_preemptions=core.num_preemptions,
-            speculates=self._assembly.config.speculative.algorithm != "NONE",
+            speculates=self._assembly.config.speculative.record.speculates,
             probed_round_s=core.probe.round_s,
             probed_plain_s=core.probe.plain_s,
         )

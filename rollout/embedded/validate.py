@@ -45,7 +45,7 @@ def context_length(config: EngineConfig, spec: ModelSpec) -> int:
 
 def limits_of(config: Config, spec: ModelSpec) -> Limits:
     """What the configuration and the model allow one request; raises ConfigError for a context beyond the model's."""
-    speculates = config.speculative.algorithm != "NONE"
+    speculates = config.speculative.record.speculates
     return Limits(
         vocab_size=spec.vocab_size,
         context_length=context_length(config.engine, spec),

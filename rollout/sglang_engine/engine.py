@@ -58,7 +58,7 @@ class SglangEngine:
         self._watch = make_watch(config, self._target, self._draft)
         self._upkeep = Upkeep(self.server, self.weights, self._watch)
         self._pushes = PushDesk(engine_index, transport, self._upkeep)
-        fills_rounds = config.speculative.algorithm != "NGRAM"
+        fills_rounds = config.speculative.record.fills_rounds
         self.samples = SampleRuns(engine_index, self.server, self.weights, fills_rounds, self._target.eos_token_ids)
 
     @property

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rollout.sglang_engine.client import ServerRefused, SglangClient
+from slime_spec.algorithms import NONE, reported_as
 from slime_spec.checkpoints.folder import CONFIG, CheckpointFolder
 from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.sglang.labels import label_suffix, version_number
-
-# SGLang runs NEXTN as EAGLE and says so.
-SAME = {"NEXTN": "EAGLE"}
 
 
 async def use_server(client: SglangClient, config: Config, engine_index: int, target: TargetFiles) -> None:
@@ -68,8 +66,8 @@ def check_served(
             )
     if "speculative_algorithm" in server_info:
         algorithm = config.speculative.algorithm
-        told = server_info["speculative_algorithm"] or "NONE"
-        if SAME.get(told, told) != SAME.get(algorithm, algorithm):
+        told = server_info["speculative_algorithm"] or NONE.name
+        if reported_as(told) != reported_as(algorithm):
             raise ConfigError(
                 "speculative.algorithm",
                 f"must be what the server speculates with: {url} was started with {told}",

@@ -52,7 +52,7 @@ class KeptServer:
         self.supervisor: Supervisor | None = None
         self.exclusive = RLock()
         self.resident = True
-        self.speculates = config.speculative.algorithm != "NONE"
+        self.speculates = config.speculative.record.speculates
         self._started = ExitStack()
         self._stopped = Event()
 

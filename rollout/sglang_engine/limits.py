@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rollout.partial_samples import check_begun
+from slime_spec.algorithms import NONE
 from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -36,10 +37,10 @@ def check_request(request: GroupRequest, target: TargetFiles, config: Config) ->
             "Shorten the prompt or lower --rollout-max-response-len.",
         )
     check_speculative_params(params, config.speculative.algorithm, target.vocab_size)
-    if not params.speculative and config.speculative.algorithm != "NONE":
+    if not params.speculative and config.speculative.record.speculates:
         raise ConfigError(
             "sampling_params.speculative",
             "SGLang speculates for all of a server's requests or for none",
             False,
-            "Pass --speculative-algorithm NONE, or --rollout-engine embedded.",
+            f"Pass --speculative-algorithm {NONE.name}, or --rollout-engine embedded.",
         )

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from slime_spec.algorithms import LOOKUP, NGRAM
 from slime_spec.bench.drafts import with_draft_tokens
 from slime_spec.bench.local_engine import engine_config, started_engine
 from slime_spec.bench.plain import SHORT
@@ -60,7 +61,7 @@ def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int
         with ExitStack() as started:
             sides: dict[str, Side] = {}
             for count in ADVICE_TOKENS:
-                config = with_draft_tokens(engine_config(model, dtype, "LOOKUP"), count)
+                config = with_draft_tokens(engine_config(model, dtype, LOOKUP.name), count)
                 engine = started.enter_context(started_engine(config))
                 sides.setdefault("plain", EngineSide(engine, False))
                 sides[f"no_advice_n{count}"] = EngineSide(engine, True)
@@ -97,8 +98,8 @@ def measure_lookup(model: Path, kinds: Mapping[str, Prompts], sizes: LookupSizes
     rows: list[Row] = []
     dtype = sizes.dtypes[0]
     with ExitStack() as started:
-        engine = started.enter_context(started_engine(engine_config(model, dtype, "LOOKUP")))
-        ngram = started.enter_context(ForgetfulSide(engine_config(model, dtype, "NGRAM")))
+        engine = started.enter_context(started_engine(engine_config(model, dtype, LOOKUP.name)))
+        ngram = started.enter_context(ForgetfulSide(engine_config(model, dtype, NGRAM.name)))
         sides: dict[str, Side] = {
             "plain": EngineSide(engine, False),
             "lookup": EngineSide(engine, True),

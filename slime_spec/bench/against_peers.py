@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from slime_spec.algorithms import LOOKUP
 from slime_spec.bench.drafts import CHAINS, Shape, eagle3_config, vllm_draft_folder, with_draft_tokens
 from slime_spec.bench.hf_generate import HfGenerate, HfSide
 from slime_spec.bench.local_engine import engine_config, started_engine
@@ -103,7 +104,7 @@ def our_sides(options: BenchOptions) -> Iterator[dict[str, Side]]:
         plain = started.enter_context(started_engine(engine_config(options.model, DTYPE)))
         sides: dict[str, Side] = {"plain": EngineSide(plain, False)}
         for count in LOOKUP_DRAFTS:
-            config = with_draft_tokens(engine_config(options.model, DTYPE, "LOOKUP"), count + 1)
+            config = with_draft_tokens(engine_config(options.model, DTYPE, LOOKUP.name), count + 1)
             sides[f"lookup{count}"] = EngineSide(started.enter_context(started_engine(config)), True)
         for shape in CHAINS:
             engine = started.enter_context(started_engine(eagle3_config(options, DTYPE, shape)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slime_spec.algorithms import EAGLE3
 from slime_spec.bench.local_engine import engine_config
 from slime_spec.bench.rows import BenchOptions
 from slime_spec.checkpoints.draft_choice import choose_draft
@@ -45,7 +46,7 @@ def with_draft_tokens(config: Config, count: int) -> Config:
 
 def eagle3_config(options: BenchOptions, dtype: str, shape: Shape, **speculative: Any) -> Config:
     """An engine that drafts with ``options.draft``; ``speculative`` are further settings of that section."""
-    config = engine_config(options.model, dtype, "EAGLE3")
+    config = engine_config(options.model, dtype, EAGLE3.name)
     settings = replace(
         config.speculative,
         draft_model_path=options.draft,
@@ -61,7 +62,7 @@ def vllm_draft_folder(options: BenchOptions, folder: Path) -> Path:
     """The same draft as vLLM reads it: its layer ids name a layer's input, ours (and SGLang's) a layer's output."""
     target = ModelSpec.from_folder(options.model)
     draft = choose_draft(eagle3_config(options, "bfloat16", CHAINS[0]), target)
-    assert draft is not None, "EAGLE3 has a draft"
+    assert draft is not None, "the algorithm has a draft"
     assert isinstance(draft.spec, DraftSpec), "whose spec is a draft network's"
     config = CheckpointFolder(draft.folder).json(CONFIG)
     inputs_of = [layer + 1 for layer in draft.spec.capture_layers]

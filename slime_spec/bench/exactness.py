@@ -16,6 +16,7 @@ import torch
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.plan import RowSpan
+from slime_spec.algorithms import EAGLE3, LOOKUP, NGRAM
 from slime_spec.bench.drafts import Shape, eagle3_config
 from slime_spec.bench.engine import engine_logits
 from slime_spec.bench.local_engine import engine_config, greedy, started_engine
@@ -66,9 +67,10 @@ def speculating(options: BenchOptions, dtype: str) -> dict[str, Config]:
     """The ways of drafting that are compared with none."""
     plain = engine_config(options.model, dtype)
     weightless = {
-        name: replace(plain, speculative=replace(plain.speculative, algorithm=name)) for name in ("LOOKUP", "NGRAM")
+        name: replace(plain, speculative=replace(plain.speculative, algorithm=name))
+        for name in (LOOKUP.name, NGRAM.name)
     }
-    eagle3 = {f"EAGLE3_{shape.name}": eagle3_config(options, dtype, shape) for shape in SHAPES}
+    eagle3 = {f"{EAGLE3.name}_{shape.name}": eagle3_config(options, dtype, shape) for shape in SHAPES}
     return {**weightless, **eagle3}
 
 

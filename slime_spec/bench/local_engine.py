@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rollout.embedded.engine import EmbeddedEngine
+from slime_spec.algorithms import NONE
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
 from slime_spec.interfaces import RolloutEngine
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
 
-def engine_config(model: Path, dtype: str, algorithm: str = "NONE") -> Config:
+def engine_config(model: Path, dtype: str, algorithm: str = NONE.name) -> Config:
     return Config(
         model=ModelConfig(hf_checkpoint=str(model)),
         engine=EngineConfig(dtype=dtype, cost_probe_interval=0),  # nothing but what is timed

@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 
 from rollout.embedded.kernels.library import kernels
+from slime_spec.algorithms import EAGLE3, NGRAM, NONE, STANDALONE
 from slime_spec.run_folder import versions
 
 # The packages that a number depends on; the JSON has them all.
@@ -70,7 +71,7 @@ class BenchOptions:
     markdown: Path | None = None
     chart: Path | None = None
     sglang_python: str | None = None
-    algorithms: tuple[str, ...] = ("NONE", "NGRAM", "STANDALONE", "EAGLE3")
+    algorithms: tuple[str, ...] = (NONE.name, NGRAM.name, STANDALONE.name, EAGLE3.name)
     dtype: str = "float32"
     num_gpus: int | None = None
     attention_backend: str | None = None

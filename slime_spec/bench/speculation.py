@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.embedded.engine import EmbeddedEngine
+from slime_spec.algorithms import LOOKUP
 from slime_spec.bench.local_engine import engine_config, greedy, started_engine
 from slime_spec.bench.prompts import KINDS, Prompts, tokenized
 from slime_spec.bench.rows import BenchOptions, Row, at_least
@@ -40,7 +41,7 @@ def measure(options: BenchOptions) -> list[Row]:
 def measure_speculation(model: Path, prompts: dict[str, Prompts], sizes: SpeculationSizes) -> list[Row]:
     """Rows per kind of prompt and batch size, fp32, greedy."""
     rows: list[Row] = []
-    with started_engine(engine_config(model, "float32", "LOOKUP")) as engine:
+    with started_engine(engine_config(model, "float32", LOOKUP.name)) as engine:
         for kind, of_kind in prompts.items():
             for batch_size in sizes.batch_sizes:
                 rows += _rows(f"{kind}.b{batch_size}", *_times(engine, kind, of_kind, batch_size, sizes))
@@ -78,7 +79,7 @@ def _rows(name: str, what: str, times: dict[str, list[Timed[Samples]]]) -> list[
     accept_rate = sum(one.num_correct for one in spec) / sum(one.num_proposed for one in spec)
     break_even = break_even_length(on, off, prefill)
     return [
-        Row(f"{prefix}.tokens_per_s_on", f"LOOKUP, fp32, {what}", _per_s(on), "tokens/s"),
+        Row(f"{prefix}.tokens_per_s_on", f"{LOOKUP.name}, fp32, {what}", _per_s(on), "tokens/s"),
         Row(f"{prefix}.tokens_per_s_off", f"plain decoding, fp32, {what}", _per_s(off), "tokens/s"),
         Row(f"{prefix}.ratio", f"on over off, median of {len(on)} interleaved rounds", median_ratio(off, on), "x"),
         Row(f"{prefix}.accept_length", f"{what}: reply tokens over verify rounds", accept_length, "tokens/round"),

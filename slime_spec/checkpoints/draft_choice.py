@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slime_spec.checkpoints.draft_location import FORMATS_OF, NETWORKED, fitting_algorithm, locate_draft
+from slime_spec.algorithms import Algorithm, algorithm_of_family
+from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import verify_draft
 from slime_spec.checkpoints.families import family_of
@@ -21,7 +22,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class ChosenDraft:
-    """The folder whose weights draft; ``spec`` is a whole model's (STANDALONE) or a draft network's."""
+    """The folder whose weights draft; ``spec`` is a whole model's or a draft network's."""
 
     folder: Path
     spec: ModelSpec | DraftSpec
@@ -42,15 +43,15 @@ class ChosenDraft:
 def choose_draft(config: Config, target: ModelSpec) -> ChosenDraft | None:
     """The draft of ``config``, None for an algorithm without one; raises ConfigError for one that cannot serve."""
     speculative = config.speculative
-    if speculative.algorithm not in NETWORKED:
+    if not speculative.record.has_weights:
         return None
     _check_quantization(speculative, on_gpu=config.rollout.num_gpus_per_engine > 0)
     folder = _folder(config, target)
-    if speculative.algorithm == "STANDALONE":
+    if speculative.record.is_whole_model:
         draft = ChosenDraft(folder, _whole_model(folder, target, config.model.hf_checkpoint))
     else:
         spec = DraftSpec.from_folder(folder, target, speculative.draft_norm_output_convention)
-        _check_family(spec, speculative.algorithm)
+        _check_family(spec, speculative.record)
         _check_tokenizers(folder, config.model.hf_checkpoint)
         draft = ChosenDraft(folder, spec)
     _check_context(draft, config.engine.context_length or target.max_position_embeddings)
@@ -80,13 +81,13 @@ def _whole_model(folder: Path, target: ModelSpec, target_folder: str) -> ModelSp
     return spec
 
 
-def _check_family(spec: DraftSpec, algorithm: str) -> None:
-    if spec.family not in FORMATS_OF[algorithm]:
-        fitting = fitting_algorithm(spec.family)
+def _check_family(spec: DraftSpec, algorithm: Algorithm) -> None:
+    if spec.family not in algorithm.families:
+        fitting = algorithm_of_family(spec.family).name
         raise ConfigError(
             "speculative.algorithm",
             f"must be {fitting} for a draft of the {spec.family} family",
-            algorithm,
+            algorithm.name,
             f"Pass --sglang-speculative-algorithm {fitting}, or another draft.",
         )
 

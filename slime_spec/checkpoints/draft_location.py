@@ -7,21 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slime_spec.checkpoints.families.draft_format import DraftFamily
 from slime_spec.checkpoints.folder import DRAFT_PATH
-from slime_spec.config.speculation import WITH_DRAFT_MODEL
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.interfaces import unknown_choice
 
 BUILTIN = "builtin:"
-# algorithm -> formats of drafts it runs, its own first; in SGLang NEXTN is another name of EAGLE
-FORMATS_OF: dict[str, tuple[DraftFamily, ...]] = {
-    "EAGLE3": ("eagle3",),
-    "EAGLE": ("eagle", "mtp"),
-    "NEXTN": ("mtp", "eagle"),
-}
-WHOLE_MODEL = "STANDALONE"
-NETWORKED = (WHOLE_MODEL, *FORMATS_OF)
 
 
 @dataclass(frozen=True)
@@ -41,21 +31,16 @@ def locate_draft(speculative: SpeculativeConfig, target: str) -> DraftLocation |
     ``in_target`` says what the settings ask for, not that the target has an MTP layer.
     Raises ConfigError for a builtin draft that does not exist; no other file is looked at.
     """
-    algorithm, path = speculative.algorithm, speculative.draft_model_path
-    if algorithm not in WITH_DRAFT_MODEL:
+    algorithm, path = speculative.record, speculative.draft_model_path
+    if not algorithm.has_weights:
         return None
     if path is None:
-        return DraftLocation("in_target", target) if "mtp" in FORMATS_OF.get(algorithm, ()) else None
+        return DraftLocation("in_target", target) if algorithm.drafts_with_mtp_layer else None
     folder = builtin_folder(path) if path.startswith(BUILTIN) else path
-    if algorithm == WHOLE_MODEL:
+    if algorithm.is_whole_model:
         return DraftLocation("whole", folder)
     is_targets = os.path.realpath(folder) == os.path.realpath(target)
     return DraftLocation("in_target" if is_targets else "head", folder)
-
-
-def fitting_algorithm(family: DraftFamily | None) -> str:
-    """The algorithm that drafts of a format are made for; None is a whole model."""
-    return next((name for name, families in FORMATS_OF.items() if family == families[0]), WHOLE_MODEL)
 
 
 def builtin_folder(path: str) -> str:

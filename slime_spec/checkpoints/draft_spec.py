@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slime_spec.algorithms import STANDALONE
 from slime_spec.checkpoints.families import FORMAT_OF, family_of, format_of_family
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFamily, DraftFormat, DraftReading
 from slime_spec.checkpoints.families.family import MtpLayer
@@ -84,7 +85,7 @@ class DraftSpec:
                 f"{source}: architectures",
                 f"must name a draft: {', '.join(FORMAT_OF)}",
                 architecture,
-                "Correct the config.json if it is such a draft, or use STANDALONE for a whole model.",
+                f"Correct the config.json if it is such a draft, or use {STANDALONE.name} for a whole model.",
             )
         # A draft without rope_theta rotates by 10000, whatever its target does.
         as_model = {

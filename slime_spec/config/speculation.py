@@ -5,70 +5,53 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
-from slime_spec.config.speculative import EMBEDDED_ALGORITHMS, SPECULATIVE_ALGORITHMS
+from slime_spec.algorithms import ALGORITHMS, AUTO_CHAIN, NGRAM_DRAFT_TOKENS, OF_DRAFT_MODEL, listed, names
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
-from slime_spec.sglang.draft_shape import (
-    AUTO_CHAIN,
-    MODEL_DRAFTS,
-    NGRAM_DRAFT_TOKENS,
-    auto_is_chain,
-    check_shape,
-    forced_draft_tokens,
-)
+from slime_spec.sglang.draft_shape import check_shape, forced_draft_tokens
 
-EVERY = tuple(name for name in SPECULATIVE_ALGORITHMS if name != "NONE")
-WITH_DRAFT_MODEL = (*MODEL_DRAFTS, "DFLASH", "DSPARK")
-# What says which draft model there is and how its drafts are verified; each is an error with another algorithm.
-OF_DRAFT_MODEL = ("draft_model_path", "draft_model_quantization", "use_rejection_sampling", "use_block_verification")
-# Which algorithms read a setting; where none does, it has no effect and the user is told.
-READ_BY: Mapping[str, tuple[str, ...]] = {
-    "num_steps": (*MODEL_DRAFTS, "LOOKUP"),
-    "eagle_topk": MODEL_DRAFTS,
-    "num_draft_tokens": EVERY,
-    "accept_threshold_single": EVERY,
-    "accept_threshold_acc": EVERY,
-    "lossy": EVERY,
-    "token_map": ("EAGLE",),
-    "draft_norm_output_convention": ("EAGLE3",),
-    "min_token_match": ("LOOKUP",),
-    "max_token_match": ("LOOKUP",),
-    "edit": ("LOOKUP",),
-    **{field.name: ("NGRAM",) for field in fields(SpeculativeConfig) if field.name.startswith("ngram_")},
-}
 FORGED_ACCEPTANCE = "SGLANG_SIMULATE_ACC_LEN"
 
 
 def check_speculation(config: Config) -> None:
     """Raise ConfigError for the first contradiction among the speculative settings."""
     spec = config.speculative
-    if spec.algorithm == "LOOKUP" and config.rollout.engine == "sglang":
+    record = spec.record
+    if record.sglang is None and config.rollout.engine == "sglang":
+        instead = listed(names(lambda each: each.sglang is not None and each.sources == record.sources))
         raise ConfigError(
             "speculative.algorithm",
-            "SGLang has no LOOKUP",
+            f"SGLang has no {spec.algorithm}",
             spec.algorithm,
-            "Pass --speculative-algorithm NGRAM, or --rollout-engine embedded.",
+            f"Pass --speculative-algorithm {instead}, or --rollout-engine embedded.",
         )
-    if spec.algorithm not in EMBEDDED_ALGORITHMS and config.rollout.engine != "sglang":
+    if record.drafter is None and config.rollout.engine != "sglang":
         raise ConfigError(
             "speculative.algorithm",
             f"is known but not available on the {config.rollout.engine} engine in this version; available: "
-            + ", ".join(EMBEDDED_ALGORITHMS),
+            + ", ".join(names(lambda each: each.drafter is not None)),
             spec.algorithm,
-            "Pass --speculative-algorithm EAGLE3, or LOOKUP, which needs no draft model.",
+            f"Pass --speculative-algorithm {listed(names(lambda each: each.drafter is not None and each.has_weights))},"
+            f" or {listed(names(lambda each: each.sources == ('text',)))}, which need no draft model.",
         )
     _check_draft_model(config)
     check_shape(spec)
     _check_sampled_drafts(spec)
     _check_thresholds(config)
     _check_lookup(config)
-    if spec.algorithm == "NGRAM":
+    if record.takes_corpus:
         _check_ngram(spec)
+
+
+def settings_read() -> list[str]:
+    """The settings that some algorithms read; set for another one, they have no effect and the user is told."""
+    read = {name for each in ALGORITHMS.values() for name in each.reads}
+    return [field.name for field in fields(SpeculativeConfig) if field.name in read]
 
 
 def unused_draft_settings(spec: SpeculativeConfig) -> list[str]:
     """Those of OF_DRAFT_MODEL that are set for an algorithm without a draft model: an experiment's, of another one."""
-    if spec.algorithm in WITH_DRAFT_MODEL:
+    if spec.record.has_weights:
         return []
     default = SpeculativeConfig()
     return [name for name in OF_DRAFT_MODEL if getattr(spec, name) != getattr(default, name)]
@@ -88,8 +71,8 @@ def check_environment(environ: Mapping[str, str]) -> None:
 def speculation_notes(config: Config) -> Iterator[str]:
     """What is adjusted or has no effect, one sentence each."""
     spec, default = config.speculative, SpeculativeConfig()
-    for name, algorithms in READ_BY.items():
-        if spec.algorithm not in algorithms and getattr(spec, name) != getattr(default, name):
+    for name in settings_read():
+        if name not in spec.record.reads and getattr(spec, name) != getattr(default, name):
             yield f"speculative.{name} has no effect with speculative.algorithm={spec.algorithm}."
     forced = forced_draft_tokens(spec)
     if forced is not None:
@@ -98,26 +81,26 @@ def speculation_notes(config: Config) -> Iterator[str]:
             f"{spec.num_steps} steps is verified as num_steps + 1 tokens."
         )
     is_sampled = spec.use_rejection_sampling or spec.use_block_verification
-    if spec.algorithm in MODEL_DRAFTS and spec.num_steps is None and is_sampled and auto_is_chain(spec):
+    if spec.record.has_numbers and spec.num_steps is None and is_sampled:
         numbers = "num_steps={}, eagle_topk={}, num_draft_tokens={}".format(*AUTO_CHAIN)
         yield f"Sampled drafts are chains: the automatic shape is {numbers} for every target."
-    if spec.lossy and spec.accept_threshold_single == spec.accept_threshold_acc == 1.0 and spec.algorithm != "NONE":
+    if spec.lossy and spec.accept_threshold_single == spec.accept_threshold_acc == 1.0 and spec.record.speculates:
         yield "speculative.lossy has no effect: both acceptance thresholds are 1, and the output is exact."
 
 
 def _check_draft_model(config: Config) -> None:
     spec = config.speculative
     path, quantization = spec.draft_model_path, spec.draft_model_quantization
-    has_model = spec.algorithm in WITH_DRAFT_MODEL
+    has_model = spec.record.has_weights
     if path is not None and not has_model:
         raise ConfigError(
             "speculative.draft_model_path",
             f"has no use with speculative.algorithm={spec.algorithm}, which drafts without a model",
             path,
-            "Pass --speculative-algorithm EAGLE3, EAGLE, NEXTN or STANDALONE, or leave the path out.",
+            f"Pass --speculative-algorithm {listed(names(lambda each: each.has_numbers))}, or leave the path out.",
         )
-    # EAGLE and NEXTN may draft with the target's own MTP head, which its config.json tells.
-    if path is None and spec.algorithm in ("STANDALONE", "EAGLE3"):
+    # A draft inside the target's checkpoint is the target's own MTP head, which its config.json names.
+    if path is None and has_model and not spec.record.may_be_in_target:
         raise ConfigError(
             "speculative.draft_model_path",
             f"{spec.algorithm} needs the checkpoint folder of a draft model",
@@ -145,9 +128,9 @@ def _check_sampled_drafts(spec: SpeculativeConfig) -> None:
         ("use_rejection_sampling", "--speculative-use-rejection-sampling"),
         ("use_block_verification", "--speculative-use-block-verification"),
     ):
-        if not getattr(spec, name) or spec.algorithm == "NONE":
+        if not getattr(spec, name) or not spec.record.speculates:
             continue
-        if spec.algorithm not in MODEL_DRAFTS:
+        if not spec.record.has_numbers:
             raise ConfigError(
                 f"speculative.{name}",
                 f"samples drafts from a draft model's distribution, and {spec.algorithm} has none",
@@ -167,7 +150,7 @@ def _check_thresholds(config: Config) -> None:
     spec = config.speculative
     for name in ("accept_threshold_single", "accept_threshold_acc"):
         value, flag = getattr(spec, name), f"--speculative-{name.replace('_', '-')}"
-        if value == 1.0 or spec.algorithm == "NONE":
+        if value == 1.0 or not spec.record.speculates:
             continue
         if config.run.mode == "train":
             raise ConfigError(
@@ -201,12 +184,13 @@ def _check_lookup(config: Config) -> None:
             spec.min_token_match,
             "Pass --sp-min-token-match and --sp-max-token-match with the smaller one first.",
         )
-    if config.task.advice_key is not None and spec.algorithm != "LOOKUP" and config.run.mode != "train_only":
+    takers = listed(names(lambda each: each.takes_advice))
+    if config.task.advice_key is not None and not spec.record.takes_advice and config.run.mode != "train_only":
         raise ConfigError(
             "task.advice_key",
-            f"advice is looked up by LOOKUP alone, and speculative.algorithm is {spec.algorithm}",
+            f"advice is looked up by {takers} alone, and speculative.algorithm is {spec.algorithm}",
             config.task.advice_key,
-            "Pass --speculative-algorithm LOOKUP, or drop --advice-key.",
+            f"Pass --speculative-algorithm {takers}, or drop --advice-key.",
         )
 
 

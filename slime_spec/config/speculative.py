@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slime_spec.algorithms import EAGLE, EAGLE3, LOOKUP, NGRAM, NONE, Algorithm, find_algorithm, listed, names
 from slime_spec.config.setting import setting
-
-# What each engine speculates with is checked where engine and algorithm meet (slime_spec.config.checks).
-EMBEDDED_ALGORITHMS = ("NONE", "LOOKUP", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
-SPECULATIVE_ALGORITHMS = (*EMBEDDED_ALGORITHMS, "DFLASH", "DSPARK")
 
 
 @dataclass(frozen=True)
@@ -16,10 +13,10 @@ class SpeculativeConfig:
     """How the engines speculate; every name and meaning is SGLang's, ``min/max_token_match`` are RTP-LLM's."""
 
     algorithm: str = setting(
-        "NONE",
-        "Speculation: NONE, LOOKUP, NGRAM, STANDALONE, EAGLE, EAGLE3 or NEXTN.",
+        NONE.name,
+        f"Speculation: {listed(names(lambda each: each.drafter is not None))}.",
         flags=("--sglang-speculative-algorithm",),
-        choices=SPECULATIVE_ALGORITHMS,
+        choices=names(),
     )
     draft_model_path: str | None = setting(
         None, "Checkpoint folder of the draft.", flags=("--sglang-speculative-draft-model-path", "--sp-checkpoint-path")
@@ -70,55 +67,64 @@ class SpeculativeConfig:
         flags=("--sglang-speculative-use-block-verification",),
     )
     token_map: str | None = setting(
-        None, "EAGLE: file of the hot token ids its head is cut to.", flags=("--sglang-speculative-token-map",)
+        None, f"{EAGLE.name}: file of the hot token ids its head is cut to.", flags=("--sglang-speculative-token-map",)
     )
     draft_norm_output_convention: str = setting(
         "sglang",
-        "EAGLE3: what norm_output in the draft's config means: sglang (recurrence after the norm) or specforge.",
+        f"{EAGLE3.name}: what norm_output in the draft's config means: sglang (recurrence after the norm) or "
+        "specforge.",
         flags=("--draft-norm-output-convention",),
         choices=("sglang", "specforge"),
     )
     min_token_match: int = setting(
-        2, "LOOKUP: shortest suffix that counts as a match.", flags=("--sp-min-token-match",), minimum=1
+        2, f"{LOOKUP.name}: shortest suffix that counts as a match.", flags=("--sp-min-token-match",), minimum=1
     )
-    max_token_match: int = setting(4, "LOOKUP: longest suffix tried.", flags=("--sp-max-token-match",), minimum=1)
+    max_token_match: int = setting(
+        4, f"{LOOKUP.name}: longest suffix tried.", flags=("--sp-max-token-match",), minimum=1
+    )
     edit: bool = setting(
         False,
-        "LOOKUP: take the advice (or the prompt) for an earlier version of the reply and search it forward only.",
+        f"{LOOKUP.name}: take the advice (or the prompt) for an earlier version of the reply and search it forward "
+        "only.",
         flags=("--sp-edit",),
     )
     ngram_min_bfs_breadth: int = setting(
-        1, "NGRAM: least children of a node.", flags=("--sglang-speculative-ngram-min-bfs-breadth",), minimum=1
+        1, f"{NGRAM.name}: least children of a node.", flags=("--sglang-speculative-ngram-min-bfs-breadth",), minimum=1
     )
     ngram_max_bfs_breadth: int = setting(
-        10, "NGRAM: most children of a node.", flags=("--sglang-speculative-ngram-max-bfs-breadth",), minimum=1
+        10, f"{NGRAM.name}: most children of a node.", flags=("--sglang-speculative-ngram-max-bfs-breadth",), minimum=1
     )
     ngram_match_type: str = setting(
         "BFS",
-        "NGRAM: BFS takes the most recent continuations, PROB the most frequent.",
+        f"{NGRAM.name}: BFS takes the most recent continuations, PROB the most frequent.",
         flags=("--sglang-speculative-ngram-match-type",),
         choices=("BFS", "PROB"),
     )
     ngram_max_trie_depth: int = setting(
-        18, "NGRAM: longest n-gram kept.", flags=("--sglang-speculative-ngram-max-trie-depth",), minimum=2
+        18, f"{NGRAM.name}: longest n-gram kept.", flags=("--sglang-speculative-ngram-max-trie-depth",), minimum=2
     )
     ngram_capacity: int = setting(
-        10_000_000, "NGRAM: trie nodes kept.", flags=("--sglang-speculative-ngram-capacity",), minimum=1
+        10_000_000, f"{NGRAM.name}: trie nodes kept.", flags=("--sglang-speculative-ngram-capacity",), minimum=1
     )
     ngram_external_corpus_path: str | None = setting(
         None,
-        "NGRAM: jsonl file of texts or token ids to draft from besides the requests.",
+        f"{NGRAM.name}: jsonl file of texts or token ids to draft from besides the requests.",
         flags=("--sglang-speculative-ngram-external-corpus-path",),
     )
     ngram_external_sam_budget: int = setting(
         0,
-        "NGRAM: draft nodes taken from the external corpus per round.",
+        f"{NGRAM.name}: draft nodes taken from the external corpus per round.",
         flags=("--sglang-speculative-ngram-external-sam-budget",),
         minimum=0,
     )
     ngram_external_corpus_max_tokens: int = setting(
         10_000_000,
-        "NGRAM: tokens of the external corpus read.",
+        f"{NGRAM.name}: tokens of the external corpus read.",
         flags=("--sglang-speculative-ngram-external-corpus-max-tokens",),
         minimum=1,
     )
+
+    @property
+    def record(self) -> Algorithm:
+        """What the algorithm is; raises ConfigError for a name that none has."""
+        return find_algorithm(self.algorithm)

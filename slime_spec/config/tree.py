@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from slime_spec.algorithms import LOOKUP
 from slime_spec.config.setting import setting
 from slime_spec.config.sglang_server import SglangServerConfig
 from slime_spec.config.speculative import SpeculativeConfig
@@ -56,7 +57,7 @@ class TaskConfig:
     input_key: str = setting("prompt", "Key of the prompt in prompt_data.")
     label_key: str = setting("label", "Key of the answer in prompt_data.")
     advice_key: str | None = setting(
-        None, "Key of a text in prompt_data that the reply will resemble; LOOKUP drafts from it. Default: none."
+        None, f"Key of a text in prompt_data that the reply will resemble; {LOOKUP.name} drafts from it. Default: none."
     )
     reward: str = setting(
         "last_integer",

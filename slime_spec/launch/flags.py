@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from slime_spec.algorithms import ALGORITHMS
 from slime_spec.config.schema import Setting, settings
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.texts import NULLS, PARSERS, whole_number
@@ -14,15 +15,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.sglang.flags import SglangFlag, sglang_flags, typed_elsewhere
 
 EXPERIMENT = "experiment"  # the choice of a file in conf/experiment (or of a path), not a setting of the tree
-SP_TYPES = {
-    "none": "NONE",
-    "deterministic": "LOOKUP",
-    "vanilla": "STANDALONE",
-    "mtp": "NEXTN",
-    "eagle": "EAGLE",
-    "eagle3": "EAGLE3",
-    "dspark": "DSPARK",
-}
+SP_TYPES = {each.rtp_llm: each.name for each in ALGORITHMS.values() if each.rtp_llm is not None}
 
 
 @dataclass(frozen=True)

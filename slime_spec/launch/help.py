@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from slime_spec.algorithms import LOOKUP, NEXTN, STANDALONE
 from slime_spec.config.schema import Setting, nodes, settings
 from slime_spec.launch.flags import SP_TYPES
 from slime_spec.sglang.flags import sglang_flags, sglang_version
@@ -59,8 +60,9 @@ def _lines(experiments: list[str]) -> Iterator[str]:
     yield "RTP-LLM's names"
     yield f"  --sp-type {'|'.join(SP_TYPES)}    speculative.algorithm"
     yield from _wrapped(
-        "deterministic is LOOKUP, vanilla STANDALONE, mtp NEXTN. NEXTN drafts with the MTP layer of the target itself; "
-        "SGLang's spelling of it, EAGLE with the target's folder as the draft's, means the same.",
+        f"{LOOKUP.rtp_llm} is {LOOKUP.name}, {STANDALONE.rtp_llm} {STANDALONE.name}, {NEXTN.rtp_llm} {NEXTN.name}. "
+        f"{NEXTN.name} drafts with the MTP layer of the target itself; "
+        f"SGLang's spelling of it, {NEXTN.sglang} with the target's folder as the draft's, means the same.",
         indent=" " * 6,
     )
     yield "  --gen-num-per-cycle K    speculative.num_steps=K: a chain of K drafts"

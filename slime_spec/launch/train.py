@@ -100,7 +100,7 @@ def preflight(config: Config) -> Inputs:
             check_layout(config, spec)
         check_vocabulary(tokenizer, spec)
     corpus = config.speculative.ngram_external_corpus_path
-    if corpus is not None and config.speculative.algorithm == "NGRAM":
+    if corpus is not None and config.speculative.record.takes_corpus:
         for _ in corpus_lines(corpus):  # for its errors
             pass
     prompts = PromptSource(config, tokenizer)

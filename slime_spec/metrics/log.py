@@ -37,7 +37,7 @@ class MetricLog:
             "jsonl": True,
             "wandb": config.metrics.use_wandb,
             "console": config.metrics.console,
-            "alarm": config.speculative.algorithm != "NONE",
+            "alarm": config.speculative.record.speculates,
         }
         with ExitStack() as opened:
             sinks = []

@@ -57,7 +57,7 @@ class Facts:
 
     @property
     def speculates(self) -> bool:
-        return self.config.speculative.algorithm != "NONE" and self.config.run.mode != "train_only"
+        return self.config.speculative.record.speculates and self.config.run.mode != "train_only"
 
     @property
     def draft_kind(self) -> DraftKind:

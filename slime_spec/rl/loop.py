@@ -73,7 +73,7 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
             metrics |= push_weights(job.config, job.trainer, job.engines, version, clock)
     if job.engines is not None:
         after = job.engines.stats()
-        speculates = job.config.speculative.algorithm != "NONE"
+        speculates = job.config.speculative.record.speculates
         metrics |= engine_metrics(before, after, speculates) | benefit_metrics(after, samples)
     metrics |= perf_metrics(samples, clock.seconds, clock.total_s)
     return metrics, RunState(state.rollout_id + 1, rollout.next_prompt_id, version, rollout.unfinished_prompt_ids)

@@ -70,7 +70,7 @@ class GeneratedRollouts:
         num_new = max(0, (rollout.over_sampling_batch_size or rollout.batch_size) - num_known)
         prompts += self._take_prompts(num_new, state.next_prompt_id)
         speculative = self._config.speculative
-        edit = speculative.edit and speculative.algorithm == "LOOKUP"
+        edit = speculative.edit and speculative.record.takes_advice
         requests = group_requests(prompts, rollout, self._config.run.seed, edit)
         for prompt, request in zip(prompts, requests, strict=True):
             self._open[prompt.prompt_id] = OpenGroup(prompt, request)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from slime_spec.algorithms import NGRAM, names
 from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.folder import CheckpointFolder
@@ -35,7 +36,6 @@ OWNED = ("model_path", "host", "port", "weight_version", "nnodes", "node_rank", 
 OF_ENGINE = ("dtype", "context_length", "max_running_requests", "max_total_tokens")
 # Settings of the tree that are ours or RTP-LLM's and mean nothing to SGLang.
 NOT_SGLANGS = ("lossy", "draft_norm_output_convention", "min_token_match", "max_token_match", "edit")
-ALGORITHMS = ("NONE", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN", "DFLASH", "DSPARK")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _device_flags(config: Config) -> dict[str, object]:
     flags["tp_size"] = num_gpus if shared else num_gpus // data_parallel
     if config.run.mode == "train" and config.cluster.colocate and config.cluster.offload:
         flags["enable_memory_saver"] = True
-        if config.speculative.algorithm not in ("NONE", "NGRAM"):
+        if config.speculative.record.has_weights:
             flags["enable_draft_weights_cpu_backup"] = True
         if config.push.interval > 1:  # the weights that come back are generated with, no push replaces them first
             flags["enable_weights_cpu_backup"] = True
@@ -120,14 +120,14 @@ def _device_flags(config: Config) -> dict[str, object]:
 
 def speculative_flags(config: SpeculativeConfig, target: str) -> dict[str, object]:
     """Settings that differ from their defaults, under SGLang's names; raises ConfigError for what it does not have."""
-    if config.algorithm not in ALGORITHMS:
+    if config.record.sglang is None:
         raise ConfigError(
             "speculative.algorithm",
-            f"SGLang has {', '.join(ALGORITHMS[1:])}",
+            f"SGLang has {', '.join(names(lambda each: each.speculates and each.sglang is not None))}",
             config.algorithm,
-            "Pass --speculative-algorithm NGRAM, which looks suffixes up too, or --rollout-engine embedded.",
+            f"Pass --speculative-algorithm {NGRAM.name}, which looks suffixes up too, or --rollout-engine embedded.",
         )
-    if config.algorithm == "NONE":
+    if not config.record.speculates:
         return {}
     default = SpeculativeConfig()
     flags: dict[str, object] = {

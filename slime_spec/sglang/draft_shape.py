@@ -3,8 +3,8 @@
 all three unset                 by algorithm and target: AUTO_TREE or AUTO_CHAIN
 num_steps S                     a chain (eagle_topk 1) of S drafts, whatever num_draft_tokens says
 S, eagle_topk K, N tokens       the best N - 1 of a pool of K + (S - 1) K^2 drafts, and the root
-NGRAM                           N tokens in whatever shape the trie has; S and K are not used
-LOOKUP                          a chain: S drafts, or N - 1
+a trie of n-grams               N tokens in whatever shape the trie has; S and K are not used
+a suffix looked up              a chain: S drafts, or N - 1
 """
 
 from __future__ import annotations
@@ -13,14 +13,6 @@ from dataclasses import dataclass
 
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.errors import ConfigError
-
-MODEL_DRAFTS = ("STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
-LOOKUP_DRAFT_TOKENS = 5
-NGRAM_DRAFT_TOKENS = 12
-# SGLang's auto values (num_steps, eagle_topk, num_draft_tokens) and the targets it drafts trees for.
-AUTO_TREE = (5, 4, 8)
-AUTO_CHAIN = (3, 1, 4)
-TREE_ARCHITECTURES = ("LlamaForCausalLM", "Grok1ForCausalLM", "Grok1VForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -48,37 +40,15 @@ class DraftShape:
 
 def draft_shape(config: SpeculativeConfig, architecture: str) -> DraftShape:
     """Resolve checked settings for a target of ``architecture`` (config.json's name, e.g. LlamaForCausalLM)."""
-    if config.algorithm == "NONE":
-        count = config.num_draft_tokens or 1
-        return DraftShape(count - 1, 1, count, has_network=False)
-    if config.algorithm == "LOOKUP":
-        num_steps = config.num_steps or (config.num_draft_tokens or LOOKUP_DRAFT_TOKENS) - 1
-        return DraftShape(num_steps, 1, num_steps + 1, has_network=False)
-    if config.algorithm == "NGRAM":
-        count = config.num_draft_tokens or NGRAM_DRAFT_TOKENS
-        return DraftShape(count - 1, config.ngram_max_bfs_breadth, count, has_network=False)
-    if config.num_steps is None:
-        drafts_tree = architecture in TREE_ARCHITECTURES and not auto_is_chain(config)
-        return DraftShape(*(AUTO_TREE if drafts_tree else AUTO_CHAIN), has_network=True)
-    topk = config.eagle_topk or 1
-    if topk == 1 or config.num_draft_tokens is None:
-        return DraftShape(config.num_steps, topk, config.num_steps + 1, has_network=True)
-    return DraftShape(config.num_steps, topk, config.num_draft_tokens, has_network=True)
-
-
-def auto_is_chain(config: SpeculativeConfig) -> bool:
-    """Whether unset numbers mean a chain for every target: as in SGLang for STANDALONE, and where drafts are sampled.
-
-    SGLang would choose a tree for a Llama target and then refuse it, because a sampled draft has no siblings.
-    """
-    return config.algorithm == "STANDALONE" or config.use_rejection_sampling or config.use_block_verification
+    return DraftShape(*config.record.shape(config, architecture), has_network=config.record.has_weights)
 
 
 def forced_draft_tokens(config: SpeculativeConfig) -> int | None:
     """The num_draft_tokens that a chain's num_steps force where another was asked for; None where nothing is."""
     if config.num_steps is None or config.num_draft_tokens in (None, config.num_steps + 1):
         return None
-    is_chain = config.algorithm == "LOOKUP" or (config.algorithm in MODEL_DRAFTS and (config.eagle_topk or 1) == 1)
+    is_tree = config.record.has_numbers and (config.eagle_topk or 1) > 1
+    is_chain = "num_steps" in config.record.reads and not is_tree
     return config.num_steps + 1 if is_chain else None
 
 
@@ -89,7 +59,7 @@ def tree_pool_size(num_steps: int, topk: int) -> int:
 
 def check_shape(config: SpeculativeConfig) -> None:
     """Raise ConfigError where the three numbers of a draft model contradict each other."""
-    if config.algorithm not in MODEL_DRAFTS:
+    if not config.record.has_numbers:
         return
     num_steps, topk, count = config.num_steps, config.eagle_topk, config.num_draft_tokens
     if num_steps is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from slime_spec.algorithms import find_algorithm, listed, names
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError
 from slime_spec.types import SamplingParams
@@ -70,12 +71,13 @@ def check_speculative_params(params: SamplingParams, algorithm: str, vocab_size:
     With ``speculative=False`` advice is allowed everywhere: nothing is drafted.
     """
     advice = params.advice_token_ids
-    if (advice or params.edit) and algorithm != "LOOKUP" and params.speculative:
+    if (advice or params.edit) and not find_algorithm(algorithm).takes_advice and params.speculative:
+        takers = listed(names(lambda each: each.takes_advice))
         raise ConfigError(
             ADVICE if advice else EDIT,
-            f"needs speculative.algorithm=LOOKUP, and this engine's is {algorithm}",
+            f"needs speculative.algorithm={takers}, and this engine's is {algorithm}",
             len(advice) if advice else True,
-            "Start the engine with --speculative-algorithm LOOKUP, or send no advice.",
+            f"Start the engine with --speculative-algorithm {takers}, or send no advice.",
         )
     if advice and not (min(advice) >= 0 and max(advice) < vocab_size):
         raise ConfigError(

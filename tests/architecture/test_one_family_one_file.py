@@ -19,7 +19,7 @@ RECORDS: Mapping[str, tuple[str, ...]] = {
 }
 # File -> why it may name architectures of its own.
 EXCEPTIONS = {
-    "slime_spec/sglang/draft_shape.py": "SGLang's list of targets for which its automatic draft shape is a tree",
+    "slime_spec/algorithms.py": "SGLang's list of targets for which its automatic draft shape is a tree",
 }
 PRODUCT = {str(path.relative_to(ROOT)): path for path in MODULES.values()}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slime_spec.config.checks import check, notes
-from slime_spec.config.speculation import FORGED_ACCEPTANCE, READ_BY, check_environment
+from slime_spec.config.speculation import FORGED_ACCEPTANCE, check_environment, settings_read
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose, composed
@@ -118,7 +118,7 @@ def test_its_legal_neighbour_is_accepted_without_a_note(argv: str) -> None:
     assert [note.partition(":")[0] for note in notes(compose(argv.split()))] == expected
 
 
-@pytest.mark.parametrize("name", READ_BY)
+@pytest.mark.parametrize("name", settings_read())
 def test_a_setting_of_another_algorithm_is_named_as_without_effect(name: str) -> None:
     values = {"ngram_match_type": "PROB", "draft_norm_output_convention": "specforge", "lossy": True, "edit": True}
     value = values.get(name, 1 if isinstance(getattr(SpeculativeConfig(), name), float) else 3)

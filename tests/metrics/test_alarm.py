@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from slime_spec.config.speculative import SPECULATIVE_ALGORITHMS
+from slime_spec.algorithms import ALGORITHMS, find_algorithm
 from slime_spec.config.tree import Config, MetricsConfig, SpeculativeConfig
-from slime_spec.metrics.alarm import LIKELY_CAUSES, SILENT_ROUNDS, AcceptanceAlarm
+from slime_spec.metrics.alarm import SILENT_ROUNDS, AcceptanceAlarm
 from slime_spec.metrics.log import MetricLog
 
 
@@ -19,7 +19,7 @@ def step(rounds: int, empty: int = 0, correct: int = 0) -> dict[str, float]:
 
 def warned(caplog: pytest.LogCaptureFixture, *steps: dict[str, float], algorithm: str = "EAGLE3") -> list[str]:
     caplog.clear()
-    alarm = AcceptanceAlarm(algorithm)
+    alarm = AcceptanceAlarm(find_algorithm(algorithm))
     with caplog.at_level(logging.WARNING):
         for number, values in enumerate(steps):
             alarm.write(number, values)
@@ -58,7 +58,7 @@ def test_fewer_rounds_an_accepted_draft_or_no_draft_at_all_are_no_alarm(
 
 
 def test_every_algorithm_that_drafts_has_its_likely_causes() -> None:
-    assert set(LIKELY_CAUSES) == set(SPECULATIVE_ALGORITHMS) - {"NONE"}
+    assert all(bool(each.likely_causes) == each.speculates for each in ALGORITHMS.values())
 
 
 @pytest.mark.parametrize(("algorithm", "expected"), [("LOOKUP", 1), ("NONE", 0)])

@@ -15,6 +15,8 @@ ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
 EAGLE3 = (*SERVERS, "--speculative-algorithm", "EAGLE3", *CHAIN)
 EAGLE3_TREE = (*SERVERS, "--speculative-algorithm", "EAGLE3", *TREE)
 MTP = (*SERVERS, "--speculative-algorithm", "EAGLE", *CHAIN)
+DFLASH = (*SERVERS, "--speculative-algorithm", "DFLASH")
+DSPARK = (*SERVERS, "--speculative-algorithm", "DSPARK")
 NGRAM = (*SERVERS, "--speculative-algorithm", "NGRAM")
 PLAIN = SERVERS
 ROLLOUTS = "--debug-rollout-only"
@@ -252,6 +254,8 @@ CASES = (
     case("sampling-seed", EAGLE3, **HEAD, version="0.5.17"),
     case("sampling-seed", EAGLE3, **HEAD),
     case("draft-overwritten", EAGLE3, ERROR, **HEAD, version="0.5.9"),
+    case("draft-overwritten", DFLASH, ERROR, **HEAD, version="0.5.9"),
+    case("draft-overwritten", DSPARK, ERROR, **HEAD, version="0.5.9"),
     case("draft-overwritten", (*EAGLE3, *DISK), ERROR, **HEAD, version="0.5.17"),
     case("draft-overwritten", (*EAGLE3, *DISK), ERROR, **HEAD, version="0.5.10.post1"),
     case("draft-overwritten", EAGLE3, **HEAD, version="0.5.10.post1"),
@@ -266,6 +270,8 @@ CASES = (
     case("draft-refresh", (*EAGLE3, ROLLOUTS), **HEAD),
     case("draft-refresh", PLAIN),
     case("draft-lost-on-resume", (*EAGLE3, "--no-sglang-enable-draft-weights-cpu-backup"), ERROR, **HEAD),
+    case("draft-lost-on-resume", (*DFLASH, "--no-sglang-enable-draft-weights-cpu-backup"), ERROR, **HEAD),
+    case("draft-lost-on-resume", (*DSPARK, "--no-sglang-enable-draft-weights-cpu-backup"), ERROR, **HEAD),
     case("draft-lost-on-resume", EAGLE3, ERROR, **HEAD, version="0.5.5"),
     case("draft-lost-on-resume", EAGLE3, WARNING, **HEAD, version="0.5.6"),
     case("draft-lost-on-resume", EAGLE3, INFO, **HEAD),

@@ -9,6 +9,7 @@ import torch
 from rollout.embedded.drafters.quantized import check_fp8
 from rollout.embedded.drafters.setup import DrafterSetup
 from rollout.embedded.drafting import Drafter
+from slime_spec.algorithms import ALGORITHMS
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config
@@ -18,15 +19,7 @@ from slime_spec.sglang.draft_shape import draft_shape
 if TYPE_CHECKING:
     from rollout.embedded.validate import Limits
 
-DRAFTERS = {
-    "NONE": "rollout.embedded.drafters.none:NoneDrafter",
-    "LOOKUP": "rollout.embedded.drafters.lookup:LookupDrafter",
-    "NGRAM": "rollout.embedded.drafters.ngram:NgramDrafter",
-    "STANDALONE": "rollout.embedded.drafters.standalone:StandaloneDrafter",
-    "EAGLE": "rollout.embedded.drafters.eagle:EagleDrafter",
-    "EAGLE3": "rollout.embedded.drafters.eagle3:Eagle3Drafter",
-    "NEXTN": "rollout.embedded.drafters.nextn:NextNDrafter",
-}
+DRAFTERS = {each.name: each.drafter for each in ALGORITHMS.values() if each.drafter is not None}
 
 
 def make_drafter(
@@ -35,7 +28,7 @@ def make_drafter(
     """The configured drafter; raises ConfigError for a draft that cannot serve. Weights are read at its first bind."""
     speculative = config.speculative
     drafter_class = load_choice("speculative.algorithm", DRAFTERS, speculative.algorithm)
-    if speculative.algorithm == "NGRAM":
+    if speculative.record.takes_corpus:
         with_corpus: Drafter = drafter_class.with_corpus(config, target.vocab_size)
         return with_corpus
     draft = choose_draft(config, target)

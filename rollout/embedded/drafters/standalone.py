@@ -31,7 +31,7 @@ class StandaloneDrafter:
 
     def __init__(self, setup: DrafterSetup) -> None:
         spec = setup.draft.spec
-        assert isinstance(spec, ModelSpec), "STANDALONE drafts with a whole model"
+        assert isinstance(spec, ModelSpec), "a whole model drafts"
         self.spec, self._setup = spec, setup
         self.weights = ModelWeights(spec, setup)
         self._rows = DraftRows(spec, setup)

@@ -94,7 +94,7 @@ class InfoRoutes:
         config, folder = self._config, self._config.model.hf_checkpoint
         shape = draft_shape(config.speculative, self._spec.architecture)
         speculative = {f"speculative_{name}": value for name, value in asdict(config.speculative).items()}
-        if config.speculative.algorithm == "NONE":
+        if not config.speculative.record.speculates:
             shown: dict[str, Any] = {"speculative_algorithm": None}
         else:
             shown = {

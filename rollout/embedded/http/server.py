@@ -112,7 +112,7 @@ class EngineServer:
             await runner.cleanup()
 
     def _serving(self, generations: Generations, control: OneThread, reading: OneThread) -> Serving:
-        engine, algorithm = self._engine, self._config.speculative.algorithm
+        engine, algorithm = self._engine, self._config.speculative.record
         return Serving(
             config=self._config,
             spec=self._spec,
@@ -123,7 +123,7 @@ class EngineServer:
             control=control,
             reading=reading,
             names=VersionNames(lambda: engine.stats().weight_version),
-            totals=Totals(None if algorithm == "NONE" else AcceptanceAlarm(algorithm)),
+            totals=Totals(AcceptanceAlarm(algorithm) if algorithm.speculates else None),
         )
 
 

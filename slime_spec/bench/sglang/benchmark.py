@@ -9,6 +9,7 @@ from tempfile import gettempdir
 
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.transports.tensor import check_torch
+from slime_spec.algorithms import EAGLE, EAGLE3, NONE
 from slime_spec.bench.rows import Benchmark, BenchOptions
 from slime_spec.bench.sglang.settings import ALGORITHMS, CPU_ENGINE, drafting, engine_settings, num_gpus
 from slime_spec.checkpoints.draft_choice import choose_draft
@@ -45,7 +46,7 @@ def prepare(options: BenchOptions) -> None:
         drafting(options)
     if num_gpus(options) == 0 and os.environ.get(CPU_ENGINE) != "1":
         raise ConfigError(CPU_ENGINE, "must be 1 where SGLang runs on a CPU", os.environ.get(CPU_ENGINE), EPILOG)
-    for algorithm in ("NONE", *options.algorithms):
+    for algorithm in (NONE.name, *options.algorithms):
         config = engine_settings(options, algorithm, ((0,),), 1, Path(gettempdir()))
         choose_draft(config, target)
         SglangEngine(config, 0, InProcessTransport())
@@ -57,7 +58,9 @@ def add_flags(parser: ArgumentParser) -> None:
     """See Benchmark."""
     parser.epilog, parser.formatter_class = EPILOG, RawDescriptionHelpFormatter  # its lines are to be copied
     parser.add_argument("--sglang-python", metavar="PYTHON", help="Python of an environment with SGLang (this one)")
-    parser.add_argument("--draft", metavar="DRAFT", help=f"draft of EAGLE and EAGLE3 ({BenchOptions.draft})")
+    parser.add_argument(
+        "--draft", metavar="DRAFT", help=f"draft of {EAGLE.name} and {EAGLE3.name} ({BenchOptions.draft})"
+    )
     parser.add_argument(
         "--algorithms",
         nargs="+",

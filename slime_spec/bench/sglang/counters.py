@@ -6,20 +6,21 @@ while ours proposes none there. The draft of SGLang's STANDALONE never sees the 
 
 from __future__ import annotations
 
+from slime_spec.algorithms import find_algorithm
 from slime_spec.bench.rows import BenchOptions, Row, at_least
 from slime_spec.bench.sglang.exactness import exactly
 from slime_spec.bench.sglang.replies import LENGTH, Samples, accept_length, replies
-from slime_spec.bench.sglang.settings import CHAIN, WITHOUT_WEIGHTS
+from slime_spec.bench.sglang.settings import CHAIN
 from slime_spec.types import GeneratedSample, SpecCounters
 
 
 def measure(options: BenchOptions) -> list[Row]:
     rows: list[Row] = []
     for algorithm in options.algorithms:
-        if algorithm != "NONE":
+        if find_algorithm(algorithm).speculates:
             found = replies(options, algorithm)
             rows += counter_rows(algorithm, found.sglang, CHAIN["num_draft_tokens"])
-            if algorithm not in WITHOUT_WEIGHTS:
+            if find_algorithm(algorithm).has_weights:
                 rows += acceptance_rows(options, algorithm, found.sglang, found.embedded)
     return rows
 
@@ -51,7 +52,7 @@ def acceptance_rows(options: BenchOptions, algorithm: str, theirs: Samples, ours
         accept_length(ours),
         LENGTH,
     )
-    if algorithm == "STANDALONE":
+    if find_algorithm(algorithm).is_whole_model:
         what += " (SGLang's draft never sees the text's first token)"
         return [Row(f"{prefix}.same_histogram", what, same, "share"), length]
     return [exactly(options, f"{prefix}.same_histogram", what, same), length]

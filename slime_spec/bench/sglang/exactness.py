@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from slime_spec.algorithms import NONE
 from slime_spec.bench.rows import BenchOptions, Row, at_least
 from slime_spec.bench.sglang.replies import Samples, replies
 from slime_spec.bench.sglang.settings import place
@@ -13,11 +14,11 @@ EXACT = "float32"  # with fewer bits, passes over several tokens may decide near
 
 
 def measure(options: BenchOptions) -> list[Row]:
-    plain = replies(options, "NONE")
+    plain = replies(options, NONE.name)
     rows = []
     for algorithm in options.algorithms:
         found = replies(options, algorithm)
-        if algorithm != "NONE":
+        if algorithm != NONE.name:
             rows.append(_row(options, algorithm, "plain", "SGLang without speculation", found.sglang, plain.sglang))
         rows.append(_row(options, algorithm, "embedded", "the embedded engine", found.sglang, plain.embedded))
     return rows

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.progress import track
 
+from slime_spec.algorithms import NONE, STANDALONE
 from slime_spec.bench.rows import BenchOptions, Row, at_least, at_most
 from slime_spec.bench.sglang.replies import prompts_of
 from slime_spec.bench.sglang.servers import Server, Sums, started
@@ -66,7 +67,7 @@ def disk_rows(options: BenchOptions) -> list[Row]:
     """The target to a server without a draft: an update from disk has no sides."""
     prompts = prompts_of(options)
     with TemporaryDirectory(prefix="slime-spec-bench-") as log:
-        config = engine_settings(options, "NONE", prompts, len(prompts), Path(log))
+        config = engine_settings(options, NONE.name, prompts, len(prompts), Path(log))
         with started(with_transport(config, "disk")) as server:
             pushes = push_sides(options, server, {"target": target_weights(config)})
     return transport_rows(options, "disk", pushes, shared=frozenset())
@@ -74,7 +75,7 @@ def disk_rows(options: BenchOptions) -> list[Row]:
 
 def shared_with_target(algorithm: str, target: Sums, draft: Sums) -> frozenset[str]:
     """The draft's tensors that are the target's own: equal to them. STANDALONE here is equal, and shares nothing."""
-    if algorithm == "STANDALONE":
+    if algorithm == STANDALONE.name:
         return frozenset()
     return frozenset(name for name, checksum in draft.items() if checksum in target.values())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from slime_spec.algorithms import EAGLE3, NEXTN, STANDALONE, find_algorithm, names
 from slime_spec.bench.prompts import Prompts
 from slime_spec.bench.rows import BenchOptions
 from slime_spec.checkpoints.draft_location import BUILTIN, builtin_folder
@@ -27,8 +28,8 @@ from slime_spec.errors import ConfigError
 
 # SGLang's own choice for most models, and as many tokens for the algorithm without steps.
 CHAIN: Mapping[str, Any] = {"num_steps": 3, "eagle_topk": 1, "num_draft_tokens": 4}
-ALGORITHMS = ("NONE", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
-WITHOUT_WEIGHTS = ("NONE", "NGRAM")
+# Both engines have these, and are compared.
+ALGORITHMS = names(lambda each: each.sglang is not None and each.drafter is not None)
 # Only these of SGLang's attention backends verify drafts where nothing but torch and Triton is installed.
 ATTENTION_ON_CPU, ATTENTION_ON_GPU = "intel_amx", "triton"
 MEMORY_SHARE = 0.3  # of a GPU: part "speed" runs two servers on one
@@ -51,24 +52,25 @@ def place(options: BenchOptions) -> str:
 
 def drafting(options: BenchOptions) -> str:
     """The algorithm whose draft is pushed, offloaded and raced: the last one that drafts with weights."""
-    found = [name for name in options.algorithms if name not in WITHOUT_WEIGHTS]
+    found = [name for name in options.algorithms if find_algorithm(name).has_weights]
     if not found:
         raise ConfigError(
             "--algorithms",
             "must have one that drafts with weights: parts push, restart, offload and speed are about its draft",
             options.algorithms,
-            "Add EAGLE3, or pass --only exactness counters.",
+            f"Add {EAGLE3.name}, or pass --only exactness counters.",
         )
     return found[-1]
 
 
 def speculation(options: BenchOptions, algorithm: str) -> SpeculativeConfig:
     """STANDALONE drafts with the target itself, NEXTN with its MTP layer, EAGLE and EAGLE3 with --draft."""
-    if algorithm == "NONE":
-        return SpeculativeConfig(algorithm="NONE")
-    if algorithm == "NGRAM":
-        return SpeculativeConfig(algorithm="NGRAM", num_draft_tokens=CHAIN["num_draft_tokens"])
-    folders = {"STANDALONE": str(options.model), "NEXTN": None}
+    record = find_algorithm(algorithm)
+    if not record.speculates:
+        return SpeculativeConfig()
+    if not record.has_weights:
+        return SpeculativeConfig(algorithm=algorithm, num_draft_tokens=CHAIN["num_draft_tokens"])
+    folders = {STANDALONE.name: str(options.model), NEXTN.name: None}
     return SpeculativeConfig(algorithm=algorithm, draft_model_path=folders.get(algorithm, _draft(options)), **CHAIN)
 
 

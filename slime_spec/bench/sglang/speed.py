@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from slime_spec.algorithms import NONE
 from slime_spec.bench.prompts import Prompts, in_domain, rotating
 from slime_spec.bench.race import (
     Ask,
@@ -35,7 +36,7 @@ def measure(options: BenchOptions) -> list[Row]:
     most = max(*options.batch_sizes, LEAST_PROMPTS)
     prompts = in_domain(options.model, most + options.num_rounds * LEAST_PROMPTS, options.seeds[0])
     with TemporaryDirectory(prefix="slime-spec-bench-") as log:
-        plain = engine_settings(options, "NONE", prompts, most, Path(log) / "plain")
+        plain = engine_settings(options, NONE.name, prompts, most, Path(log) / "plain")
         speculating = engine_settings(options, drafting(options), prompts, most, Path(log) / "speculating")
         with started(plain) as one, started(speculating) as other:
             return [

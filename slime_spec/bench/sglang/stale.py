@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from slime_spec.algorithms import STANDALONE
 from slime_spec.bench.prompts import in_domain
 from slime_spec.bench.rows import BenchOptions, Row, at_least, at_most
 from slime_spec.bench.sglang.replies import LENGTH, Samples, accept_length, accepted_per_round
@@ -41,8 +42,8 @@ class Move:
 
 def measure(options: BenchOptions) -> list[Row]:
     algorithm = drafting(options)
-    rows = [] if algorithm == "STANDALONE" else _rows(options, algorithm)
-    return rows + (_rows(options, "STANDALONE") if "STANDALONE" in options.algorithms else [])
+    rows = [] if algorithm == STANDALONE.name else _rows(options, algorithm)
+    return rows + (_rows(options, STANDALONE.name) if STANDALONE.name in options.algorithms else [])
 
 
 def _rows(options: BenchOptions, algorithm: str) -> list[Row]:
@@ -63,7 +64,7 @@ def _rows(options: BenchOptions, algorithm: str) -> list[Row]:
 
 def moves_of(algorithm: str, target: Weights, draft: Weights, seed: int) -> list[Move]:
     away = disturbed(target, TARGET_MOVES, seed)
-    if algorithm == "STANDALONE":
+    if algorithm == STANDALONE.name:
         return [Move("target_moved", away, "target", "stale"), Move("draft_followed", away, "draft", "fitting")]
     return [
         Move("draft_moved", disturbed(draft, DRAFT_MOVES, seed), "draft", "stale"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OTHER_ENGINE = "draft with it through the SGLang engine, or pass --sglang-speculative-algorithm LOOKUP"
+from slime_spec.algorithms import LOOKUP
+
+OTHER_ENGINE = f"draft with it through the SGLang engine, or pass --sglang-speculative-algorithm {LOOKUP.name}"
 NOT_EMBEDDED = f"which the embedded engine does not have; {OTHER_ENGINE}"
 
 

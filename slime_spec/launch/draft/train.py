@@ -10,6 +10,7 @@ from time import monotonic
 import torch
 from rich.console import Console
 
+from slime_spec.algorithms import algorithm_of_family
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
 from slime_spec.checkpoints.draft_tensors import load_draft, save_draft_checkpoint
 from slime_spec.checkpoints.families.eagle3 import default_capture_layers
@@ -199,7 +200,7 @@ def _write_checkpoint(options: DraftOptions, model: DraftModel) -> None:
 
 def _closing(options: DraftOptions, trainer: DraftTrainer) -> str:
     state = f"wrote {options.out} after {trainer.step_number} of {trainer.num_updates} updates"
-    algorithm = "EAGLE3" if options.kind == "eagle3" else "NEXTN"
+    algorithm = algorithm_of_family(options.kind).name
     use = f"--sglang-speculative-algorithm {algorithm} --sglang-speculative-draft-model-path {options.out}"
     more = "" if trainer.step_number == trainer.num_updates else "; --resume goes on"
     return f"{state}{more}\nuse it with: {use}"

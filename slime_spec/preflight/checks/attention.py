@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slime_spec.algorithms import listed, names
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, on_sglang, trap
 
@@ -82,11 +83,11 @@ def tree_page_size(facts: Facts) -> Sighting | None:
     page_size = OWN_PAGE_SIZE.get(str(backend), facts.page_size)
     if page_size == 1 or facts.shape.topk == 1:
         return None
-    is_ngram = facts.config.speculative.algorithm == "NGRAM"
-    able = ("flashinfer",) if is_ngram else PAGED_TREES
+    is_trie = facts.config.speculative.record.takes_corpus
+    able = ("flashinfer",) if is_trie else PAGED_TREES
     if backend in able:
         return None
-    name = "--speculative-ngram-max-bfs-breadth" if is_ngram else "--speculative-eagle-topk"
+    name = "--speculative-ngram-max-bfs-breadth" if is_trie else "--speculative-eagle-topk"
     is_forced = backend in OWN_PAGE_SIZE
     return Sighting(
         Severity.ERROR if backend else Severity.WARNING,
@@ -112,16 +113,17 @@ def trtllm_chain(facts: Facts) -> Sighting | None:
 
 @trap(
     "dp-attention",
-    "STANDALONE and NGRAM do not work with attention that is parallel over data; the server refuses.",
+    f"{listed(names(lambda each: not each.beside_dp_attention), 'and')} do not work with attention that is parallel "
+    "over data; the server refuses.",
     "https://docs.sglang.ai/advanced_features/speculative_decoding.html",
 )
 def dp_attention(facts: Facts) -> Sighting | None:
-    algorithm = facts.config.speculative.algorithm
-    if not facts.flags.get("enable_dp_attention") or algorithm not in ("STANDALONE", "NGRAM"):
+    algorithm = facts.config.speculative.record
+    if not facts.flags.get("enable_dp_attention") or algorithm.beside_dp_attention:
         return None
     return Sighting(
         Severity.ERROR,
-        f"--sglang-enable-dp-attention with {algorithm}",
-        "Pass --no-sglang-enable-dp-attention, or draft with EAGLE, EAGLE3 or NEXTN.",
+        f"--sglang-enable-dp-attention with {algorithm.name}",
+        f"Pass --no-sglang-enable-dp-attention, or draft with {listed(names(lambda each: each.runs_as_eagle))}.",
         ("--no-sglang-enable-dp-attention",),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from slime_spec.algorithms import EAGLE3, NEXTN, NONE, listed, names
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, asking_sglang_to_speculate, speculating, trap
 from slime_spec.types import is_greedy
@@ -25,9 +26,9 @@ def _default_sampling(facts: Facts) -> Mapping[str, object]:
 
 @trap(
     "rejection-sampling",
-    "SGLang verifies sampled drafts by rejection only for EAGLE, EAGLE3 and NEXTN, as chains, at thresholds of 1, on "
-    "a GPU, with a draft whose head has the target's whole vocabulary; anything else ends the server at the start or "
-    "in the first round.",
+    f"SGLang verifies sampled drafts by rejection only for {listed(names(lambda each: each.runs_as_eagle), 'and')}, as "
+    "chains, at thresholds of 1, on a GPU, with a draft whose head has the target's whole vocabulary; anything else "
+    "ends the server at the start or in the first round.",
     "26312",
     "36516",
 )
@@ -49,7 +50,7 @@ def rejection_sampling(facts: Facts) -> Sighting | None:
 
 def _against_rejection(facts: Facts) -> Iterator[str]:
     spec = facts.config.speculative
-    if spec.algorithm not in ("EAGLE", "EAGLE3", "NEXTN"):
+    if not spec.record.runs_as_eagle:
         yield f"the algorithm is {spec.algorithm}"
     if facts.shape.topk > 1:
         yield f"topk is {facts.shape.topk}"
@@ -57,7 +58,7 @@ def _against_rejection(facts: Facts) -> Iterator[str]:
         yield "an acceptance threshold is not 1"
     if has_reduced_vocabulary(facts):
         yield "the draft's vocabulary is smaller than the target's"
-    if spec.token_map is not None and spec.algorithm != "EAGLE3":
+    if spec.token_map is not None and not spec.record.has_own_head:
         yield "a token map cuts the draft's head"
     if facts.flags.get("enable_deterministic_inference"):
         yield "--sglang-enable-deterministic-inference is on"
@@ -104,7 +105,7 @@ def min_p(facts: Facts) -> Sighting | None:
     return Sighting(
         Severity.ERROR,
         f"min_p {asked} with speculation",
-        "Pass --rollout-min-p 0, or --speculative-algorithm NONE.",
+        f"Pass --rollout-min-p 0, or --speculative-algorithm {NONE.name}.",
         ("--rollout-min-p", "0"),
     )
 
@@ -171,13 +172,15 @@ def greedy_verify(facts: Facts) -> Sighting | None:
     DOCS,
 )
 def ngram_padding(facts: Facts) -> Sighting | None:
-    if facts.config.speculative.algorithm != "NGRAM" or not _samples(facts):
+    if facts.config.speculative.record.fills_rounds or not _samples(facts):
         return None
+    config = facts.config
     return Sighting(
         Severity.WARNING,
-        f"NGRAM at temperature {facts.config.rollout.temperature:g} with {facts.shape.num_draft_tokens} draft tokens",
-        "Where token 0 is a likely token, draft with EAGLE3 or NEXTN, or sample with --rollout-engine embedded, whose "
-        "n-gram trees are not padded.",
+        f"{config.speculative.algorithm} at temperature {config.rollout.temperature:g} with "
+        f"{facts.shape.num_draft_tokens} draft tokens",
+        f"Where token 0 is a likely token, draft with {EAGLE3.name} or {NEXTN.name}, or sample with --rollout-engine "
+        "embedded, whose n-gram trees are not padded.",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slime_spec.checkpoints.draft_location import fitting_algorithm
+from slime_spec.algorithms import LOOKUP, NGRAM, STANDALONE, Algorithm, algorithm_of_family
 from slime_spec.checkpoints.families import family_of, head_format
 from slime_spec.checkpoints.families.eagle3 import EAGLE3, default_capture_layers
 from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
@@ -55,7 +55,8 @@ def mtp_missing(facts: Facts) -> Sighting | None:
     return Sighting(
         Severity.ERROR,
         read,
-        f"Pass a checkpoint that kept its MTP layer, {DRAFT_FLAG} with a draft of its own, or LOOKUP or NGRAM.",
+        f"Pass a checkpoint that kept its MTP layer, {DRAFT_FLAG} with a draft of its own, or {LOOKUP.name} or "
+        f"{NGRAM.name}.",
     )
 
 
@@ -80,9 +81,10 @@ def draft_fit(facts: Facts) -> Sighting | None:
         size = draft.config.get("target_hidden_size") or draft.config.get("hidden_size")
         if size != target.config.get("hidden_size"):
             differences.append(f"it reads {size} hidden features, the target has {target.config.get('hidden_size')}")
-        made_for = _made_for(draft.architecture) or facts.config.speculative.algorithm
-        if (made_for == "EAGLE3") != (facts.config.speculative.algorithm == "EAGLE3"):
-            differences.append(f"it is a {draft.architecture}, for {made_for}")
+        chosen = facts.config.speculative.record
+        made_for = _made_for(draft.architecture) or chosen
+        if made_for.has_own_head != chosen.has_own_head:
+            differences.append(f"it is a {draft.architecture}, for {made_for.name}")
     if not differences:
         return None
     return Sighting(
@@ -90,11 +92,11 @@ def draft_fit(facts: Facts) -> Sighting | None:
     )
 
 
-def _made_for(architecture: str) -> str | None:
+def _made_for(architecture: str) -> Algorithm | None:
     """The algorithm that a draft is made for; a plain decoder's name on a head means that it was not converted."""
     if (draft_format := head_format(architecture)) is not None:
-        return fitting_algorithm(draft_format.family)
-    return fitting_algorithm(None) if family_of(architecture).is_built else None
+        return algorithm_of_family(draft_format.family)
+    return STANDALONE if family_of(architecture).is_built else None
 
 
 @trap(
@@ -172,7 +174,7 @@ def norm_output(facts: Facts) -> Sighting | None:
 )
 def token_map(facts: Facts) -> Sighting | None:
     spec = facts.config.speculative
-    if spec.token_map is None or spec.algorithm == "EAGLE3" or not facts.trains_with_pushes:
+    if spec.token_map is None or spec.record.has_own_head or not facts.trains_with_pushes:
         return None
     return Sighting(
         Severity.WARNING,

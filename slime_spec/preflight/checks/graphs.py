@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from slime_spec.algorithms import EAGLE
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, trap
 
 # Read in the wheels of these versions: what a padded batch leaves in the buffers of draft passes is reset from 0.5.3
 # (#10892), and the mask of a verify pass is padded from 0.5.7, the n-gram worker's from 0.5.14.
 POSITIONS_RESET = (0, 5, 3)
-MASK_PADDED: Mapping[str, tuple[int, ...]] = {"NGRAM": (0, 5, 14)}
-MASK_PADDED_ELSEWHERE = (0, 5, 7)
+MASK_PADDED = (0, 5, 7)
+NGRAM_MASK_PADDED = (0, 5, 14)
 WIDER_TEXT = "--sglang-cuda-graph-bs $(seq 1 32) $(seq 40 8 64) $(seq 80 16 160)"
 
 
@@ -75,15 +74,15 @@ def graph_padding_switch(facts: Facts) -> Sighting | None:
 @trap(
     "mask-padding",
     "The attention mask of a verify pass had the size of the batch before padding, and flashinfer's kernel read "
-    "beyond it: an illegal memory access in target verify, first seen with MiMo. Read in the wheels: EAGLE's mask is "
-    "padded from 0.5.7, the n-gram worker's from 0.5.14.",
+    f"beyond it: an illegal memory access in target verify, first seen with MiMo. Read in the wheels: {EAGLE.name}'s "
+    "mask is padded from 0.5.7, the n-gram worker's from 0.5.14.",
     "9481",
     "9687",
     "6309",
     "24361",
 )
 def mask_padding(facts: Facts) -> Sighting | None:
-    padded = MASK_PADDED.get(facts.config.speculative.algorithm, MASK_PADDED_ELSEWHERE)
+    padded = NGRAM_MASK_PADDED if facts.config.speculative.record.takes_corpus else MASK_PADDED
     if facts.release.version >= padded or not facts.uses_graphs:
         return None
     if facts.attention_backend not in (None, "flashinfer") or facts.graph_sizes_are_dense:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from slime_spec.algorithms import NONE
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, always, trap
-from slime_spec.sglang.draft_shape import MODEL_DRAFTS, tree_pool_size
+from slime_spec.sglang.draft_shape import tree_pool_size
 
 # RTP-LLM's advice for drafts: train until more than these shares of rounds accept the first, second and third token.
 BAR = (0.8, 0.6, 0.4)
@@ -53,7 +54,7 @@ def acceptance_bar(facts: Facts) -> Sighting | None:
         return Sighting(
             Severity.WARNING,
             read,
-            "Train the draft on this policy's samples, or pass --speculative-algorithm NONE at large batches.",
+            f"Train the draft on this policy's samples, or pass --speculative-algorithm {NONE.name} at large batches.",
         )
     fix = _shallower(facts, num_kept)
     how = f": pass {' '.join(fix)}" if fix else ""
@@ -68,11 +69,11 @@ def acceptance_bar(facts: Facts) -> Sighting | None:
 def _shallower(facts: Facts, num_steps: int) -> tuple[str, ...]:
     """Flags of the same drafts, cut to a depth; none for the n-gram worker, which has no depth."""
     shape = facts.shape
-    if facts.config.speculative.algorithm not in (*MODEL_DRAFTS, "LOOKUP"):
+    if "num_steps" not in facts.config.speculative.record.reads:
         return ()
     is_chain = shape.topk == 1
     count = num_steps + 1 if is_chain else min(shape.num_draft_tokens, tree_pool_size(num_steps, shape.topk) + 1)
-    topk = () if facts.config.speculative.algorithm == "LOOKUP" else ("--speculative-eagle-topk", str(shape.topk))
+    topk = ("--speculative-eagle-topk", str(shape.topk)) if facts.config.speculative.record.has_numbers else ()
     return (
         *("--speculative-num-steps", str(num_steps), *topk),
         *("--speculative-num-draft-tokens", str(count)),

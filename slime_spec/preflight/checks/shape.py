@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from slime_spec.algorithms import EAGLE, EAGLE3, STANDALONE
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
-from slime_spec.sglang.draft_shape import MODEL_DRAFTS, forced_draft_tokens
+from slime_spec.sglang.draft_shape import forced_draft_tokens
 
 DOCS = "https://docs.sglang.ai/advanced_features/speculative_decoding.html"
 
@@ -12,13 +13,13 @@ DOCS = "https://docs.sglang.ai/advanced_features/speculative_decoding.html"
 @trap(
     "auto-shape",
     "With all three numbers unset SGLang chooses by the target's architecture, for one request at a time, not for a "
-    "rollout's batches: (5, 4, 8) for Llama and Grok, (3, 1, 4) for the others and for STANDALONE.",
+    f"rollout's batches: (5, 4, 8) for Llama and Grok, (3, 1, 4) for the others and for {STANDALONE.name}.",
     DOCS,
     applies=speculating,
 )
 def auto_shape(facts: Facts) -> Sighting | None:
     spec, shape = facts.config.speculative, facts.shape
-    if spec.algorithm not in MODEL_DRAFTS or spec.num_steps is not None:
+    if not spec.record.has_numbers or spec.num_steps is not None:
         return None
     return Sighting(
         Severity.INFO,
@@ -52,15 +53,15 @@ def chain_tokens(facts: Facts) -> Sighting | None:
 
 @trap(
     "adaptive",
-    "Adaptive speculation works for chains of EAGLE and EAGLE3 on plain servers; elsewhere SGLang switches it off "
-    "with a log line and goes on with fixed numbers.",
+    f"Adaptive speculation works for chains of {EAGLE.name} and {EAGLE3.name} on plain servers; elsewhere SGLang "
+    "switches it off with a log line and goes on with fixed numbers.",
     DOCS,
 )
 def adaptive(facts: Facts) -> Sighting | None:
     if not facts.flags.get("speculative_adaptive"):
         return None
     spec, reasons = facts.config.speculative, []
-    if spec.algorithm not in ("EAGLE", "EAGLE3", "NEXTN"):
+    if not spec.record.runs_as_eagle:
         reasons.append(f"the algorithm is {spec.algorithm}")
     if (spec.eagle_topk or 1) > 1:
         reasons.append(f"topk is {spec.eagle_topk}")

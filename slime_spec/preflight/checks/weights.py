@@ -167,11 +167,12 @@ def _despite_the_copy(facts: Facts) -> Sighting:
     applies=pushing,
 )
 def ngram_update(facts: Facts) -> Sighting | None:
-    if facts.config.speculative.algorithm != "NGRAM" or _transport(facts) != "disk":
+    record = facts.config.speculative.record
+    if not record.speculates or record.has_weights or _transport(facts) != "disk":
         return None
     return Sighting(
         Severity.WARNING,
-        "--sglang-weight-transport disk with NGRAM",
+        f"--sglang-weight-transport disk with {record.name}",
         "Pass --sglang-weight-transport tensor.",
         ("--sglang-weight-transport", "tensor"),
     )
