@@ -18,7 +18,7 @@ from slime_spec.interfaces import TRANSPORTS, Generation, MayStopServing, Rollou
 from slime_spec.placement import Placement
 from slime_spec.site import Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
-from slime_spec.weights.push import PushMessage, PushReply
+from slime_spec.weights.messages import PushMessage, PushReply
 
 # Every group being generated holds one thread, which sleeps until the engine's own loop finishes a sample.
 MAX_GROUPS_IN_FLIGHT = 512

@@ -20,9 +20,17 @@ from slime_spec.interfaces import WeightTransport
 from slime_spec.sglang.metadata import pooled
 from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, SpecCounters
-from slime_spec.weights.manifest import Manifest, Side, combined_checksum, tensor_checksum
-from slime_spec.weights.push import PauseMode, PushBucket, PushMessage, PushReply
-from slime_spec.weights.stage import PushDesk, PushStage
+from slime_spec.weights.messages import (
+    Manifest,
+    PauseMode,
+    PushBucket,
+    PushMessage,
+    PushReply,
+    Side,
+    combined_checksum,
+    tensor_checksum,
+)
+from slime_spec.weights.receive import PushDesk, PushStage
 
 TOKENS = range(32, 127)  # whatever the model's vocabulary
 ROUNDS = SpecCounters(num_rounds=2, num_proposed=6, histogram=(1, 1), num_drafted=6)

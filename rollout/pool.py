@@ -25,7 +25,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.placement import Placement
 from slime_spec.ray_errors import result_of
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
-from slime_spec.weights.push import PushMessage, PushReply
+from slime_spec.weights.messages import PushMessage, PushReply
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from slime_spec.config.tree import Config
-    from slime_spec.weights.push import PushBucket, PushMessage, PushReply
+    from slime_spec.weights.messages import PushBucket, PushMessage, PushReply
 
 
 Choice = TypeVar("Choice")
@@ -113,7 +113,7 @@ class Trainer(Protocol):
         """Run the policy step(s) for one rollout's samples."""
 
     def push(self, version: int) -> Iterator[PushMessage]:
-        """The current weights as the messages of one push: begin, buckets, commit (slime_spec.weights.push)."""
+        """The current weights as the messages of one push: begin, buckets, commit (slime_spec.weights.messages)."""
 
     def save(self, folder: str, state: RunState) -> None:
         """Write a checkpoint that ``load`` resumes from; a failed write leaves the previous one intact."""

@@ -34,7 +34,7 @@ from rollout.embedded.target import PassOutput, Target, Timing
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
 from slime_spec.sglang.draft_shape import DraftShape
 from slime_spec.types import GroupRequest
-from slime_spec.weights.push import PauseMode
+from slime_spec.weights.messages import PauseMode
 
 ABORTED = Ending("abort")
 

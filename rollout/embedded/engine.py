@@ -22,9 +22,8 @@ from slime_spec.interfaces import Generation, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
-from slime_spec.weights.manifest import Side, combined_checksum
-from slime_spec.weights.push import PushMessage, PushReply
-from slime_spec.weights.stage import PushDesk
+from slime_spec.weights.messages import PushMessage, PushReply, Side, combined_checksum
+from slime_spec.weights.receive import PushDesk
 
 
 class EmbeddedEngine:

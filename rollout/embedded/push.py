@@ -14,9 +14,8 @@ from rollout.embedded.weights import DecoderBuilder, named_tensors
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.errors import PushError
-from slime_spec.weights.manifest import Manifest, Side, combined_checksum, tensor_checksum
-from slime_spec.weights.push import NOT_COMPARABLE, PauseMode
-from slime_spec.weights.stage import PushStage, Staging
+from slime_spec.weights.messages import NOT_COMPARABLE, Manifest, PauseMode, Side, combined_checksum, tensor_checksum
+from slime_spec.weights.receive import PushStage, Staging
 
 
 class CoreStaging(Staging, Protocol):

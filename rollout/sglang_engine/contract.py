@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rollout.sglang_engine.client import ServerRefused, SglangClient
 from slime_spec.errors import PushError
-from slime_spec.weights.manifest import Side
+from slime_spec.weights.messages import Side
 
 Style = Literal["none", "flag", "selector"]
 TENSOR, END, CHECKER = "/update_weights_from_tensor", "/end_weight_update", "/weights_checker"

@@ -20,8 +20,8 @@ from rollout.sglang_engine.client import ServerRefused, SglangClient
 from rollout.sglang_engine.contract import END, Contract
 from rollout.sglang_engine.transports.bucket import NamedTensors, ServerTransport
 from slime_spec.errors import PushError
-from slime_spec.weights.manifest import Side
-from slime_spec.weights.push import PauseMode, bucketed
+from slime_spec.weights.messages import PauseMode, Side
+from slime_spec.weights.run import bucketed
 
 logger = logging.getLogger(__name__)
 

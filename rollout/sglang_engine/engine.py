@@ -18,8 +18,8 @@ from slime_spec.interfaces import WeightTransport
 from slime_spec.sglang.arguments import config_of_engine
 from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GroupRequest
-from slime_spec.weights.push import ContinueGeneration, PauseGeneration, PushMessage, PushReply, VerifyPush
-from slime_spec.weights.stage import PushDesk
+from slime_spec.weights.messages import ContinueGeneration, PauseGeneration, PushMessage, PushReply, VerifyPush
+from slime_spec.weights.receive import PushDesk
 
 # Asked again of a server that takes the place of a dead one: none of them changes what a push has staged.
 AROUND_PUSH = (PauseGeneration, ContinueGeneration, VerifyPush)

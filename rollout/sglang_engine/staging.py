@@ -12,7 +12,7 @@ import torch
 from slime_spec.checkpoints.families.eagle3 import TABLES
 from slime_spec.checkpoints.model_files import DraftFiles, Shapes, TargetFiles
 from slime_spec.errors import PushError
-from slime_spec.weights.manifest import Manifest
+from slime_spec.weights.messages import Manifest
 
 # Names that SGLang and SpecForge read alike for an EAGLE-3 or EAGLE draft's one layer.
 LAYER_NAMES = ("midlayer.", "layers.0.", "model.layers.0.")

@@ -14,9 +14,8 @@ from rollout.sglang_engine.staging import ServerStaging
 from rollout.sglang_engine.weights import ServerWeights
 from slime_spec.errors import PushError
 from slime_spec.types import SpecCounters
-from slime_spec.weights.manifest import Manifest, Side
-from slime_spec.weights.push import PauseMode
-from slime_spec.weights.stage import PushStage
+from slime_spec.weights.messages import Manifest, PauseMode, Side
+from slime_spec.weights.receive import PushStage
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from rollout.sglang_engine.staging import ServerStaging
 from slime_spec.checkpoints.model_files import DraftFiles, TargetFiles
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
-from slime_spec.weights.manifest import Manifest, Side
-from slime_spec.weights.push import NOT_COMPARABLE, PauseMode
-from slime_spec.weights.stage import PushStage
+from slime_spec.weights.messages import NOT_COMPARABLE, Manifest, PauseMode, Side
+from slime_spec.weights.receive import PushStage
 
 # Tensors whose storage a draft may share with its target: a push of the target changes them, and a release loses them.
 SHARED = ("embed_tokens", "lm_head", "shared_head.head")

@@ -29,18 +29,17 @@ from slime_spec.config.tree import Config
 from slime_spec.interfaces import TRANSPORTS, Trainer, load_choice
 from slime_spec.launch.cluster import cluster
 from slime_spec.launch.compose import compose
-from slime_spec.weights.manifest import as_bytes, tensor_checksum
-from slime_spec.weights.push import (
+from slime_spec.weights.messages import (
     BeginPush,
     CommitPush,
     PreparePush,
     PushBucket,
     PushMessage,
     PushReply,
-    PushReport,
-    bucketed,
-    run_push,
+    as_bytes,
+    tensor_checksum,
 )
+from slime_spec.weights.run import PushReport, bucketed, run_push
 from trainer_bridge.megatron.group import MegatronGroup
 
 Weights = Mapping[str, torch.Tensor]

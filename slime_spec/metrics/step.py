@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from slime_spec.types import Sample, TrainReport
-from slime_spec.weights.push import PushReport
+from slime_spec.weights.run import PushReport
 
 
 def train_metrics(report: TrainReport) -> dict[str, float]:

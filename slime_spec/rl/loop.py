@@ -23,7 +23,7 @@ from slime_spec.rl.advantages import train_batch
 from slime_spec.rl.clock import PhaseClock
 from slime_spec.rl.rollouts import Progress, RolloutSource
 from slime_spec.types import Sample
-from slime_spec.weights.push import run_push
+from slime_spec.weights.run import run_push
 
 logger = logging.getLogger(__name__)
 

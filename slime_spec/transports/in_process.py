@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from slime_spec.weights.push import PushBucket
+from slime_spec.weights.messages import PushBucket
 
 
 class InProcessTransport:

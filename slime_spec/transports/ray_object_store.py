@@ -15,8 +15,7 @@ import numpy as np
 import ray
 import torch
 
-from slime_spec.weights.manifest import as_bytes
-from slime_spec.weights.push import PushBucket
+from slime_spec.weights.messages import PushBucket, as_bytes
 
 
 class RayObjectStoreTransport:

@@ -1,1 +1,1 @@
-"""Weights on the move: what is sent (manifest), how (push messages), and the proof that it arrived (checksums)."""
+"""Weights on the move: the messages of a push, the trainer's side that runs it, the engine's side that receives it."""

@@ -1,42 +1,167 @@
-"""The pusher's half: named tensors as the buckets, and as all the messages, of a push."""
+"""A push of one side's weights (target or draft): trainer to engines, all or nothing.
+
+    trainer:  begin(manifest) ── bucket ── bucket ── … ── commit(checksum)
+                  │                │                      │
+    engines:   validate         stage + verify      prepare: whole? equal? built?     commit: swap the pointers
+                                                     every engine says yes first      version = v+1
+
+Until the commit every engine serves version v from weights the push does not touch; a failure before it cancels the
+push everywhere. The commit only swaps references; an engine that dies right then is the one thing that can split the
+engines, and the error says so. With ``verify`` each engine then reads back the weights it computes with.
+
+Engines generate meanwhile, unless ``pause_mode`` asks for a pause from before the begin until after the verification
+(or the failure): ``retract`` has the KV of what was being generated recomputed with the new weights, ``in_place`` keeps
+it, ``abort`` ends what was being generated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+import xxhash
 
-from slime_spec.interfaces import WeightTransport
-from slime_spec.weights.manifest import Manifest, Side, combined_checksum, meta_of, tensor_checksum
-from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushMessage, bucketed
-
-
-def bucket_of(
-    named: Sequence[tuple[str, torch.Tensor]], version: int, index: int, transport: WeightTransport
-) -> PushBucket:
-    """Published tensors with their names, shapes, dtypes and checksums."""
-    tensors = [tensor for _, tensor in named]
-    return PushBucket(
-        version=version,
-        index=index,
-        tensors=tuple(meta_of(name, tensor) for name, tensor in named),
-        checksums=tuple(tensor_checksum(tensor) for tensor in tensors),
-        handle=transport.publish(tensors),
-    )
+Side = Literal["target", "draft"]
+PauseMode = Literal["abort", "retract", "in_place"]
+NOT_COMPARABLE = ""  # in place of a checksum: the engine cannot tell, or rounds what it is sent (a quantised draft)
 
 
-def manifest_of(side: Side, version: int, weights: Mapping[str, torch.Tensor]) -> Manifest:
-    return Manifest(side, version, tuple(meta_of(name, tensor) for name, tensor in weights.items()))
+@dataclass(frozen=True)
+class TensorMeta:
+    """One tensor of a manifest: ``TensorMeta("model.norm.weight", (576,), "float32")``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        size = getattr(torch, self.dtype).itemsize
+        for dim in self.shape:
+            size *= dim
+        return size
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype), f"{self.dtype} is not a torch dtype"
+        return dtype
 
 
-def push_messages(
-    weights: Mapping[str, torch.Tensor], version: int, side: Side, bucket_bytes: int, transport: WeightTransport
-) -> Iterator[PushMessage]:
-    """A push of weights that are at hand, for ``run_push``."""
-    yield BeginPush(manifest_of(side, version, weights))
-    checksums: list[tuple[str, int]] = []
-    for index, named in enumerate(bucketed(weights.items(), bucket_bytes)):
-        bucket = bucket_of(named, version, index, transport)
-        checksums += zip((name for name, _ in named), bucket.checksums, strict=True)
-        yield bucket
-    yield CommitPush(version, combined_checksum(checksums))
+@dataclass(frozen=True)
+class Manifest:
+    """Everything one push sends for one side, in sending order."""
+
+    side: Side
+    version: int
+    tensors: tuple[TensorMeta, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(meta.nbytes for meta in self.tensors)
+
+
+@dataclass(frozen=True)
+class BeginPush:
+    """Opens a push; the engine checks every name, shape and dtype before a byte is sent."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class PushBucket:
+    """Some tensors of an open push; ``handle`` is the transport's own (for Ray, a reference into shared memory)."""
+
+    version: int
+    index: int
+    tensors: tuple[TensorMeta, ...]
+    checksums: tuple[int, ...]
+    handle: Any
+
+
+@dataclass(frozen=True)
+class PreparePush:
+    """All buckets are sent: the engine checks that none is missing, compares checksums and builds what it will use."""
+
+    version: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class CommitPush:
+    """Closes a push; ``checksum`` combines the tensors' checksums. A prepared engine only swaps."""
+
+    version: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class VerifyPush:
+    """Asks for the combined checksum of the weights the engine computes with, read back out of their own form."""
+
+    version: int
+    side: Side = "target"
+
+
+@dataclass(frozen=True)
+class CancelPush:
+    """Drops an open push; the engine stays on its version."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class PauseGeneration:
+    """Stops generating until ContinueGeneration; new requests queue. Pausing a paused engine is no error."""
+
+    version: int
+    mode: PauseMode
+
+
+@dataclass(frozen=True)
+class ContinueGeneration:
+    """Goes on after PauseGeneration, with whatever weights the engine then has."""
+
+    version: int
+
+
+PushMessage = (
+    BeginPush | PushBucket | PreparePush | CommitPush | VerifyPush | CancelPush | PauseGeneration | ContinueGeneration
+)
+
+
+@dataclass(frozen=True)
+class PushReply:
+    """An engine's answer: its committed version and the combined checksum of what it has staged so far.
+
+    Both are of the side the message is about. To VerifyPush it answers with the checksum of the weights in use, or with
+    NOT_COMPARABLE.
+    """
+
+    engine: int
+    version: int
+    checksum: str
+
+
+def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
+    return TensorMeta(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's memory as flat uint8, without a copy where it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def tensor_checksum(tensor: torch.Tensor) -> int:
+    """XXH3-64 of the tensor's bytes; at memory speed, and any changed bit changes it."""
+    return xxhash.xxh3_64_intdigest(as_bytes(tensor.cpu()).numpy().data)
+
+
+def combined_checksum(checksums: Iterable[tuple[str, int]]) -> str:
+    """One digest of (name, checksum) pairs, whatever the order they arrived in."""
+    digest = xxhash.xxh3_128()
+    for name, checksum in sorted(checksums):
+        digest.update(f"{name}={checksum:016x};".encode())
+    return digest.hexdigest()

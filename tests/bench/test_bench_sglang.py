@@ -24,8 +24,8 @@ from slime_spec.bench.timing import Timed
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import load_choice
 from slime_spec.types import GeneratedSample, SpecCounters
-from slime_spec.weights.manifest import Side
-from slime_spec.weights.push import PushReport
+from slime_spec.weights.messages import Side
+from slime_spec.weights.run import PushReport
 from tests.support.sglang_checkpoints import make_draft, make_target
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams, SpecCounters
-from slime_spec.weights.push import run_push
+from slime_spec.weights.run import run_push
 from tests.support.draft_formats import make_format
 from tests.support.embedded_harness import Samples, engine_config, make_core, random_prompt, run
 from tests.support.pushes import DirectTransport, other_weights, push_of

@@ -16,15 +16,8 @@ from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.types import GroupRequest, SamplingParams
-from slime_spec.weights.manifest import Manifest
-from slime_spec.weights.push import (
-    BeginPush,
-    CancelPush,
-    PreparePush,
-    PushBucket,
-    PushMessage,
-    run_push,
-)
+from slime_spec.weights.messages import BeginPush, CancelPush, Manifest, PreparePush, PushBucket, PushMessage
+from slime_spec.weights.run import run_push
 from tests.support.embedded_harness import engine_config, greedy, make_core, random_prompt, run
 from tests.support.pushes import DirectTransport, checksum_of, other_weights, push_of
 from tests.support.tiny_models import make_tiny_checkpoint

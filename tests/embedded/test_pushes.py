@@ -20,17 +20,16 @@ from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.errors import PushError
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
-from slime_spec.weights.manifest import Side
-from slime_spec.weights.push import (
+from slime_spec.weights.messages import (
     BeginPush,
     ContinueGeneration,
     PauseGeneration,
     PauseMode,
     PushMessage,
-    PushReport,
+    Side,
     VerifyPush,
-    run_push,
 )
+from slime_spec.weights.run import PushReport, run_push
 from tests.support.draft_formats import make_format
 from tests.support.embedded_harness import engine_config, make_core, random_prompt, run
 from tests.support.pushes import DirectTransport, checksum_of, disturbed, other_weights, push_of

@@ -15,7 +15,7 @@ from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.metrics.table import TABLE, metric
 from slime_spec.types import EngineStats, Sample, SpecCounters, TrainReport
-from slime_spec.weights.push import PushReport
+from slime_spec.weights.run import PushReport
 
 
 def test_acceptance_is_pooled_over_requests_and_not_a_mean_of_their_ratios() -> None:

@@ -20,7 +20,7 @@ from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.metrics.wandb import mode
 from slime_spec.types import TrainReport
-from slime_spec.weights.push import PushReport
+from slime_spec.weights.run import PushReport
 
 BLOCK = 32 * 1024
 FIRST_OR_MIDDLE = (2, 3)  # LevelDB's log: a record's fragments are FULL 1, FIRST 2, MIDDLE 3, LAST 4

@@ -14,8 +14,8 @@ from slime_spec.errors import ConfigError, PushError
 from slime_spec.launch.cluster import Cluster, cluster
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GroupRequest, SamplingParams
-from slime_spec.weights.messages import push_messages
-from slime_spec.weights.push import PushMessage, run_push
+from slime_spec.weights.messages import PushMessage
+from slime_spec.weights.run import push_messages, run_push
 from tests.support.fake_config import fake_engine_config
 
 

@@ -10,8 +10,15 @@ from slime_spec.interfaces import RunState
 from slime_spec.rl.loop import Job, run_loop
 from slime_spec.rl.rollouts import Rollout
 from slime_spec.types import EngineStats, GeneratedSample, Prompt, Sample, SpecCounters, TrainReport
-from slime_spec.weights.manifest import Manifest, combined_checksum
-from slime_spec.weights.push import BeginPush, CancelPush, CommitPush, PreparePush, PushReply
+from slime_spec.weights.messages import (
+    BeginPush,
+    CancelPush,
+    CommitPush,
+    Manifest,
+    PreparePush,
+    PushReply,
+    combined_checksum,
+)
 
 
 @dataclass

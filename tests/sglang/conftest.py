@@ -25,7 +25,8 @@ from slime_spec.config.tree import (
     SpeculativeConfig,
 )
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
-from slime_spec.weights.push import PushMessage, PushReport, run_push
+from slime_spec.weights.messages import PushMessage
+from slime_spec.weights.run import PushReport, run_push
 from tests.support.pushes import DirectTransport, other_weights
 from tests.support.sglang_checkpoints import make_draft, make_target
 from tests.support.sglang_real import TABLES, Models, Real, cpu_environment, started

@@ -14,7 +14,7 @@ from rollout.sglang_engine.recordings import recordings
 from slime_spec.errors import PushError
 from slime_spec.sglang.metadata import pooled
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
-from slime_spec.weights.push import PauseMode
+from slime_spec.weights.messages import PauseMode
 from tests.support.sglang_real import ALGORITHMS, PROMPTS, Models, Real, embedded_samples, greedy, on
 from tests.support.sglang_recording import recording, refusals
 from tests.support.tiny_models import load_reference

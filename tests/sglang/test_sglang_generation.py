@@ -16,7 +16,7 @@ from rollout.sglang_engine.sample import GrowingSample, Part, ProtocolError, Rea
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
-from slime_spec.weights.push import ContinueGeneration, PauseGeneration
+from slime_spec.weights.messages import ContinueGeneration, PauseGeneration
 from tests.sglang.conftest import Connect, OnFake
 
 PROMPT = (5, 6, 7)

@@ -17,7 +17,8 @@ from rollout.sglang_engine.server import ServerProcess
 from rollout.sglang_engine.supervise import Supervisor
 from slime_spec.config.tree import Config
 from slime_spec.types import GroupRequest, SamplingParams
-from slime_spec.weights.push import ContinueGeneration, PauseGeneration, PushMessage, PushReply, VerifyPush, run_push
+from slime_spec.weights.messages import ContinueGeneration, PauseGeneration, PushMessage, PushReply, VerifyPush
+from slime_spec.weights.run import run_push
 from tests.sglang.conftest import Checkpoints
 from tests.support.pushes import DirectTransport, other_weights, push_of
 

@@ -29,7 +29,7 @@ from slime_spec.config.tree import (
 )
 from slime_spec.launch.cluster import Cluster, cluster
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
-from slime_spec.weights.push import CancelPush
+from slime_spec.weights.messages import CancelPush
 from tests.sglang.conftest import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,7 +26,7 @@ from slime_spec.sglang.installed import checked_in, installed_in
 from slime_spec.sglang.labels import engine_number, label_suffix, version_number
 from slime_spec.site import Site
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
-from slime_spec.weights.push import run_push
+from slime_spec.weights.run import run_push
 from tests.sglang.conftest import Checkpoints, Connect
 from tests.support.pushes import DirectTransport, other_weights, push_of
 from tests.support.sglang_real import cpu_environment, sglang_python

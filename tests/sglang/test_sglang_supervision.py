@@ -27,7 +27,7 @@ from rollout.sglang_engine.weights import Outcome
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
-from slime_spec.weights.push import run_push
+from slime_spec.weights.run import run_push
 from tests.sglang.conftest import Checkpoints, Connect
 from tests.support.pushes import DirectTransport, other_weights, push_of
 

@@ -17,7 +17,7 @@ from rollout.sglang_engine.transports.tensor import check_torch
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.types import GroupRequest, SamplingParams
-from slime_spec.weights.push import CancelPush, CommitPush, PreparePush
+from slime_spec.weights.messages import CancelPush, CommitPush, PreparePush
 from tests.sglang.conftest import Checkpoints, Connect, OnFake
 from tests.support.pushes import push_of
 from tests.support.sglang_checkpoints import make_target

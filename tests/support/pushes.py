@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from slime_spec.transports.in_process import InProcessTransport
-from slime_spec.weights.manifest import Side, combined_checksum, tensor_checksum
-from slime_spec.weights.messages import push_messages
-from slime_spec.weights.push import PushMessage
+from slime_spec.weights.messages import PushMessage, Side, combined_checksum, tensor_checksum
+from slime_spec.weights.run import push_messages
 
 DirectTransport = InProcessTransport
 

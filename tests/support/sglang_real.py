@@ -30,7 +30,7 @@ from slime_spec.config.tree import (
 )
 from slime_spec.sglang.metadata import pooled
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
-from slime_spec.weights.push import PushReport, run_push
+from slime_spec.weights.run import PushReport, run_push
 from tests.support.pushes import DirectTransport, disturbed, push_of
 from tests.support.sglang_checkpoints import make_draft, make_target
 from tests.support.tiny_drafts import edit_config, make_tiny_mimo

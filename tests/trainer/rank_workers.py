@@ -12,8 +12,8 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError, ConfigError, TrainingError
 from slime_spec.interfaces import RunState
 from slime_spec.types import TrainReport, TrainSample
-from slime_spec.weights.manifest import Manifest
-from slime_spec.weights.push import PushBucket, PushReceiver
+from slime_spec.weights.messages import Manifest, PushBucket
+from slime_spec.weights.receive import PushReceiver
 from trainer_bridge.layout import Layout, RankCoordinates
 from trainer_bridge.megatron.cpu_shim import cpu_shim
 from trainer_bridge.megatron.model import hf_tensors

@@ -18,7 +18,8 @@ from slime_spec.interfaces import RunState
 from slime_spec.launch.cluster import Cluster, cluster
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import TrainSample
-from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushReceiver
+from slime_spec.weights.messages import BeginPush, CommitPush, PushBucket
+from slime_spec.weights.receive import PushReceiver
 from tests.trainer.trainer_support import make_policy, tiny_config, tiny_samples
 from trainer_bridge.megatron.group import MegatronGroup, merged
 

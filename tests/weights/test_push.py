@@ -11,21 +11,20 @@ from hypothesis import strategies as st
 
 from slime_spec.errors import PushError
 from slime_spec.transports.in_process import InProcessTransport
-from slime_spec.weights.manifest import combined_checksum, tensor_checksum
-from slime_spec.weights.messages import push_messages
-from slime_spec.weights.push import (
+from slime_spec.weights.messages import (
     BeginPush,
     CancelPush,
     CommitPush,
     PreparePush,
     PushBucket,
     PushMessage,
-    PushReceiver,
     PushReply,
     VerifyPush,
-    bucketed,
-    run_push,
+    combined_checksum,
+    tensor_checksum,
 )
+from slime_spec.weights.receive import PushReceiver
+from slime_spec.weights.run import bucketed, push_messages, run_push
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(1)}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}

@@ -12,7 +12,7 @@ import ray
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import TRANSPORTS, RunState, load_choice
 from slime_spec.types import TrainReport, TrainSample
-from slime_spec.weights.push import PushBucket
+from slime_spec.weights.messages import PushBucket
 
 if TYPE_CHECKING:
     from trainer_bridge.megatron.rank import TrainerRank

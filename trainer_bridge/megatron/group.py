@@ -26,8 +26,15 @@ from slime_spec.interfaces import RunState
 from slime_spec.placement import Placement
 from slime_spec.ray_errors import result_of
 from slime_spec.types import TrainReport, TrainSample
-from slime_spec.weights.manifest import Manifest, TensorMeta, combined_checksum
-from slime_spec.weights.push import BeginPush, CommitPush, PushBucket, PushMessage
+from slime_spec.weights.messages import (
+    BeginPush,
+    CommitPush,
+    Manifest,
+    PushBucket,
+    PushMessage,
+    TensorMeta,
+    combined_checksum,
+)
 from trainer_bridge.checkpoint_folder import resolve_checkpoint
 from trainer_bridge.layout import check_layout
 from trainer_bridge.megatron.actor import RankActor

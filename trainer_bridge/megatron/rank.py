@@ -17,8 +17,8 @@ from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.interfaces import RunState, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.types import TrainReport, TrainSample, is_greedy
-from slime_spec.weights.messages import bucket_of
-from slime_spec.weights.push import PushBucket, bucketed
+from slime_spec.weights.messages import PushBucket
+from slime_spec.weights.run import bucket_of, bucketed
 from trainer_bridge.grpo import GrpoLoss
 from trainer_bridge.layout import check_layout
 from trainer_bridge.learning_rate import learning_rate

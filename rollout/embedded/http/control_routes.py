@@ -8,7 +8,7 @@ from rollout.embedded.http.fields import Fields, as_object, bad_field
 from rollout.embedded.http.json_io import read_json, refusal
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.loop_thread import Refused
-from slime_spec.weights.push import ContinueGeneration, PauseGeneration, PauseMode
+from slime_spec.weights.messages import ContinueGeneration, PauseGeneration, PauseMode
 
 PAUSE_MODES: tuple[PauseMode, ...] = ("abort", "retract", "in_place")
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")

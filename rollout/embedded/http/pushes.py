@@ -10,9 +10,9 @@ import torch
 from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.errors import PushError
 from slime_spec.transports.in_process import InProcessTransport
-from slime_spec.weights.manifest import Side
-from slime_spec.weights.messages import manifest_of, push_messages
-from slime_spec.weights.push import PushReceiver, run_push
+from slime_spec.weights.messages import Side
+from slime_spec.weights.receive import PushReceiver
+from slime_spec.weights.run import manifest_of, push_messages, run_push
 
 ONE_BUCKET = sys.maxsize  # bytes: nothing travels, so nothing is gained by sending parts
 

@@ -18,7 +18,7 @@ from rollout.embedded.http.serving import Serving
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
 from slime_spec.errors import CheckpointError, PushError
-from slime_spec.weights.manifest import Side
+from slime_spec.weights.messages import Side
 
 SELECTORS = ("target", "draft", "all")
 SIDES: Mapping[str, tuple[Side, ...]] = {"target": ("target",), "draft": ("draft",), "all": ("target", "draft")}

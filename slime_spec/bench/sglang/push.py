@@ -22,8 +22,8 @@ from slime_spec.bench.sglang.replies import prompts_of
 from slime_spec.bench.sglang.servers import Server, Sums, started
 from slime_spec.bench.sglang.settings import drafting, engine_settings, place, with_transport
 from slime_spec.bench.sglang.weights import Weights, disturbed, draft_weights, target_weights
-from slime_spec.weights.manifest import Side
-from slime_spec.weights.push import PushReport
+from slime_spec.weights.messages import Side
+from slime_spec.weights.run import PushReport
 
 SIDES: tuple[Side, Side] = ("target", "draft")
 DISTURBANCE = 0.2

@@ -20,9 +20,8 @@ from slime_spec.bench.sglang.weights import Weights
 from slime_spec.config.tree import Config
 from slime_spec.transports.in_process import InProcessTransport
 from slime_spec.types import GeneratedSample
-from slime_spec.weights.manifest import Side
-from slime_spec.weights.messages import push_messages
-from slime_spec.weights.push import PushReport, run_push
+from slime_spec.weights.messages import Side
+from slime_spec.weights.run import PushReport, push_messages, run_push
 
 Sums = Mapping[str, str]
 

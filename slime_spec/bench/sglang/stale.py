@@ -23,7 +23,7 @@ from slime_spec.bench.sglang.servers import started
 from slime_spec.bench.sglang.settings import drafting, engine_settings
 from slime_spec.bench.sglang.weights import Weights, disturbed, draft_weights, target_weights
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.weights.manifest import Side
+from slime_spec.weights.messages import Side
 
 # Drafts that a round accepts, over those of the checkpoints' weights.
 MOST_WHEN_STALE, LEAST_WHEN_BACK = 0.5, 0.8

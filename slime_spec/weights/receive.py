@@ -1,4 +1,4 @@
-"""The engine's half of pushes, the same for every engine: one open push at a time, all or nothing.
+"""The engine's side of a push, the same for every engine: one push is open at a time, taken over whole or not.
 
 BeginPush ──► stage ── PushBucket … ──► PreparePush (whole? equal? built?) ──► CommitPush: the engine takes it over
                 │
@@ -7,27 +7,29 @@ BeginPush ──► stage ── PushBucket … ──► PreparePush (whole? eq
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from slime_spec.errors import PushError
 from slime_spec.interfaces import WeightTransport
-from slime_spec.weights.manifest import Manifest, Side
-from slime_spec.weights.push import (
+from slime_spec.weights.messages import (
     BeginPush,
     CancelPush,
     CommitPush,
     ContinueGeneration,
+    Manifest,
     PauseGeneration,
     PauseMode,
     PreparePush,
     PushBucket,
     PushMessage,
-    PushReceiver,
     PushReply,
+    Side,
     VerifyPush,
+    combined_checksum,
+    tensor_checksum,
 )
 
 
@@ -151,3 +153,56 @@ class PushDesk(Generic[S]):
 
     def _reply(self, side: Side, checksum: str = "") -> PushReply:
         return PushReply(self._index, self._weights.version(side), checksum)
+
+
+class PushReceiver:
+    """The engine's half of a push: checks what arrives, hands verified tensors on, and counts what is missing.
+
+    Example::
+
+        receiver = PushReceiver(manifest, expected=expected_shapes(spec))
+        receiver.take(bucket, tensors)        # raises PushError naming the tensor
+        receiver.finish(commit.checksum)      # raises PushError naming what never came
+    """
+
+    def __init__(self, manifest: Manifest, expected: Mapping[str, tuple[int, ...]]) -> None:
+        self.manifest = manifest
+        sent = {meta.name: meta for meta in manifest.tensors}
+        if missing := expected.keys() - sent.keys():
+            raise PushError(f"the push lacks {_some(missing)}")
+        if unknown := sent.keys() - expected.keys():
+            raise PushError(f"the push has tensors this model does not know: {_some(unknown)}")
+        for name, shape in expected.items():
+            if sent[name].shape != shape:
+                raise PushError(f"{name} has shape {sent[name].shape}, the engine expects {shape}")
+        self._pending = sent
+        self._checksums: dict[str, int] = {}
+
+    @property
+    def checksum(self) -> str:
+        return combined_checksum(self._checksums.items())
+
+    def take(self, bucket: PushBucket, tensors: Sequence[torch.Tensor]) -> None:
+        """Verify one bucket's tensors against the manifest and their checksums."""
+        if bucket.version != self.manifest.version:
+            raise PushError(f"bucket of version {bucket.version} inside the push of {self.manifest.version}")
+        for meta, checksum, tensor in zip(bucket.tensors, bucket.checksums, tensors, strict=True):
+            if self._pending.pop(meta.name, None) != meta:
+                raise PushError(f"{meta.name} was not announced, came twice or changed shape")
+            if tuple(tensor.shape) != meta.shape or tensor.dtype != meta.torch_dtype:
+                raise PushError(f"{meta.name} arrived as {tuple(tensor.shape)} {tensor.dtype}")
+            arrived = tensor_checksum(tensor)
+            if arrived != checksum:
+                raise PushError(f"{meta.name} arrived damaged: checksum {arrived:016x}, sent {checksum:016x}")
+            self._checksums[meta.name] = arrived
+
+    def finish(self, checksum: str) -> None:
+        if self._pending:
+            raise PushError(f"the push ended without {_some(self._pending)}")
+        if self.checksum != checksum:
+            raise PushError(f"combined checksum {self.checksum} differs from the trainer's {checksum}")
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

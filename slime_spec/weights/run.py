@@ -1,0 +1,211 @@
+"""The trainer's side of a push: named tensors become its messages, and every engine is sent them, all or nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import cast, get_args
+
+import torch
+
+from slime_spec.errors import PushError
+from slime_spec.interfaces import WeightTransport
+from slime_spec.weights.messages import (
+    NOT_COMPARABLE,
+    BeginPush,
+    CancelPush,
+    CommitPush,
+    ContinueGeneration,
+    Manifest,
+    PauseGeneration,
+    PauseMode,
+    PreparePush,
+    PushBucket,
+    PushMessage,
+    PushReply,
+    Side,
+    VerifyPush,
+    combined_checksum,
+    meta_of,
+    tensor_checksum,
+)
+
+logger = logging.getLogger(__name__)
+
+Broadcast = Callable[[PushMessage], Sequence[PushReply]]
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """One finished push, for the metrics ``sync/*``."""
+
+    version: int
+    seconds: float
+    nbytes: int
+    num_tensors: int
+    checksum: str
+    verified: bool = False
+    verify_s: float = 0.0
+    paused_s: float = 0.0
+
+
+def run_push(
+    messages: Iterable[PushMessage], broadcast: Broadcast, verify: bool = False, pause_mode: str = "none"
+) -> PushReport:
+    """Send a push's messages to every engine; raises PushError, every engine still on its old version, on any failure.
+
+    ``broadcast`` delivers one message to all engines and returns their replies (raising if any engine refused).
+    ``verify`` reads every engine's weights back after the commit and compares them with the trainer's (the report says
+    whether they could be). ``pause_mode`` is a PauseMode, or none.
+    """
+    pending = iter(messages)
+    start = perf_counter()
+    try:
+        begin = next(pending)
+    except Exception as error:
+        raise PushError(f"the push could not begin: {error}") from error
+    assert isinstance(begin, BeginPush), "a push begins with BeginPush"
+    begin_s = perf_counter() - start
+    if pause_mode == "none":
+        return _push(begin, pending, broadcast, verify, begin_s)
+    assert pause_mode in get_args(PauseMode), f"{pause_mode} is no way to pause"
+    start = perf_counter()
+    try:
+        _pause(PauseGeneration(begin.manifest.version, cast(PauseMode, pause_mode)), broadcast)
+        report = _push(begin, pending, broadcast, verify, begin_s)
+    except PushError:
+        _continue_after_failure(ContinueGeneration(begin.manifest.version), broadcast)
+        raise
+    broadcast(ContinueGeneration(begin.manifest.version))
+    return replace(report, paused_s=perf_counter() - start)
+
+
+def _push(
+    begin: BeginPush, rest: Iterable[PushMessage], broadcast: Broadcast, verify: bool, begin_s: float
+) -> PushReport:
+    """``begin_s`` is what the trainer took for ``begin``."""
+    start = perf_counter() - begin_s
+    manifest = begin.manifest
+    try:
+        broadcast(begin)
+        for message in rest:
+            if isinstance(message, CommitPush):
+                break
+            replies = broadcast(message)
+            if isinstance(message, PushBucket):
+                _agree(f"bucket {message.index}", replies)
+        else:
+            raise PushError("the push ended without a commit")
+        _agree("the prepared push", broadcast(PreparePush(message.version, message.checksum)), message.checksum)
+    except Exception as error:
+        _cancel(manifest, broadcast)
+        raise PushError(f"push of version {manifest.version} failed: {error}") from error
+    _commit(message, broadcast)
+    seconds = perf_counter() - start
+    verified = verify and _verify(message, manifest.side, broadcast)
+    verify_s = perf_counter() - start - seconds
+    return PushReport(
+        message.version, seconds, manifest.nbytes, len(manifest.tensors), message.checksum, verified, verify_s
+    )
+
+
+def _pause(message: PauseGeneration, broadcast: Broadcast) -> None:
+    try:
+        broadcast(message)
+    except Exception as error:
+        raise PushError(f"an engine could not pause for the push of version {message.version}: {error}") from error
+
+
+def _continue_after_failure(message: ContinueGeneration, broadcast: Broadcast) -> None:
+    try:
+        broadcast(message)
+    except Exception:
+        # The push's error is the one to report; an engine that cannot go on is dead.
+        logger.exception("could not continue after the push version=%d", message.version)
+
+
+def _agree(what: str, replies: Sequence[PushReply], checksum: str | None = None) -> None:
+    answers = {reply.checksum for reply in replies}
+    if len(answers) != 1 or (checksum is not None and answers != {checksum}):
+        raise PushError(f"checksums of {what} differ: engines {sorted(answers)}, trainer {checksum or 'not asked'}")
+
+
+def _cancel(manifest: Manifest, broadcast: Broadcast) -> None:
+    try:
+        broadcast(CancelPush(manifest.version))
+    except Exception:
+        # The first error is the one to report; an engine that cannot even cancel is dead and holds no version.
+        logger.exception("could not cancel the push version=%d", manifest.version)
+
+
+def _commit(message: CommitPush, broadcast: Broadcast) -> None:
+    try:
+        replies = broadcast(message)
+    except Exception as error:
+        raise PushError(
+            f"an engine failed at the commit of version {message.version}, which others may serve already: {error}"
+        ) from error
+    behind = [reply for reply in replies if reply.version != message.version]
+    if behind:
+        raise PushError(f"after the commit of version {message.version} engines answered {behind}")
+
+
+def _verify(message: CommitPush, side: Side, broadcast: Broadcast) -> bool:
+    """Compare what the engines compute with; False where any of them cannot tell."""
+    answers = {reply.checksum for reply in broadcast(VerifyPush(message.version, side))}
+    if answers - {NOT_COMPARABLE, message.checksum}:
+        raise PushError(
+            f"after the push of version {message.version} engines compute with {sorted(answers)}, "
+            f"the trainer sent {message.checksum}"
+        )
+    return NOT_COMPARABLE not in answers
+
+
+def push_messages(
+    weights: Mapping[str, torch.Tensor], version: int, side: Side, bucket_bytes: int, transport: WeightTransport
+) -> Iterator[PushMessage]:
+    """A push of weights that are at hand, for ``run_push``."""
+    yield BeginPush(manifest_of(side, version, weights))
+    checksums: list[tuple[str, int]] = []
+    for index, named in enumerate(bucketed(weights.items(), bucket_bytes)):
+        bucket = bucket_of(named, version, index, transport)
+        checksums += zip((name for name, _ in named), bucket.checksums, strict=True)
+        yield bucket
+    yield CommitPush(version, combined_checksum(checksums))
+
+
+def manifest_of(side: Side, version: int, weights: Mapping[str, torch.Tensor]) -> Manifest:
+    return Manifest(side, version, tuple(meta_of(name, tensor) for name, tensor in weights.items()))
+
+
+def bucket_of(
+    named: Sequence[tuple[str, torch.Tensor]], version: int, index: int, transport: WeightTransport
+) -> PushBucket:
+    """Published tensors with their names, shapes, dtypes and checksums."""
+    tensors = [tensor for _, tensor in named]
+    return PushBucket(
+        version=version,
+        index=index,
+        tensors=tuple(meta_of(name, tensor) for name, tensor in named),
+        checksums=tuple(tensor_checksum(tensor) for tensor in tensors),
+        handle=transport.publish(tensors),
+    )
+
+
+def bucketed(
+    tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Group tensors, in order, into buckets of at most ``bucket_bytes`` (a larger tensor travels alone)."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if bucket and size + nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += nbytes
+    if bucket:
+        yield bucket
