@@ -29,7 +29,8 @@ CONCURRENCY = {"generate": MAX_GROUPS_IN_FLIGHT, "control": 1, "abort": 1, "watc
 class EngineWorker:
     """One engine in its own process; groups generate concurrently, control calls never wait behind them.
 
-    A flight number names one call of ``generate``, so that an abort finds it, even one that has overtaken it.
+    The number of an in-flight group names one call of ``generate``, so that an abort finds it, even an abort that has
+    overtaken the call.
     """
 
     _engine: RolloutEngine
@@ -57,22 +58,22 @@ class EngineWorker:
         return self._engine.stats()
 
     @ray.method(concurrency_group="generate", num_returns="streaming")
-    def generate(self, request: GroupRequest, flight: int) -> Iterator[GeneratedSample]:
-        generation = self._generations[flight] = self._engine.generate(request)
+    def generate(self, request: GroupRequest, number: int) -> Iterator[GeneratedSample]:
+        generation = self._generations[number] = self._engine.generate(request)
         try:
-            if flight in self._aborted:
+            if number in self._aborted:
                 generation.abort()
             yield from generation
         finally:
-            del self._generations[flight]
-            self._aborted.discard(flight)
+            del self._generations[number]
+            self._aborted.discard(number)
 
     @ray.method(concurrency_group="abort")
-    def abort(self, flights: Sequence[int]) -> None:
-        """Abort those generations, begun or about to begin; one that has ended is past it."""
-        self._aborted.update(flights)
-        for flight in flights:
-            if (generation := self._generations.get(flight)) is not None:
+    def abort(self, numbers: Sequence[int]) -> None:
+        """Abort those generations, running or about to start; nothing happens to those that have ended."""
+        self._aborted.update(numbers)
+        for number in numbers:
+            if (generation := self._generations.get(number)) is not None:
                 generation.abort()
 
     @ray.method(concurrency_group="watch")

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from rollout.partial_samples import as_begun, check_begun
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
 from slime_spec.interfaces import WeightTransport
+from slime_spec.partial_samples import check_partials, earlier_part, note_version, reported_spans
 from slime_spec.sglang.metadata import pooled
 from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, SpecCounters
@@ -55,24 +55,25 @@ class FakeGeneration:
         length = rng.randint(1, self._request.params.max_new_tokens)
         token_ids = tuple(rng.choice(TOKENS) for _ in range(length))
         logprobs = tuple(-rng.random() for _ in range(length))
-        begun = as_begun(self._request, position)
-        num_begun, aborted = len(begun.token_ids), self._aborted.is_set()
-        count = num_begun + (length - num_begun) // 2 if aborted else length
-        spans = begun.spans
-        if spans and count > num_begun and spans[-1][1] != self._version:
-            spans += ((num_begun, self._version),)
+        part = earlier_part(self._request, position)
+        had, aborted = len(part.token_ids), self._aborted.is_set()
+        count = had + (length - had) // 2 if aborted else length
+        spans = list(part.spans)
+        if count > had:
+            note_version(spans, had, self._version)
+        oldest = min((version for _, version in spans), default=self._version)
         return GeneratedSample(
-            group_id=begun.group_id,
-            sample_index=begun.sample_index,
-            token_ids=begun.token_ids + token_ids[num_begun:count],
-            logprobs=begun.logprobs + logprobs[num_begun:count],
+            group_id=part.group_id,
+            sample_index=part.sample_index,
+            token_ids=part.token_ids + token_ids[had:count],
+            logprobs=part.logprobs + logprobs[had:count],
             finish_reason="abort" if aborted else "stop",
-            weight_version=min(version for _, version in spans) if spans else self._version,
-            num_prompt_tokens=begun.num_prompt_tokens,
-            spec=pooled([begun.spec, ROUNDS]) if count > num_begun else begun.spec,
-            e2e_latency_s=begun.e2e_latency_s,
+            weight_version=oldest,
+            num_prompt_tokens=part.num_prompt_tokens,
+            spec=pooled([part.spec, ROUNDS]) if count > had else part.spec,
+            e2e_latency_s=part.e2e_latency_s,
             engine=self._engine,
-            version_spans=spans if len(spans) > 1 else (),
+            version_spans=reported_spans(spans, oldest),
         )
 
 
@@ -142,7 +143,7 @@ class FakeEngine:
         self._pushes = PushDesk(self._index, self._transport, self._weights)
 
     def generate(self, request: GroupRequest) -> FakeGeneration:
-        check_begun(request, TOKENS.stop)
+        check_partials(request, TOKENS.stop)
         return FakeGeneration(request, self._index, self._weights.version("target"))
 
     def update_weights(self, message: PushMessage) -> PushReply:

@@ -1,27 +1,28 @@
-"""Where each group of one generation is: waiting for an engine, on one, or on its way from one to another.
+"""Where each group of one generation is: waiting for an engine, in flight on an engine, or between two engines.
 
-    waiting ──launch──► on an engine ──arrived──► finished: to the caller
+    waiting ──launch──► in flight on an engine ──arrived──► finished: to the caller
        ▲                     │
        │                     ├─ recalled, where its engine does not serve while another does: ends as if aborted
        └──────unfinished─────┴─ lost, where the engine's process died
 
-What is sent again goes on from what came back of it (GroupRequest.begun). Nothing here knows of Ray or waits.
+What is sent again resumes the partial samples that came back (slime_spec.partial_samples). Nothing here knows of Ray or
+waits.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from rollout.dispatch import Dispatcher
-from rollout.partial_samples import MAX_FRUITLESS_PARTS, as_begun
+from slime_spec.partial_samples import MAX_FRUITLESS_ATTEMPTS, FruitlessAttempts, as_partial, request_for_rest
 from slime_spec.types import GeneratedSample, GroupRequest
 
 
 @dataclass(eq=False)
-class Flight:
-    """A group on an engine. ``left`` maps the samples still out to their positions; ``back`` are unfinished ones."""
+class InFlightGroup:
+    """A group on an engine. ``left`` maps the samples still out to their positions; ``back`` are unfinished samples."""
 
     number: int
     engine: int
@@ -34,93 +35,90 @@ class Flight:
         self.left = {index: position for position, index in enumerate(self.request.sample_indices)}
 
 
-class Flights:
-    """All groups of one generation; every sample of theirs is given to the caller once. ``numbers`` names flights.
+class InFlightGroups:
+    """All groups of one generation; each of their samples is given to the caller once. ``numbers`` name the groups.
 
     Example::
 
-        flights = Flights(requests, dispatcher, itertools.count())
-        for flight in flights.launch(): ...           # have the engine generate flight.request
-        sample = flights.arrived(flight, sample)      # for each that comes back; None where it goes on elsewhere
-        samples = flights.ended(flight)               # when nothing more comes
+        groups = InFlightGroups(requests, dispatcher, itertools.count())
+        for group in groups.launch(): ...           # have the engine generate group.request
+        sample = groups.arrived(group, sample)      # for each that comes back; None where it is resumed elsewhere
+        samples = groups.ended(group)               # when nothing more comes
     """
 
     def __init__(self, requests: Iterable[GroupRequest], dispatcher: Dispatcher, numbers: Iterator[int]) -> None:
         self._waiting = deque(requests)
         self._dispatcher, self._numbers = dispatcher, numbers
-        self._in_air: list[Flight] = []
-        self._num_fruitless: Counter[tuple[str, int]] = Counter()
+        self._on_engines: list[InFlightGroup] = []
+        self._fruitless: defaultdict[tuple[str, int], FruitlessAttempts] = defaultdict(FruitlessAttempts)
         self.is_aborted = False
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._in_air)
+        return bool(self._waiting or self._on_engines)
 
     @property
-    def in_air(self) -> list[Flight]:
-        return list(self._in_air)
+    def on_engines(self) -> list[InFlightGroup]:
+        return list(self._on_engines)
 
-    def launch(self) -> list[Flight]:
+    def launch(self) -> list[InFlightGroup]:
         """Give waiting groups, in their order, to engines that have room."""
         launched = []
         while self._waiting and (engine := self._dispatcher.assign(len(self._waiting[0].seeds))) is not None:
-            launched.append(Flight(next(self._numbers), engine, self._waiting.popleft()))
-        self._in_air += launched
+            launched.append(InFlightGroup(next(self._numbers), engine, self._waiting.popleft()))
+        self._on_engines += launched
         return launched
 
-    def recall(self) -> list[Flight]:
-        """The flights, each told once, to abort: their engines do not serve, and others do."""
-        if not any(self._dispatcher.serving):
+    def recall(self) -> list[InFlightGroup]:
+        """The groups to abort, each returned once: their engines do not serve, and others do."""
+        serving = self._dispatcher.serving
+        if not any(serving):
             return []
-        recalled = [each for each in self._in_air if not (each.is_recalled or self._dispatcher.serving[each.engine])]
-        for flight in recalled:
-            flight.is_recalled = True
+        recalled = [group for group in self._on_engines if not (group.is_recalled or serving[group.engine])]
+        for group in recalled:
+            group.is_recalled = True
         return recalled
 
-    def arrived(self, flight: Flight, sample: GeneratedSample) -> GeneratedSample | None:
-        """What the caller gets of it: nothing yet where it was recalled before it was finished."""
-        del flight.left[sample.sample_index]
-        self._dispatcher.finished(flight.engine)
-        if flight.is_recalled and sample.finish_reason == "abort":
-            flight.back.append(sample)
+    def arrived(self, group: InFlightGroup, sample: GeneratedSample) -> GeneratedSample | None:
+        """The sample for the caller; nothing yet where its group was recalled before the sample was finished."""
+        del group.left[sample.sample_index]
+        self._dispatcher.finished(group.engine)
+        if group.is_recalled and sample.finish_reason == "abort":
+            group.back.append(sample)
             return None
         return sample
 
-    def ended(self, flight: Flight) -> list[GeneratedSample]:
-        """Nothing more comes of it; what came back unfinished waits for another engine, or is the caller's if aborted.
+    def ended(self, group: InFlightGroup) -> list[GeneratedSample]:
+        """Nothing more of the group comes; its unfinished samples wait for an engine, or are the caller's if aborted.
 
         Raises RuntimeError for a sample that comes back again and again without a token more.
         """
-        assert not flight.left, f"{flight.request.group_id} ended with {len(flight.left)} samples missing"
-        self._in_air.remove(flight)
-        if self.is_aborted or not flight.back:
-            return flight.back
-        request, back = flight.request, sorted(flight.back, key=lambda sample: sample.sample_index)
-        positions = {index: position for position, index in enumerate(request.sample_indices)}
-        for sample in back:
-            self._note_progress(as_begun(request, positions[sample.sample_index]), sample)
-        seeds = tuple(request.seeds[positions[sample.sample_index]] for sample in back)
-        self._waiting.appendleft(replace(request, seeds=seeds, begun=tuple(back)))
+        assert not group.left, f"{group.request.group_id} ended with {len(group.left)} samples missing"
+        self._on_engines.remove(group)
+        if self.is_aborted or not group.back:
+            return group.back
+        positions = {index: position for position, index in enumerate(group.request.sample_indices)}
+        for sample in group.back:
+            self._note_progress(as_partial(group.request, positions[sample.sample_index]), sample)
+        self._waiting.appendleft(request_for_rest(group.request, group.back))
         return []
 
-    def lost(self, flight: Flight) -> list[GeneratedSample]:
-        """As ``ended``, where the engine's process has died: its samples are as they were when it got them."""
-        self._dispatcher.finished(flight.engine, len(flight.left))
-        flight.back += [as_begun(flight.request, position) for position in flight.left.values()]
-        flight.left = {}
-        return self.ended(flight)
+    def lost(self, group: InFlightGroup) -> list[GeneratedSample]:
+        """As ``ended``, where the engine's process has died: its samples are as they were when the engine got them."""
+        self._dispatcher.finished(group.engine, len(group.left))
+        group.back += [as_partial(group.request, position) for position in group.left.values()]
+        group.left = {}
+        return self.ended(group)
 
     def abort(self) -> list[GeneratedSample]:
-        """The samples whose turn has not come, as they are; what is in the air is for the engines to abort."""
+        """The samples whose turn has not come, as they are; the groups in flight are for the engines to abort."""
         self.is_aborted = True
         waiting, self._waiting = self._waiting, deque()
-        return [as_begun(request, position) for request in waiting for position in range(len(request.seeds))]
+        return [as_partial(request, position) for request in waiting for position in range(len(request.seeds))]
 
     def _note_progress(self, before: GeneratedSample, after: GeneratedSample) -> None:
-        key = after.group_id, after.sample_index
-        self._num_fruitless[key] = self._num_fruitless[key] + 1 if after.token_ids == before.token_ids else 0
-        if self._num_fruitless[key] == MAX_FRUITLESS_PARTS:
+        if self._fruitless[after.group_id, after.sample_index].note(after.token_ids != before.token_ids):
             raise RuntimeError(
-                f"{after.group_id}: sample {after.sample_index} was broken off {MAX_FRUITLESS_PARTS} times without a "
-                "token in between"
+                f"{after.group_id}: sample {after.sample_index} was broken off {MAX_FRUITLESS_ATTEMPTS} times without "
+                "a token in between"
             )

@@ -1,7 +1,7 @@
 """The engines as one: prompts go to the least loaded, finished samples stream back, pushes reach all of them.
 
-generate(groups) ─► Flights ─► EngineWorker 0 ─┐
-                ▲         └──► EngineWorker 1 ─┴─► samples, in the order they finish
+generate(groups) ─► InFlightGroups ─► EngineWorker 0 ─┐
+                ▲         └─────────► EngineWorker 1 ─┴─► samples, in the order they finish
                 └── unfinished samples of an engine that does not serve, to go on at another
 """
 
@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from rollout.actor import create_engine_actors, site_here
 from rollout.dispatch import Dispatcher
-from rollout.in_flight import Flight, Flights
+from rollout.in_flight import InFlightGroup, InFlightGroups
 from rollout.shared_part import shared_part
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
@@ -57,7 +57,7 @@ class EnginePool:
         self._serving = [True] * len(self._actors)
         self._dead: dict[int, RayActorError] = {}
         self._watches: dict[ray.ObjectRef, int] = {}
-        self._flight_numbers = count()
+        self._group_numbers = count()
         self._num_aborts = 0
 
     def __enter__(self) -> EnginePool:
@@ -88,8 +88,8 @@ class EnginePool:
         Raises what ended an engine for good (EngineFailed), and EngineProcessDied once no engine's process is left.
         """
         room = 2 * self._config.engine.max_running_requests
-        flights = Flights(requests, Dispatcher(self._serving, room), self._flight_numbers)
-        return self._samples(flights, self._num_aborts)
+        groups = InFlightGroups(requests, Dispatcher(self._serving, room), self._group_numbers)
+        return self._samples(groups, self._num_aborts)
 
     def abort(self) -> None:
         """See Engines: let the generation in progress, if there is one, come to its end now; from any thread."""
@@ -105,22 +105,22 @@ class EnginePool:
     def stats(self) -> list[EngineStats]:
         return self._on_all("stats")
 
-    def _samples(self, flights: Flights, num_aborts: int) -> Iterator[GeneratedSample]:
-        streams: dict[ray.ObjectRefGenerator, Flight] = {}
+    def _samples(self, groups: InFlightGroups, num_aborts: int) -> Iterator[GeneratedSample]:
+        streams: dict[ray.ObjectRefGenerator, InFlightGroup] = {}
         self._hear_all()
-        while flights.has_unfinished:
-            if self._num_aborts > num_aborts and not flights.is_aborted:
-                self._abort(flights.in_air)
-                yield from flights.abort()
-            for flight in flights.launch():
-                streams[self._actors[flight.engine].generate.remote(flight.request, flight.number)] = flight
-            self._abort(flights.recall())
+        while groups.has_unfinished:
+            if self._num_aborts > num_aborts and not groups.is_aborted:
+                self._abort(groups.on_engines)
+                yield from groups.abort()
+            for group in groups.launch():
+                streams[self._actors[group.engine].generate.remote(group.request, group.number)] = group
+            self._abort(groups.recall())
             self._watch_all()
             for ref in self._ready([*self._watches, *streams], ABORT_POLL_S):
                 if ref in self._watches:
                     self._hear(ref)
                 else:
-                    yield from self._next(ref, streams, flights)
+                    yield from self._next(ref, streams, groups)
 
     def _ready(self, refs: Collection[Any], timeout_s: float) -> list[Any]:
         """One that has something, if any has it in time; raises EngineProcessDied where no engine is left."""
@@ -131,24 +131,27 @@ class EnginePool:
         return ready
 
     def _next(
-        self, stream: ray.ObjectRefGenerator, streams: dict[ray.ObjectRefGenerator, Flight], flights: Flights
+        self,
+        stream: ray.ObjectRefGenerator,
+        streams: dict[ray.ObjectRefGenerator, InFlightGroup],
+        groups: InFlightGroups,
     ) -> list[GeneratedSample]:
         """What the caller gets of the next thing that a stream has."""
-        flight = streams[stream]
+        group = streams[stream]
         try:
-            sample = flights.arrived(flight, result_of(next(stream)))
+            sample = groups.arrived(group, result_of(next(stream)))
             return [] if sample is None else [sample]
         except StopIteration:
             del streams[stream]
-            return flights.ended(flight)
+            return groups.ended(group)
         except RayActorError as error:
             del streams[stream]
-            self._bury(flight.engine, error)
-            return flights.lost(flight)
+            self._bury(group.engine, error)
+            return groups.lost(group)
 
-    def _abort(self, flights: Sequence[Flight]) -> None:
-        for engine in {flight.engine for flight in flights} - self._dead.keys():
-            numbers = [flight.number for flight in flights if flight.engine == engine]
+    def _abort(self, groups: Sequence[InFlightGroup]) -> None:
+        for engine in {group.engine for group in groups} - self._dead.keys():
+            numbers = [group.number for group in groups if group.engine == engine]
             self._actors[engine].abort.remote(numbers)
 
     def _watch_all(self) -> None:

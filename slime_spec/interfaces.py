@@ -32,7 +32,7 @@ class Generation(Protocol):
     def abort(self) -> None:
         """Let the unfinished samples finish now, with finish_reason "abort" and the tokens they have.
 
-        A later request goes on from them where it names them in ``begun``.
+        A later request resumes them where it names them in ``partials``.
         """
 
 
@@ -80,8 +80,9 @@ class Engines(Protocol):
     def abort(self) -> None:
         """Let every sample of the generation in progress end now, with finish_reason "abort" and the tokens it has.
 
-        They come out of ``generate``, those too whose turn had not come. A later ``generate`` goes on from those that a
-        request's ``begun`` names, on any engine and with newer weights; ``version_spans`` say which tokens are whose.
+        They come out of ``generate``, those too whose turn had not come. A later ``generate`` resumes those that a
+        request names in ``partials``, on any engine and with newer weights; ``version_spans`` say which tokens are
+        whose.
         """
 
     def stop(self) -> None: ...

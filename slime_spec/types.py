@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
+VersionSpan = tuple[int, int]
+"""(first token index, weight version)"""
 
 GREEDY_BELOW_TEMPERATURE = 1e-6  # SGLang's threshold
 
@@ -62,9 +64,10 @@ class Prompt:
 class GroupRequest:
     """One prompt and its n samples, which share the prompt's KV: one seed per sample, already derived by the caller.
 
-    ``begun`` are samples to go on from: none, or one for each seed, in the seeds' order, as an earlier generation left
-    them (finish_reason "abort", perhaps without a token). What comes back is whole, with the token budget and every
-    count over both parts, under the sample_index it had: a request may hold some of a group's samples only.
+    ``partials`` are samples to resume (slime_spec.partial_samples): none, or one for each seed, in the seeds' order, as
+    an earlier generation left them (finish_reason "abort", perhaps without a token). What comes back is whole, with the
+    token budget and every count over both parts, under the sample_index it had: a request may hold some of a group's
+    samples only.
 
     Example: ``GroupRequest("step3-prompt17", (1, 4093, 198), seeds=(11, 12, 13, 14), params=SamplingParams())``
     """
@@ -73,16 +76,16 @@ class GroupRequest:
     prompt_token_ids: tuple[int, ...]
     seeds: tuple[int, ...]
     params: SamplingParams
-    begun: tuple[GeneratedSample, ...] = ()
+    partials: tuple[GeneratedSample, ...] = ()
 
     @property
     def sample_indices(self) -> tuple[int, ...]:
         """The sample_index of each seed's sample."""
-        return tuple(sample.sample_index for sample in self.begun) or tuple(range(len(self.seeds)))
+        return tuple(sample.sample_index for sample in self.partials) or tuple(range(len(self.seeds)))
 
-    def begun_at(self, position: int) -> GeneratedSample | None:
-        """What that seed's sample goes on from, if anything."""
-        return self.begun[position] if self.begun else None
+    def partial_at(self, position: int) -> GeneratedSample | None:
+        """The partial sample that this seed's sample resumes, if any."""
+        return self.partials[position] if self.partials else None
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,8 @@ class GeneratedSample:
     of it. ``draft_version`` is that of the draft's own weights, None where it has none. ``lossy`` marks a sample whose
     verification may have bent the target's distribution. ``wait_s`` and ``first_token_s`` are the times from its
     arrival to its admission and to its first token, None where nobody measured them. ``num_preemptions`` counts how
-    often its KV was given up for lack of room, and recomputed. A sample that went on from an earlier part
-    (GroupRequest.begun) sums the times of both; ``spec`` is empty where either part's rounds are unknown.
+    often its KV was given up for lack of room, and recomputed. A resumed sample
+    (GroupRequest.partials) sums the times of both; ``spec`` is empty where either part's rounds are unknown.
     """
 
     group_id: str
@@ -138,7 +141,7 @@ class GeneratedSample:
     engine: int = 0
     matched_stop: int | str | None = None
     cached_tokens: int = 0
-    version_spans: tuple[tuple[int, int], ...] = ()
+    version_spans: tuple[VersionSpan, ...] = ()
     draft_version: int | None = None
     lossy: bool = False
     wait_s: float | None = None
@@ -146,7 +149,7 @@ class GeneratedSample:
     num_preemptions: int = 0
 
     @property
-    def spans(self) -> tuple[tuple[int, int], ...]:
+    def spans(self) -> tuple[VersionSpan, ...]:
         """``version_spans``, also where one version generated all of it; empty without tokens."""
         return self.version_spans or (((0, self.weight_version),) if self.token_ids else ())
 

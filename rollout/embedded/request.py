@@ -9,9 +9,9 @@ import torch
 
 from rollout.embedded.stop import Ending
 from rollout.embedded.uniforms import Uniforms
-from rollout.partial_samples import rounds_are_known
+from slime_spec.partial_samples import earlier_part, note_version, reported_spans, rounds_are_known
 from slime_spec.sglang.draft_shape import DraftShape
-from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
+from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters, VersionSpan
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Group:
 
     def __post_init__(self) -> None:
         self.num_unfinished = len(self.request.seeds)
-        self.num_started = sum(bool(begun.token_ids) for begun in self.request.begun)
+        self.num_started = sum(bool(partial.token_ids) for partial in self.request.partials)
 
     @property
     def shares_prompt(self) -> bool:
@@ -84,7 +84,7 @@ class Group:
 class SampleState:
     """One sample while it is generated. ``token_ids`` starts with the prompt; the last token is not in the KV yet.
 
-    One that goes on from an earlier part holds that part's tokens, times and counts from the start.
+    A resumed sample holds its earlier part's tokens, times and counts from the start.
     """
 
     group: Group
@@ -99,7 +99,7 @@ class SampleState:
     num_preemptions: int = 0
     cached_tokens: int = 0
     spent_s: float = 0.0  # in earlier parts
-    lossy: bool = False  # an earlier part was
+    lossy: bool = False  # the earlier part was
     rounds_known: bool = True
     num_prefilled: int = 0  # slots of the row filled so far, while it is being prefilled
     kv_version: int = 0  # oldest weights that computed its KV
@@ -107,7 +107,7 @@ class SampleState:
     draft_version: int | None = None  # of the draft that drafted first, where drafts have weights
     wait_s: float | None = None  # from arrival to a row
     first_token_s: float | None = None  # from arrival to the first token
-    version_spans: list[tuple[int, int]] = field(default_factory=list)  # (first token, version of the weights)
+    version_spans: list[VersionSpan] = field(default_factory=list)
 
     @classmethod
     def of(cls, group: Group, position: int, key: int, speculates: bool) -> SampleState:
@@ -119,13 +119,7 @@ class SampleState:
         request = group.request
         uniforms = Uniforms(request.seeds[position], request.params.max_new_tokens)
         state = cls(group, request.sample_indices[position], key, list(request.prompt_token_ids), uniforms)
-        begun = request.begun_at(position)
-        if begun is None:
-            return state
-        state.spent_s, state.wait_s = begun.e2e_latency_s, begun.wait_s
-        state.num_preemptions = begun.num_preemptions
-        if begun.token_ids:
-            state._take_part(begun, speculates)
+        state._take_part(earlier_part(request, position), speculates)
         return state
 
     @property
@@ -152,8 +146,7 @@ class SampleState:
 
     def append(self, token_id: int, logprob: float, version: int) -> None:
         """Take one token that weights of ``version`` gave."""
-        if not self.version_spans or self.version_spans[-1][1] != version:
-            self.version_spans.append((self.num_generated, version))
+        note_version(self.version_spans, self.num_generated, version)
         # Noted here, because recomputed KV forgets whose KV the tokens before it were drawn from.
         known = version if self.oldest_version is None else self.oldest_version
         self.oldest_version = min(known, self.kv_version, version)
@@ -178,7 +171,6 @@ class SampleState:
     def finished(self, ending: Ending, now_s: float, stamp: Stamp, version: int) -> GeneratedSample:
         """The sample as it stands; ``version`` are the weights in use, which one without tokens is said to be of."""
         oldest = version if self.oldest_version is None else self.oldest_version
-        uniform = [version for _, version in self.version_spans] in ([], [oldest])
         return GeneratedSample(
             group_id=self.group.request.group_id,
             sample_index=self.sample_index,
@@ -187,7 +179,7 @@ class SampleState:
             finish_reason=ending.reason,
             matched_stop=ending.matched,
             weight_version=oldest,
-            version_spans=() if uniform else tuple(self.version_spans),
+            version_spans=reported_spans(self.version_spans, oldest),
             draft_version=self.draft_version,
             num_prompt_tokens=self.group.num_prompt_tokens,
             cached_tokens=self.cached_tokens,
@@ -211,15 +203,15 @@ class SampleState:
             num_steps=shape.num_steps,
         )
 
-    def _take_part(self, begun: GeneratedSample, speculates: bool) -> None:
-        """Hold the tokens of an earlier part, and what is known of them."""
-        self.token_ids += begun.token_ids
-        self.logprobs += begun.logprobs
-        self.version_spans += begun.spans
-        self.oldest_version, self.draft_version = begun.weight_version, begun.draft_version
-        self.first_token_s, self.cached_tokens = begun.first_token_s, begun.cached_tokens
-        self.lossy = begun.lossy
-        spec = begun.spec
-        self.rounds_known = not speculates or rounds_are_known(len(begun.token_ids), spec.num_rounds)
-        self.accepted_histogram += spec.histogram
-        self.num_drafted, self.num_empty_rounds = spec.num_drafted, spec.num_empty_rounds
+    def _take_part(self, part: GeneratedSample, speculates: bool) -> None:
+        """Hold what the sample has from its earlier part."""
+        self.spent_s, self.wait_s, self.first_token_s = part.e2e_latency_s, part.wait_s, part.first_token_s
+        self.num_preemptions, self.cached_tokens = part.num_preemptions, part.cached_tokens
+        self.token_ids += part.token_ids
+        self.logprobs += part.logprobs
+        self.version_spans += part.spans
+        self.oldest_version = part.weight_version if part.token_ids else None
+        self.draft_version, self.lossy = part.draft_version, part.lossy
+        self.rounds_known = not speculates or rounds_are_known(len(part.token_ids), part.spec)
+        self.accepted_histogram += part.spec.histogram
+        self.num_drafted, self.num_empty_rounds = part.spec.num_drafted, part.spec.num_empty_rounds

@@ -9,10 +9,10 @@ import torch
 
 from rollout.embedded.drafters import draft_kv_spec
 from rollout.embedded.kv_cache import bytes_per_token
-from rollout.partial_samples import check_begun
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig
 from slime_spec.errors import ConfigError
+from slime_spec.partial_samples import check_partials
 from slime_spec.sglang.draft_shape import draft_shape
 from slime_spec.speculation.request_fields import check_speculative_params
 from slime_spec.types import GroupRequest, SamplingParams
@@ -102,7 +102,7 @@ def check_request(request: GroupRequest, limits: Limits) -> None:
         )
     if not request.seeds:
         raise ConfigError("rollout.n_samples_per_prompt", "must be at least 1", 0, "Pass --n-samples-per-prompt 1.")
-    check_begun(request, limits.vocab_size)
+    check_partials(request, limits.vocab_size)
     check_params(params, limits.vocab_size)
     check_speculative_params(params, limits.algorithm, limits.vocab_size)
     total = len(prompt) + params.max_new_tokens

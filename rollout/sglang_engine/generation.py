@@ -10,11 +10,11 @@ from time import perf_counter
 from typing import Any, Protocol
 from uuid import uuid4
 
-from rollout.partial_samples import MAX_FRUITLESS_PARTS
 from rollout.sglang_engine.client import ServerGone, ServerRefused
 from rollout.sglang_engine.router import Requests
 from rollout.sglang_engine.sample import GrowingSample, Part, Reading
 from slime_spec.errors import ConfigError
+from slime_spec.partial_samples import FruitlessAttempts
 from slime_spec.types import GeneratedSample, GroupRequest
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class SampleRun:
     async def run(self) -> GeneratedSample:
         """Raises ConfigError for a request that the server refuses, RuntimeError when it cannot be finished."""
         start = perf_counter()
-        fruitless = 0
+        fruitless = FruitlessAttempts()
         while True:
             if not await self._ready():
                 return self._sample.finished(perf_counter() - start, self._link.draft_version, aborted=True)
@@ -104,11 +104,11 @@ class SampleRun:
                 await self._part()
             except ServerGone as error:
                 self._link.suspect()
-                fruitless = fruitless + 1 if self._sample.num_tokens == had else 0
+                is_hopeless = fruitless.note(self._sample.num_tokens > had)
                 self._sample.break_off()
-                if fruitless == MAX_FRUITLESS_PARTS:
+                if is_hopeless:
                     raise RuntimeError(f"{self._sample.request.group_id}: its requests break off: {error}") from error
-                await self._unless_aborted(asyncio.sleep(fruitless))
+                await self._unless_aborted(asyncio.sleep(fruitless.num))
                 if not self._sample.is_complete:
                     continue
             return self._sample.finished(perf_counter() - start, self._link.draft_version)

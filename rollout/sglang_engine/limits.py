@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rollout.partial_samples import check_begun
 from slime_spec.algorithms import NONE
 from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.partial_samples import check_partials
 from slime_spec.speculation.request_fields import check_speculative_params
 from slime_spec.types import GroupRequest
 
@@ -26,7 +26,7 @@ def check_request(request: GroupRequest, target: TargetFiles, config: Config) ->
             raise ConfigError(name, f"must hold token ids from 0 to {target.vocab_size - 1}", bad, "Use this model's.")
     if not request.seeds:
         raise ConfigError("rollout.n_samples_per_prompt", "must be at least 1", 0, "Pass --n-samples-per-prompt 1.")
-    check_begun(request, target.vocab_size)
+    check_partials(request, target.vocab_size)
     longest = config.engine.context_length or target.context_length
     total = len(prompt) + params.max_new_tokens
     if total > longest:

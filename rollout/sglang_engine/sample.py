@@ -1,8 +1,7 @@
 """One sample while a server generates it: what has arrived, over as many parts as it took.
 
 A part is one request. It ends with the response, or breaks off with its server, or is aborted; the next part goes on
-from the tokens that arrived, here or on another engine (GroupRequest.begun), where that gives the same distribution,
-and starts anew where it would not.
+from the tokens that arrived, here or on another engine, as slime_spec.partial_samples says.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rollout.partial_samples import rounds_are_known
+from slime_spec.partial_samples import can_join_prompt, earlier_part, note_version, reported_spans, rounds_are_known
 from slime_spec.sglang.labels import engine_number, version_number
 from slime_spec.sglang.metadata import pooled, spec_counters
-from slime_spec.types import FinishReason, GeneratedSample, GroupRequest, SamplingParams, SpecCounters
-
-Span = tuple[int, int]
-"""(first token index, weight version)"""
+from slime_spec.types import FinishReason, GeneratedSample, GroupRequest, SamplingParams, SpecCounters, VersionSpan
 
 
 class ProtocolError(RuntimeError):
@@ -39,11 +35,11 @@ class Reading:
 
 @dataclass
 class Part:
-    """What one request has brought. SGLang's chunks hold all so far, or only what is new: their counts tell which."""
+    """What one request has brought. SGLang's chunks hold all so far, or only what is new: their counts show which."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
     meta_info: Mapping[str, Any] = field(default_factory=dict)
 
     def take(self, chunk: Mapping[str, Any]) -> None:
@@ -58,7 +54,7 @@ class Part:
             self.logprobs += [logprob for logprob, *_ in triples]
         elif len(ids) == total and len(ids) == len(triples):
             self.token_ids, self.logprobs = list(ids), [logprob for logprob, *_ in triples]
-        elif not _is_abort(meta):  # an abort may be told in fewer words than the tokens that had arrived
+        elif not _is_abort(meta):  # an abort may be reported with fewer tokens than had arrived
             raise ProtocolError(f"{len(ids)} tokens and {len(triples)} logprobs make {total} after {had}: {meta}")
         self._note_version(had)
 
@@ -68,12 +64,12 @@ class Part:
 
     def _note_version(self, had: int) -> None:
         """From the spans of the final chunk; until it comes, from the version at each chunk."""
-        if told := self.meta_info.get("weight_versions"):
-            self.spans = [(int(span["start"]), version_number(span["version"])) for span in told]
+        if reported := self.meta_info.get("weight_versions"):
+            self.spans = [(int(span["start"]), version_number(span["version"])) for span in reported]
             return
         version = version_number(self.meta_info.get("weight_version"))
-        if len(self.token_ids) > had and (not self.spans or self.spans[-1][1] != version):
-            self.spans.append((had, version))
+        if len(self.token_ids) > had:
+            note_version(self.spans, had, version)
 
 
 class GrowingSample:
@@ -84,17 +80,16 @@ class GrowingSample:
         self._seed = request.seeds[position]
         self._reading = reading
         self._engine = reading.engine
-        self._begun = request.begun_at(position)
-        self._taken: GeneratedSample | None = None  # ``_begun``, where its tokens count
-        self._token_ids: list[int] = []
-        self._logprobs: list[float] = []
-        self._spans: list[Span] = []
-        self._counters: list[SpecCounters] = []
-        self._cached_tokens = self._num_retractions = 0
-        self._rounds_known = True
+        self._can_resume = can_join_prompt(request.params)
+        earlier = self._earlier = earlier_part(request, position, keeps_tokens=self._can_resume)
+        self._token_ids, self._logprobs, self._spans = (
+            list(earlier.token_ids),
+            list(earlier.logprobs),
+            list(earlier.spans),
+        )
+        self._counters, self._rounds_known = [earlier.spec], rounds_are_known(len(earlier.token_ids), earlier.spec)
+        self._cached_tokens, self._num_retractions = earlier.cached_tokens, earlier.num_preemptions
         self.part = Part()
-        if self._begun is not None and self._begun.token_ids and can_go_on(request.params):
-            self._take(self._begun)
 
     @property
     def num_tokens(self) -> int:
@@ -114,8 +109,8 @@ class GrowingSample:
         }
 
     def break_off(self) -> None:
-        """The server of this part is gone: keep what it brought if another can go on from it."""
-        if can_go_on(self.request.params):
+        """The server of this part is gone: keep what it brought if another can resume it."""
+        if self._can_resume:
             self._keep()
         else:
             self._token_ids, self._logprobs, self._spans, self._counters = [], [], [], []
@@ -150,21 +145,15 @@ class GrowingSample:
             weight_version=min(versions),
             num_prompt_tokens=len(self.request.prompt_token_ids),
             spec=spec if spec.num_rounds and self._rounds_known else SpecCounters(),
-            e2e_latency_s=latency_s + (self._begun.e2e_latency_s if self._begun else 0.0),
+            e2e_latency_s=latency_s + self._earlier.e2e_latency_s,
             engine=self._engine,
             matched_stop=matched,
             cached_tokens=self._cached_tokens,
-            version_spans=tuple(self._spans) if len(set(versions)) > 1 else (),
-            draft_version=self._taken.draft_version if self._taken else draft_version,
-            lossy=self._taken is not None and self._taken.lossy,
-            num_preemptions=self._num_retractions + (self._begun.num_preemptions if self._begun else 0),
+            version_spans=reported_spans(self._spans, min(versions)),
+            draft_version=self._earlier.draft_version if self._earlier.token_ids else draft_version,
+            lossy=self._earlier.lossy,
+            num_preemptions=self._num_retractions,
         )
-
-    def _take(self, begun: GeneratedSample) -> None:
-        self._taken = begun
-        self._token_ids, self._logprobs, self._spans = list(begun.token_ids), list(begun.logprobs), list(begun.spans)
-        self._counters, self._cached_tokens = [begun.spec], begun.cached_tokens
-        self._rounds_known = rounds_are_known(len(begun.token_ids), begun.spec.num_rounds)
 
     def _end_of_aborted(self) -> tuple[FinishReason, int | None]:
         """How a response that was aborted ends, once it holds nothing beyond its end.
@@ -192,10 +181,10 @@ class GrowingSample:
         self._token_ids += part.token_ids
         self._logprobs += part.logprobs
         for first, version in part.spans:
-            if first < len(part.token_ids) and (not self._spans or self._spans[-1][1] != version):
-                self._spans.append((start + first, version))
-        told = engine_number(part.meta_info.get("weight_version"))
-        self._engine = self._engine if told is None else told  # behind a router it may be another engine's server
+            if first < len(part.token_ids):
+                note_version(self._spans, start + first, version)
+        number = engine_number(part.meta_info.get("weight_version"))
+        self._engine = self._engine if number is None else number  # behind a router it may be another engine's server
         counters = SpecCounters()
         if part.ended:
             meta = part.meta_info
@@ -203,7 +192,7 @@ class GrowingSample:
             self._cached_tokens += int(meta.get("cached_tokens") or 0)
             self._num_retractions += int(meta.get("num_retractions") or 0)
         self._counters.append(counters)
-        self._rounds_known &= rounds_are_known(len(part.token_ids), counters.num_rounds)
+        self._rounds_known &= rounds_are_known(len(part.token_ids), counters)
 
 
 def sampling_fields(params: SamplingParams, num_generated: int) -> dict[str, Any]:
@@ -228,14 +217,6 @@ def sampling_fields(params: SamplingParams, num_generated: int) -> dict[str, Any
     if params.logit_bias:
         fields["logit_bias"] = {str(token): bias for token, bias in params.logit_bias}
     return fields
-
-
-def can_go_on(params: SamplingParams) -> bool:
-    """Whether generated tokens may become part of the prompt without bending the distribution of the rest.
-
-    Stop strings may begin before the seam, and penalties of generated tokens do not count the prompt's.
-    """
-    return not params.stop and params.frequency_penalty == params.presence_penalty == 0.0
 
 
 def finish_kind(name: str) -> FinishReason:

@@ -89,7 +89,7 @@ class GeneratedRollouts:
             for response in self._engines.generate([each.rest() for each in groups.values() if not each.is_complete]):
                 group = groups[response.group_id]
                 if is_aborted and response.finish_reason == "abort":
-                    group.begun[response.sample_index] = response
+                    group.partials[response.sample_index] = response
                     continue
                 group.finish(self._score(group.prompt, response))
                 num_finished += 1

@@ -114,7 +114,7 @@ def test_what_is_left_goes_on_from_its_tokens_under_the_newer_weights() -> None:
             assert response.weight_version == versions[0]
             num_mixed += len(versions) > 1
     assert num_mixed > 0, "no sample went on under newer weights"
-    assert any(part.token_ids for asked in engines.asked for request in asked for part in request.begun)
+    assert any(part.token_ids for asked in engines.asked for request in asked for part in request.partials)
 
 
 def test_a_resumed_run_begins_its_unfinished_prompts_anew_and_takes_the_next_new_ones_after_them() -> None:
@@ -123,7 +123,7 @@ def test_a_resumed_run_begins_its_unfinished_prompts_anew_and_takes_the_next_new
     more, end = run(later, config(), num_steps=3, state=state)
     first_asked = [int(request.group_id) for request in later.asked[0]]
     assert first_asked == [*state.unfinished_prompt_ids, *range(state.next_prompt_id, state.next_prompt_id + BATCH)]
-    assert all(request.begun == () for request in later.asked[0])
+    assert all(request.partials == () for request in later.asked[0])
     used = [prompt_id for samples in steps + more for prompt_id in ids_of(samples)]
     assert sorted([*used, *end.unfinished_prompt_ids]) == list(range(end.next_prompt_id))
 

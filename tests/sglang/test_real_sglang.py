@@ -217,13 +217,13 @@ def test_an_aborted_sample_keeps_its_tokens(real: Real) -> None:
 def test_an_aborted_sample_goes_on_from_its_tokens(real: Real) -> None:
     request = GroupRequest("whole", PROMPTS[0], (1,), SamplingParams(200, temperature=0.0, ignore_eos=True))
     (undisturbed,) = real.engine.generate(request)
-    generation = real.engine.generate(replace(request, group_id="begun"))
+    generation = real.engine.generate(replace(request, group_id="partial"))
     wait_for_tokens(real, 20)
     generation.abort()
     (begun,) = generation
     assert begun.finish_reason == "abort"
     assert 0 < len(begun.token_ids) < 200
-    (whole,) = real.engine.generate(replace(request, group_id="begun", begun=(begun,)))
+    (whole,) = real.engine.generate(replace(request, group_id="partial", partials=(begun,)))
     assert (whole.token_ids, whole.finish_reason) == (undisturbed.token_ids, "length")
     assert whole.logprobs == pytest.approx(undisturbed.logprobs, abs=LOGPROB_ERROR)
 

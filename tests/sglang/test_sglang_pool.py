@@ -179,7 +179,7 @@ def test_aborted_samples_come_out_and_go_on_in_the_next_generation(pool: EngineP
     assert {each.finish_reason for each in parts.values()} == {"abort"}
     assert {bool(each.token_ids) for each in parts.values()} == {True, False}, "some had not had their turn"
     rest = [
-        replace(each, begun=tuple(parts[each.group_id, index] for index in range(len(each.seeds))))
+        replace(each, partials=tuple(parts[each.group_id, index] for index in range(len(each.seeds))))
         for each in reversed(asked)
     ]
     samples = list(pool.generate(rest))

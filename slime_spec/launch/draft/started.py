@@ -15,7 +15,7 @@ FREE = ("target", "out", "corpus", "minutes", "resume", "draft_dtype", "device",
 FLAGS = {"tasks": "--task", "target_checksum": "--target"}
 
 
-def check_begun(options: DraftOptions, target_checksum: str) -> None:
+def check_started(options: DraftOptions, target_checksum: str) -> None:
     """Write down the settings of a new folder, or hold a resumed command to those of its folder.
 
     Raises ConfigError naming the first flag that differs.

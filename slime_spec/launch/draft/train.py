@@ -33,7 +33,7 @@ from slime_spec.launch.draft.corpus import PlannedReply, generate_corpus, plan_c
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
 from slime_spec.launch.draft.options import DraftOptions
 from slime_spec.launch.draft.provenance import tensors_checksum, write_provenance
-from slime_spec.launch.draft.started import check_begun
+from slime_spec.launch.draft.started import check_started
 
 # Positions judged: the chain that engines draft by default.
 NUM_POSITIONS = 3
@@ -50,7 +50,7 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
     _check_split(planned, options.held_out_percent)
     tensors = load_tensors(options.target, target)
     checksum = tensors_checksum(tensors)
-    check_begun(options, checksum)
+    check_started(options, checksum)
     with ConsoleProgress(console) as progress:
         sequences = generate_corpus(
             options.target, options.dtype, options.device, planned, options.out / CORPUS_FILE, progress

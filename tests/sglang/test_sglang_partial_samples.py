@@ -99,7 +99,7 @@ def test_a_part_without_its_rounds_leaves_the_whole_without_counters(connect: Co
     on_fake = connect()
     unknown = GroupRequest("group", PROMPT, (1,), PARAMS, (part(10, spec=SpecCounters()),))
     assert next(iter(on_fake.engine.generate(unknown))).spec == SpecCounters()
-    first_token_only = replace(unknown, begun=(part(1, spec=SpecCounters()),))
+    first_token_only = replace(unknown, partials=(part(1, spec=SpecCounters()),))
     assert next(iter(on_fake.engine.generate(first_token_only))).spec.num_rounds == 10
 
 

@@ -62,7 +62,7 @@ def rest_of(asked: Sequence[GroupRequest], samples: Samples) -> list[GroupReques
         begun = sorted((each for each in begun if each.finish_reason == "abort"), key=lambda each: -each.sample_index)
         if begun:
             seeds = tuple(request.seeds[each.sample_index] for each in begun)
-            rest.append(replace(request, seeds=seeds, begun=tuple(begun)))
+            rest.append(replace(request, seeds=seeds, partials=tuple(begun)))
     return rest
 
 
@@ -110,8 +110,8 @@ def test_times_and_counts_of_both_parts_are_summed(tiny_llama: Path) -> None:
         assert (sample.wait_s, sample.first_token_s) == (first[key].wait_s, first[key].first_token_s)
         assert (sample.num_preemptions, sample.lossy, sample.num_prompt_tokens) == (3, True, 3)
         assert sample.cached_tokens == first[key].cached_tokens == 3 * sample.sample_index
-    never_begun = cut(make_core(engine_config(tiny_llama)), [request], 0)
-    late = {key: replace(each, e2e_latency_s=100.0) for key, each in never_begun.items()}
+    never_started = cut(make_core(engine_config(tiny_llama)), [request], 0)
+    late = {key: replace(each, e2e_latency_s=100.0) for key, each in never_started.items()}
     for sample in run(make_core(engine_config(tiny_llama)), rest_of([request], late)).values():
         assert sample.wait_s is not None
         assert sample.first_token_s is not None

@@ -1,0 +1,142 @@
+"""Partial samples: what an aborted generation left of a sample, and what it means to go on from it.
+
+    GroupRequest.partials ──► earlier_part ──► the engine generates the rest ──► one whole GeneratedSample
+                                                    │
+            request_for_rest ◄── aborted again, or its server is lost: another partial sample
+
+A resumed sample has the tokens, logprobs and version spans of all its parts, and the sums of their times. An engine
+that resumes by making the generated tokens part of the prompt can do so only where ``can_join_prompt``; elsewhere the
+sample keeps its times and starts anew. Every engine, the pool of engines and the training loop take these rules from
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from slime_spec.errors import ConfigError
+from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams, SpecCounters, VersionSpan
+
+# A sample that is broken off this often with no token in between will be for ever.
+MAX_FRUITLESS_ATTEMPTS = 3
+
+
+def as_partial(request: GroupRequest, position: int) -> GeneratedSample:
+    """The partial sample of a seed; one without tokens where the request names none."""
+    return request.partial_at(position) or GeneratedSample(
+        group_id=request.group_id,
+        sample_index=position,
+        token_ids=(),
+        logprobs=(),
+        finish_reason="abort",
+        weight_version=0,
+        num_prompt_tokens=len(request.prompt_token_ids),
+    )
+
+
+def earlier_part(request: GroupRequest, position: int, *, keeps_tokens: bool = True) -> GeneratedSample:
+    """What a seed's sample has before it is resumed.
+
+    Its times and preemptions count whatever happens; the rest is known of tokens, and goes where there are none or
+    where they are not kept.
+    """
+    partial = as_partial(request, position)
+    if partial.token_ids and keeps_tokens:
+        return partial
+    without_tokens = as_partial(replace(request, partials=()), position)
+    return replace(
+        without_tokens,
+        sample_index=partial.sample_index,
+        e2e_latency_s=partial.e2e_latency_s,
+        wait_s=partial.wait_s,
+        num_preemptions=partial.num_preemptions,
+    )
+
+
+def request_for_rest(request: GroupRequest, partials: Iterable[GeneratedSample]) -> GroupRequest:
+    """The request that resumes these samples of ``request``, with their own seeds, ordered by sample_index."""
+    ordered = sorted(partials, key=lambda sample: sample.sample_index)
+    seeds = dict(zip(request.sample_indices, request.seeds, strict=True))
+    return replace(request, seeds=tuple(seeds[each.sample_index] for each in ordered), partials=tuple(ordered))
+
+
+def can_join_prompt(params: SamplingParams) -> bool:
+    """Whether generated tokens may become part of the prompt without bending the distribution of the rest.
+
+    Stop strings may begin before the seam, and penalties of generated tokens do not count the prompt's.
+    """
+    return not params.stop and params.frequency_penalty == params.presence_penalty == 0.0
+
+
+def rounds_are_known(num_tokens: int, spec: SpecCounters) -> bool:
+    """Whether the counters of a speculated part cover its tokens: all tokens but the first come out of rounds.
+
+    Tokens without their rounds would look like speed, so a response with such a part has no counters at all.
+    """
+    return spec.num_rounds > 0 or num_tokens <= 1
+
+
+def note_version(spans: list[VersionSpan], first_token: int, version: int) -> None:
+    """Begin a span where the version changes."""
+    if not spans or spans[-1][1] != version:
+        spans.append((first_token, version))
+
+
+def reported_spans(spans: Iterable[VersionSpan], oldest_version: int) -> tuple[VersionSpan, ...]:
+    """The spans as GeneratedSample.version_spans has them: none where ``oldest_version`` generated every token."""
+    spans = tuple(spans)
+    return () if [version for _, version in spans] in ([], [oldest_version]) else spans
+
+
+@dataclass
+class FruitlessAttempts:
+    """How many attempts in a row ended one sample's part without a token more. Example::
+
+    if attempts.note(num_new_tokens > 0): raise RuntimeError(...)
+    """
+
+    num: int = 0
+
+    def note(self, brought_tokens: bool) -> bool:
+        """Count an attempt that was broken off; True where another would be as fruitless."""
+        self.num = 0 if brought_tokens else self.num + 1
+        return self.num == MAX_FRUITLESS_ATTEMPTS
+
+
+def check_partials(request: GroupRequest, vocab_size: int) -> None:
+    """Raise ConfigError for partial samples that no engine can resume."""
+    partials = request.partials
+    if not partials:
+        return
+    if len(partials) != len(request.seeds):
+        raise ConfigError(
+            "request.partials",
+            f"must hold one sample for each of the {len(request.seeds)} seeds, or none",
+            len(partials),
+            "Give a sample without tokens where nothing was generated.",
+        )
+    if len(set(request.sample_indices)) < len(partials):
+        raise ConfigError(
+            "request.partials", "must hold each sample once", request.sample_indices, "Leave out the second of them."
+        )
+    for sample in partials:
+        _check_partial(sample, request.params.max_new_tokens, vocab_size)
+
+
+def _check_partial(sample: GeneratedSample, max_new_tokens: int, vocab_size: int) -> None:
+    ids, index = sample.token_ids, sample.sample_index
+    for holds, rule, value in (
+        (sample.finish_reason == "abort", "must hold samples that were aborted", sample.finish_reason),
+        (len(sample.logprobs) == len(ids), f"must hold a logprob for each of {len(ids)} tokens", len(sample.logprobs)),
+        (len(ids) < max_new_tokens, f"must leave room within max_new_tokens ({max_new_tokens})", len(ids)),
+        (
+            not ids or 0 <= min(ids) <= max(ids) < vocab_size,
+            f"must hold token ids from 0 to {vocab_size - 1}",
+            (min(ids, default=0), max(ids, default=0)),
+        ),
+    ):
+        if not holds:
+            raise ConfigError(
+                "request.partials", f"{rule}; sample {index} does not", value, "Give samples as an engine left them."
+            )
