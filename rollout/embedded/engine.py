@@ -16,10 +16,10 @@ from rollout.embedded.generation import EmbeddedGeneration
 from rollout.embedded.loop_thread import LoopThread, Refused
 from rollout.embedded.push import CoreStaging, CoreWeights
 from rollout.embedded.request import OnProgress
-from rollout.embedded.validate import check_request
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import Generation, WeightTransport
 from slime_spec.memory import release_freed_memory
+from slime_spec.preflight.requests import check_request
 from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.messages import PushMessage, PushReply, Side, combined_checksum

@@ -8,13 +8,14 @@ from rollout.sglang_engine.assemble import make_delivery, make_watch
 from rollout.sglang_engine.client import ServerGone, SglangClient
 from rollout.sglang_engine.generation import SglangGeneration
 from rollout.sglang_engine.kept_server import KeptServer
-from rollout.sglang_engine.limits import check_request
+from rollout.sglang_engine.limits import limits_of
 from rollout.sglang_engine.sample_runs import SampleRuns
 from rollout.sglang_engine.upkeep import Upkeep
 from rollout.sglang_engine.weights import ServerWeights
 from slime_spec.checkpoints.model_files import TargetFiles, draft_files
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import WeightTransport
+from slime_spec.preflight.requests import check_request
 from slime_spec.sglang.arguments import config_of_engine
 from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GroupRequest
@@ -52,6 +53,7 @@ class SglangEngine:
         self.config = config = config_of_engine(config, engine_index)
         self._index = engine_index
         self._target = TargetFiles.read(config.model.hf_checkpoint)
+        self._limits = limits_of(config, self._target)
         self._draft = draft_files(config, self._target)
         self.server = KeptServer(config, engine_index, self._target, site)
         self.weights = ServerWeights(config, engine_index, (self._target, self._draft), self.server)
@@ -78,7 +80,7 @@ class SglangEngine:
             raise
 
     def generate(self, request: GroupRequest) -> SglangGeneration:
-        check_request(request, self._target, self.config)
+        check_request(request, self._limits)
         if not self.server.resident:
             raise Offloaded("the engine is offloaded: call set_resident(True) before generating")
         self._watch.canary.see(request.prompt_token_ids)

@@ -8,13 +8,13 @@ import requests
 from rollout.embedded.http.calls import CallReader
 from rollout.embedded.http.sampling import read_sampling
 from rollout.embedded.http.unserved import UNSERVED_FIELDS, UNSERVED_PARAMETERS
-from rollout.embedded.validate import Limits
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.preflight.requests import RequestLimits
 from tests.support.http_server import Served, served
 
-LIMITS = Limits(vocab_size=257, context_length=200, max_total_tokens=1000, headroom=0, algorithm="NGRAM")
+LIMITS = RequestLimits(vocab_size=257, context_length=200, max_total_tokens=1000, headroom=0, algorithm="NGRAM")
 BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"temprature": 1}, "sampling_params.temprature.*Did you mean temperature"),
     ({"temperature": "hot"}, "sampling_params.temperature"),

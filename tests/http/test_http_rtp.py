@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from rollout.embedded.http.calls import CallReader
-from rollout.embedded.validate import Limits
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
+from slime_spec.preflight.requests import RequestLimits
 from tests.support.http_server import Served
 
 GREEDY = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
@@ -43,7 +43,7 @@ def test_advice_makes_the_same_reply_in_fewer_rounds(server: Served, edit: int) 
 
 def test_advice_may_be_a_text_and_one_a_prompt(config: Config) -> None:
     tokenizer = Tokenizer.load(config.model.hf_checkpoint)
-    limits = Limits(vocab_size=257, context_length=200, max_total_tokens=1000, headroom=0, algorithm="LOOKUP")
+    limits = RequestLimits(vocab_size=257, context_length=200, max_total_tokens=1000, headroom=0, algorithm="LOOKUP")
     reader = CallReader(limits, tokenizer, server_seed=0)
     call = reader.read({"text": ["a", "b"], "extra_configs": [{"sp_advice_prompt": "né", "sp_edit": 1}, None]})
     first, second = (prompt.request.params for prompt in call.prompts)

@@ -98,8 +98,11 @@ def test_a_server_that_ends_by_itself_is_told_with_its_log_and_the_likely_cause(
 
 
 def test_a_server_that_never_becomes_healthy_is_given_up_in_time(tmp_path: Path) -> None:
-    server = process(SLEEP, tmp_path / "server.log")
+    log = tmp_path / "server.log"
+    server = process(SLEEP, log)
     server.start()
+    while "loading" not in log.read_text():
+        time.sleep(0.05)
     with pytest.raises(ServerStartError, match=r"(?s)not healthy after 1 s .*loading"):
         server.wait_until(lambda: False, 1.0)
     server.stop()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from rollout.embedded.drafters.quantized import check_fp8
@@ -14,16 +12,14 @@ from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import load_choice
+from slime_spec.preflight.requests import RequestLimits
 from slime_spec.sglang.draft_shape import draft_shape
-
-if TYPE_CHECKING:
-    from rollout.embedded.validate import Limits
 
 DRAFTERS = {each.name: each.drafter for each in ALGORITHMS.values() if each.drafter is not None}
 
 
 def make_drafter(
-    config: Config, target: ModelSpec, device: torch.device, dtype: torch.dtype, limits: Limits
+    config: Config, target: ModelSpec, device: torch.device, dtype: torch.dtype, limits: RequestLimits
 ) -> Drafter:
     """The configured drafter; raises ConfigError for a draft that cannot serve. Weights are read at its first bind."""
     speculative = config.speculative

@@ -12,9 +12,9 @@ from uuid import uuid4
 from rollout.embedded.http.fields import Fields, as_object, bad_field, is_text, is_whole
 from rollout.embedded.http.sampling import Sampling, read_sampling
 from rollout.embedded.http.unserved import UNSERVED_FIELDS, check_unserved
-from rollout.embedded.validate import Limits, check_request
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
+from slime_spec.preflight.requests import RequestLimits, check_request
 from slime_spec.rl.requests import sample_seed
 from slime_spec.speculation.request_fields import ADVICE, RTP_OBJECTS, with_rtp_fields
 from slime_spec.types import GroupRequest
@@ -55,7 +55,7 @@ class Call:
 class CallReader:
     """Reads bodies; seeds that no client gave derive from the server's seed and a counter of prompts."""
 
-    def __init__(self, limits: Limits, tokenizer: Tokenizer, server_seed: int) -> None:
+    def __init__(self, limits: RequestLimits, tokenizer: Tokenizer, server_seed: int) -> None:
         self._limits, self._tokenizer, self._server_seed = limits, tokenizer, server_seed
         self._unseeded = count(1)  # read from two threads
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from rollout.embedded.http.fields import Fields, bad_field, finite
 from rollout.embedded.http.unserved import UNSERVED_PARAMETERS, check_unserved
-from rollout.embedded.validate import Limits
 from slime_spec.errors import ConfigError
+from slime_spec.preflight.requests import RequestLimits
 from slime_spec.types import SamplingParams
 
 PREFIX = "sampling_params."
@@ -38,7 +38,7 @@ class Sampling:
     stream_interval: int
 
 
-def read_sampling(data: Mapping[str, Any], limits: Limits, num_prompt_tokens: int) -> Sampling:
+def read_sampling(data: Mapping[str, Any], limits: RequestLimits, num_prompt_tokens: int) -> Sampling:
     """Read and check ``sampling_params``; raises ConfigError naming the parameter.
 
     ``max_new_tokens: null`` means as many as the context holds.

@@ -9,10 +9,10 @@ from rollout.embedded.http.generations import Generations
 from rollout.embedded.http.one_thread import OneThread
 from rollout.embedded.http.totals import Totals
 from rollout.embedded.http.versions import VersionNames
-from rollout.embedded.validate import Limits
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
+from slime_spec.preflight.requests import RequestLimits
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Serving:
 
     config: Config
     spec: ModelSpec
-    limits: Limits
+    limits: RequestLimits
     tokenizer: Tokenizer
     engine: EmbeddedEngine
     generations: Generations
