@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from slime_spec.launch.arguments import read_arguments
+from slime_spec.launch.cli import HANDLERS
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--num-rollout 1 --rollout-batch-size 2 --n-samples-per-prompt 2 --rollout-max-response-len 8"
 # Prefix of a command -> what is appended so that it takes seconds; {out} is a temporary folder.
@@ -47,6 +50,27 @@ def reduced(command: str, out: Path) -> str:
 
 def test_the_readme_shows_the_two_commands():
     assert {"bash scripts/run-smollm2-135M.sh", "bash scripts/test.sh"} <= set(commands())
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
+def lines_of_the_docs() -> list[str]:
+    """Every `slime-spec ...` of the pages in docs/ that stands at the beginning of a line of code."""
+    texts = [page.read_text(encoding="utf-8").replace("\\\n", " ") for page in sorted((ROOT / "docs").glob("*.md"))]
+    found = [
+        line.strip() for text in texts for line in re.findall(r"^(?: {4})?slime-spec .*", text, flags=re.MULTILINE)
+    ]
+    return sorted({line for line in found if "[" not in line and "..." not in line})
+
+
+@pytest.mark.parametrize("line", lines_of_the_docs())
+def test_a_command_of_the_docs_is_one_that_the_command_line_knows(line):
+    command, *rest = shlex.split(line, comments=True)[1:]
+    assert command in HANDLERS
+    if command in ("train", "rollout", "config", "doctor"):
+        read_arguments([word for word in rest if word != "--dry-run"])
 
 
 @pytest.mark.real_model

@@ -1,12 +1,12 @@
-"""Write the README's tree, a phrase per file taken from the files: ``python scripts/make_readme_tree.py``."""
+"""Write the file tree of docs/architecture.md, a phrase per file: ``python scripts/make_architecture_doc.py``."""
 
 import ast
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- tree: scripts/make_readme_tree.py -->\n```text\n", "```\n<!-- /tree -->"
+DOC = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- tree: scripts/make_architecture_doc.py -->\n```text\n", "```\n<!-- /tree -->"
 FOLDERS = ("slime_spec", "rollout", "trainer_bridge", "scripts", "conf")
 
 
@@ -47,11 +47,11 @@ def tree() -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def with_tree(readme: str) -> str:
-    before, _, rest = readme.partition(BEGIN)
+def with_tree(document: str) -> str:
+    before, _, rest = document.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}{tree()}{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_tree(README.read_text(encoding="utf-8")), encoding="utf-8")
+    DOC.write_text(with_tree(DOC.read_text(encoding="utf-8")), encoding="utf-8")
