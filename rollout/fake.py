@@ -17,8 +17,8 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
 from slime_spec.interfaces import WeightTransport
 from slime_spec.partial_samples import check_partials, earlier_part, note_version, reported_spans
-from slime_spec.sglang.metadata import pooled
 from slime_spec.site import HERE, Site
+from slime_spec.speculation.counters import pooled
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, SpecCounters
 from slime_spec.weights.messages import (
     Manifest,

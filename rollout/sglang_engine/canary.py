@@ -15,7 +15,8 @@ from typing import Any
 from uuid import uuid4
 
 from rollout.sglang_engine.client import SglangClient
-from slime_spec.sglang.metadata import pooled, spec_counters
+from slime_spec.sglang.metadata import spec_counters
+from slime_spec.speculation.counters import pooled
 from slime_spec.types import SpecCounters
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,10 @@
 """How a server takes weights: read from the fields of its requests, never from its version.
 
-    none       tensors go to the draft's runner and to the target's (up to 0.5.9)
-    flag       the same, unless disable_draft_model is set; from a group they go to the target alone (0.5.10 to 0.5.20)
-    selector   every call names its side, inside a session that must be begun and ended (from 0.5.21)
+    none       tensors go to the draft's runner and to the target's
+    flag       the same, unless disable_draft_model is set; from a group they go to the target alone
+    selector   every call names its side, inside a session that must be begun and ended
 
+``slime_spec/sglang/releases.py`` says which release has which.
 The fields are in the server's own /openapi.json. A server that hides it is asked to end a session that was never begun.
 """
 
@@ -11,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rollout.sglang_engine.client import ServerRefused, SglangClient
 from slime_spec.errors import PushError
+from slime_spec.sglang.releases import DISABLE_DRAFT, FAN_OUT, SELECTOR, Style, since
 from slime_spec.weights.messages import Side
 
-Style = Literal["none", "flag", "selector"]
 TENSOR, END, CHECKER = "/update_weights_from_tensor", "/end_weight_update", "/weights_checker"
 
 
@@ -38,25 +39,26 @@ class Contract:
     def tensor_fields(self, side: Side, has_draft: bool) -> dict[str, Any]:
         """What an update from tensors must say so that only ``side`` changes; raises PushError where none can."""
         if self.style == "selector":
-            return {"selector": side}
+            return {str(SELECTOR.field): side}
         if side == "draft":
             raise PushError(
                 "this SGLang has no way to update the draft alone: its weights stay as they are. "
-                "Use SGLang 0.5.21 or newer (selector), or restart the engines with the new draft's folder."
+                f"Use SGLang {since(SELECTOR)} or newer ({SELECTOR.field}), "
+                "or restart the engines with the new draft's folder."
             )
         if not has_draft:
             return {}
         if self.style == "flag":
-            return {"disable_draft_model": True}
+            return {str(DISABLE_DRAFT.field): True}
         raise PushError(
             "this SGLang loads tensors into the draft too and would overwrite it. "
-            "Pass --sglang-weight-transport distributed, or use SGLang 0.5.10 or newer."
+            f"Pass --sglang-weight-transport distributed, or use SGLang {since(DISABLE_DRAFT)} or newer."
         )
 
     def group_fields(self, side: Side) -> dict[str, Any]:
         """The same for an update from a process group, which older servers give to the target alone."""
         if self.style == "selector":
-            return {"selector": side}
+            return {str(SELECTOR.field): side}
         if side == "draft":
             return self.tensor_fields(side, has_draft=True)  # raises
         return {}
@@ -67,13 +69,13 @@ def contract_of(openapi: Mapping[str, Any]) -> Contract:
     fields = request_fields(openapi, TENSOR)
     if fields is None:
         raise PushError(f"the server has no {TENSOR}: it is no SGLang that can be trained")
-    style: Style = "none"
-    if "selector" in fields and request_fields(openapi, END) is not None:
-        style = "selector"
-    elif "disable_draft_model" in fields:
-        style = "flag"
+    style: Style = FAN_OUT.style
+    if SELECTOR.field in fields and request_fields(openapi, END) is not None:
+        style = SELECTOR.style
+    elif DISABLE_DRAFT.field in fields:
+        style = DISABLE_DRAFT.style
     checker = request_fields(openapi, CHECKER)
-    return Contract(style, has_checksums=checker is not None and "selector" in checker)
+    return Contract(style, has_checksums=checker is not None and SELECTOR.field in checker)
 
 
 def request_fields(openapi: Mapping[str, Any], path: str) -> frozenset[str] | None:

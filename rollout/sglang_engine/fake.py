@@ -22,6 +22,7 @@ from rollout.sglang_engine.fake_http import Body, Handlers
 from rollout.sglang_engine.fake_weights import FakeWeights
 from rollout.sglang_engine.recordings import recordings
 from slime_spec.config.addresses import address_of
+from slime_spec.sglang.flags import sglang_version
 
 VOCABULARY = 64
 CONTEXT_LENGTH = 512
@@ -42,8 +43,8 @@ class FakeServer(FakeWeights):
 
     def __init__(
         self,
-        generation: str = "0.5.21",
-        contract: str = "0.5.21",
+        generation: str = sglang_version(),
+        contract: str = sglang_version(),
         accepted: int = 2,
         delay_s: float = 0.0,
         incremental: bool = False,

@@ -13,7 +13,6 @@ from rollout.sglang_engine.launcher import Launcher
 from rollout.sglang_engine.loop_thread import AsyncLoop
 from rollout.sglang_engine.router import Requests, RoutedRequests
 from rollout.sglang_engine.server import ServerProcess, ServerStartError
-from rollout.sglang_engine.server_info import Load, ServerInfo, load_of
 from rollout.sglang_engine.supervise import Supervisor
 from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.addresses import is_loopback, parse_address
@@ -21,7 +20,8 @@ from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.sglang.arguments import LOOPBACK
-from slime_spec.sglang.installed import InstalledSglang, checked_in, installed_in
+from slime_spec.sglang.interpreter import InstalledSglang, checked_in, installed_in
+from slime_spec.sglang.server_info import Load, ServerInfo, load_of
 from slime_spec.site import NodeLost, Site
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from slime_spec.config.addresses import ANY_HOST, address_of, is_loopback
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.sglang.arguments import LOOPBACK, Place, command_line, server_flags
-from slime_spec.sglang.installed import InstalledSglang
+from slime_spec.sglang.interpreter import InstalledSglang
 from slime_spec.sglang.labels import label_suffix
 from slime_spec.site import Site
 

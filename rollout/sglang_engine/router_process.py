@@ -14,7 +14,7 @@ from rollout.sglang_engine.server import ServerProcess, ServerStartError, free_p
 from slime_spec.config.addresses import ANY_HOST, address_of
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.sglang.installed import InstalledSglang, installed_in
+from slime_spec.sglang.interpreter import InstalledSglang, installed_in
 from slime_spec.site import Site
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from typing import Any
 
 from slime_spec.partial_samples import can_join_prompt, earlier_part, note_version, reported_spans, rounds_are_known
 from slime_spec.sglang.labels import engine_number, version_number
-from slime_spec.sglang.metadata import pooled, spec_counters
+from slime_spec.sglang.metadata import spec_counters
+from slime_spec.speculation.counters import pooled
 from slime_spec.types import FinishReason, GeneratedSample, GroupRequest, SamplingParams, SpecCounters, VersionSpan
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 
-from slime_spec.sglang.installed import installed_in
+from slime_spec.sglang.interpreter import installed_in
 
 PREFIX = "--sglang-"
 PYTHON = re.compile(r"(?:--sglang[-_]python|sglang_server\.python)=(.+)")

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from slime_spec.sglang.meta_info import accepted_per_position
+from slime_spec.speculation.counters import accepted_per_position
 from slime_spec.types import GeneratedSample, Sample, SpecCounters
 
 

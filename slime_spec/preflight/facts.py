@@ -10,7 +10,7 @@ from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
 from slime_spec.sglang.draft_shape import DraftShape, draft_shape
-from slime_spec.sglang.installed import InstalledSglang
+from slime_spec.sglang.interpreter import InstalledSglang
 from slime_spec.sglang.releases import Release
 
 DraftKind = Literal["none", "in_target", "head", "whole"]

@@ -12,13 +12,13 @@ from slime_spec.checkpoints.folder import DRAFT_PATH
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.preflight.external import ask_server, config_as_served
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.gpus import visible_gpu_bytes
-from slime_spec.sglang.arguments import config_of_engine, planned_places, server_flags, with_flags
+from slime_spec.sglang.arguments import config_as_served, config_of_engine, planned_places, server_flags, with_flags
 from slime_spec.sglang.flags import read_server_words, sglang_version
-from slime_spec.sglang.installed import InstalledSglang, checked_in, installed_in
-from slime_spec.sglang.releases import Release, find_release, pinned_release, release_of
+from slime_spec.sglang.interpreter import InstalledSglang, checked_in, find_release, installed_in
+from slime_spec.sglang.releases import Release, pinned_release, release_of
+from slime_spec.sglang.server_info import ask_server
 
 GIVEN_BY_A_SERVER = frozenset({"engine.dtype", "engine.max_running_requests"})
 
@@ -70,7 +70,7 @@ def _external(base: Facts) -> Iterator[Facts]:
         yield base
     for engine, answer in answers:
         release = release_of(answer.version, is_installed=True)
-        served = config_as_served(base.config, answer)
+        served = config_as_served(base.config, answer.flags)
         yield replace(base, config=served, release=release, flags=answer.flags, engine=engine)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from slime_spec.sglang.meta_info import meta_info
+from slime_spec.sglang.metadata import meta_info
 from slime_spec.types import Sample
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from slime_spec.algorithms import NGRAM, names
 from slime_spec.checkpoints.draft_location import locate_draft
@@ -18,13 +19,15 @@ from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.config.addresses import address_of
 from slime_spec.config.build import from_dict, read_yaml, to_dict
+from slime_spec.config.schema import SGLANG
 from slime_spec.config.server_checks import check_servers
 from slime_spec.config.speculation import check_speculation
 from slime_spec.config.suggest import did_you_mean
-from slime_spec.config.tree import Config, SpeculativeConfig
+from slime_spec.config.tree import DTYPES, Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.placement import num_engine_nodes
-from slime_spec.sglang.installed import InstalledSglang
+from slime_spec.sglang.flags import engine_settings
+from slime_spec.sglang.interpreter import InstalledSglang
 from slime_spec.sglang.labels import label_suffix
 
 OVERRIDES = "sglang_server.overrides"
@@ -32,10 +35,6 @@ EXTRA = "sglang_server.extra_args"
 LOOPBACK = "127.0.0.1"
 PLANNED_PORT = 30000  # stands for "a free one" where no port is set
 OWNED = ("model_path", "host", "port", "weight_version", "nnodes", "node_rank", "dist_init_addr")
-# What --sglang-<flag> sets in the engine's node of the tree.
-OF_ENGINE = ("dtype", "context_length", "max_running_requests", "max_total_tokens")
-# Settings of the tree that are ours or RTP-LLM's and mean nothing to SGLang.
-NOT_SGLANGS = ("lossy", "draft_norm_output_convention", "min_token_match", "max_token_match", "edit")
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,8 @@ def speculative_flags(config: SpeculativeConfig, target: str) -> dict[str, objec
     flags: dict[str, object] = {
         f"speculative_{field.name}": getattr(config, field.name)
         for field in fields(config)
-        if field.name not in NOT_SGLANGS and getattr(config, field.name) != getattr(default, field.name)
+        if f"speculative_{field.name}" in engine_settings()
+        and getattr(config, field.name) != getattr(default, field.name)
     }
     draft, named = locate_draft(config, target), config.draft_model_path
     # For some families (MiMo) SGLang does not default to the target's own folder.
@@ -164,14 +164,28 @@ def with_flags(config: Config, flags: Mapping[str, object]) -> Config:
     if "speculative_algorithm" in flags:  # the steps and the draft of another algorithm mean nothing to it
         data["speculative"] = to_dict(Config())["speculative"]
     for dest, value in flags.items():
-        name = dest.removeprefix("speculative_")
-        if dest in OF_ENGINE:
-            data["engine"][dest] = value
-        elif dest != name and name in data["speculative"]:
-            data["speculative"][name] = value
-        else:
-            data["sglang"][dest] = value
+        _place(data, dest, value)
     return from_dict(data)
+
+
+def config_as_served(config: Config, flags: Mapping[str, object]) -> Config:
+    """The settings with the numbers and switches that a running server reports in their places.
+
+    Its folders and names stay as they are said here; its dtype is taken where it is one of ours.
+    """
+    data = to_dict(config)
+    for dest, value in flags.items():
+        setting = engine_settings().get(dest)
+        if setting is not None and (setting.type is not str or (dest == "dtype" and value in DTYPES)):
+            _place(data, dest, value)
+    return from_dict(data)
+
+
+def _place(data: dict[str, Any], dest: str, value: object) -> None:
+    """Put one of SGLang's flags where the tree has it."""
+    setting = engine_settings().get(dest)
+    node, _, name = (setting.path if setting else f"{SGLANG}.{dest}").partition(".")
+    data[node][name] = value
 
 
 def _engine_overrides(path: str, engine_index: int, num_engines: int) -> dict[str, object]:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from slime_spec.config.build import frozen
-from slime_spec.config.schema import SGLANG, settings
+from slime_spec.config.schema import SGLANG, Setting, settings
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.texts import EXPECTS, NULLS, PARSERS
 from slime_spec.errors import ConfigError
 
 TABLE = Path(__file__).with_name("flags.json")
+PREFIX = "--sglang-"  # of our spelling of a flag
 # Spellings of older SGLang versions that users' scripts still carry, and what the pinned version calls them.
 RENAMED = {"--cuda-graph-bs": "--cuda-graph-bs-decode", "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode"}
 PYTHON_TYPES: Mapping[str, type] = {"str": str, "int": int, "suffixed_int": int, "float": float, "bool": bool}
@@ -26,16 +27,27 @@ PYTHON_TYPES: Mapping[str, type] = {"str": str, "int": int, "suffixed_int": int,
 class SglangFlag:
     """One ServerArgs flag: ``SglangFlag("cuda_graph_bs_decode", ("--cuda-graph-bs-decode",), "int", nargs="+")``.
 
-    ``nargs`` is argparse's ("+", "*", "?", None for one value); ``type`` "bool" takes no value.
+    ``nargs`` is argparse's ("+", "*", "?", None for one value); ``type`` "bool" takes no value. ``aliases`` are
+    spellings of older versions, which the server itself does not take.
     """
 
     dest: str
-    flags: tuple[str, ...]
+    spellings: tuple[str, ...]
     type: str
-    nargs: str | None
-    choices: tuple[object, ...]
-    default: object
-    help: str
+    nargs: str | None = None
+    choices: tuple[object, ...] = ()
+    default: object = None
+    help: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Every spelling that a user may write."""
+        return (*self.spellings, *self.aliases)
+
+    @property
+    def takes_value(self) -> bool:
+        return self.type != "bool"
 
     @property
     def path(self) -> str:
@@ -104,12 +116,13 @@ def sglang_flags() -> Mapping[str, SglangFlag]:
         aliases = [old for name in row["flags"] for old in old_spellings.get(name, ())]
         table[row["dest"]] = SglangFlag(
             dest=row["dest"],
-            flags=(*row["flags"], *aliases),
+            spellings=tuple(row["flags"]),
             type=row["type"],
             nargs=row.get("nargs"),
             choices=tuple(row.get("choices", ())),
             default=row.get("default"),
             help=row["help"],
+            aliases=tuple(aliases),
         )
     return table
 
@@ -117,8 +130,24 @@ def sglang_flags() -> Mapping[str, SglangFlag]:
 @cache
 def typed_elsewhere() -> Mapping[str, str]:
     """The SGLang flags that are settings of the tree: dest to the setting's path."""
-    dest_of = {f"--sglang-{name[2:]}": flag.dest for flag in sglang_flags().values() for name in flag.flags}
+    dest_of = {f"{PREFIX}{name[2:]}": flag.dest for flag in sglang_flags().values() for name in flag.flags}
     return {dest_of[name]: each.path for each in settings().values() for name in each.flags if name in dest_of}
+
+
+@cache
+def engine_settings() -> Mapping[str, Setting]:
+    """The settings of the engine's and the speculative node that SGLang's flags set, by dest.
+
+    The tree may know a flag of SGLang's speculation that the pinned version does not have yet.
+    """
+    newer = {
+        name.removeprefix(PREFIX).replace("-", "_"): each.path
+        for each in settings().values()
+        for name in each.flags
+        if name.startswith(f"{PREFIX}speculative-")
+    }
+    homes = {dest: settings()[path] for dest, path in {**newer, **typed_elsewhere()}.items()}
+    return {dest: setting for dest, setting in homes.items() if setting.node in ("engine", "speculative")}
 
 
 def sglang_flag(dest: str) -> SglangFlag:

@@ -1,39 +1,39 @@
-"""SGLang's response metadata as speculative counters, whichever of its three generations of keys wrote it.
+"""SGLang's response metadata as speculative counters and back, in its three generations of keys, and RTP-LLM's.
 
-    from 0.5.12     spec_num_correct_drafts, spec_num_proposed_drafts, spec_correct_drafts_histogram
-    0.5.11          spec_accepted_drafts, spec_proposed_drafts, spec_accept_histogram (0.5.12 to 0.5.20 write both)
-    up to 0.5.10    spec_accept_token_num, spec_draft_token_num, and from 0.5.9 spec_accept_histogram
-    all             spec_verify_ct
+The generations are GENERATIONS, newest first; ``sglang/releases.py`` says which release writes which. A response is
+read by the newest generation that it has; no keys at all mean that no verify round ran, and are written so. Every
+response also has spec_verify_ct, spec_accept_rate and spec_accept_length.
 
-The generation is read from the response itself. No keys at all mean that no verify round ran.
+Without truncation completion_tokens = 1 + spec_verify_ct + spec_num_correct_drafts (the 1 is the prefill's token); a
+stop inside an accepted block makes the left side smaller. In a tree the histogram counts accepted paths by their
+length, and spec_num_proposed_drafts its nodes: there spec_accept_rate is no acceptance probability.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
-from slime_spec.types import SpecCounters
+from slime_spec.speculation.counters import accepted_per_position
+from slime_spec.types import GeneratedSample, SpecCounters
 
 ROUNDS = "spec_verify_ct"
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The names of one generation; ``histogram`` may be absent in its oldest versions."""
+    """The names of one generation of keys; ``histogram`` may be absent in its oldest releases."""
 
     correct: str
     proposed: str
     histogram: str
 
 
-GENERATIONS = (
-    Generation("spec_num_correct_drafts", "spec_num_proposed_drafts", "spec_correct_drafts_histogram"),
-    Generation("spec_accepted_drafts", "spec_proposed_drafts", "spec_accept_histogram"),
-    Generation("spec_accept_token_num", "spec_draft_token_num", "spec_accept_histogram"),
-)
+CORRECT_DRAFTS = Generation("spec_num_correct_drafts", "spec_num_proposed_drafts", "spec_correct_drafts_histogram")
+ACCEPTED_DRAFTS = Generation("spec_accepted_drafts", "spec_proposed_drafts", "spec_accept_histogram")
+ACCEPT_TOKENS = Generation("spec_accept_token_num", "spec_draft_token_num", "spec_accept_histogram")
+GENERATIONS = (CORRECT_DRAFTS, ACCEPTED_DRAFTS, ACCEPT_TOKENS)
 
 
 class UnknownMetadataError(ValueError):
@@ -75,17 +75,100 @@ def spec_counters(meta_info: Mapping[str, Any], num_steps: int = 0, fills_rounds
     )
 
 
-def pooled(counters: Iterable[SpecCounters]) -> SpecCounters:
-    """The counters of several responses, or of the parts of one, as one: sums, never means of ratios."""
-    listed = [each for each in counters if each.num_rounds]
-    if len(listed) == 1:
-        return listed[0]
-    return SpecCounters(
-        num_rounds=sum(each.num_rounds for each in listed),
-        num_proposed=sum(each.num_proposed for each in listed),
-        histogram=tuple(map(sum, zip_longest(*(each.histogram for each in listed), fillvalue=0))),
-        num_drafted=sum(each.num_drafted for each in listed),
-        num_empty_rounds=sum(each.num_empty_rounds for each in listed),
-        num_steps=max((each.num_steps for each in listed), default=0),
-        num_correct_unbinned=sum(each.num_correct_unbinned for each in listed),
-    )
+def meta_info(sample: GeneratedSample) -> dict[str, Any]:
+    """The response metadata of one sample; ``output_token_logprobs`` holds (logprob, token id, text or None).
+
+    Beside SGLang's keys: ``weight_version_spans``, [first token index, version] pairs, where several versions
+    generated the response; ``draft_version`` where the draft has weights; ``lossy``, true, where verification may
+    have bent the target's distribution.
+    """
+    num_tokens = len(sample.token_ids)
+    info = {
+        "id": f"{sample.group_id}-{sample.sample_index}",
+        "finish_reason": finish_reason(sample),
+        "prompt_tokens": sample.num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "cached_tokens": sample.cached_tokens,
+        "weight_version": str(sample.weight_version),
+        "e2e_latency": sample.e2e_latency_s,
+        "output_token_logprobs": [
+            (logprob, token_id, None) for logprob, token_id in zip(sample.logprobs, sample.token_ids, strict=True)
+        ],
+        **speculative_keys(sample.spec, num_tokens),
+    }
+    if sample.version_spans:
+        info["weight_version_spans"] = [list(span) for span in sample.version_spans]
+    if sample.draft_version is not None:
+        info["draft_version"] = str(sample.draft_version)
+    if sample.lossy:
+        info["lossy"] = True
+    return info
+
+
+def finish_reason(sample: GeneratedSample) -> dict[str, Any]:
+    """SGLang's: what matched for a stop, how many tokens for a length.
+
+    Example: ``{"type": "stop", "matched": 151645}``, ``{"type": "length", "length": 64}``
+    """
+    reason: dict[str, Any] = {"type": sample.finish_reason}
+    if sample.finish_reason == "stop":
+        reason["matched"] = sample.matched_stop
+    elif sample.finish_reason == "length":
+        reason["length"] = len(sample.token_ids)
+    return reason
+
+
+def speculative_keys(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
+    """Every ``spec_*`` key and RTP-LLM's, or nothing when no verify round ran."""
+    if not spec.num_rounds or not spec.num_proposed:
+        return {}
+    correct, proposed, histogram = spec.num_correct, spec.num_proposed, list(spec.histogram)
+    keys: dict[str, Any] = {
+        ROUNDS: spec.num_rounds,
+        "spec_accept_rate": correct / proposed,
+        "spec_accept_length": num_tokens / spec.num_rounds,
+    }
+    for generation in reversed(GENERATIONS):
+        keys |= {generation.correct: correct, generation.proposed: proposed, generation.histogram: histogram}
+    theirs = rtp_counters(spec, num_tokens)
+    return {**keys, **theirs, "avg_tokens_per_iter": num_tokens / theirs["iter_count"]}
+
+
+def rtp_counters(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
+    """RTP-LLM's counters. ``iter_count`` counts steps, the prefill too; without speculation every token is a step."""
+    return {
+        "iter_count": spec.num_rounds + 1 if spec.num_rounds else num_tokens,
+        "speculative_draft_rounds": spec.num_rounds,
+        "speculative_accepted_tokens_per_pos": accepted_per_position(spec),
+    }
+
+
+def aux_info(sample: GeneratedSample) -> dict[str, Any]:
+    """RTP-LLM's ``aux_info`` of one sample; times in ms. Without a speculative round its counters are 0 and [].
+
+    ``wait_time`` and ``first_token_cost_time`` are there where they were measured. The prompt tokens that a group's
+    first sample computed are ``reuse_len``, all of them in this engine's own memory. Beams, prefill on another
+    machine and full softmax rows do not exist here: their fields say so. RTP-LLM's guide divides output_len by
+    iter_count for the mean tokens of an iteration.
+    """
+    num_tokens = len(sample.token_ids)
+    measured = {"wait_time": sample.wait_s, "first_token_cost_time": sample.first_token_s}
+    return {
+        "cost_time": 1000.0 * sample.e2e_latency_s,
+        **{name: 1000.0 * seconds for name, seconds in measured.items() if seconds is not None},
+        **rtp_counters(sample.spec, num_tokens),
+        "prefix_len": 0,
+        "input_len": sample.num_prompt_tokens,
+        "output_len": num_tokens,
+        "step_output_len": num_tokens,
+        "reuse_len": sample.cached_tokens,
+        "local_reuse_len": sample.cached_tokens,
+        "remote_reuse_len": 0,
+        "memory_reuse_len": 0,
+        "cum_log_probs": [sum(sample.logprobs)],
+        "beam_responses": [],
+        "softmax_probs": [],
+        "pd_sep": False,
+        "role_addrs": [],
+        "aux_string": "",
+    }

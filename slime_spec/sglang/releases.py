@@ -1,64 +1,103 @@
-"""SGLang's version in the interpreter that will run the servers, and what is known of each version."""
+"""What each SGLang release does differently from the one before it: one record per release, oldest first.
+
+A release does what all records up to its version say. Everything that depends on a release asks here; only
+``sglang/flags.json``, the table of flags, belongs to one version alone.
+"""
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from slime_spec.sglang.flags import sglang_version
+from slime_spec.sglang.metadata import ACCEPT_TOKENS, ACCEPTED_DRAFTS, CORRECT_DRAFTS, Generation
 
-ASK_TIMEOUT_S = 60.0
-# importlib.metadata only: importing sglang takes seconds, and may fail for reasons that are not ours to find.
-QUESTION = """
-import json, re
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
-def of(name):
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-def files(package, pattern):
-    spec = find_spec(package)
-    return [path for root in (spec.submodule_search_locations if spec else ()) for path in Path(root).glob(pattern)]
-types = {path.name for path in files("transformers", "models/*")}
-for path in files("sglang", "srt/configs/*.py"):
-    types.update(re.findall(r'model_type = "([^"]+)"', path.read_text(errors="replace")))
-print("SLIME_SPEC " + json.dumps({"sglang": of("sglang"), "torch": of("torch"), "model_types": sorted(types)}))
-"""
+Style = Literal["none", "flag", "selector"]
+Ability = Literal[
+    "refuses_longer_draft_context",  # without: a server starts and reads beyond the tables of its draft
+    "widens_rotary_tables",  # without: the overwriting variable lets a server start whose draft's table stays short
+    "resets_padded_positions",  # what a padded batch leaves in the buffers of draft passes (#10892)
+    "keeps_draft_copy",  # --enable-draft-weights-cpu-backup
+    "pads_verify_mask",
+    "pads_ngram_mask",
+    "refuses_other_adaptive_steps",  # without: adaptive speculation starts at another candidate
+    "seeds_verify",  # without: the uniforms of a verify pass are the engine's own
+]
 
 
 @dataclass(frozen=True)
-class UpdateContract:
-    """How a version takes new weights.
+class WeightContract:
+    """How a release takes new weights.
 
+    ``field`` is the field of a tensor update that says whom it is for, by which a running server shows its contract.
     ``reaches_draft`` are the transports whose update loads the draft too; ``selective`` those in which an update can
-    be addressed to the target alone; ``draft_alone``: and to the draft alone.
+    be addressed to the target alone.
     """
 
+    style: Style
     name: str
+    field: str | None
     reaches_draft: frozenset[str]
     selective: frozenset[str]
-    draft_alone: bool
+
+    @property
+    def draft_alone(self) -> bool:
+        """Whether an update can be addressed to the draft alone."""
+        return self.style == "selector"
 
 
-FAN_OUT = UpdateContract("no control", frozenset({"tensor"}), frozenset(), draft_alone=False)
-DISABLE_DRAFT = UpdateContract("disable_draft_model", frozenset({"tensor"}), frozenset({"tensor"}), draft_alone=False)
-DISABLE_DRAFT_DISK = UpdateContract(
-    "disable_draft_model", frozenset({"tensor", "disk"}), frozenset({"tensor"}), draft_alone=False
+FAN_OUT = WeightContract("none", "no control", None, frozenset({"tensor"}), frozenset())
+DISABLE_DRAFT = WeightContract(
+    "flag", "disable_draft_model", "disable_draft_model", frozenset({"tensor"}), frozenset({"tensor"})
 )
-SELECTOR = UpdateContract(
+DISABLE_DRAFT_DISK = WeightContract(
+    "flag", "disable_draft_model", "disable_draft_model", frozenset({"tensor", "disk"}), frozenset({"tensor"})
+)
+SELECTOR = WeightContract(
+    "selector",
     "selector in a begin/end session",
+    "selector",
     frozenset({"tensor", "distributed", "disk"}),
     frozenset({"tensor", "distributed"}),
-    draft_alone=True,
 )
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one release brought: abilities that it and every later release has, and values that replace earlier ones.
+
+    ``adaptive_steps`` are the numbers of steps between which adaptive speculation moves; none: it does not exist.
+    """
+
+    version: str
+    abilities: tuple[Ability, ...] = ()
+    weight_contract: WeightContract | None = None
+    metadata: Generation | None = None
+    adaptive_steps: tuple[int, ...] | None = None
+
+
+# Read in the wheels of these versions.
+CHANGES = (
+    Change("0.0.0", weight_contract=FAN_OUT, metadata=ACCEPT_TOKENS, adaptive_steps=()),
+    Change("0.5.1", ("refuses_longer_draft_context",)),
+    Change("0.5.3", ("widens_rotary_tables", "resets_padded_positions")),
+    Change("0.5.6", ("keeps_draft_copy",)),
+    Change("0.5.7", ("pads_verify_mask",)),
+    Change("0.5.10", weight_contract=DISABLE_DRAFT),
+    Change("0.5.11", metadata=ACCEPTED_DRAFTS),
+    Change("0.5.12", weight_contract=DISABLE_DRAFT_DISK, metadata=CORRECT_DRAFTS, adaptive_steps=(1, 3, 7)),
+    Change("0.5.14", ("refuses_other_adaptive_steps", "pads_ngram_mask")),
+    Change("0.5.17", ("seeds_verify",)),
+    Change("0.5.20", adaptive_steps=(1, 3, 5, 7)),
+    Change("0.5.21", weight_contract=SELECTOR),
+)
+
+
+def since(fact: Ability | WeightContract | Generation) -> str:
+    """The first release with an ability, a weight contract or a generation of metadata: "0.5.21"."""
+    return next(each.version for each in CHANGES if fact in (*each.abilities, each.weight_contract, each.metadata))
 
 
 @dataclass(frozen=True)
@@ -75,20 +114,25 @@ class Release:
     model_types: frozenset[str] = frozenset()
 
     @property
-    def update_contract(self) -> UpdateContract:
-        for first, contract in (((0, 5, 21), SELECTOR), ((0, 5, 12), DISABLE_DRAFT_DISK), ((0, 5, 10), DISABLE_DRAFT)):
-            if self.version >= first:
-                return contract
-        return FAN_OUT
+    def changes(self) -> tuple[Change, ...]:
+        """The records that hold for this release, newest first."""
+        return tuple(each for each in reversed(CHANGES) if _numbers(each.version) <= self.version)
+
+    def does(self, ability: Ability) -> bool:
+        return any(ability in each.abilities for each in self.changes)
 
     @property
-    def metadata_keys(self) -> tuple[str, ...]:
-        """What a response's meta_info calls the counters of correct and proposed drafts."""
-        if self.version >= (0, 5, 12):
-            return ("spec_num_correct_drafts", "spec_num_proposed_drafts")
-        if self.version >= (0, 5, 11):
-            return ("spec_accepted_drafts", "spec_proposed_drafts")
-        return ("spec_accept_token_num", "spec_draft_token_num")
+    def weight_contract(self) -> WeightContract:
+        return next(each.weight_contract for each in self.changes if each.weight_contract is not None)
+
+    @property
+    def metadata(self) -> Generation:
+        """What a response's meta_info calls its counters."""
+        return next(each.metadata for each in self.changes if each.metadata is not None)
+
+    @property
+    def adaptive_steps(self) -> tuple[int, ...]:
+        return next(each.adaptive_steps for each in self.changes if each.adaptive_steps is not None)
 
 
 def release_of(
@@ -109,18 +153,3 @@ def _numbers(text: str) -> tuple[int, ...]:
 def pinned_release() -> Release:
     """What the checks speak of where there is none to ask."""
     return release_of(sglang_version(), is_installed=False)
-
-
-def find_release(python: str | None) -> Release:
-    """Ask ``python`` (None: this interpreter); the pinned version where it has no SGLang or does not answer."""
-    try:
-        done = subprocess.run(
-            [python or sys.executable, "-c", QUESTION], capture_output=True, text=True, timeout=ASK_TIMEOUT_S
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return pinned_release()
-    answers = [line for line in done.stdout.splitlines() if line.startswith("SLIME_SPEC ")]
-    answer: dict[str, Any] = json.loads(answers[-1].removeprefix("SLIME_SPEC ")) if answers else {}
-    if answer.get("sglang") is None:
-        return pinned_release()
-    return release_of(answer["sglang"], torch=answer["torch"], model_types=answer["model_types"])

@@ -20,7 +20,7 @@ ROOTS = (LAUNCH, "slime_spec.bench")
 # A library and the only modules (or packages) that may import it.
 HOMES = {
     "megatron": ("trainer_bridge.megatron",),
-    "sglang": ("rollout.sglang_engine",),
+    "sglang": ("rollout.sglang_engine", "slime_spec.sglang.answers"),
     "wandb": ("slime_spec.metrics.wandb",),
     "aiohttp": ("rollout.embedded.http", "rollout.sglang_engine"),
     "hydra": (LAUNCH,),

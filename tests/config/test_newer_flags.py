@@ -13,8 +13,8 @@ from slime_spec.launch.arguments import read_arguments
 from slime_spec.launch.compose import compose
 
 FLAGS = [
-    {"dest": "warp_drive", "flags": ["--warp-drive"], "takes_value": True},
-    {"dest": "enable_shields", "flags": ["--enable-shields"], "takes_value": False},
+    {"dest": "warp_drive", "spellings": ["--warp-drive"], "takes_value": True},
+    {"dest": "enable_shields", "spellings": ["--enable-shields"], "takes_value": False},
 ]
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from rollout.embedded.drafting import DraftContext
-from slime_spec.sglang.meta_info import accepted_per_position, aux_info, meta_info
+from slime_spec.sglang.metadata import aux_info, meta_info
+from slime_spec.speculation.counters import accepted_per_position
 from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
 from tests.support.embedded_harness import VOCAB, ScriptedDrafter, engine_config, greedy, make_core, random_prompt, run
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from slime_spec.sglang.flags import sglang_version
-from slime_spec.sglang.releases import find_release, release_of
+from slime_spec.sglang.interpreter import find_release
+from slime_spec.sglang.releases import release_of
 from tests.support.doctor_facts import python_with
 
 
@@ -24,7 +25,7 @@ from tests.support.doctor_facts import python_with
     ],
 )
 def test_each_version_has_its_weight_update_contract(text, reaches_draft, selective, draft_alone) -> None:
-    contract = release_of(text).update_contract
+    contract = release_of(text).weight_contract
     assert (contract.reaches_draft, contract.selective, contract.draft_alone) == (reaches_draft, selective, draft_alone)
 
 
@@ -38,7 +39,7 @@ def test_each_version_has_its_weight_update_contract(text, reaches_draft, select
     ],
 )
 def test_each_version_has_its_generation_of_metadata_keys(text: str, correct: str) -> None:
-    assert release_of(text).metadata_keys[0] == correct
+    assert release_of(text).metadata.correct == correct
 
 
 @pytest.mark.parametrize("text", ["0.0.0.dev1+gd7c8b9ab9", "nightly"])

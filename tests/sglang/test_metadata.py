@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rollout.sglang_engine.recordings import recordings
-from slime_spec.sglang.meta_info import speculative_keys
-from slime_spec.sglang.metadata import UnknownMetadataError, generation_of, pooled, spec_counters
+from slime_spec.sglang.metadata import UnknownMetadataError, generation_of, spec_counters, speculative_keys
+from slime_spec.speculation.counters import pooled
 from slime_spec.types import SpecCounters
 
 VERSIONS = sorted(recordings()["meta_info"])

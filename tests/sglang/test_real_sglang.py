@@ -12,7 +12,7 @@ import torch
 
 from rollout.sglang_engine.recordings import recordings
 from slime_spec.errors import PushError
-from slime_spec.sglang.metadata import pooled
+from slime_spec.speculation.counters import pooled
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
 from slime_spec.weights.messages import PauseMode
 from tests.support.sglang_real import ALGORITHMS, PROMPTS, Models, Real, embedded_samples, greedy, on

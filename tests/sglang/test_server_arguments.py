@@ -17,7 +17,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.launch.train import with_absolute_paths
 from slime_spec.run_folder import RunFolder
 from slime_spec.sglang.arguments import Place, command_line, config_of_engine, planned_places, server_flags
-from slime_spec.sglang.installed import checked_in, installed_in
+from slime_spec.sglang.interpreter import checked_in, installed_in
 from slime_spec.site import Site
 from tests.support.pushes import DirectTransport
 from tests.support.sglang_checkpoints import make_target

@@ -22,7 +22,7 @@ from rollout.sglang_engine.router_process import RouterProcess, behind_router, r
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.sglang.arguments import Place, config_of_engine, server_flags
-from slime_spec.sglang.installed import checked_in, installed_in
+from slime_spec.sglang.interpreter import checked_in, installed_in
 from slime_spec.sglang.labels import engine_number, label_suffix, version_number
 from slime_spec.site import Site
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams

@@ -15,7 +15,7 @@ from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.launch.compose import Composed, composed
 from slime_spec.preflight.facts import Facts
 from slime_spec.sglang.arguments import Place, server_flags
-from slime_spec.sglang.installed import checked_in
+from slime_spec.sglang.interpreter import checked_in
 from slime_spec.sglang.releases import release_of
 
 TARGET = {

@@ -28,7 +28,7 @@ from slime_spec.config.tree import (
     SglangServerConfig,
     SpeculativeConfig,
 )
-from slime_spec.sglang.metadata import pooled
+from slime_spec.speculation.counters import pooled
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.run import PushReport, run_push
 from tests.support.pushes import DirectTransport, disturbed, push_of

@@ -10,7 +10,7 @@ from rollout.embedded.http.text import GrowingText, response_text
 from rollout.embedded.http.versions import VersionNames
 from rollout.embedded.request import Progress
 from slime_spec.checkpoints.tokenizer import Tokenizer
-from slime_spec.sglang.meta_info import aux_info, meta_info
+from slime_spec.sglang.metadata import aux_info, meta_info
 from slime_spec.types import GeneratedSample
 
 Answer = dict[str, Any]

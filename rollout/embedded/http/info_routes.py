@@ -15,10 +15,11 @@ from aiohttp import web
 import slime_spec
 from rollout.embedded.http.serving import Serving
 from slime_spec.sglang.draft_shape import draft_shape
+from slime_spec.sglang.releases import SELECTOR, since
 from slime_spec.types import GroupRequest, SamplingParams
 
 HEALTH_TIMEOUT_S = 20.0  # SGLang's
-CONTRACT = "0.5.21"  # of SGLang's HTTP API: selectors, and sessions around weight updates
+CONTRACT = since(SELECTOR)  # of SGLang's HTTP API: selectors, and sessions around weight updates
 
 
 class InfoRoutes:

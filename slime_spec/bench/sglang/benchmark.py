@@ -16,7 +16,7 @@ from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import unknown_choice
-from slime_spec.sglang.installed import installed_in
+from slime_spec.sglang.interpreter import installed_in
 from slime_spec.transports.in_process import InProcessTransport
 
 HERE = "slime_spec.bench.sglang"

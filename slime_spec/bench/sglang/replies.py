@@ -15,7 +15,7 @@ from slime_spec.bench.prompts import Prompts, in_domain, tokenized
 from slime_spec.bench.rows import BenchOptions
 from slime_spec.bench.sglang.servers import started
 from slime_spec.bench.sglang.settings import embedded, engine_settings
-from slime_spec.sglang.metadata import pooled
+from slime_spec.speculation.counters import pooled
 from slime_spec.types import GeneratedSample
 
 Samples = Sequence[GeneratedSample]

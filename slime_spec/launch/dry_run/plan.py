@@ -16,7 +16,7 @@ from slime_spec.preflight.gate import check_skipped, examine, not_skipped
 from slime_spec.preflight.gather import gather
 from slime_spec.preflight.memory import MemoryPlan, plan_memory
 from slime_spec.sglang.arguments import command_line, planned_places, server_flags
-from slime_spec.sglang.installed import checked_in
+from slime_spec.sglang.interpreter import checked_in
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, on_sglang, speculating, trap
 
 OVERWRITE = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
-REFUSES_LONGER = (0, 5, 1)  # before, a server started and read beyond the draft's tables
-WIDENS_TABLES = (0, 5, 3)  # before, the variable let it start and its rotary table stayed short (0.5.2 wheel)
 
 
 def _draft_context(facts: Facts) -> int | None:
@@ -27,8 +25,10 @@ def draft_context(facts: Facts) -> Sighting | None:
     draft, context = _draft_context(facts), facts.context_length
     if draft is None or context is None or draft >= context:
         return None
-    is_allowed = facts.environ.get(OVERWRITE, "").lower() in ("1", "true") and facts.release.version >= WIDENS_TABLES
-    reaction = "crashes past it" if facts.release.version < REFUSES_LONGER else "refuses to start"
+    is_allowed = facts.environ.get(OVERWRITE, "").lower() in ("1", "true") and facts.release.does(
+        "widens_rotary_tables"
+    )
+    reaction = "refuses to start" if facts.release.does("refuses_longer_draft_context") else "crashes past it"
     given = "--sglang-context-length" if facts.config.engine.context_length else "the target's max_position_embeddings"
     return Sighting(
         Severity.WARNING if is_allowed else Severity.ERROR,

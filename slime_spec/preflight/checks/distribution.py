@@ -11,7 +11,6 @@ from slime_spec.types import is_greedy
 
 DOCS = "https://docs.sglang.ai/advanced_features/speculative_decoding.html"
 NEUTRAL: Mapping[str, float] = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
-SEEDED = (0, 5, 17)  # up to 0.5.16 the uniforms of a verify pass are the engine's own
 
 
 def _samples(facts: Facts) -> bool:
@@ -192,7 +191,7 @@ def ngram_padding(facts: Facts) -> Sighting | None:
     "30822",
 )
 def sampling_seed(facts: Facts) -> Sighting | None:
-    if facts.release.version >= SEEDED or not _samples(facts) or not facts.on_gpu:
+    if facts.release.does("seeds_verify") or not _samples(facts) or not facts.on_gpu:
         return None
     return Sighting(
         Severity.INFO,

@@ -5,12 +5,8 @@ from __future__ import annotations
 from slime_spec.algorithms import EAGLE
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, trap
+from slime_spec.sglang.releases import Ability, since
 
-# Read in the wheels of these versions: what a padded batch leaves in the buffers of draft passes is reset from 0.5.3
-# (#10892), and the mask of a verify pass is padded from 0.5.7, the n-gram worker's from 0.5.14.
-POSITIONS_RESET = (0, 5, 3)
-MASK_PADDED = (0, 5, 7)
-NGRAM_MASK_PADDED = (0, 5, 14)
 WIDER_TEXT = "--sglang-cuda-graph-bs $(seq 1 32) $(seq 40 8 64) $(seq 80 16 160)"
 
 
@@ -34,7 +30,7 @@ def flashinfer_graph_padding(facts: Facts) -> Sighting | None:
     if not (_flashinfer(facts) and facts.uses_graphs) or facts.graph_sizes_are_dense:
         return None
     return Sighting(
-        Severity.ERROR if facts.release.version < POSITIONS_RESET else Severity.WARNING,
+        Severity.WARNING if facts.release.does("resets_padded_positions") else Severity.ERROR,
         f"attention backend flashinfer with speculation, CUDA graphs, and gaps between captured batch sizes up to "
         f"{facts.config.engine.max_running_requests} (SGLang {facts.release.text})",
         f"Pass --sglang-attention-backend fa3 (or triton); to stay with flashinfer: {WIDER_TEXT}. Reproduce with "
@@ -82,8 +78,8 @@ def graph_padding_switch(facts: Facts) -> Sighting | None:
     "24361",
 )
 def mask_padding(facts: Facts) -> Sighting | None:
-    padded = NGRAM_MASK_PADDED if facts.config.speculative.record.takes_corpus else MASK_PADDED
-    if facts.release.version >= padded or not facts.uses_graphs:
+    pads: Ability = "pads_ngram_mask" if facts.config.speculative.record.takes_corpus else "pads_verify_mask"
+    if facts.release.does(pads) or not facts.uses_graphs:
         return None
     if facts.attention_backend not in (None, "flashinfer") or facts.graph_sizes_are_dense:
         return None
@@ -91,6 +87,6 @@ def mask_padding(facts: Facts) -> Sighting | None:
         Severity.ERROR if facts.attention_backend else Severity.WARNING,
         f"SGLang {facts.release.text} verifies drafts in padded CUDA graphs with attention backend "
         f"{facts.attention_backend or 'left to SGLang, which may be flashinfer'}",
-        f"Pass --sglang-attention-backend fa3, or {WIDER_TEXT}, or use SGLang {'.'.join(map(str, padded))} or newer.",
+        f"Pass --sglang-attention-backend fa3, or {WIDER_TEXT}, or use SGLang {since(pads)} or newer.",
         (*_elsewhere(facts), "--sglang-attention-backend", "fa3"),
     )

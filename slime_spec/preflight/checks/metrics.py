@@ -20,10 +20,10 @@ BAR = (0.8, 0.6, 0.4)
     "https://github.com/verl-project/verl/pull/7543",
 )
 def metadata_keys(facts: Facts) -> Sighting | None:
-    correct, proposed = facts.release.metadata_keys
+    keys = facts.release.metadata
     return Sighting(
         Severity.INFO,
-        f"SGLang {facts.release.text} reports {correct} and {proposed}",
+        f"SGLang {facts.release.text} reports {keys.correct} and {keys.proposed}",
         "Nothing to do here; elsewhere read these names.",
     )
 

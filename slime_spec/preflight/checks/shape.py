@@ -70,7 +70,7 @@ def adaptive(facts: Facts) -> Sighting | None:
         for dest in ("enable_dp_attention", "enable_multi_layer_eagle", "enable_two_batch_overlap", "enable_pdmux")
         if facts.flags.get(dest)
     ]
-    if facts.release.version < (0, 5, 12):
+    if not facts.release.adaptive_steps:
         reasons.append(f"SGLang {facts.release.text} does not have it")
     if not reasons:
         return None
@@ -92,12 +92,12 @@ def adaptive_steps(facts: Facts) -> Sighting | None:
     num_steps = facts.config.speculative.num_steps
     if not facts.flags.get("speculative_adaptive") or facts.flags.get("speculative_adaptive_config"):
         return None
-    candidates = (1, 3, 5, 7) if facts.release.version >= (0, 5, 20) else (1, 3, 7)
-    if num_steps is None or num_steps in candidates:
+    candidates = facts.release.adaptive_steps
+    if num_steps is None or not candidates or num_steps in candidates:
         return None
     nearest = max(number for number in candidates if number < num_steps)
     return Sighting(
-        Severity.ERROR if facts.release.version >= (0, 5, 14) else Severity.WARNING,
+        Severity.ERROR if facts.release.does("refuses_other_adaptive_steps") else Severity.WARNING,
         f"--speculative-adaptive with num_steps {num_steps}; SGLang {facts.release.text} has "
         f"{', '.join(map(str, candidates))}",
         f"Pass --speculative-num-steps {nearest} --speculative-num-draft-tokens {nearest + 1}, or candidates of your "

@@ -7,8 +7,9 @@ from importlib.metadata import version as installed_version
 from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, trap
+from slime_spec.sglang.releases import SELECTOR, since
 
-HAS_DRAFT_BACKUP = (0, 5, 6)  # --enable-draft-weights-cpu-backup (read in the wheels: not in 0.5.5)
+NEWER = f"SGLang {since(SELECTOR)} or newer"
 
 
 def pushing(facts: Facts) -> bool:
@@ -34,7 +35,7 @@ def _transport(facts: Facts) -> str:
     applies=pushing_beside_a_draft,
 )
 def draft_overwritten(facts: Facts) -> Sighting | None:
-    contract, transport = facts.release.update_contract, _transport(facts)
+    contract, transport = facts.release.weight_contract, _transport(facts)
     is_spared = transport != "disk" and (transport not in contract.reaches_draft or transport in contract.selective)
     if facts.draft_kind == "in_target" or is_spared:
         return None
@@ -44,7 +45,7 @@ def draft_overwritten(facts: Facts) -> Sighting | None:
         f"SGLang {facts.release.text} ({contract.name}) loads a {transport} update into target and external draft"
         if transport in contract.reaches_draft
         else "an update from disk has no side, and the engine sends none beside a draft of its own",
-        f"Pass --sglang-weight-transport {safe}{'' if contract.draft_alone else ', or use SGLang 0.5.21 or newer'}.",
+        f"Pass --sglang-weight-transport {safe}{'' if contract.draft_alone else f', or use {NEWER}'}.",
         ("--sglang-weight-transport", safe),
     )
 
@@ -57,7 +58,7 @@ def draft_overwritten(facts: Facts) -> Sighting | None:
     applies=pushing_beside_a_draft,
 )
 def disk_reduced_vocabulary(facts: Facts) -> Sighting | None:
-    is_reached = "disk" in facts.release.update_contract.reaches_draft
+    is_reached = "disk" in facts.release.weight_contract.reaches_draft
     if _transport(facts) != "disk" or not is_reached or not has_reduced_vocabulary(facts):
         return None
     return Sighting(
@@ -80,7 +81,7 @@ def disk_reduced_vocabulary(facts: Facts) -> Sighting | None:
     applies=pushing_beside_a_draft,
 )
 def draft_refresh(facts: Facts) -> Sighting | None:
-    contract, transport = facts.release.update_contract, _transport(facts)
+    contract, transport = facts.release.weight_contract, _transport(facts)
     told = f"SGLang {facts.release.text} ({contract.name}), transport {transport}"
     if transport not in contract.reaches_draft:
         # Tensors reach a draft everywhere; one of its own, which they must not touch, is not refreshed by them.
@@ -88,7 +89,7 @@ def draft_refresh(facts: Facts) -> Sighting | None:
         return Sighting(
             Severity.WARNING,
             f"{told}: an update never reaches the draft",
-            f"{'Pass --sglang-weight-transport tensor, or use' if helps else 'Use'} SGLang 0.5.21 or newer.",
+            f"{'Pass --sglang-weight-transport tensor, or use' if helps else 'Use'} {NEWER}.",
             ("--sglang-weight-transport", "tensor") if helps else (),
         )
     if facts.draft_kind == "in_target":
@@ -97,7 +98,7 @@ def draft_refresh(facts: Facts) -> Sighting | None:
     elif contract.draft_alone and transport in contract.selective:
         how = "by a push of its own"
     else:
-        way = "Pass --sglang-weight-transport tensor" if contract.draft_alone else "Use SGLang 0.5.21 or newer"
+        way = "Pass --sglang-weight-transport tensor" if contract.draft_alone else f"Use {NEWER}"
         return Sighting(
             Severity.WARNING,
             f"{told}: an external draft can be spared but not refreshed",
@@ -126,11 +127,11 @@ def draft_refresh(facts: Facts) -> Sighting | None:
 def draft_lost_on_resume(facts: Facts) -> Sighting | None:
     if not (facts.flags.get("enable_memory_saver") and facts.config.cluster.colocate and facts.config.cluster.offload):
         return None
-    if facts.release.version < HAS_DRAFT_BACKUP:
+    if not facts.release.does("keeps_draft_copy"):
         return Sighting(
             Severity.ERROR,
             f"servers release memory between rollouts, and SGLang {facts.release.text} cannot keep a copy of the draft",
-            "Pass --no-offload, or use SGLang 0.5.6 or newer.",
+            f"Pass --no-offload, or use SGLang {since('keeps_draft_copy')} or newer.",
             ("--no-offload",),
         )
     if facts.flags.get("enable_draft_weights_cpu_backup"):
@@ -145,7 +146,7 @@ def draft_lost_on_resume(facts: Facts) -> Sighting | None:
 
 def _despite_the_copy(facts: Facts) -> Sighting:
     read = f"servers release memory between rollouts and keep a copy of the draft (SGLang {facts.release.text})"
-    if facts.release.update_contract.draft_alone:
+    if facts.release.weight_contract.draft_alone:
         return Sighting(
             Severity.INFO,
             read,
@@ -155,7 +156,7 @@ def _despite_the_copy(facts: Facts) -> Sighting:
         Severity.WARNING,
         read,
         "Watch rollout/spec_accept_length: this version tells no checksums of the draft. Pass --no-offload where "
-        "memory has room for both, or use SGLang 0.5.21 or newer.",
+        f"memory has room for both, or use {NEWER}.",
     )
 
 

@@ -1,15 +1,24 @@
-"""What a server says of itself."""
+"""What a running server says of itself, asked by its engine, or by the checks where someone else started it."""
 
 from __future__ import annotations
 
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from slime_spec.sglang.flags import sglang_flags
+
+PATHS = ("/server_info", "/get_server_info")  # from 0.5.10 on, and before
+ASK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """``num_ranks`` are the tensor-parallel ranks that weights are sent to; ``num_steps`` is a draft's depth.
+    """``num_ranks`` are the tensor-parallel ranks that weights are sent to; ``num_steps`` is a draft's depth;
+    ``flags`` are the flags it runs with that the table knows, by their dests.
 
     Example: ``ServerInfo("0.5.21", max_total_tokens=4096, num_ranks=1, num_steps=3)``
     """
@@ -18,6 +27,7 @@ class ServerInfo:
     max_total_tokens: int
     num_ranks: int
     num_steps: int
+    flags: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> ServerInfo:
@@ -29,7 +39,26 @@ class ServerInfo:
             num_ranks=int(answer.get("tp_size") or 1)
             * (1 if answer.get("enable_dp_attention") else int(answer.get("dp_size") or 1)),
             num_steps=int(answer.get("speculative_num_steps") or drafted - 1),
+            flags={dest: answer[dest] for dest in sglang_flags() if answer.get(dest) is not None},
         )
+
+
+def ask_server(address: str, api_key: object) -> ServerInfo | None:
+    """None where nothing that is SGLang answers within seconds."""
+    for path in PATHS:
+        request = urllib.request.Request(f"http://{address}{path}")
+        if api_key:
+            request.add_header("Authorization", f"Bearer {api_key}")
+        try:
+            with urllib.request.urlopen(request, timeout=ASK_TIMEOUT_S) as response:
+                answer: Any = json.loads(response.read())
+        except urllib.error.HTTPError:
+            continue
+        except (OSError, ValueError):
+            return None
+        if isinstance(answer, dict) and "version" in answer:
+            return ServerInfo.of(answer)
+    return None
 
 
 @dataclass(frozen=True)

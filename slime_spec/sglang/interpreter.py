@@ -1,0 +1,93 @@
+"""What the SGLang of an interpreter knows: its version, its server's flags, the model types it has classes for.
+
+The interpreter itself is asked, in a process of its own: a version string says little of patched builds.
+Without an interpreter to ask, the flags are the checked-in table's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from slime_spec.errors import ConfigError
+from slime_spec.sglang.flags import SglangFlag, sglang_flags, sglang_version
+from slime_spec.sglang.releases import Release, pinned_release, release_of
+
+QUESTION = Path(__file__).with_name("answers.py")
+SETTING = "sglang_server.python"
+REMEDY = "Pass --sglang-python with the interpreter of an environment that has sglang."
+ASK_TIMEOUT_S = 60.0
+ASK_FLAGS_TIMEOUT_S = 300.0  # imports sglang
+
+
+@dataclass(frozen=True)
+class InstalledSglang:
+    """``torch_version`` is None where no interpreter was asked, ``router_version`` where it has no sglang-router."""
+
+    version: str
+    torch_version: str | None
+    flags: Mapping[str, SglangFlag]
+    router_version: str | None = None
+
+    def flag(self, dest: str) -> SglangFlag | None:
+        return self.flags.get(dest)
+
+    def by_spelling(self) -> dict[str, SglangFlag]:
+        return {name: flag for flag in self.flags.values() for name in flag.spellings}
+
+
+def checked_in() -> InstalledSglang:
+    """The table of the pinned version."""
+    return InstalledSglang(sglang_version(), None, sglang_flags())
+
+
+@cache
+def installed_in(python: str) -> InstalledSglang:
+    """Ask the interpreter; raises ConfigError where it has no SGLang that answers."""
+    data = _ask(python, "flags")
+    flags: dict[str, SglangFlag] = {}
+    for row in data["flags"]:
+        flag = SglangFlag(row["dest"], tuple(row["spellings"]), "str" if row["takes_value"] else "bool")
+        if earlier := flags.get(flag.dest):
+            flag = replace(flag, spellings=(*earlier.spellings, *flag.spellings))
+        flags[flag.dest] = flag
+    return InstalledSglang(data["sglang"], data["torch"], flags, data["router"])
+
+
+def find_release(python: str | None) -> Release:
+    """Ask ``python`` (None: this interpreter); the pinned version where it has no SGLang or does not answer."""
+    try:
+        data = _ask(python or sys.executable)
+    except ConfigError:
+        return pinned_release()
+    return release_of(data["sglang"], torch=data["torch"], model_types=data["model_types"])
+
+
+def _ask(python: str, *words: str) -> dict[str, Any]:
+    """The answer of answers.py; raises ConfigError where the interpreter does not run, or has no sglang."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    try:
+        done = subprocess.run(
+            [python, "-c", QUESTION.read_text(), *words],
+            capture_output=True,
+            text=True,
+            timeout=ASK_FLAGS_TIMEOUT_S if words else ASK_TIMEOUT_S,
+            env=environment,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        # The command of a TimeoutExpired is a whole script.
+        reason = str(error) if isinstance(error, OSError) else f"no answer in {error.timeout:g} s"
+        raise ConfigError(SETTING, f"must be a Python that runs: {reason}", python, REMEDY) from None
+    answers = [line for line in done.stdout.splitlines() if line.startswith("SLIME_SPEC ")]
+    answer: dict[str, Any] = json.loads(answers[-1].removeprefix("SLIME_SPEC ")) if answers else {}
+    if done.returncode or answer.get("sglang") is None:
+        last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise ConfigError(SETTING, f"must have a working sglang: {last}", python, REMEDY)
+    return answer
