@@ -23,7 +23,7 @@ def docstrings(tree: ast.AST) -> set[ast.AST]:
 
 def tells_history(text: str) -> bool:
     """Whether it is (part of) the reason that a trap gives."""
-    return any(text in why for why in WHYS)
+    return " " in text and any(text in why for why in WHYS)
 
 
 def is_version(node: ast.AST) -> bool:
