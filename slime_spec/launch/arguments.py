@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +10,23 @@ from slime_spec.config.build import unknown_setting
 from slime_spec.config.schema import SGLANG, settings
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError
-from slime_spec.launch.flags import EXPERIMENT, Flag, find_flag, flags, is_flag, parse_value
+from slime_spec.launch.flags import OVERRIDE, Flag, find_flag, flags, is_flag, parse_value
+from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
 from slime_spec.launch.newer_flags import newer_flag
 from slime_spec.sglang.flags import sglang_flag
 
 EXTRA_ARGS = "sglang_server.extra_args"
-SGLANG_FLAG = ("--sglang-", "--sglang_")
 DEBUG_MODES = ("--debug-rollout-only", "--debug-train-only")
-# A token that is an override ends a flag's list of values; a value that looks like one is written --flag=VALUE.
-OVERRIDE = re.compile(r"[a-z_]+\.[a-z0-9_.]+=|experiment=")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line says: a named (or written) configuration, and typed values over it by path.
+    """What the command line says: a file of conf/ (the experiment's may be a path) by group, and typed values by path.
 
-    Example: ``Arguments("smollm2-135m", {"trainer.lr": 1e-6, "sglang.cuda_graph_bs_decode": (1, 2, 4)})``
+    Example: ``Arguments({"experiment": "smollm2-135m"}, {"trainer.lr": 1e-6, "sglang.cuda_graph_bs_decode": (1, 2)})``
     """
 
-    experiment: str | None
+    groups: Mapping[str, str]
     settings: Mapping[str, Any]
 
 
@@ -41,7 +38,7 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     position = 0
     while position < len(argv):
         token = argv[position]
-        if token.startswith(SGLANG_FLAG) and not is_flag(token) and (newer := newer_flag(argv, position)):
+        if token.startswith("-") and not is_flag(token) and (newer := newer_flag(argv, position)):
             servers_own += newer.words
             position += newer.num_tokens
             continue
@@ -67,7 +64,8 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
         )
     if servers_own:
         values[EXTRA_ARGS] = (*values.get(EXTRA_ARGS, ()), *servers_own)
-    return Arguments(values.pop(EXPERIMENT, None), values)
+    chosen = {group: values.pop(group) for group in GROUPS if group in values}
+    return Arguments({group: name for group, name in chosen.items() if name is not None}, values)
 
 
 def _read_flag(argv: Sequence[str], position: int) -> tuple[str, Flag, Any, int]:
@@ -118,8 +116,8 @@ def _read_override(token: str) -> tuple[str, Any]:
         raise ConfigError(token, "is neither a --flag nor a path=value", token, did_you_mean(token, known) + _SPELLINGS)
     if path[:1] in ("+", "~"):
         raise ConfigError(token, "the tree is closed: nothing is added to it or taken away", token, _SPELLINGS)
-    if path == EXPERIMENT:
-        return path, None if text == "null" else text
+    if path in GROUPS:
+        return path, None if (path, text) == (EXPERIMENT, "null") else check_choice(path, text)
     node, _, leaf = path.partition(".")
     if node == SGLANG and leaf:
         entry = sglang_flag(leaf)

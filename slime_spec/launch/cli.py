@@ -99,9 +99,7 @@ def _tell(notes: Sequence[str]) -> None:
 def _wants_help(argv: Sequence[str]) -> bool:
     if not {"-h", "--help"} & set(argv):
         return False
-    from slime_spec.launch.compose import experiments
-
-    _show(train_help(experiments()))
+    _show(train_help())
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,9 +13,11 @@ from slime_spec.config.schema import Setting, settings
 from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.texts import NULLS, PARSERS, whole_number
 from slime_spec.errors import ConfigError
+from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
 from slime_spec.sglang.flags import SglangFlag, sglang_flags, typed_elsewhere
 
-EXPERIMENT = "experiment"  # the choice of a file in conf/experiment (or of a path), not a setting of the tree
+# A token that is an override ends a flag's list of values; a value that looks like one is written --flag=VALUE.
+OVERRIDE = re.compile(rf"[a-z_]+\.[a-z0-9_.]+=|({'|'.join(GROUPS)})=")
 SP_TYPES = {each.rtp_llm: each.name for each in ALGORITHMS.values() if each.rtp_llm is not None}
 
 
@@ -126,7 +129,7 @@ def _sglang_flag(entry: SglangFlag) -> Flag:
 def _aliases() -> Mapping[str, Flag]:
     """Spellings that stand for another setting's value."""
     return {
-        "--config": Flag(EXPERIMENT, "1", lambda texts: texts[0]),
+        "--config": Flag(EXPERIMENT, "1", lambda texts: check_choice(EXPERIMENT, texts[0])),
         "--debug-rollout-only": _mode_switch("rollout_only"),
         "--debug-train-only": _mode_switch("train_only"),
         "--disable-grpo-std-normalization": Flag(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from slime_spec.algorithms import LOOKUP, NEXTN, STANDALONE
 from slime_spec.config.schema import Setting, nodes, settings
 from slime_spec.launch.flags import SP_TYPES
+from slime_spec.launch.groups import GROUPS, choices
 from slime_spec.sglang.flags import sglang_flags, sglang_version
 
 WIDTH = 116
@@ -33,18 +34,22 @@ NAME is main-job (the whole RL loop), engine (generation, with and without specu
 `slime-spec bench NAME --help` explains its flags."""
 
 
-def train_help(experiments: list[str]) -> str:
+def train_help() -> str:
     """Every flag of train, rollout and config, by node, with its default and meaning."""
-    return "\n".join(_lines(experiments))
+    return "\n".join(_lines())
 
 
-def _lines(experiments: list[str]) -> Iterator[str]:
-    yield "slime-spec train [--config NAME|PATH.yaml] [--flag VALUE | path=value] ..."
+def _lines() -> Iterator[str]:
+    yield "slime-spec train [--config NAME|PATH.yaml] [group=NAME | --flag VALUE | path=value] ..."
+    yield ""
+    yield "Groups (--config NAME is experiment=NAME; a choice here replaces the experiment's)"
+    for group in GROUPS:
+        yield from _wrapped(f"{group}={', '.join(choices(group))}", indent="  ")
     yield ""
     yield from _wrapped(
-        f"Named configurations: {', '.join(experiments)}. A flag and a path=value are two spellings of one setting "
-        "(--lr 1e-6, trainer.lr=1e-6); hyphens and underscores are the same, --flag=VALUE works too, a switch is "
-        "--flag, --no-flag or --flag=false, and the last spelling of a setting wins."
+        "A flag and a path=value are two spellings of one setting (--lr 1e-6, trainer.lr=1e-6); hyphens and "
+        "underscores are the same, --flag=VALUE works too, a switch is --flag, --no-flag or --flag=false, and the "
+        "last spelling of a setting wins."
     )
     for node, cls in nodes().items():
         yield ""

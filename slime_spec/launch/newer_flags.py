@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
+from itertools import takewhile
 
+from slime_spec.launch.flags import OVERRIDE
 from slime_spec.sglang.interpreter import installed_in
 
 PREFIX = "--sglang-"
@@ -29,8 +31,7 @@ def newer_flag(argv: Sequence[str], position: int) -> NewerFlag | None:
     """
     name, has_value, attached = argv[position].partition("=")
     spelling = name.replace("_", "-")
-    python = _interpreter(argv)
-    if not spelling.startswith(PREFIX) or python is None:
+    if not spelling.startswith(PREFIX) or (python := _interpreter(argv)) is None:
         return None
     theirs = f"--{spelling.removeprefix(PREFIX)}"
     flag = installed_in(python).by_spelling().get(theirs)
@@ -38,14 +39,13 @@ def newer_flag(argv: Sequence[str], position: int) -> NewerFlag | None:
         return None
     if has_value:
         return NewerFlag((theirs, attached), 1)
-    values = list(_values(argv[position + 1 :])) if flag.takes_value else []
+    values = _values(argv[position + 1 :]) if flag.takes_value else []
     return NewerFlag((theirs, *values), 1 + len(values))
 
 
 def _values(tokens: Sequence[str]) -> Sequence[str]:
     """Up to the next flag, or the next path=value."""
-    end = next((i for i, token in enumerate(tokens) if re.match(r"--|[a-z_]+\.[a-z0-9_.]+=", token)), len(tokens))
-    return tokens[:end]
+    return list(takewhile(lambda token: not token.startswith("--") and not OVERRIDE.match(token), tokens))
 
 
 def _interpreter(argv: Sequence[str]) -> str | None:

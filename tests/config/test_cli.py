@@ -12,6 +12,7 @@ from slime_spec.config.build import to_yaml
 from slime_spec.config.schema import settings
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import compose
+from slime_spec.launch.groups import GROUPS, choices
 from slime_spec.launch.help import COMMANDS
 
 Capture = pytest.CaptureFixture[str]
@@ -49,6 +50,9 @@ def test_the_help_of_train_shows_every_flag_with_its_default_and_names_sglangs(c
         assert ", ".join(setting.flags) in text
         assert f"{path}=" in text
         assert setting.help.split()[-1] in text
+    for group in GROUPS:
+        assert all(name in text for name in choices(group))
+        assert f"{group}=" in text
     assert "--sglang-<flag>" in text
     assert "ServerArgs flags of SGLang 0.5.21" in text
 

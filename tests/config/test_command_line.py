@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 from config_strategies import texts
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import settings as run_with
 from omegaconf import OmegaConf
@@ -16,7 +15,7 @@ from slime_spec.config.schema import settings
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
-from slime_spec.launch.compose import compose, override_value
+from slime_spec.launch.compose import compose, laid_over
 from slime_spec.launch.flags import REFUSED, flags
 
 
@@ -217,6 +216,9 @@ def test_both_debug_modes_at_once_are_a_contradiction() -> None:
         ("sglang.tp_sise=2", "tp_size"),
         ("experiment=tinny", "tiny"),
         ("--config smollm2-135", "smollm2-135m"),
+        ("speculative=eagle3-tre", "eagle3_tree"),
+        ("model=llama3.1-8b", "llama3.1_8b"),
+        ("cluster=gpu8_colocate", "gpus8_colocate"),
         ("--sp-type determinstic", "deterministic"),
         ("--speculative-algorithm lookup", "LOOKUP"),
         ("--sglang-schedule-policy lpn", "lpm"),
@@ -249,6 +251,9 @@ def test_a_misspelling_is_refused_with_the_right_spelling(argv: str, suggestion:
         (["task.names=[a],[b]"], "one list"),
         (["task.names=[1,2]"], "each text"),
         (["--gen-num-per-cycle", "0"], "at least 1"),
+        (["speculative=null"], "none"),
+        (["cluster=[cpu,gpus8_colocate]"], "must be one of cpu"),
+        (["drafts.eagle3=d"], "is not a setting"),
         (["--rollout-stop-token-ids", "1", "x"], "whole number"),
         (["sglang.speculative_num_draft_tokens=4"], "is set as speculative.num_draft_tokens"),
     ],
@@ -270,10 +275,28 @@ def test_an_unknown_algorithm_lists_the_known_ones() -> None:
 
 
 @run_with(deadline=None, max_examples=400)
-@given(texts)
-def test_any_text_survives_hydras_grammar_and_omegaconfs_interpolation(text: str) -> None:
-    parsed = OverridesParser.create().parse_override(f"run.name={override_value(text)}").value()
-    assert OmegaConf.to_container(OmegaConf.create({"a": parsed}), resolve=True) == {"a": text}
+@given(texts, texts)
+def test_any_text_survives_being_laid_over_the_files_of_conf(text: str, item: str) -> None:
+    values = {"run.name": text, "rollout.stop": (item, text), "sglang.forward_hooks": ({item: text},)}
+    data = laid_over(OmegaConf.create({"run": {"name": "of a file"}}), values)
+    assert data["run"]["name"] == text
+    assert data["rollout"]["stop"] == [item, text]
+    assert data["sglang"]["forward_hooks"] == [{item: text}]
+
+
+@run_with(deadline=None, max_examples=100)
+@given(texts.filter(lambda text: text != "???"))  # which OmegaConf takes for a value that is yet to come
+def test_an_interpolation_of_conf_sees_the_value_laid_over_what_it_points_at(text: str) -> None:
+    layers = OmegaConf.create({"task": {"reward": "${run.name}", "system_prompt": "of ${run.name}"}})
+    task = laid_over(layers, {"run.name": text})["task"]
+    assert (task["reward"], task["system_prompt"]) == (text, f"of {text}")
+    assert laid_over(layers, {})["task"]["reward"] == "default"
+
+
+def test_a_value_replaces_what_a_file_sets_and_is_not_merged_into_it() -> None:
+    layers = OmegaConf.create({"sglang": {"model_loader_extra_config": {"a": 1}}})
+    data = laid_over(layers, {"sglang.model_loader_extra_config": {"b": 2}})
+    assert data["sglang"] == {"model_loader_extra_config": {"b": 2}}
 
 
 @run_with(deadline=None, max_examples=25)

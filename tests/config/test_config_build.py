@@ -13,7 +13,8 @@ from slime_spec.config.build import from_dict, read_yaml, to_dict, to_yaml
 from slime_spec.config.schema import settings
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.launch.compose import compose, conf_dir, experiments, file_settings
+from slime_spec.launch.compose import compose, file_settings
+from slime_spec.launch.groups import EXPERIMENT, GROUPS, choices, conf_dir
 
 relaxed = run_with(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -55,12 +56,12 @@ def test_the_yaml_of_a_run_reloads_to_an_equal_config(
     assert compose(["--config", str(path)]) == config
 
 
-def test_every_file_in_conf_is_the_base_or_an_experiment() -> None:
+def test_every_file_in_conf_is_the_base_or_a_choice_of_a_group() -> None:
     files = {str(path.relative_to(conf_dir())) for path in conf_dir().rglob("*") if path.is_file()}
-    assert files == {"config.yaml"} | {f"experiment/{name}.yaml" for name in experiments()}
+    assert files == {"config.yaml"} | {f"{group}/{name}.yaml" for group in GROUPS for name in choices(group)}
 
 
-@pytest.mark.parametrize("experiment", experiments())
+@pytest.mark.parametrize("experiment", choices(EXPERIMENT))
 def test_every_shipped_config_composes_and_its_yaml_reloads_to_it(experiment: str, tmp_path: Path) -> None:
     config = compose(["--config", experiment])
     assert config != compose([])

@@ -1,0 +1,41 @@
+"""The groups of conf/, of each of which a run takes one file: ``speculative=eagle3_tree model=llama3.1_8b``."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import slime_spec
+from slime_spec.config.suggest import did_you_mean
+from slime_spec.errors import ConfigError
+
+EXPERIMENT = "experiment"  # chooses files of the other groups, and may be a path or absent
+GROUPS = (EXPERIMENT, "model", "speculative", "cluster")
+
+
+def conf_dir() -> Path:
+    """The shipped conf/: inside the package once installed, beside it in a checkout."""
+    package = Path(slime_spec.__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+@cache
+def choices(group: str) -> tuple[str, ...]:
+    """The names that ``group=NAME`` knows."""
+    return tuple(sorted(path.name.removesuffix(".yaml") for path in (conf_dir() / group).glob("*.yaml")))
+
+
+def check_choice(group: str, name: str) -> str:
+    """The name itself; raises ConfigError for one that the group does not have."""
+    if name in choices(group) or (group == EXPERIMENT and is_path(name)):
+        return name
+    names = ", ".join(choices(group))
+    rule = f"must be a .yaml file or one of {names}" if group == EXPERIMENT else f"must be one of {names}"
+    remedy = "Pass --config NAME or --config PATH.yaml." if group == EXPERIMENT else f"Pass {group}=NAME."
+    raise ConfigError(group, rule, name, did_you_mean(name, choices(group)) + remedy)
+
+
+def is_path(experiment: str) -> bool:
+    """Whether ``--config`` names a file of the user's own rather than one of conf/experiment."""
+    return experiment.endswith((".yaml", ".yml")) or "/" in experiment
