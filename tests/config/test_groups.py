@@ -37,6 +37,11 @@ def test_a_speculation_drafts_with_the_draft_of_the_chosen_model(model: str, dra
     assert (spec.num_steps, spec.eagle_topk, spec.num_draft_tokens) == (5, 8, 32)
 
 
+def test_every_model_is_a_checkpoint_of_its_own() -> None:
+    folders = {compose([f"model={model}"]).model.hf_checkpoint for model in choices("model")}
+    assert len(folders) == len(choices("model"))
+
+
 def test_a_choice_on_the_command_line_replaces_the_experiments_wherever_it_stands() -> None:
     for argv in (
         ["speculative=eagle3_chain", "--config", "smollm2-135m"],
