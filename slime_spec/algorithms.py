@@ -218,7 +218,7 @@ EAGLE3 = Algorithm(
     families=("eagle3",),
     sglang="EAGLE3",
     rtp_llm="eagle3",
-    drafter="rollout.embedded.drafters.eagle3:Eagle3Drafter",
+    drafter="rollout.embedded.drafters.eagle:Eagle3Drafter",
     reads=(*_THREE_NUMBERS, "draft_norm_output_convention"),
     likely_causes=(
         "a draft lm_head that is not in its file; d2t of the other convention (offset or absolute); captured layer ids "
@@ -232,7 +232,7 @@ NEXTN = Algorithm(
     families=("mtp", "eagle"),
     sglang="EAGLE",
     rtp_llm="mtp",
-    drafter="rollout.embedded.drafters.nextn:NextNDrafter",
+    drafter="rollout.embedded.drafters.eagle:NextNDrafter",
     reads=_THREE_NUMBERS,
     likely_causes=(
         "the halves of its projection in the wrong order (hidden state, embedding); an MTP layer that the trainer "

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.embedded.drafters.heads import DraftVocab, Heads
+from rollout.embedded.drafters.step import DraftVocab, Heads
 from rollout.embedded.drafters.tree import grow_trees, tree_reference
 from rollout.embedded.drafting import Draft, DraftContext, Lane
 from rollout.embedded.plan import RowSpan, positions_of, tree_shape

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rollout.embedded.http.generations import Generations
-from rollout.embedded.http.one_thread import OneThread
 from rollout.embedded.http.server import EngineServer, ServerOptions, make_app
+from rollout.embedded.http.serving import OneThread
 from slime_spec.config.tree import Config
 from slime_spec.launch.serve import read_serve_arguments
 from tests.support.embedded_harness import engine_config

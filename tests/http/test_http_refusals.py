@@ -6,8 +6,7 @@ import pytest
 import requests
 
 from rollout.embedded.http.calls import CallReader
-from rollout.embedded.http.sampling import read_sampling
-from rollout.embedded.http.unserved import UNSERVED_FIELDS, UNSERVED_PARAMETERS
+from rollout.embedded.http.sampling import UNSERVED_FIELDS, UNSERVED_PARAMETERS, read_sampling
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError

@@ -10,10 +10,9 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.embedded.http.answers import AnswerWriter
+from rollout.embedded.http.answers import AnswerWriter, GrowingText, response_text
 from rollout.embedded.http.generate_routes import LARGE_TEXT_BYTES
 from rollout.embedded.http.sampling import Sampling
-from rollout.embedded.http.text import GrowingText, response_text
 from rollout.embedded.loop_thread import Refused
 from rollout.embedded.request import OnProgress, Progress
 from slime_spec.checkpoints.tokenizer import Tokenizer

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rollout.embedded.http.generations import Generations
-from rollout.embedded.http.one_thread import OneThread
 from rollout.embedded.http.server import EngineServer, ServerOptions
+from rollout.embedded.http.serving import OneThread
 from slime_spec.metrics.alarm import SILENT_ROUNDS
 from slime_spec.types import GeneratedSample, SpecCounters
 from tests.support.embedded_harness import engine_config

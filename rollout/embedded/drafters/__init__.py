@@ -1,11 +1,11 @@
-"""Drafters: what proposes the tokens that the target verifies; one file per algorithm."""
+"""Drafters propose the tokens that the target verifies; one class per algorithm."""
 
 from __future__ import annotations
 
 import torch
 
 from rollout.embedded.drafters.quantized import check_fp8
-from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.drafters.step import DrafterSetup
 from rollout.embedded.drafting import Drafter
 from slime_spec.algorithms import ALGORITHMS
 from slime_spec.checkpoints.draft_choice import choose_draft

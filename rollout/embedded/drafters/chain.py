@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rollout.embedded.drafters.heads import DraftStep, DraftVocab, Heads
+from rollout.embedded.drafters.step import DraftStep, DraftVocab, Heads
 from rollout.embedded.drafting import Draft, DraftContext
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.verification.draw import argmax, inverse_cdf

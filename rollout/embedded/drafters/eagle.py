@@ -1,6 +1,7 @@
-"""EAGLE (arXiv 2401.15077) and EAGLE-2 (2406.16858): one checkpoint format, drafting with the target's head.
+"""The drafters of EAGLE (arXiv 2401.15077), EAGLE-2 (2406.16858), EAGLE-3 (2503.01840) and multi-token prediction.
 
-The head may be cut to hot tokens (FR-Spec, ``--speculative-token-map``), so that it costs less.
+EAGLE and EAGLE-2 share one checkpoint format and draft with the target's head, which may be cut to hot tokens (FR-Spec,
+``--speculative-token-map``), so that it costs less.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ from typing import Any
 import torch
 
 from rollout.embedded.drafters.feature_drafter import FeatureDrafter
-from rollout.embedded.drafters.heads import DraftVocab
-from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.drafters.step import DrafterSetup, DraftVocab
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.model import Decoder
 from slime_spec.errors import ConfigError
 
 
 class EagleDrafter(FeatureDrafter):
-    """Checkpoints LlamaForCausalLMEagle; the target's head, or the hot rows of it."""
+    """Runs checkpoints of LlamaForCausalLMEagle with the target's head, or with the hot rows of the head."""
 
     def __init__(self, setup: DrafterSetup) -> None:
         super().__init__(setup)
@@ -35,6 +35,20 @@ class EagleDrafter(FeatureDrafter):
         return PackedLinear(
             decoder.head.rows(self._hot)
         )  # a copy, cut again after every change of the target's weights
+
+
+class Eagle3Drafter(FeatureDrafter):
+    """Runs checkpoints of LlamaForCausalLMEagle3, as SpecForge exports and SGLang serves them.
+
+    The network is one block over three of the target's layers, usually with a reduced vocabulary.
+    """
+
+
+class NextNDrafter(EagleDrafter):
+    """Drafts with the MTP layer of the target's checkpoint, or of a folder of its own; SGLang calls this EAGLE.
+
+    Only the first MTP layer is used; steps beyond the first reuse it on its own output, as SGLang does.
+    """
 
 
 def read_token_map(path: str, vocab_size: int) -> torch.Tensor:

@@ -20,12 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.embedded.drafters.grow import grow_drafts
-from rollout.embedded.drafters.heads import DraftVocab, Heads
+from rollout.embedded.drafters.growth import grow_drafts
 from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.network_weights import NetworkBuilder
-from rollout.embedded.drafters.rows import DraftRows, last_rows, own_span
-from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.drafters.step import DrafterSetup, DraftRows, DraftVocab, Heads, last_rows, own_span
 from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.linear import PackedLinear

@@ -1,8 +1,9 @@
-"""Growing a draft tree from what followed an n-gram before: SGLang's two ways, over anything that knows continuations.
+"""Growing drafts: chains or trees of a draft network, and trees of the tokens that followed an n-gram before.
 
-An anchor is a suffix of the sequence that was seen before, and its length. Anchors come longest first, each grows the
-tree from its root on, and what two of them propose is one node: siblings are distinct, and the tree holds only tokens
-that were really seen.
+A network grows a chain or a tree as the settings say. N-grams grow a tree in one of SGLang's two ways, from anchors: an
+anchor is a suffix of the sequence that was seen before, and its length. Anchors come longest first, each grows the tree
+from its root on, and what two of them propose is one node: siblings are distinct, and the tree holds only tokens that
+were really seen.
 """
 
 from __future__ import annotations
@@ -12,11 +13,30 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Protocol, TypeVar
 
-from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.drafters.chain import grow_chains
+from rollout.embedded.drafters.step import DrafterSetup, DraftStep, DraftVocab, Heads
+from rollout.embedded.drafters.tree import grow_trees
+from rollout.embedded.drafting import NO_DRAFT, Draft, DraftContext
+from rollout.embedded.plan import RowSpan
 
 TREE_ROOT = -1
 TOKEN_BITS = 32
 Place = TypeVar("Place")
+
+
+def grow_drafts(
+    setup: DrafterSetup,
+    vocab: DraftVocab,
+    first: Heads,
+    step: DraftStep,
+    next_slots: Sequence[RowSpan],
+    contexts: Sequence[DraftContext],
+) -> list[Draft]:
+    """A draft per context; see grow_chains and grow_trees."""
+    shape = setup.shape
+    if shape.topk == 1:
+        return grow_chains(first, step, next_slots, contexts, shape.num_steps, vocab, setup.samples_drafts)
+    return grow_trees(first, step, next_slots, contexts, shape.num_steps, shape.topk, shape.num_draft_tokens, vocab)
 
 
 class Continuations(Protocol[Place]):

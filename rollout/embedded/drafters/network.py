@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 
 from rollout.embedded.blocks import BlockStack, Layer, rms_norm
-from rollout.embedded.drafters.heads import Heads
+from rollout.embedded.drafters.step import Heads
 from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable

@@ -12,10 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from rollout.embedded.drafters.chain import chain_limit
-from rollout.embedded.drafters.grow import grow_drafts
-from rollout.embedded.drafters.heads import DraftVocab, Heads
-from rollout.embedded.drafters.rows import DraftRows, last_rows, own_span
-from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.drafters.growth import grow_drafts
+from rollout.embedded.drafters.step import DrafterSetup, DraftRows, DraftVocab, Heads, last_rows, own_span
 from rollout.embedded.drafters.whole_model import ModelWeights
 from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill
 from rollout.embedded.kv_cache import KvCache, KvStore

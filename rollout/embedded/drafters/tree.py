@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rollout.embedded.drafters.heads import DraftStep, DraftVocab, Heads
+from rollout.embedded.drafters.step import DraftStep, DraftVocab, Heads
 from rollout.embedded.drafting import Draft, DraftContext
 from rollout.embedded.plan import RowSpan
 

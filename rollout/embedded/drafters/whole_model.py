@@ -8,7 +8,7 @@ import torch
 
 from rollout.embedded.blocks import Layer
 from rollout.embedded.drafters.quantized import make_linear
-from rollout.embedded.drafters.setup import DrafterSetup
+from rollout.embedded.drafters.step import DrafterSetup
 from rollout.embedded.linear import PackedLinear, best_packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable

@@ -1,20 +1,84 @@
-"""Samples as SGLang writes them: text, output_ids and meta_info, whole or while they grow."""
+"""The answers of POST /generate in SGLang's form: the text of a response, whole answers, and the chunks of a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rollout.embedded.http.calls import Call, PromptCall
-from rollout.embedded.http.text import GrowingText, response_text
-from rollout.embedded.http.versions import VersionNames
+from rollout.embedded.http.generations import Finished, NewTokens
+from rollout.embedded.http.sampling import Sampling
+from rollout.embedded.http.serving import VersionNames
 from rollout.embedded.request import Progress
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.sglang.metadata import aux_info, meta_info
 from slime_spec.types import GeneratedSample
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of the first bytes of a character
 Answer = dict[str, Any]
 """``{"text": ..., "output_ids": [...], "meta_info": {...}}``"""
+
+
+def response_text(tokenizer: Tokenizer, sample: GeneratedSample, sampling: Sampling) -> str:
+    """The response without what ended it: the stop token is not decoded, the text is cut at the stop string.
+
+    ``no_stop_trim`` keeps the token, and the stop string itself. Token ids are never cut.
+    """
+    matched = sample.matched_stop
+    token_ids = sample.token_ids
+    if isinstance(matched, int) and sampling.trim_stop:
+        token_ids = token_ids[:-1]
+    text = tokenizer.decode(token_ids, skip_special=sampling.skip_special_tokens)
+    if isinstance(matched, str) and (found := text.find(matched)) >= 0:
+        text = text[: found if sampling.trim_stop else found + len(matched)]
+    return text
+
+
+class GrowingText:
+    """The text of a response that is being generated: what it holds back may still change, what it shows may not.
+
+    Held back are the first bytes of an unfinished character and whatever may become a stop string that will be cut.
+    ``enders`` are the tokens that end a response, whose text is cut too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, enders: Collection[int]) -> None:
+        self._tokenizer, self._sampling = tokenizer, sampling
+        self._cut = enders if sampling.trim_stop else ()
+        self._token_ids: list[int] = []
+        self._text = ""
+        # Tokens from _context on are decoded again with each addition, those before _settled are part of _text; the
+        # context lets a decoder that treats the first token of a text differently see that it is not the first.
+        self._context = self._settled = 0
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """Take new tokens; the text that is settled so far."""
+        self._token_ids.extend(token for token in token_ids if token not in self._cut)
+        before = self._decode(self._context, self._settled)
+        after = self._decode(self._context, len(self._token_ids))
+        if len(after) > len(before) and not after.endswith(UNFINISHED):
+            self._text += after[len(before) :]
+            self._context, self._settled = self._settled, len(self._token_ids)
+        return self._text[: len(self._text) - self._held_back()]
+
+    def _decode(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._token_ids[start:end], skip_special=self._sampling.skip_special_tokens)
+
+    def _held_back(self) -> int:
+        """Characters at the end that a stop string may begin with, or that are one already."""
+        if not (self._sampling.params.stop and self._sampling.trim_stop):
+            return 0
+        found = [self._text.find(stop) for stop in self._sampling.params.stop]
+        if any(position >= 0 for position in found):
+            return len(self._text) - min(position for position in found if position >= 0)
+        return max(
+            (
+                length
+                for stop in self._sampling.params.stop
+                for length in range(1, len(stop))
+                if self._text.endswith(stop[:length])
+            ),
+            default=0,
+        )
 
 
 class AnswerWriter:
@@ -98,3 +162,42 @@ class Grown:
 def sample_id(prompt: PromptCall, sample_index: int) -> str:
     """A single sample goes by its request's id."""
     return prompt.rid if prompt.sampling.num_samples == 1 else f"{prompt.rid}-{sample_index}"
+
+
+class Chunks:
+    """Turns events into chunks. With ``incremental`` a chunk has only what its sample's last one had not."""
+
+    def __init__(self, call: Call, writer: AnswerWriter, incremental: bool) -> None:
+        self._call, self._writer, self._incremental = call, writer, incremental
+        self._grown: dict[tuple[int, int], Grown] = {}
+        # Per sample: characters and tokens that its client has.
+        self._sent: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def gained(self, event: NewTokens) -> Answer | None:
+        """The chunk for new tokens; None while fewer than ``stream_interval`` of them have gathered."""
+        place, prompt = (event.prompt, event.progress.sample_index), self._call.prompts[event.prompt]
+        if place not in self._grown:
+            self._grown[place] = Grown(event.progress.sample_index, self._writer.growing(prompt))
+        grown = self._grown[place]
+        grown.add(event.progress)
+        _, num_sent = self._sent.get(place, (0, 0))
+        if len(grown.token_ids) - num_sent < prompt.sampling.stream_interval:
+            return None
+        return self._marked(place, self._writer.partial(self._call, prompt, grown))
+
+    def last(self, event: Finished, answer: Answer) -> Answer:
+        """The chunk of a finished sample."""
+        return self._marked((event.prompt, event.sample.sample_index), answer)
+
+    def _marked(self, place: tuple[int, int], answer: Answer) -> Answer:
+        num_chars, num_tokens = self._sent.get(place, (0, 0))
+        self._sent[place] = len(answer["text"]), len(answer["output_ids"])
+        if self._incremental:
+            info = answer["meta_info"]
+            answer = {**answer, "text": answer["text"][num_chars:], "output_ids": answer["output_ids"][num_tokens:]}
+            if "output_token_logprobs" in info:
+                answer["meta_info"] = {**info, "output_token_logprobs": info["output_token_logprobs"][num_tokens:]}
+        if self._call.is_list:
+            prompt, sample_index = place
+            answer["index"] = prompt * self._call.prompts[0].sampling.num_samples + sample_index
+        return answer

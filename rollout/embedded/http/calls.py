@@ -9,9 +9,8 @@ from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from rollout.embedded.http.fields import Fields, as_object, bad_field, is_text, is_whole
-from rollout.embedded.http.sampling import Sampling, read_sampling
-from rollout.embedded.http.unserved import UNSERVED_FIELDS, check_unserved
+from rollout.embedded.http.json_io import Fields, as_object, bad_field, is_text, is_whole
+from rollout.embedded.http.sampling import UNSERVED_FIELDS, Sampling, check_unserved, read_sampling
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.requests import RequestLimits, check_request

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from rollout.embedded.http.fields import Fields, as_object, bad_field
-from rollout.embedded.http.json_io import read_json, refusal
+from rollout.embedded.http.json_io import bad_field, read_fields, refusal
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.loop_thread import Refused
 from slime_spec.weights.messages import ContinueGeneration, PauseGeneration, PauseMode
@@ -44,7 +43,7 @@ class ControlRoutes:
 
     async def _abort(self, request: web.Request) -> web.Response:
         """An unknown id is no error: its request may just have finished."""
-        fields = await _fields(request, {"rid", "abort_all", "abort_message", "finished_reason"})
+        fields = await read_fields(request, {"rid", "abort_all", "abort_message", "finished_reason"})
         if fields.switch("abort_all"):
             await self._generations.abort_all()
         elif rid := fields.text("rid"):
@@ -52,7 +51,7 @@ class ControlRoutes:
         return web.Response()
 
     async def _pause(self, request: web.Request) -> web.Response:
-        fields = await _fields(request, {"mode"})
+        fields = await read_fields(request, {"mode"})
         mode = fields.choice("mode", PAUSE_MODES, "abort")
         self.paused = True
         await self._control.run(lambda: self._engine.update_weights(PauseGeneration(self._version, mode)))
@@ -61,7 +60,7 @@ class ControlRoutes:
         return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue(self, request: web.Request) -> web.Response:
-        await _fields(request, {"torch_empty_cache"})
+        await read_fields(request, {"torch_empty_cache"})
         await self._control.run(lambda: self._engine.update_weights(ContinueGeneration(self._version)))
         self.paused = False
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
@@ -98,14 +97,8 @@ class ControlRoutes:
         return self._engine.stats().weight_version
 
 
-async def _fields(request: web.Request, known: set[str]) -> Fields:
-    fields = Fields(as_object(await read_json(request, default={}), "body"))
-    fields.check_names(known)
-    return fields
-
-
 async def _tags(request: web.Request) -> set[str]:
-    tags = (await _fields(request, {"tags"})).texts("tags")
+    tags = (await read_fields(request, {"tags"})).texts("tags")
     if unknown := [tag for tag in tags if tag not in MEMORY_TAGS]:
         raise bad_field("tags", f"must be among {', '.join(MEMORY_TAGS)}", unknown[0], "Leave it out for all of them.")
     return set(tags or MEMORY_TAGS)

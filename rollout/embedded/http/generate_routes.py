@@ -10,9 +10,8 @@ from functools import partial
 
 from aiohttp import web
 
-from rollout.embedded.http.answers import Answer, AnswerWriter
+from rollout.embedded.http.answers import Answer, AnswerWriter, Chunks
 from rollout.embedded.http.calls import Call, CallReader
-from rollout.embedded.http.chunks import Chunks
 from rollout.embedded.http.generations import EngineEnded, Event, Finished
 from rollout.embedded.http.json_io import FAILED, error_body, read_json
 from rollout.embedded.http.serving import Serving

@@ -1,18 +1,155 @@
-"""JSON in and out of a request, and what a refusal looks like."""
+"""JSON of the HTTP server: bodies read field by field, refusals, and the middleware that turns errors into JSON.
+
+Every complaint about a body is a ConfigError that names the field.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from hmac import compare_digest
+from typing import Any, TypeVar
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
-from rollout.embedded.http.fields import bad_field
+from rollout.embedded.http.generations import EngineEnded
+from rollout.embedded.loop_thread import LoopEnded, Refused
+from slime_spec.config.suggest import did_you_mean
+from slime_spec.errors import ConfigError, PushError
 
+logger = logging.getLogger(__name__)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Choice = TypeVar("Choice", bound=str)
+LONGEST_SHOWN = 80  # characters of a bad value that an error repeats
 FAILED = "the server failed; its log says why"
 # Beyond this a body is parsed on a thread, so that other requests are not kept waiting.
 LARGE_BODY_BYTES = 1 << 20
+
+
+def bad_field(name: str, rule: str, value: object, remedy: str) -> ConfigError:
+    """A ConfigError that does not send a whole batch back to its sender."""
+    text = repr(value)
+    return ConfigError(name, rule, value if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…", remedy)
+
+
+def as_object(value: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise bad_field(name, "must be a JSON object", value, "Send {...}.")
+    return value
+
+
+class Fields:
+    """One JSON object. ``null`` and an absent field both mean the default, as they do for SGLang.
+
+    Example: ``Fields({"top_p": 0.9}, "sampling_params.").number("top_p", 1.0) == 0.9``
+    """
+
+    def __init__(self, data: Mapping[str, Any], prefix: str = "") -> None:
+        self._data, self._prefix = data, prefix
+
+    def check_names(self, known: Iterable[str]) -> None:
+        """Refuse the first name that is none of ``known``."""
+        names = sorted(known)
+        for name in self._data:
+            if name not in names:
+                raise bad_field(
+                    self._prefix + name,
+                    "is not a field of this request",
+                    self._data[name],
+                    f"{did_you_mean(name, names)}The fields are {', '.join(names)}.",
+                )
+
+    def raw(self, name: str) -> Any:
+        return self._data.get(name)
+
+    def number(self, name: str, default: float) -> float:
+        value = self._data.get(name)
+        if value is None:
+            return default
+        if (number := finite(value)) is None:
+            raise self._bad(name, "must be a finite number", value)
+        return number
+
+    def whole(self, name: str, default: int, minimum: int | None = None) -> int:
+        value = self._data.get(name)
+        if value is None:
+            return default
+        if not is_whole(value) or (minimum is not None and value < minimum):
+            at_least = "" if minimum is None else f" of at least {minimum}"
+            raise self._bad(name, f"must be a whole number{at_least}", value)
+        return int(value)
+
+    def switch(self, name: str, default: bool = False) -> bool:
+        value = self._data.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self._bad(name, "must be true or false", value)
+        return value
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self._data.get(name)
+        if value is None:
+            return default
+        if not is_text(value):
+            raise self._bad(name, "must be a text", value)
+        return value
+
+    def choice(self, name: str, choices: Sequence[Choice], default: Choice) -> Choice:
+        value = self.text(name, default)
+        for choice in choices:
+            if choice == value:
+                return choice
+        raise self._bad(name, f"must be one of {', '.join(choices)}", value)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A text or a list of texts."""
+        value = self._data.get(name)
+        values = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(map(is_text, values)):
+            raise self._bad(name, "must be a text or a list of texts", value)
+        return tuple(values)
+
+    def wholes(self, name: str) -> tuple[int, ...]:
+        value = self._data.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(map(is_whole, value)):
+            raise self._bad(name, "must be a list of whole numbers", value)
+        return tuple(value)
+
+    def _bad(self, name: str, rule: str, value: object) -> ConfigError:
+        return bad_field(self._prefix + name, rule, value, "Correct the field or leave it out.")
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_text(value: object) -> bool:
+    """A string of whole characters: JSON can spell half of a surrogate pair, which is in no encoding."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def finite(value: object) -> float | None:
+    """The number as a float, None for what is no number or no finite one (JSON's may have any size)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 async def read_json(request: web.Request, default: object = None) -> Any:
@@ -28,6 +165,13 @@ async def read_json(request: web.Request, default: object = None) -> Any:
         raise bad_field("body", f"must be JSON: {error}", "?", "Send Content-Type: application/json.") from None
 
 
+async def read_fields(request: web.Request, known: set[str]) -> Fields:
+    """The fields of the body, which must be a JSON object of ``known`` names; an empty body has none."""
+    fields = Fields(as_object(await read_json(request, default={}), "body"))
+    fields.check_names(known)
+    return fields
+
+
 def refusal(status: int, message: str, kind: str = "invalid_request_error") -> web.Response:
     return web.json_response(error_body(status, message, kind), status=status)
 
@@ -35,3 +179,40 @@ def refusal(status: int, message: str, kind: str = "invalid_request_error") -> w
 def error_body(status: int, message: str, kind: str) -> dict[str, Any]:
     """``{"error": {"message": ...}}``, SGLang's shape."""
     return {"error": {"message": message, "type": kind, "code": status}}
+
+
+@web.middleware
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """400 for what the client can correct, 503 for what the engine will not do now; never a traceback.
+
+    An answer that has begun cannot become another one: its connection is closed, so that it does not look complete.
+    """
+    try:
+        return await handler(request)
+    except ConnectionError:
+        raise  # the client is gone
+    except (ConfigError, PushError) as error:
+        return refusal(400, str(error))
+    except (Refused, EngineEnded, LoopEnded) as error:
+        return refusal(503, str(error), "unavailable_error")
+    except web.HTTPException as error:
+        return refusal(error.status, f"{request.method} {request.path}: {error.reason}")
+    except Exception:
+        if request.writer.output_size:
+            raise  # aiohttp logs it and closes the connection
+        logger.exception("request failed method=%s path=%s", request.method, request.path)
+        return refusal(500, FAILED, "internal_error")
+
+
+def api_key_required(api_key: str) -> Middleware:
+    """401 without ``Authorization: Bearer KEY``; probes of health need none, as with SGLang."""
+
+    @web.middleware
+    async def checked(request: web.Request, handler: Handler) -> web.StreamResponse:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        allowed = scheme.lower() == "bearer" and compare_digest(key.strip().encode(), api_key.encode())
+        if allowed or request.path.startswith("/health"):
+            return await handler(request)
+        return refusal(401, "send Authorization: Bearer KEY with this server's API key", "authentication_error")
+
+    return checked

@@ -1,4 +1,4 @@
-"""SGLang's ``sampling_params``: what is sampled, how often, and how its text is cut."""
+"""The sampling parameters of a request, checked against SGLang's ranges; fields that this engine does not serve."""
 
 from __future__ import annotations
 
@@ -6,12 +6,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rollout.embedded.http.fields import Fields, bad_field, finite
-from rollout.embedded.http.unserved import UNSERVED_PARAMETERS, check_unserved
+from rollout.embedded.http.json_io import Fields, bad_field, finite
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.requests import RequestLimits
 from slime_spec.types import SamplingParams
 
+_FIELDS = {
+    "this engine reads text only": """
+        input_embeds image_data video_data audio_data mm_hashes mm_content_hashes use_audio_in_video video_config
+        modalities max_dynamic_patch min_dynamic_patch image_max_dynamic_patch video_max_dynamic_patch images_config
+        return_bytes positional_embed_overrides""",
+    "only the logprobs of generated tokens are kept": """
+        top_logprobs_num token_ids_logprob return_sampling_mask sampling_logprobs_mode return_entropy
+        return_flat_raw_top_logprobs return_flat_raw_top_logprobs_b64""",
+    "this engine returns tokens, text and logprobs only": """
+        return_hidden_states return_routed_experts routed_experts_start_len return_indexer_topk
+        multi_item_delimiter_indices token_indices_to_pool""",
+    "this engine serves one set of weights": "lora_path lora_id",
+    "nothing that was pickled is loaded here": "custom_logit_processor",
+    "this engine is one process, prefill and decode together": """
+        bootstrap_host bootstrap_port bootstrap_room bootstrap_pair_key decode_tp_size disagg_prefill_dp_rank
+        routed_dp_rank data_parallel_rank kv_hints""",
+    "this engine keeps nothing from one request to the next": "session_params background",
+    "this engine has no notion of reasoning": "require_reasoning max_thinking_tokens",
+}
+_PARAMETERS = {
+    "constrained decoding is not served": "json_schema regex ebnf structural_tag",
+    "stop takes texts, stop_token_ids tokens": "stop_regex",
+    "there are no custom logit processors": "custom_params",
+    "there is no beam search": "beam_width",
+}
+# Values, besides null, false, zero and emptiness, by which a request asks for nothing.
+_NEUTRAL: Mapping[str, Any] = {"beam_width": 1}
 PREFIX = "sampling_params."
 SEED_BITS = 63
 MAX_STOP_STRINGS = 32  # SGLang's bound
@@ -23,7 +49,27 @@ PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
 LENGTH = ("max_new_tokens", "min_new_tokens", "stop", "stop_token_ids", "ignore_eos")
 # Fast tokenizers, the only ones here, put no spaces between special tokens whatever is asked of them.
 WRITING = ("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval")
+
+
+def _by_name(reasons: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: reason for reason, names in reasons.items() for name in names.split()}
+
+
+UNSERVED_FIELDS = _by_name(_FIELDS)
+UNSERVED_PARAMETERS = _by_name(_PARAMETERS)
 KNOWN = frozenset((*DISTRIBUTION, *PENALTIES, *LENGTH, *WRITING, *UNSERVED_PARAMETERS))
+
+
+def check_unserved(data: Mapping[str, Any], reasons: Mapping[str, str], prefix: str = "") -> None:
+    """Raise ConfigError for the first field of ``reasons`` by which ``data`` asks for something."""
+    for name, value in data.items():
+        if name in reasons and not _asks_for_nothing(value) and value != _NEUTRAL.get(name):
+            raise bad_field(prefix + name, f"is not served: {reasons[name]}", value, "Leave it out.")
+
+
+def _asks_for_nothing(value: object) -> bool:
+    """Null, false, zero, what is empty, and lists (one entry a prompt) of these."""
+    return not value or (isinstance(value, list) and all(map(_asks_for_nothing, value)))
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,8 @@ from rollout.embedded.http.control_routes import ControlRoutes
 from rollout.embedded.http.generate_routes import GenerateRoutes
 from rollout.embedded.http.generations import Generations
 from rollout.embedded.http.info_routes import InfoRoutes
-from rollout.embedded.http.middleware import api_key_required, errors_as_json
-from rollout.embedded.http.one_thread import OneThread
-from rollout.embedded.http.serving import Serving
-from rollout.embedded.http.totals import Totals
-from rollout.embedded.http.versions import VersionNames
+from rollout.embedded.http.json_io import api_key_required, errors_as_json
+from rollout.embedded.http.serving import OneThread, Serving, Totals, VersionNames
 from rollout.embedded.http.weight_routes import WeightRoutes
 from rollout.embedded.http.weight_session import WeightUpdates
 from rollout.embedded.validate import limits_of

@@ -14,8 +14,7 @@ from aiohttp import web
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from rollout.embedded.http.fields import Fields, as_object, bad_field
-from rollout.embedded.http.json_io import read_json
+from rollout.embedded.http.json_io import Fields, bad_field, read_fields
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.http.weight_session import SELECTORS, SIDES, WeightUpdates
 from slime_spec.errors import ConfigError, PushError
@@ -55,18 +54,18 @@ class WeightRoutes:
         return [*routes, web.get("/weights_checker", _answering_success(self._check))]
 
     async def _begin(self, request: web.Request) -> web.Response:
-        fields = await _fields(request, {"selector"})
+        fields = await read_fields(request, {"selector"})
         selector = fields.choice("selector", SELECTORS, "all")
         await self._control.run(lambda: self._updates.begin(selector))
         return _success("Success")
 
     async def _end(self, request: web.Request) -> web.Response:
-        await _fields(request, set())
+        await read_fields(request, set())
         await self._control.run(self._updates.end)
         return _success("Success")
 
     async def _from_tensor(self, request: web.Request) -> web.Response:
-        fields = await _fields(
+        fields = await read_fields(
             request,
             {"serialized_named_tensors", "load_format", "selector", "weight_version", "abort_all_requests", *IGNORED},
         )
@@ -86,7 +85,7 @@ class WeightRoutes:
 
     async def _from_disk(self, request: web.Request) -> web.Response:
         known = {"model_path", "load_format", "selector", "weight_version", "abort_all_requests", *IGNORED}
-        fields = await _fields(request, known)
+        fields = await read_fields(request, known)
         folder, selector = fields.text("model_path"), fields.choice("selector", SELECTORS, "target")
         version_name = fields.text("weight_version") or None
         fields.choice("load_format", DISK_FORMATS, "auto")
@@ -100,7 +99,7 @@ class WeightRoutes:
         return _success(message, num_paused_requests=0)
 
     async def _rename(self, request: web.Request) -> web.Response:
-        fields = await _fields(request, {"new_version", "abort_all_requests"})
+        fields = await read_fields(request, {"new_version", "abort_all_requests"})
         name = fields.text("new_version")
         if not name:
             raise bad_field("new_version", "must be a text that is not empty", name, "Send the new version.")
@@ -109,7 +108,7 @@ class WeightRoutes:
         return _success(f"Weight version updated to {name}", new_version=name)
 
     async def _check(self, request: web.Request) -> web.Response:
-        fields = await _fields(request, {"action", "selector", "skip_tensor_list", "allow_quant_error"})
+        fields = await read_fields(request, {"action", "selector", "skip_tensor_list", "allow_quant_error"})
         fields.choice("action", ("checksum",), "checksum")
         selector, skipped = fields.choice("selector", SELECTORS, "all"), fields.texts("skip_tensor_list")
         checksums: dict[str, str] = {}
@@ -126,12 +125,6 @@ class WeightRoutes:
     async def _abort_if_asked(self, fields: Fields, default: bool = False) -> None:
         if fields.switch("abort_all_requests", default):
             await self._generations.abort_all()
-
-
-async def _fields(request: web.Request, known: set[str]) -> Fields:
-    fields = Fields(as_object(await read_json(request, default={}), "body"))
-    fields.check_names(known)
-    return fields
 
 
 def _decoded(encoded: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -6,23 +6,85 @@ begin_weight_update ── update_weights_from_tensor ── … ── end_weig
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from rollout.embedded.http.draft_folder import DraftFolders
-from rollout.embedded.http.fields import bad_field
-from rollout.embedded.http.pushes import check_complete, push_tensors
+from rollout.embedded.engine import EmbeddedEngine
+from rollout.embedded.http.json_io import bad_field
 from rollout.embedded.http.serving import Serving
+from slime_spec.checkpoints.draft_choice import ChosenDraft, choose_draft
+from slime_spec.checkpoints.draft_tensors import load_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
+from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError, PushError
+from slime_spec.transports.in_process import InProcessTransport
 from slime_spec.weights.messages import Side
+from slime_spec.weights.receive import PushReceiver
+from slime_spec.weights.run import manifest_of, push_messages, run_push
 
+ANEW = "Restart the server with this draft."
+ONE_BUCKET = sys.maxsize  # bytes: nothing travels, so nothing is gained by sending parts
 SELECTORS = ("target", "draft", "all")
 SIDES: Mapping[str, tuple[Side, ...]] = {"target": ("target",), "draft": ("draft",), "all": ("target", "draft")}
 Tensors = dict[str, torch.Tensor]
+
+
+class DraftFolders:
+    """Reads drafts of the served one's kind; the vocabulary that a draft was cut to is fixed when serving starts."""
+
+    def __init__(self, config: Config, target: ModelSpec) -> None:
+        self._config, self._target = config, target
+        self._served = choose_draft(config, target)
+        self._hot_token_ids = None if self._served is None else _read(self._served)[1]
+
+    def read(self, folder: str) -> dict[str, torch.Tensor]:
+        """The draft's weights; raises CheckpointError for a draft of another kind, naming what differs."""
+        speculative = replace(self._config.speculative, draft_model_path=folder)
+        draft = choose_draft(replace(self._config, speculative=speculative), self._target)
+        assert draft is not None, "asked only where a draft is served"
+        assert self._served is not None, "asked only where a draft is served"
+        if draft.spec != self._served.spec:
+            served, found = vars(self._served.spec), vars(draft.spec)
+            name = next(name for name in found if found[name] != served.get(name))
+            raise CheckpointError(
+                f"{folder}: {name}", f"must be {served.get(name)!r} as in the draft being served", found[name], ANEW
+            )
+        tensors, hot_token_ids = _read(draft)
+        if not _same_ids(hot_token_ids, self._hot_token_ids):
+            raise CheckpointError(f"{folder}: d2t", "must be that of the draft being served", "another", ANEW)
+        return tensors
+
+
+def _read(draft: ChosenDraft) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """The weights under the names of a push, and the target ids of a reduced vocabulary."""
+    if isinstance(draft.spec, ModelSpec):
+        return load_tensors(draft.folder, draft.spec), None
+    checkpoint = load_draft(draft.folder, draft.spec)
+    return checkpoint.tensors, checkpoint.hot_token_ids
+
+
+def _same_ids(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return torch.equal(ours, theirs)
+
+
+def check_complete(side: Side, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise PushError, naming tensors, unless exactly the expected ones are there in their shapes, all finite."""
+    PushReceiver(manifest_of(side, 0, tensors), dict(expected))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise PushError(f"{name} holds NaN or infinity")
+
+
+def push_tensors(engine: EmbeddedEngine, side: Side, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make the engine use these; raises PushError, the engine still on its old version."""
+    messages = push_messages(tensors, version, side, ONE_BUCKET, InProcessTransport())
+    run_push(messages, lambda message: [engine.update_weights(message)])
 
 
 @dataclass

@@ -1,0 +1,99 @@
+"""A step of a draft network: its setup, the KV rows it writes, and the heads and the vocabulary of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rollout.embedded.drafting import Lane
+from rollout.embedded.kv_cache import KvCache, KvStore
+from rollout.embedded.plan import AttentionPlan, RowSpan, make_plan
+from slime_spec.checkpoints.draft_choice import ChosenDraft
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.tree import SpeculativeConfig
+from slime_spec.sglang.draft_shape import DraftShape
+
+
+@dataclass(frozen=True)
+class DrafterSetup:
+    """The draft and how to run it; ``context_length`` and ``max_total_tokens`` are the engine's bounds, in tokens."""
+
+    config: SpeculativeConfig
+    shape: DraftShape
+    draft: ChosenDraft
+    target: ModelSpec
+    dtype: torch.dtype
+    device: torch.device
+    context_length: int
+    max_total_tokens: int
+
+    @property
+    def samples_drafts(self) -> bool:
+        """Whether drafts are drawn from the draft's distribution, which verification then needs, instead of chosen."""
+        return self.config.use_rejection_sampling or self.config.use_block_verification
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a draft network says after some tokens: fp32 ``logits`` [rows, draft vocab] of the next token, and the
+    ``hidden`` [rows, hidden] that its next step reads (a whole model has no use for it)."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+# (token ids [tokens], hidden states [tokens, hidden] they follow, where they go) -> what comes after each
+DraftStep = Callable[[torch.Tensor, torch.Tensor, Sequence[RowSpan]], Heads]
+
+
+@dataclass(frozen=True)
+class DraftVocab:
+    """``target_ids`` [draft vocab] are the target's ids of the draft head's rows; None where they are the same."""
+
+    target_size: int
+    target_ids: torch.Tensor | None = None
+
+    def tokens(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        return draft_ids if self.target_ids is None else self.target_ids[draft_ids]
+
+    def spread(self, q_draft: torch.Tensor) -> torch.Tensor:
+        """``q_draft`` [rows, draft vocab] over the target's vocabulary, zero where the draft has no row."""
+        if q_draft.shape[1] == self.target_size and self.target_ids is None:
+            return q_draft
+        full = q_draft.new_zeros(q_draft.shape[0], self.target_size)
+        columns = slice(q_draft.shape[1]) if self.target_ids is None else self.target_ids
+        full[:, columns] = q_draft
+        return full
+
+
+class DraftRows:
+    """A draft decoder's cache and the passes over it."""
+
+    def __init__(self, spec: ModelSpec, setup: DrafterSetup) -> None:
+        self._heads_per_kv = spec.num_heads // spec.num_kv_heads
+        self._dtype, self._device = setup.dtype, setup.device
+        self.cache = KvCache(spec, setup.dtype, setup.device, setup.max_total_tokens)
+
+    def plan(self, store: KvStore, spans: Sequence[RowSpan]) -> AttentionPlan:
+        shared = self.cache.prefixes if any(span.prefix_row >= 0 for span in spans) else None
+        return make_plan(store, spans, self._heads_per_kv, self._dtype, self._device, shared)
+
+    def tensor(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(token_ids, device=self._device)
+
+
+def own_span(lane: Lane, prefix_len: int, position: int, count: int) -> RowSpan:
+    """``count`` tokens from absolute ``position`` on in the sequence's own row, after ``prefix_len`` shared ones."""
+    if prefix_len == 0:
+        return RowSpan(lane.row, position, count)
+    return RowSpan(lane.row, position - prefix_len, count, lane.prefix_row, prefix_len)
+
+
+def last_rows(states: torch.Tensor, spans: Sequence[RowSpan]) -> torch.Tensor:
+    """The state of every span's last token [rows, width], of a pass's [tokens, width]."""
+    if states.shape[0] == len(spans):
+        return states
+    ends = torch.tensor([span.count for span in spans], device=states.device).cumsum(0) - 1
+    return states.index_select(0, ends)
