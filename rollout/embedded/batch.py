@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rollout.embedded.drafting import Draft, Lane
+from rollout.embedded.drafting import Draft, KvRow
 from rollout.embedded.kv_cache import KvCache, Shape
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.request import Group, SampleState
@@ -104,9 +104,9 @@ class Batch:
             last.prefix_row = group.prefix_row
         group.drop_prompt()
 
-    def lane(self, row: int) -> Lane:
+    def kv_row(self, row: int) -> KvRow:
         group = self.sequences[row].group
-        return Lane(row, group.prefix_row, group.prefix_tokens)
+        return KvRow(row, group.prefix_row, group.prefix_tokens)
 
     def span(self, row: int, draft: Draft) -> RowSpan:
         """A decode or verify pass over a row: its last token, and what was drafted to follow it."""

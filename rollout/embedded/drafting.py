@@ -49,7 +49,7 @@ NO_DRAFT = Draft(token_ids=(), parents=())
 
 
 @dataclass(frozen=True)
-class Lane:
+class KvRow:
     """Where a sequence's keys and values lie at this moment; rows change when other sequences finish.
 
     ``prefix_row`` is the row of the group's shared prompt in the prefix store, -1 when the prompt is in the row itself.
@@ -80,7 +80,7 @@ class FeatureNeed:
 class Prefill:
     """Known tokens which the target has just cached at absolute positions ``start ..``; pieces arrive in order.
 
-    ``shared`` says that they are a group's prompt in the prefix store (row ``lane.prefix_row``) and ``key`` is the
+    ``shared`` says that they are a group's prompt in the prefix store (row ``kv_row.prefix_row``) and ``key`` is the
     prompt's; otherwise they lie in the sequence's own row and ``key`` is the request's. A sequence whose prompt was
     shared, or that was preempted, may be given its generated tokens this way. ``features`` is [tokens, width] in the
     compute dtype, None for a drafter that needs none. ``prompt_key`` is the prompt's in either case.
@@ -88,7 +88,7 @@ class Prefill:
 
     key: int
     shared: bool
-    lane: Lane
+    kv_row: KvRow
     start: int
     token_ids: tuple[int, ...]
     features: torch.Tensor | None = None
@@ -106,7 +106,7 @@ class DraftContext:
 
     request_key: int
     prompt_key: int
-    lane: Lane
+    kv_row: KvRow
     token_ids: Sequence[int]
     num_prompt_tokens: int
     max_draft_tokens: int

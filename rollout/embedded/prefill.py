@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rollout.embedded.batch import Batch
-from rollout.embedded.drafting import Lane, Prefill
+from rollout.embedded.drafting import KvRow, Prefill
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.request import SampleState
 from rollout.embedded.speculation import Speculation
@@ -125,11 +125,11 @@ class Prefiller:
         owner.num_prefilled = piece.end
         if piece.start == 0:
             owner.kv_version = version
-        prompt = Lane(-1, group.prefix_row, group.prefix_tokens)
+        prompt = KvRow(-1, group.prefix_row, group.prefix_tokens)
         shown = Prefill(
             key=owner.key,
             shared=piece.shared,
-            lane=prompt if piece.shared else self._batch.lane(piece.row),
+            kv_row=prompt if piece.shared else self._batch.kv_row(piece.row),
             start=piece.start if piece.shared else group.prefix_tokens + piece.start,
             token_ids=piece.token_ids,
             features=features,

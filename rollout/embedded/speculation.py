@@ -98,7 +98,7 @@ class Speculation:
         return DraftContext(
             request_key=sequence.key,
             prompt_key=group.key,
-            lane=batch.lane(row),
+            kv_row=batch.kv_row(row),
             token_ids=sequence.token_ids,
             num_prompt_tokens=group.num_prompt_tokens,
             max_draft_tokens=self.shape.num_draft_tokens - 1,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rollout.embedded.drafters.step import DraftVocab, Heads
 from rollout.embedded.drafters.tree import grow_trees, tree_reference
-from rollout.embedded.drafting import Draft, DraftContext, Lane
+from rollout.embedded.drafting import Draft, DraftContext, KvRow
 from rollout.embedded.plan import RowSpan, positions_of, tree_shape
 from slime_spec.types import SamplingParams
 
@@ -37,7 +37,7 @@ class PairDraft:
 
     def grow(self, roots: list[int], num_steps: int, topk: int, count: int, limits: tuple[int, int]) -> list[Draft]:
         contexts = [
-            DraftContext(row, 0, Lane(row), [root], 0, *limits, SamplingParams(), uniforms=())
+            DraftContext(row, 0, KvRow(row), [root], 0, *limits, SamplingParams(), uniforms=())
             for row, root in enumerate(roots)
         ]
         slots = [RowSpan(row, 10 * (row + 1), 1) for row in range(len(roots))]

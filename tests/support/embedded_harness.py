@@ -11,7 +11,7 @@ import torch
 
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
-from rollout.embedded.drafting import Draft, DraftContext, Lane, Outcome, WeightlessDrafter
+from rollout.embedded.drafting import Draft, DraftContext, KvRow, Outcome, WeightlessDrafter
 from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.plan import RowSpan
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
@@ -63,7 +63,7 @@ def draft_context(
 ) -> DraftContext:
     """What a drafter without a network is asked with."""
     params = params or SamplingParams()
-    return DraftContext(key, 0, Lane(0), token_ids, num_prompt_tokens, limit, limit, params, uniforms=())
+    return DraftContext(key, 0, KvRow(0), token_ids, num_prompt_tokens, limit, limit, params, uniforms=())
 
 
 class ScriptedDrafter(WeightlessDrafter):

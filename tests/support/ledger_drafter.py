@@ -51,18 +51,18 @@ class LedgerDrafter:
         self.bound.append(decoder)
 
     def prefill(self, prefill: Prefill) -> None:
-        own_start = 0 if prefill.shared else prefill.lane.prefix_len
+        own_start = 0 if prefill.shared else prefill.kv_row.prefix_len
         assert prefill.start == self.num_prefilled.get(prefill.key, own_start), "a piece came out of order"
         self.num_prefilled[prefill.key] = prefill.start + len(prefill.token_ids)
         self.prefills.append(prefill)
         store = self._ledger.prefixes if prefill.shared else self._ledger.own
-        row = prefill.lane.prefix_row if prefill.shared else prefill.lane.row
+        row = prefill.kv_row.prefix_row if prefill.shared else prefill.kv_row.row
         first = prefill.start - own_start
         store.keys[0][row, 0, first : first + len(prefill.token_ids), 0] = torch.tensor(prefill.token_ids).float()
         self._keep_features(prefill.key, range(prefill.start, self.num_prefilled[prefill.key]), prefill.features)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        assert [each.lane.row for each in contexts] == sorted(each.lane.row for each in contexts)
+        assert [each.kv_row.row for each in contexts] == sorted(each.kv_row.row for each in contexts)
         drafts = [self._tree(context) for context in contexts]
         for context, draft in zip(contexts, drafts, strict=True):
             self._check_rows(context)
@@ -75,8 +75,10 @@ class LedgerDrafter:
                 continue  # one token of its budget was left
             context, draft = self.drafted.pop(outcome.request_key)
             tokens = [context.token_ids[-1], *(draft.token_ids[node] for node in outcome.path)]
-            first = len(context.token_ids) - 1 - context.lane.prefix_len
-            self._ledger.own.keys[0][context.lane.row, 0, first : first + len(tokens), 0] = torch.tensor(tokens).float()
+            first = len(context.token_ids) - 1 - context.kv_row.prefix_len
+            self._ledger.own.keys[0][context.kv_row.row, 0, first : first + len(tokens), 0] = torch.tensor(
+                tokens
+            ).float()
             positions = range(len(context.token_ids) - 1, len(context.token_ids) - 1 + len(tokens))
             self._keep_features(outcome.request_key, positions, outcome.features)
 
@@ -97,12 +99,12 @@ class LedgerDrafter:
             self.features.update({(key, position): row for position, row in zip(positions, features, strict=True)})
 
     def _check_rows(self, context: DraftContext) -> None:
-        lane = context.lane
-        own = self._ledger.own.keys[0][lane.row, 0, : len(context.token_ids) - 1 - lane.prefix_len, 0]
-        assert own.tolist() == list(context.token_ids[lane.prefix_len : -1]), "a row holds other tokens"
-        if lane.prefix_row >= 0:
-            prefix = self._ledger.prefixes.keys[0][lane.prefix_row, 0, : lane.prefix_len, 0]
-            assert prefix.tolist() == list(context.token_ids[: lane.prefix_len]), "a prompt's row holds other tokens"
+        kv_row = context.kv_row
+        own = self._ledger.own.keys[0][kv_row.row, 0, : len(context.token_ids) - 1 - kv_row.prefix_len, 0]
+        assert own.tolist() == list(context.token_ids[kv_row.prefix_len : -1]), "a row holds other tokens"
+        if kv_row.prefix_row >= 0:
+            prefix = self._ledger.prefixes.keys[0][kv_row.prefix_row, 0, : kv_row.prefix_len, 0]
+            assert prefix.tolist() == list(context.token_ids[: kv_row.prefix_len]), "a prompt's row holds other tokens"
 
     def _tree(self, context: DraftContext) -> Draft:
         rng = random.Random(context.request_key * 1000 + len(context.token_ids))

@@ -93,9 +93,9 @@ class FeatureDrafter:
         for context in contexts:
             track = self._track(context.request_key, context.prompt_key)
             num_committed = len(context.token_ids) - 1
-            prefix_len = shared_positions(context.lane.prefix_len)
-            spans.append(own_span(context.lane, prefix_len, track.num_cached, num_committed - track.num_cached))
-            next_slots.append(own_span(context.lane, prefix_len, num_committed, 1))
+            prefix_len = shared_positions(context.kv_row.prefix_len)
+            spans.append(own_span(context.kv_row, prefix_len, track.num_cached, num_committed - track.num_cached))
+            next_slots.append(own_span(context.kv_row, prefix_len, num_committed, 1))
             token_ids.extend(context.token_ids[track.num_cached + 1 :])
             waiting.extend(track.waiting)
             self._tracks[context.request_key] = Track(num_committed, ())
@@ -140,9 +140,9 @@ class FeatureDrafter:
 
     def _place(self, prefill: Prefill, position: int, count: int) -> tuple[KvStore, RowSpan]:
         if prefill.shared:
-            return self.cache.prefixes, RowSpan(prefill.lane.prefix_row, position, count)
-        prefix_len = shared_positions(prefill.lane.prefix_len)
-        return self.cache.own, own_span(prefill.lane, prefix_len, position, count)
+            return self.cache.prefixes, RowSpan(prefill.kv_row.prefix_row, position, count)
+        prefix_len = shared_positions(prefill.kv_row.prefix_len)
+        return self.cache.own, own_span(prefill.kv_row, prefix_len, position, count)
 
     def _read(self) -> None:
         checkpoint = load_draft(self._setup.draft.folder, self.spec)

@@ -53,9 +53,9 @@ class StandaloneDrafter:
     def prefill(self, prefill: Prefill) -> None:
         count = len(prefill.token_ids)
         if prefill.shared:
-            store, span = self.cache.prefixes, RowSpan(prefill.lane.prefix_row, prefill.start, count)
+            store, span = self.cache.prefixes, RowSpan(prefill.kv_row.prefix_row, prefill.start, count)
         else:
-            store, span = self.cache.own, own_span(prefill.lane, prefill.lane.prefix_len, prefill.start, count)
+            store, span = self.cache.own, own_span(prefill.kv_row, prefill.kv_row.prefix_len, prefill.start, count)
         self._forward(store, self._rows.tensor(prefill.token_ids), [span])
         self._num_cached[prefill.key] = prefill.start + count
 
@@ -69,9 +69,9 @@ class StandaloneDrafter:
             num_cached = self._num_cached.get(context.request_key)
             if num_cached is None:  # a sample begins where its shared prompt ends
                 num_cached = self._num_cached[context.prompt_key]
-            prefix_len, num_tokens = context.lane.prefix_len, len(context.token_ids)
-            spans.append(own_span(context.lane, prefix_len, num_cached, num_tokens - num_cached))
-            next_slots.append(own_span(context.lane, prefix_len, num_tokens, 1))
+            prefix_len, num_tokens = context.kv_row.prefix_len, len(context.token_ids)
+            spans.append(own_span(context.kv_row, prefix_len, num_cached, num_tokens - num_cached))
+            next_slots.append(own_span(context.kv_row, prefix_len, num_tokens, 1))
             token_ids.extend(context.token_ids[num_cached:])
             self._num_cached[context.request_key] = num_tokens
         hidden = self._forward(self.cache.own, self._rows.tensor(token_ids), spans)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.embedded.drafting import Lane
+from rollout.embedded.drafting import KvRow
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.plan import AttentionPlan, RowSpan, make_plan
 from slime_spec.checkpoints.draft_choice import ChosenDraft
@@ -84,11 +84,11 @@ class DraftRows:
         return torch.tensor(token_ids, device=self._device)
 
 
-def own_span(lane: Lane, prefix_len: int, position: int, count: int) -> RowSpan:
+def own_span(kv_row: KvRow, prefix_len: int, position: int, count: int) -> RowSpan:
     """``count`` tokens from absolute ``position`` on in the sequence's own row, after ``prefix_len`` shared ones."""
     if prefix_len == 0:
-        return RowSpan(lane.row, position, count)
-    return RowSpan(lane.row, position - prefix_len, count, lane.prefix_row, prefix_len)
+        return RowSpan(kv_row.row, position, count)
+    return RowSpan(kv_row.row, position - prefix_len, count, kv_row.prefix_row, prefix_len)
 
 
 def last_rows(states: torch.Tensor, spans: Sequence[RowSpan]) -> torch.Tensor:
