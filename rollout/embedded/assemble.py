@@ -1,4 +1,4 @@
-"""From a configuration to a ready GenerationCore."""
+"""An assembly builds a ready GenerationCore from a configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from slime_spec.sglang.draft_shape import draft_shape
 
 
 class Assembly:
-    """What one configuration means for one engine: limits, device, dtype, and how to build its parts."""
+    """Holds one engine's limits, device and dtype as the configuration gives them, and builds the engine's parts."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""Attention of one pass in torch's operators: what CUDA runs, and what the CPU's kernels are held to.
+"""Attention of one pass in torch's operators, which CUDA runs, and which the tests compare the CPU kernels with.
 
 The query heads that share a KV head become extra query rows.
 

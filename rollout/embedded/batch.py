@@ -1,9 +1,9 @@
-"""The sequences that hold KV, and where it lies: sequences[i] owns row i of the own store, always.
+"""The batch holds the sequences that have KV and assigns KV rows: sequences[i] always owns row i of the own store.
 
     own store:      | running, in no order … | being prefilled, oldest first … | spare rows
     prefix store:   | prompts shared by a group …                              | spare rows
 
-Rows stay dense, so that attention reads slices; of the sequences being prefilled only the first has begun.
+Rows stay dense, so that attention reads slices; of the sequences being prefilled only the first has KV in its row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Batch:
         return self.sequences[: self.num_running]
 
     def num_fitting(self, waiting: Sequence[SampleState]) -> int:
-        """How many of ``waiting``, the first ones, fit beside those here, with some slack for all of them to grow."""
+        """How many of the first ``waiting`` sequences fit beside the batch, with some slack for all of them to grow."""
         most = min(len(waiting), self._max_running - len(self.sequences))
         if most == 0:
             return 0
@@ -94,7 +94,7 @@ class Batch:
         return removed
 
     def release_prompt(self, group: Group) -> None:
-        """Free the row of a shared prompt that no sequence here needs."""
+        """Free the row of a shared prompt that no sequence of the batch needs."""
         assert group.num_in_batch == 0, "a prompt in use is not released"
         last = self.groups.pop()
         if last is not group:
@@ -109,7 +109,7 @@ class Batch:
         return KvRow(row, group.prefix_row, group.prefix_tokens)
 
     def span(self, row: int, draft: Draft) -> RowSpan:
-        """A decode or verify pass over a row: its last token, and what was drafted to follow it."""
+        """The span of a row in a decode or verify pass: the row's last token and the draft that follows the token."""
         sequence = self.sequences[row]
         group = sequence.group
         parents = None if draft.is_chain else (-1, *(parent + 1 for parent in draft.parents))
@@ -135,7 +135,7 @@ class Batch:
         return own + sum(group.num_prefilled for group in list(self.groups))
 
     def _slots(self, sequence: SampleState) -> int:
-        """What a sequence's row must hold for its prefill and for its next round: the root and what is drafted."""
+        """Slots of a sequence's row for its prefill and its next round: the root and the drafted tokens."""
         return sequence.prefill_len + 1 + self._headroom
 
     def _slots_soon(self, sequence: SampleState) -> int:

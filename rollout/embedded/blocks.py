@@ -1,4 +1,4 @@
-"""Decoder blocks over the tokens of a pass: attention, MLP and the residual stream through them.
+"""Decoder blocks compute attention and MLP over the tokens of a pass and pass on the residual stream.
 
 The blocks run in one native call where the kernels were built, and in torch's operators otherwise; tests hold the
 native call to the operators. The native residual stream is fp32 in either dtype, torch's is rounded after every
@@ -31,7 +31,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 
 @dataclass
 class Layer:
-    """One block's weights; q, k and v are one matrix, gate and up another."""
+    """Holds one block's weights; q, k and v are one matrix, gate and up another."""
 
     input_norm: torch.Tensor
     qkv: PackedLinear
@@ -58,7 +58,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class BlockStack:
-    """Some blocks in a row, all packed alike; block i keeps its keys and values in layer i of the plan's store.
+    """Runs successive blocks, all packed alike; block i keeps its keys and values in layer i of the plan's store.
 
     Example::
 

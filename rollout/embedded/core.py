@@ -41,7 +41,7 @@ ABORTED = Ending("abort")
 
 @dataclass(frozen=True)
 class CoreSettings:
-    """What the core is told once."""
+    """Holds the settings of a core, which never change while the core runs."""
 
     shape: DraftShape
     speculates: bool
@@ -95,7 +95,7 @@ class GenerationCore:
         return self.has_work and not self.paused
 
     def add(self, request: GroupRequest, on_sample: OnSample, on_progress: OnProgress | None = None) -> Group:
-        """Queue a validated group; ``on_progress`` hears of every round of every sample."""
+        """Queue a validated group; ``on_progress`` is called after every round of every sample."""
         group = Group(request, self._clock(), on_sample, self._new_key(), on_progress)
         speculates = self._speculation.applies_to(group)
         for position in range(len(request.seeds)):
@@ -103,7 +103,7 @@ class GenerationCore:
         return group
 
     def abort(self, group: Group) -> None:
-        """Finish the group's samples with what they have; those already finished are not touched."""
+        """Finish the group's samples with the tokens they have; samples already finished are not touched."""
         self._finish((row, ABORTED) for row, each in enumerate(self.batch.sequences) if each.group is group)
         never_resumed = [each for each in self.waiting if each.group is group]
         self.waiting = [each for each in self.waiting if each.group is not group]
@@ -111,7 +111,7 @@ class GenerationCore:
             self._deliver(sequence, ABORTED)
 
     def pause(self, mode: PauseMode) -> None:
-        """Do nothing until ``resume``; what is unfinished keeps its KV, gives it up, or ends, as ``mode`` says."""
+        """Do nothing until ``resume``; unfinished samples keep their KV, give their KV up, or end, as ``mode`` says."""
         self.paused = True
         if mode == "abort":
             for group in {each.group for each in (*self.waiting, *self.batch.sequences)}:
@@ -130,7 +130,7 @@ class GenerationCore:
         self._speculation.bind()
 
     def move(self, device: torch.device) -> None:
-        """Keep the target's weights elsewhere, and with them what the draft shares with it."""
+        """Move the target's weights to ``device``, with the weights that the draft shares with the target."""
         self.decoder.move(device)
         self._speculation.bind()
 
@@ -141,7 +141,7 @@ class GenerationCore:
         self.draft_version = version
 
     def release_kv(self) -> None:
-        """Give the caches' memory back; only while nothing is unfinished."""
+        """Give the caches' memory back; only while no sample is unfinished."""
         for cache in (self.cache, self.drafter.cache):
             if cache is not None:
                 cache.release()
@@ -157,13 +157,13 @@ class GenerationCore:
         self.timing.total_s += self._clock() - start
 
     def _admit(self) -> None:
-        # First come, first served: who needs much waits for room rather than being overtaken for ever.
+        # First come, first served: a sequence that needs much room waits, and later ones do not overtake it for ever.
         count = self.batch.num_fitting(self.waiting)
         admitted, self.waiting = self.waiting[:count], self.waiting[count:]
         for sequence in admitted:
             self._enter(sequence)
         if self.waiting and not self.batch.sequences:
-            # Alone it fits, as was checked when it came; only prompts that others left here are in its way.
+            # The sequence fits alone, as was checked when its group came: only idle shared prompts are in its way.
             self._release_idle_prompts(needed=self.waiting[0].group)
             self._enter(self.waiting.pop(0))
 
@@ -173,24 +173,24 @@ class GenerationCore:
             sequence.wait_s = sequence.elapsed_s(self._clock())
 
     def _allocate(self) -> None:
-        """Make room for the next round of every sequence, or for as many of the oldest as can have it."""
+        """Reserve KV for the next round of every sequence, or of as many of the oldest sequences as fit."""
         while not self.batch.allocate():
             if self._release_idle_prompts():
                 continue
-            assert len(self.batch.sequences) > 1, "a single sequence fits, as was checked when it came"
+            assert len(self.batch.sequences) > 1, "a single sequence fits, as was checked when its group came"
             youngest = max(range(len(self.batch.sequences)), key=lambda row: self.batch.sequences[row].key)
             self.batch.sequences[youngest].num_preemptions += 1
             self.num_preemptions += 1
             self._send_back(youngest)
 
     def _send_back(self, row: int) -> None:
-        """Take a sequence's KV away; it waits, before all younger ones, to have it recomputed."""
+        """Take a sequence's KV away; the sequence waits, before all younger sequences, to have its KV recomputed."""
         sequence = self.batch.remove(row)
         self._speculation.forget(sequence)
         insort(self.waiting, sequence, key=lambda each: each.key)
 
     def _prefill(self) -> None:
-        """Prefill a chunk and draw the first tokens of the sequences whose prompts it ends, all at once."""
+        """Prefill a chunk and draw, all at once, the first tokens of the sequences whose prompts the chunk ends."""
         ready = self._prefiller.step(self.version)
         fresh = [sequence for sequence in ready if not sequence.logprobs]
         if not fresh:
@@ -215,10 +215,10 @@ class GenerationCore:
         self._finish(finished)
 
     def _round(self) -> None:
-        """One draft and one verify for every running sequence."""
+        """Run one draft and one verify for every running sequence."""
         batch = self.batch
         running = batch.running
-        # A round of which some rows only decode tells neither cost.
+        # The time of a round in which some rows only decode is neither a round's cost nor a plain step's.
         is_typical = all(self._speculation.applies_to(each.group) for each in running)
         with self.probe.around(self._plain_step, is_typical):
             drafts = self._speculation.propose(batch)
@@ -235,11 +235,11 @@ class GenerationCore:
         self._finish(finished)
 
     def _plain_step(self) -> None:
-        """One plain step for its time alone: it writes the last tokens' KV, as the round after it does again."""
+        """Run one plain step for its time alone: it writes the last tokens' KV, and the next round writes it again."""
         self._verify([NO_DRAFT] * self.batch.num_running)
 
     def _verify(self, drafts: Sequence[Draft]) -> tuple[PassOutput, list[RowSpan], list[Verified]]:
-        """One pass over every running sequence's last token and draft, and what of them stands."""
+        """Run one pass over every running sequence's last token and draft, and judge the drafts."""
         running = self.batch.running
         spans = [self.batch.span(row, draft) for row, draft in enumerate(drafts)]
         inputs: list[int] = []
@@ -255,7 +255,7 @@ class GenerationCore:
         return VerifyRow(draft, group.request.params, sequence.uniforms, sequence.token_ids, group.num_prompt_tokens)
 
     def _emit(self, sequence: SampleState, verified: Verified, version: int) -> Ending | None:
-        """Append tokens up to the first that ends the response, and say why it ended."""
+        """Append tokens up to the first token that ends the response; returns why the response ended, if it did."""
         group, before = sequence.group, sequence.num_generated
         ending = None
         for token_id, logprob in zip(verified.token_ids, verified.logprobs, strict=True):

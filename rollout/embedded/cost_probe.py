@@ -1,4 +1,4 @@
-"""What a round of draft and verify costs in plain decode steps of the same batch: the break-even accept length."""
+"""The cost probe measures the break-even accept length: a round's cost in plain decode steps of the same batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rollout.embedded.target import Timing
 
 @dataclass
 class CostProbe:
-    """Times one round in ``interval`` and, right before it, a plain step that changes nothing; 0 times none.
+    """Times one round in ``interval`` and, right before the round, a plain step that changes nothing; 0 times no round.
 
     ``round_s`` over ``plain_s`` is how many tokens a round must bring to pay. The plain steps are left out of
     ``timing``, which says what generating takes.
@@ -26,7 +26,7 @@ class CostProbe:
 
     @contextmanager
     def around(self, plain_step: Callable[[], None], is_typical: bool) -> Iterator[None]:
-        """Around a round, drafting and observing included; one that is not typical is neither counted nor timed.
+        """Time a round, drafting and observing included; a round that is not typical is neither counted nor timed.
 
         The first to be timed comes soon, for short runs.
         """

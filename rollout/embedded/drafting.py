@@ -1,8 +1,8 @@
-"""What the core and a drafter say to each other.
+"""The core and a drafter talk through this interface: the Drafter protocol and the types of its calls.
 
     prompt, piece by piece:   prefill(Prefill)                     the target has just cached these tokens
     every round:              propose(contexts) ──► drafts         one per speculating sequence
-                              verify (target) ──► observe(outcomes) what stood, and the target's features of it
+                              verify (target) ──► observe(outcomes) accepted nodes, and the target's features
     end or preemption:        forget(request_key)
     weights:                  bind(decoder) after every change of the target's; ``weights`` for the drafter's own
 
@@ -25,7 +25,7 @@ from slime_spec.types import SamplingParams
 
 @dataclass(frozen=True)
 class Draft:
-    """Candidate tokens for one verify pass, the root (last emitted token) excluded; parents precede children.
+    """Holds the candidate tokens of one verify pass without the root (last emitted token); parents precede children.
 
     ``parents[i]`` is the index of node i's parent, -1 for the root: a chain of three is ``(-1, 0, 1)``. Siblings are
     distinct tokens. ``q_draft`` is the distribution each token was truly sampled from ([nodes, target vocab], fp32);
@@ -50,7 +50,7 @@ NO_DRAFT = Draft(token_ids=(), parents=())
 
 @dataclass(frozen=True)
 class KvRow:
-    """Where a sequence's keys and values lie at this moment; rows change when other sequences finish.
+    """Says in which rows a sequence's keys and values lie at this moment; rows change when other sequences finish.
 
     ``prefix_row`` is the row of the group's shared prompt in the prefix store, -1 when the prompt is in the row itself.
     """
@@ -62,7 +62,7 @@ class KvRow:
 
 @dataclass(frozen=True)
 class FeatureNeed:
-    """Which of the target's hidden states a drafter wants with every prefill and every outcome.
+    """Names the hidden states of the target that a drafter wants with every prefill and every outcome.
 
     ``layers`` are target layers (0-based) whose output, the residual stream, is taken before any norm, in the order
     given; ``final`` adds the hidden state after the final norm. Features are concatenated along the last dimension.
@@ -78,7 +78,7 @@ class FeatureNeed:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Known tokens which the target has just cached at absolute positions ``start ..``; pieces arrive in order.
+    """Hands over known tokens that the target has just cached at absolute positions ``start ..``, pieces in order.
 
     ``shared`` says that they are a group's prompt in the prefix store (row ``kv_row.prefix_row``) and ``key`` is the
     prompt's; otherwise they lie in the sequence's own row and ``key`` is the request's. A sequence whose prompt was
@@ -97,7 +97,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class DraftContext:
-    """What a drafter may look at for one sequence; ``token_ids`` are all committed ones, prompt first.
+    """Holds all that a drafter may read about one sequence; ``token_ids`` are all committed tokens, prompt first.
 
     The last token is the root of the round: the target has not cached it yet. A draft may have ``max_draft_tokens``
     nodes and paths of ``max_depth``. ``uniforms[t]`` is the uniform to sample the draft of generated token t with, so
@@ -117,7 +117,7 @@ class DraftContext:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one sequence's last draft: ``path`` are the accepted nodes, from the root down.
+    """Reports the result of one sequence's last draft: ``path`` are the accepted nodes, from the root down.
 
     ``features`` [1 + accepted, width] belong to the root and the accepted nodes: the tokens whose keys and values the
     target has committed this round. The round also emitted one token more, the next round's root.
@@ -129,18 +129,18 @@ class Outcome:
 
 
 class DraftWeights(Protocol):
-    """A drafter's own weights, under the names of their checkpoint format."""
+    """Holds a drafter's own weights, under the names of their checkpoint format."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor a push of side "draft" must bring."""
+        """The name and shape of every tensor that a push of side "draft" must bring."""
 
     @property
     def exact(self) -> bool:
         """Whether ``tensors`` are the loaded ones bit for bit (in the engine's dtype); quantised weights are not."""
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Use these from the next round on; they are already checked against ``shapes``."""
+        """Use ``tensors`` from the next round on; the tensors are already checked against ``shapes``."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights in use, read back out of whatever form the drafter keeps them in."""
@@ -174,7 +174,7 @@ class Drafter(Protocol):
 
 
 class WeightlessDrafter:
-    """What every drafter without a network has in common."""
+    """Implements the parts of a drafter that every drafter without a network has in common."""
 
     needs = FeatureNeed()
     cache: KvCache | None = None

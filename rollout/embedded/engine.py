@@ -1,4 +1,4 @@
-"""The embedded engine behind the RolloutEngine seam: requests, pushes, residency."""
+"""The embedded engine implements RolloutEngine: requests, pushes and residency."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from slime_spec.weights.receive import PushDesk
 
 
 class EmbeddedEngine:
-    """A RolloutEngine in this process, on the CPU or on one GPU.
+    """Implements RolloutEngine in this process, on the CPU or on one GPU.
 
     Unless the push pauses it, generating goes on over a commit: the next rounds use the new weights, and a sample's
     ``weight_version`` is the oldest that shaped it. How many cores a pass uses is the process's choice
@@ -71,7 +71,7 @@ class EmbeddedEngine:
         self._started.callback(self._thread.stop)
 
     def generate(self, request: GroupRequest, on_progress: OnProgress | None = None) -> Generation:
-        """See RolloutEngine; ``on_progress`` hears, on the engine's thread, what each round adds: it must not block."""
+        """See RolloutEngine; the engine's thread calls ``on_progress`` with what each round adds: it must not block."""
         check_request(request, self._assembly.limits)
         if request.params.stop:
             self._assembly.load_tokenizer()
@@ -119,7 +119,7 @@ class EmbeddedEngine:
 
     @property
     def draft_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """What a push of side "draft" must bring; nothing where the drafter has no weights."""
+        """The names and shapes of a push of side "draft"; none where the drafter has no weights."""
         weights = self._core.drafter.weights
         return {} if weights is None else weights.shapes
 
@@ -128,7 +128,7 @@ class EmbeddedEngine:
         return self._weights.tensor_checksums(side)
 
     def weights_checksum(self, side: Side = "target") -> str:
-        """All of them combined, as a push combines its own."""
+        """The checksum of all tensors, combined as a push combines its own."""
         return combined_checksum(self.tensor_checksums(side).items())
 
     def ping(self) -> None:

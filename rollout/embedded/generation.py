@@ -1,4 +1,4 @@
-"""What a caller of ``generate`` holds: samples as they finish, or the error that ended the engine."""
+"""A generation gives its caller the samples of one group as they finish, or the error that ended the engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slime_spec.types import GeneratedSample
 
 
 class EmbeddedGeneration:
-    """The samples of one group; the engine's thread delivers, the caller's iterates."""
+    """Iterates over the samples of one group: the engine's thread delivers them, the caller's thread iterates."""
 
     group: Future[Group]
 

@@ -1,4 +1,4 @@
-"""Where keys and values live: one contiguous store for running sequences, one for prompts shared by a group."""
+"""The KV cache has two contiguous stores: one for running sequences, one for prompts shared by a group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIN_GROWTH_TOKENS = 64
 
 
 class KvStore:
-    """Keys and values per layer, [rows, kv_heads, capacity, head_dim]; live rows are 0..n-1.
+    """Stores keys and values per layer, [rows, kv_heads, capacity, head_dim]; live rows are 0..n-1.
 
     Attention reads ``[:n, :, :length]`` as a view, so nothing is gathered. Memory starts as zeros: masked positions
     get weight 0, and 0 times uninitialised memory could be NaN.
@@ -70,7 +70,7 @@ class KvStore:
 
 
 class KvCache:
-    """Both stores and the bound on them: allocated tokens (rows times capacity) never exceed ``max_total_tokens``."""
+    """Owns both stores and keeps their bound: allocated tokens (rows x capacity) never exceed ``max_total_tokens``."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_total_tokens: int) -> None:
         self.own = KvStore(spec, dtype, device)
@@ -97,7 +97,7 @@ class KvCache:
         return False
 
     def _own_capacity(self, rows: int, needed: int, prefixes: Shape, worst: int) -> int:
-        """What rows may hold beside these prefixes: what they do hold, or some more than needed; negative for none."""
+        """Capacity of own rows beside these prefixes: the present one, or more than needed; negative if none fits."""
         room = self.max_total_tokens - prefixes[0] * prefixes[1]
         grown = max(needed, min(worst, needed + max(MIN_GROWTH_TOKENS, needed // 2)))
         return min(self.own.capacity if needed <= self.own.capacity else grown, room // max(rows, 1))

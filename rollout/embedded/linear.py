@@ -1,4 +1,4 @@
-"""A linear layer whose weight is stored the way the CPU's matrix kernels read it."""
+"""A packed linear layer stores its weight in the layout that the CPU's matrix kernels read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROWS_HINT = 4
 
 
 class Packing(Enum):
-    """How a weight lies in memory.
+    """Names the layout of a weight in memory.
 
     PLAIN is [out, in], the only one on CUDA. NATIVE belongs to our own kernels, ONEDNN to torch's where ours cannot be
     built: plain fp32 ``F.linear`` on a CPU costs twice as much for two rows as for one, so that verification would cost
@@ -27,7 +27,7 @@ class Packing(Enum):
 
 
 def best_packing(device: torch.device, dtype: torch.dtype) -> Packing:
-    """What is fastest for weights of this dtype on this device and can be had here."""
+    """The fastest packing for weights of this dtype on this device that this machine can run."""
     if device.type != "cpu":
         return Packing.PLAIN
     if dtype in DTYPE_CODES and kernels() is not None:
@@ -81,7 +81,7 @@ class PackedLinear:
                 return F.linear(x, self._weight, self.bias)
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """The same in fp32, unrounded where the kernel allows it: what logits are."""
+        """``y`` in fp32, unrounded where the kernel allows it; logits are computed so."""
         return self._native(x, wide=True) if self.packing is Packing.NATIVE else self(x).float()
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The one thread that touches the core: other threads send it commands.
+"""The loop thread alone touches the core; other threads send it commands.
 
 callers ── submit(command) ──► inbox ──► loop: run commands, then core.step() while there is work
                  │                         │
@@ -21,15 +21,15 @@ Command = tuple[Callable[[], Any], Future]
 
 
 class LoopEnded(RuntimeError):
-    """The loop has ended, stopped or by an error: the engine will never answer again."""
+    """Says that the loop has ended, stopped or by an error: the engine will never answer again."""
 
 
 class LoopStopped(LoopEnded):
-    """The engine was stopped."""
+    """Says that the engine was stopped."""
 
 
 class Refused(RuntimeError):
-    """What the engine will not do in its present state; it has changed nothing and goes on."""
+    """Says that the engine refuses a command in its present state; the engine has changed nothing and goes on."""
 
 
 class LoopThread:
@@ -67,7 +67,7 @@ class LoopThread:
                 self._core.step()
 
     def _run_commands(self) -> bool:
-        """Run what is in the inbox, waiting for something when the core has nothing to do; False when told to stop."""
+        """Run the commands of the inbox, waiting for one when the core is idle; False when the loop shall stop."""
         block = not self._core.can_step
         while True:
             try:
@@ -95,7 +95,7 @@ class LoopThread:
 
 
 def _run(command: Callable[[], Any], future: Future) -> None:
-    """A command may refuse what it is asked; any other error (torch's are RuntimeErrors too) ends the loop."""
+    """Run a command, which may raise Refused; any other error (torch's are RuntimeErrors too) ends the loop."""
     try:
         future.set_result(command())
     except Refused as error:

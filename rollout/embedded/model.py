@@ -1,4 +1,4 @@
-"""The decoder's forward pass: packed tokens in, hidden states out, logits only for the rows asked for."""
+"""The decoder runs the forward pass over packed tokens; it computes logits only of the rows asked for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Decoder", "Layer"]
 
 @dataclass
 class Decoder:
-    """The weights of one version and the forward pass over them.
+    """Holds the weights of one version and runs the forward pass over them.
 
     ``embedding`` is None where the embedding's rows are read out of the head's packed weight, which they are tied to.
     """
@@ -57,7 +57,7 @@ class Decoder:
 
     @torch.inference_mode()
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the head reads: ``hidden`` after the final norm."""
+        """``hidden`` after the final norm, which the head reads."""
         if self.head.packing is Packing.NATIVE:
             return self.head.library.rms_norm(hidden.contiguous(), self.norm, self.spec.rms_norm_eps)
         return rms_norm(hidden, self.norm, self.spec.rms_norm_eps)

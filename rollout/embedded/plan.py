@@ -1,4 +1,4 @@
-"""What one forward pass may see: the rows it covers, the tree each row's tokens form, and what follows from both.
+"""A plan describes one forward pass: the KV rows it covers, the tree that each row's tokens form, and the masks.
 
 Tokens of a pass are packed ([tokens], rows one after another, each row with its own number of tokens), because the
 linear layers cost per token. Attention needs a rectangle, so a plan says how to pad and unpack; the query heads that
@@ -29,7 +29,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class RowSpan:
-    """The tokens one row brings to a pass: ``count`` tokens in slots ``start ..``, after ``prefix_len`` others.
+    """Describes the tokens of one row in a pass: ``count`` tokens in slots ``start ..``, after ``prefix_len`` others.
 
     Without ``parents`` they are a chain. Otherwise ``parents`` is the tree of the row's last ``len(parents)`` slots,
     parents before children: ``parents[i]`` is an index into it, -1 where a node follows the slot before the tree. It
@@ -56,7 +56,7 @@ class RowSpan:
 
 @dataclass(frozen=True)
 class PrefixPlan:
-    """Which shared prefix each row reads; a slot is (prefix, member), padded to the largest group."""
+    """Says which shared prefix each row reads; a slot is (prefix, member), padded to the largest group."""
 
     store: KvStore
     num_prefixes: int
@@ -69,7 +69,7 @@ class PrefixPlan:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Where a pass's tokens go and what they may see; index tensors and masks are made when first asked for.
+    """Says where a pass's tokens go and which slots they see; index tensors and masks are made when first asked for.
 
     ``spans`` are of different rows of ``store``; ``prefixes`` is given where some row reads a shared prompt.
     """
@@ -109,7 +109,7 @@ class AttentionPlan:
 
     @cached_property
     def write_index(self) -> torch.Tensor:
-        """Where ``KvStore.write`` puts each token's keys and values."""
+        """The index by which ``KvStore.write`` places each token's keys and values."""
         rows = np.repeat(np.array([span.row for span in self.spans]), self._counts)
         slots = np.concatenate([np.arange(span.start, span.end) for span in self.spans])
         return self.store.write_index(self._tensor(rows), self._tensor(slots))
@@ -216,7 +216,7 @@ def positions_of(span: RowSpan) -> Ints:
 
 @lru_cache(maxsize=1024)
 def tree_shape(parents: tuple[int, ...]) -> tuple[Bools, Ints]:
-    """Who sees whom [nodes, nodes] (a node sees its ancestors and itself), and every node's depth, the root's 0."""
+    """Which node sees which [nodes, nodes] (its ancestors and itself), and the depth of every node, the root's 0."""
     lineage = np.eye(len(parents), dtype=np.bool_)
     for node, parent in enumerate(parents):
         if parent >= 0:

@@ -1,4 +1,4 @@
-"""Known tokens into the KV: a bounded number per step, several prompts in one pass, oldest first.
+"""Prefill computes the KV of known tokens: a bounded number per step, several prompts in one pass, oldest first.
 
 A step computes at most one chunk, so that a long prompt does not stall the sequences that run; within it a prompt gets
 all it needs before the next one gets anything, so that prompts finish in order.
@@ -27,7 +27,7 @@ MAX_PADDED_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Piece:
-    """Some tokens of a sequence, or of its group's shared prompt, in slots ``start ..`` of their row."""
+    """Holds tokens of a sequence, or of its group's shared prompt, for slots ``start ..`` of their KV row."""
 
     sequence: SampleState
     shared: bool
@@ -49,7 +49,7 @@ class Piece:
 
 
 class Prefiller:
-    """Works through the batch's sequences that do not run yet."""
+    """Computes the KV of the batch's sequences that do not run yet."""
 
     def __init__(self, batch: Batch, target: Target, speculation: Speculation) -> None:
         self._batch, self._target, self._speculation = batch, target, speculation
@@ -74,12 +74,12 @@ class Prefiller:
     def _next_pieces(self) -> Iterator[Piece]:
         batch = self._batch
         budget = CHUNK_TOKENS_BESIDE_DECODING if batch.num_running else CHUNK_TOKENS_ALONE
-        begun = set()
+        started = set()
         for row in range(batch.num_running, len(batch.sequences)):
             sequence = batch.sequences[row]
             group = sequence.group
-            if not group.prefix_ready and group.key not in begun:
-                begun.add(group.key)
+            if not group.prefix_ready and group.key not in started:
+                started.add(group.key)
                 start = group.num_prefilled
                 tokens = group.request.prompt_token_ids[start : start + budget]
                 yield Piece(sequence, True, group.prefix_row, start, tokens)

@@ -1,4 +1,4 @@
-"""The engine's side of a push: verified tensors are built up beside the weights that serve, then swapped in."""
+"""The core takes over pushed weights: verified tensors are built up beside the serving weights, then swapped in."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from slime_spec.weights.receive import PushStage, Staging
 
 
 class CoreStaging(Staging, Protocol):
-    """A staging whose tensors a core takes over."""
+    """Stages tensors that a core takes over."""
 
     def commit(self, core: GenerationCore, version: int) -> None:
-        """Swap, on the core's thread."""
+        """Swap the staged tensors in, on the core's thread."""
 
 
 class TargetStaging:
-    """A second decoder beside the serving one."""
+    """Builds a second decoder beside the serving decoder."""
 
     def __init__(self, spec: ModelSpec, builder: DecoderBuilder) -> None:
         self.expected = expected_shapes(spec)
@@ -43,7 +43,7 @@ class TargetStaging:
 
 
 class DraftStaging:
-    """The draft's tensors, which its drafter takes as they are."""
+    """Collects the draft's tensors, which the drafter takes as they are."""
 
     def __init__(self, weights: DraftWeights) -> None:
         self.expected = weights.shapes
@@ -60,7 +60,7 @@ class DraftStaging:
 
 
 class CoreWeights:
-    """The weights of a running core; what touches them runs between two rounds, on its thread."""
+    """Changes and reads the weights of a running core, always between two rounds and on the core's thread."""
 
     def __init__(self, assembly: Assembly, core: GenerationCore, thread: LoopThread) -> None:
         self._assembly, self._core, self._thread = assembly, core, thread
@@ -69,7 +69,7 @@ class CoreWeights:
         return self._core.version if side == "target" else self._core.draft_version
 
     def staging(self, manifest: Manifest) -> CoreStaging:
-        """Packing happens on the caller's thread, while the core goes on serving."""
+        """A staging for one push; the caller's thread packs the tensors, while the core goes on serving."""
         if manifest.side == "target":
             return TargetStaging(self._assembly.spec, self._assembly.builder(self._core.decoder.device))
         if self._core.drafter.weights is None:
@@ -81,7 +81,7 @@ class CoreWeights:
         self._thread.call(lambda: stage.staging.commit(self._core, stage.manifest.version))
 
     def checksum(self, side: Side) -> str:
-        """As a push combines its own; a quantised draft's weights are not the pushed ones bit for bit."""
+        """The checksum of one side, combined as by a push; a quantised draft's weights differ from the pushed ones."""
         draft = self._core.drafter.weights
         if side == "draft" and draft is not None and not draft.exact:
             return NOT_COMPARABLE

@@ -1,4 +1,4 @@
-"""The state of what is being generated: a group that shares one prompt, and each of its sequences."""
+"""A group of samples that shares one prompt, and the state of each sample while it is generated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters, Versio
 
 @dataclass(frozen=True)
 class Progress:
-    """What one round added to one sample: ``Progress(sample_index=0, token_ids=(17, 4), logprobs=(-0.1, -2.3))``."""
+    """Holds what a round added to a sample: ``Progress(sample_index=0, token_ids=(17, 4), logprobs=(-0.1, -2.3))``."""
 
     sample_index: int
     token_ids: tuple[int, ...]
@@ -25,7 +25,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What every sample of an engine bears."""
+    """Holds the facts of an engine that every sample of the engine carries."""
 
     engine: int
     shape: DraftShape
@@ -38,7 +38,7 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(eq=False)
 class Group:
-    """One request on its way through the engine, and the KV of its prompt where samples share it."""
+    """Holds one request on its way through the engine, and the KV of its prompt where samples share the KV."""
 
     request: GroupRequest
     arrival_s: float
@@ -82,7 +82,7 @@ class Group:
 
 @dataclass(eq=False)
 class SampleState:
-    """One sample while it is generated. ``token_ids`` starts with the prompt; the last token is not in the KV yet.
+    """Holds one sample while it is generated; ``token_ids`` starts with the prompt, and its last is not in the KV yet.
 
     A resumed sample holds its earlier part's tokens, times and counts from the start.
     """
@@ -111,10 +111,10 @@ class SampleState:
 
     @classmethod
     def of(cls, group: Group, position: int, key: int, speculates: bool) -> SampleState:
-        """The sample of a group's seed, as new or as its earlier part left it; it goes on whatever the params.
+        """The sample of a group's seed, new or resumed from its earlier part, whatever the params are.
 
         Stop strings and penalties look at all its tokens, and its uniforms are those of its seed at every token: where
-        the weights are the same, it becomes what it would have been undisturbed.
+        the weights are the same, a resumed sample becomes the sample that would have been generated without a break.
         """
         request = group.request
         uniforms = Uniforms(request.seeds[position], request.params.max_new_tokens)
@@ -145,7 +145,7 @@ class SampleState:
         return self.group.prefix_ready and self.num_prefilled == self.prefill_len
 
     def append(self, token_id: int, logprob: float, version: int) -> None:
-        """Take one token that weights of ``version`` gave."""
+        """Append one token that weights of ``version`` gave."""
         note_version(self.version_spans, self.num_generated, version)
         # Noted here, because recomputed KV forgets whose KV the tokens before it were drawn from.
         known = version if self.oldest_version is None else self.oldest_version
@@ -165,11 +165,11 @@ class SampleState:
         self.accepted_histogram[num_accepted] += 1
 
     def elapsed_s(self, now_s: float) -> float:
-        """Time since its arrival, that of earlier parts included."""
+        """Time since the sample's arrival, the time of earlier parts included."""
         return self.spent_s + now_s - self.group.arrival_s
 
     def finished(self, ending: Ending, now_s: float, stamp: Stamp, version: int) -> GeneratedSample:
-        """The sample as it stands; ``version`` are the weights in use, which one without tokens is said to be of."""
+        """The sample as it stands; a sample without tokens reports ``version``, that of the weights in use."""
         oldest = version if self.oldest_version is None else self.oldest_version
         return GeneratedSample(
             group_id=self.group.request.group_id,
@@ -204,7 +204,7 @@ class SampleState:
         )
 
     def _take_part(self, part: GeneratedSample, speculates: bool) -> None:
-        """Hold what the sample has from its earlier part."""
+        """Take over the tokens, times and counts of the sample's earlier part."""
         self.spent_s, self.wait_s, self.first_token_s = part.e2e_latency_s, part.wait_s, part.first_token_s
         self.num_preemptions, self.cached_tokens = part.num_preemptions, part.cached_tokens
         self.token_ids += part.token_ids

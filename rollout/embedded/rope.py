@@ -1,4 +1,4 @@
-"""Rotary position embedding: tables computed once, applied in three operations."""
+"""Rotary position embedding computes its tables once and applies them in three operations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slime_spec.checkpoints.rope import inverse_frequencies
 
 
 class RopeTable:
-    """cos and sin for every position, [positions, head_dim]; sin carries the sign of the rotated half.
+    """Holds cos and sin for every position, [positions, head_dim]; sin carries the sign of the rotated half.
 
     The tables are computed in fp32 and rounded to the compute dtype, as transformers does.
     """

@@ -1,4 +1,4 @@
-"""The drafter as the core sees it: asked only for requests that speculate, held to its limits, and timed."""
+"""The core calls the drafter through Speculation: only for requests that speculate, within limits, and timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slime_spec.sglang.draft_shape import DraftShape
 
 @dataclass
 class Speculation:
-    """Everything the core asks of a drafter; ``enabled`` is False where the engine does not speculate at all."""
+    """Makes the core's calls of a drafter; ``enabled`` is False where the engine does not speculate at all."""
 
     drafter: Drafter
     shape: DraftShape
@@ -38,7 +38,7 @@ class Speculation:
         return self.enabled and group.request.params.speculative
 
     def bind(self) -> None:
-        """The target's weights are new."""
+        """Bind the drafter to the target's new weights."""
         with self._timed():
             self.drafter.bind(self.target.decoder)
 
@@ -65,7 +65,7 @@ class Speculation:
         return drafts
 
     def observe(self, batch: Batch, output: PassOutput, spans: Sequence[RowSpan], verified: Sequence[Verified]) -> None:
-        """Tell the drafter what stood, with the target's features of every root and accepted node."""
+        """Report the accepted nodes to the drafter, with the target's features of every root and accepted node."""
         running = batch.running
         rows = [row for row, each in enumerate(running) if self.applies_to(each.group)]
         if not rows:
@@ -84,7 +84,7 @@ class Speculation:
             self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, strict=True)])
 
     def forget(self, sequence: SampleState) -> None:
-        """The sequence has left the batch, for good or not."""
+        """Drop the drafter's state of a sequence that has left the batch, finished or preempted."""
         if self.applies_to(sequence.group):
             self.drafter.forget(sequence.key)
 

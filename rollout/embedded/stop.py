@@ -1,4 +1,4 @@
-"""When a response ends: a stop token, a stop string, or the token budget."""
+"""A stop rule decides when a response ends: at a stop token, a stop string, or the token budget."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Ending:
-    """Why a response ended; for a stop, the token or the string that matched."""
+    """Says why a response ended; for a stop, with the token or the string that matched."""
 
     reason: FinishReason
     matched: int | str | None = None
 
 
 class StopRule:
-    """Decides after every token; the token that ends a response stays in it."""
+    """Decides after every token whether the response ends; the token that ends a response stays in the response."""
 
     def __init__(self, eos_token_ids: frozenset[int], decode: Decode) -> None:
         self._eos_token_ids, self._decode = eos_token_ids, decode

@@ -1,4 +1,4 @@
-"""The target's weights in use, and how one pass over them is run, timed and looked into."""
+"""The target holds the weights in use, runs and times a pass over them, and collects features for the drafter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rollout.embedded.plan import RowSpan, make_plan
 
 @dataclass
 class Timing:
-    """Seconds since start: in the target's forward, in the drafter, and in ``step`` altogether."""
+    """Counts seconds since start: in the target's forward, in the drafter, and in ``step`` altogether."""
 
     forward_s: float = 0.0
     draft_s: float = 0.0
@@ -24,7 +24,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class PassOutput:
-    """A pass's states, one row per token: before the final norm, and after each captured layer."""
+    """Holds a pass's states, one row per token: before the final norm, and after each captured layer."""
 
     hidden: torch.Tensor
     captured: list[torch.Tensor]
@@ -34,7 +34,7 @@ class PassOutput:
 
 
 class Target:
-    """Runs passes over the target; ``need`` says what of its states is kept for the drafter."""
+    """Runs passes over the target; ``need`` names the states that are kept for the drafter."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Target:
         return logits
 
     def features(self, output: PassOutput) -> torch.Tensor | None:
-        """What the drafter asked for [tokens, width], in the order of FeatureNeed; None if it asked for nothing."""
+        """The features for the drafter [tokens, width], in the order of FeatureNeed; None if the drafter needs none."""
         parts = list(output.captured)
         if self._need.final:
             parts.append(self.decoder.final_norm(output.hidden))
@@ -81,7 +81,7 @@ class Target:
         return torch.tensor(indices, device=self._device)
 
     def _synchronised(self) -> float:
-        """The time once the device has done what was queued."""
+        """The time after the device has finished all queued work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return self._clock()

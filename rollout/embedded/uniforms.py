@@ -1,4 +1,4 @@
-"""A sample's uniforms: one stream per purpose, indexed by the generated token they decide.
+"""A sample has one stream of uniforms per purpose, indexed by the generated token that the uniform decides.
 
 What a sample draws depends on its seed and on its own past, whatever else runs in the batch and however many engines
 there are; so a seed names one output. Streams are independent of each other: a draft must not be drawn with the uniform
@@ -23,7 +23,7 @@ _DRAFT, _ACCEPT = 1, 2
 
 
 class Uniforms:
-    """The streams of one sample; those that are never asked for cost nothing."""
+    """Gives the streams of one sample; a stream that is never asked for costs nothing."""
 
     def __init__(self, seed: int, count: int) -> None:
         self._seed, self._count = seed, count
@@ -48,7 +48,7 @@ class Uniforms:
 
 
 class RoundUniforms(Sequence[float]):
-    """Uniforms in [0, 1) made from a counter when they are asked for: most rounds use a few of thousands."""
+    """Makes uniforms in [0, 1) from a counter when they are asked for: most rounds use a few of thousands."""
 
     def __init__(self, key: int, count: int) -> None:
         self._key, self._count = key, count

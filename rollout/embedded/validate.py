@@ -1,4 +1,4 @@
-"""What the embedded engine can hold: the limits of a request, from the configuration and the model's shape alone."""
+"""The limits of a request to the embedded engine, computed from the configuration and the model's shape alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def context_length(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def limits_of(config: Config, spec: ModelSpec) -> RequestLimits:
-    """What the configuration and the model allow one request; raises ConfigError for a context beyond the model's."""
+    """The limits of one request by configuration and model; raises ConfigError for a context beyond the model's."""
     speculates = config.speculative.record.speculates
     return RequestLimits(
         vocab_size=spec.vocab_size,

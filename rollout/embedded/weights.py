@@ -1,4 +1,4 @@
-"""Hugging Face tensors to the engine's fused, packed modules, and back.
+"""A builder turns Hugging Face tensors into the engine's fused, packed modules, which can be read back.
 
 Loading a checkpoint and receiving a push are the same work: tensors arrive by name in any order, and a module is
 packed as soon as its last part is there, so that parts never pile up.
@@ -20,7 +20,7 @@ from slime_spec.checkpoints.tensors import expected_shapes
 
 @dataclass(frozen=True)
 class Slot:
-    """One module of the decoder and the tensors it is made of, stacked by rows; layer -1 is outside the blocks."""
+    """Names one module of the decoder and its tensors, stacked by rows; layer -1 is outside the blocks."""
 
     layer: int
     attribute: str

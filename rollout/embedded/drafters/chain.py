@@ -1,4 +1,4 @@
-"""Growing chains, a token at a time for all sequences of a batch: the draft's argmax, or a sample of it."""
+"""Chains grow a token at a time for all sequences of a batch: by the draft's argmax, or by sampling."""
 
 from __future__ import annotations
 

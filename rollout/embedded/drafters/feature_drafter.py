@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Track:
-    """How far a sequence's draft cache reaches; ``waiting`` are the features of the positions after."""
+    """Says how far a sequence's draft cache reaches; ``waiting`` are the features of the positions after."""
 
     num_cached: int
     waiting: tuple[torch.Tensor, ...]
@@ -163,7 +163,7 @@ def shared_positions(num_prompt_tokens: int) -> int:
 
 
 class NetworkWeights:
-    """The draft's own weights (see DraftWeights); a push makes a second network and swaps."""
+    """Holds the draft's own weights (see DraftWeights); a push builds a second network and swaps the two."""
 
     def __init__(self, spec: DraftSpec, setup: DrafterSetup) -> None:
         rope = RopeTable(spec.block, setup.context_length + setup.shape.headroom, setup.dtype, setup.device)

@@ -1,4 +1,4 @@
-"""Growing drafts: chains or trees of a draft network, and trees of the tokens that followed an n-gram before.
+"""Drafts grow here: chains or trees of a draft network, and trees of the tokens that followed an n-gram before.
 
 A network grows a chain or a tree as the settings say. N-grams grow a tree in one of SGLang's two ways, from anchors: an
 anchor is a suffix of the sequence that was seen before, and its length. Anchors come longest first, each grows the tree
@@ -51,7 +51,7 @@ class Continuations(Protocol[Place]):
 
 @dataclass(eq=False)
 class DraftTree:
-    """A growing draft of at most ``max_nodes`` nodes on paths of at most ``max_depth``."""
+    """Collects the nodes of a draft: at most ``max_nodes`` nodes on paths of at most ``max_depth``."""
 
     max_nodes: int
     max_depth: int
@@ -77,7 +77,7 @@ class DraftTree:
 
 @dataclass(frozen=True)
 class Growth:
-    """How trees grow; ``max_match`` is the longest anchor (one less than the longest n-gram)."""
+    """Grows trees from n-grams; ``max_match`` is the longest anchor (one less than the longest n-gram)."""
 
     match_type: str
     min_breadth: int

@@ -27,7 +27,7 @@ from slime_spec.config.tree import SpeculativeConfig
 
 
 class NgramPositions:
-    """Where every n-gram of a growing corpus begins, ascending, for each length of a range."""
+    """Lists the ascending positions of every n-gram of a growing corpus, for each length of a range."""
 
     def __init__(self, min_match: int, max_match: int) -> None:
         self._lengths = range(max_match, min_match - 1, -1)
@@ -64,7 +64,7 @@ class NgramPositions:
 
 @dataclass(eq=False)
 class LookupState:
-    """One request: its indexes, and how far an edit has come."""
+    """Holds the indexes of one request, and the position that its edit has reached."""
 
     own: NgramPositions
     advice: NgramPositions | None

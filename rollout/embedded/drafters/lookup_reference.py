@@ -1,4 +1,4 @@
-"""RTP-LLM's lookup and edit, straight from their rules: scans, no index. LookupDrafter must propose the same."""
+"""The reference of lookup and edit follows RTP-LLM's rules by scans, without an index; LookupDrafter must agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 def scan(
     sequence: Sequence[int], corpus: Sequence[int], min_match: int, max_match: int, count: int, search_index: int = 0
 ) -> list[int]:
-    """What follows the longest suffix that occurs in ``corpus``, at its first place from ``search_index`` - L on."""
+    """The tokens after the longest suffix that is in ``corpus``, at its first place from ``search_index`` - L on."""
     if min_match > len(sequence):
         return []
     for length in range(min(max_match, len(sequence)), min_match - 1, -1):
@@ -24,7 +24,7 @@ def scan(
 
 @dataclass
 class ReferenceRequest:
-    """One request's state; ``propose`` and ``verified`` alternate."""
+    """Holds one request's state; calls of ``propose`` and ``verified`` alternate."""
 
     prompt: Sequence[int]
     advice: Sequence[int]

@@ -1,4 +1,4 @@
-"""The forward pass of an EAGLE, EAGLE-3 or MTP draft: tokens and the features before them in, logits out.
+"""The forward pass of an EAGLE, EAGLE-3 or MTP draft turns tokens and the features before them into logits.
 
 Position t of a draft reads the embedding e of token t + 1 and the target's features h of token t, so that it predicts
 token t + 2. Beyond the committed tokens it reads its own hidden state in the features' place.
@@ -25,7 +25,7 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 
 @dataclass
 class DraftNetwork:
-    """The weights of one version of a draft and the forward pass over them.
+    """Holds the weights of one version of a draft and runs the forward pass over them.
 
     ``embedding`` and ``head`` are the draft's own; where they are None the target's serve.
     """
@@ -69,7 +69,7 @@ class DraftNetwork:
         return residual
 
     def heads(self, residual: torch.Tensor, target_head: PackedLinear | None) -> Heads:
-        """What follows rows [rows, hidden] of ``forward``'s result; ``target_head`` serves a draft without its own."""
+        """The heads of rows [rows, hidden] of ``forward``; ``target_head`` serves a draft without its own head."""
         normed = residual if self.norm is None else self._norm(residual, self.norm)
         head = self.head if self.head is not None else target_head
         assert head is not None, "a draft without a head is bound to a target before it drafts"

@@ -1,4 +1,4 @@
-"""A draft checkpoint's tensors to the network's fused modules, and back."""
+"""A builder turns a draft checkpoint's tensors into the network's fused modules, which can be read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NGRAM, as SGLang's: trees from a trie of all requests' recent tokens, and from an external corpus.
+"""NGRAM drafts trees, as SGLang does, from a trie of all requests' recent tokens and from an external corpus.
 
 Every round inserts what a request has gained since (of its prompt only the last ``max_trie_depth`` tokens: this is no
 prompt lookup), then drafts from the places where its latest tokens were seen before. The trie is shared by all

@@ -1,4 +1,4 @@
-"""The n-gram trie straight from its definition: every n-gram that was inserted, in order. NgramDrafter must agree."""
+"""The reference of the n-gram trie keeps every n-gram that was inserted, in order; NgramDrafter must agree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Ngram = tuple[int, ...]
 
 
 class ReferenceNgrams:
-    """What followed an n-gram, by a search through all that was inserted; knows no capacity."""
+    """Finds what followed an n-gram by a search through all inserted n-grams; it has no bound."""
 
     def __init__(self, max_depth: int) -> None:
         self.max_depth = max_depth

@@ -1,4 +1,4 @@
-"""No speculation: every round is a plain decode step."""
+"""The drafter of NONE never drafts, so that every round is a plain decode step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slime_spec.config.tree import SpeculativeConfig
 
 
 class NoneDrafter(WeightlessDrafter):
-    """Proposes nothing."""
+    """Proposes empty drafts."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         pass

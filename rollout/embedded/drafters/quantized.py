@@ -1,4 +1,4 @@
-"""Drafts with rounded weights (``--speculative-draft-model-quantization``): int8, or fp8 on a GPU that has it.
+"""Quantised linear layers of drafts (``--speculative-draft-model-quantization``): int8, or fp8 on a GPU that has it.
 
 Rounding a draft moves how many of its tokens are accepted, never the output's distribution.
 """
@@ -17,7 +17,7 @@ FP8_TILE = 16  # the kernel's: a matrix of other sizes stays as it is
 
 
 class Int8Linear(PackedLinear):
-    """Weight-only int8, symmetric, one fp32 scale per output row: W = scale · round(W / scale), |round| ≤ 127.
+    """Stores int8 weights, symmetric, with one fp32 scale per output row: W = scale · round(W / scale), |round| ≤ 127.
 
     Products are computed in the engine's dtype, the weights' bytes becoming numbers of it in registers; where there are
     no kernels (CUDA among them), from an unpacked copy made for each call, which is slower than no quantisation.
@@ -60,7 +60,7 @@ def _panels(rounded: torch.Tensor, panel: int, inputs_per_step: int) -> torch.Te
 
 
 class Fp8Linear(PackedLinear):
-    """Weights in float8_e4m3fn with one scale per output row; activations are rounded to it row by row for each call.
+    """Stores float8_e4m3fn weights, one scale per output row; activations are rounded row by row for each call.
 
     For GPUs whose tensor cores multiply fp8 (compute capability 8.9 and later); both sizes are multiples of 16.
     """

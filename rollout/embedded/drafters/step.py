@@ -1,4 +1,4 @@
-"""A step of a draft network: its setup, the KV rows it writes, and the heads and the vocabulary of its answer."""
+"""A draft network steps with these: its setup, its KV rows, its vocabulary, and the heads that a step returns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slime_spec.sglang.draft_shape import DraftShape
 
 @dataclass(frozen=True)
 class DrafterSetup:
-    """The draft and how to run it; ``context_length`` and ``max_total_tokens`` are the engine's bounds, in tokens."""
+    """Holds the draft and its settings; ``context_length`` and ``max_total_tokens`` bound the engine, in tokens."""
 
     config: SpeculativeConfig
     shape: DraftShape
@@ -37,8 +37,11 @@ class DrafterSetup:
 
 @dataclass(frozen=True)
 class Heads:
-    """What a draft network says after some tokens: fp32 ``logits`` [rows, draft vocab] of the next token, and the
-    ``hidden`` [rows, hidden] that its next step reads (a whole model has no use for it)."""
+    """Holds the output of one step of a draft network.
+
+    ``logits`` [rows, draft vocab] are the next token's, in fp32; ``hidden`` [rows, hidden] is read by the next step
+    (a whole model does not use it).
+    """
 
     logits: torch.Tensor
     hidden: torch.Tensor
@@ -50,7 +53,10 @@ DraftStep = Callable[[torch.Tensor, torch.Tensor, Sequence[RowSpan]], Heads]
 
 @dataclass(frozen=True)
 class DraftVocab:
-    """``target_ids`` [draft vocab] are the target's ids of the draft head's rows; None where they are the same."""
+    """Maps the draft's token ids to the target's.
+
+    ``target_ids`` [draft vocab] are the target's ids of the draft head's rows; None where the ids are the same.
+    """
 
     target_size: int
     target_ids: torch.Tensor | None = None
@@ -69,7 +75,7 @@ class DraftVocab:
 
 
 class DraftRows:
-    """A draft decoder's cache and the passes over it."""
+    """Owns the cache of a draft decoder and plans the passes over the cache."""
 
     def __init__(self, spec: ModelSpec, setup: DrafterSetup) -> None:
         self._heads_per_kv = spec.num_heads // spec.num_kv_heads

@@ -1,4 +1,4 @@
-"""A fixed corpus as a sorted array of its suffixes: every n-gram's occurrences are one range of it."""
+"""A suffix array sorts the suffixes of a fixed corpus: the occurrences of an n-gram are one range of the array."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Place = tuple[int, int, int]  # (first, past the last of the range, length of th
 
 
 class SuffixArray:
-    """Where the n-grams of ``documents`` occur and what follows them; n-grams of up to ``max_depth`` are told apart."""
+    """Finds n-grams of up to ``max_depth`` tokens in ``documents``, and the tokens that follow them."""
 
     def __init__(self, documents: Sequence[Sequence[int]], max_depth: int) -> None:
         separator = np.zeros(1, dtype=np.uint32)

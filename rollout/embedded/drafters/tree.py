@@ -1,4 +1,4 @@
-"""EAGLE-2's dynamic draft tree as SGLang builds it, for all sequences of a batch at once, and a slow builder beside.
+"""EAGLE-2's dynamic draft trees grow as SGLang builds them, for a whole batch at once; a slow reference stands beside.
 
 Every step the K best leaves each get their K likeliest children; all K·K enter the pool, the K best of them are the
 next leaves. A node's score is its path's log probability under the draft (temperature never applies). The best nodes of
@@ -22,7 +22,7 @@ from rollout.embedded.plan import RowSpan
 
 @dataclass
 class Pool:
-    """Every candidate so far, per row [rows, nodes]: its token, its parent (-1: the root), log score and depth."""
+    """Holds all candidates so far, per row [rows, nodes]: its token, its parent (-1: the root), log score and depth."""
 
     tokens: torch.Tensor
     parents: torch.Tensor
@@ -110,7 +110,7 @@ def _select(pool: Pool, contexts: Sequence[DraftContext], most: int) -> list[Dra
 def tree_reference(
     distribution_after: Callable[[tuple[int, ...]], Sequence[float]], num_steps: int, topk: int, num_draft_tokens: int
 ) -> tuple[list[tuple[int, int, float]], Draft]:
-    """The same tree, one node at a time with plain probabilities, for tests to hold ``grow_trees`` against.
+    """Grow the same tree one node at a time with plain probabilities; tests compare ``grow_trees`` with it.
 
     ``distribution_after(path)`` are the next token's probabilities after the root and ``path``. Returns the pool as
     (token, parent, score), and the draft.

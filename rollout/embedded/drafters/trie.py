@@ -1,4 +1,4 @@
-"""A trie of recent n-grams: what followed them, how often, and which continuation came last.
+"""A trie stores recent n-grams: what followed them, how often, and which continuation came last.
 
 A node is an index into flat arrays (about 30 bytes; no Python object per node, which a garbage collector would have to
 walk). The children of a node are a linked list, the latest one first; a node of many children also has a dict of them.
@@ -22,7 +22,7 @@ EVICTED_SHARE = 64  # an eviction frees this part of the capacity, because findi
 
 @dataclass(eq=False)
 class Suffixes:
-    """The nodes of a sequence's suffixes: ``nodes[d]`` is that of its last d tokens, NO_NODE where it is gone."""
+    """Holds the nodes of a sequence's suffixes: ``nodes[d]`` for its last d tokens, NO_NODE where the node is gone."""
 
     nodes: list[int] = field(default_factory=lambda: [ROOT])
     num_seen: int = 0  # tokens of the sequence that were inserted
@@ -30,7 +30,7 @@ class Suffixes:
 
 
 class Trie:
-    """N-grams of at most ``max_depth`` tokens in at most ``capacity`` nodes; the least recently seen leave first."""
+    """Stores n-grams of up to ``max_depth`` tokens in up to ``capacity`` nodes; the least recently seen leave first."""
 
     def __init__(self, max_depth: int, capacity: int) -> None:
         assert capacity >= max_depth, "the configuration's check refuses a trie that cannot hold one n-gram"

@@ -1,4 +1,4 @@
-"""A second whole model as a draft: its decoder, and its weights as a push sees them."""
+"""A whole second model serves as a draft: its decoder, and its weights for pushes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINEARS = ("qkv", "out", "gate_up", "down")
 
 
 class ModelWeights:
-    """The draft model's weights (see DraftWeights); a push makes a second decoder and swaps."""
+    """Holds the draft model's weights (see DraftWeights); a push builds a second decoder and swaps the two."""
 
     def __init__(self, spec: ModelSpec, setup: DrafterSetup) -> None:
         self._spec, self._setup = spec, setup

@@ -1,1 +1,1 @@
-"""The HTTP face of one embedded engine: SGLang's endpoints and wire shapes, for clients written for SGLang."""
+"""The HTTP server of one embedded engine offers SGLang's endpoints and wire format to clients written for SGLang."""

@@ -35,7 +35,7 @@ def response_text(tokenizer: Tokenizer, sample: GeneratedSample, sampling: Sampl
 
 
 class GrowingText:
-    """The text of a response that is being generated: what it holds back may still change, what it shows may not.
+    """Decodes a response that is being generated: text that it holds back may still change, text that it shows may not.
 
     Held back are the first bytes of an unfinished character and whatever may become a stop string that will be cut.
     ``enders`` are the tokens that end a response, whose text is cut too.
@@ -144,7 +144,7 @@ class AnswerWriter:
 
 
 class Grown:
-    """One sample's tokens so far, and what of them is settled text."""
+    """Holds one sample's tokens so far, and their settled text."""
 
     def __init__(self, sample_index: int, text: GrowingText) -> None:
         self.sample_index = sample_index
@@ -165,7 +165,7 @@ def sample_id(prompt: PromptCall, sample_index: int) -> str:
 
 
 class Chunks:
-    """Turns events into chunks. With ``incremental`` a chunk has only what its sample's last one had not."""
+    """Turns events into chunks. With ``incremental`` a chunk has only what is new since its sample's last chunk."""
 
     def __init__(self, call: Call, writer: AnswerWriter, incremental: bool) -> None:
         self._call, self._writer, self._incremental = call, writer, incremental

@@ -1,4 +1,4 @@
-"""The body of POST /generate as one group request per prompt, checked before anything is generated."""
+"""A reader turns the body of POST /generate into one checked group request per prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slime_spec.types import GroupRequest
 
 SERVED = ("text", "input_ids", "sampling_params", "rid", "stream", "return_logprob", "logprob_start_len")
 SHOWN = ("return_text_in_logprobs", "return_prompt_token_ids")
-# What a client may tell a server that has no use for it: labels, routing, keys of a cache across requests.
+# Fields that a client may send and this server does not use: labels, routing, keys of a cache across requests.
 LABELS = ("log_metrics", "no_logs", "session_id", "conversation_id", "custom_labels", "external_trace_header")
 ROUTING = ("routing_key", "priority", "extra_key", "cache_salt", "received_time", "http_worker_ipc")
 AUX_INFO = "aux_info"  # RTP-LLM's; it may stand in one of the objects too
@@ -30,7 +30,7 @@ KNOWN = frozenset((*SERVED, *SHOWN, AUX_INFO, *RTP_OBJECTS, *LABELS, *ROUTING, *
 
 @dataclass(frozen=True)
 class PromptCall:
-    """One prompt of a call: its request to the engine, and how its answers are written."""
+    """Holds one prompt of a call: its request to the engine, and how its answers are written."""
 
     rid: str
     request: GroupRequest
@@ -40,7 +40,7 @@ class PromptCall:
 
 @dataclass(frozen=True)
 class Call:
-    """One POST /generate. ``is_list`` says that the answer is a list: a batch, or several samples of one prompt."""
+    """Holds one POST /generate; ``is_list``: the answer is a list, of a batch or of several samples of one prompt."""
 
     prompts: tuple[PromptCall, ...]
     rid: str
@@ -139,7 +139,7 @@ class CallReader:
         return sampling
 
     def _with_rtp(self, sampling: Sampling, extra: Mapping[str, Any]) -> Sampling:
-        """What RTP-LLM's names add."""
+        """Add the params that a request sets under RTP-LLM's names."""
         speculative = {name: value for name, value in extra.items() if name != AUX_INFO}
         Fields(speculative, RTP_PREFIX).text(ADVICE)
         encode = partial(self._tokenizer.encode, special=False)

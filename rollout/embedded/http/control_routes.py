@@ -1,4 +1,4 @@
-"""The endpoints that steer generation: abort, pause and continue, flush, release and resume."""
+"""These endpoints control generation: abort, pause and continue, flush, release and resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUSY = "Flush cache failed: requests are running or waiting.\n"
 
 
 class ControlRoutes:
-    """``paused`` says whether generation was paused through this server."""
+    """Handles the control endpoints; ``paused`` says whether generation was paused through this server."""
 
     def __init__(self, serving: Serving) -> None:
         self._engine, self._generations, self._control = serving.engine, serving.generations, serving.control

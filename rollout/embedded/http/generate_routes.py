@@ -1,4 +1,4 @@
-"""POST /generate: one prompt, a batch, several samples; whole or as server-sent events."""
+"""POST /generate answers one prompt, a batch or several samples, whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Place = tuple[int, int]
 
 
 class GenerateRoutes:
-    """Answers are in the order of the prompts, a prompt's samples side by side.
+    """Handles /generate; answers are in the order of the prompts, a prompt's samples side by side.
 
     A stream's chunks hold everything so far, or with ``incremental`` only what is new (SGLang's
     ``--incremental-streaming-output``); a call with several answers marks each chunk with its ``index``.
@@ -75,7 +75,7 @@ class GenerateRoutes:
         except ConfigError as error:
             await _write(response, error_body(400, str(error), "invalid_request_error"))
         except ConnectionError:
-            raise  # the client is gone: there is nobody to tell
+            raise  # the client is gone: nobody reads the error
         except Exception:
             logger.exception("stream failed rid=%s", call.rid)
             await _write(response, error_body(500, FAILED, "internal_error"))

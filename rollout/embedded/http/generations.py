@@ -1,4 +1,4 @@
-"""The engine's blocking generations as events on the server's event loop, and what is under way, by request id.
+"""The engine's blocking generations become events on the server's event loop, and can be aborted by request id.
 
     handler ── events(...) ──► one thread per prompt: engine.generate(), iterate ──┐ samples
                     ▲          engine's own thread: on_progress ───────────────────┤ new tokens
@@ -28,7 +28,7 @@ MAX_PROMPTS_IN_FLIGHT = 512
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens that one sample has gained; ``prompt`` is the prompt's index in its call."""
+    """Reports tokens that one sample has gained; ``prompt`` is the prompt's index in its call."""
 
     prompt: int
     progress: Progress
@@ -36,7 +36,7 @@ class NewTokens:
 
 @dataclass(frozen=True)
 class Finished:
-    """One sample is complete (or aborted, with the tokens it has)."""
+    """Reports that one sample is complete (or aborted, with the tokens it has)."""
 
     prompt: int
     sample: GeneratedSample
@@ -46,11 +46,11 @@ Event = NewTokens | Finished
 
 
 class EngineEnded(RuntimeError):
-    """The engine was stopped, or an error in its loop ended it: it will not answer again."""
+    """Says that the engine was stopped, or that an error ended its loop: the engine will not answer again."""
 
 
 class Handle:
-    """A prompt that is or will be generated; it can be aborted at any time, also before its thread has begun."""
+    """Holds a prompt that is or will be generated; it can be aborted any time, also before its thread has started."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -72,7 +72,7 @@ class Handle:
 
 
 class Generations:
-    """Everything under way on one engine; its methods belong to the event loop."""
+    """Runs all generations of one engine; its methods belong to the event loop."""
 
     def __init__(self, engine: EmbeddedEngine) -> None:
         self._engine = engine
@@ -125,7 +125,7 @@ class Generations:
                 del self._live[name]
 
     def abort(self, rid: str) -> bool:
-        """Let what has this id finish with what it has; False when nothing has it."""
+        """Finish the request of this id with the tokens it has; False when no request has the id."""
         for handle in self._live.get(rid, ()):
             handle.abort()
         return rid in self._live
@@ -136,7 +136,7 @@ class Generations:
         for handles in self._live.values():
             for handle in handles:
                 handle.abort()
-        # Not by awaiting the jobs: a caller that is cancelled would cancel those that have not begun.
+        # Not by awaiting the jobs: a caller that is cancelled would cancel those that have not started.
         await asyncio.to_thread(wait, jobs)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The endpoints that tell: health, what is served, how it speculates, what it has done."""
+"""These endpoints report the server's health, the model it serves, its settings and its counters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ CONTRACT = since(SELECTOR)  # of SGLang's HTTP API: selectors, and sessions arou
 
 
 class InfoRoutes:
-    """``can_generate`` is false while generation is paused or memory released: both are healthy states."""
+    """Handles the info endpoints; ``can_generate`` is false while generation is paused or memory is released.
+
+    Both are healthy states.
+    """
 
     def __init__(self, serving: Serving, can_generate: Callable[[], bool]) -> None:
         self._config, self._spec, self._limits = serving.config, serving.spec, serving.limits
@@ -91,7 +94,7 @@ class InfoRoutes:
         return web.json_response({**self._settings(), "internal_states": [self._state()]})
 
     def _settings(self) -> dict[str, Any]:
-        """What the server was told, under SGLang's names; the speculative numbers as they were resolved."""
+        """The server's settings under SGLang's names; the speculative numbers as they were resolved."""
         config, folder = self._config, self._config.model.hf_checkpoint
         shape = draft_shape(config.speculative, self._spec.architecture)
         speculative = {f"speculative_{name}": value for name, value in asdict(config.speculative).items()}

@@ -1,4 +1,4 @@
-"""JSON of the HTTP server: bodies read field by field, refusals, and the middleware that turns errors into JSON.
+"""The server reads JSON bodies field by field, and middleware turns errors into JSON refusals.
 
 Every complaint about a body is a ConfigError that names the field.
 """
@@ -43,7 +43,7 @@ def as_object(value: object, name: str) -> Mapping[str, Any]:
 
 
 class Fields:
-    """One JSON object. ``null`` and an absent field both mean the default, as they do for SGLang.
+    """Reads the fields of one JSON object. ``null`` and an absent field both mean the default, as they do for SGLang.
 
     Example: ``Fields({"top_p": 0.9}, "sampling_params.").number("top_p", 1.0) == 0.9``
     """
@@ -185,7 +185,7 @@ def error_body(status: int, message: str, kind: str) -> dict[str, Any]:
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     """400 for what the client can correct, 503 for what the engine will not do now; never a traceback.
 
-    An answer that has begun cannot become another one: its connection is closed, so that it does not look complete.
+    An answer that has started cannot become another one: its connection is closed, so that it does not look complete.
     """
     try:
         return await handler(request)

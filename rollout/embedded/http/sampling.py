@@ -1,4 +1,4 @@
-"""The sampling parameters of a request, checked against SGLang's ranges; fields that this engine does not serve."""
+"""Sampling parameters are checked against SGLang's ranges, and fields that this engine does not serve are refused."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _asks_for_nothing(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Sampling:
-    """One prompt's sampling: ``num_samples`` responses, whose seeds derive from ``seed`` where one is given."""
+    """Holds one prompt's sampling: ``num_samples`` responses, whose seeds derive from ``seed`` where one is given."""
 
     params: SamplingParams
     num_samples: int

@@ -1,4 +1,4 @@
-"""One embedded engine behind a socket, from the bound port to the last answer.
+"""The HTTP server serves one embedded engine, from the bound port to the last answer.
 
 EngineServer(config, options)   binds the port: a port in use is found before a model is loaded
 run(announce)                   loads, serves until SIGINT or SIGTERM, answers what is under way with what it has
@@ -45,7 +45,10 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How the server is reached. Port 0 takes a free one; ``incremental_streaming`` streams only what is new."""
+    """Holds the server's address and limits.
+
+    Port 0 takes a free port; with ``incremental_streaming`` a chunk has only what is new.
+    """
 
     host: str = "127.0.0.1"
     port: int = 30000
@@ -71,7 +74,7 @@ class EngineServer:
         return f"http://{address_of(host, port)}"
 
     def run(self, announce: Announce) -> None:
-        """Serve until the process is told to end; ``announce`` is given the address when requests are answered."""
+        """Serve until SIGINT or SIGTERM; ``announce`` is called with the address when requests are answered."""
         asyncio.run(self._run(announce))
 
     async def _run(self, announce: Announce) -> None:

@@ -1,4 +1,4 @@
-"""The state that all routes of one server share: the engine, its control thread, version names and totals."""
+"""All routes of one server share this state: the engine, its control thread, version names and totals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST = "default"  # SGLang's name of the weights a server starts with
 
 
 class OneThread:
-    """Runs commands in the order in which they came; what has begun ends, also when its client leaves."""
+    """Runs commands in the order in which they came; a command that has started ends, also when its client leaves."""
 
     def __init__(self, name: str) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
@@ -35,7 +35,7 @@ class OneThread:
 
 
 class VersionNames:
-    """The name of every version this server has served; a push made past it goes by its number.
+    """Names every version of the weights that this server has served; a push made past the server goes by its number.
 
     ``version_in_use`` asks the engine.
     """
@@ -64,7 +64,7 @@ class VersionNames:
 
 
 class Totals:
-    """Sums over every sample that was answered; ``alarm`` sees them too."""
+    """Sums the counters of every answered sample since the server started; ``alarm`` sees every sample too."""
 
     def __init__(self, alarm: AcceptanceAlarm | None = None) -> None:
         self._alarm = alarm
@@ -87,7 +87,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Serving:
-    """One started engine and what is known of it.
+    """Holds one started engine, its settings and its helpers.
 
     ``control`` is the one thread from which the engine takes all but generate; ``reading`` tokenises large texts.
     """

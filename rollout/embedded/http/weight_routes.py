@@ -1,4 +1,4 @@
-"""The endpoints that change weights or compare them."""
+"""These endpoints change weights or compare them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNSERVED_TRANSPORTS = (
 
 
 class WeightRoutes:
-    """Each answers ``{"success": ..., "message": ...}``; a refusal has status 400."""
+    """Handles the weight endpoints; each answers ``{"success": ..., "message": ...}``, and a refusal has status 400."""
 
     def __init__(self, serving: Serving, updates: WeightUpdates) -> None:
         self._engine, self._generations, self._control = serving.engine, serving.generations, serving.control
@@ -152,7 +152,7 @@ def _success(message: str, **more: Any) -> web.Response:
 
 
 def _answering_success(handler: Handler) -> Handler:
-    """The same handler, whose refusals also say ``"success": false`` as SGLang's do."""
+    """Wrap a handler, so that its refusals also say ``"success": false`` as SGLang's do."""
 
     async def answered(request: web.Request) -> web.Response:
         try:

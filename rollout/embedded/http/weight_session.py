@@ -1,4 +1,4 @@
-"""Weight updates as SGLang's clients make them: from a folder at once, or as tensors inside a session.
+"""SGLang's clients update weights from a folder at once, or as tensors inside a session.
 
 begin_weight_update ── update_weights_from_tensor ── … ── end_weight_update
  (one may be open)        (held, not yet used)             (complete? then one push; the session is over either way)
@@ -34,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class DraftFolders:
-    """Reads drafts of the served one's kind; the vocabulary that a draft was cut to is fixed when serving starts."""
+    """Reads checkpoints of the kind of the served draft; a reduced vocabulary is fixed when serving starts."""
 
     def __init__(self, config: Config, target: ModelSpec) -> None:
         self._config, self._target = config, target
@@ -82,14 +82,14 @@ def check_complete(side: Side, tensors: Mapping[str, torch.Tensor], expected: Ma
 
 
 def push_tensors(engine: EmbeddedEngine, side: Side, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Make the engine use these; raises PushError, the engine still on its old version."""
+    """Make the engine use ``tensors``; after a PushError the engine is still on its old version."""
     messages = push_messages(tensors, version, side, ONE_BUCKET, InProcessTransport())
     run_push(messages, lambda message: [engine.update_weights(message)])
 
 
 @dataclass
 class Session:
-    """What an open session has been given so far."""
+    """Holds the sides and tensors of an open session."""
 
     sides: tuple[Side, ...]
     version_name: str | None = None
@@ -97,7 +97,7 @@ class Session:
 
 
 class WeightUpdates:
-    """One thread calls it."""
+    """Makes the weight updates of one server; only the control thread calls it."""
 
     def __init__(self, serving: Serving) -> None:
         self._engine, self._spec, self._names = serving.engine, serving.spec, serving.names

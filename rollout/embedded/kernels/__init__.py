@@ -1,1 +1,1 @@
-"""Hand-written CPU kernels: C sources, their compilation at first use, and the library behind a Python face."""
+"""Hand-written CPU kernels: C sources, their compilation at first use, and typed Python calls of the library."""

@@ -1,4 +1,4 @@
-"""The kernels' shared library: compiled by the machine's C compiler at first use, then found again in a cache."""
+"""The machine's C compiler builds the kernels' shared library at first use; a cache keeps the library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPILE_TIMEOUT_S = 300.0
 
 
 class BuildError(Exception):
-    """No library: no compiler, or it failed; the message says which."""
+    """Says that there is no library: no compiler was found, or it failed."""
 
 
 def build_library(machine_flags: tuple[str, ...] = NATIVE, cache: Path | None = None) -> Path:
@@ -92,7 +92,7 @@ def _run(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What decides the instructions that -march=native means here."""
+    """The processor's description, which decides the instructions that -march=native means."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The compiled kernels behind typed calls; pointers in, no copies, no GIL while they run."""
+"""Typed Python calls run the compiled kernels; they pass pointers, copy nothing, and hold no GIL."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class StreamStruct(Structure):
 
 
 class Kernels:
-    """One loaded library. Tensors given to it are contiguous CPU tensors, all of one dtype of ``DTYPE_CODES``."""
+    """Calls one loaded library; its tensors are contiguous CPU tensors, all of one dtype of ``DTYPE_CODES``."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))

@@ -1,4 +1,4 @@
-"""From logits to emitted tokens: the sampling distribution, and the drafted tokens that stand under it."""
+"""Verification turns logits into emitted tokens: it computes the sampling distribution and judges drafted tokens."""
 
 from __future__ import annotations
 

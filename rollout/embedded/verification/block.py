@@ -1,4 +1,4 @@
-"""Block verification (arXiv 2403.10444): rejection sampling that judges a sampled draft as one block.
+"""Block verification (arXiv 2403.10444) is rejection sampling that judges a sampled draft as one block.
 
 With P_0 = 1 and P_i = min(P_{i-1} p_i(x_i) / q_i(x_i), 1), and S_i the sum of relu(P_i p_{i+1} - q_{i+1}) over the
 vocabulary, prefix i of the draft passes when its own uniform is below
@@ -21,7 +21,7 @@ from rollout.embedded.verification.walk import target_only
 
 
 def longest_prefix(chain: SampledChain) -> tuple[int, float]:
-    """How many drafts stand, and P of that prefix, the scale of p in the residual."""
+    """The number of accepted drafts, and P of that prefix, the scale of p in the residual."""
     prefix_ratios = [1.0]
     for p, q in zip(chain.p_of_token, chain.q_of_token, strict=True):
         prefix_ratios.append(min(prefix_ratios[-1] * p / q, 1.0))

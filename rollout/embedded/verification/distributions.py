@@ -1,4 +1,4 @@
-"""From logits to the sampling distribution: one function for plain decoding and for every verifier.
+"""One function computes the sampling distribution from logits, for plain decoding and for every verifier.
 
 The distribution is softmax(logits / T) of the adjusted logits (see penalties), then top-k, then top-p on what top-k
 kept, then min-p, each keeping every token at least as likely as its cutoff, so that ties never depend on a sort's
@@ -47,7 +47,7 @@ def sampling_distribution(
 
 
 def kept_mass(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """What each row's weights add up to [rows], exactly 1 without filters: p_target = weights / mass."""
+    """The sum of each row's weights [rows], exactly 1 without filters: p_target = weights / mass."""
     mass = torch.ones(len(params), dtype=weights.dtype, device=weights.device)
     rows = [row for row, each in enumerate(params) if is_filtered(each)]
     if rows:

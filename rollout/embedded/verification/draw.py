@@ -1,4 +1,7 @@
-"""Tokens from rows of numbers: the largest, or the one a uniform falls on. Two levels: blocks, then one block."""
+"""Two functions pick a token from a row of weights: the largest, or the token that a uniform falls on.
+
+Both first pick a block of the row, then a token of the block.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request adds to the target's logits before the temperature, advanced along the draft's path.
+"""Penalties, logit bias and masks of a request change the target's logits, node by node along a draft.
 
 Order (SGLang's): frequency and presence penalties (additive, counts of generated tokens), repetition penalty (scaling,
 tokens of prompt and response), logit bias, then the mask that keeps a response going until ``min_new_tokens``. At a

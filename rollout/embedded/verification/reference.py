@@ -1,4 +1,4 @@
-"""The algorithms one row and one node at a time, in their papers' order: what the batched verifiers are held against.
+"""The references run each algorithm one row and one node at a time, in its paper's order; batched verifiers must agree.
 
 Distributions are normalised fp64 rows: ``p_target`` [1 + nodes, vocab] after the root (row 0) and after node i (row i +
 1), ``q_draft`` [nodes, vocab] that node i was sampled from. Uniforms are indexed by depth: ``accept[d]`` judges the

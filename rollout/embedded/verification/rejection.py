@@ -1,4 +1,4 @@
-"""Rejection sampling of drafts that were sampled, token by token (Leviathan et al.; SGLang's rejection sampling).
+"""Rejection sampling judges sampled drafts token by token (Leviathan et al.; SGLang's rejection sampling).
 
 Draft x_i ~ q_i is accepted when u_i q_i(x_i) < p_i(x_i), u_i uniform. At the first refusal the token comes from the
 residual distribution, relu(p_i - q_i) normalised; when all stand, the bonus token comes from p after them. The output
@@ -24,7 +24,7 @@ from slime_spec.types import is_greedy
 
 
 class SampledChain:
-    """One row whose draft was sampled: p and q. ``weights`` [1 + drafts, vocab] are unnormalised p."""
+    """Holds p and q of one row whose draft was sampled. ``weights`` [1 + drafts, vocab] are unnormalised p."""
 
     def __init__(self, row: VerifyRow, weights: torch.Tensor, mass: torch.Tensor) -> None:
         assert row.draft.is_chain, "only chains are sampled: settings that draft trees are refused at the start"

@@ -1,4 +1,4 @@
-"""SGLang's acceptance thresholds: below 1 they accept more than the target would, so the output is lossy.
+"""SGLang's acceptance thresholds accept more than the target would when they are below 1: the output is lossy.
 
 At a node, siblings are tried in order with one uniform u; P adds up their probabilities. Sibling x with p(x) > 0 is
 accepted when u < P / threshold_acc or p(x) >= threshold_single. When none is, the token comes from p without the
@@ -23,7 +23,7 @@ from slime_spec.types import is_greedy
 
 @dataclass(frozen=True)
 class Thresholds:
-    """SGLang's two numbers, in (0, 1]; 1 and 1 are exact for distinct siblings."""
+    """Holds SGLang's two thresholds, in (0, 1]; 1 and 1 are exact for distinct siblings."""
 
     single: float
     acc: float

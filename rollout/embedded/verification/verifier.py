@@ -1,4 +1,4 @@
-"""The seam between a pass's logits and the tokens it emits; plain decoding is a round with an empty draft."""
+"""A verifier decides which tokens a pass emits from its logits; plain decoding is a round with an empty draft."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slime_spec.types import SamplingParams
 
 @dataclass(frozen=True)
 class VerifyRow:
-    """One sequence of a pass: its draft, its sampling, its uniforms; ``token_ids`` are all committed, prompt first."""
+    """Holds one sequence of a pass: its draft, params and uniforms; ``token_ids`` are all committed, prompt first."""
 
     draft: Draft
     params: SamplingParams
@@ -42,7 +42,7 @@ class VerifyRow:
 
 @dataclass(frozen=True)
 class Verified:
-    """What a round emits: accepted drafts, then one token of the target's; ``path`` names the accepted nodes.
+    """Holds what a round emits: accepted drafts, then one token of the target; ``path`` names the accepted nodes.
 
     ``logprobs[i]`` is the target's log softmax(logits / T) at ``token_ids[i]``, after bias and penalties.
     """

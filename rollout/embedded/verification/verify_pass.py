@@ -1,4 +1,4 @@
-"""One pass through a verifier: rows in, the rule that judges each kind of row, results in the rows' order."""
+"""A rule verifier groups the rows of a pass by rule, judges each group, and returns results in the rows' order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NODES_PER_CHUNK = 64
 
 
 class Scratch:
-    """Memory for rows of the vocabulary's size, kept between passes: fresh pages cost more than the arithmetic."""
+    """Keeps memory for rows of the vocabulary's size between passes: fresh pages cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -33,7 +33,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Pass:
-    """Adjusted logits [nodes, vocab] of some rows, each row's root before its nodes."""
+    """Holds adjusted logits [nodes, vocab] of some rows, each row's root before its nodes."""
 
     logits: torch.Tensor
     rows: Sequence[VerifyRow]
@@ -60,7 +60,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Emission:
-    """What one row emits: ``token_ids[0]`` comes from the root's logits, the next from ``path[0]``'s, and so on."""
+    """Holds what a row emits: ``token_ids[0]`` comes from the root's logits, the next from ``path[0]``'s, and so on."""
 
     token_ids: list[int]
     path: tuple[int, ...]
@@ -88,7 +88,7 @@ Rule = Callable[[Pass, Scratch], list[Verified]]
 
 
 class RuleVerifier:
-    """A Verifier made of rules: ``rule_of`` says which one judges a row; rows of one rule are judged together."""
+    """Judges rows by rules: ``rule_of`` says which rule judges a row; rows of one rule are judged together."""
 
     def __init__(
         self, rule_of: Callable[[VerifyRow], Rule], eos_token_ids: frozenset[int] = frozenset(), lossy: bool = False
