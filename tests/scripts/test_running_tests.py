@@ -23,16 +23,17 @@ def test_a_file_shares_a_process_and_so_do_the_tests_of_one_real_server_in_sever
 def test_a_proof_depends_on_every_source_it_names_and_on_its_own_file(tmp_path: Path) -> None:
     for name in ("a/one.py", "a/deep/two.c", "proof.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text("x = 1")
     (tmp_path / "a" / "notes.md").write_text("no source")
     digests = [digest_of("a proof.py", tmp_path)]
     (tmp_path / "a" / "notes.md").write_text("changed")
+    (tmp_path / "a" / "one.py").write_text('"""Says what it is."""\n\nx = 1  # one\n')
     assert digest_of("a proof.py", tmp_path) == digests[0]
     for change in (
         lambda: (tmp_path / "a" / "deep" / "two.c").write_text("changed"),
-        lambda: (tmp_path / "proof.py").write_text("changed"),
+        lambda: (tmp_path / "proof.py").write_text("x = 2"),
         lambda: (tmp_path / "a" / "one.py").rename(tmp_path / "a" / "renamed.py"),
-        lambda: (tmp_path / "a" / "three.py").write_text("new"),
+        lambda: (tmp_path / "a" / "three.py").write_text("y = 1"),
     ):
         change()
         digests.append(digest_of("a proof.py", tmp_path))
