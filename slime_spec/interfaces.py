@@ -5,13 +5,13 @@ An implementation is imported only when its name was chosen, so that no run pays
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from slime_spec.errors import ConfigError
+from slime_spec.suggest import did_you_mean
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, Prompt, TrainReport, TrainSample
 
 if TYPE_CHECKING:
@@ -184,8 +184,7 @@ class Task(Protocol):
 def unknown_choice(setting: str, known: Iterable[str], name: str) -> ConfigError:
     """The error for a name that is none of ``known``, with a suggestion where one is near."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
+    hint = did_you_mean(name, names, repr)
     return ConfigError(setting, f"must be one of {', '.join(names)}", name, f"{hint}Choose a known name.")
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from slime_spec.config.schema import SGLANG, nodes, settings
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.suggest import did_you_mean
 
 
 def from_dict(data: Mapping[Any, object]) -> Config:

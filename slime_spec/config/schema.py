@@ -10,9 +10,9 @@ from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from typing import Any
 
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.suggest import did_you_mean
 
 # The one node that is not a dataclass: SGLang's own flags, whose types the launch package knows.
 SGLANG = "sglang"

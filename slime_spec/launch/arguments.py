@@ -8,12 +8,12 @@ from typing import Any
 
 from slime_spec.config.build import unknown_setting
 from slime_spec.config.schema import SGLANG, settings
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError
 from slime_spec.launch.flags import OVERRIDE, Flag, find_flag, flags, is_flag, parse_value
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
 from slime_spec.launch.newer_flags import newer_flag
 from slime_spec.sglang.flags import sglang_flag
+from slime_spec.suggest import did_you_mean
 
 EXTRA_ARGS = "sglang_server.extra_args"
 DEBUG_MODES = ("--debug-rollout-only", "--debug-train-only")

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError
 from slime_spec.launch.help import BENCH, COMMANDS, train_help
+from slime_spec.suggest import did_you_mean
 
 HELP = (["-h"], ["--help"])
 DRY_RUN = "--dry-run"  # of train and rollout: print the plan and start nothing

@@ -10,11 +10,11 @@ from typing import Any
 
 from slime_spec.algorithms import ALGORITHMS
 from slime_spec.config.schema import Setting, settings
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.texts import NULLS, PARSERS, whole_number
 from slime_spec.errors import ConfigError
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
 from slime_spec.sglang.flags import SglangFlag, sglang_flags, typed_elsewhere
+from slime_spec.suggest import did_you_mean
 
 # A token that is an override ends a flag's list of values; a value that looks like one is written --flag=VALUE.
 OVERRIDE = re.compile(rf"[a-z_]+\.[a-z0-9_.]+=|({'|'.join(GROUPS)})=")

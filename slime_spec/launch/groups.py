@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import slime_spec
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError
+from slime_spec.suggest import did_you_mean
 
 EXPERIMENT = "experiment"  # chooses files of the other groups, and may be a path or absent
 GROUPS = (EXPERIMENT, "model", "speculative", "cluster")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 from slime_spec.errors import ConfigError
+from slime_spec.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,8 @@ def metric(name: str) -> Metric:
     for row in TABLE:
         if _pattern(row).fullmatch(name):
             return row
-    close = difflib.get_close_matches(name, [row.name for row in TABLE], n=1, cutoff=0.4)
-    hint = f"Did you mean {close[0]!r}? Otherwise add" if close else "Add"
-    raise ConfigError("metrics", "must be rows of slime_spec/metrics/table.py", name, f"{hint} a row for it.")
+    hint = did_you_mean(name, [row.name for row in TABLE], repr)
+    raise ConfigError("metrics", "must be rows of slime_spec/metrics/table.py", name, f"{hint}A new name needs a row.")
 
 
 @lru_cache(maxsize=len(TABLE))

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.checks import TRAPS
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding, Severity, Trap
 from slime_spec.preflight.gather import gather
+from slime_spec.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
 THEIR_FLAGS = ("--sglang-", "--no-sglang-", "--speculative-", "--no-speculative-")

@@ -22,13 +22,13 @@ from slime_spec.config.build import from_dict, read_yaml, to_dict
 from slime_spec.config.schema import SGLANG
 from slime_spec.config.server_checks import check_servers
 from slime_spec.config.speculation import check_speculation
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.tree import DTYPES, Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.placement import num_engine_nodes
 from slime_spec.sglang.flags import engine_settings
 from slime_spec.sglang.interpreter import InstalledSglang
 from slime_spec.sglang.labels import label_suffix
+from slime_spec.suggest import did_you_mean
 
 OVERRIDES = "sglang_server.overrides"
 EXTRA = "sglang_server.extra_args"

@@ -12,9 +12,9 @@ from typing import Any
 
 from slime_spec.config.build import frozen
 from slime_spec.config.schema import SGLANG, Setting, settings
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.config.texts import EXPECTS, NULLS, PARSERS
 from slime_spec.errors import ConfigError
+from slime_spec.suggest import did_you_mean
 
 TABLE = Path(__file__).with_name("flags.json")
 PREFIX = "--sglang-"  # of our spelling of a flag

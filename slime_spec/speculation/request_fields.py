@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from slime_spec.algorithms import find_algorithm, listed, names
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError
+from slime_spec.suggest import did_you_mean
 from slime_spec.types import SamplingParams
 
 RTP_OBJECTS = ("extra_config", "extra_configs", "generate_config")

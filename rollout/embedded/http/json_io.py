@@ -18,8 +18,8 @@ from aiohttp.typedefs import Middleware
 
 from rollout.embedded.http.generations import EngineEnded
 from rollout.embedded.loop_thread import LoopEnded, Refused
-from slime_spec.config.suggest import did_you_mean
 from slime_spec.errors import ConfigError, PushError
+from slime_spec.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -13,10 +13,13 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     return by_plain[near[0]] if near else None
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"Did you mean trainer.lr? "``, or nothing when no known name is near: put it before the remedy."""
+def did_you_mean(name: str, known: Iterable[str], written: Callable[[str], str] = str) -> str:
+    """``"Did you mean trainer.lr? "``, or nothing when no known name is near: put it before the remedy.
+
+    ``written`` says how the name stands in the sentence: ``repr`` quotes it.
+    """
     near = closest(name, known)
-    return f"Did you mean {near}? " if near else ""
+    return f"Did you mean {written(near)}? " if near else ""
 
 
 def _plain(name: str) -> str:
