@@ -14,9 +14,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rollout.node_actor import NodeWorker, RayNode
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
-from slime_spec.interfaces import TRANSPORTS, Generation, MayStopServing, RolloutEngine, load, load_choice
+from slime_spec.interfaces import Generation, MayStopServing, RolloutEngine, load
 from slime_spec.placement import Placement
 from slime_spec.site import Site
+from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.messages import PushMessage, PushReply
 
@@ -51,9 +52,8 @@ class EngineWorker:
     @ray.method(concurrency_group="control")
     def start(self) -> EngineStats:
         # Built here: what an actor's constructor raises reaches the caller only as Ray's "the actor died".
-        transport = load_choice("push.transport", TRANSPORTS, self._config.push.transport)()
         engine_class, site = load(kind_of(self._config).engine), site_here(self._nodes, self._devices)
-        self._engine = engine_class(self._config, self._index, transport, site=site)
+        self._engine = engine_class(self._config, self._index, RayObjectStoreTransport(), site=site)
         self._engine.start()
         return self._engine.stats()
 

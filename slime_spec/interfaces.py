@@ -206,8 +206,6 @@ def load_choice(setting: str, table: Mapping[str, str], name: str) -> Any:
     return load(choose(setting, table, name))
 
 
-TRAINERS = {"megatron": "trainer_bridge.megatron.group:MegatronGroup"}
-TRANSPORTS = {"ray": "slime_spec.transports.ray_object_store:RayObjectStoreTransport"}
 SINKS = {
     "jsonl": "slime_spec.metrics.jsonl:JsonlSink",
     "console": "slime_spec.metrics.console:ConsoleSink",

@@ -100,7 +100,7 @@ def parity_rows(policy: Path, scratch: Path, seed: int, layouts: Sequence[str]) 
 
 def train_and_continue(config: Config, ranks: Placement, batches: Batches, place: Path) -> tuple[Trained, Trained]:
     """NUM_STEPS steps, a checkpoint in ``place``, and the steps after it."""
-    group = MegatronGroup(config, ranks, config.push.transport)
+    group = MegatronGroup(config, ranks)
     try:
         group.load()
         first = _steps(group, batches[:NUM_STEPS], place / "first")
@@ -113,7 +113,7 @@ def train_and_continue(config: Config, ranks: Placement, batches: Batches, place
 def resume(config: Config, ranks: Placement, batches: Batches, place: Path) -> Trained:
     """The steps after the checkpoint in ``place``, in new processes."""
     loading = replace(config, trainer=replace(config.trainer, load=str(place / "checkpoints")))
-    group = MegatronGroup(loading, ranks, config.push.transport)
+    group = MegatronGroup(loading, ranks)
     try:
         state = group.load()
         assert state == RunState(NUM_STEPS, NUM_STEPS, NUM_STEPS), f"the checkpoint says {state}"

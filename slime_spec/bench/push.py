@@ -26,9 +26,10 @@ from slime_spec.bench.timing import timed
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config
-from slime_spec.interfaces import TRANSPORTS, Trainer, load_choice
+from slime_spec.interfaces import Trainer
 from slime_spec.launch.cluster import cluster
 from slime_spec.launch.compose import compose
+from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.weights.messages import (
     BeginPush,
     CommitPush,
@@ -76,7 +77,7 @@ def push_rounds(config: Config, num_rounds: int) -> list[PushRound]:
     """``num_rounds`` + 1 pushes of a real trainer to real engines; the first one is cold."""
     spec = ModelSpec.from_folder(config.model.hf_checkpoint)
     with cluster(config, spec) as reserved, EnginePool(config, reserved.engines) as engines:
-        trainer = MegatronGroup(config, reserved.ranks, config.push.transport)
+        trainer = MegatronGroup(config, reserved.ranks)
         try:
             trainer.load()
             engines.start()
@@ -163,7 +164,7 @@ class CopyRoom:
 
 def _publish_s(config: Config, weights: Weights) -> float:
     """Publishing alone, bucket by bucket; each bucket's memory goes back at once."""
-    transport = load_choice("push.transport", TRANSPORTS, config.push.transport)()
+    transport = RayObjectStoreTransport()
     buckets = list(bucketed(weights.items(), config.push.bucket_bytes))
     return timed(lambda: [bool(transport.publish([t for _, t in bucket])) for bucket in buckets]).seconds
 

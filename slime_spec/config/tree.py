@@ -135,7 +135,6 @@ class EngineConfig:
 class TrainerConfig:
     """The policy trainer."""
 
-    backend: str = setting("megatron", "Trainer: megatron.", flags=("--train-backend",), choices=("megatron",))
     num_gpus: int = setting(
         0, "GPUs of the trainer; 0 trains on CPU with world_size ranks.", flags=("--actor-num-gpus",), minimum=0
     )
@@ -174,7 +173,6 @@ class TrainerConfig:
 class AlgorithmConfig:
     """GRPO."""
 
-    advantage_estimator: str = setting("grpo", "Advantage estimator.", choices=("grpo",))
     normalize_std: bool = setting(
         True, "Divide a group's advantages by its standard deviation.", flags=("--grpo-std-normalization",)
     )
@@ -204,9 +202,6 @@ class PushConfig:
         "weights), in_place (keep it) or abort.",
         flags=("--update-weights-pause-mode",),
         choices=("none", "retract", "in_place", "abort"),
-    )
-    transport: str = setting(
-        "ray", "How weights travel: ray (shared memory).", flags=("--update-weight-transport",), choices=("ray",)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from slime_spec.config.build import unknown_setting
 from slime_spec.config.schema import SGLANG, settings
 from slime_spec.errors import ConfigError
-from slime_spec.launch.flags import OVERRIDE, Flag, find_flag, flags, is_flag, parse_value
+from slime_spec.launch.flags import ONE_VALUE, OVERRIDE, Flag, find_flag, flags, is_flag, parse_value
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
 from slime_spec.launch.newer_flags import newer_flag
 from slime_spec.sglang.flags import sglang_flag
@@ -28,6 +28,7 @@ class Arguments:
 
     groups: Mapping[str, str]
     settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def read_arguments(argv: Sequence[str]) -> Arguments:
@@ -65,7 +66,8 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     if servers_own:
         values[EXTRA_ARGS] = (*values.get(EXTRA_ARGS, ()), *servers_own)
     chosen = {group: values.pop(group) for group in GROUPS if group in values}
-    return Arguments({group: name for group, name in chosen.items() if name is not None}, values)
+    notes = tuple(values.pop(name) for name in ONE_VALUE if name in values)
+    return Arguments({group: name for group, name in chosen.items() if name is not None}, values, notes)
 
 
 def _read_flag(argv: Sequence[str], position: int) -> tuple[str, Flag, Any, int]:

@@ -75,7 +75,7 @@ def composed(argv: Sequence[str]) -> Composed:
     config = replace(config, speculative=replace(spec, **{name: getattr(default, name) for name in unused}))
     check(config)
     check_environment(os.environ)
-    return Composed(config, (*left_out, *notes(config)), frozenset(values) | in_files)
+    return Composed(config, (*arguments.notes, *left_out, *notes(config)), frozenset(values) | in_files)
 
 
 def file_settings(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from slime_spec.algorithms import ALGORITHMS
@@ -18,6 +18,8 @@ from slime_spec.suggest import did_you_mean
 
 # A token that is an override ends a flag's list of values; a value that looks like one is written --flag=VALUE.
 OVERRIDE = re.compile(rf"[a-z_]+\.[a-z0-9_.]+=|({'|'.join(GROUPS)})=")
+# slime's choices that have one value here: they have no setting, and a script that names the value keeps running.
+ONE_VALUE = {"--advantage-estimator": "grpo", "--train-backend": "megatron", "--update-weight-transport": "ray"}
 SP_TYPES = {each.rtp_llm: each.name for each in ALGORITHMS.values() if each.rtp_llm is not None}
 
 
@@ -25,6 +27,7 @@ SP_TYPES = {each.rtp_llm: each.name for each in ALGORITHMS.values() if each.rtp_
 class Flag:
     """What a flag sets, and how.
 
+    ``path`` is a setting's, or the flag itself where there is no setting: its value is a note for the user then.
     ``num_values`` is "0" for a switch (``on`` and ``off`` are its two values), "1", "?", "+" or "*";
     ``convert`` makes the setting's value of the texts that followed the flag and raises ConfigError.
     """
@@ -135,12 +138,21 @@ def _aliases() -> Mapping[str, Flag]:
         "--disable-grpo-std-normalization": Flag(
             "algorithm.normalize_std", "0", lambda texts: not PARSERS["bool"](texts[0]), on=False, off=True
         ),
+        **{name: Flag(name, "1", partial(_the_one_value, name)) for name in ONE_VALUE},
         "--sp-type": Flag("speculative.algorithm", "1", lambda texts: _algorithm_of_sp_type(texts[0])),
         "--gen-num-per-cycle": Flag("speculative.num_steps", "1", lambda texts: _steps_of_cycle(texts[0])),
         "--sp-quantization": Flag(
             "speculative.draft_model_quantization", "1", lambda texts: _quantization(texts[0].lower())
         ),
     }
+
+
+def _the_one_value(name: str, texts: Sequence[str]) -> str:
+    """The note that the flag has no effect; raises ConfigError for any other value than the one there is."""
+    known = ONE_VALUE[name]
+    if texts[0] != known:
+        raise ConfigError(name, f"must be {known}, the one choice here", texts[0], f"Pass {name} {known}, or nothing.")
+    return f"{name} {known} has no effect: it is the one choice here."
 
 
 def _mode_switch(mode: str) -> Flag:

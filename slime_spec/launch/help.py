@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from slime_spec.algorithms import LOOKUP, NEXTN, STANDALONE
 from slime_spec.config.schema import Setting, nodes, settings
-from slime_spec.launch.flags import SP_TYPES
+from slime_spec.launch.flags import ONE_VALUE, SP_TYPES
 from slime_spec.launch.groups import GROUPS, choices
 from slime_spec.sglang.flags import sglang_flags, sglang_version
 
@@ -62,6 +62,8 @@ def _lines() -> Iterator[str]:
     yield "  --debug-rollout-only    run.mode=rollout_only"
     yield "  --debug-train-only      run.mode=train_only"
     yield "  --dry-run               print placement, servers, transport, memory and preflight; start nothing"
+    yield "slime's choices that have one value here, and no effect"
+    yield f"  {', '.join(f'{name} {value}' for name, value in ONE_VALUE.items())}"
     yield "RTP-LLM's names"
     yield f"  --sp-type {'|'.join(SP_TYPES)}    speculative.algorithm"
     yield from _wrapped(

@@ -26,7 +26,7 @@ from slime_spec.config.build import to_yaml
 from slime_spec.config.checks import check
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.interfaces import TRAINERS, Engines, RunState, Trainer, load_choice
+from slime_spec.interfaces import Engines, RunState, Trainer
 from slime_spec.launch.compose import Composed
 from slime_spec.launch.ray_environment import prepare_ray_environment
 from slime_spec.metrics.examples import Examples
@@ -184,9 +184,9 @@ def _parts(config: Config, spec: ModelSpec | None) -> Iterator[tuple[Engines | N
 
 
 def _trainer(config: Config, placement: Placement) -> Trainer:
-    trainer_class = load_choice("trainer.backend", TRAINERS, config.trainer.backend)
-    trainer: Trainer = trainer_class(config, placement, config.push.transport)
-    return trainer
+    from trainer_bridge.megatron.group import MegatronGroup
+
+    return MegatronGroup(config, placement)
 
 
 def _start(config: Config, trainer: Trainer | None, engines: Engines | None) -> RunState:

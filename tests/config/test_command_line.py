@@ -16,7 +16,8 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
 from slime_spec.launch.compose import compose, laid_over
-from slime_spec.launch.flags import REFUSED, flags
+from slime_spec.launch.compose import composed as composed_with_notes
+from slime_spec.launch.flags import ONE_VALUE, REFUSED, flags
 
 
 def refusal(*argv: str) -> ConfigError:
@@ -156,6 +157,29 @@ SLIME_FLAGS = [
 @pytest.mark.parametrize("flag", SLIME_FLAGS)
 def test_slimes_spelling_exists(flag: str) -> None:
     assert flag in flags()
+
+
+@pytest.mark.parametrize(("flag", "value"), ONE_VALUE.items())
+def test_a_choice_of_slimes_with_one_value_here_is_accepted_with_a_note(flag: str, value: str) -> None:
+    made = composed_with_notes([flag, value])
+    assert made.config == compose([])
+    assert made.notes == (f"{flag} {value} has no effect: it is the one choice here.",)
+    assert not made.given
+    underscored = f"--{flag[2:].replace('-', '_')}={value}"
+    assert read_arguments([underscored]) == read_arguments([flag, value])
+
+
+@pytest.mark.parametrize(("flag", "value"), ONE_VALUE.items())
+def test_another_value_of_it_is_refused_with_the_one_that_there_is(flag: str, value: str) -> None:
+    error = refusal(flag, "another")
+    assert (error.setting, error.value) == (flag, "another")
+    assert error.rule == f"must be {value}, the one choice here"
+
+
+@pytest.mark.parametrize("path", ["algorithm.advantage_estimator", "trainer.backend", "push.transport"])
+def test_a_choice_with_one_value_is_no_setting(path: str) -> None:
+    assert path not in settings()
+    assert "is not a setting" in refusal(f"{path}=grpo").rule
 
 
 @pytest.mark.parametrize("flag", REFUSED)

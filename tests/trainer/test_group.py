@@ -46,7 +46,7 @@ def ray_cluster(config: Config, spec: ModelSpec) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def group(config: Config, ray_cluster: Cluster) -> Iterator[MegatronGroup]:
-    group = MegatronGroup(config, ray_cluster.ranks, "ray")
+    group = MegatronGroup(config, ray_cluster.ranks)
     assert group.load() is None
     yield group
     group.stop()
@@ -162,11 +162,9 @@ def test_a_checkpoint_saved_by_actors_resumes_in_new_ones(
     group.save(str(tmp_path), state)
     resumed_config = replace(config, trainer=replace(config.trainer, load=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"trainer\.load"):
-        MegatronGroup(
-            replace(config, trainer=replace(config.trainer, load=str(tmp_path / "no"))), ray_cluster.ranks, "ray"
-        )
+        MegatronGroup(replace(config, trainer=replace(config.trainer, load=str(tmp_path / "no"))), ray_cluster.ranks)
     group.stop()
-    resumed = MegatronGroup(resumed_config, ray_cluster.ranks, "ray")
+    resumed = MegatronGroup(resumed_config, ray_cluster.ranks)
     try:
         assert resumed.load() == state
         with pytest.raises(ConfigError, match="context"):
@@ -182,7 +180,7 @@ def test_a_checkpoint_saved_by_actors_resumes_in_new_ones(
 def test_a_push_in_which_one_tensor_rank_fails_raises_its_error_although_the_other_waits_for_it(
     config: Config, ray_cluster: Cluster
 ) -> None:
-    group = MegatronGroup(config, ray_cluster.ranks, "ray")
+    group = MegatronGroup(config, ray_cluster.ranks)
     try:
         group.load()
         ray.get(group.actors[1].__ray_call__.remote(lambda actor: delattr(actor.worker, "model")))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import ray
 
 from slime_spec.config.tree import Config
-from slime_spec.interfaces import TRANSPORTS, RunState, load_choice
+from slime_spec.interfaces import RunState
+from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.messages import PushBucket
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 class RankActor:
     """See the module; made remote by the group, which knows its resources."""
 
-    def __init__(self, config: Config, rank: int, transport_name: str) -> None:
+    def __init__(self, config: Config, rank: int) -> None:
         self.config, self.rank = config, rank
-        self.transport = load_choice("push.transport", TRANSPORTS, transport_name)()
+        self.transport = RayObjectStoreTransport()
         self.on_their_way: list[PushBucket] = []
 
     def address(self) -> str:

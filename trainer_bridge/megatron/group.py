@@ -49,7 +49,7 @@ class MegatronGroup:
     in ``config`` (model.hf_checkpoint, trainer.load) must be reachable from both.
     """
 
-    def __init__(self, config: Config, placement: Placement, transport_name: str) -> None:
+    def __init__(self, config: Config, placement: Placement) -> None:
         self.config = config
         self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
         self.layout = check_layout(config, self.spec)
@@ -57,7 +57,7 @@ class MegatronGroup:
             resolve_checkpoint(config.trainer.load)
         self._pushed_version = 0
         self._open_push: Generator[PushMessage, None, None] | None = None
-        self.actors = [_start_actor(config, rank, placement, transport_name) for rank in range(self.layout.world_size)]
+        self.actors = [_start_actor(config, rank, placement) for rank in range(self.layout.world_size)]
 
     def load(self) -> RunState | None:
         init_method = _result(self.actors[0].address.remote(), self.config.cluster.actor_start_timeout_s)
@@ -152,7 +152,7 @@ def merged(streams: Sequence[Any]) -> Iterator[Any]:
         yield _result(ref)
 
 
-def _start_actor(config: Config, rank: int, placement: Placement, transport_name: str) -> Any:
+def _start_actor(config: Config, rank: int, placement: Placement) -> Any:
     num_gpus = placement.num_gpus_of_rank(rank)
     # Waiting threads sleep instead of spinning: engines and ranks may share cores.
     env = {
@@ -169,7 +169,7 @@ def _start_actor(config: Config, rank: int, placement: Placement, transport_name
         ),
         runtime_env={"env_vars": env},
     )
-    return remote.remote(config, rank, transport_name)
+    return remote.remote(config, rank)
 
 
 def _result(ref: Any, timeout_s: float | None = None) -> Any:

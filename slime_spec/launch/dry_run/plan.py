@@ -85,7 +85,7 @@ def transport_text(config: Config) -> str:
     push, to_servers = config.push, config.sglang_server.transport
     verified = "read back and compared" if push.verify else "not verified"
     text = (
-        f"every {push.interval} step(s) in buckets of {push.bucket_bytes / 2**20:.0f} MiB by {push.transport}, "
+        f"every {push.interval} step(s) in buckets of {push.bucket_bytes / 2**20:.0f} MiB by Ray's object store, "
         f"{verified}; running requests: {push.pause_mode}"
     )
     if config.rollout.engine != "sglang":

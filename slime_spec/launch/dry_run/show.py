@@ -80,7 +80,7 @@ def _placement(plan: Plan) -> Iterator[str]:
     if bundles.rank_bundles:
         trainer = config.trainer
         tensor, pipeline = trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size
-        yield f"trainer {trainer.backend}: TP {tensor} x PP {pipeline} x DP {trainer.world_size // (tensor * pipeline)}"
+        yield f"trainer: TP {tensor} x PP {pipeline} x DP {trainer.world_size // (tensor * pipeline)}"
 
 
 def _engine(plan: Plan) -> Iterator[str]:
