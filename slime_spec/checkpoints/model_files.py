@@ -56,7 +56,6 @@ class DraftFiles:
 
     shapes: Shapes
     in_target: bool
-    is_reduced: bool
 
 
 def draft_files(config: Config, target: TargetFiles) -> DraftFiles | None:
@@ -65,11 +64,10 @@ def draft_files(config: Config, target: TargetFiles) -> DraftFiles | None:
     if draft is None:
         return None
     if draft.kind == "in_target":
-        return DraftFiles(target.mtp_shapes, in_target=True, is_reduced=False)
+        return DraftFiles(target.mtp_shapes, in_target=True)
     stored = CheckpointFolder(Path(draft.folder), DRAFT_PATH)
-    reduced = stored.config.get("draft_vocab_size", target.vocab_size) not in (None, target.vocab_size)
     shapes = {name: shape for name, shape in _shapes(stored.tensors).items() if name not in TABLES}
-    return DraftFiles(shapes, in_target=False, is_reduced=reduced)
+    return DraftFiles(shapes, in_target=False)
 
 
 def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:

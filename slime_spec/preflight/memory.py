@@ -70,8 +70,7 @@ class MemoryPlan:
     """None: what config.json does not tell; ``source`` says what the numbers come from.
 
     ``push_copies`` of a push's ``push_bytes`` are in shared memory: a server that dies is started again with the one
-    before while the next arrives. ``mem_fraction_static`` is the servers'; ``takes_turns`` says that engines give their
-    memory back before the trainer takes its own.
+    before while the next arrives. ``mem_fraction_static`` is the servers'.
     """
 
     source: str
@@ -80,7 +79,6 @@ class MemoryPlan:
     push_bytes: int | None
     push_copies: int
     mem_fraction_static: float | None
-    takes_turns: bool
 
 
 def plan_memory(facts: Facts) -> MemoryPlan:
@@ -97,7 +95,6 @@ def plan_memory(facts: Facts) -> MemoryPlan:
         push_bytes=num_parameters * itemsize if runs_engines and trains and num_parameters is not None else None,
         push_copies=kind_of(config).num_weight_copies,
         mem_fraction_static=fraction if isinstance(fraction, float) else None,
-        takes_turns=runs_engines and trains and config.cluster.colocate and config.cluster.offload,
     )
 
 

@@ -31,8 +31,6 @@ from tests.support.tiny_drafts import (
     some_target_ids,
 )
 
-FIRST_TOKENS = torch.arange(DRAFT_VOCAB)
-
 
 def load(folder: Path, target: Path) -> DraftCheckpoint:
     model = ModelSpec.from_folder(target)
