@@ -14,7 +14,8 @@ from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import verify_tensors
-from slime_spec.config.tree import Config, SpeculativeConfig
+from slime_spec.config.speculation import check_quantization
+from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError, ConfigError
 
 TOKENIZER = "tokenizer.json"
@@ -45,7 +46,7 @@ def choose_draft(config: Config, target: ModelSpec) -> ChosenDraft | None:
     speculative = config.speculative
     if not speculative.record.has_weights:
         return None
-    _check_quantization(speculative, on_gpu=config.rollout.num_gpus_per_engine > 0)
+    check_quantization(config)
     folder = _folder(config, target)
     if speculative.record.is_whole_model:
         draft = ChosenDraft(folder, _whole_model(folder, target, config.model.hf_checkpoint))
@@ -129,13 +130,3 @@ def _vocabulary(folder: CheckpointFolder) -> dict[str, int]:
     # A unigram model lists [piece, score] pairs in the order of their ids.
     tokens = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
     return tokens | {added["content"]: added["id"] for added in stored.get("added_tokens", [])}
-
-
-def _check_quantization(config: SpeculativeConfig, on_gpu: bool) -> None:
-    if config.draft_model_quantization == "fp8" and not on_gpu:
-        raise ConfigError(
-            "speculative.draft_model_quantization",
-            "fp8 needs a GPU that computes with it, and this run's engines are on the CPU",
-            "fp8",
-            "Pass --sglang-speculative-draft-model-quantization int8, or leave it out.",
-        )

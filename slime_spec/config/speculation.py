@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from slime_spec.algorithms import ALGORITHMS, AUTO_CHAIN, NGRAM_DRAFT_TOKENS, OF_DRAFT_MODEL, listed, names
 from slime_spec.config.tree import Config, SpeculativeConfig
+from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.sglang.draft_shape import check_shape, forced_draft_tokens
 
@@ -17,7 +18,7 @@ def check_speculation(config: Config) -> None:
     """Raise ConfigError for the first contradiction among the speculative settings."""
     spec = config.speculative
     record = spec.record
-    if record.sglang is None and config.rollout.engine == "sglang":
+    if record.sglang is None and kind_of(config).has_servers:
         instead = listed(names(lambda each: each.sglang is not None and each.sources == record.sources))
         raise ConfigError(
             "speculative.algorithm",
@@ -25,7 +26,7 @@ def check_speculation(config: Config) -> None:
             spec.algorithm,
             f"Pass --speculative-algorithm {instead}, or --rollout-engine embedded.",
         )
-    if record.drafter is None and config.rollout.engine != "sglang":
+    if record.drafter is None and not kind_of(config).has_servers:
         raise ConfigError(
             "speculative.algorithm",
             f"is known but not available on the {config.rollout.engine} engine in this version; available: "
@@ -114,6 +115,12 @@ def _check_draft_model(config: Config) -> None:
             quantization,
             "Leave it out, or choose an algorithm with a draft model.",
         )
+    check_quantization(config)
+
+
+def check_quantization(config: Config) -> None:
+    """Raise ConfigError for a draft in fp8 on engines without a GPU; which GPUs have fp8 is known at the engine."""
+    quantization = config.speculative.draft_model_quantization
     if quantization == "fp8" and config.rollout.num_gpus_per_engine == 0:
         raise ConfigError(
             "speculative.draft_model_quantization",

@@ -25,6 +25,7 @@ from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
 from slime_spec.config.checks import check
 from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import Engines, RunState, Trainer
 from slime_spec.launch.compose import Composed
@@ -116,7 +117,7 @@ def preflight(config: Config) -> Inputs:
 
 def _target_spec(config: Config) -> ModelSpec | None:
     """Raises CheckpointError for a family that this project would have to compute with itself and cannot."""
-    is_served_only = config.rollout.engine == "sglang" and config.run.mode == "rollout_only"
+    is_served_only = kind_of(config).has_servers and config.run.mode == "rollout_only"
     stored = CheckpointFolder(Path(config.model.hf_checkpoint))
     if is_served_only and not family_of(stored.architecture).is_built:
         return None

@@ -9,6 +9,7 @@ from typing import Literal
 from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
 from slime_spec.sglang.draft_shape import DraftShape, draft_shape
 from slime_spec.sglang.interpreter import InstalledSglang
 from slime_spec.sglang.releases import Release
@@ -44,7 +45,7 @@ class Facts:
 
     @property
     def on_sglang(self) -> bool:
-        return self.config.rollout.engine == "sglang" and self.config.run.mode != "train_only"
+        return kind_of(self.config).has_servers and self.config.run.mode != "train_only"
 
     @property
     def knows_servers(self) -> bool:

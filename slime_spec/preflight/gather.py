@@ -11,6 +11,7 @@ from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.folder import DRAFT_PATH
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.gpus import visible_gpu_bytes
@@ -31,7 +32,6 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
     weights are read; SGLang's interpreter is asked for its version, and for its flags where the version is not the
     pinned one; a server that someone else started is asked for both.
     """
-    on_sglang = config.rollout.engine == "sglang" and config.run.mode != "train_only"
     target = Checkpoint.read(config.model.hf_checkpoint)
     base = Facts(
         config=config,
@@ -44,9 +44,9 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
         gpu_bytes=visible_gpu_bytes(os.environ) if config.cluster.ray_address is None else None,
         acceptance=acceptance,
     )
-    if not on_sglang:
+    if not base.on_sglang:
         return (base,)
-    return tuple(_external(base) if config.sglang_server.external_addrs else _started(base))
+    return tuple(_external(base) if kind_of(config).uses_external_servers(config) else _started(base))
 
 
 def _started(base: Facts) -> Iterator[Facts]:

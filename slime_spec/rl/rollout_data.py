@@ -21,18 +21,11 @@ from slime_spec.errors import ConfigError
 from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters
 
 PLACEHOLDER = "{rollout_id}"
-SAVE, LOAD = "run.save_debug_rollout_data", "run.load_debug_rollout_data"
+LOAD = "run.load_debug_rollout_data"
 
 
 def check_rollout_data(run: RunConfig, first_rollout_id: int = 0) -> None:
-    """Refuse, before anything starts, a save path that every step would overwrite and a load path without a file."""
-    if run.save_debug_rollout_data is not None and PLACEHOLDER not in run.save_debug_rollout_data:
-        raise ConfigError(
-            SAVE,
-            f"must contain {PLACEHOLDER}, so that each step has a file of its own",
-            run.save_debug_rollout_data,
-            f"Pass --save-debug-rollout-data DIR/{PLACEHOLDER}.pt",
-        )
+    """Raise ConfigError, before anything starts, for a load path without a file of the first step."""
     if run.load_debug_rollout_data is not None:
         _existing(_path(run.load_debug_rollout_data, first_rollout_id))
 

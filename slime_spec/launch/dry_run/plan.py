@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from slime_spec.config.addresses import address_of
 from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
 from slime_spec.launch.compose import Composed
 from slime_spec.placement import BundlePlan, plan_bundles
 from slime_spec.preflight.facts import Facts
@@ -88,7 +89,7 @@ def transport_text(config: Config) -> str:
         f"every {push.interval} step(s) in buckets of {push.bucket_bytes / 2**20:.0f} MiB by Ray's object store, "
         f"{verified}; running requests: {push.pause_mode}"
     )
-    if config.rollout.engine != "sglang":
+    if not kind_of(config).has_servers:
         return text
     ways = {
         "tensor": "tensor (CUDA IPC)" if config.rollout.num_gpus_per_engine else "tensor (shared memory)",
