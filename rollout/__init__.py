@@ -1,1 +1,1 @@
-"""Rollout engines and the Ray actors and pool that host them."""
+"""This package holds the rollout engines, and the Ray actors and the pool that host them."""

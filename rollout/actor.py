@@ -1,4 +1,4 @@
-"""The Ray actor around one rollout engine: no policy in it, only the engine's methods made remote."""
+"""Ray actors make a rollout engine's methods callable from other processes, and decide nothing themselves."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.messages import PushMessage, PushReply
 
-# Every group being generated holds one thread, which sleeps until the engine's own loop finishes a sample.
+# Every in-flight group holds one thread, which sleeps until the engine's own loop finishes a sample.
 MAX_GROUPS_IN_FLIGHT = 512
-# Threads of each kind of call: a push must not keep a generation from being aborted, nor a watch hold up either.
+# Each kind of call has its own threads: a push must not delay an abort, and a watch must delay neither.
 CONCURRENCY = {"generate": MAX_GROUPS_IN_FLIGHT, "control": 1, "abort": 1, "watch": 1}
 
 
 class EngineWorker:
-    """One engine in its own process; groups generate concurrently, control calls never wait behind them.
+    """Runs one engine in its own process: groups generate concurrently, and control calls never wait for a group.
 
-    The number of an in-flight group names one call of ``generate``, so that an abort finds it, even an abort that has
-    overtaken the call.
+    The number of an in-flight group names one call of ``generate``: an abort finds the call by this number, even where
+    the abort arrives first.
     """
 
     _engine: RolloutEngine
@@ -70,7 +70,7 @@ class EngineWorker:
 
     @ray.method(concurrency_group="abort")
     def abort(self, numbers: Sequence[int]) -> None:
-        """Abort those generations, running or about to start; nothing happens to those that have ended."""
+        """Abort the generations with these numbers, running or about to start; an ended generation stays as it is."""
         self._aborted.update(numbers)
         for number in numbers:
             if (generation := self._generations.get(number)) is not None:
@@ -78,7 +78,7 @@ class EngineWorker:
 
     @ray.method(concurrency_group="watch")
     def wait_serving(self, known: bool) -> bool:
-        """See MayStopServing; any other engine serves as long as its process lives."""
+        """Do what MayStopServing says; any other engine serves as long as its process lives."""
         if isinstance(self._engine, MayStopServing):
             return self._engine.wait_serving(known)
         if known:
@@ -106,7 +106,7 @@ class EngineWorker:
 
 
 def site_here(nodes: Sequence[ray.actor.ActorHandle] = (), devices: tuple[str, ...] = ()) -> Site:
-    """The Site of this process; ``nodes`` are the NodeWorkers of an engine's other nodes."""
+    """Return the Site of this process; ``nodes`` are the NodeWorkers of an engine's other nodes."""
     return Site(
         address=ray.util.get_node_ip_address(),
         num_cluster_nodes=sum(node["Alive"] for node in ray.nodes()),
@@ -117,18 +117,18 @@ def site_here(nodes: Sequence[ray.actor.ActorHandle] = (), devices: tuple[str, .
 
 @dataclass(frozen=True)
 class EngineActors:
-    """One engine's actors: the engine itself, and the owners of its processes on its other nodes."""
+    """Names one engine's actors: ``engine`` runs the engine, ``nodes`` own its processes on its other nodes."""
 
     engine: ray.actor.ActorHandle
     nodes: tuple[ray.actor.ActorHandle, ...]
 
 
 def create_engine_actors(config: Config, engine_index: int, placement: Placement) -> EngineActors:
-    """Start one engine's actors in their bundles, with as many compute threads as the cores they were given."""
+    """Start one engine's actors in their bundles, each with ``num_cpus_per_engine`` compute threads."""
     options = partial(_actor_options, config, engine_index, placement)
     node_class = kind_of(config).node
     nodes = tuple(
-        # Ray starts one that died anew, perhaps elsewhere, and what it was asked is asked again: all of it may be.
+        # Ray restarts a NodeWorker that died, perhaps on another node, and repeats its calls: each may be repeated.
         ray.remote(NodeWorker)
         .options(**options(bundle), max_restarts=-1, max_task_retries=-1)
         .remote(node_class, placement.devices_of_bundle(bundle))

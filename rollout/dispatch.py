@@ -1,4 +1,4 @@
-"""Which engine gets the next group: the least loaded one that serves and has room."""
+"""The dispatcher chooses the engine of the next group: the least loaded engine that serves and has room."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Dispatcher:
-    """Counts the samples each engine still owes; has room for ``samples_per_engine`` of them.
+    """Counts the samples that each engine still owes; an engine has room for ``samples_per_engine`` samples.
 
     Room is a little more than an engine decodes at once, so that its queue never runs dry while late groups can still
     go to whichever engine frees up first. ``serving`` says which engines serve now; its owner changes it.
@@ -21,7 +21,7 @@ class Dispatcher:
         self.owed = [0] * len(self.serving)
 
     def assign(self, num_samples: int) -> int | None:
-        """Reserve the least loaded engine for a group; None when all that serve are full. An idle one is never full."""
+        """Reserve the least loaded engine for a group; None when all serving engines are full. An idle one never is."""
         serving = [engine for engine, serves in enumerate(self.serving) if serves]
         if not serving:
             return None

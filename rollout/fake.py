@@ -1,6 +1,6 @@
-"""A rollout engine without a model, for tests of everything around engines; ships so that users' tests can have it too.
+"""The fake engine has no model: it is for tests of everything around engines, users' own tests included.
 
-Its "samples" are a pure function of the prompt and the seed, its weights are whatever was pushed.
+Its samples are a pure function of the request and the seed, its weights are the last pushed tensors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROUNDS = SpecCounters(num_rounds=2, num_proposed=6, histogram=(1, 1), num_drafte
 
 
 class FakeGeneration:
-    """Samples of one group, made as they are asked for; one that is aborted stops half-way through what it lacks."""
+    """Makes the samples of one group as the caller asks for them; an aborted sample gets half of its missing tokens."""
 
     def __init__(self, request: GroupRequest, engine: int, version: int) -> None:
         self._request, self._engine, self._version = request, engine, version
@@ -78,7 +78,7 @@ class FakeGeneration:
 
 
 class FakeStaging:
-    """Tensors, kept."""
+    """Keeps the tensors of a push."""
 
     def __init__(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         self.expected = expected
@@ -92,7 +92,7 @@ class FakeStaging:
 
 
 class FakeWeights:
-    """Implements ServingWeights for weights that nothing computes with; they are all the target's."""
+    """Implements ServingWeights for weights that nothing computes with; all of them are the target's."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec, self._version = spec, 0
@@ -111,14 +111,14 @@ class FakeWeights:
         return combined_checksum((name, tensor_checksum(tensor)) for name, tensor in self.tensors.items())
 
     def pause(self, mode: PauseMode) -> None:
-        """Nothing is under way: its samples are made when they are asked for."""
+        """Do nothing: no sample is in progress, because each is made when the caller asks for it."""
 
     def resume(self) -> None:
         pass
 
 
 class FakeEngine:
-    """Implements RolloutEngine; ``fail_bucket`` makes it refuse that bucket of every push."""
+    """Implements RolloutEngine; the engine refuses the bucket ``fail_bucket`` of every push."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class FakeEngine:
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """What was pushed last."""
+        """Return the tensors of the last push."""
         return self._weights.tensors
 
     def start(self) -> None:

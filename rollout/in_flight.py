@@ -1,12 +1,12 @@
-"""Where each group of one generation is: waiting for an engine, in flight on an engine, or between two engines.
+"""InFlightGroups tracks where each group of a generation is: waiting, in flight on an engine, or between two engines.
 
     waiting ──launch──► in flight on an engine ──arrived──► finished: to the caller
        ▲                     │
        │                     ├─ recalled, where its engine does not serve while another does: ends as if aborted
        └──────unfinished─────┴─ lost, where the engine's process died
 
-What is sent again resumes the partial samples that came back (slime_spec.partial_samples). Nothing here knows of Ray or
-waits.
+A group that is sent again resumes the partial samples that came back (slime_spec.partial_samples). This module does not
+use Ray and never waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slime_spec.types import GeneratedSample, GroupRequest
 
 @dataclass(eq=False)
 class InFlightGroup:
-    """A group on an engine. ``left`` maps the samples still out to their positions; ``back`` are unfinished samples."""
+    """Records a group on an engine: ``left`` maps awaited sample indices to positions, ``back`` are partial samples."""
 
     number: int
     engine: int
@@ -36,7 +36,7 @@ class InFlightGroup:
 
 
 class InFlightGroups:
-    """All groups of one generation; each of their samples is given to the caller once. ``numbers`` name the groups.
+    """Tracks all groups of one generation; gives the caller each of their samples once. ``numbers`` name the groups.
 
     Example::
 
@@ -70,7 +70,7 @@ class InFlightGroups:
         return launched
 
     def recall(self) -> list[InFlightGroup]:
-        """The groups to abort, each returned once: their engines do not serve, and others do."""
+        """Return the groups to abort, each group once: their engines do not serve, and other engines do."""
         serving = self._dispatcher.serving
         if not any(serving):
             return []
@@ -80,7 +80,7 @@ class InFlightGroups:
         return recalled
 
     def arrived(self, group: InFlightGroup, sample: GeneratedSample) -> GeneratedSample | None:
-        """The sample for the caller; nothing yet where its group was recalled before the sample was finished."""
+        """Return the sample for the caller, or None where its group was recalled before the sample was finished."""
         del group.left[sample.sample_index]
         self._dispatcher.finished(group.engine)
         if group.is_recalled and sample.finish_reason == "abort":
@@ -89,9 +89,9 @@ class InFlightGroups:
         return sample
 
     def ended(self, group: InFlightGroup) -> list[GeneratedSample]:
-        """Nothing more of the group comes; its unfinished samples wait for an engine, or are the caller's if aborted.
+        """Close a group whose stream has ended; its partial samples wait for an engine, or are returned if aborted.
 
-        Raises RuntimeError for a sample that comes back again and again without a token more.
+        Raises RuntimeError for a sample that comes back again and again without a new token.
         """
         assert not group.left, f"{group.request.group_id} ended with {len(group.left)} samples missing"
         self._on_engines.remove(group)
@@ -104,14 +104,14 @@ class InFlightGroups:
         return []
 
     def lost(self, group: InFlightGroup) -> list[GeneratedSample]:
-        """As ``ended``, where the engine's process has died: its samples are as they were when the engine got them."""
+        """Close a group whose engine's process has died; its samples are as they were when the engine got them."""
         self._dispatcher.finished(group.engine, len(group.left))
         group.back += [as_partial(group.request, position) for position in group.left.values()]
         group.left = {}
         return self.ended(group)
 
     def abort(self) -> list[GeneratedSample]:
-        """The samples whose turn has not come, as they are; the groups in flight are for the engines to abort."""
+        """Return the waiting groups' samples as they are; the caller has the engines abort the in-flight groups."""
         self.is_aborted = True
         waiting, self._waiting = self._waiting, deque()
         return [as_partial(request, position) for request in waiting for position in range(len(request.seeds))]

@@ -1,4 +1,4 @@
-"""The Ray actors on the other nodes of an engine that is larger than one node: each owns the engine's process there."""
+"""NodeWorker is a Ray actor on a further node of an engine, and owns the engine's process there; RayNode calls it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ CALL_TIMEOUT_S = 60.0
 
 
 class NodeWorker:
-    """Holds the Node of the node that it runs on: ``node_class`` as in EngineKind, ``devices`` as in Site."""
+    """Holds a Node for the machine that the actor runs on: ``node_class`` as in EngineKind, ``devices`` as in Site."""
 
     def __init__(self, node_class: str, devices: tuple[str, ...]) -> None:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
         self._node: Node = load(node_class)(ray.util.get_node_ip_address(), visible)
 
     def ask(self, method: str, *arguments: object) -> Any:
-        """The answer of one of the Node's methods."""
+        """Call one of the Node's methods and return its answer."""
         return getattr(self._node, method)(*arguments)
 
 
 class RayNode:
-    """A Node whose process belongs to a NodeWorker.
+    """Implements Node by calls to a NodeWorker.
 
-    An actor that has died is started anew by Ray and asked again; its exit code says whether the process went with it.
+    Ray restarts a NodeWorker that has died and repeats the call; ``exit_code`` says whether the process died with it.
     """
 
     def __init__(self, actor: ray.actor.ActorHandle) -> None:
@@ -58,7 +58,7 @@ class RayNode:
         try:
             self._ask("stop")
         except NodeLost:
-            return  # and its process with it
+            return  # the process is lost with its node
 
     def _ask(self, method: str, *arguments: object) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""The engines as one: prompts go to the least loaded, finished samples stream back, pushes reach all of them.
+"""EnginePool runs all engines as one: prompts go to the least loaded engine, samples stream back, pushes reach all.
 
 generate(groups) ─► InFlightGroups ─► EngineWorker 0 ─┐
                 ▲         └─────────► EngineWorker 1 ─┴─► samples, in the order they finish
@@ -36,16 +36,16 @@ ABORT_POLL_S = 0.2
 
 
 class EngineProcessDied(RuntimeError):
-    """An engine's own process has ended, of which no other is made: its weights and its part in pushes are gone."""
+    """An engine's own process has ended and is not restarted: its weights and its part in pushes are gone."""
 
 
 class EnginePool:
-    """All rollout engines of a run. Use as a context manager: leaving it stops the engines and their actors.
+    """Owns all rollout engines of a run. Use as a context manager: leaving it stops the engines and their actors.
 
-    An engine that loses its server (MayStopServing) is given nothing until it serves again, and what it had not
-    finished goes on at engines that serve; where there is none, it waits in its engine. One whose process dies is lost:
-    its samples go on at the others as they were when it got them, an ERROR is logged, and the next push (or any other
-    call to all engines) raises EngineProcessDied.
+    An engine that loses its server (MayStopServing) gets no group until it serves again, and other engines that serve
+    resume its partial samples; where no engine serves, samples wait in their engine. An engine whose process dies is
+    lost: other engines take its samples as they were when it got them, an ERROR is logged, and the next push (or any
+    other call to all engines) raises EngineProcessDied.
     """
 
     def __init__(self, config: Config, placement: Placement) -> None:
@@ -67,7 +67,7 @@ class EnginePool:
         self.stop()
 
     def start(self) -> list[EngineStats]:
-        """Load every engine; raises the engine's own ConfigError, or one about the timeout."""
+        """Load every engine; raises the engine's own ConfigError, or a ConfigError about the timeout."""
         timeout_s = kind_of(self._config).start_timeout_s(self._config)
         self._shared.start()
         calls = [actor.start.remote() for actor in self._actors]
@@ -92,7 +92,7 @@ class EnginePool:
         return self._samples(groups, self._num_aborts)
 
     def abort(self) -> None:
-        """See Engines: let the generation in progress, if there is one, come to its end now; from any thread."""
+        """End the generation in progress, if there is one, as Engines says; may be called from any thread."""
         self._num_aborts += 1
 
     def broadcast(self, message: PushMessage) -> list[PushReply]:
@@ -123,7 +123,7 @@ class EnginePool:
                     yield from self._next(ref, streams, groups)
 
     def _ready(self, refs: Collection[Any], timeout_s: float) -> list[Any]:
-        """One that has something, if any has it in time; raises EngineProcessDied where no engine is left."""
+        """Return a reference with a result, if any has it in time; raises EngineProcessDied where no engine is left."""
         if len(self._dead) == len(self._actors):
             *_, last = self._dead.values()
             raise EngineProcessDied(f"no engine is left: their processes have died, the last so: {last}") from last
@@ -136,7 +136,7 @@ class EnginePool:
         streams: dict[ray.ObjectRefGenerator, InFlightGroup],
         groups: InFlightGroups,
     ) -> list[GeneratedSample]:
-        """What the caller gets of the next thing that a stream has."""
+        """Return the caller's samples out of the next item of a stream."""
         group = streams[stream]
         try:
             sample = groups.arrived(group, result_of(next(stream)))
@@ -155,12 +155,12 @@ class EnginePool:
             self._actors[engine].abort.remote(numbers)
 
     def _watch_all(self) -> None:
-        """Have every engine say when it begins or ceases to serve."""
+        """Have every engine report when it starts or stops serving."""
         for engine in set(range(len(self._actors))) - self._dead.keys() - set(self._watches.values()):
             self._watches[self._actors[engine].wait_serving.remote(self._serving[engine])] = engine
 
     def _hear_all(self) -> None:
-        """What has changed since the last generation, twice where a server was lost and replaced."""
+        """Note what has changed since the last generation; a server that was lost and replaced reports twice."""
         self._watch_all()
         timeout_s = 0.0
         while heard := self._ready(self._watches, timeout_s):
@@ -181,7 +181,7 @@ class EnginePool:
             )
 
     def _bury(self, engine: int, error: RayActorError) -> None:
-        """An engine's process has died: go on without it."""
+        """Go on without an engine whose process has died."""
         if engine in self._dead:
             return
         self._dead[engine] = error
@@ -199,7 +199,7 @@ class EnginePool:
         return results
 
     def stop(self) -> None:
-        """End the engines, then their processes; one that does not answer is killed all the same."""
+        """End the engines, then their processes; a process that does not answer is killed."""
         ray.wait([actor.stop.remote() for actor in self._actors], num_returns=len(self._actors), timeout=STOP_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)

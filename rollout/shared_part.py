@@ -1,4 +1,4 @@
-"""The part that all engines of a run share, as their kind declares it."""
+"""``shared_part`` makes the part that all engines of a run share, as their EngineKind declares it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NothingShared:
 
 
 def shared_part(config: Config, site: Site) -> SharedPart:
-    """The shared part of this run's engines, not yet started; ``site`` is where it will run."""
+    """Make the shared part of this run's engines, not yet started; ``site`` is where it will run."""
     path = kind_of(config).shared_part
     made: SharedPart | None = None if path is None else load(path)(config, site)
     return made or NothingShared(config)
