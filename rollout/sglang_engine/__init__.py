@@ -1,1 +1,1 @@
-"""The SGLang engine: real SGLang servers behind the RolloutEngine seam."""
+"""The SGLang engine runs real SGLang servers behind the RolloutEngine interface."""

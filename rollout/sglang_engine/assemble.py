@@ -1,4 +1,4 @@
-"""Makes the parts of an engine from its configuration and what its server says of itself."""
+"""These functions make the parts of an engine from its configuration and from what its server reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_watch(config: Config, target: TargetFiles, draft: DraftFiles | None) ->
 
 
 def make_delivery(config: Config, engine_index: int, draft: DraftFiles | None, server: KeptServer) -> Delivery:
-    """For a server that has started, whose contract it is asked for."""
+    """Make the delivery to a started server, which is asked for its contract."""
     contract = server.loop.call(detect(server.client))
     logger.info("server ready version=%s contract=%s", server.info.version, contract)
     transport = config.sglang_server.transport

@@ -1,6 +1,6 @@
-"""A few fixed prompts, generated greedily after each push: are drafts still accepted as before?
+"""The canary generates a few fixed prompts greedily after each push: are drafts still accepted as before?
 
-A draft that was overwritten, lost or left behind shows in no error: its drafts are refused, the output stays right, and
+A draft that was overwritten, lost or left behind causes no error: its drafts are refused, the output stays right, and
 the run is slower than without speculation. Accepted drafts per round (accept length less the token that every round
 brings) are compared with their own running mean.
 """
@@ -26,9 +26,9 @@ MEMORY = 0.7  # weight of the past in the running mean
 
 @dataclass
 class Canary:
-    """``drop``: the share of the mean below which the draft is taken for lost.
+    """Generates and judges the canary's prompts: the first that came, of ``longest`` tokens at most.
 
-    Prompts are the first that came, of ``longest`` tokens at most.
+    ``drop`` is the share of the mean below which the draft is taken for lost.
     """
 
     num_prompts: int
@@ -39,20 +39,20 @@ class Canary:
     mean: float | None = None
 
     def see(self, prompt: Sequence[int]) -> None:
-        """Remember a prompt until there are enough."""
+        """Keep a prompt for the canary until there are ``num_prompts``."""
         ids = tuple(prompt)
         if len(self.prompts) < self.num_prompts and len(ids) <= self.longest and ids not in self.prompts:
             self.prompts.append(ids)
 
     async def run(self, client: SglangClient) -> SpecCounters:
-        """What was drafted and accepted, over all prompts."""
+        """Generate all prompts and return what was drafted and accepted."""
         answers = await asyncio.gather(*(self._generate(client, prompt) for prompt in self.prompts))
         return pooled(spec_counters(answer["meta_info"]) for answer in answers)
 
     def judge(self, counted: SpecCounters) -> bool:
-        """Whether drafts are accepted per round as before; a good number goes into the mean.
+        """Return whether as many drafts per round are accepted as before; a good number goes into the mean.
 
-        Where nothing was verified there is nothing to judge.
+        It is True where no round was verified.
         """
         if not counted.num_rounds:
             return True
@@ -67,7 +67,7 @@ class Canary:
     async def _generate(self, client: SglangClient, prompt: tuple[int, ...]) -> dict[str, Any]:
         sampling = {"temperature": 0.0, "max_new_tokens": self.num_tokens, "ignore_eos": True}
         rid = f"canary-{uuid4().hex}"
-        # A key of its own each time: cached prefixes of older weights would hide what the new ones do.
+        # Each request has its own cache key: cached prefixes of older weights would hide what the new weights do.
         body = {"rid": rid, "input_ids": list(prompt), "sampling_params": sampling, "extra_key": rid}
         answer: dict[str, Any] = await client.post("/generate", body)
         return answer

@@ -1,4 +1,4 @@
-"""One server's HTTP interface: JSON calls and streams, with errors that say whether anything may have happened.
+"""SglangClient calls one server over HTTP; its errors say whether the server may have done anything.
 
 Nothing is retried here. A call that was refused did nothing; after ServerGone nobody knows, and the caller decides.
 """
@@ -13,7 +13,7 @@ import aiohttp
 
 CONTROL_TIMEOUT_S = 600.0
 ABORT_TIMEOUT_S = 30.0
-# With it sglang-router marks the answers that are its own and no server's.
+# The header that sglang-router sets on answers of its own, which come from no server.
 ROUTER_ERROR = "x-smg-error-code"
 # A streamed chunk of many samples' logprobs is one line, longer than aiohttp's own limit.
 LONGEST_LINE = 256 * 1024 * 1024
@@ -48,12 +48,12 @@ class SglangClient:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def open(self) -> None:
-        # Every sample in flight holds a connection: the server's own queue is the limit, not aiohttp's 100.
+        # Every sample being generated holds a connection: the server's own queue is the limit, not aiohttp's 100.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, read_bufsize=2**20)
 
     def at(self, url: str) -> SglangClient:
-        """The same for another server; it lasts as long as this one."""
+        """Return a client of another server, which can be used as long as this client is open."""
         other = SglangClient(url)
         other._session = self._session
         return other
@@ -65,14 +65,14 @@ class SglangClient:
         return await self._call("GET", path, None, timeout_s)
 
     async def post(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
-        """The answer's JSON (its text where it is none); raises ServerRefused or ServerGone."""
+        """Return the answer's JSON, or its text where it is not JSON; raises ServerRefused or ServerGone."""
         return await self._call("POST", path, body or {}, timeout_s)
 
     async def delete(self, path: str, timeout_s: float) -> Any:
         return await self._call("DELETE", path, None, timeout_s)
 
     async def abort(self, rid: str) -> None:
-        """End a request with what it has; one that the server does not know is no error."""
+        """End a request with the tokens it has; a request that the server does not know is no error."""
         await self.post("/abort_request", {"rid": rid}, ABORT_TIMEOUT_S)
 
     async def is_healthy(self, timeout_s: float = 10.0) -> bool:
@@ -83,7 +83,7 @@ class SglangClient:
         return True
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of one streamed /generate; ends after the server's [DONE].
+        """Yield the chunks of one streamed /generate, until the server's [DONE].
 
         Raises ServerGone when the stream breaks off, ServerRefused for an error, also one sent as a chunk.
         """
@@ -147,7 +147,7 @@ def _refusal(path: str, response: aiohttp.ClientResponse, text: str) -> ServerRe
 
 
 def _message(text: str) -> str:
-    """What the server says in the several shapes of its errors."""
+    """Return the message of a server's error, which comes in several shapes."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError:

@@ -1,10 +1,10 @@
-"""How a server takes weights: read from the fields of its requests, never from its version.
+"""A contract says how a server takes weights; it is read from the server's request fields, never from its version.
 
     none       tensors go to the draft's runner and to the target's
     flag       the same, unless disable_draft_model is set; from a group they go to the target alone
     selector   every call names its side, inside a session that must be begun and ended
 
-``slime_spec/sglang/releases.py`` says which release has which.
+``slime_spec/sglang/releases.py`` says which release has which contract.
 The fields are in the server's own /openapi.json. A server that hides it is asked to end a session that was never begun.
 """
 
@@ -24,7 +24,7 @@ TENSOR, END, CHECKER = "/update_weights_from_tensor", "/end_weight_update", "/we
 
 @dataclass(frozen=True)
 class Contract:
-    """``has_checksums``: /weights_checker tells each tensor's checksum by side.
+    """Says how a server takes weights; with ``has_checksums``, /weights_checker reports each tensor's checksum by side.
 
     Example: ``Contract("selector", has_checksums=True)``
     """
@@ -37,7 +37,7 @@ class Contract:
         return self.style == "selector"
 
     def tensor_fields(self, side: Side, has_draft: bool) -> dict[str, Any]:
-        """What an update from tensors must say so that only ``side`` changes; raises PushError where none can."""
+        """Return the fields with which an update from tensors changes only ``side``; raises PushError where none do."""
         if self.style == "selector":
             return {str(SELECTOR.field): side}
         if side == "draft":
@@ -56,7 +56,7 @@ class Contract:
         )
 
     def group_fields(self, side: Side) -> dict[str, Any]:
-        """The same for an update from a process group, which older servers give to the target alone."""
+        """Return the fields for an update from a process group, which older servers give to the target alone."""
         if self.style == "selector":
             return {str(SELECTOR.field): side}
         if side == "draft":
@@ -65,7 +65,7 @@ class Contract:
 
 
 def contract_of(openapi: Mapping[str, Any]) -> Contract:
-    """The contract that a server's description of itself shows; raises PushError where it has no weight updates."""
+    """Read the contract from a server's openapi.json; raises PushError where the server has no weight updates."""
     fields = request_fields(openapi, TENSOR)
     if fields is None:
         raise PushError(f"the server has no {TENSOR}: it is no SGLang that can be trained")
@@ -79,7 +79,7 @@ def contract_of(openapi: Mapping[str, Any]) -> Contract:
 
 
 def request_fields(openapi: Mapping[str, Any], path: str) -> frozenset[str] | None:
-    """The names in the JSON body of a path's POST; None where there is no such path."""
+    """Return the names in the JSON body of a path's POST; None where there is no such path."""
     post = openapi.get("paths", {}).get(path, {}).get("post")
     if post is None:
         return None
@@ -100,7 +100,7 @@ def _names(schema: Mapping[str, Any], openapi: Mapping[str, Any]) -> set[str]:
 
 
 async def detect(client: SglangClient) -> Contract:
-    """Ask the server."""
+    """Ask the server for its contract."""
     try:
         return contract_of(await client.get("/openapi.json"))
     except ServerRefused:
@@ -108,7 +108,7 @@ async def detect(client: SglangClient) -> Contract:
     try:
         await client.post(END)
     except ServerRefused as error:
-        # 400: it knows sessions and has none open. 404: it does not, and nothing tells whether it knows the flag.
+        # 400: it knows sessions and none is open. 404: it knows none, and nothing shows whether it knows the flag.
         is_selector = error.status == 400
         return Contract("selector" if is_selector else "none", has_checksums=is_selector)
     return Contract("selector", has_checksums=True)  # it has just ended a session that someone else left open

@@ -1,9 +1,9 @@
-"""A whole push into one server: paused, inside a session, bucket by bucket, and looked at afterwards.
+"""Delivery sends a whole push to one server: paused, inside a session, bucket by bucket, and checked afterwards.
 
 pause (retract) ─ begin(side) ─ bucket ─ bucket ─ … ─ end ─ continue ─ version? checksums?
 
 The server loads in place, so generating between two buckets would mix versions: it is paused while it loads, unless
-whoever pushes has paused it already.
+the push has paused it already.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Sums = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Weights:
-    """One side's weights at one version."""
+    """Holds one side's weights at one version."""
 
     side: Side
     version: int
@@ -41,9 +41,9 @@ class Weights:
 
 
 class Delivery:
-    """Delivers to one server, whose weights are then called by their version and ``label_suffix``.
+    """Delivers pushes to one server, which then labels its weights with their version and ``label_suffix``.
 
-    ``mtp_names`` are target tensors that belong to the draft inside it.
+    ``mtp_names`` are the target's tensors that belong to the draft inside the target.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Delivery:
         self._label_suffix = label_suffix
 
     def check(self, side: Side) -> None:
-        """Raise PushError, before anything is sent, where this side cannot be updated this way."""
+        """Raise PushError, before anything is sent, where this transport cannot update this side."""
         if self._name == "disk":
             if self._has_external_draft:
                 raise PushError(
@@ -74,7 +74,7 @@ class Delivery:
         self._fields(side)
 
     async def deliver(self, weights: Weights, mtp_names: frozenset[str], paused: PauseMode | None) -> None:
-        """Raises ServerRefused with the server in an unknown state, ServerGone when it is dead."""
+        """Send the weights; raises ServerRefused, the server then in an unknown state, or ServerGone."""
         parts = _parts(weights, mtp_names) if self._contract.style == "selector" else [(weights.side, weights.tensors)]
         flush = paused != "in_place"  # KV that paused requests hold cannot be flushed, and the server dies of trying
         async with self._paused(paused):
@@ -88,7 +88,7 @@ class Delivery:
         logger.info("weights delivered side=%s version=%d", weights.side, weights.version)
 
     async def checksums(self, side: Side) -> Sums:
-        """Every tensor's checksum by the server's own reckoning; nothing where it has none."""
+        """Return every tensor's checksum as the server computes it; empty where the server has no checksums."""
         if not self._contract.has_checksums:
             return {}
         try:
@@ -103,7 +103,7 @@ class Delivery:
         }
 
     async def version(self) -> str:
-        """The target's version as the server reports it."""
+        """Return the target's version as the server reports it."""
         for path in ("/model_info", "/get_model_info"):
             try:
                 return str((await self._client.get(path)).get("weight_version")).removesuffix(self._label_suffix)
@@ -132,7 +132,7 @@ class Delivery:
 
     @asynccontextmanager
     async def _session(self, side: Side) -> AsyncIterator[None]:
-        """Begun and ended where the contract has sessions; one that somebody left open is ended first."""
+        """Hold a session open where the contract has sessions; a session that was left open is ended first."""
         if not self._contract.has_session or self._name == "disk":
             yield
             return
@@ -162,7 +162,7 @@ class Delivery:
 
 
 def _parts(weights: Weights, mtp_names: frozenset[str]) -> list[tuple[Side, Mapping[str, torch.Tensor]]]:
-    """A target's push with its MTP layers' tensors is two: each side loads only what its selector names."""
+    """Split a target's push that has MTP tensors in two: each side loads only what its selector names."""
     if weights.side == "draft" or not mtp_names & weights.tensors.keys():
         return [(weights.side, weights.tensors)]
     inner = {name: tensor for name, tensor in weights.tensors.items() if name in mtp_names}
@@ -171,7 +171,7 @@ def _parts(weights: Weights, mtp_names: frozenset[str]) -> list[tuple[Side, Mapp
 
 
 async def read_back(client: SglangClient, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, bool]:
-    """For some tensors by name, whether every rank of the server has their first rows; not for what it cannot show."""
+    """Return, for some tensors, whether every rank has their first rows; leaves out tensors that no rank can show."""
     names = [name for name in tensors if not any(part in name for part in MISREAD)]
     picked = sorted({names[0], names[len(names) // 3], names[2 * len(names) // 3], names[-1]})
     judged = {}
@@ -187,7 +187,7 @@ async def read_back(client: SglangClient, tensors: Mapping[str, torch.Tensor], d
 
 
 def _per_replica(shown: Any, num_dims: int) -> list[torch.Tensor]:
-    """The rows by data-parallel replica; a server with one of them, or that cannot read the name, says so bare."""
+    """Return each data-parallel replica's rows; a server with one replica answers without a list of replicas."""
     if shown is None or None in shown:
         return []
     theirs = torch.tensor(shown, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Judges whether a server's draft is still there and accepted, and says what to do where it is not.
+"""DraftWatch judges whether a server's draft is intact and accepted, and says what to do where it is not.
 
 Checksums that changed without a push, and drafts that the canary sees refused, mean a draft that was lost. It is sent
 again, or read again from its folder by a new server; where that does not help, the server goes on without speculation.
@@ -13,7 +13,7 @@ from slime_spec.types import SpecCounters
 
 
 class Verdict(Enum):
-    """What to do about the draft."""
+    """Says what to do about the draft."""
 
     FINE = auto()
     RESEND = auto()  # the draft that was pushed
@@ -22,20 +22,20 @@ class Verdict(Enum):
 
 
 class DraftWatch:
-    """Judges what others have measured; it calls no server. ``has_weights``: the drafter has weights to lose.
+    """Judges what others have measured; calls no server. ``has_weights`` says that the drafter has weights to lose.
 
-    ``is_pushed``, where it is asked for, says that the engine has a draft to send; without one only the folder has it.
+    ``is_pushed`` says that the engine has a draft to send; where it has none, only the draft's folder has the draft.
     """
 
     def __init__(self, canary: Canary, has_weights: bool) -> None:
         self.canary, self.has_weights = canary, has_weights
 
     def judge_sums(self, are_as_remembered: bool, is_pushed: bool) -> Verdict:
-        """Judge the draft's checksums against those that it had when all was well."""
+        """Judge the draft by whether its checksums are those remembered from when it was right."""
         return Verdict.FINE if are_as_remembered else _mending(is_pushed)
 
     def judge_canary(self, counted: SpecCounters | None, is_pushed: bool, is_proved: bool, is_mended: bool) -> Verdict:
-        """Judge what the canary counted; None where the server was gone, which whoever watches it brings back.
+        """Judge what the canary counted: None where the server was gone, which the Supervisor restarts.
 
         ``is_proved``: the checksums say that the server has the right draft, so that its folder has no better one.
         ``is_mended``: the draft has just been sent or read again, which is tried once.

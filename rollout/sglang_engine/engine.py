@@ -1,4 +1,4 @@
-"""The SGLang engine behind the RolloutEngine seam: one real server, its requests, its weights."""
+"""SglangEngine implements RolloutEngine with one real server, its requests and its weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from slime_spec.types import EngineStats, GroupRequest
 from slime_spec.weights.messages import ContinueGeneration, PauseGeneration, PushMessage, PushReply, VerifyPush
 from slime_spec.weights.receive import PushDesk
 
-# Asked again of a server that takes the place of a dead one: none of them changes what a push has staged.
+# Sent again to a server that replaces a dead server: none of these messages changes what a push has staged.
 AROUND_PUSH = (PauseGeneration, ContinueGeneration, VerifyPush)
 
 
 class Offloaded(RuntimeError):
-    """A request to an engine whose memory is released."""
+    """A request came while the engine's memory is released, or its release while requests run."""
 
 
 class SglangEngine:
-    """A RolloutEngine, and MayStopServing, whose server is a process of its own, or one that somebody else started.
+    """Implements RolloutEngine and MayStopServing with a server process of its own, or with an external server.
 
     The server's weights change only while it is paused; a sample across a push says so in its version spans. ``site``
     says where the engine is, and what other nodes it has.
@@ -65,7 +65,7 @@ class SglangEngine:
 
     @property
     def client(self) -> SglangClient:
-        """To the engine's own server."""
+        """Return the client of the engine's own server."""
         return self.server.client
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""A server that someone else started: whether it serves the model and the speculation of this run."""
+"""These checks show whether an external server serves the model and the speculation of this run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slime_spec.sglang.labels import label_suffix, version_number
 
 
 async def use_server(client: SglangClient, config: Config, engine_index: int, target: TargetFiles) -> None:
-    """Make sure of the server, and name its weights where a router needs their names; raises ConfigError."""
+    """Check the external server, and label its weights where a router needs labels; raises ConfigError."""
     if not await client.is_healthy(config.sglang_server.start_timeout_s):
         raise ConfigError(ADDRESSES, "must answer", client.url, "Start it, or correct the address.")
     try:
@@ -45,10 +45,10 @@ async def use_server(client: SglangClient, config: Config, engine_index: int, ta
 def check_served(
     url: str, config: Config, target: TargetFiles, model_info: Mapping[str, Any], server_info: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError for another model, or another speculation, as far as the server reports them.
+    """Raise ConfigError where the server reports another model, or another speculative algorithm.
 
-    Its answers name the architecture (newer versions) and the model's folder; the vocabulary and the number of
-    layers are read there, where this machine has that folder.
+    The server's answers name the architecture (newer versions) and the model's folder; the vocabulary and the number of
+    layers are read in that folder, where this machine has it.
     """
     ours: dict[str, object] = {
         "architecture": target.architecture,

@@ -1,7 +1,7 @@
-"""A server that answers as recorded SGLang servers did, for tests of everything that talks to a server.
+"""This fake server answers as recorded SGLang servers did, for tests of everything that calls a server.
 
 It generates nothing: its next token is a function of the last one and its position, so that a response continued on
-another server is the same as one that was not interrupted. What it was told (updates, pauses, aborts) can be asked.
+another server is the same as one that was not interrupted. Tests can read the calls it got (updates, pauses, aborts).
 
     with serving(FakeServer("0.5.20", contract="0.5.20")) as url: ...
     python -m rollout.sglang_engine.fake --port 30000       # as a process, in place of sglang.launch_server
@@ -30,15 +30,15 @@ DRAFTS = 3
 
 
 def next_token(last: int, position: int) -> int:
-    """The whole model."""
+    """Return the next token: this function is the whole model."""
     return (31 * last + 7 * position + 3) % VOCABULARY
 
 
 class FakeServer(FakeWeights):
-    """``generation`` names the metadata's recording, ``contract`` that of the weight updates' fields.
+    """Answers as recorded: ``generation`` names the recorded metadata, ``contract`` the recorded update fields.
 
     ``accepted`` is how many of three drafts every round accepts; ``delay_s`` is what a round takes. ``model`` and
-    ``server_args`` are what it says of itself besides.
+    ``server_args`` are added to its /model_info and /server_info.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class FakeServer(FakeWeights):
         return response
 
     async def _chunks(self, body: Body) -> AsyncIterator[Body]:
-        """One chunk a round: its token and ``accepted`` more."""
+        """Yield one chunk a round: its token and ``accepted`` more."""
         prompt, limit = body["input_ids"], body["sampling_params"]["max_new_tokens"]
         aborted = self._running[body["rid"]] = asyncio.Event()
         ids: list[int] = []
@@ -229,7 +229,7 @@ async def _once(body: Body) -> AsyncIterator[Body]:
 
 @contextmanager
 def serving(server: FakeServer) -> Iterator[str]:
-    """Serve in a thread on a free port of loopback; gives ``host:port``."""
+    """Serve in a thread on a free port of loopback; yields ``host:port``."""
     loop = asyncio.new_event_loop()
     started: list[str] = []
     up = threading.Event()
@@ -260,7 +260,7 @@ def serving(server: FakeServer) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until ended, as a process; unknown flags are SGLang's and have no effect."""
+    """Serve as a process until it is ended; unknown flags are SGLang's and have no effect."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)

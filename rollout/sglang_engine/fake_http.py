@@ -1,4 +1,4 @@
-"""The calls of a fake SGLang server: which it answers, who may make them, and a record of them."""
+"""FakeHttp answers the HTTP calls of a fake SGLang server, checks their API key, and records them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Handlers = Mapping[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]
 
 
 class FakeHttp:
-    """Answers the calls that ``posts`` and ``gets`` name; ``calls`` are those so far, in order, each (path, body)."""
+    """Answers the calls that ``posts`` and ``gets`` name; ``calls`` records each call as (path, body), in order."""
 
     def __init__(self, api_key: str | None = None) -> None:
         self.api_key = api_key
@@ -31,7 +31,7 @@ class FakeHttp:
         return app
 
     def told(self, path: str) -> list[Body]:
-        """The bodies of all calls of a path."""
+        """Return the bodies of all calls of a path."""
         return [body for called, body in self.calls if called == path]
 
     @web.middleware

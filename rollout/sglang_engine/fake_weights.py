@@ -1,4 +1,4 @@
-"""The weights and the memory of a fake SGLang server: update sessions, checksums, versions, nothing computed."""
+"""FakeWeights answers a fake server's calls about weights and memory: sessions, checksums, versions, no tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rollout.sglang_engine.recordings import recordings
 
 
 class FakeWeights(FakeHttp):
-    """Takes weight updates as a release does whose request fields were recorded as ``contract``."""
+    """Takes weight updates like the release whose request fields were recorded as ``contract``."""
 
     def __init__(self, contract: str, api_key: str | None = None) -> None:
         super().__init__(api_key)
@@ -100,7 +100,7 @@ class FakeWeights(FakeHttp):
         return await self._ok(request)
 
     async def _resume(self, request: web.Request) -> web.Response:
-        if not self.memory_released:  # what SGLang's scheduler dies of
+        if not self.memory_released:  # SGLang's scheduler dies of this call
             return web.json_response({"error": "KeyError: 'kv_cache'"}, status=500)
         self.memory_released = False
         return await self._ok(request)

@@ -1,4 +1,4 @@
-"""What a caller of ``generate`` holds, and the coroutine behind each of its samples."""
+"""SglangGeneration gives a caller the samples of a group; a SampleRun generates each of them on a server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Link(Protocol):
-    """The way to a server that may die and come back."""
+    """Connects a sample to a server that may die and come back."""
 
     @property
     def requests(self) -> Requests: ...
@@ -31,7 +31,7 @@ class Link(Protocol):
 
     @property
     def weights_key(self) -> str:
-        """Differs whenever the target's weights do."""
+        """Return a key that changes whenever the target's weights change."""
 
     @property
     def draft_version(self) -> int | None: ...
@@ -40,11 +40,11 @@ class Link(Protocol):
         """Return once requests may be sent; raises what ended the engine for good."""
 
     def suspect(self) -> None:
-        """A connection broke: have the server looked at."""
+        """Have the server checked, because a connection broke."""
 
 
 class SglangGeneration:
-    """The samples of one group; the engine's asyncio thread delivers, the caller's iterates."""
+    """Hands the samples of one group from the engine's asyncio thread to the caller's thread."""
 
     def __init__(self, request: GroupRequest, abort: Callable[[], None]) -> None:
         self.request = request
@@ -68,7 +68,7 @@ class SglangGeneration:
 
 
 class SampleRun:
-    """One sample from its first request to its end, across servers that die under it. Lives in the asyncio loop."""
+    """Generates one sample to its end, across servers that die meanwhile. Runs in the asyncio loop."""
 
     def __init__(self, request: GroupRequest, position: int, link: Link) -> None:
         self._sample = GrowingSample(request, position, link.reading)
@@ -78,11 +78,11 @@ class SampleRun:
 
     @property
     def num_tokens(self) -> int:
-        """How many have arrived."""
+        """Return how many tokens have arrived."""
         return self._sample.num_tokens
 
     async def abort(self) -> None:
-        """Let it end now with the tokens it has."""
+        """Let the sample end now with the tokens it has."""
         self._aborted.set()
         if self._rid is not None:
             try:
@@ -93,7 +93,7 @@ class SampleRun:
                 logger.warning("a sample runs on to its end reason=%s", error)
 
     async def run(self) -> GeneratedSample:
-        """Raises ConfigError for a request that the server refuses, RuntimeError when it cannot be finished."""
+        """Generate the sample; raises ConfigError for a refused request, RuntimeError when it cannot be finished."""
         start = perf_counter()
         fruitless = FruitlessAttempts()
         while True:
@@ -114,11 +114,11 @@ class SampleRun:
             return self._sample.finished(perf_counter() - start, self._link.draft_version)
 
     async def _ready(self) -> bool:
-        """False where the sample was aborted while there was no server."""
+        """Wait for the server; False where the sample was aborted meanwhile."""
         return await self._unless_aborted(self._link.until_ready())
 
     async def _unless_aborted(self, waiting: Coroutine[Any, Any, None]) -> bool:
-        """Wait, raising what that raises; False as soon as the sample is aborted."""
+        """Await ``waiting`` and raise its error; False as soon as the sample is aborted."""
         waited = asyncio.ensure_future(waiting)
         aborted = asyncio.ensure_future(self._aborted.wait())
         try:
@@ -140,7 +140,7 @@ class SampleRun:
             async for chunk in self._link.requests.stream(body):
                 part.take(chunk)
                 if self._aborted.is_set() and not part.ended:
-                    await self.abort()  # the first may have overtaken the request
+                    await self.abort()  # the first abort may have overtaken the request
         except ServerRefused as error:
             raise ConfigError(
                 "request", f"SGLang refused it: {error.message}", request.group_id, "Correct the prompt or sampling."

@@ -1,10 +1,10 @@
-"""Runs a server and outlives nobody: ends the server's whole process group when its standard input closes.
+"""The guard runs a server and ends the server's whole process group when the guard's standard input closes.
 
     python guard.py COMMAND...
 
 An engine's actor may be killed without a chance to clean up, and SGLang starts processes of its own, which would go on
 holding the GPU. The standard input of this process is a pipe from the actor: however the actor ends, it closes.
-Nothing but the standard library, so that it costs nothing.
+The guard imports only the standard library, so that it starts fast and stays small.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def guard(command: Sequence[str]) -> int:
     try:
         code = server.wait()
     finally:
-        _signal_group(server.pid, signal.SIGKILL)  # what the server left behind, or all of it
+        _signal_group(server.pid, signal.SIGKILL)  # what the server left running, or all of it
     return code if code >= 0 else 128 - code
 
 
 def _die_with_parent() -> None:
-    """In the server, before it runs: where this process is killed outright, the kernel ends the server."""
+    """Have the kernel end the server if the guard is killed; called in the server's process before it runs."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""One engine's server over its whole life: started or found, kept alive, replaced, entered in the router, ended."""
+"""KeptServer starts or finds one engine's server, keeps it alive, replaces it, enters it in the router and ends it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
 
 
 class KeptServer:
-    """The server of one engine, of its own or somebody else's (which is used, and never restarted).
+    """Keeps the server of one engine: a process of its own, or an external server, which is never restarted.
 
     ``exclusive`` is held by whoever has the server to itself: a push, an offload, a replacement. ``speculates`` says
-    whether the server has a draft, and whether the next one gets it. ``restore``, given to ``start``, brings a new
+    whether the server has a draft, and whether the next server gets it. ``restore``, given to ``start``, brings a new
     server to the current weights before any sample is sent to it.
     """
 
@@ -57,7 +57,7 @@ class KeptServer:
         self._stopped = Event()
 
     def start(self, restore: Callable[[], None]) -> None:
-        """Start the server or find the external one, and read what it says of itself; raises ConfigError."""
+        """Start the server, or check the external server, and read its /server_info; raises ConfigError."""
         self._restore_weights = restore
         self.loop = AsyncLoop(f"sglang-{self._index}")
         self._started.callback(self.loop.close)
@@ -69,7 +69,7 @@ class KeptServer:
         self.info = ServerInfo.of(self.loop.call(self.client.get("/server_info")))
 
     def enter_router(self) -> None:
-        """Have the run's router, where there is one, send requests to the server; it has the current weights."""
+        """Have the run's router, if there is any, send requests to the server, which has the current weights."""
         address = self._config.sglang_server.router_addr
         if address is None:
             return
@@ -84,7 +84,7 @@ class KeptServer:
         self._started.close()
 
     def open(self, url: str) -> SglangClient:
-        """A client of any server, with this run's key, that is closed when the server is stopped."""
+        """Open a client of any server, with this run's key; it is closed when the server is stopped."""
         client = SglangClient(url, self._api_key)
         self.loop.call(client.open())
         self._started.callback(lambda: self.loop.call(client.close()))
@@ -92,12 +92,12 @@ class KeptServer:
 
     @property
     def requests(self) -> Requests:
-        """Where samples are generated: the router, or the server."""
+        """Return where samples are generated: the router, or the server."""
         return self._routed or self.client
 
     @property
     def own_host(self) -> str:
-        """Where the server reaches this process."""
+        """Return the address where the server reaches this process."""
         if self._launcher is not None:
             return self._launcher.reachable_host
         assert self._external is not None, "an engine has a server of its own or another's"
@@ -108,7 +108,7 @@ class KeptServer:
         return 0 if self.supervisor is None else self.supervisor.num_replaced
 
     def replace(self, why: str) -> None:
-        """Bring up another server with the current weights; raises PushError where it is somebody else's."""
+        """Bring up a new server with the current weights; raises PushError for an external server."""
         if self.supervisor is None:
             raise PushError(f"the external server {self.client.url} cannot be restarted: {why}")
         self.supervisor.replace(why)
@@ -119,13 +119,13 @@ class KeptServer:
             self.loop.call(self.client.post(RESUME if resident else RELEASE))
             self.resident = resident
         except ServerGone as error:
-            self.resident = resident  # where the next one is brought to
+            self.resident = resident  # the state that the next server is brought to
             self.replace(f"it died before it was {'resumed' if resident else 'released'}: {error}")
         if self.supervisor is not None:
             self.supervisor.may_restart = resident
 
     def load(self) -> Load:
-        """What the server is busy with; zeros where it does not answer."""
+        """Return the server's load; zeros where the server does not answer."""
 
         async def ask() -> object:
             try:
@@ -141,7 +141,7 @@ class KeptServer:
             await self.supervisor.until_ready()
 
     def suspect(self) -> None:
-        """A connection broke: have the server looked at."""
+        """Have the server checked, because a connection broke."""
         if self.supervisor is not None:
             self.supervisor.suspect()
 
@@ -195,5 +195,5 @@ class KeptServer:
         if self._routed is not None:
             try:
                 self.loop.call(self._routed.enter(REENTER_TIMEOUT_S))
-            except ConfigError as error:  # the others serve, and this one its own engine where there is no router
+            except ConfigError as error:  # others serve; this server serves its own engine if the router is gone
                 logger.error("the restarted server gets no routed requests reason=%s", error)

@@ -1,4 +1,4 @@
-"""How an engine's server comes to be: its address, its command line, its process on each of the engine's nodes."""
+"""Launcher makes an engine's server: its address, its command line, its process on each of the engine's nodes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from slime_spec.site import Site
 
 logger = logging.getLogger(__name__)
 
-# From the rendezvous's port on, SGLang takes some more for the parts of an engine of several nodes.
+# For an engine of several nodes SGLang takes several ports, beginning with the rendezvous's port.
 NUM_RENDEZVOUS_PORTS = 16
 
 
 def listening_host(config: Config, node_address: str, others_come: bool) -> str:
-    """The address that a server, or a router, listens on: its node's where others come to it from other nodes."""
+    """Return the address that a server or a router listens on: its node's where other nodes call it."""
     return config.sglang_server.host or (node_address if others_come else LOOPBACK)
 
 
 class Launcher:
-    """Starts servers of one engine, each in the place of the one before.
+    """Makes the servers of one engine, each in place of the server before.
 
     Raises ConfigError at once for a port that is taken and a flag that this SGLang does not know.
     """
@@ -54,12 +54,12 @@ class Launcher:
 
     @property
     def url(self) -> str:
-        """Where the engine's own server is reached from its node."""
+        """Return the URL at which the engine's node reaches its server."""
         return self.place.url
 
     @property
     def reachable_host(self) -> str:
-        """The address of the engine's first node for whoever shares the cluster."""
+        """Return the address of the engine's first node for the whole cluster."""
         return self._site.address if self.host in ANY_HOST else self.host
 
     @property
@@ -67,7 +67,7 @@ class Launcher:
         return f"http://{address_of(self.reachable_host, self.place.port)}"
 
     def server(self, speculate: bool) -> ServerProcess:
-        """A new server, not yet started."""
+        """Make a new server, not yet started."""
         places = self._places()
         own, *others = self._commands(places, speculate)
         environment = dict(SERVER_ENVIRONMENT)
@@ -89,7 +89,7 @@ class Launcher:
         return Place(self.host, port + self._index)
 
     def _places(self) -> list[Place]:
-        """One for each node; the rendezvous is new at every start, as the old one's port may linger."""
+        """Return each node's Place; every start has a new rendezvous, because the old port may still be taken."""
         if not self._site.others:
             return [self.place]
         host = self.reachable_host
@@ -118,7 +118,7 @@ class Launcher:
 
 
 def free_ports(host: str, count: int) -> int:
-    """The first of ``count`` free ports in a row."""
+    """Return the first of ``count`` free ports in a row."""
     while True:
         first = free_port(host)
         try:

@@ -1,4 +1,4 @@
-"""What one request may ask of an SGLang server, which dies of tokens that it does not know."""
+"""``limits_of`` says what one request may ask of an SGLang server, which dies of tokens that it does not know."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from slime_spec.preflight.requests import RequestLimits
 
 
 def limits_of(config: Config, target: TargetFiles) -> RequestLimits:
-    """The context is what the server is started with; its KV cache is its own concern: long requests wait for room."""
+    """Return a request's limits: the server's context length, but not its KV cache, where requests wait for room."""
     return RequestLimits(
         vocab_size=target.vocab_size,
         context_length=config.engine.context_length or target.context_length,

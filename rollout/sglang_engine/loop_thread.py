@@ -1,4 +1,4 @@
-"""The thread that runs one engine's asyncio loop; every other thread hands it coroutines."""
+"""AsyncLoop runs one engine's asyncio loop in a thread; every other thread hands it coroutines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class AsyncLoop:
-    """Use ``call`` from any thread but the loop's own.
+    """Runs coroutines for other threads; use ``call`` from any thread but the loop's own.
 
     Example: ``AsyncLoop("engine-0").call(client.get("/model_info"))``
     """

@@ -1,4 +1,4 @@
-"""An engine that is larger than a node: a server process on each of its nodes, alive and replaced together.
+"""SpannedServer runs an engine larger than one node: a server process on each node, all replaced together.
 
 first node     SglangEngine ─ SpannedServer ─┬─ its own process, rank 0, which answers HTTP
 other nodes                                  └─ Node ─ (the network) ─ NodeProcess ─ ranks 1, 2, ...
@@ -16,7 +16,7 @@ from slime_spec.site import LOST, Node, NodeLost
 
 
 class NodeProcess:
-    """A Node in this very process, whose process is a server: what an actor on another node holds, and tests use."""
+    """Implements Node for a server that this process starts; an actor on another node holds one, and so do tests."""
 
     def __init__(self, address: str, environment: Mapping[str, str]) -> None:
         self._address, self._environment = address, {**SERVER_ENVIRONMENT, **environment}
@@ -46,7 +46,7 @@ class NodeProcess:
 
 @dataclass(frozen=True)
 class Part:
-    """What one of the other nodes runs."""
+    """Says what one of the other nodes runs."""
 
     node: Node
     command: Sequence[str]
@@ -54,7 +54,7 @@ class Part:
 
 
 class SpannedServer(ServerProcess):
-    """The process of the first node, and the others that it is nothing without."""
+    """Runs the first node's process and the other nodes' processes, which serve only together."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], log: Path, others: Sequence[Part]
@@ -89,7 +89,7 @@ class SpannedServer(ServerProcess):
                 ended.result()
 
     def tail(self) -> str:
-        """Of the node whose process ended first; of the first node where none has."""
+        """Return the log's end of the node whose process ended first, or of the first node where none has."""
         if self._ended is None:
             return super().tail()
         try:

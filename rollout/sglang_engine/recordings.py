@@ -1,4 +1,4 @@
-"""What real SGLang servers of several releases answered, recorded for the fake server and for tests."""
+"""The recordings hold real SGLang servers' answers, of several releases, for the fake server and for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An sglang-router in front of the servers: requests go through it, everything else to each engine's own server.
+"""RoutedRequests sends requests through an sglang-router; all other calls go to each engine's own server.
 
     SampleRun ─ RoutedRequests ─ generate ─► router ─► the server that it chooses
                        └──────── abort ─────────────► every server that it has
@@ -30,7 +30,7 @@ LIST_AGAIN_S = 1.0
 
 
 class Requests(Protocol):
-    """Where samples are generated and aborted: a server, or a router."""
+    """Generates and aborts samples, on a server or through a router."""
 
     def stream(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]: ...
 
@@ -38,7 +38,7 @@ class Requests(Protocol):
 
 
 class RoutedRequests:
-    """One engine's way through the router; ``own`` is its own server, taken where the router cannot be reached.
+    """Sends one engine's requests through the router, or to ``own``, its server, where the router cannot be reached.
 
     ``server_url`` is where the router reaches that server. Lives in the asyncio loop of its two clients.
     """
@@ -65,14 +65,14 @@ class RoutedRequests:
                 yield chunk
 
     async def abort(self, rid: str) -> None:
-        """Wherever it runs: only the server that has it takes notice. One that is gone has ended it."""
+        """Abort the request on every server: only the server that runs it acts; a server that is gone has ended it."""
         aborts = [self._own.at(url).abort(rid) for url in sorted(await self._all_urls())]
         for outcome in await asyncio.gather(*aborts, return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, ServerGone | ServerRefused):
                 raise outcome
 
     async def enter(self, timeout_s: float = ENTER_TIMEOUT_S) -> None:
-        """Have the router send requests to the server; raises ConfigError when it does not within the time."""
+        """Have the router send requests to the server; raises ConfigError when it does not in ``timeout_s``."""
         deadline, ask_at = time.monotonic() + timeout_s, 0.0
         entry = {"url": self._server_url, "disable_health_check": True}
         if self._api_key is not None:
@@ -83,7 +83,7 @@ class RoutedRequests:
                 if any(server["is_healthy"] for server in await self._servers() if server["url"] == self._server_url):
                     logger.info("the router has the server router=%s server=%s", self._router.url, self._server_url)
                     return
-                if time.monotonic() >= ask_at:  # it takes a while, and calls asking again a failure
+                if time.monotonic() >= ask_at:  # it takes a while, and answers a repeated request with an error
                     ask_at = time.monotonic() + ASK_AGAIN_S
                     await self._router.post("/workers", entry, CALL_TIMEOUT_S)
                     last = "it has not taken the server yet"
@@ -98,7 +98,7 @@ class RoutedRequests:
         )
 
     async def withdraw(self) -> None:
-        """Have the router send nothing more to the server, as far as it can be told; it does so after a while."""
+        """Have the router drop the server and wait until it has; a router that cannot be reached is only logged."""
         deadline, told = time.monotonic() + CALL_TIMEOUT_S, False
         try:
             while ids := [server["id"] for server in await self._servers() if server["url"] == self._server_url]:
@@ -106,14 +106,14 @@ class RoutedRequests:
                     await self._router.delete(f"/workers/{ids[0]}", CALL_TIMEOUT_S)
                     told = True
                 if time.monotonic() > deadline:
-                    logger.warning("the router keeps a server that goes server=%s", self._server_url)
+                    logger.warning("the router keeps a server that is withdrawn server=%s", self._server_url)
                     return
                 await asyncio.sleep(POLL_S)
         except (ServerGone, ServerRefused) as error:
-            logger.warning("the router was not told that a server goes reason=%s", error)
+            logger.warning("the router did not withdraw a server reason=%s", error)
 
     async def _all_urls(self) -> frozenset[str]:
-        """Of every server that a request may be on; asked once for the many aborts of a moment."""
+        """Return the URL of every server that may run a request; the router is asked once for many aborts."""
         async with self._listing:
             if time.monotonic() - self._listed_at > LIST_AGAIN_S:
                 try:

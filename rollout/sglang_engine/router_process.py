@@ -1,4 +1,4 @@
-"""The sglang-router of a run: a process beside the engine pool, which it ends with."""
+"""RouterProcess runs the sglang-router of a run, which ends with the engine pool."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 HEALTH_TIMEOUT_S = 5.0
-# As long as the longest response: its default would end any that takes more than half an hour.
+# As long as the longest response: the router's default would end a response after half an hour.
 REQUEST_TIMEOUT_S = 7 * 24 * 3600
-# A request that failed is the engines' to send again, with the tokens it has; whether a server serves is theirs to
-# know: one that is paused or has released its memory must not be taken for dead.
+# The engines send a failed request again, with the tokens it has, and know whether a server serves: the router must not
+# take a server that is paused or has released its memory for dead.
 FLAGS = ("--disable-retries", "--disable-circuit-breaker", "--disable-health-check")
 
 
 class RouterProcess:
-    """The SharedPart of engines that want a router of their own: it has no servers yet, the engines enter theirs.
+    """Implements SharedPart with a router of the run's own; it starts without servers, and engines enter theirs.
 
     It listens on ``host``; where that is every address, engines reach it at ``node_address``.
 
@@ -67,7 +67,7 @@ class RouterProcess:
         self._process.start()
 
     def wait_until_ready(self) -> None:
-        """Raises ConfigError with the end of its log when it does not start."""
+        """Wait for the router; raises ConfigError with the end of its log when it does not start."""
         try:
             self._process.wait_until(self._is_healthy, START_TIMEOUT_S)
         except ServerStartError as error:
@@ -88,7 +88,7 @@ class RouterProcess:
 
 
 def own_router(config: Config, site: Site) -> RouterProcess | None:
-    """The router of a run that wants one of its own (see EngineKind.shared_part)."""
+    """Make the router of a run that wants its own router (see EngineKind.shared_part)."""
     if not config.sglang_server.router:
         return None
     host = listening_host(config, site.address, site.num_cluster_nodes > 1)
@@ -96,14 +96,14 @@ def own_router(config: Config, site: Site) -> RouterProcess | None:
 
 
 def behind_router(config: Config, address: str) -> Config:
-    """The configuration of engines whose router runs at ``address``."""
+    """Return the configuration of engines whose router runs at ``address``."""
     server = replace(config.sglang_server, router=False, router_args=(), router_addr=address)
     return replace(config, sglang_server=server)
 
 
 def router_command(config: Config, python: str, host: str, port: int, metrics_port: int) -> list[str]:
     words = [python, "-m", "sglang_router.launch_router", "--host", host, "--port", str(port)]
-    # Its own default is every address of the machine.
+    # The router's default is every address of the machine.
     words += ["--prometheus-host", host, "--prometheus-port", str(metrics_port)]
     words += [*FLAGS, "--request-timeout-secs", str(REQUEST_TIMEOUT_S), "--shutdown-grace-period-secs", "1"]
     words += ["--log-level", "warn"]

@@ -1,4 +1,4 @@
-"""One sample while a server generates it: what has arrived, over as many parts as it took.
+"""GrowingSample collects one sample while servers generate it, over as many parts as it takes.
 
 A part is one request. It ends with the response, or breaks off with its server, or is aborted; the next part goes on
 from the tokens that arrived, here or on another engine, as slime_spec.partial_samples says.
@@ -18,12 +18,12 @@ from slime_spec.types import FinishReason, GeneratedSample, GroupRequest, Sampli
 
 
 class ProtocolError(RuntimeError):
-    """A response whose parts contradict each other."""
+    """The parts of a response contradict each other."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How an engine reads metadata: ``num_steps`` and ``fills_rounds`` are spec_counters', ``engine`` is its number.
+    """Says how an engine reads metadata: ``num_steps`` and ``fills_rounds`` for spec_counters, ``engine`` its number.
 
     ``eos_token_ids`` end a response whose params do not say ignore_eos.
     """
@@ -36,7 +36,7 @@ class Reading:
 
 @dataclass
 class Part:
-    """What one request has brought. SGLang's chunks hold all so far, or only what is new: their counts show which."""
+    """Holds what one request has brought. A chunk has all tokens so far, or only new ones: its counts show which."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Part:
     meta_info: Mapping[str, Any] = field(default_factory=dict)
 
     def take(self, chunk: Mapping[str, Any]) -> None:
-        """Add one chunk; raises ProtocolError when its counts fit neither way."""
+        """Add one chunk; raises ProtocolError when its counts fit neither kind."""
         meta = chunk["meta_info"]
         ids = chunk["output_ids"]
         triples = meta.get("output_token_logprobs") or []
@@ -64,7 +64,7 @@ class Part:
         return self.meta_info.get("finish_reason") is not None
 
     def _note_version(self, had: int) -> None:
-        """From the spans of the final chunk; until it comes, from the version at each chunk."""
+        """Take the versions from the final chunk's spans; until it comes, from the version at each chunk."""
         if reported := self.meta_info.get("weight_versions"):
             self.spans = [(int(span["start"]), version_number(span["version"])) for span in reported]
             return
@@ -74,7 +74,7 @@ class Part:
 
 
 class GrowingSample:
-    """The sample of one of a group's seeds, from its first request to its finished response."""
+    """Collects the sample of one seed, from its first request to its finished response."""
 
     def __init__(self, request: GroupRequest, position: int, reading: Reading) -> None:
         self.request, self.index = request, request.sample_indices[position]
@@ -97,7 +97,7 @@ class GrowingSample:
         return len(self._token_ids) + len(self.part.token_ids)
 
     def body(self, rid: str, extra_key: str) -> dict[str, Any]:
-        """The request for the next part. ``extra_key`` keeps prefixes computed with other weights from being reused."""
+        """Return the next part's request; ``extra_key`` keeps prefixes of other weights from being reused."""
         self.part = Part()
         params = sampling_fields(self.request.params, len(self._token_ids))
         return {
@@ -110,7 +110,7 @@ class GrowingSample:
         }
 
     def break_off(self) -> None:
-        """The server of this part is gone: keep what it brought if another can resume it."""
+        """End the part of a server that is gone; keep its tokens if another server can resume the sample."""
         if self._can_resume:
             self._keep()
         else:
@@ -120,11 +120,11 @@ class GrowingSample:
 
     @property
     def is_complete(self) -> bool:
-        """Whether what was kept is a whole response, of which only the ending is missing."""
+        """Whether the kept tokens are a whole response, which only lacks its finish reason."""
         return len(self._token_ids) >= self.request.params.max_new_tokens
 
     def finished(self, latency_s: float, draft_version: int | None, aborted: bool = False) -> GeneratedSample:
-        """The sample, once its part has ended (or ``aborted`` between two parts)."""
+        """Return the sample, once its part has ended (or ``aborted`` between two parts)."""
         self._keep()
         reason: Mapping[str, Any] = self.part.meta_info.get("finish_reason") or {}
         kind: FinishReason = "abort" if aborted else finish_kind(reason.get("type", "length"))
@@ -157,7 +157,7 @@ class GrowingSample:
         )
 
     def _end_of_aborted(self) -> tuple[FinishReason, int | None]:
-        """How a response that was aborted ends, once it holds nothing beyond its end.
+        """Return how an aborted response ends, and cut what is beyond its end.
 
         SGLang ends an aborted request before it looks for stop tokens and at the budget: the last round's tokens may go
         on after the one that ends the response.
@@ -197,7 +197,7 @@ class GrowingSample:
 
 
 def sampling_fields(params: SamplingParams, num_generated: int) -> dict[str, Any]:
-    """SGLang's sampling_params for what is left after ``num_generated`` tokens."""
+    """Return SGLang's sampling_params for what is left after ``num_generated`` tokens."""
     fields: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens - num_generated,
         "temperature": params.temperature,

@@ -1,4 +1,4 @@
-"""An engine's samples in progress, and what each of them sees of the engine."""
+"""SampleRuns holds an engine's samples in progress, and gives each sample its view of the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SGLang server's process: started, waited for, watched, ended."""
+"""ServerProcess starts, awaits, watches and ends the process of an SGLang server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TAIL_BYTES = 64 * 1024  # of a log that weeks may have written
 STOP_TIMEOUT_S = guard.GRACE_S + 10.0
 POLL_S = 0.25
 
-# What a server's log says when it cannot start, and what that usually means; the first that matches is told.
+# What a server's log says when it cannot start, and what that usually means; the first match is reported.
 LIKELY_CAUSES: tuple[tuple[str, str], ...] = (
     (r"address already in use|Errno 98", "the port is taken: pass another --sglang-port, or 0 for a free one"),
     (r"No module named '?sglang", "this Python has no sglang: pass --sglang-python /path/to/python of one that has"),
@@ -55,12 +55,12 @@ class ServerStartError(RuntimeError):
 
 
 def probe_socket(host: str) -> socket.socket:
-    """One that can be bound to ``host``."""
+    """Return a socket that can be bound to ``host``."""
     return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 def free_port(host: str) -> int:
-    """Raises ConfigError for a host that is none of this node's addresses."""
+    """Return a free port of ``host``; raises ConfigError for a host that is none of this node's addresses."""
     with probe_socket(host) as probe:
         try:
             probe.bind((host, 0))
@@ -88,7 +88,7 @@ def check_port(host: str, port: int, setting: str = "sglang_server.port") -> Non
 
 
 class ServerProcess:
-    """One server in a process group of its own, which ends with this process at the latest (see guard).
+    """Runs one server in its own process group, which ends with this process at the latest (see guard).
 
     Example: ``ServerProcess([python, "-m", "sglang.launch_server", ...], {}, log).start()``
     """
@@ -99,7 +99,7 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Launch it; its output is appended to the log."""
+        """Launch the server; its output is appended to the log."""
         assert self._process is None, "started once"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
@@ -123,7 +123,7 @@ class ServerProcess:
         return None if self._process is None else self._process.poll()
 
     def wait_until(self, is_healthy: Callable[[], bool], timeout_s: float) -> None:
-        """Return once it is healthy; raises ServerStartError when it ends, or the time is over."""
+        """Return once the server is healthy; raises ServerStartError when it ends, or the time is over."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if not self.is_alive:
@@ -134,7 +134,7 @@ class ServerProcess:
         raise ServerStartError(self._why(f"was not healthy after {timeout_s:g} s (--sglang-start-timeout)"))
 
     def stop(self) -> None:
-        """End it and everything it started; no error where it has ended already."""
+        """End the server and everything it started; no error where it has ended already."""
         process = self._process
         if process is None:
             return
@@ -148,7 +148,7 @@ class ServerProcess:
         logger.info("server ended exit_code=%s", process.returncode)
 
     def tail(self) -> str:
-        """The last lines of this start's log."""
+        """Return the last lines of this start's log."""
         if not self.log.is_file():
             return ""
         with self.log.open("rb") as written:
@@ -164,5 +164,5 @@ class ServerProcess:
 
 
 def likely_cause(log: str) -> str:
-    """What the log's words usually mean, or nothing."""
+    """Return what a log's errors usually mean, or an empty string."""
     return next((cause for pattern, cause in LIKELY_CAUSES if re.search(pattern, log)), "")

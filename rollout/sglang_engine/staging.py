@@ -1,4 +1,4 @@
-"""A push on its way through the engine: collected, checked against the checkpoint, complete before the server hears.
+"""ServerStaging collects a push and checks it against the checkpoint; the server gets only complete pushes.
 
 SGLang loads in place and dies of a tensor of the wrong shape, so nothing is sent that was not checked.
 """
@@ -19,7 +19,7 @@ LAYER_NAMES = ("midlayer.", "layers.0.", "model.layers.0.")
 
 
 class ServerStaging:
-    """Collects what the server will be sent, as the transport holds it."""
+    """Collects the tensors for the server, as the transport holds them."""
 
     def __init__(self, manifest: Manifest, target: TargetFiles, draft: DraftFiles | None) -> None:
         is_target = manifest.side == "target"
@@ -35,13 +35,13 @@ class ServerStaging:
 
 
 def expected_target(manifest: Manifest, target: TargetFiles) -> Shapes:
-    """The checkpoint's tensors, and of its MTP layers' those that the push brings."""
+    """Return the shapes of the checkpoint's tensors, and of the MTP tensors that the push brings."""
     sent = {meta.name for meta in manifest.tensors}
     return {**target.shapes, **{name: shape for name, shape in target.mtp_shapes.items() if name in sent}}
 
 
 def expected_draft(manifest: Manifest, draft: DraftFiles | None) -> Shapes:
-    """The draft's tensors under the names that the push uses for its layer."""
+    """Return the shapes of the draft's tensors, under the names that the push uses for its layer."""
     if draft is None:
         raise PushError("the drafter has no weights to update")
     sent = {meta.name for meta in manifest.tensors}

@@ -1,4 +1,4 @@
-"""One server kept alive: launched, watched, restarted with the current weights before it serves again.
+"""Supervisor keeps one server alive: it launches, watches and restarts the server, and restores its weights.
 
 serving ──(process ended, or twice no answer to a health check)──► down ──restart, restore──► serving
                                                                      └──(too often)──► failed
@@ -50,9 +50,9 @@ class Supervisor:
         self._launch, self._restore = launch, restore
         self._client, self._loop, self._exclusive = client, loop, exclusive
         self._start_timeout_s, self._max_restarts = start_timeout_s, max_restarts
-        self.num_restarts = 0  # of a server that died, tried
+        self.num_restarts = 0  # attempts to restart a server that died
         self.may_restart = True  # not while a trainer has the memory that a server takes at its start
-        self.num_replaced = 0  # servers brought up instead of another, for whatever reason
+        self.num_replaced = 0  # servers that have replaced another, for whatever reason
         self._server: ServerProcess | None = None
         self._failure: EngineFailed | None = None
         self._ready = asyncio.Event()
@@ -63,7 +63,7 @@ class Supervisor:
         self._watcher = threading.Thread(target=self._watch, name="sglang-watch", daemon=True)
 
     def start(self) -> None:
-        """Launch, wait for health, go on watching; raises ServerStartError or ConfigError."""
+        """Launch the server, wait for its health, go on watching; raises ServerStartError or ConfigError."""
         self._bring_up()
         self._set_ready(True)
         self._watcher.start()
@@ -84,13 +84,13 @@ class Supervisor:
         return self._server
 
     async def until_ready(self) -> None:
-        """Return once the server serves; raises EngineFailed when it never will."""
+        """Return once the server serves; raises EngineFailed when it never will again."""
         await self._ready.wait()
         if self._failure is not None:
             raise self._failure
 
     def wait_serving(self, known: bool) -> bool:
-        """See MayStopServing; when the supervisor ends, what is ``known`` comes back."""
+        """Do what MayStopServing says; return ``known`` when the supervisor ends."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._serves != known or self._failure is not None or self._stopping.is_set()
@@ -100,11 +100,11 @@ class Supervisor:
         return known if self._stopping.is_set() else not known
 
     def suspect(self) -> None:
-        """Somebody's connection broke: look now."""
+        """Check the server now, because a connection broke."""
         self._suspected.set()
 
     def replace(self, why: str) -> None:
-        """End the server and bring up another (with whatever ``launch`` now says); raises Stopped midway."""
+        """End the server and bring up a new server from ``launch``; raises Stopped if the engine stops meanwhile."""
         with self._exclusive:
             logger.warning("replacing the server reason=%s", why)
             self._set_ready(False)
@@ -140,7 +140,7 @@ class Supervisor:
                 return
 
     def _trouble(self, suspected: bool) -> str:
-        """Why the server must be replaced, or nothing."""
+        """Return why the server must be replaced, or an empty string."""
         server = self.server
         if not server.is_alive:
             return f"its process ended with code {server.exit_code}; {server.tail()[-500:]}"
@@ -163,7 +163,7 @@ class Supervisor:
                 self._set_ready(True)
                 return True  # a push that met the dead server has replaced it meanwhile
             if not self.may_restart:
-                self._set_ready(self.server.is_alive)  # whoever gives the memory back finds it dead
+                self._set_ready(self.server.is_alive)  # who gives the memory back finds the server dead
                 return True
             while self.num_restarts < self._max_restarts:
                 self.num_restarts += 1
@@ -176,7 +176,7 @@ class Supervisor:
                     logger.exception("the server did not come back")
                     why = str(error)
             self._failure = EngineFailed(f"the server died {self.num_restarts + 1} times; the last time: {why}")
-            self._set_ready(True)  # whoever waits is woken, to hear of the failure
+            self._set_ready(True)  # wakes whoever waits, to raise the failure
             return False
 
     def _set_ready(self, ready: bool) -> None:

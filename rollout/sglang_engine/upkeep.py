@@ -1,4 +1,4 @@
-"""Acts on what a push, an offload and the canary report: the server is replaced, its draft mended or given up.
+"""Upkeep acts on what a push, an offload and the canary report: it replaces the server, mends or disables its draft.
 
 PushDesk ─ commit ─► ServerWeights.send ─ Outcome ─► replace the server? ─► confirm ─► DraftWatch ─ Verdict ─► act
 """
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Implements ServingWeights for the engine's PushDesk: ServerWeights, and what follows from their outcomes.
+    """Implements ServingWeights for the engine's PushDesk: calls ServerWeights and acts on the outcomes.
 
-    ``counted`` is what the last canary counted since the last push; ``num_resends`` how often the draft was mended.
+    ``counted`` is what the canary after the last push counted; ``num_resends`` is how often the draft was mended.
     Used by one thread at a time.
     """
 
@@ -47,7 +47,7 @@ class Upkeep:
         self._look_after_push()
 
     def commit(self, stage: PushStage[ServerStaging]) -> None:
-        """Bring the server to the push; one that dies of it is replaced, with it; raises PushError if it refuses."""
+        """Send the server the push; a server that dies of it is replaced, then gets it; raises PushError on refusal."""
         outcome = self._weights.send(stage)
         if outcome.loss:
             self._server.replace(outcome.loss)
@@ -62,7 +62,7 @@ class Upkeep:
         return self._weights.checksum(side)
 
     def after_offload(self) -> None:
-        """See that the draft is there: SGLang has lost drafts over a release and resume."""
+        """Check that the draft is intact: SGLang has lost drafts over a release and resume of memory."""
         if self._server.speculates and self._watch.has_weights:
             self._check_sums("the draft did not survive the offload")
 
@@ -119,7 +119,7 @@ class Upkeep:
         self._weights.remember_draft()
 
     def _replace(self, why: str) -> bool:
-        """False where the server is somebody else's, who reads the log."""
+        """Replace the server; False for an external server, whose owner reads the log."""
         try:
             self._server.replace(why)
         except PushError as error:

@@ -1,4 +1,4 @@
-"""The weights of one server: pushes on their way to it, and the weights that a new server must be brought to."""
+"""ServerWeights sends pushes to one server, and keeps the weights that a new server must get."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SHARED = ("embed_tokens", "lm_head", "shared_head.head")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a push that was sent to the server.
+    """Says how a push that was sent to the server ended.
 
-    ``loss`` says why the server must be replaced, empty where it serves on; ``refusal`` is what ends the push, whose
-    weights are then not kept.
+    ``loss`` says why the server must be replaced, empty where it serves on; ``refusal`` is the error that ends the
+    push, whose weights are then not kept.
     """
 
     loss: str = ""
@@ -33,12 +33,12 @@ class Outcome:
 
 
 class ServerWeights:
-    """Keeps the weights that were last pushed and sends them to the server, also to one that takes its place.
+    """Keeps the weights that were last pushed and sends them to the server, and to a server that replaces it.
 
-    A draft that is pushed to a server whose speculation was given up is only kept. Used by one thread at a time.
+    A draft that is pushed while speculation is disabled is kept and not sent. Used by one thread at a time.
     """
 
-    delivery: Delivery  # known once the server has said what it can do
+    delivery: Delivery  # known once the server has reported its contract
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class ServerWeights:
         self._paused: PauseMode | None = None
 
     def version(self, side: Side) -> int:
-        """The version of the side's last push; 0 for the checkpoint's weights."""
+        """Return the version of the side's last push; 0 for the checkpoint's weights."""
         weights = self._current.get(side)
         return 0 if weights is None else weights.version
 
     @property
     def draft_version(self) -> int | None:
-        """None where the server has no draft with weights."""
+        """Return the draft's version; None where the server has no draft with weights."""
         return None if self._draft is None or not self._server.speculates else self.version("draft")
 
     @property
@@ -82,7 +82,7 @@ class ServerWeights:
         self._paused = None
 
     def restore(self) -> None:
-        """Bring a new server, which has its checkpoints' weights, to the current ones."""
+        """Send the current weights to a new server, which has its checkpoints' weights."""
         self._paused = None
         for side in ("target", "draft"):
             if side in self._current:
@@ -90,7 +90,7 @@ class ServerWeights:
 
     @property
     def has_pushed_draft(self) -> bool:
-        """False where no draft was ever pushed: only a new server has it then, from its folder."""
+        """Whether a draft was ever pushed; if not, a new server gets the draft from its folder."""
         return "draft" in self._current
 
     @property
@@ -102,7 +102,7 @@ class ServerWeights:
         self._deliver(self._current["draft"])
 
     def remember_draft(self) -> None:
-        """Note the draft's checksums, as they are when all is well."""
+        """Note the checksums of the draft, which is right now."""
         self._draft_sums = self._sums_of_draft()
 
     def draft_is_as_remembered(self) -> bool:
@@ -114,7 +114,7 @@ class ServerWeights:
         return {name: checksum for name, checksum in sums.items() if not any(part in name for part in SHARED)}
 
     def send(self, stage: PushStage[ServerStaging]) -> Outcome:
-        """Keep the push and deliver it; where the server dies of it, ``restore`` brings the next one to it."""
+        """Keep the push and deliver it; where the server dies of it, ``restore`` sends it to the next server."""
         side, version = stage.manifest.side, stage.manifest.version
         before = self._current.get(side)
         self._current[side] = Weights(side, version, stage.staging.tensors)
@@ -123,7 +123,7 @@ class ServerWeights:
         except ServerGone as error:
             return Outcome(f"it died during the push of {side} version {version}: {error}")
         except ServerRefused as error:
-            # It may have loaded some of it: a new server, with what it had.
+            # The server may have loaded a part of the push: a new server gets the weights from before the push.
             if before is None:
                 del self._current[side]
             else:
@@ -133,7 +133,7 @@ class ServerWeights:
         return Outcome()
 
     def confirm(self, stage: PushStage[ServerStaging]) -> None:
-        """Note the checksums of a push that the server has; raises PushError where it names another version."""
+        """Note the checksums of a push that the server has; raises PushError where it reports another version."""
         side = stage.manifest.side
         self._checksums[side] = stage.checksum
         if side == "target":
@@ -154,10 +154,10 @@ class ServerWeights:
             raise PushError(f"after the push of version {self.version('target')} the server reports version {told!r}")
 
     def checksum(self, side: Side) -> str:
-        """The pushed checksum where the server's weights are what was pushed, else what is wrong, or NOT_COMPARABLE.
+        """Return the pushed checksum where the server has the pushed weights, else what is wrong, or NOT_COMPARABLE.
 
         SGLang keeps projections fused and has no way to read all of them back: the first rows of some tensors are
-        compared as numbers, and the draft's checksums by the server's reckoning with those right after the push.
+        compared as numbers, and the server's checksums of the draft are compared with those right after the push.
         """
         weights = self._current.get(side)
         if weights is None:

@@ -1,1 +1,1 @@
-"""Ways for an engine's tensors to reach its own SGLang server; one file each."""
+"""Each transport carries an engine's tensors to its own SGLang server; each has one file."""

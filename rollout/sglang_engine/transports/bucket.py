@@ -1,4 +1,4 @@
-"""What a transport carries at once."""
+"""A ServerTransport carries buckets of named tensors to a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
 
 class ServerTransport(Protocol):
-    """Brings buckets of one push to one server."""
+    """Carries the buckets of one push to one server."""
 
     async def open(self, client: SglangClient) -> None: ...
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder that the server reads; only where the server loads it into the right runners (see weights)."""
+"""DiskTransport writes a checkpoint folder that the server reads; Delivery.check refuses it where it would do harm."""
 
 from __future__ import annotations
 

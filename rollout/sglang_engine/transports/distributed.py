@@ -1,4 +1,4 @@
-"""A process group of this engine (rank 0) and its server's ranks, made for one push: gloo, or nccl between GPUs."""
+"""DistributedTransport forms a process group of engine (rank 0) and server for one push: gloo, or nccl for GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEND_TIMEOUT = timedelta(minutes=10)
 
 
 class DistributedTransport:
-    """``host`` is an address of this machine that the server reaches."""
+    """Broadcasts buckets to a server; ``host`` is an address of this machine that the server reaches."""
 
     def __init__(self, host: str, num_ranks: int, on_gpu: bool, name: str) -> None:
         self._host, self._num_ranks, self._name = host, num_ranks, name
@@ -45,7 +45,7 @@ class DistributedTransport:
         formed = asyncio.create_task(
             asyncio.to_thread(_form_group, self._host, port, 1 + self._num_ranks, group_name, self._backend)
         )
-        # Whichever end fails first is the one to hear of: the other waits for it in vain, and gives up by itself.
+        # The end that fails first has the error to raise: the other end waits in vain, and gives up by itself.
         await asyncio.wait({joined, formed}, return_when=asyncio.FIRST_EXCEPTION)
         for task in (joined, formed):
             task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -77,7 +77,7 @@ class DistributedTransport:
         finally:
             if self._sending is not None:
                 await asyncio.wait({self._sending})
-                self._sending.exception()  # told by send, or for the reason that the server gave
+                self._sending.exception()  # raised by send, or caused by what the server answered
             dist.destroy_process_group(group)
 
     def _broadcast(self, bucket: NamedTensors) -> None:
@@ -86,14 +86,14 @@ class DistributedTransport:
         options.rootRank, options.rootTensor, options.timeout = 0, 0, SEND_TIMEOUT
         try:
             for _, tensor in bucket:
-                # gloo reads the memory it is given, and Ray's is read-only but fit for reading.
+                # gloo only reads a tensor that it sends, so that Ray's read-only memory will do.
                 self._group.broadcast([tensor.contiguous().to(self._device)], options).wait()
         except RuntimeError as error:
             raise ServerGone(f"the broadcast to {self._name}: {error}") from error
 
 
 def _form_group(host: str, port: int, world_size: int, name: str, backend: str) -> dist.ProcessGroup:
-    """As SGLang forms its end: a group beside the default one, which this process need not have."""
+    """Form the group as SGLang does: beside the default group, which this process need not have."""
     store: dist.Store = dist.TCPStore(host, port, world_size, is_master=True, timeout=FORM_TIMEOUT)
     group, _ = _new_process_group_helper(
         world_size,

@@ -1,4 +1,4 @@
-"""Tensors in shared memory (on a GPU: CUDA IPC), whose handles travel in the request.
+"""TensorTransport puts tensors in shared memory (on a GPU: CUDA IPC) and sends their handles in the request.
 
 The handles are what torch's own multiprocessing pickles, and what SGLang's MultiprocessingSerializer reads; nothing of
 SGLang is imported. Both ends must be the same torch, because it reads its own handles only, and on the same machine.
@@ -24,7 +24,7 @@ SHARING = "file_system"
 
 
 def check_torch(theirs: str | None) -> None:
-    """Raise ConfigError where the server's torch is another version; None: nobody could ask."""
+    """Raise ConfigError where the server's torch is another version; ``theirs`` is None where it is unknown."""
     ours = torch.__version__
     if theirs is not None and theirs.partition("+")[0] != ours.partition("+")[0]:
         raise ConfigError(
@@ -56,7 +56,7 @@ class TensorTransport:
         pass
 
     def _shareable(self, tensor: torch.Tensor) -> torch.Tensor:
-        # A copy of its own: a view would share the whole of what it is a view of, and Ray's memory is read-only.
+        # The tensor is copied: a view would share its whole base tensor, and Ray's memory is read-only.
         return tensor.to("cuda") if self._on_gpu else tensor.clone().share_memory_()
 
 
