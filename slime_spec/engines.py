@@ -1,4 +1,4 @@
-"""The kinds of rollout engines: what a run must know of its engines before it makes one."""
+"""An EngineKind says what a run must know of its engines before it makes an engine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineKind:
-    """One kind of engine: where its parts are (``package.module:name``), and what it needs of the run around it.
+    """Describes a kind of engine: where its parts are (``package.module:name``), and what the engine needs of the run.
 
     ``engine`` is the RolloutEngine's class, called with (config, engine_index, transport, site=site).
     ``shared_part``, where there is one, is called with (config, site) and makes the SharedPart of all engines, or None.
-    ``node`` is the class of a Node, called with (address, environment); an engine that has none fits one node.
+    ``node`` is the class of a Node, called with (address, environment); an engine without a Node class fits one node.
 
     ``has_servers`` says that the engine generates in server processes, which the settings of sglang_server describe.
     ``max_gpus`` bounds the GPUs of one engine. ``num_weight_copies`` is how many copies of the weights the engine
@@ -38,7 +38,7 @@ class EngineKind:
         return self.has_servers and bool(config.sglang_server.external_addrs)
 
     def start_timeout_s(self, config: Config) -> float:
-        """How long an engine may take to start; of its server's own timeout the engine reports more than the time."""
+        """Return how long an engine may take to start: longer than its server, whose own timeout error says more."""
         return config.cluster.actor_start_timeout_s + (config.sglang_server.start_timeout_s if self.has_servers else 0)
 
 
@@ -56,5 +56,5 @@ ENGINES = {
 
 
 def kind_of(config: Config) -> EngineKind:
-    """The kind of this run's engines; raises ConfigError for an unknown name."""
+    """Return the kind of this run's engines; raises ConfigError for an unknown name."""
     return choose("rollout.engine", ENGINES, config.rollout.engine)

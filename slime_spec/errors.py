@@ -1,8 +1,8 @@
-"""The errors a user meets, each saying what to change."""
+"""These are the errors that a user meets; each error says what to change."""
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work, found before anything heavy starts.
+    """A setting cannot work, which is found before anything heavy starts.
 
     Example: ``ConfigError("rollout.n_samples_per_prompt", "must be at least 1", 0, "pass --n-samples-per-prompt 8")``
     """
@@ -17,12 +17,12 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint folder that is missing, incomplete or damaged."""
+    """A checkpoint folder is missing, incomplete or damaged."""
 
 
 class TrainingError(RuntimeError):
-    """An optimizer step that would have ruined the weights; they are as they were before it."""
+    """An optimizer step would have ruined the weights, which are as they were before the step."""
 
 
 class PushError(RuntimeError):
-    """A weight push that was refused or failed; every engine stays on, or returned to, its previous version."""
+    """A weight push was refused or failed; every engine stays on, or returned to, its previous version."""

@@ -1,4 +1,4 @@
-"""The seams: one narrow Protocol per thing that varies, and the tables from a setting to its class.
+"""Each Protocol here is the interface of one thing that varies; the tables map a setting to its class.
 
 An implementation is imported only when its name was chosen, so that no run pays for a library it does not use.
 """
@@ -25,14 +25,14 @@ Choice = TypeVar("Choice")
 
 
 class Generation(Protocol):
-    """The samples of one group while they are being generated; iterating blocks until the next one finishes."""
+    """Yields the samples of one in-flight group; iterating blocks until the next sample finishes."""
 
     def __iter__(self) -> Iterator[GeneratedSample]: ...
 
     def abort(self) -> None:
         """Let the unfinished samples finish now, with finish_reason "abort" and the tokens they have.
 
-        A later request resumes them where it names them in ``partials``.
+        A later request resumes the samples that it names in ``partials``.
         """
 
 
@@ -40,13 +40,13 @@ class RolloutEngine(Protocol):
     """Turns prompts into samples. ``generate`` may be called from several threads; the rest from one at a time."""
 
     def start(self) -> None:
-        """Load the checkpoint's weights (version 0) and be ready to generate."""
+        """Load the checkpoint's weights (version 0) and get ready to generate."""
 
     def generate(self, request: GroupRequest) -> Generation:
         """Queue a group; raises ConfigError for a request that can never run (prompt beyond the context, ...)."""
 
     def update_weights(self, message: PushMessage) -> PushReply:
-        """Take one message of a push, or of a pause around it; raises PushError and keeps its version."""
+        """Take one message of a push, or of a pause around it; raises PushError and keeps the version."""
 
     def set_resident(self, resident: bool) -> None:
         """Free the KV cache (and, on CUDA, the weights) or take them back; only while no request is running."""
@@ -58,17 +58,17 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class MayStopServing(Protocol):
-    """An engine whose server may die and come back while the engine itself lives on."""
+    """Reports whether an engine serves, whose server may die and come back while the engine itself lives on."""
 
     def wait_serving(self, known: bool) -> bool:
-        """Return whether it serves, once that is not what is ``known``; raises when it never will again."""
+        """Wait until the engine serves or not, other than ``known``, and return it; raises when it never will again."""
 
 
 class Engines(Protocol):
-    """All engines of a run as one: what the RL loop sees of the rollout side."""
+    """Runs all engines of a run as one: the RL loop sees nothing else of the rollout side."""
 
     def generate(self, requests: Sequence[GroupRequest]) -> Iterator[GeneratedSample]:
-        """Every group's samples, in the order in which they finish, whichever engine they began on."""
+        """Yield every group's samples in the order in which they finish, whichever engine they ran on."""
 
     def broadcast(self, message: PushMessage) -> list[PushReply]:
         """Deliver one push message to every engine; raises if any refuses."""
@@ -80,26 +80,26 @@ class Engines(Protocol):
     def abort(self) -> None:
         """Let every sample of the generation in progress end now, with finish_reason "abort" and the tokens it has.
 
-        They come out of ``generate``, those too whose turn had not come. A later ``generate`` resumes those that a
-        request names in ``partials``, on any engine and with newer weights; ``version_spans`` say which tokens are
-        whose.
+        All come out of ``generate``, waiting samples too. A later ``generate`` resumes the samples that a request names
+        in ``partials``, on any engine and with newer weights; ``version_spans`` say which version generated which
+        tokens.
         """
 
     def stop(self) -> None: ...
 
 
 class SharedPart(Protocol):
-    """What all engines of a run share, such as a router: started before them, ended after them."""
+    """Runs what all engines of a run share, such as a router: it starts before the engines and ends after them."""
 
     @property
     def engine_config(self) -> Config:
-        """The configuration of the engines that use it."""
+        """Return the configuration of the engines that use the shared part."""
 
     def start(self) -> None:
-        """Begin to start it; the engines start meanwhile."""
+        """Begin to start the shared part; the engines start meanwhile."""
 
     def wait_until_ready(self) -> None:
-        """Return once it serves; raises ConfigError where it does not start."""
+        """Return once the shared part serves; raises ConfigError where it does not start."""
 
     def stop(self) -> None: ...
 
@@ -108,13 +108,13 @@ class Trainer(Protocol):
     """Owns the policy's weights and their integer version."""
 
     def load(self) -> RunState | None:
-        """Build the model from the HF checkpoint, or resume (and say where the run was) when trainer.load is set."""
+        """Build the model from the HF checkpoint, or resume when trainer.load is set and return where the run was."""
 
     def step(self, samples: Sequence[TrainSample]) -> TrainReport:
         """Run the policy step(s) for one rollout's samples."""
 
     def push(self, version: int) -> Iterator[PushMessage]:
-        """The current weights as the messages of one push: begin, buckets, commit (slime_spec.weights.messages)."""
+        """Yield the current weights as one push's messages: begin, buckets, commit (slime_spec.weights.messages)."""
 
     def save(self, folder: str, state: RunState) -> None:
         """Write a checkpoint that ``load`` resumes from; a failed write leaves the previous one intact."""
@@ -132,15 +132,15 @@ class WeightTransport(Protocol):
         """Trainer side: make the tensors reachable and return the handle that a PushBucket carries."""
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
-        """Engine side: the bucket's tensors, read-only; they stay valid as long as they are referenced."""
+        """Engine side: return the bucket's tensors, read-only; they stay valid as long as they are referenced."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where the run is: saved with the trainer's checkpoint, so that a resumed run draws the same next prompts.
+    """Says where the run is: saved with the trainer's checkpoint, so that a resumed run draws the same next prompts.
 
-    ``unfinished_prompt_ids`` were drawn and not trained on yet: the next step begins with them, and with what the
-    engines have generated of them as long as the run's process lives.
+    ``unfinished_prompt_ids`` were drawn and not trained on yet: the next step begins with them, and resumes their
+    partial samples as long as the run's process lives.
     """
 
     rollout_id: int
@@ -150,7 +150,7 @@ class RunState:
 
 
 class MetricSink(Protocol):
-    """A place where one step's metrics go."""
+    """Writes each step's metrics to one place."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -159,9 +159,9 @@ class MetricSink(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """One question of a task before tokenisation: what the user says, and what a right reply contains.
+    """A question of a task before tokenisation has the user's text and the answer that a right reply contains.
 
-    ``advice`` is a text that the reply will resemble, empty where nobody knows one.
+    ``advice`` is a text that the reply will resemble, empty where no such text is known.
     """
 
     text: str
@@ -170,39 +170,39 @@ class Problem:
 
 
 class Task(Protocol):
-    """Prompts and their reward."""
+    """Makes prompts and rewards the replies."""
 
     @property
     def name(self) -> str: ...
 
     def problem(self, index: int, seed: int) -> Problem:
-        """The problem with this index: a pure function of (index, seed)."""
+        """Return the problem with this index: a pure function of (index, seed)."""
 
     def reward(self, problem: Prompt, reply: str) -> float: ...
 
 
 def unknown_choice(setting: str, known: Iterable[str], name: str) -> ConfigError:
-    """The error for a name that is none of ``known``, with a suggestion where one is near."""
+    """Make the error for a name that is not in ``known``, with a suggestion where a known name is near."""
     names = sorted(known)
     hint = did_you_mean(name, names, repr)
     return ConfigError(setting, f"must be one of {', '.join(names)}", name, f"{hint}Choose a known name.")
 
 
 def choose(setting: str, table: Mapping[str, Choice], name: str) -> Choice:
-    """What ``name`` stands for in the table; raises ConfigError for an unknown name."""
+    """Return the table's entry for ``name``; raises ConfigError for an unknown name."""
     if name not in table:
         raise unknown_choice(setting, table, name)
     return table[name]
 
 
 def load(path: str) -> Any:
-    """Import what a path names that reads ``package.module:name``."""
+    """Import the object that a path ``package.module:name`` names."""
     module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def load_choice(setting: str, table: Mapping[str, str], name: str) -> Any:
-    """Import the implementation that ``name`` stands for in a table of paths."""
+    """Import the implementation whose path a table has for ``name``."""
     return load(choose(setting, table, name))
 
 

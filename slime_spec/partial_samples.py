@@ -1,4 +1,4 @@
-"""Partial samples: what an aborted generation left of a sample, and what it means to go on from it.
+"""A partial sample is what an aborted generation left of a sample; these rules say how a request resumes it.
 
     GroupRequest.partials ──► earlier_part ──► the engine generates the rest ──► one whole GeneratedSample
                                                     │
@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from slime_spec.errors import ConfigError
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams, SpecCounters, VersionSpan
 
-# A sample that is broken off this often with no token in between will be for ever.
+# A sample that is broken off this often with no new token will never finish.
 MAX_FRUITLESS_ATTEMPTS = 3
 
 
 def as_partial(request: GroupRequest, position: int) -> GeneratedSample:
-    """The partial sample of a seed; one without tokens where the request names none."""
+    """Return the partial sample of a seed; a partial sample without tokens where the request names none."""
     return request.partial_at(position) or GeneratedSample(
         group_id=request.group_id,
         sample_index=position,
@@ -36,10 +36,10 @@ def as_partial(request: GroupRequest, position: int) -> GeneratedSample:
 
 
 def earlier_part(request: GroupRequest, position: int, *, keeps_tokens: bool = True) -> GeneratedSample:
-    """What a seed's sample has before it is resumed.
+    """Return what a seed's sample has before it is resumed.
 
-    Its times and preemptions count whatever happens; the rest is known of tokens, and goes where there are none or
-    where they are not kept.
+    Its times and preemptions always count; the rest describes tokens, and is dropped where there are no tokens or the
+    tokens are not kept.
     """
     partial = as_partial(request, position)
     if partial.token_ids and keeps_tokens:
@@ -55,14 +55,14 @@ def earlier_part(request: GroupRequest, position: int, *, keeps_tokens: bool = T
 
 
 def request_for_rest(request: GroupRequest, partials: Iterable[GeneratedSample]) -> GroupRequest:
-    """The request that resumes these samples of ``request``, with their own seeds, ordered by sample_index."""
+    """Return the request that resumes these samples of ``request``, with their own seeds, ordered by sample_index."""
     ordered = sorted(partials, key=lambda sample: sample.sample_index)
     seeds = dict(zip(request.sample_indices, request.seeds, strict=True))
     return replace(request, seeds=tuple(seeds[each.sample_index] for each in ordered), partials=tuple(ordered))
 
 
 def can_join_prompt(params: SamplingParams) -> bool:
-    """Whether generated tokens may become part of the prompt without bending the distribution of the rest.
+    """Whether generated tokens may become part of the prompt without changing the distribution of the rest.
 
     Stop strings may begin before the seam, and penalties of generated tokens do not count the prompt's.
     """
@@ -91,7 +91,7 @@ def reported_spans(spans: Iterable[VersionSpan], oldest_version: int) -> tuple[V
 
 @dataclass
 class FruitlessAttempts:
-    """How many attempts in a row ended one sample's part without a token more. Example::
+    """Counts the attempts in a row that ended one sample's part without a new token. Example::
 
     if attempts.note(num_new_tokens > 0): raise RuntimeError(...)
     """

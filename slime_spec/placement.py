@@ -1,11 +1,11 @@
-"""Where actors run: one placement group for the whole job, and each actor's bundle in it.
+"""The placement says where actors run: one placement group for the whole job, with each actor's bundle.
 
 An engine has an actor on each of its nodes. The bundles that engines and trainer ranks have:
 
     apart                     one for each (engine, node) with all its GPUs there, one for each rank
     colocated, up to 1 GPU    one for an engine and a rank, half each
     colocated, several GPUs   one for each GPU, half a rank's (Ray cannot halve eight GPUs, only each of them);
-                              the engine's actor has half of the first and is told the others
+                              the engine's actor has half of the first and gets the names of the others
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from slime_spec.engines import kind_of
 
 @dataclass(frozen=True)
 class Bundle:
-    """One bundle of the placement group: cores and GPUs reserved together on one node."""
+    """A Bundle of the placement group reserves cores and GPUs together on one node."""
 
     num_cpus: float
     num_gpus: float
@@ -28,9 +28,9 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Placement:
-    """The bundles of one kind of actor; ``rank`` counts engines, or trainer ranks.
+    """Names the bundles of one kind of actor; ``rank`` counts engines, or trainer ranks.
 
-    ``nodes`` are the bundles of each engine's actors, one a node, beginning with that of ``bundles``. ``devices`` are
+    ``nodes`` are the bundles of each engine's actors, one a node, its entry in ``bundles`` first. ``devices`` are
     the GPUs of an engine's actor where Ray gives it fewer, by its bundle.
     """
 
@@ -51,20 +51,20 @@ class Placement:
         return self.num_gpus
 
     def other_nodes_of_rank(self, rank: int) -> tuple[int, ...]:
-        """The bundles of an engine's actors on the nodes after its first."""
+        """Return the bundles of an engine's actors on the nodes after its first."""
         return self.nodes[rank][1:] if self.nodes else ()
 
     def devices_of_bundle(self, bundle: int) -> tuple[str, ...]:
-        """The GPUs that an engine's actor may use, as CUDA_VISIBLE_DEVICES names them.
+        """Return the GPUs that an engine's actor may use, as CUDA_VISIBLE_DEVICES names them.
 
-        None where Ray itself has given it all of them.
+        The tuple is empty where Ray itself has given the actor all of them.
         """
         return self.devices.get(bundle, ())
 
 
 @dataclass(frozen=True)
 class BundlePlan:
-    """What to reserve, before any Ray exists; each actor kind gets a share of each of its bundles.
+    """Says what to reserve, before Ray starts; each actor kind gets a share of each of its bundles.
 
     ``engine_nodes`` are the bundles of each engine's actors, one a node. Of the bundles, each ``together`` in a row
     must be on one node.
@@ -79,7 +79,7 @@ class BundlePlan:
 
     @property
     def engine_bundles(self) -> tuple[int, ...]:
-        """The bundle of each engine, on its first node."""
+        """Return the bundle of each engine on the engine's first node."""
         return tuple(nodes[0] for nodes in self.engine_nodes)
 
     @property
@@ -88,12 +88,12 @@ class BundlePlan:
 
 
 def num_engine_nodes(config: Config) -> int:
-    """How many nodes each engine is on; slime_spec.config.checks has seen that its GPUs fill them evenly."""
+    """Return how many nodes each engine is on; slime_spec.config.checks has seen that its GPUs fill them evenly."""
     return max(1, -(-num_reserved_gpus(config) // config.cluster.num_gpus_per_node))
 
 
 def num_reserved_gpus(config: Config) -> int:
-    """GPUs of one engine that Ray must keep for it: none for a server that someone else started."""
+    """Return how many GPUs Ray must keep for one engine: none for an external server."""
     return 0 if kind_of(config).uses_external_servers(config) else config.rollout.num_gpus_per_engine
 
 

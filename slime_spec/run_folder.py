@@ -1,4 +1,4 @@
-"""The folder of one run: what it was told, with what versions, and where its outputs go. Nothing in it is deleted."""
+"""A run's folder holds its configuration, its versions and its outputs; nothing in the folder is deleted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.metrics.jsonl import FILE as METRICS
 
-# What a run that starts anew in the same folder would append to.
+# The files that a run that starts anew in the same folder would append to.
 LOGS = (METRICS, "samples.jsonl")
 SOURCE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run's files are::
+    """Names the files of a run::
 
     config.yaml       the resolved configuration; reloading it gives the same configuration
     versions.json     packages, Python, platform, git revision
@@ -82,7 +82,7 @@ class RunFolder:
 
 
 def versions() -> dict[str, object]:
-    """What the run ran with; ``git`` is null outside a checkout of this project."""
+    """Return the versions that the run uses; ``git`` is null outside a checkout of this project."""
     packages = {name: found.version for found in distributions() if (name := found.metadata["Name"])}
     return {
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
@@ -93,7 +93,7 @@ def versions() -> dict[str, object]:
 
 
 def git_state(source: Path) -> dict[str, object] | None:
-    """``{"revision": "4f0c...", "dirty": False}`` of the checkout whose root is ``source``, or None."""
+    """Return ``{"revision": "4f0c...", "dirty": False}`` of the checkout whose root is ``source``, or None."""
     root = _git(source, "rev-parse", "--show-toplevel")
     revision = _git(source, "rev-parse", "HEAD")
     if root is None or revision is None or Path(root) != source:
@@ -123,7 +123,7 @@ def _refuse_strangers(path: Path, config_yaml: str, resuming: bool) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the file; one that says something else is set aside first."""
+    """Write the file; an existing file with another text is set aside first."""
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         _set_aside(path)
     path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where an engine is in the cluster, and how it runs processes on its other nodes."""
+"""A Site says where an engine is in the cluster; a Node runs processes on another node of the engine."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ class NodeLost(RuntimeError):
 
 
 class Node(Protocol):
-    """Another node of an engine, and the process there. Any call raises NodeLost where the node is gone."""
+    """Runs a process on another node of an engine. Any call raises NodeLost where the node is gone."""
 
     def address(self) -> str:
-        """Where this node's ports are reached."""
+        """Return the address at which this node's ports are reached."""
 
     def free_port(self, host: str) -> int: ...
 
     def launch(self, command: Sequence[str], log: Path) -> None:
-        """Start the process, its output in a log of that node; one that still runs ends first."""
+        """Start the process, its output in a log of that node; a process that still runs is ended first."""
 
     def exit_code(self) -> int | None:
-        """None while the process runs; LOST where its owner has been started anew without it."""
+        """Return None while the process runs; LOST where its owner has been restarted without it."""
 
     def tail(self) -> str:
-        """The last lines of the log."""
+        """Return the last lines of the log."""
 
     def stop(self) -> None:
-        """End the process; no error where it has ended, or the node has."""
+        """End the process; no error where the process or the node has ended."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an engine is: its first node's address, its other nodes, how many the cluster has.
+    """Says where an engine is: its first node's address, its other nodes, how many nodes the cluster has.
 
-    ``devices`` are the GPUs of the first node as CUDA_VISIBLE_DEVICES names them; empty: those this process sees.
+    ``devices`` are the GPUs of the first node as CUDA_VISIBLE_DEVICES names them; empty: all that this process sees.
 
     Example: ``Site("10.0.0.1", num_cluster_nodes=2, others=(node,))``
     """

@@ -1,4 +1,4 @@
-"""What crosses an actor boundary: small frozen dataclasses, nothing else."""
+"""These small frozen dataclasses, and nothing else, cross the boundaries between actors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_greedy(temperature: float) -> bool:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample one response; the names are SGLang's.
+    """Says how to sample one response; the names are SGLang's.
 
     ``top_k=-1`` and ``top_p=1`` switch those filters off; ``temperature=0`` is greedy (see is_greedy). Penalties count
     generated tokens (``repetition_penalty`` the prompt's too); ``logit_bias`` are (token id, bias) pairs.
@@ -47,7 +47,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question to the policy: ``Prompt(prompt_id=17, task="add10", text="What is 2 + 3?", ...)``.
+    """A Prompt asks the policy one question: ``Prompt(prompt_id=17, task="add10", text="What is 2 + 3?", ...)``.
 
     ``advice_token_ids`` are a text that the reply will resemble (task.advice_key), for LOOKUP to draft from.
     """
@@ -62,12 +62,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """One prompt and its n samples, which share the prompt's KV: one seed per sample, already derived by the caller.
+    """Asks for the samples of one prompt, which share the prompt's KV: the caller has derived a seed for each.
 
     ``partials`` are samples to resume (slime_spec.partial_samples): none, or one for each seed, in the seeds' order, as
-    an earlier generation left them (finish_reason "abort", perhaps without a token). What comes back is whole, with the
-    token budget and every count over both parts, under the sample_index it had: a request may hold some of a group's
-    samples only.
+    an earlier generation left them (finish_reason "abort", perhaps without a token). Resumed samples come back whole,
+    with the token budget and every count over both parts, under the sample_index they had: a request may hold only some
+    of a group's samples.
 
     Example: ``GroupRequest("step3-prompt17", (1, 4093, 198), seeds=(11, 12, 13, 14), params=SamplingParams())``
     """
@@ -80,23 +80,23 @@ class GroupRequest:
 
     @property
     def sample_indices(self) -> tuple[int, ...]:
-        """The sample_index of each seed's sample."""
+        """Return the sample_index of each seed's sample."""
         return tuple(sample.sample_index for sample in self.partials) or tuple(range(len(self.seeds)))
 
     def partial_at(self, position: int) -> GeneratedSample | None:
-        """The partial sample that this seed's sample resumes, if any."""
+        """Return the partial sample that this seed's sample resumes, if any."""
         return self.partials[position] if self.partials else None
 
 
 @dataclass(frozen=True)
 class SpecCounters:
-    """What speculation did for one request; ``histogram[k]`` counts rounds in which exactly k drafts were accepted.
+    """Counts what speculation did for one request; ``histogram[k]`` counts rounds with exactly k accepted drafts.
 
     A round is one draft and one verify; the prefill is not a round. ``num_proposed`` is rounds times
     (num_draft_tokens - 1), SGLang's server-wide convention, whatever was drafted; ``num_drafted`` counts the tokens
     that really were, and ``num_empty_rounds`` the rounds without any (no match, or one token of the budget left).
     ``num_steps`` is how many drafts a round can accept: the depth of a tree; 0 where it is a chain of all drafts.
-    ``num_correct_unbinned`` are accepted drafts of which no histogram tells (SGLang before 0.5.9 counts them alone).
+    ``num_correct_unbinned`` are accepted drafts that are in no histogram (SGLang before 0.5.9 has none).
     Example, 3 rounds with nothing drafted, then 2 of 2 and 3 of 3 accepted:
     ``SpecCounters(num_rounds=3, num_proposed=9, histogram=(1, 0, 1, 1), num_drafted=5, num_empty_rounds=1)``
     """
@@ -111,19 +111,19 @@ class SpecCounters:
 
     @property
     def num_correct(self) -> int:
-        """Accepted draft tokens, bonus tokens excluded."""
+        """Return how many draft tokens were accepted, bonus tokens excluded."""
         return self.num_correct_unbinned + sum(k * count for k, count in enumerate(self.histogram))
 
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """One finished response. ``logprobs[i]`` is the target's log softmax(logits / temperature) at ``token_ids[i]``.
+    """Holds a finished response. ``logprobs[i]`` is the target's log softmax(logits / temperature) at ``token_ids[i]``.
 
     ``matched_stop`` is the token or the string that ended a response whose ``finish_reason`` is stop; ``cached_tokens``
     counts the prompt tokens whose KV another sample of the group had computed. ``weight_version`` is the oldest that
-    shaped the response; ``version_spans`` are (first token index, version) pairs, empty where one version generated all
+    generated any of it; ``version_spans`` are (first token index, version) pairs, empty where one version generated all
     of it. ``draft_version`` is that of the draft's own weights, None where it has none. ``lossy`` marks a sample whose
-    verification may have bent the target's distribution. ``wait_s`` and ``first_token_s`` are the times from its
+    verification may have changed the target's distribution. ``wait_s`` and ``first_token_s`` are the times from its
     arrival to its admission and to its first token, None where nobody measured them. ``num_preemptions`` counts how
     often its KV was given up for lack of room, and recomputed. A resumed sample
     (GroupRequest.partials) sums the times of both; ``spec`` is empty where either part's rounds are unknown.
@@ -150,13 +150,13 @@ class GeneratedSample:
 
     @property
     def spans(self) -> tuple[VersionSpan, ...]:
-        """``version_spans``, also where one version generated all of it; empty without tokens."""
+        """Return the version spans, also where one version generated all tokens; empty without tokens."""
         return self.version_spans or (((0, self.weight_version),) if self.token_ids else ())
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A response with its reward; ``error`` says why a sample is excluded from training (its reward is then None)."""
+    """Holds a response and its reward; ``error`` says why training excludes the sample (whose reward is then None)."""
 
     prompt: Prompt
     response: GeneratedSample
@@ -167,7 +167,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainSample:
-    """One sequence for the policy loss: logprobs and advantage apply to the tokens from ``prompt_len`` on."""
+    """Holds one sequence for the policy loss: logprobs and advantage apply to the tokens from ``prompt_len`` on."""
 
     token_ids: tuple[int, ...]
     prompt_len: int
@@ -177,7 +177,7 @@ class TrainSample:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What one training step did; every mean is over all response tokens of the step, on all ranks."""
+    """Reports what one training step did; every mean is over all response tokens of the step, on all ranks."""
 
     loss: float
     pg_loss: float
@@ -193,7 +193,7 @@ class TrainReport:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """An engine's health at one moment; seconds and counts are sums since its start.
+    """Reports an engine's health at one moment; seconds and counts are sums since its start.
 
     ``canary`` is what the canary after the last push counted, no rounds where none ran. ``probed_round_s`` and
     ``probed_plain_s`` are the times of some rounds of draft and verify, and of one plain decode step of the very batch

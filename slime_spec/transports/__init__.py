@@ -1,1 +1,1 @@
-"""Ways for a push's tensors to travel; each file holds both ends."""
+"""A transport carries a push's tensors; each file holds both ends of a transport."""

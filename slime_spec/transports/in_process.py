@@ -1,4 +1,4 @@
-"""Weights between a pusher and an engine in the same process: what is published is what is received."""
+"""InProcessTransport passes weights to an engine in the same process: it receives the published tensors themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights through Ray's shared-memory object store: one copy in, none out on the same machine.
+"""RayObjectStoreTransport uses Ray's shared-memory object store: one copy in, none out on the same machine.
 
 The trainer's actor puts a bucket's tensors as out-of-band buffers (their memory is copied straight into shared
 memory); engines map the same pages read-only. The handle is the object reference, so a bucket is freed when the last
@@ -19,10 +19,10 @@ from slime_spec.weights.messages import PushBucket, as_bytes
 
 
 class RayObjectStoreTransport:
-    """See the module; implements WeightTransport."""
+    """Implements WeightTransport with Ray's object store, as the module says."""
 
     def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
-        # The reference is wrapped in a tuple: Ray would resolve a bare one when it is passed to an actor.
+        # The reference is wrapped in a tuple: Ray would resolve a bare reference when it is passed to an actor.
         return (ray.put([as_bytes(tensor.cpu()).numpy() for tensor in tensors]),)
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:

@@ -1,1 +1,1 @@
-"""Weights on the move: the messages of a push, the trainer's side that runs it, the engine's side that receives it."""
+"""This package moves weights: the messages of a push, the trainer's side that sends it, the engines' that takes it."""

@@ -1,4 +1,4 @@
-"""A push of one side's weights (target or draft): trainer to engines, all or nothing.
+"""A push sends one side's weights (target or draft) from the trainer to the engines, all or nothing.
 
     trainer:  begin(manifest) ── bucket ── bucket ── … ── commit(checksum)
                   │                │                      │
@@ -6,8 +6,8 @@
                                                      every engine says yes first      version = v+1
 
 Until the commit every engine serves version v from weights the push does not touch; a failure before it cancels the
-push everywhere. The commit only swaps references; an engine that dies right then is the one thing that can split the
-engines, and the error says so. With ``verify`` each engine then reads back the weights it computes with.
+push everywhere. The commit only swaps references; only an engine that dies right then can leave the engines on
+different versions, and the error says so. With ``verify`` each engine then reads back the weights it computes with.
 
 Engines generate meanwhile, unless ``pause_mode`` asks for a pause from before the begin until after the verification
 (or the failure): ``retract`` has the KV of what was being generated recomputed with the new weights, ``in_place`` keeps
@@ -25,12 +25,12 @@ import xxhash
 
 Side = Literal["target", "draft"]
 PauseMode = Literal["abort", "retract", "in_place"]
-NOT_COMPARABLE = ""  # in place of a checksum: the engine cannot tell, or rounds what it is sent (a quantised draft)
+NOT_COMPARABLE = ""  # in place of a checksum: the engine has none, or rounds what it is sent (a quantised draft)
 
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """One tensor of a manifest: ``TensorMeta("model.norm.weight", (576,), "float32")``."""
+    """Describes a tensor of a manifest: ``TensorMeta("model.norm.weight", (576,), "float32")``."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class TensorMeta:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything one push sends for one side, in sending order."""
+    """Lists all tensors that one push sends for one side, in sending order."""
 
     side: Side
     version: int
@@ -72,7 +72,7 @@ class BeginPush:
 
 @dataclass(frozen=True)
 class PushBucket:
-    """Some tensors of an open push; ``handle`` is the transport's own (for Ray, a reference into shared memory)."""
+    """Carries some tensors of an open push; ``handle`` is the transport's own (Ray's refers to shared memory)."""
 
     version: int
     index: int
@@ -83,7 +83,7 @@ class PushBucket:
 
 @dataclass(frozen=True)
 class PreparePush:
-    """All buckets are sent: the engine checks that none is missing, compares checksums and builds what it will use."""
+    """Ends the buckets: the engine checks that no tensor is missing, compares checksums and builds what it will use."""
 
     version: int
     checksum: str
@@ -134,7 +134,7 @@ PushMessage = (
 
 @dataclass(frozen=True)
 class PushReply:
-    """An engine's answer: its committed version and the combined checksum of what it has staged so far.
+    """Reports an engine's committed version and the combined checksum of the tensors it has staged so far.
 
     Both are of the side the message is about. To VerifyPush it answers with the checksum of the weights in use, or with
     NOT_COMPARABLE.
@@ -150,17 +150,17 @@ def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's memory as flat uint8, without a copy where it is contiguous."""
+    """Return the tensor's memory as flat uint8, without a copy where it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def tensor_checksum(tensor: torch.Tensor) -> int:
-    """XXH3-64 of the tensor's bytes; at memory speed, and any changed bit changes it."""
+    """Compute XXH3-64 of the tensor's bytes; it runs at memory speed, and any changed bit changes the checksum."""
     return xxhash.xxh3_64_intdigest(as_bytes(tensor.cpu()).numpy().data)
 
 
 def combined_checksum(checksums: Iterable[tuple[str, int]]) -> str:
-    """One digest of (name, checksum) pairs, whatever the order they arrived in."""
+    """Combine (name, checksum) pairs into one digest, whatever order they arrived in."""
     digest = xxhash.xxh3_128()
     for name, checksum in sorted(checksums):
         digest.update(f"{name}={checksum:016x};".encode())

@@ -1,4 +1,4 @@
-"""The engine's side of a push, the same for every engine: one push is open at a time, taken over whole or not.
+"""PushDesk receives pushes in every engine: one push is open at a time, and the engine takes over all of it or none.
 
 BeginPush ──► stage ── PushBucket … ──► PreparePush (whole? equal? built?) ──► CommitPush: the engine takes it over
                 │
@@ -34,24 +34,24 @@ from slime_spec.weights.messages import (
 
 
 class Staging(Protocol):
-    """What one side's tensors become before the commit."""
+    """Builds the weights of one side out of a push's tensors, before the commit."""
 
     @property
     def expected(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor the push must bring."""
+        """Return the shape of every tensor that the push must bring."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one verified tensor, whose memory belongs to the transport."""
+        """Add one verified tensor, whose memory belongs to the transport."""
 
     def build(self) -> None:
-        """All tensors are there: do everything but take them over."""
+        """Do everything but take the tensors over, now that all are there."""
 
 
 S = TypeVar("S", bound=Staging)
 
 
 class PushStage(Generic[S]):
-    """One open push; dropping it leaves the engine as it was."""
+    """Holds one open push; dropping it leaves the engine as it was."""
 
     def __init__(self, manifest: Manifest, staging: S) -> None:
         self._receiver = PushReceiver(manifest, staging.expected)
@@ -64,7 +64,7 @@ class PushStage(Generic[S]):
 
     @property
     def checksum(self) -> str:
-        """Combined checksum of what has been staged so far."""
+        """Return the combined checksum of what has been staged so far."""
         return self._receiver.checksum
 
     def take(self, bucket: PushBucket, transport: WeightTransport) -> None:
@@ -92,18 +92,18 @@ class PushStage(Generic[S]):
 
 
 class ServingWeights(Protocol[S]):
-    """An engine's weights as its pushes see them."""
+    """Gives pushes access to the weights of an engine."""
 
     def version(self, side: Side) -> int: ...
 
     def staging(self, manifest: Manifest) -> S:
-        """Where the push that begins collects its tensors; raises PushError where it cannot be taken."""
+        """Make the Staging of a push that begins; raises PushError where the engine cannot take the push."""
 
     def commit(self, stage: PushStage[S]) -> None:
-        """Serve what is staged, which is prepared, from here on; raises PushError and goes on with what there was."""
+        """Serve the staged, prepared weights from now on; raises PushError and goes on with the weights from before."""
 
     def checksum(self, side: Side) -> str:
-        """Combined checksum of the weights the engine computes with, or NOT_COMPARABLE."""
+        """Return the combined checksum of the weights the engine computes with, or NOT_COMPARABLE."""
 
     def pause(self, mode: PauseMode) -> None: ...
 
@@ -156,13 +156,13 @@ class PushDesk(Generic[S]):
 
 
 class PushReceiver:
-    """The engine's half of a push: checks what arrives, hands verified tensors on, and counts what is missing.
+    """Checks the tensors of a push as they arrive, and keeps count of the missing tensors.
 
     Example::
 
         receiver = PushReceiver(manifest, expected=expected_shapes(spec))
         receiver.take(bucket, tensors)        # raises PushError naming the tensor
-        receiver.finish(commit.checksum)      # raises PushError naming what never came
+        receiver.finish(commit.checksum)      # raises PushError naming the missing tensors
     """
 
     def __init__(self, manifest: Manifest, expected: Mapping[str, tuple[int, ...]]) -> None:

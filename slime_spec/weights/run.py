@@ -1,4 +1,4 @@
-"""The trainer's side of a push: named tensors become its messages, and every engine is sent them, all or nothing."""
+"""The trainer's side of a push makes messages of named tensors and sends every engine all of them or nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Broadcast = Callable[[PushMessage], Sequence[PushReply]]
 
 @dataclass(frozen=True)
 class PushReport:
-    """One finished push, for the metrics ``sync/*``."""
+    """Reports a finished push, for the metrics ``sync/*``."""
 
     version: int
     seconds: float
@@ -85,7 +85,7 @@ def run_push(
 def _push(
     begin: BeginPush, rest: Iterable[PushMessage], broadcast: Broadcast, verify: bool, begin_s: float
 ) -> PushReport:
-    """``begin_s`` is what the trainer took for ``begin``."""
+    """Send the push after its pause; ``begin_s`` is the time that the trainer took for ``begin``."""
     start = perf_counter() - begin_s
     manifest = begin.manifest
     try:
@@ -153,7 +153,7 @@ def _commit(message: CommitPush, broadcast: Broadcast) -> None:
 
 
 def _verify(message: CommitPush, side: Side, broadcast: Broadcast) -> bool:
-    """Compare what the engines compute with; False where any of them cannot tell."""
+    """Compare the weights that the engines compute with; False where an engine cannot compare its weights."""
     answers = {reply.checksum for reply in broadcast(VerifyPush(message.version, side))}
     if answers - {NOT_COMPARABLE, message.checksum}:
         raise PushError(
@@ -166,7 +166,7 @@ def _verify(message: CommitPush, side: Side, broadcast: Broadcast) -> bool:
 def push_messages(
     weights: Mapping[str, torch.Tensor], version: int, side: Side, bucket_bytes: int, transport: WeightTransport
 ) -> Iterator[PushMessage]:
-    """A push of weights that are at hand, for ``run_push``."""
+    """Yield the messages of a push of given weights, for ``run_push``."""
     yield BeginPush(manifest_of(side, version, weights))
     checksums: list[tuple[str, int]] = []
     for index, named in enumerate(bucketed(weights.items(), bucket_bytes)):
@@ -183,7 +183,7 @@ def manifest_of(side: Side, version: int, weights: Mapping[str, torch.Tensor]) -
 def bucket_of(
     named: Sequence[tuple[str, torch.Tensor]], version: int, index: int, transport: WeightTransport
 ) -> PushBucket:
-    """Published tensors with their names, shapes, dtypes and checksums."""
+    """Publish tensors and return their bucket: names, shapes, dtypes and checksums."""
     tensors = [tensor for _, tensor in named]
     return PushBucket(
         version=version,
