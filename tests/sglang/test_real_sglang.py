@@ -220,10 +220,10 @@ def test_an_aborted_sample_goes_on_from_its_tokens(real: Real) -> None:
     generation = real.engine.generate(replace(request, group_id="partial"))
     wait_for_tokens(real, 20)
     generation.abort()
-    (begun,) = generation
-    assert begun.finish_reason == "abort"
-    assert 0 < len(begun.token_ids) < 200
-    (whole,) = real.engine.generate(replace(request, group_id="partial", partials=(begun,)))
+    (partial,) = generation
+    assert partial.finish_reason == "abort"
+    assert 0 < len(partial.token_ids) < 200
+    (whole,) = real.engine.generate(replace(request, group_id="partial", partials=(partial,)))
     assert (whole.token_ids, whole.finish_reason) == (undisturbed.token_ids, "length")
     assert whole.logprobs == pytest.approx(undisturbed.logprobs, abs=LOGPROB_ERROR)
 

@@ -40,14 +40,14 @@ def part(num_tokens: int, index: int = 0, **fields: Any) -> GeneratedSample:
 
 def test_what_is_left_is_asked_for_and_the_whole_comes_back(connect: Connect) -> None:
     on_fake = connect()
-    begun = part(10, index=6, draft_version=4, num_preemptions=2, cached_tokens=1, lossy=True)
-    (sample,) = on_fake.engine.generate(GroupRequest("group", PROMPT, (77,), PARAMS, (begun,)))
+    partial = part(10, index=6, draft_version=4, num_preemptions=2, cached_tokens=1, lossy=True)
+    (sample,) = on_fake.engine.generate(GroupRequest("group", PROMPT, (77,), PARAMS, (partial,)))
     (body,) = on_fake.server.told("/generate")
     assert body["input_ids"] == [*PROMPT, *expected(10)]
     sampling = body["sampling_params"]
     assert (sampling["max_new_tokens"], sampling["min_new_tokens"], sampling["sampling_seed"]) == (20, 2, 77)
     assert (sample.sample_index, sample.token_ids, sample.finish_reason) == (6, expected(30), "length")
-    assert sample.logprobs == begun.logprobs + tuple(-0.5 - token / 100 for token in expected(30)[10:])
+    assert sample.logprobs == partial.logprobs + tuple(-0.5 - token / 100 for token in expected(30)[10:])
     assert sample.num_prompt_tokens == 3
     # One token of the prefill, then rounds of three: 20 tokens are 7 rounds.
     assert sample.spec == SpecCounters(3 + 7, 30, (0, 0, 10), 30, num_steps=3)
@@ -59,8 +59,8 @@ def test_what_is_left_is_asked_for_and_the_whole_comes_back(connect: Connect) ->
 def test_the_spans_of_both_parts_are_joined(connect: Connect) -> None:
     server = FakeServer()
     server.weight_version = "5"
-    begun = part(9, weight_version=2, version_spans=((0, 2), (4, 3)))
-    request = GroupRequest("group", PROMPT, (1,), PARAMS, (begun,))
+    partial = part(9, weight_version=2, version_spans=((0, 2), (4, 3)))
+    request = GroupRequest("group", PROMPT, (1,), PARAMS, (partial,))
     (sample,) = connect(server).engine.generate(request)
     assert (sample.weight_version, sample.version_spans) == (2, ((0, 2), (4, 3), (9, 5)))
     server.weight_version = "3"
@@ -70,9 +70,9 @@ def test_the_spans_of_both_parts_are_joined(connect: Connect) -> None:
 
 def test_a_sample_without_a_token_brings_its_index_and_its_time(connect: Connect) -> None:
     on_fake = connect()
-    begun = (part(0, index=3), part(4, index=1))
+    partials = (part(0, index=3), part(4, index=1))
     first, second = sorted(
-        on_fake.engine.generate(GroupRequest("group", PROMPT, (1, 2), PARAMS, begun)),
+        on_fake.engine.generate(GroupRequest("group", PROMPT, (1, 2), PARAMS, partials)),
         key=lambda each: -each.sample_index,
     )
     assert (first.sample_index, second.sample_index) == (3, 1)
@@ -84,12 +84,12 @@ def test_a_sample_without_a_token_brings_its_index_and_its_time(connect: Connect
 @pytest.mark.parametrize("params", [{"stop": ("a",)}, {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
 def test_where_going_on_would_bend_the_distribution_it_starts_anew(connect: Connect, params: dict[str, Any]) -> None:
     on_fake = connect()
-    begun = part(10, weight_version=2, lossy=True, draft_version=7)
-    request = GroupRequest("group", PROMPT, (1,), replace(PARAMS, **params), (begun,))
+    partial = part(10, weight_version=2, lossy=True, draft_version=7)
+    request = GroupRequest("group", PROMPT, (1,), replace(PARAMS, **params), (partial,))
     (sample,) = on_fake.engine.generate(request)
     assert on_fake.server.told("/generate")[0]["input_ids"] == list(PROMPT)
     assert sample.token_ids == expected(30)
-    assert sample.logprobs[0] != begun.logprobs[0]
+    assert sample.logprobs[0] != partial.logprobs[0]
     assert (sample.weight_version, sample.version_spans, sample.lossy, sample.draft_version) == (0, (), False, 0)
     assert sample.spec.num_rounds == 10
     assert sample.e2e_latency_s > 100.0
@@ -105,9 +105,9 @@ def test_a_part_without_its_rounds_leaves_the_whole_without_counters(connect: Co
 
 def test_a_part_that_the_server_could_die_of_is_refused(connect: Connect) -> None:
     on_fake = connect()
-    begun = replace(part(2), token_ids=(5, 257))
+    partial = replace(part(2), token_ids=(5, 257))
     with pytest.raises(ConfigError, match="token ids from 0 to 256"):
-        on_fake.engine.generate(GroupRequest("group", PROMPT, (1,), PARAMS, (begun,)))
+        on_fake.engine.generate(GroupRequest("group", PROMPT, (1,), PARAMS, (partial,)))
     assert on_fake.server.told("/generate") == []
 
 
