@@ -34,7 +34,7 @@ class EngineKind:
     num_weight_copies: int = 1
 
     def uses_external_servers(self, config: Config) -> bool:
-        """Whether someone else starts the servers, on GPUs that this run does not reserve."""
+        """Return whether someone else starts the servers, on GPUs that this run does not reserve."""
         return self.has_servers and bool(config.sglang_server.external_addrs)
 
     def start_timeout_s(self, config: Config) -> float:

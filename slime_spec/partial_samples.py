@@ -62,15 +62,15 @@ def request_for_rest(request: GroupRequest, partials: Iterable[GeneratedSample])
 
 
 def can_join_prompt(params: SamplingParams) -> bool:
-    """Whether generated tokens may become part of the prompt without changing the distribution of the rest.
+    """Return whether generated tokens may become part of the prompt without changing the distribution of the rest.
 
-    Stop strings may begin before the seam, and penalties of generated tokens do not count the prompt's.
+    Stop strings may begin before the joint, and penalties of generated tokens do not count the prompt's.
     """
     return not params.stop and params.frequency_penalty == params.presence_penalty == 0.0
 
 
 def rounds_are_known(num_tokens: int, spec: SpecCounters) -> bool:
-    """Whether the counters of a speculated part cover its tokens: all tokens but the first come out of rounds.
+    """Return whether the counters of a speculated part cover its tokens: all tokens but the first come out of rounds.
 
     Tokens without their rounds would look like speed, so a response with such a part has no counters at all.
     """
@@ -84,7 +84,7 @@ def note_version(spans: list[VersionSpan], first_token: int, version: int) -> No
 
 
 def reported_spans(spans: Iterable[VersionSpan], oldest_version: int) -> tuple[VersionSpan, ...]:
-    """The spans as GeneratedSample.version_spans has them: none where ``oldest_version`` generated every token."""
+    """Return spans as GeneratedSample.version_spans has them: none where ``oldest_version`` generated every token."""
     spans = tuple(spans)
     return () if [version for _, version in spans] in ([], [oldest_version]) else spans
 

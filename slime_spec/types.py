@@ -13,7 +13,7 @@ GREEDY_BELOW_TEMPERATURE = 1e-6  # SGLang's threshold
 
 
 def is_greedy(temperature: float) -> bool:
-    """Whether samples at this temperature are argmax, their logprobs those of temperature 1."""
+    """Return whether samples at this temperature are argmax, their logprobs those of temperature 1."""
     return temperature < GREEDY_BELOW_TEMPERATURE
 
 

@@ -120,7 +120,7 @@ class SglangClient:
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """The data of each server-sent event."""
+    """Yield the data of each server-sent event."""
     pending = bytearray()
     async for block in content.iter_any():
         pending += block

@@ -2,10 +2,10 @@
 
     none       tensors go to the draft's runner and to the target's
     flag       the same, unless disable_draft_model is set; from a group they go to the target alone
-    selector   every call names its side, inside a session that must be begun and ended
+    selector   every call names its side, inside a session that must be opened and ended
 
 ``slime_spec/sglang/releases.py`` says which release has which contract.
-The fields are in the server's own /openapi.json. A server that hides it is asked to end a session that was never begun.
+The fields are in the server's openapi.json. A server that hides them is asked to end a session that was never opened.
 """
 
 from __future__ import annotations

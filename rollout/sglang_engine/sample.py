@@ -120,7 +120,7 @@ class GrowingSample:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the kept tokens are a whole response, which only lacks its finish reason."""
+        """Return whether the kept tokens are a whole response, which only lacks its finish reason."""
         return len(self._token_ids) >= self.request.params.max_new_tokens
 
     def finished(self, latency_s: float, draft_version: int | None, aborted: bool = False) -> GeneratedSample:

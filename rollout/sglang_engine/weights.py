@@ -66,7 +66,7 @@ class ServerWeights:
 
     @property
     def is_paused(self) -> bool:
-        """Whether a push has paused the server."""
+        """Return whether a push has paused the server."""
         return self._paused is not None
 
     def staging(self, manifest: Manifest) -> ServerStaging:
@@ -90,7 +90,7 @@ class ServerWeights:
 
     @property
     def has_pushed_draft(self) -> bool:
-        """Whether a draft was ever pushed; if not, a new server gets the draft from its folder."""
+        """Return whether a draft was ever pushed; if not, a new server gets the draft from its folder."""
         return "draft" in self._current
 
     @property
@@ -109,7 +109,7 @@ class ServerWeights:
         return self._sums_of_draft() == self._draft_sums
 
     def _sums_of_draft(self) -> Sums:
-        """The checksums of the tensors that are the draft's own."""
+        """Return the checksums of the tensors that are the draft's own."""
         sums = self._server.loop.call(self.delivery.checksums("draft"))
         return {name: checksum for name, checksum in sums.items() if not any(part in name for part in SHARED)}
 
