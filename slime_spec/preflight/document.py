@@ -1,4 +1,4 @@
-"""docs/doctor.md: the command, its JSON, and every check with why it matters."""
+"""This module writes docs/doctor.md: the command, its JSON, and every check with the reason for it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ JSON = """\
 
 
 def markdown(usage: str) -> str:
-    """The document; ``usage`` is the command's own."""
+    """The text of docs/doctor.md; ``usage`` is the command's usage text."""
     parts = [INTRODUCTION, f"```text\n{usage}\n```\n", JSON, "## Checks"]
     for module, traps in groupby(TRAPS, key=lambda trap: trap.look.__module__):
         parts.append(f"\n### {module.rpartition('.')[2]}\n")

@@ -1,4 +1,4 @@
-"""Everything a check may look at: settings, server flags, the two checkpoints' headers, SGLang's version, the GPUs."""
+"""The facts that a check may look at: settings, server flags, both checkpoints' headers, SGLang's version, GPUs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from slime_spec.sglang.interpreter import InstalledSglang
 from slime_spec.sglang.releases import Release
 
 DraftKind = Literal["none", "in_target", "head", "whole"]
-ATTENTION = ("decode_attention_backend", "attention_backend")  # the one that decodes, first
+ATTENTION = ("decode_attention_backend", "attention_backend")  # the backend that decodes comes first
 DENSE_GRAPH_SIZES = (*range(1, 33), *range(40, 65, 8), *range(80, 161, 16))
 
 
 @dataclass(frozen=True)
 class Facts:
-    """``given`` are the paths of settings that the command line or the experiment sets; ``flags`` are the servers'.
+    """The facts about one engine of a run, from which every check decides.
 
+    ``given`` are the paths of settings that the command line or the experiment sets; ``flags`` are the servers'.
     ``draft`` is None for algorithms without a draft network; an MTP layer inside the target's checkpoint is a draft
     whose checkpoint is the target's. ``known_flags`` are what the servers' interpreter says it understands, None where
     there is none to ask. ``gpu_bytes`` is the memory of each GPU that the run may use, None for a cluster's, which are
     not counted. ``acceptance`` are a finished run's cumulative rates by draft position. ``silent_servers`` are those
-    that someone else started and that did not tell their flags.
+    that someone else started and that did not report their flags.
     """
 
     config: Config
@@ -49,7 +50,7 @@ class Facts:
 
     @property
     def knows_servers(self) -> bool:
-        """Whether the flags of an SGLang engine's servers are known: ours, or told by those that run already."""
+        """Whether the flags of an SGLang engine's servers are known: ours, or reported by servers that run already."""
         return self.on_sglang and bool(self.flags)
 
     @property
@@ -62,7 +63,7 @@ class Facts:
 
     @property
     def draft_kind(self) -> DraftKind:
-        """A head over the target's features (EAGLE, EAGLE3), an MTP layer in the target's checkpoint, a whole model."""
+        """The kind of draft: a head over the target's features (EAGLE, EAGLE3), an MTP layer, or a whole model."""
         draft = locate_draft(self.config.speculative, self.target.folder)
         return "none" if draft is None else draft.kind
 
@@ -77,7 +78,7 @@ class Facts:
 
     @property
     def context_length(self) -> int | None:
-        """What the servers are told, or the target's own; None where its config.json does not say."""
+        """The context length set for the servers, else the target's own; None where its config.json does not say."""
         return self.config.engine.context_length or self.target.context_length
 
     @property
@@ -107,7 +108,7 @@ class Facts:
 
     @property
     def graph_sizes_are_dense(self) -> bool:
-        """Whether the captured batch sizes leave out few of those that occur (every one up to 32, then in steps)."""
+        """Whether few of the batch sizes that occur are not captured (all sizes up to 32, then in steps)."""
         sizes = self.flags.get("cuda_graph_bs_decode") or ()
         assert isinstance(sizes, tuple | list), "typed by the table of flags"
         wanted = {size for size in DENSE_GRAPH_SIZES if size <= self.config.engine.max_running_requests}

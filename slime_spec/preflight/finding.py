@@ -1,4 +1,4 @@
-"""What a check finds, and how a check is written: a small function of the facts, with why it matters and its links."""
+"""A check is a small function of the facts, with the reason for it and its links; it returns a finding or None."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sighting with what is known about its trap. Example::
+    """A sighting together with what is known about its trap. Example::
 
     Finding("draft-dtype", Severity.ERROR, "the draft is float16, the target bfloat16, ...", "one server ...",
             "Pass --sglang-dtype float16.", ("--sglang-dtype", "float16"), ("https://github.com/...",))
@@ -95,14 +95,14 @@ def speculating_on_sglang(facts: Facts) -> bool:
 
 
 def asking_sglang_to_speculate(facts: Facts) -> bool:
-    """What requests say is known, whatever the servers run with."""
+    """Whether requests ask for speculation on SGLang; the servers' own flags need not be known."""
     return facts.on_sglang and facts.speculates
 
 
 def trap(
     id: str, why: str, *links: str, applies: Condition = speculating_on_sglang
 ) -> Callable[[Callable[[Facts], Sighting | None]], Trap]:
-    """Make a check of the function below; links are URLs or numbers of SGLang's issues and pull requests."""
+    """Make a check of the decorated function; links are URLs or numbers of SGLang's issues and pull requests."""
 
     def made(look: Callable[[Facts], Sighting | None]) -> Trap:
         return Trap(id, why, tuple(_url(link) for link in links), applies, look)

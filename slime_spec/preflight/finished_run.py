@@ -1,4 +1,4 @@
-"""Acceptance by draft position of a finished run, from its metrics.jsonl."""
+"""This module reads a finished run's acceptance by draft position from its metrics.jsonl."""
 
 from __future__ import annotations
 

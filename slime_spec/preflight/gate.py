@@ -1,4 +1,4 @@
-"""All checks on one configuration, and the gate before a launch: errors stop it, warnings are logged once."""
+"""The gate runs all checks on one configuration: errors stop the launch, warnings are logged once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ORDER = (Severity.ERROR, Severity.WARNING, Severity.INFO)
 
 
 def examine(engines: Sequence[Facts]) -> list[Finding]:
-    """What every check finds, errors first: each trap once, at the first engine that runs into it."""
+    """Every check's finding, errors first; a trap is reported once, for the first engine that runs into it."""
     found = [finding for each in TRAPS if (finding := _first(each, engines)) is not None]
     return sorted(found, key=lambda finding: ORDER.index(finding.severity))
 
@@ -48,7 +48,7 @@ def _of_one_engine(finding: Finding, engine: int) -> Finding:
 
 
 def _of_external(finding: Finding, facts: Facts) -> Finding:
-    """What a server was started with is mended where it was started."""
+    """The finding about an external server's flags, with a remedy for the place where the server is started."""
     is_theirs = any(word.startswith(THEIR_FLAGS) and word not in OUR_FLAGS for word in finding.fix)
     if not is_theirs:
         return finding

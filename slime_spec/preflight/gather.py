@@ -1,4 +1,4 @@
-"""Reading the facts: files, the interpreter of the servers, this machine. Nothing is started, no weight is read."""
+"""``gather`` reads the facts from files, the servers' interpreter and this machine; it starts and loads nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GIVEN_BY_A_SERVER = frozenset({"engine.dtype", "engine.max_running_requests"})
 
 
 def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] = ()) -> tuple[Facts, ...]:
-    """The facts of the first engine, and of each further one that is configured as none before it.
+    """The facts of each engine whose configuration differs from that of every engine before it.
 
     ``given`` are the paths of the settings that somebody has set; the others have their defaults.
     Raises ConfigError for a checkpoint that cannot be read. Of the checkpoints only config.json and the headers of the
@@ -50,7 +50,7 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
 
 
 def _started(base: Facts) -> Iterator[Facts]:
-    """Servers of our own, with the flags that they will be started with."""
+    """The facts of servers that this run starts, with the flags that it will start them with."""
     release = find_release(base.config.sglang_server.python)
     base = replace(base, release=release, known_flags=_known_flags(base.config, release))
     for engine, own in _engines(base.config):
@@ -59,11 +59,11 @@ def _started(base: Facts) -> Iterator[Facts]:
 
 
 def _external(base: Facts) -> Iterator[Facts]:
-    """Servers that run already, with the flags that they tell; of one that does not answer nothing is known."""
+    """The facts of servers that run already, with the flags that they report; a silent server's flags are unknown."""
     addresses = base.config.sglang_server.external_addrs
     asked = [ask_server(address, base.config.sglang.get("api_key")) for address in addresses]
     silent = tuple(address for address, answer in zip(addresses, asked, strict=True) if answer is None)
-    # What is not given here is given there.
+    # Settings that are not given here were given to the server.
     base = replace(base, given=base.given | GIVEN_BY_A_SERVER, silent_servers=silent)
     answers = [(engine, answer) for engine, answer in enumerate(asked) if answer is not None]
     if not answers:
@@ -75,7 +75,7 @@ def _external(base: Facts) -> Iterator[Facts]:
 
 
 def _engines(config: Config) -> Iterator[tuple[int, Config]]:
-    """Engines that differ, each with what is set for it alone, and added to its command line, in its places."""
+    """The engines that differ, each with its overrides and extra arguments laid over the configuration."""
     seen: list[Config] = []
     for engine in range(config.rollout.num_engines if config.sglang_server.overrides else 1):
         own = _with_extra_args(config_of_engine(config, engine))
@@ -88,7 +88,7 @@ def _with_extra_args(config: Config) -> Config:
     try:
         flags = read_server_words(config.sglang_server.extra_args)
     except ConfigError:
-        return config  # flags of another version than the table's: the check of server flags has a say
+        return config  # flags of another version than the table's: the check of server flags judges them
     return with_flags(config, flags)
 
 

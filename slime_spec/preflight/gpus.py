@@ -1,4 +1,4 @@
-"""The GPUs that a run on this machine may use."""
+"""This module reads the memory of the GPUs that a run on this machine may use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What engines and trainer will hold, in bytes, before any of them exists.
+"""The memory plan: how many bytes engines and trainer will need, computed before either exists.
 
 Counted: weights, KV cache, gradients, optimizer state, and the copy of the weights that a push keeps in shared memory.
 Not counted: activations, CUDA graphs and contexts, which depend on kernels.
@@ -23,10 +23,10 @@ ADAM_STATES = 2
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Of one engine, over all its GPUs; ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length.
+    """The memory of one engine over all its GPUs.
 
-    ``kv_copies``: tensor-parallel ranks beyond the number of key-value heads keep what another rank has, and every
-    rank keeps a latent (MLA) whole. ``num_gpus`` 0 is the CPU.
+    ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length. ``kv_copies``: tensor-parallel ranks beyond
+    the number of key-value heads keep what another rank has, and every rank keeps a latent (MLA) whole. ``num_gpus`` 0 is the CPU.
     """
 
     target_bytes: int
@@ -43,13 +43,13 @@ class EngineMemory:
 
     @property
     def gpu_bytes(self) -> int:
-        """On each GPU; what ranks do not split (norms, routers) is small."""
+        """The bytes on each GPU; the tensors that ranks do not split (norms, routers) are small."""
         return self.total_bytes // max(1, self.num_gpus)
 
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Of one rank: parameters, float32 gradients, Adam's moments and, for bfloat16 parameters, float32 masters.
+    """The memory of one rank: parameters, float32 gradients, Adam's moments, float32 masters of bfloat16 parameters.
 
     ``reference_bytes`` is the initial checkpoint, kept where the loss has a KL term.
     """
@@ -67,7 +67,7 @@ class TrainerMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """None: what config.json does not tell; ``source`` says what the numbers come from.
+    """The memory of a whole run; a part is None where config.json does not give the sizes.
 
     ``push_copies`` of a push's ``push_bytes`` are in shared memory: a server that dies is started again with the one
     before while the next arrives. ``mem_fraction_static`` is the servers'.
@@ -139,7 +139,7 @@ def _engine(facts: Facts, itemsize: int) -> EngineMemory:
 
 
 def _target_bytes(facts: Facts, counted: Parameters, itemsize: int) -> int:
-    """Over all GPUs; with attention that is parallel over data each of its replicas has attention and embedding."""
+    """The target's bytes over all GPUs; each replica of data parallel attention has its own attention and embedding."""
     # A checkpoint quantised to 8 bits leaves its embedding and head as they are.
     wider = counted.tables * (max(itemsize, ITEMSIZES[facts.config.engine.dtype]) - itemsize)
     replicas = _integer(facts, "dp_size") if facts.flags.get("enable_dp_attention") else 1
@@ -162,7 +162,7 @@ def _kv_copies(facts: Facts) -> int:
 
 
 def draft_parameters(draft: Checkpoint) -> int:
-    """Of the file's headers, tables of token ids left out; without a file, of a head as SpecForge exports it."""
+    """Parameters by the file's headers, without tables of token ids; without a file, by SpecForge's export format."""
     if draft.tensors is not None:
         return sum(each.num_elements for name, each in draft.tensors.items() if name not in TABLES)
     counted, config = count_parameters(draft.config), draft.config

@@ -1,4 +1,4 @@
-"""Findings as text, as JSON, and as the flags that would mend them."""
+"""This module writes findings as text, as JSON, and as the flags that would fix them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WIDEST = 120
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """2 with an error, 1 with a warning, else 0."""
+    """The exit code: 2 with an error, 1 with a warning, else 0."""
     return max((EXIT_CODES[finding.severity] for finding in findings), default=0)
 
 
 def as_json(findings: Sequence[Finding], sglang: str | None, skipped: Collection[str] = ()) -> str:
-    """README.md describes these keys; ``sglang`` is the version that was judged, None for no SGLang."""
+    """The findings as JSON, with the keys of docs/doctor.md; ``sglang`` is the judged version, None without SGLang."""
     counts = {severity.value: sum(each.severity is severity for each in findings) for severity in Severity}
     return json.dumps(
         {
@@ -41,7 +41,7 @@ def as_json(findings: Sequence[Finding], sglang: str | None, skipped: Collection
 
 
 def flags_to_add(findings: Sequence[Finding]) -> list[str]:
-    """The fixes of errors and warnings, each flag once: where two findings disagree, the graver one's value stays."""
+    """The fixes of errors and warnings, each flag once; where two findings disagree, the more severe one's stays."""
     chosen: dict[str, list[str]] = {}
     for finding in findings:
         if finding.severity is Severity.INFO:
@@ -62,12 +62,12 @@ def _by_flag(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def as_flags(findings: Sequence[Finding]) -> str:
-    """One line to append to the command; empty where nothing has a flag that mends it."""
+    """One line to append to the command; empty where no finding has a flag that fixes it."""
     return shlex.join(flags_to_add(findings))
 
 
 def as_text(findings: Sequence[Finding], judged: str, skipped: Collection[str] = ()) -> RenderableType:
-    """What a person reads: errors and warnings whole, then what is only good to know, a line each."""
+    """The text that a person reads: errors and warnings in full, then the infos, a line each."""
     parts: list[RenderableType] = [Text(f"{len(TRAPS)} checks of {judged}: {_summary(findings) or 'nothing found'}")]
     for each in findings:
         if each.severity is not Severity.INFO:
@@ -87,7 +87,7 @@ def headline(finding: Finding, skipped: Collection[str]) -> Text:
 
 
 def brief(findings: Sequence[Finding]) -> RenderableType:
-    """What was read and what to do, without why and links."""
+    """A finding in brief: what was read and what to do, without reason and links."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -109,7 +109,7 @@ def _facts(finding: Finding) -> RenderableType:
 
 
 def _short(links: Sequence[str]) -> str:
-    """The links; an issue of the repository that the one before it is of goes by its number."""
+    """The links in short; an issue of the same repository as the previous link is only its number."""
     shown, before = [], ""
     for link in links:
         base, _, number = link.rpartition("/")
@@ -127,6 +127,6 @@ def _summary(findings: Sequence[Finding]) -> str:
 
 
 def width() -> int:
-    """The terminal's width up to 120 columns, which a pipe has."""
+    """The terminal's width, at most 120 columns; a pipe counts as 120 columns wide."""
     console = Console()
     return min(console.width, WIDEST) if console.is_terminal else WIDEST

@@ -1,4 +1,4 @@
-"""The one check of requests: what an engine can never generate is refused before it is queued, by its own limits."""
+"""The check of requests refuses, before queueing, a request that the engine's limits can never allow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_LOGIT_BIAS = 1e30  # divided by the least temperature it is still an fp32 nu
 class RequestLimits:
     """What one request may ask of an engine.
 
-    ``max_total_tokens`` is the engine's KV cache, UNBOUNDED where a server looks after its own; ``headroom`` are the KV
+    ``max_total_tokens`` is the engine's KV cache, UNBOUNDED where a server manages its own; ``headroom`` are the KV
     positions that a row needs beyond its tokens. ``speculates_by_request``: a request may decode without speculation
     although its engine speculates. ``dies_of_unknown_tokens``: stop tokens beyond the vocabulary end the server, where
     elsewhere they only never occur.
@@ -35,7 +35,7 @@ class RequestLimits:
 
     @property
     def drafted(self) -> str:
-        """The headroom as the end of a sum in an error's rule."""
+        """The headroom as the last term of the sum that an error shows."""
         return f" + {self.headroom} drafted" if self.headroom else ""
 
 

@@ -1,4 +1,4 @@
-"""Which attention backends can verify trees, and which can draft."""
+"""Checks of attention backends: not every backend can verify trees, and not every backend can draft."""
 
 from __future__ import annotations
 

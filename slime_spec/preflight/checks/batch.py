@@ -1,4 +1,4 @@
-"""How many sequences one server decodes at once, and what that leaves in memory."""
+"""Checks of how many sequences one server decodes at once, and of the memory that is left."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def running_requests_unset(facts: Facts) -> Sighting | None:
 
 @trap(
     "running-requests-small",
-    "What does not run waits: a rollout then takes several waves, each as long as its longest sample.",
+    "Samples beyond this limit wait: a rollout then takes several waves, each as long as its longest sample.",
     "https://docs.sglang.ai/advanced_features/hyperparameter_tuning.html",
 )
 def running_requests_small(facts: Facts) -> Sighting | None:

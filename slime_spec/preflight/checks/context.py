@@ -1,4 +1,4 @@
-"""Drafts are trained on shorter sequences than their targets."""
+"""Checks of context lengths: drafts are trained on shorter sequences than their targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether this draft is one for this target, and complete: a wrong one drafts, and is never accepted."""
+"""Checks that the draft is complete and was trained for this target: the tokens of a wrong draft are never accepted."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def draft_fit(facts: Facts) -> Sighting | None:
     if draft is None or draft is target:
         return None
     differences = []
-    # Models of one family pad their embedding differently, which the embedded engine sees past and SGLang does not.
+    # Models of one family pad their embedding differently, which the embedded engine accepts and SGLang does not.
     may_pad = facts.draft_kind == "whole" and not facts.on_sglang
     if draft.vocab_size != target.vocab_size and not may_pad:
         differences.append(f"vocab_size is {draft.vocab_size}, the target's {target.vocab_size}")
@@ -93,7 +93,7 @@ def draft_fit(facts: Facts) -> Sighting | None:
 
 
 def _made_for(architecture: str) -> Algorithm | None:
-    """The algorithm that a draft is made for; a plain decoder's name on a head means that it was not converted."""
+    """The algorithm that a draft is made for; a head with a plain decoder's architecture was not converted."""
     if (draft_format := head_format(architecture)) is not None:
         return algorithm_of_family(draft_format.family)
     return STANDALONE if family_of(architecture).is_built else None
@@ -129,8 +129,8 @@ def draft_tensors(facts: Facts) -> Sighting | None:
 
 @trap(
     "capture-layers",
-    "An EAGLE-3 draft reads outputs of target layers, which SGLang takes at the input of the next one: the last layer "
-    "has no next, its features are left out without a word, and the first draft pass ends the server.",
+    "An EAGLE-3 draft reads outputs of target layers, which SGLang takes at the input of the next layer: the last "
+    "layer has none, so its features are left out silently, and the first draft pass ends the server.",
     "https://github.com/sgl-project/SpecForge",
 )
 def capture_layers(facts: Facts) -> Sighting | None:

@@ -1,4 +1,4 @@
-"""One server computes target and draft in one dtype."""
+"""Checks of dtypes: one server computes target and draft in one dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPE = "engine.dtype"
 
 
 def _half(facts: Facts) -> str:
-    """The half precision dtype to serve in: the draft's, unless the target overflows it."""
+    """The 16-bit dtype to serve in: the draft's, unless the target's activations overflow it."""
     draft = facts.draft.dtype if facts.draft else None
     if draft in ("float16", "bfloat16") and not family_of(facts.target.architecture).overflows_float16:
         return draft
@@ -61,7 +61,7 @@ def float32_attention(facts: Facts) -> Sighting | None:
 
 @trap(
     "float16-range",
-    "float16 ends at 65504; activations of models trained in bfloat16 may go beyond, and become infinite.",
+    "float16 ends at 65504; activations of models trained in bfloat16 may exceed it, and become infinite.",
     "3662",
     applies=on_sglang,
 )

@@ -1,4 +1,4 @@
-"""CUDA graphs are captured for some batch sizes; a batch between two of them is padded, and that is where it broke."""
+"""Checks of CUDA graphs: a batch whose size was not captured is padded, and padded batches have crashed servers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def flashinfer_graph_padding(facts: Facts) -> Sighting | None:
 
 
 def _elsewhere(facts: Facts) -> tuple[str, ...]:
-    """The flags of the other backends that are flashinfer, set to fa3."""
+    """The flags that set the other flashinfer backends to fa3."""
     names = ("decode_attention_backend", "speculative_draft_attention_backend")
     return tuple(
         word

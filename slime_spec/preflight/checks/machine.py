@@ -1,4 +1,4 @@
-"""What this machine has and what the installed SGLang understands: everything else is in vain without."""
+"""Checks of what a run cannot start without: GPUs, flags that the installed SGLang knows, servers that answer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def server_flags(facts: Facts) -> Sighting | None:
 
 @trap(
     "external-servers",
-    "Servers that someone else started run with flags of their own; these checks judge what they tell of themselves.",
+    "Servers that someone else started run with flags of their own; these checks judge what they report.",
     "https://docs.sglang.ai/advanced_features/sglang_for_rl.html",
     applies=lambda facts: facts.on_sglang,
 )

@@ -1,4 +1,4 @@
-"""Whether the GPUs that are there hold what will be on them; of another machine's nothing is said."""
+"""Checks that this machine's GPUs have the memory that the run needs; a cluster's GPUs are not judged."""
 
 from __future__ import annotations
 

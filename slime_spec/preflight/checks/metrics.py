@@ -1,4 +1,4 @@
-"""What is reported about acceptance, and what it says."""
+"""Checks of the acceptance that servers and a finished run report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def metadata_keys(facts: Facts) -> Sighting | None:
 def acceptance_bar(facts: Facts) -> Sighting | None:
     if not facts.acceptance:
         return None
-    # Positions that are not drafted any more are none to judge.
+    # Only positions that this run drafts are judged.
     num_judged = min(len(BAR), facts.shape.num_steps if facts.speculates else len(BAR))
     judged = facts.acceptance[:num_judged]
     rates = ", ".join(f"{rate:.0%}" for rate in judged)

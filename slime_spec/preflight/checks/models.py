@@ -1,4 +1,4 @@
-"""What this version's trainer and engines can run."""
+"""Checks that trainer and engines can run the target's architecture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPOSITORY = "https://github.com/sgl-project/sglang"
 
 
 def lacking(facts: Facts) -> str:
-    """What the target has that this project's decoder does not, in words; "" where it has the architecture."""
+    """What the target has and this project's decoder lacks, in words; "" where the decoder can run the target."""
     config, architecture = facts.target.config, facts.target.architecture
     if family_of(architecture).is_built:
         return ""
@@ -65,8 +65,8 @@ def engine_architecture(facts: Facts) -> Sighting | None:
 
 @trap(
     "model-type",
-    "A server finds the class of a configuration by its model_type, for the target and for the draft; without one it "
-    "does not start.",
+    "A server finds the class of a configuration by its model_type, for the target and for the draft; without the "
+    "key it does not start.",
     "https://huggingface.co/docs/transformers/main_classes/configuration",
     applies=on_sglang,
 )
@@ -113,15 +113,15 @@ def remote_code(facts: Facts) -> Sighting | None:
 
 
 def _is_known(facts: Facts, model_type: str) -> bool:
-    """Asked of the servers' interpreter; without one only families described here are known to be unknown."""
+    """Whether SGLang knows ``model_type``; without an interpreter to ask, whether no family here says otherwise."""
     known = facts.release.model_types
     return model_type in known if known else not model_type_comes_as_code(model_type)
 
 
 @trap(
     "sglang-version",
-    "Servers are started with an interpreter that has sglang. Most traps belong to versions; without one to ask, the "
-    "checks speak of the pinned version.",
+    "Servers are started with an interpreter that has sglang. Most traps exist in some versions only; without an "
+    "interpreter to ask, the checks assume the pinned version.",
     f"{REPOSITORY}/releases",
     applies=on_sglang,
 )

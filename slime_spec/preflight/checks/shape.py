@@ -1,4 +1,4 @@
-"""What a round drafts where settings leave it open, or name what the others do not allow."""
+"""Checks of the draft's shape: numbers that are unset, or that SGLang replaces or refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a weight push and a sleep do to the draft, by version and transport."""
+"""Checks that the draft survives weight pushes and memory release, which depends on SGLang's version and transport."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def disk_reduced_vocabulary(facts: Facts) -> Sighting | None:
 @trap(
     "draft-refresh",
     "A policy moves away from a draft that stays as it was. Whether a push can refresh the draft depends on SGLang's "
-    "version and the transport: up to 0.5.20 a distributed update never reaches it; from 0.5.21 an update names its "
-    "side.",
+    "version and the transport: up to 0.5.20 a distributed update never reaches it; from 0.5.21 an update says "
+    "whether it is for the target or the draft.",
     "27718",
     "28257",
     "28710",
@@ -84,7 +84,7 @@ def draft_refresh(facts: Facts) -> Sighting | None:
     contract, transport = facts.release.weight_contract, _transport(facts)
     told = f"SGLang {facts.release.text} ({contract.name}), transport {transport}"
     if transport not in contract.reaches_draft:
-        # Tensors reach a draft everywhere; one of its own, which they must not touch, is not refreshed by them.
+        # The tensor transport reaches every draft; an external draft must not take the target's tensors.
         helps = facts.draft_kind == "in_target"
         return Sighting(
             Severity.WARNING,
@@ -93,7 +93,7 @@ def draft_refresh(facts: Facts) -> Sighting | None:
             ("--sglang-weight-transport", "tensor") if helps else (),
         )
     if facts.draft_kind == "in_target":
-        # The target's loader skips an MTP layer's tensors and the draft's takes them: only what is pushed arrives.
+        # The draft loads its MTP tensors from the target's update, so it is refreshed only if they are pushed.
         how = "with the target's tensors, if the trainer has an MTP layer"
     elif contract.draft_alone and transport in contract.selective:
         how = "by a push of its own"
@@ -155,7 +155,7 @@ def _despite_the_copy(facts: Facts) -> Sighting:
     return Sighting(
         Severity.WARNING,
         read,
-        "Watch rollout/spec_accept_length: this version tells no checksums of the draft. Pass --no-offload where "
+        "Watch rollout/spec_accept_length: this version reports no checksums of the draft. Pass --no-offload where "
         f"memory has room for both, or use {NEWER}.",
     )
 
