@@ -1,1 +1,1 @@
-"""Hugging Face checkpoint folders: configuration, tensor names, reading and writing."""
+"""The package reads and writes Hugging Face checkpoint folders: configuration, tensor names, tensors."""

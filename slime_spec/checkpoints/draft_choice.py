@@ -1,4 +1,4 @@
-"""Which draft the embedded engine runs, and whether it fits the target: everything that JSON files alone say."""
+"""The embedded engine chooses its draft, and checks from JSON files alone that the draft fits the target."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class ChosenDraft:
-    """The folder whose weights draft; ``spec`` is a whole model's or a draft network's."""
+    """The chosen draft: its folder, and the ``spec`` of a whole model or of a draft network."""
 
     folder: Path
     spec: ModelSpec | DraftSpec
@@ -42,7 +42,7 @@ class ChosenDraft:
 
 
 def choose_draft(config: Config, target: ModelSpec) -> ChosenDraft | None:
-    """The draft of ``config``, None for an algorithm without one; raises ConfigError for one that cannot serve."""
+    """The draft of ``config``, None for an algorithm without a draft; raises ConfigError for an unusable draft."""
     speculative = config.speculative
     if not speculative.record.has_weights:
         return None
@@ -106,7 +106,7 @@ def _check_context(draft: ChosenDraft, context_length: int) -> None:
 
 
 def _check_tokenizers(draft: Path, target: str | Path) -> bool:
-    """Raise ConfigError where both folders have a tokenizer and they differ; whether both have one."""
+    """Whether both folders have a tokenizer; raises ConfigError where the two tokenizers differ."""
     files = draft / TOKENIZER, Path(target) / TOKENIZER
     if not all(path.is_file() for path in files):
         return False

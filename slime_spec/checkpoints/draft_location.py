@@ -1,4 +1,4 @@
-"""Where the draft of a run is: nowhere, inside the target's checkpoint, or in a folder, which may ship with us."""
+"""The location of a run's draft: none, inside the target's checkpoint, or a folder, perhaps of this package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUILTIN = "builtin:"
 
 @dataclass(frozen=True)
 class DraftLocation:
-    """The folder whose weights draft: an MTP layer of the target, a head over its features, or a whole model.
+    """Where the draft is, and its kind: an MTP layer of the target, a head over its features, or a whole model.
 
     Example: ``DraftLocation("head", "/drafts/eagle3")``
     """
@@ -26,7 +26,7 @@ class DraftLocation:
 
 
 def locate_draft(speculative: SpeculativeConfig, target: str) -> DraftLocation | None:
-    """The draft of a run whose target is in ``target``; None where nothing drafts with weights, or none are named.
+    """The draft of a run whose target is in ``target``; None where no weights draft or no folder is named.
 
     ``in_target`` says what the settings ask for, not that the target has an MTP layer.
     Raises ConfigError for a builtin draft that does not exist; no other file is looked at.

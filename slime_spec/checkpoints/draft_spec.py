@@ -1,4 +1,4 @@
-"""The shape of a draft network, whatever family its checkpoint belongs to."""
+"""``DraftSpec`` describes the shape of a draft network of any family."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class DraftSpec:
 
     @property
     def mtp_layer(self) -> MtpLayer:
-        """The names of an MTP draft: those of the target's own layer, or of the layer that our own training writes."""
+        """The names of an MTP draft: the names of the target's own layer, or of the layer that this project trains."""
         return family_of(self.block.architecture).mtp or OWN_LAYER
 
     @classmethod
@@ -100,7 +100,7 @@ class DraftSpec:
 
 
 def draft_config(spec: DraftSpec) -> dict[str, Any]:
-    """The config.json of ``spec``, as SpecForge and SGLang read it (MTP: this project's own NextN format)."""
+    """The config.json of ``spec``, as SpecForge and SGLang read it; an MTP draft has this project's NextN format."""
     block = spec.block
     config: dict[str, Any] = {
         "architectures": [],

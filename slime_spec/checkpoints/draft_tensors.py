@@ -1,6 +1,6 @@
-"""Draft checkpoints on disk: read under one set of names whatever wrote them, refused by name, written for SGLang.
+"""This module reads draft checkpoints of any writer under one set of names, and writes them for SGLang.
 
-Names are SpecForge's and SGLang's; which other names a file may use is known to the draft's format
+Names are SpecForge's and SGLang's; the draft's format knows which other names a file may use
 (``slime_spec.checkpoints.families``).
 """
 
@@ -128,7 +128,7 @@ def _are_token_ids(ids: torch.Tensor, vocab_size: int) -> bool:
 
 
 def _checked_tensors(folder: Path, spec: DraftSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """The draft's tensors and its tables one by one, under their canonical names; raises when all have been seen."""
+    """The draft's tensors and its tables one by one, under their canonical names; raises after the last tensor."""
     wanted = draft_shapes(spec)
     seen: set[str] = set()
     unknown: list[str] = []
@@ -171,7 +171,7 @@ def _hot_token_ids(folder: Path, spec: DraftSpec, tensors: Mapping[str, torch.Te
 
 
 def _is_unread(name: str, spec: DraftSpec) -> bool:
-    """Whether SGLang leaves this tensor aside too: copies of the target's, buffers, norms of layers that use others."""
+    """Whether SGLang too ignores this tensor: a copy of the target's, a buffer, an unused norm."""
     if name.endswith("rotary_emb.inv_freq") or name == "embed_tokens.weight":
         return True
     return spec.format.is_unread(name, spec)

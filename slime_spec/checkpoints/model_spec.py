@@ -1,4 +1,4 @@
-"""The architecture of a Llama-family checkpoint, read from its config.json."""
+"""``ModelSpec`` is the architecture of a Llama-family checkpoint, read from its config.json."""
 
 from __future__ import annotations
 

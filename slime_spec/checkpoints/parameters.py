@@ -1,4 +1,4 @@
-"""Parameters of a decoder by its config.json: dense or with experts, grouped-query or latent attention, MTP layers.
+"""Count a decoder's parameters from config.json: dense or with experts, grouped-query or latent attention, MTP layers.
 
 Names and shapes are those of the checkpoints of Llama, Qwen2, Qwen3 (and MoE), MiMo, GLM-4.5/4.6 and DeepSeek-V3/R1.
 """
@@ -20,9 +20,9 @@ MOE_MTP_NORMS = 3  # enorm, hnorm, shared_head.norm
 
 @dataclass(frozen=True)
 class Parameters:
-    """``decoder`` all but the MTP layers; ``mtp`` what drafting adds; ``mtp_copies`` what a file repeats.
+    """Numbers of parameters: ``decoder`` without MTP layers, ``mtp`` of those, ``mtp_copies`` repeated in a file.
 
-    Of the decoder, ``tables`` are the embedding and the head, ``attention`` that of all layers.
+    ``tables`` are the decoder's embedding and head, ``attention`` is the attention of all its layers.
     """
 
     decoder: int
@@ -37,7 +37,7 @@ class Parameters:
 
 
 def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
-    """None for a config.json that does not give the sizes of a decoder."""
+    """The parameters of the model; None for a config.json that does not give the sizes of a decoder."""
     if not _has_sizes(config) or not isinstance(_mlp_width(config), int):
         return None
     hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
@@ -72,12 +72,12 @@ def kv_elements_per_token(config: Mapping[str, Any], num_layers: int | None = No
 
 
 def _has_sizes(config: Mapping[str, Any]) -> bool:
-    """Families that vary a size by layer have a list there; others have names of their own."""
+    """Whether every size is a number: some families have a list of sizes by layer, or other names for them."""
     return all(isinstance(config.get(key), int) for key in SIZES) and isinstance(_dense_width(config), int)
 
 
 def _mlp_width(config: Mapping[str, Any]) -> Any:
-    """Of an expert where there are experts; Mixtral's have the width that elsewhere is a dense layer's."""
+    """The width of an expert, if there are experts; Mixtral names it as others name a dense layer's width."""
     dense = _dense_width(config)
     width = config.get("moe_intermediate_size") or dense if _num_experts(config) else dense
     return width or None

@@ -1,4 +1,4 @@
-"""The angles of rotary position embedding, the same for trainer and engines."""
+"""Trainer and engines share these angles of rotary position embedding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder as a plan sees it: config.json, and the headers of the weights where it has any."""
+"""``Checkpoint`` is a folder as a plan reads it: config.json, and the headers of the weights if there are any."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, StoredT
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of which nothing is required: what its config.json does not say is None.
+    """A checkpoint that may be incomplete: a property that its config.json does not give is None.
 
     ``tensors`` is None where the folder has no weights (a plan needs none).
     """
@@ -24,7 +24,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: str, setting: str = TARGET_PATH) -> Checkpoint:
-        """Raises CheckpointError naming ``setting`` for a folder without config.json, the file for a damaged one."""
+        """Read ``folder``; raises CheckpointError naming ``setting``, or the file if it is damaged."""
         stored = CheckpointFolder(Path(folder), setting)
         return cls(folder, stored.config, stored.tensors_there)
 
@@ -34,7 +34,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str | None:
-        """The dtype that config.json names, else the one of most bytes of the weights; None where neither tells."""
+        """The dtype that config.json names, else that of most bytes of the weights; None where neither is known."""
         named = self.config.get("dtype") or self.config.get("torch_dtype")
         if named is not None:
             return str(named).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Read and write the tensors of a checkpoint folder, refusing damage by name."""
+"""This module reads and writes a checkpoint folder's tensors; its errors name the damaged tensor."""
 
 from __future__ import annotations
 

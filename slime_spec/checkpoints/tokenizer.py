@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and chat template, without loading transformers."""
+"""``Tokenizer`` reads a checkpoint's tokenizer and chat template without transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slime_spec.errors import CheckpointError, ConfigError
 
 
 class Tokenizer:
-    """Text to token ids and back. Example::
+    """A tokenizer converts text to token ids and back. Example::
 
     tokenizer = Tokenizer.load("models/SmolLM2-135M-Instruct")
     ids = tokenizer.chat("What is 2 + 3?")  # (1, 4093, 198, ...), ending where the assistant begins
@@ -90,7 +90,7 @@ class Tokenizer:
         return self._template.render(messages=messages, add_generation_prompt=prompt, **self._specials)
 
     def _default_system_turn(self) -> str:
-        """What the template puts before the first user turn unasked (BOS excluded), found by comparing renderings."""
+        """The text (without BOS) that the template puts before the first user turn, found by comparing renderings."""
         user, system = {"role": "user", "content": "x"}, {"role": "system", "content": "y"}
         try:
             plain = self._render([user])

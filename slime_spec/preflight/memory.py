@@ -25,8 +25,9 @@ ADAM_STATES = 2
 class EngineMemory:
     """The memory of one engine over all its GPUs.
 
-    ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length. ``kv_copies``: tensor-parallel ranks beyond
-    the number of key-value heads keep what another rank has, and every rank keeps a latent (MLA) whole. ``num_gpus`` 0 is the CPU.
+    ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length. ``kv_copies``: tensor-parallel ranks
+    beyond the number of key-value heads keep what another rank has, and every rank keeps a latent (MLA) whole.
+    ``num_gpus`` 0 is the CPU.
     """
 
     target_bytes: int

@@ -1,1 +1,1 @@
-"""What is known of SGLang without running it: its flags, its releases, its metadata, its rules for a draft's shape."""
+"""The package knows SGLang without running it: flags, releases, metadata, and rules for a draft's shape."""

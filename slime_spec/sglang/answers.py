@@ -1,8 +1,8 @@
-"""The script that an interpreter runs to say what it has: versions, model types and, with the word "flags", its flags.
+"""An interpreter runs this script to report what it has: versions, model types and, with the word "flags", its flags.
 
 ``interpreter.py`` hands its text to the interpreter of the servers, whose Python may be older and has no slime_spec:
 it imports the standard library alone. SGLang is imported only for its flags, because that takes seconds and may fail
-for reasons that are not ours to find. The answer is one line of JSON behind "SLIME_SPEC".
+for reasons outside this project. The answer is one line of JSON behind "SLIME_SPEC".
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A configuration as the command line of one SGLang server, checked against the flags that its version knows.
+"""A configuration becomes the command line of one SGLang server, checked against the flags that its version knows.
 
 In rising precedence: what the engine itself needs, the settings of the tree, --sglang-<flag> for all engines,
 sglang_server.overrides for one. What an RL run must own (the model, the address, the weights' version) cannot be
@@ -39,7 +39,7 @@ OWNED = ("model_path", "host", "port", "weight_version", "nnodes", "node_rank", 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a server is: its address, and its node among those of one engine.
+    """The place of a server: its address, and its node among the nodes of one engine.
 
     ``Place("127.0.0.1", 30000)``; the second of two nodes: ``Place(host, port, 2, 1, "10.0.0.1:25000")``
     """
@@ -52,13 +52,13 @@ class Place:
 
     @property
     def url(self) -> str:
-        """Where the same node reaches it."""
+        """The URL by which the same node reaches the server."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://{address_of(host, self.port)}"
 
 
 def planned_places(config: Config, engine_index: int) -> tuple[Place, ...]:
-    """The places of an engine's servers as far as they are known before it starts, one a node."""
+    """The places of an engine's servers, one per node, as far as they are known before the engine starts."""
     settings, num_nodes = config.sglang_server, num_engine_nodes(config)
     port = (settings.port or PLANNED_PORT) + engine_index
     if num_nodes == 1:
@@ -105,20 +105,20 @@ def _device_flags(config: Config) -> dict[str, object]:
     flags: dict[str, object] = {}
     data_parallel = config.sglang.get("dp_size", 1)
     assert isinstance(data_parallel, int), "typed by the table of flags"
-    # With attention data parallelism the ranks share the tensor-parallel ones; without, each replica has its own.
+    # With data parallel attention all replicas share the tensor-parallel ranks; without, each replica has its own.
     shared = bool(config.sglang.get("enable_dp_attention"))
     flags["tp_size"] = num_gpus if shared else num_gpus // data_parallel
     if config.run.mode == "train" and config.cluster.colocate and config.cluster.offload:
         flags["enable_memory_saver"] = True
         if config.speculative.record.has_weights:
             flags["enable_draft_weights_cpu_backup"] = True
-        if config.push.interval > 1:  # the weights that come back are generated with, no push replaces them first
+        if config.push.interval > 1:  # engines generate with the restored weights before the next push
             flags["enable_weights_cpu_backup"] = True
     return flags
 
 
 def speculative_flags(config: SpeculativeConfig, target: str) -> dict[str, object]:
-    """Settings that differ from their defaults, under SGLang's names; raises ConfigError for what it does not have."""
+    """Settings that differ from their defaults, under SGLang's names; raises ConfigError for what SGLang lacks."""
     if config.record.sglang is None:
         raise ConfigError(
             "speculative.algorithm",
@@ -161,7 +161,7 @@ def config_of_engine(config: Config, engine_index: int) -> Config:
 def with_flags(config: Config, flags: Mapping[str, object]) -> Config:
     """The configuration with SGLang's flags (by their dests) in their places; raises ConfigError for a bad value."""
     data = to_dict(config)
-    if "speculative_algorithm" in flags:  # the steps and the draft of another algorithm mean nothing to it
+    if "speculative_algorithm" in flags:  # steps and draft of another algorithm do not apply
         data["speculative"] = to_dict(Config())["speculative"]
     for dest, value in flags.items():
         _place(data, dest, value)
@@ -171,7 +171,7 @@ def with_flags(config: Config, flags: Mapping[str, object]) -> Config:
 def config_as_served(config: Config, flags: Mapping[str, object]) -> Config:
     """The settings with the numbers and switches that a running server reports in their places.
 
-    Its folders and names stay as they are said here; its dtype is taken where it is one of ours.
+    Folders and names stay those of the configuration; the server's dtype is taken where this project has it.
     """
     data = to_dict(config)
     for dest, value in flags.items():
@@ -182,7 +182,7 @@ def config_as_served(config: Config, flags: Mapping[str, object]) -> Config:
 
 
 def _place(data: dict[str, Any], dest: str, value: object) -> None:
-    """Put one of SGLang's flags where the tree has it."""
+    """Put the value of one SGLang flag where the tree has its setting."""
     setting = engine_settings().get(dest)
     node, _, name = (setting.path if setting else f"{SGLANG}.{dest}").partition(".")
     data[node][name] = value

@@ -1,4 +1,4 @@
-"""What one round drafts and verifies: SGLang's three numbers, resolved by its rules.
+"""The draft's shape says what one round drafts and verifies: SGLang's three numbers, resolved by its rules.
 
 all three unset                 by algorithm and target: AUTO_TREE or AUTO_CHAIN
 num_steps S                     a chain (eagle_topk 1) of S drafts, whatever num_draft_tokens says
@@ -17,7 +17,7 @@ from slime_spec.errors import ConfigError
 
 @dataclass(frozen=True)
 class DraftShape:
-    """Depth, branches per step, and tokens verified per round (root included).
+    """The shape of one draft: depth, branches per step, and tokens verified per round (root included).
 
     ``has_network`` says that the drafter caches keys and values of its own. Example: ``DraftShape(5, 4, 8, True)``
     """
@@ -29,10 +29,10 @@ class DraftShape:
 
     @property
     def headroom(self) -> int:
-        """KV positions a round may write beyond the committed ones, in the target's cache or the drafter's.
+        """KV positions that a round may write beyond the committed positions, in the target's or the drafter's cache.
 
         The target writes the root and its nodes. A drafter writes the root and, at each step but the last (whose
-        drafts it never reads), every branch; what it re-computes afterwards overwrites these.
+        drafts it never reads), every branch; what it recomputes afterwards overwrites these positions.
         """
         drafted = 1 + (self.num_steps - 1) * self.topk if self.has_network else 0
         return max(self.num_draft_tokens, drafted)
@@ -44,7 +44,7 @@ def draft_shape(config: SpeculativeConfig, architecture: str) -> DraftShape:
 
 
 def forced_draft_tokens(config: SpeculativeConfig) -> int | None:
-    """The num_draft_tokens that a chain's num_steps force where another was asked for; None where nothing is."""
+    """The num_draft_tokens that a chain's num_steps force instead of the setting; None where nothing is forced."""
     if config.num_steps is None or config.num_draft_tokens in (None, config.num_steps + 1):
         return None
     is_tree = config.record.has_numbers and (config.eagle_topk or 1) > 1

@@ -1,4 +1,4 @@
-"""SGLang's own flags, from the checked-in table of the pinned version, so that sglang need not be installed."""
+"""The module reads SGLang's flags from the checked-in table of the pinned version; sglang need not be installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.suggest import did_you_mean
 
 TABLE = Path(__file__).with_name("flags.json")
-PREFIX = "--sglang-"  # of our spelling of a flag
+PREFIX = "--sglang-"  # begins our spelling of a flag
 # Spellings of older SGLang versions that users' scripts still carry, and what the pinned version calls them.
 RENAMED = {"--cuda-graph-bs": "--cuda-graph-bs-decode", "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode"}
 PYTHON_TYPES: Mapping[str, type] = {"str": str, "int": int, "suffixed_int": int, "float": float, "bool": bool}
@@ -70,7 +70,7 @@ class SglangFlag:
         return self.check(values if self.is_list else values[0] if values else "")
 
     def parse_one(self, text: str) -> object:
-        """One value of its text (``null`` is itself one of the choices of some)."""
+        """The value of one word (``null`` may itself be a choice)."""
         if text in NULLS and text not in self.choices:
             return None
         try:
@@ -129,7 +129,7 @@ def sglang_flags() -> Mapping[str, SglangFlag]:
 
 @cache
 def typed_elsewhere() -> Mapping[str, str]:
-    """The SGLang flags that are settings of the tree: dest to the setting's path."""
+    """The SGLang flags that are settings of the tree, as a map from dest to the setting's path."""
     dest_of = {f"{PREFIX}{name[2:]}": flag.dest for flag in sglang_flags().values() for name in flag.flags}
     return {dest_of[name]: each.path for each in settings().values() for name in each.flags if name in dest_of}
 
@@ -196,7 +196,7 @@ def read_server_words(words: Sequence[str]) -> dict[str, object]:
 
 
 def _texts_after(words: Sequence[str], flag: SglangFlag) -> list[str]:
-    """The words that are the flag's values: none of a switch, up to the next flag of a list."""
+    """The words that are the flag's values: none for a switch, all words up to the next flag for a list."""
     if flag.type == "bool":
         return []
     end = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))

@@ -1,6 +1,6 @@
-"""What the SGLang of an interpreter knows: its version, its server's flags, the model types it has classes for.
+"""The module asks an interpreter's SGLang for its version, its server's flags and the model types that it supports.
 
-The interpreter itself is asked, in a process of its own: a version string says little of patched builds.
+The interpreter runs in a process of its own: a version string alone says little about patched builds.
 Without an interpreter to ask, the flags are the checked-in table's.
 """
 
@@ -29,7 +29,9 @@ ASK_FLAGS_TIMEOUT_S = 300.0  # imports sglang
 
 @dataclass(frozen=True)
 class InstalledSglang:
-    """``torch_version`` is None where no interpreter was asked, ``router_version`` where it has no sglang-router."""
+    """What is known of one SGLang: its version and flags.
+
+    ``torch_version`` is None where no interpreter was asked, ``router_version`` where it has no sglang-router."""
 
     version: str
     torch_version: str | None
@@ -44,7 +46,7 @@ class InstalledSglang:
 
 
 def checked_in() -> InstalledSglang:
-    """The table of the pinned version."""
+    """The flags of the checked-in table, with the pinned version."""
     return InstalledSglang(sglang_version(), None, sglang_flags())
 
 

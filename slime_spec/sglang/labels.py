@@ -1,6 +1,6 @@
-"""What a server is told to call its weights: their version, and behind a router the engine whose server it is.
+"""A server's label for its weights is their version and, behind a router, the number of the server's engine.
 
-Nothing else in a response says which of the servers behind a router has generated it.
+Nothing else in a response says which server behind a router has generated it.
 
     3        version 3
     3@1      version 3, on engine 1's server
@@ -12,13 +12,13 @@ from slime_spec.config.tree import Config
 
 
 def label_suffix(config: Config, engine_index: int) -> str:
-    """What follows the version in this engine's labels."""
+    """The part of this engine's labels that follows the version."""
     server = config.sglang_server
     return f"@{engine_index}" if server.router or server.router_addr is not None else ""
 
 
 def version_number(label: object) -> int:
-    """Our versions are whole numbers; a server that was never pushed to may call its own anything."""
+    """The version in a label; a server that was never pushed to may have a label of any text."""
     version = label.partition("@")[0] if isinstance(label, str) else ""
     return int(version) if version.isdigit() else 0
 

@@ -1,8 +1,8 @@
-"""SGLang's response metadata as speculative counters and back, in its three generations of keys, and RTP-LLM's.
+"""This module converts response metadata (SGLang's three generations of keys, RTP-LLM's keys) to counters and back.
 
 The generations are GENERATIONS, newest first; ``sglang/releases.py`` says which release writes which. A response is
-read by the newest generation that it has; no keys at all mean that no verify round ran, and are written so. Every
-response also has spec_verify_ct, spec_accept_rate and spec_accept_length.
+read by the newest generation that it has; no keys at all mean that no verify round ran. Every response also has
+spec_verify_ct, spec_accept_rate and spec_accept_length.
 
 Without truncation completion_tokens = 1 + spec_verify_ct + spec_num_correct_drafts (the 1 is the prefill's token); a
 stop inside an accepted block makes the left side smaller. In a tree the histogram counts accepted paths by their
@@ -37,7 +37,7 @@ GENERATIONS = (CORRECT_DRAFTS, ACCEPTED_DRAFTS, ACCEPT_TOKENS)
 
 
 class UnknownMetadataError(ValueError):
-    """Verify rounds were reported under keys of no known generation: counting them as zero would be a lie."""
+    """Verify rounds were reported under keys of no known generation: they must not count as zero."""
 
 
 def generation_of(meta_info: Mapping[str, Any]) -> Generation | None:
@@ -55,7 +55,7 @@ def spec_counters(meta_info: Mapping[str, Any], num_steps: int = 0, fills_rounds
     """The counters of one response.
 
     ``num_steps`` is the depth of a draft (SpecCounters.num_steps). ``fills_rounds`` says that the algorithm always
-    drafts all it proposes; NGRAM does not, and SGLang does not tell how much of a round was padding.
+    drafts all it proposes; NGRAM does not, and SGLang does not report how much of a round was padding.
     Example: ``spec_counters({"spec_verify_ct": 2, "spec_accepted_drafts": 3, "spec_proposed_drafts": 6}).num_correct``
     is 3.
     """
@@ -106,7 +106,7 @@ def meta_info(sample: GeneratedSample) -> dict[str, Any]:
 
 
 def finish_reason(sample: GeneratedSample) -> dict[str, Any]:
-    """SGLang's: what matched for a stop, how many tokens for a length.
+    """SGLang's finish reason: the token that matched for a stop, the number of tokens for a length.
 
     Example: ``{"type": "stop", "matched": 151645}``, ``{"type": "length", "length": 64}``
     """
@@ -146,7 +146,7 @@ def rtp_counters(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
 def aux_info(sample: GeneratedSample) -> dict[str, Any]:
     """RTP-LLM's ``aux_info`` of one sample; times in ms. Without a speculative round its counters are 0 and [].
 
-    ``wait_time`` and ``first_token_cost_time`` are there where they were measured. The prompt tokens that a group's
+    ``wait_time`` and ``first_token_cost_time`` are present where they were measured. The prompt tokens that a group's
     first sample computed are ``reuse_len``, all of them in this engine's own memory. Beams, prefill on another
     machine and full softmax rows do not exist here: their fields say so. RTP-LLM's guide divides output_len by
     iter_count for the mean tokens of an iteration.

@@ -1,6 +1,6 @@
-"""What each SGLang release does differently from the one before it: one record per release, oldest first.
+"""Each record says what an SGLang release does differently from the release before it, oldest first.
 
-A release does what all records up to its version say. Everything that depends on a release asks here; only
+A release does what all records up to its version say. All code that depends on a release asks this module; only
 ``sglang/flags.json``, the table of flags, belongs to one version alone.
 """
 
@@ -102,9 +102,11 @@ def since(fact: Ability | WeightContract | Generation) -> str:
 
 @dataclass(frozen=True)
 class Release:
-    """``Release((0, 5, 21), "0.5.21", is_installed=True, torch="2.13.0")``; not installed: the pinned version.
+    """One SGLang release, with what was found installed.
 
-    ``model_types`` are those that its transformers and itself have configuration classes for; none: nobody was asked.
+    Example: ``Release((0, 5, 21), "0.5.21", is_installed=True, torch="2.13.0")``. Without an installed SGLang it is
+    the pinned version. ``model_types`` are those that SGLang and its transformers have classes for; empty where no
+    interpreter was asked.
     """
 
     version: tuple[int, ...]
@@ -127,7 +129,7 @@ class Release:
 
     @property
     def metadata(self) -> Generation:
-        """What a response's meta_info calls its counters."""
+        """The names of the counters in a response's meta_info."""
         return next(each.metadata for each in self.changes if each.metadata is not None)
 
     @property
@@ -151,5 +153,5 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def pinned_release() -> Release:
-    """What the checks speak of where there is none to ask."""
+    """The release that the checks assume where there is no SGLang to ask."""
     return release_of(sglang_version(), is_installed=False)

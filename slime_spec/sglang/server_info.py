@@ -1,4 +1,4 @@
-"""What a running server says of itself, asked by its engine, or by the checks where someone else started it."""
+"""A running server reports its version, sizes and flags, to its engine or to the checks of an external server."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ ASK_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """``num_ranks`` are the tensor-parallel ranks that weights are sent to; ``num_steps`` is a draft's depth;
-    ``flags`` are the flags it runs with that the table knows, by their dests.
+    """What a running server reports about itself.
+
+    ``num_ranks`` are the tensor-parallel ranks that weights are sent to; ``num_steps`` is a draft's depth;
+    ``flags`` are the flags of the table that the server runs with, by their dests.
 
     Example: ``ServerInfo("0.5.21", max_total_tokens=4096, num_ranks=1, num_steps=3)``
     """
@@ -31,7 +33,7 @@ class ServerInfo:
 
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> ServerInfo:
-        """From /server_info."""
+        """Read the answer of /server_info."""
         drafted = answer.get("speculative_num_draft_tokens") or 1
         return cls(
             version=str(answer.get("version", "?")),
@@ -44,7 +46,7 @@ class ServerInfo:
 
 
 def ask_server(address: str, api_key: object) -> ServerInfo | None:
-    """None where nothing that is SGLang answers within seconds."""
+    """The answer of the server at ``address``; None where no SGLang server answers within seconds."""
     for path in PATHS:
         request = urllib.request.Request(f"http://{address}{path}")
         if api_key:
@@ -63,7 +65,7 @@ def ask_server(address: str, api_key: object) -> ServerInfo | None:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests and KV tokens at one moment, over all data-parallel ranks."""
+    """The load of a server: requests and KV tokens at one moment, over all data-parallel ranks."""
 
     num_running: int
     num_waiting: int
@@ -71,7 +73,7 @@ class Load:
 
 
 def load_of(answer: object) -> Load:
-    """From /v1/loads; zeros where the server does not have it."""
+    """The load that /v1/loads answers; zeros where the server lacks that path."""
     ranks = answer.get("loads", []) if isinstance(answer, Mapping) else []
 
     def total(name: str) -> int:

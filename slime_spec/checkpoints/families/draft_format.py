@@ -1,4 +1,4 @@
-"""What differs between the formats of draft checkpoints: keys of config.json, names of tensors, shapes."""
+"""The formats of draft checkpoints differ in keys of config.json, names of tensors and shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANOTHER_DRAFT = "Pass --sglang-speculative-draft-model-path with a draft made fo
 
 @dataclass(frozen=True)
 class DraftReading:
-    """A draft's config.json on its way to a DraftSpec; ``source`` is what errors call it.
+    """A draft's config.json while a DraftSpec is made from it; ``source`` names it in errors.
 
     ``layer`` is the MTP layer of a target's own checkpoint. ``convention`` is what EAGLE-3's ``norm_output`` means:
     SGLang's reading or SpecForge's.

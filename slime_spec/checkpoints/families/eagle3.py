@@ -122,7 +122,7 @@ def _config(spec: DraftSpec) -> dict[str, Any]:
 
 
 def _is_unread(name: str, spec: DraftSpec) -> bool:
-    """The norms of layers that use others."""
+    """Whether the tensor is a norm that this draft does not use."""
     return name.startswith("layers.") and name.endswith(".input_layernorm.weight")
 
 

@@ -12,8 +12,9 @@ NOT_EMBEDDED = f"which the embedded engine does not have; {OTHER_ENGINE}"
 
 @dataclass(frozen=True)
 class MtpLayer:
-    """Names of one family's MTP layer, below ``prefix``; ``{layers}`` is the target's number of decoder layers.
+    """The MTP layer of one family, whose tensor names begin with ``prefix``.
 
+    ``{layers}`` in the prefix is the target's number of decoder layers.
     ``hidden_first`` says that the projection's columns are [hidden; embedding], else [embedding; hidden]. The order is
     a property of the weights: swapped halves load without complaint and draft nonsense.
     ``block`` precedes the names of the decoder block (a Llama or Qwen2 block where the family is supported).

@@ -65,7 +65,7 @@ def _config(spec: DraftSpec) -> dict[str, Any]:
 
 
 def _is_unread(name: str, spec: DraftSpec) -> bool:
-    """Copies of the target's tables."""
+    """Whether the tensor is a copy of the target's embedding or head."""
     return name.removeprefix(spec.mtp_layer.prefix) in ("embed_tokens.weight", "lm_head.weight")
 
 

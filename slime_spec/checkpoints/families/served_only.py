@@ -1,4 +1,4 @@
-"""Families of which one thing is known here: SGLang drafts with their own MTP layers without being given a path."""
+"""SGLang alone serves these families, and finds their MTP layers without being given a path."""
 
 from slime_spec.checkpoints.families.family import Family
 
