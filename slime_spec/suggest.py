@@ -1,4 +1,4 @@
-"""The nearest known name to a mistyped one."""
+"""This module finds the known name that is nearest to a mistyped name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Addresses that a user writes: host:port, an IPv6 host in brackets."""
+"""This module parses addresses that a user writes: host:port, with an IPv6 host in brackets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parse_address(setting: str, address: str) -> tuple[str, int]:
 
 
 def address_of(host: str, port: int) -> str:
-    """What ``parse_address`` reads: ``address_of("::1", 30000)`` is ``[::1]:30000``."""
+    """The address that ``parse_address`` reads: ``address_of("::1", 30000)`` is ``[::1]:30000``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

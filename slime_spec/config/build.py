@@ -1,4 +1,4 @@
-"""Plain data to the typed configuration and back: the only way a Config is made from what a user wrote."""
+"""This module alone makes a Config from what a user wrote: plain data to the typed configuration and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slime_spec.suggest import did_you_mean
 
 
 def from_dict(data: Mapping[Any, object]) -> Config:
-    """The Config that nested plain data describes; what is absent keeps its default.
+    """The Config that nested plain data describes; an absent setting keeps its default.
 
     Raises ConfigError for an unknown key, a wrong type, a value out of range or not among the choices. The ``sglang``
     node may hold anything plain; its flags are checked where their table is (slime_spec.launch).
@@ -42,7 +42,7 @@ def _node(node: str, values: Mapping[Any, object]) -> Any:
 
 
 def unknown_setting(path: str) -> ConfigError:
-    """The error for a path that is not in the tree, with the nearest one that is."""
+    """The error for a path that is not in the tree, with the nearest path that is."""
     same_leaf = [known for known in settings() if known.rpartition(".")[2] == path.rpartition(".")[2]]
     hint = (
         f"Did you mean {' or '.join(same_leaf)}? " if same_leaf else did_you_mean(path, [*settings(), *nodes(), SGLANG])

@@ -1,4 +1,4 @@
-"""Settings that are fine one by one and cannot work together: each refused with the way out, before anything starts."""
+"""These checks refuse, before anything starts, settings that are valid alone and cannot work together."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check(config: Config) -> None:
 
 
 def notes(config: Config) -> Iterator[str]:
-    """What is allowed but has no effect in this run, one sentence each; the launcher tells the user."""
+    """Notes on settings that have no effect in this run, one sentence each; the launcher logs them."""
     has_servers = kind_of(config).has_servers
     if config.sglang and not has_servers:
         names = ", ".join(f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang)

@@ -1,4 +1,4 @@
-"""Settings of the SGLang engine's servers that cannot work together."""
+"""These checks refuse settings of the SGLang engine's servers that cannot work together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 
 ADDRESSES, HOST, ROUTER = "sglang_server.external_addrs", "sglang_server.host", "sglang_server.router_addr"
-# What only starting a server reads.
+# Settings that are read only to start a server.
 OF_STARTING = ("port", "extra_args", "max_restarts")
 
 
@@ -26,7 +26,7 @@ def check_servers(config: Config) -> None:
 
 
 def server_notes(config: Config) -> Iterator[str]:
-    """What is allowed and should be known, one sentence each."""
+    """Notes on server settings that a user should know, one sentence each."""
     host = config.sglang_server.host
     if host is not None and not is_loopback(host) and not config.sglang.get("api_key"):
         yield (
@@ -46,7 +46,7 @@ def unused_server_settings(config: Config) -> Iterator[str]:
 
 
 def _set_here(config: Config, names: Sequence[str]) -> list[str]:
-    """Those of the servers' settings that are not at their defaults, as the tree names them."""
+    """The servers' settings among ``names`` that are not at their defaults, as the tree names them."""
     default = SglangServerConfig()
     return [f"sglang_server.{name}" for name in names if getattr(config.sglang_server, name) != getattr(default, name)]
 

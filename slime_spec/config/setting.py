@@ -1,4 +1,4 @@
-"""One setting: a dataclass field with its help, its flags and its bounds."""
+"""``setting`` makes one setting: a dataclass field with its help, its flags and its bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speculative settings that are fine one by one and cannot work together, and those that have no effect."""
+"""These checks refuse speculative settings that cannot work together, and note those without effect."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def check_speculation(config: Config) -> None:
 
 
 def settings_read() -> list[str]:
-    """The settings that some algorithms read; set for another one, they have no effect and the user is told."""
+    """The settings that some algorithms read; for other algorithms they have no effect, which a note says."""
     read = {name for each in ALGORITHMS.values() for name in each.reads}
     return [field.name for field in fields(SpeculativeConfig) if field.name in read]
 
 
 def unused_draft_settings(spec: SpeculativeConfig) -> list[str]:
-    """Those of OF_DRAFT_MODEL that are set for an algorithm without a draft model: an experiment's, of another one."""
+    """Those of OF_DRAFT_MODEL that are set although the algorithm has no draft model, as by an experiment."""
     if spec.record.has_weights:
         return []
     default = SpeculativeConfig()
@@ -59,7 +59,7 @@ def unused_draft_settings(spec: SpeculativeConfig) -> list[str]:
 
 
 def check_environment(environ: Mapping[str, str]) -> None:
-    """Refuse SGLang's switch that pretends drafts were accepted: what it generates is nobody's distribution."""
+    """Refuse SGLang's switch that simulates acceptance: its samples do not follow the policy's distribution."""
     if environ.get(FORGED_ACCEPTANCE) not in (None, "", "-1", "-1.0"):
         raise ConfigError(
             FORGED_ACCEPTANCE,
@@ -70,7 +70,7 @@ def check_environment(environ: Mapping[str, str]) -> None:
 
 
 def speculation_notes(config: Config) -> Iterator[str]:
-    """What is adjusted or has no effect, one sentence each."""
+    """Notes on speculative settings that are adjusted or have no effect, one sentence each."""
     spec, default = config.speculative, SpeculativeConfig()
     for name in settings_read():
         if name not in spec.record.reads and getattr(spec, name) != getattr(default, name):

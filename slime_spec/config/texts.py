@@ -1,4 +1,4 @@
-"""Command line texts to typed values."""
+"""These parsers convert command line texts to typed values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def switch(text: str) -> bool:
     return words[text.lower()]
 
 
-# Each raises ValueError for a text that is not of its kind.
+# Each parser raises ValueError for a text that is not of its kind.
 PARSERS: Mapping[str, Callable[[str], object]] = {
     "str": str,
     "int": whole_number,

@@ -235,7 +235,7 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told."""
+    """The whole configuration of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

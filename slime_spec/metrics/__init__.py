@@ -1,1 +1,1 @@
-"""Metrics: one table of names, one door to log them through, one file per sink."""
+"""The package logs metrics: one table of names, one MetricLog, one file per sink."""

@@ -1,4 +1,4 @@
-"""The alarm of a draft that is never right: speculation that costs time, changes no output, and says nothing."""
+"""The alarm warns of a draft that is never accepted: it costs time, and no output shows it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slime_spec.config.tree import Config
 
 logger = logging.getLogger(__name__)
 
-SILENT_ROUNDS = 200  # with a draft, and none of it accepted: the accept length is exactly 1.00
+SILENT_ROUNDS = 200  # rounds with drafts of which none was accepted: the accept length is exactly 1.00
 
 
 class AcceptanceAlarm:
@@ -31,7 +31,7 @@ class AcceptanceAlarm:
         self.see(int(num_rounds), int(values.get("spec/correct_drafts", 0.0)), f"step={step}")
 
     def see(self, num_rounds: int, num_correct: int, when: str) -> None:
-        """Rounds that had a draft, and the drafts accepted in them; ``when`` is for the warning."""
+        """Count rounds that had a draft and the drafts accepted in them; the warning names ``when``."""
         if num_correct:
             self._silent_rounds = 0
             return

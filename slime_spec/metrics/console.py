@@ -1,4 +1,4 @@
-"""The terminal: a progress bar for the run and its current phase, a line per step, a table at the end."""
+"""The terminal sink shows a progress bar for the run and its current phase, a line per step, a table at the end."""
 
 from __future__ import annotations
 

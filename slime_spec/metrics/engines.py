@@ -1,4 +1,4 @@
-"""What the engines say of themselves: restarts, a disabled speculation, the canary, where their time went."""
+"""This module computes metrics of engines: restarts, disabled speculation, the canary, shares of time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def engine_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats], 
 
 
 def benefit_metrics(stats: Sequence[EngineStats], samples: Sequence[Sample]) -> dict[str, float]:
-    """What a round costs, by all that the engines probed so far, and what those of the step brought."""
+    """A round's cost, by all probes of the engines so far, and the gain of the step's rounds."""
     plain_s = sum(each.probed_plain_s for each in stats)
     if not plain_s:
         return {}
@@ -55,5 +55,5 @@ def canary_metrics(stats: Sequence[EngineStats]) -> dict[str, float]:
 
 
 def _spent(before: Sequence[EngineStats], after: Sequence[EngineStats], name: str) -> float:
-    """Seconds of all engines between the two."""
+    """Seconds that all engines spent between the two."""
     return sum(getattr(each, name) for each in after) - sum(getattr(each, name) for each in before)

@@ -1,4 +1,4 @@
-"""What the policy said in the first step and in the last one, side by side on the terminal when the run ends."""
+"""When the run ends, the terminal shows replies of the first and of the last step side by side."""
 
 from __future__ import annotations
 

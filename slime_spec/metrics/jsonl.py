@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per step, on disk before the next step begins."""
+"""The sink writes metrics.jsonl: one JSON object per step, on disk before the next step begins."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class JsonlSink:
         return cls(folder / FILE)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line ``{"step": 3, "rollout/reward_mean": 0.25, ...}``; null stands for NaN and infinity."""
+        """Write one line ``{"step": 3, "rollout/reward_mean": 0.25, ...}``; null stands for NaN and infinity."""
         row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()  # a killed process loses nothing that was logged

@@ -1,4 +1,4 @@
-"""The one door through which metrics go."""
+"""All metrics are logged through ``MetricLog``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class MetricLog:
             sink.write(step, values)
 
     def progress(self, phase: str, done: int, wanted: int) -> None:
-        """Tell the sinks that show progress how far a phase of the step is."""
+        """Show, in the sinks that can, how far a phase of the step is."""
         for sink in self._sinks:
             if isinstance(sink, ShowsProgress):
                 sink.progress(phase, done, wanted)

@@ -1,4 +1,4 @@
-"""The sink that keeps nothing."""
+"""The null sink drops all metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slime_spec.config.tree import Config
 
 
 class NullSink:
-    """Implements MetricSink."""
+    """Implements MetricSink without writing anything."""
 
     @classmethod
     def open(cls, config: Config, folder: Path) -> NullSink:

@@ -1,4 +1,4 @@
-"""What one step's samples say: rewards, lengths, acceptance. Ratios are pooled, a sum over a sum."""
+"""This module computes metrics of one step's samples: rewards, lengths, acceptance. Ratios are a sum over a sum."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def accept_length(verified: Sequence[GeneratedSample]) -> float:
 
 
 def _acceptance_by_version(verified: Sequence[GeneratedSample]) -> dict[str, float]:
-    """Only where a step mixes versions: else it is the step's own, and a name more in every step says nothing."""
+    """The acceptance by weight version, only where a step mixes versions: otherwise it equals the step's own."""
     by_version: dict[int, list[GeneratedSample]] = defaultdict(list)
     for response in verified:
         by_version[response.weight_version].append(response)

@@ -1,4 +1,4 @@
-"""What training, the push and the clock say about one step, under the table's names."""
+"""This module gives the metrics of training, the push and the clock for one step, under the table's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every metric there is: name, unit, meaning. A name that is no row here cannot be logged."""
+"""The table lists every metric: name, unit, meaning. A name that is not in the table cannot be logged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from slime_spec.suggest import did_you_mean
 
 @dataclass(frozen=True)
 class Metric:
-    """One row; ``{i}`` in a name stands for a draft position (0 is the first drafted token), ``{task}`` for a task,
+    """One row of the table.
+
+    ``{i}`` in a name stands for a draft position (0 is the first drafted token), ``{task}`` for a task,
     ``{version}`` for a version of the weights.
     """
 

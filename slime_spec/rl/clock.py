@@ -1,4 +1,4 @@
-"""How long each phase of a step took; the clock is an argument, so that tests need not wait."""
+"""``PhaseClock`` measures each phase of a step; the clock is an argument, so that tests need not wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop of a run: rollout, policy step, push.
+"""The loop runs rollout, policy step and push.
 
     rollouts ─► samples ─► group advantages ─► trainer.step ─► push to every engine ─► metrics
        ▲                        (engines' memory is released meanwhile)     │
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of one run, already built; None for what its mode does without."""
+    """The parts of one run, already built; a part that the run's mode does not use is None."""
 
     config: Config
     rollouts: RolloutSource

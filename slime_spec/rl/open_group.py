@@ -1,4 +1,4 @@
-"""A prompt's group while it is in progress, over as many steps as it takes."""
+"""``OpenGroup`` is a prompt's group in progress, over as many steps as it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slime_spec.types import GeneratedSample, GroupRequest, Prompt, Sample
 
 @dataclass
 class OpenGroup:
-    """``request`` asks for the whole group; ``partials`` are the samples that an abort left unfinished, by index."""
+    """An in-flight group: ``request`` asks for all of it, ``partials`` are the samples that an abort cut, by index."""
 
     prompt: Prompt
     request: GroupRequest
@@ -26,5 +26,5 @@ class OpenGroup:
         self.finished.append(sample)
 
     def rest(self) -> GroupRequest:
-        """The request for what is missing; an abort has left a partial sample, if an empty one, of each of them."""
+        """The request for the missing samples; an abort has left a partial sample, perhaps empty, of each of them."""
         return request_for_rest(self.request, self.partials.values()) if self.partials else self.request

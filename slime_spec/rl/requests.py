@@ -1,4 +1,4 @@
-"""From prompts to group requests, with seeds that depend on nothing but the run, the prompt and the sample."""
+"""Prompts become group requests, with seeds that depend only on the run, the prompt and the sample."""
 
 from __future__ import annotations
 

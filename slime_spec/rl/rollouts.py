@@ -1,4 +1,4 @@
-"""Where a step's samples come from: the engines, or a saved rollout."""
+"""A rollout source gives a step's samples: from the engines, or from a saved rollout."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class GeneratedRollouts:
     With ``rollout.over_sampling_batch_size`` more groups are in progress than a step trains on: it ends with the first
     ``batch_size`` that are complete, the others are aborted and go on in the next step (partial rollout; slime's
     settings). Which these are depends on time, so two such runs need not train on the same steps. What was generated of
-    them stays here: a resumed run begins them anew, from the prompt ids in its state.
+    them stays here: a resumed run generates them anew, from the prompt ids in its state.
 
     ``take_prompts(n, start)`` gives the n prompts from an id on; ``score(prompt, response)`` attaches the reward.
     """
@@ -62,7 +62,7 @@ class GeneratedRollouts:
         return Rollout(samples, next_prompt_id, tuple(self._open))
 
     def _open_groups(self, state: RunState) -> int:
-        """Have as many groups open as a step has in progress, the unfinished first; the next new prompt's id."""
+        """Open groups, unfinished ones first, up to the number in progress; returns the next new prompt's id."""
         rollout = self._config.rollout
         ids = [prompt_id for prompt_id in state.unfinished_prompt_ids if prompt_id not in self._open]
         prompts = [prompt for prompt_id in ids for prompt in self._take_prompts(1, prompt_id)]

@@ -1,1 +1,1 @@
-"""Speculation as numbers: what engines report about it, in every spelling that readers know."""
+"""The package computes what engines report about speculation, in every spelling that readers know."""

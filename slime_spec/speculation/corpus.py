@@ -1,4 +1,4 @@
-"""The external corpus of NGRAM: a jsonl file, each line a JSON string as for SGLang, or a list of token ids."""
+"""Read NGRAM's external corpus: a jsonl file, each line a JSON string as for SGLang, or a list of token ids."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_corpus(
 ) -> list[tuple[int, ...]]:
     """The documents' token ids, empty ones left out; ``encode`` adds no special tokens.
 
-    Raises ConfigError, naming the line, for what is no document, for a corpus of more than ``max_tokens`` (as SGLang,
-    which does not cut one either) and for one without a token.
+    Raises ConfigError, naming the line, for a line that is no document, for a corpus of more than ``max_tokens``
+    (SGLang does not cut a corpus either) and for one without a token.
     """
     documents, num_tokens = [], 0
     for number, document in corpus_lines(path):

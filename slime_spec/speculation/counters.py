@@ -1,4 +1,4 @@
-"""Arithmetic on what speculation did for requests (SpecCounters)."""
+"""These functions add and convert the counters of speculation (SpecCounters)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pooled(counters: Iterable[SpecCounters]) -> SpecCounters:
 
 
 def accepted_per_position(spec: SpecCounters) -> list[int]:
-    """Rounds that accepted more than so many drafts (survival counts), as long as a round can accept.
+    """The number of rounds that accepted more than 0, 1, ... drafts (survival counts), one number per draft position.
 
     Example: ``accepted_per_position(SpecCounters(3, 9, (1, 0, 1, 1))) == [2, 2, 1]``
     """

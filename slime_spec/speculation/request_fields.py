@@ -1,11 +1,11 @@
-"""What one request says about its speculation, in RTP-LLM's spelling, and whether the engine can do it.
+"""This module reads and checks a request's own speculative fields, in RTP-LLM's spelling.
 
     {"sp_advice_prompt": "def f(x): ..."}          a text that the reply will resemble; LOOKUP drafts from it
     {"sp_advice_prompt_token_ids": [17, 4, ...]}   the same, tokenised
     {"sp_edit": 1}                                 the advice is an earlier version of the reply: search it forward
     {"force_disable_sp_run": true}                 this request decodes without speculation
 
-They come in a body's ``extra_config`` (or ``extra_configs``, or RTP-LLM's own ``generate_config``).
+The fields come in a body's ``extra_config`` (or ``extra_configs``, or RTP-LLM's own ``generate_config``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CORRECT = "Correct the field or leave it out."
 def with_rtp_fields(
     params: SamplingParams, fields: Mapping[str, object], encode: Callable[[str], tuple[int, ...]], prefix: str = ""
 ) -> SamplingParams:
-    """``params`` with what ``fields`` adds; raises ConfigError naming the field.
+    """``params`` with the settings in ``fields``; raises ConfigError naming the field.
 
     ``encode`` makes plain token ids of a text, no BOS before them; null and an absent field mean the same.
     """
@@ -89,7 +89,7 @@ def check_speculative_params(params: SamplingParams, algorithm: str, vocab_size:
 
 
 def _switch(fields: Mapping[str, object], name: str, prefix: str) -> bool:
-    """RTP-LLM's clients write booleans and 0 or 1."""
+    """The switch's value, which RTP-LLM's clients write as a boolean or as 0 or 1."""
     value = fields.get(name)
     if value is None:
         return False

@@ -1,1 +1,1 @@
-"""Tasks: where prompts come from and how replies are rewarded."""
+"""Tasks give the prompts and reward the replies."""

@@ -1,4 +1,4 @@
-"""Rewards by name, and the loading of a user's own: each takes the prompt and the reply's text."""
+"""This module has the named rewards and loads a user's own: each takes the prompt and the reply's text."""
 
 from __future__ import annotations
 

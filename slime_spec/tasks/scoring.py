@@ -1,4 +1,4 @@
-"""From a response to a scored sample; a reward that fails costs that sample, not the run."""
+"""``score`` makes a scored sample of a response; a reward that fails costs that sample, not the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenised prompts by id: the same (seed, id) is the same prompt, so a resumed run goes on where it was."""
+"""``PromptSource`` gives tokenised prompts by id: the same (seed, id) is the same prompt, so a run can resume."""
 
 from __future__ import annotations
 
