@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RankActor:
-    """See the module; made remote by the group, which knows its resources."""
+    """The actor of one trainer rank; the group makes it remote with its resources."""
 
     def __init__(self, config: Config, rank: int) -> None:
         self.config, self.rank = config, rank
@@ -50,7 +50,7 @@ class RankActor:
             yield bucket
 
     def end_push(self) -> None:
-        """Every engine has every bucket, or the push failed: let their shared memory go."""
+        """Release the buckets' shared memory: every engine has every bucket, or the push failed."""
         self.on_their_way.clear()
 
     def save(self, folder: str, state: RunState) -> None:

@@ -1,4 +1,4 @@
-"""Writing files from several ranks: all succeed, or all fail with the same reason."""
+"""Several ranks write files together: all succeed, or all fail with the same reason."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ CUDA_TYPE_NAMES = {
 
 @contextmanager
 def cpu_shim() -> Iterator[None]:
-    """See the module; blocks nest, and everything is put back at the end."""
+    """Make "cuda" mean the CPU inside the block; blocks nest, and everything is restored at the end."""
     if torch.cuda.is_available():
         yield
         return

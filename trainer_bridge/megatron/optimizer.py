@@ -1,4 +1,4 @@
-"""Gradient buckets and AdamW."""
+"""This module builds gradient buckets and AdamW."""
 
 from __future__ import annotations
 

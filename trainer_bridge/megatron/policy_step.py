@@ -1,4 +1,4 @@
-"""Forward and backward over microbatches through Megatron's schedules (plain or pipelined)."""
+"""This module runs forward and backward over microbatches through Megatron's schedules (plain or pipelined)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This process as one rank: torch.distributed and Megatron's parallel groups."""
+"""A process joins torch.distributed and Megatron's parallel groups as one rank."""
 
 from __future__ import annotations
 
