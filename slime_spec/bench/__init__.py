@@ -50,7 +50,7 @@ def run_bench(name: str, argv: Sequence[str]) -> int:
 
 
 def _console(stderr: bool) -> Console:
-    """A console wide enough for the table where no terminal says how wide it is."""
+    """Make a console that is wide enough for the table where no terminal gives a width."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=WIDTH)
 

@@ -1,7 +1,7 @@
-"""Drafts without a network: lookup with advice on an edited text, prompt lookup and n-grams on what is copied or not.
+"""Measure drafts without a network: lookup with advice on an edited text, prompt lookup and n-grams on any text.
 
 The edit: the model is asked to repeat a text of about 200 tokens; the advice is an earlier version of that text, which
-reads differently in one place. The model writes what it writes (now and then it departs from the text by itself).
+differs in one place. The model is not forced to copy: its reply sometimes departs from the text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Advice = Mapping[tuple[int, ...], tuple[int, ...]]  # prompt -> advice
 
 @dataclass(frozen=True)
 class LookupSizes:
-    """How much is measured."""
+    """The numbers of prompts, tokens and rounds that are measured."""
 
     num_new_tokens: int = 128
     num_rounds: int = 5
@@ -47,14 +47,14 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def edits(model: Path) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Prompts that ask for a text, each with that text's earlier version as advice."""
+    """Return prompts that ask for a text, each with an earlier version of the text as advice."""
     tokenizer = Tokenizer.load(model)
     now, before = EARLIER
     return {tokenizer.chat(REPEAT + text): tokenizer.encode(text.replace(now, before)) for text in LONG_TEXTS}
 
 
 def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int = LONGEST_REPLY) -> list[Row]:
-    """Batch 1, greedy, replies end at EOS: with advice in both of RTP-LLM's modes, without advice, and plain."""
+    """Measure batch 1, greedy, to EOS: with advice in both of RTP-LLM's modes, without advice, and plain."""
     prompts, stops = tuple(advice), ModelSpec.from_folder(model).eos_token_ids
     rows: list[Row] = []
     for dtype in sizes.dtypes:
@@ -86,14 +86,14 @@ def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int
 
 
 def _advised(advice: Advice, edit: bool) -> Callable[[tuple[int, ...]], SamplingParams]:
-    """Greedy with the prompt's own advice."""
+    """Return greedy parameters that carry the prompt's own advice."""
     return lambda prompt: SamplingParams(temperature=0.0, advice_token_ids=advice[prompt], edit=edit)
 
 
 def measure_lookup(model: Path, kinds: Mapping[str, Prompts], sizes: LookupSizes) -> list[Row]:
-    """LOOKUP and NGRAM as they come, bf16, greedy: reported, nothing is promised where nothing is copied.
+    """Measure LOOKUP and NGRAM by default settings, bf16, greedy; these rows have no bound.
 
-    NGRAM learns from every request, and rounds ask the same again: it forgets between them.
+    NGRAM learns from every request and rounds repeat their requests, so its state is dropped between rounds.
     """
     rows: list[Row] = []
     dtype = sizes.dtypes[0]

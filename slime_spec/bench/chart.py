@@ -1,4 +1,4 @@
-"""Speed-up over batch size as an SVG picture: one line per series, a rule at 1 below which speculation loses."""
+"""Draw speed-up over batch size as SVG: one line per series, and a rule at 1, below which speculation loses."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_chart(path: Path, title: str, series: Sequence[Series]) -> None:
 
 @dataclass(frozen=True)
 class _Frame:
-    """From (batch size, speed-up) to places in the picture."""
+    """Maps (batch size, speed-up) to a place in the picture."""
 
     octaves: float
     top: int

@@ -1,6 +1,6 @@
-"""What passes cost and what lies around them; the cost model that follows, and where by it speculation loses.
+"""Measure passes and the work around them, fit the cost model, and find batch sizes where speculation loses.
 
-Passes are timed at the core, without the engine's thread: minima over interleaved rounds, for noise only adds.
+Passes are timed at the core, without the engine's thread. A time is a minimum over interleaved rounds: noise only adds.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ MB = 1_000_000
 VERIFY_REACH, OUTSIDE_REACH, MEMORY_SLACK_BYTES = 1.2, 0.15, 300 * MB
 PROBE_TOKENS = 2048
 NUM_PROMPTS = 32
-# Up to where the chart and the search for losing batch sizes go.
+# The largest batch size of the chart and of the search for losing batch sizes.
 LARGEST_BATCH = 32
 GUESSED_LENGTHS = (1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
 class CostSizes:
-    """How much is measured; ``context`` is how many tokens every sequence has cached."""
+    """The sizes that are measured; ``context`` is the number of tokens that every sequence has cached."""
 
     num_rounds: int = 15
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -57,7 +57,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def measure_cost(options: BenchOptions, prompts: Prompts, sizes: CostSizes) -> list[Row]:
-    """Per dtype: a verify pass over a plain one, time around passes, memory, the fitted model; one chart for all."""
+    """Measure per dtype: verify pass over plain pass, time around passes, memory, fitted model; one chart for all."""
     rows: list[Row] = []
     lines: list[Series] = []
     for dtype in sizes.dtypes:
@@ -78,7 +78,7 @@ Passes = dict[str, list[Timed[None]]]
 
 
 def time_passes(model: Path, dtype: str, sizes: CostSizes) -> Passes:
-    """Every (batch size, tokens per sequence), named "B,k", on sequences of ``context`` cached tokens."""
+    """Time passes of every (batch size, tokens per sequence), named "B,k", at ``context`` cached tokens."""
     core = Assembly(engine_config(model, dtype)).core(0, perf_counter)
     largest, widest = max(sizes.batch_sizes), max(sizes.num_tokens)
     core.cache.reserve((largest, sizes.context + widest), (0, 0))
@@ -91,7 +91,7 @@ def time_passes(model: Path, dtype: str, sizes: CostSizes) -> Passes:
 
 
 class _PassSide:
-    """One pass over the next tokens of every sequence, logits included; the cache stays as it was."""
+    """Runs one pass over the next tokens of every sequence, with logits; the cache is left unchanged."""
 
     def __init__(self, core: GenerationCore, batch_size: int, num_tokens: int, context: int) -> None:
         self._core = core
@@ -136,7 +136,7 @@ def _outside_rows(dtype: str, drafted: DraftCost) -> list[Row]:
 
 
 def model_rows(dtype: str, model: CostModel, drafted: DraftCost, batch_sizes: Sequence[int]) -> list[Row]:
-    """The coefficients, how well they fit, and what they say of every measured chain."""
+    """Return the coefficients, the errors of the fits, and the prediction for every measured chain."""
     prefix, short = f"cost.{SHORT[dtype]}.model", SHORT[dtype]
     terms = (
         ("weights", "t_verify(B, k): whatever B and k", model.weights),
@@ -193,7 +193,7 @@ def _powers(largest: int) -> list[int]:
 
 
 def _memory_row(model: Path, dtype: str) -> Row:
-    """What an engine holds in a process of its own, beside its weights once and its full KV cache."""
+    """Return the memory that an engine holds in its own process beyond one copy of its weights and a full KV cache."""
     command = [
         sys.executable,
         "-m",

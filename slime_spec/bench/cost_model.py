@@ -1,4 +1,4 @@
-"""What a round costs as a function of batch size, fitted to measured passes, and where speculation pays.
+"""The cost model gives a round's time by batch size, fitted to measured passes, and where speculation pays.
 
     t_verify(B, k) = weights + B (sequence + k token)      a pass over k tokens of each of B sequences
     t_target(B)    = t_verify(B, 1)                        a plain decode step
@@ -59,7 +59,7 @@ class CostModel:
         return self.weights + batch_size * (self.sequence + num_tokens * self.token)
 
     def break_even_length(self, batch_size: int, num_steps: int) -> float:
-        """Tokens a sequence must gain per round of a chain of ``num_steps`` drafts."""
+        """Return the tokens that a sequence must gain per round of a chain of ``num_steps`` drafts."""
         drafting = num_steps * self.draft_step.at(batch_size)
         a_round = self.verify_s(batch_size, num_steps + 1) + drafting + self.outside.at(batch_size)
         return a_round / (self.verify_s(batch_size, 1) + self.plain_outside.at(batch_size))
@@ -68,7 +68,7 @@ class CostModel:
         return accept_length / self.break_even_length(batch_size, num_steps)
 
     def loses_from(self, num_steps: int, accept_length: float, largest: int) -> int | None:
-        """The smallest batch at which this chain is slower than plain decoding, None up to ``largest``."""
+        """Return the smallest batch at which this chain is slower than plain decoding; None up to ``largest``."""
         sizes = range(1, largest + 1)
         return next((size for size in sizes if self.speed_up(size, num_steps, accept_length) < 1.0), None)
 
@@ -79,7 +79,7 @@ def fit(
     outside: Sequence[Pass] = (),
     plain_outside: Sequence[Pass] = (),
 ) -> CostModel:
-    """The model that comes closest to the measurements; what was not measured costs nothing."""
+    """Fit the model to the measurements; a part that was not measured costs nothing."""
     verify, verify_error = _fitted(
         [(1.0, each.batch_size, each.batch_size * each.num_tokens) for each in passes], passes
     )
@@ -97,7 +97,7 @@ def fit(
 
 
 def _line(measured: Sequence[Pass]) -> tuple[Line, float]:
-    """Seconds per step as a line over batch sizes."""
+    """Fit seconds per step as a line over batch sizes."""
     if not measured:
         return Line(), 0.0
     features = [(float(each.num_tokens), float(each.num_tokens * each.batch_size)) for each in measured]
@@ -106,9 +106,9 @@ def _line(measured: Sequence[Pass]) -> tuple[Line, float]:
 
 
 def _fitted(features: Sequence[tuple[float, ...]], measured: Sequence[Pass]) -> tuple[list[float], float]:
-    """Coefficients, none negative, that minimise the squared relative errors, and the largest relative error.
+    """Return non-negative coefficients of least squared relative error, and the largest relative error.
 
-    With so few coefficients the best non-negative solution is found by trying which of them are zero.
+    There are few coefficients, so every choice of zero coefficients is tried.
     """
     seconds = torch.tensor([each.seconds for each in measured], dtype=torch.float64)
     matrix = torch.tensor(features, dtype=torch.float64) / seconds.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""What a draft costs and gains: rounds of EAGLE-3 chains at the core, with a clock around the drafter."""
+"""Measure the cost and the gain of drafts: rounds of EAGLE-3 chains at the core, with the drafter timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @dataclass(frozen=True)
 class DraftSizes:
-    """How much is measured."""
+    """The sizes that are measured."""
 
     max_rounds: int = 12
     num_repeats: int = 3
@@ -30,9 +30,9 @@ class DraftSizes:
 
 @dataclass
 class DraftCost:
-    """Passes are (batch size, steps, seconds a round): of drafting, and of what surrounds a round or a plain step.
+    """The passes of drafting and of the work around a round or plain step: (batch size, steps, seconds a round).
 
-    ``accept_lengths`` are tokens gained per round by steps; ``outside_shares`` the share of a round's time outside
+    ``accept_lengths`` are tokens gained per round, by steps; ``outside_shares`` the share of a round's time outside
     target and draft at batch SHARE_BATCH_SIZE.
     """
 
@@ -44,7 +44,7 @@ class DraftCost:
 
 
 def measure_draft(options: BenchOptions, dtype: str, prompts: Prompts, sizes: DraftSizes) -> DraftCost:
-    """Greedy rounds in every shape and batch size; plain steps too; sampled ones for their share outside."""
+    """Measure greedy rounds of every shape and batch size, plain steps, and the outside share of sampled rounds."""
     found = DraftCost()
     for shape in sizes.shapes:
         core = Assembly(eagle3_config(options, dtype, shape)).core(0, perf_counter)
@@ -69,7 +69,7 @@ def measure_draft(options: BenchOptions, dtype: str, prompts: Prompts, sizes: Dr
 
 @dataclass(frozen=True)
 class Run:
-    """The first rounds of one batch; times are per round, over those in which the batch was whole."""
+    """The first rounds of one batch; times are per round, over the rounds in which no sequence had ended."""
 
     draft_s: float
     outside_s: float
@@ -80,13 +80,13 @@ class Run:
 def timed_runs(
     core: GenerationCore, prompts: Prompts, batch_size: int, sizes: DraftSizes, params: SamplingParams
 ) -> list[Run]:
-    """Several batches, the first of which warms up and is left out."""
+    """Time several batches; the first batch warms up and is left out."""
     batches = [rotating(prompts, i * batch_size, batch_size) for i in range(sizes.num_repeats + 1)]
     return [timed_run(core, batch, params, sizes.max_rounds) for batch in batches][1:]
 
 
 def timed_run(core: GenerationCore, prompts: Prompts, params: SamplingParams, max_rounds: int) -> Run:
-    """Decode one batch from when all have begun until the next ends, or for ``max_rounds``, and abort the rest."""
+    """Time one batch from when all sequences run until the first ends, or for ``max_rounds``; abort the rest."""
     finished: list[GeneratedSample] = []
     groups = [
         core.add(GroupRequest(str(index), prompt, (index,), params), finished.append)

@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft that is measured, in the shapes it is measured in, and in the convention of another engine."""
+"""The benchmarks measure this EAGLE-3 draft, in these shapes; vLLM reads it in its own convention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Shape:
-    """SGLang's three numbers: depth of a draft, branches per step, tokens verified per round."""
+    """SGLang's three numbers of a draft: depth, branches per step, tokens verified per round."""
 
     num_steps: int
     topk: int
@@ -35,17 +35,17 @@ class Shape:
 
 # Short and long chains, a small tree, and SGLang's own choice for a Llama.
 SHAPES = (Shape(2, 1, 3), Shape(3, 1, 4), Shape(5, 1, 6), Shape(7, 1, 8), Shape(3, 2, 6), Shape(5, 4, 8))
-# The chains among them, which rejection sampling and other engines can run too.
+# The chains among the shapes, which rejection sampling and other engines can run too.
 CHAINS = tuple(shape for shape in SHAPES if shape.topk == 1)
 
 
 def with_draft_tokens(config: Config, count: int) -> Config:
-    """The same engine verifying ``count`` tokens a round, the root included."""
+    """Return the same configuration with ``count`` verified tokens a round, the root included."""
     return replace(config, speculative=replace(config.speculative, num_draft_tokens=count))
 
 
 def eagle3_config(options: BenchOptions, dtype: str, shape: Shape, **speculative: Any) -> Config:
-    """An engine that drafts with ``options.draft``; ``speculative`` are further settings of that section."""
+    """Configure an engine that drafts with ``options.draft``; ``speculative`` are more settings of that section."""
     config = engine_config(options.model, dtype, EAGLE3.name)
     settings = replace(
         config.speculative,
@@ -59,7 +59,7 @@ def eagle3_config(options: BenchOptions, dtype: str, shape: Shape, **speculative
 
 
 def vllm_draft_folder(options: BenchOptions, folder: Path) -> Path:
-    """The same draft as vLLM reads it: its layer ids name a layer's input, ours (and SGLang's) a layer's output."""
+    """Write the draft for vLLM, whose layer ids name a layer's input; here and in SGLang they name a layer's output."""
     target = ModelSpec.from_folder(options.model)
     draft = choose_draft(eagle3_config(options, "bfloat16", CHAINS[0]), target)
     assert draft is not None, "the algorithm has a draft"

@@ -1,7 +1,7 @@
-"""EAGLE-3 against the same engine's plain decoding, on held-out prompts of the main job's task.
+"""Compare EAGLE-3 with the same engine's plain decoding, on held-out prompts of the main job's task.
 
-Replies end where the model ends them, and are short: a decode ratio leaves the prefill's time out on both sides (the
-draft's own prefill stays in), a ratio has everything in it.
+Replies end where the model ends them, and are short. A decode ratio leaves out the target's prefill on both sides (the
+draft's own prefill counts); a ratio counts all time.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from slime_spec.bench.rows import BenchOptions, Row
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.types import SamplingParams
 
-# Decoding, greedy, over the engine's own plain decoding, by batch size.
+# Bounds of greedy decode speed over the engine's own plain decoding, by batch size.
 REACH = {1: 2.0, 4: 1.6, 8: 1.3}
 PROMPTS_AT_ONCE = {1: 6, 4: 8, 8: 16}
-# Sampled replies ramble: they are cut where the main job cuts them, and taken in one dtype.
+# Sampled replies can be long: they are cut where the main job cuts them, and measured in one dtype.
 LONGEST_SAMPLED = 64
 SAMPLED_SHAPE = Shape(3, 1, 4)
 VERIFICATIONS = {
@@ -45,7 +45,7 @@ VERIFICATIONS = {
 
 @dataclass(frozen=True)
 class Eagle3Sizes:
-    """How much is measured."""
+    """The sizes that are measured."""
 
     num_new_tokens: int = 128
     num_rounds: int = 5
@@ -62,7 +62,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def measure_eagle3(options: BenchOptions, prompts: Prompts, sizes: Eagle3Sizes) -> list[Row]:
-    """Greedy in every shape, then sampled with every way of verification, per dtype and batch size."""
+    """Measure greedy replies in every shape, then sampled ones by every verification, per dtype and batch size."""
     rows: list[Row] = []
     stops = ModelSpec.from_folder(options.model).eos_token_ids
     workload = Workload(prompts, stops, sizes.num_rounds, sizes.num_new_tokens)
@@ -80,7 +80,7 @@ def measure_eagle3(options: BenchOptions, prompts: Prompts, sizes: Eagle3Sizes) 
 
 @dataclass(frozen=True)
 class Workload:
-    """The prompts, what ends a reply, and how often and how far they are answered."""
+    """The prompts, their stop tokens, the rounds, and the length of a reply."""
 
     prompts: Prompts
     stop_token_ids: tuple[int, ...]
@@ -100,7 +100,7 @@ class Workload:
 
 @contextmanager
 def greedy_sides(options: BenchOptions, dtype: str, shapes: tuple[Shape, ...]) -> Iterator[dict[str, Side]]:
-    """Plain decoding, and one engine per shape."""
+    """Return plain decoding, and one engine per shape."""
     with ExitStack() as started:
         plain = started.enter_context(started_engine(engine_config(options.model, dtype)))
         sides: dict[str, Side] = {"plain": EngineSide(plain, False)}
@@ -112,7 +112,7 @@ def greedy_sides(options: BenchOptions, dtype: str, shapes: tuple[Shape, ...]) -
 
 @contextmanager
 def sampled_sides(options: BenchOptions, dtype: str) -> Iterator[dict[str, Side]]:
-    """Temperature 1: plain decoding, and one engine per way of verification."""
+    """Return plain decoding at temperature 1, and one engine per way of verification."""
     with ExitStack() as started:
         plain = started.enter_context(started_engine(engine_config(options.model, dtype)))
         sides: dict[str, Side] = {"plain": EngineSide(plain, False, _at_temperature_1)}

@@ -1,4 +1,4 @@
-"""The embedded engine against Hugging Face ``generate``: speed without speculation, logits, greedy tokens."""
+"""Compare the embedded engine with Hugging Face ``generate``: plain speed, logits, greedy tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def measure_engine(model: Path, prompts: Prompts, sizes: PlainSizes) -> list[Row]:
-    """Rows per dtype and batch size, then those of fp32's agreement with Hugging Face."""
+    """Measure speeds per dtype and batch size, then the agreement with Hugging Face in fp32."""
     rows: list[Row] = []
     same: list[bool] = []
     for dtype in sizes.dtypes:
@@ -42,7 +42,7 @@ def measure_engine(model: Path, prompts: Prompts, sizes: PlainSizes) -> list[Row
 
 
 def identical_replies(times: Times) -> list[bool]:
-    """For every timed reply: whether the engine and Hugging Face said the same."""
+    """Say for every timed reply whether the engine and Hugging Face gave the same tokens."""
     return [
         ours == theirs
         for mine, other in zip(times["engine"], times["hf"], strict=True)
@@ -95,7 +95,7 @@ def _agreement_rows(model: Path, reference: HfGenerate, prompts: Prompts, same: 
 
 
 def engine_logits(core: GenerationCore, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
-    """The engine's logits [tokens, vocab] along prompt and reply: the prompt in one pass, then token by token."""
+    """Return the engine's logits [tokens, vocab] along prompt and reply: prompt in one pass, then token by token."""
     core.cache.reserve((1, len(prompt) + len(reply)), (0, 0))
     pieces = []
     start = 0

@@ -1,4 +1,4 @@
-"""The benchmark of the embedded engine: its speed against others', what speculation wins, and what it costs."""
+"""The benchmark of the embedded engine measures its speed, other engines' speed, and speculation's gain and cost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEED_THE_DRAFT = {"peers", "eagle3", "cost", "exactness"}
 
 
 def prepare(options: BenchOptions) -> None:
-    """See Benchmark; one thread computes unless told otherwise, as in every peer."""
+    """See Benchmark; by default one thread computes, as in every peer."""
     target = ModelSpec.from_folder(options.model)
     if NEED_THE_DRAFT & set(options.parts):
         choose_draft(eagle3_config(options, "float32", CHAINS[0]), target)

@@ -1,8 +1,8 @@
-"""Greedy replies with and without speculation: the same tokens in fp32; in bf16, how near a tie each divergence was.
+"""Compare greedy replies with and without speculation: equal in fp32; in bf16 each divergence must be a near tie.
 
 Logits of a pass over several tokens may differ in the last bits from those of passes over one: where two tokens are
-that close, bf16 may decide otherwise. So every first divergence is shown with the margin of the two best tokens there,
-and held against the largest difference that the number of tokens in a pass makes.
+that close, bf16 may choose the other. So every first divergence is shown with the margin of the two best tokens there,
+and the margin is compared with the largest difference that the number of tokens in a pass makes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MARGIN_REACH = 2.0
 
 @dataclass(frozen=True)
 class ExactnessSizes:
-    """How much is compared."""
+    """The sizes that are compared."""
 
     num_new_tokens: int = 128
     batch_size: int = 8
@@ -48,7 +48,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def measure_exactness(options: BenchOptions, prompts: Prompts, sizes: ExactnessSizes) -> list[Row]:
-    """Rows per dtype and way of drafting; then, per dtype, the margins of all divergences."""
+    """Compare per dtype and way of drafting; then report, per dtype, the margins of all divergences."""
     rows: list[Row] = []
     for dtype in sizes.dtypes:
         core = Assembly(engine_config(options.model, dtype)).core(0, perf_counter)
@@ -64,7 +64,7 @@ def measure_exactness(options: BenchOptions, prompts: Prompts, sizes: ExactnessS
 
 
 def speculating(options: BenchOptions, dtype: str) -> dict[str, Config]:
-    """The ways of drafting that are compared with none."""
+    """Return the ways of drafting that are compared with plain decoding."""
     plain = engine_config(options.model, dtype)
     weightless = {
         name: replace(plain, speculative=replace(plain.speculative, algorithm=name))
@@ -78,7 +78,7 @@ Tokens = tuple[int, ...]
 
 
 def _replies(config: Config, prompts: Prompts, sizes: ExactnessSizes) -> list[Tokens]:
-    """Every prompt's greedy reply, batch by batch, from an engine of its own."""
+    """Generate every prompt's greedy reply, batch by batch, with a new engine."""
     samples: list[GeneratedSample] = []
     with started_engine(config) as engine:
         for start in range(0, len(prompts), sizes.batch_size):
@@ -104,7 +104,7 @@ def _margin_rows(dtype: str, margins: Sequence[float], noise: float) -> list[Row
 def divergence_margins(
     core: GenerationCore, prompts: Prompts, expected: Sequence[Tokens], found: Sequence[Tokens]
 ) -> list[float]:
-    """The margin between the two best logits of plain decoding where each changed reply first departs."""
+    """Return, for each changed reply, the margin of plain decoding's two best logits where the reply first differs."""
     margins = []
     for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
         if ours == theirs:
@@ -116,7 +116,7 @@ def divergence_margins(
 
 
 def logit_noise(core: GenerationCore, prompts: Prompts) -> float:
-    """Largest |logit over four-token passes - logit over one-token passes| along the prompts."""
+    """Return the largest |logit of four-token passes - logit of one-token passes| along the prompts."""
     furthest = 0.0
     for prompt in prompts:
         singly = engine_logits(core, prompt[:1], prompt[1:])

@@ -1,4 +1,4 @@
-"""Hugging Face's model and its ``generate``, the slow engine that everyone has."""
+"""Hugging Face's model and its ``generate`` are the baseline engine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from slime_spec.bench.race import Answer, Ask
 
 
 class HfGenerate:
-    """Hugging Face's model and its ``generate``: greedy, exactly ``num_new_tokens`` a prompt, padded on the left."""
+    """Generates greedily with Hugging Face, exactly ``num_new_tokens`` a prompt, padded on the left."""
 
     def __init__(self, model: Path, dtype: str, num_new_tokens: int) -> None:
         self.num_new_tokens = num_new_tokens
-        disable_progress_bar()  # "Loading weights" would fall into our own bar
+        disable_progress_bar()  # its "Loading weights" bar would break this program's own bar
         self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-        # generate() fills what a call leaves open from here: without an EOS nothing ends a reply early.
+        # generate() takes its defaults from this configuration; without an EOS id no reply ends early.
         self._model.generation_config = GenerationConfig(
             max_new_tokens=num_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None
         )
@@ -35,12 +35,12 @@ class HfGenerate:
 
     @torch.inference_mode()
     def logits(self, token_ids: tuple[int, ...]) -> torch.Tensor:
-        """[tokens, vocab]"""
+        """Return logits [tokens, vocab]"""
         return self._model(torch.tensor([token_ids])).logits[0].float()
 
 
 class HfSide:
-    """``HfGenerate`` in a race; it knows no replies that end early."""
+    """``HfGenerate`` as a side of a race; its replies never end early."""
 
     def __init__(self, reference: HfGenerate) -> None:
         self._reference = reference

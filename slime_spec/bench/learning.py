@@ -1,4 +1,4 @@
-"""Whole runs of the main job, one per seed: does it learn, in what time, in how much memory?"""
+"""Run the whole main job once per seed, and measure its learning, time and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slime_spec.metrics.jsonl import read_metrics
 from slime_spec.run_folder import SOURCE
 
 SCRIPT = SOURCE / "scripts" / "run-smollm2-135M.sh"
-# Beside the run's own files: what only whoever started it could see.
+# A file beside the run's own: time and memory, which only the starting process can measure.
 MEASURED = "bench.json"
 WINDOW = 5
 
@@ -87,7 +87,7 @@ def read_run(folder: Path) -> Run:
 
 
 def learning_rows(run: Run) -> list[Row]:
-    """What one seed's run shows."""
+    """Return the rows of one seed's run."""
     prefix = f"learning.seed{run.seed}"
     first, last = (_mean_reward(part) for part in (run.steps[:WINDOW], run.steps[-WINDOW:]))
     diffs = _values(run.steps, "train/train_rollout_logprob_abs_diff")
@@ -99,7 +99,7 @@ def learning_rows(run: Run) -> list[Row]:
         below(
             f"{prefix}.logprob_abs_diff",
             "largest step of train/train_rollout_logprob_abs_diff (a step's mean over tokens)",
-            # A step without a finite value is a failure, not a step to leave out.
+            # A step without a finite value makes the run fail; it is never left out.
             max(diffs) if len(diffs) == len(run.steps) else float("nan"),
             "nats/token",
             1e-4,
@@ -132,7 +132,7 @@ def _mean_reward(steps: Sequence[dict[str, float | None]]) -> float:
 
 
 def _accept_length(steps: Sequence[dict[str, float | None]]) -> float:
-    """Tokens over rounds of the whole run; NaN without speculation."""
+    """Return tokens over rounds of the whole run; NaN without speculation."""
     num_tokens = num_rounds = 0.0
     for step in steps:
         length, rounds = step.get("rollout/spec_accept_length"), step.get("spec/verify_rounds")

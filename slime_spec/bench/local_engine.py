@@ -1,4 +1,4 @@
-"""The embedded engine in this process, used as its callers use it."""
+"""Benchmarks run the embedded engine in this process, through its public interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 def engine_config(model: Path, dtype: str, algorithm: str = NONE.name) -> Config:
     return Config(
         model=ModelConfig(hf_checkpoint=str(model)),
-        engine=EngineConfig(dtype=dtype, cost_probe_interval=0),  # nothing but what is timed
+        engine=EngineConfig(dtype=dtype, cost_probe_interval=0),  # no other work disturbs the timing
         speculative=SpeculativeConfig(algorithm=algorithm),
     )
 
@@ -39,9 +39,9 @@ def greedy(
     speculative: bool,
     stop_token_ids: tuple[int, ...] = (),
 ) -> list[GeneratedSample]:
-    """One reply a prompt, all at once, in the prompts' order.
+    """Generate one reply per prompt, all at once, in the prompts' order.
 
-    It is exactly ``num_new_tokens`` long, or ends at one of ``stop_token_ids`` (EOS by itself does not end it).
+    A reply is exactly ``num_new_tokens`` long, or ends at one of ``stop_token_ids`` (EOS by itself does not end it).
     """
     params = SamplingParams(
         num_new_tokens,

@@ -1,4 +1,4 @@
-"""The benchmark of the main job: every figure that it promises."""
+"""The benchmark of the main job measures every figure that has a bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of a process and everything it started, sampled while it runs."""
+"""Sample the memory of a process and of all its descendants while the process runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import psutil
 
 
 def pss_bytes(pid: int) -> int:
-    """Proportional set size: a page that n processes share counts 1/n in each; 0 when the process has ended."""
+    """Return the proportional set size: a page shared by n processes counts 1/n in each; 0 for an ended process."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    # A process that ends while it is read gives an empty or headless text.
+    # A process that ends while its file is read gives an empty or incomplete text.
     sizes_kb = [int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")]
     return 1024 * sum(sizes_kb)
 
 
 def tree_pss_bytes(root_pid: int) -> int:
-    """Memory of the process and all its descendants, shared memory counted once."""
+    """Return the memory of the process and all its descendants, shared memory counted once."""
     try:
         root = psutil.Process(root_pid)
         processes = [root, *root.children(recursive=True)]

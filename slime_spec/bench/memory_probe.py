@@ -1,4 +1,4 @@
-"""Run in a fresh process: start an engine, fill its KV cache, and print what memory it holds, as one JSON line.
+"""Run in a new process: start an engine, fill its KV cache, and print the memory in use as one JSON line.
 
 python -m slime_spec.bench.memory_probe MODEL DTYPE MAX_TOTAL_TOKENS
 """
@@ -24,7 +24,7 @@ NUM_SEQUENCES, NUM_NEW_TOKENS = 8, 8
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes: of the process at rest, before the engine, of the weights once, and of the KV bound."""
+    """The bytes of the process, of the process before the engine, of the weights once, and of the KV bound."""
 
     process: int
     before: int
@@ -33,7 +33,7 @@ class Held:
 
 
 def held_memory(model: Path, dtype: str, max_total_tokens: int) -> Held:
-    """Start, generate until most of the KV bound is in use, and look at this process."""
+    """Start an engine, generate until most of the KV bound is in use, and measure this process."""
     release_freed_memory()
     before = pss_bytes(os.getpid())
     spec = ModelSpec.from_folder(model)

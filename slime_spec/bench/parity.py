@@ -1,6 +1,6 @@
-"""The Megatron trainer against Hugging Face with AdamW in every layout, and a resumed run against an uninterrupted one.
+"""Compare the Megatron trainer with Hugging Face and AdamW in every layout, and a resumed run with a whole run.
 
-A small random policy with a large learning rate: its weights move a hundred times further than they may differ.
+A small random policy with a large learning rate is trained: its weights move a hundred times the allowed difference.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a trainer did in some steps, and the policy it was left with."""
+    """The reports of a trainer's steps, and the policy after them."""
 
     reports: list[TrainReport]
     weights: Weights
@@ -72,17 +72,17 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def random_policy(folder: Path, seed: int) -> Path:
-    """A random checkpoint of POLICY's sizes, with weights wide enough to have opinions."""
+    """Write a random checkpoint of POLICY's sizes, with weights large enough for distributions far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     shapes = expected_shapes(ModelSpec.from_dict(POLICY))
-    # A vector is a norm's weight, which is a scale.
+    # A vector is the weight of a norm: a scale near 1.
     tensors = {n: 0.2 * torch.randn(s, generator=generator) + (1.0 if len(s) == 1 else 0.0) for n, s in shapes.items()}
     save_checkpoint(folder, tensors.items(), POLICY)
     return folder
 
 
 def parity_rows(policy: Path, scratch: Path, seed: int, layouts: Sequence[str]) -> list[Row]:
-    """Rows per layout of LAYOUTS: the first steps against the reference, the next ones against a resumed run's."""
+    """Compare, for every layout, the first steps with the reference and the next steps with a resumed run's."""
     spec = ModelSpec.from_folder(policy)
     batches = [near_policy(policy, tiny_samples(100 * seed + i)) for i in range(NUM_STEPS + NUM_MORE_STEPS)]
     expected = Trained(*reference_steps(_config(policy, LAYOUTS["1x1"]), batches[:NUM_STEPS]))
@@ -111,7 +111,7 @@ def train_and_continue(config: Config, ranks: Placement, batches: Batches, place
 
 
 def resume(config: Config, ranks: Placement, batches: Batches, place: Path) -> Trained:
-    """The steps after the checkpoint in ``place``, in new processes."""
+    """Run the steps after the checkpoint in ``place``, in new processes."""
     loading = replace(config, trainer=replace(config.trainer, load=str(place / "checkpoints")))
     group = MegatronGroup(loading, ranks)
     try:
@@ -162,7 +162,7 @@ def resume_rows(name: str, got: Trained, resumed: Trained) -> list[Row]:
 
 
 def _differences(a: Trained, b: Trained) -> tuple[float, float]:
-    """The largest absolute difference of a loss and of a weight."""
+    """Return the largest absolute difference of a loss and of a weight."""
     loss = max(abs(x.loss - y.loss) for x, y in zip(a.reports, b.reports, strict=True))
     weight = max(float((tensor - b.weights[name]).abs().max()) for name, tensor in a.weights.items())
     return loss, weight

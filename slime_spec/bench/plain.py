@@ -1,4 +1,4 @@
-"""Plain decoding, no speculation, against Hugging Face ``generate`` in the same dtype."""
+"""Compare plain decoding, without speculation, with Hugging Face ``generate`` in the same dtype."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from slime_spec.bench.race import Ask, EngineSide, Side, Times, race, ratio_rows
 from slime_spec.bench.rows import BenchOptions, Row
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-# Times faster than Hugging Face, by batch size.
+# Bounds of the speed over Hugging Face's, by batch size.
 REACH = {1: 1.8, 8: 2.0}
 
 
 @dataclass(frozen=True)
 class PlainSizes:
-    """How much is measured."""
+    """The sizes that are measured."""
 
     num_new_tokens: int = 128
     num_rounds: int = 5
@@ -35,7 +35,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def measure_plain(model: Path, prompts: Prompts, sizes: PlainSizes, reach: Mapping[int, float]) -> list[Row]:
-    """Speeds and ratios per dtype and batch size."""
+    """Measure speeds and ratios per dtype and batch size."""
     rows: list[Row] = []
     for dtype in sizes.dtypes:
         with hf_and_engine(model, dtype, sizes.num_new_tokens) as sides:
@@ -59,7 +59,7 @@ def hf_and_engine(model: Path, dtype: str, num_new_tokens: int) -> Iterator[dict
 
 
 def hf_race(sides: Mapping[str, Side], prompts: Prompts, batch_size: int, sizes: PlainSizes, where: str) -> Times:
-    """Both sides on batches that begin one prompt further on every round."""
+    """Race both sides on batches that begin one prompt further on every round."""
 
     def ask(turn: int) -> Ask:
         return Ask(rotating(prompts, turn, batch_size), batch_size, sizes.num_new_tokens)

@@ -1,4 +1,4 @@
-"""What engines are asked: ordinary questions, requests whose reply repeats the prompt, and the main job's task."""
+"""The prompts of benchmarks are everyday questions, requests to repeat a text, and the main job's task."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _PASSAGES = (
 )
 REPEAT = "Repeat the following text exactly, word for word:\n\n"
 COPY = tuple(REPEAT + passage for passage in _PASSAGES)
-# Texts of about 190 tokens that a model of this size does repeat, by and large. EARLIER says what one place of them
-# (they all tell of the harbour) reads now, and what it read in an earlier version.
+# Texts of about 190 tokens that a model of this size mostly repeats. EARLIER holds the words of one place (all texts
+# mention the harbour), and the words that stood there in an earlier version.
 LONG_TEXTS = tuple(
     "\n\n".join(_PASSAGES[index] for index in chosen) for chosen in ((7, 0, 2, 4), (4, 5, 0, 3), (0, 5, 7, 3))
 )
@@ -48,22 +48,22 @@ EARLIER = ("at the blue house next to the lighthouse", "in the old station behin
 KINDS = {"copy": COPY, "ordinary": ORDINARY}
 
 Prompts = tuple[tuple[int, ...], ...]
-# Problems are a function of an index: from here on they are none that a run or a draft's corpus reaches. One task has
-# only a hundred prompts, though, so that being held out has to be a property of the prompt.
+# A problem is a function of an index: no run and no draft's corpus reaches the indices from here on. One task has
+# only a hundred prompts, so whether a prompt is held out must be a property of the prompt.
 FIRST_INDEX = 10_000_000
-HELD_OUT_PERCENT = 5  # as `slime-spec draft train` keeps from training, unless it is told otherwise
+HELD_OUT_PERCENT = 5  # the default of `slime-spec draft train`
 
 
 def tokenized(model: Path, kind: str) -> Prompts:
-    """The prompts of one kind in the model's chat template."""
+    """Return the prompts of one kind in the model's chat template."""
     tokenizer = Tokenizer.load(model)
     return tuple(tokenizer.chat(text) for text in KINDS[kind])
 
 
 def in_domain(model: Path, num_prompts: int, seed: int) -> Prompts:
-    """Prompts of the main job's task, arithmetic answered in sentences, that no draft is trained on.
+    """Return prompts of the main job's task, arithmetic answered in sentences, that no draft is trained on.
 
-    A few of them come again and again: one of the task's two kinds has about five that are held out.
+    A few prompts repeat: one of the task's two kinds has about five held-out prompts.
     """
     tokenizer = Tokenizer.load(model)
     tasks = [TASKS[name] for name in SUITES["arithmetic_sentences"]]
@@ -72,5 +72,5 @@ def in_domain(model: Path, num_prompts: int, seed: int) -> Prompts:
 
 
 def rotating(prompts: Prompts, turn: int, count: int) -> Prompts:
-    """``count`` prompts, beginning one further on every turn, so that small batches see several."""
+    """Return ``count`` prompts, beginning one further on every turn, so that small batches see several prompts."""
     return tuple(prompts[(turn + i) % len(prompts)] for i in range(count))

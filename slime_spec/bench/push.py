@@ -1,10 +1,10 @@
-"""Whole weight pushes over the real path, against plain copies of the same bytes in the same run.
+"""Compare whole weight pushes over the real path with plain copies of the same bytes in the same run.
 
     rank actor: export ─ checksum ─ publish ──► object store ──► engine actor: receive ─ checksum ─ pack ─ swap
 
-The new version is staged beside the one that serves, in memory the engine did not have before. So what a push is
-held against is a copy of the same tensors into fresh memory, page faults included; against a copy into memory that
-was touched before, which no push can do, it is reported too.
+The new version is staged beside the version that serves, in memory the engine did not have before. So a push is held
+against a copy of the same tensors into fresh memory, page faults included. Its ratio to a copy into memory that was
+written before, which no push can use, is reported too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PushTimes:
-    """One push: all of it, and where the driver waited. The trainer makes the next bucket while engines take one."""
+    """The times of one push: the whole, and the driver's waits. The trainer fills a bucket while engines load one."""
 
     report: PushReport
     trainer_wait_s: float
@@ -59,7 +59,7 @@ class PushTimes:
 
 @dataclass(frozen=True)
 class PushRound:
-    """One push and, right after it, copies of the same bytes; then parts of the push by themselves."""
+    """The times of one push, of copies of the same bytes right after it, and of parts of the push alone."""
 
     push: PushTimes
     fresh_copy_s: float
@@ -74,7 +74,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def push_rounds(config: Config, num_rounds: int) -> list[PushRound]:
-    """``num_rounds`` + 1 pushes of a real trainer to real engines; the first one is cold."""
+    """Time ``num_rounds`` + 1 pushes of a real trainer to real engines; the first push is cold."""
     spec = ModelSpec.from_folder(config.model.hf_checkpoint)
     with cluster(config, spec) as reserved, EnginePool(config, reserved.engines) as engines:
         trainer = MegatronGroup(config, reserved.ranks)
@@ -109,7 +109,7 @@ def _round(
 
 
 def timed_push(trainer: Trainer, engines: EnginePool, version: int) -> PushTimes:
-    """One push, with the driver's waiting told apart."""
+    """Time one push, and the driver's waits in it."""
     trainer_s = 0.0
     broadcast_s: dict[type, float] = dict.fromkeys((BeginPush, PushBucket, PreparePush, CommitPush), 0.0)
 
@@ -136,7 +136,7 @@ def timed_push(trainer: Trainer, engines: EnginePool, version: int) -> PushTimes
 
 
 class CopyRoom:
-    """Plain copies of the weights, tensor by tensor, into one region of memory."""
+    """Copies the weights, tensor by tensor, into one region of memory."""
 
     def __init__(self, weights: Weights) -> None:
         self._sources = [as_bytes(tensor) for tensor in weights.values()]
@@ -144,15 +144,15 @@ class CopyRoom:
         self._warm = torch.zeros(self.nbytes, dtype=torch.uint8)
 
     def fresh_copy_s(self) -> float:
-        """Into private memory straight from the kernel; giving it back is not counted.
+        """Time a copy into new private memory of the kernel; freeing it is not counted.
 
-        ``clone`` would do the same the first time, and reuse freed pages, which are warm, from then on.
+        ``clone`` would do the same the first time, and later reuse freed pages, which are warm.
         """
         room = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return timed(lambda: self._copy_to(torch.frombuffer(room, dtype=torch.uint8))).seconds
 
     def warm_copy_s(self) -> float:
-        """Into memory that was written before."""
+        """Time a copy into memory that was written before."""
         return timed(lambda: self._copy_to(self._warm)).seconds
 
     def _copy_to(self, target: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Engines asked the same in turn, each in its own way: ours, Hugging Face's generate, peers in their own processes."""
+"""A race gives the same prompts to engines in turn: this engine, Hugging Face's generate, peers as processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slime_spec.types import GroupRequest, SamplingParams
 
 @dataclass(frozen=True)
 class Ask:
-    """What a round asks of every side: one greedy reply per prompt, ``batch_size`` prompts at once.
+    """The work of a round, the same for every side: a greedy reply per prompt, ``batch_size`` prompts at once.
 
     A reply ends after ``num_new_tokens``, or earlier at one of ``stop_token_ids`` (which it then contains).
     """
@@ -39,7 +39,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """Replies in the prompts' order; ``num_passes``: target passes after the prefill, summed over sequences."""
+    """The replies in the prompts' order; ``num_passes`` are target passes after the prefill, summed over sequences."""
 
     token_ids: list[tuple[int, ...]]
     num_passes: int | None = None
@@ -55,16 +55,16 @@ class Side(Protocol):
     def answer(self, ask: Ask) -> Answer: ...
 
     def cpu_s(self) -> float:
-        """CPU seconds that the side's process has used so far."""
+        """Return the CPU seconds that the side's process has used so far."""
 
 
 GREEDY = SamplingParams(temperature=0.0)
 
 
 class EngineSide:
-    """An engine of this process, speculating or not.
+    """An embedded engine of this process, with or without speculation.
 
-    ``params_of`` says how a prompt is sampled, all but the length; every request has a seed of its own.
+    ``params_of`` gives a prompt's sampling parameters except the length; every request has a seed of its own.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class EngineSide:
 
 
 class ForgetfulSide:
-    """An engine that is started anew for every round: what it learned from the last one (n-grams) is gone."""
+    """An engine that restarts before every round, so that n-grams learned in the last round are gone."""
 
     def __init__(self, config: Config) -> None:
         self._config, self._running = config, ExitStack()
@@ -112,7 +112,7 @@ class ForgetfulSide:
         self._running.close()
 
     def renew(self) -> None:
-        """Start it; to be called before every round."""
+        """Restart the engine; to be called before every round."""
         self._running.close()
         self._side = EngineSide(self._running.enter_context(started_engine(self._config)), speculative=True)
 
@@ -124,7 +124,7 @@ class ForgetfulSide:
 
 
 class PrefillSide:
-    """Another side's time to the first tokens, for what follows to be told apart."""
+    """Measures another side's time to the first tokens, so that decoding can be timed without it."""
 
     def __init__(self, side: Side) -> None:
         self._side = side
@@ -146,7 +146,7 @@ def race(
     ask: Callable[[int], Ask],
     before: Mapping[str, Callable[[], None]] | None = None,
 ) -> Times:
-    """Every side answers ``ask(round)`` in turn; see ``interleaved``."""
+    """Let every side answer ``ask(round)`` in turn; see ``interleaved``."""
 
     def answering(side: Side) -> Callable[[int], Answer]:
         return lambda turn: side.answer(ask(turn))
@@ -157,12 +157,12 @@ def race(
 
 
 def per_s(times: Sequence[Timed[Answer]], time: Time) -> float:
-    """Tokens per second (or per CPU second): the median over rounds."""
+    """Return tokens per second (or per CPU second), the median over rounds."""
     return statistics.median(each.result.num_tokens / getattr(each, time) for each in times)
 
 
 def speed_up(slower: Sequence[Timed[Answer]], faster: Sequence[Timed[Answer]], time: Time) -> float:
-    """Tokens per second of one side over the other's: the median over rounds, so that the machine's drift cancels."""
+    """Return one side's tokens per second over the other's: the median over rounds cancels the machine's drift."""
     return statistics.median(
         (b.result.num_tokens * getattr(a, time)) / (a.result.num_tokens * getattr(b, time))
         for a, b in zip(slower, faster, strict=True)
@@ -175,7 +175,7 @@ def decode_speed_up(
     prefill: Sequence[Timed[Answer]],
     time: Time,
 ) -> float:
-    """As ``speed_up``, for the tokens after the first and the time after ``prefill``'s, which counts for both sides."""
+    """Return ``speed_up`` of the tokens after the first, with ``prefill``'s time taken off both sides."""
 
     def rate(each: Timed[Answer], first: Timed[Answer]) -> float:
         num_tokens = each.result.num_tokens - len(each.result.token_ids)
@@ -187,7 +187,7 @@ def decode_speed_up(
 
 
 def tokens_per_pass(times: Sequence[Timed[Answer]]) -> float | None:
-    """Tokens that a sequence gained per target pass after its prefill; None where the side does not say."""
+    """Return tokens per sequence and target pass after the prefill; None where the side does not count passes."""
     answers = [each.result for each in times]
     counts = [each.num_passes for each in answers]
     if None in counts or not sum(filter(None, counts)):
@@ -196,7 +196,7 @@ def tokens_per_pass(times: Sequence[Timed[Answer]]) -> float | None:
 
 
 def speed_rows(prefix: str, what: str, times: Sequence[Timed[Answer]]) -> list[Row]:
-    """Both speeds of one side, and its tokens per target pass where it tells and they are not one."""
+    """Return both speeds of one side, and its tokens per target pass where they are known and not 1."""
     rows = [
         Row(f"{prefix}.tokens_per_s", what, per_s(times, "seconds"), "tokens/s"),
         Row(f"{prefix}.tokens_per_cpu_s", what, per_s(times, "cpu_s"), "tokens/CPU-s"),
@@ -210,7 +210,7 @@ def speed_rows(prefix: str, what: str, times: Sequence[Timed[Answer]]) -> list[R
 def ratio_rows(
     prefix: str, what: str, slower: Sequence[Timed[Answer]], faster: Sequence[Timed[Answer]], bound: float | None = None
 ) -> list[Row]:
-    """How much faster, by the clock and by CPU time, each held to ``bound`` if there is one."""
+    """Return the speed-up by the clock and by CPU time, each held to ``bound`` if there is a bound."""
     rounds = f"median of {len(slower)} interleaved rounds"
     by_clock, by_cpu = speed_up(slower, faster, "seconds"), speed_up(slower, faster, "cpu_s")
     return [

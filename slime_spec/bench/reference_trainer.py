@@ -1,6 +1,6 @@
-"""GRPO as the papers write it, with Hugging Face and AdamW: token by token, nothing packed, nothing parallel.
+"""The reference trainer computes GRPO as the papers write it, with Hugging Face and AdamW: unpacked, not parallel.
 
-What the Megatron trainer is held against, by its tests and by the benchmark.
+Tests and the benchmark compare the Megatron trainer with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slime_spec.types import TrainReport, TrainSample
 
 
 def tiny_samples(seed: int = 0, num_prompts: int = 3, group_size: int = 4, vocab_size: int = 160) -> list[TrainSample]:
-    """Groups that share prompts, with responses of 1 to 12 tokens and logprobs near those of a random model."""
+    """Make groups that share prompts, with responses of 1 to 12 tokens and logprobs near a random model's."""
     rng = random.Random(seed)
     samples = []
     for _ in range(num_prompts):
@@ -31,7 +31,7 @@ def tiny_samples(seed: int = 0, num_prompts: int = 3, group_size: int = 4, vocab
 
 
 def near_policy(folder: Path, samples: Sequence[TrainSample]) -> list[TrainSample]:
-    """The samples with the model's own logprobs, disturbed, so that some ratios are clipped and some are not."""
+    """Return the samples with the model's own logprobs plus noise, so that only some ratios are clipped."""
     model = _loaded(folder)
     generator = torch.Generator().manual_seed(5)
     near = []
@@ -44,7 +44,7 @@ def near_policy(folder: Path, samples: Sequence[TrainSample]) -> list[TrainSampl
 
 
 def hf_logprobs(model: torch.nn.Module, sample: TrainSample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs and entropy at one sample's response tokens; one plain forward."""
+    """Return logprobs and entropy at one sample's response tokens, from one plain forward."""
     logits = model(torch.tensor([sample.token_ids])).logits[0, sample.prompt_len - 1 : -1]
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     targets = torch.tensor(sample.token_ids[sample.prompt_len :])
@@ -53,7 +53,7 @@ def hf_logprobs(model: torch.nn.Module, sample: TrainSample) -> tuple[torch.Tens
 
 @dataclass
 class _Sums:
-    """What a report averages over tokens."""
+    """The sums that a report averages over tokens."""
 
     num_tokens: int = 0
     loss: float = 0.0
@@ -67,7 +67,7 @@ class _Sums:
 def reference_steps(
     config: Config, batches: Sequence[Sequence[TrainSample]]
 ) -> tuple[list[TrainReport], dict[str, torch.Tensor]]:
-    """A report per batch and the weights after the last, under Hugging Face names (num_microbatches is 0)."""
+    """Return a report per batch and the final weights, under Hugging Face names (num_microbatches is 0)."""
     folder, trainer = Path(config.model.hf_checkpoint), config.trainer
     model, reference = _loaded(folder), _loaded(folder)
     optimizer = torch.optim.AdamW(
@@ -100,7 +100,7 @@ def _sample_loss(
     algorithm: AlgorithmConfig,
     sums: _Sums,
 ) -> torch.Tensor:
-    """The sum of one sample's token losses; adds what the report needs to ``sums``."""
+    """Return the sum of one sample's token losses; add the report's sums to ``sums``."""
     logprobs, entropy = hf_logprobs(model, sample)
     with torch.no_grad():
         ref_logprobs, _ = hf_logprobs(reference, sample)

@@ -1,4 +1,4 @@
-"""The rows that every benchmark writes."""
+"""Every benchmark writes its figures as rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rollout.embedded.kernels.library import kernels
 from slime_spec.algorithms import EAGLE3, NGRAM, NONE, STANDALONE
 from slime_spec.run_folder import versions
 
-# The packages that a number depends on; the JSON has them all.
+# The packages that figures depend on; the JSON has all packages.
 MARKDOWN_PACKAGES = ("torch", "transformers", "ray", "megatron-core")
 HOLDS = {True: "yes", False: "NO", None: ""}
 
@@ -30,7 +30,7 @@ HOLDS = {True: "yes", False: "NO", None: ""}
 class Row:
     """One figure: ``Row("push.ratio", "push / plain copy", 2.1, "x", reach="<= 3", holds=True)``.
 
-    ``holds`` is None where nothing was promised. A figure that could not be taken is NaN, and ``what`` says why.
+    ``holds`` is None without a bound. A figure that could not be measured is NaN, and ``what`` gives the reason.
     """
 
     id: str
@@ -55,7 +55,7 @@ def below(id: str, what: str, value: float, unit: str, bound: float) -> Row:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What one call of a benchmark was told; every part takes from it what it needs."""
+    """The options of one call of a benchmark; every part reads the options it needs."""
 
     parts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -81,9 +81,9 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Named parts, each ``package.module:function`` from BenchOptions to rows.
+    """A benchmark is named parts, each a ``package.module:function`` from BenchOptions to rows.
 
-    ``prepare`` refuses what a part would trip over later, and sets what must be set before the parts are imported.
+    ``prepare`` refuses options that would fail in a part, and sets what must be set before the parts are imported.
     ``add_flags`` adds flags that only this benchmark has; their names are those of BenchOptions' fields.
     """
 
@@ -107,14 +107,14 @@ def rows_table(rows: Sequence[Row]) -> Table:
 
 
 def shown(value: float | None, unit: str, holds: bool | None) -> str:
-    """A figure as tables show it. Example: ``shown(2.0831, "x", True) == "2.083 x"``"""
+    """Return a figure as tables show it. Example: ``shown(2.0831, "x", True) == "2.083 x"``"""
     if value is not None and math.isfinite(value):
         return f"{value:.4g} {unit}"
     return "not measured" if holds is None and not unit else f"not finite {unit}"
 
 
 def report_json(rows: Sequence[Row], command: Sequence[str], seeds: Sequence[int]) -> str:
-    """The rows with everything needed to repeat them; a value that is NaN or infinite is null."""
+    """Return the rows with everything needed to repeat them; a value that is NaN or infinite is null."""
     return json.dumps(
         {
             "rows": [{**asdict(row), "value": row.value if math.isfinite(row.value) else None} for row in rows],
@@ -130,7 +130,7 @@ def report_json(rows: Sequence[Row], command: Sequence[str], seeds: Sequence[int
 
 
 def report_markdown(report: str) -> str:
-    """What ``report_json`` wrote, as a Markdown table under the machine, the versions and the command."""
+    """Return ``report_json``'s result as a Markdown table under the machine, the versions and the command."""
     data: dict[str, Any] = json.loads(report)
     at, packages, git = data["machine"], data["versions"]["packages"], data["versions"]["git"]
     revision = f"{git['revision'][:12]}{' with local changes' if git['dirty'] else ''}" if git else "unknown"
@@ -153,7 +153,7 @@ def report_markdown(report: str) -> str:
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores and memory of this machine, compute threads here, and which kernels the engine runs on."""
+    """Return this machine's processor, cores and memory, this process's threads, and the engine's kernels."""
     cpu_info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
     return {

@@ -1,9 +1,9 @@
-"""Prompt lookup on and off in one run: what it wins where replies copy the prompt, what it costs where they do not.
+"""Compare prompt lookup with plain decoding: its gain where replies copy the prompt, its cost elsewhere.
 
     accept length      reply tokens over verify rounds (SGLang's formula: the prefill's token counts)
     break-even length  time of a verify round over time of a plain decode step: the tokens a round must yield
 
-Speculation pays where the first exceeds the second.
+Speculation pays where the accept length exceeds the break-even length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Samples = list[GeneratedSample]
 
 @dataclass(frozen=True)
 class SpeculationSizes:
-    """How much is measured."""
+    """The sizes that are measured."""
 
     num_new_tokens: int = 64
     num_rounds: int = 5
@@ -39,7 +39,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def measure_speculation(model: Path, prompts: dict[str, Prompts], sizes: SpeculationSizes) -> list[Row]:
-    """Rows per kind of prompt and batch size, fp32, greedy."""
+    """Measure each kind of prompt and batch size, fp32, greedy."""
     rows: list[Row] = []
     with started_engine(engine_config(model, "float32", LOOKUP.name)) as engine:
         for kind, of_kind in prompts.items():
@@ -51,7 +51,7 @@ def measure_speculation(model: Path, prompts: dict[str, Prompts], sizes: Specula
 def _times(
     engine: EmbeddedEngine, kind: str, prompts: Prompts, batch_size: int, sizes: SpeculationSizes
 ) -> tuple[str, dict[str, list[Timed[Samples]]]]:
-    """What was measured in words, and the rounds of each side; "prefill" is the prompts' pass and the first token."""
+    """Return the measurement in words, and each side's rounds; "prefill" is the prompts' pass and the first token."""
 
     def side(num_new_tokens: int, speculative: bool) -> Callable[[int], Samples]:
         def of_round(turn: int) -> Samples:
@@ -97,7 +97,7 @@ def _rows(name: str, what: str, times: dict[str, list[Timed[Samples]]]) -> list[
 
 
 def _unchanged(on: Sequence[Timed[Samples]], off: Sequence[Timed[Samples]]) -> float:
-    """Share of replies with the same tokens on both sides."""
+    """Return the share of replies with the same tokens on both sides."""
     return statistics.fmean(
         a.token_ids == b.token_ids
         for with_spec, without in zip(on, off, strict=True)
@@ -108,7 +108,7 @@ def _unchanged(on: Sequence[Timed[Samples]], off: Sequence[Timed[Samples]]) -> f
 def break_even_length(
     on: Sequence[Timed[Samples]], off: Sequence[Timed[Samples]], prefill: Sequence[Timed[Samples]]
 ) -> float:
-    """Seconds a sequence's verify round takes over seconds its plain decode step takes: the median over rounds.
+    """Return the time of a sequence's verify round over that of its plain decode step: the median over rounds.
 
     The first token comes from the prefill, so n tokens are n - 1 plain steps.
     """

@@ -1,4 +1,4 @@
-"""Timing alternatives against each other in one process, so that what disturbs one disturbs the other too."""
+"""Time alternatives in turn in one process, so that a disturbance of the machine meets all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Time = Literal["seconds", "cpu_s"]
 
 @dataclass(frozen=True)
 class Timed(Generic[Result]):
-    """One call: the time it took, the CPU time it used (all threads), and what it returned."""
+    """One call's time, its CPU time (all threads), and its result."""
 
     seconds: float
     result: Result
@@ -40,10 +40,10 @@ def interleaved(
     cpu_clocks: Mapping[str, Clock] | None = None,
     before: Mapping[str, Callable[[], None]] | None = None,
 ) -> dict[str, list[Timed[Result]]]:
-    """Call every side once a round, A B, B A, A B, ...; each side gets the round's number.
+    """Call every side once per round, A B, B A, A B, ...; each side gets the number of the round.
 
-    A warm-up round goes before and is not in the answer (it has the number of the first timed round). A side that
-    works in another process has its own clock in ``cpu_clocks``; what ``before`` has for a side runs ahead, untimed.
+    A warm-up round comes first and is left out of the result (it has the number of the first timed round). A side that
+    works in another process has its own clock in ``cpu_clocks``; the function in ``before`` runs first, untimed.
     """
     times: dict[str, list[Timed[Result]]] = {name: [] for name in sides}
     for turn in track(range(num_rounds + 1), what, console=Console(stderr=True), transient=True):
@@ -63,5 +63,5 @@ def median_s(times: Sequence[Timed[Result]]) -> float:
 
 
 def median_ratio(slower: Sequence[Timed[Result]], faster: Sequence[Timed[Result]]) -> float:
-    """The median over rounds of one side's seconds over the other's: drift of the machine cancels within a round."""
+    """Return the median over rounds of one side's seconds over the other's: a round cancels the machine's drift."""
     return statistics.median(a.seconds / b.seconds for a, b in zip(slower, faster, strict=True))

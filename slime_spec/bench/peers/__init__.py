@@ -1,1 +1,1 @@
-"""Other engines on the same machine, each in an environment and a process of its own; never dependencies."""
+"""Peers are other engines on the same machine, each with its own environment and process; never dependencies."""

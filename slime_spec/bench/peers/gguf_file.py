@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as a bf16 GGUF file without a vocabulary: what llama.cpp needs to be fed token ids."""
+"""Write a Hugging Face checkpoint as a bf16 GGUF file without a vocabulary, for llama.cpp on token ids."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
 
 
 def gguf_name(name: str) -> str:
-    """Example: ``model.layers.3.mlp.up_proj.weight`` is ``blk.3.ffn_up.weight`` in a GGUF file."""
+    """Return a tensor's name in GGUF. Example: ``model.layers.3.mlp.up_proj.weight`` is ``blk.3.ffn_up.weight``."""
     stem = name.removesuffix(".weight")
     if stem in GGUF_OF_TOP:
         return f"{GGUF_OF_TOP[stem]}.weight"
@@ -71,6 +71,6 @@ def gguf_name(name: str) -> str:
 
 
 def pairs_from_halves(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """llama.cpp's row order of q and k: it rotates neighbours (0,1) where Hugging Face rotates halves (0, dim/2)."""
+    """Reorder rows of q and k: llama.cpp rotates neighbours (0,1) where Hugging Face rotates halves (0, dim/2)."""
     half = rows.shape[0] // num_heads // 2
     return rows.view(num_heads, 2, half, -1).transpose(1, 2).reshape(rows.shape)

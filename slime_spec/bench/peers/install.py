@@ -1,4 +1,4 @@
-"""Install the peers, each into a virtual environment of its own: they pin what this project pins otherwise."""
+"""Install the peers, each into its own virtual environment, as their pins conflict with this project's."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ QUIET = ("--quiet", "--disable-pip-version-check", "--no-input")
 
 
 def run_logged(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
-    """Run to the end with everything it prints in ``log``; the exit code."""
+    """Run a command with its output in ``log``; return its exit code."""
     with log.open("a") as output:
         return subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
 
 
 def install(peer: Peer, folder: Path, run: Run = run_logged) -> None:
-    """Make ``folder/<peer>`` by the peer's recipe unless that is done; minutes, as one of them is compiled.
+    """Install ``folder/<peer>`` by the peer's recipe unless it is there; takes minutes, as one peer is compiled.
 
-    Raises ConfigError with the log's place when a step fails; the stamp is written last, so that half an installation
-    is never taken for one.
+    Raises ConfigError with the log's path when a step fails; the stamp is written last, so that an incomplete
+    installation is never used.
     """
     console = Console(stderr=True)
     if peer.is_installed(folder):

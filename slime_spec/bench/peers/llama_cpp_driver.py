@@ -1,6 +1,6 @@
-"""llama.cpp through llama-cpp-python's low-level calls, many sequences a pass; run by worker.py in its own Python.
+"""The driver runs llama.cpp by llama-cpp-python's low-level calls, in worker.py's Python, many sequences a pass.
 
-The package's own ``Llama`` class decodes one sequence at a time; this loop is as lean as its ctypes allow.
+The package's own ``Llama`` class decodes one sequence at a time; this loop adds as little as ctypes allows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class LlamaCppDriver:
-    """Greedy generation; with ``lookup`` > 0 the package's own prompt lookup proposes that many tokens."""
+    """Generates greedily; with ``lookup`` > 0 the package's own prompt lookup proposes that many tokens."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import llama_cpp
@@ -63,7 +63,7 @@ class LlamaCppDriver:
         return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)], num_passes
 
     def _take(self, sequence: list[int], index: int, draft: list[int], tokens: list[int], stops: list[int]) -> None:
-        """Append what a pass yields: the drafts that were right and the token after them, up to a stop token."""
+        """Append the tokens of a pass: the accepted drafts and the token after them, up to a stop token."""
         for position, token in enumerate(tokens):
             sequence.append(token)
             if token in stops or position == len(draft) or token != draft[position]:
@@ -78,7 +78,7 @@ class LlamaCppDriver:
         return drafted[:limit]
 
     def _decode(self, spans: Sequence[tuple[int, int, Sequence[int], int]]) -> list[list[int]]:
-        """One pass over (sequence, first position, tokens, how many of the last want logits): their argmax."""
+        """Run a pass over (sequence, first position, tokens, number of final logits); return their argmax."""
         batch, index = self._batch, 0
         for sequence, start, tokens, wanted in spans:
             for offset, token in enumerate(tokens):

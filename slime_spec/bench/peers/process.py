@@ -1,4 +1,4 @@
-"""A peer engine as a process of its own: started once, asked over a pipe, its CPU time read from the system."""
+"""A peer engine runs as a process, started once and asked over a pipe; the system reports its CPU time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOG_TAIL_LINES = 20
 
 
 class PeerProcess:
-    """One driver in its own Python; loading and ``wait_ready`` are apart, so that peers load side by side.
+    """Runs one driver in its own Python; ``wait_ready`` is separate from the start, so that peers load side by side.
 
     Example::
 
@@ -61,7 +61,7 @@ class PeerProcess:
         self.about = self._answer()["ready"]
 
     def answer(self, ask: Ask) -> Answer:
-        """See Side; replies of the wrong length are a broken driver."""
+        """See Side; a reply of the wrong length raises, as the driver is broken."""
         assert self._process.stdin is not None
         replies: list[tuple[int, ...]] = []
         num_passes: int | None = 0
@@ -86,13 +86,13 @@ class PeerProcess:
         return len(reply) == ask.num_new_tokens or (len(reply) < ask.num_new_tokens and reply[-1] in ask.stop_token_ids)
 
     def cpu_s(self) -> float:
-        """CPU seconds that the process and its children have used since they started."""
+        """Return the CPU seconds that the process and its children have used since they started."""
         times = [each.cpu_times() for each in (self._root, *self._root.children(recursive=True))]
         return sum(each.user + each.system for each in times)
 
     @property
     def memory_bytes(self) -> int:
-        """Proportional set size of the process and its children."""
+        """Return the proportional set size of the process and its children."""
         return tree_pss_bytes(self._process.pid)
 
     def _answer(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class PeerProcess:
 
 
 def peer_environment(python: Path, threads: int) -> dict[str, str]:
-    """As bare as possible: nothing of ours (PYTHONPATH, this run's thread counts), and offline.
+    """Return a minimal, offline environment, without this process's PYTHONPATH and thread counts.
 
     Idle threads sleep, and Numba (vLLM's n-grams) starts none: their spinning made vLLM's n-gram mode 2 to 50 times
     slower on two cores.

@@ -1,11 +1,11 @@
-"""vLLM on the CPU, in one process so that its CPU time can be counted; run by worker.py in vLLM's own Python."""
+"""The driver runs vLLM on the CPU in one process, whose CPU time can be counted; worker.py runs it in vLLM's Python."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-# Read by vLLM when it is imported: one process, the caller's choice of threads, a small KV cache.
+# vLLM reads these at its import: one process, the caller's choice of threads, a small KV cache.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
@@ -15,12 +15,12 @@ os.environ.update(
 
 
 # Methods that draft in every round. Others (n-grams) do not, and vLLM counts neither their rounds nor, in any method,
-# which accepted drafts lay beyond a reply's end: their passes cannot be told.
+# which accepted drafts lay beyond a reply's end: their passes cannot be counted.
 DRAFTS_ALWAYS = ("eagle", "eagle3", "mtp", "draft_model")
 
 
 class VllmDriver:
-    """Greedy generation; compiled unless ``eager``; ``speculative`` is vLLM's speculative_config or null."""
+    """Generates greedily; compiled unless ``eager``; ``speculative`` is vLLM's speculative_config or null."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import vllm
@@ -57,14 +57,14 @@ class VllmDriver:
         return replies, num_passes(self._method, replies, self._num_drafts() - before)
 
     def _num_drafts(self) -> int:
-        """Drafts that were verified so far, over all sequences: with DRAFTS_ALWAYS the passes after the prefills."""
+        """Return the drafts verified so far, over all sequences: with DRAFTS_ALWAYS the passes after the prefills."""
         if self._method is None:
             return 0
         return sum(int(each.value) for each in self._llm.get_metrics() if each.name == "vllm:spec_decode_num_drafts")
 
 
 def num_passes(method: str | None, replies: list[list[int]], num_drafts: int) -> int | None:
-    """Target passes after the prefills, None where vLLM does not tell; ``num_drafts`` were verified meanwhile."""
+    """Return target passes after the prefills, None if vLLM does not count; ``num_drafts`` were verified meanwhile."""
     if method is None:
         return sum(len(each) - 1 for each in replies)
     return num_drafts if method in DRAFTS_ALWAYS else None

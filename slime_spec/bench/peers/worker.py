@@ -1,4 +1,4 @@
-"""Runs in a peer's own Python, with nothing of slime_spec: loads one driver and answers requests, JSON line by line.
+"""The worker runs in a peer's own Python, without slime_spec: it loads a driver and answers requests as JSON lines.
 
     python worker.py DRIVER.py SETTINGS        SETTINGS: a JSON object for the driver's ``load``
     stdout   {"ready": {"version": "0.32.0", ...}}                       once
@@ -22,7 +22,7 @@ from typing import Any
 
 
 def load_driver(path: str, settings: dict[str, Any]) -> Any:
-    """The driver that the file's ``load`` makes."""
+    """Load the file, and return the driver that its ``load`` makes."""
     spec = importlib.util.spec_from_file_location("driver", path)
     assert spec is not None, f"{path} is not a Python file"
     assert spec.loader is not None
@@ -32,7 +32,7 @@ def load_driver(path: str, settings: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    # Engines print to stdout whenever they like: keep the real one for answers alone.
+    # Engines print to stdout at any time: keep the real stdout for answers alone.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     driver = load_driver(sys.argv[1], json.loads(sys.argv[2]))

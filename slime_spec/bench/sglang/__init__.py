@@ -1,1 +1,1 @@
-"""The SGLang engine on real servers: exact output, true counters, draft-safe pushes, restarts, offload, speed."""
+"""These benchmarks test the SGLang engine on real servers: output, counters, pushes, restarts, offload, speed."""

@@ -1,4 +1,4 @@
-"""The benchmark of the SGLang engine: what is proved of it on a real server, and what is measured."""
+"""The benchmark of the SGLang engine proves its properties on a real server and measures its speed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ stand-in's). Start this command with {CPU_ENGINE}=1 PYTHONPATH=tests/support/sgl
 
 
 def prepare(options: BenchOptions) -> None:
-    """See Benchmark: every algorithm's draft, flags and interpreter, before a server starts."""
+    """See Benchmark; checks every algorithm's draft, flags and interpreter before a server starts."""
     target = ModelSpec.from_folder(options.model)
     for algorithm in options.algorithms:
         if algorithm not in ALGORITHMS:
@@ -56,7 +56,7 @@ def prepare(options: BenchOptions) -> None:
 
 def add_flags(parser: ArgumentParser) -> None:
     """See Benchmark."""
-    parser.epilog, parser.formatter_class = EPILOG, RawDescriptionHelpFormatter  # its lines are to be copied
+    parser.epilog, parser.formatter_class = EPILOG, RawDescriptionHelpFormatter  # users copy the lines of this text
     parser.add_argument("--sglang-python", metavar="PYTHON", help="Python of an environment with SGLang (this one)")
     parser.add_argument(
         "--draft", metavar="DRAFT", help=f"draft of {EAGLE.name} and {EAGLE3.name} ({BenchOptions.draft})"

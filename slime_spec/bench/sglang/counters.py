@@ -1,4 +1,4 @@
-"""Counters of the SGLang engine: do they add up, request by request, and does the embedded engine accept the same?
+"""Check that the SGLang engine's counters add up for each request, and that the embedded engine accepts the same.
 
 Two differences are known. The last round of SGLang may accept drafts beyond the request's budget, which are cut off,
 while ours proposes none there. The draft of SGLang's STANDALONE never sees the first token of the text, ours does.
@@ -59,7 +59,7 @@ def acceptance_rows(options: BenchOptions, algorithm: str, theirs: Samples, ours
 
 
 def adds_up(sample: GeneratedSample, num_draft_tokens: int) -> bool:
-    """For a reply that only its budget ended."""
+    """Whether the counters of a reply that its budget ended add up."""
     spec, most = sample.spec, num_draft_tokens - 1
     made = 1 + spec.num_rounds + spec.num_correct
     return (
@@ -71,7 +71,7 @@ def adds_up(sample: GeneratedSample, num_draft_tokens: int) -> bool:
 
 
 def within_budget(sample: GeneratedSample) -> list[tuple[int, ...]]:
-    """The histograms that the sample's may be without the drafts that its last round accepted beyond its budget."""
+    """Return the sample's possible histograms without the drafts that its last round accepted beyond its budget."""
     spec = sample.spec
     beyond = 1 + spec.num_rounds + spec.num_correct - len(sample.token_ids)
     if beyond <= 0:
@@ -81,7 +81,7 @@ def within_budget(sample: GeneratedSample) -> list[tuple[int, ...]]:
 
 
 def _moved(spec: SpecCounters, old: int, new: int) -> tuple[int, ...]:
-    """One round counted elsewhere; without the empty end that may leave."""
+    """Return the histogram with one round moved to another count, without trailing zeros."""
     counts = list(spec.histogram)
     counts[old] -= 1
     counts[new] += 1

@@ -1,4 +1,4 @@
-"""Greedy replies of the SGLang engine: the same with and without speculation, and the embedded engine's."""
+"""Compare the SGLang engine's greedy replies with and without speculation, and with the embedded engine's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slime_spec.bench.sglang.replies import Samples, replies
 from slime_spec.bench.sglang.settings import place
 from slime_spec.types import GeneratedSample
 
-EXACT = "float32"  # with fewer bits, passes over several tokens may decide near ties otherwise
+EXACT = "float32"  # with fewer bits, passes over several tokens may choose the other token of a near tie
 
 
 def measure(options: BenchOptions) -> list[Row]:
@@ -33,7 +33,7 @@ def _row(options: BenchOptions, algorithm: str, name: str, other: str, found: Sa
 
 
 def exactly(options: BenchOptions, id: str, what: str, share: float) -> Row:
-    """A share that must be 1 where numbers have all their bits."""
+    """Return the row of a share that must be 1 in fp32."""
     return at_least(id, what, share, "share", 1.0) if options.dtype == EXACT else Row(id, what, share, "share")
 
 

@@ -1,6 +1,6 @@
-"""Memory released and resumed, as a colocated trainer asks for it: how long, and what the draft is afterwards.
+"""Time the release and resume of memory that a colocated trainer asks for, and check the draft afterwards.
 
-The target comes again with the next push, as in a run; the draft must be there without one.
+The next push brings the target again, as in a run; the draft must be intact without a push.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from slime_spec.config.tree import ClusterConfig
 
 @dataclass(frozen=True)
 class Offload:
-    """One release and resume. ``freed_bytes`` are the GPU's: on a CPU SGLang answers and releases nothing."""
+    """One release and resume. ``freed_bytes`` are the GPU's: on a CPU SGLang releases nothing."""
 
     release_s: float
     resume_s: float
@@ -34,7 +34,7 @@ class Offload:
 
 @dataclass(frozen=True)
 class State:
-    """What a server has and says."""
+    """The checksums of a server's tensors, and its replies."""
 
     draft_sums: Sums
     replies: Samples
@@ -45,7 +45,7 @@ def measure(options: BenchOptions) -> list[Row]:
     prompts, algorithm = prompts_of(options), drafting(options)
     with TemporaryDirectory(prefix="slime-spec-bench-") as log:
         config = engine_settings(options, algorithm, prompts, len(prompts), Path(log))
-        # A run that only rolls out never releases.
+        # A run without a trainer never releases memory.
         colocated = ClusterConfig(colocate=True, offload=True)
         config = replace(config, cluster=colocated, run=replace(config.run, mode="train"))
         target = target_weights(config)

@@ -1,7 +1,7 @@
-"""Whole pushes to a real server by every transport: how long they take, and which of its tensors they change.
+"""Time whole pushes to a real server by every transport, and check which of its tensors they change.
 
-A push of one side must change that side's tensors and no other's, by the server's own checksums. What a draft shares
-with its target (the embedding; in most formats the head) counts as the target's.
+A push of one side must change only that side's tensors, by the server's own checksums. Tensors that a draft shares
+with its target (the embedding; in most formats the head) count as the target's.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from slime_spec.weights.run import PushReport
 
 SIDES: tuple[Side, Side] = ("target", "draft")
 DISTURBANCE = 0.2
-# Tables that a server computes itself, and the vocabulary of a draft, which it reads at its start.
+# Tables that a server computes, and a draft's vocabulary, which the server reads only at its start.
 NOT_PUSHED = ("rotary", "cos_sin", "hot_token", "d2t")
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Pushes of one side, the first of them with other weights, and every side's checksums around that one."""
+    """The pushes of one side, the first with other weights, and every side's checksums before and after the first."""
 
     side: Side
     reports: Sequence[PushReport]
@@ -49,7 +49,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def sided_rows(options: BenchOptions, transports: Sequence[str]) -> list[Row]:
-    """Both sides to one server that speculates, by transports that can tell them apart."""
+    """Push both sides to one server that speculates, by the transports that can name a side."""
     prompts, algorithm = prompts_of(options), drafting(options)
     rows: list[Row] = []
     with TemporaryDirectory(prefix="slime-spec-bench-") as log:
@@ -64,7 +64,7 @@ def sided_rows(options: BenchOptions, transports: Sequence[str]) -> list[Row]:
 
 
 def disk_rows(options: BenchOptions) -> list[Row]:
-    """The target to a server without a draft: an update from disk has no sides."""
+    """Push the target from disk to a server without a draft; an update from disk has no sides."""
     prompts = prompts_of(options)
     with TemporaryDirectory(prefix="slime-spec-bench-") as log:
         config = engine_settings(options, NONE.name, prompts, len(prompts), Path(log))
@@ -74,14 +74,14 @@ def disk_rows(options: BenchOptions) -> list[Row]:
 
 
 def shared_with_target(algorithm: str, target: Sums, draft: Sums) -> frozenset[str]:
-    """The draft's tensors that are the target's own: equal to them. STANDALONE here is equal, and shares nothing."""
+    """Return the draft's tensors that are the target's: equal ones. STANDALONE here has equal ones and shares none."""
     if algorithm == STANDALONE.name:
         return frozenset()
     return frozenset(name for name, checksum in draft.items() if checksum in target.values())
 
 
 def push_sides(options: BenchOptions, server: Server, weights: Mapping[Side, Weights]) -> list[Pushed]:
-    """One side after the other; at the end the server has ``weights`` again."""
+    """Push one side after the other; at the end the server has ``weights`` again."""
     found = []
     for side, mine in weights.items():
         others = disturbed(mine, DISTURBANCE, options.seeds[0])

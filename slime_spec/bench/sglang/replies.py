@@ -1,4 +1,4 @@
-"""Greedy replies of one algorithm, from SGLang and from the embedded engine, to the same prompts."""
+"""SGLang and the embedded engine reply greedily to the same prompts with one algorithm."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LENGTH = "tokens/round"  # unit of accept lengths
 
 @dataclass(frozen=True)
 class Replies:
-    """Exactly ``num_new_tokens`` tokens a prompt, all prompts at once, in their order."""
+    """The replies of exactly ``num_new_tokens`` tokens, all prompts at once, in the prompts' order."""
 
     sglang: Samples
     embedded: Samples
 
 
 def prompts_of(options: BenchOptions) -> Prompts:
-    """Half questions of the task that the shipped draft was trained for, half texts to repeat (n-grams find those)."""
+    """Return half questions of the shipped draft's task and half texts to repeat, which n-grams can draft."""
     num_copies = options.num_prompts // 2
     copies = islice(cycle(tokenized(options.model, "copy")), num_copies)
     return (*in_domain(options.model, options.num_prompts - num_copies, options.seeds[0]), *copies)
@@ -39,7 +39,7 @@ def prompts_of(options: BenchOptions) -> Prompts:
 
 @cache
 def replies(options: BenchOptions, algorithm: str) -> Replies:
-    """One server serves parts exactness and counters: remembered for this command."""
+    """Generate the replies once per command: parts exactness and counters share one server."""
     prompts = prompts_of(options)
     with TemporaryDirectory(prefix="slime-spec-bench-") as log:
         config = engine_settings(options, algorithm, prompts, len(prompts), Path(log))
@@ -51,12 +51,12 @@ def replies(options: BenchOptions, algorithm: str) -> Replies:
 
 
 def accept_length(samples: Samples) -> float:
-    """Reply tokens over verify rounds: SGLang's formula, the prefill's token included. Not a number without rounds."""
+    """Return reply tokens over verify rounds: SGLang's formula, prefill's token included; NaN without rounds."""
     num_rounds = pooled(each.spec for each in samples).num_rounds
     return sum(len(each.token_ids) for each in samples) / num_rounds if num_rounds else math.nan
 
 
 def accepted_per_round(samples: Samples) -> float:
-    """Accepted drafts over verify rounds; not a number without rounds."""
+    """Return accepted drafts over verify rounds; NaN without rounds."""
     spec = pooled(each.spec for each in samples)
     return spec.num_correct / spec.num_rounds if spec.num_rounds else math.nan

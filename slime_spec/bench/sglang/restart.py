@@ -1,4 +1,4 @@
-"""A server that is killed while it generates: how long until tokens come again, and what was lost."""
+"""Kill a server while it generates, and measure the time to the next token and the lost replies."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from slime_spec.bench.sglang.weights import disturbed, draft_weights, target_wei
 from slime_spec.interfaces import Generation
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
-# Other weights than the checkpoints', so that a server which comes back with those is found out.
+# Other weights than the checkpoints', to detect a server that restarts with the checkpoints' weights.
 DISTURBANCE = 0.02
 KILL_AT = 0.5  # of the time that the replies take undisturbed
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Replies generated undisturbed and while the server was killed (None: lost), and what the new server has.
+    """The replies without and with a kill of the server (None: lost), and the weights of the new server.
 
     ``share_restored`` is of all tensors of both sides. Seconds count from the kill.
     """
@@ -50,7 +50,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def recover(server: Server, prompts: Prompts, num_new_tokens: int) -> Recovery:
-    """Kill the server in the middle of the prompts' replies."""
+    """Kill the server while it replies to the prompts."""
     server.greedy(prompts, num_new_tokens)  # the first requests of a server are slow
     server.forget()
     start = perf_counter()
@@ -73,7 +73,7 @@ def recover(server: Server, prompts: Prompts, num_new_tokens: int) -> Recovery:
 
 
 def _reply(generation: Generation) -> GeneratedSample | None:
-    """The group's only sample; None where the engine has given it up."""
+    """Return the group's only sample; None where the engine failed to generate it."""
     try:
         (sample,) = generation
     except RuntimeError:
@@ -84,7 +84,7 @@ def _reply(generation: Generation) -> GeneratedSample | None:
 def recovery_rows(options: BenchOptions, found: Recovery) -> list[Row]:
     arrived, count = [sample for sample in found.during if sample is not None], len(found.during)
     num_whole = sum(len(sample.token_ids) == options.num_new_tokens for sample in arrived)
-    # The rounds of a server that died are unknown: a reply that it had begun comes without counters.
+    # The rounds of a dead server are unknown: a reply that was resumed after it has no counters.
     num_interrupted = count - sum(sample.spec.num_rounds > 0 for sample in arrived)
     pairs = zip(found.during, found.undisturbed, strict=True)
     same = sum(one is not None and one.token_ids == other.token_ids for one, other in pairs) / count

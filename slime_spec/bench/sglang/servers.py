@@ -1,4 +1,4 @@
-"""A started SGLang engine in this process, and what a benchmark asks of its server besides samples."""
+"""A benchmark starts an SGLang engine in this process, and controls the engine's server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Sums = Mapping[str, str]
 
 
 class Server:
-    """One engine and its server. Control goes past the engine, on a connection of the benchmark's own."""
+    """One engine and its server. The benchmark controls the server on a connection of its own."""
 
     def __init__(
         self, engine: SglangEngine, config: Config, control: tuple[SglangClient, AsyncLoop], root: psutil.Process | None
@@ -39,20 +39,20 @@ class Server:
 
     @property
     def address(self) -> str:
-        """host:port"""
+        """The server's host:port."""
         return self._client.url.removeprefix("http://")
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         return self._loop.call(self._client.post(path, body))
 
     def checksums(self, side: Side) -> Sums:
-        """Every tensor of one side, of all ranks, by the server's own reckoning."""
+        """Return the server's checksum of every tensor of one side, of all ranks."""
         answer = self.ask("/weights_checker", {"action": "checksum", "selector": side})
         ranks = enumerate(answer["ranks"])
         return {f"{rank}:{name}": each for rank, payload in ranks for name, each in payload["checksums"].items()}
 
     def forget(self) -> None:
-        """Drop cached prefixes."""
+        """Drop the server's cached prefixes."""
         self.ask("/flush_cache")
 
     def greedy(
@@ -69,20 +69,20 @@ class Server:
         return run_push(messages, lambda message: [self.engine.update_weights(message)])
 
     def cpu_s(self) -> float:
-        """CPU seconds of the server's processes."""
+        """Return the CPU seconds of the server's processes."""
         assert self._root is not None, "a server that this engine started"
         times = [each.cpu_times() for each in (self._root, *self._root.children(recursive=True))]
         return sum(each.user + each.system for each in times)
 
     def kill(self) -> None:
-        """End the server without a word, as the kernel does when memory is out."""
+        """Kill the server without a warning, as the kernel does when memory is out."""
         assert self._root is not None, "a server that this engine started"
         (process,) = self._root.children()
         process.kill()
 
 
 class ServerSide(EngineSide):
-    """A server as one side of a race; a server speculates with all requests or none."""
+    """A server as one side of a race; a server speculates for all requests or for none."""
 
     def __init__(self, server: Server, speculative: bool) -> None:
         super().__init__(server.engine, speculative)
@@ -113,11 +113,11 @@ def started(config: Config) -> Iterator[Server]:
 
 
 def say(what: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     Console(stderr=True).print(what, markup=False, highlight=False)
 
 
 def _guards() -> list[psutil.Process]:
-    """Processes of this one under which servers run."""
+    """Return the child processes under which servers run."""
     children = [each for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE]
     return [each for each in children if guard.__file__ in each.cmdline()]

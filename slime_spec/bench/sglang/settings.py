@@ -1,4 +1,4 @@
-"""What is measured: the algorithms that target and draft allow, as configurations of the SGLang engine."""
+"""The benchmark makes a configuration for each algorithm that the target and the draft allow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from slime_spec.errors import ConfigError
 
 # SGLang's own choice for most models, and as many tokens for the algorithm without steps.
 CHAIN: Mapping[str, Any] = {"num_steps": 3, "eagle_topk": 1, "num_draft_tokens": 4}
-# Both engines have these, and are compared.
+# Both engines have these algorithms, and their replies are compared.
 ALGORITHMS = names(lambda each: each.sglang is not None and each.drafter is not None)
 # Only these of SGLang's attention backends verify drafts where nothing but torch and Triton is installed.
 ATTENTION_ON_CPU, ATTENTION_ON_GPU = "intel_amx", "triton"
@@ -38,20 +38,20 @@ CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
 
 
 def num_gpus(options: BenchOptions) -> int:
-    """GPUs of one server."""
+    """Return the number of GPUs of one server."""
     if options.num_gpus is not None:
         return options.num_gpus
     return int(torch.cuda.is_available() and os.environ.get(CPU_ENGINE) != "1")
 
 
 def place(options: BenchOptions) -> str:
-    """Where it was measured, for the rows."""
+    """Return the place of measurement, as the rows name it."""
     count = num_gpus(options)
     return "a CPU" if count == 0 else f"{count} GPU{'s' if count > 1 else ''}"
 
 
 def drafting(options: BenchOptions) -> str:
-    """The algorithm whose draft is pushed, offloaded and raced: the last one that drafts with weights."""
+    """Return the algorithm whose draft is pushed, offloaded and raced: the last that has weights."""
     found = [name for name in options.algorithms if find_algorithm(name).has_weights]
     if not found:
         raise ConfigError(
@@ -64,7 +64,7 @@ def drafting(options: BenchOptions) -> str:
 
 
 def speculation(options: BenchOptions, algorithm: str) -> SpeculativeConfig:
-    """STANDALONE drafts with the target itself, NEXTN with its MTP layer, EAGLE and EAGLE3 with --draft."""
+    """Configure drafts: STANDALONE with the target itself, NEXTN with its MTP layer, EAGLE and EAGLE3 with --draft."""
     record = find_algorithm(algorithm)
     if not record.speculates:
         return SpeculativeConfig()
@@ -75,12 +75,12 @@ def speculation(options: BenchOptions, algorithm: str) -> SpeculativeConfig:
 
 
 def _draft(options: BenchOptions) -> str:
-    """SGLang wants a folder."""
+    """Return the draft's folder, which SGLang needs."""
     return builtin_folder(options.draft) if options.draft.startswith(BUILTIN) else options.draft
 
 
 def engine_settings(options: BenchOptions, algorithm: str, prompts: Prompts, at_once: int, log: Path) -> Config:
-    """One server for ``at_once`` of these prompts; the embedded engine reads the same configuration.
+    """Configure a server for ``at_once`` of these prompts; the embedded engine reads the same configuration.
 
     ``log`` is the folder of the server's log.
     """
@@ -94,18 +94,18 @@ def engine_settings(options: BenchOptions, algorithm: str, prompts: Prompts, at_
         rollout=RolloutConfig(engine="sglang", num_gpus_per_engine=gpus),
         cluster=ClusterConfig(colocate=False),
         speculative=speculation(options, algorithm),
-        # The bench looks at drafts itself, and an idle server must not disturb the one that is timed.
+        # The benchmark checks drafts itself, and an idle server must not disturb the server that is timed.
         sglang_server=SglangServerConfig(python=options.sglang_python, host="127.0.0.1", canary_prompts=0),
         sglang={"attention_backend": attention, "mem_fraction_static": MEMORY_SHARE, "sleep_on_idle": True},
     )
 
 
 def with_transport(config: Config, transport: str, server: str | None = None) -> Config:
-    """The same, pushing by ``transport``; ``server`` (host:port) is used instead of starting one."""
+    """Return the configuration that pushes by ``transport``, to ``server`` (host:port) if it is given."""
     addresses = () if server is None else (server,)
     return replace(config, sglang_server=replace(config.sglang_server, transport=transport, external_addrs=addresses))
 
 
 def embedded(config: Config) -> Config:
-    """The same for the embedded engine."""
+    """Return the same configuration for the embedded engine."""
     return replace(config, rollout=replace(config.rollout, engine="embedded", num_gpus_per_engine=0), sglang={})

@@ -1,7 +1,7 @@
-"""Tokens per second of two servers, one that speculates and one that does not, taking turns on the same prompts.
+"""Measure tokens per second of a server with and a server without speculation, in turn on the same prompts.
 
-Held-out questions of the task that the shipped draft was trained for; replies end where the model ends them. Cached
-prefixes are dropped before every turn.
+Prompts are held-out questions of the shipped draft's task; replies end where the model ends them. Cached prefixes
+are dropped before every turn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from slime_spec.bench.sglang.settings import drafting, engine_settings, num_gpus
 from slime_spec.bench.timing import Time
 from slime_spec.checkpoints.model_spec import ModelSpec
 
-LEAST_PROMPTS = 4  # a round of fewer tells little
+LEAST_PROMPTS = 4  # a round of fewer prompts is too noisy
 STAND_IN = " with a stand-in's kernels: no speed of SGLang's"
 
 
@@ -63,7 +63,7 @@ def _rows(options: BenchOptions, prompts: Prompts, batch_size: int, servers: Map
 
 
 def speed_comparison(options: BenchOptions, batch_size: int, times: Times) -> list[Row]:
-    """Both speeds, and their ratio with the prompts' pass and without it; on a CPU per CPU second too."""
+    """Return both speeds, and their ratio with and without the prompts' pass; on a CPU per CPU second too."""
     prefix, algorithm = f"speed.b{batch_size}", drafting(options)
     where = f"{options.dtype}, batch {batch_size}, on {place(options)}" + ("" if num_gpus(options) else STAND_IN)
     rows: list[Row] = []
@@ -73,7 +73,7 @@ def speed_comparison(options: BenchOptions, batch_size: int, times: Times) -> li
     rows += ratio_rows(prefix, f"{words} included", times["plain"], times["speculating"])
     clocks: list[tuple[str, Time, str]] = [("decode_ratio", "seconds", "by the clock")]
     if num_gpus(options):
-        rows = [row for row in rows if "cpu" not in row.id]  # a CPU that waits for a GPU spins
+        rows = [row for row in rows if "cpu" not in row.id]  # a CPU thread that waits for a GPU is busy
     else:
         clocks.append(("decode_cpu_ratio", "cpu_s", "per CPU second"))
     for id, time, by in clocks:

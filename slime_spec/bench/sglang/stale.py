@@ -1,10 +1,10 @@
-"""A draft and a target that no longer fit each other: drafts are refused, and a push has them accepted again.
+"""Check that drafts of a draft that no longer fits its target are refused, and accepted again after a push.
 
     a trained draft    the draft is moved away and back; then the target is
     STANDALONE         the target moves, and its draft, until then the same model, follows it
 
-What a target says after it was moved may be easier to guess than before (the same words again and again): there a
-trained draft's acceptance is reported and held to nothing.
+A moved target may be easier to draft for than before (it repeats words): there a trained draft's acceptance is
+reported without a bound.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from slime_spec.bench.sglang.weights import Weights, disturbed, draft_weights, t
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.weights.messages import Side
 
-# Drafts that a round accepts, over those of the checkpoints' weights.
+# Bounds of the drafts accepted per round, relative to the checkpoints' weights.
 MOST_WHEN_STALE, LEAST_WHEN_BACK = 0.5, 0.8
-TARGET_MOVES, DRAFT_MOVES = 0.15, 1.0  # by this share of each weight; a target must still write sentences
+TARGET_MOVES, DRAFT_MOVES = 0.15, 1.0  # share of each weight that changes; the target must still write sentences
 
 
 @dataclass(frozen=True)
 class Move:
-    """One push, and what it does to acceptance: a draft that fits is accepted as at first, a stale one is not."""
+    """One push, and its effect on acceptance: a draft that fits is accepted as at first, a stale draft is not."""
 
     name: str
     weights: Weights
@@ -47,7 +47,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def _rows(options: BenchOptions, algorithm: str) -> list[Row]:
-    """On questions of the task that the shipped draft was trained for; replies end where the model ends them."""
+    """Measure on questions of the shipped draft's task; replies end where the model ends them."""
     prompts = in_domain(options.model, options.num_prompts, options.seeds[0])
     stops = ModelSpec.from_folder(options.model).eos_token_ids
     with TemporaryDirectory(prefix="slime-spec-bench-") as log:
@@ -75,7 +75,7 @@ def moves_of(algorithm: str, target: Weights, draft: Weights, seed: int) -> list
 
 
 def acceptance_rows(algorithm: str, fresh: Samples, moves: Sequence[Move], moved: Sequence[Samples]) -> list[Row]:
-    """Accept length after every push, and what a round then accepts over what it accepted at first."""
+    """Return the accept length after every push, and drafts accepted per round over those at first."""
     prefix, words = f"stale.{algorithm.lower()}", f"{algorithm}: reply tokens over verify rounds"
     rows = [Row(f"{prefix}.fresh.accept_length", f"{words}, nothing pushed", accept_length(fresh), LENGTH)]
     for move, samples in zip(moves, moved, strict=True):

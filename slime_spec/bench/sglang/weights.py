@@ -1,4 +1,4 @@
-"""What is pushed: a checkpoint's weights, or weights that differ from it."""
+"""Benchmarks push a checkpoint's weights, or weights that differ from them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def target_weights(config: Config) -> Weights:
-    """The checkpoint's, in the engine's dtype."""
+    """Read the checkpoint's weights in the engine's dtype."""
     folder = config.model.hf_checkpoint
     return _stored(folder, TargetFiles.read(folder).shapes, config)
 
 
 def draft_weights(config: Config) -> Weights:
-    """What a push of the draft carries: its own tensors, or the target's MTP layers."""
+    """Read the tensors that a push of the draft carries: its own, or the target's MTP layers."""
     folder = config.model.hf_checkpoint
     location, draft = locate_draft(config.speculative, folder), draft_files(config, TargetFiles.read(folder))
     assert location is not None, f"{config.speculative.algorithm} drafts with weights"
@@ -35,7 +35,7 @@ def _stored(folder: str, names: Mapping[str, object], config: Config) -> Weights
 
 
 def disturbed(weights: Weights, share: float, seed: int) -> Weights:
-    """Every number changed by about ``share`` of itself."""
+    """Return the weights, each changed by about ``share`` of its value."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (tensor * (1 + share * torch.randn(tensor.shape, generator=generator))).to(tensor.dtype)
