@@ -1,1 +1,1 @@
-"""The composition root: command line, Hydra, and the only place that may import all three packages."""
+"""The composition root has the command line and Hydra; only it may import all three packages."""

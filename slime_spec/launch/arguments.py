@@ -1,4 +1,4 @@
-"""The command line as settings: flags and path=value overrides in any order, the last spelling of a setting wins."""
+"""Read the command line as settings: flags and path=value overrides in any order; a setting's last value wins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEBUG_MODES = ("--debug-rollout-only", "--debug-train-only")
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line says: a file of conf/ (the experiment's may be a path) by group, and typed values by path.
+    """The settings of a command line: files of conf/ by group (an experiment may be a path), and typed values by path.
 
     Example: ``Arguments({"experiment": "smollm2-135m"}, {"trainer.lr": 1e-6, "sglang.cuda_graph_bs_decode": (1, 2)})``
     """
@@ -49,7 +49,7 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
             if name in DEBUG_MODES:
                 debug[name] = value == flag.on
                 if not debug[name] and values.get(path, flag.on) != flag.on:
-                    value = values[path]  # switching off a mode that is not the chosen one changes nothing
+                    value = values[path]  # a mode that is not chosen is off already
         else:
             path, value = _read_override(token)
             used = 1
@@ -71,7 +71,7 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def _read_flag(argv: Sequence[str], position: int) -> tuple[str, Flag, Any, int]:
-    """The flag at ``position``: its plain spelling, the flag, its value, and how many tokens they took."""
+    """Return the flag at ``position``: its plain spelling, the flag, its value, and the number of tokens read."""
     spelled, has_value, attached = argv[position].partition("=")
     name = spelled.replace("_", "-")
     flag, is_on = find_flag(spelled)
@@ -102,7 +102,7 @@ def _converted(flag: Flag, name: str, texts: Sequence[str]) -> Any:
 
 
 def _values_after(argv: Sequence[str], start: int, num_values: str) -> list[str]:
-    """The tokens from ``start`` on that are the flag's values: up to the next flag, or override where it may end."""
+    """Return the flag's values from ``start`` on, up to the next flag, or to an override where the list may end."""
     texts: list[str] = []
     for token in argv[start:]:
         if token.startswith("--") or (num_values in "1?" and texts) or (num_values != "1" and OVERRIDE.match(token)):
@@ -134,7 +134,7 @@ def _read_override(token: str) -> tuple[str, Any]:
     plain = unquoted(text)
     if setting.is_tuple:
         return path, setting.check([parse_value(setting, plain)])
-    # Quotes are how a path=value says the text null and not the absence of a value.
+    # In path=value, null in quotes is the text "null"; null without quotes is no value.
     return path, setting.check(plain if plain != text and setting.type is str else parse_value(setting, plain))
 
 
@@ -142,13 +142,13 @@ _SPELLINGS = "Write a setting as trainer.lr=1e-6 or --lr 1e-6."
 
 
 def unquoted(text: str) -> str:
-    """A value as Hydra's users write it: one pair of quotes around the whole is not part of it."""
+    """Remove one pair of quotes around a whole value, as Hydra does."""
     whole = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1].replace(f"\\{text[0]}", text[0]) if whole else text
 
 
 def list_of(path: str, text: str) -> list[Any]:
-    """A list in Hydra's grammar: ``[add10, "max 4"]``."""
+    """Read a list in Hydra's grammar: ``[add10, "max 4"]``."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -1,4 +1,4 @@
-"""The command line ``slime-spec``: commands, help, and errors as one block instead of a traceback."""
+"""The command ``slime-spec`` runs subcommands, prints help, and shows an error as a block without a traceback."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from slime_spec.launch.help import BENCH, COMMANDS, train_help
 from slime_spec.suggest import did_you_mean
 
 HELP = (["-h"], ["--help"])
-DRY_RUN = "--dry-run"  # of train and rollout: print the plan and start nothing
+DRY_RUN = "--dry-run"  # flag of train and rollout: print the plan and start nothing
 
-# Each command imports what it needs when it is chosen, so that `slime-spec config` answers at once.
+# A command imports its modules only when it is chosen, so that `slime-spec config` is fast.
 
 
 class StderrHandler(logging.StreamHandler):
-    """Logs to whatever sys.stderr is at the moment: a progress display replaces it, to print lines above its bars."""
+    """Logs to the current sys.stderr, which a progress display replaces to print lines above its bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(sys.stderr)
@@ -28,7 +28,7 @@ class StderrHandler(logging.StreamHandler):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for a mistake in the command line or the configuration."""
+    """Run one command; return 0 on success, 2 for a mistake in the command line or the configuration."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _show(COMMANDS)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def error_block(error: ConfigError) -> str:
-    """The four facts of a ConfigError, one a line; a fact that is a list begins below its name."""
+    """Format the four facts of a ConfigError, one per line; a fact that is a list begins below its name."""
     facts = {"rule": error.rule, "value": repr(error.value), "remedy": error.remedy.strip(" ").rstrip()}
     lines = [
         f"  {f'{name}:':8}{text}" if not text.startswith("\n") else f"  {name}:{text}" for name, text in facts.items()

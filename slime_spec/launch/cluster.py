@@ -1,4 +1,4 @@
-"""Ray for one run: start our own or join the user's, reserve one placement group, give back only what is ours."""
+"""Start Ray for a run or join the user's, reserve one placement group, and release only the run's resources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 RESERVE_TIMEOUT_S = 60.0
-# Samples and bookkeeping besides the weights that a push holds in shared memory.
+# Room for samples and bookkeeping, besides the weights that a push holds in shared memory.
 OBJECT_STORE_SLACK_BYTES = 256 * 1024 * 1024
 
 
@@ -39,7 +39,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a bundle of one GPU is: ``Slot(bundle=3, node="f00d...", gpu="1")``."""
+    """The place of a bundle of one GPU: ``Slot(bundle=3, node="f00d...", gpu="1")``."""
 
     bundle: int
     node: str
@@ -48,9 +48,9 @@ class Slot:
 
 @contextmanager
 def cluster(config: Config, spec: ModelSpec | None) -> Iterator[Cluster]:
-    """Ray and the placement group for this run.
+    """Provide Ray and the placement group for this run.
 
-    A Ray that this run started ends with it; a joined one keeps running, only the placement group goes back.
+    A Ray that this run started ends with the run; a joined Ray keeps running, and only the placement group is removed.
     """
     plan = plan_bundles(config)
     owns_ray = config.cluster.ray_address is None
@@ -62,7 +62,7 @@ def cluster(config: Config, spec: ModelSpec | None) -> Iterator[Cluster]:
         with _reserved(plan) as reserved:
             yield reserved
     finally:
-        ray.shutdown()  # for a joined cluster this only disconnects
+        ray.shutdown()  # this only disconnects from a joined cluster
 
 
 def _start_ray(plan: BundlePlan, spec: ModelSpec | None, config: Config) -> None:
@@ -80,7 +80,7 @@ def _start_ray(plan: BundlePlan, spec: ModelSpec | None, config: Config) -> None
 
 
 def _object_store_bytes(spec: ModelSpec | None, config: Config) -> int:
-    if spec is None:  # rollouts alone: nothing is pushed
+    if spec is None:  # without a trainer nothing is pushed
         return OBJECT_STORE_SLACK_BYTES
     itemsize = 4 if config.engine.dtype == "float32" else 2
     total = 0
@@ -93,7 +93,7 @@ def _object_store_bytes(spec: ModelSpec | None, config: Config) -> int:
 
 
 def _join_ray(address: str) -> None:
-    """Join a running cluster; an address nobody listens at is refused within seconds."""
+    """Join a running cluster; raise within seconds if nothing listens at the address."""
     remedy = (
         "Start Ray there (ray start --head; with tokens, share its token), or drop --ray-address for a private Ray."
     )
@@ -132,7 +132,7 @@ def _reserved(plan: BundlePlan) -> Iterator[Cluster]:
 
 
 def _where_bundles_are(group: PlacementGroup, num_bundles: int) -> list[Slot]:
-    """Each bundle's node and GPU: Ray hands bundles of one GPU out in no order."""
+    """Return each bundle's node and GPU: Ray places bundles of one GPU in no fixed order."""
 
     def slot() -> tuple[str, str]:
         return ray.get_runtime_context().get_node_id(), str(ray.get_gpu_ids()[0])
@@ -144,7 +144,7 @@ def _where_bundles_are(group: PlacementGroup, num_bundles: int) -> list[Slot]:
 
 
 def _placed(group: object, plan: BundlePlan, where: list[Slot] | None) -> Cluster:
-    """The plan's bundles as Ray has them; ``where`` is known where some of them must be neighbours."""
+    """Return the plan's bundles as Ray placed them; ``where`` is given if some bundles must share a node."""
     row = list(range(len(plan.bundles))) if where is None else in_rows(where, plan.together)
     gpu_of = {} if where is None else {slot.bundle: slot.gpu for slot in where}
     nodes = tuple(tuple(row[bundle] for bundle in engine) for engine in plan.engine_nodes)
@@ -168,9 +168,9 @@ def _placed(group: object, plan: BundlePlan, where: list[Slot] | None) -> Cluste
 
 
 def in_rows(slots: Sequence[Slot], length: int) -> list[int]:
-    """Bundles in such an order that each ``length`` in a row are on one node, their GPUs ascending.
+    """Order bundles so that each ``length`` in a row are on one node, their GPUs ascending.
 
-    Raises ConfigError where the nodes do not have that many of them in multiples.
+    Raises ConfigError where the number of bundles on a node is no multiple of ``length``.
     """
     nodes: dict[str, list[Slot]] = {}
     for slot in slots:

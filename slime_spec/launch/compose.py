@@ -1,4 +1,4 @@
-"""The one door from a command line to a Config: the files of conf/, values over them as values, and every check."""
+"""Make a Config of a command line: read the files of conf/, lay values over them, and run every check."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from slime_spec.launch.arguments import read_arguments
 from slime_spec.launch.groups import EXPERIMENT, conf_dir, is_path
 from slime_spec.sglang.flags import check_sglang
 
-# What only the files of conf/ read: a model's drafts, to which a file of the group speculative points.
+# Keys that only files of conf/ read: a model's drafts, to which a file of the group speculative points.
 DRAFTS = "drafts"
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A configuration; ``notes`` say what of it was left out or has no effect, one sentence each.
+    """A configuration; ``notes`` name the settings that were left out or have no effect, one sentence each.
 
     ``given`` are the paths of the settings that the command line or a file of conf/ sets; others have their defaults.
     """
@@ -44,18 +44,18 @@ class Composed:
 
 
 def compose(argv: Sequence[str]) -> Config:
-    """The configuration alone; see ``composed``."""
+    """Return the configuration alone; see ``composed``."""
     return composed(argv).config
 
 
 def composed(argv: Sequence[str]) -> Composed:
-    """The configuration that ``argv`` (flags and overrides, without the command's name) describes.
+    """Compose the configuration that ``argv`` (flags and overrides, without the command's name) describes.
 
     In rising precedence: the tree's defaults; a file of each group (the command line's choice, else the experiment's,
     else conf/config.yaml's); what the experiment itself sets, or a file in its place; the command line's settings.
     Values on the command line and in a file are literal: only conf/ may interpolate (``${model.hf_checkpoint}``).
     Another algorithm than the experiment's leaves out the experiment's draft, but not one from the command line.
-    Raises ConfigError, before anything heavy is imported, for whatever cannot be honoured.
+    Raises ConfigError, before any heavy import, for every setting that cannot be honoured.
     """
     arguments = read_arguments(argv)
     groups, values = dict(arguments.groups), arguments.settings
@@ -79,7 +79,7 @@ def composed(argv: Sequence[str]) -> Composed:
 
 
 def file_settings(path: Path) -> dict[str, Any]:
-    """Every setting of a configuration file by its path, checked; raises ConfigError naming the file or the key."""
+    """Read and check a configuration file, as settings by path; raises ConfigError naming the file or the key."""
     try:
         data = read_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, YAMLError) as error:
@@ -91,15 +91,15 @@ def file_settings(path: Path) -> dict[str, Any]:
 
 
 def chosen_files(groups: Mapping[str, str]) -> DictConfig:
-    """What the files of conf/ set, as Hydra composes them, with nothing resolved and without the tree's defaults."""
+    """Return the settings of the chosen files of conf/, as Hydra composes them, unresolved and without defaults."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return hydra_compose("config", [f"{group}={name}" for group, name in groups.items()])
 
 
 def laid_over(layers: DictConfig, values: Mapping[str, object]) -> dict[Any, Any]:
-    """The tree's defaults, ``layers`` and ``values`` by path as nested plain data, interpolations of layers resolved.
+    """Lay ``layers`` and ``values`` over the tree's defaults, as plain data, interpolations of layers resolved.
 
-    An interpolation sees the value that is laid over what it points at; values themselves come out as they are.
+    An interpolation reads the final value of its target; the values in ``values`` are never interpolated.
     """
     merged = OmegaConf.merge(to_dict(Config()), layers)
     for path, value in values.items():
@@ -111,7 +111,7 @@ def laid_over(layers: DictConfig, values: Mapping[str, object]) -> dict[Any, Any
 
 
 def _literal(value: object) -> object:
-    """Plain data that OmegaConf gives back equal: a text's ``${`` gets the backslash that keeps it from being read."""
+    """Escape plain data so that OmegaConf returns it unchanged: a backslash goes before each ``${`` of a text."""
     if isinstance(value, Mapping):
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

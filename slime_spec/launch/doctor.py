@@ -1,4 +1,4 @@
-"""``slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]``."""
+"""The command ``slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]`` checks a configuration."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]
 
 Exit code: 2 with an error (which stops a launch), 1 with a warning, else 0; --skip-check ID leaves a check out of it,
 and of what stops a launch."""
-CONFIG = "config.yaml"  # of a run's folder
+CONFIG = "config.yaml"  # file of a run's folder
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command's own flags, and those of train."""
+    """The command's own flags, and the flags of train."""
 
     metrics: Path | None
     as_json: bool
@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found; ``sglang`` is the version judged, None where no server is planned or nothing composes."""
+    """The findings; ``sglang`` is the version judged, None without a planned server or a valid configuration."""
 
     findings: list[Finding]
     judged: str
@@ -54,7 +54,7 @@ class Examined:
 
 
 def run_doctor(argv: Sequence[str], show: Callable[[str], None]) -> int:
-    """Returns the exit code; a configuration that does not compose is itself a finding."""
+    """Run the doctor and return its exit code; a configuration that does not compose is itself a finding."""
     if {"-h", "--help"} & set(argv):
         show(USAGE)
         return 0
@@ -120,6 +120,6 @@ def _options(argv: Sequence[str]) -> Options:
 
 
 def _as_it_ran(metrics: Path) -> list[str]:
-    """The flags of the run whose metrics these are, where its folder tells."""
+    """Return the flags of the run with these metrics, if its folder has them."""
     settings = (metrics if metrics.is_dir() else metrics.parent) / CONFIG
     return ["--config", str(settings)] if settings.is_file() else []

@@ -1,4 +1,4 @@
-"""Every flag of the command line, in slime's, SGLang's and RTP-LLM's spellings, and the setting each one sets."""
+"""The table of flags gives every flag, in slime's, SGLang's and RTP-LLM's spellings, with the setting it sets."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SP_TYPES = {each.rtp_llm: each.name for each in ALGORITHMS.values() if each.rtp_
 
 @dataclass(frozen=True)
 class Flag:
-    """What a flag sets, and how.
+    """A flag and the setting that it sets.
 
     ``path`` is a setting's, or the flag itself where there is no setting: its value is a note for the user then.
     ``num_values`` is "0" for a switch (``on`` and ``off`` are its two values), "1", "?", "+" or "*";
-    ``convert`` makes the setting's value of the texts that followed the flag and raises ConfigError.
+    ``convert`` makes the setting's value from the texts after the flag and raises ConfigError.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Flag:
 
 @cache
 def flags() -> Mapping[str, Flag]:
-    """Every flag by its spelling (hyphens)."""
+    """Return every flag by its spelling (with hyphens)."""
     table: dict[str, Flag] = {}
 
     def add(name: str, flag: Flag) -> None:
@@ -67,12 +67,12 @@ def flags() -> Mapping[str, Flag]:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """SGLang's speculative flags go with and without their prefix, also those newer than the pinned version."""
+    """Return the spellings of a flag: SGLang's speculative flags have one with and one without their prefix."""
     return (name, name.replace("--sglang-", "--")) if name.startswith("--sglang-speculative-") else (name,)
 
 
 def find_flag(name: str) -> tuple[Flag, bool]:
-    """The flag spelled ``name`` and whether it is switched on (``--no-colocate`` is ``--colocate``, switched off)."""
+    """Find the flag spelled ``name``, and whether it is on (``--no-colocate`` is ``--colocate``, switched off)."""
     spelling = name.replace("_", "-")
     if spelling in flags():
         return flags()[spelling], True
@@ -92,7 +92,7 @@ def find_flag(name: str) -> tuple[Flag, bool]:
 
 
 def is_flag(token: str) -> bool:
-    """Whether ``token`` (a flag, perhaps with =value) is one that find_flag finds."""
+    """Whether find_flag finds ``token``, a flag that may have =value."""
     try:
         find_flag(token.partition("=")[0])
     except ConfigError:
@@ -101,7 +101,7 @@ def is_flag(token: str) -> bool:
 
 
 def parse_value(setting: Setting, text: str, kind: str | None = None) -> Any:
-    """One value of a setting from its text; raises ConfigError with the setting's own words."""
+    """Read one value of a setting from its text; raises ConfigError with the setting's own words."""
     kind = kind or setting.type.__name__
     if setting.is_optional and text in NULLS:
         return None
@@ -119,7 +119,7 @@ def _tree_flag(setting: Setting) -> Flag:
 
 
 def _typed_sglang_flag(setting: Setting, entry: SglangFlag) -> Flag:
-    """A ServerArgs flag that is a setting of the tree: the tree's bounds, SGLang's way to write the value."""
+    """Make the flag of a ServerArgs field in the tree, with the tree's bounds and SGLang's form of the value."""
     kind = entry.type if entry.type == "suffixed_int" else None
     num_values = "0" if setting.type is bool else "1"
     return Flag(setting.path, num_values, lambda texts: setting.check(parse_value(setting, texts[0], kind)))
@@ -130,7 +130,7 @@ def _sglang_flag(entry: SglangFlag) -> Flag:
 
 
 def _aliases() -> Mapping[str, Flag]:
-    """Spellings that stand for another setting's value."""
+    """Return the flags that set a value of a setting with another name."""
     return {
         "--config": Flag(EXPERIMENT, "1", lambda texts: check_choice(EXPERIMENT, texts[0])),
         "--debug-rollout-only": _mode_switch("rollout_only"),
@@ -167,7 +167,7 @@ def _algorithm_of_sp_type(text: str) -> str:
 
 
 def _steps_of_cycle(text: str) -> int:
-    """RTP-LLM drafts chains, and counts a round's drafts: SGLang's num_steps at topk 1."""
+    """Read RTP-LLM's drafts per round of a chain as SGLang's num_steps at topk 1."""
     try:
         num_drafts = whole_number(text)
     except ValueError:
@@ -180,7 +180,7 @@ def _steps_of_cycle(text: str) -> int:
 
 
 def _quantization(name: str) -> object:
-    """RTP-LLM writes INT8, SGLang int8."""
+    """Read RTP-LLM's INT8 as SGLang's int8."""
     return settings()["speculative.draft_model_quantization"].check(name)
 
 
@@ -193,7 +193,7 @@ _NO_SUCH_PARALLELISM = (
     "this version's trainer is parallel over tensors, pipeline stages and data only",
     "Use --tensor-model-parallel-size, --pipeline-model-parallel-size and --actor-world-size.",
 )
-# Flags that users of slime or RTP-LLM type and this version cannot honour: each with the reason and what to do.
+# Flags of slime or RTP-LLM that this version cannot honour: each with the reason and the remedy.
 REFUSED: Mapping[str, tuple[str, str]] = {
     "--enable-mtp-training": _DRAFTS_BEFORE_THE_RUN,
     "--mtp-num-layers": _DRAFTS_BEFORE_THE_RUN,

@@ -1,4 +1,4 @@
-"""The groups of conf/, of each of which a run takes one file: ``speculative=eagle3_tree model=llama3.1_8b``."""
+"""A run takes one file from each group of conf/: ``speculative=eagle3_tree model=llama3.1_8b``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import slime_spec
 from slime_spec.errors import ConfigError
 from slime_spec.suggest import did_you_mean
 
-EXPERIMENT = "experiment"  # chooses files of the other groups, and may be a path or absent
+EXPERIMENT = "experiment"  # it chooses files of the other groups, and may be a path or absent
 GROUPS = (EXPERIMENT, "model", "speculative", "cluster")
 
 
 def conf_dir() -> Path:
-    """The shipped conf/: inside the package once installed, beside it in a checkout."""
+    """Return the shipped conf/: inside the installed package, or beside the package in a checkout."""
     package = Path(slime_spec.__file__).resolve().parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
@@ -22,12 +22,12 @@ def conf_dir() -> Path:
 
 @cache
 def choices(group: str) -> tuple[str, ...]:
-    """The names that ``group=NAME`` knows."""
+    """Return the names that ``group=NAME`` accepts."""
     return tuple(sorted(path.name.removesuffix(".yaml") for path in (conf_dir() / group).glob("*.yaml")))
 
 
 def check_choice(group: str, name: str) -> str:
-    """The name itself; raises ConfigError for one that the group does not have."""
+    """Return the name; raises ConfigError for a name that the group does not have."""
     if name in choices(group) or (group == EXPERIMENT and is_path(name)):
         return name
     names = ", ".join(choices(group))

@@ -1,4 +1,4 @@
-"""The help of the command line, written from the configuration tree."""
+"""Write the help of the command line from the configuration tree."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAME is main-job (the whole RL loop), engine (generation, with and without specu
 
 
 def train_help() -> str:
-    """Every flag of train, rollout and config, by node, with its default and meaning."""
+    """Return the help on every flag of train, rollout and config, by node, with defaults and meanings."""
     return "\n".join(_lines())
 
 

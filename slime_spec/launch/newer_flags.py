@@ -1,4 +1,4 @@
-"""Flags that the table of the pinned SGLang does not have and the installation that will run the servers does."""
+"""Read flags that the installed SGLang has and the table of the pinned SGLang lacks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PYTHON = re.compile(r"(?:--sglang[-_]python|sglang_server\.python)=(.+)")
 
 @dataclass(frozen=True)
 class NewerFlag:
-    """``NewerFlag(("--warp-drive", "9"), num_tokens=2)``: words for the server, and how many tokens they took."""
+    """``NewerFlag(("--warp-drive", "9"), num_tokens=2)``: words for the server, and the number of tokens read."""
 
     words: tuple[str, ...]
     num_tokens: int
 
 
 def newer_flag(argv: Sequence[str], position: int) -> NewerFlag | None:
-    """The unknown flag at ``position`` as its servers spell it; None where they do not know it either.
+    """Read the unknown flag at ``position`` as the servers spell it; None where the servers do not know it.
 
-    Asks the interpreter of --sglang-python (else this one, where it has sglang), which takes an import of sglang.
+    Asks the interpreter of --sglang-python (else this interpreter, if it has sglang), which must import sglang.
     """
     name, has_value, attached = argv[position].partition("=")
     spelling = name.replace("_", "-")
@@ -44,7 +44,7 @@ def newer_flag(argv: Sequence[str], position: int) -> NewerFlag | None:
 
 
 def _values(tokens: Sequence[str]) -> Sequence[str]:
-    """Up to the next flag, or the next path=value."""
+    """Return the values up to the next flag or path=value."""
     return list(takewhile(lambda token: not token.startswith("--") and not OVERRIDE.match(token), tokens))
 
 

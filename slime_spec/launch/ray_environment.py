@@ -1,4 +1,4 @@
-"""What Ray must find in the environment, set before it is first imported."""
+"""Set the environment variables of Ray, before Ray is first imported."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 
 
 def prepare_ray_environment(joining: bool) -> None:
-    """A private Ray demands a token (Ray makes one); joining, we offer the one there is, which Ray alone would not.
+    """Demand a token in a private Ray (Ray makes the token); to a joined Ray, offer the existing token, if any.
 
     Variables that are already set win.
     """

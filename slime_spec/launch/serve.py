@@ -1,4 +1,4 @@
-"""``slime-spec serve``: one embedded engine on a port, told what it is by the flags of train that concern engines."""
+"""``slime-spec serve`` runs one embedded engine on a port; it takes the flags of train that concern engines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 API_KEY_VARIABLE = "SLIME_SPEC_API_KEY"
 NODES = ("model", "engine", "speculative", "sglang")
 SETTINGS = ("run.seed", "rollout.num_gpus_per_engine", "rollout.num_cpus_per_engine")
-# A server takes whatever its context holds: a run's own lengths must not bound it, nor be held against the context.
+# A server takes requests up to its context: a run's own lengths neither bound it nor are checked against the context.
 BASE = ("--debug-rollout-only", "rollout.max_prompt_len=1", "rollout.max_response_len=1")
 DESCRIPTION = "Serve a checkpoint with the embedded engine over SGLang's HTTP API (docs/http.md)."
 EPILOG = """\
@@ -31,7 +31,7 @@ Every other flag is one of `slime-spec train` that concerns the model, the engin
 
 @dataclass(frozen=True)
 class ServeArguments:
-    """A serve command line: what to serve, and where; ``notes`` say what of it has no effect."""
+    """The settings of a serve command line; ``notes`` name the settings without effect."""
 
     config: Config
     host: str
@@ -61,7 +61,7 @@ def serve_parser() -> argparse.ArgumentParser:
 
 
 def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
-    """Read the command line; raises ConfigError for a bad value and for a flag that a server has no use for."""
+    """Read the command line; raises ConfigError for a bad value and for a flag without a use in a server."""
     own, rest = serve_parser().parse_known_args(list(argv))
     for path, value in read_arguments(rest).settings.items():
         if path.partition(".")[0] not in NODES and path not in SETTINGS:
@@ -79,7 +79,7 @@ def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
 
 
 def run_serve(arguments: ServeArguments, announce: Callable[[str], None]) -> int:
-    """Serve until the process is told to end; ``announce`` is given one line when requests are answered."""
+    """Serve until a signal ends the process; ``announce`` gets one line when requests are answered."""
     import torch
 
     from rollout.embedded.http.server import EngineServer, ServerOptions
@@ -112,6 +112,6 @@ def _whole(flag: str, text: str, minimum: int, maximum: int) -> int:
 
 
 def _exposure(arguments: ServeArguments) -> str:
-    """A word of caution where anyone on the network can change the weights."""
+    """Return a warning if anyone on the network can change the weights."""
     is_protected = is_loopback(arguments.host) or arguments.api_key
     return "" if is_protected else " (open to the network: pass --api-key to protect it)"

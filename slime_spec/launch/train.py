@@ -1,7 +1,7 @@
-"""The composition root of a run: builds every part from the configuration and hands them to the loop.
+"""The composition root of a run builds every part from the configuration and gives the parts to the loop.
 
-check, read the checkpoint, tokenizer, prompts      nothing heavy has started yet: mistakes end here
-run folder, Ray, engines, trainer                   each a context that undoes itself
+check, read the checkpoint, tokenizer, prompts      nothing heavy has started yet: mistakes stop the run here
+run folder, Ray, engines, trainer                   each is a context that cleans up after itself
 loop, then the HF export
 """
 
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before anything heavy starts; no ``spec`` for a family that only SGLang's servers run."""
+    """The inputs that a run reads before anything heavy starts; no ``spec`` for a family that only SGLang runs."""
 
     spec: ModelSpec | None
     tokenizer: Tokenizer
@@ -58,7 +58,7 @@ class Inputs:
 
 
 def run(made: Composed, argv: Sequence[str]) -> int:
-    """Run what the configuration says; returns the process's exit code."""
+    """Run the configuration; return the exit code of the process."""
     config = made.config
     check_launch(config, made.given)
     inputs = preflight(config)
@@ -90,7 +90,7 @@ def run(made: Composed, argv: Sequence[str]) -> int:
 
 
 def preflight(config: Config) -> Inputs:
-    """Everything that can be found wrong without Ray, a model in memory or a GPU; raises ConfigError."""
+    """Make every check that needs no Ray, no model in memory and no GPU; raises ConfigError."""
     check(config)
     check_rollout_data(config.run)
     spec = _target_spec(config)
@@ -102,11 +102,11 @@ def preflight(config: Config) -> Inputs:
         check_vocabulary(tokenizer, spec)
     corpus = config.speculative.ngram_external_corpus_path
     if corpus is not None and config.speculative.record.takes_corpus:
-        for _ in corpus_lines(corpus):  # for its errors
+        for _ in corpus_lines(corpus):  # called only for its errors
             pass
     prompts = PromptSource(config, tokenizer)
     if spec is not None:
-        # Damaged files are found here, not in an actor a minute later.
+        # A damaged file must raise here, not in an actor a minute later.
         verify_tensors(config.model.hf_checkpoint, spec)
         if config.run.mode != "train_only" and config.rollout.engine == "embedded":
             draft = choose_draft(config, spec)
@@ -125,7 +125,7 @@ def _target_spec(config: Config) -> ModelSpec | None:
 
 
 def with_absolute_paths(config: Config, run_folder: Path) -> Config:
-    """Actors of a joined Ray have another working directory than the user."""
+    """Make paths absolute, as actors of a joined Ray have another working directory than the user."""
     trainer, speculative, server = config.trainer, config.speculative, config.sglang_server
     return replace(
         config,
@@ -147,7 +147,7 @@ def with_absolute_paths(config: Config, run_folder: Path) -> Config:
 
 
 def _absolute(path: str | None) -> str | None:
-    """A name with a scheme ("builtin:...") is no path."""
+    """Make a path absolute; a name with a scheme ("builtin:...") is no path."""
     return path if path is None or ":" in path.partition(os.sep)[0] else os.path.abspath(path)
 
 
@@ -166,7 +166,7 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
 
 @contextmanager
 def _parts(config: Config, spec: ModelSpec | None) -> Iterator[tuple[Engines | None, Trainer | None]]:
-    """The engines and the trainer that the mode needs, on Ray; stopped in reverse order."""
+    """Start the engines and the trainer that the mode needs, on Ray; stop them in reverse order."""
     from slime_spec.launch.cluster import cluster
 
     with ExitStack() as stack:
@@ -191,11 +191,11 @@ def _trainer(config: Config, placement: Placement) -> Trainer:
 
 
 def _start(config: Config, trainer: Trainer | None, engines: Engines | None) -> RunState:
-    """Load the trainer; a resumed one brings the engines to its weights before they serve."""
+    """Load the trainer; a resumed trainer pushes its weights to the engines before they serve."""
     resumed = trainer.load() if trainer is not None else None
     if resumed is None:
         return RunState(rollout_id=0, next_prompt_id=0, weight_version=0)
-    # Saved between two pushes, or without engines, the trainer is ahead of every version that was pushed.
+    # A trainer that was saved between two pushes, or without engines, is ahead of every pushed version.
     ahead = resumed.rollout_id % config.push.interval != 0 or resumed.weight_version == 0
     state = replace(resumed, weight_version=resumed.weight_version + ahead)
     logger.info("resumed rollout_id=%d version=%d", state.rollout_id, state.weight_version)

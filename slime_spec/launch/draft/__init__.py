@@ -1,1 +1,1 @@
-"""``slime-spec draft``: offline training of draft networks on the target's own replies."""
+"""``slime-spec draft`` trains draft networks offline on the target's own replies."""

@@ -1,4 +1,4 @@
-"""Everyday requests, mixed into a draft's corpus so that it is of use beyond its task."""
+"""Everyday requests are mixed into a draft's corpus, so that the draft is useful beyond its task."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _REQUESTS = (
 
 
 def chat_prompts(seed: int) -> list[str]:
-    """Every request about every subject, in an order drawn from ``seed``."""
+    """Return every request about every subject, in an order drawn from ``seed``."""
     prompts = [request.format(subject) for request in _REQUESTS for subject in _SUBJECTS]
     random.Random(f"{seed}/chat").shuffle(prompts)
     return prompts

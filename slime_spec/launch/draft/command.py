@@ -1,4 +1,4 @@
-"""``slime-spec draft ACTION``: what the command line calls."""
+"""The command line calls this entry point for ``slime-spec draft ACTION``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from slime_spec.launch.draft.options import read_action, read_options
 
 
 def run_draft(argv: Sequence[str]) -> int:
-    """Raises ConfigError for an unknown action or a flag that cannot work, before torch is loaded."""
+    """Run an action; raises ConfigError for an unknown action or flag before torch is loaded."""
     options = read_options(read_action(argv))
     from slime_spec.launch.draft.train import train
 

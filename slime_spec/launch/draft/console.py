@@ -1,4 +1,4 @@
-"""The terminal while a draft is trained: one bar per phase, and the held-out table at the end."""
+"""The terminal shows one bar per phase while a draft is trained, and the held-out table at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from slime_spec.draft.training.held_out import Tally
 
-# Without a terminal, a line for every this many percent of a phase.
+# Without a terminal, a line is printed each time a phase advances by this many percent.
 LINE_PERCENT = 5
 
 
@@ -54,7 +54,7 @@ class ConsoleProgress:
 
 
 def held_out_table(tallies: Mapping[str, Tally]) -> Table:
-    """One row per kind of reply; per position the share of drafts that stood, given that those before them did."""
+    """Make a row per kind of reply: by position, the share of drafts accepted, given that all earlier ones were."""
     table = Table(title="held-out replies")
     table.add_column("kind")
     table.add_column("replies", justify="right")

@@ -1,15 +1,15 @@
-"""What a draft's corpus consists of."""
+"""The settings of a draft's corpus."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-CORPUS_FILE = "corpus.jsonl"  # in the folder of the draft
+CORPUS_FILE = "corpus.jsonl"  # file in the folder of the draft
 
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """What is asked, and how the replies are drawn.
+    """The prompts of a corpus, and the sampling of its replies.
 
     Every prompt is a task's, or with probability ``chat_share`` an everyday request. With probability
     ``greedy_share`` it gets one greedy reply, otherwise ``samples_per_prompt`` replies at ``temperature``. Replies end

@@ -1,4 +1,4 @@
-"""The command line of ``slime-spec draft train``, read and checked before anything is loaded."""
+"""Read and check the command line of ``slime-spec draft train`` before anything is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Replies and features are kept in OUT and the training's state with them: after a
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """What the command was told; ``minutes`` bounds the training, None lets it run its epochs."""
+    """The options of the command; ``minutes`` bounds the training, None lets it run all epochs."""
 
     target: Path
     out: Path
@@ -55,7 +55,7 @@ class DraftOptions:
 
 
 def read_options(argv: Sequence[str]) -> DraftOptions:
-    """Raises ConfigError for a flag, a value or a folder that cannot work."""
+    """Read the options; raises ConfigError for a flag, a value or a folder that cannot work."""
     given = _parser().parse_args(argv)
     for flag, name, least, most in RANGES:
         value = getattr(given, name)
@@ -196,7 +196,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_action(argv: Sequence[str]) -> list[str]:
-    """What follows ``slime-spec draft train``; raises ConfigError for another action."""
+    """Return the tokens after ``slime-spec draft train``; raises ConfigError for another action."""
     if not argv or argv[0] != "train":
         raise unknown_choice("draft", ["train"], argv[0] if argv else "")
     return list(argv[1:])

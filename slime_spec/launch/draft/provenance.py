@@ -1,4 +1,4 @@
-"""Where a trained draft comes from, beside it in provenance.json: what made it, from what, and how good it is."""
+"""The file provenance.json beside a trained draft records its command, its inputs and its quality."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_provenance(
     """Write ``options.out``/provenance.json; the checkpoint is already there."""
     weights = options.out / SINGLE
     record = {
-        "command": shlex.join(word for word in command if word != "--resume"),  # what makes it from nothing
+        "command": shlex.join(word for word in command if word != "--resume"),  # this command makes the draft again
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "sha256": {SINGLE: file_sha256(weights), CORPUS_FILE: file_sha256(options.out / CORPUS_FILE)},
         "bytes": weights.stat().st_size,
@@ -61,7 +61,7 @@ def write_provenance(
 
 
 def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """One digest of a checkpoint's tensors, names and bytes."""
+    """Return one digest of a checkpoint's tensors, names and bytes."""
     return combined_checksum((name, tensor_checksum(tensor)) for name, tensor in tensors.items())
 
 

@@ -1,4 +1,4 @@
-"""What a draft's folder was begun with: a resumed command must mean the same corpus, network and training."""
+"""A draft's folder keeps the settings of its training, and a resumed command must have the same settings."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from slime_spec.errors import ConfigError
 from slime_spec.launch.draft.options import DraftOptions
 
 SETTINGS_FILE = "settings.json"
-# What may change between a command and the one that goes on with it.
+# Settings that may differ between a command and the command that resumes it.
 FREE = ("target", "out", "corpus", "minutes", "resume", "draft_dtype", "device", "json")
 FLAGS = {"tasks": "--task", "target_checksum": "--target"}
 
 
 def check_started(options: DraftOptions, target_checksum: str) -> None:
-    """Write down the settings of a new folder, or hold a resumed command to those of its folder.
+    """Write the settings of a new folder, or compare a resumed command with the settings of its folder.
 
     Raises ConfigError naming the first flag that differs.
     """

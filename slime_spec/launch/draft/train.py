@@ -1,4 +1,4 @@
-"""``slime-spec draft train``: corpus, features, training, held-out acceptance, checkpoint, provenance."""
+"""``slime-spec draft train`` makes corpus, features, training, held-out acceptance, checkpoint, provenance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from slime_spec.launch.draft.options import DraftOptions
 from slime_spec.launch.draft.provenance import tensors_checksum, write_provenance
 from slime_spec.launch.draft.started import check_started
 
-# Positions judged: the chain that engines draft by default.
+# The number of judged positions: the chain that engines draft by default.
 NUM_POSITIONS = 3
 HELD_OUT_FILE = "held_out.json"
 
@@ -62,7 +62,7 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
         tallies = _judged(options, trainer, frozen, held_out, store, progress)
     report = {kind: tally.summary() for kind, tally in sorted(tallies.items())}
     _write_checkpoint(options, model)
-    load_draft(options.out, DraftSpec.from_folder(options.out, target))  # what was written must be what engines take
+    load_draft(options.out, DraftSpec.from_folder(options.out, target))  # engines must load what was written
     for path in filter(None, (options.out / HELD_OUT_FILE, options.json)):
         path.write_text(json.dumps(report, indent=2) + "\n")
     write_provenance(options, command, checksum, (learned, held_out), trainer, report)
@@ -72,7 +72,7 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
 
 
 def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
-    """The draft to train, held to the checks of one that is loaded; raises ConfigError for sizes that cannot be."""
+    """Return the draft to train, checked like a loaded draft; raises ConfigError for impossible sizes."""
     block = replace(
         target,
         num_layers=1,
@@ -95,9 +95,9 @@ def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
 
 
 def capture_layers_of(num_target_layers: int) -> tuple[int, ...]:
-    """SGLang's default where it is three different layers, else as many as there are before the last, spread out.
+    """Return SGLang's default layers if they are three different ones, else up to three layers before the last.
 
-    SGLang reads a layer's output where the next layer begins, so that it never sees the last one's.
+    SGLang reads a layer's output where the next layer begins, so it never reads the output of the last layer.
     """
     layers = default_capture_layers(num_target_layers)
     if min(layers) >= 0 and len(set(layers)) == len(layers):
@@ -133,7 +133,7 @@ def _features(
     sequences: Sequence[DraftSequence],
     progress: Progress,
 ) -> tuple[FrozenTarget, FeatureStore]:
-    """The target's features of every sequence, in OUT/features; the target itself keeps only what is shared."""
+    """Compute the target's features of every sequence, in OUT/features; keep only the target's shared tensors."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     frozen = FrozenTarget(options.target, target, spec.capture_layers, dtype, device)
     identity = f"{checksum} {spec.capture_layers} {options.dtype}"
@@ -150,7 +150,7 @@ def _new_model(
     frozen: FrozenTarget,
     learned: Sequence[DraftSequence],
 ) -> DraftModel:
-    """The draft before its first update."""
+    """Return the draft before its first update."""
     vocabulary = DraftVocabulary.most_frequent(learned, target.vocab_size, options.draft_vocab_size)
     network = make_network(spec)
     warm_start(network, tensors, target, vocabulary, options.seed)
@@ -186,7 +186,7 @@ def _judged(
     progress: Progress,
 ) -> dict[str, Tally]:
     served = trainer.model.over_all_tokens(frozen.head)
-    # Without a draft vocabulary logits are wide: fewer sequences at once bound the memory.
+    # Without a draft vocabulary logits are wide: smaller batches bound the memory.
     batch_size = options.batch_size if served is trainer.model else max(1, options.batch_size // 4)
     return judge_draft(served, held_out, store, batch_size, NUM_POSITIONS, progress)
 

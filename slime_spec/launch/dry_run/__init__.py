@@ -1,8 +1,6 @@
-"""``slime-spec train --dry-run``: everything a launch would do, from settings, config.json and weight headers alone.
+"""``slime-spec train --dry-run`` plans a launch from settings, config.json and weight headers alone.
 
-parameters.py   how many parameters a config.json means
-memory.py       what engines and trainer will hold
-plan.py         placement, servers, transport, memory, preflight: the whole plan
-placement.py    who has which bundles, as text
+plan.py         the whole plan: placement, servers, transport, memory, preflight
+placement.py    the bundles of each actor, as text
 show.py         the plan on a terminal
 """

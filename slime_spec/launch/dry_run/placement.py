@@ -1,4 +1,4 @@
-"""The placement as lines: bundles that are alike in one."""
+"""Show the placement as lines, with equal bundles on the same line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slime_spec.placement import BundlePlan
 
 @dataclass(frozen=True)
 class Held:
-    """Who has a bundle: ``Held("4 cores, 1 GPU", engine="0", rank="3")``; an engine of several nodes is "0 node 1"."""
+    """A bundle's owners: ``Held("4 cores, 1 GPU", engine="0", rank="3")``; an engine of several nodes is "0 node 1"."""
 
     size: str
     engine: str | None
@@ -53,7 +53,7 @@ def _held(plan: BundlePlan) -> list[Held]:
 
 
 def _named(kind: str, labels: list[str]) -> str:
-    """``engine 0``, ``engines 0-7``; nothing for nobody."""
+    """``engine 0``, ``engines 0-7``; an empty text for an empty list."""
     distinct = list(dict.fromkeys(labels))
     if len(distinct) < 2:
         return f"{kind} {distinct[0]}" if distinct else ""

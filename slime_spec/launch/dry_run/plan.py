@@ -1,4 +1,4 @@
-"""The whole plan of a launch: who runs where with what, and what preflight says of it."""
+"""Plan a launch: the place and the resources of every process, and the findings of preflight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slime_spec.sglang.interpreter import checked_in
 
 @dataclass(frozen=True)
 class PlannedServer:
-    """One server process of an engine, on one of its nodes; no command for one that someone else started.
+    """One server process of an engine, on one of its nodes; no command if someone else started the server.
 
     ``PlannedServer(0, 0, "127.0.0.1:30000", ("python", "-m", "sglang.launch_server", "--model-path", ...))``
     """
@@ -35,7 +35,7 @@ class PlannedServer:
 
 @dataclass(frozen=True)
 class Plan:
-    """``servers``: none for engines that are no servers."""
+    """The plan of a launch; ``servers`` is empty for engines without servers."""
 
     facts: Facts
     bundles: BundlePlan
@@ -46,12 +46,12 @@ class Plan:
 
     @property
     def stopping(self) -> tuple[Finding, ...]:
-        """The errors that would stop this launch."""
+        """Return the errors that would stop this launch."""
         return tuple(not_skipped(self.findings, self.facts.config.run.skip_checks))
 
 
 def make_plan(made: Composed) -> Plan:
-    """Raises ConfigError for a checkpoint without config.json, or a server flag that the version does not know."""
+    """Make the plan; raises ConfigError without config.json, or for a server flag that the version does not know."""
     config = made.config
     check_skipped(config.run.skip_checks)
     engines = gather(config, made.given)
@@ -80,7 +80,7 @@ def _servers(config: Config, facts: Facts) -> Iterator[PlannedServer]:
 
 
 def transport_text(config: Config) -> str:
-    """How weights travel, in words."""
+    """Describe how weights travel."""
     if config.run.mode != "train":
         return f"none: {config.run.mode} pushes no weights"
     push, to_servers = config.push, config.sglang_server.transport

@@ -1,4 +1,4 @@
-"""A plan as text: sections of facts, one a line."""
+"""Show a plan as text: sections of facts, one fact per line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from slime_spec.preflight.memory import EngineMemory
 from slime_spec.preflight.report import as_flags, brief, headline, width
 
 FOLD_AT = 96  # columns
-# What servers that are alike have of their own.
+# The flags in which equal servers differ.
 PLACE = ("--host", "--port", "--node-rank", "--dist-init-addr", "--weight-version")
 
 
 def show_plan(plan: Plan) -> None:
-    """Print the plan; ends with what preflight says and whether a launch would go on."""
+    """Print the plan, the findings of preflight, and whether a launch would go on."""
     console = Console(width=width(), highlight=False)
     for heading, lines in sections(plan).items():
         console.print(heading, style="bold", markup=False)
@@ -105,7 +105,7 @@ def _engine(plan: Plan) -> Iterator[str]:
 
 
 def _servers(plan: Plan) -> Iterator[str]:
-    """Each command that differs from those before it in more than its place, and where the others are."""
+    """Return each command that differs from the earlier ones in more than its place, and the others' places."""
     if plan.facts.config.sglang_server.external_addrs:
         yield from (f"server of engine {each.engine}: {each.address}, started by someone else" for each in plan.servers)
         return
@@ -128,7 +128,7 @@ def _without_place(command: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _folded(command: tuple[str, ...]) -> str:
-    """The literal command line, folded so that a shell still reads it as one."""
+    """Fold the literal command line so that a shell still reads one command."""
     lines = [""]
     for word in map(shlex.quote, command):
         is_flag = word.startswith("--")
@@ -178,7 +178,7 @@ def _engine_memory(engine: EngineMemory, mem_fraction_static: float | None) -> I
 
 
 def _size(num_bytes: int) -> str:
-    """In the unit that leaves a number from 1 to 999; GB are 10^9 bytes."""
+    """Format a size in the unit that gives a number from 1 to 999; a GB is 10^9 bytes."""
     for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.3g} {unit}"
