@@ -11,7 +11,7 @@ FOLDERS = ("slime_spec", "rollout", "trainer_bridge", "scripts", "conf")
 
 
 def phrase(path: Path) -> str:
-    """The first sentence of a module's docstring, or of a script's first comment."""
+    """Return the first sentence of a module's docstring, or of a script's first comment."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         first = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
@@ -22,7 +22,7 @@ def phrase(path: Path) -> str:
 
 
 def tree() -> str:
-    """One line per tracked file of the product, folders with the phrase of their __init__.py."""
+    """Write one line per tracked file of the product, folders with the phrase of their __init__.py."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *FOLDERS],
         cwd=ROOT,
@@ -34,7 +34,7 @@ def tree() -> str:
     seen: set[Path] = set()
     there = {
         ROOT / name for name in listed if (ROOT / name).is_file()
-    }  # not what was deleted and is still in the index
+    }  # without deleted files that are still in the index
     for path in sorted(there, key=lambda path: (path.parent, path.name)):
         folder = path.parent.relative_to(ROOT)
         if path.parent not in seen:

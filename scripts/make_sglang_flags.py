@@ -33,7 +33,7 @@ TYPES = {
 
 
 def row(action: argparse.Action) -> dict[str, object]:
-    """One flag as plain data; ``type`` is bool exactly where the flag takes no value."""
+    """Return one flag as plain data; ``type`` is bool exactly where the flag takes no value."""
     is_switch = action.nargs == 0
     entry: dict[str, object] = {
         "dest": action.dest,
@@ -52,7 +52,7 @@ def row(action: argparse.Action) -> dict[str, object]:
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence, flat; an abbreviation does not end one, and a bare "Deprecated." needs the next."""
+    """Return the first sentence on one line; an abbreviation does not end it, and "Deprecated." takes the next."""
     sentences = re.split(r"(?<=[a-z0-9)'\"])(?<!e\.g)(?<!i\.e)(?<!Deprecated)\.(?=\s)", " ".join(text.split()))
     return sentences[0].removesuffix(".") + "."
 

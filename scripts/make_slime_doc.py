@@ -13,7 +13,7 @@ from slime_spec.sglang.flags import sglang_flags, sglang_version
 DOC = Path(__file__).resolve().parent.parent / "docs" / "coming-from-slime.md"
 BEGIN, END = "<!-- flags: scripts/make_slime_doc.py -->\n", "<!-- /flags -->"
 
-# What slime's launch scripts and examples pass, besides --sglang-*; which of them are accepted is asked of the code.
+# What slime's launch scripts and examples pass, besides --sglang-*; the code says which of them are accepted.
 SLIMES = """
 --actor-num-gpus-per-node --actor-num-nodes --adam-beta1 --adam-beta2 --advantage-estimator --apply-chat-template
 --colocate --context-parallel-size --custom-rm-path --debug-rollout-only --debug-train-only --enable-mtp-training
@@ -28,7 +28,7 @@ SLIMES = """
 --update-weights-interval --use-kl-loss --use-wandb --wandb-group --wandb-project --weight-decay --num-gpus-per-node
 --disable-grpo-std-normalization --check-weight-update-equal --seed
 """
-# Flags of slime that are unknown here: what to do about them -> the flags.
+# Remedy -> the flags of slime that are unknown here.
 UNKNOWN: Mapping[str, str] = {
     "Leave it out: the shape of the model is read from `config.json`.": """
 --num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups --group-query-attention
@@ -70,7 +70,7 @@ UNKNOWN: Mapping[str, str] = {
 
 
 def tables() -> str:
-    """The three tables as markdown; raises AssertionError where a flag is in the wrong one."""
+    """Return the three tables as markdown; raises AssertionError if a flag is in the wrong table."""
     return "\n".join([*_accepted(), "", *_refused(), "", *_unknown(), ""])
 
 

@@ -1,6 +1,6 @@
 """Draw docs/speedup.svg from the tables of docs/measurements.md: ``python scripts/make_speedup_picture.py``.
 
-The picture types no number of its own: each point names the table, the row and the column that it is read from.
+No number is written in this script: each point names the table, the row and the column that it is read from.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A labelled line; ``points`` say for each number of sequences decoded at once where its speed-up stands."""
+    """A labelled line; ``points`` give, for each number of sequences decoded at once, the cell of its speed-up."""
 
     label: str
     points: Mapping[int, Cell]
@@ -66,7 +66,7 @@ LINES = (
 
 
 def picture(document: str) -> str:
-    """The picture of LINES, as SVG."""
+    """Draw the picture of LINES, as SVG."""
     lines = [(line.label, {size: cell.read(document) for size, cell in line.points.items()}) for line in LINES]
     sizes = [1, 2, 4, 8, 16, 32, 64]
     top = ceil(max(value for _, points in lines for value in points.values()))
@@ -74,7 +74,7 @@ def picture(document: str) -> str:
 
 
 def _tables(text: str) -> Iterator[list[list[str]]]:
-    """Every markdown table of ``text`` as rows of cells, the rule below the head left out."""
+    """Return every markdown table of ``text`` as rows of cells, the rule below the head left out."""
     rows: list[list[str]] = []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
@@ -116,7 +116,7 @@ def _frame(sizes: Sequence[int], top: int) -> Iterator[str]:
 
 
 def _drawn(lines: Sequence[tuple[str, Mapping[int, float]]], top: int) -> Iterator[str]:
-    """Lines with a value at each point, and a label beside each line's last point."""
+    """Draw lines with a value at each point, and a label beside each line's last point."""
     label_y: dict[float, float] = {}  # of the last label at a place on the batch axis
     for label, points in sorted(lines, key=lambda line: -line[1][max(line[1])]):
         places = [(_x(size), _y(value, top)) for size, value in points.items()]

@@ -1,4 +1,4 @@
-"""The speculative algorithms, one record each: everything that differs from one algorithm to the next.
+"""Each speculative algorithm is one record, which holds everything that differs between algorithms.
 
 Adding an algorithm takes a record here and, for the embedded engine, a drafter. Other files ask the record.
 """
@@ -22,7 +22,7 @@ NGRAM_DRAFT_TOKENS = 12
 AUTO_TREE: Numbers = (5, 4, 8)
 AUTO_CHAIN: Numbers = (3, 1, 4)
 TREE_ARCHITECTURES = ("LlamaForCausalLM", "Grok1ForCausalLM", "Grok1VForCausalLM")
-# What says which draft model there is and how its drafts are verified; each is an error with another algorithm.
+# Settings of a draft model and its verification; each is an error with an algorithm that does not read it.
 OF_DRAFT_MODEL = ("draft_model_path", "draft_model_quantization", "use_rejection_sampling", "use_block_verification")
 _EVERY_ROUND = ("num_draft_tokens", "accept_threshold_single", "accept_threshold_acc", "lossy")
 _THREE_NUMBERS = ("num_steps", "eagle_topk", *_EVERY_ROUND)
@@ -35,7 +35,7 @@ _STALE = "another target's draft; a draft as old as an earlier target"
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One algorithm.
+    """The record of one algorithm.
 
     ``sources`` say where its draft may live: in the text, a whole model, a head over the target's features, the
     target's own checkpoint. ``families`` are the draft networks it runs, its own first. ``sglang`` is the name that
@@ -52,7 +52,7 @@ class Algorithm:
     rtp_llm: str | None = None
     drafter: str | None = None
     reads: tuple[str, ...] = ()
-    likely_causes: str = ""  # of a draft that is never accepted
+    likely_causes: str = ""  # causes of a draft that is never accepted
     fills_rounds: bool = True  # False: SGLang pads rounds, and does not report by how much
     beside_dp_attention: bool = True  # SGLang: works with attention that is parallel over data
 
@@ -103,30 +103,30 @@ class Algorithm:
 
 
 def names(asked: Callable[[Algorithm], bool] = lambda _: True) -> tuple[str, ...]:
-    """The names of the algorithms of which ``asked`` is true."""
+    """Return the names of the algorithms for which ``asked`` is true."""
     return tuple(each.name for each in ALGORITHMS.values() if asked(each))
 
 
 def listed(found: Iterable[str], last: str = "or") -> str:
-    """The names as they stand in a sentence: "A, B or C"."""
+    """Join the names for a sentence: "A, B or C"."""
     *most, end = found
     return f"{', '.join(most)} {last} {end}" if most else end
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The record of ``name``; raises ConfigError for a name that no algorithm has."""
+    """Return the record of ``name``; raises ConfigError for a name that no algorithm has."""
     if name not in ALGORITHMS:
         raise ConfigError("speculative.algorithm", f"must be one of {', '.join(ALGORITHMS)}", name, "Choose one.")
     return ALGORITHMS[name]
 
 
 def algorithm_of_family(family: str) -> Algorithm:
-    """The algorithm whose own draft family this is."""
+    """Return the algorithm whose own draft family this is."""
     return next(each for each in ALGORITHMS.values() if each.families[:1] == (family,))
 
 
 def reported_as(name: str) -> str:
-    """The name under which SGLang's servers report ``name``; itself for an algorithm that is not known."""
+    """Return SGLang's reported name of the algorithm ``name``; an unknown name is returned unchanged."""
     return ALGORITHMS[name].sglang or name if name in ALGORITHMS else name
 
 
@@ -146,7 +146,7 @@ def _trie(config: SpeculativeConfig, architecture: str) -> Numbers:
 
 
 def _network_chain(config: SpeculativeConfig, architecture: str) -> Numbers:
-    """The numbers of a network; unset, a chain."""
+    """Return the numbers of a network; the default is a chain."""
     if config.num_steps is None:
         return AUTO_CHAIN
     topk = config.eagle_topk or 1
@@ -156,7 +156,7 @@ def _network_chain(config: SpeculativeConfig, architecture: str) -> Numbers:
 
 
 def _network_tree(config: SpeculativeConfig, architecture: str) -> Numbers:
-    """The numbers of a network; unset, a tree for some targets.
+    """Return the numbers of a network; the default is a tree for some targets.
 
     Sampled drafts have no siblings: SGLang would choose a tree for a Llama target and then refuse it.
     """

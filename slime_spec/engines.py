@@ -49,7 +49,7 @@ ENGINES = {
         shared_part="rollout.sglang_engine.router_process:own_router",
         node="rollout.sglang_engine.nodes:NodeProcess",
         has_servers=True,
-        num_weight_copies=2,  # what was last pushed is kept for a server that must be restarted
+        num_weight_copies=2,  # the last push is kept for a server that must be restarted
     ),
     "fake": EngineKind("rollout.fake:FakeEngine"),
 }

@@ -1,6 +1,6 @@
 """Each Protocol here is the interface of one thing that varies; the tables map a setting to its class.
 
-An implementation is imported only when its name was chosen, so that no run pays for a library it does not use.
+An implementation is imported only when its name is chosen, so that a run loads only the libraries it uses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Give freed memory back to the machine, for whoever shares it: engines and trainer take turns."""
+"""Return freed memory to the system, as engines and trainer share a machine and take turns."""
 
 import ctypes
 
@@ -9,6 +9,6 @@ def release_freed_memory() -> None:
     """Return what allocators keep for reuse: torch's cache on CUDA, glibc's heap (gigabytes after a step)."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such call and keep less
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such call and retain less
     if trim is not None:
         trim(0)

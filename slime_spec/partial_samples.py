@@ -6,8 +6,7 @@
 
 A resumed sample has the tokens, logprobs and version spans of all its parts, and the sums of their times. An engine
 that resumes by making the generated tokens part of the prompt can do so only where ``can_join_prompt``; elsewhere the
-sample keeps its times and starts anew. Every engine, the pool of engines and the training loop take these rules from
-here.
+sample keeps its times and starts anew. Every engine, the pool of engines and the training loop use these rules.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def rounds_are_known(num_tokens: int, spec: SpecCounters) -> bool:
 
 
 def note_version(spans: list[VersionSpan], first_token: int, version: int) -> None:
-    """Begin a span where the version changes."""
+    """Add a span where the version changes."""
     if not spans or spans[-1][1] != version:
         spans.append((first_token, version))
 
@@ -99,7 +98,7 @@ class FruitlessAttempts:
     num: int = 0
 
     def note(self, brought_tokens: bool) -> bool:
-        """Count an attempt that was broken off; True where another would be as fruitless."""
+        """Count an attempt that was broken off; return True if no further attempt should be made."""
         self.num = 0 if brought_tokens else self.num + 1
         return self.num == MAX_FRUITLESS_ATTEMPTS
 

@@ -1,4 +1,4 @@
-"""The results of actors' methods, with one rule for what they raise."""
+"""Get the results of actors' methods, with one rule for their errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slime_spec.errors import ConfigError, PushError, TrainingError
 
 
 def result_of(refs: Any, timeout_s: float | None = None) -> Any:
-    """The value of a reference, or the values of a list of them; raises Ray's GetTimeoutError after ``timeout_s``.
+    """Return the value of a reference, or of a list of them; raises Ray's GetTimeoutError after ``timeout_s``.
 
     An error that a user reads (slime_spec.errors) is raised as itself, not as Ray wraps it. Any other keeps the
     wrapping, which is an instance of the error's class too and has the actor's traceback.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-# A process whose owner has gone is reported as one that the system killed: 128 + SIGKILL.
+# A process whose owner is gone is reported as killed by the system: 128 + SIGKILL.
 LOST = 137
 
 

@@ -125,7 +125,7 @@ class GeneratedSample:
     of it. ``draft_version`` is that of the draft's own weights, None where it has none. ``lossy`` marks a sample whose
     verification may have changed the target's distribution. ``wait_s`` and ``first_token_s`` are the times from its
     arrival to its admission and to its first token, None where nobody measured them. ``num_preemptions`` counts how
-    often its KV was given up for lack of room, and recomputed. A resumed sample
+    often its KV was freed for lack of room, and recomputed. A resumed sample
     (GroupRequest.partials) sums the times of both; ``spec`` is empty where either part's rounds are unknown.
     """
 
@@ -207,7 +207,7 @@ class EngineStats:
     kv_tokens_capacity: int
     resident: bool
     rss_bytes: int
-    time_in_forward_s: float = 0.0  # the target's
+    time_in_forward_s: float = 0.0  # of the target
     time_total_s: float = 0.0
     time_in_draft_s: float = 0.0
     draft_version: int = 0

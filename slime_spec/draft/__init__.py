@@ -1,1 +1,1 @@
-"""Draft networks: their checkpoint formats, and the plain torch modules that trainers train and engines are held to."""
+"""Draft networks are plain torch modules: trainers train them, and tests compare engines with them."""

@@ -1,4 +1,4 @@
-"""What every draft network is made of: RMSNorm, rotary GQA attention over its own round's keys, SwiGLU."""
+"""Every draft network is made of these modules: RMSNorm, rotary GQA attention over its own round's keys, SwiGLU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class DraftAttention(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(spec), persistent=False)
 
     def keys_values(self, x: torch.Tensor, positions: torch.Tensor) -> KeysValues:
-        """Of inputs [batch, tokens, input_size] at ``positions`` [batch, tokens]."""
+        """Compute the keys and values of inputs [batch, tokens, input_size] at ``positions`` [batch, tokens]."""
         keys = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         values = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.has_qk_norm:
@@ -82,7 +82,7 @@ class DraftAttention(nn.Module):
         visible: torch.Tensor,
         own: Sequence[KeysValues] = (),
     ) -> torch.Tensor:
-        """Attention output [batch, rows, hidden] of inputs [batch, rows, input_size].
+        """Return attention output [batch, rows, hidden] of inputs [batch, rows, input_size].
 
         Row r of sequence b sees ``context`` [batch, tokens, ...] where ``visible[b, r]`` [tokens] says so, and of each
         of ``own`` [batch, rows, ...] its own row only: the keys of its round's earlier steps.
@@ -109,7 +109,7 @@ class DraftAttention(nn.Module):
         return projected
 
     def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of [batch, tokens, heads, head_dim], halves of a head paired as Llama pairs them."""
+        """Apply rotary embedding to [batch, tokens, heads, head_dim], pairing the halves of a head as Llama does."""
         angles = positions[..., None].float() * self.inv_freq
         cos, sin = angles.cos()[..., None, :].to(heads.dtype), angles.sin()[..., None, :].to(heads.dtype)
         first, second = heads.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""From a draft's shape to its network, and from a network to the tensors of its checkpoint."""
+"""Make a network from a draft's shape, and the tensors of a checkpoint from a network."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from slime_spec.draft.network import DraftNetwork
 
 
 def make_network(spec: DraftSpec) -> DraftNetwork:
-    """The trainable network of an EAGLE-3 or MiMo-format MTP draft, with torch's initial values."""
+    """Make the trainable network of an EAGLE-3 or MiMo-format MTP draft, with torch's initial values."""
     return Eagle3Network(spec) if spec.family == "eagle3" else MtpNetwork(spec)
 
 
 def network_tensors(network: DraftNetwork) -> dict[str, torch.Tensor]:
-    """The parameters under the names of ``draft_shapes(network.spec)``; they share memory with the network."""
+    """Return the parameters by the names of ``draft_shapes(network.spec)``; they share the network's memory."""
     prefix = _prefix(network.spec)
     return {prefix + name: tensor.detach() for name, tensor in network.state_dict().items()}
 
 
 def load_network(spec: DraftSpec, tensors: Mapping[str, torch.Tensor]) -> DraftNetwork:
-    """The network with a checkpoint's tensors (``DraftCheckpoint.tensors``), in fp32."""
+    """Make the network with a checkpoint's tensors (``DraftCheckpoint.tensors``), in fp32."""
     network, prefix = make_network(spec), _prefix(spec)
     network.load_state_dict({name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()})
     return network

@@ -71,7 +71,7 @@ class Eagle3Network(DraftNetwork):
         return normed if self.spec.logits_norm else y, normed if self.spec.recurrent_norm else y
 
     def _joined(self, features: torch.Tensor) -> torch.Tensor:
-        """fc of the captured layers, normed first where the checkpoint's family does."""
+        """Apply fc to the captured layers, normed first where the checkpoint's family does."""
         if self.spec.norm_before_fc:
             features = self.input_norm(features)
         if self.spec.fc_norm:

@@ -1,4 +1,4 @@
-"""What a trainer needs of a draft network, whatever its family."""
+"""A trainer uses every family's draft network through this Protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slime_spec.draft.block import DraftAttention
 
 
 class DraftNetwork(nn.Module, ABC):
-    """One decoder block between an input and an output of the family's own; parameters are named as in checkpoints.
+    """A decoder block with its family's own input and output; parameters have their names in checkpoints.
 
     A step takes the embedding of a token and a hidden state: at the first step of a round the target's features of
     the token before it, later the network's own ``recurrent`` output of the step before.
@@ -33,7 +33,7 @@ class DraftNetwork(nn.Module, ABC):
 
     @abstractmethod
     def after_attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the head is applied to, the next step's hidden) from the residual stream after attention."""
+        """Return (the head's input, the next step's hidden) from the residual stream after attention."""
 
     @property
     def own_head(self) -> torch.Tensor | None:

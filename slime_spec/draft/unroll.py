@@ -1,6 +1,6 @@
-"""Many rounds of one sequence drafted at once: the multi-step unrolled forward of EAGLE-3's training.
+"""Draft many rounds of one sequence at once: the multi-step unrolled forward of EAGLE-3's training.
 
-Row t stands for the round whose root is token t + 1: all that is known are tokens to t + 1 and the target's features
+Row t stands for the round whose root is token t + 1: it knows the tokens to t + 1 and the target's features
 to t. Step i of the row embeds token t + 1 + i and predicts token t + 2 + i:
 
     step 0   embeds token t+1, hidden = features of t, position t        sees step-0 keys of rows ≤ t
@@ -36,7 +36,7 @@ class Unroll:
         self._own: list[KeysValues] = []
 
     def first(self, features: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Step 0 from the target's features [batch, tokens, width] at ``token_ids`` [batch, tokens].
+        """Run step 0 from the target's features [batch, tokens, width] at ``token_ids`` [batch, tokens].
 
         Sequences are padded on the right, with anything: no row that counts sees a later token.
         """
@@ -54,7 +54,7 @@ class Unroll:
         return self._step(x, residual.gather(1, within.expand(-1, -1, residual.shape[-1])))
 
     def next(self, ids: torch.Tensor) -> torch.Tensor:
-        """One step further, embedding the token ids [batch, rows] that follow each row's tokens so far."""
+        """Run the next step, embedding the token ids [batch, rows] that follow each row's tokens so far."""
         network = self._network
         x, residual = network.inputs(self._recurrent, F.embedding(ids, self._embedding), first=False)
         self._own.append(network.attention.keys_values(x, self._rows + len(self._own) + 1))

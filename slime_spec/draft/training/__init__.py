@@ -1,1 +1,1 @@
-"""Offline training of draft networks: token sequences in, a checkpoint that engines load out."""
+"""Offline training makes, from token sequences, a draft checkpoint that engines load."""

@@ -1,4 +1,4 @@
-"""Batches of sequences with their features, in an order that a restart reproduces."""
+"""Make batches of sequences with their features, in an order that a restart reproduces."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class TrainBatch:
 
     @property
     def num_rows(self) -> int:
-        """Rows that have something to predict in the longest reply: all its tokens but the last are roots."""
+        """Count the rows that predict a token of the longest reply: all its tokens but the last are roots."""
         return int(self.reply_lens.max()) - 1
 
     def valid(self, step: int) -> torch.Tensor:
-        """bool [batch, rows]: the token that ``step`` of the row predicts is in the reply."""
+        """Return bool [batch, rows]: the token that ``step`` of the row predicts is in the reply."""
         rows = torch.arange(self.num_rows, device=self.starts.device)
         return rows + step + 1 < self.reply_lens[:, None]
 
     def replies_from(self, offset: int) -> torch.Tensor:
-        """[batch, rows]: reply token ``row + offset`` of every row; anything where the reply has no such token."""
+        """Return [batch, rows]: reply token ``row + offset`` of every row; any value where there is no such token."""
         columns = self.starts[:, None] + 1 + offset + torch.arange(self.num_rows, device=self.starts.device)
         return self.token_ids.gather(1, columns.clamp(max=self.token_ids.shape[1] - 1))
 
@@ -51,7 +51,7 @@ class TrainBatch:
 def epoch_batches(
     sequences: Sequence[DraftSequence], batch_size: int, seed: int, epoch: int
 ) -> list[list[DraftSequence]]:
-    """Every sequence once, in batches of about equal lengths, drawn from (seed, epoch)."""
+    """Yield every sequence once, in batches of about equal lengths, drawn from (seed, epoch)."""
     rng = random.Random(f"{seed}/batches/{epoch}")
     order = list(sequences)
     rng.shuffle(order)

@@ -1,4 +1,4 @@
-"""The target's features of every sequence, computed once and kept in files, so that epochs and restarts are cheap."""
+"""Compute the target's features of every sequence once, and keep them in files for epochs and restarts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORWARD_SEQUENCES = 16
 
 
 class FeatureStore:
-    """One file per block of sequences, written whole or not at all.
+    """Stores one file per block of sequences, written whole or not at all.
 
     ``identity`` says what the features depend on besides the sequences (target, captured layers, dtype); a file of
     other sequences or another identity is computed again.
@@ -32,7 +32,7 @@ class FeatureStore:
         self._slot = {sequence.index: slot for slot, sequence in enumerate(sequences)}
 
     def compute(self, progress: Progress) -> None:
-        """Write every block that is not there."""
+        """Compute and write every missing block."""
         self._folder.mkdir(parents=True, exist_ok=True)
         num_blocks = -(-len(self._sequences) // BLOCK_SEQUENCES)
         for block in range(num_blocks):
@@ -42,7 +42,7 @@ class FeatureStore:
         progress.show("reading the target", num_blocks, num_blocks)
 
     def __getitem__(self, index: int) -> SequenceFeatures:
-        """The features of the sequence with this corpus index; ``compute`` has run."""
+        """Return the features of the sequence with this corpus index; needs ``compute`` first."""
         block = self._slot[index] // BLOCK_SEQUENCES
         with safe_open(self._path(block), framework="pt") as file:
             return SequenceFeatures(

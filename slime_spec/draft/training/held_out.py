@@ -1,4 +1,4 @@
-"""How a draft would do in an engine, on replies it was not trained on."""
+"""Judge a draft's acceptance in an engine, on replies that it was not trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slime_spec.draft.unroll import Unroll
 
 @dataclass
 class Tally:
-    """Counts of one kind of reply; lists have an entry per draft position.
+    """The counts of one kind of reply; lists have an entry per draft position.
 
     ``tried`` and ``accepted`` are over the rounds an engine would run. ``hits`` and ``overlap`` (Σ min(p, q)) are
     SpecForge's ``acc`` and ``acceptance_rate``: over every row, teacher-forced.
@@ -37,12 +37,12 @@ class Tally:
 
     @property
     def tokens_per_verify(self) -> float:
-        """Tokens a round yields, the bonus included; the reply's first token, the prefill's, is not counted."""
+        """Return tokens per round, the bonus included; the reply's first token, the prefill's, is not counted."""
         return self.num_tokens / max(1, self.num_rounds)
 
     @property
     def shares(self) -> dict[str, list[float]]:
-        """Per position; ``conditional`` is the share of drafts that stood, given that those before them did."""
+        """Return shares by position; ``conditional`` is the share accepted, given that all earlier drafts were."""
         return {
             "conditional": _shares(self.accepted, self.tried),
             "acc": _shares(self.hits, self.num_rows),
@@ -50,7 +50,7 @@ class Tally:
         }
 
     def summary(self) -> dict[str, object]:
-        """For JSON."""
+        """Return the tally for JSON."""
         return {
             "sequences": self.num_sequences,
             "tokens_per_verify": round(self.tokens_per_verify, 4),
@@ -68,9 +68,9 @@ def judge(
     batches: Iterable[tuple[Sequence[str], Callable[[], TrainBatch]]],
     num_positions: int,
 ) -> dict[str, Tally]:
-    """A tally per kind of reply: ``batches`` are (kind of each sequence, loader of the batch).
+    """Return a tally per kind of reply: ``batches`` are (kind of each sequence, loader of the batch).
 
-    A round drafts a chain of argmax tokens, each from the drafts before it. A draft stands where it is the reply's own
+    A round drafts a chain of argmax tokens, each from the drafts before it. A draft is accepted where it is the reply's
     token, whether that was argmax or sampled: exactly what greedy verification, or the target-only walk, accepts.
     """
     tallies: dict[str, Tally] = {}
@@ -89,7 +89,7 @@ def judge(
 
 
 def _count_rounds(tally: Tally, accepted_lengths: Sequence[int], reply_len: int) -> None:
-    """Walk the reply as an engine would: its first token is the prefill's, each round adds its drafts and a bonus."""
+    """Walk the reply as an engine does: its first token is the prefill's, a round adds accepted drafts and a bonus."""
     tally.num_sequences += 1
     tally.num_tokens += reply_len - 1
     root = 0
@@ -104,7 +104,7 @@ def _count_rounds(tally: Tally, accepted_lengths: Sequence[int], reply_len: int)
 
 
 def _accepted_lengths(model: DraftModel, batch: TrainBatch, num_positions: int) -> torch.Tensor:
-    """[batch, rows]: how many of the chain of ``num_positions`` drafts of every possible round stand."""
+    """Return [batch, rows]: how many of the ``num_positions`` chained drafts of every possible round are accepted."""
     unroll = Unroll(model.network, model.embedding, batch.starts, batch.num_rows)
     head_input = unroll.first(batch.features, batch.token_ids)
     standing = torch.ones_like(batch.valid(0))

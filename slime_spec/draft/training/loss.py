@@ -1,4 +1,4 @@
-"""Losses of one unrolled step, over the draft vocabulary; each is a mean over the rows that count."""
+"""Compute the losses of an unrolled step, over the draft vocabulary; each is a mean over the rows that count."""
 
 from __future__ import annotations
 

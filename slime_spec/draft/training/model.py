@@ -1,4 +1,4 @@
-"""A draft network with what it shares with its target, ready to be trained or judged."""
+"""A draft model is a draft network with the tensors of its target that it uses, for training and judging."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class DraftModel:
 
     @classmethod
     def of(cls, network: DraftNetwork, embedding: torch.Tensor, head: torch.Tensor, ids: DraftVocabulary) -> DraftModel:
-        """From the target's whole tables."""
+        """Make the model from the target's whole tables."""
         own = network.own_embedding
         table = embedding if own is None else own
         return cls(network, table.float(), head[ids.target_ids.to(head.device)].float(), ids)
 
     def logits(self, head_input: torch.Tensor) -> torch.Tensor:
-        """The draft's logits [..., draft vocab], fp32."""
+        """Return the draft's logits [..., draft vocab], fp32."""
         own = self.network.own_head
         return F.linear(head_input, self.target_head if own is None else own).float()
 
     def target_logits(self, final: torch.Tensor) -> torch.Tensor:
-        """The target's logits over the draft vocabulary, from hidden states after its final norm."""
+        """Return the target's logits over the draft vocabulary, from hidden states after its final norm."""
         return F.linear(final.float(), self.target_head)
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.target_ids.to(draft_ids.device)[draft_ids]
 
     def over_all_tokens(self, head: torch.Tensor) -> DraftModel:
-        """What an engine computes: a network without a head of its own drafts from the target's whole vocabulary."""
+        """The model as engines run it: without a head of its own it drafts from the target's whole vocabulary."""
         if self.network.own_head is not None:
             return self
         everything = DraftVocabulary(torch.arange(head.shape[0]), head.shape[0])

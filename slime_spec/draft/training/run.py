@@ -1,4 +1,4 @@
-"""A whole training: updates to the end or a deadline, with its state in a folder, so that a kill loses minutes."""
+"""Train a draft to the end or a deadline, and save the state in a folder, so that a kill loses only minutes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMOOTHING = 0.05
 
 @dataclass(frozen=True)
 class Limits:
-    """``deadline_s`` is on ``clock``; a state is saved every ``save_every_s``."""
+    """The limits of a training: ``deadline_s`` is on ``clock``; a state is saved every ``save_every_s``."""
 
     clock: Callable[[], float]
     deadline_s: float = float("inf")
@@ -44,7 +44,7 @@ def train_draft(
 ) -> DraftTrainer:
     """Train ``model`` on the sequences, from ``folder``'s state where it has one, and leave the state there.
 
-    Stops early at the deadline. What has been computed does not depend on where a training was interrupted.
+    Stops early at the deadline. The result does not depend on interruptions.
     """
     device = model.embedding.device
     per_epoch = -(-len(sequences) // settings.batch_size)
@@ -76,7 +76,7 @@ def judge_draft(
     num_positions: int,
     progress: Progress,
 ) -> dict[str, Tally]:
-    """Held-out acceptance per kind of reply."""
+    """Return held-out acceptance per kind of reply."""
     batches = epoch_batches(sequences, batch_size, 0, 0)
     device = model.embedding.device
 
@@ -100,7 +100,7 @@ def save_state(trainer: DraftTrainer, folder: Path) -> None:
 
 
 def load_state(trainer: DraftTrainer, folder: Path) -> None:
-    """Go on from the folder's state, if it has one; raises ConfigError where that was begun with other settings."""
+    """Resume from the folder's state, if there is a state; raises ConfigError if its settings differ."""
     path = folder / STATE_FILE
     if not path.is_file():
         return

@@ -1,4 +1,4 @@
-"""One reply of the target with its prompt: what a draft is trained on."""
+"""A draft is trained on sequences: a reply of the target with its prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slime_spec.errors import ConfigError
 
 @dataclass(frozen=True)
 class DraftSequence:
-    """Prompt and reply; the loss is on the reply, the tokens from ``prompt_len`` on.
+    """A prompt and a reply; the loss is on the reply, the tokens from ``prompt_len`` on.
 
     ``kind`` groups sequences in held-out tables, e.g. "task greedy". Example::
 
@@ -41,7 +41,7 @@ def is_held_out(prompt_token_ids: Sequence[int], percent: int) -> bool:
 def split(
     sequences: Iterable[DraftSequence], held_out_percent: int
 ) -> tuple[tuple[DraftSequence, ...], tuple[DraftSequence, ...]]:
-    """(training, held-out), each in order of ``index``; sequences too short for a single draft are left out."""
+    """Return (training, held-out), each in order of ``index``, without sequences too short for a draft."""
     train: list[DraftSequence] = []
     held_out: list[DraftSequence] = []
     for sequence in sorted(sequences, key=lambda each: each.index):
@@ -52,17 +52,17 @@ def split(
 
 
 def write_line(sequence: DraftSequence) -> str:
-    """The sequence as one line of a corpus file."""
+    """Return the sequence as one line of a corpus file."""
     return json.dumps(asdict(sequence)) + "\n"
 
 
 def read_corpus(path: Path) -> Iterator[DraftSequence]:
-    """The sequences of a corpus file; a last line that a kill cut short is left out.
+    """Read the sequences of a corpus file; a last line that a kill cut short is left out.
 
     Raises ConfigError naming the file and the line that is broken.
     """
     lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut short
+    for number, line in enumerate(lines[:-1], start=1):  # the text after the last newline is empty or cut short
         try:
             row = json.loads(line)
             yield DraftSequence(int(row["index"]), tuple(row["token_ids"]), int(row["prompt_len"]), str(row["kind"]))

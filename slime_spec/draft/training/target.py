@@ -1,4 +1,4 @@
-"""The frozen target: the hidden states a draft reads, and the distribution it is trained towards."""
+"""The frozen target gives the hidden states that a draft reads, and the distribution of its training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slime_spec.draft.training.sequence import DraftSequence
 
 @dataclass(frozen=True)
 class SequenceFeatures:
-    """What the target makes of one sequence; n tokens, m of them the reply.
+    """The target's outputs for one sequence of n tokens, m of them the reply.
 
     ``features`` [n, width] are what the draft reads. For the reply's positions: ``final`` [m, hidden] after the final
     norm, whose product with the head are the logits, and of those logits ``argmax`` [m] and ``logsumexp`` [m] (fp32)
@@ -39,7 +39,7 @@ class FrozenTarget:
     def __init__(
         self, folder: Path, spec: ModelSpec, capture_layers: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        disable_progress_bar()  # it would fall into our own bar
+        disable_progress_bar()  # its bar would break this program's own bar
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False).to(device)
         self._body = model.model
         self.spec, self.capture_layers, self.device = spec, tuple(capture_layers), device
@@ -48,7 +48,7 @@ class FrozenTarget:
 
     @torch.inference_mode()
     def features(self, sequences: Sequence[DraftSequence]) -> list[SequenceFeatures]:
-        """Of each sequence, from one padded forward pass; on the CPU, in the target's dtype."""
+        """Compute the features of each sequence in one padded forward pass; on the CPU, in the target's dtype."""
         longest = max(len(each.token_ids) for each in sequences)
         padded = [(*each.token_ids, *[0] * (longest - len(each.token_ids))) for each in sequences]
         # Padding is on the right and attention causal: no real token sees it, so that no mask is needed.

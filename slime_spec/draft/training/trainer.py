@@ -1,4 +1,4 @@
-"""One optimizer step of a draft: the unrolled loss of EAGLE-3's training, AdamW in fp32, warm-up and cosine."""
+"""The trainer makes optimizer steps: EAGLE-3's unrolled loss, AdamW in fp32, warm-up and cosine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slime_spec.errors import TrainingError
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """SpecForge's recipe; ``lr`` and ``num_steps`` are larger and smaller, for a small head and short drafts.
+    """SpecForge's recipe with a larger ``lr`` and a smaller ``num_steps``, for a small head and short drafts.
 
     ``batch_size`` counts sequences. ``autocast`` computes the network in bfloat16 (weights and moments stay fp32).
     """
@@ -55,12 +55,12 @@ class DraftTrainer:
 
     def __init__(self, model: DraftModel, settings: TrainSettings, num_updates: int) -> None:
         self.model, self.settings, self.num_updates, self.step_number = model, settings, num_updates, 0
-        # The draft's own embedding, where it has one, is a copy of the target's and stays it.
+        # The draft's own embedding, if there is one, is a copy of the target's and is not trained.
         self._parameters = [each for name, each in model.network.named_parameters() if "embed_tokens" not in name]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, batch: TrainBatch) -> StepReport:
-        """One update; raises TrainingError, leaving the weights alone, where the gradient is not finite."""
+        """Make one update; raises TrainingError and keeps the weights where the gradient is not finite."""
         lr = learning_rate(self.step_number, self.num_updates, self.settings)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -76,7 +76,7 @@ class DraftTrainer:
         return StepReport(float(loss.detach()), float(accepted), float(accuracy), grad_norm, lr)
 
     def state(self) -> dict[str, Any]:
-        """What ``load_state`` goes on from, bit for bit."""
+        """Return the state from which ``load_state`` resumes, bit for bit."""
         return {
             "step_number": self.step_number,
             "num_updates": self.num_updates,
@@ -91,7 +91,7 @@ class DraftTrainer:
 
 
 def learning_rate(step: int, num_updates: int, settings: TrainSettings) -> float:
-    """Linear warm-up over ``warmup_ratio`` of the updates, then a cosine to zero."""
+    """Return the rate: linear warm-up over ``warmup_ratio`` of the updates, then a cosine to zero."""
     warmup = max(1, round(settings.warmup_ratio * num_updates))
     if step < warmup:
         return settings.lr * (step + 1) / warmup
@@ -101,7 +101,7 @@ def learning_rate(step: int, num_updates: int, settings: TrainSettings) -> float
 def unrolled_loss(
     model: DraftModel, batch: TrainBatch, settings: TrainSettings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, acceptance and accuracy of step 0): Σ step_decay^i · mean over the rows of step i that count.
+    """Return (loss, acceptance and accuracy of step 0): Σ step_decay^i · mean over the rows of step i that count.
 
     Drafts are teacher-forced: step i embeds the reply's own token. A row counts where the token it predicts is in the
     reply and the target's argmax is in the draft vocabulary; accuracy and acceptance are over all rows of the reply.

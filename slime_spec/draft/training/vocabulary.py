@@ -1,4 +1,4 @@
-"""A reduced draft vocabulary: the target's most frequent tokens, and the two tables that translate."""
+"""A reduced draft vocabulary has the target's most frequent tokens, and two tables that translate ids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DraftVocabulary:
 
     @classmethod
     def most_frequent(cls, sequences: Iterable[DraftSequence], vocab_size: int, size: int) -> DraftVocabulary:
-        """The ``size`` most frequent tokens of the replies; of equally frequent ones (unseen ones last) the lower."""
+        """Choose the ``size`` most frequent tokens of the replies; of equally frequent ones the lower."""
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for sequence in sequences:
             counts += torch.bincount(torch.tensor(sequence.reply), minlength=vocab_size)
@@ -28,16 +28,16 @@ class DraftVocabulary:
 
     @property
     def d2t(self) -> torch.Tensor:
-        """Offsets, EAGLE's, SpecForge's and SGLang's convention: target id = draft id + d2t[draft id]."""
+        """Return offsets, the convention of EAGLE, SpecForge and SGLang: target id = draft id + d2t[draft id]."""
         return self.target_ids - torch.arange(len(self.target_ids))
 
     @property
     def t2d(self) -> torch.Tensor:
-        """bool [target vocab]: the token is in the draft vocabulary."""
+        """Return bool [target vocab]: the token is in the draft vocabulary."""
         return torch.zeros(self.vocab_size, dtype=torch.bool).index_fill_(0, self.target_ids, True)
 
     def coverage(self, sequences: Iterable[DraftSequence]) -> float:
-        """Share of the replies' tokens that the vocabulary has."""
+        """Return the share of the replies' tokens that the vocabulary has."""
         t2d = self.t2d
         inside = [t2d[torch.tensor(sequence.reply)] for sequence in sequences]
         return float(torch.cat(inside).float().mean())

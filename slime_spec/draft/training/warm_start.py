@@ -1,6 +1,6 @@
-"""A draft's first weights, taken from its target: a head that already reads, a block that already attends.
+"""A draft's first weights are taken from its target: norm, head, and the attention and MLP of its last block.
 
-SpecForge starts at random and has billions of tokens; with tens of thousands the start decides how far one comes.
+SpecForge starts at random and has billions of tokens; with tens of thousands the start decides the final acceptance.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def warm_start(
 ) -> None:
     """Fill the network from the target's last block, final norm and head, and the rest from ``seed``.
 
-    The projection starts by passing on the hidden state (EAGLE-3: of the highest captured layer), the columns that
+    The projection starts as the identity of the hidden state (EAGLE-3: of the highest captured layer); columns that
     read the embedding or lower layers start small. A block narrower than the target's takes its first neurons.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +75,7 @@ def _mtp(
 
 
 def _block(layer: Eagle3Layer | MtpNetwork, last: Mapping[str, torch.Tensor]) -> None:
-    """What both families' blocks share with the target's."""
+    """Fill the tensors that both families' blocks share with the target's block."""
     layer.self_attn.o_proj.weight.copy_(last["self_attn.o_proj.weight"])
     layer.post_attention_layernorm.weight.copy_(last["post_attention_layernorm.weight"])
     width = min(layer.mlp.gate_proj.out_features, last["mlp.gate_proj.weight"].shape[0])
