@@ -161,12 +161,15 @@ class MetricSink(Protocol):
 class Problem:
     """A question of a task before tokenisation has the user's text and the answer that a right reply contains.
 
-    ``advice`` is a text that the reply will resemble, empty where no such text is known.
+    ``advice`` is a text that the reply will resemble, empty where nobody knows one. ``messages`` is the whole chat where the question is more than one user message, and ``text`` then its last text; ``tools`` are JSON
+    schemas for the chat template.
     """
 
     text: str
     answer: str
     advice: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 class Task(Protocol):

@@ -1,115 +1,117 @@
-"""``Tokenizer`` reads a checkpoint's tokenizer and chat template without transformers."""
+"""A checkpoint's tokenizer and chat template, as transformers' AutoTokenizer loads and applies them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer as FastTokenizer
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from slime_spec.checkpoints.folder import AGAIN, REMEDIES, TARGET_PATH, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# What a template that asks for today's date is told, so that a prompt is the same every day: Llama 3's own fallback.
+DEFAULT_DATE = "2024-07-26"
 
 
 class Tokenizer:
     """A tokenizer converts text to token ids and back. Example::
 
     tokenizer = Tokenizer.load("models/SmolLM2-135M-Instruct")
-    ids = tokenizer.chat("What is 2 + 3?")  # (1, 4093, 198, ...), ending where the assistant begins
+    ids = tokenizer.chat("What is 2 + 3?")  # (1, 9690, 198, ...), ending where the assistant begins
     tokenizer.decode(ids)
     """
 
-    def __init__(self, fast: FastTokenizer, config: dict[str, Any], chat_template: str | None, source: str) -> None:
-        self._fast = fast
+    def __init__(self, transformers_tokenizer: PreTrainedTokenizerFast, source: str, chat_date: str | None = None):
+        """Render a message on trial; raises CheckpointError for a chat template that cannot be used.
+
+        ``chat_date`` (YYYY-MM-DD) is today for a template that asks for it; ``source`` is named in errors.
+        """
+        self._hf = transformers_tokenizer
         self._source = source
-        self._specials = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
-        self._template = _compiled(chat_template, source) if chat_template else None
-        self._unasked_turn = self._default_system_turn() if self._template else ""
+        self._template_values = _date_values(chat_date)
+        self._hf.encode("")  # resets truncation and padding once: doing so later would race with other threads
+        if self._hf.chat_template is not None:
+            self.chat("x")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja where it is a file of its own.
-
-        Raises CheckpointError naming the file that is missing or damaged.
-        """
+    def load(cls, folder: str | Path, chat_date: str | None = None) -> Tokenizer:
+        """Load a checkpoint folder's tokenizer; raises CheckpointError naming the file that is missing or damaged."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(TARGET_PATH, "must hold a tokenizer.json", str(folder), REMEDIES[TARGET_PATH])
+        CheckpointFolder(Path(folder)).json("tokenizer_config.json")  # for its errors: transformers' name no file
+        from transformers import AutoTokenizer  # takes seconds, which only a command that tokenizes shall pay
+
         try:
-            fast = FastTokenizer.from_str(path.read_text(encoding="utf-8"))
+            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # noqa: BLE001 - the Rust parser raises bare Exception, and nothing narrower
             raise CheckpointError(str(path), f"must be a tokenizer: {error}", path.name, AGAIN) from None
-        config = CheckpointFolder(Path(folder)).json("tokenizer_config.json")
-        separate = Path(folder) / "chat_template.jinja"
-        template = separate.read_text(encoding="utf-8") if separate.is_file() else config.get("chat_template")
-        return cls(fast, config, template, str(folder))
+        return cls(loaded, str(folder), chat_date)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id, added tokens included."""
-        return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self._hf.get_vocab().values()) + 1
 
     @property
     def eos_token_id(self) -> int | None:
-        eos = self._specials["eos_token"]
-        return self._fast.token_to_id(eos) if eos else None
+        eos: int | None = self._hf.eos_token_id
+        return eos
 
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
         """Ids of plain text, with what the tokenizer itself adds (Llama's BOS; nothing for SmolLM2) if ``special``."""
-        return tuple(self._fast.encode(text, add_special_tokens=special).ids)
+        return tuple(self._hf.encode(text, add_special_tokens=special, verbose=False))
 
-    def chat(self, text: str, system: str = "") -> tuple[int, ...]:
-        """Ids of one user message in the chat template, ending with the opening of the assistant's turn.
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        system: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> tuple[int, ...]:
+        """Ids of a chat in the chat template, ending with the opening of the assistant's turn.
 
-        ``system=""`` means no system message at all, also where the template would put its own default one.
+        A text is one user message. ``system`` is put before messages that do not open with a system message of their
+        own; without either, the template decides whether there is a system turn. ``tools`` are JSON schemas.
         """
-        if self._template is None:
+        if self._hf.chat_template is None:
             raise ConfigError(
                 "task.apply_chat_template",
                 "needs a checkpoint with a chat template",
                 self._source,
                 "Pass --no-apply-chat-template, or an instruction-tuned checkpoint.",
             )
-        user = {"role": "user", "content": text}
-        if system:
-            rendered = self._render([{"role": "system", "content": system}, user])
-        else:
-            rendered = self._render([user]).replace(self._unasked_turn, "", 1)
-        return tuple(self._fast.encode(rendered, add_special_tokens=False).ids)
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [*messages]
+        if system and not (turns and turns[0].get("role") == "system"):
+            turns.insert(0, {"role": "system", "content": system})
+        try:
+            ids = self._hf.apply_chat_template(
+                turns,
+                tools=list(tools) or None,
+                add_generation_prompt=True,
+                return_dict=False,
+                tokenizer_kwargs={"verbose": False},
+                **self._template_values,
+            )
+        except TemplateSyntaxError as error:
+            raise self._template_error("be valid Jinja", error) from None
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            what = "a user's message" if isinstance(messages, str) else "these messages"
+            raise self._template_error(f"render {what}", error) from None
+        return tuple(ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        return self._fast.decode(list(ids), skip_special_tokens=skip_special)
+        text: str = self._hf.decode(list(ids), skip_special_tokens=skip_special)
+        return text
 
-    def _render(self, messages: list[dict[str, str]], prompt: bool = True) -> str:
-        assert self._template is not None, "chat() refuses a tokenizer without a template"
-        return self._template.render(messages=messages, add_generation_prompt=prompt, **self._specials)
-
-    def _default_system_turn(self) -> str:
-        """The text (without BOS) that the template puts before the first user turn, found by comparing renderings."""
-        user, system = {"role": "user", "content": "x"}, {"role": "system", "content": "y"}
-        try:
-            plain = self._render([user])
-        except TemplateError as error:
-            raise CheckpointError(
-                self._source, f"its chat template must render a user's message: {error}", "chat_template", AGAIN
-            ) from None
-        try:
-            system_turn = self._render([system], prompt=False)
-            whole = self._render([system, user])
-        except TemplateError:
-            return ""  # a template that refuses system messages has no default one
-        user_turn = whole.removeprefix(system_turn)
-        if user_turn == whole or not plain.endswith(user_turn):
-            return ""
-        bos = self._specials["bos_token"]
-        unasked = plain.removesuffix(user_turn)
-        # SmolLM2 names as BOS the token that opens every turn; then it is part of the turn, not of the text.
-        return unasked if bos and user_turn.startswith(bos) else unasked.removeprefix(bos)
+    def _template_error(self, rule: str, error: Exception) -> CheckpointError:
+        return CheckpointError(self._source, f"its chat template must {rule}: {error}", "chat_template", AGAIN)
 
 
 def check_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> None:
@@ -123,25 +125,11 @@ def check_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> None:
         )
 
 
-def _content(token: str | dict[str, Any] | None) -> str:
-    """A special token is written as its text, or as an object with its text under ``content``."""
-    return token["content"] if isinstance(token, dict) else (token or "")
+def _date_values(chat_date: str | None) -> dict[str, Any]:
+    """The names under which chat templates look for the date.
 
-
-def _compiled(chat_template: str, source: str) -> Template:
-    """Compile with the settings and helpers that chat templates are written for, in a sandbox: a checkpoint is data."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(chat_template)
-    except TemplateError as error:
-        raise CheckpointError(
-            source, f"its chat template must be valid Jinja: {error}", "chat_template", AGAIN
-        ) from None
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
+    ``strftime_now`` hides transformers' own, which reads the clock. ``date_string`` is defined
+    only for a date that was asked for: a template's own default counts more than ours.
+    """
+    date = datetime.fromisoformat(chat_date or DEFAULT_DATE)
+    return {"strftime_now": date.strftime} | ({"date_string": date.strftime("%d %b %Y")} if chat_date else {})

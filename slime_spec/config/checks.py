@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 
 from slime_spec.config.server_checks import check_servers, server_notes, unused_server_settings
 from slime_spec.config.speculation import check_speculation, speculation_notes
@@ -16,6 +17,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for the first contradiction; looks at nothing but the configuration."""
     _check_mode(config)
     _check_task(config)
+    _check_chat_date(config.task)
     check_speculation(config)
     _check_lengths(config)
     if config.run.mode != "train_only":
@@ -99,7 +101,7 @@ def _check_task(config: Config) -> None:
             "Drop --task (write task.names=[] where an experiment sets it), or drop --prompt-data.",
         )
     if task.prompt_data is None:
-        for name in ("reward", "input_key", "label_key", "advice_key"):
+        for name in ("reward", "input_key", "label_key", "advice_key", "tool_key"):
             if getattr(task, name) != getattr(TaskConfig(), name):
                 raise ConfigError(
                     f"task.{name}",
@@ -111,6 +113,16 @@ def _check_task(config: Config) -> None:
         raise ConfigError(
             "task.names", "needs at least one task", task.names, "Pass --task NAME or --prompt-data FILE.jsonl."
         )
+
+
+def _check_chat_date(task: TaskConfig) -> None:
+    try:
+        if task.chat_date is not None:
+            date.fromisoformat(task.chat_date)
+    except ValueError:
+        raise ConfigError(
+            "task.chat_date", "must be a date as YYYY-MM-DD", task.chat_date, "Pass --chat-date 2025-01-31."
+        ) from None
 
 
 def _check_lengths(config: Config) -> None:

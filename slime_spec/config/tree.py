@@ -64,7 +64,13 @@ class TaskConfig:
         "Reward of prompt_data: a built-in name or module:function.",
         flags=("--rm-type", "--custom-rm-path"),
     )
-    system_prompt: str = setting("", "System message put before every prompt (empty: none).")
+    tool_key: str | None = setting(
+        None, "Key of a list of tools (JSON schemas) in prompt_data, for the chat template. Default: none."
+    )
+    system_prompt: str = setting("", "System message put before every prompt (empty: the chat template decides).")
+    chat_date: str | None = setting(
+        None, "Today (YYYY-MM-DD) for a chat template that asks. Default: its own date, or 2024-07-26; never the clock."
+    )
     apply_chat_template: bool = setting(True, "Wrap prompts in the tokenizer's chat template.")
 
 

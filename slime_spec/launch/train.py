@@ -94,7 +94,7 @@ def preflight(config: Config) -> Inputs:
     check(config)
     check_rollout_data(config.run)
     spec = _target_spec(config)
-    tokenizer = Tokenizer.load(config.model.hf_checkpoint)
+    tokenizer = Tokenizer.load(config.model.hf_checkpoint, config.task.chat_date)
     if spec is not None:
         _check_context(config, spec)
         if config.run.mode != "rollout_only":

@@ -1,10 +1,10 @@
-"""Prompts from a jsonl file: one object a line, with a prompt and an answer, and advice where the task has some."""
+"""Prompts from a jsonl file: one object a line, with a prompt (a text or a chat), an answer, advice and tools."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from slime_spec.tasks.rewards import Reward, last_integer, load_reward
 from slime_spec.types import Prompt
 
 SETTING = "task.prompt_data"
+Refuse = Callable[[str, object, str], ConfigError]
 
 
 class JsonlTask:
@@ -64,6 +65,10 @@ def _problems(path: Path, config: TaskConfig, integers: bool) -> list[tuple[int,
         raise ConfigError(
             "task.advice_key", f"no line of {path} has a text under it", config.advice_key, "Correct --advice-key."
         )
+    if config.tool_key is not None and not any(problem.tools for _, problem in problems):
+        raise ConfigError(
+            "task.tool_key", f"no line of {path} has tools under it", config.tool_key, "Correct --tool-key."
+        )
     return problems
 
 
@@ -81,18 +86,30 @@ def _problem(line: str, where: str, config: TaskConfig, integers: bool) -> Probl
         if key not in row:
             raise refuse(f"must have the key {key!r}", sorted(row), f"Add it, or pass {flag} with the file's own name.")
     text, label = row[config.input_key], row[config.label_key]
-    if not isinstance(text, str) or not text:
-        raise refuse(f"{config.input_key!r} must be a text that is not empty", text, "Write the user's message.")
+    messages: tuple[Mapping[str, Any], ...] = ()
+    if text and _are_objects(text):
+        messages = tuple(text)
+        text = next((each["content"] for each in reversed(text) if isinstance(each.get("content"), str)), "")
+    elif not isinstance(text, str) or not text:
+        rule = f"{config.input_key!r} must be a text that is not empty, or a list of messages"
+        raise refuse(rule, text, "Write the user's message.")
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise refuse(f"{config.label_key!r} must be a text or a number", label, "Write the expected answer.")
     if integers and not _is_integer(label):
         raise refuse(
             f"{config.label_key!r} must be an integer for the reward last_integer", label, "Pass --rm-type exact."
         )
-    return Problem(text, str(label), _advice(row, config.advice_key, refuse))
+    tools = row.get(config.tool_key) if config.tool_key is not None else None
+    if tools is not None and not _are_objects(tools):
+        raise refuse(f"{config.tool_key!r} must be a list of JSON schemas", tools, "Write [{...}, ...].")
+    return Problem(text, str(label), _advice(row, config.advice_key, refuse), messages, tuple(tools or ()))
 
 
-def _advice(row: dict[str, Any], key: str | None, refuse: Callable[[str, object, str], ConfigError]) -> str:
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+
+
+def _advice(row: dict[str, Any], key: str | None, refuse: Refuse) -> str:
     """The row's advice; a row without any is generated without."""
     advice = row.get(key) if key is not None else None
     if advice is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, TaskConfig
-from slime_spec.errors import ConfigError
+from slime_spec.errors import CheckpointError, ConfigError
 from slime_spec.interfaces import Problem, Task, unknown_choice
 from slime_spec.tasks.builtin import SUITES, TASKS
 from slime_spec.tasks.jsonl import JsonlTask
@@ -59,10 +62,7 @@ class PromptSource:
         return Prompt(prompt_id, task.name, problem.text, ids, problem.answer, advice)
 
     def _token_ids(self, problem: Problem, where: str) -> tuple[int, ...]:
-        if self._config.task.apply_chat_template:
-            ids = self._tokenizer.chat(problem.text, self._config.task.system_prompt)
-        else:
-            ids = self._tokenizer.encode(problem.text)
+        ids = self._chat(problem, where) if self._config.task.apply_chat_template else self._plain(problem, where)
         longest = self._config.rollout.max_prompt_len
         if len(ids) > longest:
             raise ConfigError(
@@ -72,6 +72,29 @@ class PromptSource:
                 "Shorten the prompt, or pass a larger --rollout-max-prompt-len.",
             )
         return ids
+
+    def _chat(self, problem: Problem, where: str) -> tuple[int, ...]:
+        # A user's task may give problems of its own class, which know nothing of messages.
+        messages: tuple[Mapping[str, Any], ...] = getattr(problem, "messages", ())
+        tools: tuple[Mapping[str, Any], ...] = getattr(problem, "tools", ())
+        try:
+            return self._tokenizer.chat(messages or problem.text, self._config.task.system_prompt, tools)
+        except CheckpointError as error:
+            if not messages and not tools:
+                raise
+            raise ConfigError(
+                "task.prompt_data", f"{where}: {error.rule}", len(messages), "Write messages that the template takes."
+            ) from None
+
+    def _plain(self, problem: Problem, where: str) -> tuple[int, ...]:
+        if getattr(problem, "messages", ()) or getattr(problem, "tools", ()):
+            raise ConfigError(
+                "task.apply_chat_template",
+                f"{where}: messages and tools need the chat template",
+                False,
+                "Drop --no-apply-chat-template, or write texts without tools.",
+            )
+        return self._tokenizer.encode(problem.text)
 
 
 def load_tasks(config: TaskConfig) -> tuple[Task, ...]:

@@ -140,6 +140,7 @@ SLIME_FLAGS = [
     "--prompt-data",
     "--input-key",
     "--label-key",
+    "--tool-key",
     "--rm-type",
     "--custom-rm-path",
     "--apply-chat-template",

@@ -39,6 +39,8 @@ TRAIN_ONLY = "--debug-train-only --load-debug-rollout-data d_{rollout_id}.pt"
         ("--debug-rollout-only --load checkpoints", "trainer.load"),
         ("--rm-type exact", "task.reward"),
         ("--label-key answer", "task.label_key"),
+        ("--tool-key tools", "task.tool_key"),
+        ("--chat-date yesterday", "task.chat_date"),
         ("--sp-type deterministic --advice-key draft", "task.advice_key"),
         ("--rollout-num-gpus-per-engine 2 --no-colocate", "rollout.num_gpus_per_engine"),
         ("--rollout-num-gpus-per-engine 1", "cluster.colocate"),

@@ -123,7 +123,10 @@ def test_the_real_tokenizer_is_the_one_that_transformers_loads(smollm2: Path) ->
     for text in ("Hello 123 world", "  a\n\n b  1234567", "<|im_start|>user\nhi<|im_end|>", "naïve café 日本語 🎉"):
         assert ours.encode(text) == tuple(theirs.encode(text))
         assert ours.decode(ours.encode(text), skip_special=False) == text
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3?"}]
-    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert ours.decode(ours.chat("What is 2 + 3?", "Be brief."), skip_special=False) == rendered
+    user = [{"role": "user", "content": "What is 2 + 3?"}]
+    for system in ("", "Be brief."):  # without a system message the template writes its own
+        messages = [{"role": "system", "content": system}, *user] if system else user
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ours.chat("What is 2 + 3?", system) == tuple(ids)
+    assert "You are a helpful AI assistant named SmolLM" in ours.decode(ours.chat("What is 2 + 3?"))
     assert (ours.eos_token_id, ours.vocab_size) == (theirs.eos_token_id, 49152)

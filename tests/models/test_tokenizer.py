@@ -1,153 +1,180 @@
-"""The tokenizer and its chat template, system message and all."""
+"""The tokenizer and its chat template give the token ids that transformers gives, whatever the day."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny_llama import TEMPLATE
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
-from slime_spec.errors import CheckpointError, ConfigError
 from slime_spec.checkpoints.gguf import GgufModel
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
+from slime_spec.errors import CheckpointError, ConfigError
+from tests.support.chat_templates import LLAMA3_2, QWEN2_5, SPECIALS, TEMPLATES, save_tokenizer
 
-LLAMA3 = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] %}"
-    "{% set rest = messages[1:] %}{% else %}{% set said = '' %}{% set rest = messages %}{% endif %}"
-    "{{ '<|header|>system\n\nToday: 26 Jul 2024\n\n' + said + '<|eot|>' }}"
-    "{% for m in rest %}{{ '<|header|>' + m['role'] + '\n\n' + m['content'] + '<|eot|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|header|>assistant\n\n' }}{% endif %}"
-)
-REFUSING = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'model: ' }}{% endif %}"
-)
-FOLDING = (
-    "{% if messages[0]['role'] == 'system' %}{% set s = '<<' + messages[0]['content'] + '>>' %}"
-    "{% set rest = messages[1:] %}"
-    "{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
-    "{{ bos_token }}{% for m in rest %}{{ '[' + s + m['content'] + ']' }}{% endfor %}"
-)
-
-
-def byte_tokenizer(template: str | None, bos: str = "<s>", adds_bos: bool = False) -> Tokenizer:
-    """Every byte a token, behind ``<s>``, ``</s>``, ``<|im_start|>`` and ``<|im_end|>``."""
-    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    fast = FastTokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens(specials)
-    if adds_bos:
-        fast.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    config = {"bos_token": {"content": bos}, "eos_token": "</s>"}
-    return Tokenizer(fast, config, template, "the test")
+USER = {"role": "user", "content": "What is 2 + 3? <né 日>"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds <two> numbers — né.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]},
+    },
+}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "one message": [USER],
+    "system message": [SYSTEM, USER],
+    "several turns": [SYSTEM, USER, {"role": "assistant", "content": "5"}, {"role": "user", "content": "Sure?"}],
+    "a tool's answer": [USER, CALL, {"role": "tool", "content": "5"}],
+}
 
 
-def chat_text(tokenizer: Tokenizer, text: str, system: str = "") -> str:
-    return tokenizer.decode(tokenizer.chat(text, system), skip_special=False)
-
-
-def test_no_system_message_is_none_at_all_where_the_template_would_add_its_own() -> None:
-    tokenizer = byte_tokenizer(TEMPLATE, bos="<|im_start|>")
-    assert chat_text(tokenizer, "hi") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_a_system_message_takes_the_place_of_the_templates_own() -> None:
-    tokenizer = byte_tokenizer(TEMPLATE, bos="<|im_start|>")
-    assert chat_text(tokenizer, "hi", "Be brief.") == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+def transformers_ids(folder: Path, messages: list[dict[str, Any]], tools: list[Any] | None, **values: str) -> list[int]:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = theirs.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False, **values
     )
+    assert isinstance(ids, list)
+    return ids
 
 
-def test_the_bos_token_stays_when_the_default_system_message_goes() -> None:
-    assert chat_text(byte_tokenizer(LLAMA3), "hi") == "<s><|header|>user\n\nhi<|eot|><|header|>assistant\n\n"
+def text(tokenizer: Tokenizer, *chat: Any, **more: Any) -> str:
+    return tokenizer.decode(tokenizer.chat(*chat, **more), skip_special=False)
 
 
-def test_a_template_that_refuses_system_messages_is_rendered_as_it_is() -> None:
-    assert chat_text(byte_tokenizer(REFUSING), "hi") == "<s>user: hi\nmodel: "
+@pytest.mark.parametrize("tools", [None, [TOOL], [TOOL, TOOL]], ids=["no tools", "a tool", "two tools"])
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_has_the_token_ids_of_transformers(name: str, chat: str, tools: list[Any] | None, tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path, TEMPLATES[name], adds_bos=True)
+    # Llama 3.2's template alone would ask the clock: transformers is given the documented date instead.
+    values = {"date_string": "26 Jul 2024"} if name == "llama3.2" else {}
+    expected = transformers_ids(folder, CHATS[chat], tools, **values)
+    assert list(Tokenizer.load(folder).chat(CHATS[chat], tools=tools or ())) == expected
 
 
-def test_a_template_that_folds_the_system_message_into_the_user_turn_is_rendered_as_it_is() -> None:
-    assert chat_text(byte_tokenizer(FOLDING), "hi") == "<s>[hi]"
-    assert chat_text(byte_tokenizer(FOLDING), "hi", "S") == "<s>[<<S>>hi]"
+@pytest.mark.parametrize("name", ["llama3.1", "llama3.2"])
+def test_a_date_that_was_asked_for_is_transformers_with_that_date(name: str, tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path, TEMPLATES[name])
+    tokenizer = Tokenizer.load(folder, "2025-01-31")
+    assert "Today Date: 31 Jan 2025\n" in text(tokenizer, [USER])
+    assert list(tokenizer.chat([USER])) == transformers_ids(folder, [USER], None, date_string="31 Jan 2025")
 
 
-def test_a_message_that_quotes_the_default_system_message_keeps_it() -> None:
-    tokenizer = byte_tokenizer(TEMPLATE, bos="<|im_start|>")
-    quoted = "<|im_start|>system\nBe nice.<|im_end|>\n"
-    assert chat_text(tokenizer, quoted).count(quoted) == 1
+def test_a_text_is_one_user_message_and_a_system_text_goes_before_it(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path, QWEN2_5))
+    assert tokenizer.chat(USER["content"]) == tokenizer.chat([USER])
+    assert tokenizer.chat(USER["content"], "Be brief.") == tokenizer.chat([SYSTEM, USER])
+    assert text(tokenizer, "hi") == (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text(tokenizer, "hi", "S").startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n")
 
 
-def test_the_chat_template_adds_no_second_bos_but_plain_text_gets_the_tokenizers_own() -> None:
-    tokenizer = byte_tokenizer(LLAMA3, adds_bos=True)
+def test_a_chat_that_opens_with_a_system_message_keeps_its_own(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path, QWEN2_5))
+    assert tokenizer.chat([SYSTEM, USER], "Another.") == tokenizer.chat([SYSTEM, USER])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}, {"tokenizer_class": "Llama"}],
+    ids=str,
+)
+def test_plain_text_has_the_token_ids_of_transformers(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path, adds_bos=True, **settings)
+    ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    for words in ("", "né 日 12", "a <|im_start|>user\n b </s>"):
+        for special in (True, False):
+            ids = theirs.encode(words, add_special_tokens=special)
+            assert list(ours.encode(words, special)) == ids
+            assert ours.decode(ids, special) == theirs.decode(ids, skip_special_tokens=special)
+
+
+def test_the_chat_template_adds_no_second_bos_but_plain_text_gets_the_tokenizers_own(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path, LLAMA3_2, adds_bos=True))
     assert tokenizer.chat("hi").count(0) == 1
-    assert tokenizer.encode("hi") == (0, *byte_tokenizer(None).encode("hi"))
+    assert tokenizer.encode("hi") == (0, *tokenizer.encode("hi", special=False))
 
 
-def test_decoding_skips_special_tokens_unless_told_otherwise() -> None:
-    tokenizer = byte_tokenizer(None)
-    ids = (*tokenizer.encode("né 日"), tokenizer.eos_token_id)
+def test_a_truncation_that_was_saved_with_the_tokenizer_cuts_no_text(tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path, QWEN2_5) / "tokenizer.json"
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": truncation}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("longer than four")) == "longer than four"
+    assert "longer than four" in text(tokenizer, "longer than four")
+
+
+def test_decoding_skips_special_tokens_unless_told_otherwise(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path))
+    ids = (*tokenizer.encode("né 日"), tokenizer.eos_token_id or 0)
     assert tokenizer.decode(ids) == "né 日"
     assert tokenizer.decode(ids, skip_special=False) == "né 日</s>"
 
 
-def test_a_tokenizer_without_a_template_refuses_to_chat_and_says_what_to_pass() -> None:
+def test_a_tokenizer_without_a_template_refuses_to_chat_and_says_what_to_pass(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--no-apply-chat-template"):
-        byte_tokenizer(None).chat("hi")
+        Tokenizer.load(save_tokenizer(tmp_path)).chat("hi")
 
 
-def saved(folder: Path, gguf_file: Path) -> Path:
-    fast, config = GgufModel(gguf_file).tokenizer()
-    fast.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_a_template_in_a_file_of_its_own_counts_more_than_the_one_in_the_config(
-    tmp_path: Path, tiny_gguf: Path
-) -> None:
-    folder = saved(tmp_path, tiny_gguf)
-    assert "Be nice" not in chat_text(Tokenizer.load(folder), "hi")
+def test_a_template_in_a_file_of_its_own_counts_more_than_the_one_in_the_config(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path, QWEN2_5)
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    assert chat_text(Tokenizer.load(folder), "hi") == "hi!"
+    assert text(Tokenizer.load(folder), "hi") == "hi!"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_missing_file_is_named(tmp_path: Path, tiny_gguf: Path, name: str) -> None:
-    (saved(tmp_path, tiny_gguf) / name).unlink()
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    (save_tokenizer(tmp_path) / name).unlink()
     with pytest.raises(CheckpointError, match=f"must hold a {name}"):
         Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_truncated_file_is_named(tmp_path: Path, tiny_gguf: Path, name: str) -> None:
-    path = saved(tmp_path, tiny_gguf) / name
-    path.write_text(path.read_text()[:100])
+def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
+    path = save_tokenizer(tmp_path) / name
+    path.write_text(path.read_text()[:60])
     with pytest.raises(CheckpointError, match=name):
         Tokenizer.load(tmp_path)
 
 
-def test_a_broken_chat_template_is_refused_when_it_is_loaded(tmp_path: Path, tiny_gguf: Path) -> None:
-    (saved(tmp_path, tiny_gguf) / "chat_template.jinja").write_text("{% for m in messages %}")
-    with pytest.raises(CheckpointError, match="chat template must be valid Jinja"):
+def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, tokenizer_class="OwnTokenizer", auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]})
+    (tmp_path / "own.py").write_text("raise SystemExit('code of the checkpoint was run')")
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
         Tokenizer.load(tmp_path)
 
 
-def test_a_chat_template_cannot_reach_out_of_its_sandbox() -> None:
-    with pytest.raises(CheckpointError, match="access to attribute '__class__'"):
-        byte_tokenizer("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+@pytest.mark.parametrize(
+    ("template", "rule"),
+    [
+        ("{% for m in messages %}", "chat template must be valid Jinja"),
+        ("{{ raise_exception('No users') }}", "must render a user's message: No users"),
+        ("{{ messages[0].content + 1 }}", "must render a user's message"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "access to attribute '__class__'"),
+    ],
+)
+def test_a_chat_template_that_cannot_work_is_refused_when_it_is_loaded(tmp_path: Path, template: str, rule: str) -> None:
+    with pytest.raises(CheckpointError, match=rule):
+        Tokenizer.load(save_tokenizer(tmp_path, template))
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(tiny_gguf: Path) -> None:
-    tokenizer = byte_tokenizer(None)
-    config = GgufModel(tiny_gguf).config()
-    check_vocabulary(tokenizer, ModelSpec.from_dict({**config, "vocab_size": 260}))
-    with pytest.raises(ConfigError, match="260 ids"):
-        check_vocabulary(tokenizer, ModelSpec.from_dict({**config, "vocab_size": 259}))
+def test_a_chat_that_the_template_refuses_is_an_error_in_its_words(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path, LLAMA3_2))
+    with pytest.raises(CheckpointError, match="must render these messages: Unknown role"):
+        tokenizer.chat([{"role": "judge", "content": "no"}])
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(tmp_path: Path, tiny_gguf: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path))
+    config, size = GgufModel(tiny_gguf).config(), 256 + len(SPECIALS)
+    check_vocabulary(tokenizer, ModelSpec.from_dict({**config, "vocab_size": size}))
+    with pytest.raises(ConfigError, match=f"{size} ids"):
+        check_vocabulary(tokenizer, ModelSpec.from_dict({**config, "vocab_size": size - 1}))

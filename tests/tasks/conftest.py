@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from slime_spec.checkpoints.tokenizer import Tokenizer
 
@@ -17,4 +18,4 @@ def tokenizer() -> Tokenizer:
     fast = FastTokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    return Tokenizer(fast, {}, TEMPLATE, "the test")
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, chat_template=TEMPLATE), "the test")

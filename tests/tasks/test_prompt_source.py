@@ -14,6 +14,7 @@ from slime_spec.config.tree import Config, RolloutConfig, RunConfig, TaskConfig
 from slime_spec.errors import ConfigError
 from slime_spec.tasks.source import PromptSource
 from slime_spec.types import GeneratedSample
+from tests.support.chat_templates import LLAMA3_1, QWEN2_5, save_tokenizer
 
 
 def config(task: TaskConfig, seed: int = 0, max_prompt_len: int = 200) -> Config:
@@ -59,6 +60,34 @@ def test_the_chat_template_and_the_system_prompt_are_applied_as_configured(token
     assert text(TaskConfig(apply_chat_template=False)) == "Q"
     with pytest.raises(ConfigError, match=r"task\.system_prompt: needs the chat template"):
         text(TaskConfig(apply_chat_template=False, system_prompt="S"))
+
+
+def test_a_line_may_hold_a_chat_and_tools(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path, QWEN2_5))
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "2 + 3?"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [{"prompt": chat, "label": 5, "tools": tools}, {"prompt": "2 + 3?", "label": 5}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = TaskConfig(prompt_data=str(path), tool_key="tools", system_prompt="Mine.")
+    prompts = PromptSource(config(task, max_prompt_len=512), tokenizer).take(2, 0)
+    assert {prompt.token_ids for prompt in prompts} == {
+        tokenizer.chat(chat, tools=tools),
+        tokenizer.chat("2 + 3?", "Mine."),
+    }
+    assert {prompt.text for prompt in prompts} == {"2 + 3?"}
+    with pytest.raises(ConfigError, match=r"no line of .* has tools under it"):
+        PromptSource(config(replace(task, tool_key="functions"), max_prompt_len=512), tokenizer)
+    with pytest.raises(ConfigError, match="messages and tools need the chat template"):
+        PromptSource(config(replace(task, system_prompt="", apply_chat_template=False), max_prompt_len=512), tokenizer)
+
+
+def test_a_line_whose_chat_the_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path, LLAMA3_1))
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": [{"role": "judge", "content": "no"}], "label": 5}))
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: its chat template must render these messages: Unknown role"):
+        PromptSource(config(TaskConfig(prompt_data=str(path))), tokenizer)
 
 
 def test_a_response_is_scored_by_the_task_of_its_prompt(tokenizer: Tokenizer) -> None:
@@ -137,6 +166,7 @@ def test_the_keys_and_the_reward_of_a_jsonl_file_are_settings(tokenizer: Tokeniz
         ('{"text": "a", "label": 1}', "must have the key 'prompt'"),
         (row(["a"], 1), "'prompt' must be a text"),
         (row("", 1), "'prompt' must be a text that is not empty"),
+        (row([], 1), "'prompt' must be a text that is not empty, or a list of messages"),
         (row("a", None), "'label' must be a text or a number"),
         (row("a", "1.5"), "'label' must be an integer"),
         (row("a" * 300, 1), "the prompt must have at most 200 tokens"),
