@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slime_spec.config.schema import settings
 from slime_spec.errors import ConfigError
-from slime_spec.launch.flags import REFUSED, find_flag
+from slime_spec.launch.flags import ONE_VALUE, REFUSED, find_flag
 from slime_spec.sglang.flags import sglang_flags, sglang_version
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "coming-from-slime.md"
@@ -81,6 +81,9 @@ def _accepted() -> Iterator[str]:
     yield "|---|---|---|---|"
     for name in sorted(SLIMES.split()):
         if name in REFUSED or not _is_known(name):
+            continue
+        if name in ONE_VALUE:
+            yield f"| `{name}` | | {ONE_VALUE[name]} | The one choice here: accepted; any other value is refused. |"
             continue
         flag, is_on = find_flag(name)
         setting = settings()[flag.path]

@@ -161,8 +161,9 @@ class MetricSink(Protocol):
 class Problem:
     """A question of a task before tokenisation has the user's text and the answer that a right reply contains.
 
-    ``advice`` is a text that the reply will resemble, empty where nobody knows one. ``messages`` is the whole chat where the question is more than one user message, and ``text`` then its last text; ``tools`` are JSON
-    schemas for the chat template.
+    ``advice`` is a text that the reply will resemble, empty where nobody knows it. ``messages`` is the whole chat where
+    the question is more than one user message, and ``text`` then its last text; ``tools`` are JSON schemas for the
+    chat template.
     """
 
     text: str

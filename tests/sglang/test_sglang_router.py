@@ -47,9 +47,9 @@ class Routed:
     servers: tuple[FakeServer, FakeServer]
 
     def workers(self) -> list[str]:
-        routed = self.engines[0]._routed
-        assert routed is not None
-        servers = self.engines[0]._loop.call(routed._servers())
+        server = self.engines[0].server
+        assert isinstance(server.requests, RoutedRequests)
+        servers = server.loop.call(server.requests._servers())
         return sorted(server["url"] for server in servers)
 
     def generate(self, engine: int, request: GroupRequest) -> list[GeneratedSample]:
