@@ -165,7 +165,7 @@ def test_a_choice_of_slimes_with_one_value_here_is_accepted_with_a_note(flag: st
     made = composed_with_notes([flag, value])
     assert made.config == compose([])
     assert made.notes == (f"{flag} {value} has no effect: it is the one choice here.",)
-    assert not made.given
+    assert made.given == composed_with_notes([]).given
     underscored = f"--{flag[2:].replace('-', '_')}={value}"
     assert read_arguments([underscored]) == read_arguments([flag, value])
 
