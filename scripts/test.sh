@@ -3,7 +3,7 @@
 #   bash scripts/test.sh                                  everything
 #   bash scripts/test.sh -m "not sglang_server"           without the real SGLang server (an environment of its own)
 #   bash scripts/test.sh -m "not long and not sglang_server"   without the proofs of minutes as well
-#   bash scripts/test.sh --all --record-proofs            also the proofs of what has not changed, and note that they stand
+#   bash scripts/test.sh --record-proofs                  also the proofs of what has not changed, and note that they stand
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

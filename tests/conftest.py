@@ -19,12 +19,14 @@ SPLIT = ("test_greedy_grid.py", "test_real_sglang.py", "test_real_sglang_pushes.
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run proofs also where nothing they prove has changed")
-    parser.addoption("--record-proofs", action="store_true", help="write what has passed to tests/proven.json")
+    parser.addoption("--record-proofs", action="store_true", help="run all proofs, write tests/proven.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")
     if config.getoption("--record-proofs") and not is_worker:
+        if config.option.keyword or any("::" in arg for arg in config.args):
+            raise pytest.UsageError("--record-proofs records whole proofs; leave out -k and :: and give whole files")
         config.pluginmanager.register(Recorder())
 
 
@@ -59,7 +61,8 @@ def shared_by(nodeid: str) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the proofs that stand."""
-    proven = {} if config.getoption("--all") else recorded()
+    runs_all = config.getoption("--all") or config.getoption("--record-proofs")
+    proven = {} if runs_all else recorded()
     for item in items:
         marker = item.get_closest_marker("proves")
         if marker is not None:

@@ -42,7 +42,7 @@ PENALISED = SamplingParams(
     max_new_tokens=NUM_TOKENS, frequency_penalty=1.2, repetition_penalty=1.3, min_new_tokens=3, logit_bias=((4, 1.0),)
 )
 
-PROVES = proves("rollout/embedded")
+PROVES = proves("rollout/embedded", "tests/support/embedded_harness.py", "tests/support/statistics.py")
 LIKELY_NEXT = (6, 3, 4, 1, 1, 0, 2)
 REDUCED_Q = torch.tensor([[0.2, 0.3, 0.0, 0.1, 0.0, 0.1, 0.3]]).expand(VOCAB, -1)
 

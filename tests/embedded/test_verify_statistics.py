@@ -23,7 +23,10 @@ from tests.support.statistics import comparisons, p_value
 from tests.support.toy_rounds import Drafting, ToyRun, chains, generate, no_draft, sampled_chains, trees
 
 NUM_TOKENS, VOCAB = 4, 8
-PROVES = proves("rollout/embedded/verification", "rollout/embedded/uniforms.py", "rollout/embedded/drafting.py")
+PROVES = proves(
+    *("rollout/embedded/verification", "rollout/embedded/uniforms.py", "rollout/embedded/drafting.py"),
+    *("tests/support/statistics.py", "tests/support/toy_rounds.py"),
+)
 SIZES = [20_000, pytest.param(200_000, marks=[pytest.mark.long, PROVES])]
 TABLE = 1.2 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(11))
 RANKED = TABLE.argsort(dim=-1, descending=True).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,21 +44,28 @@ def test_a_proof_depends_on_every_source_it_names_and_on_its_own_file(tmp_path: 
     assert key_of(["rollout/embedded"], ROOT / "tests" / "x.py") == "rollout/embedded tests/x.py"
 
 
-def report(key: str, passed: bool) -> Any:
-    return SimpleNamespace(user_properties=[("proves", key)], when="call", passed=passed)
+def report(key: str, passed: bool, when: str = "call") -> Any:
+    return SimpleNamespace(user_properties=[("proves", key)], when=when, passed=passed)
 
 
 def test_only_what_passed_whole_is_recorded_and_what_did_not_run_is_kept(tmp_path: Path) -> None:
     record = tmp_path / "proven.json"
-    record.write_text(json.dumps({"setup.py": "kept", "pyproject.toml": "old", "README.md": "stale"}))
+    record.write_text(json.dumps({"setup.py": "kept", "pyproject.toml": "old", "README.md": "stale", "LICENSE": "old"}))
     recorder = Recorder(record)
     recorder.pytest_runtest_logreport(report("pyproject.toml", True))
     recorder.pytest_runtest_logreport(report("README.md", True))
     recorder.pytest_runtest_logreport(report("README.md", False))
+    recorder.pytest_runtest_logreport(report("LICENSE", True))
+    recorder.pytest_runtest_logreport(report("LICENSE", False, when="setup"))
     recorder.pytest_sessionfinish()
     assert recorded(record) == {"setup.py": "kept", "pyproject.toml": digest_of("pyproject.toml")}
 
 
-def test_every_recorded_proof_is_of_files_that_exist() -> None:
-    for key in recorded():
-        digest_of(key)
+def test_every_proof_names_sources_that_exist_and_the_record_names_only_proofs() -> None:
+    """A key of the record that no proof has would stand there for ever and prove nothing."""
+    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if "proves(" in file.read_text()]
+    modules = [import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)) for file in files]
+    keys = {key_of(module.PROVES.args, Path(module.__file__)) for module in modules if hasattr(module, "PROVES")}
+    assert len(keys) == 2
+    assert all(len(digest_of(key)) == 32 for key in keys)
+    assert set(recorded()) <= keys

@@ -82,7 +82,7 @@ class Recorder:
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, key in report.user_properties:
-            if name == "proves" and report.when == "call":
+            if name == "proves":  # its set-up and its end count too: an error or a skip there is no proof
                 self._passed[str(key)] = self._passed.get(str(key), True) and report.passed
 
     @pytest.hookimpl
