@@ -1,20 +1,11 @@
 """DeepSeek-V3 and R1: latent attention, experts, and MTP layers stored behind the decoder's last layer."""
 
-from slime_spec.checkpoints.families.family import NOT_EMBEDDED, Family, MtpLayer
+from slime_spec.checkpoints.families.family import NOT_EMBEDDED, Family, layer_behind_the_last
 
 DEEPSEEK_V3 = Family(
     ("DeepseekV3ForCausalLM",),
     model_type="deepseek_v3",
-    mtp=MtpLayer(
-        prefix="model.layers.{layers}.",
-        projection="eh_proj.weight",
-        hidden_first=False,
-        embedding_norm="enorm.weight",
-        hidden_norm="hnorm.weight",
-        final_norm="shared_head.norm.weight",
-        copies=("embed_tokens.weight", "shared_head.head.weight"),
-        refused=f"its MTP block has latent attention and experts, {NOT_EMBEDDED}",
-    ),
+    mtp=layer_behind_the_last(f"its MTP block has latent attention and experts, {NOT_EMBEDDED}"),
     sglang_finds_mtp=True,
 )
 # Of these only SGLang's treatment is known here.

@@ -39,6 +39,23 @@ class MtpLayer:
         return self.prefix.replace("{layers}", str(num_layers))
 
 
+def layer_behind_the_last(refused: str) -> MtpLayer:
+    """The layout that DeepSeek-V3 introduced and GLM-4.5 took over: one more decoder layer, behind the last.
+
+    Names as in the shards of deepseek-ai/DeepSeek-V3 (its README_WEIGHTS.md); ``refused`` as in MtpLayer.
+    """
+    return MtpLayer(
+        prefix="model.layers.{layers}.",
+        projection="eh_proj.weight",
+        hidden_first=False,
+        embedding_norm="enorm.weight",
+        hidden_norm="hnorm.weight",
+        final_norm="shared_head.norm.weight",
+        copies=("embed_tokens.weight", "shared_head.head.weight"),
+        refused=refused,
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """The models that config.json calls by one of ``architectures``.

@@ -1,20 +1,11 @@
 """GLM-4.5 and 4.6: grouped-query attention with a partial rotation, experts, and DeepSeek's layout of MTP layers."""
 
-from slime_spec.checkpoints.families.family import NOT_EMBEDDED, Family, MtpLayer
+from slime_spec.checkpoints.families.family import NOT_EMBEDDED, Family, layer_behind_the_last
 
 GLM4_MOE = Family(
     ("Glm4MoeForCausalLM",),
     model_type="glm4_moe",
-    mtp=MtpLayer(
-        prefix="model.layers.{layers}.",
-        projection="eh_proj.weight",
-        hidden_first=False,
-        embedding_norm="enorm.weight",
-        hidden_norm="hnorm.weight",
-        final_norm="shared_head.norm.weight",
-        copies=("embed_tokens.weight", "shared_head.head.weight"),
-        refused=f"its MTP block has a partial rotation and experts, {NOT_EMBEDDED}",
-    ),
+    mtp=layer_behind_the_last(f"its MTP block has a partial rotation and experts, {NOT_EMBEDDED}"),
     sglang_finds_mtp=True,
 )
 # Of these only SGLang's treatment is known here.
