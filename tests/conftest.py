@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.proofs import Recorder, digest_of, key_of, recorded
+from tests.support.proofs import ROOT, Recorder, digest_of, recorded
 
 # No test on a running server takes a tenth of it; those that start servers in processes have deadlines of their own.
 LONGEST_S = 600
@@ -62,13 +62,12 @@ def shared_by(nodeid: str) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the proofs that stand."""
     runs_all = config.getoption("--all") or config.getoption("--record-proofs")
-    proven = {} if runs_all else recorded()
+    standing = set() if runs_all else {proof for proof, digest in recorded().items() if digest == digest_of(proof)}
     for item in items:
-        marker = item.get_closest_marker("proves")
-        if marker is not None:
-            key = key_of(marker.args, item.path)
-            item.user_properties.append(("proves", key))
-            if proven.get(key) == digest_of(key):
+        if item.get_closest_marker("proves") is not None:
+            proof = item.path.relative_to(ROOT).as_posix()
+            item.user_properties.append(("proves", proof))
+            if proof in standing:
                 item.add_marker(
                     pytest.mark.skip(reason="what it proves has not changed since it passed (--all runs it)")
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slime_spec.engines import ENGINES
+from tests.support.imports import imported
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("slime_spec", "rollout", "trainer_bridge")
@@ -67,30 +67,6 @@ MODULES = module_files()
 
 def is_within(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def imported(source: str, *, at_import_time: bool = False) -> set[str]:
-    """Names that a source imports, ``from a import b`` as both ``a`` and ``a.b``.
-
-    With ``at_import_time`` only what importing the module executes: no function bodies, no TYPE_CHECKING blocks.
-    """
-    names: set[str] = set()
-    waiting: list[ast.AST] = [ast.parse(source)]
-    while waiting:
-        node = waiting.pop()
-        if at_import_time and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)):
-            continue
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import of {node.module}: write the whole path"
-            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
-        waiting.extend(ast.iter_child_nodes(node))
-    return names
 
 
 def forbidden_imports(module: str, names: set[str]) -> set[str]:

@@ -30,7 +30,6 @@ from tests.support.embedded_harness import (
     random_prompt,
     run,
 )
-from tests.support.proofs import proves
 from tests.support.statistics import comparisons
 
 NUM_SAMPLES, NUM_TOKENS, VOCAB = 20_000, 4, 7
@@ -42,7 +41,6 @@ PENALISED = SamplingParams(
     max_new_tokens=NUM_TOKENS, frequency_penalty=1.2, repetition_penalty=1.3, min_new_tokens=3, logit_bias=((4, 1.0),)
 )
 
-PROVES = proves("rollout/embedded", "tests/support/embedded_harness.py", "tests/support/statistics.py")
 LIKELY_NEXT = (6, 3, 4, 1, 1, 0, 2)
 REDUCED_Q = torch.tensor([[0.2, 0.3, 0.0, 0.1, 0.0, 0.1, 0.3]]).expand(VOCAB, -1)
 
@@ -112,7 +110,7 @@ ARMS: dict[str, tuple[Callable[[DraftContext], Draft], RuleVerifier, SamplingPar
 @pytest.mark.parametrize(
     ("arm", "num_samples"),
     [(arm, NUM_SAMPLES) for arm in ARMS]
-    + [pytest.param(arm, 200_000, marks=[pytest.mark.long, PROVES]) for arm in ARMS],
+    + [pytest.param(arm, 200_000, marks=[pytest.mark.long, pytest.mark.proves]) for arm in ARMS],
 )
 def test_scripted_drafts_leave_the_distribution_unchanged(micro_llama: Path, arm: str, num_samples: int) -> None:
     script, verifier, params = ARMS[arm]

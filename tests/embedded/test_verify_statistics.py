@@ -18,16 +18,11 @@ from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.verifier import Verifier, VerifyRow
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.types import SamplingParams
-from tests.support.proofs import proves
 from tests.support.statistics import comparisons, p_value
 from tests.support.toy_rounds import Drafting, ToyRun, chains, generate, no_draft, sampled_chains, trees
 
 NUM_TOKENS, VOCAB = 4, 8
-PROVES = proves(
-    *("rollout/embedded/verification", "rollout/embedded/uniforms.py", "rollout/embedded/drafting.py"),
-    *("tests/support/statistics.py", "tests/support/toy_rounds.py"),
-)
-SIZES = [20_000, pytest.param(200_000, marks=[pytest.mark.long, PROVES])]
+SIZES = [20_000, pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.proves])]
 TABLE = 1.2 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(11))
 RANKED = TABLE.argsort(dim=-1, descending=True).tolist()
 Q_DRAFT = (TABLE + torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(12))).softmax(-1)
@@ -74,7 +69,7 @@ def arm(
 @pytest.mark.parametrize(
     ("name", "num_samples"),
     [(name, 20_000) for name in ARMS]
-    + [pytest.param(name, 200_000, marks=[pytest.mark.long, PROVES]) for name in ARMS],
+    + [pytest.param(name, 200_000, marks=[pytest.mark.long, pytest.mark.proves]) for name in ARMS],
 )
 def test_speculation_leaves_the_distribution_unchanged(name: str, num_samples: int) -> None:
     verifier, drafting, params = ARMS[name]

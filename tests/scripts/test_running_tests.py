@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import shared_by
-from tests.support.proofs import ROOT, Recorder, digest_of, key_of, recorded
+from tests.support.proofs import ROOT, Recorder, digest_of, recorded, sources_of
 
 
 def test_a_file_shares_a_process_and_so_do_the_tests_of_one_real_server_in_several_files() -> None:
@@ -21,51 +20,77 @@ def test_a_file_shares_a_process_and_so_do_the_tests_of_one_real_server_in_sever
     assert shared_by("tests/sglang/test_real_sglang.py::test_c") == "tests/sglang/test_real_sglang.py"
 
 
-def test_a_proof_depends_on_every_source_it_names_and_on_its_own_file(tmp_path: Path) -> None:
-    for name in ("a/one.py", "a/deep/two.c", "proof.py"):
+@pytest.fixture
+def proof(tmp_path: Path) -> str:
+    """A proof of a package with C sources, which imports one module there and another through it."""
+    sources = {
+        "constraints.txt": "torch==2.13.0",
+        "test_proof.py": "from a.deep import one\nimport torch",
+        "a/__init__.py": "",
+        "a/deep/__init__.py": "",
+        "a/deep/one.py": "def f():\n    from a.deep.two import x",
+        "a/deep/two.py": "import a.deep.one\nx = 1",
+        "a/deep/mix.h": "1",
+        "a/other.py": "y = 1",
+    }
+    for name, text in sources.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x = 1")
-    (tmp_path / "a" / "notes.md").write_text("no source")
-    digests = [digest_of("a proof.py", tmp_path)]
-    (tmp_path / "a" / "notes.md").write_text("changed")
-    (tmp_path / "a" / "one.py").write_text('"""Says what it is."""\n\nx = 1  # one\n')
-    assert digest_of("a proof.py", tmp_path) == digests[0]
-    for change in (
-        lambda: (tmp_path / "a" / "deep" / "two.c").write_text("changed"),
-        lambda: (tmp_path / "proof.py").write_text("x = 2"),
-        lambda: (tmp_path / "a" / "one.py").rename(tmp_path / "a" / "renamed.py"),
-        lambda: (tmp_path / "a" / "three.py").write_text("y = 1"),
-    ):
-        change()
-        digests.append(digest_of("a proof.py", tmp_path))
-    assert len(set(digests)) == len(digests)
-    with pytest.raises(FileNotFoundError):
-        digest_of("b", tmp_path)
-    assert key_of(["rollout/embedded"], ROOT / "tests" / "x.py") == "rollout/embedded tests/x.py"
+        (tmp_path / name).write_text(text)
+    return "test_proof.py"
 
 
-def report(key: str, passed: bool, when: str = "call") -> Any:
-    return SimpleNamespace(user_properties=[("proves", key)], when=when, passed=passed)
+def test_a_proof_depends_on_all_that_its_file_imports_and_on_no_text(proof: str, tmp_path: Path) -> None:
+    deep = ["a/__init__.py", "a/deep/__init__.py", "a/deep/mix.h", "a/deep/one.py", "a/deep/two.py"]
+    assert sources_of(proof, tmp_path) == [*deep, "test_proof.py"]
+    before = digest_of(proof, tmp_path)
+    (tmp_path / "a" / "other.py").write_text("y = 2")
+    (tmp_path / "a" / "deep" / "two.py").write_text('"""Says what it is."""\n\nimport a.deep.one\nx = 1  # one\n')
+    assert digest_of(proof, tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "test_proof.py", "a/__init__.py", "a/deep/two.py", "a/deep/mix.h"])
+def test_a_proof_runs_again_after_a_change(name: str, proof: str, tmp_path: Path) -> None:
+    before = digest_of(proof, tmp_path)
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "\nz = 3")
+    assert digest_of(proof, tmp_path) != before
+
+
+def test_a_proof_that_is_not_there_has_no_digest(proof: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.py"):
+        digest_of("nothing.py", tmp_path)
+
+
+def report(proof: str, passed: bool, when: str = "call") -> Any:
+    return SimpleNamespace(user_properties=[("proves", proof)], when=when, passed=passed)
 
 
 def test_only_what_passed_whole_is_recorded_and_what_did_not_run_is_kept(tmp_path: Path) -> None:
+    kept, passed, failed, broken = "kept.py", "setup.py", "tests/conftest.py", "tests/support/proofs.py"
     record = tmp_path / "proven.json"
-    record.write_text(json.dumps({"setup.py": "kept", "pyproject.toml": "old", "README.md": "stale", "LICENSE": "old"}))
+    record.write_text(json.dumps({kept: "kept", passed: "old", failed: "stale", broken: "stale"}))
     recorder = Recorder(record)
-    recorder.pytest_runtest_logreport(report("pyproject.toml", True))
-    recorder.pytest_runtest_logreport(report("README.md", True))
-    recorder.pytest_runtest_logreport(report("README.md", False))
-    recorder.pytest_runtest_logreport(report("LICENSE", True))
-    recorder.pytest_runtest_logreport(report("LICENSE", False, when="setup"))
+    recorder.pytest_runtest_logreport(report(passed, True))
+    recorder.pytest_runtest_logreport(report(failed, True))
+    recorder.pytest_runtest_logreport(report(failed, False))
+    recorder.pytest_runtest_logreport(report(broken, True))
+    recorder.pytest_runtest_logreport(report(broken, False, when="setup"))
     recorder.pytest_sessionfinish()
-    assert recorded(record) == {"setup.py": "kept", "pyproject.toml": digest_of("pyproject.toml")}
+    assert recorded(record) == {kept: "kept", passed: digest_of(passed)}
 
 
-def test_every_proof_names_sources_that_exist_and_the_record_names_only_proofs() -> None:
-    """A key of the record that no proof has would stand there for ever and prove nothing."""
-    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if "proves(" in file.read_text()]
-    modules = [import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)) for file in files]
-    keys = {key_of(module.PROVES.args, Path(module.__file__)) for module in modules if hasattr(module, "PROVES")}
-    assert len(keys) == 2
-    assert all(len(digest_of(key)) == 32 for key in keys)
-    assert set(recorded()) <= keys
+def test_the_record_names_the_files_of_proofs_and_a_proof_sees_the_engine_and_what_judges_it() -> None:
+    """A name in the record that no proof has would stand there for ever and prove nothing."""
+    proofs = {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "tests" / "embedded").glob("test_*.py")
+        if "mark.proves" in file.read_text()
+    }
+    assert set(recorded()) <= proofs
+    assert len(proofs) == 2
+    for proof in proofs:
+        needed = {
+            "rollout/embedded/verification/walk.py",
+            "rollout/embedded/uniforms.py",
+            "tests/support/statistics.py",
+        }
+        assert needed <= set(sources_of(proof))

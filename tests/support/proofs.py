@@ -1,11 +1,11 @@
 """Proofs of minutes that run when what they prove has changed: a record of what was last proven, and its comparison.
 
-    @proves("rollout/embedded/verification", "rollout/embedded/uniforms.py")
+    @pytest.mark.proves
     def test_...(): ...
 
-``tests/proven.json`` holds, for each set of paths, a digest of the files as they were when their proofs last passed.
-A proof whose digest is the recorded one is skipped; ``--all`` runs every proof, ``--record-proofs`` writes what has
-passed. A record that is out of date therefore costs time, and never a proof.
+``tests/proven.json`` holds, for each file with such tests, a digest of all that the file imports of this repository,
+as it was when its proofs last passed. A proof whose digest is the recorded one is skipped; ``--all`` runs every proof,
+``--record-proofs`` as well, and writes what has passed. A record that is out of date costs time, and never a proof.
 """
 
 from __future__ import annotations
@@ -13,39 +13,49 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.support.imports import imported
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests" / "proven.json"
-SOURCES = (".py", ".c", ".h")
+PINS = "constraints.txt"  # another release of torch is another thing to prove
 
 
-def proves(*paths: str) -> pytest.MarkDecorator:
-    """Mark a test as a proof of these files and folders (relative to the repository)."""
-    return pytest.mark.proves(*paths)
+def sources_of(proof: str, root: Path = ROOT) -> list[str]:
+    """The proof's file, all that it imports below ``root``, through others too, and the C sources beside those."""
+    found: set[Path] = set()
+    waiting = [root / proof]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += _imported_files(file, root) if file.suffix == ".py" else []
+            waiting += [each for each in file.parent.iterdir() if each.suffix in (".c", ".h")]
+    return sorted(file.relative_to(root).as_posix() for file in found)
 
 
-def key_of(paths: Sequence[str], test_file: Path) -> str:
-    """The record's key: the paths, and the file of the proof itself."""
-    return " ".join(sorted({*paths, test_file.relative_to(ROOT).as_posix()}))
+def _imported_files(file: Path, root: Path) -> list[Path]:
+    """What importing executes: each module that is named, and the packages that it is in."""
+    names = imported(file.read_text())
+    packages = {".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts))}
+    places = [root / name.replace(".", "/") for name in names | packages]
+    files = [each for place in places for each in (place.with_suffix(".py"), place / "__init__.py")]
+    return [each for each in files if each.is_file()]
 
 
-def digest_of(key: str, root: Path = ROOT) -> str:
-    """A digest of every source below the key's paths, and its name; raises FileNotFoundError for a path without any.
+def digest_of(proof: str, root: Path = ROOT) -> str:
+    """A digest of every source of the proof (a path from ``root``), its name, and the pinned releases of libraries.
 
-    Of Python only the code counts: a proof does not depend on comments, docstrings and line breaks.
+    Of Python only the code counts: a proof does not depend on comments, docstrings and line breaks. Raises
+    FileNotFoundError where the proof's file is not there.
     """
-    digest = hashlib.sha256()
-    for path in key.split(" "):
-        place = root / path
-        files = sorted(each for each in place.rglob("*") if each.suffix in SOURCES) if place.is_dir() else [place]
-        if not files:
-            raise FileNotFoundError(f"{place} holds no source")
-        for file in files:
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + _code_of(file) + b"\0")
+    digest = hashlib.sha256((root / PINS).read_bytes())
+    for name in sources_of(proof, root):
+        digest.update(name.encode() + b"\0" + _code_of(root / name) + b"\0")
     return digest.hexdigest()[:32]
 
 
@@ -67,7 +77,7 @@ def _is_text(node: ast.AST) -> bool:
 
 
 def recorded(record: Path = RECORD) -> Mapping[str, str]:
-    """Digests by key; empty where nothing was recorded."""
+    """Digests by the proof's file; empty where nothing was recorded."""
     proven: Mapping[str, str] = json.loads(record.read_text()) if record.is_file() else {}
     return proven
 
@@ -81,12 +91,12 @@ class Recorder:
 
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, key in report.user_properties:
+        for name, proof in report.user_properties:
             if name == "proves":  # its set-up and its end count too: an error or a skip there is no proof
-                self._passed[str(key)] = self._passed.get(str(key), True) and report.passed
+                self._passed[str(proof)] = self._passed.get(str(proof), True) and report.passed
 
     @pytest.hookimpl
     def pytest_sessionfinish(self) -> None:
-        digests = {key: digest_of(key) for key, passed in self._passed.items() if passed}
-        kept = {key: digest for key, digest in recorded(self._record).items() if key not in self._passed}
+        digests = {proof: digest_of(proof) for proof, passed in self._passed.items() if passed}
+        kept = {proof: digest for proof, digest in recorded(self._record).items() if proof not in self._passed}
         self._record.write_text(json.dumps({**kept, **digests}, indent=2, sort_keys=True) + "\n")
