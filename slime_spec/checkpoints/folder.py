@@ -83,6 +83,8 @@ class CheckpointFolder:
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """The files of the weights; raises where a file is missing."""
+        if not self.path.is_dir():
+            raise self._lacks(CONFIG)
         names = self._weight_names()
         if not names:
             remedy = REMEDIES[TARGET_PATH]
@@ -110,9 +112,7 @@ class CheckpointFolder:
         """The object in the JSON file ``name`` of the folder."""
         path = self.path / name
         if not path.is_file():
-            what = f"be a checkpoint folder with a {name}" if name == CONFIG else f"hold a {name}"
-            remedy = REMEDIES.get(self.setting, "Pass a checkpoint folder.")
-            raise CheckpointError(self.setting, f"must {what}", str(self.path), remedy)
+            raise self._lacks(name)
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -120,6 +120,11 @@ class CheckpointFolder:
         if not isinstance(value, dict):
             raise CheckpointError(str(path), "must be a JSON object", type(value).__name__, AGAIN)
         return value
+
+    def _lacks(self, name: str) -> CheckpointError:
+        what = f"be a checkpoint folder with a {name}" if name == CONFIG else f"hold a {name}"
+        remedy = REMEDIES.get(self.setting, "Pass a checkpoint folder.")
+        return CheckpointError(self.setting, f"must {what}", str(self.path), remedy)
 
     def _weight_names(self) -> list[str]:
         if (self.path / SINGLE).is_file():

@@ -88,6 +88,14 @@ def test_a_shard_that_is_not_there_is_named_to_an_engine_and_left_out_of_a_plan(
         CheckpointFolder(tmp_path).tensors  # noqa: B018 - reading it is what raises
 
 
+def test_a_folder_that_is_not_there_is_refused_as_no_folder_whatever_is_read_first() -> None:
+    """Users would look for weights in a folder whose path they mistyped."""
+    for name in ("config", "weight_files", "tensors", "eos_token_ids"):
+        with pytest.raises(CheckpointError, match="must be a checkpoint folder with a config.json") as refused:
+            getattr(CheckpointFolder(Path("/no/such/folder"), "model.hf_checkpoint"), name)
+        assert refused.value.setting == "model.hf_checkpoint"
+
+
 @pytest.mark.parametrize(("text", "rule"), [("{", "must be valid JSON"), ("[1]", "must be a JSON object")])
 def test_every_view_refuses_a_damaged_config_in_the_same_words(text: str, rule: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
