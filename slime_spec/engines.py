@@ -20,8 +20,9 @@ class EngineKind:
     ``node`` is the class of a Node, called with (address, environment); an engine without a Node class fits one node.
 
     ``has_servers`` says that the engine generates in server processes, which the settings of sglang_server describe.
-    ``max_gpus`` bounds the GPUs of one engine. ``num_weight_copies`` is how many copies of the weights the engine
-    keeps in Ray's object store while a push arrives.
+    ``runs_built_decoders`` says that the engine computes itself, with the decoders that this project builds
+    (``Family.is_built``). ``max_gpus`` bounds the GPUs of one engine. ``num_weight_copies`` is how many copies of the
+    weights the engine keeps in Ray's object store while a push arrives.
 
     Example: ``EngineKind("rollout.fake:FakeEngine")``
     """
@@ -30,6 +31,7 @@ class EngineKind:
     shared_part: str | None = None
     node: str | None = None
     has_servers: bool = False
+    runs_built_decoders: bool = False
     max_gpus: int | None = None
     num_weight_copies: int = 1
 
@@ -43,7 +45,7 @@ class EngineKind:
 
 
 ENGINES = {
-    "embedded": EngineKind("rollout.embedded.engine:EmbeddedEngine", max_gpus=1),
+    "embedded": EngineKind("rollout.embedded.engine:EmbeddedEngine", runs_built_decoders=True, max_gpus=1),
     "sglang": EngineKind(
         "rollout.sglang_engine.engine:SglangEngine",
         shared_part="rollout.sglang_engine.router_process:own_router",

@@ -41,7 +41,7 @@ def limits_of(config: Config, spec: ModelSpec) -> RequestLimits:
 def check_kv_cache(config: Config, spec: ModelSpec) -> RequestLimits:
     """The limits, if the KV cache holds the longest sequence of the rollout; raises ConfigError if it does not."""
     limits = limits_of(config, spec)
-    longest = config.rollout.max_prompt_len + config.rollout.max_response_len + limits.headroom
+    longest = config.rollout.longest + limits.headroom
     if longest <= limits.max_total_tokens:
         return limits
     rule = f"must hold one sequence: max_prompt_len + max_response_len{limits.drafted} = {longest} tokens"

@@ -127,7 +127,7 @@ def _check_chat_date(task: TaskConfig) -> None:
 
 def _check_lengths(config: Config) -> None:
     rollout, engine = config.rollout, config.engine
-    longest = rollout.max_prompt_len + rollout.max_response_len
+    longest = rollout.longest
     remedy = "Lower --rollout-max-prompt-len or --rollout-max-response-len, or raise "
     if engine.context_length is not None and longest > engine.context_length:
         raise ConfigError(

@@ -112,6 +112,11 @@ class RolloutConfig:
     stop: tuple[str, ...] = setting((), "Stop strings.", flags=("--rollout-stop",))
     stop_token_ids: tuple[int, ...] = setting((), "Stop tokens besides EOS.", flags=("--rollout-stop-token-ids",))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that a rollout may make: prompt and response."""
+        return self.max_prompt_len + self.max_response_len
+
 
 @dataclass(frozen=True)
 class EngineConfig:

@@ -108,7 +108,7 @@ def preflight(config: Config) -> Inputs:
     if spec is not None:
         # A damaged file must raise here, not in an actor a minute later.
         verify_tensors(config.model.hf_checkpoint, spec)
-        if config.run.mode != "train_only" and config.rollout.engine == "embedded":
+        if config.run.mode != "train_only" and kind_of(config).runs_built_decoders:
             draft = choose_draft(config, spec)
             if draft is not None:
                 draft.verify()
@@ -152,7 +152,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 def _check_context(config: Config, spec: ModelSpec) -> None:
-    longest = config.rollout.max_prompt_len + config.rollout.max_response_len
+    longest = config.rollout.longest
     if longest > spec.max_position_embeddings:
         raise ConfigError(
             "rollout.max_prompt_len",
@@ -160,7 +160,7 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
             longest,
             "Lower --rollout-max-prompt-len or --rollout-max-response-len.",
         )
-    if config.run.mode != "train_only" and config.rollout.engine == "embedded":
+    if config.run.mode != "train_only" and kind_of(config).runs_built_decoders:
         check_kv_cache(config, spec)
 
 

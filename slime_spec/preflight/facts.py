@@ -72,11 +72,6 @@ class Facts:
         return draft_shape(self.config.speculative, self.target.architecture)
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence of a rollout."""
-        return self.config.rollout.max_prompt_len + self.config.rollout.max_response_len
-
-    @property
     def context_length(self) -> int | None:
         """The context length set for the servers, else the target's own; None where its config.json does not say."""
         return self.config.engine.context_length or self.target.context_length

@@ -125,7 +125,7 @@ def _engine(facts: Facts, itemsize: int) -> EngineMemory:
         draft_bytes = draft_parameters(facts.draft) * ITEMSIZES[config.engine.dtype]
         elements += kv_elements_per_token(facts.draft.config) or 0
     num_sequences = min(config.engine.max_running_requests, facts.samples_per_engine)
-    num_tokens = num_sequences * (facts.longest + (facts.shape.headroom if facts.speculates else 0))
+    num_tokens = num_sequences * (facts.config.rollout.longest + (facts.shape.headroom if facts.speculates else 0))
     if config.engine.max_total_tokens is not None:
         num_tokens = min(num_tokens, config.engine.max_total_tokens)
     return EngineMemory(

@@ -47,13 +47,13 @@ def draft_context(facts: Facts) -> Sighting | None:
 )
 def draft_length(facts: Facts) -> Sighting | None:
     draft = _draft_context(facts)
-    if draft is None or facts.longest <= draft:
+    if draft is None or facts.config.rollout.longest <= draft:
         return None
     response = draft - facts.config.rollout.max_prompt_len - facts.shape.num_draft_tokens
     fits = response >= 1
     return Sighting(
         Severity.WARNING,
-        f"prompt plus response may have {facts.longest} tokens, the draft {draft} positions",
+        f"prompt plus response may have {facts.config.rollout.longest} tokens, the draft {draft} positions",
         f"Pass --rollout-max-response-len {response}, which also leaves room for the last round's "
         f"{facts.shape.num_draft_tokens} drafted tokens, or a draft for longer sequences."
         if fits
@@ -71,14 +71,14 @@ def draft_length(facts: Facts) -> Sighting | None:
 )
 def context_length(facts: Facts) -> Sighting | None:
     own, asked = facts.target.context_length, facts.config.engine.context_length
-    if own is None or max(asked or 0, facts.longest) <= own:
+    if own is None or max(asked or 0, facts.config.rollout.longest) <= own:
         return None
     if facts.environ.get(OVERWRITE, "").lower() in ("1", "true"):
         return None
     return Sighting(
         Severity.ERROR,
         f"the target has max_position_embeddings {own}; the context is {asked or own}, the longest sequence "
-        f"{facts.longest}",
+        f"{facts.config.rollout.longest}",
         f"Pass --sglang-context-length {own}, and prompt and response lengths below it.",
         ("--sglang-context-length", str(own)),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from shutil import which
 
 from slime_spec.checkpoints.families import BUILT_ARCHITECTURES, family_of, model_type_comes_as_code
+from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, always, on_sglang, trap
 
@@ -52,8 +53,8 @@ def trainer_architecture(facts: Facts) -> Sighting | None:
     applies=always,
 )
 def engine_architecture(facts: Facts) -> Sighting | None:
-    is_embedded = facts.config.rollout.engine == "embedded" and facts.config.run.mode != "train_only"
-    if not is_embedded or not (reason := lacking(facts)):
+    generates = facts.config.run.mode != "train_only"
+    if not (generates and kind_of(facts.config).runs_built_decoders) or not (reason := lacking(facts)):
         return None
     return Sighting(
         Severity.ERROR,
