@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 from rollout.sglang_engine.nodes import Part, SpannedServer
-from rollout.sglang_engine.server import SERVER_ENVIRONMENT, ServerProcess, check_port, free_port, probe_socket
+from rollout.sglang_engine.server import SERVER_ENVIRONMENT, ServerProcess
 from slime_spec.config.addresses import ANY_HOST, address_of, is_loopback
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.ports import check_port, free_port
 from slime_spec.sglang.arguments import LOOPBACK, Place, command_line, server_flags
 from slime_spec.sglang.interpreter import InstalledSglang
 from slime_spec.sglang.labels import label_suffix
@@ -93,7 +94,7 @@ class Launcher:
         if not self._site.others:
             return [self.place]
         host = self.reachable_host
-        rendezvous = address_of(host, free_ports(host, NUM_RENDEZVOUS_PORTS))
+        rendezvous = address_of(host, free_port(host, NUM_RENDEZVOUS_PORTS))
         places = [Place(self.host, self.place.port, self.num_nodes, 0, rendezvous)]
         for rank, node in enumerate(self._site.others, start=1):
             node_host = listening_host(self._config, node.address(), self._others_come)
@@ -115,16 +116,3 @@ class Launcher:
         folder = Path(run.output_dir or f"runs/{run.name}").absolute()
         of_node = f"-node{node_rank}" if node_rank else ""
         return folder / "engines" / f"sglang-{self._index}{of_node}.log"
-
-
-def free_ports(host: str, count: int) -> int:
-    """Return the first of ``count`` free ports in a row."""
-    while True:
-        first = free_port(host)
-        try:
-            for port in range(first, first + count):
-                with probe_socket(host) as probe:
-                    probe.bind((host, port))
-        except (OSError, OverflowError):
-            continue
-        return first

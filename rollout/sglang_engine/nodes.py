@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollout.sglang_engine.server import SERVER_ENVIRONMENT, ServerProcess, free_port
+from rollout.sglang_engine.server import SERVER_ENVIRONMENT, ServerProcess
+from slime_spec.ports import free_port
 from slime_spec.site import LOST, Node, NodeLost
 
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from rollout.sglang_engine.launcher import listening_host
-from rollout.sglang_engine.server import ServerProcess, ServerStartError, free_port
+from rollout.sglang_engine.server import ServerProcess, ServerStartError
 from slime_spec.config.addresses import ANY_HOST, address_of
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.ports import free_port
 from slime_spec.sglang.interpreter import InstalledSglang, installed_in
 from slime_spec.site import Site
 

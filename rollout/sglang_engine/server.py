@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rollout.sglang_engine import guard
-from slime_spec.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +22,11 @@ TAIL_BYTES = 64 * 1024  # of a log that weeks may have written
 STOP_TIMEOUT_S = guard.GRACE_S + 10.0
 POLL_S = 0.25
 
+PORT_TAKEN = r"address already in use|Errno 98"
+
 # What a server's log says when it cannot start, and what that usually means; the first match is reported.
 LIKELY_CAUSES: tuple[tuple[str, str], ...] = (
-    (r"address already in use|Errno 98", "the port is taken: pass another --sglang-port, or 0 for a free one"),
+    (PORT_TAKEN, "the port is taken: pass another --sglang-port, or 0 for a free one"),
     (r"No module named '?sglang", "this Python has no sglang: pass --sglang-python /path/to/python of one that has"),
     (r"unrecognized arguments|error: argument", "this SGLang does not know a flag: check it against its version"),
     (r"CUDA out of memory|OutOfMemoryError|Not enough memory", "GPU memory: lower --sglang-mem-fraction-static"),
@@ -53,38 +53,9 @@ LIKELY_CAUSES: tuple[tuple[str, str], ...] = (
 class ServerStartError(RuntimeError):
     """The server did not become healthy; the message has the end of its log and the likely cause."""
 
-
-def probe_socket(host: str) -> socket.socket:
-    """Return a socket that can be bound to ``host``."""
-    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-
-
-def free_port(host: str) -> int:
-    """Return a free port of ``host``; raises ConfigError for a host that is none of this node's addresses."""
-    with probe_socket(host) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as error:
-            raise ConfigError(
-                "sglang_server.host",
-                f"must be an address of the node: {error.strerror}",
-                host,
-                "Leave out --sglang-host, or pass 0.0.0.0 and --sglang-api-key.",
-            ) from None
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def check_port(host: str, port: int, setting: str = "sglang_server.port") -> None:
-    """Raise ConfigError where the port cannot be bound, before minutes of loading end in the same error."""
-    with probe_socket(host) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                setting, f"must be free on {host}: {error.strerror}", port, "Pass another --sglang-port, or 0."
-            ) from None
+    @property
+    def port_taken(self) -> bool:
+        return re.search(PORT_TAKEN, str(self)) is not None
 
 
 class ServerProcess:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
 HEALTH_TIMEOUT_S = 30.0
+# A server takes ports that nobody can hold for it, its own choices among them: a new start has new ones.
+PORT_ATTEMPTS = 3
 
 
 class EngineFailed(RuntimeError):
@@ -115,6 +117,15 @@ class Supervisor:
             self._set_ready(True)
 
     def _bring_up(self) -> None:
+        for attempts_left in reversed(range(PORT_ATTEMPTS)):
+            try:
+                return self._bring_up_once()
+            except ServerStartError as error:
+                if not (error.port_taken and attempts_left):
+                    raise
+                logger.warning("a port was taken while the server started; starting it again reason=%s", error)
+
+    def _bring_up_once(self) -> None:
         server = self._launch()
         server.start()
         self._server = server

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from rollout.sglang_engine.fake import FakeServer
-from rollout.sglang_engine.server import free_port
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.ports import free_port
 from tests.sglang.conftest import Checkpoints, Connect
 from tests.support.sglang_checkpoints import make_target
 from tests.support.tiny_drafts import edit_config

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from rollout.sglang_engine import launcher
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.nodes import NodeProcess, Part, SpannedServer
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.ports import free_port
 from slime_spec.site import LOST, NodeLost, Site
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.pushes import DirectTransport
@@ -93,6 +96,27 @@ def test_a_process_that_dies_takes_its_engines_others_with_it_and_no_sample(engi
     assert after.keys() == {"0", "1"}
     assert not set(after.values()) & set(before.values())
     assert [len(sample.token_ids) for sample in engine.generate(REQUEST)] == [200, 200]
+
+
+@pytest.mark.parametrize(("num_taken", "starts"), [(2, True), (3, False)])
+def test_a_port_that_was_taken_meanwhile_is_chosen_again(
+    spanning: Config, node: NodeProcess, monkeypatch: pytest.MonkeyPatch, num_taken: int, starts: bool
+) -> None:
+    """A rendezvous's port is bound by the server seconds after it was chosen."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        left = [other.getsockname()[1]] * num_taken
+        monkeypatch.setattr(
+            launcher, "free_port", lambda host, count=1: left.pop() if count > 1 and left else free_port(host, count)
+        )
+        engine = SglangEngine(spanning, 0, DirectTransport(), Site(others=(node,)))
+        with nullcontext() if starts else pytest.raises(ConfigError, match="the port is taken"):
+            engine.start()
+        assert not left
+        if starts:
+            assert [len(sample.token_ids) for sample in engine.generate(REQUEST)] == [200, 200]
+            assert engine.stats().num_restarts == 0
+            engine.stop()
+    assert server_pids() == {}
 
 
 def test_a_node_whose_server_cannot_start_is_told_with_its_own_log(spanning: Config) -> None:

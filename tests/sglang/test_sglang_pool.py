@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from slime_spec.config.tree import (
     SpeculativeConfig,
 )
 from slime_spec.launch.cluster import Cluster, cluster
+from slime_spec.ports import free_port
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.messages import CancelPush
 from tests.sglang.conftest import Checkpoints
@@ -35,17 +35,6 @@ from tests.sglang.conftest import Checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = ROOT / "tests" / "support" / "sglang_fake"
 PARAMS = SamplingParams(max_new_tokens=240)
-
-
-def two_free_ports() -> int:
-    """The first of two that follow each other."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            with suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +74,7 @@ def pool(config: Config, ray_cluster: Cluster) -> Iterator[EnginePool]:
 
 @contextmanager
 def started(config: Config, reserved: Cluster, **settings: object) -> Iterator[EnginePool]:
-    port = two_free_ports()
+    port = free_port("127.0.0.1", config.rollout.num_engines)
     server = replace(config.sglang_server, port=port, **settings)  # type: ignore[arg-type]
     # Without cores of their own, so that several pools have room beside each other.
     with EnginePool(replace(config, sglang_server=server), replace(reserved.engines, num_cpus=0.0)) as pool:

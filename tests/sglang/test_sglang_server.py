@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,8 +12,7 @@ import psutil
 import pytest
 
 from rollout.sglang_engine import guard
-from rollout.sglang_engine.server import ServerProcess, ServerStartError, check_port, free_port, likely_cause
-from slime_spec.errors import ConfigError
+from rollout.sglang_engine.server import ServerProcess, ServerStartError, likely_cause
 
 SLEEP = "import time; print('loading', flush=True); time.sleep(60)"
 # A server as SGLang's: it starts a process of its own, and neither ends by itself.
@@ -128,21 +126,6 @@ def test_the_tail_of_an_endless_log_is_read_without_the_rest(tmp_path: Path) -> 
         written.seek(2**40)  # a hole: it takes no room on the disk
         written.write(b"\nthe end\n")
     assert server.tail().splitlines()[-1] == "the end"
-
-
-def test_a_port_in_use_is_refused_before_anything_is_loaded() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(ConfigError, match=r"must be free on 127\.0\.0\.1"):
-            check_port("127.0.0.1", taken.getsockname()[1])
-    check_port("127.0.0.1", free_port("127.0.0.1"))
-    check_port("::1", free_port("::1"))
-
-
-def test_an_address_of_another_machine_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigError, match="must be an address of the node"):
-        free_port("192.0.2.1")
 
 
 @pytest.mark.parametrize(

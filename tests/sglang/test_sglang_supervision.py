@@ -20,12 +20,12 @@ from rollout.sglang_engine.draft_watch import DraftWatch, Verdict
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.fake import FakeServer, next_token
 from rollout.sglang_engine.loop_thread import AsyncLoop
-from rollout.sglang_engine.server import free_port
 from rollout.sglang_engine.supervise import EngineFailed
 from rollout.sglang_engine.upkeep import Upkeep
 from rollout.sglang_engine.weights import Outcome
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
+from slime_spec.ports import free_port
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
 from slime_spec.weights.run import run_push
 from tests.sglang.conftest import Checkpoints, Connect

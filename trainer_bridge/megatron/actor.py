@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import ray
 
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import RunState
+from slime_spec.ports import free_port
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.messages import PushBucket
@@ -29,9 +29,7 @@ class RankActor:
 
     def address(self) -> str:
         """Where the other ranks can meet this one."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        return f"tcp://{ray.util.get_node_ip_address()}:{free_port('0.0.0.0')}"
 
     def load(self, init_method: str) -> RunState | None:
         # Imported here: the driver imports this module for its class, and must not pay for Megatron.

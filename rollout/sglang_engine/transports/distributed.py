@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
 
 from rollout.sglang_engine.client import ServerGone, SglangClient
-from rollout.sglang_engine.server import free_port
 from rollout.sglang_engine.transports.bucket import NamedTensors
 
 FORM_TIMEOUT = timedelta(minutes=2)
@@ -31,20 +30,19 @@ class DistributedTransport:
     async def open(self, client: SglangClient) -> None:
         """Form the group; both ends wait for each other."""
         self._number += 1
-        port = free_port(self._host)
+        world_size = 1 + self._num_ranks
+        store = dist.TCPStore(self._host, 0, world_size, True, FORM_TIMEOUT, wait_for_workers=False)
         group_name = f"{self._name}-{self._number}"
         request = {
             "master_address": self._host,
-            "master_port": port,
+            "master_port": store.port,
             "rank_offset": 1,
-            "world_size": 1 + self._num_ranks,
+            "world_size": world_size,
             "group_name": group_name,
             "backend": self._backend,
         }
         joined = asyncio.create_task(client.post("/init_weights_update_group", request))
-        formed = asyncio.create_task(
-            asyncio.to_thread(_form_group, self._host, port, 1 + self._num_ranks, group_name, self._backend)
-        )
+        formed = asyncio.create_task(asyncio.to_thread(_form_group, store, world_size, group_name, self._backend))
         # The end that fails first has the error to raise: the other end waits in vain, and gives up by itself.
         await asyncio.wait({joined, formed}, return_when=asyncio.FIRST_EXCEPTION)
         for task in (joined, formed):
@@ -92,9 +90,8 @@ class DistributedTransport:
             raise ServerGone(f"the broadcast to {self._name}: {error}") from error
 
 
-def _form_group(host: str, port: int, world_size: int, name: str, backend: str) -> dist.ProcessGroup:
+def _form_group(store: dist.Store, world_size: int, name: str, backend: str) -> dist.ProcessGroup:
     """Form the group as SGLang does: beside the default group, which this process need not have."""
-    store: dist.Store = dist.TCPStore(host, port, world_size, is_master=True, timeout=FORM_TIMEOUT)
     group, _ = _new_process_group_helper(
         world_size,
         0,
