@@ -35,7 +35,7 @@ _STALE = "another target's draft; a draft as old as an earlier target"
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The record of one algorithm.
+    """Holds everything in which one algorithm differs from the others.
 
     ``sources`` say where its draft may live: in the text, a whole model, a head over the target's features, the
     target's own checkpoint. ``families`` are the draft networks it runs, its own first. ``sglang`` is the name that
@@ -62,7 +62,7 @@ class Algorithm:
 
     @property
     def has_weights(self) -> bool:
-        """Whether a network drafts, which a push may change."""
+        """Return whether a network drafts, which a push may change."""
         return self.speculates and "text" not in self.sources
 
     @property
@@ -75,22 +75,25 @@ class Algorithm:
 
     @property
     def drafts_with_mtp_layer(self) -> bool:
-        """Whether the target's own MTP layer drafts where no other draft is named."""
+        """Return whether the target's own MTP layer drafts where no other draft is named."""
         return "mtp" in self.families
 
     @property
     def has_numbers(self) -> bool:
-        """Whether num_steps, eagle_topk and num_draft_tokens are set together; only then drafts can be sampled."""
+        """Return whether num_steps, eagle_topk and num_draft_tokens are set together.
+
+        Only then drafts can be sampled.
+        """
         return "eagle_topk" in self.reads
 
     @property
     def runs_as_eagle(self) -> bool:
-        """Whether a network over the target's features drafts step by step, in SGLang's EAGLE worker."""
+        """Return whether a network over the target's features drafts step by step, in SGLang's EAGLE worker."""
         return bool(self.families)
 
     @property
     def has_own_head(self) -> bool:
-        """Whether its drafts bring an output head and a vocabulary of their own, which no token map cuts."""
+        """Return whether its drafts bring an output head and a vocabulary of their own, which no token map cuts."""
         return "eagle3" in self.families
 
     @property
@@ -240,7 +243,7 @@ NEXTN = Algorithm(
     ),
 )
 DFLASH = Algorithm(
-    "DFLASH", _network_tree, sources=("head", "target"), sglang="DFLASH", reads=_EVERY_ROUND, likely_causes=_STALE
+    "DFLASH", _network_tree, sources=("head",), sglang="DFLASH", reads=_EVERY_ROUND, likely_causes=_STALE
 )
 DSPARK = Algorithm(
     "DSPARK",

@@ -22,6 +22,11 @@ LOSSY = "--debug-rollout-only --speculative-lossy --speculative-algorithm LOOKUP
     [
         ("--speculative-algorithm EAGLE3", "draft_model_path", "--speculative-draft-model-path DIR"),
         ("--speculative-algorithm STANDALONE", "draft_model_path", "--speculative-draft-model-path DIR"),
+        (
+            "--rollout-engine sglang --speculative-algorithm DFLASH",
+            "draft_model_path",
+            "--speculative-draft-model-path DIR",
+        ),
         ("--sp-type deterministic --sp-checkpoint-path d", "draft_model_path", "EAGLE3"),
         ("--speculative-draft-model-path d", "draft_model_path", "leave the path out"),
         (f"{NGRAM} --sp-quantization INT8", "draft_model_quantization", "draft model"),
