@@ -1,4 +1,4 @@
-"""slime_spec: speculative decoding that pays in RL rollouts.
+"""slime_spec is speculative decoding that pays in RL rollouts.
 
 This package holds what both sides of the framework share (types, configuration, interfaces, weights, metrics, the RL
 loop); `rollout` hosts the engines, `trainer_bridge` the trainer, `slime_spec.launch` wires them.

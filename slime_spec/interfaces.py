@@ -96,7 +96,7 @@ class SharedPart(Protocol):
         """Return the configuration of the engines that use the shared part."""
 
     def start(self) -> None:
-        """Begin to start the shared part; the engines start meanwhile."""
+        """Start the shared part without waiting for it; the engines start meanwhile."""
 
     def wait_until_ready(self) -> None:
         """Return once the shared part serves; raises ConfigError where it does not start."""
@@ -129,10 +129,10 @@ class WeightTransport(Protocol):
     """Carries one bucket's tensors from trainer to engines; both ends live in one file."""
 
     def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Trainer side: make the tensors reachable and return the handle that a PushBucket carries."""
+        """Make the tensors reachable, on the trainer's side, and return the handle that a PushBucket carries."""
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
-        """Engine side: return the bucket's tensors, read-only; they stay valid as long as they are referenced."""
+        """Return the bucket's tensors, on the engine's side: read-only, and valid as long as they are referenced."""
 
 
 @dataclass(frozen=True)

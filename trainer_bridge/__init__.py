@@ -1,1 +1,1 @@
-"""The policy's trainer: GRPO on packed samples, run by Megatron-Core on CPU (gloo) or GPU (nccl)."""
+"""This package trains the policy: GRPO on packed samples, run by Megatron-Core on CPU (gloo) or GPU (nccl)."""

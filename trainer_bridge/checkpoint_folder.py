@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which one is the newest whole one, and how one takes its place.
+"""This module finds the newest whole checkpoint in a run's folder, and moves a finished checkpoint into the folder.
 
 checkpoints/
   step-000012/        one checkpoint
@@ -22,7 +22,10 @@ def step_name(rollout_id: int) -> str:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The step folder that ``path`` is, or whose name its ``latest`` holds; raises CheckpointError if there is none."""
+    """Return the step folder that ``path`` is, or whose name its ``latest`` holds.
+
+    Raises CheckpointError if there is none.
+    """
     root = Path(path)
     pointer = root / LATEST
     folder = root / pointer.read_text().strip() if pointer.is_file() else root
@@ -40,7 +43,10 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def begin_checkpoint(root: Path, name: str) -> Path:
-    """An empty folder to write into, beside the whole checkpoints; left-overs of interrupted writes are removed."""
+    """Return an empty folder to write into, beside the whole checkpoints.
+
+    Left-overs of interrupted writes are removed.
+    """
     tidy(root)
     unfinished = unfinished_folder(root, name)
     unfinished.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The policy loss per token: clipped importance ratio and KL (PPO, arXiv:1707.06347; GRPO, arXiv:2402.03300)."""
+"""GrpoLoss computes the policy loss per token: clipped ratio and KL (PPO, arXiv:1707.06347; GRPO, arXiv:2402.03300)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """Per response token, all [N]: the loss to minimise, its policy-gradient part, whether the clip bit, and the KL."""
+    """Holds, per response token [N]: the loss to minimise, its policy-gradient part, whether the clip bit, the KL."""
 
     loss: torch.Tensor
     pg_loss: torch.Tensor
@@ -19,7 +19,7 @@ class PolicyTerms:
 
 @dataclass(frozen=True)
 class GrpoLoss:
-    """The loss's constants; ``eps_high`` is the upper clip (clip-higher of DAPO, arXiv:2503.14476)."""
+    """Computes the loss by these constants; ``eps_high`` is the upper clip (clip-higher, DAPO, arXiv:2503.14476)."""
 
     eps_low: float
     eps_high: float
@@ -32,7 +32,7 @@ class GrpoLoss:
         advantages: torch.Tensor,
         ref_logprobs: torch.Tensor | None,
     ) -> PolicyTerms:
-        """All arguments [N]; the ratio is against the rollout's logprobs, so it also corrects engine differences."""
+        """Return N tokens' terms; the ratio is against the rollout's logprobs, so it corrects engine differences."""
         pg_loss, clipped = clipped_policy_loss(logprobs, rollout_logprobs, advantages, self.eps_low, self.eps_high)
         if ref_logprobs is None:
             return PolicyTerms(pg_loss, pg_loss, clipped, torch.zeros_like(pg_loss))
@@ -43,7 +43,7 @@ class GrpoLoss:
 def clipped_policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, eps_low: float, eps_high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)`` and where the clip lowered the objective."""
+    """Return ``-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)`` and where the clip lowered the objective."""
     ratio = (logprobs - old_logprobs).exp()
     free = -ratio * advantages
     held = -ratio.clamp(1.0 - eps_low, 1.0 + eps_high) * advantages
@@ -51,6 +51,6 @@ def clipped_policy_loss(
 
 
 def k3_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) from samples of the policy: never negative, unbiased."""
+    """Return Schulman's k3 estimate of KL(policy || reference) from samples of the policy: never negative, unbiased."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1.0

@@ -1,4 +1,4 @@
-"""How ranks form tensor, pipeline and data parallel groups, and which sizes fit a model."""
+"""A Layout says how ranks form tensor, pipeline and data parallel groups, with sizes that fit the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slime_spec.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankCoordinates:
-    """A rank's place in each kind of group."""
+    """Holds a rank's place in each kind of group."""
 
     tensor: int
     data: int
@@ -21,7 +21,7 @@ class RankCoordinates:
 
 @dataclass(frozen=True)
 class Layout:
-    """Group sizes; ranks count tensor first, then data, then pipeline (Megatron's order tp-cp-ep-dp-pp)."""
+    """Holds group sizes; ranks count tensor first, then data, then pipeline (Megatron's order tp-cp-ep-dp-pp)."""
 
     tensor: int
     pipeline: int
@@ -39,13 +39,16 @@ class Layout:
         )
 
     def holders(self, stage: int) -> tuple[int, ...]:
-        """The ranks whose shards together are one pipeline stage's weights, tensor rank 0 first."""
+        """Return the ranks whose shards together are one pipeline stage's weights, tensor rank 0 first."""
         first = stage * self.tensor * self.data
         return tuple(range(first, first + self.tensor))
 
 
 def check_layout(config: Config, spec: ModelSpec) -> Layout:
-    """The layout that the trainer settings ask for; raises ConfigError where model and sizes do not fit each other."""
+    """Return the layout that the trainer settings ask for.
+
+    Raises ConfigError where model and sizes do not fit each other.
+    """
     trainer = config.trainer
     tensor, pipeline = trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size
     check_ranks(trainer)

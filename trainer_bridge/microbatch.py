@@ -1,4 +1,4 @@
-"""A microbatch as tensors: what the model reads and what the loss needs, response tokens only."""
+"""A Microbatch holds tensors: those that the model reads and those that the loss needs, response tokens only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer_bridge.packing import MicrobatchPlan
 
 @dataclass(frozen=True)
 class SegmentSpan:
-    """Where a segment lies in the packed row: ``prompt_len`` tokens from ``start``, then each response's fed tokens."""
+    """Places a segment in the packed row: ``prompt_len`` tokens from ``start``, then each response's fed tokens."""
 
     start: int
     prompt_len: int
@@ -22,7 +22,7 @@ class SegmentSpan:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """T packed tokens and the N response tokens they predict.
+    """Holds T packed tokens and the N response tokens they predict.
 
     ``token_ids`` and ``position_ids`` are [1, T]; ``rows``, ``targets``, ``rollout_logprobs``, ``advantages``,
     ``weights`` and ``ref_logprobs`` are [N]: row ``rows[i]`` of the model predicts token ``targets[i]``. ``weights`` is
@@ -79,7 +79,7 @@ def build_microbatch(samples: Sequence[TrainSample], plan: MicrobatchPlan, devic
 
 
 def _empty_microbatch(device: torch.device) -> Microbatch:
-    """One token that counts for nothing: the smallest input that takes part in every collective."""
+    """Return one token that counts for nothing: the smallest input that takes part in every collective."""
     zero = torch.zeros(1, dtype=torch.long, device=device)
     nothing = torch.zeros(1, device=device)
     return Microbatch(

@@ -20,7 +20,7 @@ from slime_spec.types import TrainSample
 
 @dataclass(frozen=True)
 class Segment:
-    """A prompt of ``prompt_len`` tokens and the samples that continue it, as indices into the step's samples.
+    """Holds a prompt of ``prompt_len`` tokens and the samples that continue it, as indices into the step's samples.
 
     Example, three samples of one prompt with 4, 2 and 5 response tokens:
     ``Segment(prompt_len=35, sample_indices=(0, 1, 2), response_lens=(4, 2, 5))``
@@ -41,7 +41,7 @@ MicrobatchPlan = tuple[Segment, ...]
 def plan_microbatches(
     samples: Sequence[TrainSample], max_tokens: int, num_ranks: int, share_prompts: bool = True
 ) -> list[list[MicrobatchPlan]]:
-    """For each data parallel rank its microbatches, as many on every rank (collectives need that).
+    """Return each data parallel rank's microbatches, as many on every rank (collectives need that).
 
     A microbatch has at most ``max_tokens`` tokens, except one that holds a single longer sample. Where there are fewer
     than the ranks need, empty plans fill up. Samples without response tokens are left out.
@@ -96,7 +96,7 @@ def _by_size(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _best_fit_decreasing(segments: Sequence[Segment], max_tokens: int) -> list[MicrobatchPlan]:
-    """Each segment, largest first, goes where the least room remains after it; decides how many bins are needed."""
+    """Return bins, as many as needed: each segment, largest first, goes where the least room remains."""
     bins: list[list[Segment]] = []
     room: list[int] = []
     for segment in _by_size(segments):
@@ -112,7 +112,7 @@ def _best_fit_decreasing(segments: Sequence[Segment], max_tokens: int) -> list[M
 
 
 def _spread_evenly(segments: Sequence[Segment], num_bins: int) -> list[MicrobatchPlan]:
-    """Each segment, largest first, goes to the emptiest bin."""
+    """Return ``num_bins`` bins: each segment, largest first, goes to the emptiest bin."""
     bins: list[list[Segment]] = [[] for _ in range(num_bins)]
     load = [0] * num_bins
     for segment in _by_size(segments):
@@ -123,6 +123,6 @@ def _spread_evenly(segments: Sequence[Segment], num_bins: int) -> list[Microbatc
 
 
 def _deal(bins: Sequence[MicrobatchPlan], num_ranks: int) -> list[list[MicrobatchPlan]]:
-    """The i-th microbatches of all ranks run at the same time, so bins of like size are dealt side by side."""
+    """Deal bins of like size side by side, because the i-th microbatches of all ranks run at the same time."""
     ordered = sorted(bins, key=_num_tokens, reverse=True)
     return [list(ordered[rank::num_ranks]) for rank in range(num_ranks)]

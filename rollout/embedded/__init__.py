@@ -1,1 +1,1 @@
-"""The embedded engine: a lean pure-torch forward with continuous batching, shared prompts and exact speculation."""
+"""The embedded engine is a lean pure-torch forward with continuous batching, shared prompts and exact speculation."""

@@ -40,7 +40,7 @@ class Assembly:
         self._tokenizer: Tokenizer | None = None
 
     def builder(self, device: torch.device) -> DecoderBuilder:
-        """Collects weights on ``device``; packed only for an engine whose home is the CPU."""
+        """Return a builder that collects weights on ``device``; packed only for an engine whose home is the CPU."""
         if self._rope is None:
             self._rope = RopeTable(self.spec, self.limits.context_length, self.dtype, self.device)
         return DecoderBuilder(self.spec, self._rope, self.dtype, device, packing=best_packing(self.device, self.dtype))

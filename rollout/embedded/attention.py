@@ -1,4 +1,4 @@
-"""Attention of one pass in torch's operators, which CUDA runs, and which the tests compare the CPU kernels with.
+"""This module computes a pass's attention in torch's operators: CUDA runs it, tests compare the CPU kernels with it.
 
 The query heads that share a KV head become extra query rows.
 
@@ -19,7 +19,7 @@ from rollout.embedded.plan import AttentionPlan, PrefixPlan
 def attend(
     layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
-    """Store this pass's keys and values [tokens, kv_heads, head_dim]; attend; [tokens, heads * head_dim].
+    """Store this pass's keys and values [tokens, kv_heads, head_dim]; return attention [tokens, heads * head_dim].
 
     ``query`` is [tokens, heads, head_dim]; heads sharing a KV head are neighbours.
     """
@@ -49,7 +49,7 @@ def _cascade(
     mask: torch.Tensor | None,
     prefix: PrefixPlan,
 ) -> torch.Tensor:
-    """One softmax over [prefix | own]; ``query`` [rows, kv_heads, queries, head_dim]."""
+    """Return one softmax over [prefix | own]; ``query`` [rows, kv_heads, queries, head_dim]."""
     query = query * query.shape[-1] ** -0.5
     prefix_keys = prefix.store.keys[layer][: prefix.num_prefixes, :, : prefix.length]
     prefix_values = prefix.store.values[layer][: prefix.num_prefixes, :, : prefix.length]
@@ -65,14 +65,14 @@ def _cascade(
 
 
 def _to_slots(rows: torch.Tensor, prefix: PrefixPlan) -> torch.Tensor:
-    """[rows, kv_heads, queries, width] -> [prefixes, kv_heads, members * queries, width]."""
+    """Return [prefixes, kv_heads, members * queries, width] from [rows, kv_heads, queries, width]."""
     _, kv_heads, queries, width = rows.shape
     slots = rows.index_select(0, prefix.row_of_slot).view(prefix.num_prefixes, -1, kv_heads, queries, width)
     return slots.transpose(1, 2).reshape(prefix.num_prefixes, kv_heads, -1, width)
 
 
 def _to_rows(slots: torch.Tensor, prefix: PrefixPlan) -> torch.Tensor:
-    """The inverse of ``_to_slots``."""
+    """Return the inverse of ``_to_slots``."""
     prefixes, kv_heads, _, width = slots.shape
     members = slots.view(prefixes, kv_heads, prefix.num_members, -1, width).transpose(1, 2)
     return members.reshape(prefixes * prefix.num_members, kv_heads, -1, width).index_select(0, prefix.slot_of_row)

@@ -25,7 +25,7 @@ class Batch:
     """Gives sequences and shared prompts their rows, within the bound of the cache."""
 
     def __init__(self, cache: KvCache, max_running: int, headroom: int, draft_cache: KvCache | None) -> None:
-        """``headroom`` slots of every own row are for drafts; ``draft_cache`` is kept in step with ``cache``."""
+        """Keep ``headroom`` slots of every own row for drafts, and ``draft_cache`` in step with ``cache``."""
         self._cache, self._max_running, self._headroom = cache, max_running, headroom
         self._caches = [cache] if draft_cache is None else [cache, draft_cache]
         self.sequences: list[SampleState] = []
@@ -37,7 +37,7 @@ class Batch:
         return self.sequences[: self.num_running]
 
     def num_fitting(self, waiting: Sequence[SampleState]) -> int:
-        """How many of the first ``waiting`` sequences fit beside the batch, with some slack for all of them to grow."""
+        """Return how many of the first ``waiting`` sequences fit beside the batch, with some slack for all to grow."""
         most = min(len(waiting), self._max_running - len(self.sequences))
         if most == 0:
             return 0
@@ -74,7 +74,7 @@ class Batch:
         return True
 
     def promote(self) -> SampleState:
-        """The oldest sequence being prefilled runs from now on."""
+        """Let the oldest sequence being prefilled run from now on."""
         self.num_running += 1
         return self.sequences[self.num_running - 1]
 
@@ -109,7 +109,7 @@ class Batch:
         return KvRow(row, group.prefix_row, group.prefix_tokens)
 
     def span(self, row: int, draft: Draft) -> RowSpan:
-        """The span of a row in a decode or verify pass: the row's last token and the draft that follows the token."""
+        """Return a row's span in a decode or verify pass: the row's last token and the draft that follows the token."""
         sequence = self.sequences[row]
         group = sequence.group
         parents = None if draft.is_chain else (-1, *(parent + 1 for parent in draft.parents))
@@ -129,20 +129,20 @@ class Batch:
 
     @property
     def kv_tokens_used(self) -> int:
-        """Positions that hold live keys and values, a shared prompt counted once."""
+        """Return the number of positions that hold live keys and values, a shared prompt counted once."""
         sequences, num_running = list(self.sequences), self.num_running
         own = sum(each.own_len if row < num_running else each.num_prefilled for row, each in enumerate(sequences))
         return own + sum(group.num_prefilled for group in list(self.groups))
 
     def _slots(self, sequence: SampleState) -> int:
-        """Slots of a sequence's row for its prefill and its next round: the root and the drafted tokens."""
+        """Return the slots of a sequence's row for its prefill and its next round: the root and the drafted tokens."""
         return sequence.prefill_len + 1 + self._headroom
 
     def _slots_soon(self, sequence: SampleState) -> int:
         return self._slots(sequence) + min(sequence.num_remaining, ADMISSION_SLACK_TOKENS)
 
     def _worst_case(self) -> int:
-        """Slots no row can need more than."""
+        """Return the number of slots that no row can exceed."""
         return max((self._slots(each) + each.num_remaining for each in self.sequences), default=0)
 
     def _move(self, source: int, target: int, length: int) -> None:

@@ -53,7 +53,7 @@ class Layer:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [.., width] over its root mean square, times ``weight`` [width]."""
+    """Return x [.., width] over its root mean square, times ``weight`` [width]."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -77,7 +77,7 @@ class BlockStack:
         capture: Sequence[int] = (),
         attention_input: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The residual stream [tokens, hidden] after the last block, and after each block of ``capture``, for ``x``.
+        """Return the residual stream [tokens, hidden] after the last block, and after each block of ``capture``.
 
         Writes the plan's KV store. ``attention_input`` [tokens, in of qkv] is what the first block's qkv reads instead
         of the norm of x.
@@ -182,7 +182,7 @@ def _block(layer: Layer) -> BlockStruct:
 
 
 def _spans(plan: AttentionPlan) -> tuple[array[int], array[int]]:
-    """``Span`` structs of attention.h, flat, and the trees they point into."""
+    """Return ``Span`` structs of attention.h, flat, and the trees that they point into."""
     spans, parents, first_token = array("i"), array("i"), 0
     for span in plan.spans:
         offset = -1 if span.parents is None else len(parents)
@@ -194,7 +194,7 @@ def _spans(plan: AttentionPlan) -> tuple[array[int], array[int]]:
 
 
 def _kv_layers(store: KvStore, num_layers: int) -> array[int]:
-    """``KvLayer`` structs of attention.h, flat."""
+    """Return ``KvLayer`` structs of attention.h, flat."""
     first = store.keys[0]
     row_bytes, head_bytes = first.stride(0) * first.itemsize, first.stride(1) * first.itemsize
     layers = array("q")

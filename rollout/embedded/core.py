@@ -1,4 +1,4 @@
-"""Continuous batching without threads: groups in, rounds of draft and verify, finished samples out.
+"""The core batches continuously, without threads: groups come in, rounds draft and verify, finished samples go out.
 
                   num_fitting                 first token                    stop, length
     add ──► waiting ────────► being prefilled ───────────► running (rounds) ───────────────► on_sample
@@ -87,7 +87,7 @@ class GenerationCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether samples are unfinished."""
+        """Return whether samples are unfinished."""
         return bool(self.waiting or self.batch.sequences)
 
     @property

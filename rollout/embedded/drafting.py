@@ -133,17 +133,20 @@ class DraftWeights(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The name and shape of every tensor that a push of side "draft" must bring."""
+        """Return the name and shape of every tensor that a push of side "draft" must bring."""
 
     @property
     def exact(self) -> bool:
-        """Whether ``tensors`` are the loaded ones bit for bit (in the engine's dtype); quantised weights are not."""
+        """Return whether ``tensors`` are the loaded ones bit for bit (in the engine's dtype).
+
+        Quantised weights are not.
+        """
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Use ``tensors`` from the next round on; the tensors are already checked against ``shapes``."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The weights in use, read back out of whatever form the drafter keeps them in."""
+        """Return the weights in use, read back out of whatever form the drafter keeps them in."""
 
 
 class Drafter(Protocol):
@@ -154,23 +157,23 @@ class Drafter(Protocol):
 
     @property
     def cache(self) -> KvCache | None:
-        """The drafter's own keys and values, rows as the target's; None for a drafter without a network."""
+        """Return the drafter's own keys and values, rows as the target's; None for a drafter without a network."""
 
     @property
     def weights(self) -> DraftWeights | None: ...
 
     def bind(self, decoder: Decoder) -> None:
-        """Called before the first round and after every change of the target's weights."""
+        """Bind the drafter to the target's weights; called before the first round and after every change of them."""
 
     def prefill(self, prefill: Prefill) -> None: ...
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        """One draft per context; an empty draft is a plain decode step."""
+        """Return one draft per context; an empty draft is a plain decode step."""
 
     def observe(self, outcomes: Sequence[Outcome]) -> None: ...
 
     def forget(self, request_key: int) -> None:
-        """The request is finished or preempted (or the prompt no longer needed): drop its state."""
+        """Drop the state of a request that is finished or preempted, or of a prompt that is no longer needed."""
 
 
 class WeightlessDrafter:

@@ -119,16 +119,16 @@ class EmbeddedEngine:
 
     @property
     def draft_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The names and shapes of a push of side "draft"; none where the drafter has no weights."""
+        """Return the names and shapes of a push of side "draft"; none where the drafter has no weights."""
         weights = self._core.drafter.weights
         return {} if weights is None else weights.shapes
 
     def tensor_checksums(self, side: Side) -> dict[str, int]:
-        """Checksum of every tensor the engine computes with, read back out of its packed form."""
+        """Return the checksum of every tensor the engine computes with, read back out of its packed form."""
         return self._weights.tensor_checksums(side)
 
     def weights_checksum(self, side: Side = "target") -> str:
-        """The checksum of all tensors, combined as a push combines its own."""
+        """Return the checksum of all tensors, combined as a push combines its own."""
         return combined_checksum(self.tensor_checksums(side).items())
 
     def ping(self) -> None:

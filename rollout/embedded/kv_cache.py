@@ -39,7 +39,7 @@ class KvStore:
         self.rows, self.capacity = rows, capacity
 
     def write_index(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Flat index [tokens * kv_heads] of each token's vectors, for ``write``."""
+        """Return the flat index [tokens * kv_heads] of each token's vectors, for ``write``."""
         first = rows * (self._heads * self.capacity) + positions
         heads = torch.arange(self._heads, device=rows.device) * self.capacity
         return (first.unsqueeze(1) + heads).flatten()
@@ -78,7 +78,7 @@ class KvCache:
         self.max_total_tokens, self.device = max_total_tokens, device
 
     def fits(self, own: Shape, prefixes: Shape) -> bool:
-        """Whether these shapes of both stores stay within the bound."""
+        """Return whether these shapes of both stores stay within the bound."""
         return own[0] * own[1] + prefixes[0] * prefixes[1] <= self.max_total_tokens
 
     def reserve(self, own: Shape, prefixes: Shape, worst_capacity: int = 0) -> bool:
@@ -97,7 +97,7 @@ class KvCache:
         return False
 
     def _own_capacity(self, rows: int, needed: int, prefixes: Shape, worst: int) -> int:
-        """Capacity of own rows beside these prefixes: the present one, or more than needed; negative if none fits."""
+        """Return own rows' capacity beside these prefixes: the present, or more than needed; negative if none fits."""
         room = self.max_total_tokens - prefixes[0] * prefixes[1]
         grown = max(needed, min(worst, needed + max(MIN_GROWTH_TOKENS, needed // 2)))
         return min(self.own.capacity if needed <= self.own.capacity else grown, room // max(rows, 1))

@@ -27,7 +27,7 @@ class Packing(Enum):
 
 
 def best_packing(device: torch.device, dtype: torch.dtype) -> Packing:
-    """The fastest packing for weights of this dtype on this device that this machine can run."""
+    """Return the fastest packing for weights of this dtype on this device that this machine can run."""
     if device.type != "cpu":
         return Packing.PLAIN
     if dtype in DTYPE_CODES and kernels() is not None:
@@ -36,7 +36,7 @@ def best_packing(device: torch.device, dtype: torch.dtype) -> Packing:
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has oneDNN's packed linear (private operators) for the dtype."""
+    """Return whether this build of torch has oneDNN's packed linear (private operators) for the dtype."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
     if dtype == torch.bfloat16:
@@ -45,7 +45,7 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 
 class PackedLinear:
-    """``y = x W^T + b`` with W [out, in]; a packed copy replaces the plain one.
+    """Computes ``y = x W^T + b`` with W [out, in]; a packed copy replaces the plain W.
 
     Without a ``packing`` the best one for the weight's device and dtype is taken; ``library`` is what NATIVE runs on.
     """
@@ -81,17 +81,17 @@ class PackedLinear:
                 return F.linear(x, self._weight, self.bias)
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """``y`` in fp32, unrounded where the kernel allows it; logits are computed so."""
+        """Return ``y`` in fp32, unrounded where the kernel allows it; logits are computed so."""
         return self._native(x, wide=True) if self.packing is Packing.NATIVE else self(x).float()
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of W, [indices, in], for int64 ``indices``; NATIVE gathers them, ONEDNN unpacks everything first."""
+        """Return rows of W, [indices, in], for int64 ``indices``; NATIVE gathers them, ONEDNN unpacks W first."""
         if self.packing is Packing.NATIVE:
             return self.library.rows(self._weight, self.num_inputs, self.dtype, indices.contiguous())
         return F.embedding(indices, self.unpacked())
 
     def unpacked(self) -> torch.Tensor:
-        """The weight [out, in] that the kernel computes with, bit for bit."""
+        """Return the weight [out, in] that the kernel computes with, bit for bit."""
         match self.packing:
             case Packing.NATIVE:
                 return self.rows(torch.arange(self.num_outputs))

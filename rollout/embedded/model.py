@@ -42,14 +42,14 @@ class Decoder:
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [tokens, hidden] of int64 ``token_ids`` [tokens]."""
+        """Return the embeddings [tokens, hidden] of int64 ``token_ids`` [tokens]."""
         return self.head.rows(token_ids) if self.embedding is None else F.embedding(token_ids, self.embedding)
 
     @torch.inference_mode()
     def hidden(
         self, token_ids: torch.Tensor, plan: AttentionPlan, capture: Sequence[int] = ()
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Hidden states [tokens, hidden] after the last block, before the final norm; writes the KV store.
+        """Return hidden states [tokens, hidden] after the last block, before the final norm; writes the KV store.
 
         Beside it the residual stream after each layer of ``capture`` (0-based), in the order given.
         """
@@ -57,14 +57,14 @@ class Decoder:
 
     @torch.inference_mode()
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``hidden`` after the final norm, which the head reads."""
+        """Return ``hidden`` after the final norm, which the head reads."""
         if self.head.packing is Packing.NATIVE:
             return self.head.library.rms_norm(hidden.contiguous(), self.norm, self.spec.rms_norm_eps)
         return rms_norm(hidden, self.norm, self.spec.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [rows, vocab] of hidden states [rows, hidden]."""
+        """Return fp32 logits [rows, vocab] of hidden states [rows, hidden]."""
         return self.head.wide(self.final_norm(hidden))
 
     def move(self, device: torch.device) -> None:

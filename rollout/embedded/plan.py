@@ -45,12 +45,12 @@ class RowSpan:
 
     @property
     def end(self) -> int:
-        """Slots in use after the pass."""
+        """Return the number of slots in use after the pass."""
         return self.start + self.count
 
     @property
     def tree_start(self) -> int:
-        """The slot of the tree's first node; everything before it is seen by all."""
+        """Return the slot of the tree's first node; everything before it is seen by all."""
         return self.end - len(self.parents) if self.parents is not None else self.end
 
 
@@ -83,7 +83,7 @@ class AttentionPlan:
 
     @cached_property
     def live(self) -> slice | torch.Tensor:
-        """Index of the pass's rows: a slice, which copies nothing, where they follow each other."""
+        """Return an index of the pass's rows: a slice, which copies nothing, where they follow each other."""
         rows = [span.row for span in self.spans]
         consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
         return slice(rows[0], rows[0] + len(rows)) if consecutive else self._tensor(np.array(rows))
@@ -94,29 +94,29 @@ class AttentionPlan:
 
     @cached_property
     def num_queries(self) -> int:
-        """Tokens of the row that has most; the others are padded to it."""
+        """Return the largest number of tokens that a row has; the other rows are padded to it."""
         return max(span.count for span in self.spans)
 
     @cached_property
     def length(self) -> int:
-        """Slots of the own store that attention reads."""
+        """Return the number of slots of the own store that attention reads."""
         return max(span.end for span in self.spans)
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """Absolute positions [tokens]."""
+        """Return absolute positions [tokens]."""
         return self._tensor(np.concatenate([positions_of(span) for span in self.spans]))
 
     @cached_property
     def write_index(self) -> torch.Tensor:
-        """The index by which ``KvStore.write`` places each token's keys and values."""
+        """Return the index by which ``KvStore.write`` places each token's keys and values."""
         rows = np.repeat(np.array([span.row for span in self.spans]), self._counts)
         slots = np.concatenate([np.arange(span.start, span.end) for span in self.spans])
         return self.store.write_index(self._tensor(rows), self._tensor(slots))
 
     @cached_property
     def mask(self) -> torch.Tensor | None:
-        """[rows, 1, queries * heads_per_kv or 1, length], 0 or -inf; None where every token sees every slot."""
+        """Return [rows, 1, queries * heads_per_kv or 1, length], 0 or -inf; None where every token sees every slot."""
         hidden = self._hidden()
         if not hidden.any():
             return None
@@ -126,7 +126,7 @@ class AttentionPlan:
 
     @cached_property
     def pad_index(self) -> torch.Tensor | None:
-        """[rows * queries] -> token; a padded query repeats its row's last one. None where nothing is padded."""
+        """Return [rows * queries] -> token; padding repeats a row's last token. None where nothing is padded."""
         if self._counts.min() == self.num_queries:
             return None
         first_token = self._counts.cumsum() - self._counts
@@ -135,7 +135,7 @@ class AttentionPlan:
 
     @cached_property
     def pack_index(self) -> torch.Tensor | None:
-        """[tokens] -> rows * queries, the way back."""
+        """Return [tokens] -> rows * queries, the way back."""
         if self._counts.min() == self.num_queries:
             return None
         return self._tensor((np.arange(self.num_queries) < self._counts[:, None]).reshape(-1).nonzero()[0])
@@ -149,7 +149,7 @@ class AttentionPlan:
         return np.array([span.count for span in self.spans])
 
     def _hidden(self) -> Bools:
-        """Which slots each padded query does not see [rows, queries, length]."""
+        """Return which slots each padded query does not see [rows, queries, length]."""
         starts = np.array([span.start for span in self.spans])
         last_seen = starts[:, None] + np.minimum(np.arange(self.num_queries), self._counts[:, None] - 1)
         hidden: Bools = np.arange(self.length) > last_seen[:, :, None]
@@ -207,7 +207,7 @@ def make_plan(
 
 
 def positions_of(span: RowSpan) -> Ints:
-    """Absolute positions of the span's tokens: a node's is its depth beyond what its tree follows."""
+    """Return absolute positions of the span's tokens: a node's is its depth beyond the tokens before the tree."""
     if span.parents is None:
         return np.arange(span.prefix_len + span.start, span.prefix_len + span.end)
     _, depths = tree_shape(span.parents)
@@ -216,7 +216,7 @@ def positions_of(span: RowSpan) -> Ints:
 
 @lru_cache(maxsize=1024)
 def tree_shape(parents: tuple[int, ...]) -> tuple[Bools, Ints]:
-    """Which node sees which [nodes, nodes] (its ancestors and itself), and the depth of every node, the root's 0."""
+    """Return which node sees which [nodes, nodes] (its ancestors and itself), and every node's depth, the root's 0."""
     lineage = np.eye(len(parents), dtype=np.bool_)
     for node, parent in enumerate(parents):
         if parent >= 0:
@@ -225,7 +225,7 @@ def tree_shape(parents: tuple[int, ...]) -> tuple[Bools, Ints]:
 
 
 def sees(span: RowSpan, token: int, slot: int) -> bool:
-    """Whether the span's ``token``-th token attends to a slot of its row: the definition, walked up parent by parent.
+    """Return whether the span's ``token``-th token attends to a slot of its row, by walking up parent by parent.
 
     For tests to hold ``AttentionPlan.mask`` against.
     """

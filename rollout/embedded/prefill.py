@@ -41,7 +41,7 @@ class Piece:
 
     @property
     def ends_prompt(self) -> bool:
-        """Whether what follows is a first token, so that logits are wanted."""
+        """Return whether what follows is a first token, so that logits are wanted."""
         group = self.sequence.group
         if self.shared:
             return self.end == group.num_prompt_tokens and group.num_started < len(group.request.seeds)
@@ -93,7 +93,7 @@ class Prefiller:
                 return
 
     def _run(self, pieces: Sequence[Piece], version: int) -> None:
-        """One pass over pieces of one store."""
+        """Run one pass over pieces of prompts in one store."""
         spans: list[RowSpan] = []
         tokens: list[int] = []
         for piece in pieces:
@@ -139,7 +139,7 @@ class Prefiller:
 
 
 def _passes(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Pieces of one store, in as few passes as bearable padding allows."""
+    """Yield the pieces of one store, in as few passes as bearable padding allows."""
     together: list[Piece] = []
     for piece in pieces:
         longest = max(len(each.token_ids) for each in (piece, *together))

@@ -69,7 +69,7 @@ class CoreWeights:
         return self._core.version if side == "target" else self._core.draft_version
 
     def staging(self, manifest: Manifest) -> CoreStaging:
-        """A staging for one push; the caller's thread packs the tensors, while the core goes on serving."""
+        """Return a staging for one push; the caller's thread packs the tensors, while the core goes on serving."""
         if manifest.side == "target":
             return TargetStaging(self._assembly.spec, self._assembly.builder(self._core.decoder.device))
         if self._core.drafter.weights is None:
@@ -81,14 +81,17 @@ class CoreWeights:
         self._thread.call(lambda: stage.staging.commit(self._core, stage.manifest.version))
 
     def checksum(self, side: Side) -> str:
-        """The checksum of one side, combined as by a push; a quantised draft's weights differ from the pushed ones."""
+        """Return the checksum of one side, combined as by a push.
+
+        A quantised draft's weights differ from the pushed ones.
+        """
         draft = self._core.drafter.weights
         if side == "draft" and draft is not None and not draft.exact:
             return NOT_COMPARABLE
         return combined_checksum(self.tensor_checksums(side).items())
 
     def tensor_checksums(self, side: Side) -> dict[str, int]:
-        """Checksum of every tensor one side computes with; equal to a push's where both have the same dtype."""
+        """Return the checksum of every tensor that one side computes with; equal to a push's if both have one dtype."""
         return self._thread.call(lambda: _tensor_checksums(self._core, side))
 
     def pause(self, mode: PauseMode) -> None:

@@ -1,4 +1,4 @@
-"""A group of samples that shares one prompt, and the state of each sample while it is generated."""
+"""A Group has samples that share one prompt; a SampleState is the state of one sample while it is generated."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Group:
 
     @property
     def prefix_tokens(self) -> int:
-        """KV positions the shared prompt takes."""
+        """Return the number of KV positions that the shared prompt takes."""
         return self.num_prompt_tokens if self.shares_prompt else 0
 
     @property
@@ -76,7 +76,7 @@ class Group:
         return self.num_prefilled == self.prefix_tokens
 
     def drop_prompt(self) -> None:
-        """The prompt's KV is gone."""
+        """Note that the prompt's KV is gone."""
         self.prefix_row, self.num_prefilled, self.first_logits = -1, 0, None
 
 
@@ -111,7 +111,7 @@ class SampleState:
 
     @classmethod
     def of(cls, group: Group, position: int, key: int, speculates: bool) -> SampleState:
-        """The sample of a group's seed, new or resumed from its earlier part, whatever the params are.
+        """Return the sample of a group's seed, new or resumed from its earlier part, whatever the params are.
 
         Stop strings and penalties look at all its tokens, and its uniforms are those of its seed at every token: where
         the weights are the same, a resumed sample becomes the sample that would have been generated without a break.
@@ -132,12 +132,12 @@ class SampleState:
 
     @property
     def own_len(self) -> int:
-        """Slots of the row that hold committed KV, once it is prefilled."""
+        """Return the number of slots of the row that hold committed KV, once the row is prefilled."""
         return len(self.token_ids) - 1 - self.group.prefix_tokens
 
     @property
     def prefill_len(self) -> int:
-        """Slots to fill before it can run: all tokens but the last, or the whole prompt if nothing was generated."""
+        """Count slots to fill before it runs: all tokens but the last, or the whole prompt if nothing was generated."""
         return self.own_len + (not self.logprobs)
 
     @property
@@ -169,7 +169,7 @@ class SampleState:
         return self.spent_s + now_s - self.group.arrival_s
 
     def finished(self, ending: Ending, now_s: float, stamp: Stamp, version: int) -> GeneratedSample:
-        """The sample as it stands; a sample without tokens reports ``version``, that of the weights in use."""
+        """Return the sample as it stands; a sample without tokens reports ``version``, that of the weights in use."""
         oldest = version if self.oldest_version is None else self.oldest_version
         return GeneratedSample(
             group_id=self.group.request.group_id,

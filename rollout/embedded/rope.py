@@ -21,7 +21,7 @@ class RopeTable:
         self.sin_signed = torch.cat([-sin, sin], dim=-1).to(device, dtype)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin [tokens, 1, head_dim] for integer ``positions`` [tokens]."""
+        """Return cos and signed sin [tokens, 1, head_dim] for integer ``positions`` [tokens]."""
         return self.cos.index_select(0, positions).unsqueeze(1), self.sin_signed.index_select(0, positions).unsqueeze(1)
 
 

@@ -31,7 +31,7 @@ class Speculation:
 
     @property
     def headroom(self) -> int:
-        """KV slots a row needs beyond its tokens."""
+        """Return the number of KV slots that a row needs beyond its tokens."""
         return self.shape.headroom if self.enabled else 0
 
     def applies_to(self, group: Group) -> bool:
@@ -48,7 +48,7 @@ class Speculation:
                 self.drafter.prefill(prefill)
 
     def propose(self, batch: Batch) -> list[Draft]:
-        """A draft for every running sequence, no deeper than its token budget allows."""
+        """Return a draft for every running sequence, no deeper than its token budget allows."""
         drafts = [NO_DRAFT] * batch.num_running
         rows, contexts = [], []
         for row, sequence in enumerate(batch.running):

@@ -25,7 +25,7 @@ class StopRule:
         self._eos_token_ids, self._decode = eos_token_ids, decode
 
     def ending(self, token_ids: Sequence[int], num_prompt_tokens: int, params: SamplingParams) -> Ending | None:
-        """Why the response (what follows the prompt in ``token_ids``) ends with its last token, or None."""
+        """Return why the response (what follows the prompt in ``token_ids``) ends with its last token, or None."""
         last = token_ids[-1]
         if last in params.stop_token_ids or (last in self._eos_token_ids and not params.ignore_eos):
             return Ending("stop", last)

@@ -51,7 +51,7 @@ class Target:
         self._clock, self._timing = clock, timing
 
     def run(self, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> PassOutput:
-        """One forward over rows of ``store``; their keys and values are written."""
+        """Return one forward over rows of ``store``; their keys and values are written."""
         start = self._clock()
         spec = self.decoder.spec
         prefixes = self.cache.prefixes if any(span.prefix_row >= 0 for span in spans) else None
@@ -62,14 +62,17 @@ class Target:
         return PassOutput(hidden, captured)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [rows, vocab] of states before the final norm."""
+        """Return fp32 logits [rows, vocab] of states before the final norm."""
         start = self._clock()
         logits = self.decoder.logits(hidden)
         self._timing.forward_s += self._synchronised() - start
         return logits
 
     def features(self, output: PassOutput) -> torch.Tensor | None:
-        """The features for the drafter [tokens, width], in the order of FeatureNeed; None if the drafter needs none."""
+        """Return the features for the drafter [tokens, width], in the order of FeatureNeed.
+
+        None if the drafter needs none.
+        """
         parts = list(output.captured)
         if self._need.final:
             parts.append(self.decoder.final_norm(output.hidden))
@@ -81,7 +84,7 @@ class Target:
         return torch.tensor(indices, device=self._device)
 
     def _synchronised(self) -> float:
-        """The time after the device has finished all queued work."""
+        """Return the time after the device has finished all queued work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return self._clock()

@@ -30,17 +30,17 @@ class Uniforms:
 
     @cached_property
     def emit(self) -> Sequence[float]:
-        """Decides token t in plain decoding and in the target-only walk; the residual and bonus draws elsewhere."""
+        """Return the uniforms of tokens in plain decoding and the target-only walk, and of residual and bonus draws."""
         # Not torch's generator, which reads 32 bits of a seed.
         uniforms: list[float] = np.random.Generator(np.random.PCG64(self._seed & _MASK)).random(self._count).tolist()
         return uniforms
 
     def draft_of_round(self, num_generated: int) -> Sequence[float]:
-        """Draws the draft of token t in the round that starts after ``num_generated`` tokens."""
+        """Return uniforms that draw the draft of token t in the round that starts after ``num_generated`` tokens."""
         return RoundUniforms(self._key(_DRAFT, num_generated), self._count)
 
     def accept_of_round(self, num_generated: int) -> Sequence[float]:
-        """Judges the draft of token t in that round, where drafts are judged by uniforms of their own."""
+        """Return uniforms that judge token t's draft in that round, where drafts are judged by their own uniforms."""
         return RoundUniforms(self._key(_ACCEPT, num_generated), self._count)
 
     def _key(self, purpose: int, num_generated: int) -> int:
@@ -72,7 +72,7 @@ class RoundUniforms(Sequence[float]):
 
 
 def mixed(value: int) -> int:
-    """splitmix64: 64 bits in which every bit of ``value`` counts."""
+    """Return the splitmix64 of ``value``: 64 bits in which every bit of ``value`` counts."""
     value = (value + _GOLDEN) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -1,4 +1,4 @@
-"""The limits of a request to the embedded engine, computed from the configuration and the model's shape alone."""
+"""This module computes a request's limits in the embedded engine from the configuration and the model's shape alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def context_length(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def limits_of(config: Config, spec: ModelSpec) -> RequestLimits:
-    """The limits of one request by configuration and model; raises ConfigError for a context beyond the model's."""
+    """Return the limits of one request by configuration and model.
+
+    Raises ConfigError for a context beyond the model's.
+    """
     speculates = config.speculative.record.speculates
     return RequestLimits(
         vocab_size=spec.vocab_size,
@@ -39,7 +42,7 @@ def limits_of(config: Config, spec: ModelSpec) -> RequestLimits:
 
 
 def check_kv_cache(config: Config, spec: ModelSpec) -> RequestLimits:
-    """The limits, if the KV cache holds the longest sequence of the rollout; raises ConfigError if it does not."""
+    """Return the limits; raises ConfigError where the KV cache does not hold the rollout's longest sequence."""
     limits = limits_of(config, spec)
     longest = config.rollout.longest + limits.headroom
     if longest <= limits.max_total_tokens:
@@ -60,7 +63,7 @@ def check_kv_cache(config: Config, spec: ModelSpec) -> RequestLimits:
 
 
 def _kv_bytes(config: Config, spec: ModelSpec) -> int:
-    """Bytes of one position in the target's cache and in the drafter's, which has the same positions."""
+    """Return the bytes of one position in the target's cache and the drafter's, which has the same positions."""
     dtype: torch.dtype = getattr(torch, config.engine.dtype)
     draft = draft_kv_spec(config, spec)
     return bytes_per_token(spec, dtype) + (0 if draft is None else bytes_per_token(draft, dtype))

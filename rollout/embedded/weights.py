@@ -101,7 +101,7 @@ class DecoderBuilder:
             self._modules[slot.layer, slot.attribute] = module
 
     def finish(self) -> Decoder:
-        """The decoder; every tensor must have been added."""
+        """Return the decoder; every tensor must have been added."""
         top: dict[str, PackedLinear | torch.Tensor | None] = {
             attribute: module for (layer, attribute), module in self._modules.items() if layer < 0
         }
@@ -118,13 +118,13 @@ class DecoderBuilder:
         return Decoder(spec=self._spec, rope=self._rope, layers=[Layer(**block) for block in blocks], **top)  # type: ignore[arg-type]
 
     def _stacked(self, names: tuple[str, ...]) -> torch.Tensor:
-        """The parts as one tensor; a single part may still be the caller's memory."""
+        """Return the parts as one tensor; a single part may still be the caller's memory."""
         tensors = [self._parts.pop(name).detach().to(self._device, self._dtype) for name in names]
         return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def named_tensors(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """The weights the decoder computes with, read back out of their packed form, under Hugging Face names."""
+    """Return the weights the decoder computes with, read back out of their packed form, under Hugging Face names."""
     spec = decoder.spec
     shapes = expected_shapes(spec)
     read: dict[str, torch.Tensor] = {}

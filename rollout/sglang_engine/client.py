@@ -139,7 +139,7 @@ def _broken(url: str, error: Exception) -> ServerGone:
 
 
 def _refusal(path: str, response: aiohttp.ClientResponse, text: str) -> ServerRefused | ServerGone:
-    """A server that is starting or ending, and a router whose server is gone, say 5xx: nothing was done."""
+    """Return the error of a refusal; a 5xx of a starting or ending server, or of its router, says: nothing was done."""
     status = response.status
     if status in (502, 503, 504) or (status == 500 and ROUTER_ERROR in response.headers):
         return ServerGone(f"{path}: {status} {_message(text)}")

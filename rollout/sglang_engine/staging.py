@@ -53,7 +53,7 @@ def expected_draft(manifest: Manifest, draft: DraftFiles | None) -> Shapes:
 
 
 def _renamed(shapes: Shapes, sent: set[str]) -> Mapping[str, tuple[int, ...]]:
-    """The shapes with the layer's prefix that the push uses, if it uses one of the known ones."""
+    """Return the shapes with the layer's prefix that the push uses, if it uses one of the known ones."""
     theirs = next((prefix for prefix in LAYER_NAMES if any(name.startswith(prefix) for name in sent)), None)
     ours = next((prefix for prefix in LAYER_NAMES if any(name.startswith(prefix) for name in shapes)), None)
     if theirs is None or ours is None:

@@ -1,4 +1,4 @@
-"""Benchmarks: each prints a table and writes its rows with the machine, versions, seeds and command that made them."""
+"""Each benchmark prints a table and writes its rows with the machine, versions, seeds and command that made them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _check(options: BenchOptions, bench: Benchmark) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are ConfigErrors, as everywhere on this command line."""
+    """Parses with argparse, whose complaints become ConfigErrors, as everywhere on this command line."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(self.prog, message, " ".join(sys.argv[1:]), f"See {self.prog} --help.")

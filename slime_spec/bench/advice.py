@@ -31,7 +31,7 @@ Advice = Mapping[tuple[int, ...], tuple[int, ...]]  # prompt -> advice
 
 @dataclass(frozen=True)
 class LookupSizes:
-    """The numbers of prompts, tokens and rounds that are measured."""
+    """Holds the numbers of prompts, tokens and rounds that are measured."""
 
     num_new_tokens: int = 128
     num_rounds: int = 5

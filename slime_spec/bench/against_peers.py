@@ -39,7 +39,7 @@ PROMPTS_AT_ONCE = {1: 8, 8: 16}  # in-domain prompts per round, by batch size
 
 @dataclass(frozen=True)
 class PeerCells:
-    """The numbers of prompts, tokens and rounds that are measured."""
+    """Holds the numbers of prompts, tokens and rounds that are measured."""
 
     num_new_tokens: int = 128
     num_rounds: int = 5
@@ -84,7 +84,7 @@ def _absent(peer: Peer) -> Row:
 
 
 def takes_part(name: str, looks_up: bool) -> bool:
-    """Whether a side is measured on replies of a fixed length; EAGLE-3, trained for other prompts, is not."""
+    """Return whether a side is measured on replies of a fixed length; EAGLE-3, trained for other prompts, is not."""
     mode = name.split(".")[-1]
     return mode in ("plain", "hf") or (looks_up and mode.startswith(("lookup", "ngram")))
 

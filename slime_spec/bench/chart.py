@@ -16,7 +16,7 @@ COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#00798c", "#8
 
 @dataclass(frozen=True)
 class Series:
-    """A line of (batch size, speed-up) points; ``dashed`` marks what was predicted rather than measured."""
+    """Holds a line of (batch size, speed-up) points; ``dashed`` marks predicted, not measured points."""
 
     name: str
     points: tuple[tuple[int, float], ...]

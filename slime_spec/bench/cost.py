@@ -41,7 +41,7 @@ GUESSED_LENGTHS = (1.5, 2.0, 3.0)
 
 @dataclass(frozen=True)
 class CostSizes:
-    """The sizes that are measured; ``context`` is the number of tokens that every sequence has cached."""
+    """Holds the sizes that are measured; ``context`` is the number of tokens that every sequence has cached."""
 
     num_rounds: int = 15
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)

@@ -21,7 +21,7 @@ import torch
 
 @dataclass(frozen=True)
 class Pass:
-    """One measurement: seconds of a pass over ``num_tokens`` tokens of each of ``batch_size`` sequences.
+    """Holds one measurement: seconds of a pass over ``num_tokens`` tokens of each of ``batch_size`` sequences.
 
     For a draft ``num_tokens`` is the number of steps.
     """
@@ -33,7 +33,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds as ``fixed + batch_size * each``."""
+    """Gives seconds as ``fixed + batch_size * each``."""
 
     fixed: float = 0.0
     each: float = 0.0
@@ -44,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class CostModel:
-    """The coefficients above, in seconds, and the largest relative errors of the fits over their measurements."""
+    """Holds the coefficients above, in seconds, and the largest relative errors of the fits over their measurements."""
 
     weights: float
     sequence: float

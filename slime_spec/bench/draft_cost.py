@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @dataclass(frozen=True)
 class DraftSizes:
-    """The sizes that are measured."""
+    """Holds the sizes that are measured."""
 
     max_rounds: int = 12
     num_repeats: int = 3
@@ -30,7 +30,7 @@ class DraftSizes:
 
 @dataclass
 class DraftCost:
-    """The passes of drafting and of the work around a round or plain step: (batch size, steps, seconds a round).
+    """Collects passes of drafting and of the work around a round or plain step: (batch size, steps, seconds a round).
 
     ``accept_lengths`` are tokens gained per round, by steps; ``outside_shares`` the share of a round's time outside
     target and draft at batch SHARE_BATCH_SIZE.
@@ -69,7 +69,7 @@ def measure_draft(options: BenchOptions, dtype: str, prompts: Prompts, sizes: Dr
 
 @dataclass(frozen=True)
 class Run:
-    """The first rounds of one batch; times are per round, over the rounds in which no sequence had ended."""
+    """Holds times of one batch's first rounds: times per round, over the rounds in which no sequence had ended."""
 
     draft_s: float
     outside_s: float

@@ -21,7 +21,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Shape:
-    """SGLang's three numbers of a draft: depth, branches per step, tokens verified per round."""
+    """Holds SGLang's three numbers of a draft: depth, branches per step, tokens verified per round."""
 
     num_steps: int
     topk: int
@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Example: ``Shape(3, 1, 4).name == "s3k1n4"``"""
+        """Return a short name: ``Shape(3, 1, 4).name == "s3k1n4"``."""
         return f"s{self.num_steps}k{self.topk}n{self.num_draft_tokens}"
 
 

@@ -45,7 +45,7 @@ VERIFICATIONS = {
 
 @dataclass(frozen=True)
 class Eagle3Sizes:
-    """The sizes that are measured."""
+    """Holds the sizes that are measured."""
 
     num_new_tokens: int = 128
     num_rounds: int = 5
@@ -80,7 +80,7 @@ def measure_eagle3(options: BenchOptions, prompts: Prompts, sizes: Eagle3Sizes) 
 
 @dataclass(frozen=True)
 class Workload:
-    """The prompts, their stop tokens, the rounds, and the length of a reply."""
+    """Holds the prompts, their stop tokens, the rounds, and the length of a reply; ``race`` gives them to all sides."""
 
     prompts: Prompts
     stop_token_ids: tuple[int, ...]

@@ -34,7 +34,7 @@ MARGIN_REACH = 2.0
 
 @dataclass(frozen=True)
 class ExactnessSizes:
-    """The sizes that are compared."""
+    """Holds the sizes that are compared."""
 
     num_new_tokens: int = 128
     batch_size: int = 8

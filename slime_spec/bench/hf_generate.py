@@ -40,7 +40,7 @@ class HfGenerate:
 
 
 class HfSide:
-    """``HfGenerate`` as a side of a race; its replies never end early."""
+    """Implements Side with ``HfGenerate``; its replies never end early."""
 
     def __init__(self, reference: HfGenerate) -> None:
         self._reference = reference

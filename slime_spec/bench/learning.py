@@ -31,7 +31,7 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run; time and memory are None for a run that this benchmark did not start."""
+    """Describes one finished run; time and memory are None for a run that this benchmark did not start."""
 
     seed: int
     steps: list[dict[str, float | None]]

@@ -24,7 +24,7 @@ NUM_SEQUENCES, NUM_NEW_TOKENS = 8, 8
 
 @dataclass(frozen=True)
 class Held:
-    """The bytes of the process, of the process before the engine, of the weights once, and of the KV bound."""
+    """Holds the bytes of the process, of the process before the engine, of the weights once, and of the KV bound."""
 
     process: int
     before: int

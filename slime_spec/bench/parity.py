@@ -58,7 +58,7 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """The reports of a trainer's steps, and the policy after them."""
+    """Holds the reports of a trainer's steps, and the policy after them."""
 
     reports: list[TrainReport]
     weights: Weights
@@ -99,7 +99,7 @@ def parity_rows(policy: Path, scratch: Path, seed: int, layouts: Sequence[str]) 
 
 
 def train_and_continue(config: Config, ranks: Placement, batches: Batches, place: Path) -> tuple[Trained, Trained]:
-    """NUM_STEPS steps, a checkpoint in ``place``, and the steps after it."""
+    """Train NUM_STEPS steps, save a checkpoint in ``place``, and train the steps after it."""
     group = MegatronGroup(config, ranks)
     try:
         group.load()

@@ -20,7 +20,7 @@ REACH = {1: 1.8, 8: 2.0}
 
 @dataclass(frozen=True)
 class PlainSizes:
-    """The sizes that are measured."""
+    """Holds the sizes that are measured."""
 
     num_new_tokens: int = 128
     num_rounds: int = 5

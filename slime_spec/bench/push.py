@@ -48,7 +48,7 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PushTimes:
-    """The times of one push: the whole, and the driver's waits. The trainer fills a bucket while engines load one."""
+    """Holds times of one push: the whole, and the driver's waits. The trainer fills a bucket while engines load one."""
 
     report: PushReport
     trainer_wait_s: float
@@ -59,7 +59,7 @@ class PushTimes:
 
 @dataclass(frozen=True)
 class PushRound:
-    """The times of one push, of copies of the same bytes right after it, and of parts of the push alone."""
+    """Holds the times of one push, of copies of the same bytes right after it, and of parts of the push alone."""
 
     push: PushTimes
     fresh_copy_s: float
@@ -163,7 +163,7 @@ class CopyRoom:
 
 
 def _publish_s(config: Config, weights: Weights) -> float:
-    """Publishing alone, bucket by bucket; each bucket's memory goes back at once."""
+    """Time publishing alone, bucket by bucket; each bucket's memory goes back at once."""
     transport = RayObjectStoreTransport()
     buckets = list(bucketed(weights.items(), config.push.bucket_bytes))
     return timed(lambda: [bool(transport.publish([t for _, t in bucket])) for bucket in buckets]).seconds

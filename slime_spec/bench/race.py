@@ -21,7 +21,7 @@ from slime_spec.types import GroupRequest, SamplingParams
 
 @dataclass(frozen=True)
 class Ask:
-    """The work of a round, the same for every side: a greedy reply per prompt, ``batch_size`` prompts at once.
+    """Describes a round's work, the same for every side: a greedy reply per prompt, ``batch_size`` prompts at once.
 
     A reply ends after ``num_new_tokens``, or earlier at one of ``stop_token_ids`` (which it then contains).
     """
@@ -39,7 +39,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """The replies in the prompts' order; ``num_passes`` are target passes after the prefill, summed over sequences."""
+    """Holds replies in prompts' order; ``num_passes`` are target passes after the prefill, summed over sequences."""
 
     token_ids: list[tuple[int, ...]]
     num_passes: int | None = None
@@ -50,7 +50,7 @@ class Answer:
 
 
 class Side(Protocol):
-    """One engine of a race."""
+    """Answers the rounds of a race with one engine."""
 
     def answer(self, ask: Ask) -> Answer: ...
 
@@ -62,7 +62,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class EngineSide:
-    """An embedded engine of this process, with or without speculation.
+    """Implements Side with an embedded engine of this process, with or without speculation.
 
     ``params_of`` gives a prompt's sampling parameters except the length; every request has a seed of its own.
     """
@@ -100,7 +100,7 @@ class EngineSide:
 
 
 class ForgetfulSide:
-    """An engine that restarts before every round, so that n-grams learned in the last round are gone."""
+    """Implements Side with an engine that restarts before every round, so that n-grams of the last round are gone."""
 
     def __init__(self, config: Config) -> None:
         self._config, self._running = config, ExitStack()

@@ -53,7 +53,7 @@ def hf_logprobs(model: torch.nn.Module, sample: TrainSample) -> tuple[torch.Tens
 
 @dataclass
 class _Sums:
-    """The sums that a report averages over tokens."""
+    """Holds the sums that a report averages over tokens."""
 
     num_tokens: int = 0
     loss: float = 0.0

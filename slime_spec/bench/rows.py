@@ -28,7 +28,7 @@ HOLDS = {True: "yes", False: "NO", None: ""}
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: ``Row("push.ratio", "push / plain copy", 2.1, "x", reach="<= 3", holds=True)``.
+    """Holds one figure: ``Row("push.ratio", "push / plain copy", 2.1, "x", reach="<= 3", holds=True)``.
 
     ``holds`` is None without a bound. A figure that could not be measured is NaN, and ``what`` gives the reason.
     """
@@ -55,7 +55,7 @@ def below(id: str, what: str, value: float, unit: str, bound: float) -> Row:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The options of one call of a benchmark; every part reads the options it needs."""
+    """Holds the options of one call of a benchmark; every part reads the options it needs."""
 
     parts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -26,7 +26,7 @@ Samples = list[GeneratedSample]
 
 @dataclass(frozen=True)
 class SpeculationSizes:
-    """The sizes that are measured."""
+    """Holds the sizes that are measured."""
 
     num_new_tokens: int = 64
     num_rounds: int = 5

@@ -19,7 +19,7 @@ Time = Literal["seconds", "cpu_s"]
 
 @dataclass(frozen=True)
 class Timed(Generic[Result]):
-    """One call's time, its CPU time (all threads), and its result."""
+    """Holds one call's time, its CPU time (all threads), and its result."""
 
     seconds: float
     result: Result

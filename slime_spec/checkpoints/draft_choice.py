@@ -23,14 +23,14 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class ChosenDraft:
-    """The chosen draft: its folder, and the ``spec`` of a whole model or of a draft network."""
+    """Describes the chosen draft: its folder, and the ``spec`` of a whole model or of a draft network."""
 
     folder: Path
     spec: ModelSpec | DraftSpec
 
     @property
     def block(self) -> ModelSpec:
-        """The decoder whose keys and values the drafter caches."""
+        """Return the decoder whose keys and values the drafter caches."""
         return self.spec if isinstance(self.spec, ModelSpec) else self.spec.block
 
     def verify(self) -> None:
@@ -42,7 +42,10 @@ class ChosenDraft:
 
 
 def choose_draft(config: Config, target: ModelSpec) -> ChosenDraft | None:
-    """The draft of ``config``, None for an algorithm without a draft; raises ConfigError for an unusable draft."""
+    """Return the draft of ``config``, None for an algorithm without a draft.
+
+    Raises ConfigError for an unusable draft.
+    """
     speculative = config.speculative
     if not speculative.record.has_weights:
         return None
@@ -106,7 +109,7 @@ def _check_context(draft: ChosenDraft, context_length: int) -> None:
 
 
 def _check_tokenizers(draft: Path, target: str | Path) -> bool:
-    """Whether both folders have a tokenizer; raises ConfigError where the two tokenizers differ."""
+    """Return whether both folders have a tokenizer; raises ConfigError where the two tokenizers differ."""
     files = draft / TOKENIZER, Path(target) / TOKENIZER
     if not all(path.is_file() for path in files):
         return False
@@ -124,7 +127,7 @@ def _check_tokenizers(draft: Path, target: str | Path) -> bool:
 
 
 def _vocabulary(folder: CheckpointFolder) -> dict[str, int]:
-    """Every token of the folder's tokenizer.json and its id."""
+    """Return every token of the folder's tokenizer.json and its id."""
     stored = folder.json(TOKENIZER)
     vocab = stored["model"]["vocab"]
     # A unigram model lists [piece, score] pairs in the order of their ids.

@@ -1,4 +1,4 @@
-"""The location of a run's draft: none, inside the target's checkpoint, or a folder, perhaps of this package."""
+"""A run's draft is nowhere, inside the target's checkpoint, or in a folder, perhaps of this package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUILTIN = "builtin:"
 
 @dataclass(frozen=True)
 class DraftLocation:
-    """Where the draft is, and its kind: an MTP layer of the target, a head over its features, or a whole model.
+    """Says where a draft is, and its kind: an MTP layer of the target, a head over its features, or a whole model.
 
     Example: ``DraftLocation("head", "/drafts/eagle3")``
     """
@@ -26,7 +26,7 @@ class DraftLocation:
 
 
 def locate_draft(speculative: SpeculativeConfig, target: str) -> DraftLocation | None:
-    """The draft of a run whose target is in ``target``; None where no weights draft or no folder is named.
+    """Return the draft of a run whose target is in ``target``; None where no weights draft or no folder is named.
 
     ``in_target`` says what the settings ask for, not that the target has an MTP layer.
     Raises ConfigError for a builtin draft that does not exist; no other file is looked at.
@@ -44,7 +44,10 @@ def locate_draft(speculative: SpeculativeConfig, target: str) -> DraftLocation |
 
 
 def builtin_folder(path: str) -> str:
-    """The folder of a draft that ships with the package; raises ConfigError listing the drafts that there are."""
+    """Return the folder of a draft that ships with the package.
+
+    Raises ConfigError listing the drafts that there are.
+    """
     folders = Path(__file__).parent / "builtin"
     known = [f"{BUILTIN}{folder.parent.name}" for folder in folders.glob("*/config.json")]
     if path not in known:

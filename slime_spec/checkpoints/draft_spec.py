@@ -23,7 +23,7 @@ NORM_OUTPUT_CONVENTIONS = ("sglang", "specforge")
 
 @dataclass(frozen=True)
 class DraftSpec:
-    """One draft network: a projection of [token embedding, target features], then ``block.num_layers`` decoder blocks.
+    """Describes a draft network: a projection of [token embedding, target features], then ``block.num_layers`` blocks.
 
     ``block`` has the draft's own sizes (its ``vocab_size`` is the target's). EAGLE-3 has ``draft_vocab_size`` output
     rows and d2t; elsewhere it equals the target's vocabulary. ``capture_layers`` are the target layers (0-based) whose
@@ -49,17 +49,17 @@ class DraftSpec:
 
     @property
     def feature_size(self) -> int:
-        """Width of the target features of one token."""
+        """Return the width of the target features of one token."""
         return max(1, len(self.capture_layers)) * self.target_hidden_size
 
     @property
     def format(self) -> DraftFormat:
-        """Names and shapes of the draft's tensors, and the keys of its config.json."""
+        """Return the names and shapes of the draft's tensors, and the keys of its config.json."""
         return format_of_family(self.family)
 
     @property
     def mtp_layer(self) -> MtpLayer:
-        """The names of an MTP draft: the names of the target's own layer, or of the layer that this project trains."""
+        """Return the tensor names of an MTP draft: the target's own layer's, or those of the layer trained here."""
         return family_of(self.block.architecture).mtp or OWN_LAYER
 
     @classmethod
@@ -76,7 +76,10 @@ class DraftSpec:
         norm_output_convention: str = "sglang",
         source: str = "config.json",
     ) -> DraftSpec:
-        """The draft that ``config`` describes; ``norm_output_convention`` is what EAGLE-3's ``norm_output`` means."""
+        """Return the draft that ``config`` describes.
+
+        ``norm_output_convention`` is what EAGLE-3's ``norm_output`` means.
+        """
         assert norm_output_convention in NORM_OUTPUT_CONVENTIONS, norm_output_convention
         architecture = architecture_of(config)
         draft_format, layer = FORMAT_OF.get(architecture), family_of(architecture).mtp
@@ -100,7 +103,10 @@ class DraftSpec:
 
 
 def draft_config(spec: DraftSpec) -> dict[str, Any]:
-    """The config.json of ``spec``, as SpecForge and SGLang read it; an MTP draft has this project's NextN format."""
+    """Return the config.json of ``spec``, as SpecForge and SGLang read it.
+
+    An MTP draft has this project's NextN format.
+    """
     block = spec.block
     config: dict[str, Any] = {
         "architectures": [],

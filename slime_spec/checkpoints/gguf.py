@@ -33,7 +33,7 @@ PRE_TOKENIZERS = ("smollm",)
 
 
 class GgufModel:
-    """One GGUF file: ``config()``, ``tensors()`` and ``tokenizer()`` in Hugging Face's terms.
+    """Reads one GGUF file: ``config()``, ``tensors()`` and ``tokenizer()`` are in Hugging Face's terms.
 
     Raises CheckpointError for a file that is damaged or of an architecture or tokenizer not read here.
     """
@@ -50,7 +50,7 @@ class GgufModel:
             raise self._unreadable("general.architecture must be llama", self._field("general.architecture"))
 
     def config(self) -> dict[str, Any]:
-        """The contents of config.json, for weights stored as float32."""
+        """Return the contents of config.json, for weights stored as float32."""
         heads = self._field("llama.attention.head_count")
         return {
             "architectures": [LLAMA.architecture],
@@ -74,7 +74,7 @@ class GgufModel:
         }
 
     def special_token_ids(self) -> dict[str, int]:
-        """``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as generation_config.json also has them."""
+        """Return ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as generation_config.json also has them."""
         eos = self._field("tokenizer.ggml.eos_token_id")
         pad = self._reader.fields.get("tokenizer.ggml.padding_token_id")
         return {
@@ -84,7 +84,7 @@ class GgufModel:
         }
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, dequantised to float32, under its Hugging Face name, one at a time."""
+        """Yield every tensor, dequantised to float32, under its Hugging Face name, one at a time."""
         from gguf import dequantize
 
         rotated_heads = {
@@ -99,7 +99,7 @@ class GgufModel:
             yield self._name(stored.name), torch.from_numpy(np.ascontiguousarray(values))
 
     def tokenizer(self) -> tuple[BpeTokenizer, dict[str, Any]]:
-        """The byte-level BPE tokenizer and the contents of tokenizer_config.json, chat template included."""
+        """Return the byte-level BPE tokenizer and the contents of tokenizer_config.json, chat template included."""
         from tokenizers import Tokenizer as BpeTokenizer
         from tokenizers import decoders, models, pre_tokenizers
 
@@ -153,10 +153,10 @@ def halves_from_pairs(rows: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def generation_config(model: GgufModel) -> Mapping[str, int]:
-    """The contents of generation_config.json."""
+    """Return the contents of generation_config.json."""
     return model.special_token_ids()
 
 
 def _shortest(value: float) -> float:
-    """The decimal that was meant: GGUF stores float32, so 1e-05 reads back as 9.999999747378752e-06."""
+    """Return the decimal that was meant: GGUF stores float32, so 1e-05 reads back as 9.999999747378752e-06."""
     return float(str(np.float32(value)))

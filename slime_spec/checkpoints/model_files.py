@@ -18,7 +18,7 @@ UNBOUNDED = 2**31
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """The policy's checkpoint. ``mtp_shapes`` are the tensors of its MTP layers, the draft inside the target."""
+    """Describes the policy's checkpoint. ``mtp_shapes`` are its MTP layers' tensors, the draft inside the target."""
 
     architecture: str
     vocab_size: int
@@ -52,14 +52,14 @@ class TargetFiles:
 
 @dataclass(frozen=True)
 class DraftFiles:
-    """The draft's weights that a push may replace; ``in_target`` says that they are MTP layers of the target."""
+    """Describes the draft's weights that a push may replace; ``in_target``: they are MTP layers of the target."""
 
     shapes: Shapes
     in_target: bool
 
 
 def draft_files(config: Config, target: TargetFiles) -> DraftFiles | None:
-    """The draft of the configuration; None for an algorithm without weights of its own."""
+    """Return the draft of the configuration; None for an algorithm without weights of its own."""
     draft = locate_draft(config.speculative, config.model.hf_checkpoint)
     if draft is None:
         return None

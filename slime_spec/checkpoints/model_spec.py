@@ -14,7 +14,7 @@ from slime_spec.errors import CheckpointError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3.1's frequency scaling (``rope_type: llama3``)."""
+    """Holds the factors of Llama-3.1's frequency scaling (``rope_type: llama3``)."""
 
     factor: float
     low_freq_factor: float
@@ -24,7 +24,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shapes and switches of a decoder with GQA, RoPE, RMSNorm and SwiGLU; the supported families differ only here."""
+    """Holds shapes and switches of a decoder with GQA, RoPE, RMSNorm and SwiGLU; the families differ only here."""
 
     architecture: str
     num_layers: int

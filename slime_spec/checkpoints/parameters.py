@@ -20,7 +20,7 @@ MOE_MTP_NORMS = 3  # enorm, hnorm, shared_head.norm
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters: ``decoder`` without MTP layers, ``mtp`` of those, ``mtp_copies`` repeated in a file.
+    """Counts parameters: ``decoder`` without MTP layers, ``mtp`` of those, ``mtp_copies`` repeated in a file.
 
     ``tables`` are the decoder's embedding and head, ``attention`` is the attention of all its layers.
     """
@@ -37,7 +37,7 @@ class Parameters:
 
 
 def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
-    """The parameters of the model; None for a config.json that does not give the sizes of a decoder."""
+    """Return the parameters of the model; None for a config.json that does not give the sizes of a decoder."""
     if not _has_sizes(config) or not isinstance(_mlp_width(config), int):
         return None
     hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
@@ -62,7 +62,7 @@ def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
 
 
 def kv_elements_per_token(config: Mapping[str, Any], num_layers: int | None = None) -> int | None:
-    """Numbers cached per position over all layers: keys and values per head, or the latent and its rotary part."""
+    """Count numbers cached per position in all layers: keys and values per head, or the latent and its rotary part."""
     if not _has_sizes(config):
         return None
     layers = config["num_hidden_layers"] if num_layers is None else num_layers
@@ -72,12 +72,12 @@ def kv_elements_per_token(config: Mapping[str, Any], num_layers: int | None = No
 
 
 def _has_sizes(config: Mapping[str, Any]) -> bool:
-    """Whether every size is a number: some families have a list of sizes by layer, or other names for them."""
+    """Return whether every size is a number: some families have a list of sizes by layer, or other names for them."""
     return all(isinstance(config.get(key), int) for key in SIZES) and isinstance(_dense_width(config), int)
 
 
 def _mlp_width(config: Mapping[str, Any]) -> Any:
-    """The width of an expert, if there are experts; Mixtral names it as others name a dense layer's width."""
+    """Return the width of an expert, if there are experts; Mixtral names it as others name a dense layer's width."""
     dense = _dense_width(config)
     width = config.get("moe_intermediate_size") or dense if _num_experts(config) else dense
     return width or None

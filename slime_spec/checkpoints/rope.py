@@ -10,14 +10,14 @@ from slime_spec.checkpoints.model_spec import ModelSpec, RopeScaling
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """theta^(-2i/head_dim) in fp32 [head_dim / 2], rescaled where the checkpoint asks for llama3 scaling."""
+    """Return theta^(-2i/head_dim) in fp32 [head_dim / 2], rescaled where the checkpoint asks for llama3 scaling."""
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
     frequencies = 1.0 / (spec.rope_theta**exponents)
     return frequencies if spec.rope_scaling is None else _llama3(frequencies, spec.rope_scaling)
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Llama 3.1: long wavelengths are slowed by ``factor``, short ones kept, those between interpolated."""
+    """Scale as Llama 3.1: long wavelengths are slowed by ``factor``, short ones kept, those between interpolated."""
     wavelengths = 2 * math.pi / frequencies
     longest_kept = scaling.original_max_position_embeddings / scaling.high_freq_factor
     shortest_slowed = scaling.original_max_position_embeddings / scaling.low_freq_factor

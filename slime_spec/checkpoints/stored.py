@@ -13,7 +13,7 @@ from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, StoredT
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that may be incomplete: a property that its config.json does not give is None.
+    """Holds a checkpoint that may be incomplete: a property that its config.json does not give is None.
 
     ``tensors`` is None where the folder has no weights (a plan needs none).
     """
@@ -34,7 +34,10 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str | None:
-        """The dtype that config.json names, else that of most bytes of the weights; None where neither is known."""
+        """Return the dtype that config.json names, else that of most bytes of the weights.
+
+        None where neither is known.
+        """
         named = self.config.get("dtype") or self.config.get("torch_dtype")
         if named is not None:
             return str(named).removeprefix("torch.")
@@ -55,10 +58,10 @@ class Checkpoint:
 
     @property
     def num_mtp_layers(self) -> int:
-        """MTP layers inside the checkpoint, under either of the two names configurations have for them."""
+        """Return the number of MTP layers in the checkpoint, under either of the two names that configurations have."""
         return int(self.config.get("num_nextn_predict_layers") or self.config.get("mtp_num_hidden_layers") or 0)
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the weights on disk."""
+        """Return the bytes of the weights on disk."""
         return None if self.tensors is None else sum(tensor.num_bytes for tensor in self.tensors.values())

@@ -19,7 +19,7 @@ MEND = "Copy the checkpoint again, or correct its config.json."
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the family under its Hugging Face name, in the order in which weights are pushed."""
+    """Return every tensor of the family under its Hugging Face name, in the order in which weights are pushed."""
     hidden = spec.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
     for layer in range(spec.num_layers):
@@ -33,7 +33,7 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def load_tensors(folder: str | Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """Every tensor of ``expected_shapes(spec)``, in that order and in the file's dtype.
+    """Return every tensor of ``expected_shapes(spec)``, in that order and in the file's dtype.
 
     Raises CheckpointError naming the file or tensor when one is missing, truncated, misshapen or not finite.
     """
@@ -42,7 +42,7 @@ def load_tensors(folder: str | Path, spec: ModelSpec) -> dict[str, torch.Tensor]
 
 
 def verify_tensors(folder: str | Path, spec: ModelSpec, setting: str = TARGET_PATH) -> None:
-    """The checks of ``load_tensors`` with one tensor in memory at a time; ``setting`` named the folder."""
+    """Check as ``load_tensors`` does, with one tensor in memory at a time; ``setting`` named the folder."""
     for _ in _checked_tensors(Path(folder), spec, setting):
         pass
 
@@ -61,7 +61,7 @@ def save_checkpoint(
 def stored_tensors(
     folder: str | Path, wants: Callable[[str], bool], setting: str = TARGET_PATH
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint folder whose name ``wants`` accepts, one at a time, in the file's dtype.
+    """Yield every tensor of a checkpoint folder whose name ``wants`` accepts, one at a time, in the file's dtype.
 
     Raises CheckpointError naming ``setting`` for a folder without weights, and the file for a damaged one.
     """

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and chat template, as transformers' AutoTokenizer loads and applies them."""
+"""A Tokenizer is a checkpoint's tokenizer and chat template, as transformers' AutoTokenizer loads and applies them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id, added tokens included."""
+        """Return one more than the largest token id, added tokens included."""
         return max(self._hf.get_vocab().values()) + 1
 
     @property
@@ -66,7 +66,7 @@ class Tokenizer:
         return eos
 
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
-        """Ids of plain text, with what the tokenizer itself adds (Llama's BOS; nothing for SmolLM2) if ``special``."""
+        """Return ids of plain text, with the tokenizer's additions (Llama's BOS; none for SmolLM2) if ``special``."""
         return tuple(self._hf.encode(text, add_special_tokens=special, verbose=False))
 
     def chat(
@@ -75,7 +75,7 @@ class Tokenizer:
         system: str = "",
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[int, ...]:
-        """Ids of a chat in the chat template, ending with the opening of the assistant's turn.
+        """Return the ids of a chat in the chat template, ending with the opening of the assistant's turn.
 
         A text is one user message. ``system`` is put before messages that do not open with a system message of their
         own; without either, the template decides whether there is a system turn. ``tools`` are JSON schemas.
@@ -126,7 +126,7 @@ def check_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> None:
 
 
 def _date_values(chat_date: str | None) -> dict[str, Any]:
-    """The names under which chat templates look for the date.
+    """Return the names under which chat templates look for the date.
 
     ``strftime_now`` hides transformers' own, which reads the clock. ``date_string`` is defined
     only for a date that was asked for: a template's own default counts more than ours.

@@ -1,1 +1,1 @@
-"""One typed configuration tree: its settings, the checks among them, and its way from and to plain data."""
+"""The package has one typed configuration tree: its settings, the checks among them, its way from and to plain data."""

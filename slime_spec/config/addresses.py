@@ -11,7 +11,7 @@ ANY_HOST = ("0.0.0.0", "::")
 
 
 def parse_address(setting: str, address: str) -> tuple[str, int]:
-    """The host, without brackets, and the port; raises ConfigError for anything but HOST:PORT or [IPV6]:PORT."""
+    """Return the host, without brackets, and the port; raises ConfigError for anything but HOST:PORT or [IPV6]:PORT."""
     remedy = "Write HOST:PORT, or [IPV6]:PORT."
     if "://" in address or "/" in address:
         raise ConfigError(setting, "must be an address without a scheme or a path", address, remedy)
@@ -25,7 +25,7 @@ def parse_address(setting: str, address: str) -> tuple[str, int]:
 
 
 def address_of(host: str, port: int) -> str:
-    """The address that ``parse_address`` reads: ``address_of("::1", 30000)`` is ``[::1]:30000``."""
+    """Return the address that ``parse_address`` reads: ``address_of("::1", 30000)`` is ``[::1]:30000``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -16,7 +16,7 @@ from slime_spec.suggest import did_you_mean
 
 
 def from_dict(data: Mapping[Any, object]) -> Config:
-    """The Config that nested plain data describes; an absent setting keeps its default.
+    """Return the Config that nested plain data describes; an absent setting keeps its default.
 
     Raises ConfigError for an unknown key, a wrong type, a value out of range or not among the choices. The ``sglang``
     node may hold anything plain; its flags are checked where their table is (slime_spec.launch).
@@ -42,7 +42,7 @@ def _node(node: str, values: Mapping[Any, object]) -> Any:
 
 
 def unknown_setting(path: str) -> ConfigError:
-    """The error for a path that is not in the tree, with the nearest path that is."""
+    """Return the error for a path that is not in the tree, with the nearest path that is."""
     same_leaf = [known for known in settings() if known.rpartition(".")[2] == path.rpartition(".")[2]]
     hint = (
         f"Did you mean {' or '.join(same_leaf)}? " if same_leaf else did_you_mean(path, [*settings(), *nodes(), SGLANG])
@@ -56,7 +56,7 @@ def unknown_setting(path: str) -> ConfigError:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Nested plain data (tuples as lists) from which ``from_dict`` makes an equal Config."""
+    """Return nested plain data (tuples as lists) from which ``from_dict`` makes an equal Config."""
     plain = {
         node: {leaf.name: thawed(getattr(getattr(config, node), leaf.name)) for leaf in fields(cls)}
         for node, cls in nodes().items()
@@ -65,21 +65,21 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def frozen(value: Any) -> Any:
-    """Plain data with tuples for its lists."""
+    """Return plain data with tuples for its lists."""
     if isinstance(value, Mapping):
         return {str(key): frozen(item) for key, item in value.items()}
     return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def thawed(value: Any) -> Any:
-    """Plain data with lists for its tuples."""
+    """Return plain data with lists for its tuples."""
     if isinstance(value, Mapping):
         return {key: thawed(item) for key, item in value.items()}
     return [thawed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_yaml(text: str) -> dict[Any, Any]:
-    """The nested plain data of a configuration file, nothing in it interpolated; raises yaml.YAMLError."""
+    """Return the nested plain data of a configuration file, nothing in it interpolated; raises yaml.YAMLError."""
     data = yaml.load(text, Loader=_Loader)
     if not isinstance(data, dict):
         raise yaml.YAMLError(f"it holds {type(data).__name__}, not groups of settings")
@@ -87,7 +87,7 @@ def read_yaml(text: str) -> dict[Any, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that takes 1e-6 for a number, as every newer YAML does, and no key twice."""
+    """Loads YAML as PyYAML's safe loader does, but takes 1e-6 for a number, as newer YAML does, and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -102,16 +102,16 @@ _Loader.add_implicit_resolver(
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as a file that ``--config PATH.yaml`` reloads to an equal Config."""
+    """Return the resolved configuration as a file that ``--config PATH.yaml`` reloads to an equal Config."""
     return yaml.dump(_quoted(to_dict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Text(str):
-    """A string value, written in quotes: YAML readers disagree on what a bare ``1e-6``, ``on`` or ``null`` is."""
+    """Marks a string value to be written in quotes: YAML readers disagree on a bare ``1e-6``, ``on`` or ``null``."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper with quoted texts and no anchors for values that occur twice."""
+    """Dumps YAML as PyYAML's safe dumper does, with quoted texts and no anchors for values that occur twice."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

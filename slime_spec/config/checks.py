@@ -36,7 +36,7 @@ def check(config: Config) -> None:
 
 
 def notes(config: Config) -> Iterator[str]:
-    """Notes on settings that have no effect in this run, one sentence each; the launcher logs them."""
+    """Yield notes on settings that have no effect in this run, one sentence each; the launcher logs them."""
     has_servers = kind_of(config).has_servers
     if config.sglang and not has_servers:
         names = ", ".join(f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang)
@@ -209,7 +209,7 @@ def _check_batch(config: Config) -> None:
 
 
 def _num_in_progress(rollout: RolloutConfig) -> int:
-    """Prompts in progress during a step."""
+    """Return the number of prompts in progress during a step."""
     return rollout.over_sampling_batch_size or rollout.batch_size
 
 

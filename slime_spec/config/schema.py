@@ -1,4 +1,4 @@
-"""The settings of the configuration tree as a flat table: path, type, default, bounds, help and flags of each."""
+"""The schema lists the settings of the configuration tree: path, type, default, bounds, help and flags of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TYPE_NAMES = {str: "text", int: "a whole number", float: "a finite number", bool
 
 @dataclass(frozen=True)
 class Setting:
-    """One leaf of the tree.
+    """Describes one leaf of the configuration tree.
 
     Example: ``Setting("rollout.batch_size", type=int, is_optional=False, is_tuple=False, default=8, ...)``
     """
@@ -44,7 +44,7 @@ class Setting:
 
     @property
     def expects(self) -> str:
-        """What a value must be, in words: "a whole number or null"."""
+        """Return what a value must be, in words: "a whole number or null"."""
         name = f"a list of values, each {TYPE_NAMES[self.type]}" if self.is_tuple else TYPE_NAMES[self.type]
         return f"{name} or null" if self.is_optional else name
 
@@ -56,7 +56,7 @@ class Setting:
         return f"Pass {self.flags[0]} {example} or {self.path}={example}."
 
     def check(self, value: object) -> Any:
-        """The value as the dataclass holds it (ints widen to float, lists become tuples); raises ConfigError."""
+        """Return the value as the dataclass holds it (ints widen to float, lists become tuples); raises ConfigError."""
         if value is None and self.is_optional:
             return None
         if self.is_tuple:
@@ -90,14 +90,14 @@ class Setting:
 
 @cache
 def nodes() -> Mapping[str, type]:
-    """The tree's nodes in order, each with its dataclass."""
+    """Return the tree's nodes in order, each with its dataclass."""
     hints = typing.get_type_hints(Config)
     return {f.name: hints[f.name] for f in fields(Config) if f.name != SGLANG}
 
 
 @cache
 def settings() -> Mapping[str, Setting]:
-    """Every setting of the tree by its path, in the tree's order."""
+    """Return every setting of the tree by its path, in the tree's order."""
     table = {}
     for node, cls in nodes().items():
         hints = typing.get_type_hints(cls)

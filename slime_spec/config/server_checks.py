@@ -26,7 +26,7 @@ def check_servers(config: Config) -> None:
 
 
 def server_notes(config: Config) -> Iterator[str]:
-    """Notes on server settings that a user should know, one sentence each."""
+    """Yield notes on server settings that a user should know, one sentence each."""
     host = config.sglang_server.host
     if host is not None and not is_loopback(host) and not config.sglang.get("api_key"):
         yield (
@@ -40,13 +40,13 @@ def server_notes(config: Config) -> Iterator[str]:
 
 
 def unused_server_settings(config: Config) -> Iterator[str]:
-    """A note on settings of servers in a run that has none."""
+    """Yield a note on settings of servers in a run that has none."""
     if names := _set_here(config, tuple(each.name for each in fields(SglangServerConfig))):
         yield f"The {config.rollout.engine} engine starts no servers and has no use for {', '.join(names)}."
 
 
 def _set_here(config: Config, names: Sequence[str]) -> list[str]:
-    """The servers' settings among ``names`` that are not at their defaults, as the tree names them."""
+    """Return the servers' settings among ``names`` that are not at their defaults, as the tree names them."""
     default = SglangServerConfig()
     return [f"sglang_server.{name}" for name in names if getattr(config.sglang_server, name) != getattr(default, name)]
 
@@ -93,7 +93,7 @@ def _check_data_parallel(config: Config) -> None:
 
 
 def _check_ranks(config: Config) -> None:
-    """Sizes that the user gives must use the GPUs that the engine reserves, all of them and no others."""
+    """Check that the user's sizes use the GPUs that the engine reserves, all of them and no others."""
     num_gpus, sizes = config.rollout.num_gpus_per_engine, config.sglang
     if not num_gpus or not sizes.keys() & {"tp_size", "pp_size"}:
         return
@@ -113,7 +113,7 @@ def _check_ranks(config: Config) -> None:
 
 
 def _check_nodes(config: Config) -> None:
-    """Several nodes hold an engine's GPUs evenly, reach each other, and take weights over the network."""
+    """Check that several nodes hold an engine's GPUs evenly, reach each other, and take weights over the network."""
     num_gpus, per_node = config.rollout.num_gpus_per_engine, config.cluster.num_gpus_per_node
     server = config.sglang_server
     if num_gpus <= per_node:

@@ -17,7 +17,7 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """A configuration field; without ``flags`` its flag is its own name with hyphens.
+    """Return a configuration field; without ``flags`` its flag is its own name with hyphens.
 
     ``minimum``/``maximum`` are inclusive, ``above`` is exclusive; None values are not checked.
     """

@@ -1,4 +1,4 @@
-"""The settings of the SGLang engine's servers, besides their own flags."""
+"""These settings are about the SGLang engine's servers; the servers' own flags are not among them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slime_spec.config.setting import setting
 
 @dataclass(frozen=True)
 class SglangServerConfig:
-    """The SGLang engine's servers; every flag of theirs is --sglang-<flag>."""
+    """These settings are about the SGLang engine's servers; every flag of the servers is --sglang-<flag>."""
 
     python: str | None = setting(
         None, "Python of the environment that has sglang; default: this one.", flags=("--sglang-python",)

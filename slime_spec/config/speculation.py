@@ -45,13 +45,13 @@ def check_speculation(config: Config) -> None:
 
 
 def settings_read() -> list[str]:
-    """The settings that some algorithms read; for other algorithms they have no effect, which a note says."""
+    """Return the settings that some algorithms read; for other algorithms they have no effect, which a note says."""
     read = {name for each in ALGORITHMS.values() for name in each.reads}
     return [field.name for field in fields(SpeculativeConfig) if field.name in read]
 
 
 def unused_draft_settings(spec: SpeculativeConfig) -> list[str]:
-    """Those of OF_DRAFT_MODEL that are set although the algorithm has no draft model, as by an experiment."""
+    """Return those of OF_DRAFT_MODEL that are set although the algorithm has no draft model, as by an experiment."""
     if spec.record.has_weights:
         return []
     default = SpeculativeConfig()
@@ -70,7 +70,7 @@ def check_environment(environ: Mapping[str, str]) -> None:
 
 
 def speculation_notes(config: Config) -> Iterator[str]:
-    """Notes on speculative settings that are adjusted or have no effect, one sentence each."""
+    """Yield notes on speculative settings that are adjusted or have no effect, one sentence each."""
     spec, default = config.speculative, SpeculativeConfig()
     for name in settings_read():
         if name not in spec.record.reads and getattr(spec, name) != getattr(default, name):

@@ -1,4 +1,4 @@
-"""The settings of speculation: every name and meaning is SGLang's where SGLang has it, RTP-LLM's where it has not."""
+"""The settings of speculation have SGLang's names and meanings, and RTP-LLM's where SGLang has none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slime_spec.config.setting import setting
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """How the engines speculate; every name and meaning is SGLang's, ``min/max_token_match`` are RTP-LLM's."""
+    """These settings control speculation; names and meanings are SGLang's, ``min/max_token_match`` are RTP-LLM's."""
 
     algorithm: str = setting(
         NONE.name,
@@ -126,5 +126,5 @@ class SpeculativeConfig:
 
     @property
     def record(self) -> Algorithm:
-        """What the algorithm is; raises ConfigError for a name that none has."""
+        """Return what the algorithm is; raises ConfigError for a name that none has."""
         return find_algorithm(self.algorithm)

@@ -19,7 +19,7 @@ def whole_number(text: str) -> int:
 
 
 def suffixed_int(text: str) -> int:
-    """SGLang's readable integers: 8192, 8k = 8000, 25.6k, 8Ki = 8192."""
+    """Read SGLang's readable integers: 8192, 8k = 8000, 25.6k, 8Ki = 8192."""
     found = re.fullmatch(rf"([+-]?[0-9]+(?:\.[0-9]+)?)({'|'.join(SUFFIXES)})", text)
     if not found:
         raise ValueError(text)

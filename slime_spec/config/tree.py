@@ -1,4 +1,4 @@
-"""The configuration tree: every setting with its default, its meaning and its slime-style flag.
+"""The configuration tree has every setting with its default, its meaning and its slime-style flag.
 
 A path in this tree is the Hydra spelling (``trainer.lr=1e-6``); the flag is the other spelling of the same value.
 """
@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run itself."""
+    """These settings say what the run does, where its files go, and which checks it skips."""
 
     name: str = setting("default", "Name of the run; its folder is runs/NAME.", flags=("--run-name",))
     output_dir: str | None = setting(None, "Put the run folder here instead of runs/NAME.")
@@ -41,14 +41,14 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The policy."""
+    """This setting names the policy."""
 
     hf_checkpoint: str = setting("models/SmolLM2-135M-Instruct", "Hugging Face checkpoint folder of the policy.")
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Where prompts and rewards come from."""
+    """These settings say where prompts and rewards come from."""
 
     names: tuple[str, ...] = setting(
         ("arithmetic",), "Tasks in turn: built-in names or module:attribute.", flags=("--task",)
@@ -76,7 +76,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """What is generated each step, and by how many engines."""
+    """These settings say what is generated each step, and by how many engines."""
 
     engine: str = setting(
         "embedded",
@@ -114,13 +114,13 @@ class RolloutConfig:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that a rollout may make: prompt and response."""
+        """Return the number of tokens of the longest sequence that a rollout may make: prompt and response."""
         return self.max_prompt_len + self.max_response_len
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What `--sglang-<flag>` says and the embedded engine understands too."""
+    """These settings are the flags `--sglang-<flag>` that the embedded engine understands too, and its own."""
 
     dtype: str = setting(
         "float32", "Weights and compute dtype of the engine.", flags=("--sglang-dtype",), choices=DTYPES
@@ -144,7 +144,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The policy trainer."""
+    """These settings are the policy trainer's."""
 
     num_gpus: int = setting(
         0, "GPUs of the trainer; 0 trains on CPU with world_size ranks.", flags=("--actor-num-gpus",), minimum=0
@@ -182,7 +182,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """GRPO."""
+    """These settings are the constants of GRPO."""
 
     normalize_std: bool = setting(
         True, "Divide a group's advantages by its standard deviation.", flags=("--grpo-std-normalization",)
@@ -196,7 +196,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class PushConfig:
-    """Trainer to engines."""
+    """These settings say how weights go from the trainer to the engines."""
 
     interval: int = setting(1, "Push weights every this many steps.", flags=("--update-weights-interval",), minimum=1)
     bucket_bytes: int = setting(
@@ -218,7 +218,7 @@ class PushConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Ray."""
+    """These settings say how the run uses Ray, and how trainer and engines share the machines."""
 
     ray_address: str | None = setting(None, "Join this Ray cluster (host:port or auto) instead of starting one.")
     num_gpus_per_node: int = setting(
@@ -233,7 +233,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Where metrics go; metrics.jsonl is always written."""
+    """These settings say where metrics go; metrics.jsonl is always written."""
 
     console: bool = setting(True, "Show progress on the terminal.", flags=("--console",))
     use_wandb: bool = setting(False, "Log to wandb (offline when there is no API key).")
@@ -246,7 +246,7 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration of a run."""
+    """Holds the whole configuration of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

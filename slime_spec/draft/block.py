@@ -14,7 +14,7 @@ from slime_spec.checkpoints.rope import inverse_frequencies
 
 
 class RmsNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, ``eps`` inside the root."""
+    """Computes x / rms(x) · weight over the last dimension, ``eps`` inside the root."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class RmsNorm(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """down(silu(gate(x)) · up(x))"""
+    """Computes down(silu(gate(x)) · up(x))."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class SwiGlu(nn.Module):
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Rotated keys and values [batch, tokens, kv_heads, head_dim]."""
+    """Holds rotated keys and values [batch, tokens, kv_heads, head_dim]."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
 class DraftAttention(nn.Module):
-    """Attention of a draft's block; ``input_size`` is 2·hidden in EAGLE-3, whose input is [embedding; hidden]."""
+    """Computes the attention of a draft's block; ``input_size`` is 2·hidden in EAGLE-3: [embedding; hidden]."""
 
     inv_freq: torch.Tensor
 

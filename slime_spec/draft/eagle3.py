@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft network (arXiv 2503.01840) as SpecForge trains it and SGLang serves it, LlamaForCausalLMEagle3."""
+"""Eagle3Network is the draft network of EAGLE-3 (arXiv 2503.01840), LlamaForCausalLMEagle3 in SpecForge and SGLang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slime_spec.draft.network import DraftNetwork
 
 
 class Eagle3Layer(nn.Module):
-    """The one block; its attention reads [normed embedding; normed hidden]."""
+    """Implements the only block of an EAGLE-3 draft; its attention reads [normed embedding; normed hidden]."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Eagle3Layer(nn.Module):
 
 
 class Eagle3Network(DraftNetwork):
-    """fc over the captured layers, one block, norm and a head over the draft vocabulary.
+    """Applies fc to the captured layers, then one block, a norm and a head over the draft vocabulary.
 
     Features are [..., captured layers · target hidden], low to high. The head's rows are the draft vocabulary's tokens.
     The recurrent state is the residual stream before ``norm`` unless the spec says otherwise.

@@ -1,4 +1,4 @@
-"""The multi-token prediction layer in MiMo's format: projection, a Llama or Qwen2 block, a norm, the target's head."""
+"""MtpNetwork is a multi-token prediction layer in MiMo's format: projection, Llama/Qwen2 block, norm, target's head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slime_spec.draft.network import DraftNetwork
 
 
 class MtpNetwork(DraftNetwork):
-    """``input_proj`` of [normed hidden; normed embedding], the block, ``final_layernorm``.
+    """Applies ``input_proj`` to [normed hidden; normed embedding], then the block and ``final_layernorm``.
 
     Features are the target's hidden state after its final norm; the recurrent state is the layer's own output after
     ``final_layernorm``, to which the target's head is applied. In a checkpoint the parameters' names begin with the

@@ -12,7 +12,7 @@ from slime_spec.draft.block import DraftAttention
 
 
 class DraftNetwork(nn.Module, ABC):
-    """A decoder block with its family's own input and output; parameters have their names in checkpoints.
+    """Joins a decoder block with its family's own input and output; parameters have their names in checkpoints.
 
     A step takes the embedding of a token and a hidden state: at the first step of a round the target's features of
     the token before it, later the network's own ``recurrent`` output of the step before.
@@ -29,7 +29,7 @@ class DraftNetwork(nn.Module, ABC):
 
     @abstractmethod
     def inputs(self, hidden: torch.Tensor, embedding: torch.Tensor, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(attention input, residual) of ``hidden`` [..., features or hidden] and ``embedding`` [..., hidden]."""
+        """Return (attention input, residual) of ``hidden`` [..., features or hidden], ``embedding`` [..., hidden]."""
 
     @abstractmethod
     def after_attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,10 +37,10 @@ class DraftNetwork(nn.Module, ABC):
 
     @property
     def own_head(self) -> torch.Tensor | None:
-        """[draft vocab, hidden]; None for a network that uses the target's."""
+        """Return the network's own head [draft vocab, hidden]; None for a network that uses the target's."""
         return None
 
     @property
     def own_embedding(self) -> torch.Tensor | None:
-        """[vocab, hidden]; None for a network that uses the target's."""
+        """Return the network's own embedding [vocab, hidden]; None for a network that uses the target's."""
         return None

@@ -21,7 +21,7 @@ from slime_spec.draft.network import DraftNetwork
 
 
 class Unroll:
-    """The rows ``starts[b] … starts[b] + num_rows - 1`` of every sequence b of a padded batch. Example::
+    """Runs rows ``starts[b] … starts[b] + num_rows - 1`` of every sequence b of a padded batch. Example::
 
     unroll = Unroll(network, embedding, starts, num_rows)
     head_input = unroll.first(features, token_ids)      # step 0, [batch, rows, hidden]

@@ -21,7 +21,7 @@ DEBUG_MODES = ("--debug-rollout-only", "--debug-train-only")
 
 @dataclass(frozen=True)
 class Arguments:
-    """The settings of a command line: files of conf/ by group (an experiment may be a path), and typed values by path.
+    """Holds a command line's settings: files of conf/ by group (an experiment may be a path), and typed values by path.
 
     Example: ``Arguments({"experiment": "smollm2-135m"}, {"trainer.lr": 1e-6, "sglang.cuda_graph_bs_decode": (1, 2)})``
     """

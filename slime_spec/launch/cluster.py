@@ -31,7 +31,7 @@ OBJECT_STORE_SLACK_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Cluster:
-    """The reserved places of a run's actors."""
+    """Holds the reserved places of a run's actors."""
 
     engines: Placement
     ranks: Placement
@@ -39,7 +39,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a bundle of one GPU: ``Slot(bundle=3, node="f00d...", gpu="1")``."""
+    """Says where a bundle of one GPU is: ``Slot(bundle=3, node="f00d...", gpu="1")``."""
 
     bundle: int
     node: str

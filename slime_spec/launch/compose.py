@@ -33,7 +33,7 @@ DRAFTS = "drafts"
 
 @dataclass(frozen=True)
 class Composed:
-    """A configuration; ``notes`` name the settings that were left out or have no effect, one sentence each.
+    """Holds a configuration; ``notes`` name the settings that were left out or have no effect, one sentence each.
 
     ``given`` are the paths of the settings that the command line or a file of conf/ sets; others have their defaults.
     """

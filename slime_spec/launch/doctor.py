@@ -35,7 +35,7 @@ CONFIG = "config.yaml"  # file of a run's folder
 
 @dataclass(frozen=True)
 class Options:
-    """The command's own flags, and the flags of train."""
+    """Holds the command's own flags, and the flags of train."""
 
     metrics: Path | None
     as_json: bool
@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Examined:
-    """The findings; ``sglang`` is the version judged, None without a planned server or a valid configuration."""
+    """Holds findings; ``sglang`` is the version judged, None without a planned server or a valid configuration."""
 
     findings: list[Finding]
     judged: str

@@ -25,7 +25,7 @@ SP_TYPES = {each.rtp_llm: each.name for each in ALGORITHMS.values() if each.rtp_
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag and the setting that it sets.
+    """Describes a flag and the setting that it sets.
 
     ``path`` is a setting's, or the flag itself where there is no setting: its value is a note for the user then.
     ``num_values`` is "0" for a switch (``on`` and ``off`` are its two values), "1", "?", "+" or "*";
@@ -92,7 +92,7 @@ def find_flag(name: str) -> tuple[Flag, bool]:
 
 
 def is_flag(token: str) -> bool:
-    """Whether find_flag finds ``token``, a flag that may have =value."""
+    """Return whether find_flag finds ``token``, a flag that may have =value."""
     try:
         find_flag(token.partition("=")[0])
     except ConfigError:
@@ -148,7 +148,7 @@ def _aliases() -> Mapping[str, Flag]:
 
 
 def _the_one_value(name: str, texts: Sequence[str]) -> str:
-    """The note that the flag has no effect; raises ConfigError for any other value than the one there is."""
+    """Return the note that the flag has no effect; raises ConfigError for any other value than the one there is."""
     known = ONE_VALUE[name]
     if texts[0] != known:
         raise ConfigError(name, f"must be {known}, the one choice here", texts[0], f"Pass {name} {known}, or nothing.")

@@ -37,5 +37,5 @@ def check_choice(group: str, name: str) -> str:
 
 
 def is_path(experiment: str) -> bool:
-    """Whether ``--config`` names a file of the user's own rather than one of conf/experiment."""
+    """Return whether ``--config`` names a file of the user's own rather than one of conf/experiment."""
     return experiment.endswith((".yaml", ".yml")) or "/" in experiment

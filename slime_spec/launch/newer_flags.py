@@ -18,7 +18,7 @@ PYTHON = re.compile(r"(?:--sglang[-_]python|sglang_server\.python)=(.+)")
 
 @dataclass(frozen=True)
 class NewerFlag:
-    """``NewerFlag(("--warp-drive", "9"), num_tokens=2)``: words for the server, and the number of tokens read."""
+    """Holds words for the server, and the number of tokens read: ``NewerFlag(("--warp-drive", "9"), num_tokens=2)``."""
 
     words: tuple[str, ...]
     num_tokens: int

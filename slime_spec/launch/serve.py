@@ -31,7 +31,7 @@ Every other flag is one of `slime-spec train` that concerns the model, the engin
 
 @dataclass(frozen=True)
 class ServeArguments:
-    """The settings of a serve command line; ``notes`` name the settings without effect."""
+    """Holds the settings of a serve command line; ``notes`` name the settings without effect."""
 
     config: Config
     host: str

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs that a run reads before anything heavy starts; no ``spec`` for a family that only SGLang runs."""
+    """Holds the inputs that a run reads before heavy parts start; no ``spec`` for a family that only SGLang runs."""
 
     spec: ModelSpec | None
     tokenizer: Tokenizer
@@ -116,7 +116,7 @@ def preflight(config: Config) -> Inputs:
 
 
 def _target_spec(config: Config) -> ModelSpec | None:
-    """Raises CheckpointError for a family that this project would have to compute with itself and cannot."""
+    """Return the policy's spec; raises CheckpointError for a family that this project must compute and cannot."""
     is_served_only = kind_of(config).has_servers and config.run.mode == "rollout_only"
     stored = CheckpointFolder(Path(config.model.hf_checkpoint))
     if is_served_only and not family_of(stored.architecture).is_built:

@@ -62,13 +62,13 @@ class ConsoleSink:
 
 
 def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
-    """``finished step=3/40 reward=0.312 len=18.2 accept_rate=0.351 ...``, steps counted from 1."""
+    """Return ``finished step=3/40 reward=0.312 len=18.2 accept_rate=0.351 ...``, steps counted from 1."""
     facts = [f"{short}={form.format(values[name])}" for name, short, form in LINE if _worth_showing(name, values)]
     return f"finished step={step + 1}/{num_steps} " + " ".join(facts)
 
 
 def summary(rows: Mapping[int, Mapping[str, float]], window: int = 5) -> Table:
-    """The mean of each shown metric over the first and the last ``window`` steps."""
+    """Return the mean of each shown metric over the first and the last ``window`` steps."""
     steps = sorted(rows)
     first, last = steps[:window], steps[-window:]
     table = Table(title=f"{len(steps)} steps")

@@ -8,7 +8,7 @@ from slime_spec.types import EngineStats, Sample
 
 
 def engine_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats], speculates: bool) -> dict[str, float]:
-    """The metrics ``engine/*`` and the engines' shares of time, of a step; an engine that times nothing has no share.
+    """Return a step's metrics ``engine/*`` and the engines' shares of time; an engine that times nothing has no share.
 
     ``before`` and ``after`` are the stats of the same engines at the step's ends; ``speculates`` says that the run was
     asked to.
@@ -27,7 +27,7 @@ def engine_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats], 
 
 
 def benefit_metrics(stats: Sequence[EngineStats], samples: Sequence[Sample]) -> dict[str, float]:
-    """A round's cost, by all probes of the engines so far, and the gain of the step's rounds."""
+    """Return a round's cost, by all probes of the engines so far, and the gain of the step's rounds."""
     plain_s = sum(each.probed_plain_s for each in stats)
     if not plain_s:
         return {}
@@ -43,7 +43,7 @@ def benefit_metrics(stats: Sequence[EngineStats], samples: Sequence[Sample]) -> 
 
 
 def canary_metrics(stats: Sequence[EngineStats]) -> dict[str, float]:
-    """The metrics ``sync/canary_*`` after a push, over the engines that ran a canary."""
+    """Return the metrics ``sync/canary_*`` after a push, over the engines that ran a canary."""
     counted = [each.canary for each in stats if each.canary.num_rounds]
     if not counted:
         return {}
@@ -55,5 +55,5 @@ def canary_metrics(stats: Sequence[EngineStats]) -> dict[str, float]:
 
 
 def _spent(before: Sequence[EngineStats], after: Sequence[EngineStats], name: str) -> float:
-    """Seconds that all engines spent between the two."""
+    """Return the seconds that all engines spent between the two."""
     return sum(getattr(each, name) for each in after) - sum(getattr(each, name) for each in before)

@@ -47,5 +47,5 @@ class Examples:
 
 
 def _one_per_prompt(samples: Sequence[Sample]) -> list[Sample]:
-    """The first sample of each prompt: several of one prompt would say less."""
+    """Return the first sample of each prompt: several of one prompt would say less."""
     return list({sample.prompt.prompt_id: sample for sample in reversed(samples)}.values())[::-1]

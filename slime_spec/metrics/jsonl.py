@@ -33,7 +33,7 @@ class JsonlSink:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Every step's metrics in order, each step once: the last line written for it."""
+    """Return every step's metrics in order, each step once: the last line written for it."""
     by_step = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

@@ -15,7 +15,7 @@ from slime_spec.metrics.table import metric
 
 @runtime_checkable
 class ShowsProgress(Protocol):
-    """A sink that also shows how far the current phase is."""
+    """Shows, as some sinks can, how far the current phase is."""
 
     def progress(self, phase: str, done: int, wanted: int) -> None: ...
 
@@ -32,7 +32,7 @@ class MetricLog:
 
     @classmethod
     def open(cls, config: Config, folder: Path) -> MetricLog:
-        """The sinks that the configuration asks for, metrics.jsonl always among them, and the alarm of speculation."""
+        """Open the sinks that the configuration asks for, metrics.jsonl always among them, and the alarm."""
         asked = {
             "jsonl": True,
             "wandb": config.metrics.use_wandb,

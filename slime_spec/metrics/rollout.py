@@ -12,7 +12,7 @@ from slime_spec.types import GeneratedSample, Sample, SpecCounters
 
 
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """The metrics ``rollout/*`` and ``spec/*`` of a step; a metric without a value is absent."""
+    """Return the metrics ``rollout/*`` and ``spec/*`` of a step; a metric without a value is absent."""
     if not samples:
         return {"rollout/num_samples": 0.0}
     lengths = [len(sample.response.token_ids) for sample in samples]
@@ -80,13 +80,13 @@ def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def accept_length(verified: Sequence[GeneratedSample]) -> float:
-    """Response tokens per verify round of samples that each had one."""
+    """Return response tokens per verify round of samples that each had a round."""
     num_rounds = sum(response.spec.num_rounds for response in verified)
     return sum(len(response.token_ids) for response in verified) / num_rounds
 
 
 def _acceptance_by_version(verified: Sequence[GeneratedSample]) -> dict[str, float]:
-    """The acceptance by weight version, only where a step mixes versions: otherwise it equals the step's own."""
+    """Return the acceptance by weight version, only where a step mixes versions: otherwise it equals the step's own."""
     by_version: dict[int, list[GeneratedSample]] = defaultdict(list)
     for response in verified:
         by_version[response.weight_version].append(response)
@@ -98,7 +98,7 @@ def _acceptance_by_version(verified: Sequence[GeneratedSample]) -> dict[str, flo
 
 
 def _acceptance_by_position(counters: Sequence[SpecCounters]) -> dict[str, float]:
-    """Rates up to the first position that no round accepted, over the requests whose engine counted by position."""
+    """Return rates up to the first position that no round accepted, over requests whose engine counted by position."""
     counted = [spec for spec in counters if spec.histogram]
     accepted = [sum(column) for column in zip_longest(*map(accepted_per_position, counted), fillvalue=0)]
     num_rounds = reached = sum(spec.num_rounds for spec in counted)

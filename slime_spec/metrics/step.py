@@ -10,7 +10,7 @@ from slime_spec.weights.run import PushReport
 
 
 def train_metrics(report: TrainReport) -> dict[str, float]:
-    """The metrics ``train/*``."""
+    """Return the metrics ``train/*``."""
     return {
         "train/loss": report.loss,
         "train/pg_loss": report.pg_loss,
@@ -26,7 +26,10 @@ def train_metrics(report: TrainReport) -> dict[str, float]:
 
 
 def push_metrics(report: PushReport) -> dict[str, float]:
-    """The metrics ``sync/*``; ``checksum_ok`` where weights were read back, ``paused_s`` where engines paused."""
+    """Return the metrics ``sync/*``.
+
+    ``checksum_ok`` where weights were read back, ``paused_s`` where engines paused.
+    """
     verified = {"sync/checksum_ok": 1.0, "sync/verify_seconds": report.verify_s} if report.verified else {}
     paused = {"sync/paused_s": report.paused_s} if report.paused_s else {}
     return {
@@ -41,7 +44,7 @@ def push_metrics(report: PushReport) -> dict[str, float]:
 
 
 def perf_metrics(samples: Sequence[Sample], phase_s: Mapping[str, float], total_s: float) -> dict[str, float]:
-    """The metrics ``perf/*`` from the seconds of each phase ("rollout", "train", "sync") and of the whole step."""
+    """Return the metrics ``perf/*`` from the seconds of each phase ("rollout", "train", "sync") and of the step."""
     metrics = {f"perf/{phase}_time": seconds for phase, seconds in phase_s.items()}
     metrics["perf/step_time"] = total_s
     if not samples:

@@ -12,7 +12,7 @@ from slime_spec.suggest import did_you_mean
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the table.
+    """Describes one metric, a row of the table of metrics.
 
     ``{i}`` in a name stands for a draft position (0 is the first drafted token), ``{task}`` for a task,
     ``{version}`` for a version of the weights.
@@ -176,7 +176,7 @@ PLACEHOLDERS = {r"\{i\}": r"\d+", r"\{task\}": r"[^/]+", r"\{version\}": r"\d+"}
 
 @lru_cache(maxsize=1024)
 def metric(name: str) -> Metric:
-    """The row of a metric's name; raises ConfigError with the nearest known name where there is none."""
+    """Return the row of a metric's name; raises ConfigError with the nearest known name where there is none."""
     for row in TABLE:
         if _pattern(row).fullmatch(name):
             return row
@@ -193,7 +193,7 @@ def _pattern(row: Metric) -> re.Pattern[str]:
 
 
 def markdown() -> str:
-    """docs/metrics.md: the table, one section per name's first part."""
+    """Return docs/metrics.md: the table, one section per name's first part."""
     parts = [
         "# Metrics",
         "",

@@ -1,4 +1,4 @@
-"""Weights & Biases, imported nowhere else; without an API key the run is kept offline, for `wandb sync`."""
+"""WandbSink alone imports Weights & Biases; without an API key the run is kept offline, for `wandb sync`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ class WandbSink:
 
 
 def mode(asked: str | None, environment: Mapping[str, str]) -> Mode:
-    """The mode asked for, here or by WANDB_MODE; else online where there is an API key, offline where there is none."""
+    """Return the mode asked for, here or by WANDB_MODE.
+
+    Else online where there is an API key, offline where there is none.
+    """
     wanted = asked or environment.get("WANDB_MODE")
     match wanted:
         case "online" | "offline" | "disabled":
@@ -70,7 +73,7 @@ def mode(asked: str | None, environment: Mapping[str, str]) -> Mode:
 
 
 def _has_api_key(environment: Mapping[str, str]) -> bool:
-    """Whether wandb will find a key: in WANDB_API_KEY, or in the netrc file where `wandb login` puts it."""
+    """Return whether wandb will find a key: in WANDB_API_KEY, or in the netrc file where `wandb login` puts it."""
     if environment.get("WANDB_API_KEY"):
         return True
     host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc

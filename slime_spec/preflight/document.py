@@ -48,7 +48,7 @@ JSON = """\
 
 
 def markdown(usage: str) -> str:
-    """The text of docs/doctor.md; ``usage`` is the command's usage text."""
+    """Return the text of docs/doctor.md; ``usage`` is the command's usage text."""
     parts = [INTRODUCTION, f"```text\n{usage}\n```\n", JSON, "## Checks"]
     for module, traps in groupby(TRAPS, key=lambda trap: trap.look.__module__):
         parts.append(f"\n### {module.rpartition('.')[2]}\n")

@@ -1,4 +1,4 @@
-"""The facts that a check may look at: settings, server flags, both checkpoints' headers, SGLang's version, GPUs."""
+"""A check may look at these facts: settings, server flags, both checkpoints' headers, SGLang's version, GPUs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DENSE_GRAPH_SIZES = (*range(1, 33), *range(40, 65, 8), *range(80, 161, 16))
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts about one engine of a run, from which every check decides.
+    """Holds the facts about one engine of a run, from which every check decides.
 
     ``given`` are the paths of settings that the command line or the experiment sets; ``flags`` are the servers'.
     ``draft`` is None for algorithms without a draft network; an MTP layer inside the target's checkpoint is a draft
@@ -50,7 +50,7 @@ class Facts:
 
     @property
     def knows_servers(self) -> bool:
-        """Whether the flags of an SGLang engine's servers are known: ours, or reported by servers that run already."""
+        """Return whether the flags of an SGLang engine's servers are known: ours, or reported by running servers."""
         return self.on_sglang and bool(self.flags)
 
     @property
@@ -63,7 +63,7 @@ class Facts:
 
     @property
     def draft_kind(self) -> DraftKind:
-        """The kind of draft: a head over the target's features (EAGLE, EAGLE3), an MTP layer, or a whole model."""
+        """Return the kind of draft: a head over the target's features, an MTP layer, or a whole model."""
         draft = locate_draft(self.config.speculative, self.target.folder)
         return "none" if draft is None else draft.kind
 
@@ -73,7 +73,10 @@ class Facts:
 
     @property
     def context_length(self) -> int | None:
-        """The context length set for the servers, else the target's own; None where its config.json does not say."""
+        """Return the context length set for the servers, else the target's own.
+
+        None where its config.json does not say.
+        """
         return self.config.engine.context_length or self.target.context_length
 
     @property
@@ -87,7 +90,7 @@ class Facts:
 
     @property
     def attention_backend(self) -> str | None:
-        """The backend that decodes and verifies; None: SGLang chooses."""
+        """Return the backend that decodes and verifies; None: SGLang chooses."""
         return next((str(self.flags[name]) for name in ATTENTION if self.flags.get(name)), None)
 
     @property
@@ -103,7 +106,7 @@ class Facts:
 
     @property
     def graph_sizes_are_dense(self) -> bool:
-        """Whether few of the batch sizes that occur are not captured (all sizes up to 32, then in steps)."""
+        """Return whether few of the batch sizes that occur are not captured (all sizes up to 32, then in steps)."""
         sizes = self.flags.get("cuda_graph_bs_decode") or ()
         assert isinstance(sizes, tuple | list), "typed by the table of flags"
         wanted = {size for size in DENSE_GRAPH_SIZES if size <= self.config.engine.max_running_requests}

@@ -22,7 +22,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Sighting:
-    """A trap that these facts run into: what was read, what to do, and the flags that do it (none: nothing to add)."""
+    """Reports a trap that these facts run into: the facts read, the remedy, and its flags (none: nothing to add)."""
 
     severity: Severity
     read: str
@@ -32,7 +32,7 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sighting together with what is known about its trap. Example::
+    """Joins a sighting with the reason and the links of its trap. Example::
 
     Finding("draft-dtype", Severity.ERROR, "the draft is float16, the target bfloat16, ...", "one server ...",
             "Pass --sglang-dtype float16.", ("--sglang-dtype", "float16"), ("https://github.com/...",))
@@ -63,7 +63,7 @@ Condition = Callable[[Facts], bool]
 
 @dataclass(frozen=True)
 class Trap:
-    """One known trap: ``look`` is asked only where ``applies`` holds."""
+    """Describes one known trap: ``look`` is asked only where ``applies`` holds."""
 
     id: str
     why: str
@@ -95,7 +95,7 @@ def speculating_on_sglang(facts: Facts) -> bool:
 
 
 def asking_sglang_to_speculate(facts: Facts) -> bool:
-    """Whether requests ask for speculation on SGLang; the servers' own flags need not be known."""
+    """Return whether requests ask for speculation on SGLang; the servers' own flags need not be known."""
     return facts.on_sglang and facts.speculates
 
 

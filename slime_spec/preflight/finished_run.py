@@ -14,7 +14,7 @@ ROUNDS = "spec/verify_rounds"
 
 
 def acceptance_by_position(path: Path) -> tuple[float, ...]:
-    """Share of all verify rounds that accepted draft position 0, 1, ...; empty where the run has no such counts.
+    """Return the share of all rounds that accepted draft position 0, 1, ...; empty where the run has no such counts.
 
     ``path`` is the file or its run folder. Steps are pooled: each one's share is weighted with its rounds.
     """

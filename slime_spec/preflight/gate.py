@@ -21,7 +21,7 @@ ORDER = (Severity.ERROR, Severity.WARNING, Severity.INFO)
 
 
 def examine(engines: Sequence[Facts]) -> list[Finding]:
-    """Every check's finding, errors first; a trap is reported once, for the first engine that runs into it."""
+    """Return every check's finding, errors first; a trap is reported once, for the first engine that runs into it."""
     found = [finding for each in TRAPS if (finding := _first(each, engines)) is not None]
     return sorted(found, key=lambda finding: ORDER.index(finding.severity))
 
@@ -38,7 +38,7 @@ def _first(trap: Trap, engines: Sequence[Facts]) -> Finding | None:
 
 
 def _of_one_engine(finding: Finding, engine: int) -> Finding:
-    """A flag for all engines would not reach what --sglang-config sets for one."""
+    """Return the finding about one engine: a flag for all engines does not reach what --sglang-config sets for one."""
     return replace(
         finding,
         read=f"engine {engine}: {finding.read}",
@@ -48,7 +48,7 @@ def _of_one_engine(finding: Finding, engine: int) -> Finding:
 
 
 def _of_external(finding: Finding, facts: Facts) -> Finding:
-    """The finding about an external server's flags, with a remedy for the place where the server is started."""
+    """Return the finding about an external server's flags, with a remedy for the place where the server is started."""
     is_theirs = any(word.startswith(THEIR_FLAGS) and word not in OUR_FLAGS for word in finding.fix)
     if not is_theirs:
         return finding
@@ -77,12 +77,12 @@ def check_launch(config: Config, given: frozenset[str]) -> None:
 
 
 def not_skipped(findings: Sequence[Finding], skipped: Sequence[str]) -> list[Finding]:
-    """The errors that stop a launch."""
+    """Return the errors that stop a launch."""
     return [each for each in findings if each.severity is Severity.ERROR and each.id not in skipped]
 
 
 def refusal(errors: Sequence[Finding]) -> ConfigError:
-    """One error for all findings that stop a launch."""
+    """Return one error for all findings that stop a launch."""
     ids = [each.id for each in errors]
     return ConfigError(
         "preflight",

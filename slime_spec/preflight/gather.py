@@ -25,7 +25,7 @@ GIVEN_BY_A_SERVER = frozenset({"engine.dtype", "engine.max_running_requests"})
 
 
 def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] = ()) -> tuple[Facts, ...]:
-    """The facts of each engine whose configuration differs from that of every engine before it.
+    """Return the facts of each engine whose configuration differs from that of every engine before it.
 
     ``given`` are the paths of the settings that somebody has set; the others have their defaults.
     Raises ConfigError for a checkpoint that cannot be read. Of the checkpoints only config.json and the headers of the
@@ -50,7 +50,7 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
 
 
 def _started(base: Facts) -> Iterator[Facts]:
-    """The facts of servers that this run starts, with the flags that it will start them with."""
+    """Yield the facts of servers that this run starts, with the flags that it will start them with."""
     release = find_release(base.config.sglang_server.python)
     base = replace(base, release=release, known_flags=_known_flags(base.config, release))
     for engine, own in _engines(base.config):
@@ -59,7 +59,10 @@ def _started(base: Facts) -> Iterator[Facts]:
 
 
 def _external(base: Facts) -> Iterator[Facts]:
-    """The facts of servers that run already, with the flags that they report; a silent server's flags are unknown."""
+    """Yield the facts of servers that run already, with the flags that they report.
+
+    A silent server's flags are unknown.
+    """
     addresses = base.config.sglang_server.external_addrs
     asked = [ask_server(address, base.config.sglang.get("api_key")) for address in addresses]
     silent = tuple(address for address, answer in zip(addresses, asked, strict=True) if answer is None)
@@ -75,7 +78,7 @@ def _external(base: Facts) -> Iterator[Facts]:
 
 
 def _engines(config: Config) -> Iterator[tuple[int, Config]]:
-    """The engines that differ, each with its overrides and extra arguments laid over the configuration."""
+    """Yield the engines that differ, each with its overrides and extra arguments laid over the configuration."""
     seen: list[Config] = []
     for engine in range(config.rollout.num_engines if config.sglang_server.overrides else 1):
         own = _with_extra_args(config_of_engine(config, engine))

@@ -13,7 +13,10 @@ MIB = 2**20
 
 
 def visible_gpu_bytes(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The memory of each NVIDIA GPU that CUDA_VISIBLE_DEVICES leaves; None where another vendor's driver has them."""
+    """Return the memory of each NVIDIA GPU that CUDA_VISIBLE_DEVICES leaves.
+
+    None where another vendor's driver has them.
+    """
     try:
         done = subprocess.run(QUESTION, capture_output=True, text=True, timeout=ASK_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""The memory plan: how many bytes engines and trainer will need, computed before either exists.
+"""The memory plan says how many bytes engines and trainer will need; it is computed before either exists.
 
 Counted: weights, KV cache, gradients, optimizer state, and the copy of the weights that a push keeps in shared memory.
 Not counted: activations, CUDA graphs and contexts, which depend on kernels.
@@ -23,7 +23,7 @@ ADAM_STATES = 2
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """The memory of one engine over all its GPUs.
+    """Holds the memory of one engine over all its GPUs.
 
     ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length. ``kv_copies``: tensor-parallel ranks
     beyond the number of key-value heads keep what another rank has, and every rank keeps a latent (MLA) whole.
@@ -44,13 +44,13 @@ class EngineMemory:
 
     @property
     def gpu_bytes(self) -> int:
-        """The bytes on each GPU; the tensors that ranks do not split (norms, routers) are small."""
+        """Return the bytes on each GPU; the tensors that ranks do not split (norms, routers) are small."""
         return self.total_bytes // max(1, self.num_gpus)
 
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """The memory of one rank: parameters, float32 gradients, Adam's moments, float32 masters of bfloat16 parameters.
+    """Holds one rank's memory: parameters, float32 gradients, Adam's moments, float32 masters of bfloat16 parameters.
 
     ``reference_bytes`` is the initial checkpoint, kept where the loss has a KL term.
     """
@@ -68,7 +68,7 @@ class TrainerMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory of a whole run; a part is None where config.json does not give the sizes.
+    """Holds the memory of a whole run; a part is None where config.json does not give the sizes.
 
     ``push_copies`` of a push's ``push_bytes`` are in shared memory: a server that dies is started again with the one
     before while the next arrives. ``mem_fraction_static`` is the servers'.
@@ -100,13 +100,13 @@ def plan_memory(facts: Facts) -> MemoryPlan:
 
 
 def decoder_parameters(target: Checkpoint) -> int | None:
-    """Parameters of the target without its MTP layers."""
+    """Return the number of parameters of the target without its MTP layers."""
     counted = count_parameters(target.config)
     return None if counted is None else counted.decoder
 
 
 def weight_itemsize(checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes of one weight in a server: a checkpoint quantised to 8 bits stays so, others become ``dtype``."""
+    """Return the bytes of a weight in a server: a checkpoint quantised to 8 bits stays so, others become ``dtype``."""
     quantization = checkpoint.config.get("quantization_config") or {}
     return 1 if quantization.get("quant_method") == "fp8" else ITEMSIZES[dtype]
 
@@ -140,7 +140,10 @@ def _engine(facts: Facts, itemsize: int) -> EngineMemory:
 
 
 def _target_bytes(facts: Facts, counted: Parameters, itemsize: int) -> int:
-    """The target's bytes over all GPUs; each replica of data parallel attention has its own attention and embedding."""
+    """Return the target's bytes over all GPUs.
+
+    Each replica of data parallel attention has its own attention and embedding.
+    """
     # A checkpoint quantised to 8 bits leaves its embedding and head as they are.
     wider = counted.tables * (max(itemsize, ITEMSIZES[facts.config.engine.dtype]) - itemsize)
     replicas = _integer(facts, "dp_size") if facts.flags.get("enable_dp_attention") else 1
@@ -163,7 +166,7 @@ def _kv_copies(facts: Facts) -> int:
 
 
 def draft_parameters(draft: Checkpoint) -> int:
-    """Parameters by the file's headers, without tables of token ids; without a file, by SpecForge's export format."""
+    """Count parameters by the file's headers, without tables of ids; without a file, by SpecForge's export format."""
     if draft.tensors is not None:
         return sum(each.num_elements for name, each in draft.tensors.items() if name not in TABLES)
     counted, config = count_parameters(draft.config), draft.config

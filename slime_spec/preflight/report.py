@@ -20,12 +20,15 @@ WIDEST = 120
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """The exit code: 2 with an error, 1 with a warning, else 0."""
+    """Return the exit code: 2 with an error, 1 with a warning, else 0."""
     return max((EXIT_CODES[finding.severity] for finding in findings), default=0)
 
 
 def as_json(findings: Sequence[Finding], sglang: str | None, skipped: Collection[str] = ()) -> str:
-    """The findings as JSON, with the keys of docs/doctor.md; ``sglang`` is the judged version, None without SGLang."""
+    """Return the findings as JSON, with the keys of docs/doctor.md.
+
+    ``sglang`` is the judged version, None without SGLang.
+    """
     counts = {severity.value: sum(each.severity is severity for each in findings) for severity in Severity}
     return json.dumps(
         {
@@ -41,7 +44,10 @@ def as_json(findings: Sequence[Finding], sglang: str | None, skipped: Collection
 
 
 def flags_to_add(findings: Sequence[Finding]) -> list[str]:
-    """The fixes of errors and warnings, each flag once; where two findings disagree, the more severe one's stays."""
+    """Return the fixes of errors and warnings, each flag once.
+
+    Where two findings disagree, the more severe one's stays.
+    """
     chosen: dict[str, list[str]] = {}
     for finding in findings:
         if finding.severity is Severity.INFO:
@@ -62,12 +68,12 @@ def _by_flag(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def as_flags(findings: Sequence[Finding]) -> str:
-    """One line to append to the command; empty where no finding has a flag that fixes it."""
+    """Return one line to append to the command; empty where no finding has a flag that fixes it."""
     return shlex.join(flags_to_add(findings))
 
 
 def as_text(findings: Sequence[Finding], judged: str, skipped: Collection[str] = ()) -> RenderableType:
-    """The text that a person reads: errors and warnings in full, then the infos, a line each."""
+    """Return the text that a person reads: errors and warnings in full, then the infos, a line each."""
     parts: list[RenderableType] = [Text(f"{len(TRAPS)} checks of {judged}: {_summary(findings) or 'nothing found'}")]
     for each in findings:
         if each.severity is not Severity.INFO:
@@ -81,13 +87,13 @@ def as_text(findings: Sequence[Finding], judged: str, skipped: Collection[str] =
 
 
 def headline(finding: Finding, skipped: Collection[str]) -> Text:
-    """``error min-p``, and whether --skip-check names it."""
+    """Return ``error min-p``, and whether --skip-check names it."""
     mark = " (skipped)" if finding.id in skipped else ""
     return Text.assemble((finding.severity.value, STYLES[finding.severity]), f" {finding.id}{mark}")
 
 
 def brief(findings: Sequence[Finding]) -> RenderableType:
-    """A finding in brief: what was read and what to do, without reason and links."""
+    """Return a finding in brief: what was read and what to do, without reason and links."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -109,7 +115,7 @@ def _facts(finding: Finding) -> RenderableType:
 
 
 def _short(links: Sequence[str]) -> str:
-    """The links in short; an issue of the same repository as the previous link is only its number."""
+    """Return the links in short; an issue of the same repository as the previous link is only its number."""
     shown, before = [], ""
     for link in links:
         base, _, number = link.rpartition("/")
@@ -127,6 +133,6 @@ def _summary(findings: Sequence[Finding]) -> str:
 
 
 def width() -> int:
-    """The terminal's width, at most 120 columns; a pipe counts as 120 columns wide."""
+    """Return the terminal's width, at most 120 columns; a pipe counts as 120 columns wide."""
     console = Console()
     return min(console.width, WIDEST) if console.is_terminal else WIDEST

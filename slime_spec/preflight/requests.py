@@ -17,7 +17,7 @@ MAX_LOGIT_BIAS = 1e30  # divided by the least temperature it is still an fp32 nu
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may ask of an engine.
+    """Holds the limits of one request to an engine.
 
     ``max_total_tokens`` is the engine's KV cache, UNBOUNDED where a server manages its own; ``headroom`` are the KV
     positions that a row needs beyond its tokens. ``speculates_by_request``: a request may decode without speculation
@@ -35,7 +35,7 @@ class RequestLimits:
 
     @property
     def drafted(self) -> str:
-        """The headroom as the last term of the sum that an error shows."""
+        """Return the headroom as the last term of the sum that an error shows."""
         return f" + {self.headroom} drafted" if self.headroom else ""
 
 

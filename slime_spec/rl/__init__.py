@@ -1,1 +1,1 @@
-"""The reinforcement learning loop and its pure parts: requests, advantages, batches."""
+"""The package has the reinforcement learning loop and its pure parts: requests, advantages, batches."""

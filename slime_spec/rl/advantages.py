@@ -1,4 +1,4 @@
-"""Group-relative advantages (GRPO, arXiv 2402.03300) and the training batch they make."""
+"""This module computes group-relative advantages (GRPO, arXiv 2402.03300) and the training batch that they make."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ STD_EPSILON = 1e-4
 
 
 def group_advantages(rewards: Sequence[float], normalize_std: bool) -> list[float]:
-    """Each reward against its group's mean, in units of the group's (population) standard deviation if asked."""
+    """Return each reward against its group's mean, in units of the group's (population) standard deviation if asked."""
     mean = statistics.fmean(rewards)
     scale = statistics.pstdev(rewards, mean) + STD_EPSILON if normalize_std else 1.0
     return [(reward - mean) / scale for reward in rewards]
 
 
 def train_batch(samples: Sequence[Sample], normalize_std: bool) -> list[TrainSample]:
-    """Every scored sample with its advantage, groups together, in a fixed order whatever order samples came in.
+    """Return every scored sample with its advantage, groups together, in a fixed order whatever order samples came in.
 
     Samples without a reward are excluded, from their group's mean too; so are empty responses.
     """

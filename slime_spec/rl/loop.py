@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of one run, already built; a part that the run's mode does not use is None."""
+    """Holds the parts of one run, already built; a part that the run's mode does not use is None."""
 
     config: Config
     rollouts: RolloutSource
@@ -55,7 +55,7 @@ def run_loop(job: Job, state: RunState) -> RunState:
 
 
 def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
-    """One rollout, one policy step, one push."""
+    """Run one rollout, one policy step and one push."""
     clock = PhaseClock()
     before = [] if job.engines is None else job.engines.stats()
     with clock.phase("rollout"):
@@ -91,7 +91,7 @@ def _train(job: Job, trainer: Trainer, samples: list[Sample], clock: PhaseClock)
 
 @contextmanager
 def _engines_released(job: Job) -> Iterator[None]:
-    """In colocate mode the engines give their memory to the trainer for the length of the block."""
+    """Release the engines' memory to the trainer for the length of the block, in colocate mode."""
     if job.engines is None or not (job.config.cluster.colocate and job.config.cluster.offload):
         yield
         return

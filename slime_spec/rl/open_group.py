@@ -10,7 +10,7 @@ from slime_spec.types import GeneratedSample, GroupRequest, Prompt, Sample
 
 @dataclass
 class OpenGroup:
-    """An in-flight group: ``request`` asks for all of it, ``partials`` are the samples that an abort cut, by index."""
+    """Holds a group in progress: ``request`` asks for all of it, ``partials`` are samples cut by an abort, by index."""
 
     prompt: Prompt
     request: GroupRequest
@@ -26,5 +26,8 @@ class OpenGroup:
         self.finished.append(sample)
 
     def rest(self) -> GroupRequest:
-        """The request for the missing samples; an abort has left a partial sample, perhaps empty, of each of them."""
+        """Return the request for the missing samples.
+
+        An abort has left a partial sample, perhaps empty, of each of them.
+        """
         return request_for_rest(self.request, self.partials.values()) if self.partials else self.request

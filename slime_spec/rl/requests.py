@@ -12,7 +12,7 @@ from slime_spec.types import GroupRequest, Prompt, SamplingParams
 
 
 def sample_seed(run_seed: int, prompt_id: int, sample_index: int) -> int:
-    """A 63-bit seed; a restart, or another number of engines, draws the same samples."""
+    """Return a 63-bit seed; a restart, or another number of engines, draws the same samples."""
     return xxhash.xxh3_64_intdigest(f"{run_seed}/{prompt_id}/{sample_index}".encode()) >> 1
 
 
@@ -31,7 +31,7 @@ def sampling_params(config: RolloutConfig) -> SamplingParams:
 def group_requests(
     prompts: Sequence[Prompt], config: RolloutConfig, run_seed: int, edit: bool = False
 ) -> list[GroupRequest]:
-    """One group per prompt, ``n_samples_per_prompt`` seeds each; the group id is the prompt id.
+    """Return one group per prompt, ``n_samples_per_prompt`` seeds each; the group id is the prompt id.
 
     A prompt's advice goes with its group; ``edit`` says how LOOKUP reads it.
     """

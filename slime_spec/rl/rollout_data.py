@@ -1,4 +1,4 @@
-"""One step's samples in a file, to train on again or to look into: ``--save-debug-rollout-data DIR/{rollout_id}.pt``.
+"""A file keeps one step's samples, to train on again or to read: ``--save-debug-rollout-data DIR/{rollout_id}.pt``.
 
 The file is ``torch.save`` of plain types, ``{"rollout_id": 3, "samples": [{...}, ...]}``, read back with
 ``weights_only=True``: nothing in it is executed. Samples come back exactly as they were.

@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]  # (samples finished, samples wanted)
 
 @dataclass(frozen=True)
 class Rollout:
-    """One step's samples, in (prompt, sample) order, and where the run's prompts stand after it."""
+    """Holds one step's samples, in (prompt, sample) order, and where the run's prompts stand after the step."""
 
     samples: list[Sample]
     next_prompt_id: int
@@ -32,7 +32,7 @@ class RolloutSource(Protocol):
 
 
 class GeneratedRollouts:
-    """Samples from the engines.
+    """Gives samples that the engines generate.
 
     With ``rollout.over_sampling_batch_size`` more groups are in progress than a step trains on: it ends with the first
     ``batch_size`` that are complete, the others are aborted and go on in the next step (partial rollout; slime's
@@ -103,7 +103,7 @@ class GeneratedRollouts:
 
 
 class SavedRollouts:
-    """Samples of an earlier run, for train_only; ``load(rollout_id)`` reads one step's."""
+    """Gives samples of an earlier run, for train_only; ``load(rollout_id)`` reads one step's samples."""
 
     def __init__(self, load: Callable[[int], list[Sample]]) -> None:
         self._load = load

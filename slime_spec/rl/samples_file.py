@@ -1,4 +1,4 @@
-"""samples.jsonl: every sample of a run as a person reads it, one line each."""
+"""The file samples.jsonl has every sample of a run as a person reads it, one line each."""
 
 from __future__ import annotations
 

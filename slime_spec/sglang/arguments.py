@@ -39,7 +39,7 @@ OWNED = ("model_path", "host", "port", "weight_version", "nnodes", "node_rank", 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a server: its address, and its node among the nodes of one engine.
+    """Holds a server's address, and its node among the nodes of one engine.
 
     ``Place("127.0.0.1", 30000)``; the second of two nodes: ``Place(host, port, 2, 1, "10.0.0.1:25000")``
     """
@@ -52,13 +52,13 @@ class Place:
 
     @property
     def url(self) -> str:
-        """The URL by which the same node reaches the server."""
+        """Return the URL by which the same node reaches the server."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://{address_of(host, self.port)}"
 
 
 def planned_places(config: Config, engine_index: int) -> tuple[Place, ...]:
-    """The places of an engine's servers, one per node, as far as they are known before the engine starts."""
+    """Return the places of an engine's servers, one per node, as far as they are known before the engine starts."""
     settings, num_nodes = config.sglang_server, num_engine_nodes(config)
     port = (settings.port or PLANNED_PORT) + engine_index
     if num_nodes == 1:
@@ -70,7 +70,7 @@ def planned_places(config: Config, engine_index: int) -> tuple[Place, ...]:
 
 
 def server_flags(config: Config, engine_index: int, place: Place, speculate: bool = True) -> dict[str, object]:
-    """Every flag of one server by its dest; ``speculate=False`` leaves speculation out."""
+    """Return every flag of one server by its dest; ``speculate=False`` leaves speculation out."""
     config = config_of_engine(config, engine_index)
     overrides = config.sglang
     for dest in OWNED:
@@ -118,7 +118,7 @@ def _device_flags(config: Config) -> dict[str, object]:
 
 
 def speculative_flags(config: SpeculativeConfig, target: str) -> dict[str, object]:
-    """Settings that differ from their defaults, under SGLang's names; raises ConfigError for what SGLang lacks."""
+    """Return settings that differ from defaults, under SGLang's names; raises ConfigError for what SGLang lacks."""
     if config.record.sglang is None:
         raise ConfigError(
             "speculative.algorithm",
@@ -147,7 +147,7 @@ def _has_mtp_layer(folder: str) -> bool:
 
 
 def config_of_engine(config: Config, engine_index: int) -> Config:
-    """The configuration with the flags that ``sglang_server.overrides`` has for this engine in their places."""
+    """Return the configuration with the flags that ``sglang_server.overrides`` has for this engine in their places."""
     path = config.sglang_server.overrides
     if path is None:
         return config
@@ -159,7 +159,10 @@ def config_of_engine(config: Config, engine_index: int) -> Config:
 
 
 def with_flags(config: Config, flags: Mapping[str, object]) -> Config:
-    """The configuration with SGLang's flags (by their dests) in their places; raises ConfigError for a bad value."""
+    """Return the configuration with SGLang's flags (by their dests) in their places.
+
+    Raises ConfigError for a bad value.
+    """
     data = to_dict(config)
     if "speculative_algorithm" in flags:  # steps and draft of another algorithm do not apply
         data["speculative"] = to_dict(Config())["speculative"]
@@ -169,7 +172,7 @@ def with_flags(config: Config, flags: Mapping[str, object]) -> Config:
 
 
 def config_as_served(config: Config, flags: Mapping[str, object]) -> Config:
-    """The settings with the numbers and switches that a running server reports in their places.
+    """Return the settings with the numbers and switches that a running server reports in their places.
 
     Folders and names stay those of the configuration; the server's dtype is taken where this project has it.
     """
@@ -207,7 +210,7 @@ def _engine_overrides(path: str, engine_index: int, num_engines: int) -> dict[st
 
 
 def command_line(python: str, flags: Mapping[str, object], extra: Sequence[str], sglang: InstalledSglang) -> list[str]:
-    """The server's command; raises ConfigError for a flag that this version does not know."""
+    """Return the server's command; raises ConfigError for a flag that this version does not know."""
     words = [python, "-m", "sglang.launch_server"]
     for dest, value in flags.items():
         flag = sglang.flag(dest)

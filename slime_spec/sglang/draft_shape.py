@@ -17,7 +17,7 @@ from slime_spec.errors import ConfigError
 
 @dataclass(frozen=True)
 class DraftShape:
-    """The shape of one draft: depth, branches per step, and tokens verified per round (root included).
+    """Holds the shape of a draft: depth, branches per step, and tokens verified per round (root included).
 
     ``has_network`` says that the drafter caches keys and values of its own. Example: ``DraftShape(5, 4, 8, True)``
     """
@@ -29,7 +29,7 @@ class DraftShape:
 
     @property
     def headroom(self) -> int:
-        """KV positions that a round may write beyond the committed positions, in the target's or the drafter's cache.
+        """Return the KV positions that a round may write beyond the committed ones, in the target's or drafter's cache.
 
         The target writes the root and its nodes. A drafter writes the root and, at each step but the last (whose
         drafts it never reads), every branch; what it recomputes afterwards overwrites these positions.
@@ -44,7 +44,10 @@ def draft_shape(config: SpeculativeConfig, architecture: str) -> DraftShape:
 
 
 def forced_draft_tokens(config: SpeculativeConfig) -> int | None:
-    """The num_draft_tokens that a chain's num_steps force instead of the setting; None where nothing is forced."""
+    """Return the num_draft_tokens that a chain's num_steps force instead of the setting.
+
+    None where nothing is forced.
+    """
     if config.num_steps is None or config.num_draft_tokens in (None, config.num_steps + 1):
         return None
     is_tree = config.record.has_numbers and (config.eagle_topk or 1) > 1
@@ -53,7 +56,7 @@ def forced_draft_tokens(config: SpeculativeConfig) -> int | None:
 
 
 def tree_pool_size(num_steps: int, topk: int) -> int:
-    """Drafts that a tree's search scores: ``topk`` at the first step, ``topk`` children of every beam at the others."""
+    """Count drafts that a tree's search scores: ``topk`` at the first step, ``topk`` children of every beam later."""
     return topk + (num_steps - 1) * topk**2
 
 

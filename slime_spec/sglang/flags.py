@@ -25,7 +25,7 @@ PYTHON_TYPES: Mapping[str, type] = {"str": str, "int": int, "suffixed_int": int,
 
 @dataclass(frozen=True)
 class SglangFlag:
-    """One ServerArgs flag: ``SglangFlag("cuda_graph_bs_decode", ("--cuda-graph-bs-decode",), "int", nargs="+")``.
+    """Holds a ServerArgs flag: ``SglangFlag("cuda_graph_bs_decode", ("--cuda-graph-bs-decode",), "int", nargs="+")``.
 
     ``nargs`` is argparse's ("+", "*", "?", None for one value); ``type`` "bool" takes no value. ``aliases`` are
     spellings of older versions, which the server itself does not take.
@@ -42,7 +42,7 @@ class SglangFlag:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Every spelling that a user may write."""
+        """Return every spelling that a user may write."""
         return (*self.spellings, *self.aliases)
 
     @property
@@ -62,7 +62,7 @@ class SglangFlag:
         return f"SGLang says: {self.help}" if self.help else f"See the documentation of SGLang's {self.flags[0]}."
 
     def parse(self, texts: Sequence[str]) -> Any:
-        """The checked value of the words that follow the flag; raises ConfigError.
+        """Return the checked value of the words that follow the flag; raises ConfigError.
 
         argparse's "?" without a word means the flag's const, which is the empty text wherever SGLang uses it.
         """
@@ -70,7 +70,7 @@ class SglangFlag:
         return self.check(values if self.is_list else values[0] if values else "")
 
     def parse_one(self, text: str) -> object:
-        """The value of one word (``null`` may itself be a choice)."""
+        """Return the value of one word (``null`` may itself be a choice)."""
         if text in NULLS and text not in self.choices:
             return None
         try:
@@ -79,7 +79,7 @@ class SglangFlag:
             raise ConfigError(self.path, f"must be {EXPECTS[self.type]}", text, self.remedy) from None
 
     def check(self, value: object) -> Any:
-        """The value as Config.sglang holds it (None: SGLang's default); raises ConfigError."""
+        """Return the value as Config.sglang holds it (None: SGLang's default); raises ConfigError."""
         if value is None or self.type == "json":
             return frozen(value)
         if not self.is_list:
@@ -107,7 +107,7 @@ def sglang_version() -> str:
 
 @cache
 def sglang_flags() -> Mapping[str, SglangFlag]:
-    """Every ServerArgs flag by its dest, the key in Config.sglang; old spellings are aliases."""
+    """Return every ServerArgs flag by its dest, the key in Config.sglang; old spellings are aliases."""
     old_spellings: dict[str, list[str]] = {}
     for old, new in RENAMED.items():
         old_spellings.setdefault(new, []).append(old)
@@ -129,14 +129,14 @@ def sglang_flags() -> Mapping[str, SglangFlag]:
 
 @cache
 def typed_elsewhere() -> Mapping[str, str]:
-    """The SGLang flags that are settings of the tree, as a map from dest to the setting's path."""
+    """Return the SGLang flags that are settings of the tree, as a map from dest to the setting's path."""
     dest_of = {f"{PREFIX}{name[2:]}": flag.dest for flag in sglang_flags().values() for name in flag.flags}
     return {dest_of[name]: each.path for each in settings().values() for name in each.flags if name in dest_of}
 
 
 @cache
 def engine_settings() -> Mapping[str, Setting]:
-    """The settings of the engine's and the speculative node that SGLang's flags set, by dest.
+    """Return the settings of the engine's and the speculative node that SGLang's flags set, by dest.
 
     The tree may know a flag of SGLang's speculation that the pinned version does not have yet.
     """
@@ -151,7 +151,10 @@ def engine_settings() -> Mapping[str, Setting]:
 
 
 def sglang_flag(dest: str) -> SglangFlag:
-    """The flag behind ``sglang.<dest>``; raises ConfigError for an unknown one and for one the tree holds itself."""
+    """Return the flag behind ``sglang.<dest>``.
+
+    Raises ConfigError for an unknown one and for one the tree holds itself.
+    """
     path = f"{SGLANG}.{dest}"
     if dest in typed_elsewhere():
         home = typed_elsewhere()[dest]
@@ -165,18 +168,18 @@ def sglang_flag(dest: str) -> SglangFlag:
 
 
 def check_sglang(values: Mapping[str, object]) -> dict[str, object]:
-    """The ``sglang`` node, each value checked against the table."""
+    """Return the ``sglang`` node, each value checked against the table."""
     return {dest: sglang_flag(dest).check(value) for dest, value in values.items()}
 
 
 @cache
 def flags_by_spelling() -> Mapping[str, SglangFlag]:
-    """Every flag by each of its spellings on a server's own command line."""
+    """Return every flag by each of its spellings on a server's own command line."""
     return {name: flag for flag in sglang_flags().values() for name in flag.flags}
 
 
 def read_server_words(words: Sequence[str]) -> dict[str, object]:
-    """The flags on a server's own command line by their dest; raises ConfigError for one that the table lacks.
+    """Return the flags on a server's own command line by their dest; raises ConfigError for one that the table lacks.
 
     Example: ``read_server_words(["--page-size", "16", "--disable-radix-cache"])`` is
     ``{"page_size": 16, "disable_radix_cache": True}``
@@ -196,7 +199,7 @@ def read_server_words(words: Sequence[str]) -> dict[str, object]:
 
 
 def _texts_after(words: Sequence[str], flag: SglangFlag) -> list[str]:
-    """The words that are the flag's values: none for a switch, all words up to the next flag for a list."""
+    """Return the words that are the flag's values: none for a switch, all words up to the next flag for a list."""
     if flag.type == "bool":
         return []
     end = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))

@@ -29,7 +29,7 @@ ASK_FLAGS_TIMEOUT_S = 300.0  # imports sglang
 
 @dataclass(frozen=True)
 class InstalledSglang:
-    """What is known of one SGLang: its version and flags.
+    """Describes one SGLang: its version and flags.
 
     ``torch_version`` is None where no interpreter was asked, ``router_version`` where it has no sglang-router."""
 
@@ -46,7 +46,7 @@ class InstalledSglang:
 
 
 def checked_in() -> InstalledSglang:
-    """The flags of the checked-in table, with the pinned version."""
+    """Return the flags of the checked-in table, with the pinned version."""
     return InstalledSglang(sglang_version(), None, sglang_flags())
 
 
@@ -73,7 +73,7 @@ def find_release(python: str | None) -> Release:
 
 
 def _ask(python: str, *words: str) -> dict[str, Any]:
-    """The answer of answers.py; raises ConfigError where the interpreter does not run, or has no sglang."""
+    """Return the answer of answers.py; raises ConfigError where the interpreter does not run, or has no sglang."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     try:
         done = subprocess.run(

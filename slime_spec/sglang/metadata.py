@@ -23,7 +23,7 @@ ROUNDS = "spec_verify_ct"
 
 @dataclass(frozen=True)
 class Generation:
-    """The names of one generation of keys; ``histogram`` may be absent in its oldest releases."""
+    """Holds the names of one generation of keys; ``histogram`` may be absent in its oldest releases."""
 
     correct: str
     proposed: str
@@ -41,7 +41,7 @@ class UnknownMetadataError(ValueError):
 
 
 def generation_of(meta_info: Mapping[str, Any]) -> Generation | None:
-    """The newest generation whose counters the response has; None where no verify round ran."""
+    """Return the newest generation whose counters the response has; None where no verify round ran."""
     if not meta_info.get(ROUNDS):
         return None
     for generation in GENERATIONS:
@@ -52,7 +52,7 @@ def generation_of(meta_info: Mapping[str, Any]) -> Generation | None:
 
 
 def spec_counters(meta_info: Mapping[str, Any], num_steps: int = 0, fills_rounds: bool = True) -> SpecCounters:
-    """The counters of one response.
+    """Return the counters of one response.
 
     ``num_steps`` is the depth of a draft (SpecCounters.num_steps). ``fills_rounds`` says that the algorithm always
     drafts all it proposes; NGRAM does not, and SGLang does not report how much of a round was padding.
@@ -76,7 +76,7 @@ def spec_counters(meta_info: Mapping[str, Any], num_steps: int = 0, fills_rounds
 
 
 def meta_info(sample: GeneratedSample) -> dict[str, Any]:
-    """The response metadata of one sample; ``output_token_logprobs`` holds (logprob, token id, text or None).
+    """Return the response metadata of one sample; ``output_token_logprobs`` holds (logprob, token id, text or None).
 
     Beside SGLang's keys: ``weight_version_spans``, [first token index, version] pairs, where several versions
     generated the response; ``draft_version`` where the draft has weights; ``lossy``, true, where verification may
@@ -106,7 +106,7 @@ def meta_info(sample: GeneratedSample) -> dict[str, Any]:
 
 
 def finish_reason(sample: GeneratedSample) -> dict[str, Any]:
-    """SGLang's finish reason: the token that matched for a stop, the number of tokens for a length.
+    """Return SGLang's finish reason: the token that matched for a stop, the number of tokens for a length.
 
     Example: ``{"type": "stop", "matched": 151645}``, ``{"type": "length", "length": 64}``
     """
@@ -119,7 +119,7 @@ def finish_reason(sample: GeneratedSample) -> dict[str, Any]:
 
 
 def speculative_keys(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
-    """Every ``spec_*`` key and RTP-LLM's, or nothing when no verify round ran."""
+    """Return every ``spec_*`` key and RTP-LLM's, or nothing when no verify round ran."""
     if not spec.num_rounds or not spec.num_proposed:
         return {}
     correct, proposed, histogram = spec.num_correct, spec.num_proposed, list(spec.histogram)
@@ -135,7 +135,7 @@ def speculative_keys(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
 
 
 def rtp_counters(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
-    """RTP-LLM's counters. ``iter_count`` counts steps, the prefill too; without speculation every token is a step."""
+    """Return RTP-LLM's counters. ``iter_count`` counts steps, the prefill too; without speculation tokens are steps."""
     return {
         "iter_count": spec.num_rounds + 1 if spec.num_rounds else num_tokens,
         "speculative_draft_rounds": spec.num_rounds,
@@ -144,7 +144,7 @@ def rtp_counters(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
 
 
 def aux_info(sample: GeneratedSample) -> dict[str, Any]:
-    """RTP-LLM's ``aux_info`` of one sample; times in ms. Without a speculative round its counters are 0 and [].
+    """Return RTP-LLM's ``aux_info`` of a sample; times in ms. Without a speculative round its counters are 0 and [].
 
     ``wait_time`` and ``first_token_cost_time`` are present where they were measured. The prompt tokens that a group's
     first sample computed are ``reuse_len``, all of them in this engine's own memory. Beams, prefill on another

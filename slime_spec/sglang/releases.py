@@ -29,7 +29,7 @@ Ability = Literal[
 
 @dataclass(frozen=True)
 class WeightContract:
-    """How a release takes new weights.
+    """Says how a release takes new weights.
 
     ``field`` is the field of a tensor update that says whom it is for, by which a running server shows its contract.
     ``reaches_draft`` are the transports whose update loads the draft too; ``selective`` those in which an update can
@@ -44,7 +44,7 @@ class WeightContract:
 
     @property
     def draft_alone(self) -> bool:
-        """Whether an update can be addressed to the draft alone."""
+        """Return whether an update can be addressed to the draft alone."""
         return self.style == "selector"
 
 
@@ -66,7 +66,7 @@ SELECTOR = WeightContract(
 
 @dataclass(frozen=True)
 class Change:
-    """What one release brought: abilities that it and every later release has, and values that replace earlier ones.
+    """Records abilities that one release and every later release have, and values that replace earlier values.
 
     ``adaptive_steps`` are the numbers of steps between which adaptive speculation moves; none: it does not exist.
     """
@@ -96,13 +96,13 @@ CHANGES = (
 
 
 def since(fact: Ability | WeightContract | Generation) -> str:
-    """The first release with an ability, a weight contract or a generation of metadata: "0.5.21"."""
+    """Return the first release with an ability, a weight contract or a generation of metadata: "0.5.21"."""
     return next(each.version for each in CHANGES if fact in (*each.abilities, each.weight_contract, each.metadata))
 
 
 @dataclass(frozen=True)
 class Release:
-    """One SGLang release, with what was found installed.
+    """Describes one SGLang release, with what was found installed.
 
     Example: ``Release((0, 5, 21), "0.5.21", is_installed=True, torch="2.13.0")``. Without an installed SGLang it is
     the pinned version. ``model_types`` are those that SGLang and its transformers have classes for; empty where no
@@ -117,7 +117,7 @@ class Release:
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """The records that hold for this release, newest first."""
+        """Return the records that hold for this release, newest first."""
         return tuple(each for each in reversed(CHANGES) if _numbers(each.version) <= self.version)
 
     def does(self, ability: Ability) -> bool:
@@ -129,7 +129,7 @@ class Release:
 
     @property
     def metadata(self) -> Generation:
-        """The names of the counters in a response's meta_info."""
+        """Return the names of the counters in a response's meta_info."""
         return next(each.metadata for each in self.changes if each.metadata is not None)
 
     @property
@@ -140,7 +140,10 @@ class Release:
 def release_of(
     text: str, is_installed: bool = True, torch: str | None = None, model_types: Iterable[str] = ()
 ) -> Release:
-    """The release of a version string: "0.5.12.post1" is (0, 5, 12); a build from source ("0.0.0.dev1") the pinned."""
+    """Return the release of a version string: "0.5.12.post1" is (0, 5, 12).
+
+    A build from source ("0.0.0.dev1") the pinned.
+    """
     version = _numbers(text)
     if not any(version):
         version = _numbers(sglang_version())
@@ -153,5 +156,5 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def pinned_release() -> Release:
-    """The release that the checks assume where there is no SGLang to ask."""
+    """Return the release that the checks assume where there is no SGLang to ask."""
     return release_of(sglang_version(), is_installed=False)

@@ -17,7 +17,7 @@ ASK_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a running server reports about itself.
+    """Holds a running server's report about itself.
 
     ``num_ranks`` are the tensor-parallel ranks that weights are sent to; ``num_steps`` is a draft's depth;
     ``flags`` are the flags of the table that the server runs with, by their dests.
@@ -46,7 +46,7 @@ class ServerInfo:
 
 
 def ask_server(address: str, api_key: object) -> ServerInfo | None:
-    """The answer of the server at ``address``; None where no SGLang server answers within seconds."""
+    """Return the answer of the server at ``address``; None where no SGLang server answers within seconds."""
     for path in PATHS:
         request = urllib.request.Request(f"http://{address}{path}")
         if api_key:
@@ -65,7 +65,7 @@ def ask_server(address: str, api_key: object) -> ServerInfo | None:
 
 @dataclass(frozen=True)
 class Load:
-    """The load of a server: requests and KV tokens at one moment, over all data-parallel ranks."""
+    """Holds the load of a server: requests and KV tokens at one moment, over all data-parallel ranks."""
 
     num_running: int
     num_waiting: int
@@ -73,7 +73,7 @@ class Load:
 
 
 def load_of(answer: object) -> Load:
-    """The load that /v1/loads answers; zeros where the server lacks that path."""
+    """Return the load that /v1/loads answers; zeros where the server lacks that path."""
     ranks = answer.get("loads", []) if isinstance(answer, Mapping) else []
 
     def total(name: str) -> int:

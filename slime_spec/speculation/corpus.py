@@ -15,7 +15,7 @@ LINE = 'Write one JSON string a line ("text"), or one list of token ids ([1, 2])
 def read_corpus(
     path: str, encode: Callable[[str], tuple[int, ...]], max_tokens: int, vocab_size: int
 ) -> list[tuple[int, ...]]:
-    """The documents' token ids, empty ones left out; ``encode`` adds no special tokens.
+    """Return the documents' token ids, empty ones left out; ``encode`` adds no special tokens.
 
     Raises ConfigError, naming the line, for a line that is no document, for a corpus of more than ``max_tokens``
     (SGLang does not cut a corpus either) and for one without a token.
@@ -43,7 +43,7 @@ def read_corpus(
 
 
 def corpus_lines(path: str) -> Iterator[tuple[int, str | tuple[int, ...]]]:
-    """(line number, document) of every line that is not blank; raises ConfigError for what is no document."""
+    """Yield (line number, document) of every line that is not blank; raises ConfigError for what is no document."""
     try:
         with Path(path).open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):

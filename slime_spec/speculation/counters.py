@@ -9,7 +9,7 @@ from slime_spec.types import SpecCounters
 
 
 def pooled(counters: Iterable[SpecCounters]) -> SpecCounters:
-    """The counters of several responses, or of the parts of one response: sums, never means of ratios."""
+    """Return the counters of several responses, or of the parts of one response: sums, never means of ratios."""
     listed = [each for each in counters if each.num_rounds]
     if len(listed) == 1:
         return listed[0]
@@ -25,7 +25,7 @@ def pooled(counters: Iterable[SpecCounters]) -> SpecCounters:
 
 
 def accepted_per_position(spec: SpecCounters) -> list[int]:
-    """The number of rounds that accepted more than 0, 1, ... drafts (survival counts), one number per draft position.
+    """Return how many rounds accepted more than 0, 1, ... drafts (survival counts), one number per draft position.
 
     Example: ``accepted_per_position(SpecCounters(3, 9, (1, 0, 1, 1))) == [2, 2, 1]``
     """

@@ -32,7 +32,7 @@ CORRECT = "Correct the field or leave it out."
 def with_rtp_fields(
     params: SamplingParams, fields: Mapping[str, object], encode: Callable[[str], tuple[int, ...]], prefix: str = ""
 ) -> SamplingParams:
-    """``params`` with the settings in ``fields``; raises ConfigError naming the field.
+    """Return ``params`` with the settings in ``fields``; raises ConfigError naming the field.
 
     ``encode`` makes plain token ids of a text, no BOS before them; null and an absent field mean the same.
     """
@@ -89,7 +89,7 @@ def check_speculative_params(params: SamplingParams, algorithm: str, vocab_size:
 
 
 def _switch(fields: Mapping[str, object], name: str, prefix: str) -> bool:
-    """The switch's value, which RTP-LLM's clients write as a boolean or as 0 or 1."""
+    """Return the switch's value, which RTP-LLM's clients write as a boolean or as 0 or 1."""
     value = fields.get(name)
     if value is None:
         return False

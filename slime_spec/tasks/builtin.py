@@ -1,4 +1,4 @@
-"""Built-in verifiable tasks, each small enough for a 135M model to learn by GRPO within tens of steps."""
+"""These built-in verifiable tasks are small enough for a 135M model to learn by GRPO within tens of steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Draw = Callable[[random.Random], Problem]
 
 @dataclass(frozen=True)
 class GeneratedTask:
-    """A task whose problems are drawn from a generator seeded by (seed, name, index); implements Task."""
+    """Implements Task: its problems are drawn from a generator seeded by (seed, name, index)."""
 
     name: str
     draw: Draw

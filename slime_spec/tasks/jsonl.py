@@ -1,4 +1,4 @@
-"""Prompts from a jsonl file: one object a line, with a prompt (a text or a chat), an answer, advice and tools."""
+"""JsonlTask reads prompts from a jsonl file: one object a line, with a prompt (text or chat), answer, advice, tools."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class JsonlTask:
 
 
 def _problems(path: Path, config: TaskConfig, integers: bool) -> list[tuple[int, Problem]]:
-    """(line number, problem) for every line that is not blank."""
+    """Return (line number, problem) for every line that is not blank."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -110,7 +110,7 @@ def _are_objects(value: Any) -> bool:
 
 
 def _advice(row: dict[str, Any], key: str | None, refuse: Refuse) -> str:
-    """The row's advice; a row without any is generated without."""
+    """Return the row's advice; a row without any is generated without."""
     advice = row.get(key) if key is not None else None
     if advice is None:
         return ""

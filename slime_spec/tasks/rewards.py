@@ -24,23 +24,26 @@ NUMBER = re.compile(r"(?:(?<!\d)-)?\d+(?:,\d{3})*(?!\d)(?:\.\d+)?")
 
 
 def last_integer(prompt: Prompt, reply: str) -> float:
-    """1 if the last number of the reply equals the answer, an integer, else 0: "2 + 3 = 5." answers 5."""
+    """Return 1 if the last number of the reply equals the answer, an integer, else 0: "2 + 3 = 5." answers 5."""
     found = NUMBER.findall(reply)
     return float(bool(found) and Decimal(found[-1].replace(",", "")) == int(prompt.answer))
 
 
 def exact(prompt: Prompt, reply: str) -> float:
-    """1 if the reply is the answer, white space around it ignored, else 0."""
+    """Return 1 if the reply is the answer, white space around it ignored, else 0."""
     return float(reply.strip() == prompt.answer.strip())
 
 
 def contains(prompt: Prompt, reply: str) -> float:
-    """1 if the answer occurs in the reply, else 0."""
+    """Return 1 if the answer occurs in the reply, else 0."""
     return float(prompt.answer in reply)
 
 
 def load_reward(setting: str, name: str) -> Reward:
-    """A built-in reward, or the function that ``module:function`` names; raises ConfigError for an unknown one."""
+    """Return a built-in reward, or the function that ``module:function`` names.
+
+    Raises ConfigError for an unknown one.
+    """
     if ":" not in name:
         reward: Reward = load_choice(setting, REWARDS, name)
         return reward
@@ -52,7 +55,7 @@ def load_reward(setting: str, name: str) -> Reward:
 
 
 def load_attribute(setting: str, name: str) -> Any:
-    """What ``module:attribute`` names, or a ConfigError that says which half was not found."""
+    """Return what ``module:attribute`` names, or a ConfigError that says which half was not found."""
     module, _, attribute = name.partition(":")
     try:
         loaded = importlib.import_module(module)

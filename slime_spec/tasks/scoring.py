@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def score(reward: Reward, prompt: Prompt, response: GeneratedSample, text: str) -> Sample:
-    """The sample with its reward, or with ``reward=None`` and the reason it is excluded from training.
+    """Return the sample with its reward, or with ``reward=None`` and the reason it is excluded from training.
 
     Excluded are responses that were aborted and replies whose reward raises or is not a finite number.
     """
@@ -40,7 +40,10 @@ def _excluded(prompt: Prompt, response: GeneratedSample, text: str, error: str) 
 
 
 def _finite(given: object) -> float | None:
-    """A number, a bool, or a scalar of numpy or torch as a float; None for anything else (a text is not a number)."""
+    """Return a number, a bool, or a scalar of numpy or torch as a float.
+
+    None for anything else (a text is not a number).
+    """
     if not hasattr(given, "__float__"):
         return None
     try:

@@ -17,7 +17,7 @@ from slime_spec.types import GeneratedSample, Prompt, Sample
 
 
 class PromptSource:
-    """The run's prompts and their scoring. Example::
+    """Gives the run's prompts and scores their responses. Example::
 
     source = PromptSource(config, tokenizer)
     prompts = source.take(8, start_prompt_id=0)
@@ -44,11 +44,11 @@ class PromptSource:
         self.take(len(self._tasks), start_prompt_id=0)
 
     def take(self, n: int, start_prompt_id: int) -> tuple[Prompt, ...]:
-        """The prompts ``start_prompt_id`` to ``start_prompt_id + n - 1``; tasks take turns."""
+        """Return the prompts ``start_prompt_id`` to ``start_prompt_id + n - 1``; tasks take turns."""
         return tuple(self._prompt(start_prompt_id + i) for i in range(n))
 
     def score(self, prompt: Prompt, response: GeneratedSample) -> Sample:
-        """The response with its text and the reward of the prompt's task."""
+        """Return the response with its text and the reward of the prompt's task."""
         text = self._tokenizer.decode(response.token_ids)
         return score(self._by_name[prompt.task].reward, prompt, response, text)
 
@@ -98,7 +98,7 @@ class PromptSource:
 
 
 def load_tasks(config: TaskConfig) -> tuple[Task, ...]:
-    """The run's tasks in their turn: one jsonl file, or built-in names, suites and ``module:attribute``."""
+    """Return the run's tasks in their turn: one jsonl file, or built-in names, suites and ``module:attribute``."""
     if config.prompt_data is not None:
         return (JsonlTask(config),)
     if not config.names:

@@ -158,7 +158,7 @@ def test_a_training_is_gone_on_with_under_its_own_settings_only(policy: Path, tm
     assert run_draft(command(policy, out, "--minutes", "0")) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     for flag, value in CHANGED.items():
-        with pytest.raises(ConfigError, match=f"^{flag}: must be what .* was begun with"):
+        with pytest.raises(ConfigError, match=f"^{flag}: must be what .* was started with"):
             run_draft(command(policy, out, "--resume", flag, value))
     other = make_tiny_policy(tmp_path / "other", num_hidden_layers=4, rope_theta=20000.0, initializer_range=0.1)
     with pytest.raises(ConfigError, match=r"^--target: must be what"):

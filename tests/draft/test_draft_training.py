@@ -122,10 +122,10 @@ def test_an_interrupted_training_ends_with_the_same_bits(lesson: Lesson, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_training_begun_with_other_settings_is_not_resumed(lesson: Lesson, tmp_path: Path) -> None:
+def test_a_training_started_with_other_settings_is_not_resumed(lesson: Lesson, tmp_path: Path) -> None:
     train_draft(lesson.new_model(), SETTINGS, lesson.learned, lesson.store, tmp_path, ticking(2), Silent())
     other = replace(SETTINGS, lr=1e-4)
-    with pytest.raises(ConfigError, match=r"--lr: must be what the training was begun with \(0.003\)"):
+    with pytest.raises(ConfigError, match=r"--lr: must be what the training was started with \(0.003\)"):
         train_draft(lesson.new_model(), other, lesson.learned, lesson.store, tmp_path, ticking(2), Silent())
 
 

@@ -1,4 +1,4 @@
-"""Megatron-Core as the policy's trainer; the only package that imports megatron."""
+"""This package trains the policy with Megatron-Core; it is the only package that imports megatron."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""The Ray actor around one trainer rank: a process, a network address and nothing else."""
+"""RankActor gives one trainer rank a Ray actor: a process, a network address and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RankActor:
-    """The actor of one trainer rank; the group makes it remote with its resources."""
+    """Runs one trainer rank in an actor; the group makes the class remote with the rank's resources."""
 
     def __init__(self, config: Config, rank: int) -> None:
         self.config, self.rank = config, rank
@@ -28,7 +28,7 @@ class RankActor:
         self.on_their_way: list[PushBucket] = []
 
     def address(self) -> str:
-        """Where the other ranks can meet this one."""
+        """Return where the other ranks can meet this one."""
         return f"tcp://{ray.util.get_node_ip_address()}:{free_port('0.0.0.0')}"
 
     def load(self, init_method: str) -> RunState | None:

@@ -1,4 +1,4 @@
-"""Core attention over packed segments on torch's scaled-dot-product attention.
+"""SegmentAttention computes core attention over packed segments with torch's scaled-dot-product attention.
 
 Megatron's own core attention refuses packed sequences without Transformer Engine, and no kernel there knows responses
 that share a prompt; this one does both, on CPU and CUDA.
@@ -19,7 +19,7 @@ from trainer_bridge.microbatch import SegmentSpan
 
 @dataclass(frozen=True)
 class PackedSegments:
-    """What Megatron hands through to the core attention in place of its PackedSeqParams.
+    """Holds the spans and rows that Megatron hands through to the core attention in place of its PackedSeqParams.
 
     The format name keeps Megatron from applying its own packed ("thd") RoPE and reshaping; ``rows`` are the rows whose
     logits the model computes.
@@ -31,7 +31,7 @@ class PackedSegments:
 
 
 class SegmentAttention(MegatronModule):
-    """Each response attends causally to its prompt and itself; the constructor has the signature specs expect."""
+    """Lets each response attend causally to its prompt and itself; the constructor has the signature specs expect."""
 
     def __init__(
         self,
@@ -56,19 +56,19 @@ class SegmentAttention(MegatronModule):
         attention_bias: None = None,
         packed_seq_params: PackedSegments | None = None,
     ) -> torch.Tensor:
-        """query [T, 1, heads, dim], key and value [T, 1, kv heads, dim] -> [T, 1, heads * dim]."""
+        """Return [T, 1, heads * dim] from query [T, 1, heads, dim], key and value [T, 1, kv heads, dim]."""
         assert packed_seq_params is not None, "the policy model only runs on packed segments"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = attend_segments(q, k, v, packed_seq_params.spans)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), 1, -1)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """No weights of its own."""
+        """Return an empty dict: attention has no weights of its own."""
         return {}
 
 
 def attend_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: tuple[SegmentSpan, ...]) -> torch.Tensor:
-    """q [1, heads, T, dim], k and v [1, kv heads, T, dim] -> [1, heads, T, dim]; T is covered by the spans in order."""
+    """Return attention [1, heads, T, dim] of q to k and v [1, kv heads, T, dim]; the spans cover T in order."""
     outputs = []
     for span in spans:
         prompt = slice(span.start, span.start + span.prompt_len)
@@ -90,7 +90,7 @@ def attend_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: tu
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last ``len(q)`` of ``len(k)`` positions."""
+    """Compute causal attention of the last ``len(q)`` of ``len(k)`` positions."""
     grouped = q.size(1) != k.size(1)
     if q.size(2) == k.size(2):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

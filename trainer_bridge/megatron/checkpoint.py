@@ -1,4 +1,4 @@
-"""Megatron's torch_dist checkpoints: written beside, then moved into place; readable under any layout."""
+"""Megatron's torch_dist checkpoints are written beside, then moved into place; any layout can read them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ READ_ERRORS = (
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a checkpoint holds besides tensors."""
+    """Holds the part of a checkpoint that is not tensors."""
 
     run: RunState
     optimizer_step: int
@@ -97,7 +97,7 @@ def load_checkpoint(path: str, model: PolicyModel, optimizer: Any) -> TrainerSta
 
 
 def _fill(model: PolicyModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Megatron adds "extra state" entries for quantised layers, empty here; torch would not know them."""
+    """Fill the weights without Megatron's "extra state" of quantised layers, empty here; torch would not know it."""
     extra = "_extra_state"
     unmatched = model.load_state_dict(
         {name: tensor for name, tensor in tensors.items() if not name.endswith(extra)}, strict=False
@@ -108,7 +108,7 @@ def _fill(model: PolicyModel, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _contents(model: PolicyModel, optimizer: Any, state: TrainerState, is_loading: bool) -> dict[str, Any]:
-    """Adam has no state before its first step, so a checkpoint of step 0 holds none."""
+    """Return a checkpoint's contents; a checkpoint of step 0 has no state of Adam, which begins with its first step."""
     sharded_model = model.sharded_state_dict()
     contents = {
         "model": sharded_model,

@@ -39,11 +39,11 @@ def agree(action: Callable[[], object]) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """The end of an error's text, where wrapped errors name their cause."""
+    """Return the end of an error's text, where wrapped errors name their cause."""
     return (str(error).strip().splitlines() or [""])[-1] or type(error).__name__
 
 
 def free_space(folder: Path) -> str:
-    """What the file system that ``folder`` is, or would be, on has left, for an error message."""
+    """Return what the file system that ``folder`` is, or would be, on has left, for an error message."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return f"{shutil.disk_usage(existing).free / 1e9:.2f} GB free"

@@ -62,7 +62,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 class _InOrderStream:
-    """The CPU runs in order: there is nothing to wait for."""
+    """Stands in for a CUDA stream: the CPU runs in order, and there is nothing to wait for."""
 
     def wait_stream(self, other: object) -> None: ...
 

@@ -23,7 +23,7 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
 def export_hf(model: PolicyModel, spec: ModelSpec, source: str, folder: str) -> None:
-    """All ranks together; ``source`` gives config.json (its dtype is corrected) and the tokenizer's files.
+    """Write the folder, all ranks together; ``source`` gives config.json (its dtype is corrected) and the tokenizer.
 
     Written beside, then moved into place, where it replaces an earlier export and nothing else. Raises ConfigError
     naming the folder when that holds something else, or if any rank could not write.

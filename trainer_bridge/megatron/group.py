@@ -1,4 +1,4 @@
-"""All trainer ranks as one Trainer: a Ray actor per rank, driven in step.
+"""MegatronGroup drives all trainer ranks in step, as one Trainer: there is a Ray actor per rank.
 
     driver: MegatronGroup ──► rank 0 ─┐
                           ──► rank 1 ─┼─ gloo / nccl
@@ -76,7 +76,7 @@ class MegatronGroup:
         return reports[0]
 
     def push(self, version: int) -> Iterator[PushMessage]:
-        """Begin, then every stage's buckets in order as they are published, then commit.
+        """Return the messages: the begin, then every stage's buckets in order as they are published, then the commit.
 
         A push that was not read to its end is given up when the next command comes.
         """
@@ -99,7 +99,7 @@ class MegatronGroup:
             ray.kill(actor)
 
     def peak_rss_bytes(self) -> int:
-        """The most memory the ranks have used, summed."""
+        """Return the most memory the ranks have used, summed."""
         return sum(_results([actor.peak_rss_bytes.remote() for actor in self.actors]))
 
     def _end_push(self) -> None:
@@ -125,13 +125,13 @@ class MegatronGroup:
         yield CommitPush(version, combined_checksum(checksums))
 
     def _manifest(self, version: int) -> Manifest:
-        """Tensors in the model's order, in the engines' dtype: what they compute with can then be compared."""
+        """List the tensors in the model's order, in the engines' dtype: the engines' weights can then be compared."""
         dtype = self.config.engine.dtype
         shapes = expected_shapes(self.spec)
         return Manifest("target", version, tuple(TensorMeta(name, shape, dtype) for name, shape in shapes.items()))
 
     def _stage_buckets(self, stage: int, version: int) -> Iterator[PushBucket]:
-        """The stage's tensor ranks gather together; the first one streams the buckets, the others only take part."""
+        """Yield the stage's buckets, which its tensor ranks gather together and the first rank streams."""
         streams = [
             self.actors[rank].push_buckets.options(num_returns="streaming").remote(version)
             for rank in self.layout.holders(stage)
@@ -140,7 +140,10 @@ class MegatronGroup:
 
 
 def merged(streams: Sequence[Any]) -> Iterator[Any]:
-    """The streams' values as they come; raises as soon as any one fails, since the others may then wait for it."""
+    """Yield the streams' values as they come.
+
+    Raises as soon as any one fails, since the others may then wait for it.
+    """
     pending = list(streams)
     while pending:
         (ready,), _ = ray.wait(pending, num_returns=1)
@@ -186,7 +189,7 @@ def _result(ref: Any, timeout_s: float | None = None) -> Any:
 
 
 def _results(refs: Sequence[Any]) -> list[Any]:
-    """Every value, in order; raises as soon as any one fails, since the others may then wait for it for ever."""
+    """Return every value, in order; raises as soon as any one fails, since the others may then wait for it for ever."""
     values = {}
     pending = list(refs)
     while pending:

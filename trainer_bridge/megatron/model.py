@@ -1,4 +1,4 @@
-"""The policy as a Megatron-Core GPTModel over packed segments."""
+"""PolicyModel is the policy as a Megatron-Core GPTModel over packed segments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer_bridge.megatron.attention import PackedSegments, SegmentAttention
 
 
 def transformer_config(spec: ModelSpec, trainer: TrainerConfig) -> TransformerConfig:
-    """Megatron's description of the model and of how its ranks share it."""
+    """Return Megatron's description of the model and of how its ranks share it."""
     dtype = getattr(torch, trainer.dtype)
     recompute: dict[str, Any] = {}
     if trainer.recompute:
@@ -73,7 +73,7 @@ def _fill_with_nan(weight: torch.Tensor) -> torch.Tensor:
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose positions come with the tokens and whose last stage computes logits for the asked rows only.
+    """Extends GPTModel: positions come with the tokens, and the last stage computes logits for the asked rows only.
 
     Called as ``model(token_ids, position_ids, None, packed_seq_params=PackedSegments(...))``; returns float or bfloat16
     logits [N, vocab / tensor ranks] on the last pipeline stage, hidden states [T, 1, hidden] on the others.
@@ -105,7 +105,7 @@ class PolicyModel(GPTModel):
         packed_seq_params: Any = None,
         padding_mask: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """Megatron's contract: (hidden states or None, rotary angles, cos, sin, length offset, padding mask)."""
+        """Return Megatron's (hidden states or None, rotary angles, cos, sin, length offset, padding mask)."""
         hidden = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         angles = torch.outer(position_ids[0].float(), self.inv_freq.to(position_ids.device))
         return hidden, torch.cat([angles, angles], dim=-1)[:, None, None, :], None, None, None, None
@@ -121,7 +121,7 @@ class PolicyModel(GPTModel):
 
 
 def build_model(spec: ModelSpec, config: TransformerConfig) -> PolicyModel:
-    """This rank's part of the policy, on its device, with NaN weights."""
+    """Return this rank's part of the policy, on its device, with NaN weights."""
     model = PolicyModel(spec, config)
     if config.bf16:
         model.bfloat16()
@@ -141,7 +141,7 @@ def load_weights(model: PolicyModel, tensors: Mapping[str, torch.Tensor], spec: 
 
 
 def hf_tensors(model: PolicyModel, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """This pipeline stage's weights as whole, contiguous Hugging Face tensors; a collective over its tensor ranks.
+    """Yield this stage's weights as whole, contiguous Hugging Face tensors; a collective over its tensor ranks.
 
     The copy of a tied embedding on the last stage of several is left out: the first stage holds it.
     """

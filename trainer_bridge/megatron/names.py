@@ -1,4 +1,4 @@
-"""Hugging Face tensors <-> Megatron-Core parameters (local layer spec), whole or as tensor-parallel shards, bit exact.
+"""This module maps Hugging Face tensors to Megatron-Core parameters (local layer spec) and back, shards too, bit exact.
 
 Megatron                                    Hugging Face
 embedding.word_embeddings.weight            model.embed_tokens.weight
@@ -52,7 +52,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 def global_name(local_name: str, layer_offset: int) -> str:
-    """A pipeline stage numbers its layers from 0; ``layer_offset`` is the number of layers before it."""
+    """Return the whole model's name of a stage's parameter; ``layer_offset`` counts the layers before the stage."""
     match = _LAYER.fullmatch(local_name)
     if match is None:
         return local_name
@@ -60,7 +60,7 @@ def global_name(local_name: str, layer_offset: int) -> str:
 
 
 def hf_names(name: str, spec: ModelSpec) -> tuple[str, ...]:
-    """The Hugging Face tensors that one Megatron parameter (global name) is made of."""
+    """Return the Hugging Face tensors that one Megatron parameter (global name) is made of."""
     match = _LAYER.fullmatch(name)
     if match is not None:
         return tuple(f"model.layers.{match[1]}.{hf_name}" for hf_name in LAYER_NAMES[match[2]])
@@ -70,7 +70,7 @@ def hf_names(name: str, spec: ModelSpec) -> tuple[str, ...]:
 
 
 def from_hf(name: str, tensors: Mapping[str, torch.Tensor], spec: ModelSpec) -> torch.Tensor:
-    """The whole Megatron parameter."""
+    """Return the whole Megatron parameter."""
     parts = [tensors[hf_name] for hf_name in hf_names(name, spec)]
     kind = _kind(name)
     if kind.startswith("self_attention.linear_qkv"):
@@ -79,7 +79,7 @@ def from_hf(name: str, tensors: Mapping[str, torch.Tensor], spec: ModelSpec) -> 
 
 
 def to_hf(name: str, whole: torch.Tensor, spec: ModelSpec) -> list[tuple[str, torch.Tensor]]:
-    """The inverse of ``from_hf``: the named Hugging Face tensors of one whole Megatron parameter."""
+    """Return the inverse of ``from_hf``: the named Hugging Face tensors of one whole Megatron parameter."""
     kind = _kind(name)
     if kind.startswith("self_attention.linear_qkv"):
         parts: Sequence[torch.Tensor] = _split_qkv(whole, spec)
@@ -89,7 +89,7 @@ def to_hf(name: str, whole: torch.Tensor, spec: ModelSpec) -> list[tuple[str, to
 
 
 def shard(name: str, whole: torch.Tensor, rank: int, num_ranks: int) -> torch.Tensor:
-    """Tensor-parallel rank ``rank``'s slice of a whole parameter."""
+    """Return tensor-parallel rank ``rank``'s slice of a whole parameter."""
     kind = _kind(name)
     if kind not in SHARD_DIMS:
         return whole
@@ -100,7 +100,7 @@ def shard(name: str, whole: torch.Tensor, rank: int, num_ranks: int) -> torch.Te
 
 
 def unshard(name: str, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole parameter from every tensor-parallel rank's slice, in rank order."""
+    """Return the whole parameter from every tensor-parallel rank's slice, in rank order."""
     kind = _kind(name)
     if kind not in SHARD_DIMS or len(shards) == 1:
         return shards[0]
@@ -120,7 +120,7 @@ def _kind(name: str) -> str:
 
 
 def _fuse_qkv(parts: Sequence[torch.Tensor], spec: ModelSpec) -> torch.Tensor:
-    """Rows (weight [rows, hidden] or bias [rows]) regrouped by key-value head: its query heads, its key, its value."""
+    """Regroup rows (weight [rows, hidden] or bias [rows]) by key-value head: its query heads, its key, its value."""
     groups = [part.unflatten(0, (spec.num_kv_heads, -1)) for part in parts]
     return torch.cat(groups, dim=1).flatten(0, 1)
 

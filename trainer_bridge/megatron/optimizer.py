@@ -13,7 +13,7 @@ from trainer_bridge.megatron.model import PolicyModel
 
 
 def wrap_model(model: PolicyModel) -> DistributedDataParallel:
-    """Megatron's DDP: gradients gather in one float32 buffer and are summed over data parallel ranks."""
+    """Wrap in Megatron's DDP: gradients gather in one float32 buffer and are summed over data parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
     )
@@ -21,7 +21,7 @@ def wrap_model(model: PolicyModel) -> DistributedDataParallel:
 
 
 def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> MegatronOptimizer:
-    """AdamW with gradient clipping (and float32 master weights where parameters are bfloat16).
+    """Return AdamW with gradient clipping (and float32 master weights where parameters are bfloat16).
 
     The distributed optimizer stays off: without Transformer Engine its checkpoints cannot be loaded again.
     """

@@ -20,7 +20,7 @@ from trainer_bridge.microbatch import Microbatch
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Sums over response tokens; add and divide by ``num_tokens`` for means."""
+    """Holds sums over response tokens; add them, and divide by ``num_tokens`` for means."""
 
     loss: float = 0.0
     pg_loss: float = 0.0
@@ -57,7 +57,7 @@ def accumulate_gradients(
 def with_reference_logprobs(
     reference: torch.nn.Module, microbatches: Sequence[Microbatch], temperature: float
 ) -> list[Microbatch]:
-    """The microbatches with the reference model's logprobs; only the last pipeline stage has and needs them."""
+    """Return the microbatches with the reference model's logprobs; only the last pipeline stage has and needs them."""
     with torch.no_grad():
         results = _run(reference, microbatches, partial(_logprobs, temperature=temperature), forward_only=True)
     if not mpu.is_pipeline_last_stage():
@@ -68,7 +68,7 @@ def with_reference_logprobs(
 def _run(
     model: torch.nn.Module, microbatches: Sequence[Microbatch], finish: Any, forward_only: bool
 ) -> list[torch.Tensor]:
-    """What ``finish(logits, microbatch)`` left for each microbatch; empty on all but the last pipeline stage."""
+    """Return what ``finish(logits, microbatch)`` left for each microbatch; empty on all but the last pipeline stage."""
 
     def forward_step(pending: Iterator[Microbatch], part: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         microbatch = next(pending)
@@ -91,7 +91,7 @@ def _run(
 def _policy_loss(
     logits: torch.Tensor, microbatch: Microbatch, loss: GrpoLoss, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Megatron's per-token contract: the loss summed over tokens, their number, and what to report."""
+    """Return, by Megatron's per-token contract: the loss summed over tokens, their number, and what to report."""
     logprobs, entropy = token_logprobs(logits, microbatch.targets, temperature, _tensor_group())
     terms = loss(logprobs, microbatch.rollout_logprobs, microbatch.advantages, microbatch.ref_logprobs)
     weights = microbatch.weights

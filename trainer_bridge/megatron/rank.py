@@ -1,4 +1,4 @@
-"""One trainer rank: the policy, its optimizer and the policy step. Ray appears only in the actor around it."""
+"""A TrainerRank holds the policy, its optimizer and the policy step. Ray appears only in the actor around the rank."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainerRank:
-    """Every method is collective: all ranks call it with the same arguments, in the same order.
+    """Runs one trainer rank. Every method is collective: all ranks call it with the same arguments, in the same order.
 
     Example::
 
@@ -79,7 +79,7 @@ class TrainerRank:
         return state.run
 
     def step(self, samples: Sequence[TrainSample]) -> TrainReport:
-        """One optimizer step per ``global_batch_size`` samples; the report is the same on every rank.
+        """Make one optimizer step per ``global_batch_size`` samples; the report is the same on every rank.
 
         Raises TrainingError, on every rank, before a loss or gradient that is not finite reaches the weights.
         """
@@ -111,7 +111,7 @@ class TrainerRank:
         )
 
     def push_buckets(self, version: int, transport: WeightTransport) -> Iterator[PushBucket]:
-        """This pipeline stage's weights in the engines' dtype, numbered from 0 within the stage.
+        """Yield this pipeline stage's weights in the engines' dtype, numbered from 0 within the stage.
 
         Collective over the stage's tensor ranks of data rank 0; only tensor rank 0 publishes and yields.
         """

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of tokens where each tensor-parallel rank holds a slice of the vocabulary."""
+"""This module computes tokens' log-probabilities and entropy where each tensor rank holds a slice of the vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 def token_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(logits / temperature) at the targets, differentiable, and the entropy, a metric without gradient.
+    """Return log softmax(logits / temperature) at the targets, differentiable, and the entropy, without gradient.
 
     ``logits`` is [N, vocab / ranks] (this rank's slice), ``targets`` [N] global token ids; both results are [N] float32
     and equal on every rank of ``group`` (None: the vocabulary is whole).
@@ -21,7 +21,7 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """One pass over the logits for both results; keeps a single [N, vocab] tensor, the probabilities, for backward."""
+    """Computes both results in one pass over the logits; keeps one [N, vocab] tensor, probabilities, for backward."""
 
     @staticmethod
     def forward(

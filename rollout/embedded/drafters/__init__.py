@@ -21,7 +21,10 @@ DRAFTERS = {each.name: each.drafter for each in ALGORITHMS.values() if each.draf
 def make_drafter(
     config: Config, target: ModelSpec, device: torch.device, dtype: torch.dtype, limits: RequestLimits
 ) -> Drafter:
-    """The configured drafter; raises ConfigError for a draft that cannot serve. Weights are read at its first bind."""
+    """Return the configured drafter.
+
+    Raises ConfigError for a draft that cannot serve. Weights are read at its first bind.
+    """
     speculative = config.speculative
     drafter_class = load_choice("speculative.algorithm", DRAFTERS, speculative.algorithm)
     if speculative.record.takes_corpus:
@@ -48,6 +51,9 @@ def make_drafter(
 
 
 def draft_kv_spec(config: Config, target: ModelSpec) -> ModelSpec | None:
-    """The decoder whose keys and values the configured drafter caches, if it caches any; reads config files only."""
+    """Return the decoder whose keys and values the configured drafter caches, if it caches any.
+
+    Reads config files only.
+    """
     draft = choose_draft(config, target)
     return None if draft is None else draft.block

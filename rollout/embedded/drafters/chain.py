@@ -26,7 +26,7 @@ def grow_chains(
     vocab: DraftVocab,
     samples: bool,
 ) -> list[Draft]:
-    """A chain per row, of ``num_steps`` tokens or as many as its context allows.
+    """Return a chain per row, of ``num_steps`` tokens or as many as its context allows.
 
     ``first`` follows each row's root; ``next_slots[row]`` is where its first drafted token's keys go. With ``samples``
     requests that sample get tokens drawn from softmax(logits / T), and ``Draft.q_draft`` says so.
@@ -63,7 +63,7 @@ class ChainSampler:
         self._distributions: list[torch.Tensor] = []
 
     def draw(self, logits: torch.Tensor, draft_ids: torch.Tensor, step: int) -> torch.Tensor:
-        """``draft_ids`` [rows], those of sampling rows replaced by tokens drawn with the uniforms of this step."""
+        """Return ``draft_ids`` [rows], those of sampling rows replaced by tokens drawn with this step's uniforms."""
         q_draft = (logits[self._index] / self._temperatures).softmax(dim=-1)
         uniforms = torch.tensor(
             [_uniform(each, step) for each in self._contexts], dtype=torch.float64, device=logits.device
@@ -72,7 +72,10 @@ class ChainSampler:
         return draft_ids.index_copy(0, self._index, inverse_cdf(q_draft, uniforms))
 
     def distribution(self, row: int, num_nodes: int) -> torch.Tensor | None:
-        """The distributions [nodes, target vocab] of the row's first sampled tokens; None for a row of argmaxes."""
+        """Return the distributions [nodes, target vocab] of the row's first sampled tokens.
+
+        None for a row of argmaxes.
+        """
         if row not in self.rows:
             return None
         place = self.rows.index(row)
@@ -80,6 +83,6 @@ class ChainSampler:
 
 
 def _uniform(context: DraftContext, step: int) -> float:
-    """Steps beyond the row's own limit, whose tokens are cut away, need none."""
+    """Return the row's uniform for ``step``; a step beyond the row's limit needs none, as its token is cut away."""
     generated = len(context.token_ids) - context.num_prompt_tokens
     return context.uniforms[generated + step] if step < chain_limit(context) else 0.0

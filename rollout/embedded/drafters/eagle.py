@@ -1,4 +1,4 @@
-"""The drafters of EAGLE (arXiv 2401.15077), EAGLE-2 (2406.16858), EAGLE-3 (2503.01840) and multi-token prediction.
+"""These drafters run EAGLE (arXiv 2401.15077), EAGLE-2 (2406.16858), EAGLE-3 (2503.01840) and multi-token prediction.
 
 EAGLE and EAGLE-2 share one checkpoint format and draft with the target's head, which may be cut to hot tokens (FR-Spec,
 ``--speculative-token-map``), so that it costs less.
@@ -52,7 +52,7 @@ class NextNDrafter(EagleDrafter):
 
 
 def read_token_map(path: str, vocab_size: int) -> torch.Tensor:
-    """The hot token ids [hot] of a file that torch saved (a list or a tensor, as SGLang reads it)."""
+    """Return the hot token ids [hot] of a file that torch saved (a list or a tensor, as SGLang reads it)."""
     setting, remedy = (
         "speculative.token_map",
         "Pass a file that torch.save wrote from a list of the target's token ids.",

@@ -1,4 +1,4 @@
-"""What EAGLE, EAGLE-3 and MTP drafters have in common: drafting from the target's hidden states.
+"""EAGLE, EAGLE-3 and MTP drafters share FeatureDrafter, which drafts from the target's hidden states.
 
 Per sequence, draft position t holds the keys and values of (token t + 1, features of token t). The features of the
 last committed token wait until its successor is known:
@@ -131,7 +131,7 @@ class FeatureDrafter:
         return self._network.forward(embedded, hidden, self._rows.plan(store, spans))
 
     def _track(self, request_key: int, prompt_key: int) -> Track:
-        """A sample begins where its shared prompt ends."""
+        """Let a sample's state begin where the sample's shared prompt ends."""
         track = self._tracks.get(request_key)
         return self._tracks[prompt_key] if track is None else track
 
@@ -158,7 +158,7 @@ class FeatureDrafter:
 
 
 def shared_positions(num_prompt_tokens: int) -> int:
-    """Draft positions of a shared prompt that are the same for all its samples."""
+    """Return the number of a shared prompt's draft positions that are the same for all its samples."""
     return max(0, num_prompt_tokens - 1)
 
 

@@ -32,7 +32,7 @@ def grow_drafts(
     next_slots: Sequence[RowSpan],
     contexts: Sequence[DraftContext],
 ) -> list[Draft]:
-    """A draft per context; see grow_chains and grow_trees."""
+    """Return a draft per context; see grow_chains and grow_trees."""
     shape = setup.shape
     if shape.topk == 1:
         return grow_chains(first, step, next_slots, contexts, shape.num_steps, vocab, setup.samples_drafts)
@@ -43,10 +43,10 @@ class Continuations(Protocol[Place]):
     """Knows what followed an n-gram; a place is an n-gram in it."""
 
     def latest(self, place: Place, limit: int, /) -> Sequence[tuple[int, Place]]:
-        """(token, place) of at most ``limit`` continuations, the most recent first."""
+        """Return (token, place) of at most ``limit`` continuations, the most recent first."""
 
     def commonest(self, place: Place, limit: int, /) -> Sequence[tuple[int, Place, int]]:
-        """(token, place, count) of at most ``limit`` continuations, the most frequent first."""
+        """Return (token, place, count) of at most ``limit`` continuations, the most frequent first."""
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class DraftTree:
     _index: dict[int, int] = field(default_factory=dict)
 
     def node(self, parent: int, token_id: int) -> int:
-        """The node of ``token_id`` under ``parent``, added unless it is there."""
+        """Return the node of ``token_id`` under ``parent``, added unless it is there."""
         key = (parent + 1) << TOKEN_BITS | token_id
         index = self._index.get(key)
         if index is None:
@@ -100,7 +100,7 @@ class Growth:
     def _by_recency(
         self, tree: DraftTree, source: Continuations[Place], anchors: Iterable[tuple[Place, int]], max_nodes: int
     ) -> None:
-        """Level by level, the latest continuations first: the fewer, the longer the anchor and the deeper the level."""
+        """Grow by level, latest continuations first: the fewer, the longer the anchor and the deeper the level."""
         taper = (self.max_breadth - self.min_breadth) / self.max_match
         token_ids, depths, max_depth = tree.token_ids, tree.depths, tree.max_depth
         for anchor, length in anchors:
@@ -118,7 +118,7 @@ class Growth:
     def _by_frequency(
         self, tree: DraftTree, source: Continuations[Place], anchors: Iterable[tuple[Place, int]], max_nodes: int
     ) -> None:
-        """Best first by the product of relative frequencies along the path from the anchor."""
+        """Grow best first, by the product of relative frequencies along the path from the anchor."""
         heap: list[tuple[float, int, int, Place, int]] = []
         num_pushed = 0
 

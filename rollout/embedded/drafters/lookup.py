@@ -1,4 +1,4 @@
-"""Prompt lookup and speculative edit by RTP-LLM's rules: continue an earlier occurrence of the latest tokens.
+"""Prompt lookup and speculative edit follow RTP-LLM's rules: they continue an earlier occurrence of the latest tokens.
 
 Lookup, over a corpus C of m tokens (the request's advice, else its own sequence): for L from ``max_token_match`` down
 to ``min_token_match``, the earliest i with C[i : i+L] equal to the last L tokens and i + L < m - 1 (at least two
@@ -45,7 +45,7 @@ class NgramPositions:
     def continuation(
         self, sequence: Sequence[int], corpus: Sequence[int], limit: int, search_index: int = 0
     ) -> tuple[int, ...]:
-        """At most ``limit`` tokens that followed the suffix of ``sequence`` in the indexed ``corpus``, or none.
+        """Return at most ``limit`` tokens that followed the suffix of ``sequence`` in the indexed ``corpus``, or none.
 
         Hits before ``search_index - L`` do not count. If the earliest of the others lies too near to the corpus's end,
         so do all.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 def scan(
     sequence: Sequence[int], corpus: Sequence[int], min_match: int, max_match: int, count: int, search_index: int = 0
 ) -> list[int]:
-    """The tokens after the longest suffix that is in ``corpus``, at its first place from ``search_index`` - L on."""
+    """Return what follows the longest suffix that is in ``corpus``, at its first place from ``search_index`` - L on."""
     if min_match > len(sequence):
         return []
     for length in range(min(max_match, len(sequence)), min_match - 1, -1):
@@ -36,7 +36,7 @@ class ReferenceRequest:
     ran: bool = False
 
     def propose(self, sequence: Sequence[int], count: int) -> list[int]:
-        """At most ``count`` drafts after ``sequence``, the prompt and what was generated."""
+        """Return at most ``count`` drafts after ``sequence``, the prompt and what was generated."""
         corpus = self.advice or sequence
         proposed = self._edit(sequence, corpus, count) if self.edit else self._scan(sequence, corpus, count)
         if self.advice and not proposed:

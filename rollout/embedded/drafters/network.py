@@ -47,7 +47,7 @@ class DraftNetwork:
         return BlockStack(self.spec.block, self.rope, self.layers)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """The target's features [tokens, feature size] as what ``forward`` reads [tokens, hidden]."""
+        """Return the target's features [tokens, feature size] as what ``forward`` reads [tokens, hidden]."""
         if self.spec.family != "eagle3":
             return features
         if self.input_norm is not None:
@@ -58,7 +58,7 @@ class DraftNetwork:
         return self.fc(features)
 
     def forward(self, embedded: torch.Tensor, hidden: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """The residual stream [tokens, hidden] after the last block; writes the draft's KV store.
+        """Return the residual stream [tokens, hidden] after the last block; writes the draft's KV store.
 
         ``embedded`` are the tokens' embeddings, ``hidden`` what precedes them: projected features or drafted states.
         """
@@ -69,7 +69,10 @@ class DraftNetwork:
         return residual
 
     def heads(self, residual: torch.Tensor, target_head: PackedLinear | None) -> Heads:
-        """The heads of rows [rows, hidden] of ``forward``; ``target_head`` serves a draft without its own head."""
+        """Return the heads of rows [rows, hidden] of ``forward``.
+
+        ``target_head`` serves a draft without its own head.
+        """
         normed = residual if self.norm is None else self._norm(residual, self.norm)
         head = self.head if self.head is not None else target_head
         assert head is not None, "a draft without a head is bound to a target before it drafts"
@@ -77,7 +80,7 @@ class DraftNetwork:
         return Heads(logits, normed if self.spec.recurrent_norm else residual)
 
     def _enter(self, embedded: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(the first block's residual stream, what its attention reads unless that is the norm of it)."""
+        """Return (the first block's residual stream, its attention's input, None where that is the stream's norm)."""
         if self.spec.family == "eagle":
             x = self.fc(torch.cat([embedded, hidden], dim=-1))
             return x, x

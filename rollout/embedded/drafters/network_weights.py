@@ -19,7 +19,7 @@ FC_NORMS = "fc_norms."
 
 
 def draft_slots(spec: DraftSpec) -> list[Slot]:
-    """Every module of the network; together they use each tensor of ``draft_shapes(spec)`` once."""
+    """Return every module of the network; together they use each tensor of ``draft_shapes(spec)`` once."""
     shapes = draft_shapes(spec)
     blocks = [f"layers.{index}." for index in range(spec.block.num_layers)]
     top = {"fc": "fc.weight", "norm": "norm.weight", "embedding": "embed_tokens.weight", "head": "lm_head.weight"}
@@ -72,7 +72,7 @@ class NetworkBuilder:
         self._slots = draft_slots(spec)
 
     def build(self, tensors: Mapping[str, torch.Tensor]) -> DraftNetwork:
-        """The network; shares no memory with ``tensors``, which are those of ``draft_shapes``."""
+        """Return the network; shares no memory with ``tensors``, which are those of ``draft_shapes``."""
         top: dict[str, PackedLinear | torch.Tensor] = {}
         # A first block whose attention is given its input never reads its norm.
         unread = torch.ones(self.spec.block.hidden_size, dtype=self._dtype, device=self._device)
@@ -89,7 +89,7 @@ class NetworkBuilder:
         return DraftNetwork(self.spec, self._rope, layers, fc_norms=norms, **top)  # type: ignore[arg-type]
 
     def tensors(self, network: DraftNetwork) -> dict[str, torch.Tensor]:
-        """The weights that ``network`` computes with, under the names of ``draft_shapes``, in its order."""
+        """Return the weights that ``network`` computes with, under the names of ``draft_shapes``, in its order."""
         shapes = draft_shapes(self.spec)
         read: dict[str, torch.Tensor] = {}
         for slot in self._slots:
@@ -104,7 +104,7 @@ class NetworkBuilder:
         return {name: read[name] for name in shapes}
 
     def _stacked(self, names: tuple[str, ...], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The parts as one tensor, always a copy: a push's memory is not ours to keep."""
+        """Return the parts as one tensor, always a copy: a push's memory is not ours to keep."""
         return torch.cat([tensors[name].detach().to(self._device, self._dtype) for name in names])
 
 

@@ -40,7 +40,10 @@ class NgramDrafter(WeightlessDrafter):
 
     @classmethod
     def with_corpus(cls, config: Config, vocab_size: int) -> NgramDrafter:
-        """The drafter with the configured external corpus, tokenised as the target's texts are; raises ConfigError."""
+        """Return the drafter with the configured external corpus, tokenised as the target's texts are.
+
+        Raises ConfigError.
+        """
         speculative = config.speculative
         path = speculative.ngram_external_corpus_path
         if path is None:

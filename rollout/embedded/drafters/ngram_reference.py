@@ -16,7 +16,7 @@ class ReferenceNgrams:
         self._num_seen: dict[int, tuple[int, int]] = {}  # request -> (first token inserted, tokens seen)
 
     def insert(self, request: int, token_ids: Sequence[int]) -> None:
-        """Every n-gram that ends with a token which is new since the request's last call."""
+        """Insert every n-gram that ends with a token which is new since the request's last call."""
         first, seen = self._num_seen.get(request, (max(0, len(token_ids) - self.max_depth),) * 2)
         for end in range(seen + 1, len(token_ids) + 1):
             for length in range(1, min(self.max_depth, end - first) + 1):
@@ -24,7 +24,7 @@ class ReferenceNgrams:
         self._num_seen[request] = (first, len(token_ids))
 
     def anchors(self, request: int, token_ids: Sequence[int]) -> list[tuple[Ngram, int]]:
-        """(n-gram, length) of every suffix inserted that has a continuation, the longest first."""
+        """Return (n-gram, length) of every suffix inserted that has a continuation, the longest first."""
         first, _ = self._num_seen[request]
         lengths = range(min(self.max_depth, len(token_ids) - first), 0, -1)
         suffixes = [(tuple(token_ids[len(token_ids) - length :]), length) for length in lengths]

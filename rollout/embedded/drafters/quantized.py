@@ -1,4 +1,4 @@
-"""Quantised linear layers of drafts (``--speculative-draft-model-quantization``): int8, or fp8 on a GPU that has it.
+"""These layers of drafts are quantised (``--speculative-draft-model-quantization``): int8, or fp8 on a GPU that has it.
 
 Rounding a draft moves how many of its tokens are accepted, never the output's distribution.
 """
@@ -53,7 +53,7 @@ class Int8Linear(PackedLinear):
 
 
 def _panels(rounded: torch.Tensor, panel: int, inputs_per_step: int) -> torch.Tensor:
-    """int8 [out, in] as [panels, steps, rows of a panel, inputs of a step], see linear.h."""
+    """Return int8 [out, in] as [panels, steps, rows of a panel, inputs of a step], see linear.h."""
     outputs, inputs = rounded.shape
     padded = F.pad(rounded, (0, -inputs % inputs_per_step, 0, -outputs % panel))
     return padded.view(-1, panel, padded.shape[1] // inputs_per_step, inputs_per_step).transpose(1, 2).contiguous()
@@ -98,14 +98,14 @@ def check_fp8(device: torch.device) -> None:
 
 
 def _rounded_to_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``rows`` [rows, width] in e4m3, and the scales [rows, 1] that lead back."""
+    """Return ``rows`` [rows, width] in e4m3, and the scales [rows, 1] that lead back."""
     largest = rows.float().abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     scales = largest / torch.finfo(torch.float8_e4m3fn).max
     return (rows.float() / scales).to(torch.float8_e4m3fn), scales
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None) -> PackedLinear:
-    """A linear layer over ``weight`` [out, in], in the engine's best form or rounded."""
+    """Return a linear layer over ``weight`` [out, in], in the engine's best form or rounded."""
     if quantization == "int8":
         return Int8Linear(weight, bias)
     if quantization == "fp8" and all(size % FP8_TILE == 0 for size in weight.shape):

@@ -1,4 +1,4 @@
-"""STANDALONE (RTP-LLM's ``vanilla``): a second, smaller model with the same tokenizer drafts.
+"""STANDALONE (RTP-LLM's ``vanilla``) drafts with a second, smaller model that has the same tokenizer.
 
 Its cache holds one position per token, like the target's. After a round it keeps what it computed of the tokens that
 stood: all of a chain but its last token, which it never read; of a tree only the root, whose branches lie scattered.
@@ -45,7 +45,7 @@ class StandaloneDrafter:
 
     @torch.inference_mode()
     def bind(self, decoder: Decoder) -> None:
-        """Nothing is shared with the target; the first time, read the draft's weights."""
+        """Read the draft's weights at the first call; the draft shares nothing with the target."""
         if not self.weights.is_read:
             self.weights.read()
 

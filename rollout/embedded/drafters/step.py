@@ -1,4 +1,4 @@
-"""A draft network steps with these: its setup, its KV rows, its vocabulary, and the heads that a step returns."""
+"""These classes are the parts of a draft network's step: setup, KV rows, vocabulary, and the heads that it returns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DrafterSetup:
 
     @property
     def samples_drafts(self) -> bool:
-        """Whether drafts are drawn from the draft's distribution, which verification then needs, instead of chosen."""
+        """Return whether drafts are drawn from the draft's distribution, which verification then needs, or chosen."""
         return self.config.use_rejection_sampling or self.config.use_block_verification
 
 
@@ -65,7 +65,7 @@ class DraftVocab:
         return draft_ids if self.target_ids is None else self.target_ids[draft_ids]
 
     def spread(self, q_draft: torch.Tensor) -> torch.Tensor:
-        """``q_draft`` [rows, draft vocab] over the target's vocabulary, zero where the draft has no row."""
+        """Return ``q_draft`` [rows, draft vocab] over the target's vocabulary, zero where the draft has no row."""
         if q_draft.shape[1] == self.target_size and self.target_ids is None:
             return q_draft
         full = q_draft.new_zeros(q_draft.shape[0], self.target_size)
@@ -91,14 +91,14 @@ class DraftRows:
 
 
 def own_span(kv_row: KvRow, prefix_len: int, position: int, count: int) -> RowSpan:
-    """``count`` tokens from absolute ``position`` on in the sequence's own row, after ``prefix_len`` shared ones."""
+    """Return the span of ``count`` tokens from absolute ``position`` on in the own row, after ``prefix_len`` shared."""
     if prefix_len == 0:
         return RowSpan(kv_row.row, position, count)
     return RowSpan(kv_row.row, position - prefix_len, count, kv_row.prefix_row, prefix_len)
 
 
 def last_rows(states: torch.Tensor, spans: Sequence[RowSpan]) -> torch.Tensor:
-    """The state of every span's last token [rows, width], of a pass's [tokens, width]."""
+    """Return the state of every span's last token [rows, width], of a pass's [tokens, width]."""
     if states.shape[0] == len(spans):
         return states
     ends = torch.tensor([span.count for span in spans], device=states.device).cumsum(0) - 1

@@ -31,7 +31,7 @@ class SuffixArray:
         self._by_count = lru_cache(CACHED)(self._sorted_by_count)
 
     def anchors(self, tail: Sequence[int]) -> Iterator[tuple[Place, int]]:
-        """(place, length) of every suffix of ``tail`` that the corpus continues, the longest first.
+        """Yield (place, length) of every suffix of ``tail`` that the corpus continues, the longest first.
 
         A suffix that occurs just where a longer one does is left out: it has nothing to add.
         """
@@ -43,7 +43,7 @@ class SuffixArray:
             seen = last - first
 
     def latest(self, place: Place, limit: int) -> Sequence[tuple[int, Place]]:
-        """Continuations, the one whose last occurrence comes latest in the corpus first."""
+        """Return continuations; the continuation whose last occurrence is latest in the corpus comes first."""
         return self._by_recency(place)[:limit]
 
     def commonest(self, place: Place, limit: int) -> Sequence[tuple[int, Place, int]]:
@@ -60,7 +60,7 @@ class SuffixArray:
         return tuple((token_id, continued, continued[1] - continued[0]) for token_id, continued in found)
 
     def _longest(self, tail: bytes) -> int:
-        """The length of the longest suffix of ``tail`` that occurs: if it does, so do all shorter ones."""
+        """Return the length of the longest suffix of ``tail`` that occurs: if it does, so do all shorter ones."""
 
         def is_absent(length: int) -> bool:
             first, last = self._range(tail[-4 * length :])
@@ -69,7 +69,7 @@ class SuffixArray:
         return bisect_left(range(1, len(tail) // 4 + 1), True, key=is_absent)
 
     def _range(self, wanted: bytes) -> tuple[int, int]:
-        """The range of the order whose suffixes begin with ``wanted``."""
+        """Return the range of the order whose suffixes begin with ``wanted``."""
         num_bytes, data = len(wanted), self._bytes
 
         def at(position: int) -> bytes:
@@ -79,7 +79,7 @@ class SuffixArray:
         return first, bisect_right(self._order, wanted, lo=first, key=at)
 
     def _split(self, place: Place) -> list[tuple[int, Place]]:
-        """(token, place) of every continuation, in the order of their tokens; of a frequent n-gram, of a sample."""
+        """Return (token, place) of all continuations in order of their tokens; of a frequent n-gram, of a sample."""
         first, last, length = place
         tokens, order = self._tokens, self._order
         found: list[tuple[int, Place]] = []
@@ -100,7 +100,7 @@ def _sortable(tokens: npt.NDArray[np.uint32]) -> bytes:
 
 
 def sorted_suffixes(tokens: npt.NDArray[np.uint32], max_depth: int) -> npt.NDArray[np.int32]:
-    """The positions of ``tokens`` in the order of what stands there, its first ``max_depth`` tokens at least.
+    """Return the positions of ``tokens`` in the order of what stands there, its first ``max_depth`` tokens at least.
 
     Ranks of n-grams are doubled in length until they reach ``max_depth`` (Manber and Myers); equals stay in the order
     of their positions.

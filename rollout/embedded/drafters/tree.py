@@ -46,7 +46,7 @@ def grow_trees(
     num_draft_tokens: int,
     vocab: DraftVocab,
 ) -> list[Draft]:
-    """A tree per row, of ``num_draft_tokens`` - 1 nodes or as many as its context allows.
+    """Return a tree per row, of ``num_draft_tokens`` - 1 nodes or as many as its context allows.
 
     ``first`` follows each row's root; ``next_slots[row]`` is where the first leaf's keys go, the others after it.
     """
@@ -83,18 +83,18 @@ def grow_trees(
 
 
 def _children(logits: torch.Tensor, width: int, vocab: DraftVocab) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log probabilities, target token ids) [rows, width] of the likeliest next tokens."""
+    """Return (log probabilities, target token ids) [rows, width] of the likeliest next tokens."""
     log_p, draft_ids = logits.log_softmax(dim=-1).topk(width, dim=-1)
     return log_p, vocab.tokens(draft_ids)
 
 
 def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices [rows, count] of the highest scores, best first; of equal ones the earlier."""
+    """Return the indices [rows, count] of the highest scores, best first; of equal scores the earlier."""
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 def _select(pool: Pool, contexts: Sequence[DraftContext], most: int) -> list[Draft]:
-    """Each row's best nodes within its context's bounds, in pool order."""
+    """Return each row's best nodes within its context's bounds, in pool order."""
     ranking = pool.scores.sort(dim=1, descending=True, stable=True).indices.tolist()
     drafts = []
     for context, ranked, tokens, parents in zip(

@@ -59,7 +59,7 @@ class Trie:
         suffixes.num_seen = len(token_ids)
 
     def anchors(self, suffixes: Suffixes, token_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(node, length) of every suffix of the sequence that was continued before, the longest first."""
+        """Yield (node, length) of every suffix of the sequence that was continued before, the longest first."""
         if suffixes.epoch != self.epoch:
             self._recover(suffixes, token_ids[-self.max_depth :])
         newest, nodes = self._newest, suffixes.nodes
@@ -69,7 +69,7 @@ class Trie:
                 yield node, length
 
     def latest(self, node: int, limit: int) -> list[tuple[int, int]]:
-        """(token, node) of at most ``limit`` continuations, the most recent first."""
+        """Return (token, node) of at most ``limit`` continuations, the most recent first."""
         token, older = self._token, self._older
         found = []
         child = self._newest[node]
@@ -80,7 +80,7 @@ class Trie:
         return found
 
     def commonest(self, node: int, limit: int) -> list[tuple[int, int, int]]:
-        """(token, node, count) of at most ``limit`` continuations, the most frequent first, then the most recent."""
+        """Return (token, node, count) of at most ``limit`` continuations, most frequent first, of equals the latest."""
         token, older, count = self._token, self._older, self._count
         found = []
         child = self._newest[node]
@@ -91,7 +91,10 @@ class Trie:
         return found[:limit]
 
     def _advance(self, nodes: list[int], token_id: int) -> list[int]:
-        """The suffixes' nodes one token later; each n-gram that ends with it is counted, and made where it is new."""
+        """Return the suffixes' nodes one token later.
+
+        Each n-gram that ends with it is counted, and made where it is new.
+        """
         self._now = now = self._now + 1
         newest, token, older, wide = self._newest, self._token, self._older, self._wide
         count, seen_at = self._count, self._seen_at

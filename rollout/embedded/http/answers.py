@@ -1,4 +1,4 @@
-"""The answers of POST /generate in SGLang's form: the text of a response, whole answers, and the chunks of a stream."""
+"""This module writes answers of POST /generate in SGLang's form: a response's text, whole answers, stream chunks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = dict[str, Any]
 
 
 def response_text(tokenizer: Tokenizer, sample: GeneratedSample, sampling: Sampling) -> str:
-    """The response without what ended it: the stop token is not decoded, the text is cut at the stop string.
+    """Return the response without what ended it: the stop token is not decoded, the text is cut at the stop string.
 
     ``no_stop_trim`` keeps the token, and the stop string itself. Token ids are never cut.
     """
@@ -64,7 +64,7 @@ class GrowingText:
         return self._tokenizer.decode(self._token_ids[start:end], skip_special=self._sampling.skip_special_tokens)
 
     def _held_back(self) -> int:
-        """Characters at the end that a stop string may begin with, or that are one already."""
+        """Return how many characters at the end may begin a stop string, or belong to one already."""
         if not (self._sampling.params.stop and self._sampling.trim_stop):
             return 0
         found = [self._text.find(stop) for stop in self._sampling.params.stop]
@@ -88,7 +88,7 @@ class AnswerWriter:
         self._tokenizer, self._versions, self._eos_token_ids = tokenizer, versions, eos_token_ids
 
     def finished(self, call: Call, prompt: PromptCall, sample: GeneratedSample) -> Answer:
-        """A finished sample."""
+        """Return a finished sample."""
         info = meta_info(sample)
         spans = self._versions.spans(sample)
         info |= {
@@ -112,7 +112,7 @@ class AnswerWriter:
         return GrowingText(self._tokenizer, prompt.sampling, enders)
 
     def partial(self, call: Call, prompt: PromptCall, grown: Grown) -> Answer:
-        """A sample that is being generated: all of it so far. Its counters come with the last chunk."""
+        """Return a sample that is being generated: all of it so far. Its counters come with the last chunk."""
         info = {
             "id": sample_id(prompt, grown.sample_index),
             "finish_reason": None,
@@ -126,7 +126,7 @@ class AnswerWriter:
         return self._with_prompt(call, prompt, answer)
 
     def _logprobs(self, call: Call, logprobs: Sequence[float], token_ids: Sequence[int]) -> Answer:
-        """[logprob, token id, text or null] for each token of the response, none for the prompt's."""
+        """Return [logprob, token id, text or null] for each token of the response, none for the prompt's."""
         texts: Sequence[str | None] = [None] * len(token_ids)
         if call.logprob_text:
             texts = [self._tokenizer.decode([token_id], skip_special=False) for token_id in token_ids]
@@ -160,7 +160,7 @@ class Grown:
 
 
 def sample_id(prompt: PromptCall, sample_index: int) -> str:
-    """A single sample goes by its request's id."""
+    """Return a sample's id: the request's id where the request has a single sample."""
     return prompt.rid if prompt.sampling.num_samples == 1 else f"{prompt.rid}-{sample_index}"
 
 
@@ -174,7 +174,7 @@ class Chunks:
         self._sent: dict[tuple[int, int], tuple[int, int]] = {}
 
     def gained(self, event: NewTokens) -> Answer | None:
-        """The chunk for new tokens; None while fewer than ``stream_interval`` of them have gathered."""
+        """Return the chunk for new tokens; None while fewer than ``stream_interval`` of them have gathered."""
         place, prompt = (event.prompt, event.progress.sample_index), self._call.prompts[event.prompt]
         if place not in self._grown:
             self._grown[place] = Grown(event.progress.sample_index, self._writer.growing(prompt))
@@ -186,7 +186,7 @@ class Chunks:
         return self._marked(place, self._writer.partial(self._call, prompt, grown))
 
     def last(self, event: Finished, answer: Answer) -> Answer:
-        """The chunk of a finished sample."""
+        """Return the chunk of a finished sample."""
         return self._marked((event.prompt, event.sample.sample_index), answer)
 
     def _marked(self, place: tuple[int, int], answer: Answer) -> Answer:

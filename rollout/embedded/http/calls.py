@@ -59,7 +59,7 @@ class CallReader:
         self._unseeded = count(1)  # read from two threads
 
     def read(self, body: object) -> Call:
-        """Raises ConfigError naming the field for whatever can never run."""
+        """Read a call's body; raises ConfigError naming the field for whatever can never run."""
         data = as_object(body, "body")
         fields = Fields(data)
         fields.check_names(KNOWN)
@@ -103,7 +103,7 @@ class CallReader:
         return PromptCall(rid, request, sampling, return_logprob)
 
     def _prompts(self, fields: Fields) -> tuple[list[tuple[int, ...]], bool]:
-        """The prompts' token ids, and whether the client sent a list of prompts."""
+        """Return the prompts' token ids, and whether the client sent a list of prompts."""
         text, ids = fields.raw("text"), fields.raw("input_ids")
         if (text is None) == (ids is None):
             raise bad_field(
@@ -147,7 +147,7 @@ class CallReader:
         return replace(sampling, params=params)
 
     def _seeds(self, sampling: Sampling) -> Iterator[int]:
-        """One seed per sample; the first of a seeded prompt is the client's own."""
+        """Yield one seed per sample; the first of a seeded prompt is the client's own."""
         if sampling.seed is None:
             base, number = self._server_seed, next(self._unseeded)
             yield from (sample_seed(base, number, index) for index in range(sampling.num_samples))
@@ -157,12 +157,12 @@ class CallReader:
 
 
 def _merged(objects: Iterable[object]) -> Mapping[str, Any]:
-    """The objects in which RTP-LLM's clients send what concerns one prompt, as one."""
+    """Return the objects in which RTP-LLM's clients send what concerns one prompt, as one."""
     return {name: value for each in objects for name, value in as_object(each, RTP_PREFIX[:-1]).items()}
 
 
 def _per_prompt(fields: Fields, name: str, count: int, default: Any) -> list[Any]:
-    """A field that is one value for all prompts or a list of one a prompt."""
+    """Return the field's value for each prompt; the field is one value for all prompts, or a list."""
     value = fields.raw(name)
     if not isinstance(value, list):
         return [default if value is None else value] * count
@@ -172,7 +172,7 @@ def _per_prompt(fields: Fields, name: str, count: int, default: Any) -> list[Any
 
 
 def _rids(value: object, count: int, is_list: bool) -> tuple[str, list[str]]:
-    """The call's own id and each prompt's: ``"a"`` for a batch of two is ``a_0`` and ``a_1``."""
+    """Return the call's own id and each prompt's: ``"a"`` for a batch of two is ``a_0`` and ``a_1``."""
     if isinstance(value, list):
         if len(value) != count or not all(isinstance(each, str) and each for each in value):
             raise bad_field("rid", f"must be one text for each of the {count} prompts", value, "Leave it out.")
@@ -186,7 +186,7 @@ def _rids(value: object, count: int, is_list: bool) -> tuple[str, list[str]]:
 
 
 def _in_clients_words(error: ConfigError) -> ConfigError:
-    """An error about a request's setting under the name that the client sent."""
+    """Return an error about a request's setting under the name that the client sent."""
     node, _, name = error.setting.partition(".")
     setting = f"sampling_params.{name}" if node == "rollout" else error.setting
     return bad_field(setting, error.rule, error.value, error.remedy)

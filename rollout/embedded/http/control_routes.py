@@ -42,7 +42,7 @@ class ControlRoutes:
         ]
 
     async def _abort(self, request: web.Request) -> web.Response:
-        """An unknown id is no error: its request may just have finished."""
+        """Abort requests; an unknown id is no error, because its request may just have finished."""
         fields = await read_fields(request, {"rid", "abort_all", "abort_message", "finished_reason"})
         if fields.switch("abort_all"):
             await self._generations.abort_all()
@@ -66,14 +66,14 @@ class ControlRoutes:
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
 
     async def _flush(self, request: web.Request) -> web.Response:
-        """Nothing is cached from one request to the next; SGLang's clients use the answer to see whether it is idle."""
+        """Answer whether the engine is idle, as SGLang's clients ask; no cache outlives a request."""
         stats = self._engine.stats()
         if self._generations.num_prompts or stats.num_running or stats.num_waiting:
             return web.Response(status=400, text=BUSY)
         return web.Response(text=FLUSHED)
 
     async def _release(self, request: web.Request) -> web.Response:
-        """The engine's memory goes as a whole with the first tag, and comes back with the last."""
+        """Release the engine's memory as a whole with the first tag; it comes back with the last."""
         tags = await _tags(request)
         if not self._released:
             try:

@@ -46,7 +46,7 @@ class GenerateRoutes:
             return await (self._stream(request, call, events) if call.stream else self._whole(call, events))
 
     async def _read(self, request: web.Request) -> Call:
-        """The call, its texts tokenised; where that takes long, other requests are not kept waiting."""
+        """Return the call, its texts tokenised; where that takes long, other requests are not kept waiting."""
         body = await read_json(request)
         if len(await request.read()) > LARGE_TEXT_BYTES:
             return await self._reading.run(partial(self._reader.read, body))

@@ -83,7 +83,7 @@ class Generations:
 
     @property
     def num_prompts(self) -> int:
-        """Prompts under way or waiting."""
+        """Return the number of prompts under way or waiting."""
         return len(self._jobs)
 
     async def events(self, rid: str, requests: Sequence[GroupRequest], progress: bool = False) -> AsyncGenerator[Event]:
@@ -151,7 +151,7 @@ class Generations:
         put: Callable[[Event | BaseException], None],
         progress: bool,
     ) -> None:
-        """One prompt, on a thread of its own."""
+        """Generate the samples of one prompt on a thread of its own."""
         on_progress = (lambda gained: put(NewTokens(prompt, gained))) if progress else None
         try:
             generation = self._engine.generate(request, on_progress)

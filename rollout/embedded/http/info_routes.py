@@ -47,11 +47,11 @@ class InfoRoutes:
         return [web.get(path, handler) for path, handler in paths.items()]
 
     async def _health(self, request: web.Request) -> web.Response:
-        """200 if the engine's loop comes round in time."""
+        """Answer 200 if the engine's loop comes round in time."""
         return await self._answers_in_time(asyncio.to_thread(self._engine.ping))
 
     async def _health_generate(self, request: web.Request) -> web.Response:
-        """200 if one token can be generated; what runs already, or may not run now, proves as much as its loop."""
+        """Answer 200 if one token can be generated; while prompts run, or none may, if the loop comes round in time."""
         if self._generations.num_prompts or not self._can_generate():
             return await self._health(request)
         return await self._answers_in_time(self._one_token())
@@ -94,7 +94,7 @@ class InfoRoutes:
         return web.json_response({**self._settings(), "internal_states": [self._state()]})
 
     def _settings(self) -> dict[str, Any]:
-        """The server's settings under SGLang's names; the speculative numbers as they were resolved."""
+        """Return the server's settings under SGLang's names; the speculative numbers as they were resolved."""
         config, folder = self._config, self._config.model.hf_checkpoint
         shape = draft_shape(config.speculative, self._spec.architecture)
         speculative = {f"speculative_{name}": value for name, value in asdict(config.speculative).items()}

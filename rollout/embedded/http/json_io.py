@@ -31,7 +31,7 @@ LARGE_BODY_BYTES = 1 << 20
 
 
 def bad_field(name: str, rule: str, value: object, remedy: str) -> ConfigError:
-    """A ConfigError that does not send a whole batch back to its sender."""
+    """Return a ConfigError that does not send a whole batch back to its sender."""
     text = repr(value)
     return ConfigError(name, rule, value if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…", remedy)
 
@@ -107,7 +107,7 @@ class Fields:
         raise self._bad(name, f"must be one of {', '.join(choices)}", value)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A text or a list of texts."""
+        """Return a field that is a text or a list of texts."""
         value = self._data.get(name)
         values = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(map(is_text, values)):
@@ -131,7 +131,7 @@ def is_whole(value: object) -> bool:
 
 
 def is_text(value: object) -> bool:
-    """A string of whole characters: JSON can spell half of a surrogate pair, which is in no encoding."""
+    """Return whether the value is a string of whole characters: JSON can spell half of a surrogate pair."""
     if not isinstance(value, str):
         return False
     try:
@@ -142,7 +142,7 @@ def is_text(value: object) -> bool:
 
 
 def finite(value: object) -> float | None:
-    """The number as a float, None for what is no number or no finite one (JSON's may have any size)."""
+    """Return the number as a float, None for what is no number or no finite one (JSON's may have any size)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -153,7 +153,7 @@ def finite(value: object) -> float | None:
 
 
 async def read_json(request: web.Request, default: object = None) -> Any:
-    """The body's JSON; ``default`` stands for an empty body where that may be."""
+    """Return the body's JSON; ``default`` stands for an empty body where that may be."""
     body = await request.read()
     if not body and default is not None:
         return default
@@ -166,7 +166,7 @@ async def read_json(request: web.Request, default: object = None) -> Any:
 
 
 async def read_fields(request: web.Request, known: set[str]) -> Fields:
-    """The fields of the body, which must be a JSON object of ``known`` names; an empty body has none."""
+    """Return the fields of the body, which must be a JSON object of ``known`` names; an empty body has none."""
     fields = Fields(as_object(await read_json(request, default={}), "body"))
     fields.check_names(known)
     return fields
@@ -177,13 +177,13 @@ def refusal(status: int, message: str, kind: str = "invalid_request_error") -> w
 
 
 def error_body(status: int, message: str, kind: str) -> dict[str, Any]:
-    """``{"error": {"message": ...}}``, SGLang's shape."""
+    """Return ``{"error": {"message": ...}}``, SGLang's shape."""
     return {"error": {"message": message, "type": kind, "code": status}}
 
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """400 for what the client can correct, 503 for what the engine will not do now; never a traceback.
+    """Answer 400 for errors that the client can correct, 503 for what the engine refuses now; never a traceback.
 
     An answer that has started cannot become another one: its connection is closed, so that it does not look complete.
     """
@@ -205,7 +205,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 def api_key_required(api_key: str) -> Middleware:
-    """401 without ``Authorization: Bearer KEY``; probes of health need none, as with SGLang."""
+    """Return middleware: 401 without ``Authorization: Bearer KEY``; probes of health need none, as with SGLang."""
 
     @web.middleware
     async def checked(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -68,7 +68,7 @@ def check_unserved(data: Mapping[str, Any], reasons: Mapping[str, str], prefix: 
 
 
 def _asks_for_nothing(value: object) -> bool:
-    """Null, false, zero, what is empty, and lists (one entry a prompt) of these."""
+    """Return whether a value is null, false, zero or empty, or a list (one entry a prompt) of these."""
     return not value or (isinstance(value, list) and all(map(_asks_for_nothing, value)))
 
 
@@ -127,7 +127,7 @@ def read_sampling(data: Mapping[str, Any], limits: RequestLimits, num_prompt_tok
 
 
 def _check_penalties(params: SamplingParams) -> None:
-    """SGLang's ranges; the others are checked with every request of the engine."""
+    """Check SGLang's ranges of the penalties; the other ranges are checked with every request of the engine."""
     rules = (
         ("frequency_penalty", -2.0 <= params.frequency_penalty <= 2.0, "must be from -2 to 2"),
         ("presence_penalty", -2.0 <= params.presence_penalty <= 2.0, "must be from -2 to 2"),
@@ -140,12 +140,12 @@ def _check_penalties(params: SamplingParams) -> None:
 
 
 def _top_k(top_k: int, vocab_size: int) -> int:
-    """SGLang's clients also write "all" as a number beyond every vocabulary."""
+    """Return ``top_k``, -1 for all: SGLang's clients also write "all" as a number beyond every vocabulary."""
     return -1 if top_k >= vocab_size else top_k
 
 
 def _logit_bias(value: object, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    """``{"17": -5.0}`` as pairs; JSON has no whole numbers as keys."""
+    """Return ``{"17": -5.0}`` as pairs; JSON has no whole numbers as keys."""
     if value is None:
         return ()
     name, remedy = PREFIX + "logit_bias", 'Send {"TOKEN_ID": BIAS}.'

@@ -128,7 +128,7 @@ class EngineServer:
 
 
 def make_app(serving: Serving, options: ServerOptions) -> tuple[web.Application, InfoRoutes]:
-    """The application, and the part of it that must know when the server stops."""
+    """Return the application, and the part of it that must know when the server stops."""
     config = serving.config
     eos = CheckpointFolder(Path(config.model.hf_checkpoint)).eos_token_ids
     reader = CallReader(serving.limits, serving.tokenizer, config.run.seed)
@@ -144,7 +144,7 @@ def make_app(serving: Serving, options: ServerOptions) -> tuple[web.Application,
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that has the address to itself; it does not listen yet."""
+    """Return a socket that has the address to itself; it does not listen yet."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)

@@ -54,7 +54,7 @@ class VersionNames:
         self._names[version] = name
 
     def spans(self, sample: GeneratedSample) -> list[dict[str, object]]:
-        """SGLang's ``weight_versions``: [{"version", "start", "end"}] over the response's tokens."""
+        """Return SGLang's ``weight_versions``: [{"version", "start", "end"}] over the response's tokens."""
         starts = sample.version_spans or ((0, sample.weight_version),)
         ends = [*(start for start, _ in starts[1:]), len(sample.token_ids)]
         return [
@@ -81,7 +81,7 @@ class Totals:
 
     @property
     def mean_accept_length(self) -> float | None:
-        """Tokens a round emits, the bonus token included; None before the first round."""
+        """Return the mean number of tokens that a round emits, bonus token included; None before the first round."""
         return 1 + self.num_correct / self.num_rounds if self.num_rounds else None
 
 

@@ -128,7 +128,7 @@ class WeightRoutes:
 
 
 def _decoded(encoded: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """The tensors of a payload: one safetensors file in base64 (SGLang sends one entry per tensor parallel rank)."""
+    """Return a payload's tensors: one safetensors file in base64 (SGLang sends one entry per tensor parallel rank)."""
     name, remedy = "serialized_named_tensors", "Send [base64 of safetensors.torch.save(tensors)]."
     if len(encoded) != 1:
         raise bad_field(name, "must have one entry: this engine has one rank", len(encoded), remedy)

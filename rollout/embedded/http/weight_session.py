@@ -42,7 +42,7 @@ class DraftFolders:
         self._hot_token_ids = None if self._served is None else _read(self._served)[1]
 
     def read(self, folder: str) -> dict[str, torch.Tensor]:
-        """The draft's weights; raises CheckpointError for a draft of another kind, naming what differs."""
+        """Return the draft's weights; raises CheckpointError for a draft of another kind, naming what differs."""
         speculative = replace(self._config.speculative, draft_model_path=folder)
         draft = choose_draft(replace(self._config, speculative=speculative), self._target)
         assert draft is not None, "asked only where a draft is served"
@@ -60,7 +60,7 @@ class DraftFolders:
 
 
 def _read(draft: ChosenDraft) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """The weights under the names of a push, and the target ids of a reduced vocabulary."""
+    """Return the weights under the names of a push, and the target ids of a reduced vocabulary."""
     if isinstance(draft.spec, ModelSpec):
         return load_tensors(draft.folder, draft.spec), None
     checkpoint = load_draft(draft.folder, draft.spec)
@@ -116,7 +116,7 @@ class WeightUpdates:
             raise PushError("update_weights_from_tensor must run between begin_weight_update() and end_weight_update()")
         sides = session.sides[:1] if selector is None else self._sides(selector)
         if beyond := [side for side in sides if side not in session.sides]:
-            raise PushError(f"the session was begun for {session.sides[0]} weights only, not for {beyond[0]}")
+            raise PushError(f"the session was opened for {session.sides[0]} weights only, not for {beyond[0]}")
         for side, own in self._divided(tensors, sides).items():
             session.tensors.setdefault(side, {}).update(own)
         session.version_name = version_name or session.version_name
@@ -163,7 +163,10 @@ class WeightUpdates:
         return ("target",)
 
     def _divided(self, tensors: Tensors, sides: tuple[Side, ...]) -> dict[Side, Tensors]:
-        """Each side's share of a payload. A target's payload may hold the heads that its drafter drafts with (MTP)."""
+        """Return each side's share of a payload.
+
+        A target's payload may hold the heads that its drafter drafts with (MTP).
+        """
         target, draft = expected_shapes(self._spec), self._engine.draft_shapes
         if sides == ("draft",):
             return {"draft": tensors}
@@ -174,7 +177,7 @@ class WeightUpdates:
         return {"target": own, "draft": {name: tensor for name, tensor in tensors.items() if name in draft}}
 
     def _without_tied_head(self, tensors: Tensors) -> Tensors:
-        """Transformers lists a tied head beside the embedding it is; as a head of its own it would be lost."""
+        """Drop a tied head, which transformers lists beside its embedding: as a head of its own it would be lost."""
         head = "lm_head.weight"
         if head not in tensors or not self._spec.tie_word_embeddings:
             return tensors
@@ -184,7 +187,7 @@ class WeightUpdates:
         return {name: tensor for name, tensor in tensors.items() if name != head}
 
     def _check_same_model(self, folder: str) -> None:
-        """Other shapes are found by name; another rope or norm would load and compute something else."""
+        """Refuse another model: shapes show by name, but another rope or norm would load and compute other results."""
         found = ModelSpec.from_folder(folder)
         for name in ("architecture", "num_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling"):
             if (theirs := getattr(found, name)) != (ours := getattr(self._spec, name)):

@@ -1,1 +1,1 @@
-"""Hand-written CPU kernels: C sources, their compilation at first use, and typed Python calls of the library."""
+"""This package has hand-written CPU kernels: C sources, their compilation at first use, and typed Python calls."""

@@ -32,7 +32,7 @@ class BuildError(Exception):
 
 
 def build_library(machine_flags: tuple[str, ...] = NATIVE, cache: Path | None = None) -> Path:
-    """Path of the compiled library; raises BuildError.
+    """Return the path of the compiled library; raises BuildError.
 
     The file's name is a hash of sources, compiler, flags and processor, so that a cache shared by machines, or an
     upgraded compiler, never yields code for something else. Of processes that want it at once, one compiles.
@@ -58,7 +58,10 @@ def build_library(machine_flags: tuple[str, ...] = NATIVE, cache: Path | None = 
 
 
 def default_cache() -> Path:
-    """The user's cache folder, or a temporary one of the user's where that cannot be written; raises BuildError."""
+    """Return the user's cache folder, or a temporary one of the user's where that cannot be written.
+
+    Raises BuildError.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slime_spec"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def _run(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """The processor's description, which decides the instructions that -march=native means."""
+    """Return the processor's description, which decides the instructions that -march=native means."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

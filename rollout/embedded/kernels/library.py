@@ -22,7 +22,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class LinearStruct(Structure):
-    """``Linear`` of linear.h."""
+    """Mirrors the C struct ``Linear`` of linear.h."""
 
     _fields_ = (
         ("packed", c_void_p),
@@ -34,7 +34,7 @@ class LinearStruct(Structure):
 
 
 class BlockStruct(Structure):
-    """``Block`` of blocks.h."""
+    """Mirrors the C struct ``Block`` of blocks.h."""
 
     _fields_ = (
         ("input_norm", c_void_p),
@@ -49,7 +49,7 @@ class BlockStruct(Structure):
 
 
 class BlocksStruct(Structure):
-    """``Blocks`` of blocks.h."""
+    """Mirrors the C struct ``Blocks`` of blocks.h."""
 
     _fields_ = (
         ("dtype", c_int32),
@@ -67,7 +67,7 @@ class BlocksStruct(Structure):
 
 
 class PassStruct(Structure):
-    """``Pass`` of blocks.h."""
+    """Mirrors the C struct ``Pass`` of blocks.h."""
 
     _fields_ = (
         ("num_tokens", c_int32),
@@ -80,7 +80,7 @@ class PassStruct(Structure):
 
 
 class StreamStruct(Structure):
-    """``Stream`` of blocks.h."""
+    """Mirrors the C struct ``Stream`` of blocks.h."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -108,19 +108,19 @@ class Kernels:
 
     @property
     def panel_rows(self) -> int:
-        """Rows of W in a panel."""
+        """Return the number of rows of W in a panel."""
         rows: int = self._library.kernels_panel_rows()
         return rows
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """The panels of ``weight`` [out, in], as bytes."""
+        """Return the panels of ``weight`` [out, in], as bytes."""
         plain, code = weight.contiguous(), DTYPE_CODES[weight.dtype]
         packed = torch.empty(self._library.kernels_packed_bytes(*weight.shape, code), dtype=torch.uint8)
         self._library.kernels_pack(plain.data_ptr(), *weight.shape, code, packed.data_ptr())
         return packed
 
     def rows(self, packed: torch.Tensor, num_inputs: int, dtype: torch.dtype, rows: torch.Tensor) -> torch.Tensor:
-        """Rows ``rows`` (int64, contiguous) of the packed matrix, [rows, in]."""
+        """Return rows ``rows`` (int64, contiguous) of the packed matrix, [rows, in]."""
         out = torch.empty(rows.numel(), num_inputs, dtype=dtype)
         self._library.kernels_rows(
             packed.data_ptr(), num_inputs, DTYPE_CODES[dtype], rows.data_ptr(), rows.numel(), out.data_ptr()
@@ -128,7 +128,7 @@ class Kernels:
         return out
 
     def linear(self, linear: LinearStruct, x: torch.Tensor, wide: bool) -> torch.Tensor:
-        """x [tokens, in] to [tokens, out], in x's dtype or, ``wide``, in fp32."""
+        """Map x [tokens, in] to [tokens, out], in x's dtype or, ``wide``, in fp32."""
         if x.dtype == torch.bfloat16 and x.shape[1] % 2:
             x = torch.nn.functional.pad(x, (0, 1))  # the kernel reads bf16 in pairs
         out = torch.empty(x.shape[0], linear.num_outputs, dtype=torch.float32 if wide else x.dtype)
@@ -145,7 +145,7 @@ class Kernels:
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x [tokens, width] over its root mean square, times ``weight``."""
+        """Return x [tokens, width] over its root mean square, times ``weight``."""
         out = torch.empty_like(x)
         self._library.kernels_rms_norm(
             x.data_ptr(), *x.shape, weight.data_ptr(), eps, DTYPE_CODES[x.dtype], out.data_ptr()
@@ -161,7 +161,7 @@ class Kernels:
 
 @lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
-    """The library for this machine; None where it cannot be had or ``SLIME_SPEC_KERNELS=torch`` forbids it."""
+    """Return the library for this machine; None where it cannot be had or ``SLIME_SPEC_KERNELS=torch`` forbids it."""
     mode = os.environ.get(MODE_VARIABLE, "auto")
     if mode not in MODES:
         raise ConfigError(MODE_VARIABLE, f"must be one of {', '.join(MODES)}", mode, "Unset it for the default, auto.")

@@ -12,7 +12,7 @@ from slime_spec.config.tree import SpeculativeConfig
 
 
 def make_verifier(config: SpeculativeConfig, eos_token_ids: frozenset[int]) -> Verifier:
-    """The configured rule; ``eos_token_ids`` are what min_new_tokens keeps from being emitted.
+    """Return the configured rule; ``eos_token_ids`` are what min_new_tokens keeps from being emitted.
 
     What cannot go together (thresholds without ``lossy``, or with rejection sampling; sampled trees) is refused with
     the configuration, before this.

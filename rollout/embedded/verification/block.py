@@ -21,7 +21,7 @@ from rollout.embedded.verification.walk import target_only
 
 
 def longest_prefix(chain: SampledChain) -> tuple[int, float]:
-    """The number of accepted drafts, and P of that prefix, the scale of p in the residual."""
+    """Return the number of accepted drafts, and P of that prefix, the scale of p in the residual."""
     prefix_ratios = [1.0]
     for p, q in zip(chain.p_of_token, chain.q_of_token, strict=True):
         prefix_ratios.append(min(prefix_ratios[-1] * p / q, 1.0))

@@ -27,7 +27,7 @@ def is_filtered(params: SamplingParams) -> bool:
 def sampling_distribution(
     logits: torch.Tensor, params: Sequence[SamplingParams], out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Weights [rows, vocab] in the dtype of ``logits``: softmax(logits / T), zero where a filter dropped the token.
+    """Return weights [rows, vocab] in ``logits``' dtype: softmax(logits / T), zero where a filter dropped the token.
 
     Greedy rows have T = 1 here, which is what their logprobs mean; ``out`` [rows, vocab] is written if given.
     """
@@ -47,7 +47,7 @@ def sampling_distribution(
 
 
 def kept_mass(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """The sum of each row's weights [rows], exactly 1 without filters: p_target = weights / mass."""
+    """Return the sum of each row's weights [rows], exactly 1 without filters: p_target = weights / mass."""
     mass = torch.ones(len(params), dtype=weights.dtype, device=weights.device)
     rows = [row for row, each in enumerate(params) if is_filtered(each)]
     if rows:
@@ -71,7 +71,7 @@ def _filter(weights: torch.Tensor, rows: Sequence[int], top_k: int, top_p: float
 
 
 def _nucleus_cutoff(weights: torch.Tensor, rows: Sequence[int], goal: torch.Tensor) -> torch.Tensor:
-    """The weight [rows] of the token with which the likeliest ones reach ``goal`` [rows]."""
+    """Return the weight [rows] of the token with which the likeliest ones reach ``goal`` [rows]."""
     vocab = weights.shape[1]
     width = min(FIRST_CANDIDATES, vocab)
     cutoff, reached = _cutoff_within(_largest(weights, rows, width), goal)
@@ -84,7 +84,7 @@ def _nucleus_cutoff(weights: torch.Tensor, rows: Sequence[int], goal: torch.Tens
 
 
 def _cutoff_within(ranked: torch.Tensor, goal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the same among the descending ``ranked`` [rows, width], whether the goal is reached there), each [rows]."""
+    """Return (the cutoff within the descending ``ranked`` [rows, width], whether it reaches ``goal``), each [rows]."""
     mass = ranked.double()
     inside = (mass.cumsum(dim=-1) - mass) < goal.unsqueeze(1)
     last = inside.sum(dim=-1, keepdim=True).clamp_(min=1) - 1
@@ -92,7 +92,10 @@ def _cutoff_within(ranked: torch.Tensor, goal: torch.Tensor) -> tuple[torch.Tens
 
 
 def _largest(weights: torch.Tensor, rows: Sequence[int], count: int) -> torch.Tensor:
-    """The ``count`` largest of each row [rows, count], descending; numpy selects and sorts a CPU row 10 x faster."""
+    """Return the ``count`` largest of each row [rows, count], descending.
+
+    Numpy selects and sorts a CPU row 10 x faster.
+    """
     if weights.device.type != "cpu":
         return weights[torch.tensor(rows, device=weights.device)].topk(count, dim=-1).values
     start = weights.shape[1] - count
@@ -101,7 +104,7 @@ def _largest(weights: torch.Tensor, rows: Sequence[int], count: int) -> torch.Te
 
 
 def _drop_below(weights: torch.Tensor, rows: Sequence[int], cutoff: torch.Tensor) -> None:
-    """Zero what weighs less than its row's cutoff [rows]; row by row, which allocates nothing that wide."""
+    """Zero the weights below their row's cutoff [rows]; row by row, which allocates nothing that wide."""
     below = torch.nextafter(cutoff, torch.zeros_like(cutoff)).tolist()  # threshold_ keeps what is strictly above
     for row, just_below in zip(rows, below, strict=True):
         torch.threshold_(weights[row], just_below, 0.0)

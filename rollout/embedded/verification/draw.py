@@ -11,7 +11,7 @@ BLOCK = 256
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The first largest entry of every row [rows]; block maxima cost a ninth of torch's argmax on a CPU."""
+    """Return the first largest entry of every row [rows]; block maxima cost a ninth of torch's argmax on a CPU."""
     vocab = logits.shape[1]
     block = min(BLOCK, vocab)
     maxima = logits[:, : vocab // block * block].unflatten(1, (-1, block)).amax(dim=-1)
@@ -23,7 +23,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token whose interval of the cumulative ``weights`` [rows, vocab] holds ``uniforms`` [rows] times their sum.
+    """Return the token whose interval of the summed ``weights`` [rows, vocab] holds ``uniforms`` [rows] times the sum.
 
     Intervals lie in vocabulary order; cumulative sums are fp64, over block sums in the weights' dtype. A token of
     weight zero has an empty interval and is never drawn.
@@ -53,7 +53,7 @@ def _block_sums(weights: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def _last_positive(weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``index`` [rows, 1] where its weight is positive, else the nearest earlier (or first) positive position."""
+    """Return ``index`` [rows, 1] if its weight is positive, else the nearest earlier (or first) positive position."""
     if bool((weights.gather(1, index) > 0).all()):
         return index
     columns = torch.arange(weights.shape[1], device=weights.device)

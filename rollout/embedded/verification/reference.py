@@ -23,7 +23,7 @@ def distribution_reference(
     generated: Sequence[int] = (),
     eos_token_ids: frozenset[int] = frozenset(),
 ) -> torch.Tensor:
-    """The distribution [vocab] of the token after ``generated``: each filter in turn, renormalised, by full sorts."""
+    """Return the distribution [vocab] of the token after ``generated``: each filter in turn, by full sorts."""
     p = (adjust_reference(logits, params, prompt, generated, eos_token_ids) / params.temperature).softmax(-1)
     if params.top_k > 0:
         p = torch.where(p >= p.sort(descending=True).values[min(params.top_k, len(p)) - 1], p, 0.0)
@@ -47,7 +47,7 @@ def adjust_reference(
     generated: Sequence[int],
     eos_token_ids: frozenset[int],
 ) -> torch.Tensor:
-    """Logits [vocab] in fp64 after penalties, bias and the mask of min_new_tokens, token by token."""
+    """Return logits [vocab] in fp64 after penalties, bias and the mask of min_new_tokens, token by token."""
     logits = logits.double().clone()
     for token_id in range(len(logits)):
         count = list(generated).count(token_id)
@@ -66,7 +66,7 @@ def adjust_reference(
 
 
 def walk_reference(draft: Draft, p_target: torch.Tensor, emit: Sequence[float]) -> list[int]:
-    """The target-only walk; one uniform a depth both accepts and draws, by intervals in vocabulary order."""
+    """Return the target-only walk; one uniform a depth both accepts and draws, by intervals in vocabulary order."""
     emitted: list[int] = []
     node = -1
     while True:
@@ -92,7 +92,7 @@ def rejection_reference(
     accept: Sequence[float],
     emit: Sequence[float],
 ) -> list[int]:
-    """Chain rejection sampling; a point mass is a one-hot row of ``q_draft``."""
+    """Judge a chain by rejection sampling; a point mass is a one-hot row of ``q_draft``."""
     for i, token_id in enumerate(drafted):
         if not accept[i] * q_draft[i, token_id] < p_target[i, token_id]:
             return [*drafted[:i], draw(_residual(p_target[i], q_draft[i], 1.0), emit[i])]
@@ -106,7 +106,7 @@ def block_reference(
     accept: Sequence[float],
     emit: Sequence[float],
 ) -> list[int]:
-    """Block verification (arXiv 2403.10444), prefixes in growing order; a point mass is a one-hot row."""
+    """Judge a chain as a block (arXiv 2403.10444), prefixes in growing order; a point mass is a one-hot row."""
     gamma, standing, scale, ratio = len(drafted), 0, 1.0, 1.0
     for i in range(1, gamma + 1):
         token_id = drafted[i - 1]
@@ -131,7 +131,7 @@ def threshold_reference(
     single: float = 1.0,
     acc: float = 1.0,
 ) -> list[int]:
-    """SGLang's kernel: siblings stacked from zero. Exact at 1 and 1 for distinct siblings, biased otherwise."""
+    """Judge as SGLang's kernel: siblings stack from zero. Exact at 1 and 1 for distinct siblings, biased otherwise."""
     emitted: list[int] = []
     node = -1
     while True:
@@ -151,18 +151,18 @@ def threshold_reference(
 
 
 def interval(distribution: torch.Tensor, token_id: int) -> tuple[float, float]:
-    """The part of [0, 1) that belongs to a token: lengths are probabilities, in vocabulary order."""
+    """Return the part of [0, 1) that belongs to a token: lengths are probabilities, in vocabulary order."""
     end = distribution.cumsum(dim=0)
     return (float(end[token_id - 1]) if token_id else 0.0), float(end[token_id])
 
 
 def draw(weights: torch.Tensor, uniform: float) -> int:
-    """The token whose interval of the normalised ``weights`` holds the uniform."""
+    """Return the token whose interval of the normalised ``weights`` holds the uniform."""
     return draw_outside(weights / weights.sum(), (), uniform)
 
 
 def draw_outside(distribution: torch.Tensor, removed: Sequence[int], uniform: float) -> int:
-    """The token outside ``removed`` whose interval holds the uniform, which is known to lie in none of theirs."""
+    """Return the token outside ``removed`` whose interval holds the uniform, which lies in none of the removed."""
     for token_id in range(distribution.shape[0]):
         start, end = interval(distribution, token_id)
         if token_id not in removed and start <= uniform < end:

@@ -38,7 +38,7 @@ class SampledChain:
         self.uniforms = [uniforms[row.num_generated + i] for i in range(len(self.p_of_token))]
 
     def residual(self, num_accepted: int, scale: float, out: torch.Tensor) -> None:
-        """relu(scale p - q) after ``num_accepted`` drafts into ``out`` [vocab]; the bonus token's p after all."""
+        """Write relu(scale p - q) after ``num_accepted`` drafts into ``out`` [vocab]; the bonus token's p after all."""
         if num_accepted == len(self.p_of_token):
             out.copy_(self.weights[num_accepted])
             return
@@ -60,7 +60,7 @@ def token_by_token(chain: SampledChain) -> tuple[int, float]:
 
 
 def judge_sampled(verify_pass: Pass, scratch: Scratch, acceptance: Acceptance) -> list[Verified]:
-    """Rows whose drafts were sampled: accepted by its accept uniforms, the last token drawn with its emit uniform."""
+    """Judge rows with sampled drafts: accept uniforms judge the drafts, the emit uniform draws the last token."""
     logits, rows, roots = verify_pass.logits, verify_pass.rows, verify_pass.roots
     weights = sampling_distribution(logits, verify_pass.params, scratch.take("distribution", len(logits), logits))
     mass = kept_mass(weights, verify_pass.params)
@@ -90,5 +90,5 @@ def rejection_sampling(row: VerifyRow) -> Rule:
 
 
 def was_sampled(row: VerifyRow) -> bool:
-    """Whether q has a say: some drafts, of a row that samples, drawn from a distribution that came with them."""
+    """Return whether the draft's distribution counts: a row that samples has drafts that were drawn from it."""
     return row.draft.q_draft is not None and bool(row.draft.token_ids) and not is_greedy(row.params.temperature)

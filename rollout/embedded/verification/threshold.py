@@ -29,7 +29,7 @@ class Thresholds:
     acc: float
 
     def accept(self, p_of_siblings: list[float], uniform: float) -> int | None:
-        """Which sibling is accepted, None if none is."""
+        """Return which sibling is accepted, None if none is."""
         stacked = 0.0
         for index, p in enumerate(p_of_siblings):
             stacked += p
@@ -38,7 +38,7 @@ class Thresholds:
         return None
 
     def judge(self, verify_pass: Pass, scratch: Scratch) -> list[Verified]:
-        """Rows that sample: walk each tree by thresholds, then draw the last token of all of them."""
+        """Judge rows that sample: walk each tree by thresholds, then draw the last token of all of them."""
         logits, rows, roots = verify_pass.logits, verify_pass.rows, verify_pass.roots
         weights = sampling_distribution(logits, verify_pass.params, scratch.take("distribution", len(logits), logits))
         p_of_token = iter(_p_of_drafts(verify_pass, weights))
@@ -63,7 +63,7 @@ class Thresholds:
         return with_logprobs(emissions, weights, [node for emission in emissions for node in emission.nodes])
 
     def walk(self, row: VerifyRow, p_of_token: list[float]) -> tuple[tuple[int, ...], list[int]]:
-        """The accepted nodes, and the tokens refused after the last of them."""
+        """Return the accepted nodes, and the tokens refused after the last of them."""
         uniforms = row.uniforms.accept_of_round(row.num_generated)
         path: list[int] = []
         while children := children_of(row.draft, path[-1] if path else -1):
@@ -90,7 +90,7 @@ def thresholded(thresholds: Thresholds) -> Callable[[VerifyRow], Rule]:
 
 
 def _p_of_drafts(verify_pass: Pass, weights: torch.Tensor) -> list[float]:
-    """p_target of every drafted token after its parent, row by row."""
+    """Return p_target of every drafted token after its parent, row by row."""
     parents = [
         root + 1 + parent
         for row, root in zip(verify_pass.rows, verify_pass.roots, strict=True)

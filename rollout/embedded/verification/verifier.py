@@ -29,11 +29,11 @@ class VerifyRow:
 
     @property
     def num_nodes(self) -> int:
-        """Rows of logits: the root and every drafted token."""
+        """Return the number of rows of logits: the root and every drafted token."""
         return 1 + len(self.draft.token_ids)
 
     def depths(self) -> list[int]:
-        """How many drafted tokens lead to each node, root first: node d decides token ``num_generated + d``."""
+        """Return how many drafted tokens lead to each node, root first: node d decides token ``num_generated + d``."""
         depths = [0]
         for parent in self.draft.parents:
             depths.append(depths[parent + 1] + 1)
@@ -57,7 +57,7 @@ class Verifier(Protocol):
 
     @property
     def lossy(self) -> bool:
-        """Whether it may bend the target's distribution: every sample it touches is marked."""
+        """Return whether it may bend the target's distribution: every sample it touches is marked."""
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
-        """``logits`` [sum of num_nodes, vocab], only read, holds each row's root, then its nodes, row by row."""
+        """Decide a pass; ``logits`` [sum of num_nodes, vocab], only read, holds each row's root, then its nodes."""

@@ -23,7 +23,7 @@ class Scratch:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, rows: int, like: torch.Tensor) -> torch.Tensor:
-        """[rows, vocab], uninitialised, valid until ``name`` is taken again."""
+        """Return [rows, vocab], uninitialised, valid until ``name`` is taken again."""
         buffer, vocab = self._buffers.get(name), like.shape[1]
         fits = buffer is not None and (buffer.dtype, buffer.device) == (like.dtype, like.device)
         if buffer is None or not fits or buffer.shape[1] != vocab or buffer.shape[0] < rows:
@@ -40,16 +40,16 @@ class Pass:
 
     @property
     def roots(self) -> list[int]:
-        """The logits row of each sequence's root."""
+        """Return the logits row of each sequence's root."""
         return [0, *accumulate(row.num_nodes for row in self.rows)][:-1]
 
     @property
     def params(self) -> list[SamplingParams]:
-        """Of every node."""
+        """Return the sampling parameters of every node."""
         return [row.params for row in self.rows for _ in range(row.num_nodes)]
 
     def only(self, which: Sequence[int]) -> Pass:
-        """The pass of these sequences alone; copies logits unless that is all of them."""
+        """Return the pass of these sequences alone; copies logits unless that is all of them."""
         if len(which) == len(self.rows):
             return self
         roots = self.roots
@@ -68,7 +68,7 @@ class Emission:
 
     @property
     def nodes(self) -> list[int]:
-        """The logits row of every emitted token."""
+        """Return the logits row of every emitted token."""
         return [self.root, *(self.root + 1 + node for node in self.path)]
 
     def verified(self, logprobs: Iterator[float]) -> Verified:
@@ -76,7 +76,7 @@ class Emission:
 
 
 def with_logprobs(emissions: Sequence[Emission], weights: torch.Tensor, nodes: Sequence[int]) -> list[Verified]:
-    """The k-th token emitted in this pass has the log of its weight in row ``nodes[k]`` of the distribution."""
+    """Return the tokens with logprobs: the k-th has the log of its weight in row ``nodes[k]`` of the distribution."""
     tokens = [token for emission in emissions for token in emission.token_ids]
     at = weights[torch.tensor(nodes, device=weights.device), torch.tensor(tokens, device=weights.device)]
     logprobs = iter(at.log().tolist())

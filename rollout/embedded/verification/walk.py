@@ -1,4 +1,4 @@
-"""The target-only walk: which drafted tokens stand, such that the output has exactly the target's distribution.
+"""The target-only walk decides which drafted tokens stand, so that the output has exactly the target's distribution.
 
 At a node, each child x is accepted with probability p_target(x) (given that no earlier sibling was), and when none is,
 the token comes from p_target without the siblings. It is SGLang's default and, for children chosen without looking at
@@ -35,7 +35,7 @@ def target_only(row: VerifyRow) -> Rule:
 
 
 def follow_tree(drawn: Sequence[int], draft: Draft) -> tuple[list[int], tuple[int, ...]]:
-    """From the root to the child that equals the token drawn there, and on; the last token has no such child."""
+    """Walk from the root to the child that equals the token drawn there, and on; the last token has no such child."""
     child_at = dict(zip(zip(draft.parents, draft.token_ids, strict=True), range(len(draft.parents)), strict=True))
     assert len(child_at) == len(draft.parents), "siblings of a draft must be distinct tokens"
     path: list[int] = []
@@ -49,7 +49,7 @@ def follow_tree(drawn: Sequence[int], draft: Draft) -> tuple[list[int], tuple[in
 
 
 def walk_greedy(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tree) -> list[Verified]:
-    """Rows at temperature 0: the argmax at every node; the distribution is computed only where a token is emitted."""
+    """Walk rows at temperature 0: the argmax at every node; distributions are computed only for emitted tokens."""
     logits = verify_pass.logits
     emissions = _follow_all(verify_pass, argmax(logits).tolist(), follow)
     nodes = [node for emission in emissions for node in emission.nodes]
@@ -60,7 +60,7 @@ def walk_greedy(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tre
 
 
 def walk_sampled(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tree) -> list[Verified]:
-    """Rows that sample: every node's token is drawn with the uniform of its depth."""
+    """Walk rows that sample: every node's token is drawn with the uniform of its depth."""
     logits = verify_pass.logits
     weights = sampling_distribution(logits, verify_pass.params, scratch.take("distribution", len(logits), logits))
     uniforms = [row.uniforms.emit[row.num_generated + depth] for row in verify_pass.rows for depth in row.depths()]

@@ -15,7 +15,7 @@ INSTALL = "add --install-peers"
 
 @dataclass(frozen=True)
 class Peer:
-    """Another engine; ``recipe`` are the arguments of pip calls, in order, in an environment of the peer's own."""
+    """Describes another engine; ``recipe`` are the arguments of pip calls, in order, in the peer's own environment."""
 
     name: str
     title: str
@@ -27,7 +27,7 @@ class Peer:
         return folder / self.name / "bin" / "python"
 
     def is_installed(self, folder: Path) -> bool:
-        """Whether an installation by exactly this recipe was finished."""
+        """Return whether an installation by exactly this recipe was finished."""
         stamp = folder / self.name / STAMP
         return stamp.is_file() and json.loads(stamp.read_text()) == self.stamp
 
@@ -60,7 +60,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to run a peer: ``Mode("llama_cpp.lookup3", "llama_cpp", "bf16, 3 drafts", {"lookup": 3})``."""
+    """Describes a way to run a peer: ``Mode("llama_cpp.lookup3", "llama_cpp", "bf16, 3 drafts", {"lookup": 3})``."""
 
     id: str
     peer: str
@@ -71,7 +71,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class PeerFiles:
-    """The files of peers: the checkpoint, the same as GGUF, and the EAGLE-3 draft in vLLM's convention (or None)."""
+    """Names the files of peers: the checkpoint, the same as GGUF, the EAGLE-3 draft in vLLM's convention (or None)."""
 
     checkpoint: Path
     gguf: Path
@@ -81,7 +81,7 @@ class PeerFiles:
 
 @dataclass(frozen=True)
 class PeerSizes:
-    """The sizes that a peer must hold, and the number of its compute threads."""
+    """Gives the sizes that a peer must hold, and the number of its compute threads."""
 
     max_batch: int = 8
     max_tokens: int = 512

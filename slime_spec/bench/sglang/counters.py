@@ -59,7 +59,7 @@ def acceptance_rows(options: BenchOptions, algorithm: str, theirs: Samples, ours
 
 
 def adds_up(sample: GeneratedSample, num_draft_tokens: int) -> bool:
-    """Whether the counters of a reply that its budget ended add up."""
+    """Return whether the counters of a reply that its budget ended add up."""
     spec, most = sample.spec, num_draft_tokens - 1
     made = 1 + spec.num_rounds + spec.num_correct
     return (

@@ -25,7 +25,7 @@ from slime_spec.config.tree import ClusterConfig
 
 @dataclass(frozen=True)
 class Offload:
-    """One release and resume. ``freed_bytes`` are the GPU's: on a CPU SGLang releases nothing."""
+    """Holds the times of one release and resume. ``freed_bytes`` are the GPU's: on a CPU SGLang releases nothing."""
 
     release_s: float
     resume_s: float
@@ -34,7 +34,7 @@ class Offload:
 
 @dataclass(frozen=True)
 class State:
-    """The checksums of a server's tensors, and its replies."""
+    """Holds the checksums of the draft's tensors on a server, and the server's replies."""
 
     draft_sums: Sums
     replies: Samples

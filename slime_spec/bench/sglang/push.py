@@ -33,7 +33,7 @@ NOT_PUSHED = ("rotary", "cos_sin", "hot_token", "d2t")
 
 @dataclass(frozen=True)
 class Pushed:
-    """The pushes of one side, the first with other weights, and every side's checksums before and after the first."""
+    """Holds one side's pushes, the first with other weights, and every side's checksums before and after the first."""
 
     side: Side
     reports: Sequence[PushReport]

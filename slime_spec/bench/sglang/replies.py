@@ -24,7 +24,7 @@ LENGTH = "tokens/round"  # unit of accept lengths
 
 @dataclass(frozen=True)
 class Replies:
-    """The replies of exactly ``num_new_tokens`` tokens, all prompts at once, in the prompts' order."""
+    """Holds the replies of exactly ``num_new_tokens`` tokens, all prompts at once, in the prompts' order."""
 
     sglang: Samples
     embedded: Samples

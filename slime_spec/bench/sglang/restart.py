@@ -27,7 +27,7 @@ KILL_AT = 0.5  # of the time that the replies take undisturbed
 
 @dataclass(frozen=True)
 class Recovery:
-    """The replies without and with a kill of the server (None: lost), and the weights of the new server.
+    """Holds the replies without and with a kill of the server (None: lost), and the share of weights that came back.
 
     ``share_restored`` is of all tensors of both sides. Seconds count from the kill.
     """

@@ -27,7 +27,7 @@ Sums = Mapping[str, str]
 
 
 class Server:
-    """One engine and its server. The benchmark controls the server on a connection of its own."""
+    """Holds one engine and its server. The benchmark controls the server on a connection of its own."""
 
     def __init__(
         self, engine: SglangEngine, config: Config, control: tuple[SglangClient, AsyncLoop], root: psutil.Process | None
@@ -39,7 +39,7 @@ class Server:
 
     @property
     def address(self) -> str:
-        """The server's host:port."""
+        """Return the server's host:port."""
         return self._client.url.removeprefix("http://")
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -82,7 +82,7 @@ class Server:
 
 
 class ServerSide(EngineSide):
-    """A server as one side of a race; a server speculates for all requests or for none."""
+    """Implements Side with a server, which speculates for all requests or for none."""
 
     def __init__(self, server: Server, speculative: bool) -> None:
         super().__init__(server.engine, speculative)

@@ -32,7 +32,7 @@ TARGET_MOVES, DRAFT_MOVES = 0.15, 1.0  # share of each weight that changes; the 
 
 @dataclass(frozen=True)
 class Move:
-    """One push, and its effect on acceptance: a draft that fits is accepted as at first, a stale draft is not."""
+    """Describes a push and its effect on acceptance: a fitting draft is accepted as at first, a stale draft is not."""
 
     name: str
     weights: Weights

@@ -1,4 +1,4 @@
-"""The table of model families and draft formats: config.json's architecture to the record that describes it."""
+"""The table of model families and draft formats maps config.json's architecture to the record that describes it."""
 
 from __future__ import annotations
 
@@ -37,20 +37,23 @@ FORMAT_OF: Mapping[str, DraftFormat] = {
 
 
 def family_of(architecture: str) -> Family:
-    """The family of config.json's ``architecture``; a family without properties for an unknown architecture."""
+    """Return the family of config.json's ``architecture``; a family without properties for an unknown architecture."""
     return BY_ARCHITECTURE.get(architecture, UNKNOWN)
 
 
 def format_of_family(family: DraftFamily) -> DraftFormat:
-    """The format that a DraftSpec's ``family`` names."""
+    """Return the format that a DraftSpec's ``family`` names."""
     return next(each for each in FORMATS if each.family == family)
 
 
 def head_format(architecture: str) -> DraftFormat | None:
-    """The format of a draft in a folder of its own, those included that SGLang alone reads; None for whole models."""
+    """Return the format of a draft in a folder of its own, those included that SGLang alone reads.
+
+    None for whole models.
+    """
     return next((each for each in FORMATS if architecture in (*each.blocks, *each.served)), None)
 
 
 def model_type_comes_as_code(model_type: str) -> bool:
-    """Whether transformers lacks the configuration class of ``model_type``, as far as the families here say."""
+    """Return whether transformers lacks the configuration class of ``model_type``, as far as the families here say."""
     return any(family.comes_as_code and family.model_type == model_type for family in FAMILIES)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1: latent attention, experts, and MTP layers stored behind the decoder's last layer."""
+"""DeepSeek-V3 and R1 have latent attention, experts, and MTP layers stored behind the decoder's last layer."""
 
 from slime_spec.checkpoints.families.family import NOT_EMBEDDED, Family, layer_behind_the_last
 

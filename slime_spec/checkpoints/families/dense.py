@@ -1,4 +1,4 @@
-"""Names and shapes of the dense decoder layer that Llama, Qwen2, Qwen3, MiMo and their drafts share."""
+"""Llama, Qwen2, Qwen3, MiMo and their drafts share the names and shapes of this dense decoder layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def block_shapes(prefix: str, spec: ModelSpec, input_size: int) -> Shapes:
-    """Attention (over ``input_size`` columns), the norm after it and the MLP of one decoder layer."""
+    """Return the shapes of a decoder layer's attention (over ``input_size`` columns), the norm after it and the MLP."""
     hidden, inter, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
     rows = {"q": spec.num_heads * dim, "k": spec.num_kv_heads * dim, "v": spec.num_kv_heads * dim}
     shapes: Shapes = {f"{prefix}self_attn.{x}_proj.weight": (n, input_size) for x, n in rows.items()}

@@ -19,7 +19,7 @@ ANOTHER_DRAFT = "Pass --sglang-speculative-draft-model-path with a draft made fo
 
 @dataclass(frozen=True)
 class DraftReading:
-    """A draft's config.json while a DraftSpec is made from it; ``source`` names it in errors.
+    """Holds a draft's config.json while a DraftSpec is made from it; ``source`` names the config.json in errors.
 
     ``layer`` is the MTP layer of a target's own checkpoint. ``convention`` is what EAGLE-3's ``norm_output`` means:
     SGLang's reading or SpecForge's.
@@ -39,7 +39,7 @@ def _whole_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str
 
 @dataclass(frozen=True)
 class DraftFormat:
-    """One format of draft checkpoints. Names are SpecForge's and SGLang's.
+    """Describes one format of draft checkpoints. Names are SpecForge's and SGLang's.
 
     ``blocks`` has config.json's architectures and for each that of the draft's decoder block; ``served`` are further
     architectures of the format that SGLang alone reads. ``block_config`` gives the block's config.json, and raises
@@ -65,7 +65,7 @@ class DraftFormat:
     num_own_parameters: Callable[[Mapping[str, Any]], int] | None = None
 
     def canonical_name(self, stored: str) -> str:
-        """Our name of a tensor as its file calls it."""
+        """Return our name of a tensor that its file calls ``stored``."""
         name = stored.removeprefix("model.") if self.drops_model_prefix else stored
         for old, new in self.renamed.items():
             if name.startswith(old):

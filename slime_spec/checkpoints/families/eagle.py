@@ -1,4 +1,4 @@
-"""EAGLE (arXiv 2401.15077): a projection of [embedding, hidden state], then Llama or Qwen2 blocks; no own head."""
+"""EAGLE (arXiv 2401.15077) has a projection of [embedding, hidden state], then Llama or Qwen2 blocks; no own head."""
 
 from __future__ import annotations
 

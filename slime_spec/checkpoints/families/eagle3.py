@@ -1,4 +1,4 @@
-"""EAGLE-3 (arXiv 2503.01840): a Llama block over the features of several target layers, as SpecForge exports it."""
+"""EAGLE-3 (arXiv 2503.01840) has a Llama block over the features of several target layers, as SpecForge exports it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_CAPTURED = 3  # layers, where config.json names none
 
 
 def default_capture_layers(num_target_layers: int) -> tuple[int, ...]:
-    """SGLang's and EAGLE's default: the inputs of layers 2, n // 2 and n - 3, named here as outputs of those before."""
+    """Return SGLang's and EAGLE's default: inputs of layers 2, n // 2 and n - 3, named as outputs of those before."""
     return tuple(layer - 1 for layer in (2, num_target_layers // 2, num_target_layers - 3))
 
 
@@ -122,7 +122,7 @@ def _config(spec: DraftSpec) -> dict[str, Any]:
 
 
 def _is_unread(name: str, spec: DraftSpec) -> bool:
-    """Whether the tensor is a norm that this draft does not use."""
+    """Return whether the tensor is a norm that this draft does not use."""
     return name.startswith("layers.") and name.endswith(".input_layernorm.weight")
 
 

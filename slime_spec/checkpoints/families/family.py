@@ -1,4 +1,4 @@
-"""What differs between model families whose decoders this project builds, counts or only serves through SGLang."""
+"""A Family says what differs between model families that this project builds, counts or serves only through SGLang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOT_EMBEDDED = f"which the embedded engine does not have; {OTHER_ENGINE}"
 
 @dataclass(frozen=True)
 class MtpLayer:
-    """The MTP layer of one family, whose tensor names begin with ``prefix``.
+    """Describes the MTP layer of one family, whose tensor names begin with ``prefix``.
 
     ``{layers}`` in the prefix is the target's number of decoder layers.
     ``hidden_first`` says that the projection's columns are [hidden; embedding], else [embedding; hidden]. The order is
@@ -35,12 +35,12 @@ class MtpLayer:
     refused: str = ""
 
     def prefix_in(self, num_layers: int | None) -> str:
-        """The prefix in a target of ``num_layers`` decoder layers."""
+        """Return the prefix in a target of ``num_layers`` decoder layers."""
         return self.prefix.replace("{layers}", str(num_layers))
 
 
 def layer_behind_the_last(refused: str) -> MtpLayer:
-    """The layout that DeepSeek-V3 introduced and GLM-4.5 took over: one more decoder layer, behind the last.
+    """Return the layout that DeepSeek-V3 introduced and GLM-4.5 took over: one more decoder layer, behind the last.
 
     Names as in the shards of deepseek-ai/DeepSeek-V3 (its README_WEIGHTS.md); ``refused`` as in MtpLayer.
     """
@@ -58,7 +58,7 @@ def layer_behind_the_last(refused: str) -> MtpLayer:
 
 @dataclass(frozen=True)
 class Family:
-    """The models that config.json calls by one of ``architectures``.
+    """Describes the models that config.json calls by one of ``architectures``.
 
     ``is_built`` says that the embedded engine and the trainer build the decoder (GQA, RoPE, RMSNorm and SwiGLU);
     SGLang alone serves the others. ``qkv_bias`` and ``qk_norm`` are the decoder's, and ``refused_biases`` those keys
@@ -80,5 +80,5 @@ class Family:
 
     @property
     def architecture(self) -> str:
-        """The name that this project writes into a config.json."""
+        """Return the name that this project writes into a config.json."""
         return self.architectures[0]

@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6: grouped-query attention with a partial rotation, experts, and DeepSeek's layout of MTP layers."""
+"""GLM-4.5 and 4.6 have grouped-query attention with partial rotation, experts, and DeepSeek's layout of MTP layers."""
 
 from slime_spec.checkpoints.families.family import NOT_EMBEDDED, Family, layer_behind_the_last
 

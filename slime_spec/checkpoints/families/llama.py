@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and the models that use their decoder under its name (SmolLM2)."""
+"""This family is Llama 2 and 3, and the models that use their decoder under its name (SmolLM2)."""
 
 from slime_spec.checkpoints.families.family import Family
 

@@ -1,4 +1,4 @@
-"""MiMo: Qwen2's decoder, and an MTP layer around a Qwen2 block."""
+"""MiMo has Qwen2's decoder, and an MTP layer around a Qwen2 block."""
 
 from slime_spec.checkpoints.families.family import Family, MtpLayer
 

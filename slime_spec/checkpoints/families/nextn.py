@@ -1,4 +1,4 @@
-"""MTP layers as drafts: the target's own inside its checkpoint, or one of our own training in MiMo's format.
+"""MTP layers serve as drafts: the target's own inside its checkpoint, or a layer that we train, in MiMo's format.
 
 A draft of our own (``NextN``) is for a target without an MTP layer: MiMo's layer around a Llama block.
 """
@@ -65,7 +65,7 @@ def _config(spec: DraftSpec) -> dict[str, Any]:
 
 
 def _is_unread(name: str, spec: DraftSpec) -> bool:
-    """Whether the tensor is a copy of the target's embedding or head."""
+    """Return whether the tensor is a copy of the target's embedding or head."""
     return name.removeprefix(spec.mtp_layer.prefix) in ("embed_tokens.weight", "lm_head.weight")
 
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama's decoder with biases of queries, keys and values."""
+"""Qwen2 and Qwen2.5 have Llama's decoder with biases of queries, keys and values."""
 
 from slime_spec.checkpoints.families.family import Family
 

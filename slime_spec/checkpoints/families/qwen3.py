@@ -1,4 +1,4 @@
-"""Qwen3: Llama's decoder with a norm of each head's queries and keys."""
+"""Qwen3 has Llama's decoder with a norm of each head's queries and keys."""
 
 from slime_spec.checkpoints.families.family import Family
 

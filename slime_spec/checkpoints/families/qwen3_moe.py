@@ -1,4 +1,4 @@
-"""Qwen3 with experts: Qwen3's attention, and a mixture of experts in place of the MLP."""
+"""Qwen3 with experts has Qwen3's attention, and a mixture of experts in place of the MLP."""
 
 from slime_spec.checkpoints.families.family import Family
 

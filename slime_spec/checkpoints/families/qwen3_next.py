@@ -1,4 +1,4 @@
-"""Qwen3-Next and Qwen3.5: gated attention beside linear attention, experts, and an MTP layer with weights of 1 + w."""
+"""Qwen3-Next and Qwen3.5 have gated attention beside linear attention, experts, an MTP layer with weights of 1 + w."""
 
 from slime_spec.checkpoints.families.family import NOT_EMBEDDED, Family, MtpLayer
 

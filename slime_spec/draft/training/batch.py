@@ -17,7 +17,7 @@ POOL_BATCHES = 16
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Sequences padded on the right to one length, and the target's view of their replies.
+    """Holds sequences padded on the right to one length, and the target's view of their replies.
 
     ``token_ids`` [batch, tokens], ``features`` [batch, tokens, width] (fp32), ``starts`` [batch]: the first row trained
     on, the prompt's last token, whose root is the first reply token. ``reply_lens`` [batch]. Of the reply's positions,

@@ -15,7 +15,7 @@ from slime_spec.draft.unroll import Unroll
 
 @dataclass
 class Tally:
-    """The counts of one kind of reply; lists have an entry per draft position.
+    """Counts the results of one kind of reply; lists have an entry per draft position.
 
     ``tried`` and ``accepted`` are over the rounds an engine would run. ``hits`` and ``overlap`` (Σ min(p, q)) are
     SpecForge's ``acc`` and ``acceptance_rate``: over every row, teacher-forced.
@@ -121,7 +121,7 @@ def _accepted_lengths(model: DraftModel, batch: TrainBatch, num_positions: int) 
 def _teacher_forced(
     model: DraftModel, batch: TrainBatch, num_positions: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Per position [batch, rows]: overlap of p and q, whether the argmax is the target's, whether the row counts."""
+    """Return per position: overlaps of p and q, whether argmaxes are the target's, whether rows count [batch, rows]."""
     unroll = Unroll(model.network, model.embedding, batch.starts, batch.num_rows)
     overlaps, hits, valids = [], [], []
     for step in range(num_positions):

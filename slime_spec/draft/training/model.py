@@ -13,7 +13,7 @@ from slime_spec.draft.training.vocabulary import DraftVocabulary
 
 @dataclass(frozen=True)
 class DraftModel:
-    """``embedding`` and ``target_head`` [vocab, hidden] are the target's, in fp32 and frozen.
+    """Joins a draft network with ``embedding`` and ``target_head`` [vocab, hidden] of the target, in fp32 and frozen.
 
     ``vocabulary`` is what the draft's logits range over: the head's rows of a network with a head of its own, else
     those tokens of the target's head.
@@ -44,7 +44,7 @@ class DraftModel:
         return self.vocabulary.target_ids.to(draft_ids.device)[draft_ids]
 
     def over_all_tokens(self, head: torch.Tensor) -> DraftModel:
-        """The model as engines run it: without a head of its own it drafts from the target's whole vocabulary."""
+        """Return the model as engines run it: without its own head it drafts from the target's whole vocabulary."""
         if self.network.own_head is not None:
             return self
         everything = DraftVocabulary(torch.arange(head.shape[0]), head.shape[0])

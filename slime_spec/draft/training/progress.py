@@ -6,6 +6,6 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """``show("training", 30, 1000, "loss 2.10")``: a phase, its progress, and a note."""
+    """Shows a phase, its progress, and a note: ``show("training", 30, 1000, "loss 2.10")``."""
 
     def show(self, phase: str, done: int, wanted: int, note: str = "") -> None: ...

@@ -26,7 +26,7 @@ SMOOTHING = 0.05
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a training: ``deadline_s`` is on ``clock``; a state is saved every ``save_every_s``."""
+    """Holds the limits of a training: ``deadline_s`` is on ``clock``; a state is saved every ``save_every_s``."""
 
     clock: Callable[[], float]
     deadline_s: float = float("inf")
@@ -106,12 +106,12 @@ def load_state(trainer: DraftTrainer, folder: Path) -> None:
         return
     state = torch.load(path, map_location=trainer.model.embedding.device, weights_only=True)
     now = {**asdict(trainer.settings), "num_updates": trainer.num_updates}
-    begun = {**state["settings"], "num_updates": state["num_updates"]}
-    if changed := [name for name in now if now[name] != begun.get(name)]:
+    started = {**state["settings"], "num_updates": state["num_updates"]}
+    if changed := [name for name in now if now[name] != started.get(name)]:
         name = changed[0]
         raise ConfigError(
             f"--{name.replace('_', '-')}",
-            f"must be what the training was begun with ({begun.get(name)}): a resumed one repeats nothing",
+            f"must be what the training was started with ({started.get(name)}): a resumed one repeats nothing",
             now[name],
             "Pass the same settings, or another --out.",
         )

@@ -14,7 +14,7 @@ from slime_spec.errors import ConfigError
 
 @dataclass(frozen=True)
 class DraftSequence:
-    """A prompt and a reply; the loss is on the reply, the tokens from ``prompt_len`` on.
+    """Holds a prompt and a reply; the loss is on the reply, the tokens from ``prompt_len`` on.
 
     ``kind`` groups sequences in held-out tables, e.g. "task greedy". Example::
 
@@ -32,8 +32,7 @@ class DraftSequence:
 
 
 def is_held_out(prompt_token_ids: Sequence[int], percent: int) -> bool:
-    """Whether replies to this prompt are kept from training: a property of the prompt, so that no prompt is on both
-    sides."""
+    """Return whether replies to this prompt are kept from training: no prompt is on both sides."""
     digest = xxhash.xxh3_64_intdigest(",".join(map(str, prompt_token_ids)).encode())
     return digest % 100 < percent
 

@@ -16,7 +16,7 @@ from slime_spec.draft.training.sequence import DraftSequence
 
 @dataclass(frozen=True)
 class SequenceFeatures:
-    """The target's outputs for one sequence of n tokens, m of them the reply.
+    """Holds the target's outputs for one sequence of n tokens, m of them the reply.
 
     ``features`` [n, width] are what the draft reads. For the reply's positions: ``final`` [m, hidden] after the final
     norm, whose product with the head are the logits, and of those logits ``argmax`` [m] and ``logsumexp`` [m] (fp32)
@@ -30,7 +30,7 @@ class SequenceFeatures:
 
 
 class FrozenTarget:
-    """The target in transformers, its ``embedding`` and ``head`` [vocab, hidden] as tables.
+    """Runs the target in transformers; ``embedding`` and ``head`` [vocab, hidden] are its tables.
 
     ``capture_layers`` are 0-based layers whose outputs, concatenated, are the features; empty means the hidden state
     after the final norm.

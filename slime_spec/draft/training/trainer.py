@@ -17,7 +17,7 @@ from slime_spec.errors import TrainingError
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """SpecForge's recipe with a larger ``lr`` and a smaller ``num_steps``, for a small head and short drafts.
+    """Holds SpecForge's recipe with a larger ``lr`` and a smaller ``num_steps``, for a small head and short drafts.
 
     ``batch_size`` counts sequences. ``autocast`` computes the network in bfloat16 (weights and moments stay fp32).
     """
@@ -36,7 +36,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """``acceptance`` is Σ min(p, q) of the first step, ``accuracy`` the share of its argmax that is the target's."""
+    """Reports a step: ``acceptance`` is Σ min(p, q) of draft step 0, ``accuracy`` the share of right argmaxes."""
 
     loss: float
     acceptance: float

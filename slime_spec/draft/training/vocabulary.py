@@ -12,7 +12,7 @@ from slime_spec.draft.training.sequence import DraftSequence
 
 @dataclass(frozen=True)
 class DraftVocabulary:
-    """``target_ids`` [draft vocab], ascending: draft token i is target token ``target_ids[i]``."""
+    """Lists the draft's tokens: ``target_ids`` [draft vocab], ascending; draft token i is ``target_ids[i]``."""
 
     target_ids: torch.Tensor
     vocab_size: int

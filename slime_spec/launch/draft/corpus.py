@@ -30,7 +30,7 @@ NUM_AHEAD = 16
 
 @dataclass(frozen=True)
 class PlannedReply:
-    """One reply to generate; ``index`` numbers it in the corpus."""
+    """Describes one reply to generate; ``index`` is the number of the reply in the corpus."""
 
     index: int
     prompt_token_ids: tuple[int, ...]
@@ -144,7 +144,7 @@ def _present(path: Path, planned: Sequence[PlannedReply]) -> dict[int, DraftSequ
                 "--out",
                 f"{path} must hold replies to this command's prompts (reply {index} answers another)",
                 str(path.parent),
-                "Pass the settings the corpus was begun with, or another --out.",
+                "Pass the settings the corpus was started with, or another --out.",
             )
     text = path.read_text(encoding="utf-8")
     if not text.endswith("\n") and text:

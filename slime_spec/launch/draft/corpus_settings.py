@@ -1,4 +1,4 @@
-"""The settings of a draft's corpus."""
+"""CorpusSettings holds the settings of a draft's corpus."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CORPUS_FILE = "corpus.jsonl"  # file in the folder of the draft
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """The prompts of a corpus, and the sampling of its replies.
+    """Holds the settings of a corpus's prompts and of the sampling of its replies.
 
     Every prompt is a task's, or with probability ``chat_share`` an everyday request. With probability
     ``greedy_share`` it gets one greedy reply, otherwise ``samples_per_prompt`` replies at ``temperature``. Replies end

@@ -26,7 +26,7 @@ Replies and features are kept in OUT and the training's state with them: after a
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """The options of the command; ``minutes`` bounds the training, None lets it run all epochs."""
+    """Holds the options of the command; ``minutes`` bounds the training, None lets it run all epochs."""
 
     target: Path
     out: Path
@@ -128,13 +128,13 @@ SAME_NAME = (
 def _check_folders(out: Path, json: Path | None, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", "must be a folder", str(out), "Pass another --out.")
-    begun = out.is_dir() and any(out.iterdir())
-    if begun and not resume:
+    started = out.is_dir() and any(out.iterdir())
+    if started and not resume:
         raise ConfigError(
             "--out", "must be absent or empty", str(out), "Pass --resume to go on with it, or another --out."
         )
-    if resume and not begun:
-        raise ConfigError("--resume", "needs the folder of a training that was begun", str(out), "Drop --resume.")
+    if resume and not started:
+        raise ConfigError("--resume", "needs the folder of a training that was started", str(out), "Drop --resume.")
     if json is not None and not json.parent.is_dir():
         raise ConfigError("--json", "must lie in a folder that is there", str(json), f"Make {json.parent} first.")
 
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are ConfigErrors, as everywhere on this command line."""
+    """Parses with argparse, whose complaints become ConfigErrors, as everywhere on this command line."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(PROG, message, "", f"See {PROG} --help.")

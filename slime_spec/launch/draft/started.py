@@ -29,12 +29,12 @@ def check_started(options: DraftOptions, target_checksum: str) -> None:
         raise ConfigError(
             "--resume", f"needs a folder with the {SETTINGS_FILE} of its command", str(options.out), "Drop --resume."
         )
-    begun = json.loads(path.read_text())
+    started = json.loads(path.read_text())
     for name, value in now.items():
-        if value != begun.get(name):
+        if value != started.get(name):
             raise ConfigError(
                 FLAGS.get(name, f"--{name.replace('_', '-')}"),
-                f"must be what {options.out} was begun with ({begun.get(name)!r})",
+                f"must be what {options.out} was started with ({started.get(name)!r})",
                 value,
                 "Pass the same settings, or another --out.",
             )

@@ -11,7 +11,7 @@ from slime_spec.placement import BundlePlan
 
 @dataclass(frozen=True)
 class Held:
-    """A bundle's owners: ``Held("4 cores, 1 GPU", engine="0", rank="3")``; an engine of several nodes is "0 node 1"."""
+    """Names a bundle's owners: ``Held("4 cores, 1 GPU", engine="0", rank="3")``; "0 node 1" for several nodes."""
 
     size: str
     engine: str | None
@@ -53,7 +53,7 @@ def _held(plan: BundlePlan) -> list[Held]:
 
 
 def _named(kind: str, labels: list[str]) -> str:
-    """``engine 0``, ``engines 0-7``; an empty text for an empty list."""
+    """Return ``engine 0`` or ``engines 0-7``; an empty text for an empty list."""
     distinct = list(dict.fromkeys(labels))
     if len(distinct) < 2:
         return f"{kind} {distinct[0]}" if distinct else ""

@@ -22,7 +22,7 @@ from slime_spec.sglang.interpreter import checked_in
 
 @dataclass(frozen=True)
 class PlannedServer:
-    """One server process of an engine, on one of its nodes; no command if someone else started the server.
+    """Describes one server process, on one node of its engine; no command if someone else started the server.
 
     ``PlannedServer(0, 0, "127.0.0.1:30000", ("python", "-m", "sglang.launch_server", "--model-path", ...))``
     """
@@ -35,7 +35,7 @@ class PlannedServer:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a launch; ``servers`` is empty for engines without servers."""
+    """Holds the plan of a launch; ``servers`` is empty for engines without servers."""
 
     facts: Facts
     bundles: BundlePlan

@@ -1,4 +1,4 @@
-"""The list of all checks, in the order in which findings of one severity are shown."""
+"""This module lists all checks, in the order in which findings of one severity are shown."""
 
 from slime_spec.preflight.checks import (
     attention,

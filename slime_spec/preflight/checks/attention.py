@@ -1,4 +1,4 @@
-"""Checks of attention backends: not every backend can verify trees, and not every backend can draft."""
+"""These checks are about attention backends: not every backend can verify trees, and not every backend can draft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of how many sequences one server decodes at once, and of the memory that is left."""
+"""These checks are about the number of sequences that one server decodes at once, and the memory that is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of context lengths: drafts are trained on shorter sequences than their targets."""
+"""These checks are about context lengths: drafts are trained on shorter sequences than their targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that samples under speculation follow the distribution that the settings ask for."""
+"""These checks test that samples under speculation follow the distribution that the settings ask for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _samples(facts: Facts) -> bool:
 
 
 def _default_sampling(facts: Facts) -> Mapping[str, object]:
-    """The sampling parameters that the servers' flags set for every request."""
+    """Return the sampling parameters that the servers' flags set for every request."""
     values = facts.flags.get("preferred_sampling_params") or {}
     return values if isinstance(values, Mapping) else {}
 

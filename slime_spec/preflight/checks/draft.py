@@ -1,4 +1,4 @@
-"""Checks that the draft is complete and was trained for this target: the tokens of a wrong draft are never accepted."""
+"""These checks test that the draft is complete and was trained for this target: a wrong draft is never accepted."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def draft_fit(facts: Facts) -> Sighting | None:
 
 
 def _made_for(architecture: str) -> Algorithm | None:
-    """The algorithm that a draft is made for; a head with a plain decoder's architecture was not converted."""
+    """Return the algorithm that a draft is made for; a head with a plain decoder's architecture was not converted."""
     if (draft_format := head_format(architecture)) is not None:
         return algorithm_of_family(draft_format.family)
     return STANDALONE if family_of(architecture).is_built else None

@@ -1,4 +1,4 @@
-"""Checks of dtypes: one server computes target and draft in one dtype."""
+"""These checks are about dtypes: one server computes target and draft in one dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPE = "engine.dtype"
 
 
 def _half(facts: Facts) -> str:
-    """The 16-bit dtype to serve in: the draft's, unless the target's activations overflow it."""
+    """Return the 16-bit dtype to serve in: the draft's, unless the target's activations overflow it."""
     draft = facts.draft.dtype if facts.draft else None
     if draft in ("float16", "bfloat16") and not family_of(facts.target.architecture).overflows_float16:
         return draft

@@ -1,4 +1,4 @@
-"""Checks of CUDA graphs: a batch whose size was not captured is padded, and padded batches have crashed servers."""
+"""These checks are about CUDA graphs: a batch of a size not captured is padded, and padded batches crashed servers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def flashinfer_graph_padding(facts: Facts) -> Sighting | None:
 
 
 def _elsewhere(facts: Facts) -> tuple[str, ...]:
-    """The flags that set the other flashinfer backends to fa3."""
+    """Return the flags that set the other flashinfer backends to fa3."""
     names = ("decode_attention_backend", "speculative_draft_attention_backend")
     return tuple(
         word

@@ -1,4 +1,4 @@
-"""Checks of what a run cannot start without: GPUs, flags that the installed SGLang knows, servers that answer."""
+"""These checks are about the needs of a run's start: GPUs, flags that the installed SGLang knows, live servers."""
 
 from __future__ import annotations
 

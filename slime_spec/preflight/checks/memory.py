@@ -1,4 +1,4 @@
-"""Checks that this machine's GPUs have the memory that the run needs; a cluster's GPUs are not judged."""
+"""These checks test that this machine's GPUs have the memory that the run needs; a cluster's GPUs are not judged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the acceptance that servers and a finished run report."""
+"""These checks are about the acceptance that servers and a finished run report."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def acceptance_bar(facts: Facts) -> Sighting | None:
 
 
 def _shallower(facts: Facts, num_steps: int) -> tuple[str, ...]:
-    """Flags of the same drafts, cut to a depth; none for the n-gram worker, which has no depth."""
+    """Return flags of the same drafts, cut to a depth; none for the n-gram worker, which has no depth."""
     shape = facts.shape
     if "num_steps" not in facts.config.speculative.record.reads:
         return ()

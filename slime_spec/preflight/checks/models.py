@@ -1,4 +1,4 @@
-"""Checks that trainer and engines can run the target's architecture."""
+"""These checks test that trainer and engines can run the target's architecture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ REPOSITORY = "https://github.com/sgl-project/sglang"
 
 
 def lacking(facts: Facts) -> str:
-    """What the target has and this project's decoder lacks, in words; "" where the decoder can run the target."""
+    """Return what the target has and this project's decoder lacks, in words.
+
+    "" where the decoder can run the target.
+    """
     config, architecture = facts.target.config, facts.target.architecture
     if family_of(architecture).is_built:
         return ""
@@ -114,7 +117,10 @@ def remote_code(facts: Facts) -> Sighting | None:
 
 
 def _is_known(facts: Facts, model_type: str) -> bool:
-    """Whether SGLang knows ``model_type``; without an interpreter to ask, whether no family here says otherwise."""
+    """Return whether SGLang knows ``model_type``.
+
+    Without an interpreter to ask, whether no family here says otherwise.
+    """
     known = facts.release.model_types
     return model_type in known if known else not model_type_comes_as_code(model_type)
 

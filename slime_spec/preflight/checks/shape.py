@@ -1,4 +1,4 @@
-"""Checks of the draft's shape: numbers that are unset, or that SGLang replaces or refuses."""
+"""These checks are about the draft's shape: numbers that are unset, or that SGLang replaces or refuses."""
 
 from __future__ import annotations
 

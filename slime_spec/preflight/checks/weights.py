@@ -1,4 +1,4 @@
-"""Checks that the draft survives weight pushes and memory release, which depends on SGLang's version and transport."""
+"""These checks test that the draft survives pushes and memory release, which SGLang's version and transport decide."""
 
 from __future__ import annotations
 
