@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -31,7 +32,7 @@ class DistributedTransport:
         """Form the group; both ends wait for each other."""
         self._number += 1
         world_size = 1 + self._num_ranks
-        store = dist.TCPStore(self._host, 0, world_size, True, FORM_TIMEOUT, wait_for_workers=False)
+        store = _store_on(self._host, world_size)
         group_name = f"{self._name}-{self._number}"
         request = {
             "master_address": self._host,
@@ -88,6 +89,16 @@ class DistributedTransport:
                 self._group.broadcast([tensor.contiguous().to(self._device)], options).wait()
         except RuntimeError as error:
             raise ServerGone(f"the broadcast to {self._name}: {error}") from error
+
+
+def _store_on(host: str, world_size: int) -> dist.TCPStore:
+    """Return a store that listens on a free port of ``host`` alone; by itself it would listen on every interface."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listening:
+        port = listening.getsockname()[1]
+        return dist.TCPStore(
+            host, port, world_size, True, FORM_TIMEOUT, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
 
 
 def _form_group(store: dist.Store, world_size: int, name: str, backend: str) -> dist.ProcessGroup:
