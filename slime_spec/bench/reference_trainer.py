@@ -70,9 +70,11 @@ def reference_steps(
     """Return a report per batch and the final weights, under Hugging Face names (num_microbatches is 0)."""
     folder, trainer = Path(config.model.hf_checkpoint), config.trainer
     model, reference = _loaded(folder), _loaded(folder)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=trainer.lr, betas=(trainer.adam_beta1, trainer.adam_beta2), weight_decay=0.0
-    )
+    groups = [
+        {"params": [each for each in model.parameters() if each.dim() > 1], "weight_decay": trainer.weight_decay},
+        {"params": [each for each in model.parameters() if each.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=trainer.lr, betas=(trainer.adam_beta1, trainer.adam_beta2))
     reports = []
     for batch in batches:
         size = trainer.global_batch_size or len(batch)

@@ -42,6 +42,9 @@ def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> Meg
         ),
         [ddp],
     )
+    for group in optimizer.param_groups:
+        # Megatron's scheduler multiplies these in its step, and there is none here: norms and biases do not decay.
+        group["weight_decay"] *= group["wd_mult"]
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
     return optimizer
