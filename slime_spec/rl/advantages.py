@@ -8,13 +8,18 @@ from collections.abc import Sequence
 
 from slime_spec.types import Sample, TrainSample
 
-STD_EPSILON = 1e-4
+STD_EPSILON = 1e-6  # slime's
 
 
 def group_advantages(rewards: Sequence[float], normalize_std: bool) -> list[float]:
-    """Return each reward against its group's mean, in units of the group's (population) standard deviation if asked."""
+    """Return each reward against its group's mean, if asked in units of the group's standard deviation.
+
+    The standard deviation is the sample's (n - 1), as slime's and TRL's. Equal rewards teach nothing.
+    """
+    if min(rewards) == max(rewards):  # exactly: their computed mean may differ from each of them
+        return [0.0] * len(rewards)
     mean = statistics.fmean(rewards)
-    scale = statistics.pstdev(rewards, mean) + STD_EPSILON if normalize_std else 1.0
+    scale = statistics.stdev(rewards, mean) + STD_EPSILON if normalize_std else 1.0
     return [(reward - mean) / scale for reward in rewards]
 
 

@@ -1,6 +1,7 @@
 """Group advantages and the batch they make."""
 
 import pytest
+import torch
 
 from slime_spec.rl.advantages import STD_EPSILON, group_advantages, train_batch
 from slime_spec.types import GeneratedSample, Prompt, Sample
@@ -13,13 +14,17 @@ def sample(prompt_id: int, index: int, reward: float | None, tokens: tuple[int, 
 
 
 def test_advantages_are_the_distance_from_the_groups_mean_in_its_standard_deviations():
-    unit = 0.5 / (0.5 + STD_EPSILON)
-    assert group_advantages([1.0, 0.0, 0.0, 1.0], normalize_std=True) == pytest.approx([unit, -unit, -unit, unit])
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.25], dtype=torch.float64)
+    expected = (rewards - rewards.mean()) / (rewards.std() + STD_EPSILON)  # of the sample: n - 1
+    assert group_advantages(rewards.tolist(), normalize_std=True) == pytest.approx(expected.tolist())
+    assert group_advantages([1.0, 0.0], normalize_std=True) == pytest.approx([0.5**0.5, -(0.5**0.5)], rel=1e-5)
+    assert group_advantages([0.7], normalize_std=True) == [0.0]
     assert group_advantages([3.0, 0.0], normalize_std=False) == [1.5, -1.5]
 
 
 def test_a_group_whose_rewards_agree_teaches_nothing():
     assert group_advantages([1.0] * 5, normalize_std=True) == [0.0] * 5
+    assert group_advantages([0.1] * 3, normalize_std=True) == [0.0] * 3
 
 
 def test_an_unscored_sample_counts_neither_as_a_sequence_nor_in_its_groups_mean():
