@@ -1,4 +1,4 @@
-"""This module finds free ports for servers, which stay free until a server that was just launched binds them."""
+"""This module finds free ports that most likely stay free until a server that was just launched binds them."""
 
 from __future__ import annotations
 
