@@ -63,9 +63,11 @@ def request_for_rest(request: GroupRequest, partials: Iterable[GeneratedSample])
 def can_join_prompt(params: SamplingParams) -> bool:
     """Return whether generated tokens may become part of the prompt without changing the distribution of the rest.
 
-    Stop strings may begin before the joint, and penalties of generated tokens do not count the prompt's.
+    Stop strings may begin before the joint, and SGLang's penalties (``repetition_penalty`` too) count no token of a
+    prompt. All other parameters say nothing of earlier tokens, but for the budgets, of which the rest is asked for.
     """
-    return not params.stop and params.frequency_penalty == params.presence_penalty == 0.0
+    penalties = (params.frequency_penalty, params.presence_penalty, params.repetition_penalty)
+    return not params.stop and penalties == (0.0, 0.0, 1.0)
 
 
 def rounds_are_known(num_tokens: int, spec: SpecCounters) -> bool:

@@ -22,7 +22,8 @@ class SamplingParams:
     """Says how to sample one response; the names are SGLang's.
 
     ``top_k=-1`` and ``top_p=1`` switch those filters off; ``temperature=0`` is greedy (see is_greedy). Penalties count
-    generated tokens (``repetition_penalty`` the prompt's too); ``logit_bias`` are (token id, bias) pairs.
+    generated tokens (``repetition_penalty`` the prompt's too, but not on SGLang); ``logit_bias`` are (token id, bias)
+    pairs.
     ``advice_token_ids`` and ``edit`` are RTP-LLM's sp_advice_prompt_token_ids and sp_edit, ``speculative=False`` its
     force_disable_sp_run.
     """

@@ -214,8 +214,11 @@ def test_an_aborted_sample_keeps_its_tokens(real: Real) -> None:
 
 
 @on("NONE", "EAGLE3")
-def test_an_aborted_sample_goes_on_from_its_tokens(real: Real) -> None:
-    request = GroupRequest("whole", PROMPTS[0], (1,), SamplingParams(200, temperature=0.0, ignore_eos=True))
+@pytest.mark.parametrize("penalty", [{}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5}])
+def test_an_aborted_sample_goes_on_from_its_tokens(real: Real, penalty: dict[str, float]) -> None:
+    """Under a penalty it begins anew, because SGLang's penalties count no token of a prompt."""
+    sampling = SamplingParams(200, temperature=0.0, ignore_eos=True, **penalty)  # type: ignore[arg-type]
+    request = GroupRequest("whole", PROMPTS[0], (1,), sampling)
     (undisturbed,) = real.engine.generate(request)
     generation = real.engine.generate(replace(request, group_id="partial"))
     wait_for_tokens(real, 20)

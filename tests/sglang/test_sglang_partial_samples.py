@@ -81,7 +81,9 @@ def test_a_sample_without_a_token_brings_its_index_and_its_time(connect: Connect
     assert first.spec.num_rounds == 10
 
 
-@pytest.mark.parametrize("params", [{"stop": ("a",)}, {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
+@pytest.mark.parametrize(
+    "params", [{"stop": ("a",)}, {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.3}]
+)
 def test_where_going_on_would_bend_the_distribution_it_starts_anew(connect: Connect, params: dict[str, Any]) -> None:
     on_fake = connect()
     partial = part(10, weight_version=2, lossy=True, draft_version=7)
