@@ -7,12 +7,15 @@ spell half of a surrogate pair (``"\\ud800"``), which no file, tokenizer or term
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from slime_spec.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 AGAIN = "Copy the file again."
 MEND = "Mend the line."
@@ -120,6 +123,8 @@ class LineFile:
             self.dropped_bytes = self._cut_torn_line()
         except OSError as error:
             raise self._error(error) from None
+        if self.dropped_bytes:
+            logger.warning("cut off an unfinished last line path=%s bytes=%d", path, self.dropped_bytes)
 
     def append(self, *lines: str) -> None:
         """Append each of ``lines``, which have no newline, as one write; raises ConfigError where the disk refuses."""

@@ -8,15 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.files import MEND, LineFile, parse_json_object, read_text, shortened
 
 FILE = "metrics.jsonl"
 
 
 class JsonlSink:
-    """Implements MetricSink; appends, so a resumed run goes on in the same file (its last line for a step counts)."""
+    """Implements MetricSink; appends, so a resumed run goes on in the same file.
+
+    A line that an earlier run did not finish is cut off. A full disk is a ConfigError, and costs the new line alone.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = LineFile(path)
 
     @classmethod
     def open(cls, config: Config, folder: Path) -> JsonlSink:
@@ -25,17 +30,25 @@ class JsonlSink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line ``{"step": 3, "rollout/reward_mean": 0.25, ...}``; null stands for NaN and infinity."""
         row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()  # a killed process loses nothing that was logged
+        self._file.append(json.dumps(row, allow_nan=False))
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Return every step's metrics in order, each step once: the last line written for it."""
-    by_step = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        by_step[row["step"]] = row
+    """Return every step's metrics in order, each step once: the last line written for it.
+
+    A last line without its end (the run is writing it, or was killed) is left out. Raises ConfigError naming the file
+    and the line for any other line that is no row.
+    """
+    by_step: dict[int, dict[str, float | None]] = {}
+    lines = read_text(path, remedy=f"Give the {FILE} of a run.").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        row = parse_json_object(line, f"{path}:{number}", remedy=MEND)
+        if type(step := row.get("step")) is not int:
+            raise ConfigError(f"{path}:{number}", "must have the number of its step", step, MEND)
+        if not all(value is None or isinstance(value, int | float) for value in row.values()):
+            raise ConfigError(f"{path}:{number}", "must hold numbers alone", shortened(line), MEND)
+        by_step[step] = row
     return [by_step[step] for step in sorted(by_step)]

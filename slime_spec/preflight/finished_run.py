@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from itertools import count, takewhile
 from pathlib import Path
 
-from slime_spec.errors import ConfigError
 from slime_spec.metrics.jsonl import FILE, read_metrics
 
 KEY = "spec/accept_rate_cum_pos_{}"
@@ -16,15 +14,10 @@ ROUNDS = "spec/verify_rounds"
 def acceptance_by_position(path: Path) -> tuple[float, ...]:
     """Return the share of all rounds that accepted draft position 0, 1, ...; empty where the run has no such counts.
 
-    ``path`` is the file or its run folder. Steps are pooled: each one's share is weighted with its rounds.
+    ``path`` is the file or its run folder; raises ConfigError for a file that is not a run's. Steps are pooled: each
+    one's share is weighted with its rounds.
     """
-    file = path / FILE if path.is_dir() else path
-    try:
-        steps = read_metrics(file)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
-        raise ConfigError(
-            "--metrics", f"must be a run's {FILE}: {error}", str(path), f"Pass runs/NAME or runs/NAME/{FILE}."
-        ) from None
+    steps = read_metrics(path / FILE if path.is_dir() else path)
     counted = [step for step in steps if KEY.format(0) in step and step.get(ROUNDS)]
     num_rounds = sum(step[ROUNDS] or 0.0 for step in counted)
     # A position that no round of a step accepted may be absent from that step.

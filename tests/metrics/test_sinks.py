@@ -6,9 +6,12 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,59 @@ def test_lines_that_were_logged_survive_a_kill(tmp_path: Path) -> None:
         assert process.stdout.readline() == "logged\n"
         os.kill(process.pid, signal.SIGKILL)
     assert [row["train/loss"] for row in read_metrics(path)] == [0.0, 1 / 3, 2 / 3]
+
+
+@contextmanager
+def disk_of_1000_bytes() -> Iterator[None]:
+    """RLIMIT_FSIZE stands for ENOSPC."""
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_is_one_clear_error_and_the_resumed_run_goes_on_with_whole_lines(tmp_path: Path) -> None:
+    """Case audit/72."""
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    long_row = {f"rollout/reward_mean/{task}": 0.123456 for task in range(9)}
+    with disk_of_1000_bytes():
+        for step in range(3):  # some 300 bytes each
+            sink.write(step, long_row)
+        with pytest.raises(ConfigError, match=r"metrics\.jsonl: must be writable: File too large"):
+            sink.write(3, long_row)
+    sink.close()
+    resumed = JsonlSink(path)
+    resumed.write(3, {"train/loss": 0.5})
+    resumed.close()
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2, 3]
+
+
+def test_a_line_that_a_killed_run_left_unfinished_blocks_no_reader_and_no_resumed_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Case audit/72."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0, "train/loss": 1.5}\n{"step": 1, "train/lo')
+    assert read_metrics(path) == [{"step": 0, "train/loss": 1.5}]
+    sink = JsonlSink(path)
+    sink.write(1, {"train/loss": 0.25})
+    sink.close()
+    assert read_metrics(path) == [{"step": 0, "train/loss": 1.5}, {"step": 1, "train/loss": 0.25}]
+    assert "cut off an unfinished last line" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '{"step": "1"}', '{"step": true}', '{"step": 1, "a": "b"}', '{"step": 1' + "0" * 5000 + "}"]
+)
+def test_a_line_within_the_file_that_is_no_row_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2"):
+        read_metrics(path)
 
 
 def test_what_is_not_finite_becomes_null_so_that_every_line_is_json(tmp_path: Path) -> None:
