@@ -25,12 +25,14 @@ from slime_spec.errors import ConfigError
 from slime_spec.placement import Placement
 from slime_spec.ray_errors import result_of
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
-from slime_spec.weights.messages import PushMessage, PushReply
+from slime_spec.weights.messages import CancelPush, ContinueGeneration, PushMessage, PushReply
 
 logger = logging.getLogger(__name__)
 
 # An engine whose thread is not ended keeps its process alive after Ray has gone.
 STOP_TIMEOUT_S = 10.0
+# How long a failed push waits for the engines to undo it: they take the message in turn, however long that lasts.
+UNDO_TIMEOUT_S = 10.0
 # How long an abort from another thread may go unnoticed while nothing arrives.
 ABORT_POLL_S = 0.2
 
@@ -59,6 +61,7 @@ class EnginePool:
         self._watches: dict[ray.ObjectRef, int] = {}
         self._group_numbers = count()
         self._num_aborts = 0
+        self._broadcast_failed = False
 
     def __enter__(self) -> EnginePool:
         return self
@@ -96,8 +99,15 @@ class EnginePool:
         self._num_aborts += 1
 
     def broadcast(self, message: PushMessage) -> list[PushReply]:
-        """Deliver one push message to every engine; raises if any of them refuses, or has died."""
-        return self._on_all("update_weights", message)
+        """Deliver one push message to every engine; raises if any of them refuses, or has died.
+
+        The others get it all the same. After a failure nothing waits long for engines to undo a push: one may hang.
+        """
+        undoes = self._broadcast_failed and isinstance(message, CancelPush | ContinueGeneration)
+        self._broadcast_failed = True
+        replies = self._on_all("update_weights", message, timeout_s=UNDO_TIMEOUT_S if undoes else None)
+        self._broadcast_failed = False
+        return replies
 
     def set_resident(self, resident: bool) -> list[EngineStats]:
         return self._on_all("set_resident", resident)
@@ -188,10 +198,10 @@ class EnginePool:
         self._serving[engine] = False
         logger.error("engine process died, others take over its samples engine=%d error=%s", engine, error)
 
-    def _on_all(self, method: str, *arguments: object) -> list[Any]:
+    def _on_all(self, method: str, *arguments: object, timeout_s: float | None = None) -> list[Any]:
         calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
         try:
-            results: list[Any] = result_of(calls)
+            results: list[Any] = result_of(calls, timeout_s)
         except RayActorError as error:
             raise EngineProcessDied(
                 f"an engine's process died, and no other is made: resume the run from its last checkpoint ({error})"

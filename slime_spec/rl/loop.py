@@ -105,7 +105,7 @@ def _engines_released(job: Job) -> Iterator[None]:
 def push_weights(
     config: Config, trainer: Trainer, engines: Engines, version: int, clock: PhaseClock
 ) -> dict[str, float]:
-    """Bring every engine to ``version``, or raise PushError with every engine where it was."""
+    """Bring every engine to ``version``; whatever is raised instead, every engine goes on (see run_push)."""
     with clock.phase("sync"):
         push = run_push(trainer.push(version), engines.broadcast, config.push.verify, config.push.pause_mode)
     return push_metrics(push) | canary_metrics(engines.stats())

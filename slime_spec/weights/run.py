@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import cast, get_args
@@ -54,31 +55,32 @@ class PushReport:
 def run_push(
     messages: Iterable[PushMessage], broadcast: Broadcast, verify: bool = False, pause_mode: str = "none"
 ) -> PushReport:
-    """Send a push's messages to every engine; raises PushError, every engine still on its old version, on any failure.
+    """Send a push's messages to every engine, all or nothing.
 
-    ``broadcast`` delivers one message to all engines and returns their replies (raising if any engine refused).
-    ``verify`` reads every engine's weights back after the commit and compares them with the trainer's (the report says
-    whether they could be). ``pause_mode`` is a PauseMode, or none.
+    ``broadcast`` delivers one message to all engines, to the others too where an engine refuses, and returns their
+    replies or raises. ``verify`` reads every engine's weights back after the commit and compares them with the
+    trainer's (the report says whether they could be). ``pause_mode`` is a PauseMode, or none.
+
+    Whatever is raised on the way, an interrupt of this process included, every engine is told to cancel the push and to
+    go on generating: before the commit all of them are then on their old version. An Exception up to the commit is
+    raised as PushError; anything else as it is.
     """
     pending = iter(messages)
     start = perf_counter()
-    try:
+    with _as_push_error("the push could not begin"):
         begin = next(pending)
-    except Exception as error:
-        raise PushError(f"the push could not begin: {error}") from error
     assert isinstance(begin, BeginPush), "a push begins with BeginPush"
     begin_s = perf_counter() - start
     if pause_mode == "none":
         return _push(begin, pending, broadcast, verify, begin_s)
     assert pause_mode in get_args(PauseMode), f"{pause_mode} is no way to pause"
+    version = begin.manifest.version
     start = perf_counter()
-    try:
-        _pause(PauseGeneration(begin.manifest.version, cast(PauseMode, pause_mode)), broadcast)
+    with _undone_by(ContinueGeneration(version), broadcast):
+        with _as_push_error(f"an engine could not pause for the push of version {version}"):
+            broadcast(PauseGeneration(version, cast(PauseMode, pause_mode)))
         report = _push(begin, pending, broadcast, verify, begin_s)
-    except PushError:
-        _continue_after_failure(ContinueGeneration(begin.manifest.version), broadcast)
-        raise
-    broadcast(ContinueGeneration(begin.manifest.version))
+        broadcast(ContinueGeneration(version))
     return replace(report, paused_s=perf_counter() - start)
 
 
@@ -88,68 +90,59 @@ def _push(
     """Send the push after its pause; ``begin_s`` is the time that the trainer took for ``begin``."""
     start = perf_counter() - begin_s
     manifest = begin.manifest
-    try:
-        broadcast(begin)
-        for message in rest:
-            if isinstance(message, CommitPush):
-                break
-            replies = broadcast(message)
-            if isinstance(message, PushBucket):
-                _agree(f"bucket {message.index}", replies)
-        else:
-            raise PushError("the push ended without a commit")
-        _agree("the prepared push", broadcast(PreparePush(message.version, message.checksum)), message.checksum)
-    except Exception as error:
-        _cancel(manifest, broadcast)
-        raise PushError(f"push of version {manifest.version} failed: {error}") from error
-    _commit(message, broadcast)
-    seconds = perf_counter() - start
-    verified = verify and _verify(message, manifest.side, broadcast)
+    version = manifest.version
+    with _undone_by(CancelPush(version), broadcast):
+        with _as_push_error(f"push of version {version} failed"):
+            commit = _prepare(begin, rest, broadcast)
+        with _as_push_error(f"an engine failed at the commit of version {version}, which others may serve already"):
+            replies = broadcast(commit)
+        if behind := [reply for reply in replies if reply.version != version]:
+            raise PushError(f"after the commit of version {version} engines answered {behind}")
+        seconds = perf_counter() - start
+        verified = verify and _verify(commit, manifest.side, broadcast)
     verify_s = perf_counter() - start - seconds
-    return PushReport(
-        message.version, seconds, manifest.nbytes, len(manifest.tensors), message.checksum, verified, verify_s
-    )
+    return PushReport(version, seconds, manifest.nbytes, len(manifest.tensors), commit.checksum, verified, verify_s)
 
 
-def _pause(message: PauseGeneration, broadcast: Broadcast) -> None:
+def _prepare(begin: BeginPush, rest: Iterable[PushMessage], broadcast: Broadcast) -> CommitPush:
+    """Bring every engine to where it only swaps; returns the commit, not sent yet."""
+    broadcast(begin)
+    for message in rest:
+        if isinstance(message, CommitPush):
+            _agree("the prepared push", broadcast(PreparePush(message.version, message.checksum)), message.checksum)
+            return message
+        replies = broadcast(message)
+        if isinstance(message, PushBucket):
+            _agree(f"bucket {message.index}", replies)
+    raise PushError("the push ended without a commit")
+
+
+@contextmanager
+def _as_push_error(what: str) -> Iterator[None]:
     try:
-        broadcast(message)
+        yield
     except Exception as error:
-        raise PushError(f"an engine could not pause for the push of version {message.version}: {error}") from error
+        raise PushError(f"{what}: {error}") from error
 
 
-def _continue_after_failure(message: ContinueGeneration, broadcast: Broadcast) -> None:
+@contextmanager
+def _undone_by(undo: CancelPush | ContinueGeneration, broadcast: Broadcast) -> Iterator[None]:
+    """Send ``undo`` to every engine where the block raises anything at all: the engines live on without it."""
     try:
-        broadcast(message)
-    except Exception:
-        # The push's error is the one to report; an engine that cannot go on is dead.
-        logger.exception("could not continue after the push version=%d", message.version)
+        yield
+    except BaseException:
+        try:
+            broadcast(undo)
+        except Exception:
+            # The block's error is the one to report; an engine that cannot even do this is dead or hangs.
+            logger.exception("an engine did not take what undoes a push message=%s", undo)
+        raise
 
 
 def _agree(what: str, replies: Sequence[PushReply], checksum: str | None = None) -> None:
     answers = {reply.checksum for reply in replies}
     if len(answers) != 1 or (checksum is not None and answers != {checksum}):
         raise PushError(f"checksums of {what} differ: engines {sorted(answers)}, trainer {checksum or 'not asked'}")
-
-
-def _cancel(manifest: Manifest, broadcast: Broadcast) -> None:
-    try:
-        broadcast(CancelPush(manifest.version))
-    except Exception:
-        # The first error is the one to report; an engine that cannot even cancel is dead and holds no version.
-        logger.exception("could not cancel the push version=%d", manifest.version)
-
-
-def _commit(message: CommitPush, broadcast: Broadcast) -> None:
-    try:
-        replies = broadcast(message)
-    except Exception as error:
-        raise PushError(
-            f"an engine failed at the commit of version {message.version}, which others may serve already: {error}"
-        ) from error
-    behind = [reply for reply in replies if reply.version != message.version]
-    if behind:
-        raise PushError(f"after the commit of version {message.version} engines answered {behind}")
 
 
 def _verify(message: CommitPush, side: Side, broadcast: Broadcast) -> bool:

@@ -1,9 +1,13 @@
 """The pool over real Ray actors, with an engine that needs no model."""
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from threading import Timer
 
 import pytest
+import ray
 import torch
 
 from rollout.pool import EnginePool
@@ -14,7 +18,7 @@ from slime_spec.errors import ConfigError, PushError
 from slime_spec.launch.cluster import Cluster, cluster
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GroupRequest, SamplingParams
-from slime_spec.weights.messages import PushMessage
+from slime_spec.weights.messages import PreparePush, PushBucket, PushMessage
 from slime_spec.weights.run import push_messages, run_push
 from tests.support.fake_config import fake_engine_config
 
@@ -89,6 +93,32 @@ def test_a_damaged_push_is_refused_and_every_engine_keeps_its_version(pool, spec
     with pytest.raises(PushError, match="arrived damaged"):
         run_push(messages(spec, 99, Flipping()), pool.broadcast)
     assert [stats.weight_version for stats in pool.stats()] == before
+
+
+def test_ctrl_c_in_a_push_that_a_hung_engine_holds_up_ends_it_and_the_engines_go_on_from_where_they_were(
+    pool, spec, monkeypatch
+):
+    """Case audit/70, over real processes: the hung engine is told to cancel as well, and does when it comes back."""
+    monkeypatch.setattr("rollout.pool.UNDO_TIMEOUT_S", 0.5)
+    before = [stats.weight_version for stats in pool.stats()]
+    hung = ray.get(pool._actors[1].__ray_call__.remote(lambda worker: os.getpid()))
+
+    def broadcast(message: PushMessage) -> list:
+        if isinstance(message, PushBucket) and message.index == 1:
+            os.kill(hung, signal.SIGSTOP)
+            Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()  # during the wait, which has no end
+        return pool.broadcast(message)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_push(messages(spec, 98, RayObjectStoreTransport()), broadcast, pause_mode="in_place")
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    assert [stats.weight_version for stats in pool.stats()] == before
+    with pytest.raises(PushError, match="PreparePush of version 98 outside a push"):
+        pool.broadcast(PreparePush(98, ""))
+    run_push(messages(spec, 97, RayObjectStoreTransport()), pool.broadcast)
+    assert [stats.weight_version for stats in pool.stats()] == [97, 97]
 
 
 def test_an_engine_that_cannot_start_says_why_in_its_own_words(config, ray_cluster):

@@ -1,0 +1,224 @@
+"""Whatever is raised in a push, and whenever: every engine is cancelled, goes on, and takes the next push."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import pytest
+import torch
+
+from slime_spec.errors import PushError
+from slime_spec.transports.in_process import InProcessTransport
+from slime_spec.weights.messages import (
+    BeginPush,
+    CancelPush,
+    CommitPush,
+    ContinueGeneration,
+    Manifest,
+    PauseGeneration,
+    PauseMode,
+    PreparePush,
+    PushBucket,
+    PushMessage,
+    PushReply,
+    Side,
+    VerifyPush,
+    combined_checksum,
+    tensor_checksum,
+)
+from slime_spec.weights.receive import PushDesk, PushStage
+from slime_spec.weights.run import push_messages, run_push
+
+SHAPES = {"a": (2, 3), "b": (4,)}
+OLD = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+NEW = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+
+
+class DictStaging:
+    def __init__(self) -> None:
+        self.expected = SHAPES
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.tensors[name] = tensor.clone()
+
+    def build(self) -> None:
+        pass
+
+
+class Engine:
+    """Takes pushes of both sides as every engine does, has two sides' weights, and knows whether it is paused."""
+
+    def __init__(self) -> None:
+        self.versions: dict[Side, int] = {"target": 0, "draft": 0}
+        self.tensors: dict[Side, Mapping[str, torch.Tensor]] = {"target": OLD, "draft": OLD}
+        self.paused = False
+        self.heard: list[type] = []
+        self._desk: PushDesk[DictStaging] = PushDesk(0, InProcessTransport(), self)
+
+    def update_weights(self, message: PushMessage) -> PushReply:
+        self.heard.append(type(message))
+        return self._desk.answer(message)
+
+    def version(self, side: Side) -> int:
+        return self.versions[side]
+
+    def staging(self, manifest: Manifest) -> DictStaging:
+        return DictStaging()
+
+    def commit(self, stage: PushStage[DictStaging]) -> None:
+        self.versions[stage.manifest.side] = stage.manifest.version
+        self.tensors[stage.manifest.side] = stage.staging.tensors
+
+    def checksum(self, side: Side) -> str:
+        return combined_checksum((name, tensor_checksum(tensor)) for name, tensor in self.tensors[side].items())
+
+    def pause(self, mode: PauseMode) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+
+# What an engine (by its index) raises at a message, if anything
+Fault = Callable[[PushMessage, int], BaseException | None]
+
+
+def to_all(engines: Sequence[Engine], before: Fault, after: Fault) -> Callable[[PushMessage], list[PushReply]]:
+    """What a pool does: a message reaches every engine, then the first fault is raised, if there was one.
+
+    A fault ``before`` keeps the message from its engine, a fault ``after`` only the reply from the pool.
+    """
+
+    def broadcast(message: PushMessage) -> list[PushReply]:
+        replies: list[PushReply] = []
+        faults: list[BaseException | None] = []
+        for index, engine in enumerate(engines):
+            fault = before(message, index)
+            if fault is None:
+                replies.append(engine.update_weights(message))
+                fault = after(message, index)
+            faults.append(fault)
+        for fault in filter(None, faults):
+            raise fault
+        return replies
+
+    return broadcast
+
+
+def quiet(message: PushMessage, index: int) -> None:
+    return None
+
+
+def new_messages(side: Side, version: int = 7) -> Iterator[PushMessage]:
+    return push_messages(NEW, version, side, 24, InProcessTransport())
+
+
+class EngineProcessDied(RuntimeError):
+    """As a pool raises it, which is no PushError."""
+
+
+ERRORS = [
+    PushError("refused"),
+    EngineProcessDied("an engine's process died"),
+    torch.OutOfMemoryError("no memory left"),
+    KeyboardInterrupt(),
+    SystemExit(143),
+    asyncio.CancelledError(),
+]
+BEFORE_COMMIT = (PauseGeneration, BeginPush, PushBucket, PreparePush)
+AFTER = (CommitPush, VerifyPush, ContinueGeneration)
+
+
+@pytest.mark.parametrize("side", ["target", "draft"])
+@pytest.mark.parametrize("when", ["before the engine has it", "after the engine has it"])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("phase", [*BEFORE_COMMIT, *AFTER], ids=lambda phase: phase.__name__)
+def test_every_engine_is_cancelled_and_goes_on_whatever_is_raised(
+    phase: type, error: BaseException, when: str, side: Side
+) -> None:
+    """Case audit/70: each phase of a push, each kind of thing that may be raised in it, at one engine of three."""
+    engines = [Engine(), Engine(), Engine()]
+    raised = 0
+
+    def strike(message: PushMessage, index: int) -> BaseException | None:
+        nonlocal raised
+        if not isinstance(message, phase) or index != 1 or raised:
+            return None
+        raised += 1
+        return error
+
+    hooks = (strike, quiet) if when == "before the engine has it" else (quiet, strike)
+    with pytest.raises(BaseException) as caught:
+        run_push(new_messages(side), to_all(engines, *hooks), verify=True, pause_mode="retract")
+    # The error itself; or, up to the commit and where it is an Exception, a PushError that it caused.
+    assert error is caught.value or (isinstance(caught.value, PushError) and caught.value.__cause__ is error)
+    assert (caught.value is error) == (phase in (VerifyPush, ContinueGeneration) or not isinstance(error, Exception))
+    for engine in engines:
+        assert not engine.paused
+        assert engine.heard[-1] is ContinueGeneration
+        assert (CancelPush in engine.heard) == (phase not in (PauseGeneration, ContinueGeneration))
+        if phase in BEFORE_COMMIT:
+            assert engine.versions == {"target": 0, "draft": 0}
+            assert engine.tensors == {"target": OLD, "draft": OLD}
+    report = run_push(new_messages(side, version=8), to_all(engines, quiet, quiet), verify=True)
+    assert report.verified
+    assert [engine.versions[side] for engine in engines] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("pause_mode", ["none", "in_place"])
+@pytest.mark.parametrize("num_messages", [0, 1, 2])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_the_trainer_raises_engines_are_cancelled_and_go_on(
+    error: BaseException, num_messages: int, pause_mode: str
+) -> None:
+    """A rank's error, a transport's, or an interrupt while the driver waits for the next bucket."""
+    engines = [Engine(), Engine()]
+
+    def breaking() -> Iterator[PushMessage]:
+        messages = new_messages("target")
+        for _ in range(num_messages):
+            yield next(messages)
+        raise error
+
+    with pytest.raises(BaseException) as caught:
+        run_push(breaking(), to_all(engines, quiet, quiet), pause_mode=pause_mode)
+    assert error in (caught.value, caught.value.__cause__)
+    assert (caught.value is error) != isinstance(error, Exception)
+    for engine in engines:
+        assert not engine.paused
+        assert (CancelPush in engine.heard) == (num_messages > 0), "nothing is undone that no engine heard of"
+        assert engine.versions["target"] == 0
+    run_push(new_messages("target"), to_all(engines, quiet, quiet), pause_mode=pause_mode)
+    assert [engine.versions["target"] for engine in engines] == [7, 7]
+
+
+@pytest.mark.parametrize("second", [RuntimeError("dead"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_an_engine_that_cannot_cancel_keeps_no_other_from_cancelling_and_none_from_going_on(
+    second: BaseException,
+) -> None:
+    """A dead engine; or the second Ctrl-C of an impatient user, which is then what is raised."""
+    engines = [Engine(), Engine(), Engine()]
+
+    def strike(message: PushMessage, index: int) -> BaseException | None:
+        if isinstance(message, PreparePush) and index == 2:
+            return KeyboardInterrupt()
+        return second if isinstance(message, CancelPush) and index == 0 else None
+
+    with pytest.raises(KeyboardInterrupt):
+        run_push(new_messages("draft"), to_all(engines, strike, quiet), pause_mode="abort")
+    assert [engine.heard[-2:] for engine in engines[1:]] == [[CancelPush, ContinueGeneration]] * 2
+    assert [engine.paused for engine in engines] == [False] * 3
+    assert [engine.versions["draft"] for engine in engines] == [0] * 3
+
+
+def test_weights_that_differ_when_read_back_end_the_push_and_leave_no_engine_paused() -> None:
+    engines = [Engine(), Engine()]
+
+    def spoil(message: PushMessage, index: int) -> None:
+        if isinstance(message, VerifyPush) and index == 1:
+            engines[1].tensors["target"] = OLD
+
+    with pytest.raises(PushError, match="engines compute with"):
+        run_push(new_messages("target"), to_all(engines, spoil, quiet), verify=True, pause_mode="in_place")
+    assert [engine.heard[-2:] for engine in engines] == [[CancelPush, ContinueGeneration]] * 2
+    assert [engine.paused for engine in engines] == [False, False]
