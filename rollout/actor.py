@@ -107,11 +107,13 @@ class EngineWorker:
 
 def site_here(nodes: Sequence[ray.actor.ActorHandle] = (), devices: tuple[str, ...] = ()) -> Site:
     """Return the Site of this process; ``nodes`` are the NodeWorkers of an engine's other nodes."""
+    bundles = ray.util.get_current_placement_group()
     return Site(
         address=ray.util.get_node_ip_address(),
         num_cluster_nodes=sum(node["Alive"] for node in ray.nodes()),
         others=tuple(RayNode(node) for node in nodes),
         devices=devices,
+        run="" if bundles is None else bundles.id.hex(),
     )
 
 

@@ -41,6 +41,7 @@ class Site:
     """Says where an engine is: its first node's address, its other nodes, how many nodes the cluster has.
 
     ``devices`` are the GPUs of the first node as CUDA_VISIBLE_DEVICES names them; empty: all that this process sees.
+    ``run`` names the run among all runs, those before it too; empty where the engine is all there is of the run.
 
     Example: ``Site("10.0.0.1", num_cluster_nodes=2, others=(node,))``
     """
@@ -49,6 +50,7 @@ class Site:
     num_cluster_nodes: int = 1
     others: Sequence[Node] = ()
     devices: tuple[str, ...] = ()
+    run: str = ""
 
 
 HERE = Site()  # one node that nobody else uses

@@ -56,7 +56,7 @@ class SglangEngine:
         self._limits = limits_of(config, self._target)
         self._draft = draft_files(config, self._target)
         self.server = KeptServer(config, engine_index, self._target, site)
-        self.weights = ServerWeights(config, engine_index, (self._target, self._draft), self.server)
+        self.weights = ServerWeights(config, engine_index, (self._target, self._draft), self.server, site.run)
         self._watch = make_watch(config, self._target, self._draft)
         self._upkeep = Upkeep(self.server, self.weights, self._watch)
         self._pushes = PushDesk(engine_index, transport, self._upkeep)

@@ -50,7 +50,7 @@ class SampleRuns:
 
     @property
     def weights_key(self) -> str:
-        return f"weights-{self._weights.version('target')}"
+        return self._weights.cache_key
 
     @property
     def draft_version(self) -> int | None:

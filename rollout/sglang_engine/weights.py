@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from uuid import uuid4
 
 import torch
 
@@ -46,6 +47,7 @@ class ServerWeights:
         engine_index: int,
         files: tuple[TargetFiles, DraftFiles | None],
         server: KeptServer,
+        run: str = "",
     ) -> None:
         self._config, self._index, self._server = config, engine_index, server
         self._target, self._draft = files
@@ -53,6 +55,10 @@ class ServerWeights:
         self._checksums: dict[Side, str] = {}
         self._draft_sums: Sums = {}
         self._paused: PauseMode | None = None
+        # A server that outlives its run keeps what it has cached, and the next run has the same version numbers.
+        self._run = run or uuid4().hex
+        self._key = f"{self._run}-0"
+        self._pause = ""
 
     def version(self, side: Side) -> int:
         """Return the version of the side's last push; 0 for the checkpoint's weights."""
@@ -65,6 +71,15 @@ class ServerWeights:
         return None if self._draft is None or not self._server.speculates else self.version("draft")
 
     @property
+    def cache_key(self) -> str:
+        """Return the key for prefixes that the server caches: no other weights, of this run or another, have it.
+
+        Engines of one run have the same key for the same push, as one router may send their requests to any server.
+        A request that comes while the server is paused may be computed with weights yet to come: a pause has its own.
+        """
+        return f"{self._key}-{self._pause}" if self._pause else self._key
+
+    @property
     def is_paused(self) -> bool:
         """Return whether a push has paused the server."""
         return self._paused is not None
@@ -75,15 +90,15 @@ class ServerWeights:
 
     def pause(self, mode: PauseMode) -> None:
         self._server.loop.call(self._server.client.post("/pause_generation", {"mode": mode}))
-        self._paused = mode
+        self._paused, self._pause = mode, uuid4().hex
 
     def resume(self) -> None:
         self._server.loop.call(self._server.client.post("/continue_generation"))
-        self._paused = None
+        self._paused, self._pause = None, ""
 
     def restore(self) -> None:
         """Send the current weights to a new server, which has its checkpoints' weights."""
-        self._paused = None
+        self._paused, self._pause = None, ""
         for side in ("target", "draft"):
             if side in self._current:
                 self._deliver(self._current[side])
@@ -118,6 +133,8 @@ class ServerWeights:
         side, version = stage.manifest.side, stage.manifest.version
         before = self._current.get(side)
         self._current[side] = Weights(side, version, stage.staging.tensors)
+        if side == "target":
+            self._key = f"{self._run}-{version}-{stage.checksum}"
         try:
             self._deliver(self._current[side])
         except ServerGone as error:
