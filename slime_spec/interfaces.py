@@ -140,13 +140,20 @@ class RunState:
     """Says where the run is: saved with the trainer's checkpoint, so that a resumed run draws the same next prompts.
 
     ``unfinished_prompt_ids`` were drawn and not trained on yet: the next step begins with them, and resumes their
-    partial samples as long as the run's process lives.
+    partial samples as long as the run's process lives. ``is_ahead`` says that the trainer's weights are newer than
+    those that were pushed as ``weight_version``.
     """
 
     rollout_id: int
     next_prompt_id: int
     weight_version: int
     unfinished_prompt_ids: tuple[int, ...] = ()
+    is_ahead: bool = False
+
+    @classmethod
+    def of_checkpoint(cls, saved: Mapping[str, Any]) -> RunState:
+        """Return the state that a checkpoint holds; the weights of one that does not say so count as never pushed."""
+        return cls(**{"is_ahead": True, **saved})
 
 
 class MetricSink(Protocol):

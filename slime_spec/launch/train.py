@@ -34,8 +34,7 @@ from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
 from slime_spec.placement import Placement
 from slime_spec.preflight.gate import check_launch
-from slime_spec.rl.clock import PhaseClock
-from slime_spec.rl.loop import Job, push_weights, run_loop
+from slime_spec.rl.loop import Job, first_state, run_loop
 from slime_spec.rl.rollout_data import check_rollout_data, load_rollout, save_rollout
 from slime_spec.rl.rollouts import GeneratedRollouts, RolloutSource, SavedRollouts
 from slime_spec.rl.samples_file import append_samples
@@ -71,7 +70,7 @@ def run(made: Composed, argv: Sequence[str]) -> int:
         Examples(config.metrics.console) as examples,
         _parts(config, inputs.spec) as (engines, trainer),
     ):
-        state = _start(config, trainer, engines)
+        state = first_state(config, trainer, engines)
         job = Job(
             config=config,
             rollouts=_rollout_source(config, inputs.prompts, engines),
@@ -188,20 +187,6 @@ def _trainer(config: Config, placement: Placement) -> Trainer:
     from trainer_bridge.megatron.group import MegatronGroup
 
     return MegatronGroup(config, placement)
-
-
-def _start(config: Config, trainer: Trainer | None, engines: Engines | None) -> RunState:
-    """Load the trainer; a resumed trainer pushes its weights to the engines before they serve."""
-    resumed = trainer.load() if trainer is not None else None
-    if resumed is None:
-        return RunState(rollout_id=0, next_prompt_id=0, weight_version=0)
-    # A trainer that was saved between two pushes, or without engines, is ahead of every pushed version.
-    ahead = resumed.rollout_id % config.push.interval != 0 or resumed.weight_version == 0
-    state = replace(resumed, weight_version=resumed.weight_version + ahead)
-    logger.info("resumed rollout_id=%d version=%d", state.rollout_id, state.weight_version)
-    if trainer is not None and engines is not None:
-        push_weights(config, trainer, engines, state.weight_version, PhaseClock())
-    return state
 
 
 def _rollout_source(config: Config, prompts: PromptSource, engines: Engines | None) -> RolloutSource:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import Engines, RunState, Trainer
@@ -42,6 +42,18 @@ class Job:
     progress: Callable[[str], Progress]
 
 
+def first_state(config: Config, trainer: Trainer | None, engines: Engines | None) -> RunState:
+    """Load the trainer; a resumed trainer pushes its weights, under a version of their own, before engines serve."""
+    state = None if trainer is None else trainer.load()
+    if trainer is None or state is None:
+        return RunState(rollout_id=0, next_prompt_id=0, weight_version=0)
+    if engines is not None:
+        state = replace(state, weight_version=state.weight_version + state.is_ahead, is_ahead=False)
+        push_weights(config, trainer, engines, state.weight_version, PhaseClock())
+    logger.info("resumed rollout_id=%d version=%d", state.rollout_id, state.weight_version)
+    return state
+
+
 def run_loop(job: Job, state: RunState) -> RunState:
     """Run every step from ``state.rollout_id`` on; returns where the run stands at the end."""
     interval = job.config.trainer.save_interval
@@ -63,12 +75,13 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
     samples = rollout.samples
     job.keep_samples(state.rollout_id, samples)
     metrics = rollout_metrics(samples)
-    version = state.weight_version
+    version, is_ahead = state.weight_version, state.is_ahead
     if job.trainer is not None:
         metrics |= _train(job, job.trainer, samples, clock)
+        is_ahead = True
         due = (state.rollout_id + 1) % job.config.push.interval == 0
         if job.engines is not None and due:
-            version += 1
+            version, is_ahead = version + 1, False
             job.progress("push")(0, 1)
             metrics |= push_weights(job.config, job.trainer, job.engines, version, clock)
     if job.engines is not None:
@@ -76,7 +89,8 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
         speculates = job.config.speculative.record.speculates
         metrics |= engine_metrics(before, after, speculates) | benefit_metrics(after, samples)
     metrics |= perf_metrics(samples, clock.seconds, clock.total_s)
-    return metrics, RunState(state.rollout_id + 1, rollout.next_prompt_id, version, rollout.unfinished_prompt_ids)
+    unfinished = rollout.unfinished_prompt_ids
+    return metrics, RunState(state.rollout_id + 1, rollout.next_prompt_id, version, unfinished, is_ahead)
 
 
 def _train(job: Job, trainer: Trainer, samples: list[Sample], clock: PhaseClock) -> dict[str, float]:

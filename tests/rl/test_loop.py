@@ -1,13 +1,14 @@
 """The loop's order of events, with parts that only record what they were asked."""
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import pytest
 
 from slime_spec.config.tree import Config, PushConfig, RolloutConfig, RunConfig, SpeculativeConfig, TrainerConfig
 from slime_spec.errors import PushError
 from slime_spec.interfaces import RunState
-from slime_spec.rl.loop import Job, run_loop
+from slime_spec.rl.loop import Job, first_state, run_loop
 from slime_spec.rl.rollouts import Rollout
 from slime_spec.types import EngineStats, GeneratedSample, Prompt, Sample, SpecCounters, TrainReport
 from slime_spec.weights.messages import (
@@ -30,8 +31,12 @@ class Recorder:
     refuse_version: int | None = None
     events: list[str] = field(default_factory=list)
     version: int = 0
+    resumed: RunState | None = None
     num_stats: int = 0
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def load(self) -> RunState | None:
+        return self.resumed
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.events.append(f"log {step}")
@@ -169,6 +174,45 @@ def test_a_resumed_run_starts_at_its_step():
     recorder = Recorder()
     run_loop(job(recorder, config(num_rollout=4)), RunState(rollout_id=3, next_prompt_id=9, weight_version=3))
     assert [event for event in recorder.events if event.startswith(("log", "push"))] == ["push 4", "log 3"]
+
+
+@dataclass
+class Lives(Recorder):
+    """A run of several lives, each resumed from the last one's checkpoint: the weights are the steps trained."""
+
+    weights: int = 0
+    pushed: dict[int, int] = field(default_factory=dict)
+
+    def step(self, samples) -> TrainReport:
+        self.weights += 1
+        return super().step(samples)
+
+    def broadcast(self, message) -> list[PushReply]:
+        if isinstance(message, CommitPush):
+            assert self.pushed.setdefault(message.version, self.weights) == self.weights, "two weights have one version"
+        return super().broadcast(message)
+
+
+@pytest.mark.parametrize("intervals", list(product((None, 1, 2, 3), repeat=3)))
+def test_a_version_names_the_same_weights_in_every_life_of_a_run_whatever_the_push_interval(intervals):
+    """Case audit/73; None is a life without engines."""
+    lives = Lives()
+    for number, interval in enumerate(intervals):
+        asked = config(num_rollout=3 + 5 * number, interval=interval or 1)
+        engines = None if interval is None else lives
+        first = first_state(asked, lives, engines)  # type: ignore[arg-type]
+        if engines is not None and lives.resumed is not None:
+            assert lives.pushed[first.weight_version] == lives.weights, "engines begin with the trainer's weights"
+        lives.resumed = run_loop(job(lives, asked, engines=engines is not None), first)
+        assert lives.resumed.is_ahead == (lives.pushed.get(lives.resumed.weight_version, 0) != lives.weights)
+
+
+def test_the_weights_of_a_checkpoint_that_does_not_say_whether_they_were_pushed_get_a_version_of_their_own():
+    """Case audit/73."""
+    state = RunState.of_checkpoint({"rollout_id": 3, "next_prompt_id": 24, "weight_version": 1})
+    recorder = Recorder(resumed=state)
+    assert first_state(config(interval=3), recorder, recorder) == RunState(3, 24, 2)  # type: ignore[arg-type]
+    assert recorder.events == ["push 2"]
 
 
 def test_a_refused_push_is_cancelled_and_ends_the_run_loudly():

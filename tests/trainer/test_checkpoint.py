@@ -12,7 +12,7 @@ from slime_spec.interfaces import RunState
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples
 from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint, resolve_checkpoint, tidy
 
-STATE = RunState(rollout_id=7, next_prompt_id=56, weight_version=6, unfinished_prompt_ids=(51, 54))
+STATE = RunState(rollout_id=7, next_prompt_id=56, weight_version=6, unfinished_prompt_ids=(51, 54), is_ahead=True)
 BEFORE = [tiny_samples(seed) for seed in (1, 2)]
 AFTER = [tiny_samples(seed) for seed in (3, 4)]
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}

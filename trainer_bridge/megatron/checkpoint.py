@@ -80,7 +80,7 @@ def load_checkpoint(path: str, model: PolicyModel, optimizer: Any) -> TrainerSta
     folder = resolve_checkpoint(path)
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
-        state = TrainerState(RunState(**common["run"]), common["optimizer_step"])
+        state = TrainerState(RunState.of_checkpoint(common["run"]), common["optimizer_step"])
         loaded = dist_checkpointing.load(_contents(model, optimizer, state, is_loading=True), str(folder))
     except READ_ERRORS as error:
         raise CheckpointError(
