@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ from rollout.embedded.validate import limits_of
 from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.verifier import Verifier
 from rollout.embedded.weights import DecoderBuilder
-from slime_spec.checkpoints.folder import CheckpointFolder
+from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer
@@ -68,7 +67,7 @@ class Assembly:
             cost_probe_interval=self.config.engine.cost_probe_interval,
         )
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)
-        stop_ids = CheckpointFolder(Path(folder)).eos_token_ids
+        stop_ids = end_token_ids(folder)
         stop_rule = StopRule(stop_ids, self.decode)
         verifier = verifier or make_verifier(speculative, stop_ids)
         return GenerationCore(builder.finish(), cache, drafter or self._drafter, stop_rule, settings, clock, verifier)

@@ -12,6 +12,7 @@ from rollout.sglang_engine.limits import limits_of
 from rollout.sglang_engine.sample_runs import SampleRuns
 from rollout.sglang_engine.upkeep import Upkeep
 from rollout.sglang_engine.weights import ServerWeights
+from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.checkpoints.model_files import TargetFiles, draft_files
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import WeightTransport
@@ -61,7 +62,8 @@ class SglangEngine:
         self._upkeep = Upkeep(self.server, self.weights, self._watch)
         self._pushes = PushDesk(engine_index, transport, self._upkeep)
         fills_rounds = config.speculative.record.fills_rounds
-        self.samples = SampleRuns(engine_index, self.server, self.weights, fills_rounds, self._target.eos_token_ids)
+        ends = end_token_ids(config.model.hf_checkpoint)
+        self.samples = SampleRuns(engine_index, self.server, self.weights, fills_rounds, ends)
 
     @property
     def client(self) -> SglangClient:

@@ -99,7 +99,7 @@ class GrowingSample:
     def body(self, rid: str, extra_key: str) -> dict[str, Any]:
         """Return the next part's request; ``extra_key`` keeps prefixes of other weights from being reused."""
         self.part = Part()
-        params = sampling_fields(self.request.params, len(self._token_ids))
+        params = sampling_fields(self.request.params, len(self._token_ids), self._reading.eos_token_ids)
         return {
             "rid": rid,
             "input_ids": [*self.request.prompt_token_ids, *self._token_ids],
@@ -196,8 +196,13 @@ class GrowingSample:
         self._rounds_known &= rounds_are_known(len(part.token_ids), counters)
 
 
-def sampling_fields(params: SamplingParams, num_generated: int) -> dict[str, Any]:
-    """Return SGLang's sampling_params for what is left after ``num_generated`` tokens."""
+def sampling_fields(
+    params: SamplingParams, num_generated: int, eos_token_ids: frozenset[int] = frozenset()
+) -> dict[str, Any]:
+    """Return SGLang's sampling_params for what is left after ``num_generated`` tokens.
+
+    The EOS tokens are named: a server may run without a tokenizer, or with another generation_config.json.
+    """
     fields: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens - num_generated,
         "temperature": params.temperature,
@@ -208,8 +213,9 @@ def sampling_fields(params: SamplingParams, num_generated: int) -> dict[str, Any
     }
     if params.stop:
         fields["stop"] = list(params.stop)
-    if params.stop_token_ids:
-        fields["stop_token_ids"] = list(params.stop_token_ids)
+    ends = {*params.stop_token_ids} if params.ignore_eos else eos_token_ids.union(params.stop_token_ids)
+    if ends:
+        fields["stop_token_ids"] = sorted(ends)
     for name, default in (("frequency_penalty", 0.0), ("presence_penalty", 0.0), ("repetition_penalty", 1.0)):
         if getattr(params, name) != default:
             fields[name] = getattr(params, name)

@@ -18,7 +18,7 @@ from slime_spec.bench.plain import SHORT
 from slime_spec.bench.prompts import EARLIER, LONG_TEXTS, REPEAT, Prompts, rotating, tokenized
 from slime_spec.bench.race import Ask, EngineSide, ForgetfulSide, Side, race, ratio_rows, speed_rows
 from slime_spec.bench.rows import BenchOptions, Row
-from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.types import SamplingParams
 
@@ -55,7 +55,7 @@ def edits(model: Path) -> dict[tuple[int, ...], tuple[int, ...]]:
 
 def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int = LONGEST_REPLY) -> list[Row]:
     """Measure batch 1, greedy, to EOS: with advice in both of RTP-LLM's modes, without advice, and plain."""
-    prompts, stops = tuple(advice), ModelSpec.from_folder(model).eos_token_ids
+    prompts, stops = tuple(advice), tuple(end_token_ids(model))
     rows: list[Row] = []
     for dtype in sizes.dtypes:
         with ExitStack() as started:

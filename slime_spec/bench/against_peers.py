@@ -27,6 +27,7 @@ from slime_spec.bench.peers.process import PeerProcess
 from slime_spec.bench.prompts import Prompts, in_domain, rotating, tokenized
 from slime_spec.bench.race import Ask, EngineSide, Side, Times, per_s, race, ratio_rows, speed_rows
 from slime_spec.bench.rows import BenchOptions, Row
+from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.checkpoints.model_spec import ModelSpec
 
 DTYPE = "bfloat16"
@@ -67,7 +68,7 @@ def measure(options: BenchOptions) -> list[Row]:
                 chosen = {name: side for name, side in sides.items() if takes_part(name, looks_up)}
                 rows += plain_rows(kind, prompts, batch_size, chosen, cells)
         prompts = in_domain(options.model, 4 * max(PROMPTS_AT_ONCE.values()), options.seeds[0])
-        stops = ModelSpec.from_folder(options.model).eos_token_ids
+        stops = tuple(end_token_ids(options.model))
         rows += in_domain_rows(prompts, stops, {**ours, **peers}, cells)
         rows += [_described(mode, peers[mode.id]) for mode in wanted if mode.id in peers]
     return rows

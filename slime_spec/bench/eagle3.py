@@ -27,7 +27,7 @@ from slime_spec.bench.race import (
     speed_rows,
 )
 from slime_spec.bench.rows import BenchOptions, Row
-from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.types import SamplingParams
 
 # Bounds of greedy decode speed over the engine's own plain decoding, by batch size.
@@ -64,7 +64,7 @@ def measure(options: BenchOptions) -> list[Row]:
 def measure_eagle3(options: BenchOptions, prompts: Prompts, sizes: Eagle3Sizes) -> list[Row]:
     """Measure greedy replies in every shape, then sampled ones by every verification, per dtype and batch size."""
     rows: list[Row] = []
-    stops = ModelSpec.from_folder(options.model).eos_token_ids
+    stops = tuple(end_token_ids(options.model))
     workload = Workload(prompts, stops, sizes.num_rounds, sizes.num_new_tokens)
     for dtype in sizes.dtypes:
         with greedy_sides(options, dtype, sizes.shapes) as sides:

@@ -74,12 +74,6 @@ class CheckpointFolder:
     def architecture(self) -> str:
         return architecture_of(self.config)
 
-    @cached_property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Return end-of-sequence tokens of config.json and of generation_config.json (chat models name more there)."""
-        extra = self.json(name) if (self.path / (name := "generation_config.json")).is_file() else {}
-        return frozenset([*token_ids(self.config.get("eos_token_id")), *token_ids(extra.get("eos_token_id"))])
-
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """Return the files of the weights; raises where a file is missing."""
@@ -146,13 +140,6 @@ def require(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None
     """Raise CheckpointError for a config.json without ``keys``."""
     if missing := [key for key in keys if config.get(key) is None]:
         raise CheckpointError(source, f"lacks {', '.join(missing)}", architecture_of(config), AGAIN)
-
-
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """Return the token ids of an ``eos_token_id``, which may be null, a number or a list, as a tuple."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _stored(files: Iterable[Path]) -> dict[str, StoredTensor]:

@@ -24,7 +24,6 @@ class TargetFiles:
     vocab_size: int
     context_length: int
     num_layers: int
-    eos_token_ids: frozenset[int]
     shapes: Shapes
     mtp_shapes: Shapes
 
@@ -44,7 +43,6 @@ class TargetFiles:
             vocab_size=config["vocab_size"],
             context_length=config.get("max_position_embeddings", UNBOUNDED),
             num_layers=config["num_hidden_layers"],
-            eos_token_ids=stored.eos_token_ids,
             shapes={name: shape for name, shape in shapes.items() if name not in mtp.keys() | tied},
             mtp_shapes=mtp,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_spec.checkpoints.families import BUILT_ARCHITECTURES, family_of
-from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, architecture_of, require, token_ids
+from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, architecture_of, require
 from slime_spec.errors import CheckpointError
 
 
@@ -41,7 +41,6 @@ class ModelSpec:
     qkv_bias: bool
     qk_norm: bool
     rope_scaling: RopeScaling | None
-    eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_folder(cls, folder: str | Path, setting: str = TARGET_PATH) -> ModelSpec:
@@ -88,7 +87,6 @@ class ModelSpec:
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
             rope_scaling=_rope_scaling(rope, source),
-            eos_token_ids=token_ids(config.get("eos_token_id")),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 # What a template that asks for today's date is told, so that a prompt is the same every day: Llama 3's own fallback.
 DEFAULT_DATE = "2024-07-26"
+# SGLang ends a reply at these added tokens too, whatever the checkpoint names: common.py of its hf_transformers.
+TURN_FINAL = ("<|eom_id|>", "<|content_model_end_sampling|>", "<|ifm|im_end|>")
+# A chat template is a program: what it may raise, on messages that it was not written for.
+OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 class Tokenizer:
@@ -65,6 +70,20 @@ class Tokenizer:
         eos: int | None = self._hf.eos_token_id
         return eos
 
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Return the tokens of which each ends a reply: the tokenizer's EOS, and turn-final tokens as SGLang has it."""
+        named = {self.eos_token_id, *map(self._hf.get_added_vocab().get, TURN_FINAL)}
+        return frozenset(each for each in named if each is not None)
+
+    def added_token(self, token_id: int) -> str | None:
+        """Return the text of a token that is no piece of text, such as ``<|im_end|>``; None for any other token."""
+        return self._added_tokens.get(token_id)
+
+    @cached_property
+    def _added_tokens(self) -> dict[int, str]:
+        return {token_id: token for token, token_id in self._hf.get_added_vocab().items()}
+
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
         """Return ids of plain text, with the tokenizer's additions (Llama's BOS; none for SmolLM2) if ``special``."""
         return tuple(self._hf.encode(text, add_special_tokens=special, verbose=False))
@@ -101,10 +120,21 @@ class Tokenizer:
             )
         except TemplateSyntaxError as error:
             raise self._template_error("be valid Jinja", error) from None
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except OF_TEMPLATES as error:
             what = "a user's message" if isinstance(messages, str) else "these messages"
             raise self._template_error(f"render {what}", error) from None
         return tuple(ids)
+
+    def rendered(self, turns: Sequence[Mapping[str, Any]]) -> str | None:
+        """Return the text of a conversation that is over; None without a chat template that renders it."""
+        if self._hf.chat_template is None:
+            return None
+        try:
+            text = self._hf.apply_chat_template([*turns], tokenize=False, **self._template_values)
+        except OF_TEMPLATES:
+            return None
+        assert isinstance(text, str), "tokenize=False"
+        return text
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         text: str = self._hf.decode(list(ids), skip_special_tokens=skip_special)

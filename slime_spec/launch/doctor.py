@@ -20,7 +20,7 @@ USAGE = """\
 slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]
 
   Checks a configuration against every trap of speculative rollouts that is known to this version, without starting
-  anything: it reads config.json and headers of the checkpoints, asks SGLang's interpreter (--sglang-python) for its
+  anything: it reads JSON files and headers of the checkpoints, asks SGLang's interpreter (--sglang-python) for its
   version and the driver for this machine's GPUs.
 
   --metrics RUN    also judge the acceptance of a finished run (its folder or metrics.jsonl) by draft position;

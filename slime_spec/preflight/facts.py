@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slime_spec.checkpoints.draft_location import locate_draft
+from slime_spec.checkpoints.end_of_text import ReplyEnds
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
@@ -28,7 +29,8 @@ class Facts:
     whose checkpoint is the target's. ``known_flags`` are what the servers' interpreter says it understands, None where
     there is none to ask. ``gpu_bytes`` is the memory of each GPU that the run may use, None for a cluster's, which are
     not counted. ``acceptance`` are a finished run's cumulative rates by draft position. ``silent_servers`` are those
-    that someone else started and that did not report their flags.
+    that someone else started and that did not report their flags. ``reply_ends`` is None for a run that generates
+    nothing, and where the target's folder has no tokenizer.
     """
 
     config: Config
@@ -43,6 +45,7 @@ class Facts:
     acceptance: tuple[float, ...] = ()
     engine: int = 0
     silent_servers: tuple[str, ...] = ()
+    reply_ends: ReplyEnds | None = None
 
     @property
     def on_sglang(self) -> bool:

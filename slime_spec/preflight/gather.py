@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from slime_spec.checkpoints.draft_location import locate_draft
+from slime_spec.checkpoints.end_of_text import ReplyEnds
 from slime_spec.checkpoints.folder import DRAFT_PATH
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
@@ -28,7 +29,7 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
     """Return the facts of each engine whose configuration differs from that of every engine before it.
 
     ``given`` are the paths of the settings that somebody has set; the others have their defaults.
-    Raises ConfigError for a checkpoint that cannot be read. Of the checkpoints only config.json and the headers of the
+    Raises ConfigError for a checkpoint that cannot be read. Of the checkpoints only JSON files and the headers of the
     weights are read; SGLang's interpreter is asked for its version, and for its flags where the version is not the
     pinned one; a server that someone else started is asked for both.
     """
@@ -43,6 +44,7 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
         environ=os.environ,
         gpu_bytes=visible_gpu_bytes(os.environ) if config.cluster.ray_address is None else None,
         acceptance=acceptance,
+        reply_ends=None if config.run.mode == "train_only" else ReplyEnds.read(target.folder),
     )
     if not base.on_sglang:
         return (base,)

@@ -1,8 +1,12 @@
 """Admission, memory bound, rows, stopping and aborting."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from rollout.embedded.core import GenerationCore
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
@@ -107,6 +111,29 @@ def test_eos_of_the_generation_config_stops_unless_ignored(tiny_llama: Path, tmp
     ignored = run(core, [GroupRequest("g", prompt, (0,), greedy(30, ignore_eos=True))])["g", 0]
     assert ignored.token_ids == full.token_ids
     assert (ignored.finish_reason, ignored.matched_stop) == ("length", None)
+
+
+def test_eos_that_the_tokenizer_alone_names_ends_a_reply_in_every_path_of_the_engine(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Case reports/02: also a partial sample that goes on, and min_new_tokens, which keeps EOS away."""
+    prompt = random_prompt(8, seed=3)
+    full = run(make_core(engine_config(tiny_llama)), [GroupRequest("g", prompt, (0,), greedy(30))])["g", 0]
+    eos = full.token_ids[4]
+    vocabulary = {f"token{index}": index for index in range(131)}
+    saved = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer(WordLevel(vocabulary)), eos_token=f"token{eos}")
+    saved.save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(tiny_llama / name)
+    first = full.token_ids.index(eos)
+    core = make_core(engine_config(tmp_path))
+    stopped = run(core, [GroupRequest("g", prompt, (0,), greedy(30))])["g", 0]
+    assert (stopped.token_ids, stopped.finish_reason) == (full.token_ids[: first + 1], "stop")
+    partial = replace(full, token_ids=full.token_ids[:first], logprobs=full.logprobs[:first], finish_reason="abort")
+    request = GroupRequest("g", prompt, (0,), greedy(30), partials=(partial,))
+    assert run(core, [request])["g", 0].token_ids == full.token_ids[: first + 1]
+    later = run(core, [GroupRequest("g", prompt, (0,), greedy(30, min_new_tokens=first + 2))])["g", 0]
+    assert eos not in later.token_ids[: first + 2]
 
 
 def test_abort_returns_running_samples_with_what_they_have_and_leaves_others_alone(tiny_llama: Path) -> None:

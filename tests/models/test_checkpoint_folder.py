@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.checkpoints.folder import CheckpointFolder, StoredTensor
 from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.checkpoints.model_spec import ModelSpec
@@ -90,7 +91,7 @@ def test_a_shard_that_is_not_there_is_named_to_an_engine_and_left_out_of_a_plan(
 
 def test_a_folder_that_is_not_there_is_refused_as_no_folder_whatever_is_read_first() -> None:
     """Users would look for weights in a folder whose path they mistyped."""
-    for name in ("config", "weight_files", "tensors", "eos_token_ids"):
+    for name in ("config", "weight_files", "tensors"):
         with pytest.raises(CheckpointError, match="must be a checkpoint folder with a config.json") as refused:
             getattr(CheckpointFolder(Path("/no/such/folder"), "model.hf_checkpoint"), name)
         assert refused.value.setting == "model.hf_checkpoint"
@@ -114,10 +115,10 @@ def test_every_view_refuses_a_damaged_config_in_the_same_words(text: str, rule: 
 
 def test_the_language_model_of_a_multimodal_checkpoint_is_read_at_the_top(tmp_path: Path) -> None:
     text = {"model_type": "inner", "vocab_size": 7, "eos_token_id": [1, 2]}
-    config = {"model_type": "outer", "architectures": ["Outer"], "vocab_size": 9, "text_config": text}
+    config = {"model_type": "outer", "architectures": ["Outer"], "vocab_size": 9, "text_config": text, "eos_token_id": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
     folder = CheckpointFolder(tmp_path)
     assert (folder.config["model_type"], folder.config["vocab_size"]) == ("outer", 7)
     assert folder.architecture == "Outer"
-    assert folder.eos_token_ids == {1, 2, 3}
+    assert end_token_ids(tmp_path) == {1, 2, 3, 4}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +15,12 @@ from aiohttp import web
 from rollout.sglang_engine.engine import Offloaded
 from rollout.sglang_engine.fake import FakeServer, next_token
 from rollout.sglang_engine.sample import GrowingSample, Part, ProtocolError, Reading, sampling_fields
-from slime_spec.config.tree import Config, SpeculativeConfig
+from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
 from slime_spec.weights.messages import ContinueGeneration, PauseGeneration
 from tests.sglang.conftest import Connect, OnFake
+from tests.support.chat_templates import SPECIALS, save_tokenizer
 
 PROMPT = (5, 6, 7)
 
@@ -221,6 +224,27 @@ def test_a_broken_sample_goes_on_from_its_tokens() -> None:
     body = broken_sample(SamplingParams(max_new_tokens=20, min_new_tokens=8)).body("next", "key")
     assert body["input_ids"] == [*PROMPT, 0, 1, 2, 3, 4]
     assert (body["sampling_params"]["max_new_tokens"], body["sampling_params"]["min_new_tokens"]) == (15, 3)
+
+
+@pytest.mark.parametrize(
+    ("params", "stops"), [({}, [2, 7]), ({"stop_token_ids": (5,)}, [2, 5, 7]), ({"ignore_eos": True}, None)]
+)
+def test_a_request_names_every_token_that_ends_a_reply(params: dict[str, Any], stops: list[int] | None) -> None:
+    """A server may know fewer of them (case reports/02): it may run without a tokenizer."""
+    request = GroupRequest("g", PROMPT, (1,), SamplingParams(**params))
+    sample = GrowingSample(request, 0, Reading(0, 3, True, frozenset({7, 2})))
+    assert sample.body("rid", "key")["sampling_params"].get("stop_token_ids") == stops
+
+
+def test_the_engine_knows_the_end_that_the_tokenizer_alone_names(
+    connect: Connect, config: Config, tmp_path: Path
+) -> None:
+    shutil.copytree(config.model.hf_checkpoint, tmp_path / "target")
+    save_tokenizer(tmp_path / "target", eos_token="<|im_end|>")
+    on_fake = connect(FakeServer(), replace(config, model=ModelConfig(hf_checkpoint=str(tmp_path / "target"))))
+    list(on_fake.engine.generate(GroupRequest("g", PROMPT, (1,), SamplingParams(max_new_tokens=3))))
+    (body,) = on_fake.server.told("/generate")
+    assert SPECIALS.index("<|im_end|>") in body["sampling_params"]["stop_token_ids"]
 
 
 @pytest.mark.parametrize("params", [{"stop": ("a",)}, {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])

@@ -1,4 +1,4 @@
-"""Chat templates in the shapes of four model families, and small local tokenizer folders that hold them."""
+"""Chat templates in the shapes of six model families, and small local tokenizer folders that hold them."""
 
 from __future__ import annotations
 
@@ -102,12 +102,40 @@ GLM4 = """[gMASK]<sop>
 {%- endfor %}
 {%- if add_generation_prompt %}<|assistant|>
 {% endif %}"""
+# Mistral: users and assistants take turns, a reply ends with EOS, and tools stand before the last user turn.
+MISTRAL = """{{ bos_token }}
+{%- for m in messages %}
+{%- if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]
+{%- elif m.role == 'user' %}
+{%- if tools is not none and loop.last %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST]
+{{- ' ' + m.content }}[/INST]
+{%- elif m.role == 'assistant' and m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls | tojson }}{{ eos_token }}
+{%- elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}
+{%- elif m.role == 'tool' %}[TOOL_RESULTS]{{ {"content": m.content} | tojson }}[/TOOL_RESULTS]
+{%- else %}{{ raise_exception('Only user, system, assistant and tool roles are supported.') }}
+{%- endif %}
+{%- endfor %}"""
+# gpt-oss: another form of date, namespaces, loop controls, and replies that are closed differently when they are last.
+HARMONY = """<|im_start|>system
+Current date: {{ strftime_now("%Y-%m-%d") }}
+{%- set seen = namespace(users=0) %}
+{%- for tool in tools or [] %}
+type {{ tool.function.name }} = (_: {{ tool.function.parameters | default({}) | tojson }}) => any;
+{%- endfor %}<|im_end|>
+{%- for m in messages %}
+{%- if m.role == 'system' and not loop.first %}{% continue %}{% endif %}
+{%- if m.role == 'user' %}{% set seen.users = seen.users + 1 %}{% endif -%}
+<|im_start|>{{ m.role }} {{ seen.users }}
+{{ m.content }}{{ '<|eot_id|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
 NAMED = [
     {"name": "default", "template": "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}<|im_start|>"},
     {"name": "tool_use", "template": "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"},
 ]
 TEMPLATES: dict[str, Any] = {
     "qwen2.5": QWEN2_5, "llama3.1": LLAMA3_1, "llama3.2": LLAMA3_2, "glm4": GLM4, "named": NAMED,
+    "mistral": MISTRAL, "harmony": HARMONY,
 }  # fmt: skip
 SPECIALS = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",

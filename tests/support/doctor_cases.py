@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from slime_spec.checkpoints.end_of_text import ReplyEnds, TurnEnd
 from slime_spec.preflight.facts import DENSE_GRAPH_SIZES
 from slime_spec.preflight.finding import Severity
 from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, TREE
@@ -36,6 +37,8 @@ EXTERNAL = ("--rollout-external-engine-addrs", "10.0.0.1:30000")
 ON_CPU = ("--rollout-num-gpus-per-engine", "0", "--actor-num-gpus", "0")
 DENSE = ("--sglang-cuda-graph-bs", *map(str, DENSE_GRAPH_SIZES))
 ALLOWED = {"environ": {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}}
+CHATML = TurnEnd("<|im_end|>\n", (7, 11), {7: "<|im_end|>"}, is_closed=True)
+PLAIN_TURNS = TurnEnd("\n\nUser: ", (11, 11, 12), {}, is_closed=False)
 DISK = ("--sglang-weight-transport", "disk")
 
 
@@ -74,6 +77,15 @@ CASES = (
     case("remote-code", PLAIN, ERROR, target={**CODED_MIMO, "model_type": "phi9"}, model_types=["phi3", "llama"]),
     case("remote-code", PLAIN, target={**CODED_MIMO, "model_type": "phi3"}, model_types=["phi3", "llama"]),
     case("remote-code", EAGLE3, ERROR, draft={**EAGLE3_HEAD, "model_type": "eagle"}, model_types=["llama"]),
+    case("end-of-text", (), ERROR, reply_ends=ReplyEnds(frozenset(), None)),
+    case("end-of-text", ("--rollout-stop", "."), reply_ends=ReplyEnds(frozenset(), None)),
+    case("end-of-text", (), ERROR, reply_ends=ReplyEnds(frozenset({2}), CHATML)),
+    case("end-of-text", (), reply_ends=ReplyEnds(frozenset({2, 7}), CHATML)),
+    case("end-of-text", (), reply_ends=ReplyEnds(frozenset({2}), None)),
+    case("end-of-text", ("--rollout-stop-token-ids", "7"), reply_ends=ReplyEnds(frozenset({2}), CHATML)),
+    case("end-of-text", ("--rollout-stop", "<|im_end|>"), reply_ends=ReplyEnds(frozenset({2}), CHATML)),
+    case("end-of-text", ("--no-apply-chat-template",), reply_ends=ReplyEnds(frozenset({2}), CHATML)),
+    case("end-of-text", (), INFO, reply_ends=ReplyEnds(frozenset({2}), PLAIN_TURNS)),
     case("gpus", PLAIN, ERROR, gpu_bytes=()),
     case("gpus", (*PLAIN, "--rollout-num-engines", "2", "--no-colocate"), ERROR, gpu_bytes=(80, 80)),
     case("gpus", PLAIN, gpu_bytes=(80,)),

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from slime_spec.checkpoints.end_of_text import ReplyEnds
 from slime_spec.checkpoints.folder import StoredTensor
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.launch.compose import Composed, composed
@@ -62,6 +63,7 @@ def make_facts(
     silent_servers: tuple[str, ...] = (),
     environ: Mapping[str, str] | None = None,
     acceptance: tuple[float, ...] = (),
+    reply_ends: ReplyEnds | None = None,
 ) -> Facts:
     """``tensors`` are names in the draft's file (the target's, where it drafts itself)."""
     own = Checkpoint.read(str(_folder(folder / "target", target)))
@@ -92,6 +94,7 @@ def make_facts(
         gpu_bytes=gpu_bytes,
         silent_servers=silent_servers,
         acceptance=acceptance,
+        reply_ends=reply_ends,
     )
 
 

@@ -12,7 +12,6 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from aiohttp import web
 
@@ -28,7 +27,7 @@ from rollout.embedded.http.serving import OneThread, Serving, Totals, VersionNam
 from rollout.embedded.http.weight_routes import WeightRoutes
 from rollout.embedded.http.weight_session import WeightUpdates
 from rollout.embedded.validate import limits_of
-from slime_spec.checkpoints.folder import CheckpointFolder
+from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.addresses import address_of
@@ -130,7 +129,7 @@ class EngineServer:
 def make_app(serving: Serving, options: ServerOptions) -> tuple[web.Application, InfoRoutes]:
     """Return the application, and the part of it that must know when the server stops."""
     config = serving.config
-    eos = CheckpointFolder(Path(config.model.hf_checkpoint)).eos_token_ids
+    eos = end_token_ids(config.model.hf_checkpoint, serving.tokenizer)
     reader = CallReader(serving.limits, serving.tokenizer, config.run.seed)
     writer = AnswerWriter(serving.tokenizer, serving.names, eos)
     control = ControlRoutes(serving)

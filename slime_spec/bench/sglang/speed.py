@@ -26,7 +26,7 @@ from slime_spec.bench.rows import BenchOptions, Row
 from slime_spec.bench.sglang.servers import Server, ServerSide, started
 from slime_spec.bench.sglang.settings import drafting, engine_settings, num_gpus, place
 from slime_spec.bench.timing import Time
-from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.end_of_text import end_token_ids
 
 LEAST_PROMPTS = 4  # a round of fewer prompts is too noisy
 STAND_IN = " with a stand-in's kernels: no speed of SGLang's"
@@ -47,7 +47,7 @@ def measure(options: BenchOptions) -> list[Row]:
 
 
 def _rows(options: BenchOptions, prompts: Prompts, batch_size: int, servers: Mapping[str, Server]) -> list[Row]:
-    stops = ModelSpec.from_folder(options.model).eos_token_ids
+    stops = tuple(end_token_ids(options.model))
     count = max(batch_size, LEAST_PROMPTS)
 
     def ask(turn: int) -> Ask:

@@ -22,7 +22,7 @@ from slime_spec.bench.sglang.replies import LENGTH, Samples, accept_length, acce
 from slime_spec.bench.sglang.servers import started
 from slime_spec.bench.sglang.settings import drafting, engine_settings
 from slime_spec.bench.sglang.weights import Weights, disturbed, draft_weights, target_weights
-from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.weights.messages import Side
 
 # Bounds of the drafts accepted per round, relative to the checkpoints' weights.
@@ -49,7 +49,7 @@ def measure(options: BenchOptions) -> list[Row]:
 def _rows(options: BenchOptions, algorithm: str) -> list[Row]:
     """Measure on questions of the shipped draft's task; replies end where the model ends them."""
     prompts = in_domain(options.model, options.num_prompts, options.seeds[0])
-    stops = ModelSpec.from_folder(options.model).eos_token_ids
+    stops = tuple(end_token_ids(options.model))
     with TemporaryDirectory(prefix="slime-spec-bench-") as log:
         config = engine_settings(options, algorithm, prompts, len(prompts), Path(log))
         moves = moves_of(algorithm, target_weights(config), draft_weights(config), options.seeds[0])

@@ -13,6 +13,7 @@ from slime_spec.preflight.checks import (
     metrics,
     models,
     shape,
+    text,
     weights,
 )
 from slime_spec.preflight.finding import Trap
@@ -26,6 +27,7 @@ TRAPS: tuple[Trap, ...] = (
     models.sglang_version,
     models.model_type,
     models.remote_code,
+    text.end_of_text,
     dtype.draft_dtype,
     dtype.float32_attention,
     dtype.float16_range,
