@@ -8,12 +8,17 @@ checkpoints/
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 from slime_spec.errors import CheckpointError
+from slime_spec.files import read_text
+from trainer_bridge.checksums import METADATA
 
 LATEST = "latest"
+STEP = re.compile(r"step-\d{6,}")
+NO_POINTER = "Pass --load DIR with one of the step-NNNNNN folders beside it."
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 
 
@@ -22,24 +27,34 @@ def step_name(rollout_id: int) -> str:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """Return the step folder that ``path`` is, or whose name its ``latest`` holds.
+    """Return the newest step folder that ``path`` is or holds: the first of ``checkpoints_in`` with a metadata.json.
 
-    Raises CheckpointError if there is none.
+    Raises CheckpointError if there is none. Whether its files are whole is found when it is loaded.
     """
-    root = Path(path)
-    pointer = root / LATEST
-    folder = root / pointer.read_text().strip() if pointer.is_file() else root
-    aside = folder.with_name(f".{folder.name}{REPLACED}")
-    if aside.exists() and not folder.exists():  # saving this step again was interrupted between its two renames
-        folder = aside
-    if not (folder / "metadata.json").is_file():
+    there = [folder for folder in checkpoints_in(path) if (folder / METADATA).is_file()]
+    if not there:
         raise CheckpointError(
             "trainer.load",
             f"must be a checkpoint, or a folder of checkpoints with its file {LATEST!r}",
             str(path),
             "Pass --load DIR with the checkpoints/ folder of a run, or one of its step-NNNNNN folders.",
         )
-    return folder
+    return there[0]
+
+
+def checkpoints_in(path: str | Path) -> list[Path]:
+    """Return the step folder that ``path`` is; or that its ``latest`` names, then the older ones, the newest first.
+
+    Raises CheckpointError for a ``latest`` that names no step. The folders may be damaged, or not be there.
+    """
+    root = Path(path)
+    if not (root / LATEST).is_file():
+        return [_in_place(root)]
+    newest = read_text(root / LATEST, CheckpointError, NO_POINTER).strip()
+    if not STEP.fullmatch(newest):
+        raise CheckpointError(str(root / LATEST), "must hold the name of a step-NNNNNN folder", newest, NO_POINTER)
+    older = [each for each in root.iterdir() if STEP.fullmatch(each.name) and _number(each) < _number(root / newest)]
+    return [_in_place(root / newest), *sorted(older, key=_number, reverse=True)]
 
 
 def begin_checkpoint(root: Path, name: str) -> Path:
@@ -88,6 +103,16 @@ def tidy(root: Path, pattern: str = "step-*") -> None:
             replaced.rename(final)
     for unfinished in root.glob(f".{pattern}{UNFINISHED}"):
         shutil.rmtree(unfinished)
+
+
+def _in_place(folder: Path) -> Path:
+    """Return ``folder``, or where it stands if saving this step again was interrupted between its two renames."""
+    aside = folder.with_name(f".{folder.name}{REPLACED}")
+    return aside if aside.exists() and not folder.exists() else folder
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _stepped_aside_from(replaced: Path) -> Path:

@@ -1,7 +1,9 @@
 """What a rank does in a test; each function runs in a process of its own, called by run_ranks."""
 
+import hashlib
 import resource
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -246,3 +248,41 @@ def sliced_vocabulary(
         logprobs, entropy = token_logprobs(mine, targets, temperature, mpu.get_tensor_model_parallel_group())
         (logprobs * weights).sum().backward()
         return logprobs.detach(), entropy, mine.grad
+
+
+def save_two_steps(rank: int, init_method: str, config: Config, folder: str) -> list[str]:
+    """Save after each of two steps; returns a digest of weights and moments at each."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    digests = []
+    for step in (1, 2):
+        worker.step(tiny_samples(step))
+        worker.save(folder, RunState(step, 8 * step, step))
+        digests.append(_digest(worker))
+    worker.close()
+    return digests
+
+
+def load_each(rank: int, init_method: str, config: Config, folders: Sequence[str]) -> list[tuple[str, str]]:
+    """Load each of ``folders`` in turn: a digest of weights and moments and "", or "" and the ConfigError's text."""
+    outcomes = []
+    for index, folder in enumerate(folders):
+        worker = TrainerRank(
+            replace(config, trainer=replace(config.trainer, load=folder)), rank, f"{init_method}{index}"
+        )
+        try:
+            worker.load()
+            outcomes.append((_digest(worker), ""))
+        except ConfigError as error:
+            outcomes.append(("", str(error)))
+        worker.close()
+    return outcomes
+
+
+def _digest(worker: TrainerRank) -> str:
+    state = worker.optimizer.optimizer.state
+    moments = [state[parameter][name] for parameter in state for name in ("exp_avg", "exp_avg_sq")]
+    digest = hashlib.sha256()
+    for tensor in [*(parameter.detach() for _, parameter in sorted(worker.model.named_parameters())), *moments]:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,16 +19,22 @@ from slime_spec.errors import CheckpointError
 from slime_spec.interfaces import RunState
 from trainer_bridge.checkpoint_folder import (
     begin_checkpoint,
+    checkpoints_in,
     publish_checkpoint,
-    resolve_checkpoint,
     step_name,
     tidy,
     unfinished_folder,
 )
-from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space, last_line
+from trainer_bridge.checksums import CHECKSUMS, Sums, damage, has_checksums, sums_of, write_checksums
+from trainer_bridge.megatron.collective_write import WriteFailedError, agree, first_problem, free_space, last_line
 from trainer_bridge.megatron.model import PolicyModel
+from trainer_bridge.megatron.no_code import metadata_problem, plain_objects_only
 from trainer_bridge.megatron.optimizer import load_optimizer
 
+logger = logging.getLogger(__name__)
+
+OLDER = "Pass --load DIR with an older step-NNNNNN folder."
+FROM_START = "Start again without --load."
 # What a damaged or foreign checkpoint raises: torch.load and its zip and pickle readers, json, Megatron, torch.
 READ_ERRORS = (
     OSError,
@@ -57,9 +65,14 @@ def save_checkpoint(root: str, model: PolicyModel, optimizer: Any, state: Traine
     folder, name = Path(root), step_name(state.run.rollout_id)
     unfinished = unfinished_folder(folder, name)
     first = dist.get_rank() == 0
+    sums: dict[str, Any] = {}
     try:
         agree(lambda: begin_checkpoint(folder, name) if first else None)
         agree(lambda: dist_checkpointing.save(_contents(model, optimizer, state, is_loading=False), str(unfinished)))
+        agree(lambda: sums.update(sums_of(unfinished.glob(f"__{dist.get_rank()}_*"))))
+        all_sums: list[Sums] = [{}] * dist.get_world_size()
+        dist.all_gather_object(all_sums, sums)
+        agree(lambda: _seal(unfinished, all_sums) if first else None)
         agree(lambda: publish_checkpoint(folder, name) if first else None)
     except WriteFailedError as error:
         if first:
@@ -72,28 +85,54 @@ def save_checkpoint(root: str, model: PolicyModel, optimizer: Any, state: Traine
         ) from None
 
 
-def load_checkpoint(path: str, model: PolicyModel, optimizer: Any) -> TrainerState:
-    """Fill model and optimizer from a checkpoint folder, or from the ``latest`` of a folder of checkpoints.
+def _seal(unfinished: Path, of_ranks: Sequence[Sums]) -> None:
+    """Write the checksums of every file: each rank's tensors, and what the first rank wrote beside them."""
+    sums = {name: each for of_rank in of_ranks for name, each in of_rank.items()}
+    write_checksums(unfinished, {**sums, **sums_of(path for path in unfinished.iterdir() if path.name not in sums)})
 
-    Raises CheckpointError naming the folder when it is damaged or belongs to another model.
+
+def load_checkpoint(path: str, model: PolicyModel, optimizer: Any) -> TrainerState:
+    """Fill model and optimizer from a checkpoint folder, or from the newest whole one of a folder of checkpoints.
+
+    All ranks together; nothing in the folder is executed. Raises CheckpointError naming the folder when it is damaged
+    or belongs to another model.
     """
-    folder = resolve_checkpoint(path)
+    folder = _newest_whole(path)
     try:
-        common = dist_checkpointing.load_common_state_dict(str(folder))
-        state = TrainerState(RunState.of_checkpoint(common["run"]), common["optimizer_step"])
-        loaded = dist_checkpointing.load(_contents(model, optimizer, state, is_loading=True), str(folder))
+        with plain_objects_only():
+            common = dist_checkpointing.load_common_state_dict(str(folder))
+            state = TrainerState(RunState.of_checkpoint(common["run"]), common["optimizer_step"])
+            loaded = dist_checkpointing.load(_contents(model, optimizer, state, is_loading=True), str(folder))
     except READ_ERRORS as error:
-        raise CheckpointError(
-            f"checkpoint folder {folder}",
-            f"must be a whole checkpoint of this model: {last_line(error)}",
-            type(error).__name__,
-            "Pass --load DIR with an older step-NNNNNN folder.",
-        ) from error
+        raise _not_whole(folder, last_line(error), type(error).__name__, OLDER) from error
     _fill(model, loaded["model"])
     if state.optimizer_step:
         load_optimizer(optimizer, loaded["optimizer"])
     torch.set_rng_state(common["torch_rng_state"])
     return state
+
+
+def _newest_whole(path: str) -> Path:
+    """Return the newest checkpoint of ``path`` whose files are as they were written, the same on every rank."""
+    newest, *older = checkpoints_in(path)
+    for folder in (newest, *older):
+        problem = first_problem(damage(folder, dist.get_rank(), dist.get_world_size()) or metadata_problem(folder))
+        if not problem:
+            if folder != newest:
+                logger.warning("resumed from an older checkpoint path=%s", folder)
+            if not has_checksums(folder):
+                logger.warning("read a checkpoint without %s, flipped bytes would not be seen: %s", CHECKSUMS, folder)
+            return folder
+        if not older:
+            raise _not_whole(folder, problem, folder.name, OLDER)
+        logger.warning("found a damaged checkpoint path=%s problem=%s", folder, problem)
+    raise _not_whole(newest, "it is damaged, and so are the older ones", newest.name, FROM_START)
+
+
+def _not_whole(folder: Path, problem: str, value: object, remedy: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint folder {folder}", f"must be a whole checkpoint of this model: {problem}", value, remedy
+    )
 
 
 def _fill(model: PolicyModel, tensors: dict[str, torch.Tensor]) -> None:

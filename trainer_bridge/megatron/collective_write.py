@@ -32,10 +32,15 @@ def agree(action: Callable[[], object]) -> None:
         action()
     except WRITE_ERRORS as error:
         problem = last_line(error)
+    if found := first_problem(problem):
+        raise WriteFailedError(found)
+
+
+def first_problem(problem: str) -> str:
+    """Return the first rank's problem that is not "", the same on every rank; collective."""
     problems: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise WriteFailedError(next(text for text in problems if text))
+    return next(filter(None, problems), "")
 
 
 def last_line(error: BaseException) -> str:
