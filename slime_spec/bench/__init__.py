@@ -19,6 +19,7 @@ BENCHES = {
     "main-job": "slime_spec.bench.main_job:MAIN_JOB",
     "engine": "slime_spec.bench.engine_speed:ENGINE_SPEED",
     "sglang": "slime_spec.bench.sglang.benchmark:SGLANG",
+    "robustness": "slime_spec.bench.robustness.benchmark:ROBUSTNESS",
 }
 WIDTH = 160
 

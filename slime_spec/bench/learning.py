@@ -17,7 +17,7 @@ from rich.console import Console
 
 from slime_spec.bench.memory import TreeMemory
 from slime_spec.bench.rows import BenchOptions, Row, at_least, at_most, below
-from slime_spec.config.build import read_yaml
+from slime_spec.config.yaml_file import read_yaml_file
 from slime_spec.errors import ConfigError
 from slime_spec.metrics.jsonl import FILE as METRICS
 from slime_spec.metrics.jsonl import read_metrics
@@ -81,7 +81,7 @@ def read_run(folder: Path) -> Run:
     steps = read_metrics(folder / METRICS)
     if not steps:
         raise ConfigError("--runs", "must be runs with at least one step", str(folder), "Let the run finish first.")
-    seed = read_yaml((folder / "config.yaml").read_text())["run"]["seed"]
+    seed = read_yaml_file(folder / "config.yaml")["run"]["seed"]
     measured = json.loads((folder / MEASURED).read_text()) if (folder / MEASURED).is_file() else {}
     return Run(seed, steps, measured.get("seconds"), measured.get("peak_bytes"))
 

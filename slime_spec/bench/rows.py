@@ -77,6 +77,8 @@ class BenchOptions:
     attention_backend: str | None = None
     num_prompts: int = 8
     batch_sizes: tuple[int, ...] = (1, 8, 32, 64)
+    count: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

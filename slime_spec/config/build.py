@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -76,29 +75,6 @@ def thawed(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: thawed(item) for key, item in value.items()}
     return [thawed(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def read_yaml(text: str) -> dict[Any, Any]:
-    """Return the nested plain data of a configuration file, nothing in it interpolated; raises yaml.YAMLError."""
-    data = yaml.load(text, Loader=_Loader)
-    if not isinstance(data, dict):
-        raise yaml.YAMLError(f"it holds {type(data).__name__}, not groups of settings")
-    return data
-
-
-class _Loader(yaml.SafeLoader):
-    """Loads YAML as PyYAML's safe loader does, but takes 1e-6 for a number, as newer YAML does, and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise yaml.YAMLError(f"{', '.join(sorted(twice))} is there twice")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def to_yaml(config: Config) -> str:

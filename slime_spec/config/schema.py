@@ -12,6 +12,7 @@ from typing import Any
 
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.files import is_encodable
 from slime_spec.suggest import did_you_mean
 
 # The one node that is not a dataclass: SGLang's own flags, whose types the launch package knows.
@@ -71,6 +72,8 @@ class Setting:
         # isinstance would take True for the number 1
         if type(value) is not self.type or (isinstance(value, float) and not math.isfinite(value)):
             raise ConfigError(self.path, f"must be {self.expects}", value, self.remedy)
+        if isinstance(value, str) and not (is_encodable(value) and "\0" not in value):
+            raise ConfigError(self.path, "must be text that a file can hold, without NUL", ascii(value), self.remedy)
         if isinstance(value, str) and self.choices and value not in self.choices:
             hint = did_you_mean(value, self.choices)
             raise ConfigError(self.path, f"must be one of {', '.join(self.choices)}", value, hint + self.remedy)

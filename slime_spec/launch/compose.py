@@ -16,12 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from slime_spec.config.build import from_dict, read_yaml, to_dict
+from slime_spec.config.build import from_dict, to_dict
 from slime_spec.config.checks import check, notes
 from slime_spec.config.schema import SGLANG
 from slime_spec.config.speculation import check_environment, unused_draft_settings
 from slime_spec.config.speculative import SpeculativeConfig
 from slime_spec.config.tree import Config
+from slime_spec.config.yaml_file import read_yaml_file
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
 from slime_spec.launch.groups import EXPERIMENT, conf_dir, is_path
@@ -80,11 +81,7 @@ def composed(argv: Sequence[str]) -> Composed:
 
 def file_settings(path: Path) -> dict[str, Any]:
     """Read and check a configuration file, as settings by path; raises ConfigError naming the file or the key."""
-    try:
-        data = read_yaml(path.read_text())
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        rule = f"must be a readable YAML file: {error}"
-        raise ConfigError("--config", rule, str(path), "Write one with: slime-spec config > PATH.yaml") from None
+    data = read_yaml_file(path)
     config = from_dict(data)
     checked = {**to_dict(config), SGLANG: check_sglang(config.sglang)}
     return {f"{node}.{leaf}": checked[node][leaf] for node, leaves in data.items() for leaf in leaves}

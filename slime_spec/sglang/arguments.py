@@ -18,11 +18,12 @@ from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.config.addresses import address_of
-from slime_spec.config.build import from_dict, read_yaml, to_dict
+from slime_spec.config.build import from_dict, to_dict
 from slime_spec.config.schema import SGLANG
 from slime_spec.config.server_checks import check_servers
 from slime_spec.config.speculation import check_speculation
 from slime_spec.config.tree import DTYPES, Config, SpeculativeConfig
+from slime_spec.config.yaml_file import read_yaml_file
 from slime_spec.errors import ConfigError
 from slime_spec.placement import num_engine_nodes
 from slime_spec.sglang.flags import engine_settings
@@ -192,10 +193,7 @@ def _place(data: dict[str, Any], dest: str, value: object) -> None:
 
 
 def _engine_overrides(path: str, engine_index: int, num_engines: int) -> dict[str, object]:
-    try:
-        data = read_yaml(Path(path).read_text())
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(OVERRIDES, f"must be a readable YAML file: {error}", path, "Correct it.") from None
+    data = read_yaml_file(Path(path), "Correct the file of --sglang-config.")
     strangers = [key for key in data if not isinstance(key, int)]
     if strangers or not all(isinstance(flags, dict) for flags in data.values()):
         raise ConfigError(

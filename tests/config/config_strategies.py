@@ -28,7 +28,8 @@ AWKWARD = [
     "'",
     '"\\\'"',
 ]
-texts = st.one_of(st.sampled_from(AWKWARD), st.text(max_size=20), st.text(alphabet="\\'\"${}[],:= \n#é", max_size=12))
+ANY = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
+texts = st.one_of(st.sampled_from(AWKWARD), ANY, st.text(alphabet="\\'\"${}[],:= \n#é", max_size=12))
 
 
 def values(setting: Setting) -> st.SearchStrategy[Any]:

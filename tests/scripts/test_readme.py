@@ -30,6 +30,7 @@ REDUCTIONS = {
     "slime-spec bench main-job": "--help",
     "slime-spec bench engine": "--help",
     "slime-spec bench sglang": "--help",
+    "slime-spec bench robustness": "--count 5 --kind commands",
 }
 
 
