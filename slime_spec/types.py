@@ -216,6 +216,7 @@ class EngineStats:
     speculates: bool = False
     num_restarts: int = 0
     num_draft_resends: int = 0
+    num_interruptions: int = 0  # parts of samples that a server did not finish
     canary: SpecCounters = field(default_factory=SpecCounters)
     probed_round_s: float = 0.0
     probed_plain_s: float = 0.0

@@ -36,6 +36,10 @@ class ServerGone(ConnectionError):
     """The connection failed or broke, or no answer came in time."""
 
 
+class ProtocolError(RuntimeError):
+    """The server's answer cannot be read, or cannot be true."""
+
+
 class NotReached(ServerGone):
     """There was no connection: nothing was sent."""
 
@@ -85,24 +89,24 @@ class SglangClient:
     async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the chunks of one streamed /generate, until the server's [DONE].
 
-        Raises ServerGone when the stream breaks off, ServerRefused for an error, also one sent as a chunk.
+        Raises ServerGone when the stream breaks off, ServerRefused for an error, also one sent as a chunk, and
+        ProtocolError for what is no JSON object.
         """
-        path = "/generate"
+        url = f"{self.url}/generate"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
         try:
-            async with self._session.post(self.url + path, json={**body, "stream": True}, timeout=timeout) as response:
+            async with self._session.post(url, json={**body, "stream": True}, timeout=timeout) as response:
+                if response.status == 503 and ROUTER_ERROR not in response.headers:
+                    raise ServerRefused(url, 503, _message(await response.text()))
                 if response.status != 200:
-                    raise _refusal(path, response, await response.text())
+                    raise _refusal(url, response, await response.text())
                 async for data in _events(response.content):
                     if data == b"[DONE]":
                         return
-                    chunk = json.loads(data)
-                    if "error" in chunk:
-                        raise ServerRefused(path, 400, _message(data.decode()))
-                    yield chunk
+                    yield _chunk(url, data)
         except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
-            raise _broken(f"{self.url}{path}", error) from error
-        raise ServerGone(f"{self.url}{path}: the stream ended before the response")
+            raise _broken(url, error) from error
+        raise ServerGone(f"{url}: the stream ended before the response")
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -131,6 +135,19 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
         for line in lines:
             if line.startswith(b"data:"):
                 yield bytes(line[5:]).strip()
+
+
+def _chunk(url: str, data: bytes) -> dict[str, Any]:
+    try:
+        chunk = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"an event that is no JSON ({error}): {data[:200]!r}") from None
+    if not isinstance(chunk, dict):
+        raise ProtocolError(f"an event that is no JSON object: {data[:200]!r}")
+    if "error" in chunk:
+        code = chunk["error"].get("code") if isinstance(chunk["error"], dict) else None
+        raise ServerRefused(url, code if type(code) is int else 400, _message(data.decode()))
+    return chunk
 
 
 def _broken(url: str, error: Exception) -> ServerGone:

@@ -9,6 +9,7 @@ from rollout.sglang_engine.client import ServerGone, SglangClient
 from rollout.sglang_engine.generation import SglangGeneration
 from rollout.sglang_engine.kept_server import KeptServer
 from rollout.sglang_engine.limits import limits_of
+from rollout.sglang_engine.sample import Reading
 from rollout.sglang_engine.sample_runs import SampleRuns
 from rollout.sglang_engine.upkeep import Upkeep
 from rollout.sglang_engine.weights import ServerWeights
@@ -63,7 +64,8 @@ class SglangEngine:
         self._pushes = PushDesk(engine_index, transport, self._upkeep)
         fills_rounds = config.speculative.record.fills_rounds
         ends = end_token_ids(config.model.hf_checkpoint)
-        self.samples = SampleRuns(engine_index, self.server, self.weights, fills_rounds, ends)
+        reading = Reading(engine_index, 0, fills_rounds, self._target.vocab_size, ends)
+        self.samples = SampleRuns(self.server, self.weights, reading)
 
     @property
     def client(self) -> SglangClient:
@@ -89,6 +91,8 @@ class SglangEngine:
         return self.samples.begin(request)
 
     def update_weights(self, message: PushMessage) -> PushReply:
+        if isinstance(message, PauseGeneration) and message.mode == "abort":
+            self.samples.expect_aborts()
         with self.server.exclusive:
             try:
                 return self._pushes.answer(message)
@@ -122,6 +126,7 @@ class SglangEngine:
             speculates=self.server.speculates,
             num_restarts=self.server.num_replaced,
             num_draft_resends=self._upkeep.num_resends,
+            num_interruptions=self.samples.num_interruptions,
             canary=self._upkeep.counted,
         )
 

@@ -136,7 +136,7 @@ class FakeServer(FakeWeights):
         meta |= {"prompt_tokens": len(body["input_ids"]), "completion_tokens": len(ids)}
         triples = [[-0.5 - token / 100, token, None] for token in ids[sent:]] if body.get("return_logprob") else []
         meta |= {"output_token_logprobs": triples}
-        ends = [span["start"] for span in spans[1:]] + [len(ids)]
+        ends = [*(span["start"] for span in spans[1:]), len(ids)][: len(spans)]
         if "weight_versions" in meta:
             meta["weight_versions"] = [{**span, "end": end} for span, end in zip(spans, ends, strict=True)]
         counts = self._spec_keys(rounds, len(ids))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
+from http import HTTPStatus
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, Protocol
 from uuid import uuid4
 
-from rollout.sglang_engine.client import ServerGone, ServerRefused
+from rollout.sglang_engine.client import ProtocolError, ServerGone, ServerRefused
 from rollout.sglang_engine.router import Requests
 from rollout.sglang_engine.sample import GrowingSample, Part, Reading
 from slime_spec.errors import ConfigError
@@ -18,6 +20,16 @@ from slime_spec.partial_samples import FruitlessAttempts
 from slime_spec.types import GeneratedSample, GroupRequest
 
 logger = logging.getLogger(__name__)
+
+Interruption = ServerGone | ServerRefused | ProtocolError
+
+# Of the request, which no server will ever take.
+BAD_REQUEST = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
+# Of a server that has too much to do, or starts, or ends: it may take the request later.
+BUSY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 5.0
+# With those delays a quarter of an hour without a token.
+MAX_BUSY_ATTEMPTS = 180
 
 
 class Link(Protocol):
@@ -41,6 +53,9 @@ class Link(Protocol):
 
     def suspect(self) -> None:
         """Have the server checked, because a connection broke."""
+
+    def interrupted(self, reason: Interruption) -> None:
+        """Count a part that ended before its response, and have the server checked."""
 
 
 class SglangGeneration:
@@ -67,8 +82,28 @@ class SglangGeneration:
         self._arrived.put(arrived)
 
 
+class Aborted(ServerRefused):
+    """The server ended the request by itself; ``status`` is 0 where it names none."""
+
+
+class Patience:
+    """Says how long a sample waits before its next part, and when it has had too many."""
+
+    def __init__(self) -> None:
+        self._fruitless = FruitlessAttempts()
+        self._num_busy = 0
+
+    def delay_s(self, reason: Interruption, brought_tokens: bool) -> float | None:
+        """Return the seconds to wait after a part that brought tokens or none; None to give up."""
+        if isinstance(reason, ServerRefused) and reason.status in BUSY:
+            self._num_busy = 0 if brought_tokens else self._num_busy + 1
+            delay_s = min(FIRST_DELAY_S * 2.0**self._num_busy, LONGEST_DELAY_S)
+            return delay_s if self._num_busy < MAX_BUSY_ATTEMPTS else None
+        return None if self._fruitless.note(brought_tokens) else float(self._fruitless.num)
+
+
 class SampleRun:
-    """Generates one sample to its end, across servers that die meanwhile. Runs in the asyncio loop."""
+    """Generates one sample to its end, across servers that die or refuse it meanwhile. Runs in the asyncio loop."""
 
     def __init__(self, request: GroupRequest, position: int, link: Link) -> None:
         self._sample = GrowingSample(request, position, link.reading)
@@ -81,9 +116,13 @@ class SampleRun:
         """Return how many tokens have arrived."""
         return self._sample.num_tokens
 
+    def expect_abort(self) -> None:
+        """Let the sample end with the tokens it has when the server aborts it."""
+        self._aborted.set()
+
     async def abort(self) -> None:
         """Let the sample end now with the tokens it has."""
-        self._aborted.set()
+        self.expect_abort()
         if self._rid is not None:
             try:
                 await self._link.requests.abort(self._rid)
@@ -94,24 +133,42 @@ class SampleRun:
 
     async def run(self) -> GeneratedSample:
         """Generate the sample; raises ConfigError for a refused request, RuntimeError when it cannot be finished."""
-        start = perf_counter()
-        fruitless = FruitlessAttempts()
-        while True:
-            if not await self._ready():
-                return self._sample.finished(perf_counter() - start, self._link.draft_version, aborted=True)
-            had = self._sample.num_tokens
+        start, patience = perf_counter(), Patience()
+        while await self._ready():
+            num_kept = self._sample.num_kept
             try:
                 await self._part()
-            except ServerGone as error:
-                self._link.suspect()
-                is_hopeless = fruitless.note(self._sample.num_tokens > had)
+                break
+            except (ServerGone, ServerRefused, ProtocolError) as error:
+                self._raise_final(error)
+                self._link.interrupted(error)
                 self._sample.break_off()
-                if is_hopeless:
-                    raise RuntimeError(f"{self._sample.request.group_id}: its requests break off: {error}") from error
-                await self._unless_aborted(asyncio.sleep(fruitless.num))
-                if not self._sample.is_complete:
-                    continue
-            return self._sample.finished(perf_counter() - start, self._link.draft_version)
+                if self._sample.is_complete:
+                    break
+                delay_s = patience.delay_s(error, self._sample.num_kept > num_kept)
+                if delay_s is None:
+                    raise RuntimeError(f"{self._name} breaks off again and again: {error}") from error
+            await self._unless_aborted(asyncio.sleep(delay_s))
+        return self._sample.finished(perf_counter() - start, self._link.draft_version)
+
+    @property
+    def _name(self) -> str:
+        return f"{self._sample.request.group_id}: sample {self._sample.index}"
+
+    def _raise_final(self, reason: Interruption) -> None:
+        """Raise the error of a sample that no further part can finish."""
+        if not isinstance(reason, ServerRefused):
+            return
+        if reason.status in BAD_REQUEST:
+            raise ConfigError(
+                "request",
+                f"SGLang refused it: {reason.message}",
+                self._sample.request.group_id,
+                "Correct the prompt or sampling.",
+            ) from reason
+        is_odd = 400 <= reason.status < 500 and reason.status not in BUSY
+        if is_odd or (isinstance(reason, Aborted) and reason.status >= 500 and reason.status not in BUSY):
+            raise RuntimeError(f"{self._name} cannot be finished: {reason}") from reason
 
     async def _ready(self) -> bool:
         """Wait for the server; False where the sample was aborted meanwhile."""
@@ -132,20 +189,26 @@ class SampleRun:
             aborted.cancel()
 
     async def _part(self) -> None:
-        request = self._sample.request
+        """Generate one part to its end; raises an Interruption."""
+        request, requests = self._sample.request, self._link.requests
         self._rid = f"{request.group_id}-{self._sample.index}-{uuid4().hex[:8]}"
         body = self._sample.body(self._rid, self._link.weights_key)
         part: Part = self._sample.part
         try:
-            async for chunk in self._link.requests.stream(body):
-                part.take(chunk)
-                if self._aborted.is_set() and not part.ended:
-                    await self.abort()  # the first abort may have overtaken the request
-        except ServerRefused as error:
-            raise ConfigError(
-                "request", f"SGLang refused it: {error.message}", request.group_id, "Correct the prompt or sampling."
-            ) from error
+            async with aclosing(requests.stream(body)) as chunks:
+                async for chunk in chunks:
+                    part.take(chunk)
+                    if self._aborted.is_set() and not part.ended:
+                        await self.abort()  # the first abort may have overtaken the request
+        except ServerGone:
+            if not part.ended:  # the response is whole, even if its stream is not
+                raise
+        except ProtocolError as error:
+            raise ProtocolError(f"{requests.url}: {error}") from error
         finally:
             self._rid = None
         if not part.ended:
-            raise ServerGone("the stream ended before the response")
+            raise ServerGone(f"{requests.url}: the stream ended before the response")
+        if part.abort is not None and not self._aborted.is_set():
+            status, message = part.abort.get("status_code"), part.abort.get("message")
+            raise Aborted(requests.url, status if type(status) is int else 0, str(message))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -32,7 +32,10 @@ LIST_AGAIN_S = 1.0
 class Requests(Protocol):
     """Generates and aborts samples, on a server or through a router."""
 
-    def stream(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]: ...
+    @property
+    def url(self) -> str: ...
+
+    def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]: ...
 
     async def abort(self, rid: str) -> None: ...
 
@@ -49,7 +52,11 @@ class RoutedRequests:
         self._listing = asyncio.Lock()
         self._listed_at, self._urls = -LIST_AGAIN_S, frozenset[str]()
 
-    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    @property
+    def url(self) -> str:
+        return self._router.url
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """See SglangClient.stream; the request runs on one server, once."""
         try:
             async with aclosing(self._router.stream(body)) as chunks:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rollout.sglang_engine.chunk import Chunk, optional_count
+from rollout.sglang_engine.client import ProtocolError
 from slime_spec.partial_samples import can_join_prompt, earlier_part, note_version, reported_spans, rounds_are_known
 from slime_spec.sglang.labels import engine_number, version_number
 from slime_spec.sglang.metadata import spec_counters
@@ -17,60 +19,58 @@ from slime_spec.speculation.counters import pooled
 from slime_spec.types import FinishReason, GeneratedSample, GroupRequest, SamplingParams, SpecCounters, VersionSpan
 
 
-class ProtocolError(RuntimeError):
-    """The parts of a response contradict each other."""
-
-
 @dataclass(frozen=True)
 class Reading:
     """Says how an engine reads metadata: ``num_steps`` and ``fills_rounds`` for spec_counters, ``engine`` its number.
 
-    ``eos_token_ids`` end a response whose params do not say ignore_eos.
+    ``eos_token_ids`` end a response whose params do not say ignore_eos; ``vocab_size`` bounds the ids of its tokens.
     """
 
     engine: int
     num_steps: int
     fills_rounds: bool
+    vocab_size: int
     eos_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass
 class Part:
-    """Holds what one request has brought. A chunk has all tokens so far, or only new ones: its counts show which."""
+    """Holds what one request has brought, of ``max_new_tokens`` at most."""
 
+    rid: str
+    vocab_size: int
+    max_new_tokens: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
     meta_info: Mapping[str, Any] = field(default_factory=dict)
 
-    def take(self, chunk: Mapping[str, Any]) -> None:
-        """Add one chunk; raises ProtocolError when its counts fit neither kind."""
-        meta = chunk["meta_info"]
-        ids = chunk["output_ids"]
-        triples = meta.get("output_token_logprobs") or []
-        total, had = int(meta.get("completion_tokens", len(ids))), len(self.token_ids)
-        self.meta_info = meta
-        if had + len(ids) == total and len(ids) == len(triples):
-            self.token_ids += ids
-            self.logprobs += [logprob for logprob, *_ in triples]
-        elif len(ids) == total and len(ids) == len(triples):
-            self.token_ids, self.logprobs = list(ids), [logprob for logprob, *_ in triples]
-        elif not _is_abort(meta):  # an abort may be reported with fewer tokens than had arrived
-            raise ProtocolError(f"{len(ids)} tokens and {len(triples)} logprobs make {total} after {had}: {meta}")
-        self._note_version(had)
+    def take(self, data: object) -> None:
+        """Add one chunk; raises ProtocolError for a chunk that cannot be true, of which nothing is kept."""
+        if self.ended:
+            raise ProtocolError("a chunk came after the final one")
+        had = len(self.token_ids)
+        chunk = Chunk.read(data, self.rid, self.vocab_size, had)
+        total = had + len(chunk.token_ids)
+        if total > self.max_new_tokens and not chunk.is_abort:  # an abort may end beyond the budget
+            raise ProtocolError(f"{total} tokens came where {self.max_new_tokens} were asked for")
+        self.meta_info = chunk.meta_info
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
+        if chunk.spans:
+            self.spans = chunk.spans  # until the final chunk comes with them, the version at each chunk counts
+        elif total > had:
+            note_version(self.spans, had, version_number(chunk.meta_info.get("weight_version")))
 
     @property
     def ended(self) -> bool:
         return self.meta_info.get("finish_reason") is not None
 
-    def _note_version(self, had: int) -> None:
-        """Take the versions from the final chunk's spans; until it comes, from the version at each chunk."""
-        if reported := self.meta_info.get("weight_versions"):
-            self.spans = [(int(span["start"]), version_number(span["version"])) for span in reported]
-            return
-        version = version_number(self.meta_info.get("weight_version"))
-        if len(self.token_ids) > had:
-            note_version(self.spans, had, version)
+    @property
+    def abort(self) -> Mapping[str, Any] | None:
+        """Return the finish reason of a request that was aborted; it may have a message and an HTTP status."""
+        reason: Mapping[str, Any] = self.meta_info.get("finish_reason") or {}
+        return reason if reason.get("type") == "abort" else None
 
 
 class GrowingSample:
@@ -90,7 +90,12 @@ class GrowingSample:
         )
         self._counters, self._rounds_known = [earlier.spec], rounds_are_known(len(earlier.token_ids), earlier.spec)
         self._cached_tokens, self._num_retractions = earlier.cached_tokens, earlier.num_preemptions
-        self.part = Part()
+        self.part = self._new_part("")
+
+    @property
+    def num_kept(self) -> int:
+        """Return how many tokens the next part goes on from."""
+        return len(self._token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +103,7 @@ class GrowingSample:
 
     def body(self, rid: str, extra_key: str) -> dict[str, Any]:
         """Return the next part's request; ``extra_key`` keeps prefixes of other weights from being reused."""
-        self.part = Part()
+        self.part = self._new_part(rid)
         params = sampling_fields(self.request.params, len(self._token_ids), self._reading.eos_token_ids)
         return {
             "rid": rid,
@@ -110,27 +115,27 @@ class GrowingSample:
         }
 
     def break_off(self) -> None:
-        """End the part of a server that is gone; keep its tokens if another server can resume the sample."""
+        """End a part before its response ended; keep its tokens if another part can go on from them."""
         if self._can_resume:
             self._keep()
         else:
             self._token_ids, self._logprobs, self._spans, self._counters = [], [], [], []
             self._rounds_known = True
-        self.part = Part()
+        self.part = self._new_part("")
 
     @property
     def is_complete(self) -> bool:
         """Return whether the kept tokens are a whole response, which only lacks its finish reason."""
-        return len(self._token_ids) >= self.request.params.max_new_tokens
+        return self._end()[0] != "abort"
 
-    def finished(self, latency_s: float, draft_version: int | None, aborted: bool = False) -> GeneratedSample:
-        """Return the sample, once its part has ended (or ``aborted`` between two parts)."""
+    def finished(self, latency_s: float, draft_version: int | None) -> GeneratedSample:
+        """Return the sample once its part has ended; between two parts it is one that was aborted, or is complete."""
         self._keep()
-        reason: Mapping[str, Any] = self.part.meta_info.get("finish_reason") or {}
-        kind: FinishReason = "abort" if aborted else finish_kind(reason.get("type", "length"))
-        matched = reason.get("matched") if kind == "stop" else None
+        reason: Mapping[str, Any] = self.part.meta_info.get("finish_reason") or {"type": "abort"}
+        kind, matched = finish_kind(reason["type"]), reason.get("matched")
         if kind == "abort":
-            kind, matched = self._end_of_aborted()
+            kind, matched, num_tokens = self._end()
+            self._cut(num_tokens)
         if len(self._logprobs) != len(self._token_ids):
             raise ProtocolError(f"{len(self._token_ids)} tokens with {len(self._logprobs)} logprobs")
         spec = replace(pooled(self._counters), num_steps=self._reading.num_steps)
@@ -148,7 +153,7 @@ class GrowingSample:
             spec=spec if spec.num_rounds and self._rounds_known else SpecCounters(),
             e2e_latency_s=latency_s + self._earlier.e2e_latency_s,
             engine=self._engine,
-            matched_stop=matched,
+            matched_stop=matched if kind == "stop" else None,
             cached_tokens=self._cached_tokens,
             version_spans=reported_spans(self._spans, min(versions)),
             draft_version=self._earlier.draft_version if self._earlier.token_ids else draft_version,
@@ -156,22 +161,23 @@ class GrowingSample:
             num_preemptions=self._num_retractions,
         )
 
-    def _end_of_aborted(self) -> tuple[FinishReason, int | None]:
-        """Return how an aborted response ends, and cut what is beyond its end.
+    def _end(self) -> tuple[FinishReason, int | None, int]:
+        """Return how a response ends that was aborted, the token that matched, and how many tokens it has.
 
         SGLang ends an aborted request before it looks for stop tokens and at the budget: the last round's tokens may go
         on after the one that ends the response.
         """
-        params = self.request.params
+        params, num_tokens = self.request.params, len(self._token_ids)
         ends = frozenset() if params.ignore_eos else self._reading.eos_token_ids.union(params.stop_token_ids)
         at = next((index for index, token in enumerate(self._token_ids) if token in ends), None)
         if at is not None and at < params.max_new_tokens:
-            self._cut(at + 1)
-            return "stop", self._token_ids[at]
-        if self.is_complete:
-            self._cut(params.max_new_tokens)
-            return "length", None
-        return "abort", None
+            return "stop", self._token_ids[at], at + 1
+        if num_tokens >= params.max_new_tokens:
+            return "length", None, params.max_new_tokens
+        return "abort", None, num_tokens
+
+    def _new_part(self, rid: str) -> Part:
+        return Part(rid, self._reading.vocab_size, self.request.params.max_new_tokens - len(self._token_ids))
 
     def _cut(self, num_tokens: int) -> None:
         del self._token_ids[num_tokens:], self._logprobs[num_tokens:]
@@ -190,8 +196,8 @@ class GrowingSample:
         if part.ended:
             meta = part.meta_info
             counters = spec_counters(meta, self._reading.num_steps, self._reading.fills_rounds)
-            self._cached_tokens += int(meta.get("cached_tokens") or 0)
-            self._num_retractions += int(meta.get("num_retractions") or 0)
+            self._cached_tokens += optional_count(meta, "cached_tokens")
+            self._num_retractions += optional_count(meta, "num_retractions")
         self._counters.append(counters)
         self._rounds_known &= rounds_are_known(len(part.token_ids), counters)
 
@@ -230,7 +236,3 @@ def finish_kind(name: str) -> FinishReason:
     if name == "stop":
         return "stop"
     return "abort" if name == "abort" else "length"
-
-
-def _is_abort(meta: Mapping[str, Any]) -> bool:
-    return (meta.get("finish_reason") or {}).get("type") == "abort"

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from dataclasses import replace
 
-from rollout.sglang_engine.generation import SampleRun, SglangGeneration
+from rollout.sglang_engine.client import ServerRefused
+from rollout.sglang_engine.generation import BUSY, Interruption, SampleRun, SglangGeneration
 from rollout.sglang_engine.kept_server import KeptServer
 from rollout.sglang_engine.router import Requests
 from rollout.sglang_engine.sample import Reading
 from rollout.sglang_engine.weights import ServerWeights
 from slime_spec.types import GeneratedSample, GroupRequest
 
+logger = logging.getLogger(__name__)
+
 
 class SampleRuns:
     """Runs the samples of one engine in its asyncio loop; implements Link for them.
 
-    ``fills_rounds`` and ``eos_token_ids`` are as in Reading.
+    ``reading`` has what does not change while the engine runs; ``num_interruptions`` counts parts that ended before
+    their responses.
     """
 
-    def __init__(
-        self,
-        engine_index: int,
-        server: KeptServer,
-        weights: ServerWeights,
-        fills_rounds: bool,
-        eos_token_ids: frozenset[int],
-    ) -> None:
-        self._index, self._server, self._weights = engine_index, server, weights
-        self._fills_rounds, self._eos_token_ids = fills_rounds, eos_token_ids
+    def __init__(self, server: KeptServer, weights: ServerWeights, reading: Reading) -> None:
+        self._server, self._weights, self._reading = server, weights, reading
         self.in_progress: set[SampleRun] = set()
+        self.num_interruptions = 0
 
     def begin(self, request: GroupRequest) -> SglangGeneration:
         """Start every sample of the group."""
@@ -39,14 +38,22 @@ class SampleRuns:
             self._server.loop.submit(self._drive(run, generation))
         return generation
 
+    def expect_aborts(self) -> None:
+        """Let all samples in progress end with what they have, because a pause aborts them."""
+
+        async def expect() -> None:
+            for run in self.in_progress:
+                run.expect_abort()
+
+        self._server.loop.call(expect())
+
     @property
     def requests(self) -> Requests:
         return self._server.requests
 
     @property
     def reading(self) -> Reading:
-        num_steps = self._server.info.num_steps if self._server.speculates else 0
-        return Reading(self._index, num_steps, self._fills_rounds, self._eos_token_ids)
+        return replace(self._reading, num_steps=self._server.info.num_steps if self._server.speculates else 0)
 
     @property
     def weights_key(self) -> str:
@@ -61,6 +68,13 @@ class SampleRuns:
 
     def suspect(self) -> None:
         self._server.suspect()
+
+    def interrupted(self, reason: Interruption) -> None:
+        self.num_interruptions += 1
+        if self.num_interruptions.bit_count() == 1:  # 1, 2, 4, ...: a full queue refuses hundreds
+            logger.warning("samples were interrupted num=%d last_reason=%s", self.num_interruptions, reason)
+        if not isinstance(reason, ServerRefused) or reason.status not in BUSY:
+            self.suspect()
 
     async def _drive(self, run: SampleRun, generation: SglangGeneration) -> None:
         try:

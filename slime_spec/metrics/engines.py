@@ -15,6 +15,7 @@ def engine_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats], 
     """
     metrics = {
         "engine/restarts": float(sum(each.num_restarts for each in after)),
+        "engine/interruptions": float(sum(each.num_interruptions for each in after)),
         "engine/preemptions": float(sum(each.num_preemptions for each in after)),
     }
     if speculates:

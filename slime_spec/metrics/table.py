@@ -118,6 +118,11 @@ TABLE = (
         "Drafts given to an engine again because they were lost or refused, since the start.",
     ),
     Metric(
+        "engine/interruptions",
+        "times",
+        "Samples that a server refused (a full queue), aborted by itself or lost, and that went on, since the start.",
+    ),
+    Metric(
         "engine/preemptions",
         "times",
         "Sequences whose KV the embedded engine gave up for lack of room, since the start.",

@@ -19,14 +19,15 @@ def counted(num_rounds: int, num_correct: int) -> SpecCounters:
 
 def test_restarts_and_resent_drafts_are_summed_and_a_disabled_speculation_lowers_its_share() -> None:
     after = [
-        replace(IDLE, speculates=True, num_restarts=2, num_preemptions=3),
-        replace(IDLE, speculates=False, num_restarts=1, num_draft_resends=1),
+        replace(IDLE, speculates=True, num_restarts=2, num_preemptions=3, num_interruptions=4),
+        replace(IDLE, speculates=False, num_restarts=1, num_draft_resends=1, num_interruptions=1),
     ]
     values = engine_metrics([IDLE, IDLE], after, speculates=True)
     assert values == {
         "engine/speculating": 0.5,
         "engine/restarts": 3.0,
         "engine/draft_resends": 1.0,
+        "engine/interruptions": 5.0,
         "engine/preemptions": 3.0,
     }
     assert "engine/speculating" not in engine_metrics([IDLE, IDLE], after, speculates=False)

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from rollout.sglang_engine.engine import Offloaded
 from rollout.sglang_engine.fake import FakeServer, next_token
-from rollout.sglang_engine.sample import GrowingSample, Part, ProtocolError, Reading, sampling_fields
+from rollout.sglang_engine.sample import GrowingSample, Reading, sampling_fields
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
@@ -148,7 +148,8 @@ def test_what_the_server_refuses_reaches_the_caller(connect: Connect, config: Co
     prompt = tuple([5] * 30)
     refused = on_fake.engine.generate(GroupRequest("edge", prompt, (1,), SamplingParams(max_new_tokens=482)))
     assert len(next(iter(refused)).token_ids) == 482
-    body = GrowingSample(GroupRequest("edge", prompt, (1,), SamplingParams(max_new_tokens=483)), 0, Reading(0, 3, True))
+    request = GroupRequest("edge", prompt, (1,), SamplingParams(max_new_tokens=483))
+    body = GrowingSample(request, 0, Reading(0, 3, True, 257))
 
     async def overlong() -> None:
         async for _ in on_fake.engine.client.stream(body.body("rid", "key")):
@@ -198,20 +199,9 @@ def test_groups_generate_side_by_side(connect: Connect) -> None:
     assert lengths == {number: 10 + number for number in range(6)}
 
 
-def test_chunks_that_contradict_themselves_are_an_error() -> None:
-    part = Part()
-    chunk: dict[str, Any] = {"output_ids": [1, 2], "meta_info": {"completion_tokens": 2, "finish_reason": None}}
-    with pytest.raises(ProtocolError):
-        part.take(chunk)
-    chunk["meta_info"]["output_token_logprobs"] = [[-1.0, 1, None], [-2.0, 2, None]]
-    part.take(chunk)
-    with pytest.raises(ProtocolError):
-        part.take({**chunk, "meta_info": {**chunk["meta_info"], "completion_tokens": 9}})
-
-
 def broken_sample(params: SamplingParams) -> GrowingSample:
     """Five tokens arrived, then the server died."""
-    sample = GrowingSample(GroupRequest("g", PROMPT, (1,), params), 0, Reading(0, 3, True))
+    sample = GrowingSample(GroupRequest("g", PROMPT, (1,), params), 0, Reading(0, 3, True, 257))
     sample.body("rid", "key")
     triples = [[-1.0, token, None] for token in range(5)]
     meta = {"completion_tokens": 5, "output_token_logprobs": triples, "weight_version": "2", "finish_reason": None}
@@ -232,7 +222,7 @@ def test_a_broken_sample_goes_on_from_its_tokens() -> None:
 def test_a_request_names_every_token_that_ends_a_reply(params: dict[str, Any], stops: list[int] | None) -> None:
     """A server may know fewer of them (case reports/02): it may run without a tokenizer."""
     request = GroupRequest("g", PROMPT, (1,), SamplingParams(**params))
-    sample = GrowingSample(request, 0, Reading(0, 3, True, frozenset({7, 2})))
+    sample = GrowingSample(request, 0, Reading(0, 3, True, 257, frozenset({7, 2})))
     assert sample.body("rid", "key")["sampling_params"].get("stop_token_ids") == stops
 
 

@@ -116,7 +116,7 @@ def test_a_part_that_the_server_could_die_of_is_refused(connect: Connect) -> Non
 def aborted(token_ids: list[int], **params: Any) -> GeneratedSample:
     """What a server sends that was told to abort: all of its last round, wherever the response ends."""
     request = GroupRequest("group", PROMPT, (1,), SamplingParams(max_new_tokens=6, **params))
-    sample = GrowingSample(request, 0, Reading(0, 3, True, frozenset({2})))
+    sample = GrowingSample(request, 0, Reading(0, 3, True, 257, frozenset({2})))
     sample.body("rid", "key")
     triples = [[-1.0, token, None] for token in token_ids]
     meta = {
