@@ -91,8 +91,10 @@ class DraftSpec:
                 f"Correct the config.json if it is such a draft, or use {STANDALONE.name} for a whole model.",
             )
         # A draft without rope_theta rotates by 10000, whatever its target does.
+        of_block = draft_format.blocks.get(architecture, architecture)
         as_model = {
-            "architectures": [draft_format.blocks.get(architecture, architecture)],
+            "architectures": [of_block],
+            "model_type": family_of(of_block).model_type,
             "tie_word_embeddings": False,
         }
         block = ModelSpec.from_dict({**draft_format.block_config(config, layer, source), **as_model}, source)

@@ -5,7 +5,6 @@ Nothing here reads a weight or needs torch; ``slime_spec.checkpoints.tensors`` r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from slime_spec.checkpoints.config_keys import Keys, check_keys, entries, flag, listed, shown, text, whole
 from slime_spec.errors import CheckpointError
+from slime_spec.files import parse_json_object, read_json_object
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -29,10 +30,33 @@ REMEDIES = {
 }
 AGAIN = "Copy the checkpoint again."
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
+ITEMSIZES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+MOST_DIMENSIONS = 64
+NOWHERE = (-1, -1)
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON header, little-endian
-LONGEST_HEADER = 100_000_000  # the format's own bound
+LONGEST_HEADER = 100_000_000  # the format's own bound; no JSON file of a checkpoint is longer
 # Keys that describe a whole multimodal checkpoint; its text_config has the sizes of the language model.
 OF_THE_WHOLE = ("architectures", "model_type", "auto_map")
+SIZE, SIZE_BY_LAYER = whole(0), listed(whole(0), also_single=True)
+# What readers may rely on in a config.json of any family, those that SGLang alone serves included.
+ANY_FAMILY: Keys = {
+    "architectures": listed(text()),
+    **dict.fromkeys(("model_type", "dtype", "torch_dtype"), text()),
+    **dict.fromkeys(("auto_map", "quantization_config", "eagle_config"), entries()),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "num_hidden_layers"), SIZE),
+    **dict.fromkeys(("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_aux_hidden_states"), SIZE),
+    **dict.fromkeys(("draft_vocab_size", "target_hidden_size"), SIZE),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), SIZE),
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), SIZE_BY_LAYER),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), SIZE_BY_LAYER),
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts", "num_local_experts"), SIZE_BY_LAYER),
+    "first_k_dense_replace": SIZE,
+    "mlp_only_layers": listed(whole(0)),
+    "tie_word_embeddings": flag(),
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +86,11 @@ class CheckpointFolder:
     def config(self) -> Mapping[str, Any]:
         """Return the keys of config.json, those of the language model in a multimodal checkpoint at the top as well."""
         stored = self.json(CONFIG)
+        check_keys(stored, {"text_config": entries()}, self.source)
         whole = {key: stored[key] for key in OF_THE_WHOLE if key in stored}
-        return {**stored, **(stored.get("text_config") or {}), **whole}
+        config = {**stored, **(stored.get("text_config") or {}), **whole}
+        check_keys(config, ANY_FAMILY, self.source)
+        return config
 
     @property
     def source(self) -> str:
@@ -85,7 +112,7 @@ class CheckpointFolder:
             if self.setting != TARGET_PATH:
                 remedy = "Pass the folder of a checkpoint with its weights."
             raise CheckpointError(self.setting, f"must hold {SINGLE} or {INDEX}", str(self.path), remedy)
-        absent = [name for name in names if not (self.path / name).is_file()]
+        absent = [name for name in names if not _is_file(self.path / name)]
         if absent:
             rule = f"lacks {', '.join(absent)}, which {INDEX} names"
             raise CheckpointError(str(self.path), rule, self.path.name, AGAIN)
@@ -99,21 +126,17 @@ class CheckpointFolder:
     @property
     def tensors_there(self) -> Mapping[str, StoredTensor] | None:
         """Return the tensors of the weight files that exist; None for a folder without weights (a plan needs none)."""
-        there = [self.path / name for name in self._weight_names() if (self.path / name).is_file()]
+        there = [self.path / name for name in self._weight_names() if _is_file(self.path / name)]
         return _stored(there) if there else None
 
     def json(self, name: str) -> dict[str, Any]:
         """Return the object in the JSON file ``name`` of the folder."""
         path = self.path / name
-        if not path.is_file():
+        if not _is_file(path):
             raise self._lacks(name)
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(str(path), f"must be valid JSON: {error}", name, AGAIN) from None
-        if not isinstance(value, dict):
-            raise CheckpointError(str(path), "must be a JSON object", type(value).__name__, AGAIN)
-        return value
+        if path.stat().st_size > LONGEST_HEADER:
+            raise CheckpointError(str(path), f"must be at most {LONGEST_HEADER} bytes long", name, AGAIN)
+        return read_json_object(path, CheckpointError, AGAIN)
 
     def _lacks(self, name: str) -> CheckpointError:
         what = f"be a checkpoint folder with a {name}" if name == CONFIG else f"hold a {name}"
@@ -121,19 +144,23 @@ class CheckpointFolder:
         return CheckpointError(self.setting, f"must {what}", str(self.path), remedy)
 
     def _weight_names(self) -> list[str]:
-        if (self.path / SINGLE).is_file():
+        if _is_file(self.path / SINGLE):
             return [SINGLE]
-        if not (self.path / INDEX).is_file():
+        if not _is_file(self.path / INDEX):
             return []
         places = self.json(INDEX).get("weight_map")
         if not isinstance(places, dict):
             raise CheckpointError(str(self.path / INDEX), "must have a weight_map", type(places).__name__, AGAIN)
+        for place in places.values():
+            if not (isinstance(place, str) and place.endswith(".safetensors") and Path(place).name == place):
+                rule = "must name .safetensors files of this folder in its weight_map"
+                raise CheckpointError(str(self.path / INDEX), rule, shown(place), AGAIN)
         return sorted(set(places.values()))
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
     """Return the first of the architectures that a config.json names; "?" where it names none."""
-    return str((config.get("architectures") or ["?"])[0])
+    return str(next(iter(config.get("architectures") or ()), "?"))
 
 
 def require(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None:
@@ -142,28 +169,61 @@ def require(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None
         raise CheckpointError(source, f"lacks {', '.join(missing)}", architecture_of(config), AGAIN)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        return False
+
+
 def _stored(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    return {name: tensor for path in files for name, tensor in _header(path).items()}
+    stored: dict[str, StoredTensor] = {}
+    for path in files:
+        header = _header(path)
+        if repeated := stored.keys() & header.keys():
+            raise CheckpointError(f"{path}: {min(repeated)}", "must be in one file alone", path.name, AGAIN)
+        stored |= header
+    return stored
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
-        text = stream.read(length) if length <= LONGEST_HEADER else b""
+    damaged = CheckpointError(str(path), "must be a whole safetensors file", path.name, AGAIN)
     try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, AttributeError, LookupError, TypeError):
-        raise CheckpointError(str(path), "must be a whole safetensors file", path.name, AGAIN) from None
-    if LENGTH_BYTES + length + end != path.stat().st_size:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            text = stream.read(length) if length <= min(size, LONGEST_HEADER) else b""
+        entries = parse_json_object(text.decode(), str(path), CheckpointError, AGAIN)
+    except (OSError, UnicodeDecodeError, CheckpointError):
+        raise damaged from None
+    places = {name: _place(entry) for name, entry in entries.items() if name != "__metadata__"}
+    end = 0
+    for place in sorted(places.values()):
+        if place == NOWHERE or place[0] != end:  # tensors neither overlap nor leave gaps
+            raise damaged
+        end = place[1]
+    if LENGTH_BYTES + length + end != size:
         rule = f"must be a whole safetensors file of {LENGTH_BYTES + length + end} bytes"
-        raise CheckpointError(str(path), rule, path.stat().st_size, AGAIN)
+        raise CheckpointError(str(path), rule, size, AGAIN)
     return {
         name: StoredTensor(
-            DTYPES.get(entry["dtype"], str(entry["dtype"]).lower()),
-            tuple(entry["shape"]),
-            entry["data_offsets"][1] - entry["data_offsets"][0],
+            DTYPES.get(entries[name]["dtype"], entries[name]["dtype"].lower()),
+            tuple(entries[name]["shape"]),
+            last - first,
         )
-        for name, entry in entries.items()
+        for name, (first, last) in places.items()
     }
+
+
+def _place(entry: Any) -> tuple[int, int]:
+    """Return the bytes of a tensor that its entry in a header names; NOWHERE for what is no such entry."""
+    if not isinstance(entry, dict):
+        return NOWHERE
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        return NOWHERE
+    if len(shape) > MOST_DIMENSIONS or not all(map(whole(0, 2**62).accepts, shape + offsets)):
+        return NOWHERE
+    num_bytes = offsets[1] - offsets[0]
+    is_right = num_bytes == prod(shape) * ITEMSIZES[dtype] if dtype in ITEMSIZES else num_bytes >= 0
+    return (offsets[0], offsets[1]) if is_right else NOWHERE

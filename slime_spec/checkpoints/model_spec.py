@@ -7,19 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slime_spec.checkpoints.config_keys import check_keys, only
 from slime_spec.checkpoints.families import BUILT_ARCHITECTURES, family_of
+from slime_spec.checkpoints.families.dense import check_decoder
 from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, architecture_of, require
-from slime_spec.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Holds the factors of Llama-3.1's frequency scaling (``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from slime_spec.checkpoints.rope_settings import RopeScaling, read_rope
+from slime_spec.errors import NotComputedError
 
 
 @dataclass(frozen=True)
@@ -50,27 +43,22 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], source: str = "config.json") -> ModelSpec:
+        """Return the decoder that ``config`` describes; raises NotComputedError naming the key of another decoder."""
         architecture = architecture_of(config)
         family = family_of(architecture)
         if not family.is_built:
-            raise CheckpointError(
+            raise NotComputedError(
                 f"{source}: architectures",
                 f"must be one of {', '.join(BUILT_ARCHITECTURES)}",
                 architecture,
                 "Choose a checkpoint of a supported family.",
             )
+        config = {**family.defaults, **config}
         require(config, REQUIRED, source)
-        # Llama's and Qwen3's bias switches also add an output bias, which nothing here knows.
-        if extra := [key for key in family.refused_biases if config.get(key)]:
-            raise CheckpointError(
-                f"{source}: {extra[0]}",
-                "must be false: such biases are not supported",
-                True,
-                "Choose another checkpoint.",
-            )
+        check_keys(config, {**family.keys, "model_type": only(family.model_type)}, source)
+        check_decoder(config, family.keys, source)
+        rope_theta, rope_scaling = read_rope(config, source)
         heads = config["num_attention_heads"]
-        # transformers 5 nests theta and scaling in rope_parameters; older files have rope_theta and rope_scaling.
-        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         return cls(
             architecture=architecture,
             num_layers=config["num_hidden_layers"],
@@ -81,12 +69,12 @@ class ModelSpec:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             max_position_embeddings=config["max_position_embeddings"],
-            rms_norm_eps=config["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            rms_norm_eps=float(config["rms_norm_eps"]),
+            rope_theta=rope_theta,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
-            rope_scaling=_rope_scaling(rope, source),
+            rope_scaling=rope_scaling,
         )
 
 
@@ -99,19 +87,3 @@ REQUIRED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-
-
-def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise CheckpointError(
-            f"{source}: rope_type", "must be default or llama3", kind, "Choose a checkpoint with a supported RoPE."
-        )
-    return RopeScaling(
-        float(rope["factor"]),
-        float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        int(rope["original_max_position_embeddings"]),
-    )

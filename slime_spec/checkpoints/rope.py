@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from slime_spec.checkpoints.model_spec import ModelSpec, RopeScaling
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.rope_settings import RopeScaling
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:

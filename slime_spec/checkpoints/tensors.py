@@ -16,19 +16,27 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError
 
 MEND = "Copy the checkpoint again, or correct its config.json."
+UNQUANTIZED = "Choose the checkpoint of the unquantised weights, or let SGLang compute with these in rollouts alone."
+COMPUTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Ends of the names by which quantised checkpoints store the parts of a weight.
+QUANTIZED = (
+    *(".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_zero_point", ".weight_packed", ".weight_shape"),
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_format"),
+)
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return every tensor of the family under its Hugging Face name, in the order in which weights are pushed."""
     hidden = spec.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, hidden)}
     for layer in range(spec.num_layers):
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
         shapes |= block_shapes(prefix, spec, hidden)
     shapes["model.norm.weight"] = (hidden,)
     if not spec.tie_word_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+        shapes[HEAD] = (spec.vocab_size, hidden)
     return shapes
 
 
@@ -65,7 +73,9 @@ def stored_tensors(
 
     Raises CheckpointError naming ``setting`` for a folder without weights, and the file for a damaged one.
     """
-    for path in CheckpointFolder(Path(folder), setting).weight_files:
+    stored = CheckpointFolder(Path(folder), setting)
+    _ = stored.tensors  # reads the headers of all files: for its errors, before any weight is read
+    for path in stored.weight_files:
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in filter(wants, shard.keys()):
@@ -75,20 +85,36 @@ def stored_tensors(
 
 
 def check_tensor(folder: str | Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError for a tensor of another shape, or one that is not finite."""
+    """Raise CheckpointError for a tensor of another shape, of a dtype not computed with, or one that is not finite."""
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"{folder}: {name}", f"must have shape {shape}", tuple(tensor.shape), MEND)
+    if tensor.dtype not in COMPUTED_DTYPES:
+        rule = "must be float32, float16 or bfloat16: other codes mean nothing without the scales that belong to them"
+        raise CheckpointError(f"{folder}: {name}", rule, str(tensor.dtype).removeprefix("torch."), UNQUANTIZED)
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f"{folder}: {name}", "must be finite", "NaN or infinity", MEND)
 
 
 def _checked_tensors(folder: Path, spec: ModelSpec, setting: str = TARGET_PATH) -> Iterator[tuple[str, torch.Tensor]]:
     wanted = expected_shapes(spec)
-    missing = set(wanted)
+    stored = CheckpointFolder(folder, setting).tensors
+    for name in wanted:
+        if name not in stored:
+            raise CheckpointError(f"{folder}: {name}", "must be in the checkpoint", "missing", MEND)
+    for name in stored:
+        if name.endswith(QUANTIZED):
+            rule = "belongs to quantised weights, which are not computed here"
+            raise CheckpointError(f"{folder}: {name}", rule, stored[name].dtype, UNQUANTIZED)
+    if spec.tie_word_embeddings and HEAD in stored:
+        _check_tied(folder, setting)
     for name, tensor in stored_tensors(folder, wanted.__contains__, setting):
         check_tensor(folder, name, tensor, wanted[name])
-        missing.discard(name)
         yield name, tensor
-    for name in wanted:
-        if name in missing:
-            raise CheckpointError(f"{folder}: {name}", "must be in the checkpoint", "missing", MEND)
+
+
+def _check_tied(folder: Path, setting: str) -> None:
+    """Raise CheckpointError for a head beside a tied embedding that is another: transformers would compute with it."""
+    tables = dict(stored_tensors(folder, (EMBEDDING, HEAD).__contains__, setting))
+    if not torch.equal(tables[EMBEDDING], tables[HEAD]):
+        rule = f"must be {EMBEDDING} where tie_word_embeddings is true, or left out"
+        raise CheckpointError(f"{folder}: {HEAD}", rule, "another tensor", "Set tie_word_embeddings to false.")

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from rollout.embedded.validate import check_kv_cache
 from slime_spec.checkpoints.draft_choice import choose_draft
-from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import verify_tensors
@@ -26,7 +25,7 @@ from slime_spec.config.build import to_yaml
 from slime_spec.config.checks import check
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, NotComputedError
 from slime_spec.interfaces import Engines, RunState, Trainer
 from slime_spec.launch.compose import Composed
 from slime_spec.launch.ray_environment import prepare_ray_environment
@@ -115,12 +114,15 @@ def preflight(config: Config) -> Inputs:
 
 
 def _target_spec(config: Config) -> ModelSpec | None:
-    """Return the policy's spec; raises CheckpointError for a family that this project must compute and cannot."""
+    """Return the policy's spec; raises NotComputedError for a model that this project must compute and cannot."""
     is_served_only = kind_of(config).has_servers and config.run.mode == "rollout_only"
     stored = CheckpointFolder(Path(config.model.hf_checkpoint))
-    if is_served_only and not family_of(stored.architecture).is_built:
-        return None
-    return ModelSpec.from_dict(stored.config, stored.source)
+    try:
+        return ModelSpec.from_dict(stored.config, stored.source)
+    except NotComputedError:
+        if is_served_only:  # SGLang computes it: experts, quantised weights, windows of attention
+            return None
+        raise
 
 
 def with_absolute_paths(config: Config, run_folder: Path) -> Config:

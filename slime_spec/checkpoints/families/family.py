@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from slime_spec.algorithms import LOOKUP
+from slime_spec.checkpoints.config_keys import Keys
 
 OTHER_ENGINE = f"draft with it through the SGLang engine, or pass --sglang-speculative-algorithm {LOOKUP.name}"
 NOT_EMBEDDED = f"which the embedded engine does not have; {OTHER_ENGINE}"
@@ -61,9 +64,10 @@ class Family:
     """Describes the models that config.json calls by one of ``architectures``.
 
     ``is_built`` says that the embedded engine and the trainer build the decoder (GQA, RoPE, RMSNorm and SwiGLU);
-    SGLang alone serves the others. ``qkv_bias`` and ``qk_norm`` are the decoder's, and ``refused_biases`` those keys
-    of config.json that would add biases which nothing here knows. ``overflows_float16``: activations beyond its 65504
-    are common. ``sglang_finds_mtp``: SGLang takes the target's folder for the draft's without being given a path.
+    SGLang alone serves the others. ``qkv_bias`` and ``qk_norm`` are the decoder's. ``keys`` are all keys of config.json
+    that transformers' class of the family acts on, ``defaults`` what that class takes for a key that is left out, where
+    the decoder would take another value. ``overflows_float16``: activations beyond its 65504 are common.
+    ``sglang_finds_mtp``: SGLang takes the target's folder for the draft's without being given a path.
     ``comes_as_code``: transformers does not know ``model_type``; the checkpoint brings the configuration's code.
     """
 
@@ -72,7 +76,8 @@ class Family:
     is_built: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
-    refused_biases: tuple[str, ...] = ("attention_bias", "mlp_bias")
+    keys: Keys = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     mtp: MtpLayer | None = None
     overflows_float16: bool = False
     sglang_finds_mtp: bool = False

@@ -1,6 +1,8 @@
 """MiMo has Qwen2's decoder, and an MTP layer around a Qwen2 block."""
 
+from slime_spec.checkpoints.config_keys import harmless, whole
 from slime_spec.checkpoints.families.family import Family, MtpLayer
+from slime_spec.checkpoints.families.qwen2 import QWEN2
 
 MIMO_LAYER = MtpLayer(
     prefix="model.mtp_layers.0.",
@@ -16,7 +18,12 @@ MIMO = Family(
     model_type="mimo",
     is_built=True,
     qkv_bias=True,
-    refused_biases=("mlp_bias",),  # its config.json says with attention_bias that q, k and v have biases
+    keys={
+        **QWEN2.keys,
+        "attention_bias": harmless("says that q, k and v have biases, as they always do"),
+        "num_nextn_predict_layers": whole(0),
+    },
+    defaults=QWEN2.defaults,
     mtp=MIMO_LAYER,
     comes_as_code=True,
 )

@@ -1,5 +1,14 @@
 """Qwen2 and Qwen2.5 have Llama's decoder with biases of queries, keys and values."""
 
+from slime_spec.checkpoints.families.dense import DENSE_KEYS, WINDOW_DEFAULTS, WINDOW_KEYS
 from slime_spec.checkpoints.families.family import Family
 
-QWEN2 = Family(("Qwen2ForCausalLM",), model_type="qwen2", is_built=True, qkv_bias=True, overflows_float16=True)
+QWEN2 = Family(
+    ("Qwen2ForCausalLM",),
+    model_type="qwen2",
+    is_built=True,
+    qkv_bias=True,
+    keys={**DENSE_KEYS, **WINDOW_KEYS},
+    defaults=WINDOW_DEFAULTS,
+    overflows_float16=True,
+)

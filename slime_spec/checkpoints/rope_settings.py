@@ -1,0 +1,94 @@
+"""This module reads the rotary position embedding out of a config.json, whichever of its places the file uses.
+
+transformers 5 writes ``rope_parameters``, older versions ``rope_theta`` and ``rope_scaling``. Readers prefer one place
+or another where two disagree, so that a file in which they disagree is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slime_spec.checkpoints.config_keys import (
+    CORRECT,
+    Keys,
+    check_keys,
+    entries,
+    harmless,
+    only,
+    real,
+    shown,
+    text,
+    whole,
+)
+from slime_spec.errors import CheckpointError
+
+DEFAULT_THETA = 10000.0
+OF_OTHER_KINDS = harmless("read for the kinds of scaling that are refused")
+# Keys of config.json, and those within its rope_scaling or rope_parameters.
+ROPE_KEYS: Keys = {
+    "rope_theta": real(1, 1e15),
+    "rope_scaling": entries(),
+    "rope_parameters": entries(),
+    "partial_rotary_factor": only(1),
+    "rotary_pct": only(1),
+    "original_max_position_embeddings": whole(),
+}
+NESTED_KEYS: Keys = {
+    "rope_theta": real(1, 1e15),
+    "rope_type": only("default", "llama3"),
+    "type": text(),
+    "partial_rotary_factor": only(1),
+    "factor": real(1e-3, 1e6),
+    "low_freq_factor": real(1e-6, 1e6),
+    "high_freq_factor": real(1e-6, 1e6),
+    "original_max_position_embeddings": whole(),
+    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor"), OF_OTHER_KINDS),
+    # Kinds of layers, each with an embedding of its own.
+    **dict.fromkeys(("full_attention", "sliding_attention", "linear_attention"), only()),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Holds the factors of Llama-3.1's frequency scaling (``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+def read_rope(config: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+    """Return the base of the angles and their scaling; raises CheckpointError naming the key that stands against it."""
+    check_keys(config, ROPE_KEYS, source)
+    scaling, parameters = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    if scaling and parameters and scaling != parameters:
+        raise _disagreeing(f"{source}: rope_scaling", "rope_parameters", shown(scaling))
+    rope, place = (scaling, "rope_scaling.") if scaling else (parameters, "rope_parameters.")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    check_keys({**rope, "rope_type": kind}, NESTED_KEYS, source, place)
+    thetas = [each for each in (rope.get("rope_theta"), config.get("rope_theta")) if each is not None]
+    if len(set(thetas)) > 1:
+        raise _disagreeing(f"{source}: rope_theta", f"{place}rope_theta", thetas[1])
+    theta = float(thetas[0]) if thetas else DEFAULT_THETA
+    return theta, _llama3(config, rope, f"{source}: {place}") if kind == "llama3" else None
+
+
+def _llama3(config: Mapping[str, Any], rope: Mapping[str, Any], prefix: str) -> RopeScaling:
+    # transformers takes the length of a file that has it outside before the one within, and else the whole context.
+    own, outside = rope.get("original_max_position_embeddings"), config.get("original_max_position_embeddings")
+    if own is not None and outside is not None and own != outside:
+        raise _disagreeing(f"{prefix}original_max_position_embeddings", "the one outside", own)
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    if absent := [name for name in names if rope.get(name) is None]:
+        raise CheckpointError(f"{prefix}{absent[0]}", "must be given for llama3", None, CORRECT)
+    factor, low, high = (float(rope[name]) for name in names)
+    if low >= high:
+        raise CheckpointError(f"{prefix}low_freq_factor", f"must be less than high_freq_factor ({high})", low, CORRECT)
+    return RopeScaling(factor, low, high, own or outside or config["max_position_embeddings"])
+
+
+def _disagreeing(setting: str, other: str, value: object) -> CheckpointError:
+    return CheckpointError(setting, f"must be the same as {other}, or left out", value, CORRECT)
