@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
+
+from slime_spec.sglang.server_info import PATHS
 
 CONTROL_TIMEOUT_S = 600.0
 ABORT_TIMEOUT_S = 30.0
@@ -79,7 +82,22 @@ class SglangClient:
         """End a request with the tokens it has; a request that the server does not know is no error."""
         await self.post("/abort_request", {"rid": rid}, ABORT_TIMEOUT_S)
 
+    async def answers(self, timeout_s: float) -> bool:
+        """Return whether the server's scheduler answers, also while it is paused; nothing is generated for it."""
+        for path in PATHS:
+            try:
+                await self.get(path, timeout_s)
+            except ServerRefused as error:
+                if error.status != HTTPStatus.NOT_FOUND:
+                    return error.status < HTTPStatus.INTERNAL_SERVER_ERROR
+            except ServerGone:
+                return False
+            else:
+                return True
+        return True
+
     async def is_healthy(self, timeout_s: float = 10.0) -> bool:
+        """Return whether a server that starts has begun to serve; of a server that is paused this is False."""
         try:
             await self.get("/health", timeout_s)
         except (ServerRefused, ServerGone):

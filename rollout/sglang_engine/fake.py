@@ -72,7 +72,12 @@ class FakeServer(FakeWeights):
         return {**super().posts(), **posts}
 
     def gets(self) -> Handlers:
-        gets = {"/server_info": self._info, "/model_info": self._model, "/v1/loads": self._loads}
+        gets = {
+            "/health": self._health,
+            "/server_info": self._info,
+            "/model_info": self._model,
+            "/v1/loads": self._loads,
+        }
         if not self.hides_openapi:
             gets["/openapi.json"] = self._openapi
         return {**super().gets(), **gets}
@@ -187,6 +192,10 @@ class FakeServer(FakeWeights):
         await self._body(request)
         self._going.set()
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """Answer as SGLang does, which generates a token for the answer and cannot while it is paused."""
+        return web.Response(status=200 if self._going.is_set() else 503)
 
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response(

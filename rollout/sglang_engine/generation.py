@@ -51,6 +51,13 @@ class Link(Protocol):
     async def until_ready(self) -> None:
         """Return once requests may be sent; raises what ended the engine for good."""
 
+    def opened(self, stream: str) -> None:
+        """Note that a stream begins: it is a sign of its server's life when it brings something."""
+
+    def heard(self, stream: str) -> None: ...
+
+    def closed(self, stream: str) -> None: ...
+
     def suspect(self) -> None:
         """Have the server checked, because a connection broke."""
 
@@ -110,6 +117,8 @@ class SampleRun:
         self._link = link
         self._rid: str | None = None
         self._aborted = asyncio.Event()
+        self._parting: asyncio.Task[None] | None = None
+        self._lost = ""
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +128,12 @@ class SampleRun:
     def expect_abort(self) -> None:
         """Let the sample end with the tokens it has when the server aborts it."""
         self._aborted.set()
+
+    def lose(self, why: str) -> None:
+        """End the part, because its server is taken for lost."""
+        if self._parting is not None:
+            self._lost = why
+            self._parting.cancel()
 
     async def abort(self) -> None:
         """Let the sample end now with the tokens it has."""
@@ -137,7 +152,7 @@ class SampleRun:
         while await self._ready():
             num_kept = self._sample.num_kept
             try:
-                await self._part()
+                await self._losable(self._part())
                 break
             except (ServerGone, ServerRefused, ProtocolError) as error:
                 self._raise_final(error)
@@ -188,15 +203,30 @@ class SampleRun:
             waited.cancel()
             aborted.cancel()
 
+    async def _losable(self, part: Coroutine[Any, Any, None]) -> None:
+        """Await the part; raises ServerGone when it is lost."""
+        self._parting = asyncio.ensure_future(part)
+        try:
+            await self._parting
+        except asyncio.CancelledError:
+            if not self._lost:
+                self._parting.cancel()
+                raise
+            raise ServerGone(self._lost) from None
+        finally:
+            self._parting, self._lost = None, ""
+
     async def _part(self) -> None:
         """Generate one part to its end; raises an Interruption."""
         request, requests = self._sample.request, self._link.requests
-        self._rid = f"{request.group_id}-{self._sample.index}-{uuid4().hex[:8]}"
-        body = self._sample.body(self._rid, self._link.weights_key)
+        rid = self._rid = f"{request.group_id}-{self._sample.index}-{uuid4().hex[:8]}"
+        body = self._sample.body(rid, self._link.weights_key)
         part: Part = self._sample.part
+        self._link.opened(rid)
         try:
             async with aclosing(requests.stream(body)) as chunks:
                 async for chunk in chunks:
+                    self._link.heard(rid)
                     part.take(chunk)
                     if self._aborted.is_set() and not part.ended:
                         await self.abort()  # the first abort may have overtaken the request
@@ -207,6 +237,7 @@ class SampleRun:
             raise ProtocolError(f"{requests.url}: {error}") from error
         finally:
             self._rid = None
+            self._link.closed(rid)
         if not part.ended:
             raise ServerGone(f"{requests.url}: the stream ended before the response")
         if part.abort is not None and not self._aborted.is_set():

@@ -47,6 +47,7 @@ def _end_with_input(server: subprocess.Popen[bytes]) -> None:
     while os.read(0, 4096):
         pass
     _signal_group(server.pid, signal.SIGTERM)
+    _signal_group(server.pid, signal.SIGCONT)  # a server that was stopped could not end itself
     try:
         server.wait(GRACE_S)
     except subprocess.TimeoutExpired:

@@ -13,6 +13,7 @@ from rollout.sglang_engine.launcher import Launcher
 from rollout.sglang_engine.loop_thread import AsyncLoop
 from rollout.sglang_engine.router import Requests, RoutedRequests
 from rollout.sglang_engine.server import ServerProcess, ServerStartError
+from rollout.sglang_engine.signs import Signs
 from rollout.sglang_engine.supervise import Supervisor
 from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.addresses import is_loopback, parse_address
@@ -51,6 +52,8 @@ class KeptServer:
         self._routed: RoutedRequests | None = None
         self.supervisor: Supervisor | None = None
         self.exclusive = RLock()
+        settings = config.sglang_server
+        self.signs = Signs(settings.stall_timeout_s, 0.0 if external else settings.start_timeout_s)
         self.resident = True
         self.speculates = config.speculative.record.speculates
         self._started = ExitStack()
@@ -164,15 +167,14 @@ class KeptServer:
         return installed_in(python)
 
     def _supervise(self) -> None:
-        settings = self._config.sglang_server
         self.supervisor = Supervisor(
             self._launch,
             self._restore,
             self.client,
             self.loop,
             self.exclusive,
-            settings.start_timeout_s,
-            settings.max_restarts,
+            self.signs,
+            self._config.sglang_server,
         )
         self._started.callback(self.supervisor.stop)
         try:

@@ -16,6 +16,8 @@ from slime_spec.types import GeneratedSample, GroupRequest
 
 logger = logging.getLogger(__name__)
 
+WATCH_S = 0.5
+
 
 class SampleRuns:
     """Runs the samples of one engine in its asyncio loop; implements Link for them.
@@ -28,6 +30,7 @@ class SampleRuns:
         self._server, self._weights, self._reading = server, weights, reading
         self.in_progress: set[SampleRun] = set()
         self.num_interruptions = 0
+        self._watching = False
 
     def begin(self, request: GroupRequest) -> SglangGeneration:
         """Start every sample of the group."""
@@ -36,13 +39,32 @@ class SampleRuns:
         self.in_progress.update(runs)
         for run in runs:
             self._server.loop.submit(self._drive(run, generation))
+        if self._server.supervisor is None:
+            self._server.loop.submit(self._watch())
         return generation
+
+    async def _watch(self) -> None:
+        """End the parts on an external server that hangs, which nobody here can replace."""
+        if self._watching:
+            return
+        self._watching = True
+        client, timeout_s = self._server.client, self._server.signs.limit_s
+        while self.in_progress:
+            await asyncio.sleep(min(timeout_s, WATCH_S))
+            if not self._server.signs.is_silent:
+                continue
+            if await client.answers(timeout_s):
+                self._server.signs.answered()
+                continue
+            for run in list(self.in_progress):
+                run.lose(f"{client.url} does not answer within {timeout_s:g} s (--sglang-stall-timeout)")
+        self._watching = False
 
     def expect_aborts(self) -> None:
         """Let all samples in progress end with what they have, because a pause aborts them."""
 
         async def expect() -> None:
-            for run in self.in_progress:
+            for run in list(self.in_progress):
                 run.expect_abort()
 
         self._server.loop.call(expect())
@@ -65,6 +87,16 @@ class SampleRuns:
 
     async def until_ready(self) -> None:
         await self._server.until_ready()
+
+    def opened(self, stream: str) -> None:
+        if self._server.requests is self._server.client:  # behind a router it may be another engine's server
+            self._server.signs.opened(stream)
+
+    def heard(self, stream: str) -> None:
+        self._server.signs.heard(stream)
+
+    def closed(self, stream: str) -> None:
+        self._server.signs.closed(stream)
 
     def suspect(self) -> None:
         self._server.suspect()

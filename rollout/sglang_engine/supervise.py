@@ -1,7 +1,10 @@
 """Supervisor keeps one server alive: it launches, watches and restarts the server, and restores its weights.
 
-serving ──(process ended, or twice no answer to a health check)──► down ──restart, restore──► serving
-                                                                     └──(too often)──► failed
+serving ──(process ended, or twice no answer)──► down ──restart, restore──► serving
+                                                   └──(too often)──► failed
+
+The server is asked when a connection broke, and when nothing has come from it for too long (Signs). The question
+generates nothing, and a paused server answers it. Who has the server to itself has deadlines of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from collections.abc import Callable
 from rollout.sglang_engine.client import SglangClient
 from rollout.sglang_engine.loop_thread import AsyncLoop
 from rollout.sglang_engine.server import ServerProcess, ServerStartError
+from rollout.sglang_engine.signs import Signs
+from slime_spec.config.sglang_server import SglangServerConfig
 
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
-HEALTH_TIMEOUT_S = 30.0
+NUM_QUESTIONS = 2
 # A server takes ports that nobody can hold for it, its own choices among them: a new start has new ones.
 PORT_ATTEMPTS = 3
 
@@ -36,7 +41,8 @@ class Supervisor:
 
     ``launch`` makes a new, not yet started process; ``restore`` brings it to the current weights and is called, with
     the server healthy, before any sample is sent to it. ``exclusive`` is held while the server is being replaced: who
-    else holds it (a push, an offload) has the server to itself.
+    else holds it (a push, an offload) has the server to itself. A server that is asked and does not answer within
+    ``stall_timeout_s`` hangs.
     """
 
     def __init__(
@@ -46,12 +52,12 @@ class Supervisor:
         client: SglangClient,
         loop: AsyncLoop,
         exclusive: threading.RLock,
-        start_timeout_s: float,
-        max_restarts: int,
+        signs: Signs,
+        settings: SglangServerConfig,
     ) -> None:
         self._launch, self._restore = launch, restore
         self._client, self._loop, self._exclusive = client, loop, exclusive
-        self._start_timeout_s, self._max_restarts = start_timeout_s, max_restarts
+        self._signs, self._settings = signs, settings
         self.num_restarts = 0  # attempts to restart a server that died
         self.may_restart = True  # not while a trainer has the memory that a server takes at its start
         self.num_replaced = 0  # servers that have replaced another, for whatever reason
@@ -130,10 +136,11 @@ class Supervisor:
         server.start()
         self._server = server
         try:
-            server.wait_until(self._is_healthy, self._start_timeout_s)
+            server.wait_until(self._is_healthy, self._settings.start_timeout_s)
         except (ServerStartError, Stopped):
             server.stop()
             raise
+        self._signs.begin_anew()
 
     def _is_healthy(self) -> bool:
         if self._stopping.is_set():
@@ -146,49 +153,73 @@ class Supervisor:
             self._suspected.clear()
             if self._stopping.is_set():
                 return
-            why = self._trouble(suspected)
-            if why and not self._recover(why):
+            num_replaced = self.num_replaced
+            why = self._trouble() if suspected or not self.server.is_alive else self._silence()
+            if why and not self._recover(why, num_replaced):
                 return
 
-    def _trouble(self, suspected: bool) -> str:
-        """Return why the server must be replaced, or an empty string."""
-        server = self.server
-        if not server.is_alive:
-            return f"its process ended with code {server.exit_code}; {server.tail()[-500:]}"
-        if not suspected:
-            return ""
-        for _ in range(2):
-            if self._loop.call(self._client.is_healthy(HEALTH_TIMEOUT_S)):
+    def _trouble(self) -> str:
+        """Ask the server; return why it must be replaced, or an empty string."""
+        server, timeout_s = self.server, self._settings.stall_timeout_s
+        for _ in range(NUM_QUESTIONS):
+            if not server.is_alive:
+                return f"its process ended with code {server.exit_code}; {server.tail()[-500:]}"
+            if self.answers(timeout_s / NUM_QUESTIONS) or self._stopping.is_set():
                 return ""
-            if not server.is_alive or self._stopping.is_set():
-                break
-        return "" if self._stopping.is_set() else "it does not answer"
+        return f"it does not answer within {timeout_s:g} s (--sglang-stall-timeout)" if server.is_alive else "it ended"
 
-    def _recover(self, why: str) -> bool:
-        """Replace the server, again if need be; False when the engine is stopped, or has failed for good."""
+    def answers(self, timeout_s: float) -> bool:
+        """Return whether the server answers a question that its scheduler must answer, paused or not."""
+        if not self._loop.call(self._client.answers(timeout_s)):
+            return False
+        self._signs.answered()
+        return True
+
+    def _silence(self) -> str:
+        """Ask a server that has been silent; one that somebody has to himself, or that is offloaded, is not asked."""
+        if not (self._signs.is_silent and self.may_restart and self._exclusive.acquire(blocking=False)):
+            return ""
+        try:
+            return self._trouble()
+        finally:
+            self._exclusive.release()
+
+    def _recover(self, why: str, num_replaced: int) -> bool:
+        """Replace the server, again if need be; False when the engine is stopped, or has failed for good.
+
+        ``num_replaced`` is the count from before the server was asked.
+        """
         self._set_ready(False)  # at once: whoever has the server to itself may yet take long to give up
-        with self._exclusive:
+        had_to_wait = not self._exclusive.acquire(blocking=False)
+        if had_to_wait:
+            self._exclusive.acquire()
+        try:
             if self._stopping.is_set():
                 return False
-            if not self._trouble(suspected=True):
+            if (had_to_wait or self.num_replaced != num_replaced) and not self._trouble():
                 self._set_ready(True)
                 return True  # a push that met the dead server has replaced it meanwhile
             if not self.may_restart:
                 self._set_ready(self.server.is_alive)  # who gives the memory back finds the server dead
                 return True
-            while self.num_restarts < self._max_restarts:
-                self.num_restarts += 1
-                try:
-                    self.replace(f"{why} restart={self.num_restarts}")
-                    return True
-                except Stopped:
-                    return False
-                except Exception as error:
-                    logger.exception("the server did not come back")
-                    why = str(error)
-            self._failure = EngineFailed(f"the server died {self.num_restarts + 1} times; the last time: {why}")
-            self._set_ready(True)  # wakes whoever waits, to raise the failure
-            return False
+            return self._restart(why)
+        finally:
+            self._exclusive.release()
+
+    def _restart(self, why: str) -> bool:
+        while self.num_restarts < self._settings.max_restarts:
+            self.num_restarts += 1
+            try:
+                self.replace(f"{why} restart={self.num_restarts}")
+                return True
+            except Stopped:
+                return False
+            except Exception as error:
+                logger.exception("the server did not come back")
+                why = str(error)
+        self._failure = EngineFailed(f"the server died {self.num_restarts + 1} times; the last time: {why}")
+        self._set_ready(True)  # wakes whoever waits, to raise the failure
+        return False
 
     def _set_ready(self, ready: bool) -> None:
         async def change() -> None:

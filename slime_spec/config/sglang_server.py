@@ -28,6 +28,13 @@ class SglangServerConfig:
     start_timeout_s: float = setting(
         900.0, "Longest wait for a server to become healthy.", flags=("--sglang-start-timeout",), above=0.0
     )
+    stall_timeout_s: float = setting(
+        30.0,
+        "A server that streams nothing for this long is asked whether it lives; without an answer in the same time it "
+        "hangs, and is replaced. Until its first token the limit is the start's, because kernels are compiled then.",
+        flags=("--sglang-stall-timeout",),
+        above=0.0,
+    )
     external_addrs: tuple[str, ...] = setting(
         (),
         "Servers (host:port) that someone else started, one an engine; they are used, never restarted.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -109,6 +110,13 @@ def connect(config: Config) -> Iterator[Connect]:
             return OnFake(engine, server)
 
         yield start
+
+
+@pytest.fixture
+def process_path() -> str:
+    """A PYTHONPATH on which ``python -m sglang.launch_server`` is the fake, a process as SGLang is."""
+    root = Path(__file__).resolve().parents[2]
+    return f"{root / 'tests' / 'support' / 'sglang_fake'}{os.pathsep}{root}"
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import psutil
 import pytest
@@ -31,15 +29,13 @@ from slime_spec.weights.run import run_push
 from tests.sglang.conftest import Checkpoints, Connect
 from tests.support.pushes import DirectTransport, other_weights, push_of
 
-FAKE = Path(__file__).resolve().parents[1] / "support" / "sglang_fake"
 REQUEST = GroupRequest("group", (5, 6, 7), (1, 2, 3), SamplingParams(max_new_tokens=300))
 
 
 @pytest.fixture
-def engine(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[SglangEngine]:
+def engine(config: Config, monkeypatch: pytest.MonkeyPatch, process_path: str) -> Iterator[SglangEngine]:
     """On a fake server that is a process, as SGLang is."""
-    root = Path(__file__).resolve().parents[2]
-    monkeypatch.setenv("PYTHONPATH", f"{FAKE}{os.pathsep}{root}")
+    monkeypatch.setenv("PYTHONPATH", process_path)
     settings = replace(config.sglang_server, max_restarts=2)
     engine = SglangEngine(replace(config, sglang_server=settings), 0, DirectTransport())
     engine.start()
