@@ -8,7 +8,7 @@ from pathlib import Path
 from slime_spec.algorithms import Algorithm, algorithm_of_family
 from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
-from slime_spec.checkpoints.draft_tensors import verify_draft
+from slime_spec.checkpoints.draft_tensors import verify_draft, with_stored_embedding
 from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder
@@ -57,7 +57,7 @@ def choose_draft(config: Config, target: ModelSpec) -> ChosenDraft | None:
         spec = DraftSpec.from_folder(folder, target, speculative.draft_norm_output_convention)
         _check_family(spec, speculative.record)
         _check_tokenizers(folder, config.model.hf_checkpoint)
-        draft = ChosenDraft(folder, spec)
+        draft = ChosenDraft(folder, with_stored_embedding(folder, spec, Path(config.model.hf_checkpoint)))
     _check_context(draft, config.engine.context_length or target.max_position_embeddings)
     return draft
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_spec.algorithms import STANDALONE
+from slime_spec.checkpoints.config_keys import check_keys
 from slime_spec.checkpoints.families import FORMAT_OF, family_of, format_of_family
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFamily, DraftFormat, DraftReading
 from slime_spec.checkpoints.families.family import MtpLayer
@@ -44,6 +45,7 @@ class DraftSpec:
     norm_before_fc: bool = False  # one RMSNorm over all captured layers before fc
     logits_norm: bool = True  # the norm precedes the head
     recurrent_norm: bool = False  # the next step's hidden state is taken after the norm
+    residual_norm: bool = False  # the first block's residual stream begins after its hidden_norm
     zero_first_embedding: bool = False  # the token embedding at position 0 is zero (MiMo)
     in_target: bool = False  # the draft's tensors are part of the target's checkpoint
 
@@ -90,6 +92,7 @@ class DraftSpec:
                 architecture,
                 f"Correct the config.json if it is such a draft, or use {STANDALONE.name} for a whole model.",
             )
+        check_keys(config, draft_format.keys, source)
         # A draft without rope_theta rotates by 10000, whatever its target does.
         of_block = draft_format.blocks.get(architecture, architecture)
         as_model = {

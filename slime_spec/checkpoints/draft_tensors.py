@@ -7,18 +7,19 @@ Names are SpecForge's and SGLang's; the draft's format knows which other names a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
 from slime_spec.checkpoints.families.eagle3 import D2T, T2D, TABLES
-from slime_spec.checkpoints.folder import DRAFT_PATH
-from slime_spec.checkpoints.tensors import check_tensor, save_checkpoint, stored_tensors
+from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder
+from slime_spec.checkpoints.tensors import EMBEDDING, check_tensor, save_checkpoint, stored_tensors
 from slime_spec.errors import CheckpointError
 
 MEND = "Copy the draft again, or correct its config.json."
+OWN_EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def draft_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
     """
     shapes = spec.format.shapes(spec)
     if spec.has_own_embedding:
-        shapes["embed_tokens.weight"] = (spec.block.vocab_size, spec.block.hidden_size)
+        shapes[OWN_EMBEDDING] = (spec.block.vocab_size, spec.block.hidden_size)
     if spec.has_own_head:
         shapes["lm_head.weight"] = (spec.draft_vocab_size, spec.block.hidden_size)
     return shapes
@@ -54,6 +55,26 @@ def load_draft(folder: str | Path, spec: DraftSpec) -> DraftCheckpoint:
     for name in spec.format.optional & wanted.keys() - tensors.keys():
         tensors[name] = torch.zeros(wanted[name], dtype=next(iter(tensors.values())).dtype)
     return DraftCheckpoint(spec, {name: tensors[name] for name in wanted}, hot_token_ids)
+
+
+def with_stored_embedding(folder: Path, spec: DraftSpec, target: Path) -> DraftSpec:
+    """Return ``spec``, with an embedding of its own if the draft's file has another one than the target's.
+
+    Files often hold a copy of the target's embedding; the draft then shares the target's, as it is pushed.
+    """
+    if spec.has_own_embedding or spec.in_target:
+        return spec
+    stored = {
+        spec.format.canonical_name(name): (name, each)
+        for name, each in CheckpointFolder(folder, DRAFT_PATH).tensors.items()
+    }
+    name, header = stored.get(OWN_EMBEDDING, ("", None))
+    if header is None or header.shape != (spec.block.vocab_size, spec.block.hidden_size):
+        return spec
+    (_, own), *_ = stored_tensors(folder, name.__eq__, DRAFT_PATH)
+    (_, shared), *_ = stored_tensors(target, EMBEDDING.__eq__)
+    is_copy = own.shape == shared.shape and torch.equal(own, shared.to(own.dtype))
+    return spec if is_copy else replace(spec, has_own_embedding=True)
 
 
 def verify_draft(folder: str | Path, spec: DraftSpec) -> None:
@@ -164,6 +185,9 @@ def _hot_token_ids(folder: Path, spec: DraftSpec, tensors: Mapping[str, torch.Te
     tables = {name: tensors[name] for name in TABLES if name in tensors}
     sizes = {D2T: spec.draft_vocab_size, T2D: spec.block.vocab_size}
     for name, table in tables.items():
+        if table.is_floating_point() or table.is_complex():
+            dtype = str(table.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{folder}: {name}", "must hold whole numbers", dtype, MEND)
         if tuple(table.shape) != (sizes[name],):
             raise CheckpointError(f"{folder}: {name}", f"must have shape {(sizes[name],)}", tuple(table.shape), MEND)
     if D2T not in tables:
@@ -178,6 +202,6 @@ def _hot_token_ids(folder: Path, spec: DraftSpec, tensors: Mapping[str, torch.Te
 
 def _is_unread(name: str, spec: DraftSpec) -> bool:
     """Return whether SGLang too ignores this tensor: a copy of the target's, a buffer, an unused norm."""
-    if name.endswith("rotary_emb.inv_freq") or name == "embed_tokens.weight":
+    if name.endswith("rotary_emb.inv_freq") or name == OWN_EMBEDDING:
         return True
     return spec.format.is_unread(name, spec)

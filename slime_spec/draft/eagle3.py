@@ -62,8 +62,8 @@ class Eagle3Network(DraftNetwork):
 
     def inputs(self, hidden: torch.Tensor, embedding: torch.Tensor, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x = self._joined(hidden) if first else hidden
-        layer = self.midlayer
-        return torch.cat([layer.input_layernorm(embedding), layer.hidden_norm(x)], dim=-1), x
+        embedded, normed = self.midlayer.input_layernorm(embedding), self.midlayer.hidden_norm(x)
+        return torch.cat([embedded, normed], dim=-1), normed if self.spec.residual_norm else x
 
     def after_attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = x + self.midlayer.mlp(self.midlayer.post_attention_layernorm(x))

@@ -16,6 +16,7 @@ from slime_spec.checkpoints.draft_tensors import (
     load_draft,
     save_draft_checkpoint,
     verify_draft,
+    with_stored_embedding,
 )
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError
@@ -198,3 +199,36 @@ def test_the_config_says_in_which_dtype_the_weights_are(eagle3: Path, target: Pa
     halves = {name: tensor.to(torch.bfloat16) for name, tensor in read.tensors.items()}
     save_draft_checkpoint(tmp_path / "half", read.spec, halves, read.hot_token_ids)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("config", [EAGLE3, EAGLE], ids=["eagle3", "eagle"])
+def test_an_embedding_that_is_not_the_targets_is_used(tmp_path: Path, target: Path, config: dict[str, Any]) -> None:
+    """Case draft-varieties: the draft's own embedding was taken for a copy of the target's."""
+    spec = ModelSpec.from_folder(target)
+    folder = make_tiny_draft(tmp_path / "draft", target, config)
+    shared = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+    for own, is_used in ((shared.clone(), False), (shared.half(), False), (shared + 1, True)):
+        edit_tensors(folder, embed_tokens__weight=own)
+        found = with_stored_embedding(folder, DraftSpec.from_folder(folder, spec), target)
+        assert found.has_own_embedding is is_used
+        tensors = load_draft(folder, found).tensors
+        assert torch.equal(tensors["embed_tokens.weight"], own) if is_used else "embed_tokens.weight" not in tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn, torch.bool])
+def test_a_draft_of_other_codes_is_refused_by_its_tensor(tmp_path: Path, target: Path, dtype: torch.dtype) -> None:
+    """Case audit/05, for drafts."""
+    folder = make_tiny_draft(tmp_path / "draft", target, EAGLE3)
+    fc = load_file(folder / "model.safetensors")["fc.weight"]
+    edit_tensors(folder, fc__weight=fc.to(dtype))
+    for read in (load_draft, verify_draft):
+        with pytest.raises(CheckpointError, match=r"fc\.weight: must be float32, float16 or bfloat16"):
+            read(folder, DraftSpec.from_folder(folder, ModelSpec.from_folder(target)))
+
+
+@pytest.mark.parametrize("table", ["d2t", "t2d"])
+def test_a_table_of_the_vocabulary_holds_whole_numbers(tmp_path: Path, target: Path, table: str) -> None:
+    folder = make_tiny_draft(tmp_path / "draft", target, EAGLE3)
+    edit_tensors(folder, **{table: load_file(folder / "model.safetensors")[table].float()})
+    with pytest.raises(CheckpointError, match=f"{table}: must hold whole numbers"):
+        load(folder, target)

@@ -76,6 +76,53 @@ def test_named_layers_are_taken_from_the_lowest_up(target: Path) -> None:
     assert spec_of({**EAGLE3, "eagle_config": named}, target).capture_layers == (0, 2, 3)
 
 
+INPUTS = {**EAGLE3, "eagle_config": None, "eagle_aux_hidden_state_layer_ids": [1, 3, 4]}
+
+
+def test_layers_named_by_their_inputs_are_those_named_by_the_outputs_before(target: Path) -> None:
+    """Case draft-varieties: vLLM and speculators name at the top the layer after each captured one."""
+    assert spec_of(INPUTS, target).capture_layers == (0, 2, 3)
+    both = {**INPUTS, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}}
+    assert spec_of(both, target).capture_layers == (0, 2, 3)
+    error = refusal({**INPUTS, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}, target)
+    assert error.setting.endswith(": eagle_aux_hidden_state_layer_ids")
+    assert "0 to 3" in refusal({**INPUTS, "eagle_aux_hidden_state_layer_ids": [0, 1, 3]}, target).rule
+
+
+def test_a_written_config_names_the_layers_for_both_engines(target: Path) -> None:
+    """Case draft-varieties: vLLM took SGLang's key for its own, one layer off."""
+    written = draft_config(spec_of(INPUTS, target))
+    assert written["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]
+    assert written["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eagle_config.use_last_layernorm", False),
+        ("eagle_config.use_input_layernorm_in_first_layer", False),
+        ("eagle_config.use_mtp_layernorm", True),
+        ("eagle_config.next_layer_regular", False),
+        ("eagle_config.parallel_draft_step", 4),
+        ("eagle_config.norm_before_fc", "true"),
+        ("eagle_config.eagle_aux_hidden_state_layer_ids", [0, 1.0, 2]),
+        ("eagle_aux_hidden_state_layer_ids", "1,2,3"),
+        ("norm_before_residual", 1),
+        ("norm_output", "yes"),
+        ("bias", []),
+        ("eagle_config", [1]),
+        ("draft_vocab_size", float("nan")),
+        ("target_hidden_size", -48),
+        ("num_aux_hidden_states", True),
+    ],
+)
+def test_a_key_of_the_format_that_means_nothing_here_is_refused_by_name(target: Path, key: str, value: object) -> None:
+    """Case draft-varieties: ModelOpt's switches were ignored."""
+    outer, _, inner = key.partition(".")
+    nested = {**EAGLE3["eagle_config"], inner: value} if inner else value
+    assert refusal({**EAGLE3, outer: nested}, target).setting == f"config.json: {key}"
+
+
 @pytest.mark.parametrize(
     ("norm_output", "convention", "logits_norm", "recurrent_norm"),
     [

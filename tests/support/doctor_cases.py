@@ -144,6 +144,8 @@ CASES = (
     case("capture-layers", EAGLE3, ERROR, draft=reading(0, 15, 31)),
     case("capture-layers", EAGLE3, ERROR, **HEAD, target={**TARGET, "num_hidden_layers": 3}),
     case("capture-layers", EAGLE3, draft=reading(1, 15, 30)),
+    case("capture-layers", EAGLE3, ERROR, draft={**EAGLE3_HEAD, "eagle_aux_hidden_state_layer_ids": [2, 15, 31]}),
+    case("capture-layers", EAGLE3, draft={**EAGLE3_HEAD, "eagle_aux_hidden_state_layer_ids": [2, 16, 29]}),
     case("capture-layers", EAGLE3, **HEAD),
     case("norm-output", EAGLE3, WARNING, draft={**EAGLE3_HEAD, "norm_output": True}),
     case("norm-output", EAGLE3, **HEAD),

@@ -26,6 +26,7 @@ EVERYTHING = {
     "bias": True,
     "fc_norm": True,
     "norm_output": True,
+    "norm_before_residual": True,
     "rope_theta": 5000.0,
     "draft_vocab_size": None,
     "num_aux_hidden_states": 3,

@@ -66,7 +66,8 @@ def eagle3(spec: DraftSpec, tensors: Tensors, e: torch.Tensor, x: torch.Tensor) 
         norm(e, tensors["midlayer.input_layernorm.weight"], eps),
         norm(x, tensors["midlayer.hidden_norm.weight"], eps),
     ]
-    y = x + attention(torch.cat(halves, dim=-1), tensors, "midlayer.", spec.block)
+    start = halves[1] if spec.residual_norm else x
+    y = start + attention(torch.cat(halves, dim=-1), tensors, "midlayer.", spec.block)
     y = after_attention(y, tensors, "midlayer.", eps)
     for layer in range(1, spec.block.num_layers):
         prefix = f"layers.{layer}."

@@ -88,7 +88,7 @@ class DraftNetwork:
         assert self.hidden_norm is not None, "both halves have a norm"
         embedded, normed = self._norm(embedded, self.embedding_norm), self._norm(hidden, self.hidden_norm)
         if self.spec.family == "eagle3":
-            return hidden, torch.cat([embedded, normed], dim=-1)
+            return normed if self.spec.residual_norm else hidden, torch.cat([embedded, normed], dim=-1)
         halves = [normed, embedded] if self.spec.hidden_first else [embedded, normed]
         return self.fc(torch.cat(halves, dim=-1)), None
 

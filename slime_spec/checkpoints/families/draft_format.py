@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from slime_spec.checkpoints.config_keys import Keys
 from slime_spec.checkpoints.families.dense import Shapes
 from slime_spec.checkpoints.families.family import MtpLayer
 
@@ -44,10 +45,11 @@ class DraftFormat:
     ``blocks`` has config.json's architectures and for each that of the draft's decoder block; ``served`` are further
     architectures of the format that SGLang alone reads. ``block_config`` gives the block's config.json, and raises
     CheckpointError for a draft that the embedded engine cannot run. ``fields`` are those of the DraftSpec beyond family
-    and block, ``shapes`` the trainable tensors but shared embedding and head, ``config`` the keys of config.json beyond
-    the block's. ``renamed`` maps beginnings of names that some files use to ours. ``optional`` tensors are zero where
-    a file lacks them; those for which ``is_unread`` are left aside, as SGLang does. ``num_own_parameters`` counts the
-    draft's parameters beyond its decoder block from config.json alone.
+    and block, and ``keys`` the keys of config.json that they read. ``shapes`` are the trainable tensors but shared
+    embedding and head, ``config`` the keys of config.json beyond the block's. ``renamed`` maps beginnings of names that
+    some files use to ours. ``optional`` tensors are zero where a file lacks them; those for which ``is_unread`` are
+    left aside, as SGLang does. ``num_own_parameters`` counts the draft's parameters beyond its decoder block from
+    config.json alone.
     """
 
     family: DraftFamily
@@ -63,6 +65,7 @@ class DraftFormat:
     optional: frozenset[str] = frozenset()
     has_tables: bool = False
     num_own_parameters: Callable[[Mapping[str, Any]], int] | None = None
+    keys: Keys = field(default_factory=dict)
 
     def canonical_name(self, stored: str) -> str:
         """Return our name of a tensor that its file calls ``stored``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from slime_spec.checkpoints.config_keys import flag
 from slime_spec.checkpoints.families.dense import Shapes, block_shapes
 from slime_spec.checkpoints.families.draft_format import DraftFormat, DraftReading
 from slime_spec.checkpoints.families.llama import LLAMA
@@ -60,4 +61,5 @@ EAGLE = DraftFormat(
     is_unread=_is_unread,
     optional=frozenset({"fc.bias"}),  # many files lack it although it should be there
     num_own_parameters=_num_own_parameters,
+    keys={"bias": flag()},
 )

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from slime_spec.checkpoints.config_keys import (
+    Keys,
+    check_keys,
+    entries,
+    flag,
+    listed,
+    only,
+    whole,
+)
 from slime_spec.checkpoints.families.dense import Shapes, block_shapes
-from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFormat, DraftReading
+from slime_spec.checkpoints.families.draft_format import DraftFormat, DraftReading
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.errors import CheckpointError
 
@@ -16,6 +25,25 @@ if TYPE_CHECKING:
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 D2T, T2D = TABLES = "d2t", "t2d"  # constants of a reduced vocabulary, which SGLang reads once, at its start
 NUM_CAPTURED = 3  # layers, where config.json names none
+CAPTURED = "eagle_aux_hidden_state_layer_ids"
+KEYS: Keys = {
+    "draft_vocab_size": whole(),
+    "target_hidden_size": whole(),
+    "num_aux_hidden_states": whole(),
+    "eagle_config": entries(),
+    CAPTURED: listed(whole(0)),
+    **dict.fromkeys(("bias", "fc_norm", "use_aux_norm", "norm_before_fc", "norm_output"), flag()),
+    "norm_before_residual": flag(),  # vLLM's speculators
+}
+NESTED_KEYS: Keys = {
+    CAPTURED: listed(whole(0)),
+    "norm_before_fc": flag(),
+    "use_aux_hidden_state": only(True, why="the final hidden state alone"),
+    # NVIDIA's ModelOpt.
+    **dict.fromkeys(("use_input_layernorm_in_first_layer", "use_last_layernorm", "next_layer_regular"), only(True)),
+    "use_mtp_layernorm": only(False),
+    **dict.fromkeys(("parallel_draft_step", "parallel_draft_heads_num_layers"), only(1)),
+}
 
 
 def default_capture_layers(num_target_layers: int) -> tuple[int, ...]:
@@ -23,16 +51,16 @@ def default_capture_layers(num_target_layers: int) -> tuple[int, ...]:
     return tuple(layer - 1 for layer in (2, num_target_layers // 2, num_target_layers - 3))
 
 
+def named_layers(config: Mapping[str, Any]) -> list[int] | None:
+    """Return the layers that config.json names by their outputs (SGLang's key) or else by their inputs (vLLM's)."""
+    nested: list[int] | None = (config.get("eagle_config") or {}).get(CAPTURED)
+    return nested or [layer - 1 for layer in config.get(CAPTURED) or ()] or None
+
+
 def _fields(read: DraftReading) -> dict[str, Any]:
     config, block, source = read.config, read.block, read.source
     eagle = config.get("eagle_config") or {}
-    if eagle.get("use_aux_hidden_state") is False:
-        raise CheckpointError(
-            f"{source}: eagle_config.use_aux_hidden_state",
-            "must be true: drafts that read the final hidden state alone are not supported",
-            False,
-            ANOTHER_DRAFT,
-        )
+    check_keys(eagle, NESTED_KEYS, source, "eagle_config.")
     draft_vocab = config.get("draft_vocab_size")
     tied = bool(config.get("tie_word_embeddings")) and draft_vocab in (None, block.vocab_size)
     if tied and not read.target.tie_word_embeddings:
@@ -48,7 +76,7 @@ def _fields(read: DraftReading) -> dict[str, Any]:
     return {
         "target_hidden_size": target_hidden_size,
         "draft_vocab_size": draft_vocab or block.vocab_size,
-        "capture_layers": _capture_layers(read, eagle),
+        "capture_layers": _capture_layers(read),
         "has_own_embedding": target_hidden_size != block.hidden_size,
         "has_own_head": draft_vocab is not None and not tied,
         "fc_bias": bool(config.get("bias", False)),
@@ -56,16 +84,25 @@ def _fields(read: DraftReading) -> dict[str, Any]:
         "norm_before_fc": bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
         "logits_norm": True if is_sglangs or norm_output is None else bool(norm_output),
         "recurrent_norm": bool(norm_output) if is_sglangs else False,
+        "residual_norm": bool(config.get("norm_before_residual")),
     }
 
 
-def _capture_layers(read: DraftReading, eagle: Mapping[str, Any]) -> tuple[int, ...]:
-    named, num_layers = eagle.get("eagle_aux_hidden_state_layer_ids"), read.target.num_layers
+def _capture_layers(read: DraftReading) -> tuple[int, ...]:
+    num_layers = read.target.num_layers
+    named = named_layers(read.config)
+    if (outside := read.config.get(CAPTURED)) and named != [layer - 1 for layer in outside]:
+        raise CheckpointError(
+            f"{read.source}: {CAPTURED}",
+            f"must name the inputs of the layers whose outputs eagle_config names ({named}): each is one more",
+            outside,
+            "Leave one of them out.",
+        )
     # The target hands its layers out from the lowest up, in whatever order a config lists them.
     layers = tuple(sorted(named)) if named else default_capture_layers(num_layers)
     if min(layers) < 0 or max(layers) >= num_layers or len(set(layers)) < len(layers):
         raise CheckpointError(
-            f"{read.source}: eagle_config.eagle_aux_hidden_state_layer_ids",
+            f"{read.source}: eagle_config.{CAPTURED}",
             f"must be different layers of the target, 0 to {num_layers - 1}"
             + ("" if named else ", and by default they are the layers before 2, n // 2 and n - 3"),
             list(layers),
@@ -77,7 +114,7 @@ def _capture_layers(read: DraftReading, eagle: Mapping[str, Any]) -> tuple[int, 
             f"{read.source}: num_aux_hidden_states",
             f"must be the number of captured layers ({len(layers)}: {', '.join(map(str, layers))})",
             count,
-            "Name the layers in eagle_config.eagle_aux_hidden_state_layer_ids.",
+            f"Name the layers in eagle_config.{CAPTURED}.",
         )
     return layers
 
@@ -109,11 +146,14 @@ def _config(spec: DraftSpec) -> dict[str, Any]:
     config["target_hidden_size"] = spec.target_hidden_size
     config["num_aux_hidden_states"] = len(spec.capture_layers)
     config["eagle_config"] = {
-        "eagle_aux_hidden_state_layer_ids": list(spec.capture_layers),
+        CAPTURED: list(spec.capture_layers),
         "use_aux_hidden_state": True,
         "norm_before_fc": spec.norm_before_fc,
     }
+    config[CAPTURED] = [layer + 1 for layer in spec.capture_layers]  # vLLM reads this key, and counts inputs
     config["fc_norm"] = spec.fc_norm
+    if spec.residual_norm:
+        config["norm_before_residual"] = True
     # Absent, the key means logits after the norm and a recurrence before it in both conventions; present, it means
     # the recurrence to SGLang and the logits to SpecForge.
     if (spec.logits_norm, spec.recurrent_norm) != (True, False):
@@ -151,4 +191,5 @@ EAGLE3 = DraftFormat(
     },
     has_tables=True,
     num_own_parameters=_num_own_parameters,
+    keys=KEYS,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from slime_spec.checkpoints.config_keys import whole
 from slime_spec.checkpoints.families.dense import Shapes, block_shapes
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFormat, DraftReading
 from slime_spec.checkpoints.families.family import MtpLayer
@@ -78,4 +79,5 @@ NEXTN = DraftFormat(
     config=_config,
     is_unread=_is_unread,
     drops_model_prefix=False,
+    keys={"num_nextn_predict_layers": whole(0)},
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slime_spec.algorithms import LOOKUP, NGRAM, STANDALONE, Algorithm, algorithm_of_family
 from slime_spec.checkpoints.families import family_of, head_format
-from slime_spec.checkpoints.families.eagle3 import EAGLE3, default_capture_layers
+from slime_spec.checkpoints.families.eagle3 import CAPTURED, EAGLE3, default_capture_layers, named_layers
 from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
@@ -137,8 +137,15 @@ def capture_layers(facts: Facts) -> Sighting | None:
     draft, num_layers = facts.draft, facts.target.config.get("num_hidden_layers")
     if draft is None or draft.architecture not in EAGLE3.blocks or num_layers is None:
         return None
-    named = (draft.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    named = named_layers(draft.config)
     layers = tuple(named or default_capture_layers(num_layers))
+    nested = (draft.config.get("eagle_config") or {}).get(CAPTURED)
+    if facts.on_sglang and not nested and layers != default_capture_layers(num_layers):
+        return Sighting(
+            Severity.ERROR,
+            f"{draft.folder}/config.json names its layers for vLLM alone, and SGLang takes its default",
+            f'Add "eagle_config": {{"{CAPTURED}": {list(layers)}}} there.',
+        )
     if min(layers) >= 0 and max(layers) < num_layers - 1 and len(set(layers)) == len(layers):
         return None
     return Sighting(
