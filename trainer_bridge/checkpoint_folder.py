@@ -45,16 +45,31 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def checkpoints_in(path: str | Path) -> list[Path]:
     """Return the step folder that ``path`` is; or that its ``latest`` names, then the older ones, the newest first.
 
-    Raises CheckpointError for a ``latest`` that names no step. The folders may be damaged, or not be there.
+    A folder whose first checkpoint came, but not yet its ``latest``, has that checkpoint. Raises CheckpointError for a
+    ``latest`` that names no step. The folders may be damaged, or not be there.
     """
     root = Path(path)
+    steps = [each for each in root.glob("step-*") if STEP.fullmatch(each.name)]
     if not (root / LATEST).is_file():
-        return [_in_place(root)]
+        return sorted(steps, key=_number, reverse=True) or [_in_place(root)]
     newest = read_text(root / LATEST, CheckpointError, NO_POINTER).strip()
     if not STEP.fullmatch(newest):
         raise CheckpointError(str(root / LATEST), "must hold the name of a step-NNNNNN folder", newest, NO_POINTER)
-    older = [each for each in root.iterdir() if STEP.fullmatch(each.name) and _number(each) < _number(root / newest)]
+    older = [each for each in steps if _number(each) < _number(root / newest)]
     return [_in_place(root / newest), *sorted(older, key=_number, reverse=True)]
+
+
+def has_checkpoint(path: str | Path) -> bool:
+    """Return whether ``path`` holds anything of a whole checkpoint: a folder to save in begins without."""
+    root = Path(path)
+    kept = (LATEST, METADATA, "step-*", f".step-*{REPLACED}")
+    return any(True for pattern in kept for _ in root.glob(pattern))
+
+
+def saved_step(folder: Path) -> int:
+    """Return the step of a checkpoint folder named by ``step_name``; 0 for a folder with another name."""
+    found = STEP.search(folder.name)
+    return int(found[0].removeprefix("step-")) if found else 0
 
 
 def begin_checkpoint(root: Path, name: str) -> Path:

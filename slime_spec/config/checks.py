@@ -152,10 +152,6 @@ def _check_sampling(config: Config) -> None:
 
 def _check_saving(config: Config) -> None:
     trainer, interval = config.trainer, config.push.interval
-    if trainer.save is not None and trainer.save_interval is None:
-        raise ConfigError(
-            "trainer.save", "needs trainer.save_interval, or nothing is saved", trainer.save, "Pass --save-interval N."
-        )
     if config.run.mode == "train" and trainer.save_interval is not None and trainer.save_interval % interval:
         raise ConfigError(
             "trainer.save_interval",

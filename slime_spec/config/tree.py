@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 
 from slime_spec.algorithms import LOOKUP
 from slime_spec.config.setting import setting
@@ -15,6 +16,7 @@ from slime_spec.config.speculative import SpeculativeConfig
 from slime_spec.engines import ENGINES
 
 MODES = ("train", "rollout_only", "train_only")
+MOST_STEPS_UNSAVED = 20  # what a crash may cost a run that names a folder for checkpoints and no interval
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -175,7 +177,10 @@ class TrainerConfig:
     save: str | None = setting(None, "Folder for checkpoints; default: checkpoints/ in the run folder.")
     load: str | None = setting(None, "Resume from this checkpoint folder (a run's checkpoints/).")
     save_interval: int | None = setting(
-        None, "Save a checkpoint to resume from every this many steps; default: none.", minimum=1
+        None,
+        "Save a checkpoint to resume from every this many steps, and at the end. Default: none; with save, a tenth of "
+        "the run, at most 20 steps.",
+        minimum=1,
     )
     save_final: bool = setting(True, "Write an HF export of the policy at the end.")
 
@@ -262,3 +267,14 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     # Every other ServerArgs flag given as --sglang-<flag>, typed by the checked-in table; for the SGLang engine.
     sglang: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def save_interval(self) -> int | None:
+        """Return the steps from one checkpoint to the next; None where the run saves none.
+
+        Where only a folder is named: a tenth of the run, at most MOST_STEPS_UNSAVED, in whole push intervals.
+        """
+        if self.trainer.save_interval is not None or self.trainer.save is None:
+            return self.trainer.save_interval
+        num_steps = min(MOST_STEPS_UNSAVED, ceil(self.run.num_rollout / 10))
+        return self.push.interval * ceil(num_steps / self.push.interval)

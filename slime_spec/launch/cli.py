@@ -72,7 +72,7 @@ def _train(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
     from slime_spec.launch.train import run
 
-    return run(made, argv)
+    return run(made, [sys.executable, "-m", "slime_spec", "train", *argv])
 
 
 def _rollout(argv: list[str]) -> int:

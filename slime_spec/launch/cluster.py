@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -53,12 +55,11 @@ def cluster(config: Config, spec: ModelSpec | None) -> Iterator[Cluster]:
     A Ray that this run started ends with the run; a joined Ray keeps running, and only the placement group is removed.
     """
     plan = plan_bundles(config)
-    owns_ray = config.cluster.ray_address is None
-    if owns_ray:
-        _start_ray(plan, spec, config)
-    else:
-        _join_ray(str(config.cluster.ray_address))
     try:
+        if config.cluster.ray_address is None:
+            _start_ray(plan, spec, config)
+        else:
+            _join_ray(str(config.cluster.ray_address))
         with _reserved(plan) as reserved:
             yield reserved
     finally:
@@ -69,7 +70,7 @@ def _start_ray(plan: BundlePlan, spec: ModelSpec | None, config: Config) -> None
     cores = os.cpu_count() or 1
     if plan.num_cpus > cores:
         logger.warning("more cores reserved than this machine has reserved=%g cores=%d", plan.num_cpus, cores)
-    ray.init(
+    _init_ray(
         address="local",
         num_cpus=max(cores, int(plan.num_cpus)),
         include_dashboard=False,
@@ -77,6 +78,21 @@ def _start_ray(plan: BundlePlan, spec: ModelSpec | None, config: Config) -> None
         logging_level=logging.WARNING,
         log_to_driver=True,
     )
+
+
+def _init_ray(**settings: Any) -> None:
+    """Call ray.init, which replaces SIGTERM's handler by its own: that ends the process in the middle of its work."""
+    before = signal.getsignal(signal.SIGTERM)
+    is_asked = False
+    try:
+        ray.init(**settings)
+    except SystemExit:  # Ray's handler has run
+        is_asked = True
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    if is_asked:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _object_store_bytes(spec: ModelSpec | None, config: Config) -> int:
@@ -108,7 +124,7 @@ def _join_ray(address: str) -> None:
         except OSError as error:
             raise ConfigError("cluster.ray_address", f"must be reachable: {error}", address, remedy) from None
     try:
-        ray.init(address=address, logging_level=logging.WARNING)
+        _init_ray(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError("cluster.ray_address", f"must be a running Ray: {error}", address, remedy) from None
 

@@ -31,16 +31,20 @@ from slime_spec.launch.compose import Composed
 from slime_spec.launch.ray_environment import prepare_ray_environment
 from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
+from slime_spec.metrics.wandb import mode as wandb_mode
 from slime_spec.placement import Placement
 from slime_spec.preflight.gate import check_launch
 from slime_spec.rl.loop import Job, first_state, run_loop
 from slime_spec.rl.rollout_data import check_rollout_data, load_rollout, save_rollout
 from slime_spec.rl.rollouts import GeneratedRollouts, RolloutSource, SavedRollouts
 from slime_spec.rl.samples_file import append_samples
-from slime_spec.run_folder import RunFolder
+from slime_spec.run_folder import CHECKPOINTS, RunFolder, folder_of
+from slime_spec.run_log import RunLog
 from slime_spec.speculation.corpus import corpus_lines
+from slime_spec.stop import StopSignals
 from slime_spec.tasks.source import PromptSource
 from slime_spec.types import Sample
+from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
 from trainer_bridge.layout import check_layout
 
 logger = logging.getLogger(__name__)
@@ -48,28 +52,55 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Holds the inputs that a run reads before heavy parts start; no ``spec`` for a family that only SGLang runs."""
+    """Holds the inputs that a run reads before heavy parts start.
+
+    There is no ``spec`` for a family that only SGLang runs, and no ``load`` for a run that starts anew.
+    """
 
     spec: ModelSpec | None
     tokenizer: Tokenizer
     prompts: PromptSource
+    load: str | None
 
 
 def run(made: Composed, argv: Sequence[str]) -> int:
-    """Run the configuration; return the exit code of the process."""
+    """Run the configuration; return the exit code of the process: 128 and the signal's number after a signal."""
+    with StopSignals() as stop, RunLog() as run_log:
+        outcome = "nothing had been started"
+        try:
+            outcome = _run(made, argv, stop, run_log)
+        except KeyboardInterrupt:
+            if stop.asked is None:
+                raise
+            outcome = "no step of this launch was finished"
+        if stop.asked:
+            logger.warning("stopped by %s: %s", stop.asked.name, outcome)
+    return stop.exit_code
+
+
+def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog) -> str:
+    """Run the configuration to its end or to a signal; say what was finished and saved."""
     config = made.config
-    check_launch(config, made.given)
-    inputs = preflight(config)
-    folder = RunFolder.create(config, argv, to_yaml(config))
-    config = with_absolute_paths(config, folder.path)
-    logger.info("run folder made path=%s mode=%s", folder.path, config.run.mode)
-    prepare_ray_environment(joining=config.cluster.ray_address is not None)
-    with (
-        MetricLog.open(config, folder.path) as log,
-        Examples(config.metrics.console) as examples,
-        _parts(config, inputs.spec) as (engines, trainer),
-    ):
-        state = first_state(config, trainer, engines)
+    with ExitStack() as parts:
+        with stop.interruptible():
+            check_launch(config, made.given)
+            inputs = preflight(config)
+            folder = parts.enter_context(_run_folder(config, argv, inputs.load))
+            run_log.write_to(folder.log)
+            config = replace(config, trainer=replace(config.trainer, load=inputs.load))
+            config = with_absolute_paths(config, folder.path)
+            logger.info("run folder made path=%s mode=%s", folder.path, config.run.mode)
+            prepare_ray_environment(joining=config.cluster.ray_address is not None)
+            engines, trainer = parts.enter_context(_parts(config, inputs.spec))
+            state = first_state(config, trainer, engines)
+            if state.rollout_id >= config.run.num_rollout:
+                logger.warning(
+                    "nothing to do: the checkpoint is at step %d of %d", state.rollout_id, config.run.num_rollout
+                )
+            folder.begin_at(state.rollout_id)
+            log = parts.enter_context(MetricLog.open(config, folder.path))
+            examples = parts.enter_context(Examples(config.metrics.console))
+        checkpoints = checkpoints_of(config, folder.path)
         job = Job(
             config=config,
             rollouts=_rollout_source(config, inputs.prompts, engines),
@@ -77,20 +108,53 @@ def run(made: Composed, argv: Sequence[str]) -> int:
             engines=engines,
             log=log.log,
             keep_samples=partial(_keep_samples, config, folder, examples),
-            save=partial(_save, trainer, config.trainer.save or str(folder.checkpoints)),
+            save=partial(_save, trainer, checkpoints),
             progress=lambda phase: partial(log.progress, phase),
+            stop=stop,
         )
         state = run_loop(job, state)
-        if trainer is not None and config.trainer.save_final:
+        if trainer is not None and config.trainer.save_final and not stop.asked:
             trainer.export_hf(str(folder.hf_export))
             logger.info("exported the policy path=%s version=%d", folder.hf_export, state.weight_version)
-    return 0
+    is_saved = checkpoints is not None and has_checkpoint(checkpoints)
+    saved = f"resume with --load {checkpoints}" if is_saved else "no checkpoint was saved"
+    return f"{state.rollout_id} of {config.run.num_rollout} steps are finished, {saved}"
+
+
+def _run_folder(config: Config, argv: Sequence[str], load: str | None) -> RunFolder:
+    return RunFolder.create(config, argv, to_yaml(config), load, checkpoints_of(config, folder_of(config)))
+
+
+def checkpoints_of(config: Config, run_folder: Path) -> str | None:
+    """Return the folder of the run's checkpoints, or None where it saves none."""
+    if config.run.mode == "rollout_only" or config.save_interval is None:
+        return None
+    return config.trainer.save or str(run_folder / CHECKPOINTS)
+
+
+def checkpoint_to_load(config: Config) -> str | None:
+    """Return ``trainer.load``, or None where the run starts anew.
+
+    A run that loads from where it saves starts anew as long as nothing was saved there, so that one command is the
+    first start and every restart. Raises CheckpointError for any other folder without a checkpoint.
+    """
+    load, save = config.trainer.load, checkpoints_of(config, folder_of(config))
+    if load is None:
+        return None
+    if save is not None and Path(load).resolve() == Path(save).resolve() and not has_checkpoint(load):
+        logger.info("started anew: nothing was saved yet to resume from path=%s", load)
+        return None
+    resolve_checkpoint(load)
+    return load
 
 
 def preflight(config: Config) -> Inputs:
     """Make every check that needs no Ray, no model in memory and no GPU; raises ConfigError."""
     check(config)
-    check_rollout_data(config.run)
+    load = checkpoint_to_load(config)
+    check_rollout_data(config.run, 0 if load is None else saved_step(resolve_checkpoint(load)))
+    if config.metrics.use_wandb:
+        wandb_mode(config.metrics.wandb_mode, os.environ)  # called only for its error
     spec = _target_spec(config)
     tokenizer = Tokenizer.load(config.model.hf_checkpoint, config.task.chat_date)
     if spec is not None:
@@ -110,7 +174,7 @@ def preflight(config: Config) -> Inputs:
             draft = choose_draft(config, spec)
             if draft is not None:
                 draft.verify()
-    return Inputs(spec, tokenizer, prompts)
+    return Inputs(spec, tokenizer, prompts, load)
 
 
 def _target_spec(config: Config) -> ModelSpec | None:
@@ -209,7 +273,8 @@ def _keep_samples(
         save_rollout(config.run.save_debug_rollout_data, rollout_id, samples)
 
 
-def _save(trainer: Trainer | None, checkpoints: str, state: RunState) -> None:
+def _save(trainer: Trainer | None, checkpoints: str | None, state: RunState) -> None:
     assert trainer is not None, "only a run with a trainer saves"
+    assert checkpoints is not None, "only a run with an interval saves"
     trainer.save(checkpoints, state)
     logger.info("saved a checkpoint path=%s rollout_id=%d", checkpoints, state.rollout_id)

@@ -22,6 +22,7 @@ from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.rl.advantages import train_batch
 from slime_spec.rl.clock import PhaseClock
 from slime_spec.rl.rollouts import Progress, RolloutSource
+from slime_spec.stop import StopSignals
 from slime_spec.types import Sample
 from slime_spec.weights.run import run_push
 
@@ -40,6 +41,7 @@ class Job:
     keep_samples: Callable[[int, list[Sample]], None]
     save: Callable[[RunState], None]
     progress: Callable[[str], Progress]
+    stop: StopSignals
 
 
 def first_state(config: Config, trainer: Trainer | None, engines: Engines | None) -> RunState:
@@ -55,14 +57,26 @@ def first_state(config: Config, trainer: Trainer | None, engines: Engines | None
 
 
 def run_loop(job: Job, state: RunState) -> RunState:
-    """Run every step from ``state.rollout_id`` on; returns where the run stands at the end."""
-    interval = job.config.trainer.save_interval
-    while state.rollout_id < job.config.run.num_rollout:
+    """Run every step from ``state.rollout_id`` on, until a signal asks for the end; returns where the run stands.
+
+    Where checkpoints are saved, the last finished step's is.
+    """
+    interval = None if job.trainer is None else job.config.save_interval
+    saved = state
+    while state.rollout_id < job.config.run.num_rollout and not job.stop.asked:
         rollout_id = state.rollout_id
-        metrics, state = run_step(job, state)
+        try:
+            metrics, state = run_step(job, state)
+        except KeyboardInterrupt:  # in a rollout: the trainer's weights are those of the step before
+            if not job.stop.asked:
+                raise
+            break
         job.log(rollout_id, metrics)
-        if job.trainer is not None and interval and state.rollout_id % interval == 0:
+        if interval and state.rollout_id % interval == 0:
             job.save(state)
+            saved = state
+    if interval and state != saved:
+        job.save(state)
     return state
 
 
@@ -70,7 +84,7 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
     """Run one rollout, one policy step and one push."""
     clock = PhaseClock()
     before = [] if job.engines is None else job.engines.stats()
-    with clock.phase("rollout"):
+    with job.stop.interruptible(), clock.phase("rollout"):
         rollout = job.rollouts.rollout(state, job.progress("rollout"))
     samples = rollout.samples
     job.keep_samples(state.rollout_id, samples)
@@ -80,7 +94,7 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
         metrics |= _train(job, job.trainer, samples, clock)
         is_ahead = True
         due = (state.rollout_id + 1) % job.config.push.interval == 0
-        if job.engines is not None and due:
+        if job.engines is not None and due and not job.stop.asked:
             version, is_ahead = version + 1, False
             job.progress("push")(0, 1)
             metrics |= push_weights(job.config, job.trainer, job.engines, version, clock)

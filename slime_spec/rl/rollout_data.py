@@ -10,6 +10,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,30 +22,38 @@ from slime_spec.errors import ConfigError
 from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters
 
 PLACEHOLDER = "{rollout_id}"
+SAVE = "run.save_debug_rollout_data"
 LOAD = "run.load_debug_rollout_data"
 
 
 def check_rollout_data(run: RunConfig, first_rollout_id: int = 0) -> None:
-    """Raise ConfigError, before anything starts, for a load path without a file of the first step."""
+    """Raise ConfigError, before anything starts, unless every step that is left has its file of samples."""
     if run.load_debug_rollout_data is not None:
-        _existing(_path(run.load_debug_rollout_data, first_rollout_id))
+        steps = range(first_rollout_id, run.num_rollout)
+        for path in dict.fromkeys(_path(run.load_debug_rollout_data, step) for step in steps):
+            _existing(path)
 
 
 def save_rollout(template: str, rollout_id: int, samples: Sequence[Sample]) -> Path:
-    """Write one step's samples; the file appears whole or not at all."""
+    """Write one step's samples; the file appears whole or not at all. Raises ConfigError where it cannot be written."""
     path = _path(template, rollout_id)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    torch.save({"rollout_id": rollout_id, "samples": [asdict(sample) for sample in samples]}, partial)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save({"rollout_id": rollout_id, "samples": [asdict(sample) for sample in samples]}, file)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a RuntimeError: torch's writer met a full disk
+        with suppress(OSError):
+            partial.unlink()
+        rule = f"must be writable: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(SAVE, rule, str(path), "Make room on the disk, or save elsewhere.") from None
     return path
 
 
 def load_rollout(template: str, rollout_id: int) -> list[Sample]:
     """Read one step's samples; raises ConfigError for a file that is missing or not a saved rollout."""
     path = _existing(_path(template, rollout_id))
-    if not zipfile.is_zipfile(path):
-        raise ConfigError(LOAD, "must be a saved rollout (not a torch.save file)", str(path), "Save the rollout again.")
     try:
         saved = torch.load(path, weights_only=True)
         return [_sample(fields) for fields in saved["samples"]]
@@ -65,8 +74,10 @@ def _existing(path: Path) -> Path:
             LOAD,
             "must name a file of each step",
             str(path),
-            f"Save one with --save-debug-rollout-data DIR/{PLACEHOLDER}.pt",
+            f"Save one with --save-debug-rollout-data DIR/{PLACEHOLDER}.pt, or lower --num-rollout.",
         )
+    if not zipfile.is_zipfile(path):
+        raise ConfigError(LOAD, "must be a saved rollout (not a torch.save file)", str(path), "Save the rollout again.")
     return path
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from slime_spec.config.checks import notes
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slime_spec.config.checks import check, notes
+from slime_spec.config.tree import Config, PushConfig, RunConfig, TrainerConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose
 
@@ -83,3 +88,17 @@ def test_a_flag_that_the_engine_cannot_use_is_noted_by_name() -> None:
     (note,) = notes(compose(["--sglang-page-size", "16"]))
     assert "--sglang-page-size" in note
     assert list(notes(compose([]))) == []
+
+
+@given(num_rollout=st.integers(1, 3000), interval=st.integers(1, 30))
+def test_a_run_that_names_a_folder_for_checkpoints_saves_ten_times_or_more(num_rollout: int, interval: int) -> None:
+    """Case reports/06: a preempted run loses twenty steps at most, or one push interval."""
+    config = Config(
+        run=RunConfig(num_rollout=num_rollout), trainer=TrainerConfig(save="ck"), push=PushConfig(interval=interval)
+    )
+    check(config)
+    assert config.save_interval is not None
+    assert config.save_interval % interval == 0
+    assert config.save_interval < min(20, num_rollout / 10 + 1) + interval
+    assert replace(config, trainer=TrainerConfig(save="ck", save_interval=7)).save_interval == 7
+    assert replace(config, trainer=TrainerConfig()).save_interval is None

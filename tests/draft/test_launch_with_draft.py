@@ -8,6 +8,7 @@ import torch
 from slime_spec.errors import CheckpointError
 from slime_spec.launch.compose import compose
 from slime_spec.launch.train import Inputs, preflight
+from slime_spec.rl.rollout_data import save_rollout
 from tests.support.tiny_drafts import BLOCK, EAGLE3, NEXTN, edit_tensors, make_tiny_draft
 from tests.support.tiny_policy import make_tiny_policy
 
@@ -56,7 +57,6 @@ def test_a_whole_draft_model_with_a_damaged_tensor_is_refused_by_its_name(tmp_pa
 def test_a_run_that_only_trains_needs_no_draft(tmp_path: Path, policy: Path) -> None:
     draft = make_tiny_draft(tmp_path / "draft", policy, EAGLE3 | VOCAB)
     (draft / "model.safetensors").unlink()
-    rollout = tmp_path / "0.pt"
-    rollout.touch()
-    flags = ("--debug-train-only", "--load-debug-rollout-data", str(tmp_path / "{rollout_id}.pt"))
+    save_rollout(str(tmp_path / "0.pt"), 0, [])
+    flags = ("--debug-train-only", "--load-debug-rollout-data", str(tmp_path / "{rollout_id}.pt"), "--num-rollout", "1")
     assert launched(policy, draft, "EAGLE3", *flags).spec is not None

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters
 
 
@@ -38,3 +43,15 @@ def sample(
     )
     prompt = Prompt(prompt_id, task, "What is 2 + 3?", (1, 2, 3, 4, 5), "5")
     return Sample(prompt, response, "5", reward, "" if reward is not None else "the reward raised KeyError: 'x'")
+
+
+@contextmanager
+def disk_of(num_bytes: int) -> Iterator[None]:
+    """A disk with room for files of so many bytes: RLIMIT_FSIZE stands for ENOSPC."""
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import sample
+from samples import disk_of, sample
 
 from slime_spec.config.tree import RunConfig
 from slime_spec.errors import ConfigError
@@ -105,7 +105,16 @@ def test_paths_that_cannot_work_are_refused_before_the_run(tmp_path: Path) -> No
         check_rollout_data(RunConfig(load_debug_rollout_data=str(tmp_path / "absent_{rollout_id}.pt")))
     template = str(tmp_path / "step_{rollout_id}.pt")
     save_rollout(template, 0, [sample()])
-    check_rollout_data(RunConfig(load_debug_rollout_data=template))
+    check_rollout_data(RunConfig(num_rollout=1, load_debug_rollout_data=template))
+    with pytest.raises(ConfigError, match=r"step_1\.pt.*lower --num-rollout"):  # case reports/13
+        check_rollout_data(RunConfig(num_rollout=2, load_debug_rollout_data=template))
+    (tmp_path / "step_1.pt").write_text("no rollout")
+    with pytest.raises(ConfigError, match=r"saved rollout.*step_1\.pt"):
+        check_rollout_data(RunConfig(num_rollout=2, load_debug_rollout_data=template))
+    (tmp_path / "step_1.pt").unlink()
+    for step in (2, 3):
+        save_rollout(template, step, [sample()])
+    check_rollout_data(RunConfig(num_rollout=4, load_debug_rollout_data=template), first_rollout_id=2)
 
 
 def test_the_samples_file_has_a_line_for_each_sample_and_grows_step_by_step(tmp_path: Path) -> None:
@@ -131,3 +140,12 @@ def test_a_reward_that_is_missing_stays_missing(tmp_path: Path) -> None:
     (loaded,) = load_rollout(template, 0)
     assert (loaded.reward, loaded.error) == (None, excluded.error)
     assert all(math.isfinite(logprob) for logprob in loaded.response.logprobs)
+
+
+def test_a_full_disk_and_a_folder_that_is_a_file_are_one_clear_error_and_leave_nothing(tmp_path: Path) -> None:
+    with disk_of(100), pytest.raises(ConfigError, match=r"save_debug_rollout_data: must be writable: .*0\.pt"):
+        save_rollout(str(tmp_path / "{rollout_id}.pt"), 0, [sample()])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"must be writable: .*File exists"):
+        save_rollout(str(tmp_path / "file" / "{rollout_id}.pt"), 0, [sample()])

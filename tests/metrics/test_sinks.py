@@ -6,16 +6,14 @@ import io
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from samples import disk_of
 
 from slime_spec.config.tree import Config, MetricsConfig
 from slime_spec.errors import ConfigError
@@ -59,24 +57,12 @@ def test_lines_that_were_logged_survive_a_kill(tmp_path: Path) -> None:
     assert [row["train/loss"] for row in read_metrics(path)] == [0.0, 1 / 3, 2 / 3]
 
 
-@contextmanager
-def disk_of_1000_bytes() -> Iterator[None]:
-    """RLIMIT_FSIZE stands for ENOSPC."""
-    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-
-
 def test_a_full_disk_is_one_clear_error_and_the_resumed_run_goes_on_with_whole_lines(tmp_path: Path) -> None:
     """Case audit/72."""
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     long_row = {f"rollout/reward_mean/{task}": 0.123456 for task in range(9)}
-    with disk_of_1000_bytes():
+    with disk_of(1000):
         for step in range(3):  # some 300 bytes each
             sink.write(step, long_row)
         with pytest.raises(ConfigError, match=r"metrics\.jsonl: must be writable: File too large"):

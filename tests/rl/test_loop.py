@@ -1,5 +1,6 @@
 """The loop's order of events, with parts that only record what they were asked."""
 
+import signal
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -10,6 +11,7 @@ from slime_spec.errors import PushError
 from slime_spec.interfaces import RunState
 from slime_spec.rl.loop import Job, first_state, run_loop
 from slime_spec.rl.rollouts import Rollout
+from slime_spec.stop import StopSignals
 from slime_spec.types import EngineStats, GeneratedSample, Prompt, Sample, SpecCounters, TrainReport
 from slime_spec.weights.messages import (
     BeginPush,
@@ -29,6 +31,8 @@ class Recorder:
     rewards: tuple[float | None, ...] = (1.0, 0.0)
     unfinished: tuple[int, ...] = ()
     refuse_version: int | None = None
+    stop: StopSignals = field(default_factory=StopSignals)
+    stop_at: str = ""
     events: list[str] = field(default_factory=list)
     version: int = 0
     resumed: RunState | None = None
@@ -38,12 +42,18 @@ class Recorder:
     def load(self) -> RunState | None:
         return self.resumed
 
+    def happen(self, event: str) -> None:
+        """Write an event down, and have the signal come while it happens."""
+        self.events.append(event)
+        if event == self.stop_at:
+            self.stop.ask(signal.SIGTERM)
+
     def log(self, step: int, values: dict[str, float]) -> None:
-        self.events.append(f"log {step}")
+        self.happen(f"log {step}")
         self.logged[step] = values
 
     def rollout(self, state: RunState, progress) -> Rollout:
-        self.events.append(f"generate@{self.version}")
+        self.happen(f"generate@{self.version}")
         prompt = Prompt(state.next_prompt_id, "task", "?", (1, 2), "x")
         samples = [
             Sample(prompt, GeneratedSample("g", i, (5,), (-1.0,), "stop", self.version, 2), "t", reward)
@@ -52,7 +62,7 @@ class Recorder:
         return Rollout(samples, state.next_prompt_id + 3, self.unfinished)
 
     def step(self, samples) -> TrainReport:
-        self.events.append(f"train {len(samples)}")
+        self.happen(f"train {len(samples)}")
         return TrainReport(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, len(samples), 1, 1)
 
     def push(self, version: int):
@@ -64,7 +74,7 @@ class Recorder:
             raise PushError("an engine refused")
         if isinstance(message, CommitPush):
             self.version = message.version
-            self.events.append(f"push {message.version}")
+            self.happen(f"push {message.version}")
         if isinstance(message, CancelPush):
             self.events.append(f"cancel {message.version}")
         return [PushReply(0, self.version, combined_checksum([]))]
@@ -97,8 +107,9 @@ def job(recorder: Recorder, config: Config, *, trainer: bool = True, engines: bo
         engines=recorder if engines else None,  # type: ignore[arg-type]
         log=recorder.log,
         keep_samples=lambda rollout_id, samples: None,
-        save=lambda state: (saved.append(state), recorder.events.append(f"save {state.rollout_id}"))[0],
+        save=lambda state: (saved.append(state), recorder.happen(f"save {state.rollout_id}"))[0],
         progress=lambda phase: lambda done, wanted: None,
+        stop=recorder.stop,
     )
 
 
@@ -163,6 +174,53 @@ def test_checkpoints_are_saved_every_interval_with_where_the_run_goes_on():
     recorder = Recorder()
     run_loop(job(recorder, config(num_rollout=4, save_interval=2)), START)
     assert [event for event in recorder.events if event.startswith("save")] == ["save 2", "save 4"]
+
+
+def test_the_last_step_is_saved_whatever_the_interval():
+    recorder = Recorder()
+    run_loop(job(recorder, config(num_rollout=5, save_interval=2)), START)
+    assert [event for event in recorder.events if event.startswith("save")] == ["save 2", "save 4", "save 5"]
+
+
+STEP = ["generate@0", "release", "train 2", "resume", "push 1", "log 0"]
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "expected", "is_ahead"),
+    [
+        ("generate@0", ["generate@0"], False),
+        ("train 2", [*STEP[:4], "log 0", "save 1"], True),
+        ("push 1", [*STEP, "save 1"], False),
+        ("log 0", [*STEP, "save 1"], False),
+        ("generate@1", [*STEP, "generate@1", "save 1"], False),
+        ("save 2", [*STEP, "generate@1", *STEP[1:4], "push 2", "log 1", "save 2"], False),
+    ],
+)
+def test_a_signal_ends_the_run_in_order_whenever_it_comes(stop_at, expected, is_ahead):
+    """Case reports/06: a rollout is interrupted, all else is finished, and the last finished step is saved once."""
+    recorder = Recorder(stop_at=stop_at)
+    end = run_loop(job(recorder, config(num_rollout=4, save_interval=2)), START)
+    assert recorder.events == expected
+    assert end.rollout_id == len([event for event in expected if event.startswith("log")])
+    assert end.is_ahead == is_ahead
+
+
+def test_without_checkpoints_a_signal_saves_none():
+    recorder = Recorder(stop_at="log 0")
+    run_loop(job(recorder, config(num_rollout=4)), START)
+    assert recorder.events == STEP
+
+
+def test_an_interrupt_that_no_signal_asked_for_is_not_taken_for_an_end():
+    recorder = Recorder()
+    loop = job(recorder, config())
+
+    def interrupted(state: RunState, progress) -> Rollout:
+        raise KeyboardInterrupt
+
+    recorder.rollout = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(loop, START)
 
 
 def test_prompts_that_a_step_left_unfinished_are_part_of_where_the_run_is():

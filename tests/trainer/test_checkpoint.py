@@ -10,7 +10,14 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError
 from slime_spec.interfaces import RunState
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples
-from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint, resolve_checkpoint, tidy
+from trainer_bridge.checkpoint_folder import (
+    begin_checkpoint,
+    has_checkpoint,
+    publish_checkpoint,
+    resolve_checkpoint,
+    saved_step,
+    tidy,
+)
 
 STATE = RunState(rollout_id=7, next_prompt_id=56, weight_version=6, unfinished_prompt_ids=(51, 54), is_ahead=True)
 BEFORE = [tiny_samples(seed) for seed in (1, 2)]
@@ -63,6 +70,24 @@ def test_a_write_that_fails_names_the_folder_and_leaves_the_previous_checkpoint(
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="must be a checkpoint"):
         resolve_checkpoint(tmp_path)
+
+
+def test_a_folder_has_a_checkpoint_from_its_first_whole_one_on(tmp_path: Path) -> None:
+    """Case reports/06: a run that loads from where it saves starts anew while nothing was saved."""
+    assert not has_checkpoint(tmp_path / "absent")
+    (begin_checkpoint(tmp_path, "step-000012") / "metadata.json").write_text("whole")
+    (tmp_path / ".lock").touch()
+    assert not has_checkpoint(tmp_path)
+    publish_checkpoint(tmp_path, "step-000012")
+    assert has_checkpoint(tmp_path)
+    assert saved_step(resolve_checkpoint(tmp_path)) == 12
+
+
+def test_a_run_that_was_killed_before_its_first_latest_resumes_from_its_first_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "step-000002", "whole")
+    (tmp_path / "latest").unlink()
+    assert has_checkpoint(tmp_path)
+    assert resolve_checkpoint(tmp_path).name == "step-000002"
 
 
 def test_a_checkpoint_written_again_replaces_the_old_one(tmp_path: Path) -> None:
