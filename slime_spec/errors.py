@@ -1,5 +1,18 @@
 """These are the errors that a user meets; each error says what to change."""
 
+LONGEST_SHOWN = 300  # characters of a bad value that an error repeats
+
+
+def shown(value: object) -> str:
+    """Return how an error shows a value, whatever it is: a batch of prompts, deep lists, a number of many digits."""
+    if isinstance(value, str | bytes):
+        value = value[: LONGEST_SHOWN + 1]
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; more digits than Python writes
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
+
 
 class ConfigError(ValueError):
     """A setting cannot work, which is found before anything heavy starts.
@@ -9,7 +22,7 @@ class ConfigError(ValueError):
 
     def __init__(self, setting: str, rule: str, value: object, remedy: str) -> None:
         self.setting, self.rule, self.value, self.remedy = setting, rule, value, remedy
-        super().__init__(f"{setting}: {rule} (got {value!r}). {remedy}")
+        super().__init__(f"{setting}: {rule} (got {shown(value)}). {remedy}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, object, str]]:
         # Exceptions cross Ray's process boundary by pickling their constructor arguments.

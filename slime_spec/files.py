@@ -42,19 +42,22 @@ def read_json_object(path: Path, kind: type[ConfigError] = ConfigError, remedy: 
     return parse_json_object(read_text(path, kind, remedy), str(path), kind, remedy)
 
 
-def parse_json(text: str, where: str, kind: type[ConfigError] = ConfigError, remedy: str = AGAIN) -> Any:
+def parse_json(
+    text: str, where: str, kind: type[ConfigError] = ConfigError, remedy: str = AGAIN, *, finite: bool = False
+) -> Any:
     """Return the value of a JSON text; raises ``kind`` naming ``where`` (a file, or file:line).
 
     Refuses what Python's parser gives up on (deep nesting, a number of thousands of digits) and text that cannot be
     encoded. ``NaN`` and ``Infinity`` are numbers here, as they are for transformers: who reads a number checks it.
+    ``finite`` refuses them, for JSON has no such numbers.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse if finite else None)
     except json.JSONDecodeError as error:
         rule = f"must be valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
     except RecursionError:
         rule = "must be JSON that is not nested so deeply"
-    except ValueError as error:  # a number beyond int's limit of digits
+    except ValueError as error:  # a number beyond int's limit of digits, or refused
         rule = f"must be valid JSON: {str(error).partition(';')[0]}"
     else:
         if "\\u" not in text or (found := _unencodable(value)) is None:
@@ -164,6 +167,10 @@ class LineFile:
     def _error(self, error: OSError) -> ConfigError:
         rule = f"must be writable: {error.strerror or error}"
         return ConfigError(str(self._path), rule, self._path.name, "Make room on the disk, or write elsewhere.")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _unencodable(value: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -33,7 +34,8 @@ class Assembly:
         self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
         self.device = torch.device("cuda" if config.rollout.num_gpus_per_engine > 0 else "cpu")
         self.dtype: torch.dtype = getattr(torch, config.engine.dtype)
-        self.limits = limits_of(config, self.spec)
+        ends = end_token_ids(config.model.hf_checkpoint)
+        self.limits = replace(limits_of(config, self.spec), eos_token_ids=ends)
         self._drafter = make_drafter(config, self.spec, self.device, self.dtype, self.limits)
         self._rope: RopeTable | None = None
         self._tokenizer: Tokenizer | None = None
@@ -67,7 +69,7 @@ class Assembly:
             cost_probe_interval=self.config.engine.cost_probe_interval,
         )
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)
-        stop_ids = end_token_ids(folder)
+        stop_ids = self.limits.eos_token_ids
         stop_rule = StopRule(stop_ids, self.decode)
         verifier = verifier or make_verifier(speculative, stop_ids)
         return GenerationCore(builder.finish(), cache, drafter or self._drafter, stop_rule, settings, clock, verifier)

@@ -19,7 +19,7 @@ from rollout.embedded.request import OnProgress
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import Generation, WeightTransport
 from slime_spec.memory import release_freed_memory
-from slime_spec.preflight.requests import check_request
+from slime_spec.preflight.requests import RequestLimits, check_request
 from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.messages import PushMessage, PushReply, Side, combined_checksum
@@ -112,6 +112,11 @@ class EmbeddedEngine:
             probed_round_s=core.probe.round_s,
             probed_plain_s=core.probe.plain_s,
         )
+
+    @property
+    def limits(self) -> RequestLimits:
+        """Return what one request may ask for; known before ``start``."""
+        return self._assembly.limits
 
     @property
     def draft_version(self) -> int:

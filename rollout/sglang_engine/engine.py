@@ -55,7 +55,8 @@ class SglangEngine:
         self.config = config = config_of_engine(config, engine_index)
         self._index = engine_index
         self._target = TargetFiles.read(config.model.hf_checkpoint)
-        self._limits = limits_of(config, self._target)
+        ends = end_token_ids(config.model.hf_checkpoint)
+        self._limits = limits_of(config, self._target, ends)
         self._draft = draft_files(config, self._target)
         self.server = KeptServer(config, engine_index, self._target, site)
         self.weights = ServerWeights(config, engine_index, (self._target, self._draft), self.server, site.run)
@@ -63,7 +64,6 @@ class SglangEngine:
         self._upkeep = Upkeep(self.server, self.weights, self._watch)
         self._pushes = PushDesk(engine_index, transport, self._upkeep)
         fills_rounds = config.speculative.record.fills_rounds
-        ends = end_token_ids(config.model.hf_checkpoint)
         reading = Reading(engine_index, 0, fills_rounds, self._target.vocab_size, ends)
         self.samples = SampleRuns(self.server, self.weights, reading)
 

@@ -7,7 +7,7 @@ from slime_spec.config.tree import Config
 from slime_spec.preflight.requests import RequestLimits
 
 
-def limits_of(config: Config, target: TargetFiles) -> RequestLimits:
+def limits_of(config: Config, target: TargetFiles, eos_token_ids: frozenset[int]) -> RequestLimits:
     """Return a request's limits: the server's context length, but not its KV cache, where requests wait for room."""
     return RequestLimits(
         vocab_size=target.vocab_size,
@@ -15,4 +15,5 @@ def limits_of(config: Config, target: TargetFiles) -> RequestLimits:
         algorithm=config.speculative.algorithm,
         speculates_by_request=not config.speculative.record.speculates,
         dies_of_unknown_tokens=True,
+        eos_token_ids=eos_token_ids,
     )

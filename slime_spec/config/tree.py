@@ -14,6 +14,7 @@ from slime_spec.config.setting import setting
 from slime_spec.config.sglang_server import SglangServerConfig
 from slime_spec.config.speculative import SpeculativeConfig
 from slime_spec.engines import ENGINES
+from slime_spec.sampling_bounds import MAX_TEMPERATURE
 
 MODES = ("train", "rollout_only", "train_only")
 MOST_STEPS_UNSAVED = 20  # what a crash may cost a run that names a folder for checkpoints and no interval
@@ -104,7 +105,11 @@ class RolloutConfig:
     max_prompt_len: int = setting(512, "Longest prompt, tokens.", flags=("--rollout-max-prompt-len",), minimum=1)
     max_response_len: int = setting(64, "Longest response, tokens.", flags=("--rollout-max-response-len",), minimum=1)
     temperature: float = setting(
-        1.0, "Sampling temperature; 0 is greedy.", flags=("--rollout-temperature",), minimum=0.0
+        1.0,
+        "Sampling temperature; 0 is greedy.",
+        flags=("--rollout-temperature",),
+        minimum=0.0,
+        maximum=MAX_TEMPERATURE,
     )
     top_p: float = setting(1.0, "Nucleus mass kept.", flags=("--rollout-top-p",), above=0.0, maximum=1.0)
     top_k: int = setting(-1, "Most likely tokens kept; -1 keeps all.", flags=("--rollout-top-k",), minimum=-1)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 
 from slime_spec.algorithms import NONE
 from slime_spec.errors import ConfigError
 from slime_spec.partial_samples import check_partials
+from slime_spec.sampling_bounds import BOUNDS, MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from slime_spec.speculation.request_fields import check_speculative_params
 from slime_spec.types import GroupRequest, SamplingParams
 
 UNBOUNDED = 2**63
-MAX_LOGIT_BIAS = 1e30  # divided by the least temperature it is still an fp32 number; -inf bans a token
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RequestLimits:
     ``max_total_tokens`` is the engine's KV cache, UNBOUNDED where a server manages its own; ``headroom`` are the KV
     positions that a row needs beyond its tokens. ``speculates_by_request``: a request may decode without speculation
     although its engine speculates. ``dies_of_unknown_tokens``: stop tokens beyond the vocabulary end the server, where
-    elsewhere they only never occur.
+    elsewhere they only never occur. ``eos_token_ids`` are banned until ``min_new_tokens``, as stop tokens are.
     """
 
     vocab_size: int
@@ -32,6 +32,7 @@ class RequestLimits:
     headroom: int = 0
     speculates_by_request: bool = True
     dies_of_unknown_tokens: bool = False
+    eos_token_ids: frozenset[int] = frozenset()
 
     @property
     def drafted(self) -> str:
@@ -51,6 +52,7 @@ def check_request(request: GroupRequest, limits: RequestLimits) -> None:
         raise ConfigError("rollout.n_samples_per_prompt", "must be at least 1", 0, "Pass --n-samples-per-prompt 1.")
     check_partials(request, limits.vocab_size)
     check_params(params, limits.vocab_size)
+    _check_choice(params, limits)
     check_speculative_params(params, limits.algorithm, limits.vocab_size)
     if not (params.speculative or limits.speculates_by_request):
         raise ConfigError(
@@ -91,17 +93,22 @@ def _check_lengths(request: GroupRequest, limits: RequestLimits) -> None:
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raise ConfigError for sampling parameters out of their bounds."""
+    for name, bound in BOUNDS.items():
+        if not bound.holds(value := getattr(params, name)):
+            raise ConfigError(f"rollout.{name}", bound.rule, value, bound.remedy)
+    biased = [token for token, _ in params.logit_bias]
     rules = (
         ("max_new_tokens", params.max_new_tokens >= 1, "must be at least 1", "Pass --rollout-max-response-len 1."),
-        ("temperature", 0.0 <= params.temperature < inf, "must be a number, 0 or above", "Pass 0 for greedy decoding."),
-        ("top_p", 0.0 < params.top_p <= 1.0, "must be above 0 and at most 1", "Pass 1 to keep every token."),
         ("top_k", params.top_k == -1 or params.top_k >= 1, "must be -1 or at least 1", "Pass -1 to keep every token."),
-        ("min_p", 0.0 <= params.min_p <= 1.0, "must be from 0 to 1", "Pass 0 to keep every token."),
         ("stop", all(params.stop), "must not hold an empty string", "Leave out the empty stop string."),
+        ("stop", len(params.stop) <= MAX_STOP_STRINGS, f"must hold at most {MAX_STOP_STRINGS} strings", "Pass fewer."),
+        (
+            "stop",
+            all(len(stop) <= MAX_STOP_CHARS for stop in params.stop),
+            f"must hold strings of at most {MAX_STOP_CHARS} characters",
+            "Shorten them.",
+        ),
         ("stop_token_ids", min(params.stop_token_ids, default=0) >= 0, "must not be negative", "Leave them out."),
-        ("frequency_penalty", isfinite(params.frequency_penalty), "must be a number", "Pass 0 for no penalty."),
-        ("presence_penalty", isfinite(params.presence_penalty), "must be a number", "Pass 0 for no penalty."),
-        ("repetition_penalty", 0.0 < params.repetition_penalty < inf, "must be above 0", "Pass 1 for no penalty."),
         (
             "min_new_tokens",
             0 <= params.min_new_tokens <= params.max_new_tokens,
@@ -110,11 +117,36 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         ),
         (
             "logit_bias",
-            all(0 <= token < vocab_size and bias <= MAX_LOGIT_BIAS for token, bias in params.logit_bias),
+            all(0 <= token < vocab_size and _is_bias(bias) for token, bias in params.logit_bias),
             f"must name tokens from 0 to {vocab_size - 1}, with biases that are numbers of at most {MAX_LOGIT_BIAS:g}",
             "Use the tokenizer of this checkpoint, and smaller biases.",
+        ),
+        (
+            "logit_bias",
+            len(set(biased)) == len(biased),
+            "must name a token once",
+            "Leave out all but one of its biases.",
         ),
     )
     for name, holds, rule, remedy in rules:
         if not holds:
             raise ConfigError(f"rollout.{name}", rule, getattr(params, name), remedy)
+
+
+def _is_bias(bias: float) -> bool:
+    """Return whether a bias can be computed with; -infinity bans its token."""
+    return abs(bias) <= MAX_LOGIT_BIAS or bias == -inf
+
+
+def _check_choice(params: SamplingParams, limits: RequestLimits) -> None:
+    """Raise ConfigError where no token is left to choose: a distribution over nothing is NaN."""
+    banned = {token for token, bias in params.logit_bias if bias == -inf}
+    if params.min_new_tokens:
+        banned.update(token for token in limits.eos_token_ids.union(params.stop_token_ids) if token < limits.vocab_size)
+    if len(banned) >= limits.vocab_size:
+        raise ConfigError(
+            "rollout.min_new_tokens" if params.min_new_tokens else "rollout.logit_bias",
+            "must leave a token to choose: stop tokens, EOS and biases of -infinity ban the whole vocabulary",
+            params.min_new_tokens or len(banned),
+            "Ban fewer tokens, or lower min_new_tokens.",
+        )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from threading import Event
 
@@ -78,11 +79,24 @@ BAD_REQUESTS = {
     "stop_token_ids": {"params": SamplingParams(stop_token_ids=(5, -1))},
     "frequency_penalty": {"params": SamplingParams(frequency_penalty=float("nan"))},
     "presence_penalty": {"params": SamplingParams(presence_penalty=float("inf"))},
+    "temperature: must be at least 0 and at most 1e.30": {"params": SamplingParams(temperature=1e39)},
+    "repetition_penalty: must be at least 1e-09": {"params": SamplingParams(repetition_penalty=1e-300)},
+    "repetition_penalty.*at most 2": {"params": SamplingParams(repetition_penalty=1e300)},
+    "at most 32 strings": {"params": SamplingParams(stop=("a",) * 33)},
+    "at most 1024 characters": {"params": SamplingParams(stop=("a" * 1025,))},
+    "logit_bias: must name a token once": {"params": SamplingParams(logit_bias=((3, 1.0), (3, 1.0)))},
+    "logit_bias: must leave a token": {"params": SamplingParams(logit_bias=tuple((i, -inf) for i in range(131)))},
+    "min_new_tokens: must leave a token": {
+        "params": SamplingParams(
+            min_new_tokens=1, stop_token_ids=tuple(range(2, 131)), logit_bias=((0, -inf), (1, -inf))
+        )
+    },
 }
 
 
 @pytest.mark.parametrize("message", BAD_REQUESTS)
 def test_a_request_that_can_never_run_is_refused(engine: EmbeddedEngine, message: str) -> None:
+    """Case audit/01 among them: a distribution that would be NaN."""
     request = GroupRequest("g", (1, 2, 3), (0,), greedy(4))
     with pytest.raises(ConfigError, match=message):
         engine.generate(replace(request, **BAD_REQUESTS[message]))

@@ -1,5 +1,10 @@
 """The sampling distribution, what requests add to it, and the draw from it."""
 
+from dataclasses import replace
+from math import inf, isfinite
+from random import Random
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +19,9 @@ from rollout.embedded.verification.reference import adjust_reference, distributi
 from rollout.embedded.verification.verifier import Verified, VerifyRow
 from rollout.embedded.verification.verify_pass import NODES_PER_CHUNK, RuleVerifier
 from rollout.embedded.verification.walk import target_only
-from slime_spec.types import SamplingParams
+from slime_spec.errors import ConfigError
+from slime_spec.preflight.requests import RequestLimits, check_request
+from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.emission import FixedUniforms
 
 PARAMS = st.builds(
@@ -175,6 +182,63 @@ def test_adjustments_follow_the_path_of_every_node(
         within = SamplingParams(**{**vars(each), "stop_token_ids": tuple(i for i in each.stop_token_ids if i < 12)})
         expected = adjust_reference(logits[index], within, tokens[:num_prompt], generated, frozenset({1}))
         torch.testing.assert_close(got[index].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+EXTREMES: dict[str, list[Any]] = {
+    "temperature": [1e-6, 1e-3, 1.0, 1e6, 1e30],
+    "top_k": [-1, 1, 11],
+    "top_p": [5e-324, 1e-300, 1e-30, 0.5, 1.0],
+    "min_p": [0.0, 5e-324, 1.0],
+    "frequency_penalty": [0.0, -2.0, 2.0],
+    "presence_penalty": [0.0, -2.0, 2.0],
+    "repetition_penalty": [1.0, 1e-9, 2.0],
+    "min_new_tokens": [0, 9],
+    "stop_token_ids": [(), tuple(range(3, 12)), tuple(range(11))],
+    "logit_bias": [
+        (),
+        ((2, 1e30), (11, -1e30)),
+        tuple((i, 1e30) for i in range(12)),
+        tuple((i, -1e30) for i in range(12)),
+        tuple((i, -inf) for i in range(11)),
+    ],
+}
+
+
+def test_whatever_the_bounds_allow_is_a_distribution_and_the_right_one() -> None:
+    """Case audit/01: at the bounds, and all of them at once, 32-bit logits overflow to NaN nowhere."""
+    choose = Random(0)
+    num_checked = 0
+    for seed in range(600):
+        params = SamplingParams(**{name: choose.choice(values) for name, values in EXTREMES.items()})
+        request = GroupRequest("g", (1, 2), (0,), replace(params, max_new_tokens=99))
+        limits = RequestLimits(12, 200, "NONE", eos_token_ids=frozenset({1}))
+        banned = {token for token, bias in params.logit_bias if bias == -inf}
+        if len(banned.union({1}, params.stop_token_ids) if params.min_new_tokens else banned) == 12:
+            with pytest.raises(ConfigError, match="must leave a token to choose"):
+                check_request(request, limits)
+            continue
+        check_request(request, limits)
+        scale = choose.choice([1.0, 1e4])
+        logits = scale * torch.randn(1, 12, generator=torch.Generator().manual_seed(seed))
+        row = VerifyRow(NO_DRAFT, params, FixedUniforms(5, [0.4]), (1, 2, 3, 7, 7, 7, 7), 2)
+        expected = distribution_reference(logits[0], params, (1, 2), (3, 7, 7, 7, 7), frozenset({1}))
+        weights = sampling_distribution(adjusted(logits, [row], frozenset({1})), [params])
+        assert (weights[0].double() / weights[0].double().sum() - expected).abs().max() < 1e-3, params
+        [verified] = RuleVerifier(target_only, frozenset({1}))(logits, [row])
+        assert isfinite(verified.logprobs[0])
+        num_checked += 1
+    assert num_checked > 400
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_without_a_distribution_end_the_pass_instead_of_giving_a_token(temperature: float, bad: float) -> None:
+    logits = torch.zeros(1, 300)
+    logits[0, 7] = bad
+    with pytest.raises(AssertionError, match="the logits hold NaN or infinity"):
+        drawn(logits, [SamplingParams(temperature=temperature)], 0.5)
+    with pytest.raises(AssertionError, match="the logits hold NaN or infinity"):
+        drawn(torch.full((1, 300), -torch.inf), [SamplingParams(temperature=temperature)], 0.5)
 
 
 def test_requests_without_adjustments_cost_no_copy() -> None:

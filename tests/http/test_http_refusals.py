@@ -10,6 +10,7 @@ from rollout.embedded.http.sampling import UNSERVED_FIELDS, UNSERVED_PARAMETERS,
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
+from slime_spec.files import parse_json
 from slime_spec.preflight.requests import RequestLimits
 from tests.support.http_server import Served, served
 
@@ -43,6 +44,16 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": float("inf")}, "sampling_params.temperature"),
     ({"temperature": 10**400}, "sampling_params.temperature"),
     ({"stop": "\ud800"}, "sampling_params.stop"),
+    ({"temperature": 1e300}, "sampling_params.temperature.*at most 1e.30"),
+    ({"repetition_penalty": 1e-300}, "sampling_params.repetition_penalty.*at least 1e-09"),
+    ({"logit_bias": {"1": 1e31}}, "sampling_params.logit_bias"),
+    ({"logit_bias": {"5": 1, "05": 1}}, "sampling_params.logit_bias.*once"),
+    ({"logit_bias": {"\u0661": 1}}, "sampling_params.logit_bias.*0 to 256"),
+    ({"min_new_tokens": 1, "stop_token_ids": list(range(257))}, "sampling_params.min_new_tokens.*must leave a token"),
+    ({"max_new_tokens": 10**4299}, "sampling_params.max_new_tokens"),
+    ({"max_new_tokens": 10**4299, "min_new_tokens": 10**4299}, "sampling_params.m.._new_tokens"),
+    ({"n": 10**4299}, "sampling_params.n"),
+    ({"stop": "a" * 2000}, "sampling_params.stop.*at most 1024 characters"),
     ({"n": 0}, "sampling_params.n"),
     ({"n": 5000}, "sampling_params.n"),
     ({"sampling_seed": "a"}, "sampling_params.sampling_seed"),
@@ -131,8 +142,23 @@ def test_refusals_are_json_without_a_traceback(server: Served) -> None:
     assert "Traceback" not in str(answer)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 2000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 2000,
+        b'{"text": "a", "sampling_params": {"temperature": NaN}}',
+        b'{"text": "a", "sampling_params": {"temperature": -Infinity}}',
+        b'{"text": "a", "rid": "\\ud800"}',
+        b'{"text": "a", "sampling_params": {"n": ' + b"9" * 5000 + b"}}",
+        '{"text": "a"}'.encode("utf-16"),
+    ],
+    ids=lambda body: repr(body[:50]),
+)
 def test_a_body_that_is_no_json_is_refused(server: Served, body: bytes) -> None:
+    """Case audit/01 among them: numbers of thousands of digits, NaN, half of a surrogate pair."""
     response = requests.post(f"{server.url}/generate", data=body, timeout=60)
     assert response.status_code == 400
     assert "body: must be" in response.json()["error"]["message"]
@@ -177,7 +203,8 @@ def test_a_key_is_asked_for_except_by_probes(config: Config) -> None:
 EXTREMES: list[dict[str, Any]] = [
     {"temperature": 1e-7},
     {"temperature": 1e-5, "logit_bias": {"65": 1e30, "66": -1e30}},
-    {"temperature": 1e300},
+    {"temperature": 1e30, "min_new_tokens": 2},
+    {"temperature": 1e-300},
     {"top_k": 1 << 30},
     {"top_k": 10**30},
     {"top_p": 1e-300},
@@ -185,7 +212,9 @@ EXTREMES: list[dict[str, Any]] = [
     {"stop_token_ids": [-1, 10**30, 257]},
     {"sampling_seed": -(2**63)},
     {"sampling_seed": 10**40},
-    {"min_new_tokens": 20, "max_new_tokens": 20, "stop_token_ids": list(range(256))},
+    {"min_new_tokens": 20, "max_new_tokens": 20, "stop_token_ids": list(range(255))},
+    {"stop_token_ids": list(range(257))},
+    {"logit_bias": {str(token): 1e30 for token in range(257)}, "temperature": 2e-6},
     {"frequency_penalty": -2, "presence_penalty": -2, "repetition_penalty": 1e-9},
     {"stop": ["\N{REPLACEMENT CHARACTER}", "€" * 100]},
     {"n": 40, "max_new_tokens": 2},
@@ -196,7 +225,12 @@ EXTREMES: list[dict[str, Any]] = [
 def test_extreme_but_lawful_parameters_are_answered_and_leave_the_engine_alive(
     server: Served, params: dict[str, Any]
 ) -> None:
-    answer = server.generate(text="abcabc", sampling_params={"max_new_tokens": 20, **params}, return_logprob=True)
+    """Case audit/01: the answers hold no NaN, which requests would read without a word."""
+    body = {"text": "abcabc", "sampling_params": {"max_new_tokens": 20, **params}, "return_logprob": True}
+    response = requests.post(f"{server.url}/generate", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    answer = parse_json(response.text, "answer", finite=True)
     for each in answer if isinstance(answer, list) else [answer]:
+        assert all(logprob <= 0.0 for logprob, _, _ in each["meta_info"]["output_token_logprobs"])
         assert len(each["meta_info"]["output_token_logprobs"]) == len(each["output_ids"]) > 0
     assert server.get("/health")[0] == 200

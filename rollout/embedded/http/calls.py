@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from rollout.embedded.http.json_io import Fields, as_object, bad_field, is_text, is_whole
+from rollout.embedded.http.json_io import Fields, as_object, is_text, is_whole
 from rollout.embedded.http.sampling import UNSERVED_FIELDS, Sampling, check_unserved, read_sampling
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
@@ -86,9 +86,9 @@ class CallReader:
         self, rid: str, prompt: tuple[int, ...], sampling: Sampling, return_logprob: object, start: object
     ) -> PromptCall:
         if not isinstance(return_logprob, bool):
-            raise bad_field("return_logprob", "must be true or false", return_logprob, "Correct it or leave it out.")
+            raise ConfigError("return_logprob", "must be true or false", return_logprob, "Correct it or leave it out.")
         if start not in (-1, len(prompt)):
-            raise bad_field(
+            raise ConfigError(
                 "logprob_start_len",
                 f"must be -1 or the prompt's length ({len(prompt)}): this engine has no logprobs of prompt tokens",
                 start,
@@ -106,19 +106,21 @@ class CallReader:
         """Return the prompts' token ids, and whether the client sent a list of prompts."""
         text, ids = fields.raw("text"), fields.raw("input_ids")
         if (text is None) == (ids is None):
-            raise bad_field(
+            raise ConfigError(
                 "text", "a request has either text or input_ids", text, "Send one of them, a prompt or a list of them."
             )
         if text is not None:
             texts = [text] if isinstance(text, str) else text
             if not (isinstance(texts, list) and texts and all(map(is_text, texts))):
-                raise bad_field("text", "must be a text or a list of texts", text, "Send at least one prompt.")
+                raise ConfigError("text", "must be a text or a list of texts", text, "Send at least one prompt.")
             return [self._tokenizer.encode(each) for each in texts], not isinstance(text, str)
         lists = [ids] if isinstance(ids, list) and all(map(is_whole, ids)) else ids
         if not (isinstance(lists, list) and all(isinstance(each, list) for each in lists)):
-            raise bad_field("input_ids", "must be a list of token ids or a list of such lists", ids, "Send [1, 2, 3].")
+            raise ConfigError(
+                "input_ids", "must be a list of token ids or a list of such lists", ids, "Send [1, 2, 3]."
+            )
         if not all(map(is_whole, (token for each in lists for token in each))):
-            raise bad_field("input_ids", "must hold whole numbers", ids, "Send the ids of the tokenizer.")
+            raise ConfigError("input_ids", "must hold whole numbers", ids, "Send the ids of the tokenizer.")
         return [tuple(each) for each in lists], lists is ids
 
     def _sampling(
@@ -130,7 +132,7 @@ class CallReader:
             for each, prompt, extra in zip(given, prompts, rtp, strict=True)
         ]
         if len(counts := {each.num_samples for each in sampling}) > 1:
-            raise bad_field(
+            raise ConfigError(
                 "sampling_params.n",
                 "must be the same for every prompt of a batch",
                 sorted(counts),
@@ -167,7 +169,7 @@ def _per_prompt(fields: Fields, name: str, count: int, default: Any) -> list[Any
     if not isinstance(value, list):
         return [default if value is None else value] * count
     if len(value) != count:
-        raise bad_field(name, f"must have one entry for each of the {count} prompts", value, "Send one for all.")
+        raise ConfigError(name, f"must have one entry for each of the {count} prompts", value, "Send one for all.")
     return [default if each is None else each for each in value]
 
 
@@ -175,12 +177,12 @@ def _rids(value: object, count: int, is_list: bool) -> tuple[str, list[str]]:
     """Return the call's own id and each prompt's: ``"a"`` for a batch of two is ``a_0`` and ``a_1``."""
     if isinstance(value, list):
         if len(value) != count or not all(isinstance(each, str) and each for each in value):
-            raise bad_field("rid", f"must be one text for each of the {count} prompts", value, "Leave it out.")
+            raise ConfigError("rid", f"must be one text for each of the {count} prompts", value, "Leave it out.")
         if len(set(value)) != count:
-            raise bad_field("rid", "must not hold the same id twice", value, "Give each prompt its own.")
+            raise ConfigError("rid", "must not hold the same id twice", value, "Give each prompt its own.")
         return uuid4().hex, value
     if value is not None and not (isinstance(value, str) and value):
-        raise bad_field("rid", "must be a text that is not empty", value, "Leave it out.")
+        raise ConfigError("rid", "must be a text that is not empty", value, "Leave it out.")
     rid = value if isinstance(value, str) else uuid4().hex
     return rid, [f"{rid}_{index}" for index in range(count)] if is_list else [rid]
 
@@ -189,4 +191,4 @@ def _in_clients_words(error: ConfigError) -> ConfigError:
     """Return an error about a request's setting under the name that the client sent."""
     node, _, name = error.setting.partition(".")
     setting = f"sampling_params.{name}" if node == "rollout" else error.setting
-    return bad_field(setting, error.rule, error.value, error.remedy)
+    return ConfigError(setting, error.rule, error.value, error.remedy)

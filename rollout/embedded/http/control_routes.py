@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from rollout.embedded.http.json_io import bad_field, read_fields, refusal
+from rollout.embedded.http.json_io import json_response, read_fields, refusal
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.loop_thread import Refused
+from slime_spec.errors import ConfigError
 from slime_spec.weights.messages import ContinueGeneration, PauseGeneration, PauseMode
 
 PAUSE_MODES: tuple[PauseMode, ...] = ("abort", "retract", "in_place")
@@ -57,13 +58,13 @@ class ControlRoutes:
         await self._control.run(lambda: self._engine.update_weights(PauseGeneration(self._version, mode)))
         if mode == "abort":
             await self._generations.abort_all()
-        return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
+        return json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue(self, request: web.Request) -> web.Response:
         await read_fields(request, {"torch_empty_cache"})
         await self._control.run(lambda: self._engine.update_weights(ContinueGeneration(self._version)))
         self.paused = False
-        return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
+        return json_response({"message": "Generation continued successfully.", "status": "ok"})
 
     async def _flush(self, request: web.Request) -> web.Response:
         """Answer whether the engine is idle, as SGLang's clients ask; no cache outlives a request."""
@@ -81,7 +82,7 @@ class ControlRoutes:
             except Refused as error:
                 return refusal(400, str(error))
         self._released |= tags
-        return web.json_response(None)
+        return json_response(None)
 
     async def _resume(self, request: web.Request) -> web.Response:
         tags = await _tags(request)
@@ -90,7 +91,7 @@ class ControlRoutes:
         if self._released == tags:
             await self._control.run(lambda: self._engine.set_resident(True))
         self._released -= tags
-        return web.json_response(None)
+        return json_response(None)
 
     @property
     def _version(self) -> int:
@@ -100,5 +101,7 @@ class ControlRoutes:
 async def _tags(request: web.Request) -> set[str]:
     tags = (await read_fields(request, {"tags"})).texts("tags")
     if unknown := [tag for tag in tags if tag not in MEMORY_TAGS]:
-        raise bad_field("tags", f"must be among {', '.join(MEMORY_TAGS)}", unknown[0], "Leave it out for all of them.")
+        raise ConfigError(
+            "tags", f"must be among {', '.join(MEMORY_TAGS)}", unknown[0], "Leave it out for all of them."
+        )
     return set(tags or MEMORY_TAGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -13,7 +12,7 @@ from aiohttp import web
 from rollout.embedded.http.answers import Answer, AnswerWriter, Chunks
 from rollout.embedded.http.calls import Call, CallReader
 from rollout.embedded.http.generations import EngineEnded, Event, Finished
-from rollout.embedded.http.json_io import FAILED, error_body, read_json
+from rollout.embedded.http.json_io import FAILED, error_body, json_response, read_json, written
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.loop_thread import Refused
 from slime_spec.errors import ConfigError
@@ -59,7 +58,7 @@ class GenerateRoutes:
                 place = event.prompt, event.sample.sample_index
                 answers[place] = self._finished(call, event)
         ordered = [answers[place] for place in sorted(answers)]
-        return web.json_response(ordered if call.is_list else ordered[0])
+        return json_response(ordered if call.is_list else ordered[0])
 
     async def _stream(self, request: web.Request, call: Call, events: AsyncIterator[Event]) -> web.StreamResponse:
         first = await anext(events)  # what the engine refuses is still an ordinary answer here
@@ -98,4 +97,4 @@ class GenerateRoutes:
 
 
 async def _write(response: web.StreamResponse, answer: Answer) -> None:
-    await response.write(b"data: " + json.dumps(answer).encode() + b"\n\n")
+    await response.write(b"data: " + written(answer).encode() + b"\n\n")

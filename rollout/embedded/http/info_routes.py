@@ -13,6 +13,7 @@ from uuid import uuid4
 from aiohttp import web
 
 import slime_spec
+from rollout.embedded.http.json_io import json_response
 from rollout.embedded.http.serving import Serving
 from slime_spec.sglang.draft_shape import draft_shape
 from slime_spec.sglang.releases import SELECTOR, since
@@ -75,7 +76,7 @@ class InfoRoutes:
 
     async def _model_info(self, request: web.Request) -> web.Response:
         folder = self._config.model.hf_checkpoint
-        return web.json_response(
+        return json_response(
             {
                 "model_path": folder,
                 "served_model_name": folder,
@@ -91,7 +92,7 @@ class InfoRoutes:
         )
 
     async def _server_info(self, request: web.Request) -> web.Response:
-        return web.json_response({**self._settings(), "internal_states": [self._state()]})
+        return json_response({**self._settings(), "internal_states": [self._state()]})
 
     def _settings(self) -> dict[str, Any]:
         """Return the server's settings under SGLang's names; the speculative numbers as they were resolved."""

@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from hmac import compare_digest
 from typing import Any, TypeVar
 
@@ -19,26 +19,21 @@ from aiohttp.typedefs import Middleware
 from rollout.embedded.http.generations import EngineEnded
 from rollout.embedded.loop_thread import LoopEnded, Refused
 from slime_spec.errors import ConfigError, PushError
+from slime_spec.files import parse_json, shortened
 from slime_spec.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Choice = TypeVar("Choice", bound=str)
-LONGEST_SHOWN = 80  # characters of a bad value that an error repeats
+MAX_COUNT = 2**53  # JSON numbers are whole up to here in every language
 FAILED = "the server failed; its log says why"
 # Beyond this a body is parsed on a thread, so that other requests are not kept waiting.
 LARGE_BODY_BYTES = 1 << 20
 
 
-def bad_field(name: str, rule: str, value: object, remedy: str) -> ConfigError:
-    """Return a ConfigError that does not send a whole batch back to its sender."""
-    text = repr(value)
-    return ConfigError(name, rule, value if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…", remedy)
-
-
 def as_object(value: object, name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise bad_field(name, "must be a JSON object", value, "Send {...}.")
+        raise ConfigError(name, "must be a JSON object", value, "Send {...}.")
     return value
 
 
@@ -51,16 +46,17 @@ class Fields:
     def __init__(self, data: Mapping[str, Any], prefix: str = "") -> None:
         self._data, self._prefix = data, prefix
 
-    def check_names(self, known: Iterable[str]) -> None:
+    def check_names(self, known: Collection[str]) -> None:
         """Refuse the first name that is none of ``known``."""
         names = sorted(known)
         for name in self._data:
-            if name not in names:
-                raise bad_field(
-                    self._prefix + name,
+            if name not in known:
+                short = shortened(name)
+                raise ConfigError(
+                    self._prefix + short,
                     "is not a field of this request",
                     self._data[name],
-                    f"{did_you_mean(name, names)}The fields are {', '.join(names)}.",
+                    f"{did_you_mean(short, names)}The fields are {', '.join(names)}.",
                 )
 
     def raw(self, name: str) -> Any:
@@ -74,14 +70,20 @@ class Fields:
             raise self._bad(name, "must be a finite number", value)
         return number
 
-    def whole(self, name: str, default: int, minimum: int | None = None) -> int:
+    def whole(self, name: str, default: int) -> int:
         value = self._data.get(name)
         if value is None:
             return default
-        if not is_whole(value) or (minimum is not None and value < minimum):
-            at_least = "" if minimum is None else f" of at least {minimum}"
-            raise self._bad(name, f"must be a whole number{at_least}", value)
+        if not is_whole(value):
+            raise self._bad(name, "must be a whole number", value)
         return int(value)
+
+    def count(self, name: str, default: int, minimum: int = 1) -> int:
+        """Return a number of things, which is never so large that it could not be added up and shown."""
+        value = self.whole(name, default)
+        if not minimum <= value <= MAX_COUNT:
+            raise self._bad(name, f"must be a whole number from {minimum} to {MAX_COUNT}", value)
+        return value
 
     def switch(self, name: str, default: bool = False) -> bool:
         value = self._data.get(name)
@@ -123,7 +125,7 @@ class Fields:
         return tuple(value)
 
     def _bad(self, name: str, rule: str, value: object) -> ConfigError:
-        return bad_field(self._prefix + name, rule, value, "Correct the field or leave it out.")
+        return ConfigError(self._prefix + name, rule, value, "Correct the field or leave it out.")
 
 
 def is_whole(value: object) -> bool:
@@ -157,12 +159,16 @@ async def read_json(request: web.Request, default: object = None) -> Any:
     body = await request.read()
     if not body and default is not None:
         return default
+    return await asyncio.to_thread(_parsed, body) if len(body) > LARGE_BODY_BYTES else _parsed(body)
+
+
+def _parsed(body: bytes) -> Any:
+    remedy = "Send JSON, with Content-Type: application/json."
     try:
-        if len(body) > LARGE_BODY_BYTES:
-            return await asyncio.to_thread(json.loads, body)
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:  # ValueError: of JSON and of UTF-8
-        raise bad_field("body", f"must be JSON: {error}", "?", "Send Content-Type: application/json.") from None
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError("body", f"must be UTF-8 text: byte {error.start} is not", "?", remedy) from None
+    return parse_json(text, "body", remedy=remedy, finite=True)
 
 
 async def read_fields(request: web.Request, known: set[str]) -> Fields:
@@ -172,8 +178,17 @@ async def read_fields(request: web.Request, known: set[str]) -> Fields:
     return fields
 
 
+def written(answer: object) -> str:
+    """Return the JSON of an answer; every answer is written here, and none can hold NaN, which is no JSON."""
+    return json.dumps(answer, allow_nan=False)
+
+
+def json_response(answer: object, status: int = 200) -> web.Response:
+    return web.json_response(answer, status=status, dumps=written)
+
+
 def refusal(status: int, message: str, kind: str = "invalid_request_error") -> web.Response:
-    return web.json_response(error_body(status, message, kind), status=status)
+    return json_response(error_body(status, message, kind), status)
 
 
 def error_body(status: int, message: str, kind: str) -> dict[str, Any]:

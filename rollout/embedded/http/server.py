@@ -26,8 +26,6 @@ from rollout.embedded.http.json_io import api_key_required, errors_as_json
 from rollout.embedded.http.serving import OneThread, Serving, Totals, VersionNames
 from rollout.embedded.http.weight_routes import WeightRoutes
 from rollout.embedded.http.weight_session import WeightUpdates
-from rollout.embedded.validate import limits_of
-from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.addresses import address_of
@@ -115,7 +113,7 @@ class EngineServer:
         return Serving(
             config=self._config,
             spec=self._spec,
-            limits=limits_of(self._config, self._spec),
+            limits=engine.limits,
             tokenizer=self._tokenizer,
             engine=engine,
             generations=generations,
@@ -129,9 +127,8 @@ class EngineServer:
 def make_app(serving: Serving, options: ServerOptions) -> tuple[web.Application, InfoRoutes]:
     """Return the application, and the part of it that must know when the server stops."""
     config = serving.config
-    eos = end_token_ids(config.model.hf_checkpoint, serving.tokenizer)
     reader = CallReader(serving.limits, serving.tokenizer, config.run.seed)
-    writer = AnswerWriter(serving.tokenizer, serving.names, eos)
+    writer = AnswerWriter(serving.tokenizer, serving.names, serving.limits.eos_token_ids)
     control = ControlRoutes(serving)
     info = InfoRoutes(serving, can_generate=lambda: not control.paused and not control.released)
     generate = GenerateRoutes(serving, reader, writer, options.incremental_streaming)

@@ -14,7 +14,7 @@ from aiohttp import web
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from rollout.embedded.http.json_io import Fields, bad_field, read_fields
+from rollout.embedded.http.json_io import Fields, json_response, read_fields
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.http.weight_session import SELECTORS, SIDES, WeightUpdates
 from slime_spec.errors import ConfigError, PushError
@@ -72,7 +72,7 @@ class WeightRoutes:
         selector = None if fields.raw("selector") is None else fields.choice("selector", SELECTORS, "all")
         version_name = fields.text("weight_version") or None
         if fields.text("load_format") != "safetensors":
-            raise bad_field(
+            raise ConfigError(
                 "load_format",
                 "must be safetensors: this server never unpickles what comes over a network",
                 fields.raw("load_format"),
@@ -90,7 +90,7 @@ class WeightRoutes:
         version_name = fields.text("weight_version") or None
         fields.choice("load_format", DISK_FORMATS, "auto")
         if not folder:
-            raise bad_field("model_path", "must be a checkpoint folder", folder, "Send the path of a folder.")
+            raise ConfigError("model_path", "must be a checkpoint folder", folder, "Send the path of a folder.")
         await self._abort_if_asked(fields)
         await self._control.run(lambda: self._updates.from_disk(folder, selector, version_name))
         message = "Succeeded to update model weights."
@@ -102,7 +102,7 @@ class WeightRoutes:
         fields = await read_fields(request, {"new_version", "abort_all_requests"})
         name = fields.text("new_version")
         if not name:
-            raise bad_field("new_version", "must be a text that is not empty", name, "Send the new version.")
+            raise ConfigError("new_version", "must be a text that is not empty", name, "Send the new version.")
         await self._abort_if_asked(fields, default=True)
         await self._control.run(lambda: self._updates.rename(name))
         return _success(f"Weight version updated to {name}", new_version=name)
@@ -131,15 +131,15 @@ def _decoded(encoded: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Return a payload's tensors: one safetensors file in base64 (SGLang sends one entry per tensor parallel rank)."""
     name, remedy = "serialized_named_tensors", "Send [base64 of safetensors.torch.save(tensors)]."
     if len(encoded) != 1:
-        raise bad_field(name, "must have one entry: this engine has one rank", len(encoded), remedy)
+        raise ConfigError(name, "must have one entry: this engine has one rank", len(encoded), remedy)
     try:
         return load_safetensors(base64.b64decode(encoded[0], validate=True))
     except (binascii.Error, SafetensorError) as error:
-        raise bad_field(name, f"must be base64 of a safetensors file: {error}", "?", remedy) from None
+        raise ConfigError(name, f"must be base64 of a safetensors file: {error}", "?", remedy) from None
 
 
 async def _refuse_transport(request: web.Request) -> web.Response:
-    raise bad_field(request.path, "this server has no process group to receive through", "?", INSTEAD)
+    raise ConfigError(request.path, "this server has no process group to receive through", "?", INSTEAD)
 
 
 def _alone(side: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _alone(side: str) -> dict[str, Any]:
 
 
 def _success(message: str, **more: Any) -> web.Response:
-    return web.json_response({"success": True, "message": message, **more})
+    return json_response({"success": True, "message": message, **more})
 
 
 def _answering_success(handler: Handler) -> Handler:
@@ -159,7 +159,7 @@ def _answering_success(handler: Handler) -> Handler:
             return await handler(request)
         except (ConfigError, PushError) as error:
             message = str(error)
-            return web.json_response(
+            return json_response(
                 {"success": False, "message": message, "error": {"message": message, "code": 400}}, status=400
             )
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rollout.embedded.engine import EmbeddedEngine
-from rollout.embedded.http.json_io import bad_field
 from rollout.embedded.http.serving import Serving
 from slime_spec.checkpoints.draft_choice import ChosenDraft, choose_draft
 from slime_spec.checkpoints.draft_tensors import load_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
 from slime_spec.config.tree import Config
-from slime_spec.errors import CheckpointError, PushError
+from slime_spec.errors import CheckpointError, ConfigError, PushError
 from slime_spec.transports.in_process import InProcessTransport
 from slime_spec.weights.messages import Side
 from slime_spec.weights.receive import PushReceiver
@@ -159,7 +158,7 @@ class WeightUpdates:
         if self._engine.draft_shapes:
             return SIDES[selector]
         if selector == "draft":
-            raise bad_field("selector", "this server's drafter has no weights", selector, "Send selector target.")
+            raise ConfigError("selector", "this server's drafter has no weights", selector, "Send selector target.")
         return ("target",)
 
     def _divided(self, tensors: Tensors, sides: tuple[Side, ...]) -> dict[Side, Tensors]:

@@ -27,8 +27,9 @@ def adjusted(logits: torch.Tensor, rows: Sequence[VerifyRow], eos_token_ids: fro
         nodes = logits[first : first + row.num_nodes]
         if _has_penalties(row.params):
             _penalise(nodes, row)
-        for token_id, bias in row.params.logit_bias:
-            nodes[:, token_id] += bias
+        if row.params.logit_bias:
+            token_ids, biases = zip(*row.params.logit_bias, strict=True)
+            nodes[:, torch.tensor(token_ids)] += torch.tensor(biases, device=nodes.device, dtype=nodes.dtype)
         if row.num_generated < row.params.min_new_tokens:
             _keep_going(nodes, row, eos_token_ids)
         first += row.num_nodes
