@@ -140,7 +140,7 @@ class FakeEngine:
 
     def start(self) -> None:
         self._weights = FakeWeights(ModelSpec.from_folder(self.config.model.hf_checkpoint))
-        self._pushes = PushDesk(self._index, self._transport, self._weights)
+        self._pushes = PushDesk(self._index, self._transport, self._weights, getattr(torch, self.config.engine.dtype))
 
     def generate(self, request: GroupRequest) -> FakeGeneration:
         check_partials(request, TOKENS.stop)

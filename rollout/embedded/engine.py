@@ -67,7 +67,7 @@ class EmbeddedEngine:
         self._core = self._assembly.core(self._index, self._clock)
         self._thread = LoopThread(self._core, self._fail_all)
         self._weights = CoreWeights(self._assembly, self._core, self._thread)
-        self._pushes = PushDesk(self._index, self._transport, self._weights)
+        self._pushes = PushDesk(self._index, self._transport, self._weights, self._assembly.dtype)
         self._started.callback(self._thread.stop)
 
     def generate(self, request: GroupRequest, on_progress: OnProgress | None = None) -> Generation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import psutil
+import torch
 
 from rollout.sglang_engine.assemble import make_delivery, make_watch
 from rollout.sglang_engine.client import ServerGone, SglangClient
@@ -62,7 +63,7 @@ class SglangEngine:
         self.weights = ServerWeights(config, engine_index, (self._target, self._draft), self.server, site.run)
         self._watch = make_watch(config, self._target, self._draft)
         self._upkeep = Upkeep(self.server, self.weights, self._watch)
-        self._pushes = PushDesk(engine_index, transport, self._upkeep)
+        self._pushes = PushDesk(engine_index, transport, self._upkeep, getattr(torch, config.engine.dtype))
         fills_rounds = config.speculative.record.fills_rounds
         reading = Reading(engine_index, 0, fills_rounds, self._target.vocab_size, ends)
         self.samples = SampleRuns(self.server, self.weights, reading)

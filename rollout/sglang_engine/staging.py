@@ -24,7 +24,6 @@ class ServerStaging:
     def __init__(self, manifest: Manifest, target: TargetFiles, draft: DraftFiles | None) -> None:
         is_target = manifest.side == "target"
         self.expected = expected_target(manifest, target) if is_target else expected_draft(manifest, draft)
-        _check_dtypes(manifest)
         self.tensors: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -59,9 +58,3 @@ def _renamed(shapes: Shapes, sent: set[str]) -> Mapping[str, tuple[int, ...]]:
     if theirs is None or ours is None:
         return shapes
     return {theirs + name.removeprefix(ours) if name.startswith(ours) else name: shapes[name] for name in shapes}
-
-
-def _check_dtypes(manifest: Manifest) -> None:
-    for meta in manifest.tensors:
-        if not meta.torch_dtype.is_floating_point:
-            raise PushError(f"{meta.name} is {meta.dtype}: weights are floating-point numbers")

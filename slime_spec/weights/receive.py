@@ -27,10 +27,14 @@ from slime_spec.weights.messages import (
     PushMessage,
     PushReply,
     Side,
+    TensorMeta,
     VerifyPush,
     combined_checksum,
     tensor_checksum,
 )
+
+# Weights are sent as the numbers they are: codes of a quantised checkpoint would be loaded without their scales.
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Staging(Protocol):
@@ -51,11 +55,11 @@ S = TypeVar("S", bound=Staging)
 
 
 class PushStage(Generic[S]):
-    """Holds one open push; dropping it leaves the engine as it was."""
+    """Holds one open push; dropping it leaves the engine, which computes in ``dtype``, as it was."""
 
-    def __init__(self, manifest: Manifest, staging: S) -> None:
+    def __init__(self, manifest: Manifest, staging: S, dtype: torch.dtype) -> None:
         self._receiver = PushReceiver(manifest, staging.expected)
-        self.staging = staging
+        self.staging, self._dtype = staging, dtype
         self._prepared = False
 
     @property
@@ -71,6 +75,7 @@ class PushStage(Generic[S]):
         tensors = transport.receive(bucket)
         self._receiver.take(bucket, tensors)
         for meta, tensor in zip(bucket.tensors, tensors, strict=True):
+            check_values(meta.name, tensor, self._dtype)
             self.staging.add(meta.name, tensor)
 
     def prepare(self, version: int, checksum: str) -> None:
@@ -111,14 +116,16 @@ class ServingWeights(Protocol[S]):
 
 
 class PushDesk(Generic[S]):
-    """Answers the messages of pushes, of one engine and from one thread at a time. Example::
+    """Answers the messages of pushes, of one engine that computes in ``dtype`` and from one thread at a time. Example::
 
-    desk = PushDesk(engine_index=0, transport=transport, weights=weights)
+    desk = PushDesk(engine_index=0, transport=transport, weights=weights, dtype=torch.bfloat16)
     desk.answer(BeginPush(manifest))
     """
 
-    def __init__(self, engine_index: int, transport: WeightTransport, weights: ServingWeights[S]) -> None:
-        self._index, self._transport, self._weights = engine_index, transport, weights
+    def __init__(
+        self, engine_index: int, transport: WeightTransport, weights: ServingWeights[S], dtype: torch.dtype
+    ) -> None:
+        self._index, self._transport, self._weights, self._dtype = engine_index, transport, weights, dtype
         self._open: PushStage[S] | None = None
 
     def answer(self, message: PushMessage) -> PushReply:
@@ -135,7 +142,7 @@ class PushDesk(Generic[S]):
         stage, self._open = self._open, None  # whatever fails below drops the push
         match message:
             case BeginPush(manifest):
-                stage = PushStage(manifest, self._weights.staging(manifest))
+                stage = PushStage(manifest, self._weights.staging(manifest), self._dtype)
             case PushBucket() if stage is not None:
                 stage.take(message, self._transport)
             case PreparePush(version, checksum) if stage is not None:
@@ -170,11 +177,9 @@ class PushReceiver:
         sent = {meta.name: meta for meta in manifest.tensors}
         if missing := expected.keys() - sent.keys():
             raise PushError(f"the push lacks {_some(missing)}")
-        if unknown := sent.keys() - expected.keys():
-            raise PushError(f"the push has tensors this model does not know: {_some(unknown)}")
-        for name, shape in expected.items():
-            if sent[name].shape != shape:
-                raise PushError(f"{name} has shape {sent[name].shape}, the engine expects {shape}")
+        check_part(manifest.tensors, expected)
+        if len(sent) < len(manifest.tensors):
+            raise PushError("the push announces a tensor twice")
         self._pending = sent
         self._checksums: dict[str, int] = {}
 
@@ -201,6 +206,33 @@ class PushReceiver:
             raise PushError(f"the push ended without {_some(self._pending)}")
         if self.checksum != checksum:
             raise PushError(f"combined checksum {self.checksum} differs from the trainer's {checksum}")
+
+
+def check_part(tensors: Sequence[TensorMeta], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise PushError, naming tensors, where some of a push's tensors are unknown or of another shape or dtype."""
+    if unknown := {meta.name for meta in tensors} - expected.keys():
+        raise PushError(f"the push has tensors this model does not know: {_some(unknown)}")
+    for meta in tensors:
+        if meta.shape != expected[meta.name]:
+            raise PushError(f"{meta.name} has shape {meta.shape}, the engine expects {expected[meta.name]}")
+        if meta.dtype not in WEIGHT_DTYPES:
+            raise PushError(f"{meta.name} is {meta.dtype}: weights must be one of {', '.join(WEIGHT_DTYPES)}")
+
+
+def check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise PushError unless every value is a finite number, also in the engine's ``dtype``.
+
+    Checksums say nothing of it: where the trainer's cast overflowed, both sides hold infinity.
+    """
+    if not tensor.numel():
+        return
+    extremes = torch.stack(tensor.detach().aminmax())  # NaN where the tensor holds NaN; a cast keeps their order
+    sent, kept = (str(each).removeprefix("torch.") for each in (tensor.dtype, dtype))
+    if not bool(extremes.isfinite().all()):
+        raise PushError(f"{name} ({sent}) holds NaN or infinity: weights must be finite numbers")
+    if not bool(extremes.to(dtype).isfinite().all()):
+        largest = float(extremes.abs().max())
+        raise PushError(f"{name} ({sent}) holds {largest:.3g}, which is infinite in the engine's {kept}")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """The sampling distribution, what requests add to it, and the draw from it."""
 
 from dataclasses import replace
-from math import inf, isfinite
+from math import inf, isfinite, isnan, log
 from random import Random
 from typing import Any
 
@@ -232,13 +232,12 @@ def test_whatever_the_bounds_allow_is_a_distribution_and_the_right_one() -> None
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_without_a_distribution_end_the_pass_instead_of_giving_a_token(temperature: float, bad: float) -> None:
-    logits = torch.zeros(1, 300)
-    logits[0, 7] = bad
-    with pytest.raises(AssertionError, match="the logits hold NaN or infinity"):
-        drawn(logits, [SamplingParams(temperature=temperature)], 0.5)
-    with pytest.raises(AssertionError, match="the logits hold NaN or infinity"):
-        drawn(torch.full((1, 300), -torch.inf), [SamplingParams(temperature=temperature)], 0.5)
+def test_logits_without_a_distribution_show_in_the_logprob_of_their_row_alone(temperature: float, bad: float) -> None:
+    logits = torch.zeros(3, 300)
+    logits[0, 7], logits[1] = bad, -torch.inf
+    verified = drawn(logits, [SamplingParams(temperature=temperature)] * 3, 0.5)
+    assert [isnan(each.logprobs[0]) for each in verified] == [True, True, False]
+    assert verified[2].logprobs[0] == pytest.approx(-log(300))
 
 
 def test_requests_without_adjustments_cost_no_copy() -> None:

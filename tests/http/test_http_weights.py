@@ -1,6 +1,7 @@
 """Weight updates over HTTP: from a folder, as tensors in a session; target and draft apart; all or nothing."""
 
 import base64
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -131,8 +132,32 @@ def test_sessions_are_opened_once_and_a_stale_one_can_be_ended(target: Served, s
     assert target.post("/begin_weight_update")[0] == target.post("/end_weight_update")[0] == 200
 
 
+REFUSED = {
+    "int8": "is int8: weights must be one of float32",
+    "bool": "is bool: weights",
+    "uint16": "is uint16: weights",
+    "complex64": "is complex64: weights",
+    "float8_e4m3fn": "is float8_e4m3fn: weights",
+    "float8_e5m2": "is float8_e5m2: weights",
+    "infinity": r"\(float32\) holds NaN or infinity",
+    "NaN": r"\(float32\) holds NaN or infinity",
+    "overflow": r"\(float64\) holds 1e\+300, which is infinite in the engine's float32",
+    "shape": "has shape",
+    "empty": r"has shape \(0, 48\)",
+    "name": "does not know: model.layers.9",
+}
+
+
 def damaged(weights: Weights, how: str) -> Weights:
     name = "model.layers.0.mlp.up_proj.weight"
+    if how == "overflow":
+        return {**weights, name: weights[name].double().index_fill(0, torch.tensor([3]), -1e300)}
+    if how == "empty":
+        return {**weights, name: weights[name][:0]}
+    if how == "NaN":
+        return {**weights, name: weights[name].index_fill(1, torch.tensor([2]), float("nan"))}
+    if how in ("int8", "bool", "uint16", "complex64", "float8_e4m3fn", "float8_e5m2"):
+        return {**weights, name: weights[name].abs().to(getattr(torch, how))}
     if how == "shape":
         return {**weights, name: weights[name][:-1]}
     if how == "name":
@@ -141,17 +166,60 @@ def damaged(weights: Weights, how: str) -> Weights:
     return {**weights, name: weights[name].index_fill(0, torch.tensor([3]), float("inf"))}
 
 
-@pytest.mark.parametrize("how", ["shape", "name", "infinity"])
-def test_tensors_of_another_model_change_nothing(target: Served, small_policy: Path, how: str) -> None:
+@pytest.mark.parametrize("how", REFUSED)
+def test_tensors_that_are_no_weights_of_this_model_change_nothing(target: Served, small_policy: Path, how: str) -> None:
+    """Case audit/02: each of these was swapped in, or ended in a 500."""
     weights = damaged(other_weights(small_policy, seed=3), how)
     before, _ = generated(target)
     checksum = target.get("/weights_checker")[1]["per_engine_checksum"]
     target.post("/begin_weight_update")
-    target.post("/update_weights_from_tensor", payload(weights))
-    assert "mlp.up_proj.weight" in refused(target, "/end_weight_update")
+    message = refused(target, "/update_weights_from_tensor", payload(weights))
+    assert re.search(rf"mlp\.up_proj\.weight.*{REFUSED[how]}|{REFUSED[how]}.*mlp\.up_proj\.weight", message), message
+    assert message in refused(target, "/end_weight_update")
     after, info = generated(target)
     assert (after, info["weight_version"]) == (before, "default")
     assert target.get("/weights_checker")[1]["per_engine_checksum"] == checksum
+
+
+HEADER = b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'
+NO_SAFETENSORS = {
+    "no base64": "!!!",
+    "not ASCII": "\u00e9",
+    "empty": "",
+    "a header of 2**62 bytes": base64.b64encode((2**62).to_bytes(8, "little") + b"{}").decode(),
+    "a header that is a list": base64.b64encode((2).to_bytes(8, "little") + b"[]").decode(),
+    "a deep header": base64.b64encode((9000).to_bytes(8, "little") + b"[" * 9000).decode(),
+    "an unknown dtype": base64.b64encode(len(HEADER).to_bytes(8, "little") + HEADER + b"0").decode(),
+}
+
+
+@pytest.mark.parametrize("how", [*NO_SAFETENSORS, "truncated"])
+def test_a_payload_that_is_no_safetensors_file_is_refused_and_drops_its_session(
+    target: Served, small_policy: Path, how: str
+) -> None:
+    """Case audit/02."""
+    whole = payload(load_file(small_policy / "model.safetensors"))["serialized_named_tensors"][0]
+    body = {"serialized_named_tensors": [NO_SAFETENSORS.get(how, whole[:400])], "load_format": "safetensors"}
+    target.post("/begin_weight_update")
+    message = refused(target, "/update_weights_from_tensor", body)
+    assert "serialized_named_tensors: must" in message
+    assert message in refused(target, "/end_weight_update")
+    assert generated(target)[1]["weight_version"] == "default"
+
+
+def test_a_tensor_that_comes_twice_in_a_session_is_refused(target: Served, small_policy: Path) -> None:
+    weights = load_file(small_policy / "model.safetensors")
+    target.post("/begin_weight_update")
+    assert target.post("/update_weights_from_tensor", payload(weights))[0] == 200
+    again = payload({"model.norm.weight": weights["model.norm.weight"]})
+    assert "model.norm.weight came twice" in refused(target, "/update_weights_from_tensor", again)
+    assert "came twice" in refused(target, "/end_weight_update")
+
+
+@pytest.mark.parametrize("path", ["\0", "a" * 5000, "/" + "/".join(["a" * 200] * 15), "/dev", "relative"], ids=repr)
+def test_a_path_that_is_no_folder_is_refused(target: Served, path: str) -> None:
+    """Case audit/02: a path that is too long ended in a 500."""
+    assert re.search("model_path|hf_checkpoint", refused(target, "/update_weights_from_disk", {"model_path": path}))
 
 
 def test_pickled_tensors_and_process_groups_are_refused_with_what_to_do(target: Served) -> None:
@@ -255,6 +323,12 @@ def test_a_draft_update_changes_acceptance_and_neither_tokens_nor_the_targets_ve
         assert only.keys() == differing
         server.post("/begin_weight_update", {"selector": "draft"})
         assert "not for target" in refused(server, "/update_weights_from_tensor", {**payload({}), "selector": "target"})
+        target = load_file(small_policy / "model.safetensors")
+        overflow = damaged(target, "overflow")
+        assert "infinite in the engine's" in refused(server, "/update_weights_from_tensor", payload(overflow))
+        assert "infinite in the engine's" in refused(server, "/end_weight_update")
+        assert server.state()["draft_version"] == 1
+        server.post("/begin_weight_update", {"selector": "draft"})
         server.post("/update_weights_from_tensor", payload(load_file(small_policy / "model.safetensors")))
         assert server.post("/end_weight_update")[0] == 200
         assert generated(server)[1]["spec_accept_length"] == info["spec_accept_length"]

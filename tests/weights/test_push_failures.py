@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from slime_spec.weights.messages import (
     tensor_checksum,
 )
 from slime_spec.weights.receive import PushDesk, PushStage
-from slime_spec.weights.run import push_messages, run_push
+from slime_spec.weights.run import manifest_of, push_messages, run_push
 
 SHAPES = {"a": (2, 3), "b": (4,)}
 OLD = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
@@ -48,12 +49,12 @@ class DictStaging:
 class Engine:
     """Takes pushes of both sides as every engine does, has two sides' weights, and knows whether it is paused."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.versions: dict[Side, int] = {"target": 0, "draft": 0}
         self.tensors: dict[Side, Mapping[str, torch.Tensor]] = {"target": OLD, "draft": OLD}
         self.paused = False
         self.heard: list[type] = []
-        self._desk: PushDesk[DictStaging] = PushDesk(0, InProcessTransport(), self)
+        self._desk: PushDesk[DictStaging] = PushDesk(0, InProcessTransport(), self, dtype)
 
     def update_weights(self, message: PushMessage) -> PushReply:
         self.heard.append(type(message))
@@ -222,3 +223,59 @@ def test_weights_that_differ_when_read_back_end_the_push_and_leave_no_engine_pau
         run_push(new_messages("target"), to_all(engines, spoil, quiet), verify=True, pause_mode="in_place")
     assert [engine.heard[-2:] for engine in engines] == [[CancelPush, ContinueGeneration]] * 2
     assert [engine.paused for engine in engines] == [False, False]
+
+
+# What a trainer's weights hold, as they arrive; what computes with them; and whether they are right there.
+VALUES = [
+    (torch.float32, torch.float16, 65504.0, True),
+    (torch.float32, torch.float16, 65519.0, True),  # rounds down to the largest number
+    (torch.float32, torch.float16, 65520.0, False),
+    (torch.float32, torch.float16, -1e5, False),
+    (torch.float16, torch.float16, float("inf"), False),  # the trainer's own cast overflowed: checksums agree
+    (torch.float16, torch.float32, float("-inf"), False),
+    (torch.float32, torch.float32, float("nan"), False),
+    (torch.bfloat16, torch.float16, 1e30, False),
+    (torch.bfloat16, torch.float32, 1e30, True),
+    (torch.float64, torch.float32, 1e39, False),
+    (torch.float64, torch.bfloat16, 3.4e38, False),
+    (torch.float64, torch.float32, 1e-300, True),
+]
+
+
+@pytest.mark.parametrize("side", ["target", "draft"])
+@pytest.mark.parametrize(("sent", "computes", "value", "is_right"), VALUES)
+def test_a_push_with_a_number_that_the_engine_cannot_compute_with_leaves_it_as_it_was(
+    sent: torch.dtype, computes: torch.dtype, value: float, is_right: bool, side: Side
+) -> None:
+    """Case audit/02, of the trainer: where infinity is compared with infinity, checksums say nothing."""
+    weights = {name: tensor.to(sent, copy=True) for name, tensor in NEW.items()}
+    weights["b"][2] = value
+    assert bool(weights["b"].to(computes).isfinite().all()) is is_right
+    engine = Engine(computes)
+    messages = push_messages(weights, 7, side, 24, InProcessTransport())
+    if is_right:
+        run_push(messages, to_all([engine], quiet, quiet))
+        assert engine.versions[side] == 7
+        return
+    with pytest.raises(PushError, match=rf"b \({str(sent)[6:]}\) holds"):
+        run_push(messages, to_all([engine], quiet, quiet))
+    assert engine.versions[side] == 0
+    assert engine.tensors[side] is OLD
+    run_push(new_messages(side), to_all([engine], quiet, quiet))
+    assert engine.versions[side] == 7
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool", "complex64", "float8_e4m3fn"])
+def test_a_push_of_other_than_floating_point_numbers_is_refused_before_a_byte_is_sent(dtype: str) -> None:
+    weights = {**NEW, "b": NEW["b"].to(getattr(torch, dtype))}
+    engine = Engine()
+    with pytest.raises(PushError, match=f"b is {dtype}: weights must be one of"):
+        run_push(push_messages(weights, 7, "target", 24, InProcessTransport()), to_all([engine], quiet, quiet))
+    assert engine.heard == [BeginPush, CancelPush]
+    assert engine.tensors["target"] is OLD
+
+
+def test_a_push_that_announces_a_tensor_twice_is_refused() -> None:
+    manifest = manifest_of("target", 7, NEW)
+    with pytest.raises(PushError, match="announces a tensor twice"):
+        Engine().update_weights(BeginPush(replace(manifest, tensors=(*manifest.tensors, manifest.tensors[0]))))

@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from rollout.embedded.http.json_io import Fields, as_object, is_text, is_whole
+from rollout.embedded.http.json_io import MAX_COUNT, Fields, as_object, is_text, is_whole
 from rollout.embedded.http.sampling import UNSERVED_FIELDS, Sampling, check_unserved, read_sampling
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
@@ -143,7 +143,7 @@ class CallReader:
     def _with_rtp(self, sampling: Sampling, extra: Mapping[str, Any]) -> Sampling:
         """Add the params that a request sets under RTP-LLM's names."""
         speculative = {name: value for name, value in extra.items() if name != AUX_INFO}
-        Fields(speculative, RTP_PREFIX).text(ADVICE)
+        Fields(speculative, RTP_PREFIX).text(ADVICE, longest=MAX_COUNT)
         encode = partial(self._tokenizer.encode, special=False)
         params = with_rtp_fields(sampling.params, speculative, encode, RTP_PREFIX)
         return replace(sampling, params=params)

@@ -25,6 +25,8 @@ from slime_spec.suggest import did_you_mean
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Choice = TypeVar("Choice", bound=str)
+LONGEST_NAME = 4096  # characters of a name: of a folder, a version, a request
+MOST_TEXTS = 1024
 MAX_COUNT = 2**53  # JSON numbers are whole up to here in every language
 FAILED = "the server failed; its log says why"
 # Beyond this a body is parsed on a thread, so that other requests are not kept waiting.
@@ -93,12 +95,12 @@ class Fields:
             raise self._bad(name, "must be true or false", value)
         return value
 
-    def text(self, name: str, default: str = "") -> str:
+    def text(self, name: str, default: str = "", longest: int = LONGEST_NAME) -> str:
         value = self._data.get(name)
         if value is None:
             return default
-        if not is_text(value):
-            raise self._bad(name, "must be a text", value)
+        if not is_text(value) or len(value) > longest:
+            raise self._bad(name, f"must be a text of at most {longest} characters", value)
         return value
 
     def choice(self, name: str, choices: Sequence[Choice], default: Choice) -> Choice:
@@ -112,8 +114,8 @@ class Fields:
         """Return a field that is a text or a list of texts."""
         value = self._data.get(name)
         values = [] if value is None else [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(map(is_text, values)):
-            raise self._bad(name, "must be a text or a list of texts", value)
+        if not isinstance(values, list) or len(values) > MOST_TEXTS or not all(map(is_text, values)):
+            raise self._bad(name, f"must be a text or a list of at most {MOST_TEXTS} texts", value)
         return tuple(values)
 
     def wholes(self, name: str) -> tuple[int, ...]:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-import torch
 from aiohttp import web
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 
 from rollout.embedded.http.json_io import Fields, json_response, read_fields
 from rollout.embedded.http.serving import Serving
@@ -80,7 +75,7 @@ class WeightRoutes:
             )
         await self._abort_if_asked(fields)
         encoded = fields.texts("serialized_named_tensors")
-        await self._control.run(lambda: self._updates.add(_decoded(encoded), selector, version_name))
+        await self._control.run(lambda: self._updates.add(encoded, selector, version_name))
         return _success("Success")
 
     async def _from_disk(self, request: web.Request) -> web.Response:
@@ -89,8 +84,6 @@ class WeightRoutes:
         folder, selector = fields.text("model_path"), fields.choice("selector", SELECTORS, "target")
         version_name = fields.text("weight_version") or None
         fields.choice("load_format", DISK_FORMATS, "auto")
-        if not folder:
-            raise ConfigError("model_path", "must be a checkpoint folder", folder, "Send the path of a folder.")
         await self._abort_if_asked(fields)
         await self._control.run(lambda: self._updates.from_disk(folder, selector, version_name))
         message = "Succeeded to update model weights."
@@ -125,17 +118,6 @@ class WeightRoutes:
     async def _abort_if_asked(self, fields: Fields, default: bool = False) -> None:
         if fields.switch("abort_all_requests", default):
             await self._generations.abort_all()
-
-
-def _decoded(encoded: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Return a payload's tensors: one safetensors file in base64 (SGLang sends one entry per tensor parallel rank)."""
-    name, remedy = "serialized_named_tensors", "Send [base64 of safetensors.torch.save(tensors)]."
-    if len(encoded) != 1:
-        raise ConfigError(name, "must have one entry: this engine has one rank", len(encoded), remedy)
-    try:
-        return load_safetensors(base64.b64decode(encoded[0], validate=True))
-    except (binascii.Error, SafetensorError) as error:
-        raise ConfigError(name, f"must be base64 of a safetensors file: {error}", "?", remedy) from None
 
 
 async def _refuse_transport(request: web.Request) -> web.Response:

@@ -6,11 +6,15 @@ begin_weight_update ── update_weights_from_tensor ── … ── end_weig
 
 from __future__ import annotations
 
+import base64
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.http.serving import Serving
@@ -21,8 +25,8 @@ from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
 from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError, ConfigError, PushError
 from slime_spec.transports.in_process import InProcessTransport
-from slime_spec.weights.messages import Side
-from slime_spec.weights.receive import PushReceiver
+from slime_spec.weights.messages import Side, meta_of
+from slime_spec.weights.receive import PushReceiver, check_part, check_values
 from slime_spec.weights.run import manifest_of, push_messages, run_push
 
 ANEW = "Restart the server with this draft."
@@ -72,12 +76,17 @@ def _same_ids(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
     return torch.equal(ours, theirs)
 
 
-def check_complete(side: Side, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise PushError, naming tensors, unless exactly the expected ones are there in their shapes, all finite."""
-    PushReceiver(manifest_of(side, 0, tensors), dict(expected))
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise PushError(f"{name} holds NaN or infinity")
+def decoded(encoded: Sequence[str]) -> Tensors:
+    """Return a payload's tensors: one safetensors file in base64 (SGLang sends one entry per tensor parallel rank)."""
+    name, remedy = "serialized_named_tensors", "Send [base64 of safetensors.torch.save(tensors)]."
+    if len(encoded) != 1:
+        raise ConfigError(name, "must have one entry: this engine has one rank", len(encoded), remedy)
+    try:
+        return load_safetensors(base64.b64decode(encoded[0], validate=True))
+    except (ValueError, SafetensorError) as error:  # a ValueError: no base64
+        raise ConfigError(name, f"must be base64 of a safetensors file: {error}", "?", remedy) from None
+    except KeyError as error:
+        raise ConfigError(name, f"must hold tensors of a dtype that torch has, not {error}", "?", remedy) from None
 
 
 def push_tensors(engine: EmbeddedEngine, side: Side, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -88,10 +97,11 @@ def push_tensors(engine: EmbeddedEngine, side: Side, version: int, tensors: Mapp
 
 @dataclass
 class Session:
-    """Holds the sides and tensors of an open session."""
+    """Holds the sides and tensors of an open session, and why one of its payloads was refused, if one was."""
 
     sides: tuple[Side, ...]
     version_name: str | None = None
+    refusal: str = ""
     tensors: dict[Side, Tensors] = field(default_factory=dict)
 
 
@@ -101,6 +111,7 @@ class WeightUpdates:
     def __init__(self, serving: Serving) -> None:
         self._engine, self._spec, self._names = serving.engine, serving.spec, serving.names
         self._drafts = DraftFolders(serving.config, serving.spec)
+        self._dtype: torch.dtype = getattr(torch, serving.config.engine.dtype)
         self._session: Session | None = None
 
     def begin(self, selector: str) -> None:
@@ -108,15 +119,25 @@ class WeightUpdates:
             raise PushError("a weight-update session is already open; call end_weight_update() first")
         self._session = Session(self._sides(selector))
 
-    def add(self, tensors: Tensors, selector: str | None, version_name: str | None) -> None:
-        """Hold tensors for the end of the session; without a selector they are the target's where it has any."""
+    def add(self, encoded: Sequence[str], selector: str | None, version_name: str | None) -> None:
+        """Hold a payload's tensors for the end of the session; without a selector they are the target's, if it has any.
+
+        A payload is held whole or refused, so a session never holds more than the model's own tensors.
+        """
         session = self._session
         if session is None:
             raise PushError("update_weights_from_tensor must run between begin_weight_update() and end_weight_update()")
         sides = session.sides[:1] if selector is None else self._sides(selector)
         if beyond := [side for side in sides if side not in session.sides]:
             raise PushError(f"the session was opened for {session.sides[0]} weights only, not for {beyond[0]}")
-        for side, own in self._divided(tensors, sides).items():
+        try:
+            parts = self._divided(decoded(encoded), sides)
+            for side, own in parts.items():
+                self._check(side, own, session.tensors.get(side, {}))
+        except (ConfigError, PushError) as error:
+            session.refusal = str(error)
+            raise
+        for side, own in parts.items():
             session.tensors.setdefault(side, {}).update(own)
         session.version_name = version_name or session.version_name
 
@@ -125,11 +146,15 @@ class WeightUpdates:
         session, self._session = self._session, None
         if session is None:
             raise PushError("no weight-update session is open; call begin_weight_update() first")
+        if session.refusal:
+            raise PushError(f"the session is dropped, for a payload of it was refused: {session.refusal}")
         self._push(session.tensors, session.version_name)
 
     def from_disk(self, folder: str, selector: str, version_name: str | None) -> None:
         """Use the weights of a checkpoint folder from the next round on."""
         sides = self._sides(selector)
+        if not os.path.isdir(folder):  # False too for a path that is too long or holds a NUL byte
+            raise ConfigError("model_path", "must be a checkpoint folder", folder, "Send the path of a folder.")
         tensors: dict[Side, Tensors] = {}
         if "target" in sides:
             self._check_same_model(folder)
@@ -143,9 +168,9 @@ class WeightUpdates:
         self._names.give(self._engine.stats().weight_version, version_name)
 
     def _push(self, tensors: Mapping[Side, Tensors], version_name: str | None) -> None:
-        expected = {"target": expected_shapes(self._spec), "draft": self._engine.draft_shapes}
         for side, own in tensors.items():  # all of it before any of it, for two sides are two pushes
-            check_complete(side, own, expected[side])
+            PushReceiver(manifest_of(side, 0, own), dict(self._expected(side)))
+            self._check(side, own, {})
         for side, own in tensors.items():
             if side == "draft":
                 push_tensors(self._engine, side, self._engine.draft_version + 1, own)
@@ -153,6 +178,17 @@ class WeightUpdates:
             version = self._engine.stats().weight_version + 1
             self._names.give(version, version_name or self._names.current())  # as SGLang: without one the old one stays
             push_tensors(self._engine, side, version, own)
+
+    def _check(self, side: Side, tensors: Tensors, held: Tensors) -> None:
+        """Raise PushError, naming the tensor, for tensors that a push of this side could not have; ``held`` it has."""
+        check_part([meta_of(name, tensor) for name, tensor in tensors.items()], self._expected(side))
+        for name, tensor in tensors.items():
+            if name in held:
+                raise PushError(f"{name} came twice in this session")
+            check_values(name, tensor, self._dtype)
+
+    def _expected(self, side: Side) -> Mapping[str, tuple[int, ...]]:
+        return expected_shapes(self._spec) if side == "target" else self._engine.draft_shapes
 
     def _sides(self, selector: str) -> tuple[Side, ...]:
         if self._engine.draft_shapes:
@@ -181,7 +217,7 @@ class WeightUpdates:
         if head not in tensors or not self._spec.tie_word_embeddings:
             return tensors
         embedding = tensors.get("model.embed_tokens.weight")
-        if embedding is None or not torch.equal(embedding, tensors[head]):
+        if embedding is None or embedding.dtype != tensors[head].dtype or not torch.equal(embedding, tensors[head]):
             raise PushError(f"{head} must come with the embedding it is tied to, and be equal to it")
         return {name: tensor for name, tensor in tensors.items() if name != head}
 
