@@ -15,6 +15,7 @@ from importlib.metadata import distributions
 from itertools import count
 from pathlib import Path
 
+from slime_spec.config.api_key import refuse_literal_keys
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.files import parse_json_object, read_text, write_whole
@@ -59,6 +60,7 @@ class RunFolder:
         A folder in use is refused; so is one of a run with another configuration that finished a step, unless this run
         resumes (from ``load``). Raises ConfigError.
         """
+        refuse_literal_keys(config)
         path = folder_of(config)
         setting = "run.output_dir" if config.run.output_dir else "run.name"
         _refuse_foreign_content(path)

@@ -24,7 +24,10 @@ async def use_server(client: SglangClient, config: Config, engine_index: int, ta
         model_info, server_info = await client.get("/model_info"), await client.get("/server_info")
     except ServerRefused as error:
         raise ConfigError(
-            ADDRESSES, f"must say what it serves: {error}", client.url, "Pass its --api-key as --sglang-api-key."
+            ADDRESSES,
+            f"must say what it serves: {error}",
+            client.url,
+            "Give its --api-key in the file of --sglang-api-key-file.",
         ) from None
     check_served(client.url, config, target, model_info, server_info)
     suffix = label_suffix(config, engine_index)

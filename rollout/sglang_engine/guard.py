@@ -20,11 +20,24 @@ from contextlib import suppress
 
 GRACE_S = 10.0
 PR_SET_PDEATHSIG = 1  # Linux
+KEY_VARIABLE = "SLIME_SPEC_SERVER_KEY"  # keyed.py has it too
 
 
-def guard(command: Sequence[str]) -> int:
-    """Run ``command`` until it ends or the standard input does; returns its exit code (128 + signal if killed)."""
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
+def guard(command: Sequence[str], secret: bytes = b"") -> int:
+    """Run ``command`` until it ends or the standard input does; returns its exit code (128 + signal if killed).
+
+    ``secret`` is kept out of the command's output.
+    """
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if secret else None,
+        stderr=subprocess.STDOUT if secret else None,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+    copying = threading.Thread(target=_copy_output, args=(server, secret), daemon=True)
+    copying.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(128))
     threading.Thread(target=_end_with_input, args=(server,), daemon=True).start()
@@ -32,6 +45,7 @@ def guard(command: Sequence[str]) -> int:
         code = server.wait()
     finally:
         _signal_group(server.pid, signal.SIGKILL)  # what the server left running, or all of it
+        copying.join(1.0)
     return code if code >= 0 else 128 - code
 
 
@@ -40,6 +54,14 @@ def _die_with_parent() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _copy_output(server: subprocess.Popen[bytes], secret: bytes) -> None:
+    """Copy the output line by line, with ``***`` for the secret; SGLang logs all its arguments."""
+    if server.stdout is not None:
+        for line in server.stdout:
+            with suppress(OSError):  # a full disk: a server whose output is not read would hang
+                os.write(1, line.replace(secret, b"***"))
 
 
 def _end_with_input(server: subprocess.Popen[bytes]) -> None:
@@ -60,4 +82,4 @@ def _signal_group(group: int, number: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(sys.argv[1:]))
+    sys.exit(guard(sys.argv[1:], os.environ.get(KEY_VARIABLE, "").encode()))

@@ -17,6 +17,7 @@ from rollout.sglang_engine.signs import Signs
 from rollout.sglang_engine.supervise import Supervisor
 from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.addresses import is_loopback, parse_address
+from slime_spec.config.api_key import api_key_of
 from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
@@ -49,6 +50,7 @@ class KeptServer:
         self._external = external[engine_index] if external else None
         self.sglang = self._ask_interpreter()
         self._launcher = None if external else Launcher(config, engine_index, self.sglang, site)
+        self._key = api_key_of(config)
         self._routed: RoutedRequests | None = None
         self.supervisor: Supervisor | None = None
         self.exclusive = RLock()
@@ -77,7 +79,7 @@ class KeptServer:
         if address is None:
             return
         url = self.client.url if self._launcher is None else self._launcher.reachable_url
-        routed = RoutedRequests(self.open(f"http://{address}"), self.client, url, self._api_key)
+        routed = RoutedRequests(self.open(f"http://{address}"), self.client, url, self._key)
         self.loop.call(routed.enter())
         self._routed = routed
         self._started.callback(lambda: self.loop.call(routed.withdraw()))
@@ -88,7 +90,7 @@ class KeptServer:
 
     def open(self, url: str) -> SglangClient:
         """Open a client of any server, with this run's key; it is closed when the server is stopped."""
-        client = SglangClient(url, self._api_key)
+        client = SglangClient(url, self._key)
         self.loop.call(client.open())
         self._started.callback(lambda: self.loop.call(client.close()))
         return client
@@ -154,11 +156,6 @@ class KeptServer:
             self._stopped.wait()
             return known
         return self.supervisor.wait_serving(known)
-
-    @property
-    def _api_key(self) -> str | None:
-        key = self._config.sglang.get("api_key")
-        return None if key is None else str(key)
 
     def _ask_interpreter(self) -> InstalledSglang:
         python = self._config.sglang_server.python

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from rollout.sglang_engine.nodes import Part, SpannedServer
-from rollout.sglang_engine.server import SERVER_ENVIRONMENT, ServerProcess
+from rollout.sglang_engine.server import SERVER_ENVIRONMENT, ServerProcess, with_key
 from slime_spec.config.addresses import ANY_HOST, address_of, is_loopback
+from slime_spec.config.api_key import api_key_of
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.ports import check_port, free_port
@@ -50,8 +51,9 @@ class Launcher:
         self.place = self._choose_place()
         self._commands([self.place] * self.num_nodes, speculate=True)  # for its errors, before anything starts
         is_open = config.sglang_server.host is None and not is_loopback(self.host) and engine_index == 0
-        if is_open and not config.sglang.get("api_key"):
-            logger.warning("servers listen without --sglang-api-key on their nodes' addresses first=%s", self.host)
+        self._key = api_key_of(config)
+        if is_open and self._key is None:
+            logger.warning("servers listen without --sglang-api-key-file on their nodes' addresses first=%s", self.host)
 
     @property
     def url(self) -> str:
@@ -71,7 +73,7 @@ class Launcher:
         """Make a new server, not yet started."""
         places = self._places()
         own, *others = self._commands(places, speculate)
-        environment = dict(SERVER_ENVIRONMENT)
+        own, environment = with_key(own, dict(SERVER_ENVIRONMENT), self._key)  # of the node that answers requests
         if self._site.devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._site.devices)
         if not others:

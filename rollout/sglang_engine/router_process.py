@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from rollout.sglang_engine.launcher import listening_host
-from rollout.sglang_engine.server import ServerProcess, ServerStartError
+from rollout.sglang_engine.server import ServerProcess, ServerStartError, with_key
 from slime_spec.config.addresses import ANY_HOST, address_of
+from slime_spec.config.api_key import api_key_of
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.ports import free_port
@@ -58,7 +59,10 @@ class RouterProcess:
         self._url = f"http://{self.address}"
         run = config.run
         log = Path(run.output_dir or f"runs/{run.name}").absolute() / "engines" / "router.log"
-        self._process = ServerProcess(router_command(config, python, host, port, free_port(host)), {}, log)
+        command, environment = with_key(
+            router_command(config, python, host, port, free_port(host)), {}, api_key_of(config)
+        )
+        self._process = ServerProcess(command, environment, log)
 
     @property
     def engine_config(self) -> Config:
@@ -108,6 +112,4 @@ def router_command(config: Config, python: str, host: str, port: int, metrics_po
     words += ["--prometheus-host", host, "--prometheus-port", str(metrics_port)]
     words += [*FLAGS, "--request-timeout-secs", str(REQUEST_TIMEOUT_S), "--shutdown-grace-period-secs", "1"]
     words += ["--log-level", "warn"]
-    if key := config.sglang.get("api_key"):
-        words += ["--api-key", str(key)]
     return [*words, *config.sglang_server.router_args]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rollout.sglang_engine import guard
+from rollout.sglang_engine import guard, keyed
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,10 @@ LIKELY_CAUSES: tuple[tuple[str, str], ...] = (
 )
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 class ServerStartError(RuntimeError):
     """The server did not become healthy; the message has the end of its log and the likely cause."""
 
@@ -73,7 +77,7 @@ class ServerProcess:
         """Launch the server; its output is appended to the log."""
         assert self._process is None, "started once"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as output:
+        with open(self.log, "ab", opener=_private) as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, guard.__file__, *self.command],
@@ -132,6 +136,17 @@ class ServerProcess:
         cause = likely_cause(tail)
         hint = f"Likely cause: {cause}.\n" if cause else ""
         return f"The SGLang server {what}.\n{hint}The end of {self.log}:\n{tail}"
+
+
+def with_key(
+    command: Sequence[str], environment: Mapping[str, str], key: str | None
+) -> tuple[list[str], dict[str, str]]:
+    """Return command and environment of ``python -m MODULE ...`` with the API key, which no process list shows."""
+    if key is None:
+        return list(command), dict(environment)
+    python, option, *module = command
+    assert option == "-m", "a module is run"
+    return [python, keyed.__file__, *module], {**environment, keyed.KEY_VARIABLE: key}
 
 
 def likely_cause(log: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import date
 
+from slime_spec.config.api_key import refuse_literal_keys
 from slime_spec.config.server_checks import check_servers, server_notes, unused_server_settings
 from slime_spec.config.speculation import check_speculation, speculation_notes
 from slime_spec.config.tree import Config, RolloutConfig, TaskConfig, TrainerConfig
@@ -15,6 +16,7 @@ from slime_spec.types import is_greedy
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first contradiction; looks at nothing but the configuration."""
+    refuse_literal_keys(config)
     _check_mode(config)
     _check_task(config)
     _check_chat_date(config.task)

@@ -28,13 +28,13 @@ def check_servers(config: Config) -> None:
 def server_notes(config: Config) -> Iterator[str]:
     """Yield notes on server settings that a user should know, one sentence each."""
     host = config.sglang_server.host
-    if host is not None and not is_loopback(host) and not config.sglang.get("api_key"):
+    if host is not None and not is_loopback(host) and config.sglang_server.api_key_file is None:
         yield (
-            f"The servers listen on {host} without --sglang-api-key: whoever reaches that address can use them and "
+            f"The servers listen on {host} without --sglang-api-key-file: whoever reaches it can use them and "
             "replace their weights."
         )
     if config.sglang_server.external_addrs:
-        flags = [f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang if dest != "api_key"]
+        flags = [f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang]
         if without := [*flags, *_set_here(config, OF_STARTING)]:
             yield f"Servers that run already have their own flags: {', '.join(without)} change nothing there."
 

@@ -40,6 +40,12 @@ class SglangServerConfig:
         "Servers (host:port) that someone else started, one an engine; they are used, never restarted.",
         flags=("--rollout-external-engine-addrs",),
     )
+    api_key_file: str | None = setting(
+        None,
+        "File of mode 0600 with the servers' API key, or env:NAME of a variable; default: "
+        "env:SLIME_SPEC_SGLANG_API_KEY where that is set.",
+        flags=("--sglang-api-key-file",),
+    )
     router: bool = setting(
         False,
         "Put an sglang-router (of the Python that has sglang) in front of the servers.",

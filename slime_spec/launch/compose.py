@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from slime_spec.config.api_key import with_key_of_environment
 from slime_spec.config.build import from_dict, to_dict
 from slime_spec.config.checks import check, notes
 from slime_spec.config.schema import SGLANG
@@ -23,6 +24,7 @@ from slime_spec.config.speculation import check_environment, unused_draft_settin
 from slime_spec.config.speculative import SpeculativeConfig
 from slime_spec.config.tree import Config
 from slime_spec.config.yaml_file import read_yaml_file
+from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
 from slime_spec.launch.groups import EXPERIMENT, conf_dir, is_path
@@ -69,6 +71,8 @@ def composed(argv: Sequence[str]) -> Composed:
         raise ConfigError("conf", f"must compose: {error}", groups, "Correct the file in conf/.") from None
     config = from_dict(data)
     config = replace(config, sglang=check_sglang(config.sglang))
+    if kind_of(config).has_servers:
+        config = with_key_of_environment(config, os.environ)
     in_files = {f"{node}.{leaf}" for node in layers if node != DRAFTS for leaf in layers[node]}
     spec, default = config.speculative, SpeculativeConfig()
     unused = [name for name in unused_draft_settings(spec) if f"speculative.{name}" not in arguments.settings]

@@ -198,6 +198,7 @@ def with_absolute_paths(config: Config, run_folder: Path) -> Config:
         sglang_server=replace(
             server,
             overrides=_absolute(server.overrides),
+            api_key_file=_absolute(server.api_key_file),
             python=_absolute(server.python) if os.sep in (server.python or "") else server.python,  # else on the PATH
         ),
         model=replace(config.model, hf_checkpoint=os.path.abspath(config.model.hf_checkpoint)),

@@ -11,6 +11,7 @@ from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.end_of_text import ReplyEnds
 from slime_spec.checkpoints.folder import DRAFT_PATH
 from slime_spec.checkpoints.stored import Checkpoint
+from slime_spec.config.api_key import api_key_of
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
@@ -54,6 +55,7 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
 def _started(base: Facts) -> Iterator[Facts]:
     """Yield the facts of servers that this run starts, with the flags that it will start them with."""
     release = find_release(base.config.sglang_server.python)
+    api_key_of(base.config)  # for its errors
     base = replace(base, release=release, known_flags=_known_flags(base.config, release))
     for engine, own in _engines(base.config):
         flags = server_flags(own, engine, planned_places(own, engine)[0])
@@ -66,7 +68,8 @@ def _external(base: Facts) -> Iterator[Facts]:
     A silent server's flags are unknown.
     """
     addresses = base.config.sglang_server.external_addrs
-    asked = [ask_server(address, base.config.sglang.get("api_key")) for address in addresses]
+    key = api_key_of(base.config)
+    asked = [ask_server(address, key) for address in addresses]
     silent = tuple(address for address, answer in zip(addresses, asked, strict=True) if answer is None)
     # Settings that are not given here were given to the server.
     base = replace(base, given=base.given | GIVEN_BY_A_SERVER, silent_servers=silent)

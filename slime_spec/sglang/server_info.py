@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from slime_spec.config.api_key import SECRETS
 from slime_spec.sglang.flags import sglang_flags
 
 PATHS = ("/server_info", "/get_server_info")  # from 0.5.10 on, and before
@@ -41,11 +42,13 @@ class ServerInfo:
             num_ranks=int(answer.get("tp_size") or 1)
             * (1 if answer.get("enable_dp_attention") else int(answer.get("dp_size") or 1)),
             num_steps=int(answer.get("speculative_num_steps") or drafted - 1),
-            flags={dest: answer[dest] for dest in sglang_flags() if answer.get(dest) is not None},
+            flags={
+                dest: answer[dest] for dest in sglang_flags() if dest not in SECRETS and answer.get(dest) is not None
+            },
         )
 
 
-def ask_server(address: str, api_key: object) -> ServerInfo | None:
+def ask_server(address: str, api_key: str | None) -> ServerInfo | None:
     """Return the answer of the server at ``address``; None where no SGLang server answers within seconds."""
     for path in PATHS:
         request = urllib.request.Request(f"http://{address}{path}")

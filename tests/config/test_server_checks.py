@@ -106,15 +106,15 @@ def test_shared_memory_is_not_for_an_engine_of_several_nodes() -> None:
 
 def test_an_open_server_without_a_key_is_told_once() -> None:
     assert ["0.0.0.0" in note for note in notes(serving(host="0.0.0.0"))] == [True]
-    assert not list(notes(serving(host="0.0.0.0", sglang={"api_key": "secret"})))
+    assert not list(notes(serving(host="0.0.0.0", api_key_file="env:KEY")))
     assert not list(notes(serving(host="127.0.0.1")))
     assert not list(notes(serving()))
 
 
 def test_settings_that_no_server_reads_are_told() -> None:
-    (note,) = notes(serving(external_addrs=("a:1",), port=3, sglang={"mem_fraction_static": 0.7, "api_key": "secret"}))
+    (note,) = notes(serving(external_addrs=("a:1",), port=3, sglang={"mem_fraction_static": 0.7}))
     assert "--sglang-mem-fraction-static, sglang_server.port change nothing" in note
-    assert not list(notes(serving(external_addrs=("a:1",), sglang={"api_key": "secret"})))
+    assert not list(notes(serving(external_addrs=("a:1",), api_key_file="env:KEY")))
     embedded = RolloutConfig(engine="embedded")
     (note,) = notes(replace(serving(external_addrs=("a:1",), router=True), rollout=embedded))
     assert note.endswith("has no use for sglang_server.external_addrs, sglang_server.router.")

@@ -234,7 +234,7 @@ def test_the_log_of_a_server_is_where_the_run_is_wherever_its_actor_is(
 
 
 def test_servers_listen_on_loopback_unless_other_nodes_must_reach_them(
-    config: Config, caplog: pytest.LogCaptureFixture
+    config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def launcher(config: Config, site: Site, engine: int = 0) -> Launcher:
         return Launcher(config, engine, checked_in(), site)
@@ -254,11 +254,13 @@ def test_servers_listen_on_loopback_unless_other_nodes_must_reach_them(
     assert not caplog.records  # what is asked for is said where the configuration is read
     open_to_all = Site("0.0.0.0", num_cluster_nodes=2)
     launcher(routed, open_to_all, engine=1)
-    launcher(replace(routed, sglang={"api_key": "secret"}), open_to_all)
+    monkeypatch.setenv("KEY", "secret")
+    keyed = replace(routed.sglang_server, api_key_file="env:KEY")
+    launcher(replace(routed, sglang_server=keyed), open_to_all)
     assert not caplog.records
     launcher(routed, open_to_all)
     (record,) = caplog.records
-    assert "without --sglang-api-key" in record.getMessage()
+    assert "without --sglang-api-key-file" in record.getMessage()
 
 
 def test_an_interpreter_without_sglang_is_refused(tmp_path: Path) -> None:

@@ -159,10 +159,12 @@ def test_what_the_server_refuses_reaches_the_caller(connect: Connect, config: Co
         on_fake.engine.server.loop.call(overlong())
 
 
-def test_an_api_key_opens_the_server_and_its_absence_does_not(connect: Connect, config: Config) -> None:
-    keyed = replace(config, sglang={"api_key": "secret"})
-    assert len(connect(FakeServer(api_key="secret"), keyed).generate(3)[0].token_ids) == 3
-    with pytest.raises(ConfigError, match=r"401.*--sglang-api-key"):
+def test_an_api_key_opens_the_server_and_its_absence_does_not(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEY", "secret")
+    assert len(connect(FakeServer(api_key="secret"), api_key_file="env:KEY").generate(3)[0].token_ids) == 3
+    with pytest.raises(ConfigError, match=r"401.*--sglang-api-key-file"):
         connect(FakeServer(api_key="secret"))
 
 

@@ -137,8 +137,9 @@ def test_a_server_that_is_restarted_behind_the_router_is_entered_again_and_no_sa
     with cpu_environment():
         sglang = installed_in(sglang_python())  # asked while its sglang is the real one
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests' / 'support' / 'sglang_fake'}{os.pathsep}{ROOT}")
-    keyed = replace(config, sglang={"api_key": "secret"})
-    wanted = with_router(keyed, python=sglang_python(), router_args=("--policy", "round_robin"))
+    monkeypatch.setenv("KEY", "secret")
+    routing = {"router_args": ("--policy", "round_robin"), "api_key_file": "env:KEY"}
+    wanted = with_router(config, python=sglang_python(), **routing)
     with ExitStack() as stack:
         router = RouterProcess(wanted, sglang, "127.0.0.1", "127.0.0.1")
         router.start()
@@ -172,12 +173,12 @@ def test_a_router_needs_its_package_beside_sglang(config: Config) -> None:
 
 
 def test_a_router_sends_nothing_twice_and_listens_nowhere_but_where_it_must(config: Config) -> None:
-    keyed = replace(with_router(config, router_args=("--policy", "random")), sglang={"api_key": "secret"})
-    line = " ".join(router_command(keyed, "python", "::1", 30001, 30002))
+    wanted = with_router(config, router_args=("--policy", "random"))
+    line = " ".join(router_command(wanted, "python", "::1", 30001, 30002))
     for expected in (
         "python -m sglang_router.launch_router --host ::1 --port 30001 --prometheus-host ::1 --prometheus-port 30002",
         "--disable-retries --disable-circuit-breaker --disable-health-check",
-        "--api-key secret --policy random",
+        "--policy random",
     ):
         assert expected in line
     router = RouterProcess(with_router(config), replace(checked_in(), router_version="0.3.2"), "0.0.0.0", "10.0.0.1")

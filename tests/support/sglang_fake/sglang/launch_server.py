@@ -39,4 +39,6 @@ if __name__ == "__main__":
         sys.stdout.flush()
     if own.node_rank > 0:
         threading.Event().wait()
+    sys.stdout.write(f"server_args={sys.argv[1:]}\n")  # SGLang logs them too, its key among them
+    sys.stdout.flush()
     main([*sys.argv[1:], "--delay-s", os.environ.get("SGLANG_FAKE_DELAY_S", "0.005")])
