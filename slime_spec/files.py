@@ -28,7 +28,7 @@ def read_text(path: Path, kind: type[ConfigError] = ConfigError, remedy: str = A
     except UnicodeDecodeError as error:
         rule = f"must be UTF-8 text: byte {error.start} is not"
     except (OSError, ValueError) as error:  # a ValueError: a path with a NUL byte
-        rule = f"must be a file that can be read: {getattr(error, 'strerror', None) or error}"
+        rule = _unreadable(error)
     raise kind(str(path), rule, path.name, remedy)
 
 
@@ -80,10 +80,29 @@ def json_rows(
     path: Path, kind: type[ConfigError] = ConfigError, remedy: str = MEND
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (``file:line``, object) for every line of a .jsonl file that is not blank; raises ``kind``."""
-    for number, line in enumerate(read_text(path, kind).split("\n"), start=1):
-        if line.strip():
+    for where, line in text_lines(path, kind, remedy):
+        yield where, parse_json_object(line, where, kind, remedy)
+
+
+def text_lines(path: Path, kind: type[ConfigError] = ConfigError, remedy: str = MEND) -> Iterator[tuple[str, str]]:
+    """Yield (``file:line``, text) for every line of a UTF-8 file that is not blank, reading one at a time.
+
+    A line ends at a newline alone: JSON strings may hold U+2028 and the like. Raises ``kind`` naming the line.
+    """
+    try:
+        file = path.open("rb")
+    except (OSError, ValueError) as error:  # a ValueError: a path with a NUL byte
+        raise kind(str(path), _unreadable(error), path.name, "Check the path.") from None
+    with file:
+        for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"
-            yield where, parse_json_object(line, where, kind, remedy)
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                rule = f"must be UTF-8 text: byte {error.start} of the line is not"
+                raise kind(where, rule, path.name, remedy) from None
+            if text.strip():
+                yield where, text
 
 
 def shortened(text: str, length: int = 80) -> str:
@@ -171,6 +190,10 @@ class LineFile:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def _unreadable(error: Exception) -> str:
+    return f"must be a file that can be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _unencodable(value: Any) -> str | None:

@@ -103,7 +103,7 @@ def _check_task(config: Config) -> None:
             "Drop --task (write task.names=[] where an experiment sets it), or drop --prompt-data.",
         )
     if task.prompt_data is None:
-        for name in ("reward", "input_key", "label_key", "advice_key", "tool_key"):
+        for name in ("reward", "input_key", "label_key", "advice_key", "tool_key", "refuse_overlong_prompts"):
             if getattr(task, name) != getattr(TaskConfig(), name):
                 raise ConfigError(
                     f"task.{name}",

@@ -56,7 +56,9 @@ class TaskConfig:
     names: tuple[str, ...] = setting(
         ("arithmetic",), "Tasks in turn: built-in names or module:attribute.", flags=("--task",)
     )
-    prompt_data: str | None = setting(None, "A jsonl file of prompts instead of a built-in task.")
+    prompt_data: str | None = setting(
+        None, "A jsonl (or parquet) file of prompts instead of built-in tasks; FILE@[0:100] takes some of its rows."
+    )
     input_key: str = setting("prompt", "Key of the prompt in prompt_data.")
     label_key: str = setting("label", "Key of the answer in prompt_data.")
     advice_key: str | None = setting(
@@ -64,11 +66,15 @@ class TaskConfig:
     )
     reward: str = setting(
         "last_integer",
-        "Reward of prompt_data: a built-in name or module:function.",
+        "Reward of prompt_data: a built-in name, or your own as module:function.",
         flags=("--rm-type", "--custom-rm-path"),
     )
     tool_key: str | None = setting(
         None, "Key of a list of tools (JSON schemas) in prompt_data, for the chat template. Default: none."
+    )
+    refuse_overlong_prompts: bool = setting(
+        False,
+        "Refuse a prompt of prompt_data that is longer than max_prompt_len. Default: leave it out, with a warning.",
     )
     system_prompt: str = setting("", "System message put before every prompt (empty: the chat template decides).")
     chat_date: str | None = setting(

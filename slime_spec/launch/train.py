@@ -85,6 +85,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
         with stop.interruptible():
             check_launch(config, made.given)
             inputs = preflight(config)
+            logger.info("first prompt %s", inputs.prompts.first_shown())
             folder = parts.enter_context(_run_folder(config, argv, inputs.load))
             run_log.write_to(folder.log)
             config = replace(config, trainer=replace(config.trainer, load=inputs.load))

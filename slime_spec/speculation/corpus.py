@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from slime_spec.errors import ConfigError
+from slime_spec.files import parse_json, shortened, text_lines
 
 SETTING = "speculative.ngram_external_corpus_path"
 LINE = 'Write one JSON string a line ("text"), or one list of token ids ([1, 2]).'
@@ -21,17 +21,15 @@ def read_corpus(
     (SGLang does not cut a corpus either) and for one without a token.
     """
     documents, num_tokens = [], 0
-    for number, document in corpus_lines(path):
+    for where, document in corpus_lines(path):
         token_ids = encode(document) if isinstance(document, str) else document
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            raise ConfigError(
-                SETTING, f"{path}:{number}: token ids must be from 0 to {vocab_size - 1}", max(token_ids), LINE
-            )
+            raise ConfigError(SETTING, f"{where}: token ids must be from 0 to {vocab_size - 1}", max(token_ids), LINE)
         num_tokens += len(token_ids)
         if num_tokens > max_tokens:
             raise ConfigError(
                 "speculative.ngram_external_corpus_max_tokens",
-                f"must hold the corpus, which has more by line {number} of {path}",
+                f"must hold the corpus, which has more by {where}",
                 max_tokens,
                 "Pass a larger --speculative-ngram-external-corpus-max-tokens, or a smaller corpus.",
             )
@@ -42,26 +40,12 @@ def read_corpus(
     return documents
 
 
-def corpus_lines(path: str) -> Iterator[tuple[int, str | tuple[int, ...]]]:
-    """Yield (line number, document) of every line that is not blank; raises ConfigError for what is no document."""
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _document(line, f"{path}:{number}")
-    except OSError as error:
-        raise ConfigError(SETTING, f"must be a readable file: {error.strerror}", path, "Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(SETTING, f"must be UTF-8 text: {error}", path, "Convert the file to UTF-8.") from None
-
-
-def _document(line: str, where: str) -> str | tuple[int, ...]:
-    try:
-        document = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(SETTING, f"{where}: must be valid JSON: {error.msg}", line[:80], LINE) from None
-    if isinstance(document, str):
-        return document
-    if isinstance(document, list) and all(type(each) is int for each in document):
-        return tuple(document)
-    raise ConfigError(SETTING, f"{where}: must be a text or a list of token ids", line[:80], LINE)
+def corpus_lines(path: str) -> Iterator[tuple[str, str | tuple[int, ...]]]:
+    """Yield (``file:line``, document) of every line that is not blank; raises ConfigError for what is no document."""
+    for where, line in text_lines(Path(path), remedy=LINE):
+        document = parse_json(line, where, remedy=LINE)
+        if isinstance(document, list) and all(type(each) is int for each in document):
+            document = tuple(document)
+        if not isinstance(document, str | tuple):
+            raise ConfigError(SETTING, f"{where}: must be a text or a list of token ids", shortened(line), LINE)
+        yield where, document

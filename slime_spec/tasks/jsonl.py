@@ -1,130 +1,154 @@
-"""JsonlTask reads prompts from a jsonl file: one object a line, with a prompt (text or chat), answer, advice, tools."""
+"""JsonlTask reads prompts from a data file: a row has a prompt (text or chat), and may have answer, advice, tools."""
 
 from __future__ import annotations
 
-import json
+import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from slime_spec.config.tree import TaskConfig
 from slime_spec.errors import ConfigError
+from slime_spec.files import parse_json, shortened
 from slime_spec.interfaces import Problem
-from slime_spec.tasks.rewards import Reward, last_integer, load_reward
+from slime_spec.tasks.data_file import data_rows
+from slime_spec.tasks.rewards import REWARDS, Reward, last_integer, load_reward
 from slime_spec.types import Prompt
 
 SETTING = "task.prompt_data"
-Refuse = Callable[[str, object, str], ConfigError]
 
 
 class JsonlTask:
-    """Implements Task: every epoch gives each line once, in an order drawn from (seed, epoch)."""
+    """Implements Task: every epoch gives each row once, in an order drawn from (seed, epoch)."""
 
     def __init__(self, config: TaskConfig) -> None:
         """Read the whole file; raises ConfigError naming the file and the line that is broken."""
         assert config.prompt_data is not None, "JsonlTask is built where prompt_data is set"
-        self.path = Path(config.prompt_data)
-        self.name = self.path.stem
+        self.name = Path(config.prompt_data).stem
         self._reward: Reward = load_reward("task.reward", config.reward)
-        self.lines = _problems(self.path, config, integers=self._reward is last_integer)
+        self.rows = _problems(config, integers=self._reward is last_integer)
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
+    def keep(self, rows: Sequence[tuple[str, Problem]]) -> None:
+        """Go on with some of ``rows``; called before any problem is taken."""
+        self.rows = list(rows)
+
     def problem(self, index: int, seed: int) -> Problem:
-        epoch, position = divmod(index, len(self.lines))
-        return self.lines[self._order(seed, epoch)[position]][1]
+        epoch, position = divmod(index, len(self.rows))
+        return self.rows[self._order(seed, epoch)[position]][1]
 
     def reward(self, problem: Prompt, reply: str) -> float:
         return self._reward(problem, reply)
 
     def _shuffled(self, seed: int, epoch: int) -> list[int]:
-        order = list(range(len(self.lines)))
+        order = list(range(len(self.rows)))
         random.Random(f"{seed}/{self.name}/{epoch}").shuffle(order)
         return order
 
 
-def _problems(path: Path, config: TaskConfig, integers: bool) -> list[tuple[int, Problem]]:
-    """Return (line number, problem) for every line that is not blank."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            SETTING, f"must be a readable file: {error.strerror}", str(path), "Pass --prompt-data FILE.jsonl."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(SETTING, f"must be UTF-8 text: {error}", str(path), "Convert the file to UTF-8.") from None
-    problems: list[tuple[int, Problem]] = []
-    # Not splitlines(): JSON strings may hold U+2028 and the like, which end no jsonl line.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            problems.append((number, _problem(line, f"{path}:{number}", config, integers)))
-    if not problems:
-        raise ConfigError(SETTING, "must hold at least one prompt", str(path), "Put one JSON object on each line.")
-    if config.advice_key is not None and not any(problem.advice for _, problem in problems):
-        raise ConfigError(
-            "task.advice_key", f"no line of {path} has a text under it", config.advice_key, "Correct --advice-key."
-        )
-    if config.tool_key is not None and not any(problem.tools for _, problem in problems):
-        raise ConfigError(
-            "task.tool_key", f"no line of {path} has tools under it", config.tool_key, "Correct --tool-key."
-        )
-    return problems
+def _problems(config: TaskConfig, integers: bool) -> list[tuple[str, Problem]]:
+    """Return (place, problem) for every row."""
+    path = config.prompt_data
+    assert path is not None, "JsonlTask is built where prompt_data is set"
+    rows = data_rows(SETTING, path)
+    if not rows:
+        raise ConfigError(SETTING, "must hold at least one prompt", path, "Put one JSON object on each line.")
+    has_own_label_key = config.label_key != TaskConfig().label_key
+    for key, setting, what in (
+        (config.advice_key, "advice_key", "a text"),
+        (config.tool_key, "tool_key", "tools"),
+        (config.label_key if has_own_label_key else None, "label_key", "a label"),
+    ):
+        if key is not None and all(row.get(key) in (None, "", []) for _, row in rows):
+            flag = f"--{setting.replace('_', '-')}"
+            raise ConfigError(f"task.{setting}", f"no line of {path} has {what} under it", key, f"Correct {flag}.")
+    return [(place, _Row(place, row, config).problem(integers)) for place, row in rows]
 
 
-def _problem(line: str, where: str, config: TaskConfig, integers: bool) -> Problem:
-    def refuse(rule: str, value: object, remedy: str) -> ConfigError:
-        return ConfigError(SETTING, f"{where}: {rule}", value, remedy)
+@dataclass(frozen=True)
+class _Row:
+    """Reads the values of one row; a value that cannot be used is refused with the row's place."""
 
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise refuse(f"must be valid JSON: {error.msg} at column {error.colno}", _cut(line), "Mend the line.") from None
-    if not isinstance(row, dict):
-        raise refuse("must be a JSON object", _cut(line), "Write {...} with a prompt and an answer.")
-    for key, flag in ((config.input_key, "--input-key"), (config.label_key, "--label-key")):
-        if key not in row:
-            raise refuse(f"must have the key {key!r}", sorted(row), f"Add it, or pass {flag} with the file's own name.")
-    text, label = row[config.input_key], row[config.label_key]
-    messages: tuple[Mapping[str, Any], ...] = ()
-    if text and _are_objects(text):
-        messages = tuple(text)
-        text = next((each["content"] for each in reversed(text) if isinstance(each.get("content"), str)), "")
-    elif not isinstance(text, str) or not text:
-        rule = f"{config.input_key!r} must be a text that is not empty, or a list of messages"
-        raise refuse(rule, text, "Write the user's message.")
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
-        raise refuse(f"{config.label_key!r} must be a text or a number", label, "Write the expected answer.")
-    if integers and not _is_integer(label):
-        raise refuse(
-            f"{config.label_key!r} must be an integer for the reward last_integer", label, "Pass --rm-type exact."
-        )
-    tools = row.get(config.tool_key) if config.tool_key is not None else None
-    if tools is not None and not _are_objects(tools):
-        raise refuse(f"{config.tool_key!r} must be a list of JSON schemas", tools, "Write [{...}, ...].")
-    return Problem(text, str(label), _advice(row, config.advice_key, refuse), messages, tuple(tools or ()))
+    place: str
+    values: Mapping[str, Any]
+    config: TaskConfig
+
+    def problem(self, integers: bool) -> Problem:
+        text, messages = self._prompt(self.config.input_key)
+        answer = self._answer(self.config.label_key, integers)
+        return Problem(text, answer, self._advice(self.config.advice_key), messages, self._tools(self.config.tool_key))
+
+    def _prompt(self, key: str) -> tuple[str, tuple[Mapping[str, Any], ...]]:
+        """Return the prompt's text; of a chat its last text, with the messages."""
+        prompt = self._needed(key, "--input-key")
+        if prompt and _are_objects(prompt):
+            return next((each["content"] for each in reversed(prompt) if isinstance(each.get("content"), str)), ""), (
+                tuple(prompt)
+            )
+        if not isinstance(prompt, str) or not prompt:
+            rule = f"{key!r} must be a text that is not empty, or a list of messages"
+            raise self._refused(rule, prompt, "Write the user's message.")
+        return prompt, ()
+
+    def _answer(self, key: str, integers: bool) -> str:
+        """Return the label as text; a function of the user's own may need no label, and then has ""."""
+        if self.values.get(key) is None and self.config.reward not in REWARDS:
+            return ""
+        label = self._needed(key, "--label-key")
+        is_number = type(label) is int or (isinstance(label, float) and math.isfinite(label))
+        if not is_number and not isinstance(label, str):
+            raise self._refused(f"{key!r} must be a text or a number", label, "Write the expected answer.")
+        if not integers:
+            return str(label)
+        if (answer := _integer(label)) is None:
+            rule = f"{key!r} must be an integer for the reward last_integer"
+            raise self._refused(rule, label, "Pass --rm-type exact, or a function of your own: module:function.")
+        return answer
+
+    def _advice(self, key: str | None) -> str:
+        """Return the row's advice; a row without any is generated without."""
+        advice = self.values.get(key) if key is not None else None
+        if advice is None:
+            return ""
+        if not isinstance(advice, str):
+            remedy = "Write a text that the reply will resemble, or leave it out."
+            raise self._refused(f"{key!r} must be a text", advice, remedy)
+        return advice
+
+    def _tools(self, key: str | None) -> tuple[Mapping[str, Any], ...]:
+        """Return the row's tools, which may be written as the text of a JSON list, as slime's data have them."""
+        tools = self.values.get(key) if key is not None else None
+        if isinstance(tools, str):
+            tools = parse_json(tools, f"{self.place}: {key}", remedy="Write [{...}, ...].")
+        if tools is not None and not _are_objects(tools):
+            raise self._refused(f"{key!r} must be a list of JSON schemas", tools, "Write [{...}, ...].")
+        return tuple(tools or ())
+
+    def _needed(self, key: str, flag: str) -> Any:
+        if key not in self.values:
+            names = shortened(str(sorted(self.values)), 200)
+            raise self._refused(
+                f"must have the key {key!r}", names, f"Add it, or pass {flag} with the file's own name."
+            )
+        return self.values[key]
+
+    def _refused(self, rule: str, value: object, remedy: str) -> ConfigError:
+        shown = value if isinstance(value, bool | int | float | None) else shortened(str(value))
+        return ConfigError(SETTING, f"{self.place}: {rule}", shown, remedy)
 
 
 def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, dict) for each in value)
 
 
-def _advice(row: dict[str, Any], key: str | None, refuse: Refuse) -> str:
-    """Return the row's advice; a row without any is generated without."""
-    advice = row.get(key) if key is not None else None
-    if advice is None:
-        return ""
-    if not isinstance(advice, str):
-        raise refuse(f"{key!r} must be a text", advice, "Write a text that the reply will resemble, or leave it out.")
-    return advice
-
-
-def _is_integer(label: Any) -> bool:
+def _integer(label: str | int | float) -> str | None:
+    """Return an integer as last_integer reads it; None for another number or text. The number 5.0 is 5."""
+    if isinstance(label, float):
+        return str(int(label)) if label.is_integer() else None
     try:
-        return str(int(label)) == str(label).strip().removeprefix("+")
+        return str(label).strip() if str(int(label)) == str(label).strip().removeprefix("+") else None
     except ValueError:
-        return False
-
-
-def _cut(line: str) -> str:
-    return line if len(line) <= 80 else line[:77] + "..."
+        return None

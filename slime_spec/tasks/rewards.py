@@ -9,7 +9,8 @@ from decimal import Decimal
 from typing import Any
 
 from slime_spec.errors import ConfigError
-from slime_spec.interfaces import load_choice
+from slime_spec.interfaces import load
+from slime_spec.suggest import did_you_mean
 from slime_spec.types import Prompt
 
 Reward = Callable[[Prompt, str], float]
@@ -40,13 +41,20 @@ def contains(prompt: Prompt, reply: str) -> float:
 
 
 def load_reward(setting: str, name: str) -> Reward:
-    """Return a built-in reward, or the function that ``module:function`` names.
+    """Return a built-in reward, or the function that ``module:function`` names; slime writes ``module.function``.
 
     Raises ConfigError for an unknown one.
     """
-    if ":" not in name:
-        reward: Reward = load_choice(setting, REWARDS, name)
+    if name in REWARDS:
+        reward: Reward = load(REWARDS[name])
         return reward
+    if ":" not in name:
+        module, _, function = name.rpartition(".")
+        if not module:
+            hint = did_you_mean(name, REWARDS, repr)
+            rule = f"must be one of {', '.join(sorted(REWARDS))}, or a function of your own as module:function"
+            raise ConfigError(setting, rule, name, f"{hint}Choose a known name, or write module:function.")
+        name = f"{module}:{function}"
     loaded = load_attribute(setting, name)
     if not callable(loaded):
         raise ConfigError(setting, "must name a function reward(prompt, reply) -> float", name, "Check the attribute.")
@@ -59,12 +67,10 @@ def load_attribute(setting: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         loaded = importlib.import_module(module)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's module may raise anything where it is imported
+        what = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            setting,
-            f"must name an importable module:attribute: {error}",
-            name,
-            "Set PYTHONPATH to the module's folder.",
+            setting, f"must name an importable module:function: {what}", name, "Set PYTHONPATH to the module's folder."
         ) from None
     if not hasattr(loaded, attribute):
         raise ConfigError(setting, f"{module} has no attribute {attribute}", name, "Check the attribute's spelling.")

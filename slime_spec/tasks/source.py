@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, TaskConfig
 from slime_spec.errors import CheckpointError, ConfigError
+from slime_spec.files import is_encodable, shortened
 from slime_spec.interfaces import Problem, Task, unknown_choice
 from slime_spec.tasks.builtin import SUITES, TASKS
 from slime_spec.tasks.jsonl import JsonlTask
 from slime_spec.tasks.rewards import load_attribute
 from slime_spec.tasks.scoring import score
 from slime_spec.types import GeneratedSample, Prompt, Sample
+
+logger = logging.getLogger(__name__)
+SHOWN_CHARACTERS, SHOWN_IDS = 600, 24  # of the first prompt, half from each end
 
 
 class PromptSource:
@@ -39,8 +44,7 @@ class PromptSource:
         self._by_name = {task.name: task for task in self._tasks}
         for task in self._tasks:
             if isinstance(task, JsonlTask):
-                for number, problem in task.lines:
-                    self._token_ids(problem, f"{task.path}:{number}")
+                self._drop_overlong(task)
         self.take(len(self._tasks), start_prompt_id=0)
 
     def take(self, n: int, start_prompt_id: int) -> tuple[Prompt, ...]:
@@ -52,24 +56,67 @@ class PromptSource:
         text = self._tokenizer.decode(response.token_ids)
         return score(self._by_name[prompt.task].reward, prompt, response, text)
 
+    def first_shown(self) -> str:
+        """Return the run's first prompt as a reader checks it: its number of tokens, its text, its token ids."""
+        (prompt,) = self.take(1, start_prompt_id=0)
+        ids = prompt.token_ids
+        text = "".join(_first_and_last(self._tokenizer.decode(ids, skip_special=False), SHOWN_CHARACTERS))
+        listed = ", ".join(_first_and_last([*map(str, ids)], SHOWN_IDS))
+        return f"task={prompt.task} tokens={len(ids)} text={text!r} ids=[{listed}]"
+
     def _prompt(self, prompt_id: int) -> Prompt:
         index, turn = divmod(prompt_id, len(self._tasks))
         task = self._tasks[turn]
-        problem = task.problem(index, self._config.run.seed)
-        ids = self._token_ids(problem, f"problem {index} of task {task.name}")
+        where = f"problem {index} of task {task.name}"
+        problem = _checked(task.problem(index, self._config.run.seed), where)
+        ids = self._token_ids(problem, where)
+        if len(ids) > self._config.rollout.max_prompt_len:
+            raise self._overlong(where, len(ids))
         # A user's task may give problems of its own class, which know nothing of advice.
         advice = self._tokenizer.encode(getattr(problem, "advice", ""), special=False)
         return Prompt(prompt_id, task.name, problem.text, ids, problem.answer, advice)
 
-    def _token_ids(self, problem: Problem, where: str) -> tuple[int, ...]:
-        ids = self._chat(problem, where) if self._config.task.apply_chat_template else self._plain(problem, where)
-        longest = self._config.rollout.max_prompt_len
-        if len(ids) > longest:
+    def _drop_overlong(self, task: JsonlTask) -> None:
+        """Leave out rows with more than ``max_prompt_len`` tokens, as slime does; tokenize every row for its errors."""
+        longest, strict = self._config.rollout.max_prompt_len, self._config.task.refuse_overlong_prompts
+        fitting = []
+        for place, problem in task.rows:
+            num_tokens = len(self._token_ids(problem, place))
+            if num_tokens <= longest:
+                fitting.append((place, problem))
+            elif strict:
+                raise self._overlong(place, num_tokens)
+        num_dropped = len(task.rows) - len(fitting)
+        if not fitting:
             raise ConfigError(
                 "rollout.max_prompt_len",
-                f"{where}: the prompt must have at most {longest} tokens",
-                len(ids),
-                "Shorten the prompt, or pass a larger --rollout-max-prompt-len.",
+                f"must let a prompt of {self._config.task.prompt_data} through: all {num_dropped} are longer",
+                longest,
+                "Pass a larger --rollout-max-prompt-len.",
+            )
+        if num_dropped:
+            logger.warning(
+                "left out overlong prompts file=%s dropped=%d kept=%d max_prompt_len=%d",
+                self._config.task.prompt_data,
+                num_dropped,
+                len(fitting),
+                longest,
+            )
+        task.keep(fitting)
+
+    def _overlong(self, where: str, num_tokens: int) -> ConfigError:
+        return ConfigError(
+            "rollout.max_prompt_len",
+            f"{where}: the prompt must have at most {self._config.rollout.max_prompt_len} tokens",
+            num_tokens,
+            "Shorten the prompt, or pass a larger --rollout-max-prompt-len.",
+        )
+
+    def _token_ids(self, problem: Problem, where: str) -> tuple[int, ...]:
+        ids = self._chat(problem, where) if self._config.task.apply_chat_template else self._plain(problem, where)
+        if not ids:
+            raise ConfigError(
+                "task.prompt_data", f"{where}: the prompt must have at least one token", 0, "Write a text."
             )
         return ids
 
@@ -95,6 +142,26 @@ class PromptSource:
                 "Drop --no-apply-chat-template, or write texts without tools.",
             )
         return self._tokenizer.encode(problem.text)
+
+
+def _checked(problem: Problem, where: str) -> Problem:
+    """Return the problem of a task; raises ConfigError for a text that no file or tokenizer accepts."""
+    for name in ("text", "answer", "advice"):
+        # A user's task may give problems of its own class, which know nothing of advice.
+        value = getattr(problem, name, "")
+        if not (is_encodable(value) if isinstance(value, str) else name == "answer"):
+            raise ConfigError(
+                "task.names",
+                f"{where}: its {name} must be a text that UTF-8 can encode",
+                shortened(ascii(value)),
+                "Correct the task.",
+            )
+    return problem
+
+
+def _first_and_last(items: Sequence[str], count: int) -> list[str]:
+    half = count // 2
+    return [*items] if len(items) <= count else [*items[:half], "...", *items[-half:]]
 
 
 def load_tasks(config: TaskConfig) -> tuple[Task, ...]:

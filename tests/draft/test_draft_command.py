@@ -12,7 +12,7 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import load_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer
-from slime_spec.draft.training.sequence import DraftSequence, read_corpus, write_line
+from slime_spec.draft.training.sequence import DraftSequence, as_line, read_corpus
 from slime_spec.errors import ConfigError
 from slime_spec.launch.cli import main
 from slime_spec.launch.draft.command import run_draft
@@ -173,18 +173,35 @@ def test_a_training_is_gone_on_with_under_its_own_settings_only(policy: Path, tm
 def test_a_corpus_of_other_prompts_is_not_gone_on_with(policy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run_draft(command(policy, out, "--minutes", "0")) == 0
-    (out / "corpus.jsonl").write_text(write_line(DraftSequence(0, (1, 2, 3), 2, "task greedy")))
+    (out / "corpus.jsonl").write_text(as_line(DraftSequence(0, (1, 2, 3), 2, "task greedy")) + "\n")
     with pytest.raises(ConfigError, match="must hold replies to this command's prompts"):
         run_draft(command(policy, out, "--resume"))
 
 
+BROKEN = (
+    "{}",
+    "[]",
+    "{",
+    '{"index": 4, "token_ids": [1, 2], "prompt_len": 3, "kind": "k"}',
+    '{"index": 4, "token_ids": [1, -2], "prompt_len": 1, "kind": "k"}',
+    '{"index": 4, "token_ids": [1, 2.0], "prompt_len": 1, "kind": "k"}',
+    '{"index": 4, "token_ids": [1, true], "prompt_len": 1, "kind": "k"}',
+    '{"index": NaN, "token_ids": [1, 2], "prompt_len": 1, "kind": "k"}',
+    '{"index": Infinity, "token_ids": [1, 2], "prompt_len": 1, "kind": "k"}',
+    '{"index": 4, "token_ids": "12", "prompt_len": 1, "kind": "k"}',
+    '{"index": 4, "token_ids": [1, 2], "prompt_len": 1, "kind": "\\ud83d"}',
+    '{"index": 4, "token_ids": [1, %s], "prompt_len": 1, "kind": "k"}' % ("9" * 5000),
+)
+
+
 def test_a_line_that_a_kill_cut_short_is_left_out_and_a_broken_one_named(tmp_path: Path) -> None:
-    path, whole = tmp_path / "corpus.jsonl", write_line(DraftSequence(4, (1, 2, 3), 1, "task greedy"))
+    path, whole = tmp_path / "corpus.jsonl", as_line(DraftSequence(4, (1, 2, 3), 1, "task greedy")) + "\n"
     path.write_text(whole + whole[:20])
     assert [each.index for each in read_corpus(path)] == [4]
-    path.write_text("{}\n" + whole)
-    with pytest.raises(ConfigError, match=r"corpus.jsonl:1 must be a sequence"):
-        list(read_corpus(path))
+    for broken in BROKEN:
+        path.write_text(whole + broken + "\n" + whole)
+        with pytest.raises(ConfigError, match=r"corpus.jsonl:2: must be"):
+            list(read_corpus(path))
 
 
 def test_the_plan_mixes_tasks_and_chat_greedy_and_sampled_and_is_the_same_every_time(policy: Path) -> None:

@@ -133,7 +133,6 @@ def test_a_broken_line_of_data_is_named_by_its_number(policy, tmp_path, capsys):
 def test_a_prompt_longer_than_allowed_is_named_by_its_line(policy, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "label": "1"}\n' + json.dumps({"prompt": "long " * 60, "label": "2"}) + "\n")
-    message = refused(
-        capsys, "--hf-checkpoint", str(policy), "--prompt-data", str(data), "--output-dir", str(tmp_path / "run")
-    )
+    strict = ("--prompt-data", str(data), "--refuse-overlong-prompts")
+    message = refused(capsys, "--hf-checkpoint", str(policy), *strict, "--output-dir", str(tmp_path / "run"))
     assert f"{data}:2" in message

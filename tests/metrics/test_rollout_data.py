@@ -133,6 +133,22 @@ def test_the_samples_file_has_a_line_for_each_sample_and_grows_step_by_step(tmp_
     assert "KeyError" in rows[1]["error"]
 
 
+def test_no_text_and_no_disk_ends_a_run_that_writes_its_samples(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Case reports/07: a lone surrogate in an answer or in what a reward raised, and an answer that is no text."""
+    path, broken = tmp_path / "samples.jsonl", sample(reward=None)
+    answers = ("\ud83d", {"not", "JSON"})
+    for answer in answers:
+        odd = replace(broken, error="raised ValueError: \udc00", prompt=replace(broken.prompt, answer=answer))
+        append_samples(path, 0, [odd])
+    rows = [json.loads(line) for line in path.read_bytes().decode().splitlines()]
+    assert [row["error"] for row in rows] == ["raised ValueError: \udc00"] * 2
+    assert rows[0]["answer"] == "\ud83d"
+    append_samples(tmp_path, 1, [broken])
+    assert "samples not written" in caplog.text
+
+
 def test_a_reward_that_is_missing_stays_missing(tmp_path: Path) -> None:
     template = str(tmp_path / "{rollout_id}.pt")
     excluded: Sample = sample(reward=None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -169,16 +171,191 @@ def test_the_keys_and_the_reward_of_a_jsonl_file_are_settings(tokenizer: Tokeniz
         (row([], 1), "'prompt' must be a text that is not empty, or a list of messages"),
         (row("a", None), "'label' must be a text or a number"),
         (row("a", "1.5"), "'label' must be an integer"),
-        (row("a" * 300, 1), "the prompt must have at most 200 tokens"),
+        (row("a", 1.5), "'label' must be an integer"),
+        (row("a", True), "'label' must be a text or a number"),
+        (row("a", ["5", "five"]), "'label' must be a text or a number"),
+        ('{"prompt": "a", "label": NaN}', "'label' must be a text or a number"),
+        ('{"prompt": "a", "label": 1e400}', "'label' must be a text or a number"),
+        ('{"prompt": "a", "label": -Infinity}', "'label' must be a text or a number"),
+        ('{"prompt": "a", "label": %s}' % ("9" * 5000), "must be valid JSON: Exceeds the limit"),
+        (row("a", "9" * 5000), "'label' must be an integer"),
+        (row("a", "²"), "'label' must be an integer"),
+        (row("a", "1_0"), "'label' must be an integer"),
+        ('{"prompt": "a \\ud83d b", "label": 1}', "must be text that can be encoded"),
+        ('{"prompt": "a", "label": "\\ud83d"}', "must be text that can be encoded"),
+        ('{"prompt": "a", "label": 1, "old": "\\udc00"}', "must be text that can be encoded"),
+        ('{"prompt": [{"role": "user", "content": "\\ud83d"}], "label": 1}', "must be text that can be encoded"),
+        ('{"prompt": "a", "label": 1, "tools": [{"\\ud83d": 1}]}', "must be text that can be encoded"),
+        ('{"prompt": "a", "label": 1, "tools": "[{\\"\\\\ud83d\\": 1}]"}', "tools: must be text that can be encoded"),
+        ('{"prompt": "a", "label": 1, "tools": "["}', "tools: must be valid JSON"),
+        ('{"prompt": "a", "label": 1, "tools": [1]}', "'tools' must be a list of JSON schemas"),
+        ('{"prompt": "a\x00b", "label": 1}', "must be valid JSON: Invalid control character"),
+        ('{"prompt": [{"content": "no role"}], "label": 1}', "its chat template must render these messages"),
+        ('{"prompt": [{"role": "user", "content": {"a": [1]}}], "label": 1}', "its chat template must render"),
+        ("[" * 100_000, "must be JSON that is not nested so deeply"),
     ],
 )
 def test_a_broken_line_is_refused_at_the_start_with_file_and_line_number(
     tokenizer: Tokenizer, tmp_path: Path, broken: str, rule: str
 ) -> None:
-    task = jsonl(tmp_path / "data.jsonl", row("fine", 1), "", broken, row("fine", 2))
+    """Cases reports/05 and reports/07."""
+    fine = json.dumps({"prompt": "fine", "label": 1, "old": "x", "tools": [{"name": "add"}]})
+    task = jsonl(tmp_path / "data.jsonl", fine, "", broken, fine)
+    task = replace(task, advice_key="old", tool_key="tools")
     with pytest.raises(ConfigError) as refused:
         PromptSource(config(task), tokenizer)
     assert f"{tmp_path / 'data.jsonl'}:3: {rule}" in str(refused.value)
+    assert len(str(refused.value)) < 900
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'\xef\xbb\xbf{"prompt": "a", "label": 5}\r\n\r\n \t\n{"prompt": "b", "label": "6"}', {"a": "5", "b": "6"}),
+        (b'{"prompt": "a", "label": 5.0}\n{"prompt": "b", "label": 1e2}', {"a": "5", "b": "100"}),
+        (b'{"prompt": "a\\u0000b", "label": " +7 "}', {"a\0b": "+7"}),
+        (b'{"prompt": "\\ud83d\\ude00", "label": -0}', {"😀": "0"}),
+        (b'{"prompt": "a", "label": 1, "label": 2}', {"a": "2"}),
+        (b'{"prompt": "a", "label": 5, "more": [[[{"x": 1e400}]]]}', {"a": "5"}),
+        (b'{"prompt": "a", "label": ' + b"9" * 4000 + b"}", {"a": "9" * 4000}),
+    ],
+)
+def test_odd_lines_are_read_as_json_says(
+    tokenizer: Tokenizer, tmp_path: Path, content: bytes, expected: dict[str, str]
+) -> None:
+    """Cases reports/05 and reports/07."""
+    (tmp_path / "data.jsonl").write_bytes(content)
+    source = PromptSource(config(TaskConfig(prompt_data=str(tmp_path / "data.jsonl"))), tokenizer)
+    assert {prompt.text: prompt.answer for prompt in source.take(len(expected), 0)} == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [("[0:1]", "a"), ("[:2]", "ab"), ("[-2:]", "de"), ("[1:-1]", "bcd"), ("[3:99]", "de"), ("[:]", "abcde")],
+)
+def test_a_slice_of_a_file_has_pythons_rows(tokenizer: Tokenizer, tmp_path: Path, rows: str, kept: str) -> None:
+    """As slime writes it (case reports/05)."""
+    task = jsonl(tmp_path / "data.jsonl", *(row(letter, 1) for letter in "abcde"), "")
+    source = PromptSource(config(replace(task, prompt_data=f"{task.prompt_data}@{rows}")), tokenizer)
+    assert sorted(prompt.text for prompt in source.take(len(kept), 0)) == list(kept)
+
+
+@pytest.mark.parametrize(
+    ("named", "rule"),
+    [
+        ("data.jsonl@[5:]", "at least one prompt"),
+        ("data.jsonl@[a:b]", "No such file"),
+        ("x@[0:1]", "No such file"),
+    ],
+)
+def test_a_slice_without_rows_or_of_no_file_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, named: str, rule: str
+) -> None:
+    task = jsonl(tmp_path / "data.jsonl", *(row(letter, 1) for letter in "abcde"))
+    with pytest.raises(ConfigError, match=rule):
+        PromptSource(config(replace(task, prompt_data=str(tmp_path / named))), tokenizer)
+
+
+def test_a_file_whose_name_looks_like_a_slice_is_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = jsonl(tmp_path / "data.jsonl@[0:1]", row("a", 1), row("b", 1))
+    assert len(PromptSource(config(task), tokenizer).take(2, 0)) == 2
+
+
+@pytest.mark.parametrize("label", ["{}", '{"label": null}'])
+def test_a_reward_of_ones_own_needs_no_label(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
+    """Case reports/05: slime gives such a function no label."""
+    (tmp_path / "own_reward.py").write_text("def length(prompt, reply): return len(reply) + len(prompt.answer)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = jsonl(tmp_path / "data.jsonl", json.dumps({"prompt": "a", **json.loads(label)}))
+    source = PromptSource(config(replace(task, reward="own_reward.length")), tokenizer)
+    (prompt,) = source.take(1, 0)
+    assert prompt.answer == ""
+    ids = tokenizer.encode("abc")
+    assert source.score(prompt, GeneratedSample("0", 0, ids, (0.0,) * 3, "stop", 0, 1)).reward == 3.0
+    with pytest.raises(ConfigError, match=r"no line of .* has a label under it"):
+        PromptSource(config(replace(task, reward="own_reward:length", label_key="gold")), tokenizer)
+
+
+def test_overlong_prompts_are_left_out_with_their_number_or_refused(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Case reports/05: slime leaves such rows out."""
+    long = "x" * 300
+    task = jsonl(tmp_path / "data.jsonl", row("a", 1), row(long, 1), row("b", 2), row(long, 1))
+    source = PromptSource(config(task), tokenizer)
+    assert {prompt.text for prompt in source.take(2, 0)} == {prompt.text for prompt in source.take(2, 2)} == {"a", "b"}
+    assert "dropped=2 kept=2 max_prompt_len=200" in caplog.text
+    with pytest.raises(ConfigError, match=r"data\.jsonl:2: the prompt must have at most 200 tokens"):
+        PromptSource(config(replace(task, refuse_overlong_prompts=True)), tokenizer)
+    with pytest.raises(ConfigError, match="all 2 are longer"):
+        PromptSource(config(jsonl(tmp_path / "data.jsonl", row(long, 1), row(long, 2))), tokenizer)
+
+
+def test_the_tools_of_a_row_may_be_the_text_of_a_list(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path, QWEN2_5))
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    task = jsonl(tmp_path / "data.jsonl", json.dumps({"prompt": "2 + 3?", "label": 5, "tools": json.dumps(tools)}))
+    (prompt,) = PromptSource(config(replace(task, tool_key="tools"), max_prompt_len=512), tokenizer).take(1, 0)
+    assert prompt.token_ids == tokenizer.chat("2 + 3?", tools=tools)
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is not None, reason="pyarrow is installed")
+def test_a_parquet_file_without_pyarrow_is_one_error_that_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1" + bytes(range(256)) + b"PAR1")
+    with pytest.raises(ConfigError, match="a parquet file needs pyarrow"):
+        PromptSource(config(TaskConfig(prompt_data=str(tmp_path / "rows.parquet"))), tokenizer)
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is None, reason="pyarrow is not installed")
+def test_a_parquet_file_has_the_prompts_of_the_same_jsonl_file(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path, QWEN2_5))
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "2 + 3?", "name": "me"}]
+    rows = [{"prompt": chat, "label": "5"}, {"prompt": chat[1:], "label": "6"}, {"prompt": chat, "label": None}]
+    pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    task = jsonl(tmp_path / "data.jsonl", *map(json.dumps, rows[:2]))
+    same = replace(task, prompt_data=f"{tmp_path / 'data.parquet'}@[:2]")
+    asked, expected = (PromptSource(config(each), tokenizer).take(2, 0) for each in (same, task))
+    assert asked == expected
+    with pytest.raises(ConfigError, match=r"data\.parquet:3: must have the key 'label'"):
+        PromptSource(config(replace(same, prompt_data=str(tmp_path / "data.parquet"))), tokenizer)
+    (tmp_path / "data.parquet").write_bytes(b"PAR1" + bytes(range(256)) + b"PAR1")
+    with pytest.raises(ConfigError, match="must be a parquet file"):
+        PromptSource(config(replace(same, prompt_data=str(tmp_path / "data.parquet"))), tokenizer)
+
+
+@pytest.mark.parametrize("part", ["text", "answer", "advice"])
+def test_a_task_whose_texts_cannot_be_encoded_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Case reports/07."""
+    (tmp_path / f"broken_{part}.py").write_text(
+        "from slime_spec.interfaces import Problem\n"
+        "class Broken:\n"
+        "    name = 'broken'\n"
+        f"    def problem(self, index, seed): return Problem(**{{'text': 'a', 'answer': '1', '{part}': '\\ud83d'}})\n"
+        "    def reward(self, prompt, reply): return 0.0\n"
+        "broken = Broken()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"problem 0 of task broken: its {part} must be a text that UTF-8 can encode"):
+        PromptSource(config(TaskConfig(names=(f"broken_{part}:broken",))), tokenizer)
+
+
+def test_the_first_prompt_is_shown_with_its_ids_from_both_ends(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Case reports/01: what the template makes of a prompt is to be seen before anything is spent on it."""
+    task = jsonl(tmp_path / "data.jsonl", row("2 + 3?", 5))
+    ids = tokenizer.encode("u:2 + 3?;a:")
+    assert PromptSource(config(task), tokenizer).first_shown() == (
+        f"task=data tokens=11 text='u:2 + 3?;a:' ids={list(ids)}"
+    )
+    long = PromptSource(config(jsonl(tmp_path / "data.jsonl", row("y" * 2000, 5)), max_prompt_len=4000), tokenizer)
+    shown = long.first_shown()
+    assert "tokens=2005 " in shown
+    assert f"text='u:{'y' * 298}...{'y' * 297};a:'" in shown
+    assert shown.count(", ") == 24
 
 
 def test_a_line_separator_inside_a_json_text_ends_no_line(tokenizer: Tokenizer, tmp_path: Path) -> None:

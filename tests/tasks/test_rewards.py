@@ -62,12 +62,19 @@ def test_exact_ignores_only_white_space_around_and_contains_looks_inside() -> No
 def test_an_unknown_reward_is_answered_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'last_integer'"):
         load_reward("task.reward", "last_interger")
+    with pytest.raises(ConfigError, match="or a function of your own as module:function"):
+        load_reward("task.reward", "deepscaler")
 
 
 def test_a_reward_of_ones_own_is_found_by_module_and_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rewards.py").write_text("def short(prompt, reply):\n    return -len(reply)\nlimit = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_reward("task.reward", "my_rewards:short")(prompt(""), "abc") == -3
+    assert load_reward("task.reward", "my_rewards.short")(prompt(""), "abc") == -3  # as slime writes it: reports/05
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)\n")
+    for own in ("broken:f", "broken.f"):
+        with pytest.raises(ConfigError, match="importable module:function: SystemExit: 3"):
+            load_reward("task.reward", own)
     with pytest.raises(ConfigError, match="has no attribute shrt"):
         load_reward("task.reward", "my_rewards:shrt")
     with pytest.raises(ConfigError, match="must name a function"):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from slime_spec.errors import ConfigError
+from slime_spec.files import parse_json_object, shortened, text_lines
+
+REMEDY = "Remove the line, or the file."
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,9 @@ def split(
     return tuple(train), tuple(held_out)
 
 
-def write_line(sequence: DraftSequence) -> str:
-    """Return the sequence as one line of a corpus file."""
-    return json.dumps(asdict(sequence)) + "\n"
+def as_line(sequence: DraftSequence) -> str:
+    """Return the sequence as one line of a corpus file, without the newline."""
+    return json.dumps(asdict(sequence))
 
 
 def read_corpus(path: Path) -> Iterator[DraftSequence]:
@@ -60,12 +64,21 @@ def read_corpus(path: Path) -> Iterator[DraftSequence]:
 
     Raises ConfigError naming the file and the line that is broken.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # the text after the last newline is empty or cut short
-        try:
-            row = json.loads(line)
-            yield DraftSequence(int(row["index"]), tuple(row["token_ids"]), int(row["prompt_len"]), str(row["kind"]))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                "corpus", f"{path}:{number} must be a sequence: {error!r}", line[:80], "Remove the line, or the file."
-            ) from None
+    for where, line in text_lines(path, remedy=REMEDY):
+        if line.endswith("\n"):
+            yield _sequence(parse_json_object(line, where, remedy=REMEDY), where)
+
+
+def _sequence(row: Mapping[str, Any], where: str) -> DraftSequence:
+    values: list[Any] = [row.get(name) for name in ("index", "token_ids", "prompt_len", "kind")]
+    index, token_ids, prompt_len, kind = values
+    if isinstance(token_ids, list) and all(map(_is_count, [index, prompt_len, *token_ids])) and isinstance(kind, str):
+        sequence = DraftSequence(index, tuple(token_ids), prompt_len, kind)
+        if prompt_len <= len(token_ids):
+            return sequence
+    rule = "must be a sequence: index, token_ids, prompt_len (at most their number) and kind"
+    raise ConfigError(where, rule, shortened(str(row)), REMEDY)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63

@@ -14,14 +14,15 @@ from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, RolloutConfig, RunConfig, TaskConfig
 from slime_spec.draft.training.progress import Progress
-from slime_spec.draft.training.sequence import DraftSequence, read_corpus, write_line
+from slime_spec.draft.training.sequence import DraftSequence, as_line, read_corpus
 from slime_spec.errors import ConfigError
+from slime_spec.files import LineFile
 from slime_spec.interfaces import Generation
 from slime_spec.launch.draft.chat_prompts import chat_prompts
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
 from slime_spec.tasks.source import PromptSource
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
-from slime_spec.types import GroupRequest, SamplingParams
+from slime_spec.types import GroupRequest, Prompt, SamplingParams
 
 MAX_PROMPT_TOKENS = 512
 # Requests queued at the engine beyond those it runs, so that the engine never waits for a request.
@@ -66,13 +67,11 @@ def plan_corpus(model: Path, settings: CorpusSettings) -> list[PlannedReply]:
 
 
 def _prompt_config(model: Path, settings: CorpusSettings) -> Config:
-    # A corpus needs no answers: each prompt is used as its own label.
     task = TaskConfig(
         names=settings.tasks,
         prompt_data=settings.prompt_data,
         input_key=settings.input_key,
-        label_key=settings.input_key,
-        reward="exact",
+        reward=f"{__name__}:{unscored.__name__}",
     )
     return Config(
         run=RunConfig(seed=settings.seed),
@@ -80,6 +79,11 @@ def _prompt_config(model: Path, settings: CorpusSettings) -> Config:
         task=task,
         rollout=RolloutConfig(max_prompt_len=MAX_PROMPT_TOKENS),
     )
+
+
+def unscored(prompt: Prompt, reply: str) -> float:
+    """Reward nothing: a corpus needs no rewards, and so its rows need no labels."""
+    raise AssertionError(f"a draft's corpus is not scored: {prompt} {reply}")
 
 
 def generate_corpus(
@@ -96,10 +100,9 @@ def generate_corpus(
         engine = EmbeddedEngine(_engine_config(model, dtype, device), 0, RayObjectStoreTransport())
         engine.start()
         try:
-            with path.open("a", encoding="utf-8") as file:
+            with LineFile(path) as file:
                 for sequence in _replies(engine, missing):
-                    file.write(write_line(sequence))
-                    file.flush()
+                    file.append(as_line(sequence))
                     present[sequence.index] = sequence
                     progress.show("generating", len(present), len(planned))
         finally:
@@ -133,7 +136,7 @@ def _replies(engine: EmbeddedEngine, planned: Sequence[PlannedReply]) -> Iterato
 
 
 def _present(path: Path, planned: Sequence[PlannedReply]) -> dict[int, DraftSequence]:
-    """Read the replies that an earlier run generated for this plan; cut the file to its whole lines."""
+    """Read the replies that an earlier run generated for this plan."""
     if not path.is_file():
         return {}
     present = {sequence.index: sequence for sequence in read_corpus(path)}
@@ -146,7 +149,4 @@ def _present(path: Path, planned: Sequence[PlannedReply]) -> dict[int, DraftSequ
                 str(path.parent),
                 "Pass the settings the corpus was started with, or another --out.",
             )
-    text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n") and text:
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     return present

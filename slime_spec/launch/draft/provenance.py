@@ -18,6 +18,7 @@ import torch
 from slime_spec.checkpoints.folder import SINGLE
 from slime_spec.draft.training.sequence import DraftSequence
 from slime_spec.draft.training.trainer import DraftTrainer
+from slime_spec.files import write_whole
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
 from slime_spec.launch.draft.options import DraftOptions
 from slime_spec.weights.messages import combined_checksum, tensor_checksum
@@ -57,7 +58,7 @@ def write_provenance(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "licence": LICENCE,
     }
-    (options.out / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(options.out / PROVENANCE, json.dumps(record, indent=2) + "\n")
 
 
 def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:

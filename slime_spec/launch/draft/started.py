@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from slime_spec.errors import ConfigError
+from slime_spec.files import read_json_object, write_whole
 from slime_spec.launch.draft.options import DraftOptions
 
 SETTINGS_FILE = "settings.json"
@@ -23,13 +24,13 @@ def check_started(options: DraftOptions, target_checksum: str) -> None:
     path, now = options.out / SETTINGS_FILE, _lasting(options, target_checksum)
     if not options.resume:
         options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=2) + "\n")
+        write_whole(path, json.dumps(now, indent=2) + "\n")
         return
     if not path.is_file():
         raise ConfigError(
             "--resume", f"needs a folder with the {SETTINGS_FILE} of its command", str(options.out), "Drop --resume."
         )
-    started = json.loads(path.read_text())
+    started = read_json_object(path, remedy="Draw up the draft in another --out.")
     for name, value in now.items():
         if value != started.get(name):
             raise ConfigError(
