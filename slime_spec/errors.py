@@ -41,5 +41,9 @@ class TrainingError(RuntimeError):
     """An optimizer step would have ruined the weights, which are as they were before the step."""
 
 
+class GenerationError(RuntimeError):
+    """One request could not be generated to its end; the engine goes on with all others."""
+
+
 class PushError(RuntimeError):
     """A weight push was refused or failed; every engine stays on, or returned to, its previous version."""

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from slime_spec.errors import ConfigError, PushError, TrainingError
+from slime_spec.errors import ConfigError, GenerationError, PushError, TrainingError
 
 
 def result_of(refs: Any, timeout_s: float | None = None) -> Any:
@@ -19,6 +19,6 @@ def result_of(refs: Any, timeout_s: float | None = None) -> Any:
     try:
         return ray.get(refs, timeout=timeout_s)
     except RayTaskError as error:
-        if isinstance(error.cause, ConfigError | PushError | TrainingError):
+        if isinstance(error.cause, ConfigError | GenerationError | PushError | TrainingError):
             raise error.cause from None
         raise

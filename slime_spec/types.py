@@ -98,6 +98,8 @@ class SpecCounters:
     that really were, and ``num_empty_rounds`` the rounds without any (no match, or one token of the budget left).
     ``num_steps`` is how many drafts a round can accept: the depth of a tree; 0 where it is a chain of all drafts.
     ``num_correct_unbinned`` are accepted drafts that are in no histogram (SGLang before 0.5.9 has none).
+    ``num_nonfinite_rounds`` counts rounds whose draft ended early, or was empty, because the draft model's logits were
+    not finite numbers.
     Example, 3 rounds with nothing drafted, then 2 of 2 and 3 of 3 accepted:
     ``SpecCounters(num_rounds=3, num_proposed=9, histogram=(1, 0, 1, 1), num_drafted=5, num_empty_rounds=1)``
     """
@@ -109,6 +111,7 @@ class SpecCounters:
     num_empty_rounds: int = 0
     num_steps: int = 0
     num_correct_unbinned: int = 0
+    num_nonfinite_rounds: int = 0
 
     @property
     def num_correct(self) -> int:

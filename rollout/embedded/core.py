@@ -15,26 +15,28 @@ the youngest gives way. The oldest never does, so everything finishes. The calle
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 
 from rollout.embedded.batch import Batch
 from rollout.embedded.cost_probe import CostProbe
-from rollout.embedded.drafting import NO_DRAFT, Draft, Drafter
+from rollout.embedded.drafting import NO_DRAFT, Draft, Drafter, Swap
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.prefill import Prefiller
-from rollout.embedded.request import Group, OnProgress, OnSample, SampleState, Stamp
+from rollout.embedded.request import Group, OnFailure, OnProgress, OnSample, SampleState, Stamp
 from rollout.embedded.speculation import Speculation
 from rollout.embedded.stop import Ending, StopRule
 from rollout.embedded.target import PassOutput, Target, Timing
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
+from slime_spec.errors import GenerationError
 from slime_spec.sglang.draft_shape import DraftShape
 from slime_spec.types import GroupRequest
-from slime_spec.weights.messages import PauseMode
+from slime_spec.weights.messages import PauseMode, Side
 
 ABORTED = Ending("abort")
 
@@ -65,7 +67,7 @@ class GenerationCore:
         clock: Callable[[], float],
         verifier: Verifier,
     ) -> None:
-        drafter.bind(decoder)
+        drafter.bind(decoder)()
         self.cache, self.version, self.draft_version = cache, 0, 0
         self.paused = False
         self.num_preemptions = 0
@@ -94,9 +96,18 @@ class GenerationCore:
     def can_step(self) -> bool:
         return self.has_work and not self.paused
 
-    def add(self, request: GroupRequest, on_sample: OnSample, on_progress: OnProgress | None = None) -> Group:
-        """Queue a validated group; ``on_progress`` is called after every round of every sample."""
-        group = Group(request, self._clock(), on_sample, self._new_key(), on_progress)
+    def add(
+        self,
+        request: GroupRequest,
+        on_sample: OnSample,
+        on_progress: OnProgress | None = None,
+        on_failure: OnFailure | None = None,
+    ) -> Group:
+        """Queue a validated group; ``on_progress`` is called after every round of every sample.
+
+        What goes wrong in this group alone ends the group, and ``on_failure`` hears it (without it ``step`` raises it).
+        """
+        group = Group(request, self._clock(), on_sample, self._new_key(), on_progress, on_failure)
         speculates = self._speculation.applies_to(group)
         for position in range(len(request.seeds)):
             self.waiting.append(SampleState.of(group, position, self._new_key(), speculates))
@@ -126,19 +137,30 @@ class GenerationCore:
 
     def use(self, decoder: Decoder, version: int) -> None:
         """Compute with other weights from the next pass on."""
-        self.target.decoder, self.version = decoder, version
-        self._speculation.bind()
+        self.take_over("target", self.prepared(decoder), version)
+
+    def prepared(self, decoder: Decoder) -> Swap:
+        """Build, on any thread, what else it takes to compute with other weights of the target."""
+        bind = self.drafter.bind(decoder)
+
+        def swap() -> None:
+            self.target.decoder = decoder
+            bind()
+
+        return swap
+
+    def take_over(self, side: Side, swap: Swap, version: int) -> None:
+        """Compute with other weights of one side, built already, from the next pass or round on."""
+        swap()
+        if side == "target":
+            self.version = version
+        else:
+            self.draft_version = version
 
     def move(self, device: torch.device) -> None:
         """Move the target's weights to ``device``, with the weights that the draft shares with the target."""
         self.decoder.move(device)
-        self._speculation.bind()
-
-    def use_draft(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
-        """Draft with other weights from the next round on."""
-        assert self.drafter.weights is not None, "a push for the draft is refused without one"
-        self.drafter.weights.load(tensors)
-        self.draft_version = version
+        self.drafter.bind(self.decoder)()
 
     def release_kv(self) -> None:
         """Give the caches' memory back; only while no sample is unfinished."""
@@ -198,8 +220,7 @@ class GenerationCore:
         logits = [each.group.first_logits for each in fresh]
         rows = [self._verify_row(each, NO_DRAFT) for each in fresh]
         first = self._verifier(torch.cat([each for each in logits if each is not None]), rows)
-        finished = []
-        for sequence, verified in zip(fresh, first, strict=True):
+        for sequence in fresh:
             group = sequence.group
             if group.num_started:  # the first had computed the prompt
                 sequence.cached_tokens = group.num_prompt_tokens
@@ -207,12 +228,9 @@ class GenerationCore:
             sequence.first_token_s = sequence.elapsed_s(self._clock())
             if self.drafter.weights is not None:
                 sequence.draft_version = self.draft_version
-            ending = self._emit(sequence, verified, group.prompt_version)
-            if ending is not None:
-                finished.append((self.batch.sequences.index(sequence), ending))
             if group.num_started == len(group.request.seeds):
                 group.first_logits = None
-        self._finish(finished)
+        self._emit_all(fresh, first, [each.group.prompt_version for each in fresh])
 
     def _round(self) -> None:
         """Run one draft and one verify for every running sequence."""
@@ -225,14 +243,10 @@ class GenerationCore:
             output, spans, verified = self._verify(drafts)
             batch.compact(spans, [each.path for each in verified])
             self._speculation.observe(batch, output, spans, verified)
-        finished: list[tuple[int, Ending]] = []
-        for row, (sequence, draft, each) in enumerate(zip(running, drafts, verified, strict=True)):
+        for sequence, draft, each in zip(running, drafts, verified, strict=True):
             if self._speculation.applies_to(sequence.group):
-                sequence.count_round(len(draft.token_ids), len(each.path))
-            ending = self._emit(sequence, each, self.version)
-            if ending is not None:
-                finished.append((row, ending))
-        self._finish(finished)
+                sequence.count_round(draft, len(each.path))
+        self._emit_all(running, verified, [self.version] * len(running))
 
     def _plain_step(self) -> None:
         """Run one plain step for its time alone: it writes the last tokens' KV, and the next round writes it again."""
@@ -254,17 +268,40 @@ class GenerationCore:
         group = sequence.group
         return VerifyRow(draft, group.request.params, sequence.uniforms, sequence.token_ids, group.num_prompt_tokens)
 
+    def _emit_all(
+        self, sequences: Sequence[SampleState], verified: Sequence[Verified], versions: Sequence[int]
+    ) -> None:
+        """Give sequences their tokens, then hand out finished samples and give up groups that cannot go on."""
+        finished: list[tuple[int, Ending]] = []
+        failed: dict[Group, GenerationError] = {}
+        for sequence, each, version in zip(sequences, verified, versions, strict=True):
+            try:
+                ending = self._emit(sequence, each, version)
+            except GenerationError as error:
+                failed.setdefault(sequence.group, error)
+                continue
+            if ending is not None:
+                finished.append((self.batch.sequences.index(sequence), ending))
+        self._finish(finished)
+        for group, failure in failed.items():
+            self._give_up(group, failure)
+
     def _emit(self, sequence: SampleState, verified: Verified, version: int) -> Ending | None:
         """Append tokens up to the first token that ends the response; returns why the response ended, if it did."""
         group, before = sequence.group, sequence.num_generated
         ending = None
         for token_id, logprob in zip(verified.token_ids, verified.logprobs, strict=True):
+            if not isfinite(logprob):  # exactly where the distribution had no finite mass
+                raise not_finite(sequence, version)
             sequence.append(token_id, logprob, version)
             ending = self._stop_rule.ending(sequence.token_ids, group.num_prompt_tokens, group.request.params)
             if ending is not None:
                 break
         if group.on_progress is not None:
-            group.on_progress(sequence.progress_since(before))
+            try:
+                group.on_progress(sequence.progress_since(before))
+            except Exception as error:  # the caller's code, on the thread of everyone
+                raise GenerationError(f"on_progress of group {group.request.group_id} raised {error!r}") from error
         return ending
 
     def _finish(self, finished: Iterable[tuple[int, Ending]]) -> None:
@@ -281,6 +318,18 @@ class GenerationCore:
             self._release_prompt(group)
         group.on_sample(sequence.finished(ending, self._clock(), self._stamp, self.version))
 
+    def _give_up(self, group: Group, error: GenerationError) -> None:
+        """Take a group's samples out without handing them out, and say why."""
+        for row in reversed(range(len(self.batch.sequences))):
+            if self.batch.sequences[row].group is group:
+                self._speculation.forget(self.batch.remove(row))
+        self.waiting = [each for each in self.waiting if each.group is not group]
+        if group.prefix_row >= 0:
+            self._release_prompt(group)
+        if group.on_failure is None:
+            raise error
+        group.on_failure(error)
+
     def _release_idle_prompts(self, needed: Group | None = None) -> bool:
         """Free the shared prompts that no sequence of the batch reads, except ``needed``'s; whether there were any."""
         idle = [group for group in self.batch.groups if not group.num_in_batch and group is not needed]
@@ -295,3 +344,12 @@ class GenerationCore:
     def _new_key(self) -> int:
         self._next_key += 1
         return self._next_key
+
+
+def not_finite(sequence: SampleState, version: int) -> GenerationError:
+    return GenerationError(
+        f"the target's logits are not finite numbers at token {sequence.num_generated} of sample "
+        f"{sequence.sample_index} of group {sequence.group.request.group_id}, weight version {version}. Look for "
+        "overflow or damage in the weights (a larger dtype, a lower learning rate), and for sampling parameters that "
+        "leave no token."
+    )

@@ -12,7 +12,7 @@ own store and row r of the drafter's belong to the same sequence, and the batch 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,9 @@ from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
 from slime_spec.types import SamplingParams
 
+# Takes what was built beside the serving weights into use: it swaps references and cannot fail
+Swap = Callable[[], None]
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -29,16 +32,18 @@ class Draft:
 
     ``parents[i]`` is the index of node i's parent, -1 for the root: a chain of three is ``(-1, 0, 1)``. Siblings are
     distinct tokens. ``q_draft`` is the distribution each token was truly sampled from ([nodes, target vocab], fp32);
-    None means the drafter chose its tokens (argmax, n-gram, lookup, top-k), a point mass.
+    None means the drafter chose its tokens (argmax, n-gram, lookup, top-k), a point mass. ``nonfinite`` says that the
+    draft ends, perhaps before its first token, where the draft model's logits were not finite numbers.
     """
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
     q_draft: torch.Tensor | None = None
+    nonfinite: bool = False
 
     @classmethod
-    def chain(cls, token_ids: Sequence[int], q_draft: torch.Tensor | None = None) -> Draft:
-        return cls(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)), q_draft)
+    def chain(cls, token_ids: Sequence[int], q_draft: torch.Tensor | None = None, nonfinite: bool = False) -> Draft:
+        return cls(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)), q_draft, nonfinite)
 
     @property
     def is_chain(self) -> bool:
@@ -142,8 +147,11 @@ class DraftWeights(Protocol):
         Quantised weights are not.
         """
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Use ``tensors`` from the next round on; the tensors are already checked against ``shapes``."""
+    def build(self, tensors: Mapping[str, torch.Tensor]) -> Swap:
+        """Build what drafts with ``tensors``, already checked against ``shapes``, on any thread.
+
+        Nothing changes before the swap is called; the tensors' memory is not kept.
+        """
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the weights in use, read back out of whatever form the drafter keeps them in."""
@@ -162,8 +170,11 @@ class Drafter(Protocol):
     @property
     def weights(self) -> DraftWeights | None: ...
 
-    def bind(self, decoder: Decoder) -> None:
-        """Bind the drafter to the target's weights; called before the first round and after every change of them."""
+    def bind(self, decoder: Decoder) -> Swap:
+        """Build what the drafter shares with the target's weights, on any thread; nothing changes before the swap.
+
+        The core swaps before the first round and with every change of the target's weights.
+        """
 
     def prefill(self, prefill: Prefill) -> None: ...
 
@@ -183,8 +194,8 @@ class WeightlessDrafter:
     cache: KvCache | None = None
     weights: DraftWeights | None = None
 
-    def bind(self, decoder: Decoder) -> None:
-        pass
+    def bind(self, decoder: Decoder) -> Swap:
+        return lambda: None
 
     def prefill(self, prefill: Prefill) -> None:
         pass

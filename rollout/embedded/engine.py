@@ -17,6 +17,7 @@ from rollout.embedded.loop_thread import LoopThread, Refused
 from rollout.embedded.push import CoreStaging, CoreWeights
 from rollout.embedded.request import OnProgress
 from slime_spec.config.tree import Config
+from slime_spec.errors import GenerationError
 from slime_spec.interfaces import Generation, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.preflight.requests import RequestLimits, check_request
@@ -81,7 +82,12 @@ class EmbeddedEngine:
                 raise Refused("the engine is offloaded: call set_resident(True) before generating")
             self._live.add(generation)
             generation.group = self._thread.submit(
-                lambda: self._core.add(request, lambda sample: self._deliver(generation, sample), on_progress)
+                lambda: self._core.add(
+                    request,
+                    lambda sample: self._deliver(generation, sample),
+                    on_progress,
+                    lambda error: self._give_up(generation, error),
+                )
             )
         return generation
 
@@ -157,6 +163,10 @@ class EmbeddedEngine:
     def _deliver(self, generation: EmbeddedGeneration, sample: GeneratedSample) -> None:
         if generation.deliver(sample):
             self._live.discard(generation)
+
+    def _give_up(self, generation: EmbeddedGeneration, error: GenerationError) -> None:
+        self._live.discard(generation)
+        generation.fail(error)
 
     def _abort(self, generation: EmbeddedGeneration) -> None:
         # Commands run in order, so the group has been added by then.

@@ -1,4 +1,4 @@
-"""A generation gives its caller the samples of one group as they finish, or the error that ended the engine."""
+"""A generation gives its caller the samples of one group as they finish, or the error that ended it or the engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 
 from rollout.embedded.request import Group
+from slime_spec.errors import GenerationError
 from slime_spec.types import GeneratedSample
 
 
@@ -23,6 +24,8 @@ class EmbeddedGeneration:
     def __iter__(self) -> Iterator[GeneratedSample]:
         while self._num_left:
             arrived = self._arrived.get()
+            if isinstance(arrived, GenerationError):
+                raise arrived
             if isinstance(arrived, BaseException):
                 raise RuntimeError("the engine stopped before the group was finished") from arrived
             self._num_left -= 1

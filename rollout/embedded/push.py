@@ -8,7 +8,7 @@ import torch
 
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
-from rollout.embedded.drafting import DraftWeights
+from rollout.embedded.drafting import DraftWeights, Swap
 from rollout.embedded.loop_thread import LoopThread
 from rollout.embedded.weights import DecoderBuilder, named_tensors
 from slime_spec.checkpoints.model_spec import ModelSpec
@@ -19,44 +19,43 @@ from slime_spec.weights.receive import PushStage, Staging
 
 
 class CoreStaging(Staging, Protocol):
-    """Stages tensors that a core takes over."""
+    """Stages tensors that a core takes over; ``build`` makes ``swap``, all that is left to the core's thread."""
 
-    def commit(self, core: GenerationCore, version: int) -> None:
-        """Swap the staged tensors in, on the core's thread."""
+    swap: Swap
 
 
 class TargetStaging:
-    """Builds a second decoder beside the serving decoder."""
+    """Builds a second decoder beside the serving decoder, and what the drafter shares with it."""
 
-    def __init__(self, spec: ModelSpec, builder: DecoderBuilder) -> None:
+    swap: Swap
+
+    def __init__(self, spec: ModelSpec, builder: DecoderBuilder, core: GenerationCore) -> None:
         self.expected = expected_shapes(spec)
-        self._builder = builder
+        self._builder, self._core = builder, core
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self._builder.add(name, tensor)
 
     def build(self) -> None:
-        self._decoder = self._builder.finish()
-
-    def commit(self, core: GenerationCore, version: int) -> None:
-        core.use(self._decoder, version)
+        self.swap = self._core.prepared(self._builder.finish())
 
 
 class DraftStaging:
-    """Collects the draft's tensors, which the drafter takes as they are."""
+    """Collects the draft's tensors and builds a second draft of them."""
+
+    swap: Swap
 
     def __init__(self, weights: DraftWeights) -> None:
         self.expected = weights.shapes
+        self._weights = weights
         self._tensors: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self._tensors[name] = tensor.clone()
 
     def build(self) -> None:
-        pass
-
-    def commit(self, core: GenerationCore, version: int) -> None:
-        core.use_draft(self._tensors, version)
+        self.swap = self._weights.build(self._tensors)
+        self._tensors = {}
 
 
 class CoreWeights:
@@ -71,14 +70,15 @@ class CoreWeights:
     def staging(self, manifest: Manifest) -> CoreStaging:
         """Return a staging for one push; the caller's thread packs the tensors, while the core goes on serving."""
         if manifest.side == "target":
-            return TargetStaging(self._assembly.spec, self._assembly.builder(self._core.decoder.device))
+            return TargetStaging(self._assembly.spec, self._assembly.builder(self._core.decoder.device), self._core)
         if self._core.drafter.weights is None:
             algorithm = self._assembly.config.speculative.algorithm
             raise PushError(f"the drafter of speculative.algorithm {algorithm} has no weights to update")
         return DraftStaging(self._core.drafter.weights)
 
     def commit(self, stage: PushStage[CoreStaging]) -> None:
-        self._thread.call(lambda: stage.staging.commit(self._core, stage.manifest.version))
+        side, version = stage.manifest.side, stage.manifest.version
+        self._thread.call(lambda: self._core.take_over(side, stage.staging.swap, version))
 
     def checksum(self, side: Side) -> str:
         """Return the checksum of one side, combined as by a push.

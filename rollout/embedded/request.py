@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rollout.embedded.drafting import Draft
 from rollout.embedded.stop import Ending
 from rollout.embedded.uniforms import Uniforms
+from slime_spec.errors import GenerationError
 from slime_spec.partial_samples import earlier_part, note_version, reported_spans, rounds_are_known
 from slime_spec.sglang.draft_shape import DraftShape
 from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters, VersionSpan
@@ -34,6 +36,7 @@ class Stamp:
 
 OnSample = Callable[[GeneratedSample], None]
 OnProgress = Callable[[Progress], None]
+OnFailure = Callable[[GenerationError], None]
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class Group:
     on_sample: OnSample
     key: int
     on_progress: OnProgress | None = None
+    on_failure: OnFailure | None = None
     num_unfinished: int = 0
     num_in_batch: int = 0
     num_started: int = 0  # samples that have their first token
@@ -96,6 +100,7 @@ class SampleState:
     accepted_histogram: list[int] = field(default_factory=list)
     num_drafted: int = 0
     num_empty_rounds: int = 0
+    num_nonfinite_rounds: int = 0
     num_preemptions: int = 0
     cached_tokens: int = 0
     spent_s: float = 0.0  # in earlier parts
@@ -157,9 +162,10 @@ class SampleState:
         new = slice(self.group.num_prompt_tokens + num_generated, None)
         return Progress(self.sample_index, tuple(self.token_ids[new]), tuple(self.logprobs[num_generated:]))
 
-    def count_round(self, num_drafted: int, num_accepted: int) -> None:
-        self.num_drafted += num_drafted
-        self.num_empty_rounds += num_drafted == 0
+    def count_round(self, draft: Draft, num_accepted: int) -> None:
+        self.num_drafted += len(draft.token_ids)
+        self.num_empty_rounds += not draft.token_ids
+        self.num_nonfinite_rounds += draft.nonfinite
         missing = num_accepted + 1 - len(self.accepted_histogram)
         self.accepted_histogram.extend([0] * max(0, missing))
         self.accepted_histogram[num_accepted] += 1
@@ -201,6 +207,7 @@ class SampleState:
             num_drafted=self.num_drafted,
             num_empty_rounds=self.num_empty_rounds,
             num_steps=shape.num_steps,
+            num_nonfinite_rounds=self.num_nonfinite_rounds,
         )
 
     def _take_part(self, part: GeneratedSample, speculates: bool) -> None:
@@ -215,3 +222,4 @@ class SampleState:
         self.rounds_known = not speculates or rounds_are_known(len(part.token_ids), part.spec)
         self.accepted_histogram += part.spec.histogram
         self.num_drafted, self.num_empty_rounds = part.spec.num_drafted, part.spec.num_empty_rounds
+        self.num_nonfinite_rounds = part.spec.num_nonfinite_rounds

@@ -37,11 +37,6 @@ class Speculation:
     def applies_to(self, group: Group) -> bool:
         return self.enabled and group.request.params.speculative
 
-    def bind(self) -> None:
-        """Bind the drafter to the target's new weights."""
-        with self._timed():
-            self.drafter.bind(self.target.decoder)
-
     def prefill(self, group: Group, prefill: Prefill) -> None:
         if self.applies_to(group):
             with self._timed():

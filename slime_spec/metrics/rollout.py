@@ -64,6 +64,7 @@ def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
         "spec/proposed_drafts": float(num_proposed),
         "spec/drafted_tokens": float(num_drafted),
         "spec/empty_rounds": float(sum(response.spec.num_empty_rounds for response in verified)),
+        "spec/nonfinite_rounds": float(sum(response.spec.num_nonfinite_rounds for response in verified)),
         "spec/correct_drafts": float(num_correct),
     }
     if num_proposed:

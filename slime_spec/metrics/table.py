@@ -60,6 +60,12 @@ TABLE = (
     ),
     Metric("spec/drafted_tokens", "tokens", "Draft tokens that were really proposed and verified."),
     Metric("spec/empty_rounds", "rounds", "Verify rounds in which nothing was drafted."),
+    Metric(
+        "spec/nonfinite_rounds",
+        "rounds",
+        "Verify rounds whose draft ended early, or was empty, as the draft model's logits were not finite numbers: "
+        "it overflows the engine's dtype, or its weights are damaged. The output stays exact.",
+    ),
     Metric("spec/correct_drafts", "tokens", "Draft tokens accepted, bonus tokens excluded."),
     Metric(
         "spec/accept_rate_drafted",

@@ -80,7 +80,7 @@ def meta_info(sample: GeneratedSample) -> dict[str, Any]:
 
     Beside SGLang's keys: ``weight_version_spans``, [first token index, version] pairs, where several versions
     generated the response; ``draft_version`` where the draft has weights; ``lossy``, true, where verification may
-    have bent the target's distribution.
+    have bent the target's distribution; ``spec_num_nonfinite_rounds`` where drafts were cut short, see SpecCounters.
     """
     num_tokens = len(sample.token_ids)
     info = {
@@ -102,6 +102,8 @@ def meta_info(sample: GeneratedSample) -> dict[str, Any]:
         info["draft_version"] = str(sample.draft_version)
     if sample.lossy:
         info["lossy"] = True
+    if sample.spec.num_nonfinite_rounds:
+        info["spec_num_nonfinite_rounds"] = sample.spec.num_nonfinite_rounds
     return info
 
 

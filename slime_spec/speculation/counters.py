@@ -21,6 +21,7 @@ def pooled(counters: Iterable[SpecCounters]) -> SpecCounters:
         num_empty_rounds=sum(each.num_empty_rounds for each in listed),
         num_steps=max((each.num_steps for each in listed), default=0),
         num_correct_unbinned=sum(each.num_correct_unbinned for each in listed),
+        num_nonfinite_rounds=sum(each.num_nonfinite_rounds for each in listed),
     )
 
 

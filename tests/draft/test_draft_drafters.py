@@ -90,13 +90,13 @@ def test_pushed_weights_draft_from_the_next_round_on(tiny: TinyDraft) -> None:
     drafter = drafter_of(tiny)
     pushed = random_tensors(dict(drafter.weights.shapes), seed=9)
     memory = {name: tensor.clone() for name, tensor in pushed.items()}
-    drafter.weights.load(memory)
+    drafter.weights.build(memory)()
     for tensor in memory.values():
         tensor.fill_(float("nan"))  # what a transport's memory becomes afterwards
     for name, tensor in drafter.weights.tensors().items():
         assert torch.equal(tensor, pushed[name])
     core = make_core(tiny.config(3))
-    core.drafter.weights.load(pushed)
+    core.drafter.weights.build(pushed)()
     recorder = RecordingDrafter(core.drafter)
     before, after = RecordingDrafter(make_core(tiny.config(3)).drafter), recorder
     for each in (before, after):
@@ -113,7 +113,7 @@ def test_after_a_push_of_the_target_drafts_use_its_new_embedding_and_head(eagle:
     torch.save(list(range(0, 131, 2)), hot)
     for token_map in (None, str(hot)):
         drafter = make_core(eagle.config(3, token_map=token_map)).drafter
-        drafter.bind(make_core(moved.plain).target.decoder)  # what the core does when a push commits
+        drafter.bind(make_core(moved.plain).target.decoder)()  # what the core does when a push commits
         recorder = RecordingDrafter(drafter)
         run(make_core(moved.config(3, token_map=token_map), drafter=recorder), requests(greedy(8)))
         fresh = RecordingDrafter(make_core(moved.config(3, token_map=token_map)).drafter)

@@ -197,7 +197,7 @@ def test_statistics_survive_a_weight_push_and_the_end_of_their_request() -> None
     drafter = NgramDrafter(config())
     propose(drafter, [1, 2, 3, 4, 5], key=1)
     drafter.forget(1)
-    drafter.bind(None)  # type: ignore[arg-type]  # what follows every change of the target's weights
+    drafter.bind(None)()  # type: ignore[arg-type]  # what follows every change of the target's weights
     assert (3, 4, 5) in paths(propose(drafter, [1, 2], key=2))
 
 

@@ -117,6 +117,31 @@ def test_one_hot_q_and_the_walk_agree_on_the_distribution_of_what_a_point_mass_e
     assert largest_error(walk_distribution(RULES["rejection"], toy, (), draft), expected) < 1e-12
 
 
+@pytest.mark.parametrize("drops", [False, True], ids=["cut where they are", "negative control: dropped whole"])
+@pytest.mark.parametrize("rule", RULES)
+def test_drafts_cut_where_their_logits_are_not_finite_leave_the_distribution_unchanged(rule: str, drops: bool) -> None:
+    """Case audit/13: no token follows a drafted 2. A draft dropped for what it drew would bend the distribution."""
+    toy = Toy(MARKOV, prompt=(1,))
+
+    def kept(draft: Draft) -> Draft:
+        if 2 not in draft.token_ids[:-1]:
+            return draft
+        length = 0 if drops else draft.token_ids.index(2) + 1
+        assert draft.q_draft is not None
+        return Draft.chain(draft.token_ids[:length], draft.q_draft[:length] if length else None, nonfinite=True)
+
+    def a_round(done: tuple[int, ...]) -> Distribution:
+        distribution: Distribution = {}
+        for draft, weight in sampled_drafts(MARKOV_Q.__getitem__, (*toy.prompt, *done)[-1], 3):
+            of_draft = chain_distribution if kept(draft).token_ids else walk_distribution
+            for emitted, probability in of_draft(RULES[rule], toy, done, kept(draft)).items():
+                distribution[emitted] = distribution.get(emitted, 0.0) + weight * probability
+        return distribution
+
+    error = largest_error(joint_distribution(a_round, 3), toy.autoregressive(3))
+    assert error > 1e-3 if drops else error < 1e-12
+
+
 def test_negative_control_softmax_q_with_an_argmax_draft_is_caught() -> None:
     drafted = int(Q_DRAFT.argmax())
     lie = chain_distribution(RULES["rejection"], FLAT, (), Draft.chain((drafted,), Q_DRAFT.unsqueeze(0)))

@@ -9,7 +9,7 @@ import pytest
 
 from slime_spec.algorithms import ALGORITHMS, find_algorithm
 from slime_spec.config.tree import Config, MetricsConfig, SpeculativeConfig
-from slime_spec.metrics.alarm import SILENT_ROUNDS, AcceptanceAlarm
+from slime_spec.metrics.alarm import NONFINITE_ROUNDS, SILENT_ROUNDS, AcceptanceAlarm
 from slime_spec.metrics.log import MetricLog
 
 
@@ -55,6 +55,17 @@ def test_fewer_rounds_an_accepted_draft_or_no_draft_at_all_are_no_alarm(
     caplog: pytest.LogCaptureFixture, steps: list[dict[str, float]]
 ) -> None:
     assert warned(caplog, *steps) == []
+
+
+def test_a_draft_without_finite_logits_is_told_of_once_with_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    """Case audit/13: all its rounds are empty, so that the alarm of refused drafts says nothing."""
+    overflowing = {**step(150, empty=150), "spec/nonfinite_rounds": 150}
+    assert warned(caplog, overflowing) == []
+    (message,) = warned(caplog, *[overflowing] * 4)
+    assert f"not finite numbers: its drafts are cut short or empty, the output stays exact rounds={2 * 150}" in message
+    assert "step=1 algorithm=EAGLE3" in message
+    assert "--speculative-algorithm NONE" in message
+    assert NONFINITE_ROUNDS <= 300
 
 
 def test_every_algorithm_that_drafts_has_its_likely_causes() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rollout.embedded.drafting import Draft, DraftContext, DraftWeights, FeatureNeed, Outcome, Prefill
+from rollout.embedded.drafting import Draft, DraftContext, DraftWeights, FeatureNeed, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
 from slime_spec.checkpoints.model_spec import ModelSpec
@@ -47,8 +47,8 @@ class LedgerDrafter:
         self.drafted: dict[int, tuple[DraftContext, Draft]] = {}
         self.forgotten: list[int] = []
 
-    def bind(self, decoder: Decoder) -> None:
-        self.bound.append(decoder)
+    def bind(self, decoder: Decoder) -> Swap:
+        return lambda: self.bound.append(decoder)
 
     def prefill(self, prefill: Prefill) -> None:
         own_start = 0 if prefill.shared else prefill.kv_row.prefix_len

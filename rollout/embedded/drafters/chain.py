@@ -1,4 +1,8 @@
-"""Chains grow a token at a time for all sequences of a batch: by the draft's argmax, or by sampling."""
+"""Chains grow a token at a time for all sequences of a batch: by the draft's argmax, or by sampling.
+
+A chain ends before the first token whose logits are not finite numbers. It keeps the tokens before: they were drawn
+already, and a draft that is dropped for what came after its first token would bend the output's distribution.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from rollout.embedded.drafting import Draft, DraftContext
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.verification.draw import argmax, inverse_cdf
 from slime_spec.types import is_greedy
+
+NONFINITE = -1  # in place of a token whose logits were not finite numbers
 
 
 def chain_limit(context: DraftContext) -> int:
@@ -37,16 +43,23 @@ def grow_chains(
     heads, spans = first, next_slots
     for index in range(num_steps):
         draft_ids = argmax(heads.logits)
+        # A row's largest logit is NaN or infinite exactly where its distribution is none.
+        finite = heads.logits.gather(1, draft_ids.unsqueeze(1)).squeeze(1).isfinite()
         if sampler is not None and sampler.rows:
-            draft_ids = sampler.draw(heads.logits, draft_ids, index)
-        levels.append(vocab.tokens(draft_ids))
+            draft_ids, finite = sampler.draw(heads.logits, draft_ids, finite, index)
+        tokens = vocab.tokens(draft_ids)
+        levels.append(tokens.where(finite, NONFINITE))
         if index + 1 < num_steps:
-            heads = step(levels[-1], heads.hidden, spans)
+            heads = step(tokens, heads.hidden, spans)
             spans = [RowSpan(span.row, span.start + 1, 1, span.prefix_row, span.prefix_len) for span in spans]
     drafts = []
     for row, (context, chain) in enumerate(zip(contexts, torch.stack(levels, dim=1).tolist(), strict=True)):
         tokens = chain[: chain_limit(context)]
-        drafts.append(Draft.chain(tokens, None if sampler is None else sampler.distribution(row, len(tokens))))
+        nonfinite = NONFINITE in tokens
+        if nonfinite:
+            tokens = tokens[: tokens.index(NONFINITE)]
+        q_draft = None if sampler is None else sampler.distribution(row, len(tokens))
+        drafts.append(Draft.chain(tokens, q_draft, nonfinite))
     return drafts
 
 
@@ -62,21 +75,28 @@ class ChainSampler:
         self._index = torch.tensor(self.rows, device=device)
         self._distributions: list[torch.Tensor] = []
 
-    def draw(self, logits: torch.Tensor, draft_ids: torch.Tensor, step: int) -> torch.Tensor:
-        """Return ``draft_ids`` [rows], those of sampling rows replaced by tokens drawn with this step's uniforms."""
+    def draw(
+        self, logits: torch.Tensor, draft_ids: torch.Tensor, finite: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both [rows] with what this step's uniforms drew for sampling rows: the tokens, and whether q is one.
+
+        A q is none where logits are not finite numbers, or are no longer after the division by the temperature.
+        """
         q_draft = (logits[self._index] / self._temperatures).softmax(dim=-1)
         uniforms = torch.tensor(
             [_uniform(each, step) for each in self._contexts], dtype=torch.float64, device=logits.device
         )
         self._distributions.append(self._vocab.spread(q_draft))
-        return draft_ids.index_copy(0, self._index, inverse_cdf(q_draft, uniforms))
+        drawn = inverse_cdf(q_draft, uniforms)
+        has_mass = q_draft.gather(1, drawn.unsqueeze(1)).squeeze(1) > 0.0
+        return draft_ids.index_copy(0, self._index, drawn), finite.index_copy(0, self._index, has_mass)
 
     def distribution(self, row: int, num_nodes: int) -> torch.Tensor | None:
         """Return the distributions [nodes, target vocab] of the row's first sampled tokens.
 
-        None for a row of argmaxes.
+        None for a row of argmaxes, or without a token.
         """
-        if row not in self.rows:
+        if row not in self.rows or not num_nodes:
             return None
         place = self.rows.index(row)
         return torch.stack([distribution[place] for distribution in self._distributions[:num_nodes]])

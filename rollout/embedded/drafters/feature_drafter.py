@@ -24,7 +24,7 @@ from rollout.embedded.drafters.growth import grow_drafts
 from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.network_weights import NetworkBuilder
 from rollout.embedded.drafters.step import DrafterSetup, DraftRows, DraftVocab, Heads, last_rows, own_span
-from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill
+from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.model import Decoder
@@ -64,12 +64,16 @@ class FeatureDrafter:
         return self._rows.cache
 
     @torch.inference_mode()
-    def bind(self, decoder: Decoder) -> None:
+    def bind(self, decoder: Decoder) -> Swap:
         """Share the target's embedding and head; the first time, read the draft's own weights."""
         if self._target is None:
             self._read()
-        self._target = decoder
-        self._shared_head = None if self.spec.has_own_head else self._head_of(decoder)
+        shared_head = None if self.spec.has_own_head else self._head_of(decoder)
+
+        def swap() -> None:
+            self._target, self._shared_head = decoder, shared_head
+
+        return swap
 
     @torch.inference_mode()
     def prefill(self, prefill: Prefill) -> None:
@@ -149,7 +153,7 @@ class FeatureDrafter:
         stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
         if stored != {self._setup.dtype}:
             logger.info("cast the draft folder=%s to=%s", self._setup.draft.folder, self._setup.dtype)
-        self.weights.load(checkpoint.tensors)
+        self.weights.build(checkpoint.tensors)()
         if checkpoint.hot_token_ids is not None:
             self._vocab = DraftVocab(self._vocab.target_size, checkpoint.hot_token_ids.to(self._setup.device))
 
@@ -184,8 +188,13 @@ class NetworkWeights:
     def exact(self) -> bool:
         return self._builder.quantization is None
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._network = self._builder.build(tensors)
+    def build(self, tensors: Mapping[str, torch.Tensor]) -> Swap:
+        network = self._builder.build(tensors)
+
+        def swap() -> None:
+            self._network = network
+
+        return swap
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self._builder.tensors(self.network)

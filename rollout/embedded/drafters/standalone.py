@@ -15,7 +15,7 @@ from rollout.embedded.drafters.chain import chain_limit
 from rollout.embedded.drafters.growth import grow_drafts
 from rollout.embedded.drafters.step import DrafterSetup, DraftRows, DraftVocab, Heads, last_rows, own_span
 from rollout.embedded.drafters.whole_model import ModelWeights
-from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill
+from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
@@ -44,10 +44,11 @@ class StandaloneDrafter:
         return self._rows.cache
 
     @torch.inference_mode()
-    def bind(self, decoder: Decoder) -> None:
+    def bind(self, decoder: Decoder) -> Swap:
         """Read the draft's weights at the first call; the draft shares nothing with the target."""
         if not self.weights.is_read:
             self.weights.read()
+        return lambda: None
 
     @torch.inference_mode()
     def prefill(self, prefill: Prefill) -> None:

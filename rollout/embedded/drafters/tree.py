@@ -6,6 +6,8 @@ the pool are kept, in pool order: parents come before children, and a score neve
 
     step 1   K nodes below the root
     step s   K·K nodes, scored by path            pool: K + (S - 1) K²        ties: the earlier in the pool
+
+Where a leaf's logits are not finite numbers, its children score -inf; no node of that score is kept.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ class Pool:
     parents: torch.Tensor
     scores: torch.Tensor
     depths: list[int]
+    nonfinite: torch.Tensor  # [rows], whether logits of a row's leaf were not finite numbers
 
-    def extend(self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor) -> None:
+    def extend(
+        self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor, nonfinite: torch.Tensor
+    ) -> None:
+        self.nonfinite |= nonfinite
         self.depths += [self.depths[-1] + 1] * tokens.shape[1]
         self.tokens = torch.cat([self.tokens, tokens], dim=1)
         self.parents = torch.cat([self.parents, parents], dim=1)
@@ -52,8 +58,8 @@ def grow_trees(
     """
     rows, width = first.logits.shape[0], min(topk, first.logits.shape[1])
     num_steps = min(num_steps, max(context.max_depth for context in contexts))
-    scores, tokens = _children(first.logits, width, vocab)
-    pool = Pool(tokens, torch.full_like(tokens, -1), scores, [1] * width)
+    scores, tokens, nonfinite = _children(first.logits, width, vocab)
+    pool = Pool(tokens, torch.full_like(tokens, -1), scores, [1] * width, nonfinite)
     leaves = torch.arange(width, device=scores.device).expand(rows, -1)  # in the pool
     hidden = first.hidden.repeat_interleave(width, dim=0)
     lineages: list[tuple[int, ...]] = [(-1,) * width] * rows  # parents within the draft's cache
@@ -63,10 +69,11 @@ def grow_trees(
             for slot, lineage in zip(next_slots, lineages, strict=True)
         ]
         heads = step(tokens.flatten(), hidden, spans)
-        log_p, children = _children(heads.logits, width, vocab)
+        log_p, children, nonfinite = _children(heads.logits, width, vocab)
         candidates = (scores.reshape(-1, 1) + log_p).view(rows, -1)
         before = pool.tokens.shape[1]
-        pool.extend(children.view(rows, -1), leaves.repeat_interleave(width, dim=1), candidates)
+        nonfinite = nonfinite.view(rows, -1).any(dim=1)
+        pool.extend(children.view(rows, -1), leaves.repeat_interleave(width, dim=1), candidates, nonfinite)
         if level + 1 == num_steps:
             break
         best = _best(candidates, width)
@@ -82,10 +89,10 @@ def grow_trees(
     return _select(pool, contexts, num_draft_tokens - 1)
 
 
-def _children(logits: torch.Tensor, width: int, vocab: DraftVocab) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (log probabilities, target token ids) [rows, width] of the likeliest next tokens."""
+def _children(logits: torch.Tensor, width: int, vocab: DraftVocab) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (log probabilities, target token ids) [rows, width] of the likeliest next tokens, and nonfinite [rows]."""
     log_p, draft_ids = logits.log_softmax(dim=-1).topk(width, dim=-1)
-    return log_p, vocab.tokens(draft_ids)
+    return log_p.nan_to_num(nan=-torch.inf, neginf=-torch.inf), vocab.tokens(draft_ids), log_p[:, 0].isnan()
 
 
 def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -96,14 +103,17 @@ def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
 def _select(pool: Pool, contexts: Sequence[DraftContext], most: int) -> list[Draft]:
     """Return each row's best nodes within its context's bounds, in pool order."""
     ranking = pool.scores.sort(dim=1, descending=True, stable=True).indices.tolist()
+    num_possible = (pool.scores > -torch.inf).sum(dim=1).tolist()
     drafts = []
-    for context, ranked, tokens, parents in zip(
-        contexts, ranking, pool.tokens.tolist(), pool.parents.tolist(), strict=True
+    for context, ranked, possible, tokens, parents, nonfinite in zip(
+        *(contexts, ranking, num_possible, pool.tokens.tolist(), pool.parents.tolist(), pool.nonfinite.tolist()),
+        strict=True,
     ):
-        shallow = [node for node in ranked if pool.depths[node] <= context.max_depth]
+        shallow = [node for node in ranked[:possible] if pool.depths[node] <= context.max_depth]
         kept = sorted(shallow[: min(most, context.max_draft_tokens)])
         place = {node: index for index, node in enumerate(kept)} | {-1: -1}
-        drafts.append(Draft(tuple(tokens[node] for node in kept), tuple(place[parents[node]] for node in kept)))
+        parents_kept = tuple(place[parents[node]] for node in kept)
+        drafts.append(Draft(tuple(tokens[node] for node in kept), parents_kept, nonfinite=nonfinite))
     return drafts
 
 

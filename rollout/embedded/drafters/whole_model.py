@@ -9,6 +9,7 @@ import torch
 from rollout.embedded.blocks import Layer
 from rollout.embedded.drafters.quantized import make_linear
 from rollout.embedded.drafters.step import DrafterSetup
+from rollout.embedded.drafting import Swap
 from rollout.embedded.linear import PackedLinear, best_packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable
@@ -48,9 +49,9 @@ class ModelWeights:
 
     def read(self) -> None:
         """Take the weights of the draft's folder."""
-        self.load(load_tensors(self._setup.draft.folder, self._spec))
+        self.build(load_tensors(self._setup.draft.folder, self._spec))()
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def build(self, tensors: Mapping[str, torch.Tensor]) -> Swap:
         setup = self._setup
         packing = best_packing(setup.device, setup.dtype)
         builder = DecoderBuilder(self._spec, self._rope, setup.dtype, setup.device, packing)
@@ -59,7 +60,11 @@ class ModelWeights:
         decoder = builder.finish()
         if self._quantization is not None:
             self._round(decoder)
-        self._decoder = decoder
+
+        def swap() -> None:
+            self._decoder = decoder
+
+        return swap
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return named_tensors(self.decoder)

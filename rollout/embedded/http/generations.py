@@ -18,7 +18,7 @@ from threading import Lock
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.loop_thread import Refused
 from rollout.embedded.request import Progress
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, GenerationError
 from slime_spec.interfaces import Generation
 from slime_spec.types import GeneratedSample, GroupRequest
 
@@ -158,7 +158,7 @@ class Generations:
             handle.bind(generation)
             for sample in generation:
                 put(Finished(prompt, sample))
-        except Refused as error:
+        except (Refused, GenerationError) as error:
             put(error)
         except RuntimeError as error:
             put(EngineEnded(str(error)))

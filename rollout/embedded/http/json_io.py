@@ -18,7 +18,7 @@ from aiohttp.typedefs import Middleware
 
 from rollout.embedded.http.generations import EngineEnded
 from rollout.embedded.loop_thread import LoopEnded, Refused
-from slime_spec.errors import ConfigError, PushError
+from slime_spec.errors import ConfigError, GenerationError, PushError
 from slime_spec.files import parse_json, shortened
 from slime_spec.suggest import did_you_mean
 
@@ -212,6 +212,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return refusal(400, str(error))
     except (Refused, EngineEnded, LoopEnded) as error:
         return refusal(503, str(error), "unavailable_error")
+    except GenerationError as error:
+        return refusal(500, str(error), "internal_error")
     except web.HTTPException as error:
         return refusal(error.status, f"{request.method} {request.path}: {error.reason}")
     except Exception:

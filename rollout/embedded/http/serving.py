@@ -76,8 +76,9 @@ class Totals:
         self.num_rounds += sample.spec.num_rounds
         self.num_correct += sample.spec.num_correct
         if self._alarm is not None:
-            num_rounds = sample.spec.num_rounds - sample.spec.num_empty_rounds
-            self._alarm.see(num_rounds, sample.spec.num_correct, f"samples={self.num_samples}")
+            spec, when = sample.spec, f"samples={self.num_samples}"
+            num_rounds = spec.num_rounds - spec.num_empty_rounds
+            self._alarm.see(num_rounds, spec.num_correct, when, spec.num_nonfinite_rounds)
 
     @property
     def mean_accept_length(self) -> float | None:

@@ -44,7 +44,8 @@ class VerifyRow:
 class Verified:
     """Holds what a round emits: accepted drafts, then one token of the target; ``path`` names the accepted nodes.
 
-    ``logprobs[i]`` is the target's log softmax(logits / T) at ``token_ids[i]``, after bias and penalties.
+    ``logprobs[i]`` is the target's log softmax(logits / T) at ``token_ids[i]``, after bias and penalties. It is finite
+    but where logits hold NaN or infinity or leave no token: the core then gives the request up, token and all.
     """
 
     token_ids: list[int]
