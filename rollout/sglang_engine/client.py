@@ -48,10 +48,13 @@ class NotReached(ServerGone):
 
 
 class SglangClient:
-    """Calls one server, or a router; belongs to the asyncio loop in which ``open`` ran."""
+    """Calls one server, or a router; belongs to the asyncio loop in which ``open`` ran.
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
-        self.url = url
+    A server that does not answer a ``post`` within ``call_timeout_s`` is gone.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, call_timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        self.url, self._call_timeout_s = url, call_timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def open(self) -> None:
@@ -61,7 +64,7 @@ class SglangClient:
 
     def at(self, url: str) -> SglangClient:
         """Return a client of another server, which can be used as long as this client is open."""
-        other = SglangClient(url)
+        other = SglangClient(url, call_timeout_s=self._call_timeout_s)
         other._session = self._session
         return other
 
@@ -69,11 +72,11 @@ class SglangClient:
         await self._session.close()
 
     async def get(self, path: str, timeout_s: float = 60.0) -> Any:
-        return await self._call("GET", path, None, timeout_s)
+        return await self._call("GET", path, None, min(timeout_s, self._call_timeout_s))
 
-    async def post(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+    async def post(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None) -> Any:
         """Return the answer's JSON, or its text where it is not JSON; raises ServerRefused or ServerGone."""
-        return await self._call("POST", path, body or {}, timeout_s)
+        return await self._call("POST", path, body or {}, timeout_s or self._call_timeout_s)
 
     async def delete(self, path: str, timeout_s: float) -> Any:
         return await self._call("DELETE", path, None, timeout_s)

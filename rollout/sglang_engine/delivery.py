@@ -8,6 +8,7 @@ the push has paused it already.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rollout.sglang_engine.client import ServerRefused, SglangClient
+from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.contract import END, Contract
 from rollout.sglang_engine.transports.bucket import NamedTensors, ServerTransport
 from slime_spec.errors import PushError
@@ -26,6 +27,7 @@ from slime_spec.weights.run import bucketed
 logger = logging.getLogger(__name__)
 
 BEGIN = "/begin_weight_update"
+ASK_AGAIN_S = (0.0, 0.5, 5.0)
 # Parts of a fused projection that SGLang cuts out as if every head had hidden_size / num_attention_heads dimensions.
 MISREAD = (".k_proj.", ".v_proj.")
 Sums = Mapping[str, str]
@@ -96,19 +98,29 @@ class Delivery:
         except ServerRefused as error:
             logger.warning("no checksums reason=%s", error.message)
             return {}
+        ranks = answer.get("ranks") if isinstance(answer, Mapping) else None
+        if not ranks or not all(
+            isinstance(rank, Mapping) and isinstance(rank.get("checksums"), Mapping) for rank in ranks
+        ):
+            logger.warning("no checksums answer=%.200s", answer)
+            return {}
         return {
             f"{rank}:{name}": checksum
-            for rank, payload in enumerate(answer.get("ranks") or [])
+            for rank, payload in enumerate(ranks)
             for name, checksum in payload["checksums"].items()
         }
 
     async def version(self) -> str:
-        """Return the target's version as the server reports it."""
-        for path in ("/model_info", "/get_model_info"):
-            try:
-                return str((await self._client.get(path)).get("weight_version")).removesuffix(self._label_suffix)
-            except ServerRefused:
-                continue
+        """Return the target's version as the server reports it; empty where it does not, asked several times."""
+        for wait_s in ASK_AGAIN_S:
+            await asyncio.sleep(wait_s)
+            for path in ("/model_info", "/get_model_info"):
+                try:
+                    answer = await self._client.get(path)
+                except ServerRefused:
+                    continue
+                if isinstance(answer, Mapping) and answer.get("weight_version") is not None:
+                    return str(answer["weight_version"]).removesuffix(self._label_suffix)
         return ""
 
     async def _send(
@@ -144,10 +156,8 @@ class Delivery:
             logger.warning("ended a stale weight-update session reason=%s", error.message)
             await self._client.post(END)
             await self._client.post(BEGIN, {"selector": side})
-        try:
+        async with self._and_then(END):
             yield
-        finally:
-            await self._client.post(END)
 
     @asynccontextmanager
     async def _paused(self, paused: PauseMode | None) -> AsyncIterator[None]:
@@ -155,10 +165,20 @@ class Delivery:
             yield
             return
         await self._client.post("/pause_generation", {"mode": "retract"})
+        async with self._and_then("/continue_generation"):
+            yield
+
+    @asynccontextmanager
+    async def _and_then(self, path: str) -> AsyncIterator[None]:
+        """Make a last call, also after an error; a server that is gone would only be waited for once more."""
         try:
             yield
-        finally:
-            await self._client.post("/continue_generation")
+        except ServerGone:
+            raise
+        except BaseException:
+            await self._client.post(path)
+            raise
+        await self._client.post(path)
 
 
 def _parts(weights: Weights, mtp_names: frozenset[str]) -> list[tuple[Side, Mapping[str, torch.Tensor]]]:
@@ -187,8 +207,14 @@ async def read_back(client: SglangClient, tensors: Mapping[str, torch.Tensor], d
 
 
 def _per_replica(shown: Any, num_dims: int) -> list[torch.Tensor]:
-    """Return each data-parallel replica's rows; a server with one replica answers without a list of replicas."""
-    if shown is None or None in shown:
+    """Return each data-parallel replica's rows; a server with one replica answers without a list of replicas.
+
+    What is no list of numbers shows nothing.
+    """
+    if not isinstance(shown, list):
         return []
-    theirs = torch.tensor(shown, dtype=torch.float64)
+    try:
+        theirs = torch.tensor(shown, dtype=torch.float64)
+    except (TypeError, ValueError):
+        return []
     return [theirs] if theirs.dim() == num_dims else list(theirs)

@@ -35,7 +35,7 @@ class DraftWatch:
         return Verdict.FINE if are_as_remembered else _mending(is_pushed)
 
     def judge_canary(self, counted: SpecCounters | None, is_pushed: bool, is_proved: bool, is_mended: bool) -> Verdict:
-        """Judge what the canary counted: None where the server was gone, which the Supervisor restarts.
+        """Judge what the canary counted: None where the server did not answer it, which says nothing of the draft.
 
         ``is_proved``: the checksums say that the server has the right draft, so that its folder has no better one.
         ``is_mended``: the draft has just been sent or read again, which is tried once.

@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from rollout.sglang_engine.assemble import make_delivery, make_watch
-from rollout.sglang_engine.client import ServerGone, SglangClient
+from rollout.sglang_engine.client import SglangClient
 from rollout.sglang_engine.generation import SglangGeneration
 from rollout.sglang_engine.kept_server import KeptServer
 from rollout.sglang_engine.limits import limits_of
@@ -95,13 +95,9 @@ class SglangEngine:
         if isinstance(message, PauseGeneration) and message.mode == "abort":
             self.samples.expect_aborts()
         with self.server.exclusive:
-            try:
+            if not isinstance(message, AROUND_PUSH):
                 return self._pushes.answer(message)
-            except ServerGone as error:
-                if not isinstance(message, AROUND_PUSH):
-                    raise
-                self.server.replace(f"it died before {type(message).__name__}: {error}")
-                return self._pushes.answer(message)
+            return self.server.surviving(lambda: self._pushes.answer(message))
 
     def set_resident(self, resident: bool) -> None:
         with self.server.exclusive:

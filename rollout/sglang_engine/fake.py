@@ -237,8 +237,8 @@ async def _once(body: Body) -> AsyncIterator[Body]:
 
 
 @contextmanager
-def serving(server: FakeServer) -> Iterator[str]:
-    """Serve in a thread on a free port of loopback; yields ``host:port``."""
+def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
+    """Serve in a thread on ``port`` of loopback, or a free port; yields ``host:port``."""
     loop = asyncio.new_event_loop()
     started: list[str] = []
     up = threading.Event()
@@ -246,10 +246,9 @@ def serving(server: FakeServer) -> Iterator[str]:
 
     async def start() -> None:
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", port)
         await site.start()
-        host, port = runner.addresses[0][:2]
-        started.append(address_of(host, port))
+        started.append(address_of(*runner.addresses[0][:2]))
         up.set()
 
     def run() -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from threading import Event, RLock
+from typing import TypeVar
 
 from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.external import use_server
@@ -28,8 +29,13 @@ from slime_spec.site import NodeLost, Site
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 REENTER_TIMEOUT_S = 15.0
 RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
+
+
+class ServerUnfit(RuntimeError):
+    """The server lives and may have other weights than it should have: only a new server surely has the right ones."""
 
 
 class KeptServer:
@@ -90,7 +96,7 @@ class KeptServer:
 
     def open(self, url: str) -> SglangClient:
         """Open a client of any server, with this run's key; it is closed when the server is stopped."""
-        client = SglangClient(url, self._key)
+        client = SglangClient(url, self._key, self._config.sglang_server.call_timeout_s)
         self.loop.call(client.open())
         self._started.callback(lambda: self.loop.call(client.close()))
         return client
@@ -117,6 +123,23 @@ class KeptServer:
         if self.supervisor is None:
             raise PushError(f"the external server {self.client.url} cannot be restarted: {why}")
         self.supervisor.replace(why)
+
+    def surviving(self, call: Callable[[], T], loss: str = "") -> T:
+        """Make a call; where the server dies of it or is unfit, replace the server and make the call again.
+
+        ``loss`` says why the server must be replaced before the first call; empty: it serves. A new server has the
+        current weights. Raises PushError for an external server, and where the successors are lost as well.
+        """
+        for attempts_left in reversed(range(1 + max(1, self._config.sglang_server.max_restarts))):
+            try:
+                if loss:
+                    self.replace(loss)
+                return call()
+            except (ServerGone, ServerUnfit, ServerStartError, NodeLost) as error:
+                if not attempts_left:
+                    raise PushError(f"engine {self._index} has no server that goes through with it: {error}") from error
+                loss = str(error)
+        raise AssertionError("the last attempt returns or raises")
 
     def set_resident(self, resident: bool) -> None:
         """Free the server's memory, or take it back."""

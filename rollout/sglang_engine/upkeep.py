@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 
-from rollout.sglang_engine.client import ServerGone
 from rollout.sglang_engine.draft_watch import DraftWatch, Verdict
 from rollout.sglang_engine.kept_server import KeptServer
 from rollout.sglang_engine.staging import ServerStaging
@@ -49,11 +48,10 @@ class Upkeep:
     def commit(self, stage: PushStage[ServerStaging]) -> None:
         """Send the server the push; a server that dies of it is replaced, then gets it; raises PushError on refusal."""
         outcome = self._weights.send(stage)
-        if outcome.loss:
-            self._server.replace(outcome.loss)
         if outcome.refusal is not None:
+            self._server.surviving(lambda: None, outcome.loss)
             raise outcome.refusal
-        self._weights.confirm(stage)
+        self._server.surviving(lambda: self._weights.confirm(stage), outcome.loss)
         self._is_changed = True
         if not self._weights.is_paused:
             self._look_after_push()
@@ -64,7 +62,7 @@ class Upkeep:
     def after_offload(self) -> None:
         """Check that the draft is intact: SGLang has lost drafts over a release and resume of memory."""
         if self._server.speculates and self._watch.has_weights:
-            self._check_sums("the draft did not survive the offload")
+            self._server.surviving(lambda: self._check_sums("the draft did not survive the offload"))
 
     def _look_after_push(self) -> None:
         """Compare checksums and run the canary, once the server generates again."""
@@ -75,9 +73,9 @@ class Upkeep:
         if not self._server.speculates:
             return
         if self._watch.has_weights:
-            self._check_sums("the draft was changed, and not by a push of it")
+            self._server.surviving(lambda: self._check_sums("the draft was changed, and not by a push of it"))
         if self._watch.canary.prompts:
-            self._check_canary()
+            self._server.surviving(self._check_canary)
 
     def _check_sums(self, alarm: str) -> None:
         verdict = self._watch.judge_sums(self._weights.draft_is_as_remembered(), self._weights.has_pushed_draft)
@@ -90,17 +88,16 @@ class Upkeep:
         if verdict in (Verdict.RESEND, Verdict.RESTART):
             self._act(verdict)
             verdict = self._canary_verdict(is_mended=True)
-            if verdict is Verdict.FINE:
+            if verdict is Verdict.FINE and self.counted.num_rounds:
                 logger.warning("the draft is accepted again")
         if verdict is Verdict.DISABLE:
             self._act(verdict)
 
     def _canary_verdict(self, is_mended: bool) -> Verdict:
-        counted: SpecCounters | None = None
-        try:
-            counted = self.counted = self._server.loop.call(self._watch.canary.run(self._server.client))
-        except ServerGone as error:
-            logger.warning("no canary reason=%s", error)
+        counted = self._server.loop.call(self._watch.canary.run(self._server.client))
+        if counted is None:
+            self._server.suspect()  # a canary that nobody answers may be a server that hangs
+        self.counted = counted or SpecCounters()
         return self._watch.judge_canary(
             counted, self._weights.has_pushed_draft, self._weights.knows_draft_sums, is_mended
         )

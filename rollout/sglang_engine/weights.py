@@ -9,7 +9,7 @@ import torch
 
 from rollout.sglang_engine.client import ServerGone, ServerRefused
 from rollout.sglang_engine.delivery import Delivery, Sums, Weights, read_back
-from rollout.sglang_engine.kept_server import KeptServer
+from rollout.sglang_engine.kept_server import KeptServer, ServerUnfit
 from rollout.sglang_engine.staging import ServerStaging
 from slime_spec.checkpoints.model_files import DraftFiles, TargetFiles
 from slime_spec.config.tree import Config
@@ -113,15 +113,20 @@ class ServerWeights:
         return bool(self._draft_sums)
 
     def send_draft_again(self) -> None:
-        """Deliver the draft that was last pushed."""
-        self._deliver(self._current["draft"])
+        """Deliver the draft that was last pushed; raises ServerUnfit where the server refuses what it took before."""
+        try:
+            self._deliver(self._current["draft"])
+        except ServerRefused as error:
+            raise ServerUnfit(f"it refused the draft that it had taken: {error}") from error
 
     def remember_draft(self) -> None:
         """Note the checksums of the draft, which is right now."""
         self._draft_sums = self._sums_of_draft()
 
     def draft_is_as_remembered(self) -> bool:
-        return self._sums_of_draft() == self._draft_sums
+        """Compare the draft with its checksums when it was right; True where there are none, then or now."""
+        sums = self._sums_of_draft()
+        return not (sums and self._draft_sums) or sums == self._draft_sums
 
     def _sums_of_draft(self) -> Sums:
         """Return the checksums of the tensors that are the draft's own."""
@@ -150,7 +155,7 @@ class ServerWeights:
         return Outcome()
 
     def confirm(self, stage: PushStage[ServerStaging]) -> None:
-        """Note the checksums of a push that the server has; raises PushError where it reports another version."""
+        """Note the checksums of a push that the server has; raises ServerUnfit where it reports another version."""
         side = stage.manifest.side
         self._checksums[side] = stage.checksum
         if side == "target":
@@ -168,7 +173,7 @@ class ServerWeights:
     def _check_version(self) -> None:
         told = self._server.loop.call(self.delivery.version())
         if told != str(self.version("target")):
-            raise PushError(f"after the push of version {self.version('target')} the server reports version {told!r}")
+            raise ServerUnfit(f"after the push of version {self.version('target')} the server reports version {told!r}")
 
     def checksum(self, side: Side) -> str:
         """Return the pushed checksum where the server has the pushed weights, else what is wrong, or NOT_COMPARABLE.
@@ -188,7 +193,7 @@ class ServerWeights:
                 return f"the server has other values of {', '.join(wrong)}"
         else:
             sums = self._sums_of_draft() if self._server.speculates else {}
-            if not sums:  # no draft runs, or the server reports none
+            if not sums or not self._draft_sums:  # no draft runs, or the server does not report them
                 return NOT_COMPARABLE
             if sums != self._draft_sums:
                 return "the draft's checksums have changed since the push"

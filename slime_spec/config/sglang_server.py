@@ -35,6 +35,12 @@ class SglangServerConfig:
         flags=("--sglang-stall-timeout",),
         above=0.0,
     )
+    call_timeout_s: float = setting(
+        600.0,
+        "Longest wait for the answer to one call of a push, a pause or an offload; then the server is taken for dead.",
+        flags=("--sglang-call-timeout",),
+        above=0.0,
+    )
     external_addrs: tuple[str, ...] = setting(
         (),
         "Servers (host:port) that someone else started, one an engine; they are used, never restarted.",

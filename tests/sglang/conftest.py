@@ -57,9 +57,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 @pytest.fixture
 def config(checkpoints: Checkpoints, tmp_path: Path) -> Config:
+    return eagle3_config(checkpoints, tmp_path)
+
+
+def eagle3_config(checkpoints: Checkpoints, folder: Path) -> Config:
     """One engine on the CPU that drafts with EAGLE-3."""
     return Config(
-        run=RunConfig(mode="rollout_only", output_dir=str(tmp_path)),
+        run=RunConfig(mode="rollout_only", output_dir=str(folder)),
         model=ModelConfig(hf_checkpoint=str(checkpoints.target)),
         engine=EngineConfig(max_running_requests=8, max_total_tokens=4096),
         rollout=RolloutConfig(engine="sglang", num_gpus_per_engine=0, num_cpus_per_engine=1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
@@ -171,9 +171,18 @@ class Kept:
     loop: AsyncLoop
     speculates: bool = True
     replaced: list[str] = field(default_factory=list)
+    num_suspected: int = 0
 
     def replace(self, why: str) -> None:
         self.replaced.append(why)
+
+    def surviving(self, call: Callable[[], None], loss: str = "") -> None:
+        if loss:
+            self.replace(loss)
+        call()
+
+    def suspect(self) -> None:
+        self.num_suspected += 1
 
 
 @dataclass
@@ -193,7 +202,7 @@ class Tended:
 def tended(connect: Connect, heals: bool, client: SglangClient | None = None) -> Tended:
     server = FakeServer()
     engine = connect(server).engine
-    canary = Canary(2, 16, 0.5, longest=100)
+    canary = Canary(2, 16, 0.5, longest=100, waits_s=(0.0, 0.0))
     canary.see((1, 2, 3))
     canary.see((4, 5))
     sent, kept = Sent(server, heals), Kept(client or engine.client, engine.server.loop)
@@ -331,7 +340,7 @@ def test_a_server_that_is_gone_under_the_canary_is_left_to_who_watches_it(connec
     on.kept.loop.call(gone.open())
     on.push()
     on.kept.loop.call(gone.close())
-    assert (on.sent.num_sent, on.kept.speculates, on.kept.replaced) == (0, True, [])
+    assert (on.sent.num_sent, on.kept.speculates, on.kept.replaced, on.kept.num_suspected) == (0, True, [], 1)
 
 
 def test_a_draft_pushed_after_speculation_was_given_up_is_only_kept(connect: Connect, checkpoints: Checkpoints) -> None:
