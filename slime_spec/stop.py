@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TWICE_S = 1.0  # `timeout` and some schedulers send one request twice: to the process, and to its group
+CLEAN_UP_S = 30.0
 SHELL_BASE = 128  # a shell reports a process that a signal ended as 128 + its number
 
 
@@ -36,6 +38,8 @@ class StopSignals:
         self._asked_at = 0.0
         self._may_interrupt = False
         self._before: dict[signal.Signals, object] = {}
+        self._limit = threading.Timer(CLEAN_UP_S, lambda: self._end(self.exit_code))
+        self._limit.daemon = True
 
     @property
     def exit_code(self) -> int:
@@ -56,6 +60,18 @@ class StopSignals:
             yield
         finally:
             self._may_interrupt = False
+
+    @contextmanager
+    def limited_clean_up(self) -> Iterator[None]:
+        """Give the clean-up after the block CLEAN_UP_S, if a signal has come: all that must be kept is on disk then.
+
+        Ray, for one, waits a minute for a head that the same signal has ended.
+        """
+        try:
+            yield
+        finally:
+            if self.asked:
+                self._limit.start()
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
         """Handle a signal. Writes past Python's streams and logs, in the middle of whose work a signal may come."""
@@ -78,6 +94,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._limit.cancel()
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
 

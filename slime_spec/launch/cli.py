@@ -14,6 +14,7 @@ from slime_spec.launch.help import BENCH, COMMANDS, train_help
 from slime_spec.suggest import did_you_mean
 
 HELP = (["-h"], ["--help"])
+INTERRUPTED = 130  # as a shell reports Ctrl-C
 DRY_RUN = "--dry-run"  # flag of train and rollout: print the plan and start nothing
 
 # A command imports its modules only when it is chosen, so that `slime-spec config` is fast.
@@ -23,12 +24,14 @@ class StderrHandler(logging.StreamHandler):
     """Logs to the current sys.stderr, which a progress display replaces to print lines above its bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "is_shown", False):
+            return
         self.setStream(sys.stderr)
         super().emit(record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 on success, 2 for a mistake in the command line or the configuration."""
+    """Run one command; return 0 on success, 2 for a mistake in the command line or configuration, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _show(COMMANDS)
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error_block(error), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a run ends itself in order; this is any other command, or the time before a run
+        return INTERRUPTED
 
 
 def error_block(error: ConfigError) -> str:

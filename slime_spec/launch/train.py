@@ -66,22 +66,19 @@ class Inputs:
 def run(made: Composed, argv: Sequence[str]) -> int:
     """Run the configuration; return the exit code of the process: 128 and the signal's number after a signal."""
     with StopSignals() as stop, RunLog() as run_log:
-        outcome = "nothing had been started"
         try:
-            outcome = _run(made, argv, stop, run_log)
+            _run(made, argv, stop, run_log)
         except KeyboardInterrupt:
             if stop.asked is None:
                 raise
-            outcome = "no step of this launch was finished"
-        if stop.asked:
-            logger.warning("stopped by %s: %s", stop.asked.name, outcome)
+            logger.warning("stopped by %s: no step of this launch was finished", stop.asked.name)
     return stop.exit_code
 
 
-def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog) -> str:
-    """Run the configuration to its end or to a signal; say what was finished and saved."""
+def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog) -> None:
+    """Run the configuration to its end or to a signal."""
     config = made.config
-    with ExitStack() as parts:
+    with ExitStack() as parts, stop.limited_clean_up():
         with stop.interruptible():
             check_launch(config, made.given)
             inputs = preflight(config)
@@ -113,13 +110,32 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             progress=lambda phase: partial(log.progress, phase),
             stop=stop,
         )
-        state = run_loop(job, state)
-        if trainer is not None and config.trainer.save_final and not stop.asked:
+        state = _loop(job, state)
+        if stop.asked:
+            saved = "no checkpoint was saved"
+            if checkpoints is not None and has_checkpoint(checkpoints):
+                step = saved_step(resolve_checkpoint(checkpoints))
+                saved = f"step {step} of {config.run.num_rollout} is saved, resume with --load {checkpoints}"
+            logger.warning("stopped by %s: %s", stop.asked.name, saved)
+        elif trainer is not None and config.trainer.save_final:
             trainer.export_hf(str(folder.hf_export))
             logger.info("exported the policy path=%s version=%d", folder.hf_export, state.weight_version)
-    is_saved = checkpoints is not None and has_checkpoint(checkpoints)
-    saved = f"resume with --load {checkpoints}" if is_saved else "no checkpoint was saved"
-    return f"{state.rollout_id} of {config.run.num_rollout} steps are finished, {saved}"
+
+
+def _loop(job: Job, state: RunState) -> RunState:
+    """Run the loop; a signal to all processes of a job, which ends the trainer or an engine too, ends it in order."""
+    from ray.exceptions import RayError
+
+    from rollout.pool import EngineProcessDied
+
+    try:
+        return run_loop(job, state)
+    except (RayError, EngineProcessDied) as error:
+        if not job.stop.asked:
+            raise
+        reason = str(error).partition("\n")[0]
+        logger.error("the signal ended the run's processes before the last step was saved: %s", reason)
+        return state
 
 
 def _run_folder(config: Config, argv: Sequence[str], load: str | None) -> RunFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from rich.table import Table
 
 from slime_spec.config.tree import Config
 
+logger = logging.getLogger(__name__)
+
+SHOWN = {"is_shown": True}  # marks log lines that the terminal has already: they are for the run's log
 # (metric, short name, format) of what a step's line shows, in this order, where the step has it.
 LINE = (
     ("rollout/reward_mean", "reward", "{:.3f}"),
@@ -52,7 +56,9 @@ class ConsoleSink:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._rows[step] = dict(values)
-        self._console.print(step_line(step, self._num_steps, values), soft_wrap=True, markup=False, highlight=False)
+        line = step_line(step, self._num_steps, values)
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        logger.info(line, extra=SHOWN)
         self._bars.update(self._steps, completed=step + 1)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 from slime_spec.bench import BENCHES
 from slime_spec.config.build import to_yaml
 from slime_spec.config.schema import settings
+from slime_spec.launch import cli
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import compose
 from slime_spec.launch.groups import GROUPS, choices
@@ -103,3 +104,11 @@ def test_help_ends_quietly_when_its_reader_stops_early() -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("slime-spec train")
     assert done.stderr == ""
+
+
+def test_ctrl_c_ends_any_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "HANDLERS", {"doctor": interrupted})
+    assert main(["doctor"]) == 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import signal
@@ -18,9 +19,11 @@ from samples import disk_of
 from slime_spec.config.tree import Config, MetricsConfig
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import SINKS, load_choice
+from slime_spec.launch.cli import StderrHandler
 from slime_spec.metrics.console import ConsoleSink, step_line, summary
 from slime_spec.metrics.jsonl import JsonlSink, read_metrics
 from slime_spec.metrics.log import MetricLog
+from slime_spec.run_log import RunLog
 
 STEP = {
     "rollout/reward_mean": 0.3125,
@@ -142,6 +145,26 @@ def test_without_a_terminal_the_console_writes_plain_lines_and_a_table_at_the_en
     assert "\x1b" not in written.getvalue()
     sink.close()
     assert "rollout/reward_mean" in written.getvalue()
+
+
+def test_the_runs_log_has_the_line_of_a_step_and_the_terminal_has_it_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, terminal = logging.getLogger(), StderrHandler()
+    root.addHandler(terminal)
+    before = root.level
+    try:
+        root.setLevel(logging.INFO)
+        with RunLog() as log:
+            log.write_to(tmp_path / "run.log")
+            sink = ConsoleSink(2, Console(stderr=True, width=200))
+            sink.write(0, STEP)
+            sink.close()
+    finally:
+        root.setLevel(before)
+        root.removeHandler(terminal)
+    assert "finished step=1/2 reward=0.312" in (tmp_path / "run.log").read_text()
+    assert capsys.readouterr().err.count("finished step=1/2") == 1
 
 
 def test_on_a_terminal_the_console_shows_the_steps_and_the_phase_that_runs() -> None:
