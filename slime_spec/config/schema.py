@@ -10,9 +10,9 @@ from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from typing import Any
 
+from slime_spec.config.texts import is_text
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.files import is_encodable
 from slime_spec.suggest import did_you_mean
 
 # The one node that is not a dataclass: SGLang's own flags, whose types the launch package knows.
@@ -38,6 +38,8 @@ class Setting:
     minimum: float | None
     maximum: float | None
     above: float | None
+    below: float | None
+    may_be_empty: bool
 
     @property
     def node(self) -> str:
@@ -67,13 +69,13 @@ class Setting:
         return self._check_one(value)
 
     def _check_one(self, value: object) -> Any:
-        if self.type is float and type(value) is int:
+        if self.type is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         # isinstance would take True for the number 1
         if type(value) is not self.type or (isinstance(value, float) and not math.isfinite(value)):
             raise ConfigError(self.path, f"must be {self.expects}", value, self.remedy)
-        if isinstance(value, str) and not (is_encodable(value) and "\0" not in value):
-            raise ConfigError(self.path, "must be text that a file can hold, without NUL", ascii(value), self.remedy)
+        if isinstance(value, str) and (rule := self._broken_rule_of_texts(value)):
+            raise ConfigError(self.path, rule, value, self.remedy)
         if isinstance(value, str) and self.choices and value not in self.choices:
             hint = did_you_mean(value, self.choices)
             raise ConfigError(self.path, f"must be one of {', '.join(self.choices)}", value, hint + self.remedy)
@@ -81,14 +83,25 @@ class Setting:
             raise ConfigError(self.path, rule, value, self.remedy)
         return value
 
+    def _broken_rule_of_texts(self, value: str) -> str:
+        if not is_text(value):
+            return "must be text that a file can hold, without NUL"
+        return "" if value or self.may_be_empty else "must not be an empty text"
+
     def _broken_bound(self, value: float) -> str:
         if self.minimum is not None and value < self.minimum:
-            return f"must be at least {self.minimum:g}"
+            return f"must be at least {_shown(self.minimum)}"
         if self.above is not None and value <= self.above:
-            return f"must be above {self.above:g}"
+            return f"must be above {_shown(self.above)}"
         if self.maximum is not None and value > self.maximum:
-            return f"must be at most {self.maximum:g}"
+            return f"must be at most {_shown(self.maximum)}"
+        if self.below is not None and value >= self.below:
+            return f"must be below {_shown(self.below)}"
         return ""
+
+
+def _shown(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 @cache

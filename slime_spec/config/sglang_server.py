@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime_spec.config.setting import setting
+from slime_spec.config.setting import INT32, MAX_WAIT_S, SAMPLES, setting
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,14 @@ class SglangServerConfig:
         "Port of the first engine's server, the next has the next; 0: free ones.",
         flags=("--sglang-port",),
         minimum=0,
+        maximum=65535,
     )
     start_timeout_s: float = setting(
-        900.0, "Longest wait for a server to become healthy.", flags=("--sglang-start-timeout",), above=0.0
+        900.0,
+        "Longest wait for a server to become healthy.",
+        flags=("--sglang-start-timeout",),
+        above=0.0,
+        maximum=MAX_WAIT_S,
     )
     stall_timeout_s: float = setting(
         30.0,
@@ -34,12 +39,14 @@ class SglangServerConfig:
         "hangs, and is replaced. Until its first token the limit is the start's, because kernels are compiled then.",
         flags=("--sglang-stall-timeout",),
         above=0.0,
+        maximum=MAX_WAIT_S,
     )
     call_timeout_s: float = setting(
         600.0,
         "Longest wait for the answer to one call of a push, a pause or an offload; then the server is taken for dead.",
         flags=("--sglang-call-timeout",),
         above=0.0,
+        maximum=MAX_WAIT_S,
     )
     external_addrs: tuple[str, ...] = setting(
         (),
@@ -80,13 +87,16 @@ class SglangServerConfig:
         choices=("tensor", "distributed", "disk"),
     )
     canary_prompts: int = setting(
-        4, "Prompts generated greedily after each push to see that drafts are still accepted; 0: none.", minimum=0
+        4,
+        "Prompts generated greedily after each push to see that drafts are still accepted; 0: none.",
+        minimum=0,
+        maximum=SAMPLES,
     )
-    canary_tokens: int = setting(32, "Tokens of a canary's response.", minimum=1)
+    canary_tokens: int = setting(32, "Tokens of a canary's response.", minimum=1, maximum=SAMPLES)
     canary_drop: float = setting(
         0.5,
         "Accepted drafts per round below this share of their running mean: the draft is lost.",
         above=0.0,
         maximum=1.0,
     )
-    max_restarts: int = setting(3, "Restarts of one engine's server before the run ends.", minimum=0)
+    max_restarts: int = setting(3, "Restarts of one engine's server before the run ends.", minimum=0, maximum=INT32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slime_spec.algorithms import EAGLE, EAGLE3, LOOKUP, NGRAM, NONE, Algorithm, find_algorithm, listed, names
-from slime_spec.config.setting import setting
+from slime_spec.config.setting import DRAFTS, INT32, setting
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,25 @@ class SpeculativeConfig:
         choices=("int8", "fp8"),
     )
     num_steps: int | None = setting(
-        None, "Depth of a draft; default: by algorithm.", flags=("--sglang-speculative-num-steps",), minimum=1
+        None,
+        "Depth of a draft; default: by algorithm.",
+        flags=("--sglang-speculative-num-steps",),
+        minimum=1,
+        maximum=DRAFTS,
     )
     eagle_topk: int | None = setting(
-        None, "Branches per step; 1 drafts a chain.", flags=("--sglang-speculative-eagle-topk",), minimum=1
+        None,
+        "Branches per step; 1 drafts a chain.",
+        flags=("--sglang-speculative-eagle-topk",),
+        minimum=1,
+        maximum=DRAFTS,
     )
     num_draft_tokens: int | None = setting(
         None,
         "Tokens verified per round, the root included; default: by algorithm.",
         flags=("--sglang-speculative-num-draft-tokens",),
         minimum=2,
+        maximum=DRAFTS,
     )
     accept_threshold_single: float = setting(
         1.0,
@@ -77,10 +86,18 @@ class SpeculativeConfig:
         choices=("sglang", "specforge"),
     )
     min_token_match: int = setting(
-        2, f"{LOOKUP.name}: shortest suffix that counts as a match.", flags=("--sp-min-token-match",), minimum=1
+        2,
+        f"{LOOKUP.name}: shortest suffix that counts as a match.",
+        flags=("--sp-min-token-match",),
+        minimum=1,
+        maximum=DRAFTS,
     )
     max_token_match: int = setting(
-        4, f"{LOOKUP.name}: longest suffix tried.", flags=("--sp-max-token-match",), minimum=1
+        4,
+        f"{LOOKUP.name}: longest suffix tried.",
+        flags=("--sp-max-token-match",),
+        minimum=1,
+        maximum=DRAFTS,
     )
     edit: bool = setting(
         False,
@@ -89,10 +106,18 @@ class SpeculativeConfig:
         flags=("--sp-edit",),
     )
     ngram_min_bfs_breadth: int = setting(
-        1, f"{NGRAM.name}: least children of a node.", flags=("--sglang-speculative-ngram-min-bfs-breadth",), minimum=1
+        1,
+        f"{NGRAM.name}: least children of a node.",
+        flags=("--sglang-speculative-ngram-min-bfs-breadth",),
+        minimum=1,
+        maximum=DRAFTS,
     )
     ngram_max_bfs_breadth: int = setting(
-        10, f"{NGRAM.name}: most children of a node.", flags=("--sglang-speculative-ngram-max-bfs-breadth",), minimum=1
+        10,
+        f"{NGRAM.name}: most children of a node.",
+        flags=("--sglang-speculative-ngram-max-bfs-breadth",),
+        minimum=1,
+        maximum=DRAFTS,
     )
     ngram_match_type: str = setting(
         "BFS",
@@ -101,10 +126,18 @@ class SpeculativeConfig:
         choices=("BFS", "PROB"),
     )
     ngram_max_trie_depth: int = setting(
-        18, f"{NGRAM.name}: longest n-gram kept.", flags=("--sglang-speculative-ngram-max-trie-depth",), minimum=2
+        18,
+        f"{NGRAM.name}: longest n-gram kept.",
+        flags=("--sglang-speculative-ngram-max-trie-depth",),
+        minimum=2,
+        maximum=DRAFTS,
     )
     ngram_capacity: int = setting(
-        10_000_000, f"{NGRAM.name}: trie nodes kept.", flags=("--sglang-speculative-ngram-capacity",), minimum=1
+        10_000_000,
+        f"{NGRAM.name}: trie nodes kept.",
+        flags=("--sglang-speculative-ngram-capacity",),
+        minimum=1,
+        maximum=INT32,
     )
     ngram_external_corpus_path: str | None = setting(
         None,
@@ -116,12 +149,14 @@ class SpeculativeConfig:
         f"{NGRAM.name}: draft nodes taken from the external corpus per round.",
         flags=("--sglang-speculative-ngram-external-sam-budget",),
         minimum=0,
+        maximum=DRAFTS,
     )
     ngram_external_corpus_max_tokens: int = setting(
         10_000_000,
         f"{NGRAM.name}: tokens of the external corpus read.",
         flags=("--sglang-speculative-ngram-external-corpus-max-tokens",),
         minimum=1,
+        maximum=INT32,
     )
 
     @property

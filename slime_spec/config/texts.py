@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
+from slime_spec.files import is_encodable, parse_json
+
 SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 NULLS = ("null", "None")
 
@@ -30,10 +32,27 @@ def suffixed_int(text: str) -> int:
 
 
 def finite_number(text: str) -> float:
-    number = float(text)
+    number = float(text) if text.isascii() and "_" not in text else math.nan
     if not math.isfinite(number):
         raise ValueError(text)
     return number
+
+
+def plain_json(text: str) -> object:
+    """Read JSON; raises ValueError as ``parse_json`` and ``check_json`` do."""
+    value = parse_json(text, "JSON")
+    check_json(value)
+    return value
+
+
+def check_json(value: object) -> None:
+    """Raise ValueError for plain data that JSON cannot carry: a number that is not finite, text that is not UTF-8."""
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+
+
+def is_text(value: str) -> bool:
+    """Return whether files, terminals and command lines can hold ``value``."""
+    return is_encodable(value) and "\0" not in value
 
 
 def switch(text: str) -> bool:
@@ -50,7 +69,7 @@ PARSERS: Mapping[str, Callable[[str], object]] = {
     "suffixed_int": suffixed_int,
     "float": finite_number,
     "bool": switch,
-    "json": json.loads,
+    "json": plain_json,
 }
 EXPECTS = {
     "str": "text",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from slime_spec.algorithms import LOOKUP
-from slime_spec.config.setting import setting
+from slime_spec.config.setting import CORES, INT32, MACHINES, MAX_WAIT_S, SAMPLES, setting
 from slime_spec.config.sglang_server import SglangServerConfig
 from slime_spec.config.speculative import SpeculativeConfig
 from slime_spec.engines import ENGINES
@@ -30,8 +30,10 @@ class RunConfig:
     mode: str = setting(
         "train", "train; rollout_only (no trainer, no push, no offload); train_only (saved rollouts).", choices=MODES
     )
-    seed: int = setting(0, "Seed of the run: prompts, sampling and initialisation derive from it.", minimum=0)
-    num_rollout: int = setting(30, "Rollout steps to run, each one policy update.", minimum=1)
+    seed: int = setting(
+        0, "Seed of the run: prompts, sampling and initialisation derive from it.", minimum=0, maximum=INT32
+    )
+    num_rollout: int = setting(30, "Rollout steps to run, each one policy update.", minimum=1, maximum=INT32)
     save_samples: bool = setting(False, "Write every sample to samples.jsonl in the run folder.")
     save_debug_rollout_data: str | None = setting(None, "Save each step's samples here; {rollout_id} is replaced.")
     load_debug_rollout_data: str | None = setting(
@@ -76,7 +78,9 @@ class TaskConfig:
         False,
         "Refuse a prompt of prompt_data that is longer than max_prompt_len. Default: leave it out, with a warning.",
     )
-    system_prompt: str = setting("", "System message put before every prompt (empty: the chat template decides).")
+    system_prompt: str = setting(
+        "", "System message put before every prompt (empty: the chat template decides).", may_be_empty=True
+    )
     chat_date: str | None = setting(
         None, "Today (YYYY-MM-DD) for a chat template that asks. Default: its own date, or 2024-07-26; never the clock."
     )
@@ -93,23 +97,40 @@ class RolloutConfig:
         flags=("--rollout-engine",),
         choices=tuple(ENGINES),
     )
-    num_engines: int = setting(1, "Engine actors.", flags=("--rollout-num-engines",), minimum=1)
+    num_engines: int = setting(1, "Engine actors.", flags=("--rollout-num-engines",), minimum=1, maximum=MACHINES)
     num_gpus_per_engine: int = setting(
-        0, "GPUs of one engine; 0 runs it on the CPU.", flags=("--rollout-num-gpus-per-engine",), minimum=0
+        0,
+        "GPUs of one engine; 0 runs it on the CPU.",
+        flags=("--rollout-num-gpus-per-engine",),
+        minimum=0,
+        maximum=MACHINES,
     )
     num_cpus_per_engine: int = setting(
-        2, "CPU cores, and compute threads, of one engine.", flags=("--rollout-num-cpus-per-engine",), minimum=1
+        2,
+        "CPU cores, and compute threads, of one engine.",
+        flags=("--rollout-num-cpus-per-engine",),
+        minimum=1,
+        maximum=CORES,
     )
-    batch_size: int = setting(8, "Prompts per rollout step.", flags=("--rollout-batch-size",), minimum=1)
+    batch_size: int = setting(
+        8, "Prompts per rollout step.", flags=("--rollout-batch-size",), minimum=1, maximum=SAMPLES
+    )
     over_sampling_batch_size: int | None = setting(
-        None, "Prompts in progress during a step, which ends when batch_size are complete; default: no more.", minimum=1
+        None,
+        "Prompts in progress during a step, which ends when batch_size are complete; default: no more.",
+        minimum=1,
+        maximum=SAMPLES,
     )
     partial_rollout: bool = setting(
         False, "Keep what over-sampling leaves unfinished; the next step goes on with it, under its newer weights."
     )
-    n_samples_per_prompt: int = setting(8, "Samples per prompt (the GRPO group).", minimum=1)
-    max_prompt_len: int = setting(512, "Longest prompt, tokens.", flags=("--rollout-max-prompt-len",), minimum=1)
-    max_response_len: int = setting(64, "Longest response, tokens.", flags=("--rollout-max-response-len",), minimum=1)
+    n_samples_per_prompt: int = setting(8, "Samples per prompt (the GRPO group).", minimum=1, maximum=SAMPLES)
+    max_prompt_len: int = setting(
+        512, "Longest prompt, tokens.", flags=("--rollout-max-prompt-len",), minimum=1, maximum=INT32
+    )
+    max_response_len: int = setting(
+        64, "Longest response, tokens.", flags=("--rollout-max-response-len",), minimum=1, maximum=INT32
+    )
     temperature: float = setting(
         1.0,
         "Sampling temperature; 0 is greedy.",
@@ -118,12 +139,16 @@ class RolloutConfig:
         maximum=MAX_TEMPERATURE,
     )
     top_p: float = setting(1.0, "Nucleus mass kept.", flags=("--rollout-top-p",), above=0.0, maximum=1.0)
-    top_k: int = setting(-1, "Most likely tokens kept; -1 keeps all.", flags=("--rollout-top-k",), minimum=-1)
+    top_k: int = setting(
+        -1, "Most likely tokens kept; -1 keeps all.", flags=("--rollout-top-k",), minimum=-1, maximum=INT32
+    )
     min_p: float = setting(
         0.0, "Drop tokens below this share of the likeliest.", flags=("--rollout-min-p",), minimum=0.0, maximum=1.0
     )
     stop: tuple[str, ...] = setting((), "Stop strings.", flags=("--rollout-stop",))
-    stop_token_ids: tuple[int, ...] = setting((), "Stop tokens besides EOS.", flags=("--rollout-stop-token-ids",))
+    stop_token_ids: tuple[int, ...] = setting(
+        (), "Stop tokens besides EOS.", flags=("--rollout-stop-token-ids",), minimum=0, maximum=INT32
+    )
 
     @property
     def longest(self) -> int:
@@ -139,19 +164,32 @@ class EngineConfig:
         "float32", "Weights and compute dtype of the engine.", flags=("--sglang-dtype",), choices=DTYPES
     )
     context_length: int | None = setting(
-        None, "Longest sequence, tokens; default: the model's.", flags=("--sglang-context-length",), minimum=2
+        None,
+        "Longest sequence, tokens; default: the model's.",
+        flags=("--sglang-context-length",),
+        minimum=2,
+        maximum=INT32,
     )
     max_running_requests: int = setting(
-        64, "Sequences decoded at once.", flags=("--sglang-max-running-requests",), minimum=1
+        64,
+        "Sequences decoded at once.",
+        flags=("--sglang-max-running-requests",),
+        minimum=1,
+        maximum=SAMPLES,
     )
     max_total_tokens: int | None = setting(
-        None, "KV cache bound, tokens; default: from kv_cache_gb.", flags=("--sglang-max-total-tokens",), minimum=2
+        None,
+        "KV cache bound, tokens; default: from kv_cache_gb.",
+        flags=("--sglang-max-total-tokens",),
+        minimum=2,
+        maximum=10**12,
     )
-    kv_cache_gb: float = setting(1.0, "KV cache bound, GB, where max_total_tokens is not set.", above=0.0)
+    kv_cache_gb: float = setting(1.0, "KV cache bound, GB, where max_total_tokens is not set.", above=0.0, maximum=1e6)
     cost_probe_interval: int = setting(
         64,
         "Embedded: time a plain decode step once in this many rounds, for spec/net_speedup_est; 0: never.",
         minimum=0,
+        maximum=INT32,
     )
 
 
@@ -160,26 +198,42 @@ class TrainerConfig:
     """These settings are the policy trainer's."""
 
     num_gpus: int = setting(
-        0, "GPUs of the trainer; 0 trains on CPU with world_size ranks.", flags=("--actor-num-gpus",), minimum=0
+        0,
+        "GPUs of the trainer; 0 trains on CPU with world_size ranks.",
+        flags=("--actor-num-gpus",),
+        minimum=0,
+        maximum=MACHINES,
     )
-    world_size: int = setting(1, "Trainer ranks: TP x PP x DP.", flags=("--actor-world-size",), minimum=1)
-    num_cpus_per_rank: int = setting(2, "CPU cores, and compute threads, of one rank.", minimum=1)
-    tensor_model_parallel_size: int = setting(1, "Tensor parallel ranks.", minimum=1)
-    pipeline_model_parallel_size: int = setting(1, "Pipeline parallel ranks.", minimum=1)
+    world_size: int = setting(
+        1, "Trainer ranks: TP x PP x DP.", flags=("--actor-world-size",), minimum=1, maximum=MACHINES
+    )
+    num_cpus_per_rank: int = setting(2, "CPU cores, and compute threads, of one rank.", minimum=1, maximum=CORES)
+    tensor_model_parallel_size: int = setting(1, "Tensor parallel ranks.", minimum=1, maximum=MACHINES)
+    pipeline_model_parallel_size: int = setting(1, "Pipeline parallel ranks.", minimum=1, maximum=MACHINES)
     dtype: str = setting(
         "float32", "Parameter dtype of the trainer.", flags=("--train-dtype",), choices=("float32", "bfloat16")
     )
-    lr: float = setting(1e-5, "Learning rate (constant after warm-up).", minimum=0.0)
-    lr_warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.", flags=("--lr-warmup-iters",), minimum=0)
-    adam_beta1: float = setting(0.9, "Adam beta 1.", minimum=0.0, maximum=1.0)
-    adam_beta2: float = setting(0.95, "Adam beta 2.", minimum=0.0, maximum=1.0)
-    adam_eps: float = setting(1e-8, "Adam epsilon.", above=0.0)
-    weight_decay: float = setting(0.0, "Decoupled weight decay.", minimum=0.0)
-    clip_grad: float = setting(1.0, "Gradient norm clip; 0 switches it off.", minimum=0.0)
-    max_tokens_per_microbatch: int = setting(
-        1024, "Packed tokens per microbatch.", flags=("--max-tokens-per-gpu",), minimum=1
+    lr: float = setting(1e-5, "Learning rate (constant after warm-up).", minimum=0.0, maximum=1.0)
+    lr_warmup_steps: int = setting(
+        0, "Optimizer steps of linear warm-up.", flags=("--lr-warmup-iters",), minimum=0, maximum=INT32
     )
-    global_batch_size: int | None = setting(None, "Samples per optimizer step; default: all of one rollout.", minimum=1)
+    adam_beta1: float = setting(0.9, "Adam beta 1.", minimum=0.0, below=1.0)
+    adam_beta2: float = setting(0.95, "Adam beta 2.", minimum=0.0, below=1.0)
+    adam_eps: float = setting(1e-8, "Adam epsilon.", minimum=1e-30, maximum=1.0)
+    weight_decay: float = setting(
+        0.0, "Decoupled weight decay; norms and biases do not decay.", minimum=0.0, maximum=1.0
+    )
+    clip_grad: float = setting(1.0, "Gradient norm clip; 0 switches it off.", minimum=0.0, maximum=1e6)
+    max_tokens_per_microbatch: int = setting(
+        1024,
+        "Packed tokens per microbatch.",
+        flags=("--max-tokens-per-gpu",),
+        minimum=1,
+        maximum=INT32,
+    )
+    global_batch_size: int | None = setting(
+        None, "Samples per optimizer step; default: all of one rollout.", minimum=1, maximum=INT32
+    )
     recompute: bool = setting(
         False,
         "Recompute activations in the backward pass (less memory, more time).",
@@ -192,6 +246,7 @@ class TrainerConfig:
         "Save a checkpoint to resume from every this many steps, and at the end. Default: none; with save, a tenth of "
         "the run, at most 20 steps.",
         minimum=1,
+        maximum=INT32,
     )
     save_final: bool = setting(True, "Write an HF export of the policy at the end.")
 
@@ -201,12 +256,17 @@ class AlgorithmConfig:
     """These settings are the constants of GRPO."""
 
     normalize_std: bool = setting(
-        True, "Divide a group's advantages by its standard deviation.", flags=("--grpo-std-normalization",)
+        True,
+        "Divide a group's advantages by its sample standard deviation (n - 1), as slime.",
+        flags=("--grpo-std-normalization",),
     )
     eps_clip: float = setting(0.2, "Lower clip of the importance ratio.", above=0.0, maximum=1.0)
-    eps_clip_high: float | None = setting(None, "Upper clip of the ratio; default: eps_clip.", above=0.0)
+    eps_clip_high: float | None = setting(None, "Upper clip of the ratio; default: eps_clip.", above=0.0, maximum=100.0)
     kl_loss_coef: float = setting(
-        0.0, "Weight of the KL to the reference (the initial checkpoint); 0: no reference.", minimum=0.0
+        0.0,
+        "Weight of the KL to the reference (the initial checkpoint); 0: no reference.",
+        minimum=0.0,
+        maximum=1000.0,
     )
 
 
@@ -214,9 +274,15 @@ class AlgorithmConfig:
 class PushConfig:
     """These settings say how weights go from the trainer to the engines."""
 
-    interval: int = setting(1, "Push weights every this many steps.", flags=("--update-weights-interval",), minimum=1)
+    interval: int = setting(
+        1, "Push weights every this many steps.", flags=("--update-weights-interval",), minimum=1, maximum=INT32
+    )
     bucket_bytes: int = setting(
-        128 * 1024 * 1024, "Bytes per bucket.", flags=("--update-weight-buffer-size",), minimum=1
+        128 * 1024 * 1024,
+        "Bytes per bucket.",
+        flags=("--update-weight-buffer-size",),
+        minimum=1,
+        maximum=2**40,
     )
     verify: bool = setting(
         True,
@@ -238,13 +304,17 @@ class ClusterConfig:
 
     ray_address: str | None = setting(None, "Join this Ray cluster (host:port or auto) instead of starting one.")
     num_gpus_per_node: int = setting(
-        8, "GPUs of one node; an engine with more spans several.", flags=("--num-gpus-per-node",), minimum=1
+        8,
+        "GPUs of one node; an engine with more spans several.",
+        flags=("--num-gpus-per-node",),
+        minimum=1,
+        maximum=MACHINES,
     )
     colocate: bool = setting(True, "Trainer and engines share the same cores or GPUs and take turns.")
     offload: bool = setting(
         True, "In colocate mode, free engine memory while training.", flags=("--offload", "--offload-rollout")
     )
-    actor_start_timeout_s: float = setting(300.0, "Longest wait for an actor to start.", above=0.0)
+    actor_start_timeout_s: float = setting(300.0, "Longest wait for an actor to start.", above=0.0, maximum=MAX_WAIT_S)
 
 
 @dataclass(frozen=True)

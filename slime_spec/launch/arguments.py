@@ -154,7 +154,7 @@ def list_of(path: str, text: str) -> list[Any]:
 
     try:
         value = OverridesParser.create().parse_override(f"{path}={text}").value()
-    except HydraException:
+    except (HydraException, RecursionError):
         raise ConfigError(path, "must be a list", text, f"Write {path}=[A,B], with quotes around texts.") from None
     if not isinstance(value, list):
         raise ConfigError(path, "must be one list", text, f"Write {path}=[A,B].")

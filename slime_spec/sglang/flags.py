@@ -12,11 +12,12 @@ from typing import Any
 
 from slime_spec.config.build import frozen
 from slime_spec.config.schema import SGLANG, Setting, settings
-from slime_spec.config.texts import EXPECTS, NULLS, PARSERS
+from slime_spec.config.texts import EXPECTS, NULLS, PARSERS, check_json, is_text
 from slime_spec.errors import ConfigError
 from slime_spec.suggest import did_you_mean
 
 TABLE = Path(__file__).with_name("flags.json")
+HIGHEST = 2**63 - 1  # of whole numbers
 PREFIX = "--sglang-"  # begins our spelling of a flag
 # Spellings of older SGLang versions that users' scripts still carry, and what the pinned version calls them.
 RENAMED = {"--cuda-graph-bs": "--cuda-graph-bs-decode", "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode"}
@@ -81,18 +82,30 @@ class SglangFlag:
     def check(self, value: object) -> Any:
         """Return the value as Config.sglang holds it (None: SGLang's default); raises ConfigError."""
         if value is None or self.type == "json":
-            return frozen(value)
+            return self._checked_json(value)
         if not self.is_list:
             return self._check_one(value)
         if not isinstance(value, list | tuple) or (self.nargs == "+" and not value):
             raise ConfigError(self.path, f"must be a list, each {EXPECTS[self.type]}", value, self.remedy)
         return tuple(self._check_one(item) for item in value)
 
+    def _checked_json(self, value: object) -> Any:
+        try:
+            check_json(value)
+        except ValueError:
+            rule = "must be JSON of finite numbers and texts that a file can hold"
+            raise ConfigError(self.path, rule, value, self.remedy) from None
+        return frozen(value)
+
     def _check_one(self, value: object) -> object:
-        if self.type == "float" and type(value) is int:
+        if self.type == "float" and type(value) is int and abs(value) <= HIGHEST:
             value = float(value)
         if type(value) is not PYTHON_TYPES[self.type] or (isinstance(value, float) and not math.isfinite(value)):
             raise ConfigError(self.path, f"must be {EXPECTS[self.type]}", value, self.remedy)
+        if isinstance(value, int) and abs(value) > HIGHEST:
+            raise ConfigError(self.path, f"must be at most {HIGHEST}", value, self.remedy)
+        if isinstance(value, str) and not is_text(value):
+            raise ConfigError(self.path, "must be text that a file can hold, without NUL", value, self.remedy)
         if self.choices and value not in self.choices:
             names = [str(choice) for choice in self.choices]
             hint = did_you_mean(str(value), names)

@@ -30,6 +30,7 @@ AWKWARD = [
 ]
 ANY = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 texts = st.one_of(st.sampled_from(AWKWARD), ANY, st.text(alphabet="\\'\"${}[],:= \n#é", max_size=12))
+names = texts.filter(bool)  # most settings refuse an empty text
 
 
 def values(setting: Setting) -> st.SearchStrategy[Any]:
@@ -44,14 +45,16 @@ def _one(setting: Setting) -> st.SearchStrategy[Any]:
     if setting.choices:
         return st.sampled_from(setting.choices)
     if setting.type is str:
-        return texts
+        return texts if setting.may_be_empty else names
     if setting.type is bool:
         return st.booleans()
     if setting.type is int:
         low = None if setting.minimum is None else int(setting.minimum)
         return st.integers(low, None if setting.maximum is None else int(setting.maximum))
     low = setting.minimum if setting.above is None else setting.above
-    return st.floats(low, setting.maximum, allow_nan=False, allow_infinity=False, exclude_min=setting.above is not None)
+    high = setting.maximum if setting.below is None else setting.below
+    is_open = setting.above is not None, setting.below is not None
+    return st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min=is_open[0], exclude_max=is_open[1])
 
 
 def configs() -> st.SearchStrategy[Config]:

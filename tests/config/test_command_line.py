@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from config_strategies import texts
+from config_strategies import names, texts
 from hypothesis import given
 from hypothesis import settings as run_with
 from omegaconf import OmegaConf
@@ -203,8 +203,8 @@ def test_an_unknown_quantisation_lists_the_known(flag: str) -> None:
 
 
 def test_the_last_spelling_of_a_setting_wins() -> None:
-    assert composed("--lr 1 trainer.lr=2 --lr=3").trainer.lr == 3.0
-    assert composed("--lr 1 --lr=3 trainer.lr=2").trainer.lr == 2.0
+    assert composed("--lr 0.1 trainer.lr=0.2 --lr=0.3").trainer.lr == 0.3
+    assert composed("--lr 0.1 --lr=0.3 trainer.lr=0.2").trainer.lr == 0.2
     assert composed("--colocate --no-colocate").cluster.colocate is False
     assert composed("--task a b --task c").task.names == ("c",)
     assert composed("--config tiny --config smollm2-135m").run.name == "smollm2-135m"
@@ -300,7 +300,7 @@ def test_an_unknown_algorithm_lists_the_known_ones() -> None:
 
 
 @run_with(deadline=None, max_examples=400)
-@given(texts, texts)
+@given(texts, names)
 def test_any_text_survives_being_laid_over_the_files_of_conf(text: str, item: str) -> None:
     values = {"run.name": text, "rollout.stop": (item, text), "sglang.forward_hooks": ({item: text},)}
     data = laid_over(OmegaConf.create({"run": {"name": "of a file"}}), values)
@@ -325,7 +325,7 @@ def test_a_value_replaces_what_a_file_sets_and_is_not_merged_into_it() -> None:
 
 
 @run_with(deadline=None, max_examples=25)
-@given(texts, texts)
+@given(texts, names)
 def test_a_flags_text_reaches_the_config_as_typed(system_prompt: str, stop: str) -> None:
     config = compose([f"--system-prompt={system_prompt}", f"--rollout-stop={stop}"])
     assert config.task.system_prompt == system_prompt

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from config_strategies import configs, texts, values
+from config_strategies import configs, names, texts, values
 from hypothesis import HealthCheck, given
 from hypothesis import settings as run_with
 
@@ -40,7 +40,7 @@ def test_any_config_survives_the_way_to_plain_data_and_to_yaml(config: Config) -
 
 
 @run_with(relaxed, max_examples=25)
-@given(texts, texts, values(settings()["rollout.stop"]), values(settings()["metrics.wandb_group"]))
+@given(names, texts, values(settings()["rollout.stop"]), values(settings()["metrics.wandb_group"]))
 def test_the_yaml_of_a_run_reloads_to_an_equal_config(
     tmp_path_factory: pytest.TempPathFactory, name: str, system: str, stop: tuple[str, ...], group: str | None
 ) -> None:
