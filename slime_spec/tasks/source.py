@@ -124,14 +124,17 @@ class PromptSource:
         # A user's task may give problems of its own class, which know nothing of messages.
         messages: tuple[Mapping[str, Any], ...] = getattr(problem, "messages", ())
         tools: tuple[Mapping[str, Any], ...] = getattr(problem, "tools", ())
+        system = self._config.task.system_prompt
         try:
-            return self._tokenizer.chat(messages or problem.text, self._config.task.system_prompt, tools)
+            return self._tokenizer.chat(messages or problem.text, system, tools)
         except CheckpointError as error:
-            if not messages and not tools:
+            if not messages and not tools and not system:
                 raise
-            raise ConfigError(
-                "task.prompt_data", f"{where}: {error.rule}", len(messages), "Write messages that the template takes."
-            ) from None
+            setting, value = (
+                ("task.system_prompt", shortened(system)) if system else ("task.prompt_data", len(messages))
+            )
+            remedy = "Drop --system-prompt, or write" if system else "Write"
+            raise ConfigError(setting, f"{where}: {error.rule}", value, f"{remedy} messages that it takes.") from None
 
     def _plain(self, problem: Problem, where: str) -> tuple[int, ...]:
         if getattr(problem, "messages", ()) or getattr(problem, "tools", ()):

@@ -92,6 +92,15 @@ def test_a_line_whose_chat_the_template_refuses_is_named(tmp_path: Path) -> None
         PromptSource(config(TaskConfig(prompt_data=str(path))), tokenizer)
 
 
+def test_a_template_without_a_system_turn_refuses_the_system_prompt_by_name(tmp_path: Path) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path, template))
+    with pytest.raises(
+        ConfigError, match=r"task\.system_prompt: problem 0 .* System role not supported.* Drop --system"
+    ):
+        PromptSource(config(TaskConfig(names=("add10",), system_prompt="S")), tokenizer)
+
+
 def test_a_response_is_scored_by_the_task_of_its_prompt(tokenizer: Tokenizer) -> None:
     source = PromptSource(config(TaskConfig()), tokenizer)
     (prompt,) = source.take(1, 0)

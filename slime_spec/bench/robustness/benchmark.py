@@ -11,6 +11,7 @@ from slime_spec.errors import ConfigError
 HERE = "slime_spec.bench.robustness"
 KINDS = {
     "commands": f"{HERE}.commands:measure",
+    "rows": f"{HERE}.rows:measure",
 }
 
 
