@@ -16,7 +16,7 @@ Handlers = Mapping[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]
 class FakeHttp:
     """Answers the calls that ``posts`` and ``gets`` name; ``calls`` records each call as (path, body), in order.
 
-    ``asked`` are the paths of all calls, answered or not. A server that is ``dead`` breaks every connection, and a
+    ``heard`` are the paths of all calls, answered or not. A server that is ``dead`` breaks every connection, and a
     server that ``hangs`` accepts calls and never answers; ``fail`` says at which call it becomes so. ``odd`` are
     answers in place of those that calls of a path would get.
     """
@@ -24,14 +24,14 @@ class FakeHttp:
     def __init__(self, api_key: str | None = None) -> None:
         self.api_key = api_key
         self.calls: list[tuple[str, Body]] = []
-        self.asked: list[str] = []
+        self.heard: list[str] = []
         self.state: State = "serves"
         self.odd: dict[str, list[web.Response]] = {}
         self._faults: dict[tuple[str, int], State] = {}
 
     def fail(self, path: str, nth: int, state: State) -> None:
         """Go into ``state`` at the ``nth`` call of ``path`` from now on, counted from 1, which gets no answer."""
-        self._faults[path, self.asked.count(path) + nth] = state
+        self._faults[path, self.heard.count(path) + nth] = state
 
     def posts(self) -> Handlers:
         return {}
@@ -51,8 +51,8 @@ class FakeHttp:
 
     @web.middleware
     async def _failing(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        self.asked.append(request.path)
-        self.state = self._faults.pop((request.path, self.asked.count(request.path)), self.state)
+        self.heard.append(request.path)
+        self.state = self._faults.pop((request.path, self.heard.count(request.path)), self.state)
         if self.state == "hangs":
             await asyncio.Event().wait()
         if self.state == "dead":

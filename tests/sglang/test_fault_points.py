@@ -159,9 +159,9 @@ def whole_sample() -> tuple[int, ...]:
 @pytest.mark.parametrize(("side", "pause"), CALLS, ids=str)
 def test_the_table_has_every_call_of_a_push(run: Run, side: Side, pause: str) -> None:
     serving = run.server
-    serving.asked.clear()
+    serving.heard.clear()
     run.push(side, pause)
-    assert serving.asked == [phase.path for phase in CALLS[side, pause]]
+    assert serving.heard == [phase.path for phase in CALLS[side, pause]]
 
 
 @pytest.mark.parametrize("state", ["dead", "hangs"])
