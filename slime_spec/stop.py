@@ -21,7 +21,7 @@ SHELL_BASE = 128  # a shell reports a process that a signal ended as 128 + its n
 
 
 class StopSignals:
-    """Remembers the first signal; ``end`` and ``clock`` are arguments for tests.
+    """Remembers the first signal; the arguments are for tests.
 
     Example::
 
@@ -32,13 +32,18 @@ class StopSignals:
                 train()  # is finished first
     """
 
-    def __init__(self, end: Callable[[int], object] = os._exit, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        end: Callable[[int], object] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+        clean_up_s: float = CLEAN_UP_S,
+    ) -> None:
         self.asked: signal.Signals | None = None
         self._end, self._clock = end, clock
         self._asked_at = 0.0
         self._may_interrupt = False
         self._before: dict[signal.Signals, object] = {}
-        self._limit = threading.Timer(CLEAN_UP_S, lambda: self._end(self.exit_code))
+        self._limit = threading.Timer(clean_up_s, lambda: self._end(self.exit_code))
         self._limit.daemon = True
 
     @property
@@ -63,7 +68,7 @@ class StopSignals:
 
     @contextmanager
     def limited_clean_up(self) -> Iterator[None]:
-        """Give the clean-up after the block CLEAN_UP_S, if a signal has come: all that must be kept is on disk then.
+        """Give the clean-up after the block 30 s, if a signal has come: all that must be kept is on disk then.
 
         Ray, for one, waits a minute for a head that the same signal has ended.
         """

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -43,6 +44,25 @@ def test_a_second_signal_ends_the_process_and_the_echo_of_the_first_does_not() -
     now += 5.0
     stop.ask(signal.SIGTERM)
     assert codes == [143]
+
+
+def test_a_clean_up_that_takes_too_long_after_a_signal_is_ended() -> None:
+    """As Ray's, which waits for a head that the same signal has ended."""
+    codes: list[int] = []
+    is_ended = threading.Event()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        is_ended.set()
+
+    with StopSignals(end, clean_up_s=0.01) as stop:
+        with stop.limited_clean_up():
+            stop.ask(signal.SIGTERM)
+        assert is_ended.wait(60)
+    assert codes == [143]
+    with StopSignals(end, clean_up_s=0.0) as stop, stop.limited_clean_up():
+        pass
+    assert codes == [143], "without a signal a clean-up takes its time"
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:

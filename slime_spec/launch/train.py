@@ -110,7 +110,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             progress=lambda phase: partial(log.progress, phase),
             stop=stop,
         )
-        state = _loop(job, state)
+        state = loop_or_stop(job, state)
         if stop.asked:
             saved = "no checkpoint was saved"
             if checkpoints is not None and has_checkpoint(checkpoints):
@@ -122,7 +122,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             logger.info("exported the policy path=%s version=%d", folder.hf_export, state.weight_version)
 
 
-def _loop(job: Job, state: RunState) -> RunState:
+def loop_or_stop(job: Job, state: RunState) -> RunState:
     """Run the loop; a signal to all processes of a job, which ends the trainer or an engine too, ends it in order."""
     from ray.exceptions import RayError
 

@@ -11,10 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayError
 
+from rollout.pool import EngineProcessDied
 from slime_spec.config.tree import Config, RunConfig, TrainerConfig
 from slime_spec.errors import CheckpointError
+from slime_spec.interfaces import RunState
+from slime_spec.launch import train
 from slime_spec.launch.train import checkpoint_to_load
+from slime_spec.rl.loop import Job
+from slime_spec.stop import StopSignals
 from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +57,26 @@ def test_a_run_that_loads_from_elsewhere_is_refused_while_nothing_is_there(tmp_p
     ):
         with pytest.raises(CheckpointError, match=f"must be a checkpoint.*{tmp_path}"):
             checkpoint_to_load(Config(trainer=trainer))
+
+
+@pytest.mark.parametrize("error", [RayError("lost"), EngineProcessDied("lost")])
+def test_a_signal_that_ended_the_runs_processes_too_ends_it_in_order(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a scheduler's, which goes to every process of a job."""
+    state = RunState(3, 24, 3)
+    stop = StopSignals()
+    job = Job(Config(), *(None,) * 7, stop)  # type: ignore[arg-type]
+
+    def lost(job: Job, state: RunState) -> RunState:
+        raise error
+
+    monkeypatch.setattr(train, "run_loop", lost)
+    with pytest.raises(type(error)):
+        train.loop_or_stop(job, state)
+    stop.ask(signal.SIGTERM)
+    assert train.loop_or_stop(job, state) == state
+    assert "before the last step was saved: lost" in caplog.text
 
 
 def num_rows(path: Path) -> int:

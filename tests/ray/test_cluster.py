@@ -1,6 +1,10 @@
 """A run starts and stops only its own Ray."""
 
+import os
+import signal
 import socket
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +15,7 @@ from slime_spec.config.tree import ClusterConfig, Config, RunConfig, SglangServe
 from slime_spec.errors import ConfigError
 from slime_spec.launch.cluster import cluster
 from slime_spec.placement import plan_bundles
+from slime_spec.stop import StopSignals
 from tests.support.fake_config import fake_engine_config
 
 
@@ -29,13 +34,26 @@ def with_address(config: Config, address: str) -> Config:
 
 
 def test_a_private_ray_ends_with_its_run(config, spec):
+    handler = signal.getsignal(signal.SIGTERM)
     with cluster(config, spec):
+        assert signal.getsignal(signal.SIGTERM) == handler, "Ray's own would end the run in the middle of its work"
         address = ray.get_runtime_context().gcs_address
         assert ray.is_initialized()
     assert not ray.is_initialized()
     host, _, port = address.rpartition(":")
     with pytest.raises(OSError, match="refused"):
         socket.create_connection((host, int(port)), timeout=2)
+
+
+def test_a_signal_while_ray_starts_ends_the_start(config, spec):
+    """Whenever it comes: before Ray has put its own handler in the run's place, meanwhile, and afterwards."""
+    asking = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    with StopSignals() as stop:
+        asking.start()
+        with pytest.raises(KeyboardInterrupt), stop.interruptible(), cluster(config, spec):
+            time.sleep(60)
+    assert stop.exit_code == 143
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize(
