@@ -43,7 +43,9 @@ class Assembly:
     def builder(self, device: torch.device) -> DecoderBuilder:
         """Return a builder that collects weights on ``device``; packed only for an engine whose home is the CPU."""
         if self._rope is None:
-            self._rope = RopeTable(self.spec, self.limits.context_length, self.dtype, self.device)
+            # No sequence is longer than the cache, whatever context a config.json promises.
+            positions = min(self.limits.context_length, self.limits.max_total_tokens)
+            self._rope = RopeTable(self.spec, positions, self.dtype, self.device)
         return DecoderBuilder(self.spec, self._rope, self.dtype, device, packing=best_packing(self.device, self.dtype))
 
     def core(
@@ -56,7 +58,7 @@ class Assembly:
         """Load the checkpoint; ``drafter`` and ``verifier`` replace the configured ones (for tests and studies)."""
         folder, speculative = self.config.model.hf_checkpoint, self.config.speculative
         builder = self.builder(self.device)
-        tensors = load_tensors(folder, self.spec)
+        tensors = load_tensors(folder, self.spec, [self.dtype])
         for name in list(tensors):
             builder.add(name, tensors.pop(name))
         settings = CoreSettings(

@@ -11,9 +11,9 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import verify_draft, with_stored_embedding
 from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT
-from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder
+from slime_spec.checkpoints.folder import AGAIN, DRAFT_PATH, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import verify_tensors
+from slime_spec.checkpoints.tensors import Dtypes, verify_tensors
 from slime_spec.config.speculation import check_quantization
 from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError, ConfigError
@@ -33,12 +33,15 @@ class ChosenDraft:
         """Return the decoder whose keys and values the drafter caches."""
         return self.spec if isinstance(self.spec, ModelSpec) else self.spec.block
 
-    def verify(self) -> None:
-        """Read every tensor, one in memory at a time; raises CheckpointError naming the first that is damaged."""
+    def verify(self, dtypes: Dtypes = ()) -> None:
+        """Read every tensor, one in memory at a time; raises CheckpointError naming the first that is damaged.
+
+        ``dtypes`` are as in ``load_tensors``.
+        """
         if isinstance(self.spec, ModelSpec):
-            verify_tensors(self.folder, self.spec, DRAFT_PATH)
+            verify_tensors(self.folder, self.spec, DRAFT_PATH, dtypes)
         else:
-            verify_draft(self.folder, self.spec)
+            verify_draft(self.folder, self.spec, dtypes)
 
 
 def choose_draft(config: Config, target: ModelSpec) -> ChosenDraft | None:
@@ -111,7 +114,7 @@ def _check_context(draft: ChosenDraft, context_length: int) -> None:
 def _check_tokenizers(draft: Path, target: str | Path) -> bool:
     """Return whether both folders have a tokenizer; raises ConfigError where the two tokenizers differ."""
     files = draft / TOKENIZER, Path(target) / TOKENIZER
-    if not all(path.is_file() for path in files):
+    if not all(CheckpointFolder(path.parent).has(TOKENIZER) for path in files):
         return False
     vocabularies = [_vocabulary(CheckpointFolder(path.parent)) for path in files]
     if vocabularies[0] != vocabularies[1]:
@@ -129,7 +132,14 @@ def _check_tokenizers(draft: Path, target: str | Path) -> bool:
 def _vocabulary(folder: CheckpointFolder) -> dict[str, int]:
     """Return every token of the folder's tokenizer.json and its id."""
     stored = folder.json(TOKENIZER)
-    vocab = stored["model"]["vocab"]
-    # A unigram model lists [piece, score] pairs in the order of their ids.
-    tokens = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
-    return tokens | {added["content"]: added["id"] for added in stored.get("added_tokens", [])}
+    try:
+        vocab = stored["model"]["vocab"]
+        # A unigram model lists [piece, score] pairs in the order of their ids.
+        tokens = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+        tokens |= {added["content"]: added["id"] for added in stored.get("added_tokens") or ()}
+    except (LookupError, TypeError, ValueError, AttributeError):
+        tokens = {}
+    if not tokens or not all(isinstance(token, str) and type(index) is int for token, index in tokens.items()):
+        path = folder.path / TOKENIZER
+        raise CheckpointError(str(path), "must hold tokens and their ids", TOKENIZER, AGAIN)
+    return tokens

@@ -15,7 +15,7 @@ import torch
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
 from slime_spec.checkpoints.families.eagle3 import D2T, T2D, TABLES
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder
-from slime_spec.checkpoints.tensors import EMBEDDING, check_tensor, save_checkpoint, stored_tensors
+from slime_spec.checkpoints.tensors import EMBEDDING, Dtypes, check_tensor, save_checkpoint, stored_tensors
 from slime_spec.errors import CheckpointError
 
 MEND = "Copy the draft again, or correct its config.json."
@@ -47,10 +47,10 @@ def draft_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_draft(folder: str | Path, spec: DraftSpec) -> DraftCheckpoint:
+def load_draft(folder: str | Path, spec: DraftSpec, dtypes: Dtypes = ()) -> DraftCheckpoint:
     """Read the draft; raises CheckpointError naming what is missing, unknown, misshapen, not finite or mapped wrong."""
     folder, wanted = Path(folder), draft_shapes(spec)
-    tensors = dict(_checked_tensors(folder, spec))
+    tensors = dict(_checked_tensors(folder, spec, dtypes))
     hot_token_ids = _hot_token_ids(folder, spec, tensors)
     for name in spec.format.optional & wanted.keys() - tensors.keys():
         tensors[name] = torch.zeros(wanted[name], dtype=next(iter(tensors.values())).dtype)
@@ -77,10 +77,11 @@ def with_stored_embedding(folder: Path, spec: DraftSpec, target: Path) -> DraftS
     return spec if is_copy else replace(spec, has_own_embedding=True)
 
 
-def verify_draft(folder: str | Path, spec: DraftSpec) -> None:
+def verify_draft(folder: str | Path, spec: DraftSpec, dtypes: Dtypes = ()) -> None:
     """Check as ``load_draft`` does, with one tensor in memory at a time, the tables of the vocabulary apart."""
     folder = Path(folder)
-    _hot_token_ids(folder, spec, {name: table for name, table in _checked_tensors(folder, spec) if name in TABLES})
+    checked = _checked_tensors(folder, spec, dtypes)
+    _hot_token_ids(folder, spec, {name: table for name, table in checked if name in TABLES})
 
 
 def save_draft_checkpoint(
@@ -151,7 +152,7 @@ def _are_token_ids(ids: torch.Tensor, vocab_size: int) -> bool:
     return bool(ids[0] >= 0) and bool(ids[-1] < vocab_size) and bool((ids.diff() > 0).all())
 
 
-def _checked_tensors(folder: Path, spec: DraftSpec) -> Iterator[tuple[str, torch.Tensor]]:
+def _checked_tensors(folder: Path, spec: DraftSpec, dtypes: Dtypes) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the draft's tensors and its tables one by one, under their canonical names.
 
     Raises after the last tensor.
@@ -167,7 +168,7 @@ def _checked_tensors(folder: Path, spec: DraftSpec) -> Iterator[tuple[str, torch
         elif name in wanted:
             if name in seen:
                 raise CheckpointError(f"{folder}: {stored}", f"must be there once, and {name} is it too", stored, MEND)
-            check_tensor(folder, stored, tensor, wanted[name])
+            check_tensor(folder, stored, tensor, wanted[name], dtypes)
             seen.add(name)
             yield name, tensor
         elif not _is_unread(name, spec):

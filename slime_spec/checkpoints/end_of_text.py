@@ -42,7 +42,7 @@ class ReplyEnds:
     @classmethod
     def read(cls, folder: str) -> ReplyEnds | None:
         """Read a checkpoint folder; None for a folder without a tokenizer. Raises CheckpointError as its readers do."""
-        if not (Path(folder) / TOKENIZER).is_file():
+        if not CheckpointFolder(Path(folder)).has(TOKENIZER):
             end_token_ids(folder)  # for its errors
             return None
         tokenizer = Tokenizer.load(folder)
@@ -61,9 +61,9 @@ def end_token_ids(folder: str | Path, tokenizer: Tokenizer | None = None) -> fro
     ids = {
         token for named in (stored.config, stored.json(CONFIG)) for token in _named(named, size, stored.path / CONFIG)
     }
-    if generation.is_file():
+    if stored.has(GENERATION):
         ids.update(_named(stored.json(GENERATION), size, generation))
-    if tokenizer is None and (stored.path / TOKENIZER).is_file():
+    if tokenizer is None and stored.has(TOKENIZER):
         tokenizer = Tokenizer.load(folder)
     return frozenset(ids if tokenizer is None else ids | tokenizer.end_token_ids)
 

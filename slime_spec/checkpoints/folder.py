@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_spec.checkpoints.config_keys import Keys, check_keys, entries, flag, listed, shown, text, whole
+from slime_spec.checkpoints.families.eagle3 import CAPTURED
 from slime_spec.errors import CheckpointError
 from slime_spec.files import parse_json_object, read_json_object
 
@@ -41,20 +42,23 @@ LONGEST_HEADER = 100_000_000  # the format's own bound; no JSON file of a checkp
 # Keys that describe a whole multimodal checkpoint; its text_config has the sizes of the language model.
 OF_THE_WHOLE = ("architectures", "model_type", "auto_map")
 SIZE, SIZE_BY_LAYER = whole(0), listed(whole(0), also_single=True)
+LAYERS: Keys = {CAPTURED: listed(whole(0))}
 # What readers may rely on in a config.json of any family, those that SGLang alone serves included.
 ANY_FAMILY: Keys = {
     "architectures": listed(text()),
     **dict.fromkeys(("model_type", "dtype", "torch_dtype"), text()),
     **dict.fromkeys(("auto_map", "quantization_config", "eagle_config"), entries()),
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "num_hidden_layers"), SIZE),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "draft_vocab_size", "target_hidden_size"), SIZE),
+    # transformers makes a list of so many items when it reads a tokenizer's folder.
+    **dict.fromkeys(("num_hidden_layers", "num_labels"), whole(0, 4096)),
     **dict.fromkeys(("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_aux_hidden_states"), SIZE),
-    **dict.fromkeys(("draft_vocab_size", "target_hidden_size"), SIZE),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), SIZE),
     **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), SIZE_BY_LAYER),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), SIZE_BY_LAYER),
     **dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts", "num_local_experts"), SIZE_BY_LAYER),
     "first_k_dense_replace": SIZE,
     "mlp_only_layers": listed(whole(0)),
+    **LAYERS,
     "tie_word_embeddings": flag(),
 }
 
@@ -90,6 +94,7 @@ class CheckpointFolder:
         whole = {key: stored[key] for key in OF_THE_WHOLE if key in stored}
         config = {**stored, **(stored.get("text_config") or {}), **whole}
         check_keys(config, ANY_FAMILY, self.source)
+        check_keys(config.get("eagle_config") or {}, LAYERS, self.source, "eagle_config.")
         return config
 
     @property
@@ -112,7 +117,7 @@ class CheckpointFolder:
             if self.setting != TARGET_PATH:
                 remedy = "Pass the folder of a checkpoint with its weights."
             raise CheckpointError(self.setting, f"must hold {SINGLE} or {INDEX}", str(self.path), remedy)
-        absent = [name for name in names if not _is_file(self.path / name)]
+        absent = [name for name in names if not self.has(name)]
         if absent:
             rule = f"lacks {', '.join(absent)}, which {INDEX} names"
             raise CheckpointError(str(self.path), rule, self.path.name, AGAIN)
@@ -126,17 +131,25 @@ class CheckpointFolder:
     @property
     def tensors_there(self) -> Mapping[str, StoredTensor] | None:
         """Return the tensors of the weight files that exist; None for a folder without weights (a plan needs none)."""
-        there = [self.path / name for name in self._weight_names() if _is_file(self.path / name)]
+        there = [self.path / name for name in self._weight_names() if self.has(name)]
         return _stored(there) if there else None
 
     def json(self, name: str) -> dict[str, Any]:
         """Return the object in the JSON file ``name`` of the folder."""
+        return read_json_object(self.file(name), CheckpointError, AGAIN)
+
+    def has(self, name: str) -> bool:
+        """Return whether the folder has a file of this name."""
+        return _is_file(self.path / name)
+
+    def file(self, name: str) -> Path:
+        """Return the path of a text file of the folder; raises CheckpointError where there is none of a sane length."""
         path = self.path / name
-        if not _is_file(path):
+        if not self.has(name):
             raise self._lacks(name)
         if path.stat().st_size > LONGEST_HEADER:
             raise CheckpointError(str(path), f"must be at most {LONGEST_HEADER} bytes long", name, AGAIN)
-        return read_json_object(path, CheckpointError, AGAIN)
+        return path
 
     def _lacks(self, name: str) -> CheckpointError:
         what = f"be a checkpoint folder with a {name}" if name == CONFIG else f"hold a {name}"
@@ -144,9 +157,9 @@ class CheckpointFolder:
         return CheckpointError(self.setting, f"must {what}", str(self.path), remedy)
 
     def _weight_names(self) -> list[str]:
-        if _is_file(self.path / SINGLE):
+        if self.has(SINGLE):
             return [SINGLE]
-        if not _is_file(self.path / INDEX):
+        if not self.has(INDEX):
             return []
         places = self.json(INDEX).get("weight_map")
         if not isinstance(places, dict):

@@ -14,6 +14,16 @@ from slime_spec.checkpoints.families.family import Family
 from slime_spec.checkpoints.folder import architecture_of
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # configurations have three names for it
+MORE_SIZES = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_key_value_heads",
+    "head_dim",
+    "n_shared_experts",
+    *EXPERTS,
+)
 DENSE_MTP_NORMS = 3  # MiMo: token, hidden and final, beside those of the layer
 MOE_MTP_NORMS = 3  # enorm, hnorm, shared_head.norm
 
@@ -73,7 +83,9 @@ def kv_elements_per_token(config: Mapping[str, Any], num_layers: int | None = No
 
 def _has_sizes(config: Mapping[str, Any]) -> bool:
     """Return whether every size is a number: some families have a list of sizes by layer, or other names for them."""
-    return all(isinstance(config.get(key), int) for key in SIZES) and isinstance(_dense_width(config), int)
+    needed = [*SIZES, *(LATENT_SIZES if config.get("kv_lora_rank") else ())]
+    are_there = all(isinstance(config.get(key), int) and config[key] > 0 for key in needed)
+    return are_there and not any(isinstance(config.get(key), list) for key in MORE_SIZES)
 
 
 def _mlp_width(config: Mapping[str, Any]) -> Any:
@@ -96,9 +108,7 @@ def _head_dim(config: Mapping[str, Any]) -> int:
 
 
 def _num_experts(config: Mapping[str, Any]) -> int:
-    # Configurations have three names for it.
-    names = ("n_routed_experts", "num_experts", "num_local_experts")
-    return int(next((config[name] for name in names if config.get(name)), 0))
+    return int(next((config[name] for name in EXPERTS if config.get(name)), 0))
 
 
 def _num_dense_layers(config: Mapping[str, Any]) -> int:

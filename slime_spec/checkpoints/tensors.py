@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from slime_spec.errors import CheckpointError
 MEND = "Copy the checkpoint again, or correct its config.json."
 UNQUANTIZED = "Choose the checkpoint of the unquantised weights, or let SGLang compute with these in rollouts alone."
 COMPUTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_WEIGHT = 1e15  # a flipped bit of an exponent makes 1e36; the largest weights of models are some hundreds
+Dtypes = Sequence[torch.dtype]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Ends of the names by which quantised checkpoints store the parts of a weight.
 QUANTIZED = (
@@ -40,18 +42,19 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_tensors(folder: str | Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
+def load_tensors(folder: str | Path, spec: ModelSpec, dtypes: Dtypes = ()) -> dict[str, torch.Tensor]:
     """Return every tensor of ``expected_shapes(spec)``, in that order and in the file's dtype.
 
-    Raises CheckpointError naming the file or tensor when one is missing, truncated, misshapen or not finite.
+    Raises CheckpointError naming the file or tensor when one is missing, truncated, misshapen or not finite, in the
+    file's dtype and in ``dtypes``, to which the caller casts.
     """
-    tensors = dict(_checked_tensors(Path(folder), spec))
+    tensors = dict(_checked_tensors(Path(folder), spec, TARGET_PATH, dtypes))
     return {name: tensors[name] for name in expected_shapes(spec)}
 
 
-def verify_tensors(folder: str | Path, spec: ModelSpec, setting: str = TARGET_PATH) -> None:
+def verify_tensors(folder: str | Path, spec: ModelSpec, setting: str = TARGET_PATH, dtypes: Dtypes = ()) -> None:
     """Check as ``load_tensors`` does, with one tensor in memory at a time; ``setting`` named the folder."""
-    for _ in _checked_tensors(Path(folder), spec, setting):
+    for _ in _checked_tensors(Path(folder), spec, setting, dtypes):
         pass
 
 
@@ -84,18 +87,32 @@ def stored_tensors(
             raise CheckpointError(str(path), f"must be a whole safetensors file: {error}", path.name, AGAIN) from None
 
 
-def check_tensor(folder: str | Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError for a tensor of another shape, of a dtype not computed with, or one that is not finite."""
+def check_tensor(
+    folder: str | Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: Dtypes = ()
+) -> None:
+    """Raise CheckpointError for a tensor of another shape or dtype, or of numbers that nothing can be computed with.
+
+    These are NaN, infinity (in the tensor's dtype or one of ``dtypes``), and numbers whose products overflow.
+    """
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"{folder}: {name}", f"must have shape {shape}", tuple(tensor.shape), MEND)
     if tensor.dtype not in COMPUTED_DTYPES:
         rule = "must be float32, float16 or bfloat16: other codes mean nothing without the scales that belong to them"
         raise CheckpointError(f"{folder}: {name}", rule, str(tensor.dtype).removeprefix("torch."), UNQUANTIZED)
-    if not torch.isfinite(tensor).all():
+    extremes = torch.stack(tensor.aminmax())  # NaN where the tensor holds NaN; a cast keeps their order
+    if not bool(extremes.isfinite().all()):
         raise CheckpointError(f"{folder}: {name}", "must be finite", "NaN or infinity", MEND)
+    largest = float(extremes.abs().max())
+    if largest > LARGEST_WEIGHT:
+        rule = f"must hold numbers of at most {LARGEST_WEIGHT:g}: a forward pass overflows on larger ones"
+        raise CheckpointError(f"{folder}: {name}", rule, largest, MEND)
+    for dtype in dtypes:
+        if not bool(extremes.to(dtype).isfinite().all()):
+            rule = f"must be finite in {str(dtype).removeprefix('torch.')}, in which the engine computes"
+            raise CheckpointError(f"{folder}: {name}", rule, largest, "Pass --sglang-dtype bfloat16 or float32.")
 
 
-def _checked_tensors(folder: Path, spec: ModelSpec, setting: str = TARGET_PATH) -> Iterator[tuple[str, torch.Tensor]]:
+def _checked_tensors(folder: Path, spec: ModelSpec, setting: str, dtypes: Dtypes) -> Iterator[tuple[str, torch.Tensor]]:
     wanted = expected_shapes(spec)
     stored = CheckpointFolder(folder, setting).tensors
     for name in wanted:
@@ -108,7 +125,7 @@ def _checked_tensors(folder: Path, spec: ModelSpec, setting: str = TARGET_PATH) 
     if spec.tie_word_embeddings and HEAD in stored:
         _check_tied(folder, setting)
     for name, tensor in stored_tensors(folder, wanted.__contains__, setting):
-        check_tensor(folder, name, tensor, wanted[name])
+        check_tensor(folder, name, tensor, wanted[name], dtypes)
         yield name, tensor
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from slime_spec.checkpoints.folder import AGAIN, REMEDIES, TARGET_PATH, CheckpointFolder
+from slime_spec.checkpoints.folder import AGAIN, CONFIG, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError, ConfigError
 
@@ -48,10 +48,12 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path, chat_date: str | None = None) -> Tokenizer:
         """Load a checkpoint folder's tokenizer; raises CheckpointError naming the file that is missing or damaged."""
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(TARGET_PATH, "must hold a tokenizer.json", str(folder), REMEDIES[TARGET_PATH])
-        CheckpointFolder(Path(folder)).json("tokenizer_config.json")  # for its errors: transformers' name no file
+        stored = CheckpointFolder(Path(folder))
+        path = stored.file("tokenizer.json")
+        # For their errors: transformers' name no file, and it makes lists as long as config.json says.
+        stored.json("tokenizer_config.json")
+        if stored.has(CONFIG):
+            _ = stored.config
         from transformers import AutoTokenizer  # takes seconds, which only a command that tokenizes shall pay
 
         try:

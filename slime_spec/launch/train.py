@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from rollout.embedded.validate import check_kv_cache
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.folder import CheckpointFolder
@@ -186,11 +188,13 @@ def preflight(config: Config) -> Inputs:
     prompts = PromptSource(config, tokenizer)
     if spec is not None:
         # A damaged file must raise here, not in an actor a minute later.
-        verify_tensors(config.model.hf_checkpoint, spec)
-        if config.run.mode != "train_only" and kind_of(config).runs_built_decoders:
+        generates = config.run.mode != "train_only"
+        dtypes = [getattr(torch, config.engine.dtype)] if generates else []
+        verify_tensors(config.model.hf_checkpoint, spec, dtypes=dtypes)
+        if generates and kind_of(config).runs_built_decoders:
             draft = choose_draft(config, spec)
             if draft is not None:
-                draft.verify()
+                draft.verify(dtypes)
     return Inputs(spec, tokenizer, prompts, load)
 
 

@@ -21,6 +21,7 @@ EXCEPTIONS = {
     "slime_spec.bench.cost": "the output of a process of ours",
     "slime_spec.bench.rows": "the report that the same command has just made",
     "slime_spec.bench.robustness.fuzzer": "answers, which must be JSON without NaN",
+    "slime_spec.bench.robustness.damage": "texts of its own, to damage them",
     "slime_spec.config.texts": "the text of a setting",
     "slime_spec.sglang.flags": "a table that ships with the package",
     "rollout.sglang_engine.recordings": "a table that ships with the package",

@@ -13,7 +13,7 @@ from slime_spec.checkpoints.families import BY_ARCHITECTURE, nextn
 from slime_spec.checkpoints.families.eagle3 import default_capture_layers
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
-from slime_spec.errors import ConfigError
+from slime_spec.errors import CheckpointError, ConfigError
 from tests.support.tiny_drafts import EAGLE, EAGLE3, NEXTN, edit_config, make_tiny_draft, make_tiny_mimo
 from tests.support.tiny_models import make_tiny_checkpoint
 from tests.support.tiny_policy import make_tiny_policy
@@ -273,6 +273,29 @@ def test_a_draft_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match="must hold the target's tokens: 4 differ"):
         chosen(target, other, "STANDALONE")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"model": None},
+        {"model": {"vocab": [1]}},
+        {"model": {"vocab": {"a": {}}}},
+        {"model": {"vocab": 3}},
+        {"added_tokens": "0"},
+        {"added_tokens": [{"id": 256}]},
+        {"added_tokens": [{"id": [1], "content": "x"}]},
+    ],
+    ids=str,
+)
+def test_a_damaged_tokenizer_of_a_draft_is_one_error(tmp_path: Path, damage: dict[str, Any]) -> None:
+    target = make_tiny_policy(tmp_path / "target")
+    other = make_tiny_policy(tmp_path / "other", num_hidden_layers=1)
+    path = other / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(CheckpointError, match="must hold tokens and their ids") as caught:
+        chosen(target, other, "STANDALONE")
+    assert caught.value.setting == str(path)
 
 
 def test_standalone_models_may_pad_one_vocabulary_differently(tmp_path: Path) -> None:

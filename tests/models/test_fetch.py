@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from slime_spec.errors import CheckpointError, ConfigError
-from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.checkpoints.fetch import FILES, MODELS, PackagedModel, fetch
+from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 from tiny_llama import KV_HEADS, llama_cpp_rows, write_gguf
 from transformers import LlamaForCausalLM
 
-from slime_spec.errors import CheckpointError
-from slime_spec.checkpoints.tensors import save_checkpoint
 from slime_spec.checkpoints.gguf import GgufModel, halves_from_pairs
+from slime_spec.checkpoints.tensors import save_checkpoint
+from slime_spec.errors import CheckpointError
 
 
 def test_a_converted_gguf_file_gives_the_logits_of_the_model_it_was_written_from(

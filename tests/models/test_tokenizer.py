@@ -50,7 +50,9 @@ def text(tokenizer: Tokenizer, *chat: Any, **more: Any) -> str:
 @pytest.mark.parametrize("tools", [None, [TOOL], [TOOL, TOOL]], ids=["no tools", "a tool", "two tools"])
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_chat_has_the_token_ids_of_transformers(name: str, chat: str, tools: list[Any] | None, tmp_path: Path) -> None:
+def test_a_chat_has_the_token_ids_of_transformers(
+    name: str, chat: str, tools: list[Any] | None, tmp_path: Path
+) -> None:
     folder = save_tokenizer(tmp_path, TEMPLATES[name], adds_bos=True)
     """As in case reports/01, where what a template writes before the first user turn was cut."""
     # These templates would ask the clock: transformers is given the documented date instead.
@@ -166,7 +168,9 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "access to attribute '__class__'"),
     ],
 )
-def test_a_chat_template_that_cannot_work_is_refused_when_it_is_loaded(tmp_path: Path, template: str, rule: str) -> None:
+def test_a_chat_template_that_cannot_work_is_refused_when_it_is_loaded(
+    tmp_path: Path, template: str, rule: str
+) -> None:
     with pytest.raises(CheckpointError, match=rule):
         Tokenizer.load(save_tokenizer(tmp_path, template))
 

@@ -43,7 +43,7 @@ def make_drafter(
         target=target,
         dtype=dtype,
         device=device,
-        context_length=limits.context_length,
+        context_length=min(limits.context_length, limits.max_total_tokens),
         max_total_tokens=limits.max_total_tokens,
     )
     drafter: Drafter = drafter_class(setup)

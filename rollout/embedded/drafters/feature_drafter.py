@@ -149,7 +149,7 @@ class FeatureDrafter:
         return self.cache.own, own_span(prefill.kv_row, prefix_len, position, count)
 
     def _read(self) -> None:
-        checkpoint = load_draft(self._setup.draft.folder, self.spec)
+        checkpoint = load_draft(self._setup.draft.folder, self.spec, [self._setup.dtype])
         stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
         if stored != {self._setup.dtype}:
             logger.info("cast the draft folder=%s to=%s", self._setup.draft.folder, self._setup.dtype)

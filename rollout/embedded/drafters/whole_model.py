@@ -49,7 +49,7 @@ class ModelWeights:
 
     def read(self) -> None:
         """Take the weights of the draft's folder."""
-        self.build(load_tensors(self._setup.draft.folder, self._spec))()
+        self.build(load_tensors(self._setup.draft.folder, self._spec, [self._setup.dtype]))()
 
     def build(self, tensors: Mapping[str, torch.Tensor]) -> Swap:
         setup = self._setup

@@ -10,6 +10,8 @@ from slime_spec.errors import ConfigError
 
 HERE = "slime_spec.bench.robustness"
 KINDS = {
+    "checkpoints": f"{HERE}.checkpoints:measure",
+    "drafts": f"{HERE}.drafts:measure",
     "commands": f"{HERE}.commands:measure",
     "rows": f"{HERE}.rows:measure",
 }
