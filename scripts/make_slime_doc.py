@@ -50,7 +50,7 @@ UNKNOWN: Mapping[str, str] = {
     "Set `WANDB_API_KEY` and wandb's own variables.": """
 --wandb-key --wandb-host --wandb-team --disable-wandb-random-suffix""",
     "Write a task (`--task module:attribute`) or a reward (`--custom-rm-path module:function`).": """
---custom-generate-function-path --custom-reward-post-process-path --rollout-function-path --reward-key --rm-url
+--custom-generate-function-path --custom-reward-post-process-path --rollout-function-path --rm-url
 --metadata-key --multimodal-keys""",
     "Pass `--recompute-activations`; how is not a choice here.": """
 --recompute-granularity --recompute-method --recompute-num-layers""",

@@ -37,6 +37,10 @@ class NotComputedError(CheckpointError):
     """A checkpoint describes a model that this project does not compute; SGLang may serve it."""
 
 
+class RewardError(RuntimeError):
+    """No sample of a whole step has a reward; the text has the last error and its traceback."""
+
+
 class TrainingError(RuntimeError):
     """An optimizer step would have ruined the weights, which are as they were before the step."""
 

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from slime_spec.config.texts import is_text
@@ -120,6 +121,15 @@ def settings() -> Mapping[str, Setting]:
         for leaf in fields(cls):
             table[f"{node}.{leaf.name}"] = _setting(f"{node}.{leaf.name}", leaf, hints[leaf.name])
     return table
+
+
+def by_flag(config: Config) -> dict[str, Any]:
+    """Return every setting's value by the names that slime's ``args`` has: ``{"n_samples_per_prompt": 8, ...}``."""
+    return {
+        flag.removeprefix("--").replace("-", "_"): attrgetter(setting.path)(config)
+        for setting in settings().values()
+        for flag in setting.flags
+    }
 
 
 def _setting(path: str, leaf: Field[Any], hint: Any) -> Setting:

@@ -71,6 +71,16 @@ class TaskConfig:
         "Reward of prompt_data: a built-in name, or your own as module:function.",
         flags=("--rm-type", "--custom-rm-path"),
     )
+    reward_key: str | None = setting(
+        None, "Key of the number in the dict that a reward of your own gives (default: score)."
+    )
+    reward_timeout_s: float = setting(
+        60.0,
+        "Longest call of a reward of your own, seconds; a longer call costs its sample.",
+        flags=("--reward-timeout", "--rm-timeout"),
+        above=0.0,
+    )
+    reward_processes: int = setting(4, "Processes that call a reward of your own.", minimum=1)
     tool_key: str | None = setting(
         None, "Key of a list of tools (JSON schemas) in prompt_data, for the chat template. Default: none."
     )

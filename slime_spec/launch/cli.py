@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, RewardError
 from slime_spec.launch.help import BENCH, COMMANDS, train_help
 from slime_spec.suggest import did_you_mean
 
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:  # a run ends itself in order; this is any other command, or the time before a run
         return INTERRUPTED
+    except RewardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def error_block(error: ConfigError) -> str:

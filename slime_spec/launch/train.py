@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -84,6 +84,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
         with stop.interruptible():
             check_launch(config, made.given)
             inputs = preflight(config)
+            parts.enter_context(closing(inputs.prompts))
             logger.info("first prompt %s", inputs.prompts.first_shown())
             folder = parts.enter_context(_run_folder(config, argv, inputs.load))
             run_log.write_to(folder.log)

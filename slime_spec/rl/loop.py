@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from slime_spec.config.tree import Config
+from slime_spec.errors import RewardError
 from slime_spec.interfaces import Engines, RunState, Trainer
 from slime_spec.metrics.engines import benefit_metrics, canary_metrics, engine_metrics
 from slime_spec.metrics.rollout import rollout_metrics
@@ -88,6 +89,7 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
         rollout = job.rollouts.rollout(state, job.progress("rollout"))
     samples = rollout.samples
     job.keep_samples(state.rollout_id, samples)
+    _check_rewards(state.rollout_id, samples)
     metrics = rollout_metrics(samples)
     version, is_ahead = state.weight_version, state.is_ahead
     if job.trainer is not None:
@@ -107,10 +109,16 @@ def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
     return metrics, RunState(state.rollout_id + 1, rollout.next_prompt_id, version, unfinished, is_ahead)
 
 
+def _check_rewards(rollout_id: int, samples: list[Sample]) -> None:
+    """Raise RewardError where no sample of the step has a reward: training on nothing would look like a run."""
+    if samples and all(sample.reward is None for sample in samples):
+        raise RewardError(f"no sample of step {rollout_id} has a reward ({len(samples)} samples): {samples[-1].error}")
+
+
 def _train(job: Job, trainer: Trainer, samples: list[Sample], clock: PhaseClock) -> dict[str, float]:
     batch = train_batch(samples, job.config.algorithm.normalize_std)
     if not batch:
-        logger.warning("step trained on nothing: no sample had a reward samples=%d", len(samples))
+        logger.warning("step trained on nothing: every scored response is empty samples=%d", len(samples))
         return {}
     job.progress("train")(0, 1)
     with _engines_released(job), clock.phase("train"):

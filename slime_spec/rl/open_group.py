@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from slime_spec.partial_samples import request_for_rest
-from slime_spec.types import GeneratedSample, GroupRequest, Prompt, Sample
+from slime_spec.tasks.scoring import PendingSamples
+from slime_spec.types import GeneratedSample, GroupRequest, Prompt
 
 
 @dataclass
@@ -14,16 +15,17 @@ class OpenGroup:
 
     prompt: Prompt
     request: GroupRequest
-    finished: list[Sample] = field(default_factory=list)
+    finished: list[GeneratedSample] = field(default_factory=list)
     partials: dict[int, GeneratedSample] = field(default_factory=dict)
+    scored: PendingSamples | None = None  # of a complete group
 
     @property
     def is_complete(self) -> bool:
         return len(self.finished) == len(self.request.seeds)
 
-    def finish(self, sample: Sample) -> None:
-        self.partials.pop(sample.response.sample_index, None)
-        self.finished.append(sample)
+    def finish(self, response: GeneratedSample) -> None:
+        self.partials.pop(response.sample_index, None)
+        self.finished.append(response)
 
     def rest(self) -> GroupRequest:
         """Return the request for the missing samples.

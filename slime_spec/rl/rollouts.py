@@ -11,6 +11,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.interfaces import Engines, RunState
 from slime_spec.rl.open_group import OpenGroup
 from slime_spec.rl.requests import group_requests
+from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.types import GeneratedSample, Prompt, Sample
 
 Progress = Callable[[int, int], None]  # (samples finished, samples wanted)
@@ -39,7 +40,8 @@ class GeneratedRollouts:
     settings). Which these are depends on time, so two such runs need not train on the same steps. What was generated of
     them stays here: a resumed run generates them anew, from the prompt ids in its state.
 
-    ``take_prompts(n, start)`` gives the n prompts from an id on; ``score(prompt, response)`` attaches the reward.
+    ``take_prompts(n, start)`` gives the n prompts from an id on; ``score(prompt, responses)`` begins to score a
+    complete group, while others are generated.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class GeneratedRollouts:
         config: Config,
         engines: Engines,
         take_prompts: Callable[[int, int], Sequence[Prompt]],
-        score: Callable[[Prompt, GeneratedSample], Sample],
+        score: Callable[[Prompt, Sequence[GeneratedSample]], PendingSamples],
     ) -> None:
         self._config, self._engines, self._take_prompts, self._score = config, engines, take_prompts, score
         self._open: dict[int, OpenGroup] = {}
@@ -57,7 +59,7 @@ class GeneratedRollouts:
         next_prompt_id = self._open_groups(state)
         complete = self._complete_groups(progress)
         self._open = {prompt_id: group for prompt_id, group in self._open.items() if prompt_id not in complete}
-        samples = [sample for group in complete.values() for sample in group.finished]
+        samples = [sample for group in complete.values() for sample in _scored(group)]
         samples.sort(key=lambda sample: (sample.prompt.prompt_id, sample.response.sample_index))
         return Rollout(samples, next_prompt_id, tuple(self._open))
 
@@ -91,15 +93,21 @@ class GeneratedRollouts:
                 if is_aborted and response.finish_reason == "abort":
                     group.partials[response.sample_index] = response
                     continue
-                group.finish(self._score(group.prompt, response))
+                group.finish(response)
                 num_finished += 1
                 progress(min(num_finished, wanted), wanted)
                 if group.is_complete:
+                    group.scored = self._score(group.prompt, group.finished)
                     complete[group.prompt.prompt_id] = group
                 if len(complete) == size < len(groups) and not is_aborted:
                     is_aborted = True
                     self._engines.abort()
         return dict(list(complete.items())[:size])
+
+
+def _scored(group: OpenGroup) -> list[Sample]:
+    assert group.scored is not None, "a group is scored when it is complete"
+    return group.scored()
 
 
 class SavedRollouts:

@@ -67,11 +67,11 @@ def load_attribute(setting: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         loaded = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's module may raise anything where it is imported
-        what = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            setting, f"must name an importable module:function: {what}", name, "Set PYTHONPATH to the module's folder."
-        ) from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise anything
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        remedy = "Set PYTHONPATH to the module's folder." if not kind else "Mend the module."
+        rule = f"must name an importable module:function: {kind}{error}"
+        raise ConfigError(setting, rule, name, remedy) from None
     if not hasattr(loaded, attribute):
         raise ConfigError(setting, f"{module} has no attribute {attribute}", name, "Check the attribute's spelling.")
     return getattr(loaded, attribute)

@@ -1,53 +1,107 @@
-"""``score`` makes a scored sample of a response; a reward that fails costs that sample, not the run."""
+"""A Scorer makes scored samples of a prompt's responses; a reward that fails costs its samples, not the run."""
 
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from slime_spec.tasks.rewards import Reward
+from slime_spec.errors import ConfigError
+from slime_spec.tasks.judge import GROUP, Judge, Reply, RewardName, Verdict
+from slime_spec.tasks.reward_processes import RewardProcesses
 from slime_spec.types import GeneratedSample, Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
-
-def score(reward: Reward, prompt: Prompt, response: GeneratedSample, text: str) -> Sample:
-    """Return the sample with its reward, or with ``reward=None`` and the reason it is excluded from training.
-
-    Excluded are responses that were aborted and replies whose reward raises or is not a finite number.
-    """
-    if response.finish_reason == "abort":
-        return Sample(prompt, response, text, None, "the response was aborted before it finished")
-    try:
-        given = reward(prompt, text)
-    except Exception as error:  # noqa: BLE001 - a user's function may raise anything, and the run must go on
-        return _excluded(prompt, response, text, f"the reward raised {type(error).__name__}: {error}")
-    number = _finite(given)
-    if number is None:
-        return _excluded(prompt, response, text, f"the reward must be a finite number, it was {given!r}")
-    return Sample(prompt, response, text, number)
+PendingSamples = Callable[[], list[Sample]]  # waits for the rewards
 
 
-def _excluded(prompt: Prompt, response: GeneratedSample, text: str, error: str) -> Sample:
-    logger.warning(
-        "excluded sample task=%s prompt_id=%d sample=%d error=%r",
-        prompt.task,
-        prompt.prompt_id,
-        response.sample_index,
-        error,
-    )
-    return Sample(prompt, response, text, None, error)
+class Scorer(Protocol):
+    """Scores a prompt's finished responses, of which ``texts`` are the texts."""
+
+    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str]) -> PendingSamples:
+        """Begin to score; what is returned waits for a sample of each response, in order.
+
+        Excluded samples have ``reward=None`` and the reason.
+        """
+
+    def close(self) -> None: ...
 
 
-def _finite(given: object) -> float | None:
-    """Return a number, a bool, or a scalar of numpy or torch as a float.
+class DirectScorer:
+    """Scores here and now: for rewards of this package, which end, and end nothing."""
 
-    None for anything else (a text is not a number).
-    """
-    if not hasattr(given, "__float__"):
-        return None
-    try:
-        number = float(given)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # an array or tensor of several numbers
-        return None
-    return number if math.isfinite(number) else None
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+
+    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str]) -> PendingSamples:
+        replies = [Reply(prompt, *each) for each in zip(responses, texts, strict=True)]
+        samples = _samples(replies, self._judge.verdicts([reply for reply in replies if _is_judged(reply)]))
+        return lambda: samples
+
+    def close(self) -> None:
+        """Do nothing: no process was started."""
+
+
+class ProcessScorer:
+    """Scores in processes, beside the generation of other groups: for rewards of a user's own."""
+
+    def __init__(self, reward: RewardName, num_processes: int, limit_s: float) -> None:
+        """Load the reward; raises ConfigError for one that cannot be called."""
+        self._reward, self._by_group = reward, reward.load().form == GROUP
+        self._processes = RewardProcesses(reward, num_processes, limit_s)
+
+    def try_on(self, prompt: Prompt) -> None:
+        """Call the reward once, with an empty reply; raises ConfigError for an answer that can never be a reward.
+
+        That it raises is a warning: an empty reply may be more than it can judge.
+        """
+        nothing = GeneratedSample(str(prompt.prompt_id), 0, (), (), "stop", 0, 0)
+        (verdict,) = self._processes.verdicts([Reply(prompt, nothing, "")]).result()
+        if verdict.reward is not None:
+            return
+        reason = verdict.error.partition("\n")[0]
+        if verdict.is_answer:
+            rule = f"must give a reward for an empty reply to the first prompt: {reason}"
+            raise ConfigError(
+                self._reward.setting, rule, self._reward.name, "Return a finite number, or a dict with one."
+            )
+        logger.warning("reward failed on an empty reply name=%s error=%s", self._reward.name, verdict.error)
+
+    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str]) -> PendingSamples:
+        replies = [Reply(prompt, *each) for each in zip(responses, texts, strict=True)]
+        judged = [reply for reply in replies if _is_judged(reply)]
+        calls = [judged] if self._by_group and judged else [[reply] for reply in judged]
+        answers = [self._processes.verdicts(call) for call in calls]
+        return lambda: _samples(replies, [verdict for answer in answers for verdict in answer.result()])
+
+    def close(self) -> None:
+        self._processes.close()
+
+
+def _is_judged(reply: Reply) -> bool:
+    return reply.response.finish_reason != "abort"
+
+
+def _samples(replies: Sequence[Reply], verdicts: Sequence[Verdict]) -> list[Sample]:
+    """Return a sample of each reply, with the verdicts of those that were judged."""
+    waiting = iter(verdicts)
+    samples = []
+    for reply in replies:
+        verdict = Verdict(None, "the response was aborted before it finished")
+        if _is_judged(reply):
+            verdict = next(waiting)
+            _warn_of(reply, verdict)
+        samples.append(Sample(reply.prompt, reply.response, reply.text, verdict.reward, verdict.error))
+    return samples
+
+
+def _warn_of(reply: Reply, verdict: Verdict) -> None:
+    if verdict.reward is None:
+        logger.warning(
+            "excluded sample task=%s prompt_id=%d sample=%d error=%r",
+            reply.prompt.task,
+            reply.prompt.prompt_id,
+            reply.response.sample_index,
+            verdict.error.partition("\n")[0],
+        )

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config, TaskConfig
 from slime_spec.errors import CheckpointError, ConfigError
 from slime_spec.files import is_encodable, shortened
 from slime_spec.interfaces import Problem, Task, unknown_choice
 from slime_spec.tasks.builtin import SUITES, TASKS
 from slime_spec.tasks.jsonl import JsonlTask
-from slime_spec.tasks.rewards import load_attribute
-from slime_spec.tasks.scoring import score
-from slime_spec.types import GeneratedSample, Prompt, Sample
+from slime_spec.tasks.judge import Judge, RewardName
+from slime_spec.tasks.rewards import REWARDS, load_attribute
+from slime_spec.tasks.scoring import DirectScorer, PendingSamples, ProcessScorer, Scorer
+from slime_spec.types import GeneratedSample, Prompt
 
 logger = logging.getLogger(__name__)
 SHOWN_CHARACTERS, SHOWN_IDS = 600, 24  # of the first prompt, half from each end
@@ -26,7 +28,7 @@ class PromptSource:
 
     source = PromptSource(config, tokenizer)
     prompts = source.take(8, start_prompt_id=0)
-    sample = source.score(prompts[0], response)
+    samples = source.score(prompts[0], responses)()
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
@@ -41,20 +43,27 @@ class PromptSource:
         self._config = config
         self._tokenizer = tokenizer
         self._tasks = load_tasks(config.task)
-        self._by_name = {task.name: task for task in self._tasks}
         for task in self._tasks:
             if isinstance(task, JsonlTask):
                 self._drop_overlong(task)
-        self.take(len(self._tasks), start_prompt_id=0)
+        first = self.take(len(self._tasks), start_prompt_id=0)
+        self._scorers = {
+            task.name: _scorer(config, task, prompt) for task, prompt in zip(self._tasks, first, strict=True)
+        }
 
     def take(self, n: int, start_prompt_id: int) -> tuple[Prompt, ...]:
         """Return the prompts ``start_prompt_id`` to ``start_prompt_id + n - 1``; tasks take turns."""
         return tuple(self._prompt(start_prompt_id + i) for i in range(n))
 
-    def score(self, prompt: Prompt, response: GeneratedSample) -> Sample:
-        """Return the response with its text and the reward of the prompt's task."""
-        text = self._tokenizer.decode(response.token_ids)
-        return score(self._by_name[prompt.task].reward, prompt, response, text)
+    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample]) -> PendingSamples:
+        """Begin to score a prompt's responses by its task's reward; call what is returned to wait for the samples."""
+        texts = [self._tokenizer.decode(response.token_ids) for response in responses]
+        return self._scorers[prompt.task].score(prompt, responses, texts)
+
+    def close(self) -> None:
+        """End the processes of rewards."""
+        for scorer in self._scorers.values():
+            scorer.close()
 
     def first_shown(self) -> str:
         """Return the run's first prompt as a reader checks it: its number of tokens, its text, its token ids."""
@@ -178,6 +187,29 @@ def load_tasks(config: TaskConfig) -> tuple[Task, ...]:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError("task.names", f"must be distinct; {', '.join(repeated)} comes twice", names, "Drop one.")
     return tasks
+
+
+def _scorer(config: Config, task: Task, first: Prompt) -> Scorer:
+    """Return the scorer of a task's reward; tries a reward of the user's own once, on the task's first prompt."""
+    name = _own_reward(config, task)
+    if name is None:
+        return DirectScorer(Judge(task.reward))
+    scorer = ProcessScorer(name, config.task.reward_processes, config.task.reward_timeout_s)
+    try:
+        scorer.try_on(first)
+    except BaseException:
+        scorer.close()
+        raise
+    return scorer
+
+
+def _own_reward(config: Config, task: Task) -> RewardName | None:
+    """Return the name of the reward, or of the task, that is a user's own; None for those of this package."""
+    key, args = config.task.reward_key, by_flag(config)
+    if isinstance(task, JsonlTask):
+        return None if config.task.reward in REWARDS else RewardName(config.task.reward, key=key, args=args)
+    own = (name for name in config.task.names if ":" in name and load_attribute("task.names", name) is task)
+    return next((RewardName(name, is_task=True, key=key, args=args) for name in own), None)
 
 
 def _named(name: str) -> tuple[Task, ...]:

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from slime_spec.config.tree import Config, PushConfig, RolloutConfig, RunConfig, SpeculativeConfig, TrainerConfig
-from slime_spec.errors import PushError
+from slime_spec.errors import PushError, RewardError
 from slime_spec.interfaces import RunState
 from slime_spec.rl.loop import Job, first_state, run_loop
 from slime_spec.rl.rollouts import Rollout
@@ -56,7 +56,13 @@ class Recorder:
         self.happen(f"generate@{self.version}")
         prompt = Prompt(state.next_prompt_id, "task", "?", (1, 2), "x")
         samples = [
-            Sample(prompt, GeneratedSample("g", i, (5,), (-1.0,), "stop", self.version, 2), "t", reward)
+            Sample(
+                prompt,
+                GeneratedSample("g", i, (5,), (-1.0,), "stop", self.version, 2),
+                "t",
+                reward,
+                "the reward raised X",
+            )
             for i, reward in enumerate(self.rewards)
         ]
         return Rollout(samples, state.next_prompt_id + 3, self.unfinished)
@@ -150,10 +156,18 @@ def test_apart_from_each_other_engines_keep_their_memory():
     assert "release" not in recorder.events
 
 
-def test_a_step_without_any_reward_trains_nothing_and_goes_on():
+@pytest.mark.parametrize("trainer", [True, False])
+def test_a_step_without_any_reward_ends_the_run_with_the_last_error(trainer: bool):
+    """Case reports/04: every sample excluded, the weights exported as they came, exit code 0."""
     recorder = Recorder(rewards=(None, None))
+    with pytest.raises(RewardError, match=r"no sample of step 0 has a reward \(2 samples\): the reward raised"):
+        run_loop(job(recorder, config(num_rollout=1), trainer=trainer), START)
+    assert recorder.events == ["generate@0"]
+
+
+def test_one_reward_is_enough_to_go_on():
+    recorder = Recorder(rewards=(None, 1.0))
     run_loop(job(recorder, config(num_rollout=1)), START)
-    assert not any(event.startswith("train") for event in recorder.events)
     assert "log 0" in recorder.events
 
 

@@ -13,6 +13,7 @@ from slime_spec.config.tree import Config, RolloutConfig
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import RunState
 from slime_spec.rl.rollouts import GeneratedRollouts
+from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.types import GeneratedSample, GroupRequest, Prompt, Sample
 
 BATCH, IN_PROGRESS, NUM_SAMPLES = 3, 7, 2
@@ -56,9 +57,15 @@ def prompts(n: int, start: int) -> list[Prompt]:
     return [Prompt(start + i, "task", "?", (1, 2), "x") for i in range(n)]
 
 
-def score(prompt: Prompt, response: GeneratedSample) -> Sample:
-    aborted = response.finish_reason == "abort"
-    return Sample(prompt, response, "", None if aborted else 1.0, "aborted" if aborted else "")
+def score(prompt: Prompt, responses: Sequence[GeneratedSample]) -> PendingSamples:
+    is_aborted = {each.sample_index: each.finish_reason == "abort" for each in responses}
+    samples = [
+        Sample(
+            prompt, each, "", None if is_aborted[each.sample_index] else 1.0, "aborted" * is_aborted[each.sample_index]
+        )
+        for each in responses
+    ]
+    return lambda: samples
 
 
 def rollouts_of(engines: FakeEngines, chosen: Config) -> GeneratedRollouts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_a_response_is_scored_by_the_task_of_its_prompt(tokenizer: Tokenizer) ->
     source = PromptSource(config(TaskConfig()), tokenizer)
     (prompt,) = source.take(1, 0)
     ids = tokenizer.encode(f"It is {prompt.answer}.")
-    sample = source.score(prompt, GeneratedSample("0", 0, ids, (0.0,) * len(ids), "stop", 0, 1))
+    (sample,) = source.score(prompt, [GeneratedSample("0", 0, ids, (0.0,) * len(ids), "stop", 0, 1)])()
     assert (sample.reward, sample.text) == (1.0, f"It is {prompt.answer}.")
 
 
@@ -125,7 +126,12 @@ def test_an_own_task_is_found_by_module_and_attribute_and_checked_for_what_it_la
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     source = PromptSource(config(TaskConfig(names=("add10", "my_tasks:echo"))), tokenizer)
-    assert [prompt.text for prompt in source.take(4, 0)][1::2] == ["say 0", "say 1"]
+    prompts = source.take(4, 0)
+    assert [prompt.text for prompt in prompts][1::2] == ["say 0", "say 1"]
+    ids = tokenizer.encode("1")
+    replies = [GeneratedSample("3", 0, ids, (0.0,), "stop", 0, 1), GeneratedSample("3", 1, (), (), "stop", 0, 1)]
+    with closing(source):
+        assert [sample.reward for sample in source.score(prompts[3], replies)()] == [1.0, 0.0]
     with pytest.raises(ConfigError, match="It lacks problem, reward"):
         PromptSource(config(TaskConfig(names=("my_tasks:half",))), tokenizer)
     with pytest.raises(ConfigError, match="Name an instance"):
@@ -163,7 +169,8 @@ def test_the_keys_and_the_reward_of_a_jsonl_file_are_settings(tokenizer: Tokeniz
     source = PromptSource(config(task), tokenizer)
     (prompt,) = source.take(1, 0)
     ids = tokenizer.encode("Paris")
-    assert source.score(prompt, GeneratedSample("0", 0, ids, (0.0,) * 5, "stop", 0, 1)).reward == 1.0
+    (sample,) = source.score(prompt, [GeneratedSample("0", 0, ids, (0.0,) * 5, "stop", 0, 1)])()
+    assert sample.reward == 1.0
     with pytest.raises(ConfigError, match=r"data\.jsonl:1: 'gold' must be an integer for the reward last_integer"):
         PromptSource(config(replace(task, reward="last_integer")), tokenizer)
 
@@ -282,7 +289,9 @@ def test_a_reward_of_ones_own_needs_no_label(
     (prompt,) = source.take(1, 0)
     assert prompt.answer == ""
     ids = tokenizer.encode("abc")
-    assert source.score(prompt, GeneratedSample("0", 0, ids, (0.0,) * 3, "stop", 0, 1)).reward == 3.0
+    with closing(source):
+        (sample,) = source.score(prompt, [GeneratedSample("0", 0, ids, (0.0,) * 3, "stop", 0, 1)])()
+    assert sample.reward == 3.0
     with pytest.raises(ConfigError, match=r"no line of .* has a label under it"):
         PromptSource(config(replace(task, reward="own_reward:length", label_key="gold")), tokenizer)
 

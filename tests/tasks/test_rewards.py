@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slime_spec.errors import ConfigError
+from slime_spec.tasks.judge import Judge
 from slime_spec.tasks.rewards import contains, exact, last_integer, load_reward
-from slime_spec.tasks.scoring import score
-from slime_spec.types import GeneratedSample, Prompt
+from slime_spec.tasks.scoring import DirectScorer
+from slime_spec.types import GeneratedSample, Prompt, Sample
 
 
 def prompt(answer: str) -> Prompt:
@@ -23,6 +26,11 @@ def prompt(answer: str) -> Prompt:
 
 def response(finish_reason: str = "stop") -> GeneratedSample:
     return GeneratedSample("4", 0, (1, 2), (-0.1, -0.2), finish_reason, 0, 1)  # type: ignore[arg-type]
+
+
+def score(reward: Callable[..., Any], prompt: Prompt, response: GeneratedSample, text: str) -> Sample:
+    (sample,) = DirectScorer(Judge(reward)).score(prompt, [response], [text])()
+    return sample
 
 
 @pytest.mark.parametrize(
@@ -81,6 +89,11 @@ def test_a_reward_of_ones_own_is_found_by_module_and_function(tmp_path: Path, mo
         load_reward("task.reward", "my_rewards:limit")
     with pytest.raises(ConfigError, match="No module named 'my_reward'"):
         load_reward("task.reward", "my_reward:short")
+    broken = {"def f(": "SyntaxError", "1 / 0": "ZeroDivisionError", "exit(3)": "SystemExit"}
+    for number, (source, error) in enumerate(broken.items()):
+        (tmp_path / f"broken{number}.py").write_text(source)
+        with pytest.raises(ConfigError, match=f"module:function: {error}.* Mend the module"):
+            load_reward("task.reward", f"broken{number}:f")
 
 
 @pytest.mark.parametrize("given_reward", [1, True, 0.5, np.float32(0.5), torch.tensor(0.5), np.int64(2)])
@@ -94,7 +107,7 @@ def test_numbers_of_every_library_are_rewards(given_reward: float) -> None:
     [math.nan, math.inf, -math.inf, None, "1.0", [1.0], np.array([1.0, 2.0]), torch.ones(2), 10**400, 1j],
 )
 def test_a_reward_that_is_no_finite_number_excludes_the_sample_and_says_why(given_reward: object) -> None:
-    scored = score(lambda p, r: given_reward, prompt("5"), response(), "5")  # type: ignore[arg-type,return-value]
+    scored = score(lambda p, r: given_reward, prompt("5"), response(), "5")
     assert scored.reward is None
     assert "must be a finite number" in scored.error
 
@@ -104,7 +117,10 @@ def test_a_reward_that_raises_excludes_the_sample_and_says_why() -> None:
         raise KeyError("verdict")
 
     scored = score(broken, prompt("5"), response(), "5")
-    assert (scored.reward, scored.error) == (None, "the reward raised KeyError: 'verdict'")
+    reason, traceback = scored.error.split("\n", 1)
+    assert (scored.reward, reason) == (None, "the reward raised KeyError: 'verdict'")
+    assert traceback.count("File ") == 1, "the traceback has other frames than the user's"
+    assert 'raise KeyError("verdict")' in traceback
     assert scored.text == "5"
 
 

@@ -163,7 +163,7 @@ class Rows:
             assert prompt.token_ids, "an accepted prompt has tokens"
             f"{prompt.text}{prompt.answer}".encode()
             response = GeneratedSample("0", 0, tuple(reply.encode()), (-1.0,) * len(reply.encode()), "stop", 0, 1)
-            sample = source.score(prompt, response)
+            (sample,) = source.score(prompt, [response])()
             if sample.reward is None or not math.isfinite(sample.reward):
                 raise NanAnswer(f"the reward of {reply[:20]!r} is {sample.reward}: {sample.error}")
             samples.append(sample)
