@@ -190,20 +190,36 @@ def _parts(weights: Weights, mtp_names: frozenset[str]) -> list[tuple[Side, Mapp
     return [("target", outer), ("draft", inner)]
 
 
-async def read_back(client: SglangClient, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, bool]:
+async def read_back(
+    client: SglangClient, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, num_picked: int = 4
+) -> dict[str, bool]:
     """Return, for some tensors, whether every rank has their first rows; leaves out tensors that no rank can show."""
-    names = [name for name in tensors if not any(part in name for part in MISREAD)]
-    picked = sorted({names[0], names[len(names) // 3], names[2 * len(names) // 3], names[-1]})
-    judged = {}
+    rows = await shown_rows(client, tensors, num_picked)
+    ours = {name: tensors[name][:2].to(dtype).to(torch.float64) for name in rows}
+    return {name: all(torch.equal(theirs, ours[name]) for theirs in replicas) for name, replicas in rows.items()}
+
+
+async def shown_rows(
+    client: SglangClient, tensors: Mapping[str, torch.Tensor], num_picked: int
+) -> dict[str, list[torch.Tensor]]:
+    """Return the first rows of some tensors, as each data-parallel replica shows them; those not shown are left out."""
+    names = [name for name in tensors if is_read_right(name)]
+    last = len(names) - 1
+    picked = sorted({names[last * number // (num_picked - 1)] for number in range(num_picked)})
+    rows = {}
     for name in picked:
         try:
             shown = await client.post("/get_weights_by_name", {"name": name, "truncate_size": 2})
         except ServerRefused:
             continue
-        ours = tensors[name][:2].to(dtype).to(torch.float64)
-        if replicas := _per_replica(shown, ours.dim()):
-            judged[name] = all(torch.equal(theirs, ours) for theirs in replicas)
-    return judged
+        if replicas := _per_replica(shown, tensors[name].dim()):
+            rows[name] = replicas
+    return rows
+
+
+def is_read_right(name: str) -> bool:
+    """Return whether SGLang, where it shows the tensor at all, shows the right numbers."""
+    return not any(part in name for part in MISREAD)
 
 
 def _per_replica(shown: Any, num_dims: int) -> list[torch.Tensor]:

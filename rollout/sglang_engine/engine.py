@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
+from rollout.sglang_engine.adoption import Adoption
 from rollout.sglang_engine.assemble import make_delivery, make_watch
 from rollout.sglang_engine.client import SglangClient
 from rollout.sglang_engine.generation import SglangGeneration
@@ -77,6 +78,8 @@ class SglangEngine:
         try:
             self.server.start(self.weights.restore)
             self.weights.delivery = make_delivery(self.config, self._index, self._draft, self.server)
+            if self.server.is_external:
+                Adoption(self.config, self._index, self._target, self.server, self.weights).run()
             if self._draft is not None:
                 self.weights.remember_draft()
             self.server.enter_router()

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rollout.sglang_engine.client import ServerRefused, SglangClient
-from slime_spec.algorithms import NONE, reported_as
 from slime_spec.checkpoints.folder import CONFIG, CheckpointFolder
 from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.sglang.labels import label_suffix, version_number
+from slime_spec.sglang.flags import PREFIX, engine_settings
+from slime_spec.sglang.served import differences
+
+logger = logging.getLogger(__name__)
 
 
 async def use_server(client: SglangClient, config: Config, engine_index: int, target: TargetFiles) -> None:
-    """Check the external server, and label its weights where a router needs labels; raises ConfigError."""
-    if not await client.is_healthy(config.sglang_server.start_timeout_s):
+    """Check what the external server says of itself; its weights are the business of Adoption. Raises ConfigError."""
+    timeout_s = config.sglang_server.start_timeout_s
+    is_healthy = await client.is_healthy(timeout_s)
+    if not is_healthy and not await client.answers(timeout_s):
         raise ConfigError(ADDRESSES, "must answer", client.url, "Start it, or correct the address.")
     try:
+        if not is_healthy:
+            await client.post("/continue_generation")  # a run that ended within a push has left it paused
         model_info, server_info = await client.get("/model_info"), await client.get("/server_info")
     except ServerRefused as error:
         raise ConfigError(
@@ -29,26 +36,15 @@ async def use_server(client: SglangClient, config: Config, engine_index: int, ta
             client.url,
             "Give its --api-key in the file of --sglang-api-key-file.",
         ) from None
-    check_served(client.url, config, target, model_info, server_info)
-    suffix = label_suffix(config, engine_index)
-    if not suffix:
-        return
-    label = f"{version_number(model_info.get('weight_version'))}{suffix}"
-    try:
-        await client.post("/update_weight_version", {"new_version": label, "abort_all_requests": False})
-    except ServerRefused as error:
-        raise ConfigError(
-            "sglang_server.router",
-            f"needs servers that can be told what to call their weights: {error}",
-            client.url,
-            "Drop the router, or use a newer SGLang.",
-        ) from None
+    if not isinstance(model_info, Mapping) or not isinstance(server_info, Mapping):
+        rule = f"must be an SGLang server, and answers {str(model_info)[:80]}"
+        raise ConfigError(ADDRESSES, rule, client.url, "Correct the address.")
+    check_served(client.url, config, target, model_info)
+    check_flags(client.url, config, engine_index, server_info)
 
 
-def check_served(
-    url: str, config: Config, target: TargetFiles, model_info: Mapping[str, Any], server_info: Mapping[str, Any]
-) -> None:
-    """Raise ConfigError where the server reports another model, or another speculative algorithm.
+def check_served(url: str, config: Config, target: TargetFiles, model_info: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the server reports another model.
 
     The server's answers name the architecture (newer versions) and the model's folder; the vocabulary and the number of
     layers are read in that folder, where this machine has it.
@@ -67,16 +63,23 @@ def check_served(
                 model_info.get("model_path"),
                 f"Start that server with --model-path {config.model.hf_checkpoint}, or name another.",
             )
-    if "speculative_algorithm" in server_info:
-        algorithm = config.speculative.algorithm
-        told = server_info["speculative_algorithm"] or NONE.name
-        if reported_as(told) != reported_as(algorithm):
-            raise ConfigError(
-                "speculative.algorithm",
-                f"must be what the server speculates with: {url} was started with {told}",
-                algorithm,
-                f"Pass --speculative-algorithm {told}, or start that server with {algorithm}.",
-            )
+
+
+def check_flags(url: str, config: Config, engine_index: int, server_info: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a flag that would give other samples than the run asks for; log the others that differ."""
+    for each in differences(config, engine_index, server_info):
+        if not each.is_decisive:
+            logger.warning("external server %s has %s %s, not %s", url, each.flag, each.theirs, each.ours)
+            continue
+        setting = engine_settings().get(each.dest)
+        path = f"sglang.{each.dest}" if setting is None else setting.path
+        flag = each.flag if each.dest.startswith("speculative_") else PREFIX + each.flag.removeprefix("--")
+        raise ConfigError(
+            path,
+            f"must be what the server has: {url} was started with {each.flag} {each.theirs}",
+            each.ours,
+            f"Start that server with {each.flag} {each.ours}, or pass {flag} {each.theirs}.",
+        )
 
 
 def _told(model_info: Mapping[str, Any]) -> dict[str, object]:

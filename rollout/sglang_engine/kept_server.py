@@ -107,6 +107,10 @@ class KeptServer:
         return self._routed or self.client
 
     @property
+    def is_external(self) -> bool:
+        return self._external is not None
+
+    @property
     def own_host(self) -> str:
         """Return the address where the server reaches this process."""
         if self._launcher is not None:

@@ -103,6 +103,12 @@ class ServerWeights:
             if side in self._current:
                 self._deliver(self._current[side])
 
+    def send_checkpoint(self, weights: Weights) -> None:
+        """Deliver a checkpoint's weights to an external server; a draft is kept, to be sent again if it is lost."""
+        self._deliver(weights)
+        if weights.side == "draft":
+            self._current["draft"] = weights
+
     @property
     def has_pushed_draft(self) -> bool:
         """Return whether a draft was ever pushed; if not, a new server gets the draft from its folder."""

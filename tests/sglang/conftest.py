@@ -98,6 +98,11 @@ class OnFake:
 Connect = Callable[..., OnFake]
 
 
+def rows_of(folder: Path) -> dict[str, Any]:
+    """What a server shows that has the weights of a checkpoint: the first rows of its tensors."""
+    return {name: tensor[:2].tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
 @pytest.fixture
 def connect(config: Config) -> Iterator[Connect]:
     """``connect(FakeServer(...), transport="disk")`` starts an engine on it; keywords are sglang_server settings."""
@@ -109,8 +114,11 @@ def connect(config: Config) -> Iterator[Connect]:
             settings = {"external_addrs": (address,), **settings}
             chosen = replace(base, sglang_server=replace(base.sglang_server, **settings))
             engine = SglangEngine(chosen, 0, DirectTransport())
+            shown, server.rows = server.rows, rows_of(Path(base.model.hf_checkpoint))
             engine.start()
             stack.callback(engine.stop)
+            server.rows = shown
+            server.calls.clear()
             return OnFake(engine, server)
 
         yield start

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from rollout.sglang_engine.client import ServerRefused
-from slime_spec.errors import PushError
+from slime_spec.errors import ConfigError, PushError
+from slime_spec.sglang.served import DECISIVE, differences
+from slime_spec.types import GeneratedSample
 from tests.support.pushes import disturbed
 from tests.support.sglang_real import Models, Real, cpu_environment, greedy, on, started
 
@@ -82,7 +87,7 @@ def test_an_update_from_disk_brings_what_tensors_bring(real: Real) -> None:
 @on("EAGLE3")
 def test_an_update_from_disk_that_would_kill_the_server_never_reaches_it(real: Real) -> None:
     before = real.checksums("target"), real.checksums("draft")
-    with real.another(transport="disk") as engine:
+    with real.another(mode="rollout_only", transport="disk") as engine:
         with pytest.raises(PushError, match="loads the policy into the draft too"):
             engine.push(engine.other_target(), 6)
         assert (real.checksums("target"), real.checksums("draft")) == before
@@ -106,6 +111,73 @@ def test_a_draft_overwritten_by_others_is_noticed_after_a_push_and_sent_again(
         assert "ALARM the draft was changed" in caplog.text
         assert engine.engine.stats().num_draft_resends == 1
         assert engine.engine.stats().speculates
+
+
+@on("NONE")
+def test_a_server_that_outlives_its_run_computes_the_next_runs_samples_with_its_weights_alone(
+    real: Real, tmp_path: Path
+) -> None:
+    """Cases sglang/04-external: both runs push their version 1 in place, which keeps what the server has cached.
+
+    The right logprobs are transformers', which has no cache of an earlier run.
+    """
+    with real.another() as first:
+        first.push(first.other_target(seed=1), 1, pause_mode="in_place")
+        theirs = first.generate(NUM_TOKENS)
+        with real.another() as second:
+            assert logprobs(second.generate(NUM_TOKENS)) == near(second.target_weights, real, tmp_path / "adopted")
+            other = second.other_target(seed=2)
+            second.push(other, 1, pause_mode="in_place")
+            samples = second.generate(NUM_TOKENS)
+            assert logprobs(samples) == near(other, real, tmp_path / "pushed")
+            assert {sample.weight_version for sample in samples} == {1}
+            assert [sample.token_ids for sample in samples] != [sample.token_ids for sample in theirs]
+
+
+def logprobs(samples: list[GeneratedSample]) -> list[float]:
+    return [logprob for sample in samples for logprob in sample.logprobs]
+
+
+def near(weights: dict[str, torch.Tensor], real: Real, folder: Path) -> Any:
+    """The logprobs of greedy decoding with these weights in transformers."""
+    shutil.copytree(real.config.model.hf_checkpoint, folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return pytest.approx([logprob for _, found in greedy(folder, NUM_TOKENS) for logprob in found], abs=2e-4)
+
+
+@on("NONE")
+def test_rollouts_alone_are_made_on_proved_weights_only(real: Real) -> None:
+    """Case sglang/04-external: the server still has what somebody pushed, or is at the checkpoint's weights again."""
+    real.push(real.other_target(), 7)
+    with pytest.raises(ConfigError, match="it has other values of"), real.another(mode="rollout_only"):
+        pass
+    real.push(real.target_weights, 8)
+    before = real.checksums("target")
+    with real.another(mode="rollout_only") as engine:
+        assert real.checksums("target") == before
+        assert {sample.weight_version for sample in engine.generate(4)} == {0}
+
+
+@on("EAGLE3", "NEXTN")
+def test_a_run_that_trains_brings_an_external_server_to_its_checkpoints(real: Real) -> None:
+    target, draft = real.checksums("target"), real.checksums("draft")
+    real.push(real.other_target(), 7)
+    real.push(disturbed(real.draft_weights, 3), 7, "draft")
+    assert (real.checksums("target"), real.checksums("draft")) != (target, draft)
+    with real.another():
+        assert (real.checksums("target"), real.checksums("draft")) == (target, draft)
+
+
+@on("EAGLE3")
+def test_what_a_real_server_reports_of_itself_is_compared_with_the_run(real: Real) -> None:
+    """Nothing differs from the run that started it; each of its flags that bends samples is compared."""
+    reported = real.engine.server.loop.call(real.engine.client.get("/server_info"))
+    assert not [each for each in differences(real.config, 0, reported) if each.is_decisive]
+    assert set(DECISIVE) <= reported.keys()
+    halved = replace(real.config, engine=replace(real.config.engine, dtype="float16"))
+    deeper = replace(real.config, speculative=replace(real.config.speculative, num_steps=5))
+    for config, dest in ((halved, "dtype"), (deeper, "speculative_num_steps")):
+        assert [each.dest for each in differences(config, 0, reported) if each.is_decisive] == [dest]
 
 
 @on("STANDALONE")

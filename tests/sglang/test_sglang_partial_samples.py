@@ -57,14 +57,15 @@ def test_what_is_left_is_asked_for_and_the_whole_comes_back(connect: Connect) ->
 
 
 def test_the_spans_of_both_parts_are_joined(connect: Connect) -> None:
-    server = FakeServer()
+    on_fake = connect()
+    server = on_fake.server
     server.weight_version = "5"
     partial = part(9, weight_version=2, version_spans=((0, 2), (4, 3)))
     request = GroupRequest("group", PROMPT, (1,), PARAMS, (partial,))
-    (sample,) = connect(server).engine.generate(request)
+    (sample,) = on_fake.engine.generate(request)
     assert (sample.weight_version, sample.version_spans) == (2, ((0, 2), (4, 3), (9, 5)))
     server.weight_version = "3"
-    (sample,) = connect(server).engine.generate(request)
+    (sample,) = on_fake.engine.generate(request)
     assert sample.version_spans == ((0, 2), (4, 3))
 
 

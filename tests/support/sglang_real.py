@@ -159,11 +159,15 @@ class Real:
         return self.engine.config
 
     @contextmanager
-    def another(self, **server: Any) -> Iterator[Real]:
-        """A second engine on the same server, which is somebody else's to it, with settings of its own."""
+    def another(self, mode: str = "train", **server: Any) -> Iterator[Real]:
+        """A second engine on the same server, which is somebody else's to it, with settings of its own.
+
+        A run that trains begins by pushing the checkpoints' weights.
+        """
         address = self.engine.client.url.removeprefix("http://")
         settings = replace(self.config.sglang_server, external_addrs=(address,), **server)
-        with started(replace(self.config, sglang_server=settings)) as engine:
+        run = replace(self.config.run, mode=mode)
+        with started(replace(self.config, run=run, sglang_server=settings)) as engine:
             try:
                 yield Real(self.algorithm, engine)
             finally:

@@ -103,7 +103,8 @@ def engine_settings(options: BenchOptions, algorithm: str, prompts: Prompts, at_
 def with_transport(config: Config, transport: str, server: str | None = None) -> Config:
     """Return the configuration that pushes by ``transport``, to ``server`` (host:port) if it is given."""
     addresses = () if server is None else (server,)
-    return replace(config, sglang_server=replace(config.sglang_server, transport=transport, external_addrs=addresses))
+    config = replace(config, sglang_server=replace(config.sglang_server, transport=transport, external_addrs=addresses))
+    return config if server is None else replace(config, run=replace(config.run, mode="train"))
 
 
 def embedded(config: Config) -> Config:
