@@ -90,12 +90,7 @@ RAW = (
     ),
 )
 SEPARATORS = (
-    b"\n",
-    b"\n",
-    b"\n",
-    b"\r\n",
-    b"\n\n",
-    b"\n \t\n",
+    *(b"\n", b"\r\n", b"\n\n", b"\n \t\n") * 6,
     b"\r",
     b"",
     b"\x0b",
@@ -183,7 +178,7 @@ def _task(random: Random) -> TaskConfig:
         prompt_data=random.choice(("",) * 30 + ("@[0:1]", "@[-1:]", "@[:]", "@[9:]", "@[1:0]", "@[x:]")),
         input_key=random.choice(("prompt",) * 30 + (*KEYS, "absent", "")),
         label_key=random.choice(("label",) * 30 + (*KEYS, "absent")),
-        advice_key=random.choice((None, None, None, "old", "old", "absent")),
+        advice_key=random.choice((None,) * 12 + ("old",) * 8 + ("absent",)),
         tool_key=random.choice((None, None, "tools")),
         reward=random.choice(("exact", "contains", "last_integer")),
         system_prompt=random.choice(("", "", "Be brief.")) if templated else "",
@@ -225,7 +220,7 @@ def _line(random: Random, row: Any) -> bytes:
     mark = "<raw>"
     if random.random() < 0.1:
         row = _placed(random, row, mark)
-    text = json.dumps(row, ensure_ascii=random.random() < 0.7).replace(json.dumps(mark), random.choice(RAW), 1)
+    text = json.dumps(row, ensure_ascii=random.random() < 0.9).replace(json.dumps(mark), random.choice(RAW), 1)
     return text.encode("utf-8", "surrogatepass")
 
 
