@@ -176,6 +176,9 @@ def test_a_corpus_of_other_prompts_is_not_gone_on_with(policy: Path, tmp_path: P
     (out / "corpus.jsonl").write_text(as_line(DraftSequence(0, (1, 2, 3), 2, "task greedy")) + "\n")
     with pytest.raises(ConfigError, match="must hold replies to this command's prompts"):
         run_draft(command(policy, out, "--resume"))
+    (out / "corpus.jsonl").write_text(as_line(DraftSequence(0, (1, 2, 99_999), 2, "task greedy")) + "\n")
+    with pytest.raises(ConfigError, match="reply 0 must have token ids below 257"):
+        run_draft(command(policy, out, "--resume"))
 
 
 BROKEN = (

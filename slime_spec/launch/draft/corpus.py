@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 from rollout.embedded.engine import EmbeddedEngine
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, RolloutConfig, RunConfig, TaskConfig
 from slime_spec.draft.training.progress import Progress
@@ -93,7 +94,7 @@ def generate_corpus(
 
     Raises ConfigError where ``path`` holds replies to other requests.
     """
-    present = _present(path, planned)
+    present = _present(path, planned, ModelSpec.from_folder(model).vocab_size)
     missing = [each for each in planned if each.index not in present]
     progress.show("generating", len(present), len(planned))
     if missing:
@@ -135,13 +136,16 @@ def _replies(engine: EmbeddedEngine, planned: Sequence[PlannedReply]) -> Iterato
         )
 
 
-def _present(path: Path, planned: Sequence[PlannedReply]) -> dict[int, DraftSequence]:
+def _present(path: Path, planned: Sequence[PlannedReply], vocab_size: int) -> dict[int, DraftSequence]:
     """Read the replies that an earlier run generated for this plan."""
     if not path.is_file():
         return {}
     present = {sequence.index: sequence for sequence in read_corpus(path)}
     prompts = {each.index: (each.prompt_token_ids, each.kind) for each in planned}
     for index, sequence in present.items():
+        if max(sequence.token_ids, default=0) >= vocab_size:
+            rule = f"reply {index} must have token ids below {vocab_size}"
+            raise ConfigError(str(path), rule, max(sequence.token_ids), "Remove its line, or the file.")
         if prompts.get(index) != (sequence.token_ids[: sequence.prompt_len], sequence.kind):
             raise ConfigError(
                 "--out",
