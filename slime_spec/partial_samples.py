@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import inf
 
 from slime_spec.errors import ConfigError
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams, SpecCounters, VersionSpan
 
+# The sum of a softmax rounds: a logprob may be this much above 0.
+LOGPROB_ERROR = 1e-3
 # A sample that is broken off this often with no new token will never finish.
 MAX_FRUITLESS_ATTEMPTS = 3
 
@@ -130,6 +133,11 @@ def _check_partial(sample: GeneratedSample, max_new_tokens: int, vocab_size: int
     for holds, rule, value in (
         (sample.finish_reason == "abort", "must hold samples that were aborted", sample.finish_reason),
         (len(sample.logprobs) == len(ids), f"must hold a logprob for each of {len(ids)} tokens", len(sample.logprobs)),
+        (
+            all(-inf < logprob <= LOGPROB_ERROR for logprob in sample.logprobs),
+            "must hold logprobs of tokens, finite and at most 0",
+            next((each for each in sample.logprobs if not -inf < each <= LOGPROB_ERROR), None),
+        ),
         (len(ids) < max_new_tokens, f"must leave room within max_new_tokens ({max_new_tokens})", len(ids)),
         (
             not ids or 0 <= min(ids) <= max(ids) < vocab_size,

@@ -8,12 +8,11 @@ from math import isfinite
 from typing import Any
 
 from rollout.sglang_engine.client import ProtocolError
+from slime_spec.partial_samples import LOGPROB_ERROR
 from slime_spec.sglang.labels import version_number
 from slime_spec.sglang.metadata import ROUNDS, generation_of
 from slime_spec.types import VersionSpan
 
-# The sum of a softmax rounds: a logprob may be this much above 0.
-LOGPROB_ERROR = 1e-3
 # SGLang reports a token of probability 0 with the least number of float32.
 LEAST_LOGPROB = -1e30
 

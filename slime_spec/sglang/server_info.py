@@ -34,14 +34,17 @@ class ServerInfo:
 
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> ServerInfo:
-        """Read the answer of /server_info."""
-        drafted = answer.get("speculative_num_draft_tokens") or 1
+        """Read the answer of /server_info; what is no number there counts as absent."""
+
+        def number(name: str) -> int:
+            value = answer.get(name)
+            return value if type(value) is int else 0
+
         return cls(
             version=str(answer.get("version", "?")),
-            max_total_tokens=int(answer.get("max_total_num_tokens") or 0),
-            num_ranks=int(answer.get("tp_size") or 1)
-            * (1 if answer.get("enable_dp_attention") else int(answer.get("dp_size") or 1)),
-            num_steps=int(answer.get("speculative_num_steps") or drafted - 1),
+            max_total_tokens=number("max_total_num_tokens"),
+            num_ranks=(number("tp_size") or 1) * (1 if answer.get("enable_dp_attention") else number("dp_size") or 1),
+            num_steps=number("speculative_num_steps") or (number("speculative_num_draft_tokens") or 1) - 1,
             flags={
                 dest: answer[dest] for dest in sglang_flags() if dest not in SECRETS and answer.get(dest) is not None
             },
@@ -76,10 +79,11 @@ class Load:
 
 
 def load_of(answer: object) -> Load:
-    """Return the load that /v1/loads answers; zeros where the server lacks that path."""
-    ranks = answer.get("loads", []) if isinstance(answer, Mapping) else []
+    """Return the load that /v1/loads answers; zeros where the server lacks that path, or counts nothing there."""
+    loads = answer.get("loads") if isinstance(answer, Mapping) else None
+    ranks = [rank for rank in loads if isinstance(rank, Mapping)] if isinstance(loads, list) else []
 
     def total(name: str) -> int:
-        return sum(int(rank.get(name) or 0) for rank in ranks)
+        return sum(value for rank in ranks if type(value := rank.get(name)) is int)
 
     return Load(total("num_running_reqs"), total("num_waiting_reqs"), total("num_used_tokens"))

@@ -43,10 +43,10 @@ class Hanging(FakeServer):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.hangs = threading.Event()
-        self.asked = threading.Semaphore(0)
+        self.questions = threading.Semaphore(0)
 
     async def _info(self, request: web.Request) -> web.Response:
-        self.asked.release()
+        self.questions.release()
         if self.hangs.is_set():
             await never()
         return await super()._info(request)
@@ -62,7 +62,7 @@ class Hanging(FakeServer):
 
     def wait_asked(self, times: int) -> None:
         for _ in range(times):
-            assert self.asked.acquire(timeout=WAIT_S), "nobody asks the server"
+            assert self.questions.acquire(timeout=WAIT_S), "nobody asks the server"
 
 
 async def never() -> None:
@@ -249,7 +249,7 @@ def test_samples_of_an_external_server_that_is_paused_wait(connect: Connect) -> 
     generation = engine.generate(GroupRequest("group", PROMPT, (1,), SamplingParams(max_new_tokens=100)))
     wait_until(lambda: any(run.num_tokens for run in engine.samples.in_progress))
     engine.update_weights(PauseGeneration(0, "in_place"))
-    while server.asked.acquire(blocking=False):
+    while server.questions.acquire(blocking=False):
         pass
     server.wait_asked(2)
     engine.update_weights(ContinueGeneration(0))

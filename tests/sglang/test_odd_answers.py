@@ -21,6 +21,7 @@ from rollout.sglang_engine.fake_http import Body
 from rollout.sglang_engine.generation import MAX_BUSY_ATTEMPTS, Aborted, Patience
 from rollout.sglang_engine.sample import Part
 from slime_spec.errors import ConfigError
+from slime_spec.sglang.server_info import Load, ServerInfo, load_of
 from slime_spec.types import GroupRequest, SamplingParams
 from slime_spec.weights.messages import ContinueGeneration, PauseGeneration
 from tests.sglang.conftest import Connect
@@ -302,6 +303,16 @@ def test_a_chunk_has_new_tokens_or_all_of_them_and_an_abort_may_have_any_number(
     has = part()
     has.take(data)
     assert (has.token_ids, len(has.logprobs)) == (token_ids, len(token_ids))
+
+
+@pytest.mark.parametrize("answer", [None, [], {"loads": 3}, {"loads": [3]}, {"loads": [{"num_running_reqs": "many"}]}])
+def test_a_load_that_is_no_number_counts_as_none(answer: object) -> None:
+    assert load_of(answer) == Load(0, 0, 0)
+
+
+def test_what_a_server_reports_of_itself_counts_where_it_is_a_number() -> None:
+    info = ServerInfo.of({"version": "1", "max_total_num_tokens": "many", "tp_size": None, "dp_size": 2})
+    assert (info.max_total_tokens, info.num_ranks, info.num_steps) == (0, 2, 0)
 
 
 def test_nothing_is_added_after_the_final_chunk() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -110,6 +111,15 @@ def test_a_part_that_the_server_could_die_of_is_refused(connect: Connect) -> Non
     on_fake = connect()
     partial = replace(part(2), token_ids=(5, 257))
     with pytest.raises(ConfigError, match="token ids from 0 to 256"):
+        on_fake.engine.generate(GroupRequest("group", PROMPT, (1,), PARAMS, (partial,)))
+    assert on_fake.server.told("/generate") == []
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf, 0.5])
+def test_a_part_whose_logprobs_cannot_be_true_is_refused(connect: Connect, logprob: float) -> None:
+    on_fake = connect()
+    partial = replace(part(2), logprobs=(-0.5, logprob))
+    with pytest.raises(ConfigError, match="must hold logprobs of tokens"):
         on_fake.engine.generate(GroupRequest("group", PROMPT, (1,), PARAMS, (partial,)))
     assert on_fake.server.told("/generate") == []
 
