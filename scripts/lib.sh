@@ -35,6 +35,11 @@ slime_spec() {
   "$SLIME_SPEC_VENV/bin/python" -m slime_spec "$@"
 }
 
+# run_slime_spec COMMAND [flags]: the same in this shell's place, so that signals reach the run and not its shell alone.
+run_slime_spec() {
+  exec "$SLIME_SPEC_VENV/bin/python" -m slime_spec "$@"
+}
+
 # launch EXPERIMENT [flags]: `slime-spec train` with a named configuration, its run named after it and the time.
 # SLIME_SPEC_COMMAND chooses another command of the same flags (config, rollout, doctor); SGLANG_PYTHON is the Python of
 # the environment that has sglang, where it is not this one.
@@ -45,6 +50,6 @@ launch() {
     sglang=(--sglang-python "$SGLANG_PYTHON")
   fi
   ensure_venv
-  slime_spec "${SLIME_SPEC_COMMAND:-train}" --config "$experiment" \
+  run_slime_spec "${SLIME_SPEC_COMMAND:-train}" --config "$experiment" \
     --run-name "$experiment-$(date +%Y%m%d-%H%M%S)" "${sglang[@]}" "$@"
 }

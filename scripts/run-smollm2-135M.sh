@@ -11,5 +11,5 @@ ensure_venv
 if [[ ! -f "$MODEL_DIR/config.json" ]]; then
   slime_spec models fetch smollm2-135m --output "$MODEL_DIR"
 fi
-slime_spec "${SLIME_SPEC_COMMAND:-train}" --config smollm2-135m --hf-checkpoint "$MODEL_DIR" \
+run_slime_spec "${SLIME_SPEC_COMMAND:-train}" --config smollm2-135m --hf-checkpoint "$MODEL_DIR" \
   --run-name "smollm2-135M-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -1,14 +1,17 @@
 """Every launch script composes, passes its trailing arguments through, and starts nothing of another's."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.support.launched import run_in_process
+from tests.support.launched import environment_of, run_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
+WHO = "#!/bin/sh\necho $$\n"  # a Python that says which process it is
 LAUNCHERS = sorted((ROOT / "scripts").glob("run-*.sh"))
 
 
@@ -37,6 +40,15 @@ def test_a_scripts_flags_compose_and_trailing_arguments_win(script, model):
     assert config["run"]["num_rollout"] == 3
     assert config["trainer"]["lr"] == 5e-6
     assert config["rollout"]["batch_size"] == 5
+
+
+@pytest.mark.parametrize("script", LAUNCHERS, ids=lambda script: script.name)
+def test_a_signal_to_a_script_reaches_the_run_that_it_launched(script, model):
+    """Case reports/06: the shell's process becomes the run's, so that a preempted job ends in order."""
+    environ = {"MODEL_DIR": str(model), "DRAFT_DIR": str(model), "SLIME_SPEC_VENV": str(environment_of(WHO))}
+    with subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, env={**os.environ, **environ}) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.read()) == process.pid
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda script: script.name)

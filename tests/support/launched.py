@@ -30,11 +30,11 @@ class Ended:
 
 
 @cache
-def _echoing_environment() -> Path:
-    """A folder that scripts take for a complete environment and whose Python only prints what it is asked."""
+def environment_of(python: str) -> Path:
+    """A folder that scripts take for a complete environment, with ``python`` (a shell script) as its Python."""
     folder = Path(mkdtemp(prefix="slime_spec-echo-"))
     (folder / "bin").mkdir()
-    (folder / "bin" / "python").write_text(ECHO)
+    (folder / "bin" / "python").write_text(python)
     (folder / "bin" / "python").chmod(0o755)
     stamp = subprocess.run(
         ["bash", "-c", f'source "{SCRIPTS}/lib.sh"; echo "$(_wanted_stamp) $ROOT"'],
@@ -53,7 +53,7 @@ def words_of(script: str, *arguments: str, environ: Mapping[str, str] | None = N
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, **(environ or {}), "SLIME_SPEC_VENV": str(_echoing_environment())},
+        env={**os.environ, **(environ or {}), "SLIME_SPEC_VENV": str(environment_of(ECHO))},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\0")[:-1]
