@@ -44,7 +44,7 @@ def earlier_part(request: GroupRequest, position: int, *, keeps_tokens: bool = T
     tokens are not kept.
     """
     partial = as_partial(request, position)
-    if partial.token_ids and keeps_tokens:
+    if not request.partials or (partial.token_ids and keeps_tokens):
         return partial
     without_tokens = as_partial(replace(request, partials=()), position)
     return replace(

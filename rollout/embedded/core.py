@@ -191,6 +191,7 @@ class GenerationCore:
 
     def _enter(self, sequence: SampleState) -> None:
         self.batch.add(sequence)
+        sequence.own_tokens()
         if sequence.wait_s is None:
             sequence.wait_s = sequence.elapsed_s(self._clock())
 

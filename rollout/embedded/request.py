@@ -57,8 +57,10 @@ class Group:
     kv_version: int = 0  # oldest weights that computed the prompt's KV
     prompt_version: int = 0  # weights that computed ``first_logits``
     first_logits: torch.Tensor | None = None  # [1, vocab], while samples wait for their first token
+    prompt: list[int] = field(default_factory=list)  # the token_ids of its samples that wait and have none of their own
 
     def __post_init__(self) -> None:
+        self.prompt += self.request.prompt_token_ids
         self.num_unfinished = len(self.request.seeds)
         self.num_started = sum(bool(partial.token_ids) for partial in self.request.partials)
 
@@ -123,9 +125,15 @@ class SampleState:
         """
         request = group.request
         uniforms = Uniforms(request.seeds[position], request.params.max_new_tokens)
-        state = cls(group, request.sample_indices[position], key, list(request.prompt_token_ids), uniforms)
-        state._take_part(earlier_part(request, position), speculates)
+        part = earlier_part(request, position)
+        state = cls(group, part.sample_index, key, group.prompt, uniforms)
+        state._take_part(part, speculates)
         return state
+
+    def own_tokens(self) -> None:
+        """Copy the prompt, which samples share until they run: thousands of them may wait."""
+        if self.token_ids is self.group.prompt:
+            self.token_ids = list(self.group.prompt)
 
     @property
     def num_generated(self) -> int:
@@ -214,7 +222,8 @@ class SampleState:
         """Take over the tokens, times and counts of the sample's earlier part."""
         self.spent_s, self.wait_s, self.first_token_s = part.e2e_latency_s, part.wait_s, part.first_token_s
         self.num_preemptions, self.cached_tokens = part.num_preemptions, part.cached_tokens
-        self.token_ids += part.token_ids
+        if part.token_ids:
+            self.token_ids = [*self.group.prompt, *part.token_ids]
         self.logprobs += part.logprobs
         self.version_spans += part.spans
         self.oldest_version = part.weight_version if part.token_ids else None

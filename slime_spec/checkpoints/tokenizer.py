@@ -68,6 +68,11 @@ class Tokenizer:
         """Return one more than the largest token id, added tokens included."""
         return max(self._hf.get_vocab().values()) + 1
 
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """Return the bytes of the longest token, at least as many as its text has."""
+        return max(len(token.encode()) for token in self._hf.get_vocab())
+
     @property
     def eos_token_id(self) -> int | None:
         eos: int | None = self._hf.eos_token_id

@@ -39,6 +39,8 @@ class ServeArguments:
     api_key: str | None
     max_request_mb: int
     incremental_streaming: bool
+    max_queued_requests: int | None
+    client_timeout_s: int
     notes: tuple[str, ...] = ()
 
 
@@ -55,6 +57,13 @@ def serve_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", help=f"refuse requests without this Bearer key (default: ${API_KEY_VARIABLE})")
     parser.add_argument("--max-request-mb", default="256", help="largest request body in MB (default: 256)")
     parser.add_argument(
+        "--max-queued-requests",
+        help="samples that may run or wait; further calls get 503 (default: 64 for each that is decoded at once)",
+    )
+    parser.add_argument(
+        "--client-timeout-s", default="60", help="longest wait for a client to send or to read (default: 60)"
+    )
+    parser.add_argument(
         "--incremental-streaming-output", action="store_true", help="stream only what is new in each chunk"
     )
     return parser
@@ -67,6 +76,7 @@ def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
         if path.partition(".")[0] not in NODES and path not in SETTINGS:
             raise ConfigError(path, "belongs to a training run, and serve only generates", value, "Leave it out.")
     made = composed([*BASE, *rest])
+    queued = own.max_queued_requests
     return ServeArguments(
         config=made.config,
         host=own.host,
@@ -74,6 +84,8 @@ def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
         api_key=own.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         max_request_mb=_whole("--max-request-mb", own.max_request_mb, 1, 1 << 20),
         incremental_streaming=own.incremental_streaming_output,
+        max_queued_requests=queued and _whole("--max-queued-requests", queued, 1, 1 << 20),
+        client_timeout_s=_whole("--client-timeout-s", own.client_timeout_s, 1, 1 << 20),
         notes=made.notes,
     )
 
@@ -92,6 +104,8 @@ def run_serve(arguments: ServeArguments, announce: Callable[[str], None]) -> int
         api_key=arguments.api_key,
         max_request_mb=arguments.max_request_mb,
         incremental_streaming=arguments.incremental_streaming,
+        max_queued_requests=arguments.max_queued_requests,
+        client_timeout_s=arguments.client_timeout_s,
     )
     server = EngineServer(config, options)
     what = f"model={config.model.hf_checkpoint} speculation={config.speculative.algorithm}"

@@ -47,7 +47,8 @@ def test_the_table_lists_every_endpoint_and_method(example_config: Config) -> No
     server = EngineServer(example_config, ServerOptions(port=0))
     server._socket.close()
     app, _ = make_app(
-        server._serving(Generations(server._engine), OneThread("control"), OneThread("reading")), ServerOptions()
+        server._serving(Generations(server._engine, 99), OneThread("control"), OneThread("reading")),
+        ServerOptions(),
     )
     routes = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource}
     listed = set()

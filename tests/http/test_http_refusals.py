@@ -1,5 +1,6 @@
 """What a client does wrong is a 400 that names the field; nothing it sends ends the server."""
 
+import re
 from typing import Any
 
 import pytest
@@ -120,6 +121,16 @@ def test_sampling_that_the_engine_lacks_is_refused_with_the_reason(name: str) ->
     assert read_sampling({name: None}, LIMITS, 1) == read_sampling({}, LIMITS, 1)
 
 
+@pytest.mark.parametrize("name", ["json_schema", "logit_bias", "stop", "stop_token_ids", "temperature", "unknown"])
+def test_a_deeply_nested_parameter_is_refused_by_name(server: Served, name: str) -> None:
+    """Case audit/01: as deep as the parser still reads, which left too little of the stack to say what is wrong."""
+    for depth in (300, 900, 960, 980, 990):
+        body = f'{{"text": "a", "sampling_params": {{"{name}": {"[" * depth}{"]" * depth}}}}}'
+        response = requests.post(f"{server.url}/generate", data=body, timeout=60)
+        assert response.status_code == 400
+        assert re.search(f"sampling_params.{name}|nested so deeply", response.json()["error"]["message"])
+
+
 def test_the_values_by_which_a_parameter_asks_for_nothing_are_taken() -> None:
     nothing = {"beam_width": 1, "spaces_between_special_tokens": False}
     assert read_sampling(nothing, LIMITS, 1) == read_sampling({}, LIMITS, 1)
@@ -131,7 +142,7 @@ def test_no_bound_on_new_tokens_means_what_the_context_holds() -> None:
 
 @pytest.fixture(scope="module")
 def reader(config: Config) -> CallReader:
-    return CallReader(LIMITS, Tokenizer.load(config.model.hf_checkpoint), server_seed=0)
+    return CallReader(LIMITS, Tokenizer.load(config.model.hf_checkpoint), server_seed=0, max_samples=4096)
 
 
 def test_refusals_are_json_without_a_traceback(server: Served) -> None:

@@ -44,7 +44,7 @@ def test_advice_makes_the_same_reply_in_fewer_rounds(server: Served, edit: int) 
 def test_advice_may_be_a_text_and_one_a_prompt(config: Config) -> None:
     tokenizer = Tokenizer.load(config.model.hf_checkpoint)
     limits = RequestLimits(vocab_size=257, context_length=200, max_total_tokens=1000, headroom=0, algorithm="LOOKUP")
-    reader = CallReader(limits, tokenizer, server_seed=0)
+    reader = CallReader(limits, tokenizer, server_seed=0, max_samples=4096)
     call = reader.read({"text": ["a", "b"], "extra_configs": [{"sp_advice_prompt": "né", "sp_edit": 1}, None]})
     first, second = (prompt.request.params for prompt in call.prompts)
     assert (first.advice_token_ids, first.edit) == (tokenizer.encode("né", special=False), True)

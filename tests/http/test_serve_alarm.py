@@ -21,7 +21,7 @@ ANSWERED = GeneratedSample("rid", 0, (5,), (-1.0,), "stop", 0, 2)
 def warnings_of(folder: Path, algorithm: str, spec: SpecCounters, caplog: pytest.LogCaptureFixture) -> list[str]:
     """What a server of ``algorithm`` logs about two answers with these counters each."""
     server = EngineServer(engine_config(folder, algorithm), ServerOptions(port=0))
-    serving = server._serving(Generations(server._engine), OneThread("control"), OneThread("reading"))
+    serving = server._serving(Generations(server._engine, 99), OneThread("control"), OneThread("reading"))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             serving.totals.count(replace(ANSWERED, spec=spec))

@@ -46,6 +46,9 @@ class GrowingText:
         self._cut = enders if sampling.trim_stop else ()
         self._token_ids: list[int] = []
         self._text = ""
+        self._stops = sampling.params.stop if sampling.trim_stop else ()
+        self._longest_stop = max(map(len, self._stops), default=0)
+        self._stop_at: int | None = None  # where the text will be cut
         # Tokens from _context on are decoded again with each addition, those before _settled are part of _text; the
         # context lets a decoder that treats the first token of a text differently see that it is not the first.
         self._context = self._settled = 0
@@ -56,25 +59,30 @@ class GrowingText:
         before = self._decode(self._context, self._settled)
         after = self._decode(self._context, len(self._token_ids))
         if len(after) > len(before) and not after.endswith(UNFINISHED):
+            searched = max(0, len(self._text) - self._longest_stop)
             self._text += after[len(before) :]
+            self._find_stop(searched)
             self._context, self._settled = self._settled, len(self._token_ids)
         return self._text[: len(self._text) - self._held_back()]
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._token_ids[start:end], skip_special=self._sampling.skip_special_tokens)
 
+    def _find_stop(self, searched: int) -> None:
+        """Look for stop strings, of which none ends before ``searched``."""
+        if self._stop_at is None:
+            found = [self._text.find(stop, searched) for stop in self._stops]
+            self._stop_at = min((position for position in found if position >= 0), default=None)
+
     def _held_back(self) -> int:
         """Return how many characters at the end may begin a stop string, or belong to one already."""
-        if not (self._sampling.params.stop and self._sampling.trim_stop):
-            return 0
-        found = [self._text.find(stop) for stop in self._sampling.params.stop]
-        if any(position >= 0 for position in found):
-            return len(self._text) - min(position for position in found if position >= 0)
+        if self._stop_at is not None:
+            return len(self._text) - self._stop_at
         return max(
             (
                 length
-                for stop in self._sampling.params.stop
-                for length in range(1, len(stop))
+                for stop in self._stops
+                for length in range(1, min(len(stop), len(self._text) + 1))
                 if self._text.endswith(stop[:length])
             ),
             default=0,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from rollout.embedded.http.json_io import MAX_COUNT, Fields, as_object, is_text, is_whole
+from rollout.embedded.http.json_io import LONGEST_NAME, MAX_COUNT, Fields, as_object, is_text, is_whole
 from rollout.embedded.http.sampling import UNSERVED_FIELDS, Sampling, check_unserved, read_sampling
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
@@ -52,10 +52,15 @@ class Call:
 
 
 class CallReader:
-    """Reads bodies; seeds that no client gave derive from the server's seed and a counter of prompts."""
+    """Reads bodies; seeds that no client gave derive from the server's seed and a counter of prompts.
 
-    def __init__(self, limits: RequestLimits, tokenizer: Tokenizer, server_seed: int) -> None:
+    A call has at most ``max_samples`` prompts times samples.
+    """
+
+    def __init__(self, limits: RequestLimits, tokenizer: Tokenizer, server_seed: int, max_samples: int) -> None:
         self._limits, self._tokenizer, self._server_seed = limits, tokenizer, server_seed
+        self._max_samples = max_samples
+        self._longest_text_bytes = limits.context_length * tokenizer.longest_token_bytes
         self._unseeded = count(1)  # read from two threads
 
     def read(self, body: object) -> Call:
@@ -65,8 +70,7 @@ class CallReader:
         fields.check_names(KNOWN)
         check_unserved(data, UNSERVED_FIELDS)
         prompts, is_batch = self._prompts(fields)
-        per_object = [_per_prompt(fields, name, len(prompts), {}) for name in RTP_OBJECTS]
-        rtp = [_merged(objects) for objects in zip(*per_object, strict=True)]
+        rtp = _rtp_objects(fields, len(prompts))
         sampling = self._sampling(fields, prompts, rtp)
         rid, rids = _rids(fields.raw("rid"), len(prompts), is_batch or sampling[0].num_samples > 1)
         logprobs = _per_prompt(fields, "return_logprob", len(prompts), False)
@@ -113,12 +117,17 @@ class CallReader:
             texts = [text] if isinstance(text, str) else text
             if not (isinstance(texts, list) and texts and all(map(is_text, texts))):
                 raise ConfigError("text", "must be a text or a list of texts", text, "Send at least one prompt.")
+            self._check_samples("text", len(texts), 1)
+            if any(len(each.encode()) > self._longest_text_bytes for each in texts):
+                rule = f"must have at most {self._longest_text_bytes} bytes: more cannot fit in the context"
+                raise ConfigError("text", rule, text, "Shorten the prompt.")
             return [self._tokenizer.encode(each) for each in texts], not isinstance(text, str)
         lists = [ids] if isinstance(ids, list) and all(map(is_whole, ids)) else ids
         if not (isinstance(lists, list) and all(isinstance(each, list) for each in lists)):
             raise ConfigError(
                 "input_ids", "must be a list of token ids or a list of such lists", ids, "Send [1, 2, 3]."
             )
+        self._check_samples("input_ids", len(lists), 1)
         if not all(map(is_whole, (token for each in lists for token in each))):
             raise ConfigError("input_ids", "must hold whole numbers", ids, "Send the ids of the tokenizer.")
         return [tuple(each) for each in lists], lists is ids
@@ -127,10 +136,15 @@ class CallReader:
         self, fields: Fields, prompts: Sequence[tuple[int, ...]], rtp: Sequence[Mapping[str, Any]]
     ) -> list[Sampling]:
         given = _per_prompt(fields, "sampling_params", len(prompts), {})
-        sampling = [
-            self._with_rtp(read_sampling(as_object(each, "sampling_params"), self._limits, len(prompt)), extra)
-            for each, prompt, extra in zip(given, prompts, rtp, strict=True)
-        ]
+        # Read once where one object stands for all prompts; only what "as many as fit" means depends on the prompt.
+        read: dict[tuple[int, int, int], Sampling] = {}
+        sampling = []
+        for each, prompt, extra in zip(given, prompts, rtp, strict=True):
+            data = as_object(each, "sampling_params")
+            key = id(data), id(extra), len(prompt) if data.get("max_new_tokens", 1) is None else 0
+            if key not in read:
+                read[key] = self._with_rtp(read_sampling(data, self._limits, len(prompt)), extra)
+            sampling.append(read[key])
         if len(counts := {each.num_samples for each in sampling}) > 1:
             raise ConfigError(
                 "sampling_params.n",
@@ -138,7 +152,13 @@ class CallReader:
                 sorted(counts),
                 "Send two requests.",
             )
+        self._check_samples("sampling_params.n", len(prompts), sampling[0].num_samples)
         return sampling
+
+    def _check_samples(self, name: str, num_prompts: int, num_samples: int) -> None:
+        if num_prompts * num_samples > self._max_samples:
+            rule = f"prompts times samples must be at most {self._max_samples}"
+            raise ConfigError(name, rule, num_prompts * num_samples, "Send several requests, or serve a longer queue.")
 
     def _with_rtp(self, sampling: Sampling, extra: Mapping[str, Any]) -> Sampling:
         """Add the params that a request sets under RTP-LLM's names."""
@@ -158,9 +178,16 @@ class CallReader:
         yield from (sample_seed(sampling.seed, 0, index) for index in range(1, sampling.num_samples))
 
 
-def _merged(objects: Iterable[object]) -> Mapping[str, Any]:
-    """Return the objects in which RTP-LLM's clients send what concerns one prompt, as one."""
-    return {name: value for each in objects for name, value in as_object(each, RTP_PREFIX[:-1]).items()}
+def _rtp_objects(fields: Fields, count: int) -> list[Mapping[str, Any]]:
+    """Return, for each prompt, the objects in which RTP-LLM's clients send what concerns it, as one."""
+    merged: dict[tuple[int, ...], Mapping[str, Any]] = {}
+    rtp = []
+    for objects in zip(*(_per_prompt(fields, name, count, {}) for name in RTP_OBJECTS), strict=True):
+        key = tuple(map(id, objects))
+        if key not in merged:
+            merged[key] = {name: value for each in objects for name, value in as_object(each, RTP_PREFIX[:-1]).items()}
+        rtp.append(merged[key])
+    return rtp
 
 
 def _per_prompt(fields: Fields, name: str, count: int, default: Any) -> list[Any]:
@@ -176,15 +203,19 @@ def _per_prompt(fields: Fields, name: str, count: int, default: Any) -> list[Any
 def _rids(value: object, count: int, is_list: bool) -> tuple[str, list[str]]:
     """Return the call's own id and each prompt's: ``"a"`` for a batch of two is ``a_0`` and ``a_1``."""
     if isinstance(value, list):
-        if len(value) != count or not all(isinstance(each, str) and each for each in value):
+        if len(value) != count or not all(map(_is_rid, value)):
             raise ConfigError("rid", f"must be one text for each of the {count} prompts", value, "Leave it out.")
         if len(set(value)) != count:
             raise ConfigError("rid", "must not hold the same id twice", value, "Give each prompt its own.")
         return uuid4().hex, value
-    if value is not None and not (isinstance(value, str) and value):
-        raise ConfigError("rid", "must be a text that is not empty", value, "Leave it out.")
+    if value is not None and not _is_rid(value):
+        raise ConfigError("rid", f"must be a text of 1 to {LONGEST_NAME} characters", value, "Leave it out.")
     rid = value if isinstance(value, str) else uuid4().hex
     return rid, [f"{rid}_{index}" for index in range(count)] if is_list else [rid]
+
+
+def _is_rid(value: object) -> bool:
+    return isinstance(value, str) and is_text(value) and 0 < len(value) <= LONGEST_NAME
 
 
 def _in_clients_words(error: ConfigError) -> ConfigError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 
@@ -11,15 +11,17 @@ from aiohttp import web
 
 from rollout.embedded.http.answers import Answer, AnswerWriter, Chunks
 from rollout.embedded.http.calls import Call, CallReader
+from rollout.embedded.http.clients import CLIENTS
 from rollout.embedded.http.generations import EngineEnded, Event, Finished
-from rollout.embedded.http.json_io import FAILED, error_body, json_response, read_json, written
+from rollout.embedded.http.json_io import FAILED, error_body, json_response, parsed, written
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.loop_thread import Refused
 from slime_spec.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-LARGE_TEXT_BYTES = 1 << 15  # of a body: to tokenise more takes tens of milliseconds
+LARGE_TEXT_BYTES = 1 << 13  # of a body: to read more may take tens of milliseconds
+Write = Callable[[Answer], Awaitable[None]]
 Place = tuple[int, int]
 """(index of the prompt in its call, index of the sample among the prompt's)"""
 
@@ -46,10 +48,11 @@ class GenerateRoutes:
 
     async def _read(self, request: web.Request) -> Call:
         """Return the call, its texts tokenised; where that takes long, other requests are not kept waiting."""
-        body = await read_json(request)
-        if len(await request.read()) > LARGE_TEXT_BYTES:
-            return await self._reading.run(partial(self._reader.read, body))
-        return self._reader.read(body)
+        body = await request.app[CLIENTS].body(request)
+        return await self._reading.run(partial(self._call, body)) if len(body) > LARGE_TEXT_BYTES else self._call(body)
+
+    def _call(self, body: bytes) -> Call:
+        return self._reader.read(parsed(body))
 
     async def _whole(self, call: Call, events: AsyncIterator[Event]) -> web.Response:
         answers: dict[Place, Answer] = {}
@@ -65,26 +68,27 @@ class GenerateRoutes:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)
         chunks = Chunks(call, self._writer, self._incremental)
+        write = partial(_write, request, response)
         try:
-            await self._send(response, call, chunks, first)
+            await self._send(write, call, chunks, first)
             async for event in events:
-                await self._send(response, call, chunks, event)
+                await self._send(write, call, chunks, event)
         except (EngineEnded, Refused) as error:  # the answer's status has been sent: the stream says what went wrong
-            await _write(response, error_body(503, str(error), "internal_error"))
+            await write(error_body(503, str(error), "internal_error"))
         except ConfigError as error:
-            await _write(response, error_body(400, str(error), "invalid_request_error"))
+            await write(error_body(400, str(error), "invalid_request_error"))
         except ConnectionError:
             raise  # the client is gone: nobody reads the error
         except Exception:
             logger.exception("stream failed rid=%s", call.rid)
-            await _write(response, error_body(500, FAILED, "internal_error"))
+            await write(error_body(500, FAILED, "internal_error"))
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
 
-    async def _send(self, response: web.StreamResponse, call: Call, chunks: Chunks, event: Event) -> None:
+    async def _send(self, write: Write, call: Call, chunks: Chunks, event: Event) -> None:
         if (answer := self._chunk(call, chunks, event)) is not None:
-            await _write(response, answer)
+            await write(answer)
 
     def _chunk(self, call: Call, chunks: Chunks, event: Event) -> Answer | None:
         if isinstance(event, Finished):
@@ -96,5 +100,8 @@ class GenerateRoutes:
         return self._writer.finished(call, call.prompts[event.prompt], event.sample)
 
 
-async def _write(response: web.StreamResponse, answer: Answer) -> None:
-    await response.write(b"data: " + written(answer).encode() + b"\n\n")
+async def _write(request: web.Request, response: web.StreamResponse, answer: Answer) -> None:
+    """Send a chunk; raises ConnectionError where the client has gone, or reads nothing."""
+    chunk = b"data: " + written(answer).encode() + b"\n\n"
+    async with request.app[CLIENTS].sending(request, len(chunk)):
+        await response.write(chunk)

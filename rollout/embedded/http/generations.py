@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from threading import Lock
 
 from rollout.embedded.engine import EmbeddedEngine
+from rollout.embedded.http.clients import Busy
 from rollout.embedded.loop_thread import Refused
 from rollout.embedded.request import Progress
 from slime_spec.errors import ConfigError, GenerationError
@@ -72,10 +73,11 @@ class Handle:
 
 
 class Generations:
-    """Runs all generations of one engine; its methods belong to the event loop."""
+    """Runs all generations of one engine, at most ``max_samples`` at once; its methods belong to the event loop."""
 
-    def __init__(self, engine: EmbeddedEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: EmbeddedEngine, max_samples: int) -> None:
+        self._engine, self.max_samples = engine, max_samples
+        self._num_samples = 0  # under way or waiting
         self._executor = ThreadPoolExecutor(MAX_PROMPTS_IN_FLIGHT, thread_name_prefix="http-generate")
         # A call's own id stands for all its prompts, each prompt's id for itself.
         self._live: dict[str, tuple[Handle, ...]] = {}
@@ -90,8 +92,11 @@ class Generations:
         """Generate one call's prompts until every sample is finished; ``progress`` asks for tokens as they come.
 
         Closing the iterator (``contextlib.aclosing``) or cancelling its reader aborts what is unfinished. Raises what
-        the engine raised, and ConfigError for an id that is in use.
+        the engine raised, ConfigError for an id that is in use, and Busy where the queue is full.
         """
+        num_samples = sum(len(request.seeds) for request in requests)
+        if self._num_samples + num_samples > self.max_samples:
+            raise Busy(f"the request queue is full: {self._num_samples} of {self.max_samples} samples are under way")
         handles = tuple(Handle() for _ in requests)
         by_prompt = zip(requests, handles, strict=True)
         names = {**{request.group_id: (handle,) for request, handle in by_prompt}, rid: handles}
@@ -109,8 +114,9 @@ class Generations:
         ]
         self._live |= names
         self._jobs.update(jobs)
+        self._num_samples += num_samples
         try:
-            for _ in range(sum(len(request.seeds) for request in requests)):
+            for _ in range(num_samples):
                 while not isinstance(event := await queue.get(), Finished):
                     if isinstance(event, BaseException):
                         raise event
@@ -120,6 +126,7 @@ class Generations:
             for job, handle in zip(jobs, handles, strict=True):
                 if not job.cancel() and not job.done():
                     handle.abort()
+            self._num_samples -= num_samples
             self._jobs.difference_update(jobs)
             for name in names:
                 del self._live[name]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from rollout.embedded.http.clients import CLIENTS, MAX_TEXT_BODY_BYTES, Busy
 from rollout.embedded.http.generations import EngineEnded
 from rollout.embedded.loop_thread import LoopEnded, Refused
 from slime_spec.errors import ConfigError, GenerationError, PushError
@@ -28,6 +29,7 @@ Choice = TypeVar("Choice", bound=str)
 LONGEST_NAME = 4096  # characters of a name: of a folder, a version, a request
 MOST_TEXTS = 1024
 MAX_COUNT = 2**53  # JSON numbers are whole up to here in every language
+RETRY_AFTER_S = "1"
 FAILED = "the server failed; its log says why"
 # Beyond this a body is parsed on a thread, so that other requests are not kept waiting.
 LARGE_BODY_BYTES = 1 << 20
@@ -156,28 +158,24 @@ def finite(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-async def read_json(request: web.Request, default: object = None) -> Any:
-    """Return the body's JSON; ``default`` stands for an empty body where that may be."""
-    body = await request.read()
-    if not body and default is not None:
-        return default
-    return await asyncio.to_thread(_parsed, body) if len(body) > LARGE_BODY_BYTES else _parsed(body)
+async def read_fields(request: web.Request, known: Collection[str], max_bytes: int = MAX_TEXT_BODY_BYTES) -> Fields:
+    """Return the fields of the body, which must be a JSON object of ``known`` names; an empty body has none."""
+    body = await request.app[CLIENTS].body(request, max_bytes)
+    if not body:
+        return Fields({})
+    data = await asyncio.to_thread(parsed, body) if len(body) > LARGE_BODY_BYTES else parsed(body)
+    fields = Fields(as_object(data, "body"))
+    fields.check_names(known)
+    return fields
 
 
-def _parsed(body: bytes) -> Any:
+def parsed(body: bytes) -> Any:
     remedy = "Send JSON, with Content-Type: application/json."
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError("body", f"must be UTF-8 text: byte {error.start} is not", "?", remedy) from None
     return parse_json(text, "body", remedy=remedy, finite=True)
-
-
-async def read_fields(request: web.Request, known: set[str]) -> Fields:
-    """Return the fields of the body, which must be a JSON object of ``known`` names; an empty body has none."""
-    fields = Fields(as_object(await read_json(request, default={}), "body"))
-    fields.check_names(known)
-    return fields
 
 
 def written(answer: object) -> str:
@@ -187,6 +185,13 @@ def written(answer: object) -> str:
 
 def json_response(answer: object, status: int = 200) -> web.Response:
     return web.json_response(answer, status=status, dumps=written)
+
+
+def busy(message: str) -> web.Response:
+    """Answer that the same request may succeed later, as SGLang does when its queue is full."""
+    response = refusal(503, message, "unavailable_error")
+    response.headers["Retry-After"] = RETRY_AFTER_S
+    return response
 
 
 def refusal(status: int, message: str, kind: str = "invalid_request_error") -> web.Response:
@@ -200,7 +205,7 @@ def error_body(status: int, message: str, kind: str) -> dict[str, Any]:
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer 400 for errors that the client can correct, 503 for what the engine refuses now; never a traceback.
+    """Answer 400 for errors that the client can correct, 503 for what the server refuses now; never a traceback.
 
     An answer that has started cannot become another one: its connection is closed, so that it does not look complete.
     """
@@ -210,7 +215,9 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         raise  # the client is gone
     except (ConfigError, PushError) as error:
         return refusal(400, str(error))
-    except (Refused, EngineEnded, LoopEnded) as error:
+    except (Busy, Refused) as error:
+        return busy(str(error))
+    except (EngineEnded, LoopEnded) as error:
         return refusal(503, str(error), "unavailable_error")
     except GenerationError as error:
         return refusal(500, str(error), "internal_error")
@@ -229,9 +236,13 @@ def api_key_required(api_key: str) -> Middleware:
     @web.middleware
     async def checked(request: web.Request, handler: Handler) -> web.StreamResponse:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        allowed = scheme.lower() == "bearer" and compare_digest(key.strip().encode(), api_key.encode())
+        allowed = scheme.lower() == "bearer" and compare_digest(_key_bytes(key.strip()), _key_bytes(api_key))
         if allowed or request.path.startswith("/health"):
             return await handler(request)
         return refusal(401, "send Authorization: Bearer KEY with this server's API key", "authentication_error")
 
     return checked
+
+
+def _key_bytes(key: str) -> bytes:
+    return key.encode(errors="surrogateescape")  # as aiohttp decodes the bytes of a header

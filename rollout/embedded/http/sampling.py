@@ -40,7 +40,6 @@ _PARAMETERS = {
 _NEUTRAL: Mapping[str, Any] = {"beam_width": 1}
 PREFIX = "sampling_params."
 SEED_BITS = 63
-MAX_SAMPLES = 4096
 LONGEST_KEY = 20  # digits of a token id; Python refuses to read thousands of them
 DISTRIBUTION = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "n", "sampling_seed")
 PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
@@ -67,7 +66,7 @@ def check_unserved(data: Mapping[str, Any], reasons: Mapping[str, str], prefix: 
 
 def _asks_for_nothing(value: object) -> bool:
     """Return whether a value is null, false, zero or empty, or a list (one entry a prompt) of these."""
-    return not value or (isinstance(value, list) and all(map(_asks_for_nothing, value)))
+    return not value or (isinstance(value, list) and not any(value))
 
 
 @dataclass(frozen=True)
@@ -103,16 +102,13 @@ def read_sampling(data: Mapping[str, Any], limits: RequestLimits, num_prompt_tok
         presence_penalty=fields.number("presence_penalty", 0.0),
         repetition_penalty=fields.number("repetition_penalty", 1.0),
         stop=fields.texts("stop"),
-        stop_token_ids=tuple(each for each in fields.wholes("stop_token_ids") if 0 <= each < limits.vocab_size),
+        stop_token_ids=tuple({each: None for each in fields.wholes("stop_token_ids") if 0 <= each < limits.vocab_size}),
         ignore_eos=fields.switch("ignore_eos"),
         logit_bias=_logit_bias(fields.raw("logit_bias"), limits.vocab_size),
     )
-    num_samples = fields.count("n", 1)
-    if num_samples > MAX_SAMPLES:
-        raise ConfigError(PREFIX + "n", f"must be at most {MAX_SAMPLES}", num_samples, "Send several requests.")
     return Sampling(
         params=params,
-        num_samples=num_samples,
+        num_samples=fields.count("n", 1),
         seed=None if fields.raw("sampling_seed") is None else fields.whole("sampling_seed", 0) % (1 << SEED_BITS),
         skip_special_tokens=fields.switch("skip_special_tokens", True),
         trim_stop=not fields.switch("no_stop_trim"),

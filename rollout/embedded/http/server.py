@@ -18,6 +18,7 @@ from aiohttp import web
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.http.answers import AnswerWriter
 from rollout.embedded.http.calls import CallReader
+from rollout.embedded.http.clients import CLIENTS, Clients, protocol_logger
 from rollout.embedded.http.control_routes import ControlRoutes
 from rollout.embedded.http.generate_routes import GenerateRoutes
 from rollout.embedded.http.generations import Generations
@@ -36,7 +37,10 @@ from slime_spec.transports.in_process import InProcessTransport
 
 logger = logging.getLogger(__name__)
 
+LINGER_S = 1.0  # for the rest of a refused body: some clients read the answer only when they have sent all
 SHUTDOWN_TIMEOUT_S = 5.0  # for answers that are being written when the server stops
+QUEUE_PER_ROW = 64  # samples for each that the engine decodes at once
+LEAST_QUEUE = 1024
 Announce = Callable[[str], None]
 
 
@@ -44,7 +48,9 @@ Announce = Callable[[str], None]
 class ServerOptions:
     """Holds the server's address and limits.
 
-    Port 0 takes a free port; with ``incremental_streaming`` a chunk has only what is new.
+    Port 0 takes a free port; with ``incremental_streaming`` a chunk has only what is new. ``max_queued_requests``
+    counts samples (default: by what the engine decodes at once); ``client_timeout_s`` is how long a client may keep the
+    server waiting, for a body or before it reads its answer.
     """
 
     host: str = "127.0.0.1"
@@ -52,6 +58,12 @@ class ServerOptions:
     api_key: str | None = None
     max_request_mb: int = 256
     incremental_streaming: bool = False
+    max_queued_requests: int | None = None
+    client_timeout_s: float = 60.0
+
+    def max_samples(self, max_running_requests: int) -> int:
+        """Return how many samples may be under way or wait in all."""
+        return self.max_queued_requests or max(LEAST_QUEUE, QUEUE_PER_ROW * max_running_requests)
 
 
 class EngineServer:
@@ -83,7 +95,9 @@ class EngineServer:
     async def serve(self, announce: Announce, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set."""
         await asyncio.to_thread(self._engine.start)
-        generations, threads = Generations(self._engine), (OneThread("http-control"), OneThread("http-reading"))
+        max_samples = self._options.max_samples(self._config.engine.max_running_requests)
+        generations = Generations(self._engine, max_samples)
+        threads = OneThread("http-control"), OneThread("http-reading")
         try:
             await self._answer(self._serving(generations, *threads), announce, stop)
         finally:
@@ -94,16 +108,26 @@ class EngineServer:
 
     async def _answer(self, serving: Serving, announce: Announce, stop: asyncio.Event) -> None:
         app, info = make_app(serving, self._options)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_TIMEOUT_S, access_log=None)
+        runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            access_log=None,
+            lingering_time=LINGER_S,
+            keepalive_timeout=self._options.client_timeout_s,
+            logger=protocol_logger,
+        )
         await runner.setup()
+        server = runner.server
+        assert server is not None, "a runner that was set up has its server"
         try:
-            site = web.SockSite(runner, self._socket)
-            await site.start()
+            loop = asyncio.get_running_loop()
+            listener = await loop.create_server(lambda: app[CLIENTS].connection(server), sock=self._socket)
             announce(self.address)
             await stop.wait()
             logger.info("stopping prompts_under_way=%d", serving.generations.num_prompts)
             info.stopping = True
-            await site.stop()
+            listener.close()
             await serving.generations.abort_all()
         finally:
             await runner.cleanup()
@@ -127,13 +151,15 @@ class EngineServer:
 def make_app(serving: Serving, options: ServerOptions) -> tuple[web.Application, InfoRoutes]:
     """Return the application, and the part of it that must know when the server stops."""
     config = serving.config
-    reader = CallReader(serving.limits, serving.tokenizer, config.run.seed)
+    reader = CallReader(serving.limits, serving.tokenizer, config.run.seed, serving.generations.max_samples)
     writer = AnswerWriter(serving.tokenizer, serving.names, serving.limits.eos_token_ids)
     control = ControlRoutes(serving)
     info = InfoRoutes(serving, can_generate=lambda: not control.paused and not control.released)
     generate = GenerateRoutes(serving, reader, writer, options.incremental_streaming)
-    middlewares = [errors_as_json, *([api_key_required(options.api_key)] if options.api_key else [])]
-    app = web.Application(middlewares=middlewares, client_max_size=options.max_request_mb * 10**6)
+    clients = Clients(options.max_request_mb * 10**6, options.client_timeout_s)
+    middlewares = [clients.watched, errors_as_json, *([api_key_required(options.api_key)] if options.api_key else [])]
+    app = web.Application(middlewares=middlewares)
+    app[CLIENTS] = clients
     for part in (generate, control, WeightRoutes(serving, WeightUpdates(serving)), info):
         app.add_routes(part.routes())
     return app, info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -63,6 +64,7 @@ class WeightRoutes:
         fields = await read_fields(
             request,
             {"serialized_named_tensors", "load_format", "selector", "weight_version", "abort_all_requests", *IGNORED},
+            sys.maxsize,  # the server's own bound of a body
         )
         selector = None if fields.raw("selector") is None else fields.choice("selector", SELECTORS, "all")
         version_name = fields.text("weight_version") or None
