@@ -13,6 +13,7 @@ KINDS = {
     "checkpoints": f"{HERE}.checkpoints:measure",
     "drafts": f"{HERE}.drafts:measure",
     "commands": f"{HERE}.commands:measure",
+    "http": f"{HERE}.http:measure",
     "rows": f"{HERE}.rows:measure",
 }
 
