@@ -17,7 +17,7 @@ from aiohttp import web
 from rollout.sglang_engine import canary, server
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.fake import FakeServer, next_token
-from rollout.sglang_engine.fake_http import State
+from rollout.sglang_engine.fake_http import Body, State
 from rollout.sglang_engine.generation import SglangGeneration
 from slime_spec.errors import PushError
 from slime_spec.types import GroupRequest, SamplingParams
@@ -126,6 +126,19 @@ class Run:
         assert self.server.weight_version == str(self.versions["target"])
 
 
+class Aborting(ChecksumServer):
+    """Aborts all that it generates, by itself, at the first call of ``at``."""
+
+    at = ""
+
+    async def _body(self, request: web.Request) -> Body:
+        if request.path == self.at:
+            self.at = ""
+            for aborted in self._running.values():
+                aborted.set()
+        return await super()._body(request)
+
+
 @pytest.fixture(scope="module")
 def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     config = eagle3_config(checkpoints, tmp_path_factory.mktemp("run"))
@@ -133,7 +146,7 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canary, "LONGEST_S", HANG_S)
         patch.setattr(server, "POLL_S", 0.02)
-        make = partial(ChecksumServer, delay_s=0.003)
+        make = partial(Aborting, delay_s=0.003)
         engine, launcher = engine_on_fakes(replace(config, sglang_server=settings), make)
         engine._watch.canary.waits_s = ()
         weights: dict[Side, dict[str, torch.Tensor]] = {
@@ -237,3 +250,17 @@ def test_an_external_server_that_dies_in_a_push_ends_it_with_an_error_that_names
     on_fake.server.fail(phase.path, phase.nth, "dead")
     with pytest.raises(PushError, match=f"external server {on_fake.engine.client.url} cannot be restarted"):
         on_fake.push(push_of(checkpoints.target_weights(), 1, bucket_bytes=200_000), verify=True)
+
+
+@pytest.mark.parametrize("pause", ["none", "in_place"])
+@pytest.mark.parametrize("path", [PAUSE, BEGIN, UPDATES, END, CONTINUE, SUMS])
+def test_a_sample_that_the_server_aborts_by_itself_within_a_push_goes_on(run: Run, path: str, pause: str) -> None:
+    server = run.server
+    assert isinstance(server, Aborting)
+    sample = run.begin_sample()
+    server.at = path
+    run.push("target", pause)
+    (arrived,) = sample
+    assert (arrived.token_ids, arrived.finish_reason) == (whole_sample(), "length")
+    assert run.server is server
+    run.check_weights()

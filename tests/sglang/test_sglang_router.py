@@ -27,7 +27,7 @@ from slime_spec.sglang.labels import engine_number, label_suffix, version_number
 from slime_spec.site import Site
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.run import run_push
-from tests.sglang.conftest import Checkpoints, Connect
+from tests.sglang.conftest import Checkpoints, Connect, rows_of
 from tests.support.pushes import DirectTransport, other_weights, push_of
 from tests.support.sglang_real import cpu_environment, sglang_python
 
@@ -66,6 +66,8 @@ def routed(config: Config) -> Iterator[Routed]:
     with ExitStack() as stack:
         stack.enter_context(cpu_environment())
         servers = (FakeServer(delay_s=0.005), FakeServer(delay_s=0.005))
+        for server in servers:
+            server.rows = rows_of(Path(config.model.hf_checkpoint))
         addresses = tuple(stack.enter_context(serving(server)) for server in servers)
         wanted = with_router(config, python=sglang_python(), router_args=("--policy", "round_robin"))
         router = RouterProcess(wanted, installed_in(sglang_python()), "127.0.0.1", "127.0.0.1")
@@ -80,6 +82,8 @@ def routed(config: Config) -> Iterator[Routed]:
         for engine in engines:
             engine.start()
             stack.callback(engine.stop)
+        for server in servers:
+            server.calls.clear()
         yield Routed(router, engines, servers)
 
 
