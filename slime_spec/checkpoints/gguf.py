@@ -27,6 +27,8 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# What the reader raises for a damaged file.
+DAMAGED = (OSError, ValueError, LookupError, TypeError, ArithmeticError, NotImplementedError)
 CONTROL_TOKEN = 3  # LLAMA_TOKEN_TYPE_CONTROL
 # llama.cpp's "smollm" pre-tokenizer: every digit on its own, then GPT-2's split.
 PRE_TOKENIZERS = ("smollm",)
@@ -44,14 +46,21 @@ class GgufModel:
         self.path = Path(path)
         try:
             self._reader = GGUFReader(self.path)
-        except (OSError, ValueError, IndexError) as error:
+        except DAMAGED as error:
             raise self._unreadable("must be a whole GGUF file", str(error)) from None
         if self._field("general.architecture") != "llama":
             raise self._unreadable("general.architecture must be llama", self._field("general.architecture"))
 
     def config(self) -> dict[str, Any]:
         """Return the contents of config.json, for weights stored as float32."""
-        heads = self._field("llama.attention.head_count")
+        heads = self._size("llama.attention.head_count")
+        only = {
+            **{"llama.rope.dimension_count": self._size("llama.embedding_length") // heads, "llama.expert_count": 0},
+            **{"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1, "llama.attention.sliding_window": 0},
+        }
+        for key, value in only.items():
+            if key in self._reader.fields and self._field(key) != value:
+                raise self._unreadable(f"{key} must be {value}: no other value is computed here", self._field(key))
         return {
             "architectures": [LLAMA.architecture],
             "model_type": LLAMA.model_type,
@@ -61,7 +70,7 @@ class GgufModel:
             "num_hidden_layers": self._field("llama.block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._field("llama.attention.head_count_kv"),
-            "head_dim": self._field("llama.embedding_length") // heads,
+            "head_dim": self._size("llama.embedding_length") // heads,
             "vocab_size": self._field("llama.vocab_size"),
             "max_position_embeddings": self._field("llama.context_length"),
             "rms_norm_eps": _shortest(self._field("llama.attention.layer_norm_rms_epsilon")),
@@ -88,18 +97,29 @@ class GgufModel:
         from gguf import dequantize
 
         rotated_heads = {
-            "attn_q": self._field("llama.attention.head_count"),
-            "attn_k": self._field("llama.attention.head_count_kv"),
+            "attn_q": self._size("llama.attention.head_count"),
+            "attn_k": self._size("llama.attention.head_count_kv"),
         }
         for stored in self._reader.tensors:
-            values = dequantize(stored.data, stored.tensor_type).astype(np.float32)
-            part = stored.name.split(".")[-2]
-            if part in rotated_heads:
-                values = halves_from_pairs(values, rotated_heads[part])
-            yield self._name(stored.name), torch.from_numpy(np.ascontiguousarray(values))
+            name, part = self._name(stored.name), stored.name.split(".")[-2]
+            try:
+                values = dequantize(stored.data, stored.tensor_type).astype(np.float32)
+                if part in rotated_heads:
+                    values = halves_from_pairs(values, rotated_heads[part])
+            except DAMAGED as error:
+                raise self._unreadable(f"must hold a whole {stored.name}", str(error)) from None
+            yield name, torch.from_numpy(np.ascontiguousarray(values))
 
     def tokenizer(self) -> tuple[BpeTokenizer, dict[str, Any]]:
         """Return the byte-level BPE tokenizer and the contents of tokenizer_config.json, chat template included."""
+        try:
+            return self._tokenizer()
+        except CheckpointError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the Rust library raises bare Exception, and nothing narrower
+            raise self._unreadable("must hold a whole tokenizer", str(error)) from None
+
+    def _tokenizer(self) -> tuple[BpeTokenizer, dict[str, Any]]:
         from tokenizers import Tokenizer as BpeTokenizer
         from tokenizers import decoders, models, pre_tokenizers
 
@@ -132,7 +152,16 @@ class GgufModel:
         field = self._reader.fields.get(key)
         if field is None:
             raise self._unreadable(f"must have the key {key}", "missing")
-        return field.contents()
+        try:
+            return field.contents()
+        except DAMAGED as error:
+            raise self._unreadable(f"must have a whole {key}", str(error)) from None
+
+    def _size(self, key: str) -> int:
+        value = self._field(key)
+        if type(value) is not int or value < 1:
+            raise self._unreadable(f"{key} must be a number from 1", value)
+        return value
 
     def _name(self, stored: str) -> str:
         prefix, *rest = stored.removesuffix(".weight").split(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import gguf
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from tiny_llama import KV_HEADS, llama_cpp_rows, write_gguf
 from transformers import LlamaForCausalLM
 
+from slime_spec.bench.robustness.damage import in_bytes
 from slime_spec.checkpoints.gguf import GgufModel, halves_from_pairs
 from slime_spec.checkpoints.tensors import save_checkpoint
 from slime_spec.errors import CheckpointError
@@ -90,3 +92,36 @@ def test_a_missing_key_and_a_foreign_tensor_are_refused_by_name(tmp_path: Path) 
         source.config()
     with pytest.raises(CheckpointError, match="ssm_in"):
         list(source.tensors())
+
+
+def test_a_damaged_file_is_read_or_is_one_error(tmp_path: Path, tiny_gguf: Path) -> None:
+    whole = tiny_gguf.read_bytes()
+    refused = 0
+    for seed in range(150):
+        what, head = in_bytes(whole[:6000], Random(f"gguf {seed}"))
+        path = tmp_path / "damaged.gguf"
+        path.write_bytes(head + whole[6000:])
+        try:
+            source = GgufModel(path)
+            assert source.config()["num_hidden_layers"], what
+            assert [*source.tensors()], what
+            source.tokenizer()
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope.dimension_count", 4), ("rope.scaling.factor", 8), ("expert_count", 2)]
+)
+def test_a_key_of_another_decoder_is_refused_by_name(tmp_path: Path, key: str, value: int) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
+    writer.add_embedding_length(32)
+    writer.add_head_count(4)
+    writer.add_uint32(f"llama.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=rf"llama\.{key} must be"):
+        GgufModel(tmp_path / "other.gguf").config()
