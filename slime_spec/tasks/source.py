@@ -156,6 +156,15 @@ class PromptSource:
         return self._tokenizer.encode(problem.text)
 
 
+def first_prompt(config: Config) -> str | None:
+    """Return ``PromptSource.first_shown`` for a run that is only planned; None where its inputs are refused."""
+    try:
+        tokenizer = Tokenizer.load(config.model.hf_checkpoint, config.task.chat_date)
+        return PromptSource(config, tokenizer).first_shown()
+    except ConfigError:  # the launch itself, and preflight, say what is refused
+        return None
+
+
 def _checked(problem: Problem, where: str) -> Problem:
     """Return the problem of a task; raises ConfigError for a text that no file or tokenizer accepts."""
     for name in ("text", "answer", "advice"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from slime_spec.checkpoints.parameters import count_parameters, kv_elements_per_token
 from slime_spec.checkpoints.stored import Checkpoint
@@ -18,6 +19,7 @@ from slime_spec.launch.dry_run.plan import make_plan
 from slime_spec.preflight.memory import draft_parameters, plan_memory
 from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, make_facts
 from tests.support.make_stand_ins import STAND_INS
+from tests.support.tiny_policy import make_tiny_policy
 
 Capture = pytest.CaptureFixture[str]
 GLM_355B: dict[str, Any] = {
@@ -144,6 +146,19 @@ def test_a_dry_run_of_what_preflight_refuses_ends_as_the_launch_would(job: list[
     told = capsys.readouterr().out
     assert "a launch would stop here: min-p" in told
     assert "to add: --rollout-min-p 0" in told
+
+
+def test_a_dry_run_shows_the_first_prompt_as_the_run_renders_it(tmp_path: Path, capsys: Capture) -> None:
+    """Case reports/01: text and token ids, before anything is spent on them."""
+    policy = make_tiny_policy(tmp_path / "policy")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "2 + 3?", "label": 5}\n')
+    assert (
+        main(["train", "--config", "tiny", "--hf-checkpoint", str(policy), "--prompt-data", str(data), "--dry-run"])
+        == 0
+    )
+    ids = list(AutoTokenizer.from_pretrained(policy).encode("2 + 3?:"))
+    assert f"first prompt\n  task=data tokens=7 text='2 + 3?:' ids={ids}\n" in capsys.readouterr().out
 
 
 def test_a_dry_run_says_what_the_trainer_cannot_train(tmp_path: Path, capsys: Capture) -> None:
