@@ -42,6 +42,8 @@ class Chunk:
             raise ProtocolError(f"a chunk without meta_info: {str(data)[:200]}")
         if meta.get("id", rid) != rid:
             raise ProtocolError(f"a chunk of request {meta['id']!r} came in the stream of {rid}")
+        if not isinstance(meta.get("weight_version", ""), str):
+            raise ProtocolError(f"weight_version is {meta['weight_version']!r}")
         is_abort = _is_abort(meta)
         ids = _list(data, "output_ids", is_optional=is_abort)
         triples = _list(meta, "output_token_logprobs", is_optional=is_abort or not ids)

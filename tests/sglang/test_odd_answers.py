@@ -266,6 +266,7 @@ COUNTS = {
         (chunk([3], 3, "stop"), "finish_reason is 'stop'"),  # type: ignore[arg-type]
         (chunk([3], 3, END, weight_versions=[{"start": -1, "version": "1"}]), "start is -1"),
         (chunk([3], 3, END, weight_versions=[3]), "weight_versions are"),
+        (chunk([3], 3, weight_version=None), "weight_version is None"),
         (chunk([3], 3, END, **{**COUNTS, "spec_verify_ct": -2}), "spec_verify_ct is -2"),
         (chunk([3], 3, END, **{**COUNTS, "spec_verify_ct": None}), "spec_verify_ct is None"),
         (chunk([3], 3, END, **{**COUNTS, "spec_num_correct_drafts": None}), "spec_num_correct_drafts is None"),
