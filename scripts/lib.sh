@@ -5,9 +5,23 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SLIME_SPEC_VENV="${SLIME_SPEC_VENV:-$ROOT/.venv}"
 
-# The environment is complete when it holds a stamp with the hash of what was asked for.
+# The environment is complete when it holds a stamp with the hash of what was asked for and the checkout that it runs:
+# an installed package is a link to one checkout, so that a second one would run, or silently become, the first.
 _wanted_stamp() {
   cat "$ROOT/constraints.txt" "$ROOT/setup.py" | sha256sum | cut -d' ' -f1
+}
+
+_refuse_anothers() {
+  [[ -f "$1" ]] || return 0
+  local owner
+  owner="$(cut -d' ' -f2- "$1")"
+  if [[ "$owner" != "$ROOT" && -f "$owner/setup.py" ]]; then
+    echo "error: SLIME_SPEC_VENV" >&2
+    echo "  rule:   must be this checkout's own environment; this one runs the checkout $owner" >&2
+    echo "  value:  $SLIME_SPEC_VENV" >&2
+    echo "  remedy: Leave SLIME_SPEC_VENV out (the environment is $ROOT/.venv then), or name another folder." >&2
+    exit 2
+  fi
 }
 
 ensure_venv() {
@@ -16,6 +30,7 @@ ensure_venv() {
   if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     return
   fi
+  _refuse_anothers "$stamp"
   local python="${PYTHON:-python3.11}"
   command -v "$python" >/dev/null || python=python3
   "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {

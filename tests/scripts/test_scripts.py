@@ -1,7 +1,9 @@
 """Every launch script composes, passes its trailing arguments through, and starts nothing of another's."""
 
+import hashlib
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -56,3 +58,35 @@ def test_no_script_kills_by_name_or_forgets_to_stop_at_an_error(script):
     text = script.read_text()
     assert not re.search(r"\b(pkill|killall)\b|\bray stop\b", text)
     assert script.name == "lib.sh" or "set -euo pipefail" in text
+
+
+def ensure(checkout: Path, venv: Path) -> subprocess.CompletedProcess[str]:
+    """What ``ensure_venv`` of a checkout says of an environment; python3 is missing, so that nothing is installed."""
+    (checkout / "scripts").mkdir(parents=True, exist_ok=True)
+    for name in ("scripts/lib.sh", "constraints.txt", "setup.py"):
+        (checkout / name).write_bytes((ROOT / name).read_bytes())
+    return subprocess.run(
+        ["bash", "-c", 'set -e; source scripts/lib.sh; python3() { echo "would install" >&2; exit 9; }; ensure_venv'],
+        cwd=checkout,
+        env={**os.environ, "SLIME_SPEC_VENV": str(venv), "PYTHON": "absent-python"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_two_checkouts_do_not_share_an_environment(tmp_path):
+    """The second would re-install over the first, whose commands would then run the second's code."""
+    venv, first, second = tmp_path / "venv", tmp_path / "first", tmp_path / "second"
+    venv.mkdir()
+    assert ensure(first, venv).returncode == 9, "an environment without a stamp is set up"
+    wanted = hashlib.sha256((ROOT / "constraints.txt").read_bytes() + (ROOT / "setup.py").read_bytes()).hexdigest()
+    (venv / ".slime_spec_stamp").write_text(f"{wanted} {first}\n")
+    assert ensure(first, venv).returncode == 0
+    refused = ensure(second, venv)
+    assert refused.returncode == 2
+    assert f"this one runs the checkout {first}" in refused.stderr
+    assert f"(the environment is {second}/.venv then)" in refused.stderr
+    (venv / ".slime_spec_stamp").write_text(f"older {first}\n")
+    assert ensure(first, venv).returncode == 9, "its own checkout brings it up to date"
+    shutil.rmtree(first)
+    assert ensure(second, venv).returncode == 9, "an environment whose checkout is gone is taken over"
