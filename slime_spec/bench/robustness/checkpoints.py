@@ -31,6 +31,8 @@ class Checkpoints:
             "mimo in two files": make_target(folder / "mimo", MIMO, is_sharded=True),
         }
         self.files = {name: files_of(path) for name, path in made.items()}
+        # Whole, for what takes its time once in a process: importing transformers, loading the kernels.
+        assert launched(config_of(made["llama"])) is not None, "a whole checkpoint is accepted"
 
     def make(self, random: Random) -> Case[tuple[Files, Damage]]:
         name = random.choice([*self.files])
