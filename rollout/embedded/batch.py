@@ -81,6 +81,7 @@ class Batch:
     def remove(self, row: int) -> SampleState:
         """Free a row; others move so that rows stay dense."""
         removed = self.sequences[row]
+        self._clear_left(removed.group, row)
         if row < self.num_running:
             self.num_running -= 1
             last = self.sequences[self.num_running]
@@ -97,9 +98,11 @@ class Batch:
         """Free the row of a shared prompt that no sequence of the batch needs."""
         assert group.num_in_batch == 0, "a prompt in use is not released"
         last = self.groups.pop()
+        self._clear_left(group, group.prefix_row, prefix=True)
         if last is not group:
             for cache in self._caches:
                 cache.prefixes.move_row(len(self.groups), group.prefix_row, last.num_prefilled)
+            self._clear_left(last, len(self.groups), prefix=True)
             self.groups[group.prefix_row] = last
             last.prefix_row = group.prefix_row
         group.drop_prompt()
@@ -149,7 +152,16 @@ class Batch:
         if source != target and length:
             for cache in self._caches:
                 cache.own.move_row(source, target, length)
+        if source != target:
+            self._clear_left(self.sequences[source].group, source)
         self.sequences[target] = self.sequences[source]
+
+    def _clear_left(self, group: Group, row: int, prefix: bool = False) -> None:
+        """Clear a row that a group's sequence or prompt leaves, where it may hold NaN or infinity."""
+        for cache in self._caches if group.nonfinite else ():
+            store = cache.prefixes if prefix else cache.own
+            if row < store.rows:  # memory follows with the next ``allocate``
+                store.clear_row(row)
 
     @staticmethod
     def _has_prompt(group: Group) -> bool:

@@ -16,7 +16,7 @@ LEDGER_SPEC = ModelSpec.from_dict(
     {
         "architectures": ["LlamaForCausalLM"],
         "num_hidden_layers": 1,
-        "hidden_size": 1,
+        "hidden_size": 2,  # the least that a rotation needs
         "intermediate_size": 1,
         "num_attention_heads": 1,
         "vocab_size": 1,
