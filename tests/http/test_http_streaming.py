@@ -1,12 +1,15 @@
 """Streams: SGLang's framing, chunks that add up to the plain answer, text that never has to be taken back."""
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from threading import Event
 
 import pytest
 import requests
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from rollout.embedded.http.generate_routes import LARGE_TEXT_BYTES
 from rollout.embedded.http.sampling import Sampling
 from rollout.embedded.loop_thread import Refused
 from rollout.embedded.request import OnProgress, Progress
+from rollout.embedded.verification.verifier import Verified, VerifyRow
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import Generation
@@ -119,6 +123,31 @@ def test_an_answer_that_has_begun_is_cut_off_and_not_answered_twice(
         received.extend(response.iter_content(None))
     assert b"[DONE]" in b"".join(received)
     assert b"HTTP/1.1" not in b"".join(received)
+
+
+def test_a_request_whose_logits_are_not_finite_is_told_so_and_the_server_serves_on(
+    own_server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Case audit/13, of the target's logits: an answer of its own, in mid-stream an event; never a token of it."""
+    core = own_server.engine._core
+    verify = core._verifier
+
+    def broken(logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
+        meets_it = [row.params.top_k == 7 and row.num_generated >= 3 for row in rows]
+        return [
+            replace(each, logprobs=[math.nan] * len(each.logprobs)) if meets else each
+            for meets, each in zip(meets_it, verify(logits, rows), strict=True)
+        ]
+
+    monkeypatch.setattr(core, "_verifier", broken)
+    body = {"text": PROMPT, "sampling_params": {**GREEDY, "temperature": 1.0, "top_k": 7}}
+    status, answer = own_server.post("/generate", body)
+    assert (status, answer["error"]["code"]) == (500, 500)
+    assert "logits are not finite numbers at token" in answer["error"]["message"]
+    *chunks, error = own_server.stream(**body)
+    assert all(0 < len(chunk["output_ids"]) < 24 for chunk in chunks)
+    assert "logits are not finite numbers at token" in error["error"]["message"]
+    assert len(own_server.generate(text=PROMPT, sampling_params=GREEDY)["output_ids"]) == 24
 
 
 def test_a_large_text_keeps_no_other_request_waiting(own_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from rollout.embedded.http.generations import EngineEnded, Event, Finished
 from rollout.embedded.http.json_io import FAILED, error_body, json_response, parsed, written
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.loop_thread import Refused
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, GenerationError
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class GenerateRoutes:
                 await self._send(write, call, chunks, event)
         except (EngineEnded, Refused) as error:  # the answer's status has been sent: the stream says what went wrong
             await write(error_body(503, str(error), "internal_error"))
+        except GenerationError as error:
+            await write(error_body(500, str(error), "internal_error"))
         except ConfigError as error:
             await write(error_body(400, str(error), "invalid_request_error"))
         except ConnectionError:
