@@ -55,28 +55,33 @@ def api_key_of(config: Config) -> str | None:
     source = config.sglang_server.api_key_file
     if source is None:
         return None
+    return read_key(SETTING, source, REMEDY)
+
+
+def read_key(setting: str, source: str, remedy: str) -> str:
+    """Read the key that ``source`` names: ``env:NAME`` a variable, else a file of mode 0600; raises ConfigError."""
     if source.startswith(FROM_ENVIRONMENT):
         key = os.environ.get(source.removeprefix(FROM_ENVIRONMENT), "")
         if not key:
-            raise ConfigError(SETTING, "must name a variable that this node's environment has", source, REMEDY)
+            raise ConfigError(setting, "must name a variable that this node's environment has", source, remedy)
     else:
-        _check_mode(Path(source))
-        key = read_text(Path(source), remedy=REMEDY).strip()
+        _check_mode(setting, Path(source), remedy)
+        key = read_text(Path(source), remedy=remedy).strip()
     if not KEY.fullmatch(key):
         rule = f"must lead to one key of letters, digits and . _ ~ + / = -; it has {len(key)} characters"
-        raise ConfigError(SETTING, rule, source, REMEDY)
+        raise ConfigError(setting, rule, source, remedy)
     return key
 
 
-def _check_mode(path: Path) -> None:
+def _check_mode(setting: str, path: Path, remedy: str) -> None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(SETTING, f"must be a file that can be read: {why}", str(path), REMEDY) from None
+        raise ConfigError(setting, f"must be a file that can be read: {why}", str(path), remedy) from None
     if not stat.S_ISREG(mode):
-        raise ConfigError(SETTING, "must be a file", str(path), REMEDY)
+        raise ConfigError(setting, "must be a file", str(path), remedy)
     if mode & 0o077:
         raise ConfigError(
-            SETTING, f"must be readable by its owner alone; its mode is {mode & 0o777:04o}", str(path), "chmod 600 it."
+            setting, f"must be readable by its owner alone; its mode is {mode & 0o777:04o}", str(path), "chmod 600 it."
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slime_spec.config.addresses import is_loopback
+from slime_spec.config.api_key import FROM_ENVIRONMENT, HIDDEN, read_key
 from slime_spec.config.texts import whole_number
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -18,6 +19,7 @@ from slime_spec.launch.compose import composed
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "SLIME_SPEC_API_KEY"
+API_KEY_REMEDY = f"Put the key into {API_KEY_VARIABLE}, or into a file of mode 0600 and pass --api-key-file FILE."
 NODES = ("model", "engine", "speculative", "sglang")
 SETTINGS = ("run.seed", "rollout.num_gpus_per_engine", "rollout.num_cpus_per_engine")
 # A server takes requests up to its context: a run's own lengths neither bound it nor are checked against the context.
@@ -54,7 +56,11 @@ def serve_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", default="30000", help="port; 0 takes a free one (default: 30000)")
-    parser.add_argument("--api-key", help=f"refuse requests without this Bearer key (default: ${API_KEY_VARIABLE})")
+    parser.add_argument("--api-key", help=argparse.SUPPRESS)  # SGLang's: refused, for every local user would read it
+    parser.add_argument(
+        "--api-key-file",
+        help=f"refuse requests without the Bearer key in this file of mode 0600 (default: ${API_KEY_VARIABLE}, if set)",
+    )
     parser.add_argument("--max-request-mb", default="256", help="largest request body in MB (default: 256)")
     parser.add_argument(
         "--max-queued-requests",
@@ -81,7 +87,7 @@ def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
         config=made.config,
         host=own.host,
         port=_whole("--port", own.port, 0, 65535),
-        api_key=own.api_key or os.environ.get(API_KEY_VARIABLE) or None,
+        api_key=_api_key(own.api_key, own.api_key_file),
         max_request_mb=_whole("--max-request-mb", own.max_request_mb, 1, 1 << 20),
         incremental_streaming=own.incremental_streaming_output,
         max_queued_requests=queued and _whole("--max-queued-requests", queued, 1, 1 << 20),
@@ -114,6 +120,17 @@ def run_serve(arguments: ServeArguments, announce: Callable[[str], None]) -> int
     return 0
 
 
+def _api_key(literal: str | None, file: str | None) -> str | None:
+    """Read the key from the file, or from the environment where it has one."""
+    if literal is not None:
+        rule = "must not be on a command line: others can read it there"
+        raise ConfigError("--api-key", rule, HIDDEN, API_KEY_REMEDY)
+    source = file
+    if source is None and os.environ.get(API_KEY_VARIABLE):
+        source = f"{FROM_ENVIRONMENT}{API_KEY_VARIABLE}"
+    return None if source is None else read_key("--api-key-file", source, API_KEY_REMEDY)
+
+
 def _whole(flag: str, text: str, minimum: int, maximum: int) -> int:
     try:
         value = whole_number(text)
@@ -128,4 +145,4 @@ def _whole(flag: str, text: str, minimum: int, maximum: int) -> int:
 def _exposure(arguments: ServeArguments) -> str:
     """Return a warning if anyone on the network can change the weights."""
     is_protected = is_loopback(arguments.host) or arguments.api_key
-    return "" if is_protected else " (open to the network: pass --api-key to protect it)"
+    return "" if is_protected else " (open to the network: pass --api-key-file to protect it)"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from slime_spec.errors import ConfigError
 from slime_spec.launch.cli import main
 from slime_spec.launch.serve import read_serve_arguments
 
@@ -81,11 +82,24 @@ def test_flags_of_engine_and_speculation_are_those_of_train(monkeypatch: pytest.
     assert (arguments.config.run.seed, arguments.config.engine.max_running_requests) == (3, 4)
     assert (arguments.host, arguments.port, arguments.incremental_streaming) == ("::1", 30000, True)
     assert arguments.api_key == "from-the-environment"
-    assert read_serve_arguments(["--api-key", "own"]).api_key == "own"
+
+
+def test_the_key_comes_from_a_file_that_its_owner_alone_reads_and_from_no_command_line(tmp_path: Path) -> None:
+    """Case sglang/11: whoever lists processes reads their arguments."""
+    file = tmp_path / "key"
+    file.write_text("own\n")
+    file.chmod(0o600)
+    assert read_serve_arguments(["--api-key-file", str(file)]).api_key == "own"
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match="readable by its owner alone; its mode is 0640"):
+        read_serve_arguments(["--api-key-file", str(file)])
+    with pytest.raises(ConfigError, match="must not be on a command line") as refused:
+        read_serve_arguments(["--api-key", "very-secret"])
+    assert "very-secret" not in str(refused.value)
 
 
 def test_the_help_says_how_to_reach_it(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--help"])
     assert ended.value.code == 0
-    assert "--api-key" in capsys.readouterr().out
+    assert "--api-key-file" in capsys.readouterr().out

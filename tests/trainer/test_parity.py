@@ -22,6 +22,7 @@ CASES = {
         {"recompute": True, "global_batch_size": 5},
         {},
     ),
+    # Case audit/20: Megatron's wd_mult, by which norms and biases do not decay.
     "1x1 with weight decay": ("Qwen2ForCausalLM", True, {"weight_decay": 0.5}, {}),
     "TP2": ("Qwen3ForCausalLM", False, {"world_size": 2, "tensor_model_parallel_size": 2}, {}),
     "TP2 with the reference's KL": (
