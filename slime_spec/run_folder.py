@@ -60,14 +60,13 @@ class RunFolder:
         A folder in use is refused; so is one of a run with another configuration that finished a step, unless this run
         resumes (from ``load``). Raises ConfigError.
         """
-        refuse_literal_keys(config)
         path = folder_of(config)
         setting = "run.output_dir" if config.run.output_dir else "run.name"
-        _refuse_foreign_content(path)
+        check_run_folder(config, config_yaml, load)
         with ExitStack() as locks:
             try:
                 locks.callback(FolderLock(path, setting).close)
-                if load is None:
+                if load is None:  # again, now that no other run can begin here
                     _refuse_another_run(path, config_yaml)
                 _write(path / "config.yaml", config_yaml)
                 _write(path / "command.txt", command_text(argv))
@@ -155,6 +154,15 @@ def _git(source: Path, *command: str) -> str | None:
     except FileNotFoundError:  # no git on this machine
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def check_run_folder(config: Config, config_yaml: str, load: str | None) -> None:
+    """Raise ConfigError where the run's folder is another's, or would hold an API key; makes nothing."""
+    refuse_literal_keys(config)
+    path = folder_of(config)
+    _refuse_foreign_content(path)
+    if load is None:
+        _refuse_another_run(path, config_yaml)
 
 
 def folder_of(config: Config) -> Path:

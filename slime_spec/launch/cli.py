@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from slime_spec.errors import ConfigError, RewardError
@@ -73,8 +74,10 @@ def _train(argv: list[str]) -> int:
     if is_dry:
         from slime_spec.launch.dry_run.plan import make_plan
         from slime_spec.launch.dry_run.show import show_plan
+        from slime_spec.launch.preflight import look
 
-        plan = make_plan(made)
+        with closing(look(made)) as looked:
+            plan = make_plan(looked)
         show_plan(plan)
         return 2 if plan.stopping else 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])

@@ -11,17 +11,16 @@ from rich.console import Console
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import composed
 from slime_spec.preflight import report
-from slime_spec.preflight.finding import Finding, Severity
+from slime_spec.preflight.finding import Finding
 from slime_spec.preflight.finished_run import acceptance_by_position
-from slime_spec.preflight.gate import check_skipped, examine
-from slime_spec.preflight.gather import gather
+from slime_spec.preflight.gate import refused
 
 USAGE = """\
 slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]
 
-  Checks a configuration against every trap of speculative rollouts that is known to this version, without starting
-  anything: it reads JSON files and headers of the checkpoints, asks SGLang's interpreter (--sglang-python) for its
-  version and the driver for this machine's GPUs.
+  Makes the checks of a launch without starting anything: it reads every file that the run reads (checkpoints,
+  prompts, rewards), looks for every trap of speculative rollouts that is known to this version, asks SGLang's
+  interpreter (--sglang-python) for its version and the driver for this machine's GPUs.
 
   --metrics RUN    also judge the acceptance of a finished run (its folder or metrics.jsonl) by draft position;
                    without flags of train the run is checked as it ran
@@ -74,29 +73,21 @@ def _examine(options: Options) -> Examined:
     acceptance = acceptance_by_position(options.metrics) if options.metrics is not None else ()
     try:
         made = composed(options.train)
-        config = made.config
-        check_skipped(config.run.skip_checks)
-        engines = gather(config, made.given, acceptance)
+        from slime_spec.launch.preflight import look  # which imports torch: a typing mistake is told without it
+
+        looked = look(made, acceptance)
+        looked.close()
     except ConfigError as error:
-        return Examined([_refused(error)], "a configuration that is refused", None, ())
-    first = engines[0]
+        return Examined([refused(error)], "a configuration that is refused", None, ())
+    config = made.config
+    if not looked.engines:
+        return Examined([*looked.findings], "a configuration that is refused", None, ())
+    first = looked.engines[0]
     judged = f"a run on SGLang {first.release.text}" if first.on_sglang else f"a run on {config.rollout.engine} engines"
     if first.on_sglang and not first.release.is_installed:
         judged += " (the pinned version; none is installed)"
     sglang = first.release.text if first.on_sglang else None
-    return Examined(examine(engines), judged, sglang, config.run.skip_checks)
-
-
-def _refused(error: ConfigError) -> Finding:
-    return Finding(
-        id="configuration",
-        severity=Severity.ERROR,
-        read=f"{error.setting} = {error.value!r}: {error.rule}",
-        why="Nothing starts with a configuration that is refused; the other checks need one.",
-        remedy=error.remedy.strip(),
-        fix=(),
-        links=(),
-    )
+    return Examined([*looked.findings], judged, sglang, config.run.skip_checks)
 
 
 def _options(argv: Sequence[str]) -> Options:

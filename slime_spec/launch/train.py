@@ -11,58 +11,32 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from rollout.embedded.validate import check_kv_cache
-from slime_spec.checkpoints.draft_choice import choose_draft
-from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import verify_tensors
-from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
-from slime_spec.config.checks import check
 from slime_spec.config.tree import Config
-from slime_spec.engines import kind_of
-from slime_spec.errors import ConfigError, NotComputedError
 from slime_spec.interfaces import Engines, RunState, Trainer
 from slime_spec.launch.compose import Composed
+from slime_spec.launch.preflight import checkpoints_of, look
 from slime_spec.launch.ray_environment import prepare_ray_environment
 from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
-from slime_spec.metrics.wandb import mode as wandb_mode
 from slime_spec.placement import Placement
-from slime_spec.preflight.gate import check_launch
 from slime_spec.rl.loop import Job, first_state, run_loop
-from slime_spec.rl.rollout_data import check_rollout_data, load_rollout, save_rollout
+from slime_spec.rl.rollout_data import load_rollout, save_rollout
 from slime_spec.rl.rollouts import GeneratedRollouts, RolloutSource, SavedRollouts
 from slime_spec.rl.samples_file import append_samples
-from slime_spec.run_folder import CHECKPOINTS, RunFolder, folder_of
+from slime_spec.run_folder import RunFolder, folder_of
 from slime_spec.run_log import RunLog
-from slime_spec.speculation.corpus import corpus_lines
 from slime_spec.stop import StopSignals
 from slime_spec.tasks.source import PromptSource
 from slime_spec.types import Sample
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
-from trainer_bridge.layout import check_layout
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Holds the inputs that a run reads before heavy parts start.
-
-    There is no ``spec`` for a family that only SGLang runs, and no ``load`` for a run that starts anew.
-    """
-
-    spec: ModelSpec | None
-    tokenizer: Tokenizer
-    prompts: PromptSource
-    load: str | None
 
 
 def run(made: Composed, argv: Sequence[str]) -> int:
@@ -82,8 +56,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
     config = made.config
     with ExitStack() as parts, stop.limited_clean_up():
         with stop.interruptible():
-            check_launch(config, made.given)
-            inputs = preflight(config)
+            inputs = look(made).checked()
             parts.enter_context(closing(inputs.prompts))
             logger.info("first prompt %s", inputs.prompts.first_shown())
             folder = parts.enter_context(_run_folder(config, argv, inputs.load))
@@ -145,72 +118,6 @@ def _run_folder(config: Config, argv: Sequence[str], load: str | None) -> RunFol
     return RunFolder.create(config, argv, to_yaml(config), load, checkpoints_of(config, folder_of(config)))
 
 
-def checkpoints_of(config: Config, run_folder: Path) -> str | None:
-    """Return the folder of the run's checkpoints, or None where it saves none."""
-    if config.run.mode == "rollout_only" or config.save_interval is None:
-        return None
-    return config.trainer.save or str(run_folder / CHECKPOINTS)
-
-
-def checkpoint_to_load(config: Config) -> str | None:
-    """Return ``trainer.load``, or None where the run starts anew.
-
-    A run that loads from where it saves starts anew as long as nothing was saved there, so that one command is the
-    first start and every restart. Raises CheckpointError for any other folder without a checkpoint.
-    """
-    load, save = config.trainer.load, checkpoints_of(config, folder_of(config))
-    if load is None:
-        return None
-    if save is not None and Path(load).resolve() == Path(save).resolve() and not has_checkpoint(load):
-        logger.info("started anew: nothing was saved yet to resume from path=%s", load)
-        return None
-    resolve_checkpoint(load)
-    return load
-
-
-def preflight(config: Config) -> Inputs:
-    """Make every check that needs no Ray, no model in memory and no GPU; raises ConfigError."""
-    check(config)
-    load = checkpoint_to_load(config)
-    check_rollout_data(config.run, 0 if load is None else saved_step(resolve_checkpoint(load)))
-    if config.metrics.use_wandb:
-        wandb_mode(config.metrics.wandb_mode, os.environ)  # called only for its error
-    spec = _target_spec(config)
-    tokenizer = Tokenizer.load(config.model.hf_checkpoint, config.task.chat_date)
-    if spec is not None:
-        _check_context(config, spec)
-        if config.run.mode != "rollout_only":
-            check_layout(config, spec)
-        check_vocabulary(tokenizer, spec)
-    corpus = config.speculative.ngram_external_corpus_path
-    if corpus is not None and config.speculative.record.takes_corpus:
-        for _ in corpus_lines(corpus):  # called only for its errors
-            pass
-    prompts = PromptSource(config, tokenizer)
-    if spec is not None:
-        # A damaged file must raise here, not in an actor a minute later.
-        generates = config.run.mode != "train_only"
-        dtypes = [getattr(torch, config.engine.dtype)] if generates else []
-        verify_tensors(config.model.hf_checkpoint, spec, dtypes=dtypes)
-        if generates and kind_of(config).runs_built_decoders:
-            draft = choose_draft(config, spec)
-            if draft is not None:
-                draft.verify(dtypes)
-    return Inputs(spec, tokenizer, prompts, load)
-
-
-def _target_spec(config: Config) -> ModelSpec | None:
-    """Return the policy's spec; raises NotComputedError for a model that this project must compute and cannot."""
-    is_served_only = kind_of(config).has_servers and config.run.mode == "rollout_only"
-    stored = CheckpointFolder(Path(config.model.hf_checkpoint))
-    try:
-        return ModelSpec.from_dict(stored.config, stored.source)
-    except NotComputedError:
-        if is_served_only:  # SGLang computes it: experts, quantised weights, windows of attention
-            return None
-        raise
-
-
 def with_absolute_paths(config: Config, run_folder: Path) -> Config:
     """Make paths absolute, as actors of a joined Ray have another working directory than the user."""
     trainer, speculative, server = config.trainer, config.speculative, config.sglang_server
@@ -237,19 +144,6 @@ def with_absolute_paths(config: Config, run_folder: Path) -> Config:
 def _absolute(path: str | None) -> str | None:
     """Make a path absolute; a name with a scheme ("builtin:...") is no path."""
     return path if path is None or ":" in path.partition(os.sep)[0] else os.path.abspath(path)
-
-
-def _check_context(config: Config, spec: ModelSpec) -> None:
-    longest = config.rollout.longest
-    if longest > spec.max_position_embeddings:
-        raise ConfigError(
-            "rollout.max_prompt_len",
-            f"with max_response_len must fit the model's context of {spec.max_position_embeddings} tokens",
-            longest,
-            "Lower --rollout-max-prompt-len or --rollout-max-response-len.",
-        )
-    if config.run.mode != "train_only" and kind_of(config).runs_built_decoders:
-        check_kv_cache(config, spec)
 
 
 @contextmanager

@@ -12,8 +12,13 @@ INTRODUCTION = """\
 
 Written by `python scripts/make_doctor_doc.py` from `slime_spec/preflight`.
 
-The same checks run before every `slime-spec train` and `slime-spec rollout`, on either engine: an error stops the
-launch before anything is started, a warning is logged in one line, `--skip-check ID` takes a risk. Checks of SGLang's
+The doctor, `--dry-run` and the launch itself make the same checks, on either engine, and report together all that
+stands in the way: an error stops the launch before anything is started, a warning is logged in one line,
+`--skip-check ID` takes a risk. Every file that the run reads is read: checkpoints with all their weights, tokenizer and
+chat template, prompts and rewards, saved rollouts, the run's folder; one that is refused has the id `configuration` and
+cannot be skipped. Only the start itself can know whether ports are free, a cluster answers, servers stay healthy.
+
+Checks of SGLang's
 servers look at what each engine's command line will be, with `--sglang-config` and `--sglang-extra-args` applied, and
 at the version in `--sglang-python`; where there is none, they speak of the pinned version. Servers that someone else
 started (`--rollout-external-engine-addrs`) are asked for their version and flags, and judged by the answer.
@@ -37,7 +42,7 @@ JSON = """\
 
 | key of a finding | value |
 |---|---|
-| `id` | the check's, for `--skip-check`; `configuration` where the flags themselves were refused |
+| `id` | the check's, for `--skip-check`; `configuration` where a flag, or a file that it names, was refused |
 | `severity` | `error`, `warning` or `info` |
 | `read` | what was seen, with the values |
 | `why` | why it matters |

@@ -6,16 +6,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.checks import TRAPS
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding, Severity, Trap
-from slime_spec.preflight.gather import gather
 from slime_spec.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
 THEIR_FLAGS = ("--sglang-", "--no-sglang-", "--speculative-", "--no-speculative-")
+REFUSED = "configuration"  # the id of what is refused without being a trap
 OUR_FLAGS = ("--sglang-weight-transport",)
 ORDER = (Severity.ERROR, Severity.WARNING, Severity.INFO)
 
@@ -61,19 +60,25 @@ def _of_external(finding: Finding, facts: Facts) -> Finding:
     )
 
 
-def check_launch(config: Config, given: frozenset[str]) -> None:
-    """Raise ConfigError naming every error that ``run.skip_checks`` does not; log the rest once, a line each.
-
-    Nothing has started yet: this reads files and asks an interpreter for a version.
-    """
-    check_skipped(config.run.skip_checks)
-    findings = examine(gather(config, given))
-    stopping = not_skipped(findings, config.run.skip_checks)
+def log_findings(findings: Sequence[Finding], skipped: Sequence[str]) -> None:
+    """Log what does not stop a launch and is more than good to know, a line each."""
+    stopping = not_skipped(findings, skipped)
     for finding in findings:
         if finding.severity is not Severity.INFO and finding not in stopping:
             logger.warning("preflight found check=%s: %s. %s", finding.id, finding.read, finding.remedy)
-    if stopping:
-        raise refusal(stopping)
+
+
+def refused(error: ConfigError) -> Finding:
+    """Return a configuration, or an input that it names, that is refused as a finding, which cannot be skipped."""
+    return Finding(
+        id=REFUSED,
+        severity=Severity.ERROR,
+        read=f"{error.setting} = {error.value!r}: {error.rule}",
+        why="Nothing starts with a configuration that is refused, or with an input that cannot be read.",
+        remedy=error.remedy.strip(),
+        fix=(),
+        links=(),
+    )
 
 
 def not_skipped(findings: Sequence[Finding], skipped: Sequence[str]) -> list[Finding]:
@@ -83,13 +88,14 @@ def not_skipped(findings: Sequence[Finding], skipped: Sequence[str]) -> list[Fin
 
 def refusal(errors: Sequence[Finding]) -> ConfigError:
     """Return one error for all findings that stop a launch."""
-    ids = [each.id for each in errors]
+    traps = [each.id for each in errors if each.id != REFUSED]
+    risk = f"; --skip-check {' '.join(traps)} takes the risk" if traps else ""
     return ConfigError(
         "preflight",
         "".join(f"\n    {each.id}: {each.read}" for each in errors),
-        ids,
+        [each.id for each in errors],
         "".join(f"\n    {each.id}: {each.remedy}" for each in errors)
-        + f"\n    `slime-spec doctor` with the same flags explains; --skip-check {' '.join(ids)} takes the risk.",
+        + f"\n    `slime-spec doctor` with the same flags explains{risk}.",
     )
 
 

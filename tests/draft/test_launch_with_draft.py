@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from slime_spec.errors import CheckpointError
-from slime_spec.launch.compose import compose
-from slime_spec.launch.train import Inputs, preflight
+from slime_spec.launch.compose import composed
+from slime_spec.launch.preflight import Inputs, look
 from slime_spec.rl.rollout_data import save_rollout
 from tests.support.tiny_drafts import BLOCK, EAGLE3, NEXTN, edit_tensors, make_tiny_draft
 from tests.support.tiny_policy import make_tiny_policy
@@ -23,7 +23,7 @@ def policy(tmp_path: Path) -> Path:
 def launched(policy: Path, draft: Path, algorithm: str, *flags: str) -> Inputs:
     drafting = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(draft)]
     lengths = ["--rollout-max-prompt-len", "400", "--rollout-max-response-len", "32"]
-    return preflight(compose(["--config", "tiny", "--hf-checkpoint", str(policy), *lengths, *drafting, *flags]))
+    return look(composed(["--config", "tiny", "--hf-checkpoint", str(policy), *lengths, *drafting, *flags])).checked()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slime_spec.launch.cli import main
+from slime_spec.rl.rollout_data import save_rollout
 
 
 @pytest.fixture(autouse=True)
@@ -61,13 +62,34 @@ def lose_the_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def refused_by_the_launch(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The message of a command that must be refused; a traceback would be an exception here."""
     assert main(["train", "--config", "tiny", *argv]) == 2
     message = capsys.readouterr().err
     assert all(f"  {fact}:" in message for fact in ("rule", "value", "remedy")), message
     assert "Traceback" not in message
     return message
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The message of the launch, every rule of which the dry run and the doctor say as well: case reports/03."""
+    message = refused_by_the_launch(capsys, *argv)
+    told = message.partition("  rule:")[2].partition("\n  value:")[0]
+    rules = [line.strip().partition(": ")[2] for line in told.splitlines() if line] if told[0] == "\n" else [told]
+    assert main(["train", "--config", "tiny", *argv, "--dry-run"]) == 2
+    dry_run = "".join(capsys.readouterr())
+    assert main(["doctor", "--json", "--config", "tiny", *argv]) == 2
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    doctor = "\n".join(each["read"] for each in findings if each["severity"] == "error")
+    assert rules
+    for rule in rules:
+        assert as_one_line(rule) in as_one_line(dry_run)
+        assert as_one_line(rule) in as_one_line(doctor)
+    return message
+
+
+def as_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -113,12 +135,91 @@ def test_a_damaged_checkpoint_is_refused_by_name_before_ray_starts(damage, expec
         (("--save-interval", "3", "--update-weights-interval", "2"), "multiple of push.interval"),
         (("--task", "adding"), "add10"),
         (("--prompt-data", "/nowhere.jsonl"), "/nowhere.jsonl"),
-        (("--ray-address", "127.0.0.1:1"), "ray_address"),
+        (("--task", "tests.support.rewards:nothing"), "tests.support.rewards"),
+        (("--load", "/nowhere"), "/nowhere"),
+        (("run.seed=" + "9" * 30,), "2147483647"),
+        (("trainer.adam_beta1=1.0",), "below 1"),
+        (("--rollout-stop=",), "empty"),
+        (("--rollout-stop-token-ids=-3",), "at least 0"),
+        (("engine.kv_cache_gb=1e300",), "at most 1e+06"),
+        (("--rollout-temperature", "1e39"), "at most"),
+        (("--rollout-top-k", "0"), "keeps no token"),
+        (("--global-batch-size", "3"), "divide"),
+        (("--sglang-context-length", "64"), "must hold max_prompt_len"),
+        (
+            (
+                "--speculative-algorithm",
+                "NGRAM",
+                "speculative.ngram_external_corpus_path=/nowhere",
+                "speculative.ngram_external_sam_budget=2",
+            ),
+            "/nowhere",
+        ),
+        (("--skip-check", "nothing"), "must name checks"),
+        (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(argv, expected, policy, tmp_path, capsys):
     arguments = ("--hf-checkpoint", str(policy), "--output-dir", str(tmp_path / "run"), *argv)
     assert expected in refused(capsys, *arguments)
+
+
+def test_what_only_the_start_can_know_is_refused_by_the_start(policy, capsys, tmp_path):
+    arguments = ("--hf-checkpoint", str(policy), "--output-dir", str(tmp_path / "run"), "--ray-address", "127.0.0.1:1")
+    assert "ray_address" in refused_by_the_launch(capsys, *arguments)
+    assert main(["train", "--config", "tiny", *arguments, "--dry-run"]) == 0
+    assert "only the start knows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("--rm-type", "math"), "task.reward"),
+        (("--rm-type", "no.such.module:reward"), "no.such.module"),
+        (("--input-key", "question"), "question"),
+        (("--label-key", "answer"), "answer"),
+        (("--rollout-max-prompt-len", "1"), "must let a prompt of"),
+    ],
+)
+def test_data_that_a_run_cannot_use_is_refused(argv, expected, policy, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "What is 2 + 3?", "label": "5"}\n')
+    paths = ("--hf-checkpoint", str(policy), "--prompt-data", str(data), "--output-dir", str(tmp_path / "run"))
+    assert expected in refused(capsys, *paths, *argv)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "expected"),
+    [
+        ("tokenizer_config.json", {"chat_template": None}, "chat_template"),
+        ("config.json", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope"),
+        ("config.json", {"hidden_act": "gelu"}, "hidden_act"),
+        ("config.json", {"num_hidden_layers": 4}, "model.layers.3"),
+    ],
+)
+def test_a_checkpoint_that_the_run_cannot_compute_is_refused(file, change, expected, copy, tmp_path, capsys):
+    path = copy / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert expected in refused(capsys, "--hf-checkpoint", str(copy), "--output-dir", str(tmp_path / "run"))
+
+
+def test_saved_rollouts_of_which_a_later_one_is_missing_are_refused(policy, tmp_path, capsys):
+    """Case reports/13."""
+    save_rollout(str(tmp_path / "{rollout_id}.pt"), 0, [])
+    saved = ("--debug-train-only", "--load-debug-rollout-data", str(tmp_path / "{rollout_id}.pt"), "--num-rollout", "3")
+    message = refused(capsys, "--hf-checkpoint", str(policy), "--output-dir", str(tmp_path / "run"), *saved)
+    assert "1.pt" in message
+
+
+def test_all_that_stands_in_the_way_is_reported_at_once(copy, tmp_path, capsys):
+    lose_the_tokenizer(copy)
+    drop_a_tensor(copy)
+    (tmp_path / "data.jsonl").write_text("{\n")
+    paths = ("--hf-checkpoint", str(copy), "--output-dir", str(tmp_path / "run"))
+    wrong = ("--prompt-data", str(tmp_path / "data.jsonl"), "--load", "/nowhere", "--rollout-max-prompt-len", "600")
+    message = refused(capsys, *paths, *wrong)
+    for expected in ("tokenizer.json", "up_proj", "data.jsonl:1", "/nowhere", "context of"):
+        assert expected in message
 
 
 def test_a_broken_line_of_data_is_named_by_its_number(policy, tmp_path, capsys):

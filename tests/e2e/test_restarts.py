@@ -18,7 +18,7 @@ from slime_spec.config.tree import Config, RunConfig, TrainerConfig
 from slime_spec.errors import CheckpointError
 from slime_spec.interfaces import RunState
 from slime_spec.launch import train
-from slime_spec.launch.train import checkpoint_to_load
+from slime_spec.launch.preflight import checkpoint_to_load
 from slime_spec.rl.loop import Job
 from slime_spec.stop import StopSignals
 from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint

@@ -15,22 +15,26 @@ from slime_spec.config.build import to_yaml
 from slime_spec.errors import ConfigError
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import compose, composed
+from slime_spec.launch.preflight import look
 from slime_spec.preflight.checks import TRAPS
 from slime_spec.preflight.finished_run import acceptance_by_position
-from slime_spec.preflight.gate import check_launch
 from slime_spec.sglang.flags import sglang_version
-from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, SERVERS, TARGET, python_with
+from tests.support.doctor_facts import CHAIN, SERVERS, python_with
+from tests.support.tiny_policy import make_tiny_policy
 
 Capture = pytest.CaptureFixture[str]
+HEAD = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 200}
 ELSEWHERE = ("--ray-address", "auto")
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> list[str]:
     """A sound EAGLE-3 job on someone else's cluster."""
-    for name, config in (("target", TARGET), ("draft", EAGLE3_HEAD)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    like_llama = {"torch_dtype": "bfloat16", "max_position_embeddings": 8192, "num_hidden_layers": 8}
+    sizes = make_tiny_policy(tmp_path / "target", **like_llama) / "config.json"
+    (tmp_path / "draft").mkdir()
+    head = {**json.loads(sizes.read_text()), **HEAD}
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(head))
     paths = ["--hf-checkpoint", str(tmp_path / "target"), "--speculative-draft-model-path", str(tmp_path / "draft")]
     servers = [*SERVERS, "--sglang-python", str(python_with(tmp_path, sglang=sglang_version()))]
     return [*servers, *ELSEWHERE, "--speculative-algorithm", "EAGLE3", *CHAIN, *paths]
@@ -59,11 +63,10 @@ def test_the_exit_code_is_that_of_the_gravest_finding(added, code: int, job: lis
     assert f"{len(TRAPS)} checks" in capsys.readouterr().out
 
 
-def test_the_doctor_answers_without_torch(job: list[str]) -> None:
-    """Which takes longer to import than everything that the doctor does."""
-    asked = (
-        f"import sys; from slime_spec.launch.cli import main; main({['doctor', *job]!r}); print('torch' in sys.modules)"
-    )
+def test_the_doctor_tells_a_mistyped_flag_without_torch(job: list[str]) -> None:
+    """Which takes longer to import than everything that the doctor does for it."""
+    words = ["doctor", *job, "--lrr", "1"]
+    asked = f"import sys; from slime_spec.launch.cli import main; main({words!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -171,7 +174,7 @@ def test_of_servers_that_do_not_answer_only_what_is_asked_of_them_is_judged(job:
     silent = ["--rollout-external-engine-addrs", "127.0.0.1:9", "--sglang-attention-backend", "torch_native"]
     assert main(["doctor", "--json", *job, *silent, "--rollout-min-p", "0.1"]) == 2
     told = json.loads(capsys.readouterr().out)
-    assert [each["id"] for each in told["findings"]] == ["min-p", "external-servers"]
+    assert [each["id"] for each in told["findings"]] == ["min-p", "external-servers", "end-of-text"]
     assert told["fix"] == ["--rollout-min-p", "0"]
 
 
@@ -195,7 +198,7 @@ def test_a_skipped_error_and_a_warning_are_logged_once_each(job: list[str], capl
     argv = [*job, "--rollout-min-p", "0.1", "--sglang-disable-cuda-graph-padding", "--skip-check", "min-p"]
     made = composed(argv)
     with caplog.at_level(logging.INFO):
-        check_launch(made.config, made.given)
+        look(made).checked()
     assert sorted(record.getMessage().split(":")[0] for record in caplog.records) == [
         "preflight found check=graph-padding-switch",
         "preflight found check=min-p",
@@ -206,4 +209,4 @@ def test_a_check_to_skip_that_does_not_exist_is_refused_with_the_nearest(job: li
     argv = [*job, "--skip-check", "min-q"]
     made = composed(argv)
     with pytest.raises(ConfigError, match="Did you mean min-p"):
-        check_launch(made.config, made.given)
+        look(made).checked()

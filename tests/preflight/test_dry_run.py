@@ -16,6 +16,7 @@ from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import composed
 from slime_spec.launch.dry_run.plan import make_plan
+from slime_spec.launch.preflight import look
 from slime_spec.preflight.memory import draft_parameters, plan_memory
 from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, make_facts
 from tests.support.make_stand_ins import STAND_INS
@@ -113,13 +114,13 @@ def test_rollouts_alone_plan_no_trainer_and_no_push(tmp_path: Path) -> None:
 
 @pytest.fixture
 def job(tmp_path: Path) -> list[str]:
-    (tmp_path / "config.json").write_text(json.dumps(TARGET))
-    return [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "gpus"]
+    policy = make_tiny_policy(tmp_path / "policy", torch_dtype="bfloat16", max_position_embeddings=8192)
+    return [*SERVERS, "--hf-checkpoint", str(policy), "--skip-check", "sglang-version", "gpus"]
 
 
 def test_the_plan_has_a_command_line_for_every_server(job: list[str]) -> None:
     argv = [*job, "--rollout-num-engines", "2", "--actor-num-gpus", "2", "--actor-world-size", "2"]
-    plan = make_plan(composed(argv))
+    plan = make_plan(look(composed(argv)))
     first, second = plan.servers
     assert first.command[1:3] == ("-m", "sglang.launch_server")
     assert ("--attention-backend", "fa3") in pairwise(first.command)
@@ -132,7 +133,7 @@ def test_a_dry_run_prints_the_whole_plan_and_starts_nothing(job: list[str], tmp_
     run = tmp_path / "run"
     assert main(["train", *job, "--dry-run", "--output-dir", str(run)]) == 0
     told = capsys.readouterr().out
-    for heading in ("run", "placement", "engine", "transport", "memory (from config.json;", "preflight"):
+    for heading in ("run", "placement", "engine", "transport", "memory (from ", "preflight"):
         assert any(line.startswith(heading) for line in told.splitlines())
     assert "tensor (CUDA IPC)" in told
     assert "TP 1 x PP 1 x DP 1" in told
@@ -166,8 +167,10 @@ def test_a_dry_run_says_what_the_trainer_cannot_train(tmp_path: Path, capsys: Ca
     argv = [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "gpus", "--dry-run"]
     assert main(["train", *argv]) == 2
     assert "Glm4MoeForCausalLM has a mixture of 160 experts, which the trainer cannot build" in capsys.readouterr().out
-    assert main(["train", *argv, "--debug-rollout-only"]) == 0
-    assert "rollout_only pushes no weights" in capsys.readouterr().out
+    assert main(["train", *argv, "--debug-rollout-only"]) == 2
+    told = capsys.readouterr().out
+    assert "must hold a tokenizer.json" in told
+    assert "rollout_only pushes no weights" in told
 
 
 LLAMA_DRAFT = {**EAGLE3_HEAD, "torch_dtype": "float16", "max_position_embeddings": 2048}
@@ -196,7 +199,7 @@ def test_a_recipe_fits_the_gpus_that_it_is_for_with_every_sequence_at_its_longes
     argv = ["--config", experiment, "--hf-checkpoint", str(write_config(tmp_path / "target", target))]
     if draft is not None:
         argv += ["--speculative-draft-model-path", str(write_config(tmp_path / "draft", draft))]
-    memory = make_plan(composed(argv)).memory
+    memory = make_plan(look(composed(argv))).memory
     assert memory.engine is not None
     assert memory.mem_fraction_static is not None
     assert memory.engine.gpu_bytes <= memory.mem_fraction_static * gpu_gb * 1e9
@@ -233,7 +236,7 @@ def test_the_plan_of_llama_on_eight_gpus_is_what_a_pencil_says(tmp_path: Path) -
     """8.03 billion float16 weights; 33 layers x 2 x 8 heads x 128 x 2 bytes a token for 32 x (2016 + 33) tokens."""
     argv = ["--config", "eagle3-llama3.1-8b", "--hf-checkpoint", str(write_config(tmp_path / "target", TARGET))]
     argv += ["--speculative-draft-model-path", str(write_config(tmp_path / "draft", LLAMA_DRAFT))]
-    memory = make_plan(composed(argv)).memory
+    memory = make_plan(look(composed(argv))).memory
     assert memory.engine is not None
     assert memory.trainer is not None
     assert memory.engine.target_bytes == 2 * 8_030_261_248

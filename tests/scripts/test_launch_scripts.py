@@ -38,7 +38,8 @@ ON_SGLANGS_CPU = (
 # The CPU is one device: a recipe whose GPUs attend for sequences of their own cannot do so there.
 ON_THE_CPU_TOO = {"run-deepseek-r1-mtp.sh": ("--no-sglang-enable-dp-attention", "--sglang-dp-size", "1")}
 # The plan for another machine: this one need not have eight GPUs, nor sglang.
-ELSEWHERE = ("--skip-check", "gpus", "sglang-version")
+# Stand-ins cannot be split over ranks: they know 257 tokens.
+ELSEWHERE = ("--skip-check", "gpus", "sglang-version", "--tensor-model-parallel-size", "1")
 
 
 GUIDE = {

@@ -16,8 +16,8 @@ from slime_spec.checkpoints.end_of_text import ReplyEnds
 from slime_spec.checkpoints.model_files import TargetFiles, draft_files
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, RolloutConfig, SpeculativeConfig, TrainerConfig
 from slime_spec.errors import ConfigError
-from slime_spec.launch.train import preflight
-from slime_spec.preflight.gate import check_launch
+from slime_spec.launch.compose import Composed
+from slime_spec.launch.preflight import look
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
 PROMPT = tuple(range(40, 60))
@@ -64,8 +64,7 @@ def launched(config: Config) -> tuple[int, ...] | None:
     folder = config.model.hf_checkpoint
     cores: list[GenerationCore] = []
     steps: tuple[Callable[[], object], ...] = (
-        lambda: check_launch(config, frozenset()),
-        lambda: preflight(config),
+        lambda: look(Composed(config, (), frozenset())).checked().prompts.close(),
         lambda: draft_files(config, TargetFiles.read(folder)),
         lambda: ReplyEnds.read(folder),
         lambda: cores.append(Assembly(config).core(0, perf_counter)),

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from slime_spec.config.addresses import address_of
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
-from slime_spec.launch.compose import Composed
+from slime_spec.launch.preflight import Preflight
 from slime_spec.placement import BundlePlan, plan_bundles
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding
-from slime_spec.preflight.gate import check_skipped, examine, not_skipped
-from slime_spec.preflight.gather import gather
+from slime_spec.preflight.gate import not_skipped
 from slime_spec.preflight.memory import MemoryPlan, plan_memory
 from slime_spec.sglang.arguments import command_line, planned_places, server_flags
 from slime_spec.sglang.interpreter import checked_in
@@ -50,19 +49,18 @@ class Plan:
         return tuple(not_skipped(self.findings, self.facts.config.run.skip_checks))
 
 
-def make_plan(made: Composed) -> Plan:
+def make_plan(looked: Preflight) -> Plan:
     """Make the plan; raises ConfigError without config.json, or for a server flag that the version does not know."""
-    config = made.config
-    check_skipped(config.run.skip_checks)
-    engines = gather(config, made.given)
-    facts = engines[0]
+    if not looked.engines:
+        looked.checked()  # raises, for there is no plan without a checkpoint's config.json
+    config, facts = looked.config, looked.engines[0]
     return Plan(
         facts=facts,
         bundles=plan_bundles(config),
         servers=tuple(_servers(config, facts)) if facts.on_sglang else (),
         transport=transport_text(config),
         memory=plan_memory(facts),
-        findings=tuple(examine(engines)),
+        findings=looked.findings,
     )
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from slime_spec.launch.dry_run.placement import counted, placement_lines
 from slime_spec.launch.dry_run.plan import Plan, PlannedServer
+from slime_spec.launch.preflight import ONLY_THE_START_KNOWS
 from slime_spec.preflight.finding import Severity
 from slime_spec.preflight.memory import EngineMemory
 from slime_spec.preflight.report import as_flags, brief, headline, width
@@ -39,7 +40,8 @@ def show_plan(plan: Plan) -> None:
         console.print(brief(infos))
     if fix := as_flags(plan.findings):
         console.print(f"  to add: {fix}", markup=False, soft_wrap=True)
-    stopping = ", ".join(each.id for each in plan.stopping)
+    console.print(f"  only the start knows {ONLY_THE_START_KNOWS}", markup=False)
+    stopping = ", ".join(dict.fromkeys(each.id for each in plan.stopping))
     console.print(
         f"  a launch would stop here: {stopping}" if stopping else "  a launch would go on", style="bold", markup=False
     )

@@ -1,0 +1,228 @@
+"""One preflight: ``--dry-run``, the doctor and the launch itself check the same, before anything heavy starts.
+
+Every file that a run reads is read here (checkpoints, tokenizer, prompts, rewards, saved rollouts), every known trap is
+looked for, and everything that stands in the way is reported together. Only the start itself can know the rest, which
+ONLY_THE_START_KNOWS lists.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from rollout.embedded.validate import check_kv_cache
+from slime_spec.checkpoints.draft_choice import choose_draft
+from slime_spec.checkpoints.folder import CheckpointFolder
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import verify_tensors
+from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
+from slime_spec.config.build import to_yaml
+from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
+from slime_spec.errors import ConfigError, NotComputedError
+from slime_spec.launch.compose import Composed
+from slime_spec.metrics.wandb import mode as wandb_mode
+from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.finding import Finding
+from slime_spec.preflight.gate import check_skipped, examine, log_findings, not_skipped, refusal, refused
+from slime_spec.preflight.gather import gather
+from slime_spec.rl.rollout_data import check_rollout_data
+from slime_spec.run_folder import CHECKPOINTS, check_run_folder, folder_of
+from slime_spec.speculation.corpus import corpus_lines
+from slime_spec.tasks.source import PromptSource, load_tasks
+from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
+from trainer_bridge.layout import check_layout
+
+ONLY_THE_START_KNOWS = (
+    "whether ports are free, the cluster of --ray-address answers and has the cores and GPUs, servers load and stay "
+    "healthy, memory holds activations and graphs, another run holds the folder, disks have room"
+)
+logger = logging.getLogger(__name__)
+Checked = ParamSpec("Checked")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Holds the inputs that a run reads before heavy parts start.
+
+    There is no ``spec`` for a family that only SGLang runs, and no ``load`` for a run that starts anew.
+    """
+
+    spec: ModelSpec | None
+    tokenizer: Tokenizer
+    prompts: PromptSource
+    load: str | None
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Holds all that was found: the facts of the engines that differ, findings with errors first, refused inputs.
+
+    ``engines`` is empty where a checkpoint cannot be read; ``inputs`` is None where any input is refused.
+    """
+
+    config: Config
+    engines: tuple[Facts, ...]
+    findings: tuple[Finding, ...]
+    refusals: tuple[ConfigError, ...]
+    inputs: Inputs | None
+
+    @property
+    def stopping(self) -> tuple[Finding, ...]:
+        """Return what stops a launch."""
+        return tuple(not_skipped(self.findings, self.config.run.skip_checks))
+
+    def checked(self) -> Inputs:
+        """Return the inputs of a run that may start, each warning logged; raises one error for all that stops it."""
+        log_findings(self.findings, self.config.run.skip_checks)
+        if self.stopping:
+            self.close()
+            is_one_refusal = len(self.stopping) == len(self.refusals) == 1
+            raise self.refusals[0] if is_one_refusal else refusal(self.stopping)
+        assert self.inputs is not None, "nothing was refused"
+        return self.inputs
+
+    def close(self) -> None:
+        """End what scores the prompts; for those who do not start the run."""
+        if self.inputs is not None:
+            self.inputs.prompts.close()
+
+
+class _Refusals:
+    """Makes checks, and keeps what they refuse."""
+
+    def __init__(self) -> None:
+        self.errors: list[ConfigError] = []
+
+    def of(self, check: Callable[Checked, Result], *args: Checked.args, **kwargs: Checked.kwargs) -> Result | None:
+        """Return the result of a check, or None where it refuses."""
+        try:
+            return check(*args, **kwargs)
+        except ConfigError as error:
+            if str(error) not in map(str, self.errors):  # two checks may read the same file
+                self.errors.append(error)
+            return None
+
+
+def look(made: Composed, acceptance: tuple[float, ...] = ()) -> Preflight:
+    """Make every check; raises ConfigError for a check to skip that does not exist.
+
+    ``acceptance`` are a finished run's rates by draft position. Nothing is started: this reads files, asks SGLang's
+    interpreter for its version and running servers for their flags.
+    """
+    config = made.config
+    check_skipped(config.run.skip_checks)
+    refusals = _Refusals()
+    engines = refusals.of(gather, config, made.given, acceptance) or ()
+    inputs = _inputs(config, refusals)
+    findings = (*map(refused, refusals.errors), *(examine(engines) if engines else ()))
+    looked = Preflight(config, engines, findings, tuple(refusals.errors), inputs)
+    if not refusals.errors:
+        return looked
+    looked.close()
+    return replace(looked, inputs=None)
+
+
+def _inputs(config: Config, refusals: _Refusals) -> Inputs | None:
+    """Read everything that a run reads, past what is refused; None where a part of the inputs is missing."""
+    load = refusals.of(checkpoint_to_load, config)
+    refusals.of(_check_saved_rollouts, config, load)
+    refusals.of(check_run_folder, config, to_yaml(config), load)
+    if config.metrics.use_wandb:
+        refusals.of(wandb_mode, config.metrics.wandb_mode, os.environ)
+    spec = refusals.of(_target_spec, config)
+    tokenizer = refusals.of(Tokenizer.load, config.model.hf_checkpoint, config.task.chat_date)
+    if spec is not None:
+        _check_target(config, spec, refusals)
+    if spec is not None and tokenizer is not None:
+        refusals.of(check_vocabulary, tokenizer, spec)
+    refusals.of(_check_corpus, config)
+    if tokenizer is None:
+        refusals.of(load_tasks, config.task)  # their errors can be told all the same
+        return None
+    prompts = refusals.of(PromptSource, config, tokenizer)
+    return None if prompts is None else Inputs(spec, tokenizer, prompts, load)
+
+
+def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
+    refusals.of(_check_context, config, spec)
+    if config.run.mode != "rollout_only":
+        refusals.of(check_layout, config, spec)
+    # A damaged file must be refused here, not in an actor a minute later.
+    generates = config.run.mode != "train_only"
+    dtypes = [getattr(torch, config.engine.dtype)] if generates else []
+    refusals.of(verify_tensors, config.model.hf_checkpoint, spec, dtypes=dtypes)
+    if generates and kind_of(config).runs_built_decoders:
+        refusals.of(_check_draft, config, spec, dtypes)
+
+
+def _check_draft(config: Config, spec: ModelSpec, dtypes: Sequence[torch.dtype]) -> None:
+    draft = choose_draft(config, spec)
+    if draft is not None:
+        draft.verify(dtypes)
+
+
+def _check_corpus(config: Config) -> None:
+    corpus = config.speculative.ngram_external_corpus_path
+    if corpus is not None and config.speculative.record.takes_corpus:
+        for _ in corpus_lines(corpus):  # called only for its errors
+            pass
+
+
+def _check_saved_rollouts(config: Config, load: str | None) -> None:
+    check_rollout_data(config.run, 0 if load is None else saved_step(resolve_checkpoint(load)))
+
+
+def _target_spec(config: Config) -> ModelSpec | None:
+    """Return the policy's spec; raises NotComputedError for a model that this project must compute and cannot."""
+    is_served_only = kind_of(config).has_servers and config.run.mode == "rollout_only"
+    stored = CheckpointFolder(Path(config.model.hf_checkpoint))
+    try:
+        return ModelSpec.from_dict(stored.config, stored.source)
+    except NotComputedError:
+        if is_served_only:  # SGLang computes it: experts, quantised weights, windows of attention
+            return None
+        raise
+
+
+def _check_context(config: Config, spec: ModelSpec) -> None:
+    longest = config.rollout.longest
+    if longest > spec.max_position_embeddings:
+        raise ConfigError(
+            "rollout.max_prompt_len",
+            f"with max_response_len must fit the model's context of {spec.max_position_embeddings} tokens",
+            longest,
+            "Lower --rollout-max-prompt-len or --rollout-max-response-len.",
+        )
+    if config.run.mode != "train_only" and kind_of(config).runs_built_decoders:
+        check_kv_cache(config, spec)
+
+
+def checkpoints_of(config: Config, run_folder: Path) -> str | None:
+    """Return the folder of the run's checkpoints, or None where it saves none."""
+    if config.run.mode == "rollout_only" or config.save_interval is None:
+        return None
+    return config.trainer.save or str(run_folder / CHECKPOINTS)
+
+
+def checkpoint_to_load(config: Config) -> str | None:
+    """Return ``trainer.load``, or None where the run starts anew.
+
+    A run that loads from where it saves starts anew as long as nothing was saved there, so that one command is the
+    first start and every restart. Raises CheckpointError for any other folder without a checkpoint.
+    """
+    load, save = config.trainer.load, checkpoints_of(config, folder_of(config))
+    if load is None:
+        return None
+    if save is not None and Path(load).resolve() == Path(save).resolve() and not has_checkpoint(load):
+        logger.info("started anew: nothing was saved yet to resume from path=%s", load)
+        return None
+    resolve_checkpoint(load)
+    return load
