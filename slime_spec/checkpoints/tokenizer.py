@@ -58,7 +58,7 @@ class Tokenizer:
 
         try:
             loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            loaded.decode(loaded.encode("x", verbose=False))  # settings of wrong types are not looked at before
+            loaded.decode(loaded.encode("", verbose=False))  # settings of wrong types are not looked at before
         except Exception as error:  # noqa: BLE001 - the Rust parser raises bare Exception, and nothing narrower
             raise CheckpointError(str(path), f"must be a tokenizer: {error}", path.name, AGAIN) from None
         return cls(loaded, str(folder), chat_date)

@@ -79,8 +79,9 @@ class TaskConfig:
         "Longest call of a reward of your own, seconds; a longer call costs its sample.",
         flags=("--reward-timeout", "--rm-timeout"),
         above=0.0,
+        maximum=MAX_WAIT_S,
     )
-    reward_processes: int = setting(4, "Processes that call a reward of your own.", minimum=1)
+    reward_processes: int = setting(4, "Processes that call a reward of your own.", minimum=1, maximum=CORES)
     tool_key: str | None = setting(
         None, "Key of a list of tools (JSON schemas) in prompt_data, for the chat template. Default: none."
     )

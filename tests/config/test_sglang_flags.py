@@ -41,7 +41,7 @@ def test_every_spelling_of_every_flag_takes_a_sample_value(entry: SglangFlag) ->
 
 @pytest.mark.parametrize("entry", own_flags(), ids=lambda entry: entry.dest)
 def test_every_typed_flag_refuses_a_value_of_another_type(entry: SglangFlag) -> None:
-    wrong = "\x00 nothing takes this {"
+    wrong = "\x01 nothing takes this {"
     if entry.type == "str" and not entry.choices:
         assert read_arguments([f"--sglang-{entry.flags[0][2:]}={wrong}"]).settings  # any text is a text
         return
