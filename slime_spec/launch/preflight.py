@@ -138,7 +138,9 @@ def _inputs(config: Config, refusals: _Refusals) -> Inputs | None:
     if config.metrics.use_wandb:
         refusals.of(wandb_mode, config.metrics.wandb_mode, os.environ)
     spec = refusals.of(_target_spec, config)
-    tokenizer = refusals.of(Tokenizer.load, config.model.hf_checkpoint, config.task.chat_date)
+    tokenizer = None
+    if Path(config.model.hf_checkpoint).is_dir():  # or its absence, told above, would be told once more
+        tokenizer = refusals.of(Tokenizer.load, config.model.hf_checkpoint, config.task.chat_date)
     if spec is not None:
         _check_target(config, spec, refusals)
     if spec is not None and tokenizer is not None:
