@@ -23,6 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts a command in the background with SIGINT ignored, and what it starts inherits that: Ctrl-C would not
+    # reach the runs that tests of it start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     is_worker = hasattr(config, "workerinput")
     if config.getoption("--record-proofs") and not is_worker:
         if config.option.keyword or any("::" in arg for arg in config.args):
