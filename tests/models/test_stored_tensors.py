@@ -110,10 +110,10 @@ def test_scales_beside_float_weights_are_refused(tmp_path: Path) -> None:
 def test_sglang_goes_on_to_serve_quantised_weights_in_rollouts_alone(policy: Path) -> None:
     edit_config(quantised(policy, to_fp8), quantization_config=SCHEMES["float8_e4m3fn"])
     config = launch_of(policy, engine="sglang")
-    run = RunConfig(mode="rollout_only", skip_checks=("sglang-version",))  # no SGLang is here, and none is needed
-    assert preflight(Config(model=config.model, rollout=config.rollout, run=run)).spec is None
+    alone, trained = (RunConfig(mode=mode, skip_checks=("sglang-version",)) for mode in ("rollout_only", "train"))
+    assert preflight(Config(model=config.model, rollout=config.rollout, run=alone)).spec is None
     with pytest.raises(CheckpointError, match="quantization_config"):  # the trainer would have to compute with them
-        preflight(config)
+        preflight(replace(config, run=trained))
 
 
 @pytest.mark.parametrize(
