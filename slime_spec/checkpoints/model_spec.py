@@ -55,7 +55,8 @@ class ModelSpec:
             )
         config = {**family.defaults, **config}
         require(config, REQUIRED, source)
-        check_keys(config, {**family.keys, "model_type": only(family.model_type)}, source)
+        model_types = filter(None, (family.model_type, family.base_model_type))
+        check_keys(config, {**family.keys, "model_type": only(*model_types)}, source)
         check_decoder(config, family.keys, source)
         rope_theta, rope_scaling = read_rope(config, source)
         heads = config["num_attention_heads"]

@@ -73,6 +73,9 @@ class Family:
 
     architectures: tuple[str, ...]
     model_type: str = ""
+    base_model_type: str = (
+        ""  # of transformers' own configuration that the family's extends, for a checkpoint without code
+    )
     is_built: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False

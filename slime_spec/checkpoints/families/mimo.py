@@ -16,6 +16,7 @@ MIMO_LAYER = MtpLayer(
 MIMO = Family(
     ("MiMoForCausalLM",),
     model_type="mimo",
+    base_model_type="qwen2",
     is_built=True,
     qkv_bias=True,
     keys={
