@@ -13,7 +13,6 @@ from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
-from slime_spec.sglang.flags import PREFIX, engine_settings
 from slime_spec.sglang.served import differences
 
 logger = logging.getLogger(__name__)
@@ -68,18 +67,9 @@ def check_served(url: str, config: Config, target: TargetFiles, model_info: Mapp
 def check_flags(url: str, config: Config, engine_index: int, server_info: Mapping[str, Any]) -> None:
     """Raise ConfigError for a flag that would give other samples than the run asks for; log the others that differ."""
     for each in differences(config, engine_index, server_info):
-        if not each.is_decisive:
-            logger.warning("external server %s has %s %s, not %s", url, each.flag, each.theirs, each.ours)
-            continue
-        setting = engine_settings().get(each.dest)
-        path = f"sglang.{each.dest}" if setting is None else setting.path
-        flag = each.flag if each.dest.startswith("speculative_") else PREFIX + each.flag.removeprefix("--")
-        raise ConfigError(
-            path,
-            f"must be what the server has: {url} was started with {each.flag} {each.theirs}",
-            each.ours,
-            f"Start that server with {each.flag} {each.ours}, or pass {flag} {each.theirs}.",
-        )
+        if each.is_decisive:
+            raise each.refusal(url)
+        logger.warning("%s", each.told(url))
 
 
 def _told(model_info: Mapping[str, Any]) -> dict[str, object]:

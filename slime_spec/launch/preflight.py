@@ -41,7 +41,8 @@ from trainer_bridge.layout import check_layout
 
 ONLY_THE_START_KNOWS = (
     "whether ports are free, the cluster of --ray-address answers and has the cores and GPUs, servers load and stay "
-    "healthy, memory holds activations and graphs, another run holds the folder, disks have room"
+    "healthy, servers that run already hold this model's weights, memory holds activations and graphs, another run "
+    "holds the folder, disks have room"
 )
 logger = logging.getLogger(__name__)
 Checked = ParamSpec("Checked")
@@ -106,9 +107,13 @@ class _Refusals:
         try:
             return check(*args, **kwargs)
         except ConfigError as error:
+            self.add(error)
+            return None
+
+    def add(self, *errors: ConfigError) -> None:
+        for error in errors:
             if str(error) not in map(str, self.errors):  # two checks may read the same file
                 self.errors.append(error)
-            return None
 
 
 def look(made: Composed, acceptance: tuple[float, ...] = ()) -> Preflight:
@@ -121,6 +126,8 @@ def look(made: Composed, acceptance: tuple[float, ...] = ()) -> Preflight:
     check_skipped(config.run.skip_checks)
     refusals = _Refusals()
     engines = refusals.of(gather, config, made.given, acceptance) or ()
+    for facts in engines:
+        refusals.add(*(each.refusal(facts.external_url) for each in facts.differing if each.is_decisive))
     inputs = _inputs(config, refusals)
     findings = (*map(refused, refusals.errors), *(examine(engines) if engines else ()))
     looked = Preflight(config, engines, findings, tuple(refusals.errors), inputs)

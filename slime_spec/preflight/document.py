@@ -21,7 +21,8 @@ cannot be skipped. Only the start itself can know whether ports are free, a clus
 Checks of SGLang's
 servers look at what each engine's command line will be, with `--sglang-config` and `--sglang-extra-args` applied, and
 at the version in `--sglang-python`; where there is none, they speak of the pinned version. Servers that someone else
-started (`--rollout-external-engine-addrs`) are asked for their version and flags, and judged by the answer.
+started (`--rollout-external-engine-addrs`) are asked for their version and flags, judged by the answer, and refused
+where a flag would give other samples than the run asks for.
 
 What is said of versions was read in the wheels of those versions, or is the report of the issue it links to.
 

@@ -14,6 +14,7 @@ from slime_spec.engines import kind_of
 from slime_spec.sglang.draft_shape import DraftShape, draft_shape
 from slime_spec.sglang.interpreter import InstalledSglang
 from slime_spec.sglang.releases import Release
+from slime_spec.sglang.served import Difference
 
 DraftKind = Literal["none", "in_target", "head", "whole"]
 ATTENTION = ("decode_attention_backend", "attention_backend")  # the backend that decodes comes first
@@ -29,8 +30,9 @@ class Facts:
     whose checkpoint is the target's. ``known_flags`` are what the servers' interpreter says it understands, None where
     there is none to ask. ``gpu_bytes`` is the memory of each GPU that the run may use, None for a cluster's, which are
     not counted. ``acceptance`` are a finished run's cumulative rates by draft position. ``silent_servers`` are those
-    that someone else started and that did not report their flags. ``reply_ends`` is None for a run that generates
-    nothing, and where the target's folder has no tokenizer.
+    that someone else started and that did not report their flags; ``differing`` are the flags of one that did, where
+    they are not this run's. ``reply_ends`` is None for a run that generates nothing, and where the target's folder has
+    no tokenizer.
     """
 
     config: Config
@@ -45,7 +47,13 @@ class Facts:
     acceptance: tuple[float, ...] = ()
     engine: int = 0
     silent_servers: tuple[str, ...] = ()
+    differing: tuple[Difference, ...] = ()
     reply_ends: ReplyEnds | None = None
+
+    @property
+    def external_url(self) -> str:
+        """Return the URL of the engine's server, which someone else started."""
+        return f"http://{self.config.sglang_server.external_addrs[self.engine]}"
 
     @property
     def on_sglang(self) -> bool:

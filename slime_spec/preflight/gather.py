@@ -21,6 +21,7 @@ from slime_spec.sglang.arguments import config_as_served, config_of_engine, plan
 from slime_spec.sglang.flags import read_server_words, sglang_version
 from slime_spec.sglang.interpreter import InstalledSglang, checked_in, find_release, installed_in
 from slime_spec.sglang.releases import Release, pinned_release, release_of
+from slime_spec.sglang.served import differences
 from slime_spec.sglang.server_info import ask_server
 
 GIVEN_BY_A_SERVER = frozenset({"engine.dtype", "engine.max_running_requests"})
@@ -78,8 +79,10 @@ def _external(base: Facts) -> Iterator[Facts]:
         yield base
     for engine, answer in answers:
         release = release_of(answer.version, is_installed=True)
-        served = config_as_served(base.config, answer.flags)
-        yield replace(base, config=served, release=release, flags=answer.flags, engine=engine)
+        differing = tuple(differences(base.config, engine, answer.flags))
+        flags = {dest: value for dest, value in answer.flags.items() if value is not None}
+        served = config_as_served(base.config, flags)
+        yield replace(base, config=served, release=release, flags=flags, engine=engine, differing=differing)
 
 
 def _engines(config: Config) -> Iterator[tuple[int, Config]]:

@@ -14,8 +14,9 @@ from typing import Any
 from slime_spec.algorithms import NONE, reported_as
 from slime_spec.checkpoints.folder import CONFIG, DRAFT_PATH, CheckpointFolder
 from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
 from slime_spec.sglang.arguments import config_of_engine, speculative_flags
-from slime_spec.sglang.flags import sglang_flags
+from slime_spec.sglang.flags import PREFIX, engine_settings, sglang_flags
 
 # What a server computes with, or what it can answer: each changes samples, or ends the run later.
 DECISIVE = (
@@ -50,6 +51,22 @@ class Difference:
     @property
     def flag(self) -> str:
         return f"--{self.dest.replace('_', '-')}"
+
+    def told(self, address: str) -> str:
+        """Return the difference as a line about the server at ``address``."""
+        return f"external server {address} has {self.flag} {self.theirs}, not {self.ours}"
+
+    def refusal(self, address: str) -> ConfigError:
+        """Return the error about the server at ``address``, for a decisive difference."""
+        setting = engine_settings().get(self.dest)
+        path = f"sglang.{self.dest}" if setting is None else setting.path
+        flag = self.flag if self.dest.startswith("speculative_") else PREFIX + self.flag.removeprefix("--")
+        return ConfigError(
+            path,
+            f"must be what the server has: {address} was started with {self.flag} {self.theirs}",
+            self.ours,
+            f"Start that server with {self.flag} {self.ours}, or pass {flag} {self.theirs}.",
+        )
 
 
 def differences(config: Config, engine_index: int, reported: Mapping[str, Any]) -> Iterator[Difference]:

@@ -21,7 +21,7 @@ class ServerInfo:
     """Holds a running server's report about itself.
 
     ``num_ranks`` are the tensor-parallel ranks that weights are sent to; ``num_steps`` is a draft's depth;
-    ``flags`` are the flags of the table that the server runs with, by their dests.
+    ``flags`` are the flags of the table that the server reports, by their dests; None where it has no value.
 
     Example: ``ServerInfo("0.5.21", max_total_tokens=4096, num_ranks=1, num_steps=3)``
     """
@@ -45,9 +45,7 @@ class ServerInfo:
             max_total_tokens=number("max_total_num_tokens"),
             num_ranks=(number("tp_size") or 1) * (1 if answer.get("enable_dp_attention") else number("dp_size") or 1),
             num_steps=number("speculative_num_steps") or (number("speculative_num_draft_tokens") or 1) - 1,
-            flags={
-                dest: answer[dest] for dest in sglang_flags() if dest not in SECRETS and answer.get(dest) is not None
-            },
+            flags={dest: answer[dest] for dest in sglang_flags() if dest not in SECRETS and dest in answer},
         )
 
 

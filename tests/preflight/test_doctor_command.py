@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rollout.sglang_engine.external import check_flags
 from rollout.sglang_engine.fake import FakeServer, serving
 from slime_spec.config.build import to_yaml
 from slime_spec.errors import ConfigError
@@ -168,6 +169,39 @@ def test_a_server_that_someone_else_started_is_judged_by_what_it_tells(job: list
         assert found["mask-padding"]["fix"] == []
         server.server_args = {"version": "0.5.21", "attention_backend": "fa3", "mem_fraction_static": 0.8}
         assert main(["doctor", *job, "--rollout-external-engine-addrs", address]) == 0
+
+
+@pytest.mark.parametrize(("dest", "value"), [("dtype", "float16"), ("speculative_algorithm", None)])
+def test_an_external_server_that_is_not_the_runs_is_refused_by_each_command_as_by_the_start(
+    dest: str, value: str | None, job: list[str], capsys: Capture
+) -> None:
+    """Case sglang/04-external."""
+    server = FakeServer()
+    server.server_args = {"version": sglang_version(), "attention_backend": "fa3", dest: value}
+    with serving(server) as address:
+        words = [*job, "--rollout-external-engine-addrs", address]
+        with pytest.raises(ConfigError) as refused:
+            check_flags(f"http://{address}", compose(words), 0, server.server_args)
+        assert main(["doctor", "--json", *words]) == 2
+        errors = [each for each in json.loads(capsys.readouterr().out)["findings"] if each["severity"] == "error"]
+        assert main(["train", *words, "--dry-run"]) == 2
+        dry_run = capsys.readouterr().out
+        assert main(["train", *words]) == 2
+        launch = capsys.readouterr().err
+    assert refused.value.rule in errors[0]["read"]
+    assert f"was started with --{dest.replace('_', '-')} {value or 'NONE'}" in errors[0]["read"]
+    assert refused.value.remedy == errors[0]["remedy"]
+    assert " ".join(refused.value.rule.split()) in " ".join(dry_run.split())
+    assert refused.value.rule in launch
+
+
+def test_a_flag_of_an_external_server_that_bends_nothing_is_a_warning(job: list[str], capsys: Capture) -> None:
+    server = FakeServer()
+    server.server_args = {"version": sglang_version(), "attention_backend": "triton"}
+    with serving(server) as address:
+        assert main(["doctor", "--json", *job, "--rollout-external-engine-addrs", address]) == 1
+    found = {each["id"]: each for each in json.loads(capsys.readouterr().out)["findings"]}["external-flags"]
+    assert found["read"] == f"external server http://{address} has --attention-backend triton, not fa3"
 
 
 def test_of_servers_that_do_not_answer_only_what_is_asked_of_them_is_judged(job: list[str], capsys: Capture) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
 from slime_spec.checkpoints.end_of_text import ReplyEnds, TurnEnd
 from slime_spec.preflight.facts import DENSE_GRAPH_SIZES
 from slime_spec.preflight.finding import Severity
+from slime_spec.sglang.served import Difference
 from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, TREE
 
 ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
@@ -39,6 +40,7 @@ DENSE = ("--sglang-cuda-graph-bs", *map(str, DENSE_GRAPH_SIZES))
 ALLOWED = {"environ": {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}}
 CHATML = TurnEnd("<|im_end|>\n", (7, 11), {7: "<|im_end|>"}, is_closed=True)
 PLAIN_TURNS = TurnEnd("\n\nUser: ", (11, 11, 12), {}, is_closed=False)
+OTHER_BACKEND = Difference("attention_backend", "fa3", "triton", is_decisive=False)
 DISK = ("--sglang-weight-transport", "disk")
 
 
@@ -96,6 +98,8 @@ CASES = (
     case("server-flags", (*PLAIN, "--sglang-extra-args=--enable-metrics")),
     case("external-servers", (*PLAIN, *EXTERNAL), WARNING, silent_servers=("10.0.0.1:30000",)),
     case("external-servers", (*PLAIN, *EXTERNAL)),
+    case("external-flags", (*PLAIN, *EXTERNAL), WARNING, differing=(OTHER_BACKEND,)),
+    case("external-flags", (*PLAIN, *EXTERNAL), differing=(replace(OTHER_BACKEND, is_decisive=True),)),
     case("draft-dtype", (*UNSET, *EAGLE3[len(SERVERS) :]), ERROR, **FP16_HEAD),
     case("draft-dtype", EAGLE3, **FP16_HEAD),
     case("draft-dtype", (*UNSET, *EAGLE3[len(SERVERS) :]), **HEAD),

@@ -18,6 +18,7 @@ from slime_spec.preflight.facts import Facts
 from slime_spec.sglang.arguments import Place, server_flags
 from slime_spec.sglang.interpreter import checked_in
 from slime_spec.sglang.releases import release_of
+from slime_spec.sglang.served import Difference
 
 TARGET = {
     **{"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "max_position_embeddings": 8192},
@@ -61,6 +62,7 @@ def make_facts(
     model_types: Sequence[str] = (),
     gpu_bytes: tuple[int, ...] | None = None,
     silent_servers: tuple[str, ...] = (),
+    differing: tuple[Difference, ...] = (),
     environ: Mapping[str, str] | None = None,
     acceptance: tuple[float, ...] = (),
     reply_ends: ReplyEnds | None = None,
@@ -93,6 +95,7 @@ def make_facts(
         known_flags=checked_in() if is_installed else None,
         gpu_bytes=gpu_bytes,
         silent_servers=silent_servers,
+        differing=differing,
         acceptance=acceptance,
         reply_ends=reply_ends,
     )

@@ -22,6 +22,7 @@ TRAPS: tuple[Trap, ...] = (
     machine.gpus,
     machine.server_flags,
     machine.external_servers,
+    machine.external_flags,
     models.trainer_architecture,
     models.engine_architecture,
     models.sglang_version,

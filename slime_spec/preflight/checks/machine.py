@@ -58,3 +58,16 @@ def external_servers(facts: Facts) -> Sighting | None:
         f"no answer from {', '.join(facts.silent_servers)}: nothing is known of their flags",
         "Start them, or correct --rollout-external-engine-addrs and --sglang-api-key.",
     )
+
+
+@trap(
+    "external-flags",
+    "Flags that bend no sample are the server's own business; this run's values for them have no effect.",
+    "https://docs.sglang.ai/advanced_features/sglang_for_rl.html",
+    applies=on_sglang,
+)
+def external_flags(facts: Facts) -> Sighting | None:
+    told = [each.told(facts.external_url) for each in facts.differing if not each.is_decisive]
+    if not told:
+        return None
+    return Sighting(Severity.WARNING, "; ".join(told), "Start that server with these flags, or leave them out here.")
