@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -67,10 +67,6 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             prepare_ray_environment(joining=config.cluster.ray_address is not None)
             engines, trainer = parts.enter_context(_parts(config, inputs.spec))
             state = first_state(config, trainer, engines)
-            if state.rollout_id >= config.run.num_rollout:
-                logger.warning(
-                    "nothing to do: the checkpoint is at step %d of %d", state.rollout_id, config.run.num_rollout
-                )
             folder.begin_at(state.rollout_id)
             log = parts.enter_context(MetricLog.open(config, folder.path))
             examples = parts.enter_context(Examples(config.metrics.console))
@@ -86,32 +82,33 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             progress=lambda phase: partial(log.progress, phase),
             stop=stop,
         )
-        state = loop_or_stop(job, state)
+        finish(job, state, partial(_export, trainer, config, folder))
         if stop.asked:
             saved = "no checkpoint was saved"
             if checkpoints is not None and has_checkpoint(checkpoints):
                 step = saved_step(resolve_checkpoint(checkpoints))
                 saved = f"step {step} of {config.run.num_rollout} is saved, resume with --load {checkpoints}"
             logger.warning("stopped by %s: %s", stop.asked.name, saved)
-        elif trainer is not None and config.trainer.save_final:
-            trainer.export_hf(str(folder.hf_export))
-            logger.info("exported the policy path=%s version=%d", folder.hf_export, state.weight_version)
 
 
-def loop_or_stop(job: Job, state: RunState) -> RunState:
-    """Run the loop; a signal to all processes of a job, which ends the trainer or an engine too, ends it in order."""
+def finish(job: Job, state: RunState, export: Callable[[RunState], None]) -> None:
+    """Run the loop, then export, each until a signal.
+
+    A signal to all processes of a job ends the trainer or an engine too: that is an end in order.
+    """
     from ray.exceptions import RayError
 
     from rollout.pool import EngineProcessDied
 
     try:
-        return run_loop(job, state)
+        state = run_loop(job, state)
+        if not job.stop.asked:
+            export(state)
     except (RayError, EngineProcessDied) as error:
         if not job.stop.asked:
             raise
         reason = str(error).partition("\n")[0]
-        logger.error("the signal ended the run's processes before the last step was saved: %s", reason)
-        return state
+        logger.error("the signal ended the run's processes before they had saved and exported: %s", reason)
 
 
 def _run_folder(config: Config, argv: Sequence[str], load: str | None) -> RunFolder:
@@ -188,6 +185,12 @@ def _keep_samples(
         append_samples(folder.samples, rollout_id, samples)
     if config.run.save_debug_rollout_data:
         save_rollout(config.run.save_debug_rollout_data, rollout_id, samples)
+
+
+def _export(trainer: Trainer | None, config: Config, folder: RunFolder, state: RunState) -> None:
+    if trainer is not None and config.trainer.save_final:
+        trainer.export_hf(str(folder.hf_export))
+        logger.info("exported the policy path=%s version=%d", folder.hf_export, state.weight_version)
 
 
 def _save(trainer: Trainer | None, checkpoints: str | None, state: RunState) -> None:

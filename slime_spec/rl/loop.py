@@ -10,7 +10,7 @@ Without a trainer it is a rollout-only run; without engines it trains on saved r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,9 +22,9 @@ from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.rl.advantages import train_batch
 from slime_spec.rl.clock import PhaseClock
-from slime_spec.rl.rollouts import Progress, RolloutSource
+from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource
 from slime_spec.stop import StopSignals
-from slime_spec.types import Sample
+from slime_spec.types import EngineStats, Sample
 from slime_spec.weights.run import run_push
 
 logger = logging.getLogger(__name__)
@@ -54,25 +54,34 @@ def first_state(config: Config, trainer: Trainer | None, engines: Engines | None
         state = replace(state, weight_version=state.weight_version + state.is_ahead, is_ahead=False)
         push_weights(config, trainer, engines, state.weight_version, PhaseClock())
     logger.info("resumed rollout_id=%d version=%d", state.rollout_id, state.weight_version)
+    if state.rollout_id >= config.run.num_rollout:
+        logger.warning("nothing to do: the checkpoint is at step %d of %d", state.rollout_id, config.run.num_rollout)
     return state
 
 
 def run_loop(job: Job, state: RunState) -> RunState:
     """Run every step from ``state.rollout_id`` on, until a signal asks for the end; returns where the run stands.
 
-    Where checkpoints are saved, the last finished step's is.
+    Where checkpoints are saved, the last finished step's is, also where the next rollout fails.
     """
     interval = None if job.trainer is None else job.config.save_interval
     saved = state
     while state.rollout_id < job.config.run.num_rollout and not job.stop.asked:
-        rollout_id = state.rollout_id
-        try:
-            metrics, state = run_step(job, state)
-        except KeyboardInterrupt:  # in a rollout: the trainer's weights are those of the step before
+        clock = PhaseClock()
+        try:  # in a rollout the trainer's weights are those of the step before
+            before, rollout = _roll_out(job, state, clock)
+        except KeyboardInterrupt:
             if not job.stop.asked:
                 raise
             break
-        job.log(rollout_id, metrics)
+        except Exception as error:
+            if interval and state != saved:
+                logger.error("step %d failed, the steps before it are saved: %s", state.rollout_id, error)
+                job.save(state)
+            raise
+        metrics, after = _train_and_push(job, state, rollout, before, clock)
+        job.log(state.rollout_id, metrics)
+        state = after
         if interval and state.rollout_id % interval == 0:
             job.save(state)
             saved = state
@@ -81,15 +90,21 @@ def run_loop(job: Job, state: RunState) -> RunState:
     return state
 
 
-def run_step(job: Job, state: RunState) -> tuple[dict[str, float], RunState]:
-    """Run one rollout, one policy step and one push."""
-    clock = PhaseClock()
+def _roll_out(job: Job, state: RunState, clock: PhaseClock) -> tuple[Sequence[EngineStats], Rollout]:
+    """Return a step's samples, kept and with rewards, and what the engines said before."""
     before = [] if job.engines is None else job.engines.stats()
     with job.stop.interruptible(), clock.phase("rollout"):
         rollout = job.rollouts.rollout(state, job.progress("rollout"))
+    job.keep_samples(state.rollout_id, rollout.samples)
+    _check_rewards(state.rollout_id, rollout.samples)
+    return before, rollout
+
+
+def _train_and_push(
+    job: Job, state: RunState, rollout: Rollout, before: Sequence[EngineStats], clock: PhaseClock
+) -> tuple[dict[str, float], RunState]:
+    """Make one policy step and one push of a step's samples."""
     samples = rollout.samples
-    job.keep_samples(state.rollout_id, samples)
-    _check_rewards(state.rollout_id, samples)
     metrics = rollout_metrics(samples)
     version, is_ahead = state.weight_version, state.is_ahead
     if job.trainer is not None:

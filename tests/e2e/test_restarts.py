@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from slime_spec.launch import train
 from slime_spec.launch.preflight import checkpoint_to_load
 from slime_spec.rl.loop import Job
 from slime_spec.stop import StopSignals
-from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint
+from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint, resolve_checkpoint, saved_step
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 240
-NUM_STEPS = 20
+NUM_STEPS = 100_000  # it never gets there
 
 
 def write_checkpoint(root: Path, name: str) -> None:
@@ -59,24 +60,59 @@ def test_a_run_that_loads_from_elsewhere_is_refused_while_nothing_is_there(tmp_p
             checkpoint_to_load(Config(trainer=trainer))
 
 
-@pytest.mark.parametrize("error", [RayError("lost"), EngineProcessDied("lost")])
+def finish_job(stop: StopSignals) -> Job:
+    return Job(Config(), *(None,) * 7, stop)  # type: ignore[arg-type]
+
+
+LOST = [RayError("lost"), EngineProcessDied("lost")]
+
+
+@pytest.mark.parametrize("error", LOST)
+@pytest.mark.parametrize("is_exporting", [False, True])
 def test_a_signal_that_ended_the_runs_processes_too_ends_it_in_order(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, is_exporting: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a scheduler's, which goes to every process of a job."""
-    state = RunState(3, 24, 3)
-    stop = StopSignals()
-    job = Job(Config(), *(None,) * 7, stop)  # type: ignore[arg-type]
+    state, stop = RunState(3, 24, 3), StopSignals()
 
-    def lost(job: Job, state: RunState) -> RunState:
+    def lost(*_: object) -> RunState:
         raise error
 
-    monkeypatch.setattr(train, "run_loop", lost)
+    def lost_by_a_signal(*_: object) -> RunState:
+        stop.ask(signal.SIGTERM)
+        raise error
+
+    def run(loop_or_export: Callable[..., RunState]) -> None:
+        monkeypatch.setattr(train, "run_loop", (lambda *_: state) if is_exporting else loop_or_export)
+        train.finish(finish_job(stop), state, loop_or_export if is_exporting else pytest.fail)
+
     with pytest.raises(type(error)):
-        train.loop_or_stop(job, state)
-    stop.ask(signal.SIGTERM)
-    assert train.loop_or_stop(job, state) == state
-    assert "before the last step was saved: lost" in caplog.text
+        run(lost)
+    run(lost_by_a_signal)
+    assert "before they had saved and exported: lost" in caplog.text
+
+
+@pytest.mark.parametrize(("at", "expected"), [("loop", ["loop"]), ("export", ["loop", "export 5"])])
+def test_a_signal_in_the_loop_leaves_the_export_out_and_one_in_the_export_lets_it_be_written(
+    at: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, events = StopSignals(), list[str]()
+
+    def loop(job: Job, state: RunState) -> RunState:
+        events.append("loop")
+        if at == "loop":
+            stop.ask(signal.SIGTERM)
+        return RunState(5, 40, 5)
+
+    def export(state: RunState) -> None:
+        if at == "export":
+            stop.ask(signal.SIGTERM)
+        events.append(f"export {state.rollout_id}")
+
+    monkeypatch.setattr(train, "run_loop", loop)
+    train.finish(finish_job(stop), RunState(3, 24, 3), export)
+    assert events == expected
+    assert stop.exit_code == 143
 
 
 def num_rows(path: Path) -> int:
@@ -102,52 +138,51 @@ def started(policy: Path, folder: Path, graded: tuple[str, ...]) -> Iterator[sub
             process.kill()
 
 
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+def wait_for_rows(process: subprocess.Popen[str], folder: Path, count: int) -> None:
     end = time.monotonic() + START_S
-    while num_rows(folder / "run" / "metrics.jsonl") <= step:
+    while num_rows(folder / "run" / "metrics.jsonl") < count:
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, f"step {step} did not come in {START_S} s"
+        assert time.monotonic() < end, f"row {count} did not come in {START_S} s"
         time.sleep(0.02)
 
 
-def ended(process: subprocess.Popen[str], code: int) -> str:
+def ended(process: subprocess.Popen[str], code: int, folder: Path) -> int:
+    """Wait for the end in order; return the step at which the output says that the run can be resumed."""
     text = process.communicate(timeout=START_S)[0]
     assert process.returncode == code, text
     assert "Traceback" not in text
-    return text
+    name = signal.Signals(code - 128).name
+    said = re.search(rf"stopped by {name}: step (\d+) of {NUM_STEPS} is saved, resume with --load (.*)", text)
+    assert said is not None, text
+    assert said[2] == str(folder / "ck")
+    return int(said[1])
 
 
 @pytest.mark.long
 def test_one_command_is_the_first_start_and_every_restart(
     policy: Path, graded: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Cases reports/06, reports/10, audit/71: killed, interrupted, preempted, finished, and started once more."""
+    """Cases reports/06, reports/10: killed, interrupted in a terminal, preempted."""
     run = tmp_path / "run"
-    with started(policy, tmp_path, graded) as first:
-        wait_for_step(first, tmp_path, 4)
-        first.send_signal(signal.SIGSTOP)  # it would have finished before the second got there
-        with started(policy, tmp_path, graded) as second:
-            assert f"in use by pid {first.pid} on " in ended(second, 2)
-        first.kill()
-        first.communicate()
+    with started(policy, tmp_path, graded) as process:
+        wait_for_rows(process, tmp_path, 5)
+        process.kill()
+        process.communicate()
     reached = num_rows(run / "metrics.jsonl")
     with started(policy, tmp_path, graded) as process:
-        wait_for_step(process, tmp_path, reached + 2)
+        wait_for_rows(process, tmp_path, reached + 2)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-        assert "stopped by SIGINT: step " in ended(process, 130)
-    reached = num_rows(run / "metrics.jsonl")
+        reached = ended(process, 130, tmp_path)
+    assert num_rows(run / "metrics.jsonl") == reached
     with started(policy, tmp_path, graded) as process:
-        wait_for_step(process, tmp_path, reached + 2)
+        wait_for_rows(process, tmp_path, reached + 2)
         process.terminate()
-        assert f"is saved, resume with --load {tmp_path / 'ck'}" in ended(process, 143)
-    with started(policy, tmp_path, graded) as process:
-        assert f"finished step={NUM_STEPS}/{NUM_STEPS}" in ended(process, 0)
-    with started(policy, tmp_path, graded) as process:
-        assert f"nothing to do: the checkpoint is at step {NUM_STEPS} of {NUM_STEPS}" in ended(process, 0)
+        reached = ended(process, 143, tmp_path)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(NUM_STEPS))
+    assert [row["step"] for row in rows] == list(range(reached))
+    assert saved_step(resolve_checkpoint(str(tmp_path / "ck"))) == reached
     assert all(row["sync/weight_version"] == row["step"] + 1 for row in rows if "sync/weight_version" in row)
     samples = [json.loads(line)["rollout_id"] for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert samples == [step for step in range(NUM_STEPS) for _ in range(4)]
-    assert (run / "hf" / "model.safetensors").exists()
-    assert (run / "run.log").read_text().count("run folder made") == 5
+    assert samples == [step for step in range(reached) for _ in range(4)]
+    assert not (run / "hf").exists()
+    assert (run / "run.log").read_text().count("run folder made") == 3

@@ -165,6 +165,36 @@ def test_a_step_without_any_reward_ends_the_run_with_the_last_error(trainer: boo
     assert recorder.events == ["generate@0"]
 
 
+@pytest.mark.parametrize(("save_interval", "expected"), [(None, []), (2, ["save 2", "save 3"]), (3, ["save 3"])])
+def test_a_rollout_that_fails_leaves_the_last_finished_step_saved_once(
+    save_interval: int | None, expected: list[str], caplog: pytest.LogCaptureFixture
+):
+    recorder = Recorder()
+    loop = job(recorder, config(num_rollout=9, save_interval=save_interval))
+    rollout = recorder.rollout
+
+    def lost(state: RunState, progress) -> Rollout:
+        if state.rollout_id == 3:
+            raise RuntimeError("an engine is gone")
+        return rollout(state, progress)
+
+    recorder.rollout = lost  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="an engine is gone"):
+        run_loop(loop, START)
+    assert [event for event in recorder.events if event.startswith("save")] == expected
+    assert ("step 3 failed, the steps before it are saved: an engine is gone" in caplog.text) == (
+        "save 3" in expected[1:]
+    )
+
+
+def test_a_step_that_fails_in_training_saves_nothing():
+    """The weights and the optimizer may stand between two steps."""
+    recorder = Recorder(refuse_version=2)
+    with pytest.raises(PushError):
+        run_loop(job(recorder, config(num_rollout=4, save_interval=3)), START)
+    assert not [event for event in recorder.events if event.startswith("save")]
+
+
 def test_one_reward_is_enough_to_go_on():
     recorder = Recorder(rewards=(None, 1.0))
     run_loop(job(recorder, config(num_rollout=1)), START)
@@ -240,6 +270,16 @@ def test_an_interrupt_that_no_signal_asked_for_is_not_taken_for_an_end():
 def test_prompts_that_a_step_left_unfinished_are_part_of_where_the_run_is():
     end = run_loop(job(Recorder(unfinished=(1, 4)), config(num_rollout=1)), START)
     assert end == RunState(rollout_id=1, next_prompt_id=3, weight_version=1, unfinished_prompt_ids=(1, 4))
+
+
+@pytest.mark.parametrize(("num_rollout", "is_done"), [(3, True), (2, True), (4, False)])
+def test_a_checkpoint_with_nothing_left_to_do_is_told(
+    num_rollout: int, is_done: bool, caplog: pytest.LogCaptureFixture
+):
+    """Case reports/10."""
+    recorder = Recorder(resumed=RunState(3, 9, 3))
+    first_state(config(num_rollout), recorder, recorder)  # type: ignore[arg-type]
+    assert (f"nothing to do: the checkpoint is at step 3 of {num_rollout}" in caplog.text) == is_done
 
 
 def test_a_resumed_run_starts_at_its_step():
