@@ -57,11 +57,13 @@ def _cascade(
     own_scores = torch.matmul(query, keys.transpose(-1, -2))
     if mask is not None:
         own_scores = own_scores + mask
-    scores = torch.cat([prefix_scores + prefix.mask, own_scores], dim=-1)
+    # Filled, not added: another group's prompt may hold NaN.
+    scores = torch.cat([prefix_scores.masked_fill(prefix.hidden, -torch.inf), own_scores], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     prefix_weights, own_weights = weights.split([prefix.length, keys.shape[2]], dim=-1)
     prefix_out = _to_rows(torch.matmul(_to_slots(prefix_weights, prefix), prefix_values), prefix)
-    return torch.matmul(own_weights, values) + prefix_out
+    has_none = prefix.hidden[..., :1]  # a row without a prefix, which must not get 0 times NaN of another's
+    return torch.matmul(own_weights, values) + prefix_out.masked_fill(has_none, 0.0)
 
 
 def _to_slots(rows: torch.Tensor, prefix: PrefixPlan) -> torch.Tensor:

@@ -4,6 +4,7 @@
     prefix store:   | prompts shared by a group …                              | spare rows
 
 Rows stay dense, so that attention reads slices; of the sequences being prefilled only the first has KV in its row.
+What a sequence or a prompt leaves is cleared: NaN or infinity in it would reach the next one, even with weight 0.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Batch:
     def remove(self, row: int) -> SampleState:
         """Free a row; others move so that rows stay dense."""
         removed = self.sequences[row]
-        self._clear_left(removed.group, row)
+        self._clear(row)
         if row < self.num_running:
             self.num_running -= 1
             last = self.sequences[self.num_running]
@@ -98,11 +99,12 @@ class Batch:
         """Free the row of a shared prompt that no sequence of the batch needs."""
         assert group.num_in_batch == 0, "a prompt in use is not released"
         last = self.groups.pop()
-        self._clear_left(group, group.prefix_row, prefix=True)
+        for cache in self._caches:
+            cache.prefixes.clear_row(group.prefix_row, group.num_prompt_tokens)
         if last is not group:
             for cache in self._caches:
                 cache.prefixes.move_row(len(self.groups), group.prefix_row, last.num_prefilled)
-            self._clear_left(last, len(self.groups), prefix=True)
+                cache.prefixes.clear_row(len(self.groups), last.num_prompt_tokens)
             self.groups[group.prefix_row] = last
             last.prefix_row = group.prefix_row
         group.drop_prompt()
@@ -152,16 +154,13 @@ class Batch:
         if source != target and length:
             for cache in self._caches:
                 cache.own.move_row(source, target, length)
-        if source != target:
-            self._clear_left(self.sequences[source].group, source)
+            self._clear(source)
         self.sequences[target] = self.sequences[source]
 
-    def _clear_left(self, group: Group, row: int, prefix: bool = False) -> None:
-        """Clear a row that a group's sequence or prompt leaves, where it may hold NaN or infinity."""
-        for cache in self._caches if group.nonfinite else ():
-            store = cache.prefixes if prefix else cache.own
-            if row < store.rows:  # memory follows with the next ``allocate``
-                store.clear_row(row)
+    def _clear(self, row: int) -> None:
+        """Clear all that a sequence may have written into its row, drafts that were refused included."""
+        for cache in self._caches:
+            cache.own.clear_row(row, self._slots(self.sequences[row]))
 
     @staticmethod
     def _has_prompt(group: Group) -> bool:

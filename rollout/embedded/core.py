@@ -280,7 +280,6 @@ class GenerationCore:
                 ending = self._emit(sequence, each, version)
             except GenerationError as error:
                 failed.setdefault(sequence.group, error)
-                sequence.group.nonfinite = True  # that is one reason, and rows move from here on
                 continue
             if ending is not None:
                 finished.append((self.batch.sequences.index(sequence), ending))

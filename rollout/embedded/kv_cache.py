@@ -14,7 +14,7 @@ class KvStore:
     """Stores keys and values per layer, [rows, kv_heads, capacity, head_dim]; live rows are 0..n-1.
 
     Attention reads ``[:n, :, :length]`` as a view, so nothing is gathered. Memory starts as zeros: masked positions
-    get weight 0, and 0 times uninitialised memory could be NaN. A row whose numbers were not finite is cleared.
+    get weight 0, and 0 times uninitialised memory could be NaN. A row is cleared when it is left.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
@@ -54,10 +54,10 @@ class KvStore:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
-    def clear_row(self, row: int) -> None:
-        """Make a row what fresh memory is: what it held must not reach the next sequence, not even with weight 0."""
+    def clear_row(self, row: int, length: int) -> None:
+        """Make the first ``length`` positions of a row zeros, as fresh memory is, as far as there is memory."""
         for tensor in (*self.keys, *self.values):
-            tensor[row].zero_()
+            tensor[row : row + 1, :, :length].zero_()
 
     def move_slots(self, rows: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy slots ``sources`` of ``rows`` over their slots ``targets``; all are read before any is written."""

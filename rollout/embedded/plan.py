@@ -64,7 +64,7 @@ class PrefixPlan:
     length: int
     row_of_slot: torch.Tensor  # [prefixes * members]
     slot_of_row: torch.Tensor  # [rows]
-    mask: torch.Tensor  # [rows, 1, 1, length], 0 or -inf
+    hidden: torch.Tensor  # [rows, 1, 1, length], whether the row does not see the position
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class AttentionPlan:
                 members.setdefault(span.prefix_row, []).append(index)
         if not members:
             return None
-        # A row without a prefix sits in some prefix's slots too; its mask gives every position there weight zero.
+        # A row without a prefix sits in some prefix's slots too; it sees no position there.
         members[min(members)].extend(index for index, span in enumerate(self.spans) if span.prefix_row < 0)
         num_prefixes = max(members) + 1
         num_members = max(map(len, members.values()))
@@ -183,7 +183,7 @@ class AttentionPlan:
             length=int(lens.max()),
             row_of_slot=self._tensor(row_of_slot),
             slot_of_row=self._tensor(slot_of_row),
-            mask=self._mask(np.arange(lens.max()) >= lens[:, None])[:, None, None],
+            hidden=torch.from_numpy(np.arange(lens.max()) >= lens[:, None]).to(self.device)[:, None, None],
         )
 
     def _tensor(self, array: Ints) -> torch.Tensor:

@@ -58,7 +58,6 @@ class Group:
     prompt_version: int = 0  # weights that computed ``first_logits``
     first_logits: torch.Tensor | None = None  # [1, vocab], while samples wait for their first token
     prompt: list[int] = field(default_factory=list)  # the token_ids of its samples that wait and have none of their own
-    nonfinite: bool = False  # whether its KV, or its draft's, may hold NaN or infinity
 
     def __post_init__(self) -> None:
         self.prompt += self.request.prompt_token_ids
@@ -175,7 +174,6 @@ class SampleState:
         self.num_drafted += len(draft.token_ids)
         self.num_empty_rounds += not draft.token_ids
         self.num_nonfinite_rounds += draft.nonfinite
-        self.group.nonfinite |= draft.nonfinite
         missing = num_accepted + 1 - len(self.accepted_histogram)
         self.accepted_histogram.extend([0] * max(0, missing))
         self.accepted_histogram[num_accepted] += 1

@@ -143,10 +143,10 @@ INLINE vf exp_series(vf x) {
     return series * x * x + x + 1.0f;
 }
 
-/* e^x to about 2 ulp; far below zero (and for -inf) it is exactly 0. */
+/* e^x to about 2 ulp; far below zero (and for -inf) it is exactly 0, and NaN for NaN. */
 INLINE vf exp_vector(vf x) {
 #if defined(__AVX512F__)
-    x = select_greater(x, splat(-110.0f)); /* 2^-158 is 0 */
+    x = select_greater(splat(-110.0f), x); /* 2^-158 is 0; in this order NaN stays NaN */
     vf exponent =
         (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     vf series = exp_series(x - exponent * 0.693359375f - exponent * -2.12194440e-4f);
