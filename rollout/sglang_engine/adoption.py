@@ -24,7 +24,7 @@ from slime_spec.checkpoints.tensors import stored_tensors
 from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
-from slime_spec.sglang.labels import label_suffix, version_number
+from slime_spec.sglang.labels import UNNAMED, label_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Adoption:
         """Have the server call the weights version 0, whatever an earlier run called its last."""
         client = self._server.client
         told = (await client.get("/model_info")).get("weight_version")
-        if version_number(told) == 0 and self._label == "0":
+        if told in (None, UNNAMED, "0") and self._label == "0":
             return
         try:
             await client.post("/update_weight_version", {"new_version": self._label, "abort_all_requests": False})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -52,15 +52,18 @@ class Canary:
         if len(self.prompts) < self.num_prompts and len(ids) <= self.longest and ids not in self.prompts:
             self.prompts.append(ids)
 
-    async def run(self, client: SglangClient) -> SpecCounters | None:
-        """Generate all prompts and return what was drafted and accepted; None where the server does not answer them.
+    async def run(self, client: SglangClient, lives: Callable[[], Awaitable[bool]]) -> SpecCounters | None:
+        """Generate all prompts and return what was drafted and accepted; None where a living server answers none.
 
-        A server that is gone, busy (429, an abort) or garbled says nothing of the weights: no push ends for that.
+        A server that is busy (429, an abort) or garbled says nothing of the weights: no push ends for that. Raises
+        ServerGone where the server is gone or hangs; ``lives`` asks it.
         """
         for wait_s in (*self.waits_s, None):
             try:
                 return pooled(await asyncio.gather(*(self._generate(client, prompt) for prompt in self.prompts)))
             except (ServerGone, ServerRefused, NoAnswer) as error:
+                if isinstance(error, ServerGone) and not await lives():
+                    raise
                 logger.warning("the canary was not answered again_in_s=%s reason=%s", wait_s, error)
                 if wait_s is not None:
                     await asyncio.sleep(wait_s)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rollout.sglang_engine.client import ProtocolError
 from slime_spec.partial_samples import LOGPROB_ERROR
-from slime_spec.sglang.labels import version_number
+from slime_spec.sglang.labels import UNNAMED, version_number
 from slime_spec.sglang.metadata import ROUNDS, generation_of
 from slime_spec.types import VersionSpan
 
@@ -22,10 +22,12 @@ class Chunk:
     """Holds the tokens that one chunk adds to its request, their logprobs, and the request's metadata.
 
     Every token is of the vocabulary and has its own logprob, which is finite; the final chunk's counts fit each other.
+    ``version`` are the weights that the server had when it sent the chunk.
     """
 
     token_ids: list[int]
     logprobs: list[float]
+    version: int
     spans: list[VersionSpan]
     meta_info: Mapping[str, Any]
     is_abort: bool
@@ -42,8 +44,9 @@ class Chunk:
             raise ProtocolError(f"a chunk without meta_info: {str(data)[:200]}")
         if meta.get("id", rid) != rid:
             raise ProtocolError(f"a chunk of request {meta['id']!r} came in the stream of {rid}")
-        if not isinstance(meta.get("weight_version", ""), str):
-            raise ProtocolError(f"weight_version is {meta['weight_version']!r}")
+        if not isinstance(label := meta.get("weight_version", UNNAMED), str):
+            raise ProtocolError(f"weight_version is {label!r}")
+        version = _version(label)
         is_abort = _is_abort(meta)
         ids = _list(data, "output_ids", is_optional=is_abort)
         triples = _list(meta, "output_token_logprobs", is_optional=is_abort or not ids)
@@ -57,7 +60,7 @@ class Chunk:
         _check_tokens(ids, triples, vocab_size)
         if meta.get("finish_reason") is not None:
             _check_counters(meta)
-        return cls(ids, [triple[0] for triple in triples], _spans(meta), meta, is_abort)
+        return cls(ids, [triple[0] for triple in triples], version, _spans(meta), meta, is_abort)
 
 
 def count(meta: Mapping[str, Any], name: str) -> int:
@@ -121,10 +124,17 @@ def _check_counters(meta: Mapping[str, Any]) -> None:
         )
 
 
+def _version(label: object) -> int:
+    try:
+        return version_number(label)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from None
+
+
 def _spans(meta: Mapping[str, Any]) -> list[VersionSpan]:
     """Return the version spans that a final chunk reports; none where it reports none."""
     reported = meta.get("weight_versions") or []
     try:
-        return [(count(span, "start"), version_number(span["version"])) for span in reported]
+        return [(count(span, "start"), _version(span["version"])) for span in reported]
     except (TypeError, AttributeError, KeyError):
         raise ProtocolError(f"weight_versions are {str(reported)[:200]}") from None

@@ -6,6 +6,7 @@ Nothing is retried here. A call that was refused did nothing; after ServerGone n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -25,14 +26,17 @@ KEEP_ALIVE_S = 1.0
 
 
 class ServerRefused(RuntimeError):
-    """The server answered with an error; it is alive and did not do what was asked."""
+    """The server answered with an error; it is alive and did not do what was asked.
 
-    def __init__(self, path: str, status: int, message: str) -> None:
-        self.path, self.status, self.message = path, status, message
+    ``retry_after_s`` is the wait that the server asks for, 0 where it asks for none.
+    """
+
+    def __init__(self, path: str, status: int, message: str, retry_after_s: float = 0.0) -> None:
+        self.path, self.status, self.message, self.retry_after_s = path, status, message, retry_after_s
         super().__init__(f"{path} was refused ({status}): {message}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
-        return type(self), (self.path, self.status, self.message)
+    def __reduce__(self) -> tuple[type, tuple[str, int, str, float]]:
+        return type(self), (self.path, self.status, self.message, self.retry_after_s)
 
 
 class ServerGone(ConnectionError):
@@ -118,7 +122,7 @@ class SglangClient:
         try:
             async with self._session.post(url, json={**body, "stream": True}, timeout=timeout) as response:
                 if response.status == 503 and ROUTER_ERROR not in response.headers:
-                    raise ServerRefused(url, 503, _message(await response.text()))
+                    raise ServerRefused(url, 503, _message(await response.text()), _retry_after_s(response))
                 if response.status != 200:
                     raise _refusal(url, response, await response.text())
                 async for data in _events(response.content):
@@ -181,7 +185,13 @@ def _refusal(path: str, response: aiohttp.ClientResponse, text: str) -> ServerRe
     status = response.status
     if status in (502, 503, 504) or (status == 500 and ROUTER_ERROR in response.headers):
         return ServerGone(f"{path}: {status} {_message(text)}")
-    return ServerRefused(path, status, _message(text))
+    return ServerRefused(path, status, _message(text), _retry_after_s(response))
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> float:
+    """Return the seconds of a Retry-After header (RFC 9110); 0 where there is none, or a date."""
+    seconds = response.headers.get("Retry-After", "")
+    return float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else 0.0
 
 
 def _message(text: str) -> str:

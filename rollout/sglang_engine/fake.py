@@ -242,7 +242,7 @@ def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     started: list[str] = []
     up = threading.Event()
-    runner = web.AppRunner(server.app(), shutdown_timeout=0.1)
+    runner = web.AppRunner(server.app(), shutdown_timeout=0.01)
 
     async def start() -> None:
         await runner.setup()

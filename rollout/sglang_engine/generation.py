@@ -28,8 +28,8 @@ BAD_REQUEST = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTP
 # Of a server that has too much to do, or starts, or ends: it may take the request later.
 BUSY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 5.0
-# With those delays a quarter of an hour without a token.
-MAX_BUSY_ATTEMPTS = 180
+LONGEST_RETRY_AFTER_S = 60.0  # of what a busy server asks for
+LONGEST_BUSY_S = 900.0  # waited in all for a busy server without a token
 
 
 class Link(Protocol):
@@ -98,14 +98,16 @@ class Patience:
 
     def __init__(self) -> None:
         self._fruitless = FruitlessAttempts()
-        self._num_busy = 0
+        self._num_busy, self._busy_s = 0, 0.0
 
     def delay_s(self, reason: Interruption, brought_tokens: bool) -> float | None:
         """Return the seconds to wait after a part that brought tokens or none; None to give up."""
         if isinstance(reason, ServerRefused) and reason.status in BUSY:
-            self._num_busy = 0 if brought_tokens else self._num_busy + 1
-            delay_s = min(FIRST_DELAY_S * 2.0**self._num_busy, LONGEST_DELAY_S)
-            return delay_s if self._num_busy < MAX_BUSY_ATTEMPTS else None
+            self._num_busy, self._busy_s = (0, 0.0) if brought_tokens else (self._num_busy + 1, self._busy_s)
+            asked_s = min(reason.retry_after_s, LONGEST_RETRY_AFTER_S)
+            delay_s = max(asked_s, min(FIRST_DELAY_S * 2.0**self._num_busy, LONGEST_DELAY_S))
+            self._busy_s += delay_s
+            return delay_s if self._busy_s <= LONGEST_BUSY_S else None
         return None if self._fruitless.note(brought_tokens) else float(self._fruitless.num)
 
 

@@ -172,6 +172,13 @@ class KeptServer:
         if self.supervisor is not None:
             await self.supervisor.until_ready()
 
+    async def answers(self) -> bool:
+        """Return whether the server answers in time a question that its scheduler must answer, paused or not."""
+        if not await self.client.answers(self.signs.limit_s):
+            return False
+        self.signs.answered()
+        return True
+
     def suspect(self) -> None:
         """Have the server checked, because a connection broke."""
         if self.supervisor is not None:

@@ -60,7 +60,7 @@ class Part:
         if chunk.spans:
             self.spans = chunk.spans  # until the final chunk comes with them, the version at each chunk counts
         elif total > had:
-            note_version(self.spans, had, version_number(chunk.meta_info.get("weight_version")))
+            note_version(self.spans, had, chunk.version)
 
     @property
     def ended(self) -> bool:

@@ -48,16 +48,13 @@ class SampleRuns:
         if self._watching:
             return
         self._watching = True
-        client, timeout_s = self._server.client, self._server.signs.limit_s
+        url, timeout_s = self._server.client.url, self._server.signs.limit_s
         while self.in_progress:
             await asyncio.sleep(min(timeout_s, WATCH_S))
-            if not self._server.signs.is_silent:
-                continue
-            if await client.answers(timeout_s):
-                self._server.signs.answered()
+            if not self._server.signs.is_silent or await self._server.answers():
                 continue
             for run in list(self.in_progress):
-                run.lose(f"{client.url} does not answer within {timeout_s:g} s (--sglang-stall-timeout)")
+                run.lose(f"{url} does not answer within {timeout_s:g} s (--sglang-stall-timeout)")
         self._watching = False
 
     def expect_aborts(self) -> None:

@@ -94,9 +94,7 @@ class Upkeep:
             self._act(verdict)
 
     def _canary_verdict(self, is_mended: bool) -> Verdict:
-        counted = self._server.loop.call(self._watch.canary.run(self._server.client))
-        if counted is None:
-            self._server.suspect()  # a canary that nobody answers may be a server that hangs
+        counted = self._server.loop.call(self._watch.canary.run(self._server.client, self._server.answers))
         self.counted = counted or SpecCounters()
         return self._watch.judge_canary(
             counted, self._weights.has_pushed_draft, self._weights.knows_draft_sums, is_mended

@@ -244,18 +244,27 @@ def test_rollouts_alone_refuse_a_server_that_does_not_prove_its_weights(
         assert server.told("/update_weights_from_tensor") == []
 
 
+@pytest.mark.parametrize("label", ["7", "step-100"])
 def test_rollouts_alone_call_proved_weights_version_0_and_push_the_draft(
-    config: Config, checkpoints: Checkpoints
+    config: Config, checkpoints: Checkpoints, label: str
 ) -> None:
     server = FakeServer()
-    server.weight_version, server.rows = "7", rows_of(checkpoints.target)
+    server.weight_version, server.rows = label, rows_of(checkpoints.target)
     with serving(server) as address:
         engine = adopted(server, config, address)
         assert len(server.told("/get_weights_by_name")) > 10
         assert [body["selector"] for body in server.told("/begin_weight_update")] == ["draft"]
         (sample,) = engine.generate(GroupRequest("g", (5, 6, 7), (1,), SamplingParams(max_new_tokens=8)))
         assert (sample.weight_version, engine.stats().weight_version) == (0, 0)
+        assert server.weight_version == "0"
         engine.stop()
+
+
+def test_no_sample_is_of_weights_that_somebody_else_has_named(connect: Connect) -> None:
+    on_fake = connect()
+    on_fake.server.weight_version = "step-100"
+    with pytest.raises(RuntimeError, match="weight_version is 'step-100', which this run has not given"):
+        on_fake.generate(8)
 
 
 def test_a_draft_that_an_older_server_does_not_take_is_said_to_be_its_own(

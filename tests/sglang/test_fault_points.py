@@ -14,7 +14,7 @@ import pytest
 import torch
 from aiohttp import web
 
-from rollout.sglang_engine import canary, server
+from rollout.sglang_engine import canary, delivery, server
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.fake import FakeServer, next_token
 from rollout.sglang_engine.fake_http import Body, State
@@ -30,7 +30,7 @@ from tests.support.pushes import push_of
 PAUSE, CONTINUE = "/pause_generation", "/continue_generation"
 BEGIN, END = "/begin_weight_update", "/end_weight_update"
 VERSION, SUMS, ROWS, CANARY = "/model_info", "/weights_checker", "/get_weights_by_name", "/generate"
-HANG_S = 0.3  # after which a call is given up, where a server hangs: too early a replacement would do no harm
+HANG_S = 0.1  # after which a call is given up, where a server hangs: too early a replacement would do no harm
 PROMPT, NUM_TOKENS = (5, 6, 7), 150
 SIDES: tuple[Side, ...] = ("target", "draft")
 
@@ -104,11 +104,18 @@ class Run:
         return run_push(messages, lambda each: [self.engine.update_weights(each)], verify=True, pause_mode=pause)
 
     def begin_sample(self) -> SglangGeneration:
-        return self.engine.generate(GroupRequest("group", PROMPT, (1,), SamplingParams(max_new_tokens=NUM_TOKENS)))
+        """Begin a sample and wait for its first token: a part without tokens would be followed by a second's wait."""
+        request = GroupRequest("group", PROMPT, (1,), SamplingParams(max_new_tokens=NUM_TOKENS))
+        generation = self.engine.generate(request)
+        deadline = time.monotonic() + 30.0
+        while (running := set(self.engine.samples.in_progress)) and not any(sample.num_tokens for sample in running):
+            assert time.monotonic() < deadline, "no token comes"
+            time.sleep(0.001)
+        return generation
 
     @property
     def server(self) -> FakeServer:
-        """The server that serves in the end: a server lost at the very end is replaced after the push."""
+        """The server that serves: a slow machine's server may be replaced once more than it must be."""
         deadline = time.monotonic() + 30.0
         while self.launcher.servers[-1].state != "serves":
             assert time.monotonic() < deadline, "nobody replaces the server"
@@ -144,6 +151,7 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
     config = eagle3_config(checkpoints, tmp_path_factory.mktemp("run"))
     settings = replace(config.sglang_server, canary_prompts=1, canary_tokens=8, max_restarts=200)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delivery, "ASK_AGAIN_S", (0.0, 0.01))
         patch.setattr(canary, "LONGEST_S", HANG_S)
         patch.setattr(server, "POLL_S", 0.02)
         make = partial(Aborting, delay_s=0.003)
@@ -198,7 +206,9 @@ def test_a_push_whose_server_is_lost_at_any_call_ends_with_its_weights_on_the_su
         assert supervisor is not None
         monkeypatch.setattr(run.engine.client, "_call_timeout_s", HANG_S)
         monkeypatch.setattr(supervisor, "_settings", replace(supervisor._settings, stall_timeout_s=HANG_S))
+    num_replaced = run.engine.stats().num_restarts
     run.push(side, pause)
+    assert run.engine.stats().num_restarts > num_replaced, "the push does not end before its server is replaced"
     assert run.server is not before
     run.check_weights()
     assert [sample.token_ids for group in samples for sample in group] == [whole_sample()] * len(samples)

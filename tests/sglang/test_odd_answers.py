@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import pickle
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from aiohttp import web
 from rollout.sglang_engine.client import ProtocolError, ServerGone, ServerRefused
 from rollout.sglang_engine.fake import FakeServer, next_token
 from rollout.sglang_engine.fake_http import Body
-from rollout.sglang_engine.generation import MAX_BUSY_ATTEMPTS, Aborted, Patience
+from rollout.sglang_engine.generation import Aborted, Patience
 from rollout.sglang_engine.sample import Part
 from slime_spec.errors import ConfigError
 from slime_spec.sglang.server_info import Load, ServerInfo, load_of
@@ -83,14 +84,45 @@ def test_a_server_that_fails_again_and_again_is_named(connect: Connect) -> None:
         list(on_fake.engine.generate(request()))
 
 
+def delays(patience: Patience, reason: ServerGone | ServerRefused) -> list[float]:
+    """The waits of a sample that gets no token, until it gives up."""
+    return list(iter(lambda: patience.delay_s(reason, False), None))
+
+
 def test_a_full_queue_is_waited_for_longer_than_a_server_that_fails() -> None:
-    patience = Patience()
-    delays = [patience.delay_s(ServerRefused("/generate", 429, ""), False) for _ in range(MAX_BUSY_ATTEMPTS)]
-    assert delays[:4] == [0.2, 0.4, 0.8, 1.6]
-    assert delays[-2:] == [5.0, None]
+    busy = delays(Patience(), ServerRefused("/generate", 429, ""))
+    assert busy[:6] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
+    assert busy[-1] == 5.0
+    assert 895.0 < sum(busy) <= 900.0
     assert [Patience().delay_s(ServerGone(""), brought) for brought in (True, False)] == [0.0, 1.0]
-    fails = Patience()
-    assert [fails.delay_s(ServerGone(""), False) for _ in range(3)] == [1.0, 2.0, None]
+    assert delays(Patience(), ServerGone("")) == [1.0, 2.0]
+
+
+def test_a_busy_server_says_how_long_to_wait_within_bounds() -> None:
+    asks = {seconds: delays(Patience(), ServerRefused("/generate", 503, "", seconds)) for seconds in (0.5, 20.0, 1e6)}
+    assert asks[0.5][:3] == [0.5, 0.5, 0.8]
+    assert asks[20.0] == [20.0] * 45
+    assert asks[1e6] == [60.0] * 15
+    patience = Patience()
+    for _ in range(100):  # tokens came: the wait begins anew
+        assert patience.delay_s(ServerRefused("/generate", 503, "", 20.0), True) == 20.0
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), ("Fri, 27 Nov 2026 11:00:00 GMT", 0.0), ("-1", 0.0)])
+@pytest.mark.parametrize("status", [429, 503])
+def test_the_wait_that_a_server_asks_for_is_read_from_its_refusal(
+    connect: Connect, status: int, header: str, seconds: float
+) -> None:
+    on_fake = connect()
+    refusal = web.json_response({"error": {"message": "full"}}, status=status, headers={"Retry-After": header})
+    on_fake.server.odd["/generate"] = [refusal]
+
+    async def first_chunk() -> None:
+        await anext(on_fake.engine.client.stream({}))
+
+    with pytest.raises(ServerRefused, match="full") as raised:
+        on_fake.engine.server.loop.call(first_chunk())
+    assert raised.value.retry_after_s == pickle.loads(pickle.dumps(raised.value)).retry_after_s == seconds
 
 
 class Queue(FakeServer):
@@ -267,6 +299,8 @@ COUNTS = {
         (chunk([3], 3, END, weight_versions=[{"start": -1, "version": "1"}]), "start is -1"),
         (chunk([3], 3, END, weight_versions=[3]), "weight_versions are"),
         (chunk([3], 3, weight_version=None), "weight_version is None"),
+        (chunk([3], 3, weight_version="step-100"), "weight_version is 'step-100', which this run has not given"),
+        (chunk([3], 3, END, weight_versions=[{"start": 0, "version": "-1"}]), "weight_version is '-1'"),
         (chunk([3], 3, END, **{**COUNTS, "spec_verify_ct": -2}), "spec_verify_ct is -2"),
         (chunk([3], 3, END, **{**COUNTS, "spec_verify_ct": None}), "spec_verify_ct is None"),
         (chunk([3], 3, END, **{**COUNTS, "spec_num_correct_drafts": None}), "spec_num_correct_drafts is None"),

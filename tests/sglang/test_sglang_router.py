@@ -208,6 +208,13 @@ def test_a_label_tells_the_version_and_the_engine(label: str | None, version: in
     assert (version_number(label), engine_number(label)) == (version, engine)
 
 
+@pytest.mark.parametrize("label", ["step-100", "", "3@", "@1", "3@1@2", " 3", "-1", "²", "9" * 5000, 3])
+def test_a_label_that_this_run_has_not_given_has_no_version(label: object) -> None:
+    for read in (version_number, engine_number):
+        with pytest.raises(ValueError, match="which this run has not given"):
+            read(label)
+
+
 def test_only_behind_a_router_weights_are_called_by_their_engine(config: Config) -> None:
     assert label_suffix(config, 1) == ""
     assert label_suffix(with_router(config), 1) == "@1"
