@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Any
 
 from rollout.embedded.http.calls import Call, PromptCall
@@ -34,6 +35,39 @@ def response_text(tokenizer: Tokenizer, sample: GeneratedSample, sampling: Sampl
     return text
 
 
+class StopMatch:
+    """Follows how much of a stop string a growing text ends with, at constant cost a character (Knuth, Morris, Pratt).
+
+    Example: after ``find("xaab")`` a match of "aabaac" has ``length`` 3.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self._stop, self._borders = stop, borders(stop)
+        self.length = 0
+
+    def find(self, added: str) -> int | None:
+        """Take more text; returns how many of its characters end the first whole stop string, None if none is whole."""
+        for index, char in enumerate(added):
+            while self.length and self._stop[self.length] != char:
+                self.length = self._borders[self.length - 1]
+            self.length += self._stop[self.length] == char
+            if self.length == len(self._stop):
+                return index + 1
+        return None
+
+
+@lru_cache(maxsize=1024)  # the samples of a request have the same stop strings
+def borders(stop: str) -> tuple[int, ...]:
+    """Return, for each prefix of ``stop``, the length of its longest proper prefix that it also ends with."""
+    lengths, length = [0], 0
+    for char in stop[1:]:
+        while length and stop[length] != char:
+            length = lengths[length - 1]
+        length += stop[length] == char
+        lengths.append(length)
+    return tuple(lengths)
+
+
 class GrowingText:
     """Decodes a response that is being generated: text that it holds back may still change, text that it shows may not.
 
@@ -46,8 +80,7 @@ class GrowingText:
         self._cut = enders if sampling.trim_stop else ()
         self._token_ids: list[int] = []
         self._text = ""
-        self._stops = sampling.params.stop if sampling.trim_stop else ()
-        self._longest_stop = max(map(len, self._stops), default=0)
+        self._stops = [StopMatch(stop) for stop in (sampling.params.stop if sampling.trim_stop else ())]
         self._stop_at: int | None = None  # where the text will be cut
         # Tokens from _context on are decoded again with each addition, those before _settled are part of _text; the
         # context lets a decoder that treats the first token of a text differently see that it is not the first.
@@ -59,34 +92,26 @@ class GrowingText:
         before = self._decode(self._context, self._settled)
         after = self._decode(self._context, len(self._token_ids))
         if len(after) > len(before) and not after.endswith(UNFINISHED):
-            searched = max(0, len(self._text) - self._longest_stop)
+            self._find_stop(after[len(before) :])
             self._text += after[len(before) :]
-            self._find_stop(searched)
             self._context, self._settled = self._settled, len(self._token_ids)
         return self._text[: len(self._text) - self._held_back()]
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._token_ids[start:end], skip_special=self._sampling.skip_special_tokens)
 
-    def _find_stop(self, searched: int) -> None:
-        """Look for stop strings, of which none ends before ``searched``."""
+    def _find_stop(self, added: str) -> None:
+        """Look for the stop string that begins first, in the text and what is added to it."""
         if self._stop_at is None:
-            found = [self._text.find(stop, searched) for stop in self._stops]
-            self._stop_at = min((position for position in found if position >= 0), default=None)
+            ends = [(stop, stop.find(added)) for stop in self._stops]
+            starts = [len(self._text) + end - stop.length for stop, end in ends if end is not None]
+            self._stop_at = min(starts, default=None)
 
     def _held_back(self) -> int:
         """Return how many characters at the end may begin a stop string, or belong to one already."""
         if self._stop_at is not None:
             return len(self._text) - self._stop_at
-        return max(
-            (
-                length
-                for stop in self._stops
-                for length in range(1, min(len(stop), len(self._text) + 1))
-                if self._text.endswith(stop[:length])
-            ),
-            default=0,
-        )
+        return max((stop.length for stop in self._stops), default=0)
 
 
 class AnswerWriter:
