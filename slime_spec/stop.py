@@ -43,8 +43,8 @@ class StopSignals:
         self._asked_at = 0.0
         self._may_interrupt = False
         self._before: dict[signal.Signals, object] = {}
-        self._limit = threading.Timer(clean_up_s, lambda: self._end(self.exit_code))
-        self._limit.daemon = True
+        self._clean_up_s = clean_up_s
+        self._limit: threading.Timer | None = None
 
     @property
     def exit_code(self) -> int:
@@ -70,12 +70,15 @@ class StopSignals:
     def limited_clean_up(self) -> Iterator[None]:
         """Give the clean-up after the block 30 s, if a signal has come: all that must be kept is on disk then.
 
-        Ray, for one, waits a minute for a head that the same signal has ended.
+        Ray, for one, waits a minute for a head that the same signal has ended. Of nested blocks, the first to
+        end counts.
         """
         try:
             yield
         finally:
-            if self.asked:
+            if self.asked and self._limit is None:
+                self._limit = threading.Timer(self._clean_up_s, self._end, [self.exit_code])
+                self._limit.daemon = True
                 self._limit.start()
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
@@ -99,7 +102,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._limit.cancel()
+        if self._limit is not None:
+            self._limit.cancel()
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
 

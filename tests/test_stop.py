@@ -47,7 +47,7 @@ def test_a_second_signal_ends_the_process_and_the_echo_of_the_first_does_not() -
 
 
 def test_a_clean_up_that_takes_too_long_after_a_signal_is_ended() -> None:
-    """As Ray's, which waits for a head that the same signal has ended."""
+    """As Ray's, which waits for a head that the same signal has ended; clean-ups may be nested."""
     codes: list[int] = []
     is_ended = threading.Event()
 
@@ -60,6 +60,8 @@ def test_a_clean_up_that_takes_too_long_after_a_signal_is_ended() -> None:
             stop.ask(signal.SIGTERM)
         assert is_ended.wait(60)
     assert codes == [143]
+    with StopSignals(end) as stop, stop.limited_clean_up(), stop.limited_clean_up():
+        stop.ask(signal.SIGTERM)  # of a start, whose clean-up is a part of the run's
     with StopSignals(end, clean_up_s=0.0) as stop, stop.limited_clean_up():
         pass
     assert codes == [143], "without a signal a clean-up takes its time"

@@ -65,7 +65,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             config = with_absolute_paths(config, folder.path)
             logger.info("run folder made path=%s mode=%s", folder.path, config.run.mode)
             prepare_ray_environment(joining=config.cluster.ray_address is not None)
-            engines, trainer = parts.enter_context(_parts(config, inputs.spec))
+            engines, trainer = parts.enter_context(_parts(config, inputs.spec, stop))
             state = first_state(config, trainer, engines)
             folder.begin_at(state.rollout_id)
             log = parts.enter_context(MetricLog.open(config, folder.path))
@@ -144,11 +144,13 @@ def _absolute(path: str | None) -> str | None:
 
 
 @contextmanager
-def _parts(config: Config, spec: ModelSpec | None) -> Iterator[tuple[Engines | None, Trainer | None]]:
+def _parts(
+    config: Config, spec: ModelSpec | None, stop: StopSignals
+) -> Iterator[tuple[Engines | None, Trainer | None]]:
     """Start the engines and the trainer that the mode needs, on Ray; stop them in reverse order."""
     from slime_spec.launch.cluster import cluster
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, stop.limited_clean_up():  # also of what a signal interrupts while it starts
         reserved = stack.enter_context(cluster(config, spec))
         trainer = None if config.run.mode == "rollout_only" else _trainer(config, reserved.ranks)
         if trainer is not None:
