@@ -41,6 +41,13 @@ def damage(folder: Path, rank: int = 0, num_ranks: int = 1) -> str:
 
     Every rank compares names and sizes; contents are read once by all ranks together.
     """
+    try:
+        return _damage(folder, rank, num_ranks)
+    except OSError as error:  # a disk that gives the bytes no more; the other ranks wait for an answer
+        return f"cannot be read: {error}"
+
+
+def _damage(folder: Path, rank: int, num_ranks: int) -> str:
     if not (folder / METADATA).is_file():
         return f"lacks {METADATA}"
     if not has_checksums(folder):

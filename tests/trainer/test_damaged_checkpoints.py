@@ -7,6 +7,7 @@ The cases are those of facts/reliability.md: bytes flipped at several places of 
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -79,6 +80,16 @@ def poison_object(folder: Path) -> None:
     sealed_again(folder)
 
 
+def put_on_a_broken_disk(folder: Path) -> None:
+    """Have the reading of a file fail in the middle, as a broken disk does."""
+    path = largest(folder)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # opens, and gives no byte
+    stored = json.loads((folder / CHECKSUMS).read_text())
+    stored["sha256"][path.name]["bytes"] = path.stat().st_size
+    (folder / CHECKSUMS).write_text(json.dumps(stored))
+
+
 def drop_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).unlink()
 
@@ -96,6 +107,7 @@ FALLS_BACK: dict[str, Callable[[Path], object]] = {
     "metadata.json gone": lambda step: (step / "metadata.json").unlink(),
     "checksums.json cut": lambda step: os.truncate(step / CHECKSUMS, 9),
     "the whole step gone": shutil.rmtree,
+    ".distcp on a broken disk": put_on_a_broken_disk,
     "code in .metadata": poison_metadata,
 }
 REFUSED: dict[str, Callable[[Path], object]] = {"code in common.pt": poison_common, "code in .distcp": poison_object}
