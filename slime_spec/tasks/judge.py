@@ -20,7 +20,8 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, shown
+from slime_spec.files import shortened
 from slime_spec.tasks.rewards import load_attribute, load_reward
 from slime_spec.types import GeneratedSample, Prompt
 
@@ -121,9 +122,8 @@ class Judge:
             if isinstance(given, Verdict):
                 return [given] * len(replies)
             if not isinstance(given, Sequence) or len(given) != len(replies):
-                return [Verdict(None, f"the reward must be a list of {len(replies)} rewards, it was {given!r}")] * len(
-                    replies
-                )
+                text = f"the reward must be a list of {len(replies)} rewards, it was {shown(given)}"
+                return [Verdict(None, text)] * len(replies)
             return [self._verdict(each) for each in given]
         return [self._verdict(self._given(reply.for_slime() if self.form == ONE else reply)) for reply in replies]
 
@@ -144,14 +144,12 @@ class Judge:
         if isinstance(given, Mapping):
             if key not in given:
                 keys = ", ".join(map(repr, given)) or "none"
-                return Verdict(None, f"the reward must have the key {key!r} (--reward-key), it has {keys}")
+                return Verdict(None, f"the reward must have the key {key!r} (--reward-key), it has {shortened(keys)}")
             given = given[key]
         number = _finite(given)
-        return (
-            Verdict(None, f"the reward must be a finite number, it was {given!r}")
-            if number is None
-            else Verdict(number)
-        )
+        if number is None:
+            return Verdict(None, f"the reward must be a finite number, it was {shown(given)}")
+        return Verdict(number)
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:

@@ -42,6 +42,8 @@ class RewardProcesses:
         for _ in range(num_processes):
             self._idle.put(None)  # started when it is needed
         self._started: set[_Process] = set()
+        self._is_closed = False
+        self._lock = threading.Lock()  # of the two above: a process is started before a close, which ends it, or never
         atexit.register(self.close)
 
     def verdicts(self, replies: Sequence[Reply]) -> Future[list[Verdict]]:
@@ -52,15 +54,16 @@ class RewardProcesses:
         """End all processes at once; calls that wait fail."""
         atexit.unregister(self.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in [*self._started]:
-            process.end()  # its thread, if one waits, sees the end and closes the pipe
+        with self._lock:
+            self._is_closed = True
+            for process in self._started:
+                process.end()  # its thread, if one waits, sees the end and closes the pipe
 
     def _ask(self, replies: list[Reply]) -> list[Verdict]:
         process = self._idle.get()
         try:
             if process is None:
-                process = _Process(self._reward)
-                self._started.add(process)
+                process = self._start()
                 if problem := process.answer(START_LIMIT_S, self._say_every_s, f"loading {self._reward.name}"):
                     raise _GoneError(str(problem))
             process.ask(replies)
@@ -69,13 +72,22 @@ class RewardProcesses:
             verdicts: list[Verdict] = process.answer(self._limit_s, self._say_every_s, doing)
         except _GoneError as gone:
             if process is not None:
-                self._started.discard(process)
+                with self._lock:
+                    self._started.discard(process)
                 process.close()
                 process = None
             verdicts = [Verdict(None, str(gone), is_answer=False)] * len(replies)
         finally:
             self._idle.put(process)
         return verdicts
+
+    def _start(self) -> _Process:
+        with self._lock:
+            if self._is_closed:
+                raise _GoneError("the run has ended")
+            process = _Process(self._reward)
+            self._started.add(process)
+            return process
 
 
 class _GoneError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 from slime_spec.checkpoints.tokenizer import Tokenizer
@@ -31,8 +32,11 @@ class PromptSource:
     samples = source.score(prompts[0], responses)()
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Load the tasks and try them; raises ConfigError for data, a task or a reward that cannot work."""
+    def __init__(self, config: Config, tokenizer: Tokenizer, is_scored: bool = True) -> None:
+        """Load the tasks and try them; raises ConfigError for data, a task or a reward that cannot work.
+
+        ``is_scored`` is False for a source of prompts alone, whose rewards are not tried.
+        """
         if config.task.system_prompt and not config.task.apply_chat_template:
             raise ConfigError(
                 "task.system_prompt",
@@ -47,9 +51,11 @@ class PromptSource:
             if isinstance(task, JsonlTask):
                 self._drop_overlong(task)
         first = self.take(len(self._tasks), start_prompt_id=0)
-        self._scorers = {
-            task.name: _scorer(config, task, prompt) for task, prompt in zip(self._tasks, first, strict=True)
-        }
+        self._scorers: dict[str, Scorer] = {}
+        with ExitStack() as opened:
+            for task, prompt in zip(self._tasks, first, strict=True) if is_scored else ():
+                self._scorers[task.name] = opened.enter_context(closing(_scorer(config, task, prompt)))
+            self._opened = opened.pop_all()
 
     def take(self, n: int, start_prompt_id: int) -> tuple[Prompt, ...]:
         """Return the prompts ``start_prompt_id`` to ``start_prompt_id + n - 1``; tasks take turns."""
@@ -62,8 +68,7 @@ class PromptSource:
 
     def close(self) -> None:
         """End the processes of rewards."""
-        for scorer in self._scorers.values():
-            scorer.close()
+        self._opened.close()
 
     def first_shown(self) -> str:
         """Return the run's first prompt as a reader checks it: its number of tokens, its text, its token ids."""
@@ -154,15 +159,6 @@ class PromptSource:
                 "Drop --no-apply-chat-template, or write texts without tools.",
             )
         return self._tokenizer.encode(problem.text)
-
-
-def first_prompt(config: Config) -> str | None:
-    """Return ``PromptSource.first_shown`` for a run that is only planned; None where its inputs are refused."""
-    try:
-        tokenizer = Tokenizer.load(config.model.hf_checkpoint, config.task.chat_date)
-        return PromptSource(config, tokenizer).first_shown()
-    except ConfigError:  # the launch itself, and preflight, say what is refused
-        return None
 
 
 def _checked(problem: Problem, where: str) -> Problem:

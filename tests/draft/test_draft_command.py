@@ -224,7 +224,10 @@ def test_the_plan_mixes_tasks_and_chat_greedy_and_sampled_and_is_the_same_every_
     assert Tokenizer.load(policy).decode(next(iter(chat)))
 
 
-def test_prompts_may_come_from_a_file_without_answers(policy: Path, tmp_path: Path) -> None:
+def test_prompts_may_come_from_a_file_without_answers(
+    policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No reward is tried on them."""
     lines = [json.dumps({"question": f"Say {i}."}) for i in range(5)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     settings = CorpusSettings(
@@ -234,3 +237,4 @@ def test_prompts_may_come_from_a_file_without_answers(policy: Path, tmp_path: Pa
     assert {each.prompt_token_ids for each in plan_corpus(policy, settings)} == {
         tokenizer.chat(f"Say {i}.") for i in range(5)
     }
+    assert not caplog.records

@@ -162,6 +162,22 @@ def test_a_dry_run_shows_the_first_prompt_as_the_run_renders_it(tmp_path: Path, 
     assert f"first prompt\n  task=data tokens=7 text='2 + 3?:' ids={ids}\n" in capsys.readouterr().out
 
 
+def test_a_dry_run_tries_a_reward_of_ones_own_once(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_tiny_policy(tmp_path / "policy")
+    calls = tmp_path / "calls"
+    (tmp_path / "counted_reward.py").write_text(
+        f"def reward(prompt, reply):\n    open({str(calls)!r}, 'a').write('x')\n    return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "data.jsonl").write_text('{"prompt": "2 + 3?"}\n')
+    data = ["--prompt-data", str(tmp_path / "data.jsonl"), "--custom-rm-path", "counted_reward.reward"]
+    assert main(["train", "--config", "tiny", "--hf-checkpoint", str(policy), *data, "--dry-run"]) == 0
+    assert "text='2 + 3?:'" in capsys.readouterr().out
+    assert calls.read_text() == "x"
+
+
 def test_a_dry_run_says_what_the_trainer_cannot_train(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GLM_355B))
     argv = [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "gpus", "--dry-run"]

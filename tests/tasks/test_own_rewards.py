@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,6 +21,7 @@ from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config, RolloutConfig, TaskConfig
 from slime_spec.errors import ConfigError
+from slime_spec.tasks import reward_processes
 from slime_spec.tasks.judge import GROUP, ONE, OURS, Judge, Reply, RewardName, form_of
 from slime_spec.tasks.reward_processes import RewardProcesses
 from slime_spec.tasks.source import PromptSource
@@ -29,6 +31,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the token ids of the t
 PROMPT = Prompt(prompt_id=4, task="data", text="What is 2+3?", token_ids=(1, 2), answer="5")
 SOURCE = """
 import asyncio, os, subprocess, sys, time
+from slime_spec.interfaces import Problem
 
 def plain(prompt, reply): return float(reply == prompt.answer)
 async def awaited(prompt, reply):
@@ -59,6 +62,14 @@ def wrong_key(prompt, reply): return {"acc": 1.0}
 async def short_list(args, samples, **kwargs): return [1.0] * (len(samples) + 1)
 def raises(prompt, reply): return {"5": 1.0}[reply]
 def three(prompt, reply, label): return 1.0
+def long_text(prompt, reply): return "x" * 100_000
+def tells_its_process(prompt, reply):
+    open(os.environ["PIDS"], "a").write(f"{os.getpid()} ")
+    return 1.0
+class Task:
+    def __init__(self, name, reward): self.name, self.reward = name, reward
+    def problem(self, index, seed): return Problem("What is 2+3?", "5")
+fine, wrong = Task("fine", tells_its_process), Task("wrong", text)
 def verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
 """
 # What each gives more than 1 for the right reply and 0 for another: the group's form shows its group's size.
@@ -112,6 +123,7 @@ def test_the_key_of_a_dict_is_a_setting(tokenizer: Tokenizer, tmp_path: Path) ->
     ("reward", "rule"),
     [
         ("text", "must be a finite number, it was '1.0'"),
+        ("long_text", "must be a finite number, it was 'x{299}…"),
         ("wrong_key", r"must have the key 'score' \(--reward-key\), it has 'acc'"),
         ("short_list", r"must be a list of 1 rewards, it was \[1.0, 1.0\]"),
         ("three", r"must name a function reward\(prompt, reply\) -> float, or slime's"),
@@ -187,9 +199,51 @@ def test_the_processes_end_with_the_driver(tmp_path: Path) -> None:
     pids = wait_for(tmp_path / "pids")
     os.kill(pid, 9)
     os.waitpid(pid, 0)
+    wait_for_the_end_of(pids)
+
+
+def test_a_task_that_is_refused_ends_the_processes_of_the_tasks_before_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = TaskConfig(names=("own_rewards:fine", "own_rewards:wrong"), reward_processes=1)
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        PromptSource(Config(task=task), tokenizer)
+    (pid,) = map(int, (tmp_path / "pids").read_text().split())
+    wait_for_the_end_of([pid])
+
+
+def test_a_process_that_starts_while_all_are_ended_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would wait for the driver's end, and the driver, at its exit, for the process."""
+    is_starting, may_start, ended = threading.Event(), threading.Event(), []
+
+    class Slow:
+        def __init__(self, reward: RewardName) -> None:
+            is_starting.set()
+            assert may_start.wait(60)
+
+        def ask(self, replies: list[Reply]) -> None: ...
+
+        def answer(self, *_: object) -> str:
+            return ""
+
+        def end(self) -> None:
+            ended.append(self)
+
+    monkeypatch.setattr(reward_processes, "_Process", Slow)
+    processes = RewardProcesses(RewardName("own_rewards:plain"), 1, limit_s=60.0)
+    answer = processes.verdicts([Reply(PROMPT, response(0, "5"), "5")])
+    assert is_starting.wait(60)
+    closing = threading.Thread(target=processes.close)
+    closing.start()
+    closing.join(0.2)  # it does not end before the start has
+    may_start.set()
+    closing.join()
+    answer.result()
+    assert len(ended) == 1
+
+
+def wait_for_the_end_of(pids: list[int]) -> None:
     deadline = time.monotonic() + 60
     while any(is_running(each) for each in pids):
-        assert time.monotonic() < deadline, "a reward outlived the driver"
+        assert time.monotonic() < deadline, "a reward's process goes on"
         time.sleep(0.05)
 
 

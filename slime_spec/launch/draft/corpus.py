@@ -47,7 +47,7 @@ def plan_corpus(model: Path, settings: CorpusSettings) -> list[PlannedReply]:
     A prompt that is drawn again for a greedy reply is skipped, as its reply would be the same.
     """
     tokenizer = Tokenizer.load(model)
-    source = PromptSource(_prompt_config(model, settings), tokenizer)
+    source = PromptSource(_prompt_config(model, settings), tokenizer, is_scored=False)
     everyday = chat_prompts(settings.seed)
     planned: list[PlannedReply] = []
     greedy_seen: set[tuple[int, ...]] = set()

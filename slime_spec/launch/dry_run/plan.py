@@ -34,9 +34,13 @@ class PlannedServer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds the plan of a launch; ``servers`` is empty for engines without servers."""
+    """Holds the plan of a launch; ``servers`` is empty for engines without servers.
+
+    There is no ``first_prompt`` where an input of the run is refused.
+    """
 
     facts: Facts
+    first_prompt: str | None
     bundles: BundlePlan
     servers: tuple[PlannedServer, ...]
     transport: str
@@ -56,6 +60,7 @@ def make_plan(looked: Preflight) -> Plan:
     config, facts = looked.config, looked.engines[0]
     return Plan(
         facts=facts,
+        first_prompt=None if looked.inputs is None else looked.inputs.prompts.first_shown(),
         bundles=plan_bundles(config),
         servers=tuple(_servers(config, facts)) if facts.on_sglang else (),
         transport=transport_text(config),

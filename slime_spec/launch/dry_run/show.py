@@ -15,7 +15,6 @@ from slime_spec.launch.preflight import ONLY_THE_START_KNOWS
 from slime_spec.preflight.finding import Severity
 from slime_spec.preflight.memory import EngineMemory
 from slime_spec.preflight.report import as_flags, brief, headline, width
-from slime_spec.tasks.source import first_prompt
 
 FOLD_AT = 96  # columns
 # The flags in which equal servers differ.
@@ -52,7 +51,7 @@ def sections(plan: Plan) -> dict[str, list[str]]:
         "run": list(_run(plan)),
         "placement": list(_placement(plan)),
         **({"engine": list(_engine(plan))} if plan.facts.config.run.mode != "train_only" else {}),
-        "first prompt": [first_prompt(plan.facts.config) or "unknown: an input of the run is missing or refused"],
+        "first prompt": [plan.first_prompt or "unknown: an input of the run is missing or refused"],
         "transport": [plan.transport],
         f"memory (from {plan.memory.source}; activations and CUDA graphs come on top)": list(_memory(plan)),
     }
