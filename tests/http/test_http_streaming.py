@@ -225,7 +225,7 @@ def test_growing_text_never_takes_back_what_it_showed(
 ) -> None:
     """Characters of several bytes arrive in pieces; a stop string may begin anywhere."""
     sampling = Sampling(SamplingParams(stop=tuple(stops)), 1, None, True, trim_stop=True, stream_interval=1)
-    growing = GrowingText(policy_tokenizer, sampling, enders=())
+    growing = GrowingText(policy_tokenizer, sampling, eos_token_ids=())
     ids = policy_tokenizer.encode(text)
     found = [text.index(stop) + len(stop) for stop in stops if stop in text]
     if found:  # generation ends with the token that completes a stop string
@@ -277,6 +277,19 @@ def test_a_streamed_character_costs_the_same_whatever_the_stop_strings() -> None
         assert match.find("a") is None
     assert match.length == 1000
     assert CountedText.looks <= 4 * 3000
+
+
+def test_samples_of_a_request_share_its_stop_tokens(policy_tokenizer: Tokenizer) -> None:
+    """Case audit/03: each sample of a stream held a set of its own, gigabytes for a vocabulary of stop tokens."""
+    ids = policy_tokenizer.encode("AZabz")
+    eos, *stops = ids[2:]
+    params = SamplingParams(stop_token_ids=tuple(stops))
+    sampling = Sampling(params, 2, None, True, trim_stop=True, stream_interval=1)
+    first, second = (GrowingText(policy_tokenizer, sampling, eos_token_ids={eos}) for _ in range(2))
+    assert {id(enders) for enders in (first._cut[0], second._cut[0])} == {id(sampling.stop_token_ids)}
+    kept = replace(sampling, trim_stop=False)
+    assert (first.add(ids), second.add(ids[:2])) == ("AZ", "AZ")
+    assert GrowingText(policy_tokenizer, kept, eos_token_ids={eos}).add(ids) == "AZabz"
 
 
 @pytest.fixture(scope="module")

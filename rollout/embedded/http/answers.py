@@ -72,12 +72,12 @@ class GrowingText:
     """Decodes a response that is being generated: text that it holds back may still change, text that it shows may not.
 
     Held back are the first bytes of an unfinished character and whatever may become a stop string that will be cut.
-    ``enders`` are the tokens that end a response, whose text is cut too.
+    The text of the token that ends a response is cut too: of a stop token, or one of ``eos_token_ids``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, enders: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, eos_token_ids: Collection[int]) -> None:
         self._tokenizer, self._sampling = tokenizer, sampling
-        self._cut = enders if sampling.trim_stop else ()
+        self._cut = (sampling.stop_token_ids, eos_token_ids) if sampling.trim_stop else ()
         self._token_ids: list[int] = []
         self._text = ""
         self._stops = [StopMatch(stop) for stop in (sampling.params.stop if sampling.trim_stop else ())]
@@ -88,7 +88,7 @@ class GrowingText:
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Take new tokens; the text that is settled so far."""
-        self._token_ids.extend(token for token in token_ids if token not in self._cut)
+        self._token_ids.extend(token for token in token_ids if not any(token in enders for enders in self._cut))
         before = self._decode(self._context, self._settled)
         after = self._decode(self._context, len(self._token_ids))
         if len(after) > len(before) and not after.endswith(UNFINISHED):
@@ -140,9 +140,8 @@ class AnswerWriter:
         return self._with_prompt(call, prompt, answer)
 
     def growing(self, prompt: PromptCall) -> GrowingText:
-        params = prompt.sampling.params
-        enders = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
-        return GrowingText(self._tokenizer, prompt.sampling, enders)
+        eos_token_ids = () if prompt.sampling.params.ignore_eos else self._eos_token_ids
+        return GrowingText(self._tokenizer, prompt.sampling, eos_token_ids)
 
     def partial(self, call: Call, prompt: PromptCall, grown: Grown) -> Answer:
         """Return a sample that is being generated: all of it so far. Its counters come with the last chunk."""

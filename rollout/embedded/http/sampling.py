@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rollout.embedded.http.json_io import Fields, finite
@@ -79,6 +80,11 @@ class Sampling:
     skip_special_tokens: bool
     trim_stop: bool
     stream_interval: int
+
+    @cached_property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Return the stop tokens as a set, which all samples of the request share."""
+        return frozenset(self.params.stop_token_ids)
 
 
 def read_sampling(data: Mapping[str, Any], limits: RequestLimits, num_prompt_tokens: int) -> Sampling:
