@@ -22,8 +22,10 @@ VARIABLE = "SLIME_SPEC_SGLANG_API_KEY"
 FROM_ENVIRONMENT = "env:"
 HIDDEN = "***"
 REMEDY = f"Put the key into {VARIABLE}, or into a file of mode 0600 and pass --sglang-api-key-file FILE."
-# Flags of SGLang whose values are secrets, by their dests.
+# Flags of SGLang whose values are secrets, by their dests, and those of its router besides.
 SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
+SECRETS_OF_ROUTER = ("control_plane_api_keys", "oracle_password")
+NO_SECRET = "--ssl-keyfile"  # which begins as a secret does
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # what an Authorization header may carry (RFC 6750)
 
 
@@ -36,8 +38,15 @@ def refuse_literal_keys(config: Config) -> None:
             raise ConfigError(f"sglang.{dest}", rule, HIDDEN, REMEDY if dest == "api_key" else "Leave it out.")
     server = config.sglang_server
     for name, words in (("extra_args", server.extra_args), ("router_args", server.router_args)):
-        if any(word.partition("=")[0] == f"--{dest.replace('_', '-')}" for word in words for dest in SECRETS):
+        if any(map(_names_a_secret, words)):
             raise ConfigError(f"sglang_server.{name}", "must hold no key: others can read it there", HIDDEN, REMEDY)
+
+
+def _names_a_secret(word: str) -> bool:
+    """Return whether a word is the flag of a secret, also one cut short, as SGLang's parsers take it."""
+    flag = word.partition("=")[0]
+    spellings = (f"--{dest.replace('_', '-')}" for dest in (*SECRETS, *SECRETS_OF_ROUTER))
+    return len(flag) > 2 and flag != NO_SECRET and any(spelling.startswith(flag) for spelling in spellings)
 
 
 def with_key_of_environment(config: Config, environ: Mapping[str, str]) -> Config:

@@ -18,6 +18,7 @@ from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.config.addresses import address_of
+from slime_spec.config.api_key import refuse_literal_keys
 from slime_spec.config.build import from_dict, to_dict
 from slime_spec.config.schema import SGLANG
 from slime_spec.config.server_checks import check_servers
@@ -154,6 +155,7 @@ def config_of_engine(config: Config, engine_index: int) -> Config:
         return config
     changed = with_flags(config, _engine_overrides(path, engine_index, config.rollout.num_engines))
     changed = replace(changed, sglang_server=replace(changed.sglang_server, overrides=None))
+    refuse_literal_keys(changed)
     check_speculation(changed)
     check_servers(changed)
     return changed

@@ -12,7 +12,7 @@ import pytest
 from rollout.sglang_engine import guard, keyed
 from rollout.sglang_engine.client import ServerRefused, SglangClient
 from rollout.sglang_engine.engine import SglangEngine
-from slime_spec.config.api_key import VARIABLE, api_key_of
+from slime_spec.config.api_key import VARIABLE, api_key_of, refuse_literal_keys
 from slime_spec.config.build import to_yaml
 from slime_spec.config.checks import check
 from slime_spec.config.sglang_server import SglangServerConfig
@@ -20,6 +20,7 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose
 from slime_spec.run_folder import RunFolder
+from slime_spec.sglang.arguments import config_of_engine
 from slime_spec.sglang.server_info import ServerInfo
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.pushes import DirectTransport
@@ -47,7 +48,10 @@ def key_file(folder: Path, text: str, mode: int = 0o600) -> Path:
         ["--sglang-ssl-keyfile-password", KEY],
         [f"--sglang-extra-args=--api-key={KEY}"],
         [f"sglang_server.extra_args=[--api-key,{KEY}]"],
+        [f"--sglang-extra-args=--api-k={KEY}"],
         ["--sglang-router", f"--sglang-router-args=--api-key={KEY}"],
+        ["--sglang-router", f"--sglang-router-args=--api={KEY}"],
+        ["--sglang-router", f"sglang_server.router_args=[--control-plane-api-keys,'key1:me:admin:{KEY}']"],
         ["--sglang-api-key", KEY, "--rollout-engine", "embedded"],
     ],
 )
@@ -69,6 +73,18 @@ def test_a_key_in_a_file_of_settings_is_refused(tmp_path: Path) -> None:
         check(config)
     with pytest.raises(ConfigError, match="others can read it"):
         RunFolder.create(config, ["slime-spec"], to_yaml(config))
+
+
+def test_a_key_in_the_flags_of_one_engine_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "engines.yaml"
+    path.write_text(f"0:\n  api_key: {KEY}\n")
+    with pytest.raises(ConfigError, match="others can read it") as raised:
+        config_of_engine(Config(sglang_server=SglangServerConfig(overrides=str(path))), 0)
+    assert KEY not in str(raised.value)
+
+
+def test_the_file_of_a_certificates_key_is_no_secret() -> None:
+    refuse_literal_keys(Config(sglang_server=SglangServerConfig(extra_args=("--ssl-keyfile", "key.pem", "--", "-v"))))
 
 
 def test_a_key_comes_from_a_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
