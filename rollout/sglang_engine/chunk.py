@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 from rollout.sglang_engine.client import ProtocolError
@@ -101,8 +100,7 @@ def _check_tokens(ids: Sequence[Any], triples: Sequence[Any], vocab_size: int) -
         if not isinstance(triple, list) or len(triple) < 2 or triple[1] != token:
             raise ProtocolError(f"token {token} came with the logprob of another: {triple!r}")
         logprob = triple[0]
-        is_number = type(logprob) in (int, float) and isfinite(logprob)
-        if not (is_number and LEAST_LOGPROB < logprob <= LOGPROB_ERROR):
+        if not (type(logprob) in (int, float) and LEAST_LOGPROB < logprob <= LOGPROB_ERROR):
             raise ProtocolError(f"token {token} has the logprob {logprob!r}")
 
 

@@ -122,9 +122,9 @@ class SglangClient:
         try:
             async with self._session.post(url, json={**body, "stream": True}, timeout=timeout) as response:
                 if response.status == 503 and ROUTER_ERROR not in response.headers:
-                    raise ServerRefused(url, 503, _message(await response.text()), _retry_after_s(response))
+                    raise ServerRefused(url, 503, _message(await _text(response)), _retry_after_s(response))
                 if response.status != 200:
-                    raise _refusal(url, response, await response.text())
+                    raise _refusal(url, response, await _text(response))
                 async for data in _events(response.content):
                     if data == b"[DONE]":
                         return
@@ -137,15 +137,20 @@ class SglangClient:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-                text = await response.text()
+                text = await _text(response)
         except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
             raise _broken(f"{self.url}{path}", error) from error
         if response.status not in (200, 202):
             raise _refusal(path, response, text)
         try:
             return json.loads(text) if text else None
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return text
+
+
+async def _text(response: aiohttp.ClientResponse) -> str:
+    """Return the body; bytes that are no text are replaced, as whoever reads them finds them odd anyway."""
+    return await response.text(errors="replace")
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
@@ -198,7 +203,7 @@ def _message(text: str) -> str:
     """Return the message of a server's error, which comes in several shapes."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text.strip()[:2000]
     found = data.get("error", data) if isinstance(data, dict) else data
     if isinstance(found, dict):

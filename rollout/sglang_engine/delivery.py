@@ -231,6 +231,6 @@ def _per_replica(shown: Any, num_dims: int) -> list[torch.Tensor]:
         return []
     try:
         theirs = torch.tensor(shown, dtype=torch.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return []
     return [theirs] if theirs.dim() == num_dims else list(theirs)

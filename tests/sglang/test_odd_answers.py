@@ -14,9 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from aiohttp import web
 
 from rollout.sglang_engine.client import ProtocolError, ServerGone, ServerRefused
+from rollout.sglang_engine.delivery import shown_rows
 from rollout.sglang_engine.fake import FakeServer, next_token
 from rollout.sglang_engine.fake_http import Body
 from rollout.sglang_engine.generation import Aborted, Patience
@@ -123,6 +125,33 @@ def test_the_wait_that_a_server_asks_for_is_read_from_its_refusal(
     with pytest.raises(ServerRefused, match="full") as raised:
         on_fake.engine.server.loop.call(first_chunk())
     assert raised.value.retry_after_s == pickle.loads(pickle.dumps(raised.value)).retry_after_s == seconds
+
+
+GARBLED = {"bytes": b"\xff\xfe\x00", "nested": b"[" * 100_000, "digits": b"1" * 5000}
+
+
+@pytest.mark.parametrize("body", GARBLED.values(), ids=GARBLED)
+def test_an_answer_that_is_no_json_is_a_text_and_a_refusal_that_is_none_has_it_as_message(
+    connect: Connect, body: bytes
+) -> None:
+    on_fake = connect()
+    text, loop = body.decode(errors="replace"), on_fake.engine.server.loop
+    on_fake.server.odd["/model_info"] = [web.Response(body=body), web.Response(body=body, status=500)]
+    assert loop.call(on_fake.engine.client.get("/model_info")) == text
+    with pytest.raises(ServerRefused) as raised:
+        loop.call(on_fake.engine.client.get("/model_info"))
+    assert raised.value.message == text[:2000]
+    on_fake.server.odd["/generate"] = [web.Response(body=body, status=500)]
+    (sample,) = on_fake.engine.generate(request())
+    assert sample.token_ids == whole()
+
+
+@pytest.mark.parametrize("shown", [10**400, "a", None, {}])
+def test_rows_that_are_no_numbers_show_nothing(connect: Connect, shown: object) -> None:
+    on_fake = connect()
+    on_fake.server.rows = {"a.weight": [[shown]]}
+    shows = shown_rows(on_fake.engine.client, {"a.weight": torch.zeros(1, 1)}, 2)
+    assert on_fake.engine.server.loop.call(shows) == {}
 
 
 class Queue(FakeServer):
@@ -287,6 +316,8 @@ COUNTS = {
         (chunk([3], 3, output_token_logprobs=[[-math.inf, 3, None]]), "token 3 has the logprob -inf"),
         (chunk([3], 3, output_token_logprobs=[[-3.4e38, 3, None]]), "token 3 has the logprob -3.4e"),
         (chunk([3], 3, output_token_logprobs=[[0.75, 3, None]]), "token 3 has the logprob 0.75"),
+        (chunk([3], 3, output_token_logprobs=[[10**400, 3, None]]), "token 3 has the logprob 1000"),
+        (chunk([3], 3, output_token_logprobs=[[-(10**400), 3, None]]), "token 3 has the logprob -1000"),
         (chunk([3], 3, output_token_logprobs=[[-1.0, 4, None]]), "the logprob of another"),
         (chunk([3], 3, output_token_logprobs=[-1.0]), "the logprob of another"),
         (chunk([257], 3), "token 257 is not of the vocabulary, which has 257"),
