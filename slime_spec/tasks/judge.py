@@ -27,6 +27,7 @@ from slime_spec.types import GeneratedSample, Prompt
 
 OURS, ONE, GROUP = "reward(prompt, reply)", "reward(args, sample, **kwargs)", "reward(args, samples, **kwargs)"
 DEFAULT_KEY = "score"
+LARGEST = 1e30  # a group's sums, in 64 bits, and its advantages, in the trainer's 32, are finite
 
 
 class Status(enum.Enum):
@@ -147,9 +148,10 @@ class Judge:
                 return Verdict(None, f"the reward must have the key {key!r} (--reward-key), it has {shortened(keys)}")
             given = given[key]
         number = _finite(given)
-        if number is None:
-            return Verdict(None, f"the reward must be a finite number, it was {shown(given)}")
-        return Verdict(number)
+        if number is not None and abs(number) <= LARGEST:
+            return Verdict(number)
+        rule = "a finite number" if number is None else f"a number between -{LARGEST:g} and {LARGEST:g}"
+        return Verdict(None, f"the reward must be {rule}, it was {shown(given)}")
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:

@@ -62,6 +62,7 @@ def wrong_key(prompt, reply): return {"acc": 1.0}
 async def short_list(args, samples, **kwargs): return [1.0] * (len(samples) + 1)
 def raises(prompt, reply): return {"5": 1.0}[reply]
 def three(prompt, reply, label): return 1.0
+def huge(prompt, reply): return -1.7e308  # the sum of two is no float
 def long_text(prompt, reply): return "x" * 100_000
 def tells_its_process(prompt, reply):
     open(os.environ["PIDS"], "a").write(f"{os.getpid()} ")
@@ -124,6 +125,7 @@ def test_the_key_of_a_dict_is_a_setting(tokenizer: Tokenizer, tmp_path: Path) ->
     [
         ("text", "must be a finite number, it was '1.0'"),
         ("long_text", "must be a finite number, it was 'x{299}…"),
+        ("huge", r"must be a number between -1e\+30 and 1e\+30, it was -1.7e\+308"),
         ("wrong_key", r"must have the key 'score' \(--reward-key\), it has 'acc'"),
         ("short_list", r"must be a list of 1 rewards, it was \[1.0, 1.0\]"),
         ("three", r"must name a function reward\(prompt, reply\) -> float, or slime's"),
