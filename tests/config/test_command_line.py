@@ -157,6 +157,7 @@ SLIME_FLAGS = [
 
 @pytest.mark.parametrize("flag", SLIME_FLAGS)
 def test_slimes_spelling_exists(flag: str) -> None:
+    """Case flags-of-slime: these are taken as slime's run scripts spell them."""
     assert flag in flags()
 
 

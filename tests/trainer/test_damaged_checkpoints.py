@@ -1,7 +1,7 @@
 """A damaged checkpoint is never loaded, an older whole one is; and nothing in a checkpoint is executed.
 
-The cases are those of facts/reliability.md: bytes flipped at several places of a .distcp, files cut, empty or gone, a
-``latest`` that names nothing, and pickles that would run a command.
+Case corrupt.py: bytes flipped at several places of a .distcp, files cut, empty or gone, a ``latest`` that names none,
+and pickles that would run a command.
 """
 
 from __future__ import annotations
