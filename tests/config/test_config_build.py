@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from slime_spec.config.yaml_file import read_yaml
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose, file_settings
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, choices, conf_dir
+from tests.support.refused_launches import BROKEN_FILES
 
 relaxed = run_with(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -106,33 +106,7 @@ def test_a_whole_number_is_a_number() -> None:
     assert type(config.trainer.lr) is float
 
 
-@pytest.mark.parametrize(
-    ("text", "setting"),
-    [
-        ("trainer:\n  lrr: 1", "trainer.lrr"),
-        ("sglang:\n  tp_sise: 2", "sglang.tp_sise"),
-        ("sglang:\n  tp_size: two", "sglang.tp_size"),
-        ("trainer: {lr: [", "mine.yaml"),
-        ("- 1", "mine.yaml"),
-        ("", "mine.yaml"),
-        ("trainer: {lr: 1, lr: 2}", "mine.yaml"),
-        ("trainer: {[lr]: 1}", "mine.yaml"),
-        ("trainer: {lr: !!float x}", "mine.yaml"),
-        ("trainer: {lr: !!int x}", "mine.yaml"),
-        ("trainer: {lr: !!timestamp x}", "mine.yaml"),
-        ("sglang: {model_loader_extra_config: !!set {a}}", "mine.yaml"),
-        ('run: {name: "\\ud800"}', "run.name"),
-        ("run: {seed: 010}", "run.seed"),
-        ("run: {seed: 1_000}", "run.seed"),
-        ("run: {seed: 12:30:45}", "run.seed"),
-        ("trainer: {lr: .inf}", "trainer.lr"),
-        ("metrics: {console: 0}", "metrics.console"),
-        ("run: &r {name: *r}", "mine.yaml"),
-        ("a: &a [x,x,x,x]\n" + "".join(f"{b}: &{b} [{f'*{a},' * 8}]\n" for a, b in pairwise("abcdefgh")), "mine.yaml"),
-        ("[" * 3000, "mine.yaml"),
-        ("trainer: \x00", "mine.yaml"),
-    ],
-)
+@pytest.mark.parametrize(("text", "setting"), BROKEN_FILES)
 def test_a_broken_config_file_is_refused_by_name(text: str, setting: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)

@@ -12,46 +12,10 @@ from slime_spec.config.checks import check, notes
 from slime_spec.config.tree import Config, PushConfig, RunConfig, TrainerConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose
+from tests.support.refused_launches import CONTRADICTIONS, TRAIN_ONLY
 
-TRAIN_ONLY = "--debug-train-only --load-debug-rollout-data d_{rollout_id}.pt"
 
-
-@pytest.mark.parametrize(
-    ("argv", "setting"),
-    [
-        ("--sp-min-token-match 5 --sp-max-token-match 4", "speculative.min_token_match"),
-        ("--debug-rollout-only --load-debug-rollout-data d.pt", "run.load_debug_rollout_data"),
-        ("--load-debug-rollout-data d.pt", "run.load_debug_rollout_data"),
-        ("--debug-train-only", "run.mode"),
-        (f"{TRAIN_ONLY} --save-debug-rollout-data e_{{rollout_id}}.pt", "run.save_debug_rollout_data"),
-        ("--save-debug-rollout-data d.pt", "run.save_debug_rollout_data"),
-        ("--prompt-data d.jsonl --task max4", "task.prompt_data"),
-        ("--task", "task.names"),
-        (
-            "--sglang-context-length 100 --rollout-max-prompt-len 80 --rollout-max-response-len 21",
-            "engine.context_length",
-        ),
-        (
-            "--sglang-max-total-tokens 100 --rollout-max-prompt-len 80 --rollout-max-response-len 21",
-            "engine.max_total_tokens",
-        ),
-        ("--rollout-top-k 0", "rollout.top_k"),
-        ("--rollout-temperature 0", "rollout.temperature"),
-        ("--n-samples-per-prompt 1", "rollout.n_samples_per_prompt"),
-        ("--rollout-batch-size 4 --n-samples-per-prompt 4 --global-batch-size 6", "trainer.global_batch_size"),
-        ("--actor-world-size 3 --tensor-model-parallel-size 2", "trainer.world_size"),
-        ("--actor-num-gpus 2 --no-colocate", "trainer.num_gpus"),
-        ("--debug-rollout-only --load checkpoints", "trainer.load"),
-        ("--rm-type exact", "task.reward"),
-        ("--label-key answer", "task.label_key"),
-        ("--tool-key tools", "task.tool_key"),
-        ("--chat-date yesterday", "task.chat_date"),
-        ("--sp-type deterministic --advice-key draft", "task.advice_key"),
-        ("--rollout-num-gpus-per-engine 2 --no-colocate", "rollout.num_gpus_per_engine"),
-        ("--rollout-num-gpus-per-engine 1", "cluster.colocate"),
-        ("--rollout-num-engines 2 --rollout-num-gpus-per-engine 1 --actor-num-gpus 1", "cluster.colocate"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "setting"), CONTRADICTIONS)
 def test_a_contradiction_is_refused_by_the_setting_to_change(argv: str, setting: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(argv.split())

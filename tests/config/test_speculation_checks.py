@@ -11,83 +11,12 @@ from slime_spec.config.speculation import FORGED_ACCEPTANCE, check_environment, 
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose, composed
+from tests.support.refused_launches import EAGLE3, NGRAM, SPECULATIVE_CONTRADICTIONS
 
-EAGLE3 = "--speculative-algorithm EAGLE3 --speculative-draft-model-path d"
-NGRAM = "--speculative-algorithm NGRAM"
 LOSSY = "--debug-rollout-only --speculative-lossy --speculative-algorithm LOOKUP"
 
 
-@pytest.mark.parametrize(
-    ("argv", "setting", "remedy"),
-    [
-        ("--speculative-algorithm EAGLE3", "draft_model_path", "--speculative-draft-model-path DIR"),
-        ("--speculative-algorithm STANDALONE", "draft_model_path", "--speculative-draft-model-path DIR"),
-        (
-            "--rollout-engine sglang --speculative-algorithm DFLASH",
-            "draft_model_path",
-            "--speculative-draft-model-path DIR",
-        ),
-        ("--sp-type deterministic --sp-checkpoint-path d", "draft_model_path", "EAGLE3"),
-        ("--speculative-draft-model-path d", "draft_model_path", "leave the path out"),
-        (f"{NGRAM} --sp-quantization INT8", "draft_model_quantization", "draft model"),
-        (f"{EAGLE3} --speculative-draft-model-quantization fp8", "draft_model_quantization", "int8"),
-        (f"{EAGLE3} --speculative-eagle-topk 2", "eagle_topk", "--speculative-num-steps"),
-        (f"{EAGLE3} --speculative-num-draft-tokens 4", "num_draft_tokens", "--speculative-num-steps"),
-        (f"{EAGLE3} --speculative-num-steps 2 --speculative-eagle-topk 3", "num_draft_tokens", "tokens 5"),
-        (
-            f"{EAGLE3} --speculative-num-steps 2 --speculative-eagle-topk 3 --speculative-num-draft-tokens 14",
-            "num_draft_tokens",
-            "tokens 5",
-        ),
-        (
-            f"{EAGLE3} --speculative-use-rejection-sampling --speculative-num-steps 3 --speculative-eagle-topk 2 "
-            "--speculative-num-draft-tokens 4",
-            "eagle_topk",
-            "topk 1",
-        ),
-        (
-            f"{EAGLE3} --speculative-use-block-verification --speculative-num-steps 3 --speculative-eagle-topk 2 "
-            "--speculative-num-draft-tokens 4",
-            "eagle_topk",
-            "topk 1",
-        ),
-        (f"{NGRAM} --speculative-use-rejection-sampling", "use_rejection_sampling", "exact for every drafter"),
-        (
-            "--sp-type deterministic --speculative-use-block-verification",
-            "use_block_verification",
-            "exact for every drafter",
-        ),
-        (
-            "--sp-type deterministic --speculative-accept-threshold-single 0.5 --debug-rollout-only",
-            "accept_threshold_single",
-            "--speculative-lossy",
-        ),
-        (
-            "--sp-type deterministic --speculative-accept-threshold-acc 0.9 --speculative-lossy",
-            "accept_threshold_acc",
-            "--debug-rollout-only",
-        ),
-        (
-            f"{EAGLE3} --debug-rollout-only --speculative-lossy --speculative-accept-threshold-acc 0.9 "
-            "--speculative-use-rejection-sampling",
-            "accept_threshold_acc",
-            "the other flag",
-        ),
-        (
-            f"{NGRAM} --speculative-ngram-min-bfs-breadth 4 --speculative-ngram-max-bfs-breadth 3",
-            "ngram_min_bfs_breadth",
-            "breadth 1",
-        ),
-        (f"{NGRAM} --speculative-ngram-capacity 17", "ngram_capacity", "larger"),
-        (f"{NGRAM} --speculative-ngram-external-corpus-path c.jsonl", "ngram_external_sam_budget", "budget 5"),
-        (
-            f"{NGRAM} --speculative-ngram-external-corpus-path c.jsonl --speculative-ngram-external-sam-budget 12",
-            "ngram_external_sam_budget",
-            "budget 5",
-        ),
-        (f"{NGRAM} --speculative-ngram-external-sam-budget 3", "ngram_external_sam_budget", "corpus-path"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "setting", "remedy"), SPECULATIVE_CONTRADICTIONS)
 def test_a_speculative_contradiction_is_refused_with_the_way_out(argv: str, setting: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(argv.split())

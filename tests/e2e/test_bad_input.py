@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slime_spec.launch.cli import main
+from slime_spec.launch.flags import REFUSED
 from slime_spec.rl.rollout_data import save_rollout
+from slime_spec.sglang.flags import sglang_version
+from tests.support.doctor_cases import CASES, Case
+from tests.support.doctor_facts import TARGET, python_with
+from tests.support.refused_launches import BROKEN_FILES, CONTRADICTIONS, SPECULATIVE_CONTRADICTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +69,7 @@ def lose_the_tokenizer(folder: Path) -> None:
 
 def refused_by_the_launch(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The message of a command that must be refused; a traceback would be an exception here."""
-    assert main(["train", "--config", "tiny", *argv]) == 2
+    assert main(["train", *argv]) == 2
     message = capsys.readouterr().err
     assert all(f"  {fact}:" in message for fact in ("rule", "value", "remedy")), message
     assert "Traceback" not in message
@@ -72,13 +77,18 @@ def refused_by_the_launch(capsys: pytest.CaptureFixture[str], *argv: str) -> str
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The message of a small run that must be refused, by each of the three commands."""
+    return refused_by_all_three(capsys, "--config", "tiny", *argv)
+
+
+def refused_by_all_three(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The message of the launch, every rule of which the dry run and the doctor say as well: case reports/03."""
     message = refused_by_the_launch(capsys, *argv)
     told = message.partition("  rule:")[2].partition("\n  value:")[0]
     rules = [line.strip().partition(": ")[2] for line in told.splitlines() if line] if told[0] == "\n" else [told]
-    assert main(["train", "--config", "tiny", *argv, "--dry-run"]) == 2
+    assert main(["train", *argv, "--dry-run"]) == 2
     dry_run = "".join(capsys.readouterr())
-    assert main(["doctor", "--json", "--config", "tiny", *argv]) == 2
+    assert main(["doctor", "--json", *argv]) == 2
     findings = json.loads(capsys.readouterr().out)["findings"]
     doctor = "\n".join(each["read"] for each in findings if each["severity"] == "error")
     assert rules
@@ -164,9 +174,49 @@ def test_a_setting_that_cannot_work_is_refused(argv, expected, policy, tmp_path,
     assert expected in refused(capsys, *arguments)
 
 
+def test_what_is_refused_of_a_command_line_is_refused_alike_by_launch_dry_run_and_doctor(capsys):
+    """Case reports/03, audit/60."""
+    contradictions = [argv for argv, *_ in (*CONTRADICTIONS, *SPECULATIVE_CONTRADICTIONS)]
+    for words in (*map(str.split, contradictions), *([flag, "1"] for flag in REFUSED)):
+        refused_by_all_three(capsys, *words)
+
+
+def test_a_configuration_file_that_is_refused_is_refused_alike_by_launch_dry_run_and_doctor(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    for text, _ in BROKEN_FILES:
+        path.write_text(text)
+        refused_by_all_three(capsys, "--config", str(path))
+
+
+# A case of each trap that stops a launch for its words and for what the config.json files say.
+STOPPING = {each.trap: each for each in CASES if each.sees == "error" and each.facts.keys() <= {"target", "draft"}}
+
+
+@pytest.mark.parametrize("each", STOPPING.values(), ids=STOPPING)
+def test_a_trap_that_stops_a_launch_stops_dry_run_and_doctor(each: Case, tmp_path, capsys):
+    python = python_with(tmp_path, sglang=sglang_version())
+    words = [*each.argv, "--output-dir", str(tmp_path / "run"), "--sglang-python", str(python)]
+    folders = (
+        ("--hf-checkpoint", each.facts.get("target", TARGET)),
+        ("--speculative-draft-model-path", each.facts.get("draft")),
+    )
+    for flag, keys in folders:
+        if keys is not None:
+            (tmp_path / flag).mkdir()
+            (tmp_path / flag / "config.json").write_text(json.dumps(keys))
+            words += [flag, str(tmp_path / flag)]
+    assert f"{each.trap}: " in refused_by_all_three(capsys, *words)
+
+
+def test_a_server_flag_that_is_unknown_hides_nothing_else_where_no_sglang_is_installed(policy, tmp_path, capsys):
+    engine = ("--rollout-engine", "sglang", "--sglang-python", "/nowhere/python", "--debug-rollout-only")
+    paths = ("--hf-checkpoint", str(policy), "--output-dir", str(tmp_path / "run"))
+    assert "sglang-version" in refused(capsys, *paths, *engine, "--sglang-extra-args=--enable-warp-drive")
+
+
 def test_what_only_the_start_can_know_is_refused_by_the_start(policy, capsys, tmp_path):
     arguments = ("--hf-checkpoint", str(policy), "--output-dir", str(tmp_path / "run"), "--ray-address", "127.0.0.1:1")
-    assert "ray_address" in refused_by_the_launch(capsys, *arguments)
+    assert "ray_address" in refused_by_the_launch(capsys, "--config", "tiny", *arguments)
     assert main(["train", "--config", "tiny", *arguments, "--dry-run"]) == 0
     assert "only the start knows" in capsys.readouterr().out
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from slime_spec.config.addresses import address_of
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
+from slime_spec.errors import ConfigError
 from slime_spec.launch.preflight import Preflight
 from slime_spec.placement import BundlePlan, plan_bundles
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding
-from slime_spec.preflight.gate import not_skipped
+from slime_spec.preflight.gate import not_skipped, refused
 from slime_spec.preflight.memory import MemoryPlan, plan_memory
 from slime_spec.sglang.arguments import command_line, planned_places, server_flags
 from slime_spec.sglang.interpreter import checked_in
@@ -34,9 +35,10 @@ class PlannedServer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds the plan of a launch; ``servers`` is empty for engines without servers.
+    """Holds the plan of a launch.
 
-    There is no ``first_prompt`` where an input of the run is refused.
+    ``servers`` is empty for engines without servers, and where a finding refuses their flags. There is no
+    ``first_prompt`` where an input of the run is refused.
     """
 
     facts: Facts
@@ -54,18 +56,26 @@ class Plan:
 
 
 def make_plan(looked: Preflight) -> Plan:
-    """Make the plan; raises ConfigError without config.json, or for a server flag that the version does not know."""
+    """Make the plan; raises ConfigError without config.json."""
     if not looked.engines:
         looked.checked()  # raises, for there is no plan without a checkpoint's config.json
     config, facts = looked.config, looked.engines[0]
+    findings = looked.findings
+    servers: tuple[PlannedServer, ...] = ()
+    if facts.on_sglang:
+        try:
+            servers = tuple(_servers(config, facts))
+        except ConfigError as error:
+            # An SGLang that was asked for its flags has its finding; without one the table's version has the word.
+            findings = findings if facts.known_flags else (refused(error), *findings)
     return Plan(
         facts=facts,
         first_prompt=None if looked.inputs is None else looked.inputs.prompts.first_shown(),
         bundles=plan_bundles(config),
-        servers=tuple(_servers(config, facts)) if facts.on_sglang else (),
+        servers=servers,
         transport=transport_text(config),
         memory=plan_memory(facts),
-        findings=looked.findings,
+        findings=findings,
     )
 
 
