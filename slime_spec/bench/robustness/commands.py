@@ -1,20 +1,26 @@
-"""Random command lines and configuration files go through everything that a launch does before it starts a process."""
+"""Random command lines and configuration files go through all that a launch does before it starts a process."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from random import Random
 
+from slime_spec.algorithms import LOOKUP
 from slime_spec.bench.robustness.fuzzer import Case, Kind
+from slime_spec.bench.robustness.tiny import make_target
 from slime_spec.bench.robustness.yaml_texts import yaml_text
+from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.config.schema import Setting, settings
+from slime_spec.config.tree import ModelConfig
 from slime_spec.launch.compose import composed
 from slime_spec.launch.flags import REFUSED, flags
 from slime_spec.launch.groups import GROUPS, choices
+from slime_spec.launch.preflight import look
 from slime_spec.sglang.flags import sglang_flags
 
 NUMBERS = (
@@ -56,6 +62,11 @@ TEXTS = (
     ),
     *("[1,[2,[3]]]", "[" * 200, "[" * 2000 + "]" * 2000, "2024-01-31", "2024-13-45", "0000-00-00", "1:2:3", "!!python"),
 )
+SOUND: tuple[tuple[str, ...], ...] = (
+    *((), (), (), ("--config", "tiny"), ("--debug-rollout-only",)),
+    *(("--speculative-algorithm", LOOKUP.name), ("--rollout-engine", "sglang", "--skip-check", "sglang-version")),
+    ("--rollout-engine", "sglang", "--rollout-external-engine-addrs", "127.0.0.1:9"),
+)
 SPELLINGS: tuple[Callable[[str], str], ...] = (
     str,
     str,
@@ -71,31 +82,53 @@ SPELLINGS: tuple[Callable[[str], str], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Command:
+    """Holds a command line, the file that it names, and whether the checkpoint is the one that the line names."""
+
+    words: list[str]
+    text: bytes | None
+    is_own_checkpoint: bool = False
+
+
 class Commands:
-    """Fuzzes command lines; every fourth one also names a configuration file."""
+    """Fuzzes command lines; every fourth one also names a configuration file.
+
+    What composes goes on through the preflight, most often with a small checkpoint that is whole, so that all of the
+    preflight is reached in little time.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "mine.yaml"
+        self._checkpoint = str(make_target(folder / "target", LLAMA, max_position_embeddings=2**16))
         self._flags = [*flags(), *REFUSED]
         self._paths = [*settings(), *(flag.path for flag in sglang_flags().values())]
         self._settings: Mapping[str, Setting] = settings()
+        # Once for what takes its time once in a process: importing torch and transformers.
+        assert self.attempt(Case("no flags", Command([], None))), "the defaults are accepted"
 
-    def make(self, random: Random) -> Case[tuple[list[str], bytes | None]]:
+    def make(self, random: Random) -> Case[Command]:
         words = [word for _ in range(random.choice((0, 1, 1, 2, 3, 5, 8))) for word in self._words(random)]
+        words[:0] = random.choice(SOUND)
         text = yaml_text(random) if random.random() < 0.25 else None
         if text is not None:
             words[:0] = ["--config", str(self._file)]
         told = f"; its file: {text[:300]!r}" if text is not None else ""
         what = shlex.join(words).replace(str(self._file), self._file.name)
-        return Case(f"{what[:600]!a}{told}", (words, text))
+        return Case(f"{what[:600]!a}{told}", Command(words, text, random.random() < 0.2))
 
-    def attempt(self, case: Case[tuple[list[str], bytes | None]]) -> bool:
-        words, text = case.value
-        if text is not None:
-            self._file.write_bytes(text)
+    def attempt(self, case: Case[Command]) -> bool:
+        command = case.value
+        if command.text is not None:
+            self._file.write_bytes(command.text)
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            composed(words)
-        return True
+            made = composed(command.words)
+            model = made.config.model
+            if not command.is_own_checkpoint or model == ModelConfig():
+                model = replace(model, hf_checkpoint=self._checkpoint)
+            looked = look(replace(made, config=replace(made.config, model=model)))
+            looked.close()
+        return not looked.stopping
 
     def close(self) -> None:
         pass
