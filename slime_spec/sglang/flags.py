@@ -89,6 +89,15 @@ class SglangFlag:
             raise ConfigError(self.path, f"must be a list, each {EXPECTS[self.type]}", value, self.remedy)
         return tuple(self._check_one(item) for item in value)
 
+    def has_type_of(self, value: object) -> bool:
+        """Return whether a server may report ``value`` of this flag: None, JSON, or what its type says."""
+        if value is None or self.type == "json":
+            return True
+        types = (int, float) if self.type == "float" else (PYTHON_TYPES[self.type],)
+        if self.is_list:
+            return isinstance(value, list) and all(type(item) in types for item in value)
+        return type(value) in types
+
     def _checked_json(self, value: object) -> Any:
         try:
             check_json(value)

@@ -79,7 +79,8 @@ def _ask(python: str, *words: str) -> dict[str, Any]:
         done = subprocess.run(
             [python, "-c", QUESTION.read_text(), *words],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=ASK_FLAGS_TIMEOUT_S if words else ASK_TIMEOUT_S,
             env=environment,
         )
@@ -88,7 +89,10 @@ def _ask(python: str, *words: str) -> dict[str, Any]:
         reason = str(error) if isinstance(error, OSError) else f"no answer in {error.timeout:g} s"
         raise ConfigError(SETTING, f"must be a Python that runs: {reason}", python, REMEDY) from None
     answers = [line for line in done.stdout.splitlines() if line.startswith("SLIME_SPEC ")]
-    answer: dict[str, Any] = json.loads(answers[-1].removeprefix("SLIME_SPEC ")) if answers else {}
+    try:
+        answer: dict[str, Any] = json.loads(answers[-1].removeprefix("SLIME_SPEC ")) if answers else {}
+    except ValueError:  # another program, or one that was ended while it wrote
+        answer = {}
     if done.returncode or answer.get("sglang") is None:
         last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         raise ConfigError(SETTING, f"must have a working sglang: {last}", python, REMEDY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -34,7 +35,7 @@ class ServerInfo:
 
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> ServerInfo:
-        """Read the answer of /server_info; what is no number there counts as absent."""
+        """Read the answer of /server_info; what has another type there than SGLang's flag has counts as absent."""
 
         def number(name: str) -> int:
             value = answer.get(name)
@@ -45,7 +46,11 @@ class ServerInfo:
             max_total_tokens=number("max_total_num_tokens"),
             num_ranks=(number("tp_size") or 1) * (1 if answer.get("enable_dp_attention") else number("dp_size") or 1),
             num_steps=number("speculative_num_steps") or (number("speculative_num_draft_tokens") or 1) - 1,
-            flags={dest: answer[dest] for dest in sglang_flags() if dest not in SECRETS and dest in answer},
+            flags={
+                dest: answer[dest]
+                for dest, flag in sglang_flags().items()
+                if dest not in SECRETS and dest in answer and flag.has_type_of(answer[dest])
+            },
         )
 
 
@@ -60,7 +65,7 @@ def ask_server(address: str, api_key: str | None) -> ServerInfo | None:
                 answer: Any = json.loads(response.read())
         except urllib.error.HTTPError:
             continue
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError, http.client.HTTPException):  # no HTTP, or no JSON
             return None
         if isinstance(answer, dict) and "version" in answer:
             return ServerInfo.of(answer)

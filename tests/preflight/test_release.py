@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from slime_spec.errors import ConfigError
 from slime_spec.sglang.flags import sglang_version
-from slime_spec.sglang.interpreter import find_release
+from slime_spec.sglang.interpreter import find_release, installed_in
 from slime_spec.sglang.releases import release_of
 from tests.support.doctor_facts import python_with
 
@@ -67,3 +68,13 @@ def test_an_interpreter_that_does_not_answer_is_judged_as_the_pinned_version(pyt
     release = find_release(python)
     assert release.text == sglang_version()
     assert not release.is_installed
+
+
+@pytest.mark.parametrize("output", ["SLIME_SPEC {", "SLIME_SPEC \\377", "SLIME_SPEC {}", "\\377\\376"])
+def test_a_program_that_answers_anything_is_no_working_sglang(output: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '{output}'\n")
+    python.chmod(0o755)
+    assert find_release(str(python)).text == sglang_version()
+    with pytest.raises(ConfigError, match="must have a working sglang"):
+        installed_in(str(python))
