@@ -1,4 +1,4 @@
-"""A Tokenizer is a checkpoint's tokenizer and chat template, as transformers' AutoTokenizer loads and applies them."""
+"""A Tokenizer is what a checkpoint's tokenizer.json says, with the chat template as transformers applies it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from slime_spec.checkpoints.folder import AGAIN, CONFIG, CheckpointFolder
+from slime_spec.checkpoints.folder import AGAIN, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+WITHOUT_CODE = "Remove auto_map where tokenizer.json is the whole tokenizer, or choose another checkpoint."
+# Classes that put BOS before a plain text themselves, as SGLang has it: tokenizer.py of its hf_transformers.
+PUT_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 # What a template that asks for today's date is told, so that a prompt is the same every day: Llama 3's own fallback.
 DEFAULT_DATE = "2024-07-26"
 # SGLang ends a reply at these added tokens too, whatever the checkpoint names: common.py of its hf_transformers.
@@ -47,17 +50,24 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, chat_date: str | None = None) -> Tokenizer:
-        """Load a checkpoint folder's tokenizer; raises CheckpointError naming the file that is missing or damaged."""
+        """Load a checkpoint folder's tokenizer; raises CheckpointError naming the file that is missing or damaged.
+
+        tokenizer.json says how text is split, whatever class tokenizer_config.json names.
+        """
         stored = CheckpointFolder(Path(folder))
         path = stored.file("tokenizer.json")
-        # For their errors: transformers' name no file, and it makes lists as long as config.json says.
-        stored.json("tokenizer_config.json")
-        if stored.has(CONFIG):
-            _ = stored.config
-        from transformers import AutoTokenizer  # takes seconds, which only a command that tokenizes shall pay
+        settings = stored.json("tokenizer_config.json")
+        if settings.get("auto_map"):
+            rule = "must name no class of its own (auto_map): the code of a checkpoint is not run (trust_remote_code)"
+            raise CheckpointError(str(stored.path / "tokenizer_config.json"), rule, "auto_map", WITHOUT_CODE)
+        from transformers import PreTrainedTokenizerFast  # takes seconds, which only a command that tokenizes shall pay
 
         try:
-            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            # Not AutoTokenizer: transformers 5 gives the classes it chooses pre-tokenizers of their own, which drop
+            # the spaces of DeepSeek-R1's distillations (LlamaTokenizerFast) and join SmolLM2's digits (GPT2Tokenizer).
+            loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            if str(settings.get("tokenizer_class")).removesuffix("Fast") in PUT_BOS:
+                loaded.add_bos_token = settings.get("add_bos_token") is not False
             loaded.decode(loaded.encode("", verbose=False))  # settings of wrong types are not looked at before
         except Exception as error:  # noqa: BLE001 - the Rust parser raises bare Exception, and nothing narrower
             raise CheckpointError(str(path), f"must be a tokenizer: {error}", path.name, AGAIN) from None

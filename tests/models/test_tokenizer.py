@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer
 
 from slime_spec.checkpoints.gguf import GgufModel
@@ -102,6 +103,44 @@ def test_plain_text_has_the_token_ids_of_transformers(settings: dict[str, Any], 
             ids = theirs.encode(words, add_special_tokens=special)
             assert list(ours.encode(words, special)) == ids
             assert ours.decode(ids, special) == theirs.decode(ids, skip_special_tokens=special)
+
+
+# tokenizer_class and model_type of published checkpoints with byte-level tokens, and whether the class puts BOS itself.
+NAMED_CLASSES = [
+    ("LlamaTokenizerFast", "qwen2", True),  # DeepSeek-R1-Distill-Qwen-7B
+    ("LlamaTokenizerFast", "llama", True),  # DeepSeek-R1-Distill-Llama-8B
+    ("LlamaTokenizerFast", "deepseek_v3", True),  # DeepSeek-R1
+    ("GPT2Tokenizer", "llama", False),  # SmolLM2-135M-Instruct
+    ("PreTrainedTokenizerFast", "llama", False),  # Llama-3.1-8B-Instruct
+    ("Qwen2Tokenizer", "qwen3", False),  # Qwen3-8B
+    ("Qwen2Tokenizer", "mimo", False),  # MiMo-7B-RL
+]
+
+
+@pytest.mark.parametrize(("named", "model_type", "puts_bos"), NAMED_CLASSES)
+def test_text_has_the_ids_of_tokenizer_json_whatever_class_the_config_names(
+    named: str, model_type: str, puts_bos: bool, tmp_path: Path
+) -> None:
+    """transformers 5 gives its classes pre-tokenizers of their own: ids that the model was not trained on."""
+    folder = save_tokenizer(tmp_path, QWEN2_5, tokenizer_class=named, add_bos_token=puts_bos)
+    path = folder / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    stored["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, stored["pre_tokenizer"]],
+    }
+    pairs = [(" ", "a"), ("1", "2"), ("n", "o")]
+    for left, right in ((left.replace(" ", "Ġ"), right) for left, right in pairs):
+        stored["model"]["vocab"][left + right] = len(stored["model"]["vocab"])
+        stored["model"]["merges"].append([left, right])
+    path.write_text(json.dumps(stored))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    raw, ours = RawTokenizer.from_file(str(path)), Tokenizer.load(folder)
+    for words in ("no  a 12 né", "<|im_start|>user\n no a", "12 a\n\n no"):
+        ids = raw.encode(words, add_special_tokens=False).ids
+        assert list(ours.encode(words, special=False)) == ids
+        assert list(ours.encode(words)) == [0] * puts_bos + ids
+        assert ours.decode(ids, skip_special=False) == words
 
 
 def test_the_chat_template_adds_no_second_bos_but_plain_text_gets_the_tokenizers_own(tmp_path: Path) -> None:
