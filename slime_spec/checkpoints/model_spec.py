@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slime_spec.checkpoints.config_keys import check_keys, only
+from slime_spec.checkpoints.config_keys import ANOTHER, check_keys, only
 from slime_spec.checkpoints.families import BUILT_ARCHITECTURES, family_of
 from slime_spec.checkpoints.families.dense import check_decoder
 from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, architecture_of, require
@@ -51,7 +51,7 @@ class ModelSpec:
                 f"{source}: architectures",
                 f"must be one of {', '.join(BUILT_ARCHITECTURES)}",
                 architecture,
-                "Choose a checkpoint of a supported family.",
+                ANOTHER,
             )
         config = {**family.defaults, **config}
         require(config, REQUIRED, source)

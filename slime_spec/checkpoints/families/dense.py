@@ -99,7 +99,9 @@ def _key_of_short_windows(config: Mapping[str, Any], keys: Keys) -> str:
     """Return the key by which layers see a window of the context alone, "" where all see the whole context."""
     layers, window, first = config["num_hidden_layers"], config.get("sliding_window"), config.get("max_window_layers")
     switched = "use_sliding_window" in keys
-    if switched and (not config.get("use_sliding_window") or (first is not None and first >= layers)):
+    # Drafts with Llama's block keep the keys of a Qwen config, where false says that no layer has a window.
+    is_off = not config.get("use_sliding_window") if switched else config.get("use_sliding_window") is False
+    if is_off or (switched and first is not None and first >= layers):
         window = None
     is_short = window is not None and window < config["max_position_embeddings"]
     if types := config.get("layer_types"):

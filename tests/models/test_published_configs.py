@@ -1,0 +1,73 @@
+"""Every published config.json is computed as transformers reads it, or refused with the way to serve it.
+
+The table of them is ``tests.support.published_configs``.
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
+from slime_spec.errors import CheckpointError, NotComputedError
+from tests.support.published_configs import BUILT, DRAFTS, PARAMETERS, REFUSED_DRAFTS, SERVED
+
+
+def saved_by_transformers_5(config: dict[str, Any], folder: Path, model_type: str | None = None) -> dict[str, Any]:
+    """The config.json that transformers writes again after reading ``config``; MiMo's class extends Qwen2's."""
+    values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    model_type = model_type or config["model_type"].replace("mimo", "qwen2")
+    AutoConfig.for_model(model_type, **values).save_pretrained(folder)
+    saved: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    assert "rope_parameters" in saved
+    assert "torch_dtype" not in saved
+    return saved
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_published_model_is_computed_from_either_spelling_of_its_keys(name: str, tmp_path: Path) -> None:
+    config = BUILT[name]
+    spec = ModelSpec.from_dict(config)
+    assert ModelSpec.from_dict(saved_by_transformers_5(config, tmp_path)) == spec
+    if name in PARAMETERS:
+        assert sum(map(prod, expected_shapes(spec).values())) == PARAMETERS[name]
+    scaling = config.get("rope_scaling") or {}
+    assert (spec.rope_scaling.factor if spec.rope_scaling else None) == scaling.get("factor")
+    assert spec.rope_theta == config["rope_theta"]
+
+
+def test_mimos_mtp_layer_is_a_draft_of_its_target() -> None:
+    config = BUILT["XiaomiMiMo/MiMo-7B-RL"]
+    draft = DraftSpec.from_dict(config, ModelSpec.from_dict(config))
+    assert (draft.family, draft.in_target, draft.block.rope_theta) == ("mtp", True, 640000)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_published_draft_is_computed_from_either_spelling_of_its_keys(name: str, tmp_path: Path) -> None:
+    target_name, config = DRAFTS[name]
+    target = ModelSpec.from_dict(BUILT[target_name])
+    draft = DraftSpec.from_dict(config, target)
+    assert DraftSpec.from_dict(saved_by_transformers_5(config, tmp_path, "llama"), target) == draft
+    assert draft.draft_vocab_size == config.get("draft_vocab_size", config["vocab_size"])
+    assert draft.block.rope_theta == config.get("rope_theta", 10000.0)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_published_model_that_sglang_alone_computes_is_refused_with_the_way_to_serve_it(name: str) -> None:
+    with pytest.raises(NotComputedError, match="--rollout-engine sglang --debug-rollout-only"):
+        ModelSpec.from_dict(SERVED[name])
+
+
+@pytest.mark.parametrize("name", REFUSED_DRAFTS)
+def test_a_draft_that_is_not_computed_is_refused_by_its_key(name: str) -> None:
+    target_name, key, words, config = REFUSED_DRAFTS[name]
+    with pytest.raises(CheckpointError, match=words) as refused:
+        DraftSpec.from_dict(config, ModelSpec.from_dict(BUILT[target_name]))
+    assert refused.value.setting == f"config.json: {key}"
