@@ -17,6 +17,8 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.errors import CheckpointError, NotComputedError
+from slime_spec.launch.cli import main
+from tests.support.chat_templates import QWEN2_5, save_tokenizer
 from tests.support.published_configs import BUILT, DRAFTS, PARAMETERS, REFUSED_DRAFTS, SERVED
 
 
@@ -63,6 +65,20 @@ def test_a_published_draft_is_computed_from_either_spelling_of_its_keys(name: st
 def test_a_published_model_that_sglang_alone_computes_is_refused_with_the_way_to_serve_it(name: str) -> None:
     with pytest.raises(NotComputedError, match="--rollout-engine sglang --debug-rollout-only"):
         ModelSpec.from_dict(SERVED[name])
+
+
+@pytest.mark.parametrize("name", ["deepseek-ai/DeepSeek-R1", "zai-org/GLM-4.5-Air", "Qwen/Qwen3-8B-FP8"])
+def test_a_dry_run_lets_sglang_serve_it_from_its_json_files(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tokenizer(tmp_path / "model", QWEN2_5, eos_token="<|im_end|>")
+    (folder / "config.json").write_text(json.dumps(SERVED[name]))
+    words = f"train --dry-run --debug-rollout-only --task max4 --hf-checkpoint {folder} --output-dir {tmp_path / 'run'}"
+    words += " --skip-check gpus sglang-version --rollout-num-engines 1 --rollout-num-gpus-per-engine"
+    assert main([*words.split(), "8", "--rollout-engine", "sglang"]) == 0
+    assert "a launch would go on" in capsys.readouterr().out
+    assert main([*words.split(), "0", "--rollout-engine", "embedded"]) == 2
+    assert "serve this one with --rollout-engine sglang --debug-rollout-only" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", REFUSED_DRAFTS)

@@ -187,6 +187,11 @@ BUILT: Published = {
     },
     "Qwen/Qwen2.5-7B": {**_QWEN25_7B, "max_position_embeddings": 131072, "sliding_window": 131072, "use_mrope": False},
     "Qwen/Qwen2.5-7B-Instruct": {**_QWEN25_7B, "max_position_embeddings": 32768, "sliding_window": 131072},
+    "Qwen/Qwen2.5-7B-Instruct, with its biases named": {
+        **_QWEN25_7B,
+        "attention_bias": True,
+        "max_position_embeddings": 32768,
+    },
     "Qwen/Qwen2.5-Math-1.5B": {
         **_QWEN25_1B,
         "max_position_embeddings": 4096,

@@ -1,6 +1,6 @@
 """MiMo has Qwen2's decoder, and an MTP layer around a Qwen2 block."""
 
-from slime_spec.checkpoints.config_keys import harmless, whole
+from slime_spec.checkpoints.config_keys import whole
 from slime_spec.checkpoints.families.family import Family, MtpLayer
 from slime_spec.checkpoints.families.qwen2 import QWEN2
 
@@ -21,7 +21,6 @@ MIMO = Family(
     qkv_bias=True,
     keys={
         **QWEN2.keys,
-        "attention_bias": harmless("says that q, k and v have biases, as they always do"),
         "num_nextn_predict_layers": whole(0),
     },
     defaults=QWEN2.defaults,

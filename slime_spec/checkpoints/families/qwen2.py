@@ -1,5 +1,6 @@
 """Qwen2 and Qwen2.5 have Llama's decoder with biases of queries, keys and values."""
 
+from slime_spec.checkpoints.config_keys import harmless
 from slime_spec.checkpoints.families.dense import DENSE_KEYS, WINDOW_DEFAULTS, WINDOW_KEYS
 from slime_spec.checkpoints.families.family import Family
 
@@ -8,7 +9,11 @@ QWEN2 = Family(
     model_type="qwen2",
     is_built=True,
     qkv_bias=True,
-    keys={**DENSE_KEYS, **WINDOW_KEYS},
+    keys={
+        **DENSE_KEYS,
+        **WINDOW_KEYS,
+        "attention_bias": harmless("q, k and v have biases always"),
+    },
     defaults=WINDOW_DEFAULTS,
     overflows_float16=True,
 )
