@@ -71,6 +71,8 @@ def with_stored_embedding(folder: Path, spec: DraftSpec, target: Path) -> DraftS
     name, header = stored.get(OWN_EMBEDDING, ("", None))
     if header is None or header.shape != (spec.block.vocab_size, spec.block.hidden_size):
         return spec
+    if EMBEDDING not in CheckpointFolder(target).tensors:
+        return spec  # whoever loads the target refuses it
     (_, own), *_ = stored_tensors(folder, name.__eq__, DRAFT_PATH)
     (_, shared), *_ = stored_tensors(target, EMBEDDING.__eq__)
     is_copy = own.shape == shared.shape and torch.equal(own, shared.to(own.dtype))

@@ -1,6 +1,7 @@
 """Draft checkpoints are read whole or refused by name, and written as SpecForge and SGLang read them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from slime_spec.checkpoints.draft_tensors import (
     with_stored_embedding,
 )
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import verify_tensors
 from slime_spec.errors import CheckpointError
 from tests.support.tiny_drafts import (
     DRAFT_VOCAB,
@@ -213,6 +215,18 @@ def test_an_embedding_that_is_not_the_targets_is_used(tmp_path: Path, target: Pa
         assert found.has_own_embedding is is_used
         tensors = load_draft(folder, found).tensors
         assert torch.equal(tensors["embed_tokens.weight"], own) if is_used else "embed_tokens.weight" not in tensors
+
+
+def test_a_target_without_its_embedding_is_left_to_the_targets_own_check(tmp_path: Path, target: Path) -> None:
+    folder, damaged = make_tiny_draft(tmp_path / "draft", target, EAGLE3), tmp_path / "damaged"
+    tensors = load_file(target / "model.safetensors")
+    edit_tensors(folder, embed_tokens__weight=tensors.pop("model.embed_tokens.weight") + 1)
+    shutil.copytree(target, damaged)
+    save_file(tensors, damaged / "model.safetensors")
+    spec = ModelSpec.from_folder(damaged)
+    assert not with_stored_embedding(folder, DraftSpec.from_folder(folder, spec), damaged).has_own_embedding
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight: must be in the checkpoint"):
+        verify_tensors(damaged, spec)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn, torch.bool])
