@@ -18,6 +18,7 @@ from slime_spec.errors import CheckpointError
 from slime_spec.files import parse_json_object, read_json_object
 
 CONFIG = "config.json"
+QUANTIZATION = "hf_quant_config.json"  # where NVIDIA's ModelOpt describes quantised weights, and SGLang reads it
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TARGET_PATH = "model.hf_checkpoint"
@@ -88,11 +89,16 @@ class CheckpointFolder:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """Return the keys of config.json, those of the language model in a multimodal checkpoint at the top as well."""
+        """Return the keys of config.json, those of the language model in a multimodal checkpoint at the top as well.
+
+        A description of quantised weights in a file of its own counts as ``quantization_config``.
+        """
         stored = self.json(CONFIG)
         check_keys(stored, {"text_config": entries()}, self.source)
         whole = {key: stored[key] for key in OF_THE_WHOLE if key in stored}
         config = {**stored, **(stored.get("text_config") or {}), **whole}
+        if not config.get("quantization_config") and self.has(QUANTIZATION):
+            config["quantization_config"] = self.json(QUANTIZATION)
         check_keys(config, ANY_FAMILY, self.source)
         check_keys(config.get("eagle_config") or {}, LAYERS, self.source, "eagle_config.")
         return config

@@ -21,6 +21,8 @@ from slime_spec.launch.cli import main
 from tests.support.chat_templates import QWEN2_5, save_tokenizer
 from tests.support.published_configs import BUILT, DRAFTS, PARAMETERS, REFUSED_DRAFTS, SERVED
 
+MODELOPT = "nvidia/Llama-3.1-8B-Instruct-FP8"  # its config.json is the unquantised model's
+
 
 def saved_by_transformers_5(config: dict[str, Any], folder: Path, model_type: str | None = None) -> dict[str, Any]:
     """The config.json that transformers writes again after reading ``config``; MiMo's class extends Qwen2's."""
@@ -67,12 +69,15 @@ def test_a_published_model_that_sglang_alone_computes_is_refused_with_the_way_to
         ModelSpec.from_dict(SERVED[name])
 
 
-@pytest.mark.parametrize("name", ["deepseek-ai/DeepSeek-R1", "zai-org/GLM-4.5-Air", "Qwen/Qwen3-8B-FP8"])
+@pytest.mark.parametrize("name", ["deepseek-ai/DeepSeek-R1", "zai-org/GLM-4.5-Air", "Qwen/Qwen3-8B-FP8", MODELOPT])
 def test_a_dry_run_lets_sglang_serve_it_from_its_json_files(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_tokenizer(tmp_path / "model", QWEN2_5, eos_token="<|im_end|>")
-    (folder / "config.json").write_text(json.dumps(SERVED[name]))
+    (folder / "config.json").write_text(json.dumps(SERVED.get(name) or BUILT["meta-llama/Llama-3.1-8B-Instruct"]))
+    if name == MODELOPT:
+        described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": []}}
+        (folder / "hf_quant_config.json").write_text(json.dumps(described))
     words = f"train --dry-run --debug-rollout-only --task max4 --hf-checkpoint {folder} --output-dir {tmp_path / 'run'}"
     words += " --skip-check gpus sglang-version --rollout-num-engines 1 --rollout-num-gpus-per-engine"
     assert main([*words.split(), "8", "--rollout-engine", "sglang"]) == 0
