@@ -90,7 +90,7 @@ def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
         api_key=_api_key(own.api_key, own.api_key_file),
         max_request_mb=_whole("--max-request-mb", own.max_request_mb, 1, 1 << 20),
         incremental_streaming=own.incremental_streaming_output,
-        max_queued_requests=queued and _whole("--max-queued-requests", queued, 1, 1 << 20),
+        max_queued_requests=None if queued is None else _whole("--max-queued-requests", queued, 1, 1 << 20),
         client_timeout_s=_whole("--client-timeout-s", own.client_timeout_s, 1, 1 << 20),
         notes=made.notes,
     )

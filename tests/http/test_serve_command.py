@@ -65,6 +65,8 @@ def test_a_port_in_use_is_found_before_the_model_is_loaded(policy: Path, capsys:
         (["--port", "http"], "--port"),
         (["--port", "70000"], "--port"),
         (["--max-request-mb", "0"], "--max-request-mb"),
+        (["--max-queued-requests", ""], "--max-queued-requests"),
+        (["--client-timeout-s", "0"], "--client-timeout-s"),
         (["--hf-checkpoint", "/nowhere"], "model.hf_checkpoint"),
         (["--hots", "0.0.0.0"], "--hots"),
     ],
