@@ -50,7 +50,7 @@ ANY_FAMILY: Keys = {
     **dict.fromkeys(("model_type", "dtype", "torch_dtype"), text()),
     **dict.fromkeys(("auto_map", "quantization_config", "eagle_config"), entries()),
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "draft_vocab_size", "target_hidden_size"), SIZE),
-    # transformers makes a list of so many items when it reads a tokenizer's folder.
+    # transformers' own configuration, in SGLang's servers, makes lists of so many items.
     **dict.fromkeys(("num_hidden_layers", "num_labels"), whole(0, 4096)),
     **dict.fromkeys(("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_aux_hidden_states"), SIZE),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), SIZE),
