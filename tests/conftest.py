@@ -83,7 +83,10 @@ def pytest_order_items(items: list[pytest.Item]) -> None:
 
     def order(item: pytest.Item) -> tuple[bool, bool, str]:
         is_long, on_server = (item.get_closest_marker(name) is not None for name in ("long", "sglang_server"))
-        return on_server, is_long, _algorithm(item)
+        algorithm = _algorithm(item)
+        if algorithm and Path(item.path).name in SPLIT and shared_by(item.nodeid) != algorithm:
+            raise pytest.UsageError(f"{item.nodeid} would start a server of its own: put its @on(...) nearest to it")
+        return on_server, is_long, algorithm
 
     items.sort(key=order)
 

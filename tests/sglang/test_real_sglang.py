@@ -102,8 +102,8 @@ def test_a_stale_draft_is_hardly_accepted_and_a_pushed_one_is_again(real: Real) 
     assert {sample.draft_version for sample in again} == {7}
 
 
-@on("STANDALONE", "EAGLE3", "NGRAM", "NONE")
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
+@on("STANDALONE", "EAGLE3", "NGRAM", "NONE")
 def test_a_push_during_generation_shows_in_the_version_spans(real: Real, mode: PauseMode) -> None:
     request = GroupRequest("long", PROMPTS[0], (1, 2), SamplingParams(450, temperature=0.0, ignore_eos=True))
     before = real.engine.weights.version("target")
@@ -213,8 +213,8 @@ def test_an_aborted_sample_keeps_its_tokens(real: Real) -> None:
     assert sample.token_ids[:NUM_TOKENS] == real.generate(NUM_TOKENS)[0].token_ids[: len(sample.token_ids)]
 
 
-@on("NONE", "EAGLE3")
 @pytest.mark.parametrize("penalty", [{}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5}])
+@on("NONE", "EAGLE3")
 def test_an_aborted_sample_goes_on_from_its_tokens(real: Real, penalty: dict[str, float]) -> None:
     """Under a penalty it begins anew, because SGLang's penalties count no token of a prompt."""
     sampling = SamplingParams(200, temperature=0.0, ignore_eos=True, **penalty)  # type: ignore[arg-type]

@@ -40,8 +40,8 @@ def without(names: Mapping[str, object] | set[str], *parts: str) -> set[str]:
     return {name for name in names if not any(part in name for part in parts)}
 
 
-@on("STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])
+@on("STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
 def test_a_push_changes_exactly_the_side_that_it_names(real: Real, transport: str) -> None:
     with real.another(transport=transport) as engine:
         target, draft = real.checksums("target"), real.checksums("draft")
@@ -182,12 +182,12 @@ def test_what_a_real_server_reports_of_itself_is_compared_with_the_run(real: Rea
         assert [each.dest for each in differences(config, 0, reported) if each.is_decisive] == [dest]
 
 
-@on("STANDALONE")
 @pytest.mark.parametrize(
     ("path", "signal_number"),
     [("/model_info", signal.SIGKILL), ("/end_weight_update", signal.SIGSTOP)],
     ids=["killed-after-the-delivery", "hangs-in-the-delivery"],
 )
+@on("STANDALONE")
 def test_a_push_whose_server_is_lost_within_the_commit_is_on_its_successor(
     real: Real, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, signal_number: int
 ) -> None:
