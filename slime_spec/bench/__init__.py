@@ -19,6 +19,7 @@ BENCHES = {
     "main-job": "slime_spec.bench.main_job:MAIN_JOB",
     "engine": "slime_spec.bench.engine_speed:ENGINE_SPEED",
     "sglang": "slime_spec.bench.sglang.benchmark:SGLANG",
+    "device": "slime_spec.bench.device.benchmark:DEVICE",
     "robustness": "slime_spec.bench.robustness.benchmark:ROBUSTNESS",
 }
 WIDTH = 160
@@ -41,7 +42,7 @@ def run_bench(name: str, argv: Sequence[str]) -> int:
         if len(options.parts) > 1:
             progress.print(rows_table(measured))
         rows += measured
-        report = report_json(rows, ["slime-spec", "bench", name, *argv], options.seeds)
+        report = report_json(rows, ["slime-spec", "bench", name, *argv], options.seeds, bool(options.num_gpus))
         if options.json is not None:
             options.json.write_text(report + "\n")
         if options.markdown is not None:

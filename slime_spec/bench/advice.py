@@ -31,16 +31,23 @@ Advice = Mapping[tuple[int, ...], tuple[int, ...]]  # prompt -> advice
 
 @dataclass(frozen=True)
 class LookupSizes:
-    """Holds the numbers of prompts, tokens and rounds that are measured."""
+    """Holds the numbers of prompts, tokens and rounds that are measured; with ``num_gpus`` 1 on the GPU."""
 
     num_new_tokens: int = 128
     num_rounds: int = 5
     batch_sizes: tuple[int, ...] = (1, 8)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    num_gpus: int = 0
 
 
 def measure(options: BenchOptions) -> list[Row]:
-    sizes = LookupSizes(options.num_new_tokens, options.num_rounds)
+    sizes = LookupSizes(
+        options.num_new_tokens,
+        options.num_rounds,
+        options.batch_sizes or LookupSizes.batch_sizes,
+        options.dtypes or LookupSizes.dtypes,
+        options.num_gpus or 0,
+    )
     rows = measure_advice(options.model, edits(options.model), sizes)
     kinds = {"copy": tokenized(options.model, "copy"), "chat": tokenized(options.model, "ordinary")}
     return rows + measure_lookup(options.model, kinds, sizes)
@@ -61,7 +68,7 @@ def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int
         with ExitStack() as started:
             sides: dict[str, Side] = {}
             for count in ADVICE_TOKENS:
-                config = with_draft_tokens(engine_config(model, dtype, LOOKUP.name), count)
+                config = with_draft_tokens(engine_config(model, dtype, LOOKUP.name, sizes.num_gpus), count)
                 engine = started.enter_context(started_engine(config))
                 sides.setdefault("plain", EngineSide(engine, False))
                 sides[f"no_advice_n{count}"] = EngineSide(engine, True)
@@ -79,7 +86,8 @@ def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int
         for count in ADVICE_TOKENS:
             for name in ("advice", "edit", "no_advice"):
                 side = f"{name}_n{count}"
-                reach = REACH if side == f"advice_n{max(ADVICE_TOKENS)}" else None
+                is_bounded = side == f"advice_n{max(ADVICE_TOKENS)}" and not sizes.num_gpus
+                reach = REACH if is_bounded else None
                 words = f"{side} over plain decoding, {where}"
                 rows += ratio_rows(f"{prefix}.{side}", words, times["plain"], times[side], reach)
     return rows
@@ -98,8 +106,8 @@ def measure_lookup(model: Path, kinds: Mapping[str, Prompts], sizes: LookupSizes
     rows: list[Row] = []
     dtype = sizes.dtypes[0]
     with ExitStack() as started:
-        engine = started.enter_context(started_engine(engine_config(model, dtype, LOOKUP.name)))
-        ngram = started.enter_context(ForgetfulSide(engine_config(model, dtype, NGRAM.name)))
+        engine = started.enter_context(started_engine(engine_config(model, dtype, LOOKUP.name, sizes.num_gpus)))
+        ngram = started.enter_context(ForgetfulSide(engine_config(model, dtype, NGRAM.name, sizes.num_gpus)))
         sides: dict[str, Side] = {
             "plain": EngineSide(engine, False),
             "lookup": EngineSide(engine, True),

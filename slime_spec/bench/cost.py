@@ -9,29 +9,33 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from rollout.embedded.assemble import Assembly
-from rollout.embedded.core import GenerationCore
 from rollout.embedded.plan import RowSpan
+from rollout.embedded.target import Target
 from slime_spec.bench.chart import Series, write_chart
 from slime_spec.bench.cost_model import CostModel, Pass, fit
 from slime_spec.bench.draft_cost import SHARE_BATCH_SIZE, DraftCost, DraftSizes, measure_draft
+from slime_spec.bench.drafts import CHAINS, chosen_shapes
 from slime_spec.bench.local_engine import engine_config
 from slime_spec.bench.memory_probe import Held
 from slime_spec.bench.plain import SHORT
 from slime_spec.bench.prompts import Prompts, in_domain
 from slime_spec.bench.rows import BenchOptions, Row, at_most
-from slime_spec.bench.timing import Timed, interleaved
+from slime_spec.bench.timing import Time, Timed, interleaved
 from slime_spec.run_folder import SOURCE
 
 MB = 1_000_000
-VERIFY_REACH, OUTSIDE_REACH, MEMORY_SLACK_BYTES = 1.2, 0.15, 300 * MB
+OUTSIDE_REACH, MEMORY_SLACK_BYTES = 0.15, 300 * MB
+# Bounds of the time of a pass over 4 tokens of every sequence over that of a pass over 1, by batch size.
+VERIFY_REACH: Mapping[int, float | None] = {1: 1.2}
+GPU_VERIFY_REACH: Mapping[int, float | None] = {8: 1.15}
 PROBE_TOKENS = 2048
 NUM_PROMPTS = 32
 # The largest batch size of the chart and of the search for losing batch sizes.
@@ -52,7 +56,12 @@ class CostSizes:
 
 
 def measure(options: BenchOptions) -> list[Row]:
-    sizes = CostSizes(num_rounds=5 * options.num_rounds)
+    sizes = CostSizes(num_rounds=5 * options.num_rounds, dtypes=options.dtypes or CostSizes.dtypes)
+    if options.batch_sizes:
+        draft = replace(sizes.draft, batch_sizes=options.batch_sizes)
+        sizes = replace(sizes, batch_sizes=options.batch_sizes, draft=draft)
+    if chains := tuple(shape for shape in chosen_shapes(options) if shape in CHAINS):
+        sizes = replace(sizes, draft=replace(sizes.draft, shapes=chains))
     return measure_cost(options, in_domain(options.model, NUM_PROMPTS, options.seeds[0]), sizes)
 
 
@@ -60,15 +69,19 @@ def measure_cost(options: BenchOptions, prompts: Prompts, sizes: CostSizes) -> l
     """Measure per dtype: verify pass over plain pass, time around passes, memory, fitted model; one chart for all."""
     rows: list[Row] = []
     lines: list[Series] = []
+    num_gpus = options.num_gpus or 0
+    reach, times = (GPU_VERIFY_REACH, (BY_CLOCK,)) if num_gpus else (VERIFY_REACH, (BY_CLOCK, BY_CPU))
     for dtype in sizes.dtypes:
-        timed_passes = time_passes(options.model, dtype, sizes)
-        rows += _verify_rows(dtype, timed_passes)
+        timed_passes = time_passes(options.model, dtype, sizes, num_gpus)
+        rows += pass_rows(f"cost.{SHORT[dtype]}.pass", SHORT[dtype], timed_passes)
+        rows += verify_rows(f"cost.{SHORT[dtype]}", SHORT[dtype], timed_passes, reach, times)
         drafted = measure_draft(options, dtype, prompts, sizes.draft)
-        rows += _outside_rows(dtype, drafted)
+        rows += _outside_rows(dtype, drafted, num_gpus)
         model = fit(_minima(timed_passes), drafted.drafts, drafted.outside, drafted.plain_outside)
         rows += model_rows(dtype, model, drafted, sizes.batch_sizes)
         lines += _series(dtype, model, drafted)
-        rows.append(_memory_row(options.model, dtype))
+        if not num_gpus:
+            rows.append(_memory_row(options.model, dtype))
     if options.chart is not None:
         write_chart(options.chart, "EAGLE-3 chains over plain decoding, from the cost model", lines)
     return rows
@@ -77,30 +90,36 @@ def measure_cost(options: BenchOptions, prompts: Prompts, sizes: CostSizes) -> l
 Passes = dict[str, list[Timed[None]]]
 
 
-def time_passes(model: Path, dtype: str, sizes: CostSizes) -> Passes:
+def time_passes(model: Path, dtype: str, sizes: CostSizes, num_gpus: int = 0) -> Passes:
     """Time passes of every (batch size, tokens per sequence), named "B,k", at ``context`` cached tokens."""
-    core = Assembly(engine_config(model, dtype)).core(0, perf_counter)
+    core = Assembly(engine_config(model, dtype, num_gpus=num_gpus)).core(0, perf_counter)
+    return time_target(f"passes, {dtype}", core.target, sizes)
+
+
+def time_target(what: str, target: Target, sizes: CostSizes) -> Passes:
+    """See ``time_passes``; of ``sizes`` those of the target's passes count."""
     largest, widest = max(sizes.batch_sizes), max(sizes.num_tokens)
-    core.cache.reserve((largest, sizes.context + widest), (0, 0))
+    has_room = target.cache.reserve((largest, sizes.context + widest), (0, 0))
+    assert has_room, "the cache holds the passes"
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, core.decoder.spec.vocab_size, (sizes.context,), generator=generator).tolist()
+    tokens = torch.randint(0, target.decoder.spec.vocab_size, (sizes.context,), generator=generator).tolist()
     for row in range(largest):
-        core.target.run(core.cache.own, [RowSpan(row, 0, sizes.context)], tokens)
-    sides = {f"{b},{k}": _PassSide(core, b, k, sizes.context) for b in sizes.batch_sizes for k in sizes.num_tokens}
-    return interleaved(f"passes, {dtype}", sizes.num_rounds, sides)
+        target.run(target.cache.own, [RowSpan(row, 0, sizes.context)], tokens)
+    sides = {f"{b},{k}": _PassSide(target, b, k, sizes.context) for b in sizes.batch_sizes for k in sizes.num_tokens}
+    return interleaved(what, sizes.num_rounds, sides)
 
 
 class _PassSide:
     """Runs one pass over the next tokens of every sequence, with logits; the cache is left unchanged."""
 
-    def __init__(self, core: GenerationCore, batch_size: int, num_tokens: int, context: int) -> None:
-        self._core = core
+    def __init__(self, target: Target, batch_size: int, num_tokens: int, context: int) -> None:
+        self._target = target
         self._spans = [RowSpan(row, context, num_tokens) for row in range(batch_size)]
-        self._tokens = [(7 * i) % core.decoder.spec.vocab_size for i in range(batch_size * num_tokens)]
+        self._tokens = [(7 * i) % target.decoder.spec.vocab_size for i in range(batch_size * num_tokens)]
 
     def __call__(self, turn: int) -> None:
-        target = self._core.target
-        target.logits(target.run(self._core.cache.own, self._spans, self._tokens).hidden)
+        target = self._target
+        target.logits(target.run(target.cache.own, self._spans, self._tokens).hidden)
 
 
 def _minima(passes: Passes) -> list[Pass]:
@@ -108,31 +127,44 @@ def _minima(passes: Passes) -> list[Pass]:
     return [Pass(int(batch_size), int(num_tokens), seconds) for (batch_size, num_tokens), seconds in cells]
 
 
-def _verify_rows(dtype: str, passes: Passes) -> list[Row]:
+def pass_rows(prefix: str, model: str, passes: Passes) -> list[Row]:
+    """Return the time of every pass, ``{prefix}.b8.k4``, of a model given in words."""
     rows = []
     for each in _minima(passes):
-        what = f"{SHORT[dtype]}: a pass over {each.num_tokens} tokens of each of {each.batch_size} sequences"
-        id = f"cost.{SHORT[dtype]}.pass.b{each.batch_size}.k{each.num_tokens}"
-        rows.append(Row(id, what, 1000 * each.seconds, "ms"))
-    one, four = passes["1,1"], passes["1,4"]
-    for suffix, time in (("ratio", "seconds"), ("cpu_ratio", "cpu_s")):
-        ratio = statistics.median(getattr(b, time) / getattr(a, time) for a, b in zip(one, four, strict=True))
-        what = f"{SHORT[dtype]}, batch 1: a pass over 4 tokens over a pass over 1, {len(one)} interleaved rounds"
-        rows.append(at_most(f"cost.{SHORT[dtype]}.verify4.{suffix}", what, ratio, "x", VERIFY_REACH))
+        what = f"{model}: a pass over {each.num_tokens} tokens of each of {each.batch_size} sequences"
+        rows.append(Row(f"{prefix}.b{each.batch_size}.k{each.num_tokens}", what, 1000 * each.seconds, "ms"))
     return rows
 
 
-def _outside_rows(dtype: str, drafted: DraftCost) -> list[Row]:
-    return [
-        at_most(
-            f"cost.{SHORT[dtype]}.outside.b{SHARE_BATCH_SIZE}.{name}",
-            f"{SHORT[dtype]}, batch {SHARE_BATCH_SIZE}, {name}: share of a round's time outside target and draft",
-            share,
-            "share",
-            OUTSIDE_REACH,
-        )
-        for name, share in drafted.outside_shares.items()
-    ]
+BY_CLOCK: tuple[Time, str] = ("seconds", "ratio")
+BY_CPU: tuple[Time, str] = ("cpu_s", "cpu_ratio")  # says nothing where a GPU computes
+
+
+def verify_rows(
+    prefix: str, model: str, passes: Passes, reach: Mapping[int, float | None], times: Sequence[tuple[Time, str]]
+) -> list[Row]:
+    """Return the time of a pass over 4 tokens over that of one over 1, for every measured batch size of ``reach``."""
+    rows = []
+    for batch_size, bound in reach.items():
+        if not {f"{batch_size},1", f"{batch_size},4"} <= passes.keys():
+            continue
+        one, four = passes[f"{batch_size},1"], passes[f"{batch_size},4"]
+        for time, suffix in times:
+            ratio = statistics.median(getattr(b, time) / getattr(a, time) for a, b in zip(one, four, strict=True))
+            what = f"{model}, batch {batch_size}: a pass over 4 tokens over one over 1, {len(one)} interleaved rounds"
+            id = f"{prefix}.b{batch_size}.verify4.{suffix}"
+            rows.append(Row(id, what, ratio, "x") if bound is None else at_most(id, what, ratio, "x", bound))
+    return rows
+
+
+def _outside_rows(dtype: str, drafted: DraftCost, num_gpus: int) -> list[Row]:
+    rows = []
+    for name, share in drafted.outside_shares.items():
+        id = f"cost.{SHORT[dtype]}.outside.b{SHARE_BATCH_SIZE}.{name}"
+        where = f"{SHORT[dtype]}, batch {SHARE_BATCH_SIZE}, {name}"
+        what = f"{where}: share of a round's time outside target and draft"
+        rows.append(Row(id, what, share, "share") if num_gpus else at_most(id, what, share, "share", OUTSIDE_REACH))
+    return rows
 
 
 def model_rows(dtype: str, model: CostModel, drafted: DraftCost, batch_sizes: Sequence[int]) -> list[Row]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
@@ -12,6 +11,7 @@ from slime_spec.bench.cost_model import Pass
 from slime_spec.bench.drafts import CHAINS, Shape, eagle3_config
 from slime_spec.bench.prompts import Prompts, rotating
 from slime_spec.bench.rows import BenchOptions
+from slime_spec.bench.timing import settled
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
 SHARE_BATCH_SIZE = 8
@@ -47,7 +47,7 @@ def measure_draft(options: BenchOptions, dtype: str, prompts: Prompts, sizes: Dr
     """Measure greedy rounds of every shape and batch size, plain steps, and the outside share of sampled rounds."""
     found = DraftCost()
     for shape in sizes.shapes:
-        core = Assembly(eagle3_config(options, dtype, shape)).core(0, perf_counter)
+        core = Assembly(eagle3_config(options, dtype, shape)).core(0, settled)
         gained: list[GeneratedSample] = []
         for batch_size in sizes.batch_sizes:
             runs = timed_runs(core, prompts, batch_size, sizes, GREEDY)

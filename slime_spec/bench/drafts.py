@@ -15,6 +15,7 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.folder import CONFIG, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config
+from slime_spec.interfaces import unknown_choice
 
 WEIGHTS = "model.safetensors"
 
@@ -39,6 +40,15 @@ SHAPES = (Shape(2, 1, 3), Shape(3, 1, 4), Shape(5, 1, 6), Shape(7, 1, 8), Shape(
 CHAINS = tuple(shape for shape in SHAPES if shape.topk == 1)
 
 
+def chosen_shapes(options: BenchOptions) -> tuple[Shape, ...]:
+    """Return the shapes that the options name, or all of SHAPES; raises ConfigError for an unknown name."""
+    by_name = {shape.name: shape for shape in SHAPES}
+    for name in options.shapes:
+        if name not in by_name:
+            raise unknown_choice("--shapes", by_name, name)
+    return tuple(by_name[name] for name in options.shapes or by_name)
+
+
 def with_draft_tokens(config: Config, count: int) -> Config:
     """Return the same configuration with ``count`` verified tokens a round, the root included."""
     return replace(config, speculative=replace(config.speculative, num_draft_tokens=count))
@@ -46,7 +56,7 @@ def with_draft_tokens(config: Config, count: int) -> Config:
 
 def eagle3_config(options: BenchOptions, dtype: str, shape: Shape, **speculative: Any) -> Config:
     """Configure an engine that drafts with ``options.draft``; ``speculative`` are more settings of that section."""
-    config = engine_config(options.model, dtype, EAGLE3.name)
+    config = engine_config(options.model, dtype, EAGLE3.name, options.num_gpus or 0)
     settings = replace(
         config.speculative,
         draft_model_path=options.draft,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from slime_spec.bench.drafts import SHAPES, Shape, eagle3_config
+from slime_spec.bench.drafts import SHAPES, Shape, chosen_shapes, eagle3_config
 from slime_spec.bench.local_engine import engine_config, started_engine
 from slime_spec.bench.plain import SHORT
 from slime_spec.bench.prompts import Prompts, in_domain, rotating
@@ -27,12 +27,15 @@ from slime_spec.bench.race import (
     speed_rows,
 )
 from slime_spec.bench.rows import BenchOptions, Row
+from slime_spec.bench.timing import Time
 from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.types import SamplingParams
 
-# Bounds of greedy decode speed over the engine's own plain decoding, by batch size.
+# Bounds of greedy decode speed over the engine's own plain decoding, by batch size. A CPU's are by the clock and by CPU
+# time, prefill left out; a GPU's are by the clock, with the prefill and without.
 REACH = {1: 2.0, 4: 1.6, 8: 1.3}
-PROMPTS_AT_ONCE = {1: 6, 4: 8, 8: 16}
+GPU_REACH = {1: 2.5, 8: 2.0, 64: 1.4}
+NUM_PROMPTS = 64
 # Sampled replies can be long: they are cut where the main job cuts them, and measured in one dtype.
 LONGEST_SAMPLED = 64
 SAMPLED_SHAPE = Shape(3, 1, 4)
@@ -57,8 +60,14 @@ class Eagle3Sizes:
 
 
 def measure(options: BenchOptions) -> list[Row]:
-    prompts = in_domain(options.model, 4 * max(PROMPTS_AT_ONCE.values()), options.seeds[0])
-    return measure_eagle3(options, prompts, Eagle3Sizes(options.num_new_tokens, options.num_rounds))
+    sizes = Eagle3Sizes(options.num_new_tokens, options.num_rounds, shapes=chosen_shapes(options))
+    if options.num_gpus:
+        sizes = replace(sizes, batch_sizes=tuple(GPU_REACH))
+    if options.batch_sizes:
+        sizes = replace(sizes, batch_sizes=options.batch_sizes, sampled_batch_sizes=options.batch_sizes)
+    if options.dtypes:
+        sizes = replace(sizes, dtypes=options.dtypes, sampled_dtypes=options.dtypes[:1])
+    return measure_eagle3(options, in_domain(options.model, NUM_PROMPTS, options.seeds[0]), sizes)
 
 
 def measure_eagle3(options: BenchOptions, prompts: Prompts, sizes: Eagle3Sizes) -> list[Row]:
@@ -69,7 +78,7 @@ def measure_eagle3(options: BenchOptions, prompts: Prompts, sizes: Eagle3Sizes) 
     for dtype in sizes.dtypes:
         with greedy_sides(options, dtype, sizes.shapes) as sides:
             for batch_size in sizes.batch_sizes:
-                rows += _greedy_rows(workload, dtype, batch_size, sides)
+                rows += _greedy_rows(workload, dtype, batch_size, sides, bool(options.num_gpus))
     workload = replace(workload, longest=min(sizes.num_new_tokens, LONGEST_SAMPLED))
     for dtype in sizes.sampled_dtypes:
         with sampled_sides(options, dtype) as sides:
@@ -88,7 +97,7 @@ class Workload:
     longest: int
 
     def race(self, where: str, batch_size: int, sides: Mapping[str, Side]) -> Times:
-        count = PROMPTS_AT_ONCE[batch_size]
+        count = max(6, 2 * batch_size)  # several batches a round, whose replies end at different times
 
         def ask(turn: int) -> Ask:
             chosen = rotating(self.prompts, turn * count, count)
@@ -102,7 +111,8 @@ class Workload:
 def greedy_sides(options: BenchOptions, dtype: str, shapes: tuple[Shape, ...]) -> Iterator[dict[str, Side]]:
     """Return plain decoding, and one engine per shape."""
     with ExitStack() as started:
-        plain = started.enter_context(started_engine(engine_config(options.model, dtype)))
+        config = engine_config(options.model, dtype, num_gpus=options.num_gpus or 0)
+        plain = started.enter_context(started_engine(config))
         sides: dict[str, Side] = {"plain": EngineSide(plain, False)}
         for shape in shapes:
             engine = started.enter_context(started_engine(eagle3_config(options, dtype, shape)))
@@ -114,7 +124,8 @@ def greedy_sides(options: BenchOptions, dtype: str, shapes: tuple[Shape, ...]) -
 def sampled_sides(options: BenchOptions, dtype: str) -> Iterator[dict[str, Side]]:
     """Return plain decoding at temperature 1, and one engine per way of verification."""
     with ExitStack() as started:
-        plain = started.enter_context(started_engine(engine_config(options.model, dtype)))
+        config = engine_config(options.model, dtype, num_gpus=options.num_gpus or 0)
+        plain = started.enter_context(started_engine(config))
         sides: dict[str, Side] = {"plain": EngineSide(plain, False, _at_temperature_1)}
         for name, settings in VERIFICATIONS.items():
             config = eagle3_config(options, dtype, SAMPLED_SHAPE, **settings)
@@ -126,22 +137,32 @@ def _at_temperature_1(prompt: tuple[int, ...]) -> SamplingParams:
     return SamplingParams(temperature=1.0)
 
 
-def _greedy_rows(workload: Workload, dtype: str, batch_size: int, sides: Mapping[str, Side]) -> list[Row]:
+def _greedy_rows(workload: Workload, dtype: str, batch_size: int, sides: Mapping[str, Side], on_gpu: bool) -> list[Row]:
     where = f"{SHORT[dtype]}, batch {batch_size}, greedy"
     times = workload.race(where, batch_size, sides)
     prefix = f"eagle3.{SHORT[dtype]}.b{batch_size}"
     rows = _speeds(prefix, where, times)
     shapes = [name for name in times if name not in ("plain", "prefill")]
-    best = max(shapes, key=lambda name: _decode(times, name, "cpu_s"))
+    best = max(shapes, key=lambda name: _decode(times, name, "seconds" if on_gpu else "cpu_s"))
     words = f"EAGLE-3 {best}, the best of {len(shapes)} shapes, over plain decoding, {where}"
-    for suffix, time, by in (
-        ("decode_ratio", "seconds", "by the clock"),
-        ("decode_cpu_ratio", "cpu_s", "per CPU second"),
-    ):
+    return rows + best_rows(f"{prefix}.best", words, times, best, batch_size, on_gpu)
+
+
+def best_rows(prefix: str, words: str, times: Times, best: str, batch_size: int, on_gpu: bool) -> list[Row]:
+    """Return the speed of side ``best`` over that of side "plain", each with and without side "prefill"."""
+    by_clock = (GPU_REACH if on_gpu else REACH).get(batch_size)
+    rows = []
+    bounds: tuple[tuple[str, Time, str, float | None], ...] = (
+        ("decode_ratio", "seconds", "by the clock", by_clock),
+        ("decode_cpu_ratio", "cpu_s", "per CPU second", None if on_gpu else by_clock),
+    )
+    for suffix, time, by, bound in bounds:
         value = _decode(times, best, time)
-        text = f"{words}, prefill apart, {by}"
-        rows.append(maybe_at_least(f"{prefix}.best.{suffix}", text, value, REACH.get(batch_size)))
-    return [*rows, *ratio_rows(f"{prefix}.best", f"{words}, prefill included", times["plain"], times[best])]
+        rows.append(maybe_at_least(f"{prefix}.{suffix}", f"{words}, prefill apart, {by}", value, bound))
+    with_prefill, by_cpu = ratio_rows(prefix, f"{words}, prefill included", times["plain"], times[best])
+    if on_gpu:
+        with_prefill = maybe_at_least(with_prefill.id, with_prefill.what, with_prefill.value, by_clock)
+    return [*rows, with_prefill, by_cpu]
 
 
 def _sampled_rows(workload: Workload, dtype: str, batch_size: int, sides: Mapping[str, Side]) -> list[Row]:
@@ -150,8 +171,10 @@ def _sampled_rows(workload: Workload, dtype: str, batch_size: int, sides: Mappin
     prefix = f"eagle3.{SHORT[dtype]}.b{batch_size}.sampled"
     rows = _speeds(prefix, where, times)
     for name in VERIFICATIONS:
-        text = f"{name} over plain decoding, {where}, prefill apart, per CPU second"
-        rows.append(Row(f"{prefix}.{name}.decode_cpu_ratio", text, _decode(times, name, "cpu_s"), "x"))
+        text = f"{name} over plain decoding, {where}, prefill apart"
+        by_clock, by_cpu = _decode(times, name, "seconds"), _decode(times, name, "cpu_s")
+        rows.append(Row(f"{prefix}.{name}.decode_ratio", f"{text}, by the clock", by_clock, "x"))
+        rows.append(Row(f"{prefix}.{name}.decode_cpu_ratio", f"{text}, per CPU second", by_cpu, "x"))
     return rows
 
 
@@ -160,5 +183,5 @@ def _speeds(prefix: str, where: str, times: Times) -> list[Row]:
     return [row for name in names for row in speed_rows(f"{prefix}.{name}", f"{name}, {where}", times[name])]
 
 
-def _decode(times: Times, name: str, time: str) -> float:
-    return decode_speed_up(times["plain"], times[name], times["prefill"], "cpu_s" if time == "cpu_s" else "seconds")
+def _decode(times: Times, name: str, time: Time) -> float:
+    return decode_speed_up(times["plain"], times[name], times["prefill"], time)

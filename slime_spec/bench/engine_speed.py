@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from slime_spec.bench.drafts import CHAINS, eagle3_config
+from slime_spec.bench.drafts import CHAINS, SHAPES, chosen_shapes, eagle3_config
+from slime_spec.bench.local_engine import check_num_gpus
 from slime_spec.bench.peers.catalogue import PEERS
 from slime_spec.bench.peers.install import install
 from slime_spec.bench.rows import Benchmark, BenchOptions
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.errors import ConfigError
 
 HERE = "slime_spec.bench"
 PARTS = {
@@ -28,6 +30,13 @@ NEED_THE_DRAFT = {"peers", "eagle3", "cost", "exactness"}
 
 def prepare(options: BenchOptions) -> None:
     """See Benchmark; by default one thread computes, as in every peer."""
+    if options.num_gpus and "peers" in options.parts:
+        ours = " ".join(part for part in options.parts if part != "peers") or "plain"
+        raise ConfigError(
+            "--only", "must leave out peers on a GPU: they are CPU engines", "peers", f"Pass --only {ours}."
+        )
+    check_num_gpus(options.num_gpus)
+    chosen_shapes(options)
     target = ModelSpec.from_folder(options.model)
     if NEED_THE_DRAFT & set(options.parts):
         choose_draft(eagle3_config(options, "float32", CHAINS[0]), target)
@@ -40,6 +49,21 @@ def prepare(options: BenchOptions) -> None:
 def add_flags(parser: ArgumentParser) -> None:
     """See Benchmark."""
     parser.add_argument("--threads", metavar="N", type=int, help="compute threads of every engine (1)")
+    parser.add_argument("--num-gpus", metavar="N", type=int, help="1: this engine and Hugging Face run on the GPU (0)")
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        metavar="N",
+        type=int,
+        help="sequences at once, instead of each part's own (peers: always its own; exactness: the largest)",
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16"), help="instead of each part's own, which are both"
+    )
+    shapes = " ".join(shape.name for shape in SHAPES)
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NAME", help=f"drafts of part eagle3, and of cost the chains ({shapes})"
+    )
     parser.add_argument("--draft", metavar="DRAFT", help=f"the EAGLE-3 draft that is measured ({BenchOptions.draft})")
     parser.add_argument("--peers", metavar="DIR", type=Path, help=f"where the peers are ({BenchOptions.peers})")
     parser.add_argument(
@@ -53,5 +77,5 @@ ENGINE_SPEED = Benchmark(
     parts=PARTS,
     prepare=prepare,
     add_flags=add_flags,
-    defaults=BenchOptions(num_rounds=3, num_new_tokens=128),
+    defaults=BenchOptions(num_rounds=3, num_new_tokens=128, num_gpus=0, batch_sizes=()),
 )

@@ -44,16 +44,19 @@ class ExactnessSizes:
 def measure(options: BenchOptions) -> list[Row]:
     ordinary, copy = tokenized(options.model, "ordinary"), tokenized(options.model, "copy")
     prompts = (*ordinary, *copy, *in_domain(options.model, 8, options.seeds[0]))
-    return measure_exactness(options, prompts, ExactnessSizes(options.num_new_tokens))
+    batch_size = max(options.batch_sizes, default=ExactnessSizes.batch_size)
+    sizes = ExactnessSizes(options.num_new_tokens, batch_size, options.dtypes or ExactnessSizes.dtypes)
+    return measure_exactness(options, prompts, sizes)
 
 
 def measure_exactness(options: BenchOptions, prompts: Prompts, sizes: ExactnessSizes) -> list[Row]:
     """Compare per dtype and way of drafting; then report, per dtype, the margins of all divergences."""
     rows: list[Row] = []
     for dtype in sizes.dtypes:
-        core = Assembly(engine_config(options.model, dtype)).core(0, perf_counter)
+        plain = engine_config(options.model, dtype, num_gpus=options.num_gpus or 0)
+        core = Assembly(plain).core(0, perf_counter)
         margins: list[float] = []
-        expected = _replies(engine_config(options.model, dtype), prompts, sizes)
+        expected = _replies(plain, prompts, sizes)
         for name, config in speculating(options, dtype).items():
             found = _replies(config, prompts, sizes)
             rows.append(_identity_row(dtype, name, expected, found))
@@ -65,7 +68,7 @@ def measure_exactness(options: BenchOptions, prompts: Prompts, sizes: ExactnessS
 
 def speculating(options: BenchOptions, dtype: str) -> dict[str, Config]:
     """Return the ways of drafting that are compared with plain decoding."""
-    plain = engine_config(options.model, dtype)
+    plain = engine_config(options.model, dtype, num_gpus=options.num_gpus or 0)
     weightless = {
         name: replace(plain, speculative=replace(plain.speculative, algorithm=name))
         for name in (LOOKUP.name, NGRAM.name)

@@ -6,20 +6,44 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.algorithms import NONE
-from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
+from slime_spec.config.tree import Config, EngineConfig, ModelConfig, RolloutConfig, SpeculativeConfig
+from slime_spec.errors import ConfigError
 from slime_spec.interfaces import RolloutEngine
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
+# A GPU's cache holds 64 sequences of every model and length that is measured.
+GPU_KV_CACHE_GB = 8.0
 
-def engine_config(model: Path, dtype: str, algorithm: str = NONE.name) -> Config:
+
+def engine_config(model: Path, dtype: str, algorithm: str = NONE.name, num_gpus: int = 0) -> Config:
+    """Configure an engine on the CPU, or on the GPU where ``num_gpus`` is 1."""
+    kv_cache_gb = GPU_KV_CACHE_GB if num_gpus else EngineConfig.kv_cache_gb
     return Config(
         model=ModelConfig(hf_checkpoint=str(model)),
-        engine=EngineConfig(dtype=dtype, cost_probe_interval=0),  # no other work disturbs the timing
+        rollout=RolloutConfig(num_gpus_per_engine=num_gpus),
+        # No other work disturbs the timing.
+        engine=EngineConfig(dtype=dtype, cost_probe_interval=0, kv_cache_gb=kv_cache_gb),
         speculative=SpeculativeConfig(algorithm=algorithm),
     )
+
+
+def device_of(num_gpus: int | None) -> torch.device:
+    return torch.device("cuda" if num_gpus else "cpu")
+
+
+def check_num_gpus(num_gpus: int | None) -> None:
+    """Refuse, as a ConfigError, a number that the embedded engine cannot run on, and a GPU that is not there."""
+    if num_gpus not in (0, 1):
+        rule = "must be 0 (the CPU) or 1: the embedded engine runs on one GPU"
+        raise ConfigError("--num-gpus", rule, num_gpus, "Pass --num-gpus 1.")
+    if num_gpus and not torch.cuda.is_available():
+        rule = "needs a GPU that this machine's torch can use"
+        raise ConfigError("--num-gpus", rule, num_gpus, "Pass --num-gpus 0, or install a torch with CUDA beside a GPU.")
 
 
 @contextmanager

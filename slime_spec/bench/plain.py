@@ -14,7 +14,7 @@ from slime_spec.bench.race import Ask, EngineSide, Side, Times, race, ratio_rows
 from slime_spec.bench.rows import BenchOptions, Row
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-# Bounds of the speed over Hugging Face's, by batch size.
+# Bounds of the speed over Hugging Face's on a CPU, by batch size.
 REACH = {1: 1.8, 8: 2.0}
 
 
@@ -31,14 +31,23 @@ class PlainSizes:
 def measure(options: BenchOptions) -> list[Row]:
     chat, copy = tokenized(options.model, "ordinary"), tokenized(options.model, "copy")
     mixed = tuple(prompt for pair in zip(chat, copy, strict=True) for prompt in pair)
-    return measure_plain(options.model, mixed, PlainSizes(options.num_new_tokens, options.num_rounds), REACH)
+    num_gpus = options.num_gpus or 0
+    sizes = PlainSizes(
+        options.num_new_tokens,
+        options.num_rounds,
+        options.batch_sizes or PlainSizes.batch_sizes,
+        options.dtypes or PlainSizes.dtypes,
+    )
+    return measure_plain(options.model, mixed, sizes, {} if num_gpus else REACH, num_gpus)
 
 
-def measure_plain(model: Path, prompts: Prompts, sizes: PlainSizes, reach: Mapping[int, float]) -> list[Row]:
+def measure_plain(
+    model: Path, prompts: Prompts, sizes: PlainSizes, reach: Mapping[int, float], num_gpus: int = 0
+) -> list[Row]:
     """Measure speeds and ratios per dtype and batch size."""
     rows: list[Row] = []
     for dtype in sizes.dtypes:
-        with hf_and_engine(model, dtype, sizes.num_new_tokens) as sides:
+        with hf_and_engine(model, dtype, sizes.num_new_tokens, num_gpus) as sides:
             for batch_size in sizes.batch_sizes:
                 where = f"{SHORT[dtype]}, batch {batch_size}"
                 times = hf_race(sides, prompts, batch_size, sizes, where)
@@ -47,14 +56,14 @@ def measure_plain(model: Path, prompts: Prompts, sizes: PlainSizes, reach: Mappi
                 rows += speed_rows(prefix, f"embedded engine, {text}", times["engine"])
                 rows += speed_rows(f"{prefix}.hf", f"Hugging Face generate, {text}", times["hf"])
                 words = f"engine over Hugging Face, {where}"
-                rows += ratio_rows(prefix, words, times["hf"], times["engine"], reach[batch_size])
+                rows += ratio_rows(prefix, words, times["hf"], times["engine"], reach.get(batch_size))
     return rows
 
 
 @contextmanager
-def hf_and_engine(model: Path, dtype: str, num_new_tokens: int) -> Iterator[dict[str, Side]]:
-    reference = HfGenerate(model, dtype, num_new_tokens)
-    with started_engine(engine_config(model, dtype)) as engine:
+def hf_and_engine(model: Path, dtype: str, num_new_tokens: int, num_gpus: int = 0) -> Iterator[dict[str, Side]]:
+    reference = HfGenerate(model, dtype, num_new_tokens, num_gpus)
+    with started_engine(engine_config(model, dtype, num_gpus=num_gpus)) as engine:
         yield {"engine": EngineSide(engine, speculative=False), "hf": HfSide(reference)}
 
 

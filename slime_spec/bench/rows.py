@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,8 @@ class BenchOptions:
     attention_backend: str | None = None
     num_prompts: int = 8
     batch_sizes: tuple[int, ...] = (1, 8, 32, 64)
+    dtypes: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
     count: int | None = None
     seconds: float | None = None
 
@@ -115,12 +118,15 @@ def shown(value: float | None, unit: str, holds: bool | None) -> str:
     return "not measured" if holds is None and not unit else f"not finite {unit}"
 
 
-def report_json(rows: Sequence[Row], command: Sequence[str], seeds: Sequence[int]) -> str:
-    """Return the rows with everything needed to repeat them; a value that is NaN or infinite is null."""
+def report_json(rows: Sequence[Row], command: Sequence[str], seeds: Sequence[int], on_gpu: bool = False) -> str:
+    """Return the rows with everything needed to repeat them; a value that is NaN or infinite is null.
+
+    ``on_gpu`` says whether they were measured on this machine's GPU, which ``machine`` then describes.
+    """
     return json.dumps(
         {
             "rows": [{**asdict(row), "value": row.value if math.isfinite(row.value) else None} for row in rows],
-            "machine": machine(),
+            "machine": {**machine(), "gpu": gpu() if on_gpu else None},
             "versions": versions(),
             "seeds": list(seeds),
             "command": shlex.join(command),
@@ -139,6 +145,7 @@ def report_markdown(report: str) -> str:
     lines = [
         f"- machine: {at['processor']}, {at['cores']} cores, {at['memory_bytes'] / 1e9:.1f} GB, "
         f"{at['torch_threads']} torch threads, {at['engine_kernels']} kernels",
+        *([f"- GPU: {_gpu_words(at['gpu'])}"] if at["gpu"] else []),
         f"- versions: {', '.join(f'{name} {packages[name]}' for name in MARKDOWN_PACKAGES)}, "
         f"Python {data['versions']['python']}; revision {revision}",
         f"- seeds: {', '.join(map(str, data['seeds']))}; date: {data['date']}",
@@ -152,6 +159,28 @@ def report_markdown(report: str) -> str:
         cells = (f"`{row['id']}`", row["what"], value, row["reach"], HOLDS[row["holds"]])
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _gpu_words(about: Mapping[str, Any]) -> str:
+    memory = f"{about['memory_bytes'] / 1e9:.1f} GB"
+    return f"{about['name']}, {memory}, CUDA {about['cuda']} of torch, driver {about['driver']}"
+
+
+def gpu() -> dict[str, object]:
+    """Return the first GPU's name, memory and compute capability, the CUDA version of torch, and the driver's.
+
+    Example: ``{"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 85017493504, "capability": "9.0", "cuda": "13.0",
+    "driver": "580.65.06"}``; the driver is None where the machine does not tell.
+    """
+    found, driver = torch.cuda.get_device_properties(0), Path("/proc/driver/nvidia/version")
+    versions_of_driver = re.findall(r"\s(\d+(?:\.\d+)+)\s", driver.read_text()) if driver.exists() else []
+    return {
+        "name": found.name,
+        "memory_bytes": found.total_memory,
+        "capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
+        "driver": versions_of_driver[0] if versions_of_driver else None,
+    }
 
 
 def machine() -> dict[str, object]:

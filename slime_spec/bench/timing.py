@@ -1,4 +1,7 @@
-"""Time alternatives in turn in one process, so that a disturbance of the machine meets all of them."""
+"""Time alternatives in turn in one process, so that a disturbance of the machine meets all of them.
+
+Work on a GPU is queued and done later; a time here ends when it is done.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from functools import partial
 from time import perf_counter, process_time
 from typing import Generic, Literal, TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -26,7 +30,14 @@ class Timed(Generic[Result]):
     cpu_s: float = 0.0
 
 
-def timed(call: Callable[[], Result], clock: Clock = perf_counter, cpu_clock: Clock = process_time) -> Timed[Result]:
+def settled() -> float:
+    """Return seconds by ``perf_counter`` once the GPU that this process uses, if any, has done what was queued."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+def timed(call: Callable[[], Result], clock: Clock = settled, cpu_clock: Clock = process_time) -> Timed[Result]:
     start, cpu_start = clock(), cpu_clock()
     result = call()
     return Timed(clock() - start, result, cpu_clock() - cpu_start)
@@ -36,7 +47,7 @@ def interleaved(
     what: str,
     num_rounds: int,
     sides: Mapping[str, Callable[[int], Result]],
-    clock: Clock = perf_counter,
+    clock: Clock = settled,
     cpu_clocks: Mapping[str, Clock] | None = None,
     before: Mapping[str, Callable[[], None]] | None = None,
 ) -> dict[str, list[Timed[Result]]]:

@@ -14,7 +14,7 @@ from slime_spec.bench.advice import LookupSizes, measure_advice, measure_lookup
 from slime_spec.bench.cost import CostSizes, measure_cost, time_passes
 from slime_spec.bench.draft_cost import DraftSizes, measure_draft
 from slime_spec.bench.drafts import Shape, eagle3_config, vllm_draft_folder
-from slime_spec.bench.eagle3 import Eagle3Sizes, measure_eagle3
+from slime_spec.bench.eagle3 import Eagle3Sizes, best_rows, measure_eagle3
 from slime_spec.bench.exactness import ExactnessSizes, divergence_margins, logit_noise, measure_exactness
 from slime_spec.bench.local_engine import engine_config, greedy, started_engine
 from slime_spec.bench.memory_probe import held_memory
@@ -59,6 +59,21 @@ def test_ratios_count_tokens_because_replies_end_where_they_end() -> None:
     rows = by_id(ratio_rows("x", "", [slow], [fast], 3.0))
     assert (rows["x.ratio"].value, rows["x.ratio"].holds) == (2.0, False)
     assert (rows["x.cpu_ratio"].value, rows["x.cpu_ratio"].holds) == (4.0, True)
+
+
+@pytest.mark.parametrize(("batch_size", "reach"), [(1, ">= 2.5"), (8, ">= 2"), (64, ">= 1.4"), (4, "")])
+def test_a_gpu_is_held_to_the_clock_with_the_prefill_and_without(batch_size: int, reach: str) -> None:
+    times = {
+        "plain": [Timed(11.0, answer(21), cpu_s=11.0)],
+        "fast": [Timed(5.0, answer(21), cpu_s=5.0)],
+        "prefill": [Timed(1.0, answer(1), cpu_s=1.0)],
+    }
+    rows = by_id(best_rows("x", "", times, "fast", batch_size, on_gpu=True))
+    assert {id: row.value for id, row in rows.items()} == pytest.approx(
+        {"x.decode_ratio": 2.5, "x.decode_cpu_ratio": 2.5, "x.ratio": 2.2, "x.cpu_ratio": 2.2}
+    )
+    assert (rows["x.decode_ratio"].reach, rows["x.ratio"].reach) == (reach, reach)
+    assert (rows["x.decode_cpu_ratio"].reach, rows["x.cpu_ratio"].reach) == ("", "")
 
 
 def test_an_engine_answers_batch_by_batch_ends_at_eos_and_counts_its_passes(options: BenchOptions) -> None:
@@ -148,7 +163,7 @@ def test_the_cost_part_says_where_speculation_loses_and_draws_it(options: BenchO
     sizes = CostSizes(1, (1, 2), (1, 4), 16, ("float32",), DraftSizes(4, 1, (1, 8), (Shape(2, 1, 3),)))
     # A random draft of a random model gains next to nothing, so it loses at once.
     rows = by_id(measure_cost(replace(options, chart=tmp_path / "chart.svg"), PROMPTS, sizes))
-    assert rows["cost.fp32.verify4.ratio"].reach == "<= 1.2"
+    assert rows["cost.fp32.b1.verify4.ratio"].reach == "<= 1.2"
     assert rows["cost.fp32.model.s2.loses_from.measured"].value == 1
     predicted = rows["cost.fp32.model.s2.b1.predicted"].value
     length = rows["cost.fp32.model.s2.accept_length"].value

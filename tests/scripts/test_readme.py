@@ -29,6 +29,7 @@ REDUCTIONS = {
     "slime-spec draft train": "--help",
     "slime-spec bench main-job": "--help",
     "slime-spec bench engine": "--help",
+    "slime-spec bench device": "--only ceilings --rounds 1",
     "slime-spec bench sglang": "--help",
     "slime-spec bench robustness": "--count 5 --kind commands",
 }

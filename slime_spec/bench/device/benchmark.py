@@ -1,0 +1,48 @@
+"""The benchmark of the device has these parts and flags."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from slime_spec.bench.device.random_model import SHAPES
+from slime_spec.bench.local_engine import check_num_gpus
+from slime_spec.bench.rows import Benchmark, BenchOptions
+from slime_spec.interfaces import unknown_choice
+
+HERE = "slime_spec.bench.device"
+PARTS = {
+    "ceilings": f"{HERE}.ceilings:measure",
+    "shapes": f"{HERE}.shapes:measure",
+    "ipc": f"{HERE}.ipc:measure",
+}
+
+
+def prepare(options: BenchOptions) -> None:
+    """See Benchmark."""
+    check_num_gpus(options.num_gpus)
+    for name in options.shapes:
+        if name not in SHAPES:
+            raise unknown_choice("--shapes", SHAPES, name)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """See Benchmark."""
+    parser.add_argument("--num-gpus", metavar="N", type=int, help="1: the GPU is measured (0: the CPU, in small sizes)")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="NAME",
+        help=f"of part shapes, any of {', '.join(SHAPES)} (135m 1b 8b on a GPU, tiny on a CPU)",
+    )
+    parser.add_argument(
+        "--batch-sizes", nargs="+", metavar="N", type=int, help="of part shapes (1 8 64 256 on a GPU, 1 8 on a CPU)"
+    )
+
+
+DEVICE = Benchmark(
+    what="The device: copy and matmul, passes of models of known shapes with random weights, bytes between processes.",
+    parts=PARTS,
+    prepare=prepare,
+    add_flags=add_flags,
+    defaults=BenchOptions(num_rounds=10, num_gpus=0, batch_sizes=()),
+)

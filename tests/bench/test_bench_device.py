@@ -1,0 +1,200 @@
+"""``slime-spec bench device`` on a CPU in small sizes: models of known shapes, every part's rows, failing receivers."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rollout.embedded.plan import RowSpan
+from slime_spec.bench import run_bench
+from slime_spec.bench.cost import BY_CLOCK, GPU_VERIFY_REACH, CostSizes, verify_rows
+from slime_spec.bench.device.ceilings import CeilingSizes, measure_ceilings
+from slime_spec.bench.device.ipc import IpcSizes, Receive, measure_ipc
+from slime_spec.bench.device.random_model import (
+    LLAMA_32_1B,
+    SHAPES,
+    TINY,
+    num_read_weights,
+    num_weights,
+    random_target,
+    random_tensors,
+)
+from slime_spec.bench.device.shapes import measure_shape
+from slime_spec.bench.rows import Row, report_json, report_markdown
+from slime_spec.bench.timing import Timed
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.errors import ConfigError
+from tests.bench.failing_receivers import dies, hangs, loses
+
+CPU = torch.device("cpu")
+PUBLISHED = {"135m": 134_515_008, "1b": 1_235_814_400, "8b": 8_030_261_248}
+
+
+def by_id(rows: list[Row]) -> dict[str, Row]:
+    assert len({row.id for row in rows}) == len(rows)
+    return {row.id: row for row in rows}
+
+
+def hf_config(spec: ModelSpec) -> LlamaConfig:
+    rope = {"rope_type": "default", "rope_theta": spec.rope_theta}
+    if (scaling := spec.rope_scaling) is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    return LlamaConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_position_embeddings,
+        rms_norm_eps=spec.rms_norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=spec.tie_word_embeddings,
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_shape_has_as_many_parameters_as_the_published_model(name: str) -> None:
+    spec = SHAPES[name]
+    assert num_weights(spec) == PUBLISHED[name]
+    with torch.device("meta"):
+        reference = LlamaForCausalLM(hf_config(spec))
+    assert sum(each.numel() for each in reference.parameters()) == PUBLISHED[name]
+
+
+def test_a_pass_reads_every_weight_but_an_embedding_that_is_no_head() -> None:
+    assert num_read_weights(LLAMA_32_1B) == PUBLISHED["1b"]
+    assert num_read_weights(SHAPES["8b"]) == PUBLISHED["8b"] - 128256 * 4096
+
+
+def test_a_random_model_computes_what_transformers_computes_with_the_same_weights() -> None:
+    reference = LlamaForCausalLM(hf_config(TINY)).eval()
+    missing, unexpected = reference.load_state_dict(
+        dict(random_tensors(TINY, torch.float32, CPU, seed=3)), strict=False
+    )
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # tied to the embedding, which was loaded
+    token_ids = [(37 * i) % TINY.vocab_size for i in range(24)]
+    target = random_target(TINY, torch.float32, CPU, num_rows=1, num_positions=24, seed=3)
+    assert target.cache.reserve((1, 24), (0, 0))
+    ours = target.logits(target.run(target.cache.own, [RowSpan(0, 0, 24)], token_ids).hidden)
+    with torch.no_grad():
+        expected = reference(torch.tensor([token_ids])).logits[0]
+    assert expected.abs().max() > 0.1
+    assert (ours - expected).abs().max() < 1e-5
+
+
+def test_the_ceilings_are_a_copy_and_a_product() -> None:
+    rows = by_id(measure_ceilings(CPU, CeilingSizes(2**20, 64, 2)))
+    assert {id: row.unit for id, row in rows.items()} == {"device.copy": "TB/s", "device.matmul.bf16": "TFLOP/s"}
+    assert all(row.value > 0 for row in rows.values())
+
+
+def test_a_shape_is_timed_for_every_batch_and_width() -> None:
+    sizes = CostSizes(2, (1, 8), (1, 4), 8, ("float32",))
+    rows = by_id(measure_shape("tiny", TINY, CPU, sizes, copied=1e12))
+    cells = {f"device.tiny.eager.b{b}.k{k}" for b in (1, 8) for k in (1, 4)}
+    share = "device.tiny.eager.b1.k1.bandwidth_share"
+    assert rows.keys() == cells | {"device.tiny.eager.b8.verify4.ratio", share, "device.tiny.weights"}
+    assert all(row.holds is None for row in rows.values())
+    assert all(math.isfinite(row.value) and row.value > 0 for row in rows.values())
+    assert rows["device.tiny.weights"].value == pytest.approx(4e-9 * num_weights(TINY))
+    one_ms = rows["device.tiny.eager.b1.k1"].value
+    assert rows[share].value == pytest.approx(4 * num_weights(TINY) / 1e12 / (one_ms / 1000))
+
+
+def test_a_gpu_is_held_to_the_verify_pass_at_batch_8_by_the_clock_alone() -> None:
+    passes = {
+        "1,1": [Timed(1.0, None)],
+        "1,4": [Timed(9.0, None)],
+        "8,1": [Timed(1.0, None)],
+        "8,4": [Timed(1.1, None)],
+    }
+    (row,) = verify_rows("x", "a model", passes, GPU_VERIFY_REACH, (BY_CLOCK,))
+    assert (row.id, row.reach, row.holds) == ("x.b8.verify4.ratio", "<= 1.15", True)
+
+
+def test_bytes_arrive_in_another_process_whole_and_in_buckets() -> None:
+    rows = by_id(measure_ipc(CPU, IpcSizes(2**16, 3, 2)))
+    assert rows["device.ipc.arrived"].value == 1.0
+    speeds = {f"device.ipc.{way}" for way in ("copy", "whole", "buckets")}
+    ratios = {f"device.ipc.{way}.ratio" for way in ("whole", "buckets")}
+    assert rows.keys() == speeds | ratios | {"device.ipc.arrived"}
+    assert all(math.isfinite(row.value) and row.value > 0 for row in rows.values())
+    assert all(rows[id].holds is None for id in speeds | ratios)
+
+
+@pytest.mark.parametrize(
+    ("receiver", "says"),
+    [(dies, "ended with exit code 7"), (hangs, "gave no answer in 0.5 s"), (loses, "by which all bytes arrived")],
+)
+def test_a_receiver_that_fails_is_a_row_that_does_not_hold(receiver: Receive, says: str) -> None:
+    started = time.monotonic()
+    rows = by_id(measure_ipc(CPU, IpcSizes(2**12, 2, 1, answer_s=0.5 if receiver is hangs else 60.0), receiver))
+    assert rows["device.ipc.arrived"].holds is False
+    assert says in rows["device.ipc.arrived"].what
+    assert time.monotonic() - started < 120
+
+
+def test_the_command_measures_small_sizes_on_a_cpu(tmp_path: Path) -> None:
+    report = tmp_path / "rows.json"
+    argv = ["--num-gpus", "0", "--only", "ceilings", "shapes", "--rounds", "1", "--json", str(report)]
+    run_bench("device", argv)  # whether a bound holds is the machine's affair
+    found = json.loads(report.read_text())
+    assert found["machine"]["gpu"] is None
+    ids = [row["id"] for row in found["rows"]]
+    assert {"device.copy", "device.tiny.eager.b1.k1", "device.tiny.eager.b8.k8"} <= set(ids)
+    assert all(row["value"] is not None for row in found["rows"])
+
+
+def test_a_report_from_a_gpu_names_the_card() -> None:
+    report = json.loads(report_json([], ["slime-spec"], (0,)))
+    assert report["machine"]["gpu"] is None
+    assert "GPU" not in report_markdown(json.dumps(report))
+    report["machine"]["gpu"] = {
+        "name": "NVIDIA H100",
+        "memory_bytes": 85 * 10**9,
+        "cuda": "13.0",
+        "driver": "580.65.06",
+    }
+    assert "- GPU: NVIDIA H100, 85.0 GB, CUDA 13.0 of torch, driver 580.65.06" in report_markdown(json.dumps(report))
+
+
+@pytest.mark.parametrize("bench", ["device", "engine"])
+@pytest.mark.parametrize(("count", "says"), [("2", "on one GPU"), ("1", "torch can use")])
+def test_a_gpu_that_cannot_be_used_is_refused(
+    bench: str, count: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as refused:
+        run_bench(bench, ["--num-gpus", count, "--only", "plain" if bench == "engine" else "shapes"])
+    assert refused.value.setting == "--num-gpus"
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("bench", "argv", "setting", "says"),
+    [
+        ("device", ["--shapes", "9b"], "--shapes", "must be one of"),
+        ("device", ["--batch-sizes", "0"], "--batch-sizes", "at least 1"),
+        ("engine", ["--num-gpus", "1", "--only", "plain", "peers"], "--only", "Pass --only plain."),
+        ("engine", ["--num-gpus", "-1"], "--num-gpus", "at least 0"),
+        ("engine", ["--shapes", "s3k1n5"], "--shapes", "s3k1n4"),
+        ("engine", ["--dtypes", "float8"], "slime-spec bench engine", "--dtypes"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_measured(bench: str, argv: list[str], setting: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run_bench(bench, argv)
+    assert refused.value.setting == setting
+    assert says in str(refused.value)
