@@ -23,7 +23,7 @@ from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.types import SamplingParams
 
 REACH = 3.0
-LONGEST_REPLY = 256
+REPLIES_LONGER = 2  # a repeated text may be this much longer than other replies
 # Tokens verified per round, the root included.
 ADVICE_TOKENS = (8, 16)
 Advice = Mapping[tuple[int, ...], tuple[int, ...]]  # prompt -> advice
@@ -48,7 +48,7 @@ def measure(options: BenchOptions) -> list[Row]:
         options.dtypes or LookupSizes.dtypes,
         options.num_gpus or 0,
     )
-    rows = measure_advice(options.model, edits(options.model), sizes)
+    rows = measure_advice(options.model, edits(options.model), sizes, REPLIES_LONGER * options.num_new_tokens)
     kinds = {"copy": tokenized(options.model, "copy"), "chat": tokenized(options.model, "ordinary")}
     return rows + measure_lookup(options.model, kinds, sizes)
 
@@ -60,7 +60,7 @@ def edits(model: Path) -> dict[tuple[int, ...], tuple[int, ...]]:
     return {tokenizer.chat(REPEAT + text): tokenizer.encode(text.replace(now, before)) for text in LONG_TEXTS}
 
 
-def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int = LONGEST_REPLY) -> list[Row]:
+def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int) -> list[Row]:
     """Measure batch 1, greedy, to EOS: with advice in both of RTP-LLM's modes, without advice, and plain."""
     prompts, stops = tuple(advice), tuple(end_token_ids(model))
     rows: list[Row] = []

@@ -15,7 +15,7 @@ from slime_spec.bench.cost import CostSizes, measure_cost, time_passes
 from slime_spec.bench.draft_cost import DraftSizes, measure_draft
 from slime_spec.bench.drafts import Shape, eagle3_config, vllm_draft_folder
 from slime_spec.bench.eagle3 import Eagle3Sizes, best_rows, measure_eagle3
-from slime_spec.bench.exactness import ExactnessSizes, divergence_margins, logit_noise, measure_exactness
+from slime_spec.bench.exactness import ExactnessSizes, divergence_margins, logit_noise, measure_exactness, speculating
 from slime_spec.bench.local_engine import engine_config, greedy, started_engine
 from slime_spec.bench.memory_probe import held_memory
 from slime_spec.bench.plain import PlainSizes, measure_plain
@@ -74,6 +74,13 @@ def test_a_gpu_is_held_to_the_clock_with_the_prefill_and_without(batch_size: int
     )
     assert (rows["x.decode_ratio"].reach, rows["x.ratio"].reach) == (reach, reach)
     assert (rows["x.decode_cpu_ratio"].reach, rows["x.cpu_ratio"].reach) == ("", "")
+
+
+def test_every_engine_of_a_measurement_runs_on_the_same_device(options: BenchOptions) -> None:
+    for num_gpus in (0, 1):
+        on_device = replace(options, num_gpus=num_gpus)
+        configs = [*speculating(on_device, "float32").values(), eagle3_config(on_device, "bfloat16", Shape(2, 1, 3))]
+        assert {each.rollout.num_gpus_per_engine for each in configs} == {num_gpus}
 
 
 def test_an_engine_answers_batch_by_batch_ends_at_eos_and_counts_its_passes(options: BenchOptions) -> None:

@@ -57,8 +57,8 @@ def receive(connection: Connection, num_bytes: int, device: str) -> None:
             continue
         start, piece = message
         own[start : start + len(piece)].copy_(piece)
+        settled()  # before the handle is closed
         del message, piece  # closes the handle, which the time includes
-        settled()
         connection.send(COPIED)
 
 
