@@ -17,6 +17,8 @@ from slime_spec.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Ids that a vocabulary may leave out. What loads it lists every one: an id of 2^31 took minutes and gigabytes.
+MOST_LEFT_OUT = 2**16
 WITHOUT_CODE = "Remove auto_map where tokenizer.json is the whole tokenizer, or choose another checkpoint."
 # Classes that put BOS before a plain text themselves, as SGLang has it: tokenizer.py of its hf_transformers.
 PUT_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
@@ -60,6 +62,7 @@ class Tokenizer:
         if settings.get("auto_map"):
             rule = "must name no class of its own (auto_map): the code of a checkpoint is not run (trust_remote_code)"
             raise CheckpointError(str(stored.path / "tokenizer_config.json"), rule, "auto_map", WITHOUT_CODE)
+        _check_ids(stored)
         from transformers import PreTrainedTokenizerFast  # takes seconds, which only a command that tokenizes shall pay
 
         try:
@@ -171,6 +174,19 @@ def check_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> None:
             f"{tokenizer.vocab_size} ids",
             "Use the tokenizer files that belong to these weights.",
         )
+
+
+def _check_ids(stored: CheckpointFolder) -> None:
+    """Refuse a tokenizer.json whose ids lie far beyond the number of its tokens; raises CheckpointError."""
+    data = stored.json("tokenizer.json")
+    model, added = data.get("model"), data.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)) if isinstance(vocab, list) else ())]
+    ids += [each.get("id") for each in (added if isinstance(added, list) else ()) if isinstance(each, dict)]
+    largest = max((each for each in ids if type(each) is int), default=0)
+    if largest > (limit := len(ids) + MOST_LEFT_OUT):
+        rule = f"must have ids up to {limit} for its {len(ids)} tokens"
+        raise CheckpointError(str(stored.path / "tokenizer.json"), rule, largest, AGAIN)
 
 
 def _date_values(chat_date: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from slime_spec.config.addresses import ANY_HOST, is_loopback, parse_address
-from slime_spec.config.sglang_server import SglangServerConfig
+from slime_spec.config.sglang_server import SglangServerConfig, size_of
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 
@@ -81,8 +81,7 @@ def _check_router(config: Config) -> None:
 
 
 def _check_data_parallel(config: Config) -> None:
-    num_gpus, replicas = config.rollout.num_gpus_per_engine, config.sglang.get("dp_size", 1)
-    assert isinstance(replicas, int), "typed by the table of flags"
+    num_gpus, replicas = config.rollout.num_gpus_per_engine, size_of(config.sglang, "dp_size")
     if replicas < 1 or max(1, num_gpus) % replicas:  # the CPU is one device
         raise ConfigError(
             "sglang.dp_size",
@@ -97,12 +96,9 @@ def _check_ranks(config: Config) -> None:
     num_gpus, sizes = config.rollout.num_gpus_per_engine, config.sglang
     if not num_gpus or not sizes.keys() & {"tp_size", "pp_size"}:
         return
-    data_parallel, stages = sizes.get("dp_size", 1), sizes.get("pp_size", 1)
-    assert isinstance(data_parallel, int), "typed by the table of flags"
-    replicas = 1 if sizes.get("enable_dp_attention") else data_parallel
-    ranks = sizes.get("tp_size", num_gpus // replicas)
-    assert isinstance(ranks, int), "typed by the table of flags"
-    assert isinstance(stages, int), "typed by the table of flags"
+    stages = size_of(sizes, "pp_size")
+    replicas = 1 if sizes.get("enable_dp_attention") else size_of(sizes, "dp_size")
+    ranks = size_of(sizes, "tp_size") if "tp_size" in sizes else num_gpus // replicas
     if ranks * stages * replicas != num_gpus:
         raise ConfigError(
             "sglang.tp_size",

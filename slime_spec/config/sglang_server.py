@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from slime_spec.config.setting import INT32, MAX_WAIT_S, SAMPLES, setting
@@ -100,3 +101,10 @@ class SglangServerConfig:
         maximum=1.0,
     )
     max_restarts: int = setting(3, "Restarts of one engine's server before the run ends.", minimum=0, maximum=INT32)
+
+
+def size_of(flags: Mapping[str, object], dest: str) -> int:
+    """Return a size of SGLang's servers (``dp_size``): 1, SGLang's default, where the flag is not given or null."""
+    value = flags.get(dest)
+    assert value is None or isinstance(value, int), "typed by the table of flags"
+    return 1 if value is None else value

@@ -22,6 +22,7 @@ from slime_spec.config.api_key import refuse_literal_keys
 from slime_spec.config.build import from_dict, to_dict
 from slime_spec.config.schema import SGLANG
 from slime_spec.config.server_checks import check_servers
+from slime_spec.config.sglang_server import size_of
 from slime_spec.config.speculation import check_speculation
 from slime_spec.config.tree import DTYPES, Config, SpeculativeConfig
 from slime_spec.config.yaml_file import read_yaml_file
@@ -105,11 +106,9 @@ def _device_flags(config: Config) -> dict[str, object]:
     if num_gpus == 0:
         return {"device": "cpu"}
     flags: dict[str, object] = {}
-    data_parallel = config.sglang.get("dp_size", 1)
-    assert isinstance(data_parallel, int), "typed by the table of flags"
     # With data parallel attention all replicas share the tensor-parallel ranks; without, each replica has its own.
     shared = bool(config.sglang.get("enable_dp_attention"))
-    flags["tp_size"] = num_gpus if shared else num_gpus // data_parallel
+    flags["tp_size"] = num_gpus if shared else num_gpus // size_of(config.sglang, "dp_size")
     if config.run.mode == "train" and config.cluster.colocate and config.cluster.offload:
         flags["enable_memory_saver"] = True
         if config.speculative.record.has_weights:

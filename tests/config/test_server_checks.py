@@ -65,6 +65,7 @@ def test_what_is_no_address_is_refused(address: str, rule: str) -> None:
         (serving(num_gpus=1, sglang={"tp_size": 2}), "must be the 1 GPUs"),
         (serving(num_gpus=4, sglang={"pp_size": 2}), r"pp_size \(2\)"),
         (serving(num_gpus=4, sglang={"tp_size": 4, "dp_size": 2}), r"replicas \(2\)"),
+        (serving(num_gpus=4, sglang={"tp_size": None}), "must be the 4 GPUs"),  # which leaves SGLang its default: 1
         (serving(num_gpus=12), "--rollout-num-gpus-per-engine 8"),
         (serving(num_gpus=16, host="127.0.0.1"), "spans 2"),
         (serving(num_gpus=16, host="10.0.0.1"), "spans 2"),
@@ -84,6 +85,7 @@ def test_servers_that_contradict_each_other_are_refused(config: Config, rule: st
         serving(num_gpus=4, sglang={"dp_size": 2}),
         serving(num_gpus=4, sglang={"tp_size": 2, "pp_size": 2}),
         serving(num_gpus=4, sglang={"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}),
+        serving(num_gpus=4, sglang={"dp_size": None, "pp_size": None}),
         serving(num_gpus=0, sglang={"tp_size": 2}),
         serving(router=True, router_args=("--policy", "random")),
         serving(num_engines=2, external_addrs=("a:1", "[::1]:1"), router_addr="b:1"),

@@ -191,6 +191,22 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("where", ["vocabulary", "added token"])
+def test_an_id_far_beyond_the_number_of_tokens_is_refused_before_anything_lists_what_is_left_out(
+    where: str, tmp_path: Path
+) -> None:
+    """Two billion ids were listed in a warning of 24 GB."""
+    path = save_tokenizer(tmp_path) / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    if where == "vocabulary":
+        stored["model"]["vocab"]["a"] = 2**31
+    else:
+        stored["added_tokens"][-1]["id"] = 2**31
+    path.write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: must have ids up to \d+ for its \d+ tokens.*2147483648"):
+        Tokenizer.load(tmp_path)
+
+
 def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, tokenizer_class="OwnTokenizer", auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]})
     (tmp_path / "own.py").write_text("raise SystemExit('code of the checkpoint was run')")

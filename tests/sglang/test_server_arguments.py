@@ -163,6 +163,7 @@ def test_gpus_are_tensor_parallel_ranks_shared_by_replicas(config: Config) -> No
     assert "--tp-size 4" in words(gpus)
     assert "--device cpu" not in words(gpus)
     replicas = words(replace(gpus, sglang={"dp_size": 2}))
+    assert words(replace(gpus, sglang={"dp_size": None})) == words(gpus)
     assert "--tp-size 2 " in replicas
     assert "--dp-size 2" in replicas
     attention = words(replace(gpus, sglang={"dp_size": 2, "enable_dp_attention": True}))
