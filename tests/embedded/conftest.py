@@ -1,9 +1,13 @@
-"""Tiny checkpoints, written once per test session."""
+"""Tiny checkpoints, written once per test session, and the device that the engine's tests compute on."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rollout.embedded.assemble import Assembly
+from slime_spec.config.tree import Config
 from tests.support.tiny_models import make_tiny_checkpoint
 
 
@@ -26,3 +30,17 @@ def micro_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "initializer_range": 0.3,
     }
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "micro", **shape)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give every engine a GPU under ``--device cuda``, whatever its test's configuration says."""
+    begin = Assembly.__init__
+
+    def on_gpu(self: Assembly, config: Config) -> None:
+        begin(self, replace(config, rollout=replace(config.rollout, num_gpus_per_engine=1)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--device") == "cuda":
+            patch.setattr(Assembly, "__init__", on_gpu)
+        yield

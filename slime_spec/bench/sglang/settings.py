@@ -32,6 +32,8 @@ CHAIN: Mapping[str, Any] = {"num_steps": 3, "eagle_topk": 1, "num_draft_tokens":
 ALGORITHMS = names(lambda each: each.sglang is not None and each.drafter is not None)
 # Only these of SGLang's attention backends verify drafts where nothing but torch and Triton is installed.
 ATTENTION_ON_CPU, ATTENTION_ON_GPU = "intel_amx", "triton"
+# Likewise of its other parts: a GPU machine may have nothing that compiles kernels.
+BARE: Mapping[str, Any] = {"sampling_backend": "pytorch", "grammar_backend": "none"}
 MEMORY_SHARE = 0.3  # of a GPU: part "speed" runs two servers on one
 MARGIN = 64  # tokens of a request that SGLang keeps for drafts
 CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
@@ -96,7 +98,12 @@ def engine_settings(options: BenchOptions, algorithm: str, prompts: Prompts, at_
         speculative=speculation(options, algorithm),
         # The benchmark checks drafts itself, and an idle server must not disturb the server that is timed.
         sglang_server=SglangServerConfig(python=options.sglang_python, host="127.0.0.1", canary_prompts=0),
-        sglang={"attention_backend": attention, "mem_fraction_static": MEMORY_SHARE, "sleep_on_idle": True},
+        sglang={
+            "attention_backend": attention,
+            "mem_fraction_static": MEMORY_SHARE,
+            "sleep_on_idle": True,
+            **(BARE if gpus else {}),
+        },
     )
 
 

@@ -1,0 +1,82 @@
+"""What a visit to a GPU measures: menus of parts, each a command that writes a report of rows.
+
+A visit lasts a quarter of an hour, so a part is small, has a limit, and is a process of its own: one that hangs, runs
+out of memory or breaks the device's context takes no other part with it. Each has a rehearsal on a CPU, the same
+command with small sizes, so that no visit meets a line of code for the first time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from unpack import SGLANG_PYTHON
+
+# Stand for the file that a command writes, as slime-spec bench --json does, and for a rehearsal's tiny checkpoints.
+REPORT, POLICY, DRAFT = "{report}", "{policy}", "{draft}"
+BENCH = ("-m", "slime_spec", "bench")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Measures one thing; ``on_gpu`` and ``on_cpu`` are arguments of Python, and ``limit_s`` what a GPU's may take."""
+
+    name: str
+    limit_s: int
+    on_gpu: tuple[str, ...]
+    on_cpu: tuple[str, ...]
+
+    def command(self, device: str, report: Path, stand_ins: Path) -> list[str]:
+        values = {REPORT: str(report), POLICY: str(stand_ins / "policy"), DRAFT: str(stand_ins / "draft")}
+        return [values.get(word, word) for word in (self.on_gpu if device == "cuda" else self.on_cpu)]
+
+
+def _bench(name: str, part: str, limit_s: int, on_gpu: tuple[str, ...] = (), on_cpu: tuple[str, ...] = ()) -> Part:
+    """A part of a benchmark, which has ``--num-gpus``."""
+    words = (*BENCH, name, "--only", part, "--json", REPORT, "--num-gpus")
+    return Part(f"{name} {part}", limit_s, (*words, "1", *on_gpu), (*words, "0", *on_cpu))
+
+
+# The rehearsal of the engine's benchmark: short replies of a tiny policy, one dtype, one chain.
+BRIEF = ("--model", POLICY, "--draft", DRAFT, "--rounds", "1", "--new-tokens", "8", "--dtypes", "bfloat16")
+CHAIN = ("--shapes", "s3k1n4")
+TWICE = ("--rounds", "2")
+MENUS: dict[str, tuple[Part, ...]] = {
+    "engine": (
+        _bench("device", "ceilings", 40),
+        _bench("device", "shapes", 120, on_cpu=TWICE),
+        _bench("engine", "exactness", 90, on_cpu=(*BRIEF, *CHAIN)),
+        _bench("engine", "plain", 90, TWICE, BRIEF),
+        _bench("engine", "eagle3", 150, (*TWICE, *CHAIN, "--dtypes", "bfloat16"), (*BRIEF, *CHAIN)),
+        _bench("engine", "cost", 90, ("--rounds", "1", "--dtypes", "bfloat16"), BRIEF),
+        Part(
+            "device tests",
+            200,
+            ("scripts/gpu/device_tests.py", REPORT, "--device", "cuda", "--processes", "12"),
+            ("scripts/gpu/device_tests.py", REPORT, "--device", "cpu", "--only", "test_tree_attention.py"),
+        ),
+    ),
+    "step": (
+        _bench("device", "ipc", 60),
+        Part(
+            "rl steps",
+            240,
+            ("scripts/gpu/rl_steps.py", REPORT, "--num-gpus", "1", "--turns", "4", "--num-rollout", "4"),
+            ("scripts/gpu/rl_steps.py", REPORT, "--num-gpus", "0", "--policy", POLICY, "--draft", DRAFT),
+        ),
+    ),
+    # The rehearsal of these is the tests of the real server, which need minutes and an environment of their own.
+    "sglang": tuple(
+        _bench(
+            "sglang",
+            part,
+            150,
+            (
+                *("--sglang-python", str(SGLANG_PYTHON), "--dtype", "bfloat16"),
+                *("--rounds", "1", "--batch-sizes", "1", "8", "64"),
+            ),
+        )
+        for part in ("exactness", "speed", "push", "stale")
+    ),
+}
+REHEARSED = ("engine", "step")

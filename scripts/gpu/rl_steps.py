@@ -1,0 +1,86 @@
+"""Whole steps of RL with speculation on and off, in turns, as rows: ``rl_steps.py REPORT --num-gpus 1``.
+
+Engine and trainer share the device, as in a colocated run. The first step of each run warms up and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from slime_spec.bench.rows import Row, report_json
+from slime_spec.metrics.jsonl import read_metrics
+
+TIMES = ("rollout_time", "train_time", "sync_time", "step_time")
+OFF = ("speculative.algorithm=NONE", "speculative.draft_model_path=null", "speculative.use_rejection_sampling=false")
+ON_GPU = ("engine.dtype=bfloat16", "trainer.dtype=bfloat16", "rollout.max_response_len=256")
+SMALL = ("rollout.batch_size=2", "rollout.n_samples_per_prompt=2", "rollout.max_response_len=8")
+
+
+def arguments(speculates: bool, options: argparse.Namespace) -> list[str]:
+    """Return the command line of one run: the main job, or a small one of the tiny policy of a rehearsal."""
+    words = ["train", "--config", "smollm2-135m", "--num-rollout", str(options.num_rollout), "--no-console"]
+    words += [f"rollout.num_gpus_per_engine={options.num_gpus}", f"trainer.num_gpus={options.num_gpus}"]
+    words += ON_GPU if options.num_gpus else ()
+    if options.policy is not None:
+        words += [f"model.hf_checkpoint={options.policy}", f"speculative.draft_model_path={options.draft}", *SMALL]
+    return [*words, *(() if speculates else OFF), "trainer.save_final=false"]
+
+
+def run(folder: Path, speculates: bool, options: argparse.Namespace) -> list[dict[str, float | None]]:
+    """Run a job; return the metrics of its steps, without the first where there are others."""
+    words = [*arguments(speculates, options), "--output-dir", str(folder)]
+    done = subprocess.run([sys.executable, "-m", "slime_spec", *words])
+    if done.returncode:
+        raise SystemExit(f"the run with speculation {'on' if speculates else 'off'} ended with {done.returncode}")
+    steps = read_metrics(folder / "metrics.jsonl")
+    return steps[1:] or steps
+
+
+def rows_of(on: Sequence[dict[str, float | None]], off: Sequence[dict[str, float | None]]) -> list[Row]:
+    """Return the medians of the steps' times, on and off, the shares of a step, and the ratios."""
+    rows = []
+    for name in TIMES:
+        medians = {side: median(steps, f"perf/{name}") for side, steps in (("on", on), ("off", off))}
+        for side, value in medians.items():
+            rows.append(Row(f"rl.{side}.{name}", f"speculation {side}: median of the steps' perf/{name}", value, "s"))
+            share = value / median(on if side == "on" else off, "perf/step_time")
+            rows.append(Row(f"rl.{side}.{name}_share", f"speculation {side}: share of a step", share, "share"))
+        ratio = medians["off"] / medians["on"]
+        rows.append(Row(f"rl.{name}.off_over_on", f"perf/{name} without speculation over with it", ratio, "x"))
+    what = "tokens a verify round of the main job"
+    rows.append(Row("rl.on.accept_length", what, median(on, "rollout/spec_accept_length"), "tokens"))
+    return rows
+
+
+def median(steps: Sequence[dict[str, float | None]], name: str) -> float:
+    return statistics.median(value for step in steps if (value := step.get(name)) is not None)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--num-gpus", type=int, choices=(0, 1), required=True)
+    parser.add_argument("--turns", type=int, default=2, help="runs, with speculation on and off in turn (2)")
+    parser.add_argument("--num-rollout", type=int, default=1, help="steps of a run (1)")
+    parser.add_argument("--policy", type=Path, help="a tiny checkpoint, for a rehearsal")
+    parser.add_argument("--draft", type=Path, help="its draft")
+    options = parser.parse_args(argv)
+    steps: dict[bool, list[dict[str, float | None]]] = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(options.turns):
+            speculates = turn % 2 == 0
+            steps[speculates] += run(Path(folder) / str(turn), speculates, options)
+            if all(steps.values()):
+                rows = rows_of(steps[True], steps[False])
+                options.report.write_text(report_json(rows, ["scripts/gpu/rl_steps.py", *argv], ()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
