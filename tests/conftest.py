@@ -43,7 +43,12 @@ def _algorithm(item: pytest.Item) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole files go to one process, and the tests of one real server, whichever file they are in."""
+    """Whole files go to one process, and the tests of one real server, whichever file they are in.
+
+    ``--dist worksteal`` gives every test to whichever process is free.
+    """
+    if config.getoption("dist") == "worksteal":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class BySharedFixtures(LoadScopeScheduling):

@@ -25,11 +25,13 @@ FILES = (
     "test_partial_samples.py",
     "test_pushes.py",
 )
+# Which tests: "device_tests" draw 20,000 samples where they count them; "sampling_laws" are the proofs of 200,000.
+CHOICES = {"device_tests": ("-m", "not proves"), "sampling_laws": ("-m", "proves", "--all")}
 SHOWN = 40  # failures that the report names; the log has their tracebacks
 
 
-def rows_of(junit: Path) -> list[Row]:
-    """Return how many tests passed and failed, with the names of those that failed, from pytest's JUnit file."""
+def rows_of(junit: Path, choice: str) -> list[Row]:
+    """Return how many tests of a choice passed and failed, and which failed, from pytest's JUnit file."""
     passed, failed = 0, []
     for case in ElementTree.parse(junit).iter("testcase"):
         outcomes = {child.tag for child in case}
@@ -38,8 +40,8 @@ def rows_of(junit: Path) -> list[Row]:
         elif "skipped" not in outcomes:
             passed += 1
     return [
-        at_least("device_tests.passed", "tests of the embedded engine that passed", passed, "tests", 1),
-        at_most("device_tests.failed", "; ".join(failed[:SHOWN]) or "tests that failed", len(failed), "tests", 0),
+        at_least(f"{choice}.passed", "tests of the embedded engine that passed", passed, "tests", 1),
+        at_most(f"{choice}.failed", "; ".join(failed[:SHOWN]) or "tests that failed", len(failed), "tests", 0),
     ]
 
 
@@ -48,14 +50,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("report", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--processes", default="0", help="pytest's -n")
+    parser.add_argument("--choice", choices=CHOICES, default="device_tests")
+    parser.add_argument("--match", default="", help="pytest's -k")
     parser.add_argument("--only", nargs="+", default=FILES, help="files of tests/embedded")
     options = parser.parse_args(argv)
     junit = options.report.with_suffix(".xml")
     files = [f"tests/embedded/{name}" for name in options.only]
-    # The proofs of 200,000 samples take half an hour of a CPU; the same tests with 20,000 are among the quick ones.
-    choice = ["-m", "not proves", "-p", "no:cacheprovider", "-q", "-n", options.processes, "--device", options.device]
-    subprocess.run([sys.executable, "-m", "pytest", *choice, f"--junitxml={junit}", *files], cwd=ROOT)
-    rows = rows_of(junit)
+    # Test by test, for one file may take as long as all others: what a file's tests share is made in a second.
+    words = [*CHOICES[options.choice], "-k", options.match, "-n", options.processes, "--dist", "worksteal"]
+    words += ["-q", "-p", "no:cacheprovider", "--device", options.device, f"--junitxml={junit}"]
+    subprocess.run([sys.executable, "-m", "pytest", *words, *files], cwd=ROOT)
+    rows = rows_of(junit, options.choice)
     options.report.write_text(report_json(rows, ["scripts/gpu/device_tests.py", *argv], ()))
     return 0 if all(row.holds for row in rows) else 1
 

@@ -41,6 +41,7 @@ def _bench(name: str, part: str, limit_s: int, on_gpu: tuple[str, ...] = (), on_
 BRIEF = ("--model", POLICY, "--draft", DRAFT, "--rounds", "1", "--new-tokens", "8", "--dtypes", "bfloat16")
 CHAIN = ("--shapes", "s3k1n4")
 TWICE = ("--rounds", "2")
+TESTS, LAWS = ("scripts/gpu/device_tests.py", REPORT), "test_verify_statistics.py"
 MENUS: dict[str, tuple[Part, ...]] = {
     "engine": (
         _bench("device", "ceilings", 40),
@@ -52,8 +53,15 @@ MENUS: dict[str, tuple[Part, ...]] = {
         Part(
             "device tests",
             200,
-            ("scripts/gpu/device_tests.py", REPORT, "--device", "cuda", "--processes", "12"),
-            ("scripts/gpu/device_tests.py", REPORT, "--device", "cpu", "--only", "test_tree_attention.py"),
+            (*TESTS, "--device", "cuda", "--processes", "12"),
+            (*TESTS, "--device", "cpu", "--only", "test_tree_attention.py"),
+        ),
+        Part(
+            "sampling laws",
+            240,
+            (*TESTS, "--choice", "sampling_laws", "--device", "cuda", "--processes", "14", "--only", LAWS),
+            # The shortest of the proofs, with a tenth of their samples.
+            (*TESTS, "--device", "cpu", "--only", LAWS, "--match", "first_drafts and 20000 and not 200000"),
         ),
     ),
     "step": (

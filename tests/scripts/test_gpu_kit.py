@@ -174,7 +174,8 @@ def test_tests_are_counted_with_the_names_of_those_that_fail(tmp_path: Path) -> 
         '<testcase classname="tests.embedded.test_a" name="test_y"><failure/></testcase>'
         '<testcase classname="tests.embedded.test_b" name="test_z"><skipped/></testcase></testsuite></testsuites>'
     )
-    passed, failed = device_tests.rows_of(junit)
+    passed, failed = device_tests.rows_of(junit, "sampling_laws")
+    assert (passed.id, failed.id) == ("sampling_laws.passed", "sampling_laws.failed")
     assert (passed.value, failed.value, failed.holds, failed.what) == (1, 1, False, "test_a::test_y")
 
 
