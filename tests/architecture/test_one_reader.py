@@ -14,7 +14,6 @@ READER = "slime_spec.files"
 EXCEPTIONS = {
     "rollout.sglang_engine.client": "a server's answers",
     "slime_spec.sglang.server_info": "a server's answers",
-    "slime_spec.sglang.interpreter": "the output of a process of ours",
     "slime_spec.bench.peers.process": "the output of a process of ours",
     "slime_spec.bench.peers.worker": "the input of a process of ours",
     "slime_spec.bench.cost": "the output of a process of ours",

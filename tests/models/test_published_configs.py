@@ -1,6 +1,6 @@
 """Every published config.json is computed as transformers reads it, or refused with the way to serve it.
 
-The table of them is ``tests.support.published_configs``.
+The tables of them are ``tests.support.published_configs`` and its neighbours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.errors import CheckpointError, NotComputedError
 from slime_spec.launch.cli import main
 from tests.support.chat_templates import QWEN2_5, save_tokenizer
-from tests.support.published_configs import BUILT, DRAFTS, PARAMETERS, REFUSED_DRAFTS, SERVED
+from tests.support.published_configs import BUILT, PARAMETERS
+from tests.support.published_drafts import DRAFTS, REFUSED_DRAFTS
+from tests.support.published_served import SERVED
 
 MODELOPT = "nvidia/Llama-3.1-8B-Instruct-FP8"  # its config.json is the unquantised model's
 

@@ -70,7 +70,13 @@ def test_an_interpreter_that_does_not_answer_is_judged_as_the_pinned_version(pyt
     assert not release.is_installed
 
 
-@pytest.mark.parametrize("output", ["SLIME_SPEC {", "SLIME_SPEC \\377", "SLIME_SPEC {}", "\\377\\376"])
+ODD_ANSWERS = (
+    *("SLIME_SPEC {", "SLIME_SPEC \\377", "SLIME_SPEC {}", "SLIME_SPEC [1]", "SLIME_SPEC 5", "\\377\\376"),
+    *("SLIME_SPEC " + "[" * 20_000, 'SLIME_SPEC {"sglang": 5}'),
+)
+
+
+@pytest.mark.parametrize("output", ODD_ANSWERS)
 def test_a_program_that_answers_anything_is_no_working_sglang(output: str, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\nprintf '{output}'\n")

@@ -153,7 +153,7 @@ def test_every_benchmark_of_a_menu_takes_the_arguments_it_is_given(device: str, 
     assert len(benches) > len(commands) / 2
     for name, *argv in benches:
         bench: Benchmark = load_choice("bench", slime_spec.bench.BENCHES, name)
-        options = slime_spec.bench._parsed(name, bench, argv)
+        options = slime_spec.bench.parse_options(name, bench, argv)
         assert len(options.parts) == 1
         assert options.num_gpus == (1 if device == "cuda" else 0)
     scripts = [ROOT / words[0] for words in commands if words[0] != "-m"]
@@ -206,22 +206,22 @@ def test_what_was_packed_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.Mo
         pack.compress(tmp_path / name, loads / "a" / f"{name}.tar.xz")
     wheel = tmp_path / "model.whl"
     wheel.write_bytes(bytes(range(101)))
-    halves = [loads / "m1" / "part", loads / "m2" / "part"]
+    halves = [loads / name / wheel.name for name in ("m1", "m2")]
     for half in halves:
         half.parent.mkdir()
-    pack.halve(wheel, halves)
+    pack.halve(wheel, (half.parent for half in halves))
     second = halves[1].read_bytes()
     halves[1].unlink()
     assert unpack.main() == 0
     assert (home / "site/ray/__init__.py").read_text() == "ray"
     assert (home / "sglang/kernels/__init__.py").read_text() == "kernels"
-    assert not (home / "wheels" / unpack.WHEEL).exists()
+    assert not (home / "wheels" / wheel.name).exists()
     halves[0].unlink()
     halves[1].write_bytes(second)
     for archive in (loads / "a").iterdir():
         archive.write_bytes(b"not looked at again")
     assert unpack.main() == 0
-    assert (home / "wheels" / unpack.WHEEL).read_bytes() == wheel.read_bytes()
+    assert (home / "wheels" / wheel.name).read_bytes() == wheel.read_bytes()
 
 
 def test_the_kept_files_of_a_wheel_keep_their_modes_and_the_others_are_gone(tmp_path: Path) -> None:

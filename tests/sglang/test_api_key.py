@@ -84,7 +84,10 @@ def test_a_key_in_the_flags_of_one_engine_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_file_of_a_certificates_key_is_no_secret() -> None:
-    refuse_literal_keys(Config(sglang_server=SglangServerConfig(extra_args=("--ssl-keyfile", "key.pem", "--", "-v"))))
+    words = ("--ssl-keyfile", "key.pem", "--", "-v")
+    refuse_literal_keys(Config(sglang_server=SglangServerConfig(extra_args=words)))
+    with pytest.raises(ConfigError, match="others can read it"):
+        refuse_literal_keys(Config(sglang_server=SglangServerConfig(extra_args=("--api-key", KEY, *words))))
 
 
 def test_a_key_comes_from_a_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

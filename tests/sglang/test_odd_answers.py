@@ -9,10 +9,8 @@ import asyncio
 import json
 import math
 import pickle
-import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -26,7 +24,6 @@ from rollout.sglang_engine.fake_http import Body
 from rollout.sglang_engine.generation import Aborted, Patience
 from rollout.sglang_engine.sample import Part
 from slime_spec.errors import ConfigError
-from slime_spec.sglang.server_info import Load, ServerInfo, ask_server, load_of
 from slime_spec.types import GroupRequest, SamplingParams
 from slime_spec.weights.messages import ContinueGeneration, PauseGeneration
 from tests.sglang.conftest import Connect
@@ -371,51 +368,6 @@ def test_a_chunk_has_new_tokens_or_all_of_them_and_an_abort_may_have_any_number(
     has = part()
     has.take(data)
     assert (has.token_ids, len(has.logprobs)) == (token_ids, len(token_ids))
-
-
-@pytest.mark.parametrize("answer", [None, [], {"loads": 3}, {"loads": [3]}, {"loads": [{"num_running_reqs": "many"}]}])
-def test_a_load_that_is_no_number_counts_as_none(answer: object) -> None:
-    assert load_of(answer) == Load(0, 0, 0)
-
-
-def test_what_a_server_reports_of_itself_counts_where_it_is_a_number() -> None:
-    info = ServerInfo.of({"version": "1", "max_total_num_tokens": "many", "tp_size": None, "dp_size": 2})
-    assert (info.max_total_tokens, info.num_ranks, info.num_steps) == (0, 2, 0)
-
-
-def test_a_flag_that_a_server_reports_in_another_type_counts_as_not_reported() -> None:
-    told = {
-        "page_size": "x",
-        "mem_fraction_static": 1,
-        "cuda_graph_bs_decode": [1, "2"],
-        "dtype": None,
-        "tp_size": True,
-    }
-    assert dict(ServerInfo.of({"version": "1", **told}).flags) == {"mem_fraction_static": 1, "dtype": None}
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"",
-        b"garbage\r\n\r\n",
-        b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\n{",
-        b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 100_000,
-    ],
-)
-def test_what_answers_no_server_info_is_no_server(answer: bytes) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            connection, _ = listening.accept()
-            with connection:
-                connection.recv(10_000)
-                connection.sendall(answer)
-
-        thread = Thread(target=serve)
-        thread.start()
-        assert ask_server(f"127.0.0.1:{listening.getsockname()[1]}", None) is None
-        thread.join()
 
 
 def test_nothing_is_added_after_the_final_chunk() -> None:
