@@ -20,6 +20,7 @@ from slime_spec.partial_samples import check_partials, earlier_part, note_versio
 from slime_spec.site import HERE, Site
 from slime_spec.speculation.counters import pooled
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, SpecCounters
+from slime_spec.weights.checksums import combined_checksum, tensor_checksum
 from slime_spec.weights.messages import (
     Manifest,
     PauseMode,
@@ -27,8 +28,6 @@ from slime_spec.weights.messages import (
     PushMessage,
     PushReply,
     Side,
-    combined_checksum,
-    tensor_checksum,
 )
 from slime_spec.weights.receive import PushDesk, PushStage
 

@@ -23,7 +23,8 @@ from slime_spec.memory import release_freed_memory
 from slime_spec.preflight.requests import RequestLimits, check_request
 from slime_spec.site import HERE, Site
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
-from slime_spec.weights.messages import PushMessage, PushReply, Side, combined_checksum
+from slime_spec.weights.checksums import combined_checksum
+from slime_spec.weights.messages import PushMessage, PushReply, Side
 from slime_spec.weights.receive import PushDesk
 
 

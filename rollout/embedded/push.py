@@ -14,7 +14,13 @@ from rollout.embedded.weights import DecoderBuilder, named_tensors
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.errors import PushError
-from slime_spec.weights.messages import NOT_COMPARABLE, Manifest, PauseMode, Side, combined_checksum, tensor_checksum
+from slime_spec.weights.checksums import combined_checksum, tensor_checksums
+from slime_spec.weights.messages import (
+    NOT_COMPARABLE,
+    Manifest,
+    PauseMode,
+    Side,
+)
 from slime_spec.weights.receive import PushStage, Staging
 
 
@@ -106,4 +112,4 @@ def _tensor_checksums(core: GenerationCore, side: Side) -> dict[str, int]:
         tensors = named_tensors(core.decoder)
     else:
         tensors = {} if core.drafter.weights is None else core.drafter.weights.tensors()
-    return {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+    return dict(zip(tensors, tensor_checksums(list(tensors.values())), strict=True))

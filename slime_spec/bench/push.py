@@ -30,6 +30,7 @@ from slime_spec.interfaces import Trainer
 from slime_spec.launch.cluster import cluster
 from slime_spec.launch.compose import compose
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
+from slime_spec.weights.checksums import as_bytes, tensor_checksum
 from slime_spec.weights.messages import (
     BeginPush,
     CommitPush,
@@ -37,8 +38,6 @@ from slime_spec.weights.messages import (
     PushBucket,
     PushMessage,
     PushReply,
-    as_bytes,
-    tensor_checksum,
 )
 from slime_spec.weights.run import PushReport, bucketed, run_push
 from trainer_bridge.megatron.group import MegatronGroup

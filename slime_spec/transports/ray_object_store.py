@@ -15,7 +15,8 @@ import numpy as np
 import ray
 import torch
 
-from slime_spec.weights.messages import PushBucket, as_bytes
+from slime_spec.weights.checksums import as_bytes
+from slime_spec.weights.messages import PushBucket
 
 
 class RayObjectStoreTransport:

@@ -16,12 +16,10 @@ it, ``abort`` ends what was being generated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import xxhash
 
 Side = Literal["target", "draft"]
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -147,21 +145,3 @@ class PushReply:
 
 def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
     return TensorMeta(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor's memory as flat uint8, without a copy where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def tensor_checksum(tensor: torch.Tensor) -> int:
-    """Compute XXH3-64 of the tensor's bytes; it runs at memory speed, and any changed bit changes the checksum."""
-    return xxhash.xxh3_64_intdigest(as_bytes(tensor.cpu()).numpy().data)
-
-
-def combined_checksum(checksums: Iterable[tuple[str, int]]) -> str:
-    """Combine (name, checksum) pairs into one digest, whatever order they arrived in."""
-    digest = xxhash.xxh3_128()
-    for name, checksum in sorted(checksums):
-        digest.update(f"{name}={checksum:016x};".encode())
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ import torch
 
 from slime_spec.errors import PushError
 from slime_spec.interfaces import WeightTransport
+from slime_spec.weights.checksums import combined_checksum, tensor_checksums
 from slime_spec.weights.messages import (
     BeginPush,
     CancelPush,
@@ -29,8 +30,6 @@ from slime_spec.weights.messages import (
     Side,
     TensorMeta,
     VerifyPush,
-    combined_checksum,
-    tensor_checksum,
 )
 
 # Weights are sent as the numbers they are: codes of a quantised checkpoint would be loaded without their scales.
@@ -191,14 +190,14 @@ class PushReceiver:
         """Verify one bucket's tensors against the manifest and their checksums."""
         if bucket.version != self.manifest.version:
             raise PushError(f"bucket of version {bucket.version} inside the push of {self.manifest.version}")
-        for meta, checksum, tensor in zip(bucket.tensors, bucket.checksums, tensors, strict=True):
+        for meta, tensor in zip(bucket.tensors, tensors, strict=True):
             if self._pending.pop(meta.name, None) != meta:
                 raise PushError(f"{meta.name} was not announced, came twice or changed shape")
             if tuple(tensor.shape) != meta.shape or tensor.dtype != meta.torch_dtype:
                 raise PushError(f"{meta.name} arrived as {tuple(tensor.shape)} {tensor.dtype}")
-            arrived = tensor_checksum(tensor)
-            if arrived != checksum:
-                raise PushError(f"{meta.name} arrived damaged: checksum {arrived:016x}, sent {checksum:016x}")
+        for meta, sent, arrived in zip(bucket.tensors, bucket.checksums, tensor_checksums(tensors), strict=True):
+            if arrived != sent:
+                raise PushError(f"{meta.name} arrived damaged: checksum {arrived:016x}, sent {sent:016x}")
             self._checksums[meta.name] = arrived
 
     def finish(self, checksum: str) -> None:

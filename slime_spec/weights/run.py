@@ -13,6 +13,7 @@ import torch
 
 from slime_spec.errors import PushError
 from slime_spec.interfaces import WeightTransport
+from slime_spec.weights.checksums import combined_checksum, tensor_checksums
 from slime_spec.weights.messages import (
     NOT_COMPARABLE,
     BeginPush,
@@ -28,9 +29,7 @@ from slime_spec.weights.messages import (
     PushReply,
     Side,
     VerifyPush,
-    combined_checksum,
     meta_of,
-    tensor_checksum,
 )
 
 logger = logging.getLogger(__name__)
@@ -182,7 +181,7 @@ def bucket_of(
         version=version,
         index=index,
         tensors=tuple(meta_of(name, tensor) for name, tensor in named),
-        checksums=tuple(tensor_checksum(tensor) for tensor in tensors),
+        checksums=tensor_checksums(tensors),
         handle=transport.publish(tensors),
     )
 

@@ -13,6 +13,7 @@ from slime_spec.rl.loop import Job, first_state, run_loop
 from slime_spec.rl.rollouts import Rollout
 from slime_spec.stop import StopSignals
 from slime_spec.types import EngineStats, GeneratedSample, Prompt, Sample, SpecCounters, TrainReport
+from slime_spec.weights.checksums import combined_checksum
 from slime_spec.weights.messages import (
     BeginPush,
     CancelPush,
@@ -20,7 +21,6 @@ from slime_spec.weights.messages import (
     Manifest,
     PreparePush,
     PushReply,
-    combined_checksum,
 )
 
 

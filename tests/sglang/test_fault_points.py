@@ -21,7 +21,8 @@ from rollout.sglang_engine.fake_http import Body, State
 from rollout.sglang_engine.generation import SglangGeneration
 from slime_spec.errors import PushError
 from slime_spec.types import GroupRequest, SamplingParams
-from slime_spec.weights.messages import Side, tensor_checksum
+from slime_spec.weights.checksums import tensor_checksum
+from slime_spec.weights.messages import Side
 from slime_spec.weights.run import PushReport, run_push
 from tests.sglang.conftest import Checkpoints, Connect, eagle3_config
 from tests.support.fake_processes import UPDATES, ChecksumServer, FakeLauncher, engine_on_fakes, loaded

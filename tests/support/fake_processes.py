@@ -16,7 +16,7 @@ from rollout.sglang_engine.server import ServerProcess
 from rollout.sglang_engine.transports.bucket import NamedTensors
 from slime_spec.config.tree import Config
 from slime_spec.ports import free_port
-from slime_spec.weights.messages import tensor_checksum
+from slime_spec.weights.checksums import tensor_checksum
 from tests.support.pushes import DirectTransport
 
 UPDATES = "/update_weights_from_tensor"

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from slime_spec.transports.in_process import InProcessTransport
-from slime_spec.weights.messages import PushMessage, Side, combined_checksum, tensor_checksum
+from slime_spec.weights.checksums import combined_checksum, tensor_checksum
+from slime_spec.weights.messages import PushMessage, Side
 from slime_spec.weights.run import push_messages
 
 DirectTransport = InProcessTransport

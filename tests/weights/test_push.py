@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from slime_spec.errors import PushError
 from slime_spec.transports.in_process import InProcessTransport
+from slime_spec.weights.checksums import combined_checksum, tensor_checksum
 from slime_spec.weights.messages import (
     BeginPush,
     CancelPush,
@@ -20,8 +21,6 @@ from slime_spec.weights.messages import (
     PushMessage,
     PushReply,
     VerifyPush,
-    combined_checksum,
-    tensor_checksum,
 )
 from slime_spec.weights.receive import PushReceiver
 from slime_spec.weights.run import bucketed, push_messages, run_push

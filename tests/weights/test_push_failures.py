@@ -9,6 +9,7 @@ import torch
 
 from slime_spec.errors import PushError
 from slime_spec.transports.in_process import InProcessTransport
+from slime_spec.weights.checksums import combined_checksum, tensor_checksum
 from slime_spec.weights.messages import (
     BeginPush,
     CancelPush,
@@ -23,8 +24,6 @@ from slime_spec.weights.messages import (
     PushReply,
     Side,
     VerifyPush,
-    combined_checksum,
-    tensor_checksum,
 )
 from slime_spec.weights.receive import PushDesk, PushStage
 from slime_spec.weights.run import manifest_of, push_messages, run_push

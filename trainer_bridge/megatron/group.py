@@ -26,6 +26,7 @@ from slime_spec.interfaces import RunState
 from slime_spec.placement import Placement
 from slime_spec.ray_errors import result_of
 from slime_spec.types import TrainReport, TrainSample
+from slime_spec.weights.checksums import combined_checksum
 from slime_spec.weights.messages import (
     BeginPush,
     CommitPush,
@@ -33,7 +34,6 @@ from slime_spec.weights.messages import (
     PushBucket,
     PushMessage,
     TensorMeta,
-    combined_checksum,
 )
 from trainer_bridge.checkpoint_folder import resolve_checkpoint
 from trainer_bridge.layout import check_layout

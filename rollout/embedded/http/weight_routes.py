@@ -14,7 +14,7 @@ from rollout.embedded.http.json_io import Fields, json_response, read_fields
 from rollout.embedded.http.serving import Serving
 from rollout.embedded.http.weight_session import SELECTORS, SIDES, WeightUpdates
 from slime_spec.errors import ConfigError, PushError
-from slime_spec.weights.messages import combined_checksum
+from slime_spec.weights.checksums import combined_checksum
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 # What SGLang's requests carry that changes nothing here: there is no cache across requests, and no CUDA graph to redo.

@@ -21,7 +21,7 @@ from slime_spec.draft.training.trainer import DraftTrainer
 from slime_spec.files import write_whole
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
 from slime_spec.launch.draft.options import DraftOptions
-from slime_spec.weights.messages import combined_checksum, tensor_checksum
+from slime_spec.weights.checksums import combined_checksum, tensor_checksum
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("slime_spec", "torch", "transformers", "safetensors", "tokenizers")
