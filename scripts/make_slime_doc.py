@@ -19,7 +19,8 @@ SLIMES = """
 --colocate --context-parallel-size --custom-rm-path --debug-rollout-only --debug-train-only --enable-mtp-training
 --eps-clip --eps-clip-high --expert-model-parallel-size --expert-tensor-parallel-size --global-batch-size
 --hf-checkpoint --input-key --kl-loss-coef --label-key --load --lr --max-tokens-per-gpu --mtp-loss-scaling-factor
---mtp-num-layers --n-samples-per-prompt --no-offload-rollout --num-rollout --offload-rollout
+--mtp-num-layers --n-samples-per-prompt --no-offload-rollout --no-offload-train --num-rollout
+--offload-rollout --offload-train
 --over-sampling-batch-size --partial-rollout --pipeline-model-parallel-size --prompt-data --rm-type
 --rollout-batch-size --rollout-external-engine-addrs --rollout-max-response-len --rollout-num-gpus
 --rollout-num-gpus-per-engine --rollout-stop --rollout-stop-token-ids --rollout-temperature --rollout-top-k
@@ -65,7 +66,7 @@ UNKNOWN: Mapping[str, str] = {
     "Not in this version: these ways to spare the trainer's memory or time.": """
 --sequence-parallel --optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer
 --use-distributed-optimizer --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
---moe-token-dispatcher-type --moe-enable-deepep --no-offload-train""",
+--moe-token-dispatcher-type --moe-enable-deepep""",
 }
 
 

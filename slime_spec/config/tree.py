@@ -325,6 +325,9 @@ class ClusterConfig:
     offload: bool = setting(
         True, "In colocate mode, free engine memory while training.", flags=("--offload", "--offload-rollout")
     )
+    offload_train: bool = setting(
+        True, "In colocate mode, keep the trainer's GPU memory (weights, gradients, optimizer) on the host in rollouts."
+    )
     actor_start_timeout_s: float = setting(300.0, "Longest wait for an actor to start.", above=0.0, maximum=MAX_WAIT_S)
 
 
@@ -359,6 +362,16 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     # Every other ServerArgs flag given as --sglang-<flag>, typed by the checked-in table; for the SGLang engine.
     sglang: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def engines_leave(self) -> bool:
+        """Return whether engines give their memory to the trainer while it trains."""
+        return self.run.mode == "train" and self.cluster.colocate and self.cluster.offload
+
+    @property
+    def trainer_leaves(self) -> bool:
+        """Return whether the trainer gives its GPU memory to the engines while they generate."""
+        return self.run.mode == "train" and self.cluster.colocate and self.cluster.offload_train
 
     @property
     def save_interval(self) -> int | None:

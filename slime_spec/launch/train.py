@@ -65,8 +65,8 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             config = with_absolute_paths(config, folder.path)
             logger.info("run folder made path=%s mode=%s", folder.path, config.run.mode)
             prepare_ray_environment(joining=config.cluster.ray_address is not None)
-            engines, trainer = parts.enter_context(_parts(config, inputs.spec, stop))
-            state = first_state(config, trainer, engines)
+            engines, trainer, loaded = parts.enter_context(_parts(config, inputs.spec, stop))
+            state = first_state(config, loaded, trainer, engines)
             folder.begin_at(state.rollout_id)
             log = parts.enter_context(MetricLog.open(config, folder.path))
             examples = parts.enter_context(Examples(config.metrics.console))
@@ -146,15 +146,20 @@ def _absolute(path: str | None) -> str | None:
 @contextmanager
 def _parts(
     config: Config, spec: ModelSpec | None, stop: StopSignals
-) -> Iterator[tuple[Engines | None, Trainer | None]]:
-    """Start the engines and the trainer that the mode needs, on Ray; stop them in reverse order."""
+) -> Iterator[tuple[Engines | None, Trainer | None, RunState | None]]:
+    """Start the trainer and the engines that the mode needs, on Ray; stop them in reverse order.
+
+    The trainer comes first, with the run that it loaded: engines on its GPUs take what it leaves.
+    """
     from slime_spec.launch.cluster import cluster
 
     with ExitStack() as stack, stop.limited_clean_up():  # also of what a signal interrupts while it starts
         reserved = stack.enter_context(cluster(config, spec))
         trainer = None if config.run.mode == "rollout_only" else _trainer(config, reserved.ranks)
+        loaded = None
         if trainer is not None:
             stack.callback(trainer.stop)
+            loaded = trainer.load()
         engines = None
         if config.run.mode != "train_only":
             from rollout.pool import EnginePool
@@ -162,7 +167,7 @@ def _parts(
             engines = stack.enter_context(EnginePool(config, reserved.engines))
             for index, stats in enumerate(engines.start()):
                 logger.info("engine started engine=%d kv_tokens=%d", index, stats.kv_tokens_capacity)
-        yield engines, trainer
+        yield engines, trainer, loaded
 
 
 def _trainer(config: Config, placement: Placement) -> Trainer:

@@ -45,11 +45,14 @@ class Job:
     stop: StopSignals
 
 
-def first_state(config: Config, trainer: Trainer | None, engines: Engines | None) -> RunState:
-    """Load the trainer; a resumed trainer pushes its weights, under a version of their own, before engines serve."""
-    state = None if trainer is None else trainer.load()
-    if trainer is None or state is None:
+def first_state(config: Config, loaded: RunState | None, trainer: Trainer | None, engines: Engines | None) -> RunState:
+    """Return where the run begins: at its beginning, or where the trainer has ``loaded`` a run.
+
+    A resumed trainer pushes its weights, under a version of their own, before engines serve.
+    """
+    if trainer is None or loaded is None:
         return RunState(rollout_id=0, next_prompt_id=0, weight_version=0)
+    state = loaded
     if engines is not None:
         state = replace(state, weight_version=state.weight_version + state.is_ahead, is_ahead=False)
         push_weights(config, trainer, engines, state.weight_version, PhaseClock())
@@ -143,7 +146,7 @@ def _train(job: Job, trainer: Trainer, samples: list[Sample], clock: PhaseClock)
 @contextmanager
 def _engines_released(job: Job) -> Iterator[None]:
     """Release the engines' memory to the trainer for the length of the block, in colocate mode."""
-    if job.engines is None or not (job.config.cluster.colocate and job.config.cluster.offload):
+    if job.engines is None or not job.config.engines_leave:
         yield
         return
     job.engines.set_resident(False)

@@ -109,7 +109,7 @@ def _device_flags(config: Config) -> dict[str, object]:
     # With data parallel attention all replicas share the tensor-parallel ranks; without, each replica has its own.
     shared = bool(config.sglang.get("enable_dp_attention"))
     flags["tp_size"] = num_gpus if shared else num_gpus // size_of(config.sglang, "dp_size")
-    if config.run.mode == "train" and config.cluster.colocate and config.cluster.offload:
+    if config.engines_leave:
         flags["enable_memory_saver"] = True
         if config.speculative.record.has_weights:
             flags["enable_draft_weights_cpu_backup"] = True

@@ -278,7 +278,7 @@ def test_a_checkpoint_with_nothing_left_to_do_is_told(
 ):
     """Case reports/10."""
     recorder = Recorder(resumed=RunState(3, 9, 3))
-    first_state(config(num_rollout), recorder, recorder)  # type: ignore[arg-type]
+    first_state(config(num_rollout), recorder.load(), recorder, recorder)  # type: ignore[arg-type]
     assert (f"nothing to do: the checkpoint is at step 3 of {num_rollout}" in caplog.text) == is_done
 
 
@@ -312,7 +312,7 @@ def test_a_version_names_the_same_weights_in_every_life_of_a_run_whatever_the_pu
     for number, interval in enumerate(intervals):
         asked = config(num_rollout=3 + 5 * number, interval=interval or 1)
         engines = None if interval is None else lives
-        first = first_state(asked, lives, engines)  # type: ignore[arg-type]
+        first = first_state(asked, lives.load(), lives, engines)  # type: ignore[arg-type]
         if engines is not None and lives.resumed is not None:
             assert lives.pushed[first.weight_version] == lives.weights, "engines begin with the trainer's weights"
         lives.resumed = run_loop(job(lives, asked, engines=engines is not None), first)
@@ -323,7 +323,7 @@ def test_the_weights_of_a_checkpoint_that_does_not_say_whether_they_were_pushed_
     """Case audit/73."""
     state = RunState.of_checkpoint({"rollout_id": 3, "next_prompt_id": 24, "weight_version": 1})
     recorder = Recorder(resumed=state)
-    assert first_state(config(interval=3), recorder, recorder) == RunState(3, 24, 2)  # type: ignore[arg-type]
+    assert first_state(config(interval=3), recorder.load(), recorder, recorder) == RunState(3, 24, 2)  # type: ignore[arg-type]
     assert recorder.events == ["push 2"]
 
 

@@ -22,6 +22,7 @@ from trainer_bridge.megatron.model import hf_tensors
 from trainer_bridge.megatron.policy_step import accumulate_gradients, with_reference_logprobs
 from trainer_bridge.megatron.process_groups import process_groups
 from trainer_bridge.megatron.rank import TrainerRank
+from trainer_bridge.megatron.residency import Residency
 from trainer_bridge.megatron.vocab_parallel import token_logprobs
 from trainer_bridge.microbatch import build_microbatch
 from trainer_bridge.packing import plan_microbatches
@@ -181,6 +182,47 @@ def export(rank: int, init_method: str, config: Config, folder: str) -> None:
     worker.load()
     worker.export_hf(folder)
     worker.close()
+
+
+def leave_between_phases(
+    rank: int, init_method: str, config: Config, batches: Sequence[Sequence[TrainSample]], folder: str, state: RunState
+) -> tuple[dict[str, dict[str, int]], list[TrainReport], dict[str, torch.Tensor]]:
+    """Train with tensors that leave the CPU as they leave a GPU.
+
+    Returns each part's bytes on the device by phase, the reports, and the weights that were pushed. Saves at the end.
+    """
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    resident = {"load": _device_bytes(worker)}
+    worker.residency = Residency(worker.parts(), "cpu")
+    worker.residency.hold()
+    resident["rollout"] = _device_bytes(worker)
+    loss = worker.loss
+
+    def seen_loss(*args: torch.Tensor) -> object:
+        resident["step"] = _device_bytes(worker)
+        return loss(*args)
+
+    worker.loss = seen_loss
+    reports = [worker.step(batch) for batch in batches]
+    resident["between"] = _device_bytes(worker)
+    pushed = {}
+    for bucket in worker.push_buckets(1, KeepingTransport()):
+        resident["push"] = _device_bytes(worker)
+        pushed |= zip((meta.name for meta in bucket.tensors), bucket.handle, strict=True)
+    worker.end_push()
+    worker.save(folder, state)
+    resident["end"] = _device_bytes(worker)
+    worker.close()
+    return resident, reports, pushed
+
+
+def _device_bytes(worker: TrainerRank) -> dict[str, int]:
+    held = {}
+    for part, tensors in worker.parts().items():
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors()}
+        held[part.value] = sum(storages.values())
+    return held
 
 
 class KeepingTransport:

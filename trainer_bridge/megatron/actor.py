@@ -48,8 +48,9 @@ class RankActor:
             yield bucket
 
     def end_push(self) -> None:
-        """Release the buckets' shared memory: every engine has every bucket, or the push failed."""
+        """Release the buckets' memory: every engine has every bucket, or the push failed."""
         self.on_their_way.clear()
+        self.worker.end_push()
 
     def save(self, folder: str, state: RunState) -> None:
         self.worker.save(folder, state)

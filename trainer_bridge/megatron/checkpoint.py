@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint import CheckpointException
 
 from slime_spec.errors import CheckpointError
@@ -56,9 +58,12 @@ class TrainerState:
     optimizer_step: int
 
 
-def save_checkpoint(root: str, model: PolicyModel, optimizer: Any, state: TrainerState) -> None:
+def save_checkpoint(
+    root: str, model: PolicyModel, optimizer: Any, state: TrainerState, on_host: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     """Write ``root/step-NNNNNN`` (all ranks together) and point ``root/latest`` at it.
 
+    ``on_host`` gives each tensor where its values are: on the device, or in host memory where it has left the device.
     Raises CheckpointError naming the folder if any rank could not write; the previous checkpoint stays whole and
     ``latest``.
     """
@@ -68,7 +73,7 @@ def save_checkpoint(root: str, model: PolicyModel, optimizer: Any, state: Traine
     sums: dict[str, Any] = {}
     try:
         agree(lambda: begin_checkpoint(folder, name) if first else None)
-        agree(lambda: dist_checkpointing.save(_contents(model, optimizer, state, is_loading=False), str(unfinished)))
+        agree(lambda: dist_checkpointing.save(_kept(model, optimizer, state, on_host), str(unfinished)))
         agree(lambda: sums.update(sums_of(unfinished.glob(f"__{dist.get_rank()}_*"))))
         all_sums: list[Sums] = [{}] * dist.get_world_size()
         dist.all_gather_object(all_sums, sums)
@@ -144,6 +149,21 @@ def _fill(model: PolicyModel, tensors: dict[str, torch.Tensor]) -> None:
     missing = [name for name in unmatched.missing_keys if not name.endswith(extra)]
     assert not missing, f"the checkpoint left weights unfilled: {missing}"
     assert not unmatched.unexpected_keys, f"the checkpoint holds weights of no layer: {unmatched.unexpected_keys}"
+
+
+def _kept(
+    model: PolicyModel, optimizer: Any, state: TrainerState, on_host: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """Return the contents to save, each tensor where ``on_host`` has its values."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            value.data = on_host(value.data)
+        return value
+
+    contents = _contents(model, optimizer, state, is_loading=False)
+    dict_list_map_inplace(moved, contents)
+    return contents
 
 
 def _contents(model: PolicyModel, optimizer: Any, state: TrainerState, is_loading: bool) -> dict[str, Any]:

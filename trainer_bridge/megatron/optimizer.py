@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
@@ -48,6 +50,22 @@ def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> Meg
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def gradient_buffers(ddp: DistributedDataParallel) -> Iterator[torch.Tensor]:
+    return (buffer.grad_data for buffer in ddp.buffers)
+
+
+def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    """Yield what the optimizer updates (masters, or the parameters themselves) and its moments so far.
+
+    AdamW's counts of steps are left out: they are numbers on the CPU.
+    """
+    for each in optimizer.chained_optimizers:
+        for group in each.param_groups:
+            yield from group["params"]
+        for state in each.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor) and value.dim())
 
 
 def clip_gradients(optimizer: MegatronOptimizer) -> float:

@@ -26,9 +26,17 @@ from trainer_bridge.megatron.checkpoint import TrainerState, load_checkpoint, sa
 from trainer_bridge.megatron.cpu_shim import cpu_shim
 from trainer_bridge.megatron.export import export_hf
 from trainer_bridge.megatron.model import build_model, hf_tensors, load_weights, policy_device, transformer_config
-from trainer_bridge.megatron.optimizer import build_optimizer, clip_gradients, set_learning_rate, wrap_model
+from trainer_bridge.megatron.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    gradient_buffers,
+    optimizer_tensors,
+    set_learning_rate,
+    wrap_model,
+)
 from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients, with_reference_logprobs
 from trainer_bridge.megatron.process_groups import join_process_groups, leave_process_groups
+from trainer_bridge.megatron.residency import Part, Residency, Tensors
 from trainer_bridge.microbatch import Microbatch, build_microbatch
 from trainer_bridge.packing import plan_microbatches
 
@@ -71,9 +79,11 @@ class TrainerRank:
             del tensors
             self.ddp = wrap_model(self.model)
             self.optimizer = build_optimizer(self.ddp, trainer)
-            if trainer.load is None:
-                return None
-            state = load_checkpoint(trainer.load, self.model, self.optimizer)
+            state = None if trainer.load is None else load_checkpoint(trainer.load, self.model, self.optimizer)
+        self.residency = Residency(self.parts(), self._moving_device())
+        self.residency.hold()
+        if state is None:
+            return None
         self.optimizer_step = state.optimizer_step
         logger.info("resumed path=%s rollout_id=%d", trainer.load, state.run.rollout_id)
         return state.run
@@ -88,7 +98,7 @@ class TrainerRank:
         sums = TokenSums()
         grad_norms: list[float] = []
         num_microbatches = 0
-        with cpu_shim():
+        with cpu_shim(), self.residency.stepping():
             for start in range(0, len(samples), batch_size):
                 microbatches = self._microbatches(samples[start : start + batch_size])
                 num_microbatches += len(microbatches)
@@ -113,8 +123,10 @@ class TrainerRank:
     def push_buckets(self, version: int, transport: WeightTransport) -> Iterator[PushBucket]:
         """Yield this pipeline stage's weights in the engines' dtype, numbered from 0 within the stage.
 
-        Collective over the stage's tensor ranks of data rank 0; only tensor rank 0 publishes and yields.
+        Collective over the stage's tensor ranks of data rank 0; only tensor rank 0 publishes and yields. The parameters
+        stay on the device until ``end_push``, as engines may read the buckets where they are.
         """
+        self.residency.hold(Part.PARAMETERS)
         publishes = mpu.get_tensor_model_parallel_rank() == 0
         dtype = getattr(torch, self.config.engine.dtype)
         weights = ((name, tensor.to(dtype)) for name, tensor in hf_tensors(self.model, self.spec))
@@ -122,17 +134,37 @@ class TrainerRank:
             if publishes:
                 yield bucket_of(named, version, index, transport)
 
+    def end_push(self) -> None:
+        self.residency.hold()
+
     def save(self, folder: str, state: RunState) -> None:
         """Write ``folder/step-NNNNNN``; see trainer_bridge.megatron.checkpoint."""
+        trainer_state = TrainerState(state, self.optimizer_step)
         with cpu_shim():
-            save_checkpoint(folder, self.model, self.optimizer, TrainerState(state, self.optimizer_step))
+            save_checkpoint(folder, self.model, self.optimizer, trainer_state, self.residency.on_host)
 
     def export_hf(self, folder: str) -> None:
         """Write the policy as a Hugging Face folder, with the tokenizer files of the checkpoint it came from."""
+        self.residency.hold(Part.PARAMETERS)
         export_hf(self.model, self.spec, self.config.model.hf_checkpoint, folder)
+        self.residency.hold()
 
     def close(self) -> None:
         leave_process_groups()
+
+    def parts(self) -> Tensors:
+        """Return the tensors of each part of this rank's memory, as they are when asked for."""
+        reference = [] if self.reference is None else list(self.reference.parameters())
+        return {
+            Part.PARAMETERS: self.model.parameters,
+            Part.GRADIENTS: partial(gradient_buffers, self.ddp),
+            Part.OPTIMIZER: partial(optimizer_tensors, self.optimizer),
+            Part.REFERENCE: lambda: reference,
+        }
+
+    def _moving_device(self) -> str | None:
+        """Return the device that the trainer leaves to the engines; CPU memory is left where it is."""
+        return "cuda" if self.config.trainer_leaves and policy_device().type == "cuda" else None
 
     def _accumulate(self, microbatches: Sequence[Microbatch]) -> TokenSums:
         self.ddp.zero_grad_buffer()
