@@ -17,7 +17,7 @@ from slime_spec.engines import kind_of
 from slime_spec.interfaces import Generation, MayStopServing, RolloutEngine, load
 from slime_spec.placement import Placement
 from slime_spec.site import Site
-from slime_spec.transports.ray_object_store import RayObjectStoreTransport
+from slime_spec.transports.choice import make_transport
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.messages import PushMessage, PushReply
 
@@ -53,7 +53,7 @@ class EngineWorker:
     def start(self) -> EngineStats:
         # Built here: what an actor's constructor raises reaches the caller only as Ray's "the actor died".
         engine_class, site = load(kind_of(self._config).engine), site_here(self._nodes, self._devices)
-        self._engine = engine_class(self._config, self._index, RayObjectStoreTransport(), site=site)
+        self._engine = engine_class(self._config, self._index, make_transport(self._config), site=site)
         self._engine.start()
         return self._engine.stats()
 

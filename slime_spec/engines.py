@@ -22,7 +22,8 @@ class EngineKind:
     ``has_servers`` says that the engine generates in server processes, which the settings of sglang_server describe.
     ``runs_built_decoders`` says that the engine computes itself, with the decoders that this project builds
     (``Family.is_built``). ``max_gpus`` bounds the GPUs of one engine. ``num_weight_copies`` is how many copies of the
-    weights the engine keeps in Ray's object store while a push arrives.
+    weights the engine keeps in Ray's object store while a push arrives. ``maps_weights`` says that the engine computes
+    in the process that receives a push, which may then map the trainer's memory.
 
     Example: ``EngineKind("rollout.fake:FakeEngine")``
     """
@@ -34,6 +35,7 @@ class EngineKind:
     runs_built_decoders: bool = False
     max_gpus: int | None = None
     num_weight_copies: int = 1
+    maps_weights: bool = True
 
     def uses_external_servers(self, config: Config) -> bool:
         """Return whether someone else starts the servers, on GPUs that this run does not reserve."""
@@ -52,6 +54,7 @@ ENGINES = {
         node="rollout.sglang_engine.nodes:NodeProcess",
         has_servers=True,
         num_weight_copies=2,  # the last push is kept for a server that must be restarted
+        maps_weights=False,
     ),
     "fake": EngineKind("rollout.fake:FakeEngine"),
 }

@@ -126,13 +126,28 @@ class Trainer(Protocol):
 
 
 class WeightTransport(Protocol):
-    """Carries one bucket's tensors from trainer to engines; both ends live in one file."""
+    """Carries one bucket's tensors from trainer to engines; both ends live in one file.
 
-    def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Make the tensors reachable, on the trainer's side, and return the handle that a PushBucket carries."""
+    A transport that ``lends`` has received tensors in memory that is not the engine's: they are valid until
+    ``release``. All others' are valid as long as they are referenced.
+    """
+
+    lends: bool
+
+    def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """Make the tensors reachable, on the trainer's side, until the bucket after the next is published.
+
+        Returns the handle that a PushBucket carries; handles of ranks that publish the same bucket may be joined.
+        """
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
-        """Return the bucket's tensors, on the engine's side: read-only, and valid as long as they are referenced."""
+        """Return the bucket's tensors, on the engine's side, read-only; raises PushError where it cannot."""
+
+    def release(self) -> None:
+        """Give a lent bucket back once all that reads it has been done, on the engine's side."""
+
+    def close(self) -> None:
+        """Free what the transport holds for the push, on either side: it has all its buckets, or it has failed."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,11 @@ class Layout:
             pipeline=rank // (self.tensor * self.data),
         )
 
+    def ranks(self, stage: int) -> tuple[int, ...]:
+        """Return the ranks of one pipeline stage, its holders first."""
+        per_stage = self.tensor * self.data
+        return tuple(range(stage * per_stage, (stage + 1) * per_stage))
+
     def holders(self, stage: int) -> tuple[int, ...]:
         """Return the ranks whose shards together are one pipeline stage's weights, tensor rank 0 first."""
         first = stage * self.tensor * self.data

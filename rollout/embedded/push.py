@@ -42,6 +42,9 @@ class TargetStaging:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self._builder.add(name, tensor)
 
+    def keep(self) -> None:
+        self._builder.keep()
+
     def build(self) -> None:
         self.swap = self._core.prepared(self._builder.finish())
 
@@ -58,6 +61,9 @@ class DraftStaging:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self._tensors[name] = tensor.clone()
+
+    def keep(self) -> None:
+        pass  # ``add`` has copied every tensor
 
     def build(self) -> None:
         self.swap = self._weights.build(self._tensors)

@@ -88,7 +88,7 @@ class DecoderBuilder:
         self._modules: dict[tuple[int, str], PackedLinear | torch.Tensor] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor under its Hugging Face name; it must not change until its module is packed."""
+        """Take one tensor under its Hugging Face name; it must not change until its module is packed, or ``keep``."""
         self._parts[name] = tensor
         slot = self._slot_of[name]
         if all(part in self._parts for part in slot.parts):
@@ -99,6 +99,10 @@ class DecoderBuilder:
             weight = weight if is_packed else weight.clone()
             module = PackedLinear(weight, bias, self._packing) if slot.linear else weight
             self._modules[slot.layer, slot.attribute] = module
+
+    def keep(self) -> None:
+        """Copy the tensors whose modules lack a part: the caller's memory is about to change."""
+        self._parts = {name: tensor.clone() for name, tensor in self._parts.items()}
 
     def finish(self) -> Decoder:
         """Return the decoder; every tensor must have been added."""

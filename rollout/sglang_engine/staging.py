@@ -25,9 +25,15 @@ class ServerStaging:
         is_target = manifest.side == "target"
         self.expected = expected_target(manifest, target) if is_target else expected_draft(manifest, draft)
         self.tensors: dict[str, torch.Tensor] = {}
+        self._of_bucket: list[str] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self.tensors[name] = tensor
+        self._of_bucket.append(name)
+
+    def keep(self) -> None:
+        self.tensors |= {name: self.tensors[name].to("cpu", copy=True) for name in self._of_bucket}
+        self._of_bucket.clear()
 
     def build(self) -> None:
         pass

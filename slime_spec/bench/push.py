@@ -165,7 +165,13 @@ def _publish_s(config: Config, weights: Weights) -> float:
     """Time publishing alone, bucket by bucket; each bucket's memory goes back at once."""
     transport = RayObjectStoreTransport()
     buckets = list(bucketed(weights.items(), config.push.bucket_bytes))
-    return timed(lambda: [bool(transport.publish([t for _, t in bucket])) for bucket in buckets]).seconds
+
+    def publish() -> None:
+        for bucket in buckets:
+            transport.publish([tensor for _, tensor in bucket])
+            transport.close()
+
+    return timed(publish).seconds
 
 
 def push_rows(rounds: list[PushRound], config: Config) -> list[Row]:

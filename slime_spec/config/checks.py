@@ -11,6 +11,7 @@ from slime_spec.config.speculation import check_speculation, speculation_notes
 from slime_spec.config.tree import Config, RolloutConfig, TaskConfig, TrainerConfig
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
+from slime_spec.transports.choice import check_transport
 from slime_spec.types import is_greedy
 
 
@@ -35,6 +36,7 @@ def check(config: Config) -> None:
         _check_batch(config)
         _check_learning_signal(config)
         _check_shared_gpus(config)
+        check_transport(config)
 
 
 def notes(config: Config) -> Iterator[str]:

@@ -288,6 +288,13 @@ class PushConfig:
     interval: int = setting(
         1, "Push weights every this many steps.", flags=("--update-weights-interval",), minimum=1, maximum=INT32
     )
+    transport: str = setting(
+        "auto",
+        "How weights reach the engines: ipc (engines map the trainer's memory: on the same GPU, or on the CPU of one "
+        "machine), object_store (Ray's, through the host), or auto (ipc where engines and trainer share GPUs).",
+        flags=("--push-transport",),
+        choices=("auto", "object_store", "ipc"),
+    )
     bucket_bytes: int = setting(
         128 * 1024 * 1024,
         "Bytes per bucket.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -13,9 +12,16 @@ from slime_spec.weights.messages import PushBucket
 class InProcessTransport:
     """Implements WeightTransport by reference: nothing is copied."""
 
-    def publish(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return list(tensors)
+    lends = False
+
+    def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensors)
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
-        tensors: list[torch.Tensor] = bucket.handle
-        return tensors
+        return list(bucket.handle)
+
+    def release(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -70,13 +70,13 @@ class BeginPush:
 
 @dataclass(frozen=True)
 class PushBucket:
-    """Carries some tensors of an open push; ``handle`` is the transport's own (Ray's refers to shared memory)."""
+    """Carries some tensors of an open push; ``handle`` is the transport's own, of every rank that publishes them."""
 
     version: int
     index: int
     tensors: tuple[TensorMeta, ...]
     checksums: tuple[int, ...]
-    handle: Any
+    handle: tuple[Any, ...]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ class Staging(Protocol):
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Add one verified tensor, whose memory belongs to the transport."""
 
+    def keep(self) -> None:
+        """Copy what is still in the transport's memory, which is about to be written again."""
+
     def build(self) -> None:
         """Do everything but take the tensors over, now that all are there."""
 
@@ -73,9 +76,12 @@ class PushStage(Generic[S]):
     def take(self, bucket: PushBucket, transport: WeightTransport) -> None:
         tensors = transport.receive(bucket)
         self._receiver.take(bucket, tensors)
+        check_values([meta.name for meta in bucket.tensors], tensors, self._dtype)
         for meta, tensor in zip(bucket.tensors, tensors, strict=True):
-            check_values(meta.name, tensor, self._dtype)
             self.staging.add(meta.name, tensor)
+        if transport.lends:
+            self.staging.keep()
+            transport.release()
 
     def prepare(self, version: int, checksum: str) -> None:
         """Build what will serve; raises PushError when anything is missing or differs."""
@@ -146,11 +152,13 @@ class PushDesk(Generic[S]):
                 stage.take(message, self._transport)
             case PreparePush(version, checksum) if stage is not None:
                 stage.prepare(version, checksum)
+                self._transport.close()
             case CommitPush(version) if stage is not None:
                 stage.check_commit(version)
                 self._weights.commit(stage)
                 return self._reply(stage.manifest.side, stage.checksum)
             case CancelPush():
+                self._transport.close()
                 return self._reply("target" if stage is None else stage.manifest.side)
             case _:
                 raise PushError(f"{type(message).__name__} of version {message.version} outside a push")
@@ -218,20 +226,24 @@ def check_part(tensors: Sequence[TensorMeta], expected: Mapping[str, tuple[int, 
             raise PushError(f"{meta.name} is {meta.dtype}: weights must be one of {', '.join(WEIGHT_DTYPES)}")
 
 
-def check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+def check_values(names: Sequence[str], tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
     """Raise PushError unless every value is a finite number, also in the engine's ``dtype``.
 
-    Checksums say nothing of it: where the trainer's cast overflowed, both sides hold infinity.
+    Checksums say nothing of it: where the trainer's cast overflowed, both sides hold infinity. The tensors are on one
+    device, which is asked once.
     """
-    if not tensor.numel():
+    full = [(name, tensor.detach()) for name, tensor in zip(names, tensors, strict=True) if tensor.numel()]
+    if not full:
         return
-    extremes = torch.stack(tensor.detach().aminmax())  # NaN where the tensor holds NaN; a cast keeps their order
-    sent, kept = (str(each).removeprefix("torch.") for each in (tensor.dtype, dtype))
-    if not bool(extremes.isfinite().all()):
-        raise PushError(f"{name} ({sent}) holds NaN or infinity: weights must be finite numbers")
-    if not bool(extremes.to(dtype).isfinite().all()):
-        largest = float(extremes.abs().max())
-        raise PushError(f"{name} ({sent}) holds {largest:.3g}, which is infinite in the engine's {kept}")
+    # NaN where the tensor holds NaN; a cast keeps their order, and float64 holds them as they are.
+    extremes = torch.stack([torch.stack(tensor.aminmax()).double() for _, tensor in full]).cpu()
+    for (name, tensor), of_tensor in zip(full, extremes, strict=True):
+        sent, kept = (str(each).removeprefix("torch.") for each in (tensor.dtype, dtype))
+        if not bool(of_tensor.isfinite().all()):
+            raise PushError(f"{name} ({sent}) holds NaN or infinity: weights must be finite numbers")
+        if not bool(of_tensor.to(dtype).isfinite().all()):
+            largest = float(of_tensor.abs().max())
+            raise PushError(f"{name} ({sent}) holds {largest:.3g}, which is infinite in the engine's {kept}")
 
 
 def _some(names: Iterable[str]) -> str:

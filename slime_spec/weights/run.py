@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -157,14 +157,17 @@ def _verify(message: CommitPush, side: Side, broadcast: Broadcast) -> bool:
 
 def push_messages(
     weights: Mapping[str, torch.Tensor], version: int, side: Side, bucket_bytes: int, transport: WeightTransport
-) -> Iterator[PushMessage]:
+) -> Generator[PushMessage, None, None]:
     """Yield the messages of a push of given weights, for ``run_push``."""
     yield BeginPush(manifest_of(side, version, weights))
     checksums: list[tuple[str, int]] = []
-    for index, named in enumerate(bucketed(weights.items(), bucket_bytes)):
-        bucket = bucket_of(named, version, index, transport)
-        checksums += zip((name for name, _ in named), bucket.checksums, strict=True)
-        yield bucket
+    try:
+        for index, named in enumerate(bucketed(weights.items(), bucket_bytes)):
+            bucket = bucket_of(named, version, index, transport)
+            checksums += zip((name for name, _ in named), bucket.checksums, strict=True)
+            yield bucket
+    finally:
+        transport.close()
     yield CommitPush(version, combined_checksum(checksums))
 
 

@@ -178,7 +178,7 @@ def test_another_value_of_it_is_refused_with_the_one_that_there_is(flag: str, va
     assert error.rule == f"must be {value}, the one choice here"
 
 
-@pytest.mark.parametrize("path", ["algorithm.advantage_estimator", "trainer.backend", "push.transport"])
+@pytest.mark.parametrize("path", ["algorithm.advantage_estimator", "trainer.backend"])
 def test_a_choice_with_one_value_is_no_setting(path: str) -> None:
     assert path not in settings()
     assert "is not a setting" in refusal(f"{path}=grpo").rule

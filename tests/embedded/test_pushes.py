@@ -19,6 +19,7 @@ from rollout.embedded.model import Decoder
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.errors import PushError
+from slime_spec.transports.ipc import IpcTransport
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.messages import (
     BeginPush,
@@ -29,7 +30,7 @@ from slime_spec.weights.messages import (
     Side,
     VerifyPush,
 )
-from slime_spec.weights.run import PushReport, run_push
+from slime_spec.weights.run import PushReport, push_messages, run_push
 from tests.support.draft_formats import make_format
 from tests.support.embedded_harness import engine_config, make_core, random_prompt, run
 from tests.support.pushes import DirectTransport, checksum_of, disturbed, other_weights, push_of
@@ -152,6 +153,23 @@ def engine(tiny_llama: Path) -> Iterator[EmbeddedEngine]:
     engine.start()
     yield engine
     engine.stop()
+
+
+@pytest.mark.parametrize("side", ["target", "draft"])
+def test_a_push_through_memory_that_is_written_again_leaves_the_engine_with_its_own_copy(
+    tiny_llama: Path, standalone: Config, side: Side
+) -> None:
+    """Parts of fused modules are in different buckets, and the third takes the memory of the first."""
+    engine = EmbeddedEngine(standalone, 0, IpcTransport())
+    engine.start()
+    folder = tiny_llama if side == "target" else Path(standalone.speculative.draft_model_path)
+    pushes = push_messages(other_weights(folder, seed=3), 1, side, 5000, IpcTransport())
+    try:
+        report = run_push(pushes, lambda message: [engine.update_weights(message)], verify=True)
+        assert report.verified
+        assert (engine.stats().weight_version, engine.draft_version) == ((1, 0) if side == "target" else (0, 1))
+    finally:
+        engine.stop()
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])

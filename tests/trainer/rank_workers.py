@@ -228,20 +228,28 @@ def _device_bytes(worker: TrainerRank) -> dict[str, int]:
 class KeepingTransport:
     """Implements WeightTransport inside one process: the handle is the tensors themselves."""
 
-    def publish(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor.clone() for tensor in tensors]
+    lends = False
+
+    def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors)
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
         return list(bucket.handle)
 
+    def release(self) -> None:
+        pass
 
-def push_to_a_receiver(rank: int, init_method: str, config: Config) -> tuple[int, list[str]]:
+    def close(self) -> None:
+        pass
+
+
+def push_to_a_receiver(rank: int, init_method: str, config: Config, every_rank: bool = False) -> tuple[int, list[str]]:
     """Number of buckets, and the names of the tensors a receiver verified."""
 
     worker = TrainerRank(config, rank, init_method)
     worker.load()
     transport = KeepingTransport()
-    buckets = list(worker.push_buckets(3, transport))
+    buckets = [bucket for bucket in worker.push_buckets(3, transport, every_rank) if bucket is not None]
     shapes = expected_shapes(worker.spec)
     metas = {meta.name: meta for bucket in buckets for meta in bucket.tensors}
     mine = {name: shape for name, shape in shapes.items() if name in metas}

@@ -13,24 +13,30 @@ import torch
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
 from slime_spec.config.tree import Config, RunConfig
-from slime_spec.errors import ConfigError, TrainingError
+from slime_spec.errors import ConfigError, PushError, TrainingError
 from slime_spec.interfaces import RunState
 from slime_spec.launch.cluster import Cluster, cluster
-from slime_spec.transports.ray_object_store import RayObjectStoreTransport
+from slime_spec.transports.choice import make_transport
 from slime_spec.types import TrainSample
-from slime_spec.weights.messages import BeginPush, CommitPush, PushBucket
+from slime_spec.weights.messages import BeginPush, CommitPush, PushBucket, TensorMeta
 from slime_spec.weights.receive import PushReceiver
 from tests.trainer.trainer_support import make_policy, tiny_config, tiny_samples
-from trainer_bridge.megatron.group import MegatronGroup, merged
+from trainer_bridge.megatron.group import MegatronGroup, all_results, joined
 
 LAYOUTS = {"1x1": {}, "TP2": {"world_size": 2, "tensor_model_parallel_size": 2}}
 
 
-@pytest.fixture(scope="module", params=["1x1", pytest.param("TP2", marks=pytest.mark.long)])
+@pytest.fixture(
+    scope="module",
+    params=[("1x1", "object_store"), ("1x1", "ipc"), pytest.param(("TP2", "ipc"), marks=pytest.mark.long)],
+    ids="-".join,
+)
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = make_policy(tmp_path_factory.mktemp("policy"), "Qwen3ForCausalLM", tied=True)
-    config = tiny_config(folder, LAYOUTS[request.param])
-    return replace(config, run=RunConfig(mode="train_only"))
+    layout, transport = request.param
+    config = tiny_config(folder, LAYOUTS[layout])
+    push = replace(config.push, transport=transport)
+    return replace(config, run=RunConfig(mode="train_only"), push=push)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def group(config: Config, ray_cluster: Cluster) -> Iterator[MegatronGroup]:
 
 def received(group: MegatronGroup, spec: ModelSpec, version: int) -> dict[str, torch.Tensor]:
     """Take one push as an engine does, every checksum verified."""
-    transport = RayObjectStoreTransport()
+    transport = make_transport(group.config)
     weights: dict[str, torch.Tensor] = {}
     indices = []
     for message in group.push(version):
@@ -111,38 +117,36 @@ def test_a_step_with_a_loss_that_is_not_finite_names_the_version_and_changes_not
 
 
 @ray.remote(num_cpus=0)
-class Streamer:
-    """A rank of which only the stream matters."""
+class Rank:
+    """A rank of which only the end of a call matters."""
 
-    def then_hanging(self, value: int) -> Iterator[int]:
-        yield value
+    def hangs(self) -> None:
         time.sleep(600)
 
-    def then_failing(self, value: int) -> Iterator[int]:
-        yield value
+    def fails(self) -> None:
         raise ArithmeticError("this rank failed")
 
-    def one(self, value: int) -> Iterator[int]:
-        yield value
+    def answers(self, value: int) -> int:
+        return value
 
 
-def test_a_stream_that_fails_is_raised_although_another_hangs(ray_cluster: Cluster) -> None:
-    hanging, failing = Streamer.remote(), Streamer.remote()
-    streams = [
-        hanging.then_hanging.options(num_returns="streaming").remote(1),
-        failing.then_failing.options(num_returns="streaming").remote(2),
-    ]
-    taken: list[int] = []
+def test_a_rank_that_fails_is_raised_although_another_hangs(ray_cluster: Cluster) -> None:
+    hanging, failing = Rank.remote(), Rank.remote()
     with pytest.raises(ArithmeticError, match="this rank failed"):
-        taken.extend(merged(streams))
-    assert 2 in taken
+        all_results([hanging.hangs.remote(), failing.fails.remote()])
     ray.kill(hanging)
 
 
-def test_merged_streams_end_when_all_have(ray_cluster: Cluster) -> None:
-    actors = [Streamer.remote() for _ in range(3)]
-    streams = [actor.one.options(num_returns="streaming").remote(value) for value, actor in enumerate(actors)]
-    assert sorted(merged(streams)) == [0, 1, 2]
+def test_results_are_in_the_order_of_the_ranks(ray_cluster: Cluster) -> None:
+    ranks = [Rank.remote() for _ in range(3)]
+    assert all_results([rank.answers.remote(value) for value, rank in enumerate(ranks)]) == [0, 1, 2]
+
+
+def test_a_bucket_that_several_ranks_publish_has_all_their_handles_if_they_agree() -> None:
+    bucket = PushBucket(1, 0, (TensorMeta("a", (2,), "float32"),), (5,), ("first",))
+    assert joined([bucket, replace(bucket, handle=("second",))]) == replace(bucket, handle=("first", "second"))
+    with pytest.raises(PushError, match="ranks hold different weights of a"):
+        joined([bucket, replace(bucket, checksums=(6,))])
 
 
 def test_a_relative_folder_is_the_drivers(

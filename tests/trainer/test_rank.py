@@ -45,6 +45,13 @@ def test_only_the_first_tensor_rank_publishes(folder: Path) -> None:
     assert (second, nothing) == (0, [])
 
 
+def test_where_every_rank_publishes_each_publishes_all(folder: Path) -> None:
+    config = tiny_config(folder, {"world_size": 2, "tensor_model_parallel_size": 2})
+    first, second = run_ranks(2, "push_to_a_receiver", config, True)
+    assert first == second
+    assert set(first[1]) == expected_shapes(ModelSpec.from_folder(folder)).keys()
+
+
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
 def test_an_export_is_a_checkpoint_that_transformers_loads(kind: str, folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")

@@ -1,23 +1,22 @@
 """Whatever is raised in a push, and whenever: every engine is cancelled, goes on, and takes the next push."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from slime_spec.errors import PushError
+from slime_spec.interfaces import WeightTransport
 from slime_spec.transports.in_process import InProcessTransport
-from slime_spec.weights.checksums import combined_checksum, tensor_checksum
+from slime_spec.transports.ipc import IpcTransport
 from slime_spec.weights.messages import (
     BeginPush,
     CancelPush,
     CommitPush,
     ContinueGeneration,
-    Manifest,
     PauseGeneration,
-    PauseMode,
     PreparePush,
     PushBucket,
     PushMessage,
@@ -25,59 +24,8 @@ from slime_spec.weights.messages import (
     Side,
     VerifyPush,
 )
-from slime_spec.weights.receive import PushDesk, PushStage
 from slime_spec.weights.run import manifest_of, push_messages, run_push
-
-SHAPES = {"a": (2, 3), "b": (4,)}
-OLD = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-NEW = {name: torch.ones(shape) for name, shape in SHAPES.items()}
-
-
-class DictStaging:
-    def __init__(self) -> None:
-        self.expected = SHAPES
-        self.tensors: dict[str, torch.Tensor] = {}
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.tensors[name] = tensor.clone()
-
-    def build(self) -> None:
-        pass
-
-
-class Engine:
-    """Takes pushes of both sides as every engine does, has two sides' weights, and knows whether it is paused."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.versions: dict[Side, int] = {"target": 0, "draft": 0}
-        self.tensors: dict[Side, Mapping[str, torch.Tensor]] = {"target": OLD, "draft": OLD}
-        self.paused = False
-        self.heard: list[type] = []
-        self._desk: PushDesk[DictStaging] = PushDesk(0, InProcessTransport(), self, dtype)
-
-    def update_weights(self, message: PushMessage) -> PushReply:
-        self.heard.append(type(message))
-        return self._desk.answer(message)
-
-    def version(self, side: Side) -> int:
-        return self.versions[side]
-
-    def staging(self, manifest: Manifest) -> DictStaging:
-        return DictStaging()
-
-    def commit(self, stage: PushStage[DictStaging]) -> None:
-        self.versions[stage.manifest.side] = stage.manifest.version
-        self.tensors[stage.manifest.side] = stage.staging.tensors
-
-    def checksum(self, side: Side) -> str:
-        return combined_checksum((name, tensor_checksum(tensor)) for name, tensor in self.tensors[side].items())
-
-    def pause(self, mode: PauseMode) -> None:
-        self.paused = True
-
-    def resume(self) -> None:
-        self.paused = False
-
+from tests.support.push_engines import NEW, OLD, Engine
 
 # What an engine (by its index) raises at a message, if anything
 Fault = Callable[[PushMessage, int], BaseException | None]
@@ -109,8 +57,16 @@ def quiet(message: PushMessage, index: int) -> None:
     return None
 
 
-def new_messages(side: Side, version: int = 7) -> Iterator[PushMessage]:
-    return push_messages(NEW, version, side, 24, InProcessTransport())
+TRANSPORTS: dict[str, type[WeightTransport]] = {"in_process": InProcessTransport, "ipc": IpcTransport}
+every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+
+
+def engines_of(transport: str, count: int) -> list[Engine]:
+    return [Engine(transport=TRANSPORTS[transport]()) for _ in range(count)]
+
+
+def new_messages(side: Side, version: int = 7, transport: str = "in_process") -> Iterator[PushMessage]:
+    return push_messages(NEW, version, side, 24, TRANSPORTS[transport]())
 
 
 class EngineProcessDied(RuntimeError):
@@ -129,15 +85,16 @@ BEFORE_COMMIT = (PauseGeneration, BeginPush, PushBucket, PreparePush)
 AFTER = (CommitPush, VerifyPush, ContinueGeneration)
 
 
+@every_transport
 @pytest.mark.parametrize("side", ["target", "draft"])
 @pytest.mark.parametrize("when", ["before the engine has it", "after the engine has it"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("phase", [*BEFORE_COMMIT, *AFTER], ids=lambda phase: phase.__name__)
 def test_every_engine_is_cancelled_and_goes_on_whatever_is_raised(
-    phase: type, error: BaseException, when: str, side: Side
+    phase: type, error: BaseException, when: str, side: Side, transport: str
 ) -> None:
     """Case audit/70: each phase of a push, each kind of thing that may be raised in it, at one engine of three."""
-    engines = [Engine(), Engine(), Engine()]
+    engines = engines_of(transport, 3)
     raised = 0
 
     def strike(message: PushMessage, index: int) -> BaseException | None:
@@ -149,7 +106,7 @@ def test_every_engine_is_cancelled_and_goes_on_whatever_is_raised(
 
     hooks = (strike, quiet) if when == "before the engine has it" else (quiet, strike)
     with pytest.raises(BaseException) as caught:
-        run_push(new_messages(side), to_all(engines, *hooks), verify=True, pause_mode="retract")
+        run_push(new_messages(side, transport=transport), to_all(engines, *hooks), verify=True, pause_mode="retract")
     # The error itself; or, up to the commit and where it is an Exception, a PushError that it caused.
     assert error is caught.value or (isinstance(caught.value, PushError) and caught.value.__cause__ is error)
     assert (caught.value is error) == (phase in (VerifyPush, ContinueGeneration) or not isinstance(error, Exception))
@@ -160,22 +117,23 @@ def test_every_engine_is_cancelled_and_goes_on_whatever_is_raised(
         if phase in BEFORE_COMMIT:
             assert engine.versions == {"target": 0, "draft": 0}
             assert engine.tensors == {"target": OLD, "draft": OLD}
-    report = run_push(new_messages(side, version=8), to_all(engines, quiet, quiet), verify=True)
+    report = run_push(new_messages(side, 8, transport), to_all(engines, quiet, quiet), verify=True)
     assert report.verified
     assert [engine.versions[side] for engine in engines] == [8, 8, 8]
 
 
+@every_transport
 @pytest.mark.parametrize("pause_mode", ["none", "in_place"])
 @pytest.mark.parametrize("num_messages", [0, 1, 2])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_whatever_the_trainer_raises_engines_are_cancelled_and_go_on(
-    error: BaseException, num_messages: int, pause_mode: str
+    error: BaseException, num_messages: int, pause_mode: str, transport: str
 ) -> None:
     """A rank's error, a transport's, or an interrupt while the driver waits for the next bucket."""
-    engines = [Engine(), Engine()]
+    engines = engines_of(transport, 2)
 
     def breaking() -> Iterator[PushMessage]:
-        messages = new_messages("target")
+        messages = new_messages("target", transport=transport)
         for _ in range(num_messages):
             yield next(messages)
         raise error
@@ -188,7 +146,7 @@ def test_whatever_the_trainer_raises_engines_are_cancelled_and_go_on(
         assert not engine.paused
         assert (CancelPush in engine.heard) == (num_messages > 0), "nothing is undone that no engine heard of"
         assert engine.versions["target"] == 0
-    run_push(new_messages("target"), to_all(engines, quiet, quiet), pause_mode=pause_mode)
+    run_push(new_messages("target", transport=transport), to_all(engines, quiet, quiet), pause_mode=pause_mode)
     assert [engine.versions["target"] for engine in engines] == [7, 7]
 
 

@@ -11,7 +11,7 @@ import ray
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import RunState
 from slime_spec.ports import free_port
-from slime_spec.transports.ray_object_store import RayObjectStoreTransport
+from slime_spec.transports.choice import every_rank_publishes, make_transport
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.messages import PushBucket
 
@@ -24,8 +24,8 @@ class RankActor:
 
     def __init__(self, config: Config, rank: int) -> None:
         self.config, self.rank = config, rank
-        self.transport = RayObjectStoreTransport()
-        self.on_their_way: list[PushBucket] = []
+        self.transport = make_transport(config)
+        self.buckets: Iterator[PushBucket | None] | None = None
 
     def address(self) -> str:
         """Return where the other ranks can meet this one."""
@@ -41,15 +41,16 @@ class RankActor:
     def step(self, samples: Sequence[TrainSample]) -> TrainReport:
         return self.worker.step(samples)
 
-    def push_buckets(self, version: int) -> Iterator[PushBucket]:
-        # Ray does not count a reference that is nested in a streamed value, so it is held here until ``end_push``.
-        for bucket in self.worker.push_buckets(version, self.transport):
-            self.on_their_way.append(bucket)
-            yield bucket
+    def next_bucket(self, version: int) -> PushBucket | None:
+        """Make the next bucket of the push; None where there are no more, or another rank publishes them."""
+        if self.buckets is None:
+            self.buckets = self.worker.push_buckets(version, self.transport, every_rank_publishes(self.config))
+        return next(self.buckets, None)
 
     def end_push(self) -> None:
         """Release the buckets' memory: every engine has every bucket, or the push failed."""
-        self.on_their_way.clear()
+        self.buckets = None
+        self.transport.close()
         self.worker.end_push()
 
     def save(self, folder: str, state: RunState) -> None:

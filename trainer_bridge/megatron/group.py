@@ -21,10 +21,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config
-from slime_spec.errors import ConfigError, TrainingError
+from slime_spec.errors import ConfigError, PushError, TrainingError
 from slime_spec.interfaces import RunState
 from slime_spec.placement import Placement
 from slime_spec.ray_errors import result_of
+from slime_spec.transports.choice import every_rank_publishes
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.checksums import combined_checksum
 from slime_spec.weights.messages import (
@@ -61,7 +62,7 @@ class MegatronGroup:
 
     def load(self) -> RunState | None:
         init_method = _result(self.actors[0].address.remote(), self.config.cluster.actor_start_timeout_s)
-        states: list[RunState | None] = _results([actor.load.remote(init_method) for actor in self.actors])
+        states: list[RunState | None] = all_results([actor.load.remote(init_method) for actor in self.actors])
         if states[0] is not None:
             self._pushed_version = states[0].weight_version
         return states[0]
@@ -70,7 +71,7 @@ class MegatronGroup:
         self._end_push()
         shared = ray.put(tuple(samples))
         try:
-            reports: list[TrainReport] = _results([actor.step.remote(shared) for actor in self.actors])
+            reports: list[TrainReport] = all_results([actor.step.remote(shared) for actor in self.actors])
         except TrainingError as error:
             raise TrainingError(f"after weight version {self._pushed_version}: {error}") from None
         return reports[0]
@@ -87,11 +88,11 @@ class MegatronGroup:
 
     def save(self, folder: str, state: RunState) -> None:
         self._end_push()
-        _results([actor.save.remote(str(Path(folder).absolute()), state) for actor in self.actors])
+        all_results([actor.save.remote(str(Path(folder).absolute()), state) for actor in self.actors])
 
     def export_hf(self, folder: str) -> None:
         self._end_push()
-        _results([actor.export_hf.remote(str(Path(folder).absolute())) for actor in self.actors])
+        all_results([actor.export_hf.remote(str(Path(folder).absolute())) for actor in self.actors])
 
     def stop(self) -> None:
         """End the actors; safe after a rank has failed, when the others may hang in a collective."""
@@ -100,7 +101,7 @@ class MegatronGroup:
 
     def peak_rss_bytes(self) -> int:
         """Return the most memory the ranks have used, summed."""
-        return sum(_results([actor.peak_rss_bytes.remote() for actor in self.actors]))
+        return sum(all_results([actor.peak_rss_bytes.remote() for actor in self.actors]))
 
     def _end_push(self) -> None:
         """Give up a push that was not read to its end, and with it the shared memory that the ranks hold for it."""
@@ -131,28 +132,29 @@ class MegatronGroup:
         return Manifest("target", version, tuple(TensorMeta(name, shape, dtype) for name, shape in shapes.items()))
 
     def _stage_buckets(self, stage: int, version: int) -> Iterator[PushBucket]:
-        """Yield the stage's buckets, which its tensor ranks gather together and the first rank streams."""
-        streams = [
-            self.actors[rank].push_buckets.options(num_returns="streaming").remote(version)
-            for rank in self.layout.holders(stage)
-        ]
-        yield from merged(streams)
+        """Yield the stage's buckets, which its tensor ranks gather together.
+
+        While the engines take a bucket the ranks make the next, and no more: a transport has room for two.
+        """
+        ranks = self.layout.ranks(stage) if every_rank_publishes(self.config) else self.layout.holders(stage)
+        actors = [self.actors[rank] for rank in ranks]
+        coming = [actor.next_bucket.remote(version) for actor in actors]
+        while made := [bucket for bucket in all_results(coming) if bucket is not None]:
+            coming = [actor.next_bucket.remote(version) for actor in actors]
+            yield joined(made)
 
 
-def merged(streams: Sequence[Any]) -> Iterator[Any]:
-    """Yield the streams' values as they come.
+def joined(buckets: Sequence[PushBucket]) -> PushBucket:
+    """Return the bucket that several ranks have published as one, with all their handles.
 
-    Raises as soon as any one fails, since the others may then wait for it.
+    Raises PushError where the ranks hold different weights.
     """
-    pending = list(streams)
-    while pending:
-        (ready,), _ = ray.wait(pending, num_returns=1)
-        try:
-            ref = next(ready)
-        except StopIteration:
-            pending = [stream for stream in pending if stream is not ready]
-            continue
-        yield _result(ref)
+    first = buckets[0]
+    for other in buckets[1:]:
+        sums = zip(first.tensors, first.checksums, other.checksums, strict=True)
+        if wrong := [meta.name for meta, ours, theirs in sums if ours != theirs]:
+            raise PushError(f"the trainer's ranks hold different weights of {', '.join(wrong[:3])}")
+    return replace(first, handle=tuple(handle for bucket in buckets for handle in bucket.handle))
 
 
 def _start_actor(config: Config, rank: int, placement: Placement) -> Any:
@@ -188,7 +190,7 @@ def _result(ref: Any, timeout_s: float | None = None) -> Any:
         ) from None
 
 
-def _results(refs: Sequence[Any]) -> list[Any]:
+def all_results(refs: Sequence[Any]) -> list[Any]:
     """Return every value, in order; raises as soon as any one fails, since the others may then wait for it for ever."""
     values = {}
     pending = list(refs)

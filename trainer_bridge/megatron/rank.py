@@ -120,19 +120,20 @@ class TrainerRank:
             num_microbatches=num_microbatches,
         )
 
-    def push_buckets(self, version: int, transport: WeightTransport) -> Iterator[PushBucket]:
+    def push_buckets(
+        self, version: int, transport: WeightTransport, every_rank: bool = False
+    ) -> Iterator[PushBucket | None]:
         """Yield this pipeline stage's weights in the engines' dtype, numbered from 0 within the stage.
 
-        Collective over the stage's tensor ranks of data rank 0; only tensor rank 0 publishes and yields. The parameters
-        stay on the device until ``end_push``, as engines may read the buckets where they are.
+        Collective over the stage's tensor ranks; tensor rank 0 publishes, or ``every_rank``, and the others yield None.
+        The parameters stay on the device until ``end_push``.
         """
         self.residency.hold(Part.PARAMETERS)
-        publishes = mpu.get_tensor_model_parallel_rank() == 0
+        publishes = every_rank or mpu.get_tensor_model_parallel_rank() == 0
         dtype = getattr(torch, self.config.engine.dtype)
         weights = ((name, tensor.to(dtype)) for name, tensor in hf_tensors(self.model, self.spec))
         for index, named in enumerate(bucketed(weights, self.config.push.bucket_bytes)):
-            if publishes:
-                yield bucket_of(named, version, index, transport)
+            yield bucket_of(named, version, index, transport) if publishes else None
 
     def end_push(self) -> None:
         self.residency.hold()

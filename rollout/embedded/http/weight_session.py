@@ -182,10 +182,10 @@ class WeightUpdates:
     def _check(self, side: Side, tensors: Tensors, held: Tensors) -> None:
         """Raise PushError, naming the tensor, for tensors that a push of this side could not have; ``held`` it has."""
         check_part([meta_of(name, tensor) for name, tensor in tensors.items()], self._expected(side))
-        for name, tensor in tensors.items():
+        for name in tensors:
             if name in held:
                 raise PushError(f"{name} came twice in this session")
-            check_values(name, tensor, self._dtype)
+        check_values(list(tensors), list(tensors.values()), self._dtype)
 
     def _expected(self, side: Side) -> Mapping[str, tuple[int, ...]]:
         return expected_shapes(self._spec) if side == "target" else self._engine.draft_shapes

@@ -18,6 +18,7 @@ from slime_spec.preflight.gate import not_skipped, refused
 from slime_spec.preflight.memory import MemoryPlan, plan_memory
 from slime_spec.sglang.arguments import command_line, planned_places, server_flags
 from slime_spec.sglang.interpreter import checked_in
+from slime_spec.transports.choice import IPC, transport_name
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def transport_text(config: Config) -> str:
     push, to_servers = config.push, config.sglang_server.transport
     verified = "read back and compared" if push.verify else "not verified"
     text = (
-        f"every {push.interval} step(s) in buckets of {push.bucket_bytes / 2**20:.0f} MiB by Ray's object store, "
+        f"every {push.interval} step(s) in buckets of {push.bucket_bytes / 2**20:.0f} MiB by {_way(config)}, "
         f"{verified}; running requests: {push.pause_mode}"
     )
     if not kind_of(config).has_servers:
@@ -110,3 +111,10 @@ def transport_text(config: Config) -> str:
         "disk": "disk",
     }
     return f"{text}; engine to server: {ways[to_servers]}"
+
+
+def _way(config: Config) -> str:
+    """Name what carries weights from the trainer to the engines."""
+    if transport_name(config) == IPC:
+        return "ipc (CUDA memory)" if config.trainer.num_gpus else "ipc (shared memory)"
+    return "Ray's object store"

@@ -1,0 +1,64 @@
+"""A run's transport is chosen by where its engines and its trainer are; one that cannot work is refused at once."""
+
+import pytest
+
+from slime_spec.config.checks import check
+from slime_spec.config.tree import ClusterConfig, Config, ModelConfig, PushConfig, RolloutConfig, TrainerConfig
+from slime_spec.errors import ConfigError
+from slime_spec.interfaces import load
+from slime_spec.transports.choice import TRANSPORTS, every_rank_publishes, transport_name
+
+
+def placed(transport: str, gpus: int, *, colocate: bool = True, engine: str = "embedded", pipeline: int = 1) -> Config:
+    """A run with as many engines as ranks, each on a GPU or none."""
+    ranks = max(gpus, pipeline)
+    return Config(
+        model=ModelConfig(hf_checkpoint="folder"),
+        rollout=RolloutConfig(engine=engine, num_engines=ranks, num_gpus_per_engine=min(gpus, 1)),
+        trainer=TrainerConfig(world_size=ranks, num_gpus=gpus, pipeline_model_parallel_size=pipeline),
+        cluster=ClusterConfig(colocate=colocate),
+        push=PushConfig(transport=transport),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "by_every_rank"),
+    [
+        (placed("auto", 0), "object_store", False),
+        (placed("auto", 1), "ipc", True),
+        (placed("auto", 8), "ipc", True),
+        (placed("auto", 8, colocate=False), "object_store", False),
+        (placed("auto", 2, pipeline=2), "object_store", False),
+        (placed("auto", 1, engine="sglang"), "object_store", False),
+        (placed("ipc", 0), "ipc", False),
+        (placed("ipc", 0, pipeline=2), "ipc", False),
+        (placed("object_store", 1), "object_store", False),
+    ],
+)
+def test_auto_takes_the_nearest_way_that_there_is(config: Config, name: str, by_every_rank: bool) -> None:
+    check(config)
+    assert transport_name(config) == name
+    assert every_rank_publishes(config) is by_every_rank
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (placed("ipc", 2, colocate=False), "on the same GPUs"),
+        (placed("ipc", 2, pipeline=2), "only their own layers"),
+        (placed("ipc", 1, engine="sglang"), "a server behind it"),
+        (placed("ipc", 0, engine="sglang"), "a server behind it"),
+    ],
+)
+def test_a_transport_that_cannot_reach_the_engines_is_refused(config: Config, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(config)
+    assert (refused.value.setting, refused.value.value) == ("push.transport", "ipc")
+    assert says in refused.value.rule
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_every_transport_has_both_ends(name: str) -> None:
+    transport = load(TRANSPORTS[name])()
+    assert isinstance(transport.lends, bool)
+    transport.close()  # at either end, before anything was published or received
