@@ -86,6 +86,10 @@ class BundlePlan:
     def num_cpus(self) -> float:
         return sum(bundle.num_cpus for bundle in self.bundles)
 
+    @property
+    def num_gpus(self) -> float:
+        return sum(bundle.num_gpus for bundle in self.bundles)
+
 
 def num_engine_nodes(config: Config) -> int:
     """Return how many nodes each engine is on; slime_spec.config.checks has seen that its GPUs fill them evenly."""

@@ -6,11 +6,14 @@ Engine and trainer share the device, as in a colocated run. The first step of ea
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from slime_spec.bench.rows import Row, report_json
@@ -19,6 +22,16 @@ from slime_spec.metrics.jsonl import read_metrics
 TIMES = ("rollout_time", "train_time", "sync_time", "step_time")
 OFF = ("speculative.algorithm=NONE", "speculative.draft_model_path=null", "speculative.use_rejection_sampling=false")
 ON_GPU = ("engine.dtype=bfloat16", "trainer.dtype=bfloat16", "rollout.max_response_len=256")
+STACK_EVERY_S, END_S, LOG_TAIL = 20, 15.0, 1_500
+RAY_LOGS = "ray/session_latest/logs"  # in RAY_TMPDIR
+QUIET_LOGS = ("debug_state", "monitor", "dashboard", "log_monitor")
+STACKS = """
+import faulthandler, os, sys
+told = open(f"{folder}/{{os.getpid()}}.txt", "w")
+told.write(open(f"/proc/{{os.getpid()}}/cmdline").read().replace(chr(0), " ")[:300] + chr(10))
+told.flush()
+faulthandler.dump_traceback_later({every_s}, repeat=True, file=told)
+"""
 SMALL = ("rollout.batch_size=2", "rollout.n_samples_per_prompt=2", "rollout.max_response_len=8")
 
 
@@ -33,13 +46,70 @@ def arguments(speculates: bool, options: argparse.Namespace) -> list[str]:
 
 
 def run(folder: Path, speculates: bool, options: argparse.Namespace) -> list[dict[str, float | None]]:
-    """Run a job; return the metrics of its steps, without the first where there are others."""
+    """Run a job; return the metrics of its steps, without the first where there are others.
+
+    Raises SystemExit for a run that fails, and for one that does not end in time once all has told where it stands.
+    """
     words = [*arguments(speculates, options), "--output-dir", str(folder)]
-    done = subprocess.run([sys.executable, "-m", "slime_spec", *words])
-    if done.returncode:
-        raise SystemExit(f"the run with speculation {'on' if speculates else 'off'} ended with {done.returncode}")
+    stacks = folder.with_name(f"{folder.name}s")  # a short name, since Ray's sockets lie below
+    side = f"the run with speculation {'on' if speculates else 'off'}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slime_spec", *words], env=tells_its_stacks(stacks), start_new_session=True
+    )
+    try:
+        code = process.wait(options.limit_s)
+    except subprocess.TimeoutExpired:
+        code = None
+        say(standing(stacks))
+    finally:
+        end(process)
+    if code != 0:
+        raise SystemExit(f"{side} {f'did not end in {options.limit_s} s' if code is None else f'ended with {code}'}")
     steps = read_metrics(folder / "metrics.jsonl")
     return steps[1:] or steps
+
+
+def tells_its_stacks(stacks: Path) -> dict[str, str]:
+    """Return an environment in which every Python process, an actor too, writes all threads' stacks now and then.
+
+    Ray's session lies in the same folder.
+    """
+    stacks.mkdir()
+    (stacks / "sitecustomize.py").write_text(STACKS.format(folder=str(stacks), every_s=STACK_EVERY_S))
+    found = f"{stacks}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return {**os.environ, "PYTHONPATH": found, "RAY_TMPDIR": str(stacks)}
+
+
+def standing(stacks: Path) -> str:
+    """Return the newest stacks of the processes of a run that does not end, and the ends of Ray's logs."""
+    told = []
+    for path in sorted(stacks.glob("*.txt")):
+        command, *dumps = path.read_text(errors="replace").split("Timeout (")
+        if dumps:
+            told.append(f"== stacks of {command.strip()}\n{dumps[-1]}")
+    for path in sorted((stacks / RAY_LOGS).glob("*.*")):
+        if (
+            path.is_file()
+            and not path.name.startswith(QUIET_LOGS)
+            and (text := path.read_text(errors="replace").strip())
+        ):
+            told.append(f"== end of {path.name}\n{text[-LOG_TAIL:]}")
+    return "\n".join(told)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a run in order, then whatever is left of it."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def rows_of(on: Sequence[dict[str, float | None]], off: Sequence[dict[str, float | None]]) -> list[Row]:
@@ -68,6 +138,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--num-gpus", type=int, choices=(0, 1), required=True)
     parser.add_argument("--turns", type=int, default=2, help="runs, with speculation on and off in turn (2)")
     parser.add_argument("--num-rollout", type=int, default=1, help="steps of a run (1)")
+    parser.add_argument("--limit-s", type=float, default=120.0, help="seconds a run may last (120)")
     parser.add_argument("--policy", type=Path, help="a tiny checkpoint, for a rehearsal")
     parser.add_argument("--draft", type=Path, help="its draft")
     options = parser.parse_args(argv)

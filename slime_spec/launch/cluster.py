@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import ray
@@ -21,6 +22,8 @@ from slime_spec.config.addresses import parse_address
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
+from slime_spec.launch.ray_environment import LOGS
+from slime_spec.launch.waiting import limited, told
 from slime_spec.placement import Bundle, BundlePlan, Placement, plan_bundles
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,7 @@ def cluster(config: Config, spec: ModelSpec | None) -> Iterator[Cluster]:
         if config.cluster.ray_address is None:
             _start_ray(plan, spec, config)
         else:
-            _join_ray(str(config.cluster.ray_address))
+            _join_ray(str(config.cluster.ray_address), config.cluster.actor_start_timeout_s)
         with _reserved(plan) as reserved:
             yield reserved
     finally:
@@ -71,8 +74,10 @@ def _start_ray(plan: BundlePlan, spec: ModelSpec | None, config: Config) -> None
     if plan.num_cpus > cores:
         logger.warning("more cores reserved than this machine has reserved=%g cores=%d", plan.num_cpus, cores)
     _init_ray(
+        config.cluster.actor_start_timeout_s,
         address="local",
         num_cpus=max(cores, int(plan.num_cpus)),
+        num_gpus=ceil(plan.num_gpus),  # preflight has counted them; Ray's own count needs NVIDIA's management library
         include_dashboard=False,
         object_store_memory=_object_store_bytes(spec, config),
         logging_level=logging.WARNING,
@@ -80,14 +85,21 @@ def _start_ray(plan: BundlePlan, spec: ModelSpec | None, config: Config) -> None
     )
 
 
-def _init_ray(**settings: Any) -> None:
-    """Call ray.init, which replaces SIGTERM's handler by its own: that ends the process in the middle of its work."""
+def _init_ray(limit_s: float, **settings: Any) -> None:
+    """Call ray.init, and end it after ``limit_s``: it waits for ever for a head that it cannot reach.
+
+    It replaces SIGTERM's handler by its own, which ends the process in the middle of its work.
+    """
     before = signal.getsignal(signal.SIGTERM)
     is_asked = False
     try:
-        ray.init(**settings)
+        with limited(limit_s), told("Ray", "Ray started", LOGS):
+            ray.init(**settings)
     except SystemExit:  # Ray's handler has run
         is_asked = True
+    except TimeoutError:
+        remedy = f"Look in {LOGS}, free the machine's cores, or raise it."
+        raise ConfigError("cluster.actor_start_timeout_s", "Ray must start within it", limit_s, remedy) from None
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -108,7 +120,7 @@ def _object_store_bytes(spec: ModelSpec | None, config: Config) -> int:
     return kind_of(config).num_weight_copies * (total + total // 8) + OBJECT_STORE_SLACK_BYTES
 
 
-def _join_ray(address: str) -> None:
+def _join_ray(address: str, limit_s: float) -> None:
     """Join a running cluster; raise within seconds if nothing listens at the address."""
     remedy = (
         "Start Ray there (ray start --head; with tokens, share its token), or drop --ray-address for a private Ray."
@@ -124,7 +136,7 @@ def _join_ray(address: str) -> None:
         except OSError as error:
             raise ConfigError("cluster.ray_address", f"must be reachable: {error}", address, remedy) from None
     try:
-        _init_ray(address=address, logging_level=logging.WARNING)
+        _init_ray(limit_s, address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError("cluster.ray_address", f"must be a running Ray: {error}", address, remedy) from None
 

@@ -21,7 +21,8 @@ from slime_spec.config.tree import Config
 from slime_spec.interfaces import Engines, RunState, Trainer
 from slime_spec.launch.compose import Composed
 from slime_spec.launch.preflight import checkpoints_of, look
-from slime_spec.launch.ray_environment import prepare_ray_environment
+from slime_spec.launch.ray_environment import LOGS, prepare_ray_environment
+from slime_spec.launch.waiting import told
 from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
 from slime_spec.placement import Placement
@@ -159,13 +160,16 @@ def _parts(
         loaded = None
         if trainer is not None:
             stack.callback(trainer.stop)
-            loaded = trainer.load()
+            with told("the trainer", "trainer ready", LOGS):
+                loaded = trainer.load()
         engines = None
         if config.run.mode != "train_only":
             from rollout.pool import EnginePool
 
             engines = stack.enter_context(EnginePool(config, reserved.engines))
-            for index, stats in enumerate(engines.start()):
+            with told("the engines", "engines ready", LOGS):
+                started = engines.start()
+            for index, stats in enumerate(started):
                 logger.info("engine started engine=%d kv_tokens=%d", index, stats.kv_tokens_capacity)
         yield engines, trainer, loaded
 

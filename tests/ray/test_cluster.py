@@ -56,6 +56,14 @@ def test_a_signal_while_ray_starts_ends_the_start(config, spec):
     assert not ray.is_initialized()
 
 
+def test_a_ray_that_does_not_start_in_time_is_an_error_that_says_where_to_look(config, spec):
+    short = replace(config, cluster=ClusterConfig(actor_start_timeout_s=0.3))
+    with pytest.raises(ConfigError, match="Ray must start within it") as error, cluster(short, spec):
+        pass
+    assert "Ray's logs" in str(error.value)
+    assert not ray.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("address", "rule"),
     [("nonsense", "auto or HOST:PORT"), ("127.0.0.1:1", "must be reachable")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tarfile
 from argparse import Namespace
@@ -23,6 +24,7 @@ import ledger  # noqa: E402
 import menus  # noqa: E402
 import pack  # noqa: E402
 import prove  # noqa: E402
+import rl_steps  # noqa: E402
 import unpack  # noqa: E402
 from menus import MENUS, REHEARSED, REPORT, Part  # noqa: E402
 
@@ -177,6 +179,24 @@ def test_tests_are_counted_with_the_names_of_those_that_fail(tmp_path: Path) -> 
     passed, failed = device_tests.rows_of(junit, "sampling_laws")
     assert (passed.id, failed.id) == ("sampling_laws.passed", "sampling_laws.failed")
     assert (passed.value, failed.value, failed.holds, failed.what) == (1, 1, False, "test_a::test_y")
+
+
+def test_a_run_that_does_not_end_tells_where_its_processes_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every thread of every Python process, and the ends of Ray's logs."""
+    monkeypatch.setattr(rl_steps, "STACK_EVERY_S", 1)
+    stacks = tmp_path / "0s"
+    waits = "import threading\ndef for_ever(): threading.Event().wait()\nfor_ever()"
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", waits], env=rl_steps.tells_its_stacks(stacks), timeout=4)
+    logs = stacks / "ray/session_latest/logs"
+    logs.mkdir(parents=True)
+    (logs / "raylet.out").write_text("no room")
+    (logs / "dashboard.log").write_text("all is well")
+    told = rl_steps.standing(stacks)
+    assert "in for_ever" in told
+    assert told.endswith("== end of raylet.out\nno room")
 
 
 def test_what_is_packed_is_pinned() -> None:

@@ -17,7 +17,7 @@ from slime_spec.sglang.arguments import command_line
     applies=always,
 )
 def gpus(facts: Facts) -> Sighting | None:
-    wanted = sum(bundle.num_gpus for bundle in plan_bundles(facts.config).bundles)
+    wanted = plan_bundles(facts.config).num_gpus
     if facts.gpu_bytes is None or len(facts.gpu_bytes) >= wanted:
         return None
     return Sighting(
