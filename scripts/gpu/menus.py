@@ -66,6 +66,7 @@ MENUS: dict[str, tuple[Part, ...]] = {
     ),
     "step": (
         _bench("device", "ipc", 60),
+        _bench("device", "push", 90),
         Part(
             "rl steps",
             240,

@@ -14,6 +14,7 @@ from slime_spec.bench import run_bench
 from slime_spec.bench.cost import BY_CLOCK, GPU_VERIFY_REACH, CostSizes, verify_rows
 from slime_spec.bench.device.ceilings import CeilingSizes, measure_ceilings
 from slime_spec.bench.device.ipc import IpcSizes, Receive, measure_ipc
+from slime_spec.bench.device.push import PushSizes, measure_push
 from slime_spec.bench.device.random_model import (
     LLAMA_32_1B,
     SHAPES,
@@ -132,6 +133,16 @@ def test_bytes_arrive_in_another_process_whole_and_in_buckets() -> None:
     assert rows.keys() == speeds | ratios | {"device.ipc.arrived"}
     assert all(math.isfinite(row.value) and row.value > 0 for row in rows.values())
     assert all(rows[id].holds is None for id in speeds | ratios)
+
+
+def test_a_push_between_two_processes_arrives_and_is_held_against_a_copy() -> None:
+    rows = by_id(measure_push(CPU, PushSizes("tiny", {"": 2**27, "small.": 2**14}, 2)))
+    assert rows["device.push.arrived"].value == 1.0
+    times = {f"device.push.{way}" for way in ("copy", "checksum", "ipc", "small.ipc")}
+    ratios = {f"device.push.{way}.ratio" for way in ("ipc", "small.ipc")}
+    assert rows.keys() == times | ratios | {"device.push.arrived"}
+    assert all(math.isfinite(row.value) and row.value > 0 for row in rows.values())
+    assert all(rows[id].holds is None for id in times | ratios)
 
 
 @pytest.mark.parametrize(

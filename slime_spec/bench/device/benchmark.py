@@ -14,6 +14,7 @@ PARTS = {
     "ceilings": f"{HERE}.ceilings:measure",
     "shapes": f"{HERE}.shapes:measure",
     "ipc": f"{HERE}.ipc:measure",
+    "push": f"{HERE}.push:measure",
 }
 
 
@@ -40,7 +41,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 DEVICE = Benchmark(
-    what="The device: copy and matmul, passes of models of known shapes with random weights, bytes between processes.",
+    what="The device: copy and matmul, passes of random models of known shapes, bytes and pushes between processes.",
     parts=PARTS,
     prepare=prepare,
     add_flags=add_flags,
