@@ -19,7 +19,12 @@ SPLIT = ("test_greedy_grid.py", "test_real_sglang.py", "test_real_sglang_pushes.
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run proofs also where nothing they prove has changed")
-    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where tests/embedded computes")
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda", "stand-in"),
+        default="cpu",
+        help="where tests/embedded computes; stand-in: on a CPU that refuses what a GPU refuses",
+    )
     parser.addoption("--record-proofs", action="store_true", help="run all proofs, write tests/proven.json")
 
 

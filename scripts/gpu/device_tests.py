@@ -7,9 +7,12 @@ their definition, with the negative controls that must fail, and random requests
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import signal
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 
 from slime_spec.bench.rows import Row, at_least, at_most, report_json
@@ -27,40 +30,71 @@ FILES = (
 )
 # Which tests: "device_tests" draw 20,000 samples where they count them; "sampling_laws" are the proofs of 200,000.
 CHOICES = {"device_tests": ("-m", "not proves"), "sampling_laws": ("-m", "proves", "--all")}
-SHOWN = 40  # failures that the report names; the log has their tracebacks
+SHOWN = 40  # failures that the report names
+TOLD_LINES = 12  # the end of a failure's traceback, in the log
+GRACE_S = 10  # for the processes to end when the time is up
 
 
-def rows_of(junit: Path, choice: str) -> list[Row]:
-    """Return how many tests of a choice passed and failed, and which failed, from pytest's JUnit file."""
-    passed, failed = 0, []
-    for case in ElementTree.parse(junit).iter("testcase"):
-        outcomes = {child.tag for child in case}
-        if outcomes & {"failure", "error"}:
-            failed.append(f"{str(case.get('classname')).rpartition('.')[2]}::{case.get('name')}")
-        elif "skipped" not in outcomes:
-            passed += 1
+def rows_of(outcomes: Path, choice: str) -> list[Row]:
+    """Return how many tests of a choice passed and failed, and which failed, from the plugin's lines."""
+    lines = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    failed = sorted({each["test"].rpartition("/")[2] for each in lines if each["outcome"] == "failed"})
+    passed = len({each["test"] for each in lines if each["outcome"] == "passed"})
     return [
         at_least(f"{choice}.passed", "tests of the embedded engine that passed", passed, "tests", 1),
         at_most(f"{choice}.failed", "; ".join(failed[:SHOWN]) or "tests that failed", len(failed), "tests", 0),
     ]
 
 
+def failures_of(outcomes: Path) -> str:
+    """Return each failure's name and the end of its traceback."""
+    lines = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    told = [(each["test"], each["why"].splitlines()[-TOLD_LINES:]) for each in lines if each["outcome"] == "failed"]
+    return "\n".join("\n    ".join((f"FAILED {test}", *why)) for test, why in told)
+
+
+def run_tests(words: Sequence[str], limit_s: float) -> bool:
+    """Run pytest for at most this long, 0 for as long as it takes; return whether it came to its end.
+
+    Its processes stay in this one's group, which whoever has started this ends as a whole.
+    """
+    folder = os.pathsep.join((str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    command = [sys.executable, "-m", "pytest", *words]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": folder})
+    try:
+        process.wait(limit_s or None)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return False
+    return True
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("report", type=Path)
-    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu", "stand-in"), required=True)
     parser.add_argument("--processes", default="0", help="pytest's -n")
     parser.add_argument("--choice", choices=CHOICES, default="device_tests")
     parser.add_argument("--match", default="", help="pytest's -k")
+    parser.add_argument("--limit-s", type=float, default=0.0, help="end the tests then; 0: never")
+    parser.add_argument("--maxfail", default="0", help="pytest's")
     parser.add_argument("--only", nargs="+", default=FILES, help="files of tests/embedded")
     options = parser.parse_args(argv)
-    junit = options.report.with_suffix(".xml")
+    outcomes = options.report.with_suffix(".jsonl")
     files = [f"tests/embedded/{name}" for name in options.only]
     # Test by test, for one file may take as long as all others: what a file's tests share is made in a second.
     words = [*CHOICES[options.choice], "-k", options.match, "-n", options.processes, "--dist", "worksteal"]
-    words += ["-q", "-p", "no:cacheprovider", "--device", options.device, f"--junitxml={junit}"]
-    subprocess.run([sys.executable, "-m", "pytest", *words, *files], cwd=ROOT)
-    rows = rows_of(junit, options.choice)
+    words += ["-q", "--tb=short", "--no-summary", "--maxfail", options.maxfail, "-p", "no:cacheprovider"]
+    words += ["-p", "no:benchmark", "-p", "outcomes", "--outcomes", str(outcomes), "--device", options.device]
+    if not run_tests([*words, *files], options.limit_s):
+        sys.stdout.write(f"ended after {options.limit_s:g} s, before all tests had run\n")
+    sys.stdout.write(f"{failures_of(outcomes)}\n")
+    rows = rows_of(outcomes, options.choice)
     options.report.write_text(report_json(rows, ["scripts/gpu/device_tests.py", *argv], ()))
     return 0 if all(row.holds for row in rows) else 1
 

@@ -53,13 +53,16 @@ MENUS: dict[str, tuple[Part, ...]] = {
         Part(
             "device tests",
             200,
-            (*TESTS, "--device", "cuda", "--processes", "12"),
+            (*TESTS, "--device", "cuda", "--processes", "12", "--limit-s", "180"),
             (*TESTS, "--device", "cpu", "--only", "test_tree_attention.py"),
         ),
         Part(
             "sampling laws",
             240,
-            (*TESTS, "--choice", "sampling_laws", "--device", "cuda", "--processes", "14", "--only", LAWS),
+            (
+                *(*TESTS, "--choice", "sampling_laws", "--device", "cuda", "--processes", "14"),
+                *("--limit-s", "220", "--only", LAWS),
+            ),
             # The shortest of the proofs, with a tenth of their samples.
             (*TESTS, "--device", "cpu", "--only", LAWS, "--match", "first_drafts and 20000 and not 200000"),
         ),

@@ -1,6 +1,7 @@
 """Tiny checkpoints, written once per test session, and the device that the engine's tests compute on."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from rollout.embedded.assemble import Assembly
 from slime_spec.config.tree import Config
+from tests.support.stand_in_device import stand_in_device
 from tests.support.tiny_models import make_tiny_checkpoint
 
 
@@ -34,13 +36,13 @@ def micro_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Give every engine a GPU under ``--device cuda``, whatever its test's configuration says."""
-    begin = Assembly.__init__
+    """Give every engine a GPU, or what stands in for it, under ``--device``, whatever its test's configuration says."""
+    begin, device = Assembly.__init__, request.config.getoption("--device")
 
     def on_gpu(self: Assembly, config: Config) -> None:
         begin(self, replace(config, rollout=replace(config.rollout, num_gpus_per_engine=1)))
 
-    with pytest.MonkeyPatch.context() as patch:
-        if request.config.getoption("--device") == "cuda":
+    with pytest.MonkeyPatch.context() as patch, stand_in_device() if device == "stand-in" else nullcontext():
+        if device != "cpu":
             patch.setattr(Assembly, "__init__", on_gpu)
         yield

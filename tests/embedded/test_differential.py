@@ -146,7 +146,7 @@ def make_case(name: str, folders: dict[str, Path]) -> Case:
     core = assembly.core(0, perf_counter)
     stored = load_file(target / "model.safetensors")
     old = {key: stored[key] for key in expected_shapes(assembly.spec)}
-    builder = assembly.builder(torch.device("cpu"))
+    builder = assembly.builder(assembly.device)
     for key, tensor in (new := disturbed(old, 3)).items():
         builder.add(key, tensor)
     models = [load_reference(folders["twin"] if is_mtp else target, torch.float64) for _ in range(2)]

@@ -41,7 +41,8 @@ SINGLE = replace(GROUP, group_id="s", seeds=(9,))
 
 
 def decoder_of(folder: Path, weights: dict[str, torch.Tensor]) -> Decoder:
-    builder = Assembly(engine_config(folder)).builder(torch.device("cpu"))
+    assembly = Assembly(engine_config(folder))
+    builder = assembly.builder(assembly.device)
     for name, tensor in weights.items():
         builder.add(name, tensor)
     return builder.finish()

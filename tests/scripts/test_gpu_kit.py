@@ -170,15 +170,29 @@ def test_a_menu_fits_into_a_visit_in_its_first_parts() -> None:
 
 
 def test_tests_are_counted_with_the_names_of_those_that_fail(tmp_path: Path) -> None:
-    junit = tmp_path / "junit.xml"
-    junit.write_text(
-        '<testsuites><testsuite><testcase classname="tests.embedded.test_a" name="test_x"/>'
-        '<testcase classname="tests.embedded.test_a" name="test_y"><failure/></testcase>'
-        '<testcase classname="tests.embedded.test_b" name="test_z"><skipped/></testcase></testsuite></testsuites>'
-    )
-    passed, failed = device_tests.rows_of(junit, "sampling_laws")
+    outcomes = tmp_path / "outcomes.jsonl"
+    lines = [
+        {"test": "tests/embedded/test_a.py::test_x", "outcome": "passed", "why": ""},
+        {"test": "tests/embedded/test_a.py::test_y", "outcome": "failed", "why": "line\nE  assert 1 == 2"},
+        {"test": "tests/embedded/test_b.py::test_z", "outcome": "skipped", "why": ""},
+    ]
+    outcomes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    passed, failed = device_tests.rows_of(outcomes, "sampling_laws")
     assert (passed.id, failed.id) == ("sampling_laws.passed", "sampling_laws.failed")
-    assert (passed.value, failed.value, failed.holds, failed.what) == (1, 1, False, "test_a::test_y")
+    assert (passed.value, failed.value, failed.holds, failed.what) == (1, 1, False, "test_a.py::test_y")
+    told = "FAILED tests/embedded/test_a.py::test_y\n    line\n    E  assert 1 == 2"
+    assert device_tests.failures_of(outcomes) == told
+
+
+def test_tests_that_are_ended_tell_what_they_had_found(tmp_path: Path) -> None:
+    tests = tmp_path / "test_slow.py"
+    tests.write_text("import time\ndef test_a(): assert 1 == 2\ndef test_b(): pass\ndef test_c(): time.sleep(600)\n")
+    outcomes = tmp_path / "outcomes.jsonl"
+    words = ["-q", "-p", "no:cacheprovider", "-p", "outcomes", "--outcomes", str(outcomes), "--rootdir", str(tmp_path)]
+    assert not device_tests.run_tests([*words, str(tests)], limit_s=8)
+    passed, failed = device_tests.rows_of(outcomes, "device_tests")
+    assert (passed.value, failed.value) == (1, 1)
+    assert "assert 1 == 2" in device_tests.failures_of(outcomes)
 
 
 def test_a_run_that_does_not_end_tells_where_its_processes_stand(

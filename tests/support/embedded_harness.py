@@ -46,7 +46,7 @@ def run(core: GenerationCore, requests: Sequence[GroupRequest]) -> Samples:
 def prefill(core: GenerationCore, store: KvStore, row: int, prompt: Sequence[int]) -> torch.Tensor:
     """Put a prompt into one row of a store by hand; the logits [1, vocab] after it."""
     output = core.target.run(store, [RowSpan(row, 0, len(prompt))], prompt)
-    return core.target.logits(output.hidden[-1:])
+    return core.target.logits(output.hidden[-1:]).cpu()
 
 
 def greedy(max_new_tokens: int, **params: Any) -> SamplingParams:
