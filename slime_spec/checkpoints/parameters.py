@@ -78,7 +78,7 @@ def kv_elements_per_token(config: Mapping[str, Any], num_layers: int | None = No
     layers = config["num_hidden_layers"] if num_layers is None else num_layers
     if config.get("kv_lora_rank"):
         return int(layers * (config["kv_lora_rank"] + config["qk_rope_head_dim"]))
-    return int(layers * 2 * num_kv_heads(config) * _head_dim(config))
+    return int(layers * 2 * num_kv_heads(config) * head_dim(config))
 
 
 def _has_sizes(config: Mapping[str, Any]) -> bool:
@@ -103,7 +103,7 @@ def num_kv_heads(config: Mapping[str, Any]) -> int:
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
-def _head_dim(config: Mapping[str, Any]) -> int:
+def head_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
@@ -121,7 +121,7 @@ def _attention(config: Mapping[str, Any], family: Family) -> int:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if config.get("kv_lora_rank"):
         return _latent_attention(config)
-    dim, kv_heads = _head_dim(config), num_kv_heads(config)
+    dim, kv_heads = head_dim(config), num_kv_heads(config)
     rows = (heads + 2 * kv_heads) * dim
     biases = rows if family.qkv_bias or config.get("attention_bias") else 0
     norms = 2 * dim if family.qk_norm or config.get("use_qk_norm") else 0

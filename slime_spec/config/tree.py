@@ -335,6 +335,12 @@ class ClusterConfig:
     offload_train: bool = setting(
         True, "In colocate mode, keep the trainer's GPU memory (weights, gradients, optimizer) on the host in rollouts."
     )
+    gpu_memory_gb: float | None = setting(
+        None,
+        "Memory of each GPU (GB of 10^9 bytes) for the memory plan, where this machine's driver does not say it.",
+        above=0.0,
+        maximum=10_000.0,
+    )
     actor_start_timeout_s: float = setting(300.0, "Longest wait for an actor to start.", above=0.0, maximum=MAX_WAIT_S)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import composed
 from slime_spec.preflight import report
+from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding
 from slime_spec.preflight.finished_run import acceptance_by_position
 from slime_spec.preflight.gate import refused
@@ -44,12 +45,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Examined:
-    """Holds findings; ``sglang`` is the version judged, None without a planned server or a valid configuration."""
+    """Holds findings, and the lines of the memory table.
+
+    ``sglang`` is the version judged, None without a planned server or a valid configuration.
+    """
 
     findings: list[Finding]
     judged: str
     sglang: str | None
     skipped: tuple[str, ...]
+    memory: tuple[str, ...] = ()
 
 
 def run_doctor(argv: Sequence[str], show: Callable[[str], None]) -> int:
@@ -65,7 +70,10 @@ def run_doctor(argv: Sequence[str], show: Callable[[str], None]) -> int:
         show(report.as_flags(examined.findings))
     else:
         text = report.as_text(examined.findings, examined.judged, examined.skipped)
-        Console(width=report.width(), highlight=False).print(text)
+        console = Console(width=report.width(), highlight=False)
+        console.print(text)
+        for line in examined.memory:
+            console.print(line, markup=False, soft_wrap=True)
     return report.exit_code(each for each in examined.findings if each.id not in examined.skipped)
 
 
@@ -87,7 +95,17 @@ def _examine(options: Options) -> Examined:
     if first.on_sglang and not first.release.is_installed:
         judged += " (the pinned version; none is installed)"
     sglang = first.release.text if first.on_sglang else None
-    return Examined([*looked.findings], judged, sglang, config.run.skip_checks)
+    return Examined([*looked.findings], judged, sglang, config.run.skip_checks, _memory(first))
+
+
+def _memory(facts: Facts) -> tuple[str, ...]:
+    """Return the table of what GPUs hold, where all fit: what does not is a finding with its table."""
+    from slime_spec.preflight.gpu_memory import plan_gpus
+    from slime_spec.preflight.memory import plan_memory
+    from slime_spec.preflight.memory_table import table_lines
+
+    gpus = plan_gpus(facts, plan_memory(facts))
+    return () if any(each.overfull for each in gpus) else ("", *table_lines(gpus))
 
 
 def _options(argv: Sequence[str]) -> Options:

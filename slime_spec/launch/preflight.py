@@ -41,8 +41,7 @@ from trainer_bridge.layout import check_layout
 
 ONLY_THE_START_KNOWS = (
     "whether ports are free, the cluster of --ray-address answers and has the cores and GPUs, servers load and stay "
-    "healthy, servers that run already hold this model's weights, memory holds activations and graphs, another run "
-    "holds the folder, disks have room"
+    "healthy, servers that run already hold this model's weights, another run holds the folder, disks have room"
 )
 logger = logging.getLogger(__name__)
 Checked = ParamSpec("Checked")

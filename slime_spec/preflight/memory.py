@@ -1,12 +1,13 @@
-"""The memory plan says how many bytes engines and trainer will need; it is computed before either exists.
+"""The memory plan says how many bytes engines, trainer and pushes will need; it is computed before any of them exists.
 
-Counted: weights, KV cache, gradients, optimizer state, and the copy of the weights that a push keeps in shared memory.
-Not counted: activations, CUDA graphs and contexts, which depend on kernels.
+``gpu_memory`` adds them up, by GPU and phase.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from slime_spec.checkpoints.families import FORMAT_OF
 from slime_spec.checkpoints.families.eagle3 import TABLES
@@ -15,10 +16,15 @@ from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.trainer_memory import (
+    FLOAT32_BYTES,
+    FLOAT32_LOGITS,
+    ITEMSIZES,
+    TrainerMemory,
+    trainer_memory,
+)
 
-ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-FLOAT32_BYTES = 4
-ADAM_STATES = 2
+GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class EngineMemory:
 
     ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length. ``kv_copies``: tensor-parallel ranks
     beyond the number of key-value heads keep what another rank has, and every rank keeps a latent (MLA) whole.
-    ``num_gpus`` 0 is the CPU.
+    ``num_gpus`` 0 is the CPU. The embedded engine's cache grows to ``bound_bytes``, and a round of it computes
+    ``round_bytes``.
     """
 
     target_bytes: int
@@ -37,6 +44,14 @@ class EngineMemory:
     kv_bytes: int
     kv_copies: int
     num_gpus: int
+    max_total_tokens: int | None
+    bound_bytes: int
+    round_bytes: int
+
+    @property
+    def pool_bytes(self) -> int:
+        """Return the bytes on each GPU of a cache of ``max_total_tokens``."""
+        return (self.max_total_tokens or 0) * self.kv_bytes_per_token * self.kv_copies // max(1, self.num_gpus)
 
     @property
     def total_bytes(self) -> int:
@@ -49,29 +64,12 @@ class EngineMemory:
 
 
 @dataclass(frozen=True)
-class TrainerMemory:
-    """Holds one rank's memory: parameters, float32 gradients, Adam's moments, float32 masters of bfloat16 parameters.
-
-    ``reference_bytes`` is the initial checkpoint, kept where the loss has a KL term.
-    """
-
-    num_parameters: int
-    weights_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    reference_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.reference_bytes
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
     """Holds the memory of a whole run; a part is None where config.json does not give the sizes.
 
     ``push_copies`` of a push's ``push_bytes`` are in shared memory: a server that dies is started again with the one
-    before while the next arrives. ``mem_fraction_static`` is the servers'.
+    before while the next arrives. ``largest_tensor_bytes`` is its largest tensor's. ``mem_fraction_static`` is the
+    servers'.
     """
 
     source: str
@@ -79,30 +77,27 @@ class MemoryPlan:
     trainer: TrainerMemory | None
     push_bytes: int | None
     push_copies: int
+    largest_tensor_bytes: int
     mem_fraction_static: float | None
 
 
 def plan_memory(facts: Facts) -> MemoryPlan:
     config = facts.config
-    num_parameters = decoder_parameters(facts.target)
+    target = facts.target.config
+    counted = count_parameters(target)
     source = "config.json" if facts.target.tensors is None else "config.json and the weights' headers"
     runs_engines, trains = config.run.mode != "train_only", config.run.mode != "rollout_only"
-    is_known, itemsize = num_parameters is not None, weight_itemsize(facts.target, config.engine.dtype)
+    itemsize = weight_itemsize(facts.target, config.engine.dtype)
     fraction = facts.flags.get("mem_fraction_static")
     return MemoryPlan(
         source,
-        engine=_engine(facts, itemsize) if runs_engines and is_known else None,
-        trainer=_trainer(config, num_parameters) if trains and num_parameters is not None else None,
-        push_bytes=num_parameters * itemsize if runs_engines and trains and num_parameters is not None else None,
+        engine=_engine(facts, itemsize, counted) if runs_engines and counted is not None else None,
+        trainer=trainer_memory(config, target, counted) if trains and counted is not None else None,
+        push_bytes=counted.decoder * itemsize if runs_engines and trains and counted is not None else None,
         push_copies=kind_of(config).num_weight_copies,
+        largest_tensor_bytes=0 if counted is None else target["vocab_size"] * target["hidden_size"] * itemsize,
         mem_fraction_static=fraction if isinstance(fraction, float) else None,
     )
-
-
-def decoder_parameters(target: Checkpoint) -> int | None:
-    """Return the number of parameters of the target without its MTP layers."""
-    counted = count_parameters(target.config)
-    return None if counted is None else counted.decoder
 
 
 def weight_itemsize(checkpoint: Checkpoint, dtype: str) -> int:
@@ -111,10 +106,8 @@ def weight_itemsize(checkpoint: Checkpoint, dtype: str) -> int:
     return 1 if quantization.get("quant_method") == "fp8" else ITEMSIZES[dtype]
 
 
-def _engine(facts: Facts, itemsize: int) -> EngineMemory:
+def _engine(facts: Facts, itemsize: int, counted: Parameters) -> EngineMemory:
     config = facts.config
-    counted = count_parameters(facts.target.config)
-    assert counted is not None, "plan_memory stops where nothing can be counted"
     kv_itemsize = 1 if str(facts.flags.get("kv_cache_dtype", "")).startswith("fp8") else ITEMSIZES[config.engine.dtype]
     elements = kv_elements_per_token(facts.target.config) or 0
     draft_bytes = 0
@@ -136,7 +129,29 @@ def _engine(facts: Facts, itemsize: int) -> EngineMemory:
         kv_bytes=elements * kv_itemsize * num_tokens,
         kv_copies=_kv_copies(facts),
         num_gpus=config.rollout.num_gpus_per_engine,
+        max_total_tokens=config.engine.max_total_tokens,
+        bound_bytes=_bound_bytes(config, elements * kv_itemsize),
+        round_bytes=_round_bytes(facts, num_sequences),
     )
+
+
+def _bound_bytes(config: Config, bytes_per_token: int) -> int:
+    if config.engine.max_total_tokens is not None:
+        return config.engine.max_total_tokens * bytes_per_token
+    return int(config.engine.kv_cache_gb * GB)
+
+
+def _round_bytes(facts: Facts, num_sequences: int) -> int:
+    """Return what the embedded engine has at once: a layer's states, and the logits of the rows that it verifies."""
+    target, itemsize = facts.target.config, ITEMSIZES[facts.config.engine.dtype]
+    rows = num_sequences * (facts.shape.num_draft_tokens if facts.speculates else 1)
+    states = max(rows, facts.config.rollout.max_prompt_len) * (4 * target["hidden_size"] + _width(target)) * itemsize
+    return states + rows * target["vocab_size"] * (itemsize + FLOAT32_LOGITS * FLOAT32_BYTES)
+
+
+def _width(target: Mapping[str, Any]) -> int:
+    """Return the numbers that a layer has at once between its projections."""
+    return 3 * int(target.get("intermediate_size") or target["moe_intermediate_size"])
 
 
 def _target_bytes(facts: Facts, counted: Parameters, itemsize: int) -> int:
@@ -177,17 +192,3 @@ def draft_parameters(draft: Checkpoint) -> int:
         return counted.decoder
     # The embedding is the target's; the projection reads features of the target beside or below the token's.
     return counted.decoder - counted.tables + draft_format.num_own_parameters(config)
-
-
-def _trainer(config: Config, num_parameters: int) -> TrainerMemory:
-    trainer = config.trainer
-    held = num_parameters // (trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size)
-    itemsize = ITEMSIZES[trainer.dtype]
-    masters = FLOAT32_BYTES if trainer.dtype != "float32" else 0
-    return TrainerMemory(
-        num_parameters=held,
-        weights_bytes=held * itemsize,
-        gradient_bytes=held * FLOAT32_BYTES,
-        optimizer_bytes=held * (ADAM_STATES * FLOAT32_BYTES + masters),
-        reference_bytes=held * itemsize if config.algorithm.kl_loss_coef > 0 else 0,
-    )

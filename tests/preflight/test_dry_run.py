@@ -20,26 +20,10 @@ from slime_spec.launch.preflight import look
 from slime_spec.preflight.memory import draft_parameters, plan_memory
 from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, make_facts
 from tests.support.make_stand_ins import STAND_INS
+from tests.support.recipes import DEEPSEEK_R1, GLM_355B, QWEN3_235B, RECIPES
 from tests.support.tiny_policy import make_tiny_policy
 
 Capture = pytest.CaptureFixture[str]
-GLM_355B: dict[str, Any] = {
-    **{"architectures": ["Glm4MoeForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 92, "vocab_size": 151552},
-    **{"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288},
-    **{"moe_intermediate_size": 1536, "n_routed_experts": 160, "n_shared_experts": 1, "first_k_dense_replace": 3},
-    **{"attention_bias": True, "use_qk_norm": True, "num_nextn_predict_layers": 1, "model_type": "glm4_moe"},
-}
-DEEPSEEK_R1: dict[str, Any] = {
-    **{"architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "num_hidden_layers": 61, "vocab_size": 129280},
-    **{"num_attention_heads": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256},
-    **{"n_shared_experts": 1, "first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512},
-    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_nextn_predict_layers": 1},
-}
-QWEN3_235B: dict[str, Any] = {
-    **{"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 94, "vocab_size": 151936},
-    **{"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 12288},
-    **{"moe_intermediate_size": 1536, "num_experts": 128},
-}
 MIXTRAL_8X7B: dict[str, Any] = {
     **{"architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000},
     **{"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8},
@@ -96,7 +80,7 @@ def test_memory_is_weights_cache_gradients_and_optimizer(tmp_path: Path) -> None
     assert memory.engine.draft_bytes == pytest.approx(0.85e9, rel=0.01)
     assert memory.engine.kv_bytes_per_token == 2 * 2 * 8 * 128 * 33
     assert memory.engine.kv_bytes == memory.engine.kv_bytes_per_token * 64 * (512 + 64 + 4)
-    assert memory.trainer.total_bytes == 18 * parameters
+    assert memory.trainer.kept_bytes == 18 * parameters
 
 
 def test_an_mtp_draft_costs_its_layer_and_its_own_cache(tmp_path: Path) -> None:
@@ -189,44 +173,13 @@ def test_a_dry_run_says_what_the_trainer_cannot_train(tmp_path: Path, capsys: Ca
     assert "rollout_only pushes no weights" in told
 
 
-LLAMA_DRAFT = {**EAGLE3_HEAD, "torch_dtype": "float16", "max_position_embeddings": 2048}
-MIMO_7B = {
-    **{"architectures": ["MiMoForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151680},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008, "num_nextn_predict_layers": 1},
-    **{"model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}},
-}
-QWEN3_DRAFT = {**EAGLE3_HEAD, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
-
-
-@pytest.mark.parametrize(
-    ("experiment", "target", "draft", "gpu_gb"),
-    [
-        ("eagle3-llama3.1-8b", TARGET, LLAMA_DRAFT, 80),
-        ("mimo-7b-rl-mtp", MIMO_7B, None, 80),
-        ("glm4.5-355b-a32b-mtp", GLM_355B, None, 141),
-        ("glm4.6-355b-a32b-mtp", GLM_355B, None, 141),
-        ("deepseek-r1-mtp", {**DEEPSEEK_R1, "quantization_config": {"quant_method": "fp8"}}, None, 141),
-        ("qwen3-235b-a22b-eagle3", QWEN3_235B, QWEN3_DRAFT, 141),
-    ],
-)
-def test_a_recipe_fits_the_gpus_that_it_is_for_with_every_sequence_at_its_longest(
-    experiment: str, target: dict[str, Any], draft: dict[str, Any] | None, gpu_gb: int, tmp_path: Path
-) -> None:
-    argv = ["--config", experiment, "--hf-checkpoint", str(write_config(tmp_path / "target", target))]
-    if draft is not None:
-        argv += ["--speculative-draft-model-path", str(write_config(tmp_path / "draft", draft))]
-    memory = make_plan(look(composed(argv))).memory
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_cache_holds_every_sequence_at_its_longest(name: str, tmp_path: Path) -> None:
+    recipe = RECIPES[name]
+    memory = make_plan(look(composed(recipe.arguments(tmp_path)))).memory
     assert memory.engine is not None
     assert memory.mem_fraction_static is not None
-    assert memory.engine.gpu_bytes <= memory.mem_fraction_static * gpu_gb * 1e9
-    # What tensor parallelism leaves of a GPU to the trainer, which takes its turn.
-    assert memory.trainer is None or memory.trainer.total_bytes < 0.6 * gpu_gb * 1e9
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 131072, **config}))
-    return folder
+    assert memory.engine.gpu_bytes <= memory.mem_fraction_static * recipe.gpu_gb * 1e9
 
 
 def test_ranks_that_cannot_split_a_cache_keep_copies_of_it(tmp_path: Path) -> None:
@@ -250,14 +203,13 @@ def test_ranks_that_cannot_split_a_cache_keep_copies_of_it(tmp_path: Path) -> No
 
 def test_the_plan_of_llama_on_eight_gpus_is_what_a_pencil_says(tmp_path: Path) -> None:
     """8.03 billion float16 weights; 33 layers x 2 x 8 heads x 128 x 2 bytes a token for 32 x (2016 + 33) tokens."""
-    argv = ["--config", "eagle3-llama3.1-8b", "--hf-checkpoint", str(write_config(tmp_path / "target", TARGET))]
-    argv += ["--speculative-draft-model-path", str(write_config(tmp_path / "draft", LLAMA_DRAFT))]
+    argv = RECIPES["eagle3-llama3.1-8b"].arguments(tmp_path)
     memory = make_plan(look(composed(argv))).memory
     assert memory.engine is not None
     assert memory.trainer is not None
     assert memory.engine.target_bytes == 2 * 8_030_261_248
     assert memory.engine.kv_bytes == 33 * 2 * 8 * 128 * 2 * 32 * 2049
-    assert memory.trainer.total_bytes == 18 * (8_030_261_248 // 4)
+    assert memory.trainer.kept_bytes == 18 * (8_030_261_248 // 4)
     assert memory.push_bytes == 2 * 8_030_261_248
 
 

@@ -336,3 +336,25 @@ def _digest(worker: TrainerRank) -> str:
     for tensor in [*(parameter.detach() for _, parameter in sorted(worker.model.named_parameters())), *moments]:
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def saved_for_backward(rank: int, init_method: str, config: Config, samples: Sequence[TrainSample]) -> tuple[int, int]:
+    """Bytes that one microbatch's layers, norms, head and loss save for the backward pass, and its number of tokens."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    (plan,) = plan_microbatches(samples, config.trainer.max_tokens_per_microbatch, 1)[0]
+    microbatch = build_microbatch(samples, plan, torch.device("cpu"))
+    weights = {parameter.untyped_storage()._cdata for parameter in worker.model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def see(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with cpu_shim(), torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        worker.ddp.zero_grad_buffer()
+        accumulate_gradients(worker.ddp, [microbatch], worker.loss, worker.temperature)
+    worker.close()
+    return sum(storage.nbytes() for storage in saved.values()), microbatch.token_ids.numel()

@@ -15,6 +15,7 @@ from slime_spec.placement import BundlePlan, plan_bundles
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding
 from slime_spec.preflight.gate import not_skipped, refused
+from slime_spec.preflight.gpu_memory import GpuMemory, plan_gpus
 from slime_spec.preflight.memory import MemoryPlan, plan_memory
 from slime_spec.sglang.arguments import command_line, planned_places, server_flags
 from slime_spec.sglang.interpreter import checked_in
@@ -48,6 +49,7 @@ class Plan:
     servers: tuple[PlannedServer, ...]
     transport: str
     memory: MemoryPlan
+    gpus: tuple[GpuMemory, ...]
     findings: tuple[Finding, ...]
 
     @property
@@ -69,13 +71,15 @@ def make_plan(looked: Preflight) -> Plan:
         except ConfigError as error:
             # An SGLang that was asked for its flags has its finding; without one the table's version has the word.
             findings = findings if facts.known_flags else (refused(error), *findings)
+    memory = plan_memory(facts)
     return Plan(
         facts=facts,
         first_prompt=None if looked.inputs is None else looked.inputs.prompts.first_shown(),
         bundles=plan_bundles(config),
         servers=servers,
         transport=transport_text(config),
-        memory=plan_memory(facts),
+        memory=memory,
+        gpus=plan_gpus(facts, memory),
         findings=findings,
     )
 

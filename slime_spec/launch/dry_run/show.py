@@ -14,6 +14,7 @@ from slime_spec.launch.dry_run.plan import Plan, PlannedServer
 from slime_spec.launch.preflight import ONLY_THE_START_KNOWS
 from slime_spec.preflight.finding import Severity
 from slime_spec.preflight.memory import EngineMemory
+from slime_spec.preflight.memory_table import table_lines
 from slime_spec.preflight.report import as_flags, brief, headline, width
 
 FOLD_AT = 96  # columns
@@ -34,7 +35,8 @@ def show_plan(plan: Plan) -> None:
         if finding.severity is not Severity.INFO:
             console.print(Text("  ") + headline(finding, skipped))
             remedy = "" if finding.id in skipped else f"\n    -> {finding.remedy}"
-            console.print(f"    {finding.read}{remedy}", markup=False, soft_wrap=True)
+            read = finding.read.partition("\n")[0]  # a table of memory stands above
+            console.print(f"    {read}{remedy}", markup=False, soft_wrap=True)
     if infos := [each for each in plan.findings if each.severity is Severity.INFO]:
         console.print(brief(infos))
     if fix := as_flags(plan.findings):
@@ -53,7 +55,7 @@ def sections(plan: Plan) -> dict[str, list[str]]:
         **({"engine": list(_engine(plan))} if plan.facts.config.run.mode != "train_only" else {}),
         "first prompt": [plan.first_prompt or "unknown: an input of the run is missing or refused"],
         "transport": [plan.transport],
-        f"memory (from {plan.memory.source}; activations and CUDA graphs come on top)": list(_memory(plan)),
+        f"memory (from {plan.memory.source})": list(_memory(plan)),
     }
 
 
@@ -151,13 +153,15 @@ def _memory(plan: Plan) -> Iterator[str]:
         trainer = memory.trainer
         reference = f" + reference {_size(trainer.reference_bytes)}" if trainer.reference_bytes else ""
         yield (
-            f"one trainer rank: {_size(trainer.total_bytes)} = {trainer.num_parameters:,} parameters "
+            f"one trainer rank: {_size(trainer.kept_bytes)} = {trainer.num_parameters:,} parameters "
             f"{_size(trainer.weights_bytes)} + gradients {_size(trainer.gradient_bytes)} + optimizer "
-            f"{_size(trainer.optimizer_bytes)}{reference}"
+            f"{_size(trainer.optimizer_bytes)}{reference}; a microbatch adds activations "
+            f"{_size(trainer.activation_bytes)} + logits {_size(trainer.logits_bytes)}"
         )
     if memory.push_bytes is not None:
         copies = f", {memory.push_copies} of them at a time" if memory.push_copies > 1 else ""
         yield f"one push: {_size(memory.push_bytes)} in shared memory{copies}"
+    yield from table_lines(plan.gpus)
     if plan.facts.gpu_bytes:
         yield f"this machine: {counted(len(plan.facts.gpu_bytes), 'GPU')} of {_size(min(plan.facts.gpu_bytes))}"
 

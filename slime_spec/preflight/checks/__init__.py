@@ -55,7 +55,7 @@ TRAPS: tuple[Trap, ...] = (
     batch.running_requests_small,
     batch.memory_fraction,
     memory.engine_memory,
-    memory.trainer_memory,
+    memory.gpu_memory,
     distribution.rejection_sampling,
     distribution.accept_thresholds,
     distribution.min_p,

@@ -1,12 +1,12 @@
-"""These checks test that this machine's GPUs have the memory that the run needs; a cluster's GPUs are not judged."""
+"""These checks test that GPUs have the memory that the run needs: this machine's, or as --gpu-memory-gb says."""
 
 from __future__ import annotations
 
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, always, on_sglang, trap
+from slime_spec.preflight.gpu_memory import GB, Phase, gpu_capacity, plan_gpus
 from slime_spec.preflight.memory import plan_memory
-
-GB = 1e9
+from slime_spec.preflight.memory_table import table_lines
 
 
 @trap(
@@ -18,10 +18,10 @@ GB = 1e9
     applies=on_sglang,
 )
 def engine_memory(facts: Facts) -> Sighting | None:
-    plan = plan_memory(facts)
-    if not facts.gpu_bytes or plan.engine is None or not plan.engine.num_gpus:
+    plan, gpu_bytes = plan_memory(facts), gpu_capacity(facts)
+    if gpu_bytes is None or plan.engine is None or not plan.engine.num_gpus:
         return None
-    engine, gpu_bytes = plan.engine, min(facts.gpu_bytes)
+    engine = plan.engine
     room = gpu_bytes * (plan.mem_fraction_static or 1.0)
     weights = (engine.target_bytes + engine.draft_bytes) / engine.num_gpus
     read = (
@@ -43,21 +43,44 @@ def engine_memory(facts: Facts) -> Sighting | None:
 
 
 @trap(
-    "trainer-memory",
-    "A rank's parameters, gradients and optimizer states are split by tensor and pipeline parallelism alone; data "
-    "parallel ranks each have all of them.",
+    "gpu-memory",
+    "Engines and trainer share GPUs by turns, or have their own; a phase that needs more than a GPU has ends in the "
+    "middle of a run. Counted are weights, KV cache, gradients, optimizer states, activations, logits, CUDA graphs, "
+    "contexts and a push's buckets, by phase; `--dry-run` shows the table.",
+    "https://github.com/THUDM/slime/issues/693",
     "https://github.com/NVIDIA/Megatron-LM",
     applies=always,
 )
-def trainer_memory(facts: Facts) -> Sighting | None:
-    trainer = plan_memory(facts).trainer
-    if not facts.gpu_bytes or trainer is None or not facts.config.trainer.num_gpus:
+def gpu_memory(facts: Facts) -> Sighting | None:
+    plan = plan_memory(facts)
+    overfull = [each for each in plan_gpus(facts, plan) if each.overfull]
+    if not overfull:
         return None
-    if trainer.total_bytes < min(facts.gpu_bytes):
-        return None
-    return Sighting(
-        Severity.ERROR,
-        f"a trainer rank takes {trainer.total_bytes / GB:.3g} GB without activations, a GPU has "
-        f"{min(facts.gpu_bytes) / GB:.3g} GB",
-        "Raise --tensor-model-parallel-size or --pipeline-model-parallel-size, or pass --train-dtype bfloat16.",
-    )
+    worst = {phase: each.total(phase) for each in overfull for phase in each.overfull}
+    needs = ", ".join(f"{phase} {num_bytes / GB:.1f} GB" for phase, num_bytes in worst.items())
+    table = "\n".join(table_lines(overfull))
+    return Sighting(Severity.ERROR, f"more than a GPU has: {needs}\n{table}", _remedy(facts, tuple(worst)))
+
+
+def _remedy(facts: Facts, overfull: tuple[Phase, ...]) -> str:
+    """Return what lowers the phases that do not fit."""
+    config, ways = facts.config, []
+    if config.run.mode == "train" and config.cluster.colocate:
+        if not config.cluster.offload_train:
+            ways.append("pass --offload-train")
+        if not config.cluster.offload:
+            ways.append("pass --offload")
+    if {Phase.LOAD, Phase.TRAIN} & set(overfull):
+        ways.append("raise --tensor-model-parallel-size or --pipeline-model-parallel-size")
+        if config.trainer.dtype == "float32":
+            ways.append("pass --train-dtype bfloat16")
+        if Phase.TRAIN in overfull:
+            ways.append("lower --max-tokens-per-gpu" if config.trainer.recompute else "pass --recompute-activations")
+    if {Phase.START, Phase.ROLLOUT, Phase.PUSH} & set(overfull):
+        ways.append(
+            "lower --sglang-mem-fraction-static or raise --rollout-num-gpus-per-engine"
+            if facts.on_sglang
+            else "lower --kv-cache-gb"
+        )
+    text = "; or ".join(ways)
+    return f"{text[0].upper()}{text[1:]}."

@@ -1,0 +1,119 @@
+"""One trainer rank's memory: what it keeps from step to step, and what a step adds at its peak.
+
+Activations are those that PyTorch saves for the backward pass of the layers that the trainer builds, with RMSNorm
+written out in float32 (a fused kernel saves less). A tensor-parallel rank has whole hidden states and its share of the
+rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slime_spec.checkpoints.families import family_of
+from slime_spec.checkpoints.folder import architecture_of
+from slime_spec.checkpoints.parameters import Parameters, head_dim, num_kv_heads
+from slime_spec.config.tree import Config, TrainerConfig
+
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+FLOAT32_BYTES = 4
+ADAM_STATES = 2
+# Log-probabilities of logits: the logits, and in float32 the scaled, the shifted and the exponentiated ones.
+FLOAT32_LOGITS = 3
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """Holds one rank's memory, of the pipeline stage with the most parameters.
+
+    ``num_parameters`` are the rank's, of which the optimizer has states for ``num_updated``. ``reference_bytes`` is the
+    initial checkpoint, kept where the loss has a KL term. A microbatch of ``num_tokens`` packed tokens has
+    ``activation_bytes`` and ``logits_bytes``; later in the step AdamW has a float32 copy of what it updates instead.
+    """
+
+    num_parameters: int
+    num_updated: int
+    itemsize: int
+    num_tokens: int
+    recomputes: bool
+    weights_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    reference_bytes: int
+    activation_bytes: int
+    logits_bytes: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """Return what the rank keeps from step to step."""
+        return self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.reference_bytes
+
+    @property
+    def update_bytes(self) -> int:
+        return self.num_updated * FLOAT32_BYTES
+
+
+def trainer_memory(config: Config, target: Mapping[str, Any], counted: Parameters) -> TrainerMemory:
+    """Return a rank's memory for the target whose config.json is ``target``."""
+    trainer = config.trainer
+    held = _parameters_of_a_rank(trainer, target, counted)
+    itemsize = ITEMSIZES[trainer.dtype]
+    masters = FLOAT32_BYTES if trainer.dtype != "float32" else 0
+    # A sample that is longer than a microbatch has one of its own; its last token is not fed.
+    num_tokens = max(trainer.max_tokens_per_microbatch, config.rollout.longest - 1)
+    logit_bytes = itemsize + FLOAT32_LOGITS * FLOAT32_BYTES
+    return TrainerMemory(
+        num_parameters=held,
+        num_updated=held,
+        itemsize=itemsize,
+        num_tokens=num_tokens,
+        recomputes=trainer.recompute,
+        weights_bytes=held * itemsize,
+        gradient_bytes=held * FLOAT32_BYTES,
+        optimizer_bytes=held * (ADAM_STATES * FLOAT32_BYTES + masters),
+        reference_bytes=held * itemsize if config.algorithm.kl_loss_coef > 0 else 0,
+        activation_bytes=_activation_bytes(trainer, target, num_tokens),
+        logits_bytes=num_tokens * target["vocab_size"] // trainer.tensor_model_parallel_size * logit_bytes,
+    )
+
+
+def _parameters_of_a_rank(trainer: TrainerConfig, target: Mapping[str, Any], counted: Parameters) -> int:
+    """Return the parameters of a rank of the first or the last stage, which hold embedding and head beside layers."""
+    stages = trainer.pipeline_model_parallel_size
+    layers = (counted.decoder - counted.tables) // stages
+    # The last of several stages has a copy of a tied embedding.
+    tables = counted.tables if stages == 1 else target["vocab_size"] * target["hidden_size"]
+    return (layers + tables) // trainer.tensor_model_parallel_size
+
+
+def _activation_bytes(trainer: TrainerConfig, target: Mapping[str, Any], num_tokens: int) -> int:
+    """Return what the microbatches in flight keep for their backward passes.
+
+    With recomputation a layer keeps its input; all that it saves, and the gradients of that, exist for one at a time.
+    """
+    hidden, itemsize = target["hidden_size"], ITEMSIZES[trainer.dtype]
+    # The first of several stages has as many microbatches in flight as there are stages, each of its share of layers.
+    num_layers = target["num_hidden_layers"]
+    layer = layer_bytes_per_token(trainer, target)
+    last = (2 * FLOAT32_BYTES + 2 * itemsize) * hidden  # the last norm and the rows of the head
+    per_token = num_layers * hidden * itemsize + 2 * layer if trainer.recompute else num_layers * layer
+    return num_tokens * (per_token + last)
+
+
+def layer_bytes_per_token(trainer: TrainerConfig, target: Mapping[str, Any]) -> int:
+    """Return what one layer saves for the backward pass, for each of a microbatch's tokens."""
+    itemsize, ranks = ITEMSIZES[trainer.dtype], trainer.tensor_model_parallel_size
+    heads, dim, hidden = target["num_attention_heads"], head_dim(target), target["hidden_size"]
+    queries, keys = heads * dim // ranks, num_kv_heads(target) * dim // ranks
+    norm = 2 * FLOAT32_BYTES + itemsize  # its input and the normalised in float32, its output; and a root a token
+    norms = 2 * (norm * hidden + FLOAT32_BYTES)
+    if family_of(architecture_of(target)).qk_norm:
+        norms += norm * (queries + keys) + FLOAT32_BYTES * (queries + keys) // dim
+    angles = 4 * dim * itemsize
+    # Before and after the rotation, the output and the input of the projection; a logarithm a head.
+    attention = (4 * queries + 3 * keys) * itemsize + FLOAT32_BYTES * heads // ranks
+    # Responses that share a prompt have copies of its keys and values, and their outputs are joined.
+    shared = (queries + 4 * keys) * itemsize
+    mlp = 5 * target["intermediate_size"] // ranks * itemsize  # gate, up, the gate twice more, the product
+    return norms + angles + attention + shared + mlp

@@ -1,0 +1,190 @@
+"""What each GPU holds in each phase, computed here by hand, and every recipe on the GPUs that it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slime_spec.launch.cli import main
+from slime_spec.launch.compose import composed
+from slime_spec.launch.dry_run.plan import make_plan
+from slime_spec.launch.preflight import look
+from slime_spec.preflight.gpu_memory import GpuMemory, Phase, plan_gpus
+from slime_spec.preflight.memory import plan_memory
+from tests.support.doctor_facts import SERVERS, TARGET, make_facts
+from tests.support.recipes import RECIPES, Recipe
+from tests.support.tiny_policy import make_tiny_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 2**20
+CONTEXT = 10**9
+ALL = tuple(Phase)
+PREFILL = 512 * MIB + 8192 * 3 * MIB // 2  # SGLang's account for a GPU of 60 to 160 GiB
+
+
+def gpus_of(recipe: Recipe, folder: Path, *more: str) -> tuple[GpuMemory, ...]:
+    return make_plan(look(composed([*recipe.arguments(folder), *more]))).gpus
+
+
+def rows_of(gpu: GpuMemory) -> dict[str, int]:
+    return {row.name: row.num_bytes for row in gpu.rows}
+
+
+def test_every_script_is_a_recipe_that_is_planned_here() -> None:
+    scripts = [path.read_text() for path in (ROOT / "scripts").glob("run-*.sh")]
+    launched = {line.split()[1] for text in scripts for line in text.splitlines() if line.startswith("launch ")}
+    assert launched == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_its_gpus_in_every_phase(name: str, tmp_path: Path) -> None:
+    recipe = RECIPES[name]
+    gpus = gpus_of(recipe, tmp_path)
+    assert sum(each.num_gpus for each in gpus) == 8
+    for each in gpus:
+        assert each.capacity_bytes == recipe.gpu_gb * 10**9
+        assert each.phases == (ALL if recipe.trains else (Phase.START, Phase.ROLLOUT))
+        for phase in each.phases:
+            assert 0 < each.total(phase) <= each.capacity_bytes, phase
+
+
+def test_the_gpus_of_mimo_are_what_a_pencil_says(tmp_path: Path) -> None:
+    """A decoder of 36 layers with biases of queries, keys and values; four tensor ranks, bfloat16, AdamW."""
+    (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path)
+    attention = 4096 * (32 + 2 * 8) * 128 + (32 + 2 * 8) * 128 + 32 * 128 * 4096
+    layer = attention + 3 * 4096 * 11008 + 2 * 4096
+    decoder = 36 * layer + 2 * 151680 * 4096 + 4096
+    mtp = layer + 2 * 4096 * 4096 + 3 * 4096
+    rank, tokens = decoder // 4, 9216
+    queries, keys, mlp = 32 * 128 // 4, 8 * 128 // 4, 11008 // 4
+    norms = 2 * ((4 + 4 + 2) * 4096 + 4)
+    one_layer = norms + 4 * 128 * 2 + (4 * queries + 3 * keys) * 2 + 4 * 8 + (queries + 4 * keys) * 2 + 5 * mlp * 2
+    weights = 2 * (decoder + mtp)
+    expected = {
+        "trainer: context": CONTEXT,
+        "trainer: weights": 2 * rank,
+        "trainer: gradients": 4 * rank,
+        "trainer: optimizer": 12 * rank,
+        "trainer: activations": tokens * (36 * 4096 * 2 + 2 * one_layer + (4 + 4 + 2 + 2) * 4096),
+        "trainer: logits": tokens * (151680 // 4) * (2 + 3 * 4),
+        "push: buckets": 4 * 151680 * 4096 * 2,
+        "engine: context": CONTEXT,
+        "engine: weights": weights,
+        "engine: KV cache": int(0.8 * (80 * 10**9 - 2 * CONTEXT)) - weights,
+        "engine: activations": PREFILL + 128 * MIB,
+        "engine: graphs": 3 * 48 * 2 * MIB,
+    }
+    assert rows_of(gpu) == expected
+    trainer = 18 * rank
+    step = expected["trainer: activations"] + expected["trainer: logits"]
+    share = int(0.8 * (80 * 10**9 - 2 * CONTEXT))
+    rollout = share + 2 * CONTEXT + expected["engine: activations"] + expected["engine: graphs"]
+    assert [gpu.total(phase) for phase in ALL] == [
+        CONTEXT + trainer,
+        rollout,
+        rollout,
+        2 * CONTEXT + trainer + step,
+        share + 2 * CONTEXT + expected["engine: graphs"] + 2 * rank + expected["push: buckets"],
+    ]
+
+
+def test_the_gpus_of_glm_are_what_a_pencil_says(tmp_path: Path) -> None:
+    """Rollouts alone on one engine of eight GPUs: weights and cache within 0.85 of each, and what SGLang adds."""
+    (gpu,) = gpus_of(RECIPES["glm4.5-355b-a32b-mtp"], tmp_path)
+    attention = 5120 * (96 + 2 * 8) * 128 + (96 + 2 * 8) * 128 + 96 * 128 * 5120 + 2 * 128
+    experts = (160 + 1) * 3 * 5120 * 1536 + 160 * 5120 + 160
+    layer = attention + 2 * 5120 + experts
+    decoder = 2 * 151552 * 5120 + 5120 + 89 * layer + 3 * (attention + 2 * 5120 + 3 * 5120 * 12288)
+    mtp = layer + 2 * 5120 * 5120 + 3 * 5120
+    weights = (2 * decoder + 2 * mtp) // 8
+    share = int(0.85 * (141 * 10**9 - CONTEXT))
+    assert rows_of(gpu) == {
+        "engine: context": CONTEXT,
+        "engine: weights": weights,
+        "engine: KV cache": share - weights,
+        "engine: activations": PREFILL + 8 * 128 * MIB,
+        "engine: graphs": 3 * 64 * 2 * MIB,
+    }
+    assert gpu.total(Phase.ROLLOUT) == share + CONTEXT + PREFILL + 1024 * MIB + 384 * MIB
+
+
+def test_a_trainer_that_stays_takes_its_memory_from_the_engines(tmp_path: Path) -> None:
+    recipe = RECIPES["mimo-7b-rl-mtp"]
+    (gpu,) = gpus_of(recipe, tmp_path, "--no-offload-train")
+    rows = rows_of(gpu)
+    kept = sum(rows[f"trainer: {part}"] for part in ("context", "weights", "gradients", "optimizer"))
+    assert rows["engine: KV cache"] == int(0.8 * (80 * 10**9 - kept - CONTEXT)) - rows["engine: weights"]
+    assert gpu.total(Phase.ROLLOUT) - gpu.total(Phase.LOAD) == sum(
+        rows[f"engine: {part}"] for part in ("context", "weights", "KV cache", "activations", "graphs")
+    )
+    assert gpu.overfull == (Phase.START, Phase.ROLLOUT)
+
+
+def test_engines_that_stay_leave_a_step_no_room(tmp_path: Path) -> None:
+    (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path, "--no-offload")
+    assert gpu.overfull == (Phase.TRAIN,)
+
+
+def test_engines_and_trainer_apart_have_gpus_of_their_own(tmp_path: Path) -> None:
+    argv = (*SERVERS, "--no-colocate", "--train-dtype", "bfloat16", "--gpu-memory-gb", "180")
+    engine, trainer = gpus_for(tmp_path, *argv)
+    assert (engine.holders, trainer.holders) == ("an engine's", "a trainer rank's")
+    assert not any(name.startswith("engine") for name in rows_of(trainer))
+    assert engine.total(Phase.TRAIN) == engine.total(Phase.ROLLOUT)
+    assert trainer.total(Phase.ROLLOUT) == trainer.total(Phase.LOAD)
+
+
+def test_the_embedded_engine_has_a_cache_of_the_size_that_is_set(tmp_path: Path) -> None:
+    argv = ("--rollout-num-gpus-per-engine", "1", "--actor-num-gpus", "1", "--sglang-dtype", "bfloat16")
+    (gpu,) = gpus_for(tmp_path, *argv, "--kv-cache-gb", "20", "--gpu-memory-gb", "200")
+    rows = rows_of(gpu)
+    assert rows["engine: KV cache"] == 20 * 10**9
+    # 64 sequences' logits in bfloat16 and thrice in float32, and 512 tokens' states of a layer.
+    assert rows["engine: activations"] == 64 * 128256 * 14 + 512 * (4 * 4096 + 3 * 14336) * 2
+    (bounded,) = gpus_for(tmp_path, *argv, "--sglang-max-total-tokens", "1000", "--gpu-memory-gb", "200")
+    assert rows_of(bounded)["engine: KV cache"] == 1000 * 32 * 2 * 8 * 128 * 2
+
+
+def test_a_step_peaks_where_adamw_updates_if_that_takes_more_than_a_microbatch(tmp_path: Path) -> None:
+    argv = (*SERVERS, "--train-dtype", "bfloat16", "--recompute-activations", "--gpu-memory-gb", "180")
+    (gpu,) = gpus_for(tmp_path, *argv)
+    assert rows_of(gpu)["trainer: update"] == 4 * 8_030_261_248
+    (longer,) = gpus_for(tmp_path, *argv, "--max-tokens-per-gpu", "32768")
+    assert "trainer: update" not in rows_of(longer)
+
+
+def test_stages_hold_the_embedding_or_the_head_beside_their_layers(tmp_path: Path) -> None:
+    wide = ("--rollout-num-engines", "2", "--actor-num-gpus", "2", "--actor-world-size", "2")
+    argv = (*SERVERS, *wide, "--pipeline-model-parallel-size", "2", "--train-dtype", "bfloat16")
+    plan = plan_memory(make_facts(tmp_path, argv))
+    assert plan.trainer is not None
+    table = 128256 * 4096
+    assert plan.trainer.num_parameters == (8_030_261_248 - 2 * table) // 2 + table
+
+
+def gpus_for(folder: Path, *argv: str, target: dict[str, Any] | None = None) -> tuple[GpuMemory, ...]:
+    facts = make_facts(folder, argv, target=target or TARGET)
+    return plan_gpus(facts, plan_memory(facts))
+
+
+def test_without_a_gpus_size_nothing_is_judged(tmp_path: Path) -> None:
+    assert gpus_for(tmp_path, *SERVERS) == ()
+
+
+def test_what_does_not_fit_is_refused_with_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = make_tiny_policy(tmp_path / "policy", torch_dtype="bfloat16", max_position_embeddings=8192)
+    job = [*SERVERS, "--hf-checkpoint", str(policy), "--skip-check", "sglang-version", "gpus"]
+    too_small = [*job, "--gpu-memory-gb", "10"]
+    assert main(["doctor", *too_small]) == 2
+    told = capsys.readouterr().out
+    assert "error gpu-memory" in told
+    assert "engine: activations" in told
+    assert "too much" in told
+    assert main(["train", *too_small, "--dry-run"]) == 2
+    assert "a launch would stop here: gpu-memory" in capsys.readouterr().out
+    assert main(["doctor", *job, "--gpu-memory-gb", "100"]) == 0
+    told = capsys.readouterr().out
+    assert "one GPU of 100.0 GB, an engine's and a trainer rank's (GB)" in told
+    assert "too much" not in told

@@ -1,0 +1,44 @@
+"""What the memory plan says of activations, beside what PyTorch saves for the backward pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slime_spec.preflight.trainer_memory import layer_bytes_per_token
+from slime_spec.types import TrainSample
+from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
+
+SIZES = {"hidden_size": 64, "intermediate_size": 176, "head_dim": 16, "num_key_value_heads": 2}
+PROMPT, TOKENS = 16, 112
+CASES = {
+    "bfloat16": ("LlamaForCausalLM", {"dtype": "bfloat16"}, 1),
+    "float32": ("LlamaForCausalLM", {}, 1),
+    "norms of queries and keys": ("Qwen3ForCausalLM", {"dtype": "bfloat16"}, 1),
+    "two tensor ranks": ("LlamaForCausalLM", {"world_size": 2, "tensor_model_parallel_size": 2}, 1),
+    "responses that share a prompt": ("LlamaForCausalLM", {"dtype": "bfloat16"}, 4),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_layer_saves_what_the_plan_says_and_at_most_an_eighth_less(
+    case: tuple[str, dict[str, object], int], tmp_path: Path
+) -> None:
+    """The plan has room for copies that only responses with a prompt in common need."""
+    architecture, trainer, num_samples = case
+    length = TOKENS // num_samples
+    samples = [
+        TrainSample((*range(PROMPT), *range(i, i + length)), PROMPT, (-1.0,) * length, 0.5) for i in range(num_samples)
+    ]
+    saved = []
+    for num_layers in (1, 2):
+        folder = make_policy(
+            tmp_path / str(num_layers), architecture, tied=False, num_hidden_layers=num_layers, **SIZES
+        )
+        config = tiny_config(folder, {"max_tokens_per_microbatch": 128, **trainer})
+        num_bytes, num_tokens = run_ranks(config.trainer.world_size, "saved_for_backward", config, samples)[0]
+        saved.append(num_bytes / num_tokens)
+    planned = layer_bytes_per_token(config.trainer, json.loads((folder / "config.json").read_text()))
+    assert saved[1] - saved[0] <= planned <= 1.125 * (saved[1] - saved[0])
