@@ -70,6 +70,7 @@ MENUS: dict[str, tuple[Part, ...]] = {
     "step": (
         _bench("device", "ipc", 60),
         _bench("device", "push", 90),
+        _bench("device", "trainer", 60, on_cpu=TWICE),
         Part(
             "rl steps",
             240,

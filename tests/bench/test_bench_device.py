@@ -23,12 +23,17 @@ from slime_spec.bench.device.random_model import (
     num_weights,
     random_target,
     random_tensors,
+    write_random_checkpoint,
 )
 from slime_spec.bench.device.shapes import measure_shape
+from slime_spec.bench.device.trainer import Batch, TrainerSizes, agreement_rows, measure_trainer, tolerance
+from slime_spec.bench.reference_trainer import reference_steps
 from slime_spec.bench.rows import Row, report_json, report_markdown
 from slime_spec.bench.timing import Timed
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.tree import Config, ModelConfig, TrainerConfig
 from slime_spec.errors import ConfigError
+from slime_spec.types import TrainReport
 from tests.bench.failing_receivers import dies, hangs, loses
 
 CPU = torch.device("cpu")
@@ -123,6 +128,29 @@ def test_a_gpu_is_held_to_the_verify_pass_at_batch_8_by_the_clock_alone() -> Non
     }
     (row,) = verify_rows("x", "a model", passes, GPU_VERIFY_REACH, (BY_CLOCK,))
     assert (row.id, row.reach, row.holds) == ("x.b8.verify4.ratio", "<= 1.15", True)
+
+
+def test_the_trainers_step_has_the_loss_of_hugging_faces_model_and_is_timed(tmp_path: Path) -> None:
+    sizes = TrainerSizes("tiny", "float32", Batch(3, 4, 8, 24), Batch(2, 6, 10, 24), num_rounds=1)
+    rows = by_id(measure_trainer(CPU, sizes, peak_flops=1e12))
+    write_random_checkpoint(tmp_path, TINY, torch.float32, CPU)
+    config = Config(model=ModelConfig(hf_checkpoint=str(tmp_path)), trainer=TrainerConfig())
+    (expected,), _ = reference_steps(config, [sizes.compared.samples(TINY.vocab_size, seed=0)])
+    assert rows["device.tiny.train.fp32.loss"].value == pytest.approx(expected.loss, abs=tolerance(TINY))
+    assert rows["device.tiny.train.fp32.loss_diff"].holds
+    assert rows["device.tiny.train.fp32.grad_norm_diff"].holds
+    seconds = rows["device.tiny.train.fp32.step"].value
+    assert rows["device.tiny.train.fp32.tokens_per_s"].value == pytest.approx(36 / seconds)
+    assert rows["device.tiny.train.fp32.mfu"].value == pytest.approx(6 * num_weights(TINY) * 36 / seconds / 1e12)
+
+
+@pytest.mark.parametrize(("loss", "norm", "holds"), [(1.09, 2.0, (True, True)), (1.11, 2.7, (False, False))])
+def test_a_step_with_another_loss_or_gradient_than_the_cpus_does_not_hold(
+    loss: float, norm: float, holds: tuple[bool, bool]
+) -> None:
+    ours, theirs = (TrainReport(x, 0.0, n, 1.0, 0.5, 0.0, 0.1, 10, 1, 1) for x, n in ((loss, norm), (1.0, 2.0)))
+    found = by_id(agreement_rows("a", "a step", ours, theirs, bound=0.1))
+    assert (found["a.loss_diff"].holds, found["a.grad_norm_diff"].holds) == holds
 
 
 def test_bytes_arrive_in_another_process_whole_and_in_buckets() -> None:

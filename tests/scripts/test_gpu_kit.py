@@ -99,6 +99,12 @@ def test_a_part_that_would_outlast_the_visit_is_left_out(tmp_path: Path, monkeyp
     assert [each["part"] for each in report["parts"]] == ["good"]
 
 
+def test_a_part_with_most_of_its_limit_left_has_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = part("hanging", "import time; time.sleep(600)", limit_s=3)
+    report = visited([hanging], tmp_path, monkeypatch, deadline=2.0)
+    assert report["parts"][0]["failure"].startswith("no end in 2 s")
+
+
 def entry(part: str, date: str) -> dict[str, Any]:
     return {"part": part, "date": date}
 

@@ -13,6 +13,7 @@ HERE = "slime_spec.bench.device"
 PARTS = {
     "ceilings": f"{HERE}.ceilings:measure",
     "shapes": f"{HERE}.shapes:measure",
+    "trainer": f"{HERE}.trainer:measure",
     "ipc": f"{HERE}.ipc:measure",
     "push": f"{HERE}.push:measure",
 }
@@ -41,7 +42,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 DEVICE = Benchmark(
-    what="The device: copy and matmul, passes of random models of known shapes, bytes and pushes between processes.",
+    what="The device: copy and matmul, passes and training steps of random models, bytes and pushes between processes.",
     parts=PARTS,
     prepare=prepare,
     add_flags=add_flags,

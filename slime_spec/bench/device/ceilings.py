@@ -36,7 +36,10 @@ def measure_ceilings(device: torch.device, sizes: CeilingSizes) -> list[Row]:
     return [
         Row("device.copy", copied, copy_bytes_per_s(device, sizes) / 1e12, "TB/s"),
         Row(
-            "device.matmul.bf16", f"product of two {width} x {width} matrices", _flops(device, sizes) / 1e12, "TFLOP/s"
+            "device.matmul.bf16",
+            f"product of two {width} x {width} matrices",
+            matmul_flops(device, sizes) / 1e12,
+            "TFLOP/s",
         ),
     ]
 
@@ -49,7 +52,8 @@ def copy_bytes_per_s(device: torch.device, sizes: CeilingSizes) -> float:
     return 2 * sizes.copy_bytes / median_s(times["copy"])
 
 
-def _flops(device: torch.device, sizes: CeilingSizes) -> float:
+def matmul_flops(device: torch.device, sizes: CeilingSizes) -> float:
+    """Return the floating point operations per second of a product in bf16, the median over rounds."""
     width = sizes.matmul_width
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(width, width, generator=generator, device=device).bfloat16() for _ in range(2))

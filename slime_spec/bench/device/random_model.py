@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -17,7 +18,7 @@ from rollout.embedded.weights import DecoderBuilder
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.rope_settings import RopeScaling
-from slime_spec.checkpoints.tensors import EMBEDDING, expected_shapes
+from slime_spec.checkpoints.tensors import EMBEDDING, expected_shapes, save_checkpoint
 
 LLAMA_31_8B = ModelSpec(
     architecture=LLAMA.architecture,
@@ -92,6 +93,30 @@ def random_tensors(
     for name, shape in expected_shapes(spec).items():
         tensor = torch.randn(shape, generator=generator, dtype=dtype, device=device).mul_(SCALE)
         yield name, tensor.add_(1.0) if len(shape) == 1 else tensor
+
+
+def write_random_checkpoint(
+    folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> None:
+    """Write the random tensors, made on ``device``, as a checkpoint folder without a tokenizer."""
+    assert spec.rope_scaling is None, "no shape that is written needs it"
+    config = {
+        "architectures": [spec.architecture],
+        "model_type": LLAMA.model_type,
+        "num_hidden_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": spec.rope_theta,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    save_checkpoint(folder, random_tensors(spec, dtype, device, seed), config)
 
 
 def random_decoder(

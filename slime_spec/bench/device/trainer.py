@@ -1,0 +1,206 @@
+"""Measure the trainer's step by itself: tokens per second, its share of the matmul rate, memory, and the loss it has.
+
+Weights are random, and a rank is alone in its group (nccl on a GPU, gloo on a CPU). The first step of a small batch in
+fp32 is made a second time by another process that sees no GPU: both must have the same loss and gradient norm.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.multiprocessing
+
+from slime_spec.bench.device.ceilings import matmul_flops, sizes_on
+from slime_spec.bench.device.random_model import SHAPES, num_weights, write_random_checkpoint
+from slime_spec.bench.local_engine import device_of
+from slime_spec.bench.plain import SHORT
+from slime_spec.bench.rows import BenchOptions, Row, at_most
+from slime_spec.bench.timing import interleaved, median_s
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.tree import ClusterConfig, Config, ModelConfig, TrainerConfig
+from slime_spec.ports import free_port
+from slime_spec.types import TrainReport, TrainSample
+from trainer_bridge.megatron.rank import TrainerRank
+
+LOOPBACK = "127.0.0.1"
+CHILD_S = 120.0
+# Operators of a layer one after the other whose results are rounded, and the unit roundoff of fp32.
+ROUNDINGS_PER_LAYER, ROUNDOFF = 8, 2.0**-24
+FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Describes a step's batch: responses to different prompts, so that every token is computed once."""
+
+    num_samples: int
+    prompt_len: int
+    response_len: int
+    max_tokens_per_microbatch: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_samples * (self.prompt_len + self.response_len)
+
+    def samples(self, vocab_size: int, seed: int) -> list[TrainSample]:
+        """Make samples of uniform tokens, with the logprobs of a policy that knows nothing."""
+        rng = random.Random(seed)
+        length, logprobs = self.prompt_len + self.response_len, (-math.log(vocab_size),) * self.response_len
+        return [
+            TrainSample(tuple(rng.choices(range(vocab_size), k=length)), self.prompt_len, logprobs, rng.gauss(0.0, 1.0))
+            for _ in range(self.num_samples)
+        ]
+
+
+@dataclass(frozen=True)
+class TrainerSizes:
+    """Holds the shape, the batch that is timed in ``dtype``, the batch that is compared, and the timed steps."""
+
+    shape: str
+    dtype: str
+    timed: Batch
+    compared: Batch
+    num_rounds: int
+
+
+def sizes_of(device: torch.device, num_rounds: int) -> TrainerSizes:
+    if device.type == "cuda":
+        return TrainerSizes("135m", "bfloat16", Batch(64, 64, 448, 8192), Batch(4, 32, 64, 512), num_rounds)
+    return TrainerSizes("tiny", "float32", Batch(4, 8, 24, 64), Batch(2, 8, 16, 64), min(num_rounds, 2))
+
+
+def measure(options: BenchOptions) -> list[Row]:
+    device = device_of(options.num_gpus)
+    peak_flops = matmul_flops(device, sizes_on(device, options.num_rounds))
+    return measure_trainer(device, sizes_of(device, options.num_rounds), peak_flops, options.seeds[0])
+
+
+def measure_trainer(device: torch.device, sizes: TrainerSizes, peak_flops: float, seed: int = 0) -> list[Row]:
+    """Compare a step with the CPU's, then time steps; ``peak_flops`` is the device's matmul rate in bf16, FLOP/s."""
+    spec = SHAPES[sizes.shape]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_random_checkpoint(folder, spec, torch.float32, device, seed)
+        rows = _agreement_rows(folder, spec, sizes, seed)
+        return rows + _speed_rows(folder, spec, device, sizes, peak_flops, seed)
+
+
+@contextmanager
+def lone_rank(folder: Path, dtype: str, batch: Batch, num_gpus: int) -> Iterator[TrainerRank]:
+    """Provide the only rank of a trainer, in this process."""
+    config = Config(
+        model=ModelConfig(hf_checkpoint=str(folder)),
+        trainer=TrainerConfig(
+            num_gpus=num_gpus,
+            dtype=dtype,
+            max_tokens_per_microbatch=batch.max_tokens_per_microbatch,
+            num_cpus_per_rank=os.cpu_count() or 1,
+        ),
+        cluster=ClusterConfig(colocate=False),  # nothing leaves the device between steps
+    )
+    threads = torch.get_num_threads()
+    rank = TrainerRank(config, 0, f"tcp://{LOOPBACK}:{free_port(LOOPBACK)}")
+    try:
+        rank.load()
+        yield rank
+    finally:
+        rank.close()
+        torch.set_num_threads(threads)
+
+
+def first_step(connection: Connection, folder: Path, batch: Batch, samples: Sequence[TrainSample]) -> None:
+    """Run in the other process: make one step on the CPU and send its report."""
+    assert not torch.cuda.is_available(), "this side must see no GPU"
+    with lone_rank(folder, "float32", batch, 0) as rank:
+        connection.send(rank.step(samples))
+
+
+def _agreement_rows(folder: Path, spec: ModelSpec, sizes: TrainerSizes, seed: int) -> list[Row]:
+    samples = sizes.compared.samples(spec.vocab_size, seed)
+    theirs, child = torch.multiprocessing.get_context("spawn").Pipe()
+    arguments = (child, folder, sizes.compared, samples)
+    process = torch.multiprocessing.get_context("spawn").Process(target=first_step, args=arguments, daemon=True)
+    with _no_gpu():
+        process.start()
+    child.close()
+    try:
+        with lone_rank(folder, "float32", sizes.compared, int(torch.cuda.is_available())) as rank:
+            ours: TrainReport = rank.step(samples)
+        if not theirs.poll(CHILD_S):
+            raise TimeoutError(f"the step on the CPU did not end in {CHILD_S:g} s")
+        expected: TrainReport = theirs.recv()
+    finally:
+        process.kill()
+        process.join()
+        theirs.close()
+    words = f"{sizes.shape}, random fp32 weights, the first step of {sizes.compared.num_tokens} tokens"
+    return agreement_rows(f"device.{sizes.shape}.train.fp32", words, ours, expected, tolerance(spec))
+
+
+def agreement_rows(prefix: str, words: str, ours: TrainReport, expected: TrainReport, bound: float) -> list[Row]:
+    """Hold the loss to ``bound``, and the gradient norm to what a backward pass adds to it."""
+    loss_apart, norm_apart = abs(ours.loss - expected.loss), abs(ours.grad_norm / expected.grad_norm - 1.0)
+    norm = f"{words}: |gradient norm over the CPU's - 1|"
+    return [
+        Row(f"{prefix}.loss", f"{words}: loss", ours.loss, "nats"),
+        at_most(f"{prefix}.loss_diff", f"{words}: |loss - the CPU's|", loss_apart, "nats", bound),
+        at_most(f"{prefix}.grad_norm_diff", norm, norm_apart, "share", FORWARD_AND_BACKWARD * bound),
+    ]
+
+
+@contextmanager
+def _no_gpu() -> Iterator[None]:
+    """Hide the GPUs from the processes that start in the block."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def tolerance(spec: ModelSpec) -> float:
+    """Return how far two fp32 losses may be apart: each layer's roundings, relative to a logprob of log(vocabulary).
+
+    Ratios and advantages are around 1, so that the loss errs as a logprob does.
+    """
+    return ROUNDINGS_PER_LAYER * spec.num_layers * ROUNDOFF * math.log(spec.vocab_size)
+
+
+def _speed_rows(
+    folder: Path, spec: ModelSpec, device: torch.device, sizes: TrainerSizes, peak_flops: float, seed: int
+) -> list[Row]:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    samples = sizes.timed.samples(spec.vocab_size, seed)
+    with lone_rank(folder, sizes.dtype, sizes.timed, int(on_gpu)) as rank:
+        times = interleaved("steps of the trainer", sizes.num_rounds, {"step": lambda turn: rank.step(samples)})
+    seconds, num_tokens = median_s(times["step"]), sizes.timed.num_tokens
+    flops = 6 * num_weights(spec) * num_tokens / seconds
+    short, microbatches = SHORT[sizes.dtype], times["step"][0].result.num_microbatches
+    prefix = f"device.{sizes.shape}.train.{short}"
+    words = f"{sizes.shape}, random {short} weights, a step of {num_tokens} tokens in {microbatches} microbatches"
+    formula = "6 x weights x tokens / seconds, attention left out, over the measured bf16 matmul rate"
+    rows = [
+        Row(f"{prefix}.step", f"{words}: forward, backward, AdamW", seconds, "s"),
+        Row(f"{prefix}.tokens_per_s", f"{words}: prompt and response", num_tokens / seconds, "tokens/s"),
+        Row(f"{prefix}.mfu", f"{words}: {formula}", flops / peak_flops, "share"),
+    ]
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+        rows.append(Row(f"{prefix}.memory_peak", f"{words}: most memory of tensors at once", peak, "GB"))
+    return rows
