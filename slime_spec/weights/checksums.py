@@ -19,8 +19,7 @@ import xxhash
 from slime_spec.weights.xxh3 import chunk_digests
 
 CHUNK_BYTES = 65536
-# On a GPU so many bytes are digested at a time: the sums of a group need several times its memory for a moment.
-GROUP_BYTES = 64 * 2**20
+ALIGNMENT = 16  # of the words that a GPU reads at once
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,34 +59,30 @@ def host_digests(flat: torch.Tensor) -> np.ndarray:
 
 
 def device_digests(flat: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """Return the digests of several uint8 tensors on one device, in groups of whole chunks; zeros fill the last."""
-    pieces, counts = [], []
-    for each in flat:
-        padded = -len(each) % CHUNK_BYTES
-        counts.append((len(each) + padded) // CHUNK_BYTES)
-        pieces += [each, each.new_zeros(padded)] if padded else [each]
-    digests = [chunk_digests(group) for group in _groups(pieces)]
-    if not digests:
-        return [np.empty(0, "<u8") for _ in flat]
-    found = torch.cat(digests).cpu().numpy().view("<u8")
-    return np.split(found, np.cumsum(counts)[:-1])
+    """Return the digests of several uint8 tensors on one device, which is read from once.
+
+    Whole chunks are digested where they are; the tensors' ends are filled with zeros and digested together.
+    """
+    if not flat:
+        return []
+    counts = [len(each) // CHUNK_BYTES for each in flat]
+    ends = flat[0].new_zeros(len(flat), CHUNK_BYTES)
+    for end, each, count in zip(ends, flat, counts, strict=True):
+        if len(rest := each[count * CHUNK_BYTES :]):
+            end[: len(rest)].copy_(rest)
+    whole = [_aligned(each[: count * CHUNK_BYTES]) for each, count in zip(flat, counts, strict=True)]
+    parts = [chunks.view(-1, CHUNK_BYTES) for chunks in (*whole, ends) if len(chunks)]
+    found = chunk_digests(parts).cpu().numpy().view("<u8")
+    *digests, of_ends = np.split(found, np.cumsum(counts))
+    return [
+        np.append(own, of_ends[index : index + 1]) if len(each) % CHUNK_BYTES else own
+        for index, (own, each) in enumerate(zip(digests, flat, strict=True))
+    ]
 
 
-def _groups(pieces: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
-    """Yield the pieces, one after the other, as [chunks, CHUNK_BYTES]; together they are whole chunks."""
-    group: list[torch.Tensor] = []
-    room = GROUP_BYTES
-    for piece in pieces:
-        start = 0
-        while start < len(piece):
-            part = piece[start : start + room]
-            group.append(part)
-            start, room = start + len(part), room - len(part)
-            if not room:
-                yield torch.cat(group).view(-1, CHUNK_BYTES)
-                group, room = [], GROUP_BYTES
-    if group:
-        yield torch.cat(group).view(-1, CHUNK_BYTES)
+def _aligned(flat: torch.Tensor) -> torch.Tensor:
+    """Return the bytes where whole words can be read: a view of a tensor may begin anywhere."""
+    return flat.clone() if flat.storage_offset() % ALIGNMENT else flat
 
 
 def _checksum(digests: np.ndarray, flat: torch.Tensor) -> int:

@@ -8,10 +8,14 @@ side by side, and then as many small steps follow as one input has blocks. The w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 
+# From parts uint8 [inputs, bytes], the words that theirs are mixed with [blocks, stripes, lanes], those of the
+# scrambling [lanes] and the first sums [lanes] to the sums [inputs, lanes] of all parts
+AddUp = Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 BLOCK_BYTES, NUM_STRIPES, NUM_LANES = 1024, 16, 8
 LOW = 0xFFFFFFFF
 # kSecret, the 192 bytes that XXH3 mixes its input with where the caller gives no seed.
@@ -29,22 +33,45 @@ AVALANCHE = 0x165667919E3779F9
 LAST_STRIPE, SCRAMBLE, END = len(SECRET) - 64 - 7, len(SECRET) - 64, 11
 
 
-def chunk_digests(chunks: torch.Tensor) -> torch.Tensor:
-    """Return the XXH3-64 [inputs], as int64, of ``chunks`` uint8 [inputs, bytes], whole blocks of bytes each."""
-    num_inputs, num_bytes = chunks.shape
+def chunk_digests(parts: Sequence[torch.Tensor], add_up: AddUp | None = None) -> torch.Tensor:
+    """Return the XXH3-64 [inputs], as int64, of the inputs in ``parts``, all of one length, whole blocks of bytes.
+
+    Each part is uint8 [inputs, bytes], contiguous. ``add_up`` computes the sums; left out, it is the device's quickest.
+    """
+    num_bytes, device = parts[0].shape[1], parts[0].device
     assert num_bytes % BLOCK_BYTES == 0, "an input is whole blocks"
-    num_blocks = num_bytes // BLOCK_BYTES
-    words = chunks.view(torch.int64).view(num_inputs, num_blocks, NUM_STRIPES, NUM_LANES)
-    keyed = words ^ _stripe_keys(num_blocks, chunks.device)
+    scramble = _words(SCRAMBLE, NUM_LANES, device)
+    sums = (add_up or _quickest(device))(
+        parts, _stripe_keys(num_bytes // BLOCK_BYTES, device), scramble, _tensor(START, device)
+    )
+    pairs = (sums ^ _words(END, NUM_LANES, device)).view(len(sums), NUM_LANES // 2, 2)
+    return _avalanche(_folded_product(pairs[..., 0], pairs[..., 1]).sum(1) + _signed(num_bytes * PRIME64[0]))
+
+
+def added_up(
+    parts: Sequence[torch.Tensor], keys: torch.Tensor, scramble: torch.Tensor, start: torch.Tensor
+) -> torch.Tensor:
+    """Implement AddUp with torch operations, which need several times the inputs' memory."""
+    return torch.cat([_added_up(part, keys, scramble, start) for part in parts])
+
+
+def _added_up(part: torch.Tensor, keys: torch.Tensor, scramble: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    words = part.view(torch.int64).view(len(part), *keys.shape)
+    keyed = words ^ keys
     added = words.sum(2)[..., _SWAPPED].add_(((keyed & LOW) * _shifted(keyed, 32)).sum(2))
-    scramble = _words(SCRAMBLE, NUM_LANES, chunks.device)
-    sums = _tensor(START, chunks.device).repeat(num_inputs, 1)
-    for block in range(num_blocks - 1):
+    sums = start.repeat(len(words), 1)
+    for block in range(len(keys) - 1):
         sums += added[:, block]
         sums = (sums ^ _shifted(sums, 47) ^ scramble) * PRIME32[0]
-    sums += added[:, -1]
-    pairs = (sums ^ _words(END, NUM_LANES, chunks.device)).view(num_inputs, NUM_LANES // 2, 2)
-    return _avalanche(_folded_product(pairs[..., 0], pairs[..., 1]).sum(1) + _signed(num_bytes * PRIME64[0]))
+    return sums + added[:, -1]
+
+
+def _quickest(device: torch.device) -> AddUp:
+    if device.type != "cuda":
+        return added_up
+    from slime_spec.weights import xxh3_kernel  # Triton comes with torch's builds for CUDA alone
+
+    return xxh3_kernel.added_up
 
 
 _SWAPPED = [lane ^ 1 for lane in range(NUM_LANES)]
@@ -72,6 +99,7 @@ def _signed(word: int) -> int:
     return ((word + 2**63) % 2**64) - 2**63
 
 
+@cache
 def _tensor(words: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([_signed(word) for word in words], device=device)
 

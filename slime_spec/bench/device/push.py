@@ -9,7 +9,7 @@ in one process is the bound that no push can beat.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -165,7 +165,10 @@ def _copy(flat: torch.Tensor, room: torch.Tensor, turn: int) -> None:
 def _rows(pusher: Pusher, flat: torch.Tensor, sizes: PushSizes) -> list[Row]:
     room = torch.empty_like(flat.chunk(COPY_PARTS)[0])
     tensors = list(pusher.weights.values())
-    sides = {"copy": partial(_copy, flat, room), "checksum": lambda turn: tensor_checksums(tensors)}
+    sides: dict[str, Callable[[int], object]] = {
+        "copy": partial(_copy, flat, room),
+        "checksum": lambda turn: tensor_checksums(tensors),
+    }
     for name, bucket_bytes in sizes.bucket_bytes.items():
         sides[name] = partial(pusher.push, bucket_bytes)
     times = interleaved("pushes between processes", sizes.num_rounds, sides)
