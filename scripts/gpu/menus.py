@@ -39,6 +39,8 @@ def _bench(name: str, part: str, limit_s: int, on_gpu: tuple[str, ...] = (), on_
 
 # The rehearsal of the engine's benchmark: short replies of a tiny policy, one dtype, one chain.
 BRIEF = ("--model", POLICY, "--draft", DRAFT, "--rounds", "1", "--new-tokens", "8", "--dtypes", "bfloat16")
+# A part that sees its seconds gone begins nothing more: its limit is those, the start and one measurement.
+SHORT = ("--new-tokens", "64")
 CHAIN = ("--shapes", "s3k1n4")
 TWICE = ("--rounds", "2")
 TESTS, LAWS = ("scripts/gpu/device_tests.py", REPORT), "test_verify_statistics.py"
@@ -46,9 +48,15 @@ MENUS: dict[str, tuple[Part, ...]] = {
     "engine": (
         _bench("device", "ceilings", 40),
         _bench("device", "shapes", 120, on_cpu=TWICE),
-        _bench("engine", "exactness", 90, on_cpu=(*BRIEF, *CHAIN)),
-        _bench("engine", "plain", 90, TWICE, BRIEF),
-        _bench("engine", "eagle3", 150, (*TWICE, *CHAIN, "--dtypes", "bfloat16"), (*BRIEF, *CHAIN)),
+        _bench("engine", "exactness", 80, (*SHORT, "--num-prompts", "8", "--seconds", "40"), (*BRIEF, *CHAIN)),
+        _bench("engine", "plain", 80, (*SHORT, *TWICE, "--seconds", "40"), BRIEF),
+        _bench(
+            "engine",
+            "eagle3",
+            120,
+            (*SHORT, *TWICE, *CHAIN, "--dtypes", "bfloat16", "--seconds", "60"),
+            (*BRIEF, *CHAIN),
+        ),
         _bench("engine", "cost", 90, ("--rounds", "1", "--dtypes", "bfloat16"), BRIEF),
         Part(
             "device tests",

@@ -93,6 +93,7 @@ def _check(options: BenchOptions, bench: Benchmark) -> None:
         ("--threads", options.threads, 1),
         ("--num-prompts", options.num_prompts, 1),
         ("--num-gpus", options.num_gpus, 0),
+        ("--seconds", options.seconds, 0),
         *(("--batch-sizes", size, 1) for size in options.batch_sizes),
     )
     for flag, value, least in counts:

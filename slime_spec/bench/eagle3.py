@@ -20,14 +20,15 @@ from slime_spec.bench.race import (
     PrefillSide,
     Side,
     Times,
+    decode_per_s,
     decode_speed_up,
     maybe_at_least,
     race,
     ratio_rows,
     speed_rows,
 )
-from slime_spec.bench.rows import BenchOptions, Row
-from slime_spec.bench.timing import Time
+from slime_spec.bench.rows import BenchOptions, Row, left_out_rows
+from slime_spec.bench.timing import Budget, Time
 from slime_spec.checkpoints.end_of_text import end_token_ids
 from slime_spec.types import SamplingParams
 
@@ -73,18 +74,28 @@ def measure(options: BenchOptions) -> list[Row]:
 def measure_eagle3(options: BenchOptions, prompts: Prompts, sizes: Eagle3Sizes) -> list[Row]:
     """Measure greedy replies in every shape, then sampled ones by every verification, per dtype and batch size."""
     rows: list[Row] = []
+    left_out: list[str] = []
+    budget = Budget(options.seconds)
     stops = tuple(end_token_ids(options.model))
-    workload = Workload(prompts, stops, sizes.num_rounds, sizes.num_new_tokens)
+    workload = Workload(prompts, stops, sizes.num_rounds, sizes.num_new_tokens, options.num_prompts)
     for dtype in sizes.dtypes:
-        with greedy_sides(options, dtype, sizes.shapes) as sides:
-            for batch_size in sizes.batch_sizes:
+        late: list[int] = []
+        sides: dict[str, Side] = {}
+        with ExitStack() as started:
+            for batch_size in budget.within(sizes.batch_sizes, late):
+                sides = sides or started.enter_context(greedy_sides(options, dtype, sizes.shapes))
                 rows += _greedy_rows(workload, dtype, batch_size, sides, bool(options.num_gpus))
+        left_out += [f"{SHORT[dtype]} greedy batch {batch_size}" for batch_size in late]
     workload = replace(workload, longest=min(sizes.num_new_tokens, LONGEST_SAMPLED))
     for dtype in sizes.sampled_dtypes:
-        with sampled_sides(options, dtype) as sides:
-            for batch_size in sizes.sampled_batch_sizes:
+        late = []
+        sides = {}
+        with ExitStack() as started:
+            for batch_size in budget.within(sizes.sampled_batch_sizes, late):
+                sides = sides or started.enter_context(sampled_sides(options, dtype))
                 rows += _sampled_rows(workload, dtype, batch_size, sides)
-    return rows
+        left_out += [f"{SHORT[dtype]} sampled batch {batch_size}" for batch_size in late]
+    return [*rows, *left_out_rows("eagle3", left_out)]
 
 
 @dataclass(frozen=True)
@@ -95,9 +106,11 @@ class Workload:
     stop_token_ids: tuple[int, ...]
     num_rounds: int
     longest: int
+    most_prompts: int = BenchOptions.num_prompts
 
     def race(self, where: str, batch_size: int, sides: Mapping[str, Side]) -> Times:
-        count = max(6, 2 * batch_size)  # several batches a round, whose replies end at different times
+        # Several batches a round, whose replies end at different times.
+        count = min(max(6, 2 * batch_size), max(self.most_prompts, batch_size))
 
         def ask(turn: int) -> Ask:
             chosen = rotating(self.prompts, turn * count, count)
@@ -179,8 +192,12 @@ def _sampled_rows(workload: Workload, dtype: str, batch_size: int, sides: Mappin
 
 
 def _speeds(prefix: str, where: str, times: Times) -> list[Row]:
-    names = [name for name in times if name != "prefill"]
-    return [row for name in names for row in speed_rows(f"{prefix}.{name}", f"{name}, {where}", times[name])]
+    rows = []
+    for name in (each for each in times if each != "prefill"):
+        rows += speed_rows(f"{prefix}.{name}", f"{name}, {where}", times[name])
+        decoded = decode_per_s(times[name], times["prefill"], "seconds")
+        rows.append(Row(f"{prefix}.{name}.decode_tokens_per_s", f"{name}, {where}, prefill apart", decoded, "tokens/s"))
+    return rows
 
 
 def _decode(times: Times, name: str, time: Time) -> float:

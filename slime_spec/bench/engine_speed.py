@@ -25,6 +25,7 @@ PARTS = {
     "cost": f"{HERE}.cost:measure",
     "exactness": f"{HERE}.exactness:measure",
 }
+MOST_PROMPTS = 128  # more than any part has
 NEED_THE_DRAFT = {"peers", "eagle3", "cost", "exactness"}
 
 
@@ -64,6 +65,13 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", metavar="NAME", help=f"drafts of part eagle3, and of cost the chains ({shapes})"
     )
+    parser.add_argument("--num-prompts", metavar="N", type=int, help="of parts exactness and eagle3: at most so many")
+    parser.add_argument(
+        "--seconds",
+        metavar="S",
+        type=float,
+        help="of parts plain, eagle3, exactness: then begin no measurement more (no limit)",
+    )
     parser.add_argument("--draft", metavar="DRAFT", help=f"the EAGLE-3 draft that is measured ({BenchOptions.draft})")
     parser.add_argument("--peers", metavar="DIR", type=Path, help=f"where the peers are ({BenchOptions.peers})")
     parser.add_argument(
@@ -77,5 +85,5 @@ ENGINE_SPEED = Benchmark(
     parts=PARTS,
     prepare=prepare,
     add_flags=add_flags,
-    defaults=BenchOptions(num_rounds=3, num_new_tokens=128, num_gpus=0, batch_sizes=()),
+    defaults=BenchOptions(num_rounds=3, num_new_tokens=128, num_gpus=0, batch_sizes=(), num_prompts=MOST_PROMPTS),
 )

@@ -22,7 +22,8 @@ from slime_spec.bench.engine import engine_logits
 from slime_spec.bench.local_engine import engine_config, greedy, started_engine
 from slime_spec.bench.plain import SHORT
 from slime_spec.bench.prompts import Prompts, in_domain, tokenized
-from slime_spec.bench.rows import BenchOptions, Row, at_least, at_most
+from slime_spec.bench.rows import BenchOptions, Row, at_least, at_most, left_out_rows
+from slime_spec.bench.timing import Budget, tell
 from slime_spec.config.tree import Config
 from slime_spec.types import GeneratedSample
 
@@ -43,7 +44,8 @@ class ExactnessSizes:
 
 def measure(options: BenchOptions) -> list[Row]:
     ordinary, copy = tokenized(options.model, "ordinary"), tokenized(options.model, "copy")
-    prompts = (*ordinary, *copy, *in_domain(options.model, 8, options.seeds[0]))
+    kinds = ordinary, copy, in_domain(options.model, len(copy), options.seeds[0])
+    prompts = tuple(prompt for each in zip(*kinds, strict=True) for prompt in each)[: options.num_prompts]
     batch_size = max(options.batch_sizes, default=ExactnessSizes.batch_size)
     sizes = ExactnessSizes(options.num_new_tokens, batch_size, options.dtypes or ExactnessSizes.dtypes)
     return measure_exactness(options, prompts, sizes)
@@ -52,18 +54,35 @@ def measure(options: BenchOptions) -> list[Row]:
 def measure_exactness(options: BenchOptions, prompts: Prompts, sizes: ExactnessSizes) -> list[Row]:
     """Compare per dtype and way of drafting; then report, per dtype, the margins of all divergences."""
     rows: list[Row] = []
+    left_out: list[str] = []
+    budget = Budget(options.seconds)
     for dtype in sizes.dtypes:
+        ways = speculating(options, dtype)
         plain = engine_config(options.model, dtype, num_gpus=options.num_gpus or 0)
-        core = Assembly(plain).core(0, perf_counter)
-        margins: list[float] = []
-        expected = _replies(plain, prompts, sizes)
-        for name, config in speculating(options, dtype).items():
-            found = _replies(config, prompts, sizes)
-            rows.append(_identity_row(dtype, name, expected, found))
-            margins += divergence_margins(core, prompts, expected, found)
-        if dtype != "float32":
-            rows += _margin_rows(dtype, margins, logit_noise(core, prompts[:NUM_NOISE_PROMPTS]))
-    return rows
+        found: dict[str, list[Tokens]] = {}
+        late: list[str] = []
+        expected = None
+        for name in budget.within(ways, late):
+            expected = expected or _replies("plain decoding", plain, prompts, sizes)
+            found[name] = _replies(name, ways[name], prompts, sizes)
+            rows.append(_identity_row(dtype, name, expected, found[name]))
+        if expected is not None:
+            rows += _margins(plain, prompts, expected, list(found.values()))
+        left_out += [f"{SHORT[dtype]} {name}" for name in late]
+    return [*rows, *left_out_rows("exactness", left_out)]
+
+
+def _margins(
+    plain: Config, prompts: Prompts, expected: Sequence[Tokens], found: Sequence[Sequence[Tokens]]
+) -> list[Row]:
+    """Return the rows about divergences; there shall be none in fp32, and where there is one its margin is told."""
+    dtype = plain.engine.dtype
+    if dtype == "float32" and all(each == expected for each in found):
+        return []
+    tell(f"exactness: margins, {SHORT[dtype]}")
+    core = Assembly(plain).core(0, perf_counter)
+    margins = divergence_margins(core, prompts, expected, *found)
+    return _margin_rows(dtype, margins, logit_noise(core, prompts[:NUM_NOISE_PROMPTS]))
 
 
 def speculating(options: BenchOptions, dtype: str) -> dict[str, Config]:
@@ -80,8 +99,9 @@ def speculating(options: BenchOptions, dtype: str) -> dict[str, Config]:
 Tokens = tuple[int, ...]
 
 
-def _replies(config: Config, prompts: Prompts, sizes: ExactnessSizes) -> list[Tokens]:
+def _replies(name: str, config: Config, prompts: Prompts, sizes: ExactnessSizes) -> list[Tokens]:
     """Generate every prompt's greedy reply, batch by batch, with a new engine."""
+    tell(f"exactness: {len(prompts)} replies, {SHORT[config.engine.dtype]}, {name}")
     samples: list[GeneratedSample] = []
     with started_engine(config) as engine:
         for start in range(0, len(prompts), sizes.batch_size):
@@ -105,16 +125,19 @@ def _margin_rows(dtype: str, margins: Sequence[float], noise: float) -> list[Row
 
 
 def divergence_margins(
-    core: GenerationCore, prompts: Prompts, expected: Sequence[Tokens], found: Sequence[Tokens]
+    core: GenerationCore, prompts: Prompts, expected: Sequence[Tokens], *found: Sequence[Tokens]
 ) -> list[float]:
     """Return, for each changed reply, the margin of plain decoding's two best logits where the reply first differs."""
     margins = []
-    for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
-        if ours == theirs:
-            continue
-        same = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        best = engine_logits(core, prompt, ours[:same])[-1].topk(2).values
-        margins.append(float(best[0] - best[1]))
+    for prompt, ours, *others in zip(prompts, expected, *found, strict=True):
+        same = [
+            next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+            for theirs in others
+            if theirs != ours
+        ]
+        if same:  # once along the reply, for all that differ from it
+            best = engine_logits(core, prompt, ours[: max(same)])[len(prompt) - 1 :].topk(2).values
+            margins += [float(best[at, 0] - best[at, 1]) for at in same]
     return margins
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from slime_spec.bench.hf_generate import HfGenerate, HfSide
 from slime_spec.bench.local_engine import engine_config, started_engine
 from slime_spec.bench.prompts import Prompts, rotating, tokenized
 from slime_spec.bench.race import Ask, EngineSide, Side, Times, race, ratio_rows, speed_rows
-from slime_spec.bench.rows import BenchOptions, Row
+from slime_spec.bench.rows import BenchOptions, Row, left_out_rows
+from slime_spec.bench.timing import Budget
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 # Bounds of the speed over Hugging Face's on a CPU, by batch size.
@@ -38,17 +39,28 @@ def measure(options: BenchOptions) -> list[Row]:
         options.batch_sizes or PlainSizes.batch_sizes,
         options.dtypes or PlainSizes.dtypes,
     )
-    return measure_plain(options.model, mixed, sizes, {} if num_gpus else REACH, num_gpus)
+    reach = {} if num_gpus else REACH
+    return measure_plain(options.model, mixed, sizes, reach, num_gpus, options.seconds)
 
 
 def measure_plain(
-    model: Path, prompts: Prompts, sizes: PlainSizes, reach: Mapping[int, float], num_gpus: int = 0
+    model: Path,
+    prompts: Prompts,
+    sizes: PlainSizes,
+    reach: Mapping[int, float],
+    num_gpus: int = 0,
+    seconds: float | None = None,
 ) -> list[Row]:
     """Measure speeds and ratios per dtype and batch size."""
     rows: list[Row] = []
+    left_out: list[str] = []
+    budget = Budget(seconds)
     for dtype in sizes.dtypes:
-        with hf_and_engine(model, dtype, sizes.num_new_tokens, num_gpus) as sides:
-            for batch_size in sizes.batch_sizes:
+        late: list[int] = []
+        sides: dict[str, Side] = {}
+        with ExitStack() as started:
+            for batch_size in budget.within(sizes.batch_sizes, late):
+                sides = sides or started.enter_context(hf_and_engine(model, dtype, sizes.num_new_tokens, num_gpus))
                 where = f"{SHORT[dtype]}, batch {batch_size}"
                 times = hf_race(sides, prompts, batch_size, sizes, where)
                 prefix = f"plain.{SHORT[dtype]}.b{batch_size}"
@@ -57,7 +69,8 @@ def measure_plain(
                 rows += speed_rows(f"{prefix}.hf", f"Hugging Face generate, {text}", times["hf"])
                 words = f"engine over Hugging Face, {where}"
                 rows += ratio_rows(prefix, words, times["hf"], times["engine"], reach.get(batch_size))
-    return rows
+        left_out += [f"{SHORT[dtype]} batch {batch_size}" for batch_size in late]
+    return [*rows, *left_out_rows("plain", left_out)]
 
 
 @contextmanager

@@ -176,14 +176,20 @@ def decode_speed_up(
     time: Time,
 ) -> float:
     """Return ``speed_up`` of the tokens after the first, with ``prefill``'s time taken off both sides."""
-
-    def rate(each: Timed[Answer], first: Timed[Answer]) -> float:
-        num_tokens = each.result.num_tokens - len(each.result.token_ids)
-        return num_tokens / (getattr(each, time) - getattr(first, time))
-
     return statistics.median(
-        rate(b, first) / rate(a, first) for a, b, first in zip(slower, faster, prefill, strict=True)
+        _decode_rate(b, first, time) / _decode_rate(a, first, time)
+        for a, b, first in zip(slower, faster, prefill, strict=True)
     )
+
+
+def decode_per_s(times: Sequence[Timed[Answer]], prefill: Sequence[Timed[Answer]], time: Time) -> float:
+    """Return tokens after the first per second (or per CPU second) beside the prefill, the median over rounds."""
+    return statistics.median(_decode_rate(each, first, time) for each, first in zip(times, prefill, strict=True))
+
+
+def _decode_rate(each: Timed[Answer], first: Timed[Answer], time: Time) -> float:
+    num_tokens = each.result.num_tokens - len(each.result.token_ids)
+    return num_tokens / float(getattr(each, time) - getattr(first, time))
 
 
 def tokens_per_pass(times: Sequence[Timed[Answer]]) -> float | None:

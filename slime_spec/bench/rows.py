@@ -54,6 +54,12 @@ def below(id: str, what: str, value: float, unit: str, bound: float) -> Row:
     return Row(id, what, value, unit, f"< {bound:g}", value < bound)
 
 
+def left_out_rows(prefix: str, names: Sequence[str]) -> list[Row]:
+    """Return a row that names the measurements which there was no time for, if any."""
+    what = f"measurements left out for want of time: {', '.join(names)}"
+    return [Row(f"{prefix}.left_out", what, float(len(names)), "measurements")] if names else []
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """Holds the options of one call of a benchmark; every part reads the options it needs."""

@@ -6,7 +6,7 @@ Work on a GPU is queued and done later; a time here ends when it is done.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter, process_time
@@ -57,7 +57,7 @@ def interleaved(
     works in another process has its own clock in ``cpu_clocks``; the function in ``before`` runs first, untimed.
     """
     times: dict[str, list[Timed[Result]]] = {name: [] for name in sides}
-    for turn in track(range(num_rounds + 1), what, console=Console(stderr=True), transient=True):
+    for turn in told(what, num_rounds + 1):
         order = list(sides) if turn % 2 else list(sides)[::-1]
         round_number = max(turn - 1, 0)
         for name in order:
@@ -67,6 +67,38 @@ def interleaved(
             if turn:
                 times[name].append(one)
     return times
+
+
+def told(what: str, num_rounds: int) -> Iterator[int]:
+    """Count rounds on a terminal's bar, and elsewhere line by line: a log that was cut says how far it came."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(range(num_rounds), what, console=console, transient=True)
+        return
+    for turn in range(num_rounds):
+        tell(f"{what}: round {turn} of {num_rounds - 1}" if turn else f"{what}: warm-up")
+        yield turn
+
+
+def tell(text: str) -> None:
+    """Write a line about a measurement's progress to stderr."""
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+class Budget:
+    """Says when a part of a benchmark shall begin nothing more; without seconds it never does."""
+
+    def __init__(self, seconds: float | None, clock: Clock = perf_counter) -> None:
+        self._clock = clock
+        self._end = None if seconds is None else clock() + seconds
+
+    def within(self, items: Iterable[Result], left_out: list[Result]) -> Iterator[Result]:
+        """Yield items while there is time; the others go into ``left_out``."""
+        for item in items:
+            if self._end is not None and self._clock() >= self._end:
+                left_out.append(item)
+            else:
+                yield item
 
 
 def median_s(times: Sequence[Timed[Result]]) -> float:

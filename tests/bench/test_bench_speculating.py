@@ -21,7 +21,7 @@ from slime_spec.bench.memory_probe import held_memory
 from slime_spec.bench.plain import PlainSizes, measure_plain
 from slime_spec.bench.race import Answer, Ask, EngineSide, ForgetfulSide, decode_speed_up, ratio_rows
 from slime_spec.bench.rows import BenchOptions, Row
-from slime_spec.bench.timing import Timed
+from slime_spec.bench.timing import Budget, Timed
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.errors import ConfigError
@@ -131,6 +131,30 @@ def test_the_eagle3_part_names_the_best_shape_and_compares_verifications(options
     for name in ("target_only", "rejection", "block"):
         assert rows[f"eagle3.fp32.b4.sampled.{name}.decode_cpu_ratio"].value > 0
         assert rows[f"eagle3.fp32.b4.sampled.{name}.tokens_per_cpu_s"].value > 0
+    plain = "eagle3.fp32.b4.plain"
+    assert rows[f"{plain}.decode_tokens_per_s"].value > 0
+    assert rows[f"{plain}.decode_tokens_per_s"].value != rows[f"{plain}.tokens_per_s"].value
+
+
+def test_a_part_whose_seconds_are_over_says_what_it_left_out(options: BenchOptions) -> None:
+    """Nothing is begun, no engine is started, and no figure is made up."""
+    over = replace(options, seconds=0.0, dtypes=("float32",))
+    sizes = Eagle3Sizes(10, 1, (1, 4), (4,), ("float32",), ("float32",), (Shape(2, 1, 3),))
+    (row,) = measure_eagle3(over, PROMPTS, sizes)
+    assert (row.id, row.value) == ("eagle3.left_out", 3.0)
+    assert row.what.endswith("fp32 greedy batch 1, fp32 greedy batch 4, fp32 sampled batch 4")
+    (row,) = measure_plain(options.model, PROMPTS, PlainSizes(6, 1, (1, 3), ("bfloat16",)), {}, seconds=0.0)
+    assert (row.id, row.value) == ("plain.left_out", 2.0)
+    (row,) = measure_exactness(over, PROMPTS, ExactnessSizes(16, 3, ("float32",)))
+    assert (row.id, row.value) == ("exactness.left_out", 4.0)
+
+
+def test_a_budget_lets_go_on_what_it_began() -> None:
+    now = iter([0.0, 1.0, 9.0, 11.0]).__next__
+    left_out: list[int] = []
+    assert list(Budget(10.0, now).within([1, 2, 3], left_out)) == [1, 2]
+    assert left_out == [3]
+    assert list(Budget(None).within([1, 2, 3], left_out)) == [1, 2, 3]
 
 
 def test_advice_is_measured_in_both_modes_and_without(options: BenchOptions) -> None:
@@ -208,6 +232,8 @@ def test_a_divergence_is_shown_with_the_margin_at_its_first_token(options: Bench
     (at_end,) = divergence_margins(core, PROMPTS[:1], [ours], [(*ours[:5], (ours[5] + 1) % 131)])
     assert margin > 0
     assert margin != at_end
+    both = divergence_margins(core, PROMPTS[:1], [ours], [changed], [ours], [(*ours[:5], (ours[5] + 1) % 131)])
+    assert both == pytest.approx([margin, at_end])
     assert logit_noise(core, PROMPTS[:1]) < 1e-4
 
 
