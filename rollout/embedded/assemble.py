@@ -73,7 +73,7 @@ class Assembly:
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)
         stop_ids = self.limits.eos_token_ids
         stop_rule = StopRule(stop_ids, self.decode)
-        verifier = verifier or make_verifier(speculative, stop_ids)
+        verifier = verifier or make_verifier(speculative, stop_ids, self.device)
         return GenerationCore(builder.finish(), cache, drafter or self._drafter, stop_rule, settings, clock, verifier)
 
     def load_tokenizer(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from rollout.embedded.assemble import Assembly
 from slime_spec.config.tree import Config
@@ -45,4 +46,5 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, stand_in_device() if device == "stand-in" else nullcontext():
         if device != "cpu":
             patch.setattr(Assembly, "__init__", on_gpu)
+            patch.setattr("tests.support.toy_rounds.DEVICE", torch.device("cuda"))
         yield

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rollout.embedded.drafting import NO_DRAFT, Draft
-from rollout.embedded.verification import make_verifier
+from rollout.embedded.verification import make_device_verifier, make_verifier
 from rollout.embedded.verification.reference import block_reference, rejection_reference
 from rollout.embedded.verification.verifier import VerifyRow
 from rollout.embedded.verification.verify_pass import RuleVerifier
@@ -37,9 +37,12 @@ FLAT = Toy(P_TARGET.log().expand(8, -1))
 MARKOV = (torch.tensor([[5, 3, 1, 1], [1, 6, 2, 1], [2, 2, 4, 2], [1, 1, 1, 7]], dtype=torch.float64) / 10).log()
 # What the drafter samples from after each token; the last two rows lack a token the target has, or are one-hot.
 MARKOV_Q = torch.tensor([[3, 3, 2, 2], [2, 5, 1, 2], [5, 0, 3, 2], [0, 0, 0, 10]], dtype=torch.float64) / 10
-RULES = {
-    "rejection": make_verifier(SpeculativeConfig(use_rejection_sampling=True), frozenset({3})),
-    "block": make_verifier(SpeculativeConfig(use_block_verification=True), frozenset({3})),
+CONFIGS = {
+    "rejection": SpeculativeConfig(use_rejection_sampling=True),
+    "block": SpeculativeConfig(use_block_verification=True),
+}
+RULES = {name: make_verifier(config, frozenset({3})) for name, config in CONFIGS.items()} | {
+    f"{name} in batched operations": make_device_verifier(config, frozenset({3})) for name, config in CONFIGS.items()
 }
 SETTINGS = {
     "plain": SamplingParams(),

@@ -14,12 +14,11 @@ import torch
 
 from rollout.embedded.drafting import NO_DRAFT, Draft
 from rollout.embedded.uniforms import RoundUniforms, Uniforms
-from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.verifier import Verifier, VerifyRow
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.types import SamplingParams
 from tests.support.statistics import comparisons, p_value
-from tests.support.toy_rounds import Drafting, ToyRun, chains, generate, no_draft, sampled_chains, trees
+from tests.support.toy_rounds import Drafting, Judge, ToyRun, chains, generate, no_draft, sampled_chains, trees
 
 NUM_TOKENS, VOCAB = 4, 8
 SIZES = [20_000, pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.proves])]
@@ -31,10 +30,9 @@ REDUCED_Q = REDUCED_Q / REDUCED_Q.sum(-1, keepdim=True)
 CHAINS = chains([row[0] for row in RANKED], 3)
 TREES = trees(RANKED, parents=(-1, -1, 0, 0, 1, 2), ranks=(0, 1, 0, 2, 0, 1))
 SAMPLED = sampled_chains(Q_DRAFT, 3)
-EMPTY = frozenset[int]()
-WALK = make_verifier(SpeculativeConfig(), EMPTY)
-REJECTION = make_verifier(SpeculativeConfig(use_rejection_sampling=True), EMPTY)
-BLOCK = make_verifier(SpeculativeConfig(use_block_verification=True), EMPTY)
+WALK = Judge(SpeculativeConfig())
+REJECTION = Judge(SpeculativeConfig(use_rejection_sampling=True))
+BLOCK = Judge(SpeculativeConfig(use_block_verification=True))
 PLAIN = SamplingParams()
 FILTERED = SamplingParams(temperature=0.8, top_k=6, top_p=0.85)
 PENALISED = SamplingParams(frequency_penalty=1.0, repetition_penalty=1.4)
@@ -105,7 +103,7 @@ def softmax_q_of_a_chosen_chain(root: int, limit: int, uniforms: Sequence[float]
 
 
 def lossy(**thresholds: float) -> Verifier:
-    return make_verifier(SpeculativeConfig(lossy=True, **thresholds), EMPTY)
+    return Judge(SpeculativeConfig(lossy=True, **thresholds))
 
 
 WRONG: dict[str, Callable[[], tuple[Verifier, Drafting]]] = {

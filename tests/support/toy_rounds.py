@@ -4,22 +4,44 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
 
 from rollout.embedded.drafting import NO_DRAFT, Draft
 from rollout.embedded.uniforms import Uniforms
-from rollout.embedded.verification.verifier import Verifier, VerifyRow
+from rollout.embedded.verification import make_verifier
+from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
+from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.types import SamplingParams
 
 # (last token, most drafted tokens on a path, the round's uniforms for them) -> draft
 Drafting = Callable[[int, int, Sequence[float]], Draft]
+DEVICE = torch.device("cpu")  # where logits and distributions are; ``pytest --device`` sets it
 
 
 def no_draft(root: int, limit: int, uniforms: Sequence[float]) -> Draft:
     return NO_DRAFT
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The rule of a configuration, on whichever device the logits are."""
+
+    config: SpeculativeConfig
+
+    @property
+    def lossy(self) -> bool:
+        return self.config.lossy
+
+    def __call__(self, logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
+        return _made(self.config, logits.device)(logits, rows)
+
+
+@cache
+def _made(config: SpeculativeConfig, device: torch.device) -> Verifier:
+    return make_verifier(config, frozenset(), device)
 
 
 @dataclass
@@ -44,6 +66,7 @@ def generate(
     sequences = [list(prompt) for _ in seeds]
     uniforms = [Uniforms(seed, num_tokens) for seed in seeds]
     run = ToyRun([])
+    table = table.to(DEVICE)
     running = list(range(len(seeds)))
     while running:
         rows = []
@@ -52,8 +75,11 @@ def generate(
             limit = num_tokens - generated - 1
             drafts = uniforms[index].draft_of_round(generated)[generated:]
             draft = drafting(tokens[-1], limit, drafts) if generated and limit else NO_DRAFT
+            if draft.q_draft is not None:
+                draft = replace(draft, q_draft=draft.q_draft.to(DEVICE))
             rows.append(VerifyRow(draft, params, uniforms[index], tokens, len(prompt)))
-        nodes = torch.tensor([token for row in rows for token in (row.token_ids[-1], *row.draft.token_ids)])
+        last_tokens = [token for row in rows for token in (row.token_ids[-1], *row.draft.token_ids)]
+        nodes = torch.tensor(last_tokens, device=DEVICE)
         for index, row, verified in zip(running, rows, verifier(table[nodes], rows), strict=True):
             if row.draft.token_ids:
                 first = row.draft.token_ids[0]

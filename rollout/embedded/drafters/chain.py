@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from rollout.embedded.drafters.step import DraftStep, DraftVocab, Heads
 from rollout.embedded.drafting import Draft, DraftContext
 from rollout.embedded.plan import RowSpan
+from rollout.embedded.transfer import uploaded
 from rollout.embedded.verification.draw import argmax, inverse_cdf
 from slime_spec.types import is_greedy
 
@@ -37,8 +39,8 @@ def grow_chains(
     ``first`` follows each row's root; ``next_slots[row]`` is where its first drafted token's keys go. With ``samples``
     requests that sample get tokens drawn from softmax(logits / T), and ``Draft.q_draft`` says so.
     """
-    sampler = ChainSampler(contexts, vocab, first.logits.device) if samples else None
     num_steps = min(num_steps, max(map(chain_limit, contexts)))
+    sampler = ChainSampler(contexts, num_steps, vocab, first.logits.device) if samples else None
     levels: list[torch.Tensor] = []
     heads, spans = first, next_slots
     for index in range(num_steps):
@@ -66,13 +68,19 @@ def grow_chains(
 class ChainSampler:
     """Draws the drafts of those rows of a batch whose requests sample, and keeps the distributions they came from."""
 
-    def __init__(self, contexts: Sequence[DraftContext], vocab: DraftVocab, device: torch.device) -> None:
+    def __init__(
+        self, contexts: Sequence[DraftContext], num_steps: int, vocab: DraftVocab, device: torch.device
+    ) -> None:
         self.rows = [row for row, each in enumerate(contexts) if not is_greedy(each.params.temperature)]
-        self._contexts = [contexts[row] for row in self.rows]
         self._vocab = vocab
-        temperatures = [each.params.temperature for each in self._contexts]
-        self._temperatures = torch.tensor(temperatures, device=device).unsqueeze(1)
-        self._index = torch.tensor(self.rows, device=device)
+        sampling = [contexts[row] for row in self.rows]
+        uniforms = [[_uniform(each, step) for each in sampling] for step in range(num_steps)]
+        self._index, self._temperatures, self._uniforms = uploaded(
+            device,
+            np.array(self.rows, np.int64),
+            np.array([[each.params.temperature] for each in sampling]),
+            np.array(uniforms, np.float64),
+        )
         self._distributions: list[torch.Tensor] = []
 
     def draw(
@@ -82,12 +90,9 @@ class ChainSampler:
 
         A q is none where logits are not finite numbers, or are no longer after the division by the temperature.
         """
-        q_draft = (logits[self._index] / self._temperatures).softmax(dim=-1)
-        uniforms = torch.tensor(
-            [_uniform(each, step) for each in self._contexts], dtype=torch.float64, device=logits.device
-        )
+        q_draft = (logits[self._index] / self._temperatures.to(logits.dtype)).softmax(dim=-1)
         self._distributions.append(self._vocab.spread(q_draft))
-        drawn = inverse_cdf(q_draft, uniforms)
+        drawn = inverse_cdf(q_draft, self._uniforms[step])
         has_mass = q_draft.gather(1, drawn.unsqueeze(1)).squeeze(1) > 0.0
         return draft_ids.index_copy(0, self._index, drawn), finite.index_copy(0, self._index, has_mass)
 

@@ -20,6 +20,7 @@ import torch
 from rollout.embedded.drafters.step import DraftStep, DraftVocab, Heads
 from rollout.embedded.drafting import Draft, DraftContext
 from rollout.embedded.plan import RowSpan
+from rollout.embedded.transfer import downloaded
 
 
 @dataclass
@@ -102,18 +103,18 @@ def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 def _select(pool: Pool, contexts: Sequence[DraftContext], most: int) -> list[Draft]:
     """Return each row's best nodes within its context's bounds, in pool order."""
-    ranking = pool.scores.sort(dim=1, descending=True, stable=True).indices.tolist()
-    num_possible = (pool.scores > -torch.inf).sum(dim=1).tolist()
+    ranking = pool.scores.sort(dim=1, descending=True, stable=True).indices
+    num_possible = (pool.scores > -torch.inf).sum(dim=1)
+    read = downloaded(ranking, num_possible, pool.tokens, pool.parents, pool.nonfinite)
     drafts = []
     for context, ranked, possible, tokens, parents, nonfinite in zip(
-        *(contexts, ranking, num_possible, pool.tokens.tolist(), pool.parents.tolist(), pool.nonfinite.tolist()),
-        strict=True,
+        contexts, *(array.tolist() for array in read), strict=True
     ):
         shallow = [node for node in ranked[:possible] if pool.depths[node] <= context.max_depth]
         kept = sorted(shallow[: min(most, context.max_draft_tokens)])
         place = {node: index for index, node in enumerate(kept)} | {-1: -1}
         parents_kept = tuple(place[parents[node]] for node in kept)
-        drafts.append(Draft(tuple(tokens[node] for node in kept), parents_kept, nonfinite=nonfinite))
+        drafts.append(Draft(tuple(tokens[node] for node in kept), parents_kept, nonfinite=bool(nonfinite)))
     return drafts
 
 

@@ -103,7 +103,7 @@ class RuleVerifier:
     def __call__(self, logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
         verified: list[Verified] = []
         first = 0
-        for chunk in _chunks(rows):
+        for chunk in chunks(rows, NODES_PER_CHUNK):
             count = sum(row.num_nodes for row in chunk)
             piece = adjusted(logits[first : first + count], chunk, self._eos_token_ids)
             verified += self._judge(Pass(piece, chunk))
@@ -120,11 +120,12 @@ class RuleVerifier:
         return [judged[index] for index in range(len(verify_pass.rows))]
 
 
-def _chunks(rows: Sequence[VerifyRow]) -> Iterator[list[VerifyRow]]:
+def chunks(rows: Sequence[VerifyRow], most_nodes: int) -> Iterator[list[VerifyRow]]:
+    """Yield the rows in pieces of at most so many nodes, or of one row."""
     chunk: list[VerifyRow] = []
     num_nodes = 0
     for row in rows:
-        if chunk and num_nodes + row.num_nodes > NODES_PER_CHUNK:
+        if chunk and num_nodes + row.num_nodes > most_nodes:
             yield chunk
             chunk, num_nodes = [], 0
         chunk.append(row)
