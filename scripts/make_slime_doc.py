@@ -26,7 +26,8 @@ SLIMES = """
 --rollout-num-gpus-per-engine --rollout-stop --rollout-stop-token-ids --rollout-temperature --rollout-top-k
 --rollout-top-p --save --save-debug-rollout-data --save-interval --sglang-config --load-debug-rollout-data
 --tensor-model-parallel-size --train-backend --update-weight-buffer-size --update-weight-transport
---update-weights-interval --use-kl-loss --use-wandb --wandb-group --wandb-project --weight-decay --num-gpus-per-node
+--update-weights-interval --use-distributed-optimizer --use-kl-loss --use-wandb --wandb-group --wandb-project
+--weight-decay --num-gpus-per-node
 --disable-grpo-std-normalization --check-weight-update-equal --seed
 """
 # Remedy -> the flags of slime that are unknown here.
@@ -65,7 +66,7 @@ UNKNOWN: Mapping[str, str] = {
 --disable-compute-advantages-and-returns""",
     "Not in this version: these ways to spare the trainer's memory or time.": """
 --sequence-parallel --optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer
---use-distributed-optimizer --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
+--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
 --moe-token-dispatcher-type --moe-enable-deepep""",
 }
 

@@ -250,6 +250,9 @@ class TrainerConfig:
         "Recompute activations in the backward pass (less memory, more time).",
         flags=("--recompute-activations",),
     )
+    use_distributed_optimizer: bool = setting(
+        False, "Split the optimizer's states and float32 masters over data parallel ranks (Megatron's)."
+    )
     save: str | None = setting(None, "Folder for checkpoints; default: checkpoints/ in the run folder.")
     load: str | None = setting(None, "Resume from this checkpoint folder (a run's checkpoints/).")
     save_interval: int | None = setting(

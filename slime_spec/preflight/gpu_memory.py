@@ -112,7 +112,8 @@ def _trainer_rows(facts: Facts, trainer: TrainerMemory, largest_tensor_bytes: in
     yield MemoryRow("trainer: weights", trainer.weights_bytes, f"{count} x {trainer.itemsize}", kept | {Phase.PUSH})
     yield MemoryRow("trainer: gradients", trainer.gradient_bytes, f"x {FLOAT32_BYTES}", kept)
     per_parameter = trainer.optimizer_bytes // trainer.num_updated
-    yield MemoryRow("trainer: optimizer", trainer.optimizer_bytes, f"{trainer.num_updated:,} x {per_parameter}", kept)
+    updated = f"{trainer.num_updated:,} of them x {per_parameter}"
+    yield MemoryRow("trainer: optimizer", trainer.optimizer_bytes, updated, kept)
     if trainer.reference_bytes:
         yield MemoryRow("trainer: reference", trainer.reference_bytes, f"x {trainer.itemsize}", kept)
     yield from _step_rows(trainer)

@@ -58,6 +58,9 @@ def trainer_memory(config: Config, target: Mapping[str, Any], counted: Parameter
     """Return a rank's memory for the target whose config.json is ``target``."""
     trainer = config.trainer
     held = _parameters_of_a_rank(trainer, target, counted)
+    # A distributed optimizer splits what it updates over the ranks that hold the same parameters.
+    ranks = trainer.world_size // (trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size)
+    updated = -(-held // ranks) if trainer.use_distributed_optimizer else held
     itemsize = ITEMSIZES[trainer.dtype]
     masters = FLOAT32_BYTES if trainer.dtype != "float32" else 0
     # A sample that is longer than a microbatch has one of its own; its last token is not fed.
@@ -65,13 +68,13 @@ def trainer_memory(config: Config, target: Mapping[str, Any], counted: Parameter
     logit_bytes = itemsize + FLOAT32_LOGITS * FLOAT32_BYTES
     return TrainerMemory(
         num_parameters=held,
-        num_updated=held,
+        num_updated=updated,
         itemsize=itemsize,
         num_tokens=num_tokens,
         recomputes=trainer.recompute,
         weights_bytes=held * itemsize,
         gradient_bytes=held * FLOAT32_BYTES,
-        optimizer_bytes=held * (ADAM_STATES * FLOAT32_BYTES + masters),
+        optimizer_bytes=updated * (ADAM_STATES * FLOAT32_BYTES + masters),
         reference_bytes=held * itemsize if config.algorithm.kl_loss_coef > 0 else 0,
         activation_bytes=_activation_bytes(trainer, target, num_tokens),
         logits_bytes=num_tokens * target["vocab_size"] // trainer.tensor_model_parallel_size * logit_bytes,

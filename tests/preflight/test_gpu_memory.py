@@ -51,24 +51,25 @@ def test_a_recipe_fits_its_gpus_in_every_phase(name: str, tmp_path: Path) -> Non
 
 
 def test_the_gpus_of_mimo_are_what_a_pencil_says(tmp_path: Path) -> None:
-    """A decoder of 36 layers with biases of queries, keys and values; four tensor ranks, bfloat16, AdamW."""
+    """36 layers with biases of queries, keys and values; two tensor ranks, bfloat16, AdamW split in four."""
     (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path)
     attention = 4096 * (32 + 2 * 8) * 128 + (32 + 2 * 8) * 128 + 32 * 128 * 4096
     layer = attention + 3 * 4096 * 11008 + 2 * 4096
     decoder = 36 * layer + 2 * 151680 * 4096 + 4096
     mtp = layer + 2 * 4096 * 4096 + 3 * 4096
-    rank, tokens = decoder // 4, 9216
-    queries, keys, mlp = 32 * 128 // 4, 8 * 128 // 4, 11008 // 4
+    rank, tokens = decoder // 2, 9216
+    share_of_rank = -(-rank // 4)
+    queries, keys, mlp = 32 * 128 // 2, 8 * 128 // 2, 11008 // 2
     norms = 2 * ((4 + 4 + 2) * 4096 + 4)
-    one_layer = norms + 4 * 128 * 2 + (4 * queries + 3 * keys) * 2 + 4 * 8 + (queries + 4 * keys) * 2 + 5 * mlp * 2
+    one_layer = norms + 4 * 128 * 2 + (4 * queries + 3 * keys) * 2 + 4 * 16 + (queries + 4 * keys) * 2 + 5 * mlp * 2
     weights = 2 * (decoder + mtp)
     expected = {
         "trainer: context": CONTEXT,
         "trainer: weights": 2 * rank,
         "trainer: gradients": 4 * rank,
-        "trainer: optimizer": 12 * rank,
+        "trainer: optimizer": 12 * share_of_rank,
         "trainer: activations": tokens * (36 * 4096 * 2 + 2 * one_layer + (4 + 4 + 2 + 2) * 4096),
-        "trainer: logits": tokens * (151680 // 4) * (2 + 3 * 4),
+        "trainer: logits": tokens * (151680 // 2) * (2 + 3 * 4),
         "push: buckets": 4 * 151680 * 4096 * 2,
         "engine: context": CONTEXT,
         "engine: weights": weights,
@@ -77,7 +78,7 @@ def test_the_gpus_of_mimo_are_what_a_pencil_says(tmp_path: Path) -> None:
         "engine: graphs": 3 * 48 * 2 * MIB,
     }
     assert rows_of(gpu) == expected
-    trainer = 18 * rank
+    trainer = 6 * rank + 12 * share_of_rank
     step = expected["trainer: activations"] + expected["trainer: logits"]
     share = int(0.8 * (80 * 10**9 - 2 * CONTEXT))
     rollout = share + 2 * CONTEXT + expected["engine: activations"] + expected["engine: graphs"]
@@ -120,6 +121,16 @@ def test_a_trainer_that_stays_takes_its_memory_from_the_engines(tmp_path: Path) 
         rows[f"engine: {part}"] for part in ("context", "weights", "KV cache", "activations", "graphs")
     )
     assert gpu.overfull == (Phase.START, Phase.ROLLOUT)
+
+
+def test_a_distributed_optimizer_lets_eight_gpus_train_eight_billion_parameters_unsplit(tmp_path: Path) -> None:
+    recipe, whole = RECIPES["eagle3-llama3.1-8b"], ("--tensor-model-parallel-size", "1", "--max-tokens-per-gpu", "2048")
+    (gpu,) = gpus_of(recipe, tmp_path, *whole)
+    assert rows_of(gpu)["trainer: optimizer"] == 12 * 8_030_261_248 // 8
+    assert gpu.total(Phase.TRAIN) < gpu.capacity_bytes
+    (unsplit,) = gpus_for(tmp_path, *SERVERS, "--train-dtype", "bfloat16", "--gpu-memory-gb", "80")
+    assert rows_of(unsplit)["trainer: optimizer"] == 12 * 8_030_261_248
+    assert Phase.TRAIN in unsplit.overfull
 
 
 def test_engines_that_stay_leave_a_step_no_room(tmp_path: Path) -> None:

@@ -194,6 +194,7 @@ def leave_between_phases(
     worker = TrainerRank(config, rank, init_method)
     worker.load()
     resident = {"load": _device_bytes(worker)}
+    resident["counted"] = {"parameters": sum(parameter.numel() for parameter in worker.model.parameters())}
     worker.residency = Residency(worker.parts(), "cpu")
     worker.residency.hold()
     resident["rollout"] = _device_bytes(worker)
@@ -209,7 +210,8 @@ def leave_between_phases(
     pushed = {}
     for bucket in worker.push_buckets(1, KeepingTransport()):
         resident["push"] = _device_bytes(worker)
-        pushed |= zip((meta.name for meta in bucket.tensors), bucket.handle, strict=True)
+        if bucket is not None:
+            pushed |= zip((meta.name for meta in bucket.tensors), bucket.handle, strict=True)
     worker.end_push()
     worker.save(folder, state)
     resident["end"] = _device_bytes(worker)
@@ -331,7 +333,8 @@ def load_each(rank: int, init_method: str, config: Config, folders: Sequence[str
 
 def _digest(worker: TrainerRank) -> str:
     state = worker.optimizer.optimizer.state
-    moments = [state[parameter][name] for parameter in state for name in ("exp_avg", "exp_avg_sq")]
+    updated = [parameter for group in worker.optimizer.param_groups for parameter in group["params"]]
+    moments = [state[parameter][name] for parameter in updated for name in ("exp_avg", "exp_avg_sq")]
     digest = hashlib.sha256()
     for tensor in [*(parameter.detach() for _, parameter in sorted(worker.model.named_parameters())), *moments]:
         digest.update(tensor.contiguous().numpy().tobytes())

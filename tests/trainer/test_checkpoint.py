@@ -24,6 +24,7 @@ BEFORE = [tiny_samples(seed) for seed in (1, 2)]
 AFTER = [tiny_samples(seed) for seed in (3, 4)]
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
 PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
+SPLIT = {"world_size": 2, "use_distributed_optimizer": True}
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,13 @@ def resumed_from(config: Config, checkpoints: Path) -> Config:
     return replace(config, trainer=replace(config.trainer, load=str(checkpoints)))
 
 
-@pytest.mark.parametrize("layout", [{}, PP2], ids=["1x1", "PP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, PP2, SPLIT, {**SPLIT, "dtype": "bfloat16"}, {"dtype": "bfloat16"}],
+    ids=["1x1", "PP2", "distributed optimizer", "distributed optimizer of bfloat16", "bfloat16"],
+)
 def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps_exactly(
-    layout: dict[str, int], folder: Path, tmp_path: Path
+    layout: dict[str, object], folder: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(folder, {**layout, "lr_warmup_steps": 4})
     world_size = config.trainer.world_size
@@ -47,9 +52,18 @@ def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps_exactly(
     assert reports == uninterrupted
 
 
-def test_a_checkpoint_of_two_tensor_ranks_resumes_on_one(folder: Path, tmp_path: Path) -> None:
-    saved = run_ranks(2, "save_and_continue", tiny_config(folder, TP2), BEFORE, AFTER, str(tmp_path), STATE)[0]
-    state, reports = run_ranks(1, "resume", resumed_from(tiny_config(folder), tmp_path), AFTER)[0]
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(TP2, {}), (SPLIT, {}), (TP2, SPLIT)],
+    ids=["two tensor ranks on one", "a distributed optimizer on one rank", "tensor ranks on a distributed optimizer"],
+)
+def test_a_checkpoint_resumes_with_another_layout(
+    before: dict[str, object], after: dict[str, object], folder: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(folder, before)
+    saved = run_ranks(2, "save_and_continue", config, BEFORE, AFTER, str(tmp_path), STATE)[0]
+    config = resumed_from(tiny_config(folder, after), tmp_path)
+    state, reports = run_ranks(config.trainer.world_size, "resume", config, AFTER)[0]
     assert state == STATE
     for got, expected in zip(reports, saved, strict=True):
         assert got.loss == pytest.approx(expected.loss, abs=1e-5)

@@ -33,6 +33,12 @@ CASES = {
     ),
     "PP2": ("LlamaForCausalLM", True, {"world_size": 2, "pipeline_model_parallel_size": 2}, {"kl_loss_coef": 0.1}),
     "DP2": ("Qwen2ForCausalLM", False, {"world_size": 2}, {}),
+    "DP2 with the distributed optimizer": (
+        "LlamaForCausalLM",
+        True,
+        {"world_size": 2, "use_distributed_optimizer": True, "weight_decay": 0.5},
+        {"kl_loss_coef": 0.1},
+    ),
 }
 
 

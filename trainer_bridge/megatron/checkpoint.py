@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,10 +28,11 @@ from trainer_bridge.checkpoint_folder import (
     unfinished_folder,
 )
 from trainer_bridge.checksums import CHECKSUMS, Sums, damage, has_checksums, sums_of, write_checksums
+from trainer_bridge.megatron import adam_state
+from trainer_bridge.megatron.adam_state import OnHost
 from trainer_bridge.megatron.collective_write import WriteFailedError, agree, first_problem, free_space, last_line
 from trainer_bridge.megatron.model import PolicyModel
 from trainer_bridge.megatron.no_code import metadata_problem, plain_objects_only
-from trainer_bridge.megatron.optimizer import load_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,7 @@ class TrainerState:
     optimizer_step: int
 
 
-def save_checkpoint(
-    root: str, model: PolicyModel, optimizer: Any, state: TrainerState, on_host: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
+def save_checkpoint(root: str, model: PolicyModel, optimizer: Any, state: TrainerState, on_host: OnHost) -> None:
     """Write ``root/step-NNNNNN`` (all ranks together) and point ``root/latest`` at it.
 
     ``on_host`` gives each tensor where its values are: on the device, or in host memory where it has left the device.
@@ -73,7 +72,7 @@ def save_checkpoint(
     sums: dict[str, Any] = {}
     try:
         agree(lambda: begin_checkpoint(folder, name) if first else None)
-        agree(lambda: dist_checkpointing.save(_kept(model, optimizer, state, on_host), str(unfinished)))
+        agree(lambda: dist_checkpointing.save(_to_save(model, optimizer, state, on_host), str(unfinished)))
         agree(lambda: sums.update(sums_of(unfinished.glob(f"__{dist.get_rank()}_*"))))
         all_sums: list[Sums] = [{}] * dist.get_world_size()
         dist.all_gather_object(all_sums, sums)
@@ -107,12 +106,16 @@ def load_checkpoint(path: str, model: PolicyModel, optimizer: Any) -> TrainerSta
         with plain_objects_only():
             common = dist_checkpointing.load_common_state_dict(str(folder))
             state = TrainerState(RunState.of_checkpoint(common["run"]), common["optimizer_step"])
-            loaded = dist_checkpointing.load(_contents(model, optimizer, state, is_loading=True), str(folder))
+            sharded_model = model.sharded_state_dict()
+            wanted = {"model": sharded_model}
+            if state.optimizer_step:
+                wanted["adam"] = adam_state.to_load(sharded_model)
+            loaded = dist_checkpointing.load(wanted, str(folder))
     except READ_ERRORS as error:
         raise _not_whole(folder, last_line(error), type(error).__name__, OLDER) from error
     _fill(model, loaded["model"])
     if state.optimizer_step:
-        load_optimizer(optimizer, loaded["optimizer"])
+        adam_state.take(model.sharded_state_dict(), optimizer, loaded["adam"], state.optimizer_step)
     torch.set_rng_state(common["torch_rng_state"])
     return state
 
@@ -151,30 +154,21 @@ def _fill(model: PolicyModel, tensors: dict[str, torch.Tensor]) -> None:
     assert not unmatched.unexpected_keys, f"the checkpoint holds weights of no layer: {unmatched.unexpected_keys}"
 
 
-def _kept(
-    model: PolicyModel, optimizer: Any, state: TrainerState, on_host: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, Any]:
-    """Return the contents to save, each tensor where ``on_host`` has its values."""
+def _to_save(model: PolicyModel, optimizer: Any, state: TrainerState, on_host: OnHost) -> dict[str, Any]:
+    """Return a checkpoint's contents; a checkpoint of step 0 has no state of Adam, which begins with its first step."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, ShardedTensor | ShardedTensorFactory):
             value.data = on_host(value.data)
         return value
 
-    contents = _contents(model, optimizer, state, is_loading=False)
-    dict_list_map_inplace(moved, contents)
-    return contents
-
-
-def _contents(model: PolicyModel, optimizer: Any, state: TrainerState, is_loading: bool) -> dict[str, Any]:
-    """Return a checkpoint's contents; a checkpoint of step 0 has no state of Adam, which begins with its first step."""
     sharded_model = model.sharded_state_dict()
-    contents = {
+    adam = adam_state.to_save(sharded_model, optimizer, on_host) if state.optimizer_step else {}
+    dict_list_map_inplace(moved, sharded_model)
+    return {
         "model": sharded_model,
+        "adam": adam,
         "run": asdict(state.run),
         "optimizer_step": state.optimizer_step,
         "torch_rng_state": torch.get_rng_state(),
     }
-    if state.optimizer_step:
-        contents["optimizer"] = optimizer.sharded_state_dict(sharded_model, is_loading=is_loading)
-    return contents

@@ -14,10 +14,15 @@ from slime_spec.config.tree import TrainerConfig
 from trainer_bridge.megatron.model import PolicyModel
 
 
-def wrap_model(model: PolicyModel) -> DistributedDataParallel:
-    """Wrap in Megatron's DDP: gradients gather in one float32 buffer and are summed over data parallel ranks."""
+def wrap_model(model: PolicyModel, trainer: TrainerConfig) -> DistributedDataParallel:
+    """Wrap in Megatron's DDP: gradients gather in one float32 buffer and are summed over data parallel ranks.
+
+    With a distributed optimizer parameters are views of one buffer, too.
+    """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=trainer.use_distributed_optimizer,
     )
     return DistributedDataParallel(model.config, ddp_config, model)
 
@@ -25,7 +30,7 @@ def wrap_model(model: PolicyModel) -> DistributedDataParallel:
 def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> MegatronOptimizer:
     """Return AdamW with gradient clipping (and float32 master weights where parameters are bfloat16).
 
-    The distributed optimizer stays off: without Transformer Engine its checkpoints cannot be loaded again.
+    With ``use_distributed_optimizer`` each data parallel rank has the states of its share of the parameters.
     """
     model_config: Any = ddp.config
     optimizer = get_megatron_optimizer(
@@ -38,7 +43,7 @@ def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> Meg
             adam_eps=trainer.adam_eps,
             bf16=model_config.bf16,
             params_dtype=model_config.params_dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=trainer.use_distributed_optimizer,
             # Megatron reports the norm only where it clips; an infinite limit reports and leaves gradients alone.
             clip_grad=trainer.clip_grad or math.inf,
         ),
@@ -76,17 +81,6 @@ def clip_gradients(optimizer: MegatronOptimizer) -> float:
     (only,) = optimizer.chained_optimizers
     only.prepare_grads()
     return float(only.clip_grad_norm(only.config.clip_grad))
-
-
-def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
-    """Take a checkpoint's moments and step counts; hyperparameters stay those of this run's configuration."""
-    configured = [
-        {name: value for name, value in group.items() if name not in ("params", "step")}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(saved)
-    for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
-        group.update(hyperparameters)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:

@@ -77,7 +77,7 @@ class TrainerRank:
             self.model = build_model(self.spec, transformer_config(self.spec, trainer))
             load_weights(self.model, tensors, self.spec)
             del tensors
-            self.ddp = wrap_model(self.model)
+            self.ddp = wrap_model(self.model, trainer)
             self.optimizer = build_optimizer(self.ddp, trainer)
             state = None if trainer.load is None else load_checkpoint(trainer.load, self.model, self.optimizer)
         self.residency = Residency(self.parts(), self._moving_device())
