@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from rollout.embedded.core import CoreSettings, GenerationCore
+from rollout.embedded.cuda.graphs import CudaCapturer, Graphs
 from rollout.embedded.drafters import make_drafter
 from rollout.embedded.drafting import Drafter
 from rollout.embedded.kv_cache import KvCache
@@ -26,6 +27,11 @@ from slime_spec.config.tree import Config
 from slime_spec.sglang.draft_shape import draft_shape
 
 
+def make_graphs(config: Config, device: torch.device) -> Graphs | None:
+    """Return what passes are captured with, None where they run operator by operator or on a CPU."""
+    return Graphs(CudaCapturer()) if device.type == "cuda" and config.engine.cuda_graphs else None
+
+
 class Assembly:
     """Holds one engine's limits, device and dtype as the configuration gives them, and builds the engine's parts."""
 
@@ -36,7 +42,8 @@ class Assembly:
         self.dtype: torch.dtype = getattr(torch, config.engine.dtype)
         ends = end_token_ids(config.model.hf_checkpoint)
         self.limits = replace(limits_of(config, self.spec), eos_token_ids=ends)
-        self._drafter = make_drafter(config, self.spec, self.device, self.dtype, self.limits)
+        self.graphs = make_graphs(config, self.device)
+        self._drafter = make_drafter(config, self.spec, self.device, self.dtype, self.limits, self.graphs)
         self._rope: RopeTable | None = None
         self._tokenizer: Tokenizer | None = None
 
@@ -69,6 +76,7 @@ class Assembly:
             dtype=self.dtype,
             device=self.device,
             cost_probe_interval=self.config.engine.cost_probe_interval,
+            graphs=self.graphs,
         )
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)
         stop_ids = self.limits.eos_token_ids

@@ -1,15 +1,16 @@
 """Decoder blocks compute attention and MLP over the tokens of a pass and pass on the residual stream.
 
-The blocks run in one native call where the kernels were built, and in torch's operators otherwise; tests hold the
-native call to the operators. The native residual stream is fp32 in either dtype, torch's is rounded after every
-addition.
+The blocks run in one native call where the CPU's kernels were built, in Triton's kernels where a pass lies on a GPU,
+and in torch's operators otherwise; tests hold both to the operators. The kernels' residual stream is fp32 in either
+dtype, torch's is rounded after every addition.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,33 +24,15 @@ from rollout.embedded.kernels.library import (
     StreamStruct,
 )
 from rollout.embedded.kv_cache import KvStore
-from rollout.embedded.linear import PackedLinear, Packing
+from rollout.embedded.layer import Layer
+from rollout.embedded.linear import Packing
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable, rotate
 from slime_spec.checkpoints.model_spec import ModelSpec
 
-
-@dataclass
-class Layer:
-    """Holds one block's weights; q, k and v are one matrix, gate and up another."""
-
-    input_norm: torch.Tensor
-    qkv: PackedLinear
-    out: PackedLinear
-    post_norm: torch.Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
-    q_norm: torch.Tensor | None = None
-    k_norm: torch.Tensor | None = None
-
-    def move(self, device: torch.device) -> None:
-        """Move every weight; only where nothing is packed (CUDA and back)."""
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, PackedLinear):
-                value.move(device)
-            elif value is not None:
-                setattr(self, item.name, value.to(device))
+if TYPE_CHECKING:
+    from rollout.embedded.cuda.device_pass import DevicePass
+    from rollout.embedded.cuda.fused_blocks import FusedBlocks
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -70,18 +53,26 @@ class BlockStack:
         native = layers[0].qkv.packing is Packing.NATIVE
         self._native = NativeBlocks(spec, rope, self.layers) if native else None
 
+    @cached_property
+    def _fused(self) -> FusedBlocks:
+        from rollout.embedded.cuda.fused_blocks import FusedBlocks  # needs Triton, which a CPU does without
+
+        return FusedBlocks(self._spec, self._rope, self.layers)
+
     def run(
         self,
         x: torch.Tensor,
-        plan: AttentionPlan,
+        plan: AttentionPlan | DevicePass,
         capture: Sequence[int] = (),
         attention_input: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the residual stream [tokens, hidden] after the last block, and after each block of ``capture``.
 
         Writes the plan's KV store. ``attention_input`` [tokens, in of qkv] is what the first block's qkv reads instead
-        of the norm of x.
+        of the norm of x. A device pass is computed by the GPU's kernels.
         """
+        if not isinstance(plan, AttentionPlan):
+            return self._fused.run(x, plan, capture, attention_input)
         if self._native is not None:
             return self._native.run(x, plan, capture, attention_input)
         captured: dict[int, torch.Tensor] = {}

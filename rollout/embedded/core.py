@@ -23,6 +23,7 @@ import torch
 
 from rollout.embedded.batch import Batch
 from rollout.embedded.cost_probe import CostProbe
+from rollout.embedded.cuda.graphs import Graphs
 from rollout.embedded.drafting import NO_DRAFT, Draft, Drafter, Swap
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
@@ -52,6 +53,7 @@ class CoreSettings:
     dtype: torch.dtype
     device: torch.device
     cost_probe_interval: int = 0
+    graphs: Graphs | None = None
 
 
 class GenerationCore:
@@ -74,7 +76,9 @@ class GenerationCore:
         self.timing = Timing()
         self.waiting: list[SampleState] = []  # oldest first
         self.drafter = drafter
-        self.target = Target(decoder, cache, drafter.needs, settings.dtype, settings.device, clock, self.timing)
+        self.target = Target(
+            decoder, cache, drafter.needs, settings.dtype, settings.device, clock, self.timing, settings.graphs
+        )
         self.probe = CostProbe(settings.cost_probe_interval, self.timing, clock)
         self._speculation = Speculation(drafter, settings.shape, settings.speculates, self.target, self.timing, clock)
         self.batch = Batch(cache, settings.max_running, self._speculation.headroom, drafter.cache)
@@ -144,7 +148,7 @@ class GenerationCore:
         bind = self.drafter.bind(decoder)
 
         def swap() -> None:
-            self.target.decoder = decoder
+            self.target.use(decoder)
             bind()
 
         return swap

@@ -20,11 +20,13 @@ class KvStore:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._heads, self._head_dim = spec.num_layers, spec.num_kv_heads, spec.head_dim
         self._dtype, self._device = dtype, device
+        self.generation = 0  # counts the changes of where the memory lies
         self.release()
 
     def release(self) -> None:
         """Give the memory back; the store is empty afterwards."""
         self.rows = self.capacity = 0
+        self.generation += 1
         self.keys = [self._zeros(0, 0) for _ in range(self._layers)]
         self.values = [self._zeros(0, 0) for _ in range(self._layers)]
 
@@ -37,6 +39,7 @@ class KvStore:
                 new[:keep_rows, :, :keep] = old[:keep_rows, :, :keep]
                 tensors[layer] = new
         self.rows, self.capacity = rows, capacity
+        self.generation += 1
 
     def write_index(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return the flat index [tokens * kv_heads] of each token's vectors, for ``write``."""

@@ -100,6 +100,11 @@ class PackedLinear:
             case Packing.PLAIN:
                 return self._weight
 
+    def plain_tensors(self) -> list[torch.Tensor]:
+        """Return the weight, and the bias if there is one, of a plain layer."""
+        assert self.packing is Packing.PLAIN, "packed weights have no address to keep"
+        return [self._weight] if self.bias is None else [self._weight, self.bias]
+
     def move(self, device: torch.device) -> None:
         """Move a plain weight (packed ones live on the CPU only)."""
         if self.packing is Packing.PLAIN:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from rollout.embedded.blocks import BlockStack, Layer, rms_norm
+from rollout.embedded.blocks import BlockStack, rms_norm
+from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable
 from slime_spec.checkpoints.model_spec import ModelSpec
 
+if TYPE_CHECKING:
+    from rollout.embedded.cuda.device_pass import DevicePass
+
 __all__ = ["Decoder", "Layer"]
+
+
+class Memory:
+    """Stands for the addresses at which weights lie: what was captured over it is right as long as it is the same."""
 
 
 @dataclass
@@ -31,6 +40,7 @@ class Decoder:
     layers: list[Layer]
     norm: torch.Tensor
     head: PackedLinear
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def device(self) -> torch.device:
@@ -42,12 +52,12 @@ class Decoder:
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings [tokens, hidden] of int64 ``token_ids`` [tokens]."""
+        """Return the embeddings [tokens, hidden] of integer ``token_ids`` [tokens]."""
         return self.head.rows(token_ids) if self.embedding is None else F.embedding(token_ids, self.embedding)
 
     @torch.inference_mode()
     def hidden(
-        self, token_ids: torch.Tensor, plan: AttentionPlan, capture: Sequence[int] = ()
+        self, token_ids: torch.Tensor, plan: AttentionPlan | DevicePass, capture: Sequence[int] = ()
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return hidden states [tokens, hidden] after the last block, before the final norm; writes the KV store.
 
@@ -67,8 +77,35 @@ class Decoder:
         """Return fp32 logits [rows, vocab] of hidden states [rows, hidden]."""
         return self.head.wide(self.final_norm(hidden))
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return every tensor of plain weights once, in an order that two decoders of one model share."""
+        modules = [self.embedding, self.norm, self.head]
+        modules += [getattr(layer, each.name) for layer in self.layers for each in fields(layer)]
+        found: dict[int, torch.Tensor] = {}
+        for module in modules:
+            for tensor in module.plain_tensors() if isinstance(module, PackedLinear) else [module]:
+                if tensor is not None:
+                    found.setdefault(id(tensor), tensor)
+        return list(found.values())
+
+    @torch.inference_mode()
+    def exchange_memory(self, other: Decoder) -> None:
+        """Lie where the other decoder lies, and the other one here; both keep their weights.
+
+        What was captured over the other's memory computes with these weights from now on.
+        """
+        for mine, its in zip(self.tensors(), other.tensors(), strict=True):
+            values = mine.clone()
+            memory = mine.untyped_storage(), mine.storage_offset(), mine.shape, mine.stride()
+            mine.set_(its.untyped_storage(), its.storage_offset(), its.shape, its.stride())
+            its.set_(*memory)
+            its.copy_(mine)
+            mine.copy_(values)
+        self.memory, other.memory = other.memory, self.memory
+
     def move(self, device: torch.device) -> None:
         """Move every weight; only where nothing is packed (CUDA and back)."""
+        self.memory = Memory()
         self.norm = self.norm.to(device)
         if self.embedding is not None:
             self.embedding = self.embedding.to(device)

@@ -97,6 +97,11 @@ class AttentionPlan:
         """Return the largest number of tokens that a row has; the other rows are padded to it."""
         return max(span.count for span in self.spans)
 
+    @property
+    def has_first_position(self) -> bool:
+        """Return whether a token of the pass is the first of its sequence."""
+        return any(span.prefix_len + span.start == 0 for span in self.spans)
+
     @cached_property
     def length(self) -> int:
         """Return the number of slots of the own store that attention reads."""

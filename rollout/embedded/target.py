@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +14,9 @@ from rollout.embedded.drafting import FeatureNeed
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan, make_plan
+
+if TYPE_CHECKING:
+    from rollout.embedded.cuda.graphs import Graphs
 
 
 @dataclass
@@ -20,6 +26,48 @@ class Timing:
     forward_s: float = 0.0
     draft_s: float = 0.0
     total_s: float = 0.0
+
+
+class HostWatch:
+    """Times work that is done when the call returns."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._began = clock, 0.0
+
+    def start(self) -> None:
+        self._began = self._clock()
+
+    def stop(self) -> float:
+        """Return the seconds since ``start``."""
+        return self._clock() - self._began
+
+
+class DeviceWatch:
+    """Times queued work by the device's own events, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._spare: list[torch.cuda.Event] = []
+        self._began: torch.cuda.Event | None = None
+
+    def start(self) -> None:
+        self._began = self._event()
+
+    def stop(self) -> float:
+        """Return the seconds of all work that has ended since the last call."""
+        assert self._began is not None, "a watch is started before it is stopped"
+        self._pending.append((self._began, self._event()))
+        seconds = 0.0
+        while self._pending and self._pending[0][1].query():
+            began, ended = self._pending.popleft()
+            seconds += began.elapsed_time(ended) / 1000
+            self._spare += (began, ended)
+        return seconds
+
+    def _event(self) -> torch.cuda.Event:
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @dataclass(frozen=True)
@@ -45,28 +93,46 @@ class Target:
         device: torch.device,
         clock: Callable[[], float],
         timing: Timing,
+        graphs: Graphs | None = None,
     ) -> None:
         self.decoder, self.cache = decoder, cache
         self._need, self._dtype, self._device = need, dtype, device
         self._clock, self._timing = clock, timing
+        self._graphed = None
+        if graphs is not None:
+            from rollout.embedded.cuda.graphed_target import GraphedTarget  # needs Triton, which a CPU does without
+
+            self._graphed = GraphedTarget(cache, need.layers, device, graphs)
+        self._watch = DeviceWatch() if device.type == "cuda" else HostWatch(clock)
+
+    def use(self, decoder: Decoder) -> None:
+        """Compute with other weights of the same model; captured passes stay right."""
+        if self._graphed is not None:
+            decoder.exchange_memory(self.decoder)
+        self.decoder = decoder
 
     def run(self, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> PassOutput:
-        """Return one forward over rows of ``store``; their keys and values are written."""
-        start = self._clock()
+        """Return one forward over rows of ``store``; their keys and values are written.
+
+        The output is read before the next pass, whose states may lie in the same memory.
+        """
+        with self._timed():
+            if self._graphed is not None:
+                return PassOutput(*self._graphed.run(self.decoder, store, spans, token_ids))
+            return PassOutput(*self._eager(store, spans, token_ids))
+
+    def _eager(
+        self, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         spec = self.decoder.spec
         prefixes = self.cache.prefixes if any(span.prefix_row >= 0 for span in spans) else None
         plan = make_plan(store, spans, spec.num_heads // spec.num_kv_heads, self._dtype, self._device, prefixes)
-        tokens = torch.tensor(token_ids, device=self._device)
-        hidden, captured = self.decoder.hidden(tokens, plan, self._need.layers)
-        self._timing.forward_s += self._synchronised() - start
-        return PassOutput(hidden, captured)
+        return self.decoder.hidden(self.tensor(token_ids), plan, self._need.layers)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits [rows, vocab] of states before the final norm."""
-        start = self._clock()
-        logits = self.decoder.logits(hidden)
-        self._timing.forward_s += self._synchronised() - start
-        return logits
+        with self._timed():
+            return self.decoder.logits(hidden)
 
     def features(self, output: PassOutput) -> torch.Tensor | None:
         """Return the features for the drafter [tokens, width], in the order of FeatureNeed.
@@ -83,8 +149,8 @@ class Target:
     def tensor(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.tensor(indices, device=self._device)
 
-    def _synchronised(self) -> float:
-        """Return the time after the device has finished all queued work."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return self._clock()
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        self._watch.start()
+        yield
+        self._timing.forward_s += self._watch.stop()

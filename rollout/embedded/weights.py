@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rollout.embedded.blocks import Layer
+from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear, Packing, best_packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable

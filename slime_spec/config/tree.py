@@ -202,6 +202,9 @@ class EngineConfig:
         minimum=0,
         maximum=INT32,
     )
+    cuda_graphs: bool = setting(
+        True, "Embedded, on a GPU: run passes in fused kernels and captured graphs; false: operator by operator."
+    )
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from rollout.embedded.blocks import BlockStack, Layer
+from rollout.embedded.blocks import BlockStack
 from rollout.embedded.kernels.library import Kernels
 from rollout.embedded.kv_cache import KvStore
+from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import AttentionPlan, RowSpan, make_plan
 from rollout.embedded.rope import RopeTable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rollout.embedded.cuda.graphs import Graphs
 from rollout.embedded.drafters.quantized import check_fp8
 from rollout.embedded.drafters.step import DrafterSetup
 from rollout.embedded.drafting import Drafter
@@ -19,7 +20,12 @@ DRAFTERS = {each.name: each.drafter for each in ALGORITHMS.values() if each.draf
 
 
 def make_drafter(
-    config: Config, target: ModelSpec, device: torch.device, dtype: torch.dtype, limits: RequestLimits
+    config: Config,
+    target: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    limits: RequestLimits,
+    graphs: Graphs | None = None,
 ) -> Drafter:
     """Return the configured drafter.
 
@@ -45,6 +51,7 @@ def make_drafter(
         device=device,
         context_length=min(limits.context_length, limits.max_total_tokens),
         max_total_tokens=limits.max_total_tokens,
+        graphs=graphs,
     )
     drafter: Drafter = drafter_class(setup)
     return drafter

@@ -6,7 +6,7 @@ already, and a draft that is dropped for what came after its first token would b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ def chain_limit(context: DraftContext) -> int:
     return min(context.max_draft_tokens, context.max_depth)
 
 
+# (logits [rows, draft vocab], number of the step) -> the draft's tokens [rows], and which of them may be kept
+Draw = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
 def grow_chains(
     first: Heads,
     step: DraftStep,
@@ -39,23 +43,63 @@ def grow_chains(
     ``first`` follows each row's root; ``next_slots[row]`` is where its first drafted token's keys go. With ``samples``
     requests that sample get tokens drawn from softmax(logits / T), and ``Draft.q_draft`` says so.
     """
-    num_steps = min(num_steps, max(map(chain_limit, contexts)))
-    sampler = ChainSampler(contexts, num_steps, vocab, first.logits.device) if samples else None
+    num_steps = chain_steps(contexts, num_steps)
+    sampler = chain_sampler(contexts, num_steps, vocab, samples)
+
+    def next_step(token_ids: torch.Tensor, hidden: torch.Tensor, index: int) -> Heads:
+        spans = [RowSpan(span.row, span.start + index, 1, span.prefix_row, span.prefix_len) for span in next_slots]
+        return step(token_ids, hidden, spans)
+
+    draw = draw_greedy if sampler is None else sampler.draw_on(first.logits.device)
+    levels = grow_levels(first, next_step, num_steps, draw, vocab)
+    return chains(levels, contexts, sampler)
+
+
+def chain_sampler(
+    contexts: Sequence[DraftContext], num_steps: int, vocab: DraftVocab, samples: bool
+) -> ChainSampler | None:
+    """Return what draws the drafts of a batch; None where all of it takes argmaxes."""
+    sampler = ChainSampler(contexts, num_steps, vocab) if samples else None
+    return sampler if sampler is not None and sampler.any else None
+
+
+def chain_steps(contexts: Sequence[DraftContext], num_steps: int) -> int:
+    """Return the number of steps that some context has room for."""
+    return min(num_steps, max(map(chain_limit, contexts)))
+
+
+def grow_levels(
+    first: Heads,
+    step: Callable[[torch.Tensor, torch.Tensor, int], Heads],
+    num_steps: int,
+    draw: Draw,
+    vocab: DraftVocab,
+) -> torch.Tensor:
+    """Return the chains' tokens [rows, steps], without a read of the device; NONFINITE where there is none to keep.
+
+    ``step(token_ids, hidden, index)`` puts the ``index``-th drafted token where it belongs.
+    """
     levels: list[torch.Tensor] = []
-    heads, spans = first, next_slots
+    heads = first
     for index in range(num_steps):
-        draft_ids = argmax(heads.logits)
-        # A row's largest logit is NaN or infinite exactly where its distribution is none.
-        finite = heads.logits.gather(1, draft_ids.unsqueeze(1)).squeeze(1).isfinite()
-        if sampler is not None and sampler.rows:
-            draft_ids, finite = sampler.draw(heads.logits, draft_ids, finite, index)
+        draft_ids, kept = draw(heads.logits, index)
         tokens = vocab.tokens(draft_ids)
-        levels.append(tokens.where(finite, NONFINITE))
+        levels.append(tokens.where(kept, NONFINITE))
         if index + 1 < num_steps:
-            heads = step(tokens, heads.hidden, spans)
-            spans = [RowSpan(span.row, span.start + 1, 1, span.prefix_row, span.prefix_len) for span in spans]
+            heads = step(tokens, heads.hidden, index)
+    return torch.stack(levels, dim=1)
+
+
+def draw_greedy(logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draft_ids = argmax(logits)
+    # A row's largest logit is NaN or infinite exactly where its distribution is none.
+    return draft_ids, logits.gather(1, draft_ids.unsqueeze(1)).squeeze(1).isfinite()
+
+
+def chains(levels: torch.Tensor, contexts: Sequence[DraftContext], sampler: ChainSampler | None) -> list[Draft]:
+    """Return the drafts of ``grow_levels``, each as long as its context allows."""
     drafts = []
-    for row, (context, chain) in enumerate(zip(contexts, torch.stack(levels, dim=1).tolist(), strict=True)):
+    for row, (context, chain) in enumerate(zip(contexts, levels.tolist(), strict=True)):
         tokens = chain[: chain_limit(context)]
         nonfinite = NONFINITE in tokens
         if nonfinite:
@@ -65,46 +109,61 @@ def grow_chains(
     return drafts
 
 
+def chain_distribution(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    """Return softmax(logits / T) [rows, draft vocab]; rows of temperature 0, which take the argmax, with T = 1."""
+    divisors = temperatures.where(temperatures > 0.0, 1.0).to(logits.dtype)
+    return (logits / divisors.unsqueeze(1)).softmax(dim=-1)
+
+
+def draw_sampled(
+    logits: torch.Tensor, q_draft: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what ``uniforms`` [rows] draw from ``q_draft``, argmaxes at temperature 0, and which may be kept.
+
+    A q is none where logits are not finite numbers, or are no longer after the division by the temperature.
+    """
+    greedy, finite = draw_greedy(logits, 0)
+    drawn = inverse_cdf(q_draft, uniforms)
+    has_mass = q_draft.gather(1, drawn.unsqueeze(1)).squeeze(1) > 0.0
+    samples = temperatures > 0.0
+    return drawn.where(samples, greedy), has_mass.where(samples, finite)
+
+
 class ChainSampler:
-    """Draws the drafts of those rows of a batch whose requests sample, and keeps the distributions they came from."""
+    """Draws the drafts of a batch in which some requests sample, and keeps the distributions they came from."""
 
-    def __init__(
-        self, contexts: Sequence[DraftContext], num_steps: int, vocab: DraftVocab, device: torch.device
-    ) -> None:
-        self.rows = [row for row, each in enumerate(contexts) if not is_greedy(each.params.temperature)]
+    def __init__(self, contexts: Sequence[DraftContext], num_steps: int, vocab: DraftVocab) -> None:
+        self._samples = [not is_greedy(each.params.temperature) for each in contexts]
         self._vocab = vocab
-        sampling = [contexts[row] for row in self.rows]
-        uniforms = [[_uniform(each, step) for each in sampling] for step in range(num_steps)]
-        self._index, self._temperatures, self._uniforms = uploaded(
-            device,
-            np.array(self.rows, np.int64),
-            np.array([[each.params.temperature] for each in sampling]),
-            np.array(uniforms, np.float64),
-        )
-        self._distributions: list[torch.Tensor] = []
+        pairs = zip(contexts, self._samples, strict=True)
+        self.temperatures = np.array([each.params.temperature if samples else 0.0 for each, samples in pairs])
+        self.uniforms = np.array([[_uniform(each, step) for step in range(num_steps)] for each in contexts])
+        self.distributions: list[torch.Tensor] = []
 
-    def draw(
-        self, logits: torch.Tensor, draft_ids: torch.Tensor, finite: torch.Tensor, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return both [rows] with what this step's uniforms drew for sampling rows: the tokens, and whether q is one.
+    @property
+    def any(self) -> bool:
+        """Return whether some request of the batch samples."""
+        return any(self._samples)
 
-        A q is none where logits are not finite numbers, or are no longer after the division by the temperature.
-        """
-        q_draft = (logits[self._index] / self._temperatures.to(logits.dtype)).softmax(dim=-1)
-        self._distributions.append(self._vocab.spread(q_draft))
-        drawn = inverse_cdf(q_draft, self._uniforms[step])
-        has_mass = q_draft.gather(1, drawn.unsqueeze(1)).squeeze(1) > 0.0
-        return draft_ids.index_copy(0, self._index, drawn), finite.index_copy(0, self._index, has_mass)
+    def draw_on(self, device: torch.device) -> Draw:
+        """Return how a step draws its tokens; what was drawn from is kept."""
+        temperatures, uniforms = uploaded(device, self.temperatures, self.uniforms)
+
+        def draw(logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            q_draft = chain_distribution(logits, temperatures)
+            self.distributions.append(q_draft)
+            return draw_sampled(logits, q_draft, temperatures, uniforms[:, step])
+
+        return draw
 
     def distribution(self, row: int, num_nodes: int) -> torch.Tensor | None:
         """Return the distributions [nodes, target vocab] of the row's first sampled tokens.
 
         None for a row of argmaxes, or without a token.
         """
-        if row not in self.rows or not num_nodes:
+        if not self._samples[row] or not num_nodes:
             return None
-        place = self.rows.index(row)
-        return torch.stack([distribution[place] for distribution in self._distributions[:num_nodes]])
+        return self._vocab.spread(torch.stack([each[row] for each in self.distributions[:num_nodes]]))
 
 
 def _uniform(context: DraftContext, step: int) -> float:

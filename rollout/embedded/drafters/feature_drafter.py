@@ -17,9 +17,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
+from rollout.embedded.drafters.chain import chain_sampler, chain_steps, chains
 from rollout.embedded.drafters.growth import grow_drafts
 from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.network_weights import NetworkBuilder
@@ -32,6 +35,9 @@ from rollout.embedded.plan import RowSpan
 from rollout.embedded.rope import RopeTable
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
+
+if TYPE_CHECKING:
+    from rollout.embedded.cuda.graphed_chain import GraphedChain
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +62,11 @@ class FeatureDrafter:
         self._rows = DraftRows(spec.block, setup)
         self._vocab = DraftVocab(setup.target.vocab_size)
         self._tracks: dict[int, Track] = {}
+        self._graphed: GraphedChain | None = None
+        if setup.graphs is not None and setup.shape.topk == 1:
+            from rollout.embedded.cuda.graphed_chain import GraphedChain  # needs Triton, which a CPU does without
+
+            self._graphed = GraphedChain(self._rows.cache, setup.device, setup.graphs)
         self._target: Decoder | None = None
         self._shared_head: PackedLinear | None = None
 
@@ -103,10 +114,42 @@ class FeatureDrafter:
             token_ids.extend(context.token_ids[track.num_cached + 1 :])
             waiting.extend(track.waiting)
             self._tracks[context.request_key] = Track(num_committed, ())
-        hidden = self._network.project(torch.cat(waiting) if len(waiting) > 1 else waiting[0])
+        features = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+        if self._graphed is not None:
+            drafts = self._graphed_chains(contexts, spans, token_ids, features, next_slots)
+            if drafts is not None:
+                return drafts
+        hidden = self._network.project(features)
         residual = self._forward(self.cache.own, self._rows.tensor(token_ids), hidden, spans)
         first = self._network.heads(last_rows(residual, spans), self._shared_head)
         return grow_drafts(self._setup, self._vocab, first, self._step, next_slots, contexts)
+
+    def _graphed_chains(
+        self,
+        contexts: Sequence[DraftContext],
+        spans: Sequence[RowSpan],
+        token_ids: Sequence[int],
+        features: torch.Tensor,
+        next_slots: Sequence[RowSpan],
+    ) -> list[Draft] | None:
+        """Return the batch's drafts by one captured graph; None, and nothing done, where no graph fits."""
+        from rollout.embedded.cuda.graphed_chain import ChainWork, Sampling
+
+        assert self._graphed is not None, "the caller has looked"
+        assert self._target is not None, "a drafter is bound before it drafts"
+        num_steps = chain_steps(contexts, self._setup.shape.num_steps)
+        sampler = chain_sampler(contexts, num_steps, self._vocab, self._setup.samples_drafts)
+        sampling = None if sampler is None else Sampling(sampler.temperatures, sampler.uniforms)
+        work = ChainWork(spans, token_ids, features, next_slots, num_steps, sampling)
+        network, head = self._network, self._shared_head
+        owners = network, head, self._target.memory
+        grown = self._graphed.grow(network, self._embed, head, self._vocab, owners, work)
+        if grown is None:
+            return None
+        levels, distributions = grown
+        if sampler is not None:
+            sampler.distributions += distributions
+        return chains(levels, contexts, sampler)
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -129,10 +172,12 @@ class FeatureDrafter:
     def _forward(
         self, store: KvStore, token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]
     ) -> torch.Tensor:
+        return self._network.forward(self._embed(token_ids), hidden, self._rows.plan(store, spans))
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         assert self._target is not None, "a drafter is bound before it drafts"
         own = self._network.embedding
-        embedded = self._target.embed(token_ids) if own is None else own[token_ids]
-        return self._network.forward(embedded, hidden, self._rows.plan(store, spans))
+        return self._target.embed(token_ids) if own is None else F.embedding(token_ids, own)
 
     def _track(self, request_key: int, prompt_key: int) -> Track:
         """Let a sample's state begin where the sample's shared prompt ends."""

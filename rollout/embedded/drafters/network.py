@@ -12,15 +12,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
-from rollout.embedded.blocks import BlockStack, Layer, rms_norm
+from rollout.embedded.blocks import BlockStack, rms_norm
 from rollout.embedded.drafters.step import Heads
+from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable
 from slime_spec.checkpoints.draft_spec import DraftSpec
+
+if TYPE_CHECKING:
+    from rollout.embedded.cuda.device_pass import DevicePass
 
 
 @dataclass
@@ -57,12 +62,12 @@ class DraftNetwork:
             features = torch.cat([self._norm(x, w) for x, w in zip(chunks, self.fc_norms, strict=True)], dim=-1)
         return self.fc(features)
 
-    def forward(self, embedded: torch.Tensor, hidden: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    def forward(self, embedded: torch.Tensor, hidden: torch.Tensor, plan: AttentionPlan | DevicePass) -> torch.Tensor:
         """Return the residual stream [tokens, hidden] after the last block; writes the draft's KV store.
 
         ``embedded`` are the tokens' embeddings, ``hidden`` what precedes them: projected features or drafted states.
         """
-        if self.spec.zero_first_embedding and any(span.prefix_len + span.start == 0 for span in plan.spans):
+        if self.spec.zero_first_embedding and plan.has_first_position:
             embedded = embedded.masked_fill((plan.positions == 0).unsqueeze(1), 0.0)
         x, attention_input = self._enter(embedded, hidden)
         residual, _ = self.blocks.run(x, plan, attention_input=attention_input)

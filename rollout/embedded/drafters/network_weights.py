@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from rollout.embedded.blocks import Layer
 from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.quantized import make_linear
+from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.weights import Slot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,10 @@ from slime_spec.checkpoints.draft_choice import ChosenDraft
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.sglang.draft_shape import DraftShape
+
+if TYPE_CHECKING:
+    from rollout.embedded.cuda.device_pass import DevicePass, KvTable
+    from rollout.embedded.cuda.graphs import Graphs
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class DrafterSetup:
     device: torch.device
     context_length: int
     max_total_tokens: int
+    graphs: Graphs | None = None
 
     @property
     def samples_drafts(self) -> bool:
@@ -81,13 +87,27 @@ class DraftRows:
         self._heads_per_kv = spec.num_heads // spec.num_kv_heads
         self._dtype, self._device = setup.dtype, setup.device
         self.cache = KvCache(spec, setup.dtype, setup.device, setup.max_total_tokens)
+        self._table: KvTable | None = None
+        if setup.graphs is not None:
+            from rollout.embedded.cuda.device_pass import KvTable  # a CPU does without
 
-    def plan(self, store: KvStore, spans: Sequence[RowSpan]) -> AttentionPlan:
+            self._table = KvTable(self.cache.own, self.cache.prefixes, setup.device)
+
+    def plan(self, store: KvStore, spans: Sequence[RowSpan]) -> AttentionPlan | DevicePass:
+        if self._table is not None and len({span.count for span in spans}) == 1:
+            return self._device_pass(self._table, store, spans)
         shared = self.cache.prefixes if any(span.prefix_row >= 0 for span in spans) else None
         return make_plan(store, spans, self._heads_per_kv, self._dtype, self._device, shared)
 
     def tensor(self, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(token_ids, device=self._device)
+
+    def _device_pass(self, table: KvTable, store: KvStore, spans: Sequence[RowSpan]) -> DevicePass:
+        from rollout.embedded.cuda.device_pass import DevicePass, exact_bucket
+
+        one_pass = DevicePass(exact_bucket(spans), table, self._device)
+        one_pass.fill(spans, [0] * sum(span.count for span in spans), store is self.cache.prefixes)
+        return one_pass
 
 
 def own_span(kv_row: KvRow, prefix_len: int, position: int, count: int) -> RowSpan:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from rollout.embedded.blocks import Layer
 from rollout.embedded.drafters.quantized import make_linear
 from rollout.embedded.drafters.step import DrafterSetup
 from rollout.embedded.drafting import Swap
+from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear, best_packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable

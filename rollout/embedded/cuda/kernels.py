@@ -1,0 +1,258 @@
+"""These Triton kernels compute what lies between a block's matrix products.
+
+They read where keys and values lie from a table in the device's memory, so that a captured graph stays right when the
+cache moves: ``kv`` holds, for one layer, the addresses (own keys, own values, prefix keys, prefix values), ``strides``
+the elements from row to row and from head to head of (own, prefix). A store's slots lie ``HEAD_DIM`` elements apart.
+
+``rows`` [rows, 8] describes the rows of a pass (see ``device_pass.Column``). A pass has ``queries`` tokens a row; a row
+with fewer, or none, is padded: its padding writes no keys and values, and nothing reads what comes out of it.
+"""
+
+import triton
+import triton.language as tl
+
+ROW, START, COUNT, TREE_START, PREFIX_ROW, PREFIX_LEN, STORE = (tl.constexpr(column) for column in range(7))
+COLUMNS = tl.constexpr(8)
+BITS = tl.constexpr(32)  # of a word of a tree's lineage
+
+
+@triton.jit
+def add_and_norm(x, delta, weight, out, width, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr):
+    """x += delta, out = rms_norm(x) * weight; x [tokens, width] in fp32, one program per token."""
+    token = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    values = tl.load(x + token + columns, mask=inside, other=0.0)
+    if HAS_DELTA:
+        values += tl.load(delta + token + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x + token + columns, values, mask=inside)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
+    scaled = values * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token + columns, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_times(gate_up, out, width, BLOCK: tl.constexpr):
+    """out = silu(gate) * up; ``gate_up`` [tokens, 2 width], one program per token and block of columns."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + token * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + token * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    # Rounded after silu, as torch's operators do.
+    activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + token * width + columns, (activated * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["queries"])
+def rotate_and_store(
+    qkv,
+    query,
+    q_norm,
+    k_norm,
+    cosines,
+    signed_sines,
+    positions,
+    rows,
+    kv,
+    strides,
+    queries,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """Norm and rotate a token's heads; its queries go to ``query`` [tokens, HEADS, HEAD_DIM], the rest into the store.
+
+    One program per token and head of ``qkv`` [tokens, HEADS + 2 KV_HEADS, HEAD_DIM].
+    """
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    columns = tl.arange(0, BLOCK)
+    inside = columns < HALF
+    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + columns
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    dtype = query.dtype.element_ty
+    if head < HEADS + KV_HEADS:
+        if HAS_NORM:
+            scale = tl.rsqrt((tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / HEAD_DIM + eps)
+            norm = q_norm if head < HEADS else k_norm
+            first = first * scale * tl.load(norm + columns, mask=inside, other=0.0).to(tl.float32)
+            second = second * scale * tl.load(norm + HALF + columns, mask=inside, other=0.0).to(tl.float32)
+            first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+        at = tl.load(positions + token).to(tl.int64) * HEAD_DIM + columns
+        cos_1 = tl.load(cosines + at, mask=inside, other=0.0).to(tl.float32)
+        cos_2 = tl.load(cosines + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        sin_1 = tl.load(signed_sines + at, mask=inside, other=0.0).to(tl.float32)
+        sin_2 = tl.load(signed_sines + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        first, second = first * cos_1 + second * sin_1, second * cos_2 + first * sin_2
+    if head < HEADS:
+        target = query + (token * HEADS + head) * HEAD_DIM + columns
+        tl.store(target, first.to(dtype), mask=inside)
+        tl.store(target + HALF, second.to(dtype), mask=inside)
+    else:
+        row = rows + (token // queries) * COLUMNS
+        number = (token % queries).to(tl.int32)
+        if number < tl.load(row + COUNT):
+            store = tl.load(row + STORE)
+            is_value = head >= HEADS + KV_HEADS
+            kv_head = head - HEADS - KV_HEADS if is_value else head - HEADS
+            address = tl.load(kv + store * 2 + is_value.to(tl.int32))
+            slot = tl.load(row + START) + number
+            place = tl.load(row + ROW) * tl.load(strides + store * 2) + kv_head * tl.load(strides + store * 2 + 1)
+            target = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16) + place + slot.to(tl.int64) * HEAD_DIM
+            tl.store(target + columns, first.to(dtype), mask=inside)
+            tl.store(target + HALF + columns, second.to(dtype), mask=inside)
+
+
+@triton.jit
+def _dot(a, b, WIDE: tl.constexpr):
+    """a b in fp32; WIDE multiplies in fp32, unrounded."""
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b)
+
+
+@triton.jit
+def _block(
+    query,
+    acc,
+    top,
+    total,
+    keys,
+    values,
+    slots,
+    end,
+    hidden,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add a block of slots to a running softmax: sums of values, the largest score, and the sum of weights."""
+    columns = tl.arange(0, BLOCK_D)
+    at = slots.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :]
+    there = (slots < end)[:, None] & (columns < HEAD_DIM)[None, :]
+    key = tl.load(keys + at, mask=there, other=0.0)
+    scores = _dot(query, tl.trans(key), WIDE) * scale
+    scores = tl.where(hidden, float("-inf"), scores)
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp(scores - shift[:, None])
+    shrink = tl.exp(top - shift)
+    value = tl.load(values + at, mask=there, other=0.0)
+    acc = acc * shrink[:, None] + _dot(weights.to(value.dtype), value, WIDE)
+    return acc, new_top, total * shrink + tl.sum(weights, axis=1)
+
+
+@triton.jit(do_not_specialize=["queries", "tiles"])
+def attend_split(
+    query,
+    out,
+    part_values,
+    part_scores,
+    rows,
+    lineage,
+    kv,
+    strides,
+    queries,
+    tiles,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WORDS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Attend from a tile of a row's queries to one of SPLITS parts of the slots that they see.
+
+    The query heads that share a KV head are further queries of it. A token sees the row's prefix, its slots before the
+    tree, and of the tree what ``lineage`` [rows, queries, WORDS] has a bit for; with WORDS = 0 the tokens are a chain.
+    With one part the result goes to ``out`` [tokens, HEADS, HEAD_DIM], else the parts wait for ``merge_splits``.
+    """
+    row_index = tl.program_id(0) // tiles
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    dtype = query.dtype.element_ty
+    row = rows + row_index * COLUMNS
+    member = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    number = member // GROUP
+    columns = tl.arange(0, BLOCK_D)
+    token = row_index.to(tl.int64) * queries + number
+    at = (token * HEADS + kv_head * GROUP + member % GROUP)[:, None] * HEAD_DIM + columns[None, :]
+    valid = (number < queries)[:, None] & (columns < HEAD_DIM)[None, :]
+    heads = tl.load(query + at, mask=valid, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    count = tl.load(row + COUNT)
+
+    prefix_len = tl.load(row + PREFIX_LEN)
+    if (prefix_len > 0) & (count > 0):
+        place = tl.load(row + PREFIX_ROW) * tl.load(strides + 2) + kv_head * tl.load(strides + 3)
+        keys = tl.multiple_of(tl.load(kv + 2).to(tl.pointer_type(dtype)), 16) + place
+        values = tl.multiple_of(tl.load(kv + 3).to(tl.pointer_type(dtype)), 16) + place
+        part = tl.cdiv(tl.cdiv(prefix_len, SPLITS), BLOCK_N) * BLOCK_N
+        last = tl.minimum((split + 1) * part, prefix_len)
+        for first in range(split * part, last, BLOCK_N):
+            slots = first + tl.arange(0, BLOCK_N)
+            hidden = (slots >= last)[None, :]
+            acc, top, total = _block(
+                heads, acc, top, total, keys, values, slots, last, hidden, scale, HEAD_DIM, BLOCK_D, WIDE
+            )
+
+    start = tl.load(row + START)
+    end = tl.where(count > 0, start + count, 0)
+    tree_start = tl.load(row + TREE_START)
+    store = tl.load(row + STORE)
+    place = tl.load(row + ROW) * tl.load(strides + store * 2) + kv_head * tl.load(strides + store * 2 + 1)
+    keys = tl.multiple_of(tl.load(kv + store * 2).to(tl.pointer_type(dtype)), 16) + place
+    values = tl.multiple_of(tl.load(kv + store * 2 + 1).to(tl.pointer_type(dtype)), 16) + place
+    part = tl.cdiv(tl.cdiv(end, SPLITS), BLOCK_N) * BLOCK_N
+    last = tl.minimum((split + 1) * part, end)
+    for first in range(split * part, last, BLOCK_N):
+        slots = first + tl.arange(0, BLOCK_N)
+        if WORDS == 0:
+            hidden = slots[None, :] > (start + number)[:, None]
+        else:
+            node = slots - tree_start
+            word = lineage + token[:, None] * WORDS + (node // BITS)[None, :]
+            of_tree = (node >= 0)[None, :] & (slots < last)[None, :] & (number < queries)[:, None]
+            bits = tl.load(word, mask=of_tree, other=-1)
+            hidden = ((bits >> (tl.maximum(node, 0) % BITS)[None, :]) & 1) == 0
+        hidden = hidden | (slots >= last)[None, :]
+        acc, top, total = _block(
+            heads, acc, top, total, keys, values, slots, last, hidden, scale, HEAD_DIM, BLOCK_D, WIDE
+        )
+
+    if SPLITS == 1:
+        acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        tl.store(out + at, acc.to(dtype), mask=valid)
+    else:
+        of_head = (token * HEADS + kv_head * GROUP + member % GROUP) * SPLITS + split
+        tl.store(part_values + of_head[:, None] * HEAD_DIM + columns[None, :], acc, mask=valid)
+        tl.store(part_scores + of_head * 2, top, mask=number < queries)
+        tl.store(part_scores + of_head * 2 + 1, total, mask=number < queries)
+
+
+@triton.jit
+def merge_splits(part_values, part_scores, out, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+    """Join the parts of ``attend_split``; one program per token and query head."""
+    head = tl.program_id(0).to(tl.int64)
+    splits, columns = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    top = tl.load(part_scores + (head * SPLITS + splits) * 2)
+    total = tl.load(part_scores + (head * SPLITS + splits) * 2 + 1)
+    highest = tl.max(top, axis=0)
+    shares = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
+    at = (head * SPLITS + splits)[:, None] * HEAD_DIM + columns[None, :]
+    parts = tl.load(part_values + at, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    sum_of_weights = tl.sum(shares * total, axis=0)
+    merged = tl.sum(parts * shares[:, None], axis=0) / tl.where(sum_of_weights > 0.0, sum_of_weights, 1.0)
+    tl.store(out + head * HEAD_DIM + columns, merged.to(out.dtype.element_ty), mask=columns < HEAD_DIM)

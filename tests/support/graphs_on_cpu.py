@@ -1,0 +1,69 @@
+"""A GPU's passes on a CPU: the kernels' reference in their place, and graphs that are captured in name only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rollout.embedded import assemble, linear
+from rollout.embedded.cuda import operators
+from rollout.embedded.cuda.graphs import Captured, Graphs
+from rollout.embedded.drafters import whole_model
+from rollout.embedded.linear import Packing
+from tests.support import reference_operators
+
+READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses every operator whose result the host waits for: while a graph is captured CUDA refuses them, too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in READS, f"{func} reads the device while a graph is captured"
+        return func(*args, **(kwargs or {}))
+
+
+class CpuCapturer:
+    """Captures a run by keeping it: a replay runs it again, and puts the results where the first run's are."""
+
+    def __init__(self) -> None:
+        self.num_captured = self.num_replays = 0
+
+    def capture(self, run: Callable[[], Any]) -> Captured:
+        self.num_captured += 1
+        with NoReads():
+            outputs = run()
+
+        def replay() -> None:
+            self.num_replays += 1
+            with torch.inference_mode():
+                for kept, new in zip(tensors(outputs), tensors(run()), strict=True):
+                    kept.copy_(new)
+
+        return Captured(replay, outputs)
+
+
+def tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        yield outputs
+    else:
+        for each in outputs:
+            yield from tensors(each)
+
+
+@contextmanager
+def graphs_on_cpu() -> Iterator[CpuCapturer]:
+    """Give every engine that is built meanwhile a GPU's passes."""
+    capturer = CpuCapturer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "make_graphs", lambda config, device: Graphs(capturer))
+        for name in ("add_and_norm", "silu_times", "rotate_and_store", "attend"):
+            patch.setattr(operators, name, getattr(reference_operators, name))
+        for module in (linear, assemble, whole_model):
+            patch.setattr(module, "best_packing", lambda device, dtype: Packing.PLAIN)
+        yield capturer
