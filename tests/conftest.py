@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ import pytest
 
 from tests.support.proofs import ROOT, Recorder, digest_of, recorded
 
+# Triton asks when it is imported, and torch imports it. Where there is no GPU its interpreter runs the kernels.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # No test on a running server takes a tenth of it; those that start servers in processes have deadlines of their own.
 LONGEST_S = 600
 SPLIT = ("test_greedy_grid.py", "test_real_sglang.py", "test_real_sglang_pushes.py")
@@ -21,9 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run proofs also where nothing they prove has changed")
     parser.addoption(
         "--device",
-        choices=("cpu", "cuda", "stand-in"),
+        choices=("cpu", "cuda", "stand-in", "graphs"),
         default="cpu",
-        help="where tests/embedded computes; stand-in: on a CPU that refuses what a GPU refuses",
+        help="where tests/embedded computes; on a CPU: stand-in refuses what a GPU refuses, graphs runs its passes",
     )
     parser.addoption("--record-proofs", action="store_true", help="run all proofs, write tests/proven.json")
 

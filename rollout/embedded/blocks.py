@@ -49,7 +49,7 @@ class BlockStack:
     """
 
     def __init__(self, spec: ModelSpec, rope: RopeTable, layers: Sequence[Layer]) -> None:
-        self._spec, self._rope, self.layers = spec, rope, list(layers)
+        self._spec, self.rope, self.layers = spec, rope, list(layers)
         native = layers[0].qkv.packing is Packing.NATIVE
         self._native = NativeBlocks(spec, rope, self.layers) if native else None
 
@@ -57,7 +57,7 @@ class BlockStack:
     def _fused(self) -> FusedBlocks:
         from rollout.embedded.cuda.fused_blocks import FusedBlocks  # needs Triton, which a CPU does without
 
-        return FusedBlocks(self._spec, self._rope, self.layers)
+        return FusedBlocks(self._spec, self.rope, self.layers)
 
     def run(
         self,
@@ -76,7 +76,7 @@ class BlockStack:
         if self._native is not None:
             return self._native.run(x, plan, capture, attention_input)
         captured: dict[int, torch.Tensor] = {}
-        cos, sin_signed = self._rope.at(plan.positions)
+        cos, sin_signed = self.rope.at(plan.positions)
         for index, layer in enumerate(self.layers):
             ready = attention_input if index == 0 else None
             inputs = self._norm(x, layer.input_norm) if ready is None else ready

@@ -112,10 +112,7 @@ class Target:
         self.decoder = decoder
 
     def run(self, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> PassOutput:
-        """Return one forward over rows of ``store``; their keys and values are written.
-
-        The output is read before the next pass, whose states may lie in the same memory.
-        """
+        """Return one forward over rows of ``store``; their keys and values are written."""
         with self._timed():
             if self._graphed is not None:
                 return PassOutput(*self._graphed.run(self.decoder, store, spans, token_ids))

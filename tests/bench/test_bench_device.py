@@ -21,6 +21,7 @@ from slime_spec.bench.device.random_model import (
     TINY,
     num_read_weights,
     num_weights,
+    random_decoder,
     random_target,
     random_tensors,
     write_random_checkpoint,
@@ -91,7 +92,8 @@ def test_a_random_model_computes_what_transformers_computes_with_the_same_weight
     )
     assert (missing, unexpected) == (["lm_head.weight"], [])  # tied to the embedding, which was loaded
     token_ids = [(37 * i) % TINY.vocab_size for i in range(24)]
-    target = random_target(TINY, torch.float32, CPU, num_rows=1, num_positions=24, seed=3)
+    decoder = random_decoder(TINY, torch.float32, CPU, num_positions=24, seed=3)
+    target = random_target(decoder, CPU, num_rows=1, num_positions=24)
     assert target.cache.reserve((1, 24), (0, 0))
     ours = target.logits(target.run(target.cache.own, [RowSpan(0, 0, 24)], token_ids).hidden)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 
 from rollout.embedded.assemble import Assembly
 from slime_spec.config.tree import Config
+from tests.support.graphs_on_cpu import graphs_on_cpu
 from tests.support.stand_in_device import stand_in_device
 from tests.support.tiny_models import make_tiny_checkpoint
 
@@ -43,8 +44,9 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     def on_gpu(self: Assembly, config: Config) -> None:
         begin(self, replace(config, rollout=replace(config.rollout, num_gpus_per_engine=1)))
 
-    with pytest.MonkeyPatch.context() as patch, stand_in_device() if device == "stand-in" else nullcontext():
-        if device != "cpu":
+    stands_in = {"stand-in": stand_in_device, "graphs": graphs_on_cpu}.get(device, nullcontext)
+    with pytest.MonkeyPatch.context() as patch, stands_in():
+        if device in ("cuda", "stand-in"):
             patch.setattr(Assembly, "__init__", on_gpu)
             patch.setattr("tests.support.toy_rounds.DEVICE", torch.device("cuda"))
         yield

@@ -1,26 +1,142 @@
-"""Passes as graphs give the tokens of passes operator by operator."""
+"""Passes as graphs give the tokens of passes operator by operator, and read nothing while they are captured."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from slime_spec.types import GroupRequest
+from rollout.embedded.core import GenerationCore
+from rollout.embedded.cuda.device_pass import Bucket, lineage_words, packed, words_of
+from rollout.embedded.cuda.graphed_target import MOST_TOKENS, bucket_of
+from rollout.embedded.cuda.graphs import Captured, Graphs
+from rollout.embedded.plan import RowSpan, sees
+from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.draft_formats import make_format
-from tests.support.embedded_harness import greedy, make_core, random_prompt, run
+from tests.support.embedded_harness import Samples, engine_config, greedy, make_core, random_prompt, run
+from tests.support.graphs_on_cpu import CpuCapturer, graphs_on_cpu
 
-pytest.importorskip("triton")
-from tests.support.graphs_on_cpu import graphs_on_cpu
+DRAWN = SamplingParams(max_new_tokens=9, temperature=0.8)
+REQUESTS = [
+    GroupRequest(str(i), random_prompt(4 + i, seed=i), (0, 1)[: 1 + i % 2], DRAWN if i == 3 else greedy(9))
+    for i in range(4)
+]
 
-REQUESTS = [GroupRequest(str(i), random_prompt(4 + i, seed=i), (0, 1)[: 1 + i % 2], greedy(9)) for i in range(3)]
+
+def outcome(samples: Samples) -> Mapping[tuple[str, int], Any]:
+    return {key: (each.token_ids, each.spec) for key, each in samples.items()}
 
 
-@pytest.mark.parametrize("name", ["eagle3", "eagle", "mimo"])
-def test_chains_of_graphs_give_the_tokens_of_operators(tmp_path: Path, name: str) -> None:
-    tiny = make_format(tmp_path, name)
-    config = tiny.config(3, 1, 4, engine={"max_running_requests": 16})
+def scaled(folder: Path) -> GenerationCore:
+    """A core with other weights."""
+    core = make_core(engine_config(folder))
+    for tensor in core.decoder.tensors():
+        tensor.mul_(1.25)
+    return core
+
+
+@pytest.mark.parametrize("algorithm", ["NONE", "LOOKUP", "NGRAM"])
+def test_a_target_of_graphs_gives_the_tokens_of_operators(tiny_llama: Path, algorithm: str) -> None:
+    config = engine_config(tiny_llama, algorithm)
     expected = run(make_core(config), REQUESTS)
     with graphs_on_cpu() as capturer:
-        got = run(make_core(config), REQUESTS)
-    assert {key: each.token_ids for key, each in got.items()} == {key: each.token_ids for key, each in expected.items()}
-    assert {key: each.spec for key, each in got.items()} == {key: each.spec for key, each in expected.items()}
-    assert capturer.num_replays > capturer.num_captured
+        assert outcome(run(make_core(config), REQUESTS)) == outcome(expected)
+    assert capturer.num_replays > capturer.num_captured > 0
+
+
+@pytest.mark.parametrize("rejection", [False, True], ids=["walk", "rejection"])
+@pytest.mark.parametrize("name", ["eagle3", "eagle", "mimo"])
+def test_chains_of_graphs_give_the_tokens_of_operators(tmp_path: Path, name: str, rejection: bool) -> None:
+    config = make_format(tmp_path, name).config(3, 1, 4, engine={"max_running_requests": 16})
+    config = replace(config, speculative=replace(config.speculative, use_rejection_sampling=rejection))
+    expected = run(make_core(config), REQUESTS)
+    with graphs_on_cpu() as capturer:
+        assert outcome(run(make_core(config), REQUESTS)) == outcome(expected)
+    assert capturer.num_replays > capturer.num_captured > 0
+
+
+def test_trees_beside_graphs_give_the_tokens_of_operators(tmp_path: Path) -> None:
+    config = make_format(tmp_path, "eagle3").config(3, 4, 8, engine={"max_running_requests": 16})
+    expected = run(make_core(config), REQUESTS)
+    with graphs_on_cpu():
+        assert outcome(run(make_core(config), REQUESTS)) == outcome(expected)
+
+
+def test_other_weights_are_taken_into_use_without_a_new_capture(tiny_llama: Path) -> None:
+    with graphs_on_cpu() as capturer:
+        core = make_core(engine_config(tiny_llama))
+        before = run(core, REQUESTS)
+        other, expected = scaled(tiny_llama).decoder, scaled(tiny_llama)
+        addresses = [tensor.data_ptr() for tensor in core.decoder.tensors()]
+        values, num_captured = [tensor.clone() for tensor in other.tensors()], capturer.num_captured
+        old, old_values = core.decoder, [tensor.clone() for tensor in core.decoder.tensors()]
+        core.use(other, version=1)
+        after = run(core, REQUESTS)
+        assert [tensor.data_ptr() for tensor in other.tensors()] == addresses
+        assert all(map(torch.equal, other.tensors(), values))
+        assert all(map(torch.equal, old.tensors(), old_values))
+        assert capturer.num_captured == num_captured
+        assert outcome(after) == outcome(run(expected, REQUESTS))
+        assert outcome(after) != outcome(before)
+
+
+def test_weights_that_moved_are_captured_anew(tiny_llama: Path) -> None:
+    with graphs_on_cpu() as capturer:
+        core = make_core(engine_config(tiny_llama))
+        before = run(core, REQUESTS)
+        num_captured = capturer.num_captured
+        core.move(torch.device("cpu"))
+        assert outcome(run(core, REQUESTS)) == outcome(before)
+    assert capturer.num_captured == 2 * num_captured
+
+
+def test_a_graph_is_captured_once_for_the_same_owners() -> None:
+    calls: list[str] = []
+
+    class Recorder:
+        def capture(self, run: Callable[[], Any]) -> Captured:
+            outputs = run()
+            return Captured(lambda: calls.append(f"replay {outputs}"), outputs)
+
+    graphs, first, second = Graphs(Recorder()), object(), object()
+    for owner, name in ((first, "a"), (first, "b"), (second, "c"), (second, "d")):
+        graphs.run("key", (owner,), lambda name=name: calls.append(f"capture {name}") or name)
+    assert calls == ["capture a", "replay a", "replay a", "capture c", "replay c", "replay c"]
+    assert len(graphs) == 1
+
+
+def test_a_read_of_the_device_is_refused_while_a_graph_is_captured() -> None:
+    with pytest.raises(AssertionError, match="reads the device"):
+        CpuCapturer().capture(lambda: torch.ones(2)[int(torch.ones(1))])
+
+
+def test_buckets_hold_their_passes_and_end_where_there_is_much_to_compute() -> None:
+    for rows, count in ((1, 1), (3, 4), (64, 8), (65, 9), (256, 8)):
+        bucket = bucket_of([RowSpan(row, 0, count) for row in range(rows)])
+        assert bucket is not None
+        assert bucket.rows >= rows
+        assert bucket.queries >= count
+        assert bucket.tokens <= MOST_TOKENS
+    assert bucket_of([RowSpan(0, 0, 33)]) is None
+    assert bucket_of([RowSpan(row, 0, 1) for row in range(257)]) is None
+    assert bucket_of([RowSpan(row, 0, 16) for row in range(200)]) is None
+
+
+def test_a_lineage_has_a_bit_for_each_node_that_a_token_sees() -> None:
+    span = RowSpan(0, 10, 40, parents=(*range(-1, 30), *(3,) * 9))
+    words = lineage_words(span, words_of([span]))
+    for token in range(span.count):
+        bits = "".join(f"{int(word) & 0xFFFFFFFF:032b}"[::-1] for word in words[token])
+        assert [bit == "1" for bit in bits[: len(span.parents or ())]] == [
+            sees(span, token, span.tree_start + node) for node in range(len(span.parents or ()))
+        ]
+
+
+def test_what_goes_up_is_each_row_in_its_place() -> None:
+    spans = [RowSpan(4, 7, 2), RowSpan(1, 3, 1, 2, 50)]
+    buffer = packed(Bucket(3, 2), spans, [11, 12, 13]).tolist()
+    assert buffer[:6] == [11, 12, 13, 0, 0, 0]
+    assert buffer[6:12] == [7, 8, 53, 0, 0, 0]
+    assert buffer[12:] == [4, 7, 2, 7, 0, 0, 0, 0, 1, 3, 1, 3, 2, 50, 0, 0, *[0] * 8]

@@ -15,9 +15,14 @@ from rollout.embedded.cuda import operators
 from rollout.embedded.cuda.graphs import Captured, Graphs
 from rollout.embedded.drafters import whole_model
 from rollout.embedded.linear import Packing
+from rollout.embedded.verification import draw
 from tests.support import reference_operators
 
-READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+aten = torch.ops.aten
+READS = {
+    *(aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default),
+    *(aten.nonzero.default, aten.equal.default),
+}
 
 
 class NoReads(TorchDispatchMode):
@@ -64,6 +69,7 @@ def graphs_on_cpu() -> Iterator[CpuCapturer]:
         patch.setattr(assemble, "make_graphs", lambda config, device: Graphs(capturer))
         for name in ("add_and_norm", "silu_times", "rotate_and_store", "attend"):
             patch.setattr(operators, name, getattr(reference_operators, name))
+        patch.setattr(draw, "is_read_free", lambda weights: False)
         for module in (linear, assemble, whole_model):
             patch.setattr(module, "best_packing", lambda device, dtype: Packing.PLAIN)
         yield capturer

@@ -58,15 +58,18 @@ def attend(query: torch.Tensor, one_pass: DevicePass, layer: int, spec: ModelSpe
             own = torch.tensor([slot for slot in range(row[1] + row[2]) if sees(one_pass, row, number, token, slot)])
             parts = []
             for own_side, prefix_side in ((store.keys, prefixes.keys), (store.values, prefixes.values)):
-                shared = prefix_side[layer][row[Column.PREFIX_ROW], :, : row[Column.PREFIX_LEN]]
                 side = own_side[layer][row[Column.ROW]].index_select(1, own)
-                parts.append(torch.cat([shared, side], dim=1) if row[Column.PREFIX_LEN] else side)
+                if row[Column.PREFIX_LEN]:
+                    shared = prefix_side[layer][row[Column.PREFIX_ROW], :, : row[Column.PREFIX_LEN]]
+                    side = torch.cat([shared, side], dim=1)
+                parts.append(side)
             keys, values = (part.repeat_interleave(group, dim=0) for part in parts)
             out[token] = F.scaled_dot_product_attention(query[token].unsqueeze(1), keys, values).squeeze(1)
     return out.view(len(query), -1)
 
 
 def rows(one_pass: DevicePass) -> list[list[int]]:
+    # A list, and not numbers one by one: no operator of torch reads them, which a capture would refuse.
     return one_pass.rows.tolist()
 
 
@@ -77,5 +80,5 @@ def sees(one_pass: DevicePass, row: list[int], number: int, token: int, slot: in
     node = slot - row[Column.TREE_START]
     if node < 0:
         return True
-    word = int(one_pass.lineage.view(-1, words)[token, node // WORD_BITS])
+    word = one_pass.lineage.view(-1, words)[token, node // WORD_BITS].tolist()
     return bool(word >> node % WORD_BITS & 1)

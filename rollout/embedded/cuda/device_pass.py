@@ -112,8 +112,8 @@ class Places:
             upload(torch.from_numpy(index), self._index)
 
     def packed(self, padded: torch.Tensor) -> torch.Tensor:
-        """Return the pass's tokens of [bucket's tokens, ..]: a view where no row is padded."""
-        return padded[: self._count] if self._index is None else padded.index_select(0, self._index)
+        """Return a copy of the pass's tokens of [bucket's tokens, ..]."""
+        return padded[: self._count].clone() if self._index is None else padded.index_select(0, self._index)
 
     def pad(self, packed: torch.Tensor, padded: torch.Tensor) -> None:
         """Write the pass's tokens to their places among the bucket's."""
@@ -166,7 +166,5 @@ def exact_bucket(spans: Sequence[RowSpan]) -> Bucket:
 
 
 def upload(host: torch.Tensor, device: torch.Tensor) -> None:
-    """Copy to a device without waiting for it; the pages that the copy reads are not reused before it is done."""
-    if device.is_cuda:
-        host = host.pin_memory()
+    """Copy to a device without waiting for it: pageable memory has been read when the call returns."""
     device.copy_(host, non_blocking=True)

@@ -95,7 +95,7 @@ class GraphedChain:
         self,
         network: DraftNetwork,
         embed: Embed,
-        head: PackedLinear | None,
+        head: Callable[[], PackedLinear | None],
         vocab: DraftVocab,
         owners: tuple[object, ...],
         work: ChainWork,
@@ -113,7 +113,7 @@ class GraphedChain:
             buffers = self._buffers[shape] = ChainBuffers(shape, self._table, work.features)
         buffers.fill(shape, work)
         levels, distributions = self._graphs.run(
-            ("chain", shape), owners, lambda: _chain(network, embed, head, vocab, shape, buffers)
+            ("chain", shape), owners, lambda: _chain(network, embed, head(), vocab, shape, buffers)
         )
         rows = len(work.spans)
         return levels[:rows], [each[:rows] for each in distributions]

@@ -41,9 +41,11 @@ class GraphedTarget:
         self._cache, self._layers, self._device, self._graphs = cache, tuple(layers), device, graphs
         self._table = KvTable(cache.own, cache.prefixes, device)
         self._passes: dict[Bucket, DevicePass] = {}
+        self._decoder: Decoder
 
     def run(self, decoder: Decoder, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> States:
-        """Return the states of ``Decoder.hidden``, in memory that the next pass of this shape may write anew."""
+        """Return the states of ``Decoder.hidden``, in memory of their own."""
+        self._decoder = decoder
         bucket, of_prefixes = bucket_of(spans), store is self._cache.prefixes
         if bucket is None:
             bucket = exact_bucket(spans)
@@ -51,12 +53,13 @@ class GraphedTarget:
             one_pass.fill(spans, token_ids, of_prefixes)
             hidden, captured = decoder.hidden(one_pass.tokens, one_pass, self._layers)
         else:
-            one_pass = self._passes.setdefault(bucket, DevicePass(bucket, self._table, self._device))
+            known = self._passes.get(bucket)
+            one_pass = self._passes[bucket] = known or DevicePass(bucket, self._table, self._device)
             one_pass.fill(spans, token_ids, of_prefixes)
             hidden, captured = self._graphs.run(
                 ("target", bucket),
                 (decoder.memory,),
-                lambda: decoder.hidden(one_pass.tokens, one_pass, self._layers),
+                lambda: self._decoder.hidden(one_pass.tokens, one_pass, self._layers),
             )
         places = Places(bucket, spans, self._device)
         return places.packed(hidden), [places.packed(each) for each in captured]

@@ -44,6 +44,13 @@ def silu_times(gate_up, out, width, BLOCK: tl.constexpr):
     tl.store(out + token * width + columns, (activated * up).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _side(address, place, dtype: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return where a head's keys or values of a row begin; strides are multiples of HEAD_DIM, so loads can be wide."""
+    ALIGNED: tl.constexpr = 16 if HEAD_DIM % 16 == 0 else 1
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)) + place, ALIGNED)
+
+
 @triton.jit(do_not_specialize=["queries"])
 def rotate_and_store(
     qkv,
@@ -103,7 +110,7 @@ def rotate_and_store(
             address = tl.load(kv + store * 2 + is_value.to(tl.int32))
             slot = tl.load(row + START) + number
             place = tl.load(row + ROW) * tl.load(strides + store * 2) + kv_head * tl.load(strides + store * 2 + 1)
-            target = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16) + place + slot.to(tl.int64) * HEAD_DIM
+            target = _side(address, place, dtype, HEAD_DIM) + slot.to(tl.int64) * HEAD_DIM
             tl.store(target + columns, first.to(dtype), mask=inside)
             tl.store(target + HALF + columns, second.to(dtype), mask=inside)
 
@@ -197,8 +204,8 @@ def attend_split(
     prefix_len = tl.load(row + PREFIX_LEN)
     if (prefix_len > 0) & (count > 0):
         place = tl.load(row + PREFIX_ROW) * tl.load(strides + 2) + kv_head * tl.load(strides + 3)
-        keys = tl.multiple_of(tl.load(kv + 2).to(tl.pointer_type(dtype)), 16) + place
-        values = tl.multiple_of(tl.load(kv + 3).to(tl.pointer_type(dtype)), 16) + place
+        keys = _side(tl.load(kv + 2), place, dtype, HEAD_DIM)
+        values = _side(tl.load(kv + 3), place, dtype, HEAD_DIM)
         part = tl.cdiv(tl.cdiv(prefix_len, SPLITS), BLOCK_N) * BLOCK_N
         last = tl.minimum((split + 1) * part, prefix_len)
         for first in range(split * part, last, BLOCK_N):
@@ -213,8 +220,8 @@ def attend_split(
     tree_start = tl.load(row + TREE_START)
     store = tl.load(row + STORE)
     place = tl.load(row + ROW) * tl.load(strides + store * 2) + kv_head * tl.load(strides + store * 2 + 1)
-    keys = tl.multiple_of(tl.load(kv + store * 2).to(tl.pointer_type(dtype)), 16) + place
-    values = tl.multiple_of(tl.load(kv + store * 2 + 1).to(tl.pointer_type(dtype)), 16) + place
+    keys = _side(tl.load(kv + store * 2), place, dtype, HEAD_DIM)
+    values = _side(tl.load(kv + store * 2 + 1), place, dtype, HEAD_DIM)
     part = tl.cdiv(tl.cdiv(end, SPLITS), BLOCK_N) * BLOCK_N
     last = tl.minimum((split + 1) * part, end)
     for first in range(split * part, last, BLOCK_N):

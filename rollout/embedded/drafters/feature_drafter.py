@@ -142,8 +142,9 @@ class FeatureDrafter:
         sampling = None if sampler is None else Sampling(sampler.temperatures, sampler.uniforms)
         work = ChainWork(spans, token_ids, features, next_slots, num_steps, sampling)
         network, head = self._network, self._shared_head
-        owners = network, head, self._target.memory
-        grown = self._graphed.grow(network, self._embed, head, self._vocab, owners, work)
+        own_head = None if head is None or head is self._target.head else head
+        owners = network, own_head, self._target.memory
+        grown = self._graphed.grow(network, self._embed, lambda: self._shared_head, self._vocab, owners, work)
         if grown is None:
             return None
         levels, distributions = grown

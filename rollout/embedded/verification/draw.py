@@ -52,10 +52,15 @@ def _block_sums(weights: torch.Tensor, block: int) -> torch.Tensor:
     return torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
 
 
+def is_read_free(weights: torch.Tensor) -> bool:
+    """Return whether the host reads a number without waiting for a device."""
+    return weights.device.type == "cpu"
+
+
 def _last_positive(weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return ``index`` [rows, 1] if its weight is positive, else the nearest earlier (or first) positive position."""
-    # On the CPU a look spares the search that is hardly ever needed; a device would make the host wait for the look.
-    if weights.device.type == "cpu" and bool((weights.gather(1, index) > 0).all()):
+    # On the CPU a look spares the search that is hardly ever needed.
+    if is_read_free(weights) and bool((weights.gather(1, index) > 0).all()):
         return index
     columns = torch.arange(weights.shape[1], device=weights.device)
     positive = weights > 0

@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 
+from rollout.embedded.cuda.graphs import Graphs
 from rollout.embedded.drafting import FeatureNeed
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
@@ -130,9 +131,9 @@ def random_decoder(
 
 
 def random_target(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, num_rows: int, num_positions: int, seed: int = 0
+    decoder: Decoder, device: torch.device, num_rows: int, num_positions: int, graphs: Graphs | None = None
 ) -> Target:
     """Build a target whose cache holds ``num_rows`` sequences of ``num_positions``."""
-    decoder = random_decoder(spec, dtype, device, num_positions, seed)
-    cache = KvCache(spec, dtype, device, num_rows * num_positions)
-    return Target(decoder, cache, FeatureNeed(), dtype, device, perf_counter, Timing())
+    dtype = decoder.norm.dtype
+    cache = KvCache(decoder.spec, dtype, device, num_rows * num_positions)
+    return Target(decoder, cache, FeatureNeed(), dtype, device, perf_counter, Timing(), graphs)
