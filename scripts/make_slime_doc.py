@@ -21,6 +21,7 @@ SLIMES = """
 --hf-checkpoint --input-key --kl-loss-coef --label-key --load --lr --max-tokens-per-gpu --mtp-loss-scaling-factor
 --mtp-num-layers --n-samples-per-prompt --no-offload-rollout --no-offload-train --num-rollout
 --offload-rollout --offload-train
+--optimizer-cpu-offload
 --over-sampling-batch-size --partial-rollout --pipeline-model-parallel-size --prompt-data --rm-type
 --rollout-batch-size --rollout-external-engine-addrs --rollout-max-response-len --rollout-num-gpus
 --rollout-num-gpus-per-engine --rollout-stop --rollout-stop-token-ids --rollout-temperature --rollout-top-k
@@ -65,7 +66,7 @@ UNKNOWN: Mapping[str, str] = {
 --entropy-coef --kl-coef --dynamic-sampling-filter-path --use-opd --loss-type
 --disable-compute-advantages-and-returns""",
     "Not in this version: these ways to spare the trainer's memory or time.": """
---sequence-parallel --optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer
+--sequence-parallel --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer
 --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
 --moe-token-dispatcher-type --moe-enable-deepep""",
 }

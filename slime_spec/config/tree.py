@@ -256,6 +256,9 @@ class TrainerConfig:
     use_distributed_optimizer: bool = setting(
         False, "Split the optimizer's states and float32 masters over data parallel ranks (Megatron's)."
     )
+    optimizer_cpu_offload: bool = setting(
+        False, "Keep Adam's moments in host memory and update there (less GPU memory, more time)."
+    )
     save: str | None = setting(None, "Folder for checkpoints; default: checkpoints/ in the run folder.")
     load: str | None = setting(None, "Resume from this checkpoint folder (a run's checkpoints/).")
     save_interval: int | None = setting(

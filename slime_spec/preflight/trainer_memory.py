@@ -30,16 +30,19 @@ class TrainerMemory:
     ``num_parameters`` are the rank's, of which the optimizer has states for ``num_updated``. ``reference_bytes`` is the
     initial checkpoint, kept where the loss has a KL term. A microbatch of ``num_tokens`` packed tokens has
     ``activation_bytes`` and ``logits_bytes``; later in the step AdamW has a float32 copy of what it updates instead.
+    With ``updates_on_host`` its ``moment_bytes`` are not on the GPU.
     """
 
     num_parameters: int
     num_updated: int
+    updates_on_host: bool
     itemsize: int
     num_tokens: int
     recomputes: bool
     weights_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    moment_bytes: int
     reference_bytes: int
     activation_bytes: int
     logits_bytes: int
@@ -51,7 +54,13 @@ class TrainerMemory:
 
     @property
     def update_bytes(self) -> int:
-        return self.num_updated * FLOAT32_BYTES
+        return 0 if self.updates_on_host else self.num_updated * FLOAT32_BYTES
+
+    @property
+    def host_bytes(self) -> int:
+        """Return what the host keeps of a rank that leaves its GPU; gradients are not kept."""
+        moments = self.moment_bytes if self.updates_on_host else 0
+        return self.weights_bytes + self.optimizer_bytes + moments + self.reference_bytes
 
 
 def trainer_memory(config: Config, target: Mapping[str, Any], counted: Parameters) -> TrainerMemory:
@@ -62,6 +71,7 @@ def trainer_memory(config: Config, target: Mapping[str, Any], counted: Parameter
     ranks = trainer.world_size // (trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size)
     updated = -(-held // ranks) if trainer.use_distributed_optimizer else held
     itemsize = ITEMSIZES[trainer.dtype]
+    moments = ADAM_STATES * FLOAT32_BYTES
     masters = FLOAT32_BYTES if trainer.dtype != "float32" else 0
     # A sample that is longer than a microbatch has one of its own; its last token is not fed.
     num_tokens = max(trainer.max_tokens_per_microbatch, config.rollout.longest - 1)
@@ -69,12 +79,14 @@ def trainer_memory(config: Config, target: Mapping[str, Any], counted: Parameter
     return TrainerMemory(
         num_parameters=held,
         num_updated=updated,
+        updates_on_host=trainer.optimizer_cpu_offload,
         itemsize=itemsize,
         num_tokens=num_tokens,
         recomputes=trainer.recompute,
         weights_bytes=held * itemsize,
         gradient_bytes=held * FLOAT32_BYTES,
-        optimizer_bytes=updated * (ADAM_STATES * FLOAT32_BYTES + masters),
+        optimizer_bytes=updated * (masters if trainer.optimizer_cpu_offload else moments + masters),
+        moment_bytes=updated * moments,
         reference_bytes=held * itemsize if config.algorithm.kl_loss_coef > 0 else 0,
         activation_bytes=_activation_bytes(trainer, target, num_tokens),
         logits_bytes=num_tokens * target["vocab_size"] // trainer.tensor_model_parallel_size * logit_bytes,

@@ -133,6 +133,16 @@ def test_a_distributed_optimizer_lets_eight_gpus_train_eight_billion_parameters_
     assert Phase.TRAIN in unsplit.overfull
 
 
+def test_moments_on_the_host_take_nothing_of_a_gpu(tmp_path: Path) -> None:
+    recipe, whole = RECIPES["eagle3-llama3.1-8b"], ("--tensor-model-parallel-size", "1", "--max-tokens-per-gpu", "2048")
+    made = make_plan(look(composed([*recipe.arguments(tmp_path), *whole, "--optimizer-cpu-offload"])))
+    (gpu,), trainer = made.gpus, made.memory.trainer
+    assert rows_of(gpu)["trainer: optimizer"] == 4 * 8_030_261_248 // 8
+    assert trainer is not None
+    assert trainer.update_bytes == 0
+    assert trainer.host_bytes == 2 * 8_030_261_248 + 12 * 8_030_261_248 // 8
+
+
 def test_engines_that_stay_leave_a_step_no_room(tmp_path: Path) -> None:
     (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path, "--no-offload")
     assert gpu.overfull == (Phase.TRAIN,)

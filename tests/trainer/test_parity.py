@@ -39,6 +39,7 @@ CASES = {
         {"world_size": 2, "use_distributed_optimizer": True, "weight_decay": 0.5},
         {"kl_loss_coef": 0.1},
     ),
+    "1x1 with AdamW on the host": ("Qwen2ForCausalLM", True, {"optimizer_cpu_offload": True, "weight_decay": 0.5}, {}),
 }
 
 

@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from trainer_bridge.megatron.host_adamw import HostAdamW
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
 OnHost = Callable[[torch.Tensor], torch.Tensor]
@@ -73,9 +75,10 @@ def take(
         parts = {name: whole.flatten()[shard.start : shard.stop] for name, whole in loaded[index].items()}
         if MASTER in parts:
             shard.main.data.copy_(parts[MASTER].view_as(shard.main))
+        device = "cpu" if isinstance(only.optimizer, HostAdamW) else shard.main.device
         only.optimizer.state[shard.main] = {
             "step": torch.tensor(float(num_steps)),
-            **{name: parts[name].view_as(shard.main).to(shard.main.device, copy=True) for name in MOMENTS},
+            **{name: parts[name].view_as(shard.main).to(device, copy=True) for name in MOMENTS},
         }
 
 

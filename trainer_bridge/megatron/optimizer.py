@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from slime_spec.config.tree import TrainerConfig
+from trainer_bridge.megatron.host_adamw import HostAdamW
 from trainer_bridge.megatron.model import PolicyModel
 
 
@@ -30,7 +31,8 @@ def wrap_model(model: PolicyModel, trainer: TrainerConfig) -> DistributedDataPar
 def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> MegatronOptimizer:
     """Return AdamW with gradient clipping (and float32 master weights where parameters are bfloat16).
 
-    With ``use_distributed_optimizer`` each data parallel rank has the states of its share of the parameters.
+    With ``use_distributed_optimizer`` each data parallel rank has the states of its share of the parameters; with
+    ``optimizer_cpu_offload`` AdamW's moments are in host memory.
     """
     model_config: Any = ddp.config
     optimizer = get_megatron_optimizer(
@@ -49,6 +51,9 @@ def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> Meg
         ),
         [ddp],
     )
+    if trainer.optimizer_cpu_offload:
+        for each in optimizer.chained_optimizers:
+            each.optimizer = HostAdamW(each.param_groups)
     for group in optimizer.param_groups:
         # Megatron's scheduler multiplies these in its step, and there is none here: norms and biases do not decay.
         group["weight_decay"] *= group["wd_mult"]

@@ -158,6 +158,8 @@ def _memory(plan: Plan) -> Iterator[str]:
             f"{_size(trainer.optimizer_bytes)}{reference}; a microbatch adds activations "
             f"{_size(trainer.activation_bytes)} + logits {_size(trainer.logits_bytes)}"
         )
+        if plan.facts.config.trainer_leaves and plan.facts.config.trainer.num_gpus:
+            yield f"  in host memory while engines generate: {_size(trainer.host_bytes)} of each rank, pinned"
     if memory.push_bytes is not None:
         copies = f", {memory.push_copies} of them at a time" if memory.push_copies > 1 else ""
         yield f"one push: {_size(memory.push_bytes)} in shared memory{copies}"
