@@ -1,6 +1,7 @@
 """The GPU's kernels, run by Triton's interpreter (on a GPU: compiled), against torch's operators."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
@@ -13,9 +14,10 @@ from rollout.embedded.cuda.fused_blocks import FusedBlocks
 from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.linear import Packing
 from rollout.embedded.plan import RowSpan
+from rollout.embedded.rope import RopeTable
 from tests.support.random_blocks import RandomBlocks, RandomCache, block_spec, inputs
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEAR = 1e-5  # some eighty roundings of fp32: two layers of sums over up to 340 slots
 FORK = (-1, 0, 0, 1, 1, 2, 5)
 PASSES = {
@@ -40,7 +42,7 @@ class Result:
 
     def furthest(self, other: "Result") -> float:
         pairs = zip(self.everything(), other.everything(), strict=True)
-        return max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
+        return max(float((a.float().cpu() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
 
     def everything(self) -> list[torch.Tensor]:
         return [*self.states, *self.store.keys, *self.store.values]
@@ -57,14 +59,20 @@ def by_kernels(stack: BlockStack, cache: RandomCache, spans: Sequence[RowSpan], 
     plan = cache.plan([*spans, RowSpan(4, 0, 1, 0, 1)], dtype)  # a plan with both stores
     assert plan.prefixes is not None
     bucket = Bucket(len(spans) + 1, max(span.count for span in spans) + 1, words_of(spans))
-    one_pass = DevicePass(bucket, KvTable(plan.store, plan.prefixes, CPU), CPU)
+    for store in (plan.store, plan.prefixes):
+        store.keys, store.values = ([side.to(DEVICE) for side in sides] for sides in (store.keys, store.values))
+    one_pass = DevicePass(bucket, KvTable(plan.store, plan.prefixes, DEVICE), DEVICE)
     x = inputs(cache.spec, spans, cache.source_dtype).to(dtype)
     one_pass.fill(spans, range(len(x)))
     own = torch.cat([index * bucket.queries + torch.arange(span.count) for index, span in enumerate(spans)])
     assert one_pass.tokens[own].tolist() == list(range(len(x)))
     padded = torch.full((bucket.tokens, cache.spec.hidden_size), 1e4, dtype=dtype)
     padded[own] = x
-    hidden, captured = FusedBlocks(cache.spec, stack.rope, stack.layers).run(padded, one_pass, (0, 1), None)
+    layers = deepcopy(stack.layers)
+    for layer in layers:
+        layer.move(DEVICE)
+    rope = RopeTable(cache.spec, len(stack.rope.cos), dtype, DEVICE)
+    hidden, captured = FusedBlocks(cache.spec, rope, layers).run(padded.to(DEVICE), one_pass, (0, 1), None)
     return Result([each[own] for each in (hidden, *captured)], plan.store)
 
 
