@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def arguments(speculates: bool, options: argparse.Namespace) -> list[str]:
     words += ON_GPU if options.num_gpus else ()
     if options.policy is not None:
         words += [f"model.hf_checkpoint={options.policy}", f"speculative.draft_model_path={options.draft}", *SMALL]
-    return [*words, *(() if speculates else OFF), "trainer.save_final=false"]
+    return [*words, *(() if speculates else OFF), "trainer.save_final=false", *options.settings]
 
 
 def run(folder: Path, speculates: bool, options: argparse.Namespace) -> list[dict[str, float | None]]:
@@ -53,9 +52,8 @@ def run(folder: Path, speculates: bool, options: argparse.Namespace) -> list[dic
     words = [*arguments(speculates, options), "--output-dir", str(folder)]
     stacks = folder.with_name(f"{folder.name}s")  # a short name, since Ray's sockets lie below
     side = f"the run with speculation {'on' if speculates else 'off'}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slime_spec", *words], env=tells_its_stacks(stacks), start_new_session=True
-    )
+    # In this process's group, so that whoever ends the group ends the run.
+    process = subprocess.Popen([sys.executable, "-m", "slime_spec", *words], env=tells_its_stacks(stacks))
     try:
         code = process.wait(options.limit_s)
     except subprocess.TimeoutExpired:
@@ -98,12 +96,11 @@ def standing(stacks: Path) -> str:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a run in order, then whatever is left of it."""
+    """End a run in order, or by force; what it started ends with it."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(END_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
 
 
@@ -139,6 +136,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--turns", type=int, default=2, help="runs, with speculation on and off in turn (2)")
     parser.add_argument("--num-rollout", type=int, default=1, help="steps of a run (1)")
     parser.add_argument("--limit-s", type=float, default=120.0, help="seconds a run may last (120)")
+    parser.add_argument("--settings", nargs="+", default=(), help="of the runs, as push.transport=object_store")
     parser.add_argument("--policy", type=Path, help="a tiny checkpoint, for a rehearsal")
     parser.add_argument("--draft", type=Path, help="its draft")
     options = parser.parse_args(argv)

@@ -219,6 +219,14 @@ def test_a_run_that_does_not_end_tells_where_its_processes_stand(
     assert told.endswith("== end of raylet.out\nno room")
 
 
+def test_settings_of_the_runs_come_last_and_win() -> None:
+    options = Namespace(num_rollout=1, num_gpus=1, policy=None, draft=None, settings=["engine.dtype=float32"])
+    for speculates in (True, False):
+        words = rl_steps.arguments(speculates, options)
+        assert words[-1] == "engine.dtype=float32"
+        assert "engine.dtype=bfloat16" in words
+
+
 def test_what_is_packed_is_pinned() -> None:
     constraints = (ROOT / "constraints.txt").read_text()
     for name in (*pack.PACKAGES, pack.FROM_SOURCE, "ray"):
