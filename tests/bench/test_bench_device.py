@@ -144,6 +144,9 @@ def test_the_trainers_step_has_the_loss_of_hugging_faces_model_and_is_timed(tmp_
     seconds = rows["device.tiny.train.fp32.step"].value
     assert rows["device.tiny.train.fp32.tokens_per_s"].value == pytest.approx(36 / seconds)
     assert rows["device.tiny.train.fp32.mfu"].value == pytest.approx(6 * num_weights(TINY) * 36 / seconds / 1e12)
+    assert rows["device.tiny.train.fp32.memory_planned"].value > 16 * num_weights(TINY) / 1e9
+    assert rows["device.tiny.train.fp32.offload"].value > 0
+    assert rows["device.tiny.train.fp32.offload.left"].value == 0.0
 
 
 @pytest.mark.parametrize(("loss", "norm", "holds"), [(1.09, 2.0, (True, True)), (1.11, 2.7, (False, False))])

@@ -1,5 +1,8 @@
 """Measure the trainer's step by itself: tokens per second, its share of the matmul rate, memory, and the loss it has.
 
+Memory is held against the memory plan's account of the same step, and the trainer leaves the device and returns, as it
+does around a rollout on a GPU that it shares.
+
 Weights are random, and a rank is alone in its group (nccl on a GPU, gloo on a CPU). The first step of a small batch in
 fp32 is made a second time by another process that sees no GPU: both must have the same loss and gradient norm.
 """
@@ -26,13 +29,18 @@ from slime_spec.bench.plain import SHORT
 from slime_spec.bench.rows import BenchOptions, Row, at_most
 from slime_spec.bench.timing import interleaved, median_s
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.parameters import count_parameters
 from slime_spec.config.tree import ClusterConfig, Config, ModelConfig, TrainerConfig
+from slime_spec.files import read_json
 from slime_spec.ports import free_port
+from slime_spec.preflight.trainer_memory import trainer_memory
 from slime_spec.types import TrainReport, TrainSample
 from trainer_bridge.megatron.rank import TrainerRank
+from trainer_bridge.megatron.residency import Residency
 
 LOOPBACK = "127.0.0.1"
 CHILD_S = 120.0
+LEFT_BEHIND = 0.05  # of the trainer's memory: cuBLAS keeps a workspace
 # Operators of a layer one after the other whose results are rounded, and the unit roundoff of fp32.
 ROUNDINGS_PER_LAYER, ROUNDOFF = 8, 2.0**-24
 FORWARD_AND_BACKWARD = 3
@@ -187,20 +195,61 @@ def _speed_rows(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     samples = sizes.timed.samples(spec.vocab_size, seed)
+    short = SHORT[sizes.dtype]
+    prefix = f"device.{sizes.shape}.train.{short}"
     with lone_rank(folder, sizes.dtype, sizes.timed, int(on_gpu)) as rank:
         times = interleaved("steps of the trainer", sizes.num_rounds, {"step": lambda turn: rank.step(samples)})
+        memory = _plan_rows(rank, folder, device, prefix, f"{sizes.shape} in {short}")
+        memory += _offload_rows(rank, device, sizes.num_rounds, prefix, f"{sizes.shape} in {short}")
     seconds, num_tokens = median_s(times["step"]), sizes.timed.num_tokens
     flops = 6 * num_weights(spec) * num_tokens / seconds
-    short, microbatches = SHORT[sizes.dtype], times["step"][0].result.num_microbatches
-    prefix = f"device.{sizes.shape}.train.{short}"
+    microbatches = times["step"][0].result.num_microbatches
     words = f"{sizes.shape}, random {short} weights, a step of {num_tokens} tokens in {microbatches} microbatches"
     formula = "6 x weights x tokens / seconds, attention left out, over the measured bf16 matmul rate"
-    rows = [
+    return [
         Row(f"{prefix}.step", f"{words}: forward, backward, AdamW", seconds, "s"),
         Row(f"{prefix}.tokens_per_s", f"{words}: prompt and response", num_tokens / seconds, "tokens/s"),
         Row(f"{prefix}.mfu", f"{words}: {formula}", flops / peak_flops, "share"),
+        *memory,
     ]
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated(device) / 1e9
-        rows.append(Row(f"{prefix}.memory_peak", f"{words}: most memory of tensors at once", peak, "GB"))
+
+
+def _plan_rows(rank: TrainerRank, folder: Path, device: torch.device, prefix: str, words: str) -> list[Row]:
+    """Hold the most memory that tensors took at once, so far, to what the memory plan says of a step."""
+    target = read_json(folder / "config.json")
+    counted = count_parameters(target)
+    assert counted is not None, "the shape is a decoder's"
+    plan = trainer_memory(rank.config, target, counted)
+    planned = plan.kept_bytes + max(plan.activation_bytes + plan.logits_bytes, plan.update_bytes)
+    rows = [Row(f"{prefix}.memory_planned", f"{words}: memory of a step, by the memory plan", planned / 1e9, "GB")]
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        what = f"{words}: most memory of tensors at once"
+        rows.append(Row(f"{prefix}.memory_peak", what, peak / 1e9, "GB"))
+        rows.append(at_most(f"{prefix}.memory_peak.share", f"{what}, over the plan's", peak / planned, "share", 1.0))
     return rows
+
+
+def _offload_rows(rank: TrainerRank, device: torch.device, num_rounds: int, prefix: str, words: str) -> list[Row]:
+    """Time a turn of the trainer on the device without its step, and count what it leaves behind."""
+    whole = _device_bytes(rank)
+    rank.residency = Residency(rank.parts(), device.type)
+    rank.residency.hold()
+    left = torch.cuda.memory_allocated(device) if device.type == "cuda" else _device_bytes(rank)
+
+    def turn(_: int) -> None:
+        with rank.residency.stepping():
+            pass
+
+    seconds = median_s(interleaved("turns of the trainer", num_rounds, {"turn": turn})["turn"])
+    what = f"{words}: the trainer's {whole / 1e9:.3g} GB come to the device and leave it"
+    stays = f"{words}: bytes on the device while the trainer is away, over its own"
+    return [
+        Row(f"{prefix}.offload", what, seconds, "s"),
+        at_most(f"{prefix}.offload.left", stays, left / whole, "share", LEFT_BEHIND),
+    ]
+
+
+def _device_bytes(rank: TrainerRank) -> int:
+    storages = [tensor.untyped_storage() for tensors in rank.parts().values() for tensor in tensors()]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
