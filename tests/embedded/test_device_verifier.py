@@ -154,6 +154,20 @@ def test_a_row_without_a_distribution_says_so_and_spoils_no_other(rule: str, bad
         assert same(found[1:], expected[1:])
 
 
+def test_thresholds_read_the_device_three_times_however_many_rows() -> None:
+    """The probabilities that a walk compares, the tokens, their logprobs: lossy rules are walked on the host."""
+    config = SpeculativeConfig(lossy=True, accept_threshold_acc=0.5)
+    passes = [random_pass(seed, PARAMS["plain"], 300, "target-only") for seed in range(400, 406)]
+    rows = [row for _, each in passes for row in each if row.draft.token_ids][:9]
+    logits = 2.5 * torch.randn(sum(row.num_nodes for row in rows), 300, generator=torch.Generator().manual_seed(1))
+    with stand_in_device() as device:
+        on_device = logits.cuda()
+        device.forget()
+        found = make_verifier(config, EOS, torch.device("cuda"))(on_device, rows)
+        assert len(device.reads) == 3, device.reads
+    assert same(found, make_verifier(config, EOS)(logits, rows))
+
+
 def test_arrays_come_back_as_they_went_in_one_transfer_each_way() -> None:
     arrays = np.array([[1, -(2**60)], [3, 4]]), np.array([0.1, nan, inf]), np.zeros((0, 3)), np.array([], np.int64)
     with stand_in_device() as device:

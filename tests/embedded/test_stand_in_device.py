@@ -140,3 +140,30 @@ def test_an_engine_on_it_emits_what_the_cpus_engine_emits(
     device.forget()
     assert emitted(on_gpu) == expected
     assert device.uploads
+
+
+ROUNDS = {
+    "lookup": ((), {}, ["verify"]),
+    "eagle3 chain": ((3, 1, 4), {}, ["draft", "verify"]),
+    "eagle3 by rejection": ((3, 1, 4), {"use_rejection_sampling": True}, ["draft", "verify"]),
+    "eagle3 tree": ((3, 3, 8), {}, ["lineages", "draft", "verify"]),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_round_waits_once_for_the_drafts_and_once_for_the_tokens(
+    device: StandIn, tiny_llama: Path, tmp_path: Path, name: str
+) -> None:
+    """And a tree once for each level's parents, which the next level's mask needs; clocks that wait do not count."""
+    shape, settings, expected = ROUNDS[name]
+    config = make_format(tmp_path, "eagle3").config(*shape) if shape else engine_config(tiny_llama, "LOOKUP")
+    speculative = replace(config.speculative, **settings)
+    core = make_core(replace(config, speculative=speculative, rollout=replace(config.rollout, num_gpus_per_engine=1)))
+    for i, temperature in enumerate((0.0, 1.0, 1.0)):
+        params = SamplingParams(max_new_tokens=40, temperature=temperature)
+        core.add(GroupRequest(str(i), random_prompt(9, seed=i), (i,), params), lambda sample: None)
+    core.step()
+    for _ in range(5):
+        device.forget()
+        core.step()
+        assert len([read for read in device.reads if read != "cuda.synchronize"]) == len(expected)

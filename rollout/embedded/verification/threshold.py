@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rollout.embedded.drafting import Draft
+from rollout.embedded.transfer import uploaded
 from rollout.embedded.verification.distributions import kept_mass, sampling_distribution
 from rollout.embedded.verification.draw import inverse_cdf
 from rollout.embedded.verification.verifier import Verified, VerifyRow
@@ -43,19 +45,18 @@ class Thresholds:
         weights = sampling_distribution(logits, verify_pass.params, scratch.take("distribution", len(logits), logits))
         p_of_token = iter(_p_of_drafts(verify_pass, weights))
         last_distribution = scratch.take("residual", len(rows), logits)
-        paths, uniforms = [], []
+        paths, stops, uniforms = [], [], []
         for index, (row, root) in enumerate(zip(rows, roots, strict=True)):
             path, refused = self.walk(row, [next(p_of_token) for _ in row.draft.token_ids])
-            stop = root + 1 + path[-1] if path else root
-            last_distribution[index].copy_(weights[stop])
-            last_distribution[index, torch.tensor(refused, dtype=torch.long, device=logits.device)] = 0.0
-            if not bool(last_distribution[index].any()):  # the siblings hold all the mass: the refusal was rounding
-                last_distribution[index].copy_(weights[stop])
             paths.append(path)
+            stops.append(root + 1 + path[-1] if path else root)
             uniforms.append(row.uniforms.emit[row.num_generated + len(path)])
-        last = inverse_cdf(
-            last_distribution, torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
-        ).tolist()
+            last_distribution[index].copy_(weights[stops[-1]])
+            last_distribution[index, torch.tensor(refused, dtype=torch.long, device=logits.device)] = 0.0
+        at, emit = uploaded(logits.device, np.array(stops, np.int64), np.array(uniforms, np.float64))
+        # Where the siblings hold all the mass the refusal was rounding.
+        left = last_distribution.any(dim=1, keepdim=True)
+        last = inverse_cdf(torch.where(left, last_distribution, weights[at]), emit).tolist()
         emissions = [
             Emission([*(row.draft.token_ids[node] for node in path), token], path, root)
             for row, root, path, token in zip(rows, roots, paths, last, strict=True)
