@@ -96,7 +96,9 @@ class LedgerDrafter:
         assert (features is not None) == self.needs.any
         if features is not None:
             assert len(features) == len(positions)
-            self.features.update({(key, position): row for position, row in zip(positions, features, strict=True)})
+            self.features.update(
+                {(key, position): row for position, row in zip(positions, features.cpu(), strict=True)}
+            )
 
     def _check_rows(self, context: DraftContext) -> None:
         kv_row = context.kv_row
