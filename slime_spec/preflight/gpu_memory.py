@@ -20,6 +20,7 @@ from slime_spec.preflight.trainer_memory import FLOAT32_LOGITS, TrainerMemory
 from slime_spec.sglang import memory as sglang
 
 GB = 10**9
+CACHE = "engine: KV cache"
 CONTEXT_BYTES = GB  # of one process: CUDA's context, cuBLAS, NCCL's buffers
 
 
@@ -59,6 +60,10 @@ class GpuMemory:
 
     def total(self, phase: Phase) -> int:
         return sum(row.num_bytes for row in self.rows if phase in row.phases)
+
+    def bytes_of(self, name: str) -> int | None:
+        """Return the bytes of a row; None where there is none of this name."""
+        return next((row.num_bytes for row in self.rows if row.name == name), None)
 
     @property
     def overfull(self) -> tuple[Phase, ...]:
@@ -149,7 +154,7 @@ def _engine_rows(facts: Facts, engine: EngineMemory, capacity: int, beside: int)
     what = f"({_gb(engine.target_bytes)} target + {_gb(engine.draft_bytes)} draft) / {engine.num_gpus}"
     yield MemoryRow("engine: weights", weights, what, held)
     if not facts.on_sglang:
-        yield MemoryRow("engine: KV cache", engine.bound_bytes, "as bounded by the settings", held)
+        yield MemoryRow(CACHE, engine.bound_bytes, "as bounded by the settings", held)
         yield MemoryRow("engine: activations", engine.round_bytes, "hidden states and logits of a round", at_work)
         yield MemoryRow("engine: graphs", engine.round_bytes, "the same once more", held)
         return
@@ -160,7 +165,7 @@ def _engine_rows(facts: Facts, engine: EngineMemory, capacity: int, beside: int)
     how = f"{fraction:.3g} of the {_gb(free)} free at the start, less the weights"
     if facts.config.engine.max_total_tokens is not None and engine.pool_bytes < cache:
         cache, how = engine.pool_bytes, f"{facts.config.engine.max_total_tokens:,} tokens"
-    yield MemoryRow("engine: KV cache", cache, how, held)
+    yield MemoryRow(CACHE, cache, how, held)
     tokens = sglang.prefill_tokens(flags, capacity)
     yield MemoryRow(
         "engine: activations", sglang.activation_bytes(flags, capacity), f"SGLang's for {tokens:,} tokens", at_work

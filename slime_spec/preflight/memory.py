@@ -68,8 +68,7 @@ class MemoryPlan:
     """Holds the memory of a whole run; a part is None where config.json does not give the sizes.
 
     ``push_copies`` of a push's ``push_bytes`` are in shared memory: a server that dies is started again with the one
-    before while the next arrives. ``largest_tensor_bytes`` is its largest tensor's. ``mem_fraction_static`` is the
-    servers'.
+    before while the next arrives. ``largest_tensor_bytes`` is its largest tensor's.
     """
 
     source: str
@@ -78,7 +77,6 @@ class MemoryPlan:
     push_bytes: int | None
     push_copies: int
     largest_tensor_bytes: int
-    mem_fraction_static: float | None
 
 
 def plan_memory(facts: Facts) -> MemoryPlan:
@@ -88,7 +86,6 @@ def plan_memory(facts: Facts) -> MemoryPlan:
     source = "config.json" if facts.target.tensors is None else "config.json and the weights' headers"
     runs_engines, trains = config.run.mode != "train_only", config.run.mode != "rollout_only"
     itemsize = weight_itemsize(facts.target, config.engine.dtype)
-    fraction = facts.flags.get("mem_fraction_static")
     return MemoryPlan(
         source,
         engine=_engine(facts, itemsize, counted) if runs_engines and counted is not None else None,
@@ -96,7 +93,6 @@ def plan_memory(facts: Facts) -> MemoryPlan:
         push_bytes=counted.decoder * itemsize if runs_engines and trains and counted is not None else None,
         push_copies=kind_of(config).num_weight_copies,
         largest_tensor_bytes=0 if counted is None else target["vocab_size"] * target["hidden_size"] * itemsize,
-        mem_fraction_static=fraction if isinstance(fraction, float) else None,
     )
 
 

@@ -17,6 +17,7 @@ from slime_spec.launch.cli import main
 from slime_spec.launch.compose import composed
 from slime_spec.launch.dry_run.plan import make_plan
 from slime_spec.launch.preflight import look
+from slime_spec.preflight.gpu_memory import CACHE
 from slime_spec.preflight.memory import draft_parameters, plan_memory
 from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, make_facts
 from tests.support.make_stand_ins import STAND_INS
@@ -176,10 +177,11 @@ def test_a_dry_run_says_what_the_trainer_cannot_train(tmp_path: Path, capsys: Ca
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipes_cache_holds_every_sequence_at_its_longest(name: str, tmp_path: Path) -> None:
     recipe = RECIPES[name]
-    memory = make_plan(look(composed(recipe.arguments(tmp_path)))).memory
-    assert memory.engine is not None
-    assert memory.mem_fraction_static is not None
-    assert memory.engine.gpu_bytes <= memory.mem_fraction_static * recipe.gpu_gb * 1e9
+    made = make_plan(look(composed(recipe.arguments(tmp_path))))
+    engine, cache = made.memory.engine, made.gpus[0].bytes_of(CACHE)
+    assert engine is not None
+    assert cache is not None
+    assert engine.kv_copies * engine.kv_bytes / engine.num_gpus <= cache
 
 
 def test_ranks_that_cannot_split_a_cache_keep_copies_of_it(tmp_path: Path) -> None:

@@ -143,6 +143,18 @@ def test_moments_on_the_host_take_nothing_of_a_gpu(tmp_path: Path) -> None:
     assert trainer.host_bytes == 2 * 8_030_261_248 + 12 * 8_030_261_248 // 8
 
 
+def test_a_trainer_that_stays_leaves_the_cache_fewer_sequences(tmp_path: Path) -> None:
+    """Some 19 GB for a cache that takes 44.7 GB with all 32 sequences at their longest."""
+    recipe = RECIPES["mimo-7b-rl-mtp"]
+    looked = look(composed([*recipe.arguments(tmp_path), "--no-offload-train"]))
+    (finding,) = (each for each in looked.findings if each.id == "engine-memory")
+    rows = rows_of(make_plan(looked).gpus[0])
+    wanted = 32 * (9216 + 4) * 37 * 2 * 8 * 128 * 2
+    num_fitting = rows["engine: KV cache"] * 32 // wanted
+    assert finding.read.endswith(f"which holds {num_fitting} of 32 sequences at their longest")
+    assert num_fitting < 20
+
+
 def test_engines_that_stay_leave_a_step_no_room(tmp_path: Path) -> None:
     (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path, "--no-offload")
     assert gpu.overfull == (Phase.TRAIN,)

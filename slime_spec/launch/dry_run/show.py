@@ -148,7 +148,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     if memory.engine is None and memory.trainer is None:
         yield "unknown: config.json does not give the sizes of a decoder"
     if memory.engine is not None:
-        yield from _engine_memory(memory.engine, memory.mem_fraction_static)
+        yield from _engine_memory(memory.engine)
     if memory.trainer is not None:
         trainer = memory.trainer
         reference = f" + reference {_size(trainer.reference_bytes)}" if trainer.reference_bytes else ""
@@ -168,7 +168,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"this machine: {counted(len(plan.facts.gpu_bytes), 'GPU')} of {_size(min(plan.facts.gpu_bytes))}"
 
 
-def _engine_memory(engine: EngineMemory, mem_fraction_static: float | None) -> Iterator[str]:
+def _engine_memory(engine: EngineMemory) -> Iterator[str]:
     copies = f" x {engine.kv_copies} copies" if engine.kv_copies > 1 else ""
     yield (
         f"one engine: {_size(engine.total_bytes)} = target {_size(engine.target_bytes)} + draft "
@@ -176,14 +176,8 @@ def _engine_memory(engine: EngineMemory, mem_fraction_static: float | None) -> I
         f"sequences, {engine.kv_bytes_per_token} bytes a token)"
     )
     if engine.num_gpus:
-        needed = (
-            f", within --sglang-mem-fraction-static {mem_fraction_static:g} of a GPU with at least "
-            f"{_size(int(engine.gpu_bytes / mem_fraction_static))}"
-            if mem_fraction_static
-            else ""
-        )
         where = "its GPU" if engine.num_gpus == 1 else f"each of its {engine.num_gpus} GPUs"
-        yield f"  on {where}: {_size(engine.gpu_bytes)}{needed}"
+        yield f"  on {where}: {_size(engine.gpu_bytes)}"
 
 
 def _size(num_bytes: int) -> str:

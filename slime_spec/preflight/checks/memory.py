@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, always, on_sglang, trap
-from slime_spec.preflight.gpu_memory import GB, Phase, gpu_capacity, plan_gpus
+from slime_spec.preflight.gpu_memory import CACHE, GB, Phase, plan_gpus
 from slime_spec.preflight.memory import plan_memory
 from slime_spec.preflight.memory_table import table_lines
 
@@ -18,26 +18,24 @@ from slime_spec.preflight.memory_table import table_lines
     applies=on_sglang,
 )
 def engine_memory(facts: Facts) -> Sighting | None:
-    plan, gpu_bytes = plan_memory(facts), gpu_capacity(facts)
-    if gpu_bytes is None or plan.engine is None or not plan.engine.num_gpus:
+    plan = plan_memory(facts)
+    caches = [cache for each in plan_gpus(facts, plan) if (cache := each.bytes_of(CACHE)) is not None]
+    if plan.engine is None or not caches:
         return None
-    engine = plan.engine
-    room = gpu_bytes * (plan.mem_fraction_static or 1.0)
+    engine, cache = plan.engine, caches[0]
     weights = (engine.target_bytes + engine.draft_bytes) / engine.num_gpus
-    read = (
-        f"of each GPU's {gpu_bytes / GB:.3g} GB a server has {room / GB:.3g} GB, its weights take {weights / GB:.3g} GB"
-    )
-    if weights >= room:
+    read = f"on each GPU a server's weights take {weights / GB:.3g} GB and leave {cache / GB:.3g} GB to its KV cache"
+    if not cache:
         return Sighting(
             Severity.ERROR, read, "Pass a larger --rollout-num-gpus-per-engine, or --sglang-mem-fraction-static 0.9."
         )
-    if engine.gpu_bytes <= room:
+    wanted = engine.gpu_bytes - weights
+    if wanted <= cache:
         return None
-    cache = engine.gpu_bytes - weights
-    num_fitting = int((room - weights) / cache * engine.num_sequences)
     return Sighting(
         Severity.INFO,
-        f"{read}; the rest holds {num_fitting} of {engine.num_sequences} sequences at their longest",
+        f"{read}, which holds {int(cache / wanted * engine.num_sequences)} of {engine.num_sequences} sequences at "
+        "their longest",
         "Lower --sglang-max-running-requests where samples are often that long.",
     )
 
@@ -46,7 +44,7 @@ def engine_memory(facts: Facts) -> Sighting | None:
     "gpu-memory",
     "Engines and trainer share GPUs by turns, or have their own; a phase that needs more than a GPU has ends in the "
     "middle of a run. Counted are weights, KV cache, gradients, optimizer states, activations, logits, CUDA graphs, "
-    "contexts and a push's buckets, by phase; `--dry-run` shows the table.",
+    "contexts and a push's buckets, by phase; a dry run shows the table.",
     "https://github.com/THUDM/slime/issues/693",
     "https://github.com/NVIDIA/Megatron-LM",
     applies=always,
