@@ -32,7 +32,7 @@ def test_samples_are_the_same_with_a_shared_prompt_and_with_their_own(tiny_llama
 def test_ragged_rows_with_and_without_a_prefix_agree_with_plain_attention(tiny_llama: Path) -> None:
     """One pass mixing two prefixes, a row without one, and different numbers of query tokens."""
     core = make_core(engine_config(tiny_llama))
-    decoder, cache, cpu = core.decoder, core.cache, torch.device("cpu")
+    decoder, cache, device = core.decoder, core.cache, core.decoder.device
     prompts = [random_prompt(12, seed=1), random_prompt(5, seed=2)]
     rows = [(0, 4), (1, 1), (-1, 3), (0, 2), (1, 5)]  # (prefix or none, tokens in the pass)
     tails = [random_prompt(count, seed=20 + i) for i, (_, count) in enumerate(rows)]
@@ -45,14 +45,14 @@ def test_ragged_rows_with_and_without_a_prefix_agree_with_plain_attention(tiny_l
         RowSpan(i, 7, count) if prefix < 0 else RowSpan(i, 0, count, prefix, len(prompts[prefix]))
         for i, (prefix, count) in enumerate(rows)
     ]
-    plan = make_plan(cache.own, spans, 3, torch.float32, cpu, cache.prefixes)
-    hidden, _ = decoder.hidden(torch.tensor([token for tail in tails for token in tail]), plan)
+    plan = make_plan(cache.own, spans, 3, torch.float32, device, cache.prefixes)
+    hidden, _ = decoder.hidden(torch.tensor([token for tail in tails for token in tail], device=device), plan)
     first = 0
     for (prefix, count), tail in zip(rows, tails, strict=True):
         sequence = (own_prompt if prefix < 0 else prompts[prefix]) + tail
         cache.own.resize(5, 40)
-        plain = make_plan(cache.own, [RowSpan(4, 0, len(sequence))], 3, torch.float32, cpu)
-        expected = decoder.hidden(torch.tensor(sequence), plain)[0][-count:]
+        plain = make_plan(cache.own, [RowSpan(4, 0, len(sequence))], 3, torch.float32, device)
+        expected = decoder.hidden(torch.tensor(sequence, device=device), plain)[0][-count:]
         assert (hidden[first : first + count] - expected).abs().max() < 1e-4
         first += count
 
