@@ -134,11 +134,20 @@ class WeightTransport(Protocol):
 
     lends: bool
 
+    def open(self, host: str, num_engines: int) -> Any:
+        """Get ready for a push to so many engines, on the side of a trainer's rank, which engines reach at ``host``.
+
+        Returns what BeginPush tells the engines of it, or None.
+        """
+
     def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """Make the tensors reachable, on the trainer's side, until the bucket after the next is published.
 
         Returns the handle that a PushBucket carries; handles of ranks that publish the same bucket may be joined.
         """
+
+    def join(self, routes: Sequence[Any], engine_index: int) -> None:
+        """Note what the ranks' ``open`` have returned, on the engine's side; nothing is waited for."""
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
         """Return the bucket's tensors, on the engine's side, read-only; raises PushError where it cannot."""

@@ -300,9 +300,10 @@ class PushConfig:
     transport: str = setting(
         "auto",
         "How weights reach the engines: ipc (engines map the trainer's memory: on the same GPU, or on the CPU of one "
-        "machine), object_store (Ray's, through the host), or auto (ipc where engines and trainer share GPUs).",
+        "machine), collective (broadcast from the trainer's ranks: nccl between GPUs, gloo between CPUs), object_store "
+        "(Ray's, through the host), or auto: ipc where they share GPUs, collective between GPUs, else object_store.",
         flags=("--push-transport",),
-        choices=("auto", "object_store", "ipc"),
+        choices=("auto", "object_store", "ipc", "collective"),
     )
     bucket_bytes: int = setting(
         128 * 1024 * 1024,

@@ -11,10 +11,11 @@ from slime_spec.interfaces import WeightTransport, load
 if TYPE_CHECKING:
     from slime_spec.config.tree import Config
 
-AUTO, OBJECT_STORE, IPC = "auto", "object_store", "ipc"
+AUTO, OBJECT_STORE, IPC, COLLECTIVE = "auto", "object_store", "ipc", "collective"
 TRANSPORTS = {
     OBJECT_STORE: "slime_spec.transports.ray_object_store:RayObjectStoreTransport",
     IPC: "slime_spec.transports.ipc:IpcTransport",
+    COLLECTIVE: "slime_spec.transports.collective:CollectiveTransport",
 }
 
 
@@ -22,7 +23,8 @@ def transport_name(config: Config) -> str:
     """Return the transport of this run's pushes, never ``auto``."""
     if config.push.transport != AUTO:
         return config.push.transport
-    return IPC if _shares_gpus(config) and not _why_not_ipc(config) else OBJECT_STORE
+    nearest = (IPC, COLLECTIVE) if config.trainer.num_gpus and config.rollout.num_gpus_per_engine else ()
+    return next((name for name in nearest if not _why_not(name, config)), OBJECT_STORE)
 
 
 def make_transport(config: Config) -> WeightTransport:
@@ -38,23 +40,29 @@ def every_rank_publishes(config: Config) -> bool:
 
 def check_transport(config: Config) -> None:
     """Raise ConfigError where the transport that is asked for cannot work."""
-    reason = _why_not_ipc(config) if config.push.transport == IPC else ""
-    if reason:
+    if reason := _why_not(config.push.transport, config):
         raise ConfigError("push.transport", reason, config.push.transport, "Pass --push-transport auto.")
 
 
-def _shares_gpus(config: Config) -> bool:
-    return config.cluster.colocate and config.trainer.num_gpus > 0 and config.rollout.num_gpus_per_engine > 0
-
-
-def _why_not_ipc(config: Config) -> str:
-    """Return why no engine can map a rank's memory, empty where each can."""
+def _why_not(name: str, config: Config) -> str:
+    """Return why a transport cannot bring weights from a rank to every engine; empty where it can."""
+    if name not in (IPC, COLLECTIVE):
+        return ""
+    engine, trainer = config.rollout, config.trainer
     if not kind_of(config).maps_weights:
-        return f"ipc ends at the engine, and an {config.rollout.engine} engine computes in a server behind it"
-    if not config.trainer.num_gpus and not config.rollout.num_gpus_per_engine:
-        return ""  # on a CPU; what machine an engine is on shows when it maps the first bucket
-    if not _shares_gpus(config):
-        return "ipc needs engines and trainer on the same GPUs (colocated), or both on the CPU of one machine"
-    if config.trainer.pipeline_model_parallel_size > 1:
+        return f"{name} ends at the engine, and an {engine.engine} engine computes in a server behind it"
+    if not trainer.num_gpus and not engine.num_gpus_per_engine:
+        return ""  # on a CPU; for ipc, what machine an engine is on shows when it maps the first bucket
+    if not trainer.num_gpus or not engine.num_gpus_per_engine:
+        return f"{name} needs engines and trainer both on GPUs, or both on CPUs"
+    if name == COLLECTIVE:
+        return (
+            "nccl has one process on each GPU, and colocated engines and ranks are two"
+            if config.cluster.colocate
+            else ""
+        )
+    if not config.cluster.colocate:
+        return "ipc needs each engine on the GPU of a rank: engines and trainer colocated"
+    if trainer.pipeline_model_parallel_size > 1:
         return "ipc needs all weights on every GPU, and pipeline parallel ranks have only their own layers"
     return ""

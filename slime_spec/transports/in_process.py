@@ -14,8 +14,14 @@ class InProcessTransport:
 
     lends = False
 
+    def open(self, host: str, num_engines: int) -> None:
+        pass
+
     def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return tuple(tensors)
+
+    def join(self, routes: Sequence[None], engine_index: int) -> None:
+        pass
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
         return list(bucket.handle)

@@ -16,7 +16,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,12 +23,11 @@ import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from slime_spec.errors import PushError
+from slime_spec.transports.packed import layout, pack, unpacked
 from slime_spec.transports.read_only import read_only
-from slime_spec.weights.checksums import as_bytes
 from slime_spec.weights.messages import PushBucket
 
 NUM_SLOTS = 2
-ALIGNMENT = 512  # a tensor may begin where any dtype and any kernel may read
 DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: storage_device
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -125,14 +123,18 @@ class IpcTransport:
         self._turn = 0
         self._mapped: dict[SlotHandle, torch.Tensor] = {}
 
+    def open(self, host: str, num_engines: int) -> None:
+        pass
+
     def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[Lent, ...]:
-        *starts, num_bytes = accumulate((-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in tensors), initial=0)
-        device = tensors[0].device
-        slot = self._slot(max(num_bytes, 1), device)
-        for start, tensor in zip(starts, tensors, strict=True):
-            slot.memory[start : start + tensor.nbytes].copy_(as_bytes(tensor))
-        _settle(device)
-        return (Lent(slot.handle, tuple(starts)),)
+        starts, num_bytes = layout(tensors)
+        slot = self._slot(num_bytes, tensors[0].device)
+        pack(tensors, starts, slot.memory)
+        _settle(slot.memory.device)
+        return (Lent(slot.handle, starts),)
+
+    def join(self, routes: Sequence[None], engine_index: int) -> None:
+        pass
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
         lent = next((each for each in bucket.handle if each.slot.is_here()), None)
@@ -143,11 +145,7 @@ class IpcTransport:
                 self._mapped[lent.slot] = lent.slot.map()
             except (OSError, RuntimeError, ValueError) as error:
                 raise PushError(f"bucket {bucket.index} is out of reach: {error}") from error
-        memory = self._mapped[lent.slot]
-        return [
-            memory[start : start + meta.nbytes].view(meta.torch_dtype).view(meta.shape)
-            for start, meta in zip(lent.starts, bucket.tensors, strict=True)
-        ]
+        return unpacked(self._mapped[lent.slot], lent.starts, bucket.tensors)
 
     def release(self) -> None:
         for memory in self._mapped.values():

@@ -27,10 +27,16 @@ class RayObjectStoreTransport:
         # Ray may not count a reference on its way from one process to another, so it is held here.
         self._published: list[ray.ObjectRef] = []
 
+    def open(self, host: str, num_engines: int) -> None:
+        pass
+
     def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[ray.ObjectRef]:
         # The reference is wrapped in a tuple: Ray would resolve a bare reference when it is passed to an actor.
         self._published.append(ray.put([as_bytes(tensor.cpu()).numpy() for tensor in tensors]))
         return (self._published[-1],)
+
+    def join(self, routes: Sequence[None], engine_index: int) -> None:
+        pass
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
         arrays: list[np.ndarray] = ray.get(bucket.handle[0])

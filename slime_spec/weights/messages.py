@@ -63,9 +63,13 @@ class Manifest:
 
 @dataclass(frozen=True)
 class BeginPush:
-    """Opens a push; the engine checks every name, shape and dtype before a byte is sent."""
+    """Opens a push; the engine checks every name, shape and dtype before a byte is sent.
+
+    ``routes`` are the transport's own: what an engine needs to receive from the ranks that will publish.
+    """
 
     manifest: Manifest
+    routes: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,9 @@ class PushDesk(Generic[S]):
                 return self._reply(side, self._weights.checksum(side))
         stage, self._open = self._open, None  # whatever fails below drops the push
         match message:
-            case BeginPush(manifest):
+            case BeginPush(manifest, routes):
                 stage = PushStage(manifest, self._weights.staging(manifest), self._dtype)
+                self._transport.join(routes, self._index)
             case PushBucket() if stage is not None:
                 stage.take(message, self._transport)
             case PreparePush(version, checksum) if stage is not None:

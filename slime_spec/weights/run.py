@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -32,6 +32,7 @@ from slime_spec.weights.messages import (
     meta_of,
 )
 
+LOOPBACK = "127.0.0.1"
 logger = logging.getLogger(__name__)
 
 Broadcast = Callable[[PushMessage], Sequence[PushReply]]
@@ -156,12 +157,17 @@ def _verify(message: CommitPush, side: Side, broadcast: Broadcast) -> bool:
 
 
 def push_messages(
-    weights: Mapping[str, torch.Tensor], version: int, side: Side, bucket_bytes: int, transport: WeightTransport
+    weights: Mapping[str, torch.Tensor],
+    version: int,
+    side: Side,
+    bucket_bytes: int,
+    transport: WeightTransport,
+    num_engines: int = 1,
 ) -> Generator[PushMessage, None, None]:
-    """Yield the messages of a push of given weights, for ``run_push``."""
-    yield BeginPush(manifest_of(side, version, weights))
+    """Yield the messages of a push of given weights to engines on this machine, for ``run_push``."""
     checksums: list[tuple[str, int]] = []
     try:
+        yield begin_of(manifest_of(side, version, weights), [transport.open(LOOPBACK, num_engines)])
         for index, named in enumerate(bucketed(weights.items(), bucket_bytes)):
             bucket = bucket_of(named, version, index, transport)
             checksums += zip((name for name, _ in named), bucket.checksums, strict=True)
@@ -169,6 +175,11 @@ def push_messages(
     finally:
         transport.close()
     yield CommitPush(version, combined_checksum(checksums))
+
+
+def begin_of(manifest: Manifest, routes: Sequence[Any]) -> BeginPush:
+    """Return the message that opens a push; ``routes`` are what ``open`` has returned at each rank that publishes."""
+    return BeginPush(manifest, tuple(route for route in routes if route is not None))
 
 
 def manifest_of(side: Side, version: int, weights: Mapping[str, torch.Tensor]) -> Manifest:

@@ -1,5 +1,7 @@
 """A run's transport is chosen by where its engines and its trainer are; one that cannot work is refused at once."""
 
+from dataclasses import replace
+
 import pytest
 
 from slime_spec.config.checks import check
@@ -21,17 +23,23 @@ def placed(transport: str, gpus: int, *, colocate: bool = True, engine: str = "e
     )
 
 
+def on_cpu_engines(config: Config) -> Config:
+    return replace(config, rollout=replace(config.rollout, num_gpus_per_engine=0))
+
+
 @pytest.mark.parametrize(
     ("config", "name", "by_every_rank"),
     [
         (placed("auto", 0), "object_store", False),
         (placed("auto", 1), "ipc", True),
         (placed("auto", 8), "ipc", True),
-        (placed("auto", 8, colocate=False), "object_store", False),
+        (placed("auto", 8, colocate=False), "collective", False),
+        (placed("auto", 2, colocate=False, pipeline=2), "collective", False),
         (placed("auto", 2, pipeline=2), "object_store", False),
         (placed("auto", 1, engine="sglang"), "object_store", False),
         (placed("ipc", 0), "ipc", False),
         (placed("ipc", 0, pipeline=2), "ipc", False),
+        (placed("collective", 0, pipeline=2), "collective", False),
         (placed("object_store", 1), "object_store", False),
     ],
 )
@@ -44,7 +52,10 @@ def test_auto_takes_the_nearest_way_that_there_is(config: Config, name: str, by_
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (placed("ipc", 2, colocate=False), "on the same GPUs"),
+        (placed("ipc", 2, colocate=False), "on the GPU of a rank"),
+        (on_cpu_engines(placed("ipc", 2, colocate=False)), "both on GPUs, or both on CPUs"),
+        (placed("collective", 2), "one process on each GPU"),
+        (placed("collective", 0, engine="sglang"), "a server behind it"),
         (placed("ipc", 2, pipeline=2), "only their own layers"),
         (placed("ipc", 1, engine="sglang"), "a server behind it"),
         (placed("ipc", 0, engine="sglang"), "a server behind it"),
@@ -53,7 +64,7 @@ def test_auto_takes_the_nearest_way_that_there_is(config: Config, name: str, by_
 def test_a_transport_that_cannot_reach_the_engines_is_refused(config: Config, says: str) -> None:
     with pytest.raises(ConfigError) as refused:
         check(config)
-    assert (refused.value.setting, refused.value.value) == ("push.transport", "ipc")
+    assert (refused.value.setting, refused.value.value) == ("push.transport", config.push.transport)
     assert says in refused.value.rule
 
 

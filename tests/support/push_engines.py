@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 import torch
 
@@ -45,12 +47,14 @@ class DictStaging:
 class Engine:
     """Takes pushes of both sides as every engine does, has two sides' weights, and knows whether it is paused."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, transport: WeightTransport | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, transport: WeightTransport | None = None, index: int = 0
+    ) -> None:
         self.versions: dict[Side, int] = {"target": 0, "draft": 0}
         self.tensors: dict[Side, Mapping[str, torch.Tensor]] = {"target": OLD, "draft": OLD}
         self.paused = False
         self.heard: list[type] = []
-        self._desk: PushDesk[DictStaging] = PushDesk(0, transport or InProcessTransport(), self, dtype)
+        self._desk: PushDesk[DictStaging] = PushDesk(index, transport or InProcessTransport(), self, dtype)
 
     def update_weights(self, message: PushMessage) -> PushReply:
         self.heard.append(type(message))
@@ -76,10 +80,10 @@ class Engine:
         self.paused = False
 
 
-def serve(connection: Connection, transport: str) -> None:
+def serve(connection: Connection, transport: str, index: int) -> None:
     """Run in the other process: answer every message with the reply or with what was raised."""
     torch.set_num_threads(1)
-    engine = Engine(transport=load(TRANSPORTS[transport])())
+    engine = Engine(transport=load(TRANSPORTS[transport])(), index=index)
     connection.send(None)
     while True:
         try:
@@ -95,10 +99,10 @@ def serve(connection: Connection, transport: str) -> None:
 class RemoteEngine:
     """An Engine in a process of its own."""
 
-    def __init__(self, transport: str) -> None:
+    def __init__(self, transport: str, index: int) -> None:
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, transport), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, transport, index), daemon=True)
         self._process.start()
         theirs.close()
         self._answer(START_S)
@@ -125,8 +129,46 @@ class RemoteEngine:
 def remote_engines(transport: str, count: int) -> Iterator[list[RemoteEngine]]:
     engines: list[RemoteEngine] = []
     try:
-        engines.extend(RemoteEngine(transport) for _ in range(count))
+        engines.extend(RemoteEngine(transport, index) for index in range(count))
         yield engines
     finally:
         for engine in engines:
             engine.kill()
+
+
+class TakesPushes(Protocol):
+    """An engine in this process or in another."""
+
+    def update_weights(self, message: PushMessage) -> PushReply: ...
+
+
+# What an engine (by its index) raises at a message, if anything
+Fault = Callable[[PushMessage, int], BaseException | None]
+
+
+def quiet(message: PushMessage, index: int) -> None:
+    return None
+
+
+def to_all(
+    engines: Sequence[TakesPushes], before: Fault = quiet, after: Fault = quiet
+) -> Callable[[PushMessage], list[PushReply]]:
+    """What a pool does: a message reaches every engine, side by side; then the first fault is raised, if there was one.
+
+    A fault ``before`` keeps the message from its engine, a fault ``after`` only the reply from the pool.
+    """
+
+    def broadcast(message: PushMessage) -> list[PushReply]:
+        faults = [before(message, index) for index in range(len(engines))]
+        with ThreadPoolExecutor(len(engines)) as threads:
+            calls = [
+                threads.submit(engine.update_weights, message)
+                for engine, fault in zip(engines, faults, strict=True)
+                if fault is None
+            ]
+        faults = [fault or after(message, index) for index, fault in enumerate(faults)]
+        for fault in filter(None, faults):
+            raise fault
+        return [call.result() for call in calls]
+
+    return broadcast

@@ -232,6 +232,12 @@ class KeepingTransport:
 
     lends = False
 
+    def open(self, host: str, num_engines: int) -> None:
+        pass
+
+    def join(self, routes: Sequence[None], engine_index: int) -> None:
+        pass
+
     def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.clone() for tensor in tensors)
 

@@ -23,12 +23,21 @@ from slime_spec.weights.receive import PushReceiver
 from tests.trainer.trainer_support import make_policy, tiny_config, tiny_samples
 from trainer_bridge.megatron.group import MegatronGroup, all_results, joined
 
-LAYOUTS = {"1x1": {}, "TP2": {"world_size": 2, "tensor_model_parallel_size": 2}}
+LAYOUTS = {
+    "1x1": {},
+    "TP2": {"world_size": 2, "tensor_model_parallel_size": 2},
+    "PP2": {"world_size": 2, "pipeline_model_parallel_size": 2},
+}
 
 
 @pytest.fixture(
     scope="module",
-    params=[("1x1", "object_store"), ("1x1", "ipc"), pytest.param(("TP2", "ipc"), marks=pytest.mark.long)],
+    params=[
+        ("1x1", "object_store"),
+        ("1x1", "ipc"),
+        pytest.param(("TP2", "ipc"), marks=pytest.mark.long),
+        pytest.param(("PP2", "collective"), marks=pytest.mark.long),
+    ],
     ids="-".join,
 )
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
@@ -66,6 +75,7 @@ def received(group: MegatronGroup, spec: ModelSpec, version: int) -> dict[str, t
     for message in group.push(version):
         if isinstance(message, BeginPush):
             receiver = PushReceiver(message.manifest, expected_shapes(spec))
+            transport.join(message.routes, 0)
         elif isinstance(message, PushBucket):
             tensors = transport.receive(message)
             receiver.take(message, tensors)
@@ -73,6 +83,7 @@ def received(group: MegatronGroup, spec: ModelSpec, version: int) -> dict[str, t
             indices.append(message.index)
         elif isinstance(message, CommitPush):
             receiver.finish(message.checksum)
+            transport.close()
             assert message.version == version
             assert indices == list(range(len(indices)))
             return weights
@@ -180,7 +191,7 @@ def test_a_checkpoint_saved_by_actors_resumes_in_new_ones(
     assert exported == spec
 
 
-@pytest.mark.parametrize("config", [pytest.param("TP2", marks=pytest.mark.long)], indirect=True)
+@pytest.mark.parametrize("config", [pytest.param(("TP2", "ipc"), marks=pytest.mark.long)], indirect=True)
 def test_a_push_in_which_one_tensor_rank_fails_raises_its_error_although_the_other_waits_for_it(
     config: Config, ray_cluster: Cluster
 ) -> None:

@@ -1,7 +1,7 @@
 """Whatever is raised in a push, and whenever: every engine is cancelled, goes on, and takes the next push."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,42 +20,11 @@ from slime_spec.weights.messages import (
     PreparePush,
     PushBucket,
     PushMessage,
-    PushReply,
     Side,
     VerifyPush,
 )
 from slime_spec.weights.run import manifest_of, push_messages, run_push
-from tests.support.push_engines import NEW, OLD, Engine
-
-# What an engine (by its index) raises at a message, if anything
-Fault = Callable[[PushMessage, int], BaseException | None]
-
-
-def to_all(engines: Sequence[Engine], before: Fault, after: Fault) -> Callable[[PushMessage], list[PushReply]]:
-    """What a pool does: a message reaches every engine, then the first fault is raised, if there was one.
-
-    A fault ``before`` keeps the message from its engine, a fault ``after`` only the reply from the pool.
-    """
-
-    def broadcast(message: PushMessage) -> list[PushReply]:
-        replies: list[PushReply] = []
-        faults: list[BaseException | None] = []
-        for index, engine in enumerate(engines):
-            fault = before(message, index)
-            if fault is None:
-                replies.append(engine.update_weights(message))
-                fault = after(message, index)
-            faults.append(fault)
-        for fault in filter(None, faults):
-            raise fault
-        return replies
-
-    return broadcast
-
-
-def quiet(message: PushMessage, index: int) -> None:
-    return None
-
+from tests.support.push_engines import NEW, OLD, Engine, quiet, to_all
 
 TRANSPORTS: dict[str, type[WeightTransport]] = {"in_process": InProcessTransport, "ipc": IpcTransport}
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)

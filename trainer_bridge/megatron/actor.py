@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -40,6 +40,10 @@ class RankActor:
 
     def step(self, samples: Sequence[TrainSample]) -> TrainReport:
         return self.worker.step(samples)
+
+    def open_push(self, num_engines: int) -> Any:
+        """Get the transport ready; returns what the engines must know of it."""
+        return self.transport.open(ray.util.get_node_ip_address(), num_engines)
 
     def next_bucket(self, version: int) -> PushBucket | None:
         """Make the next bucket of the push; None where there are no more, or another rank publishes them."""

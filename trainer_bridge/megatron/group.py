@@ -29,13 +29,13 @@ from slime_spec.transports.choice import every_rank_publishes
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.checksums import combined_checksum
 from slime_spec.weights.messages import (
-    BeginPush,
     CommitPush,
     Manifest,
     PushBucket,
     PushMessage,
     TensorMeta,
 )
+from slime_spec.weights.run import begin_of
 from trainer_bridge.checkpoint_folder import resolve_checkpoint
 from trainer_bridge.layout import check_layout
 from trainer_bridge.megatron.actor import RankActor
@@ -110,10 +110,12 @@ class MegatronGroup:
             self._open_push = None
 
     def _messages(self, version: int) -> Generator[PushMessage, None, None]:
-        yield BeginPush(self._manifest(version))
         checksums: list[tuple[str, int]] = []
         num_buckets = 0
         try:
+            firsts = [self.actors[self.layout.holders(stage)[0]] for stage in range(self.layout.pipeline)]
+            routes = all_results([first.open_push.remote(self.config.rollout.num_engines) for first in firsts])
+            yield begin_of(self._manifest(version), routes)
             for stage in range(self.layout.pipeline):
                 for bucket in self._stage_buckets(stage, version):
                     checksums += zip((meta.name for meta in bucket.tensors), bucket.checksums, strict=True)

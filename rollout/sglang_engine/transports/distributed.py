@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -13,6 +12,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_h
 
 from rollout.sglang_engine.client import ServerGone, SglangClient
 from rollout.sglang_engine.transports.bucket import NamedTensors
+from slime_spec.transports.store import store_on
 
 FORM_TIMEOUT = timedelta(minutes=2)
 SEND_TIMEOUT = timedelta(minutes=10)
@@ -32,7 +32,7 @@ class DistributedTransport:
         """Form the group; both ends wait for each other."""
         self._number += 1
         world_size = 1 + self._num_ranks
-        store = _store_on(self._host, world_size)
+        store = store_on(self._host, world_size, FORM_TIMEOUT)
         group_name = f"{self._name}-{self._number}"
         request = {
             "master_address": self._host,
@@ -89,16 +89,6 @@ class DistributedTransport:
                 self._group.broadcast([tensor.contiguous().to(self._device)], options).wait()
         except RuntimeError as error:
             raise ServerGone(f"the broadcast to {self._name}: {error}") from error
-
-
-def _store_on(host: str, world_size: int) -> dist.TCPStore:
-    """Return a store that listens on a free port of ``host`` alone; by itself it would listen on every interface."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as listening:
-        port = listening.getsockname()[1]
-        return dist.TCPStore(
-            host, port, world_size, True, FORM_TIMEOUT, wait_for_workers=False, master_listen_fd=listening.detach()
-        )
 
 
 def _form_group(store: dist.Store, world_size: int, name: str, backend: str) -> dist.ProcessGroup:

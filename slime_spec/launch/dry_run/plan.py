@@ -19,7 +19,7 @@ from slime_spec.preflight.gpu_memory import GpuMemory, plan_gpus
 from slime_spec.preflight.memory import MemoryPlan, plan_memory
 from slime_spec.sglang.arguments import command_line, planned_places, server_flags
 from slime_spec.sglang.interpreter import checked_in
-from slime_spec.transports.choice import IPC, transport_name
+from slime_spec.transports.choice import COLLECTIVE, IPC, OBJECT_STORE, transport_name
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,10 @@ def transport_text(config: Config) -> str:
 
 def _way(config: Config) -> str:
     """Name what carries weights from the trainer to the engines."""
-    if transport_name(config) == IPC:
-        return "ipc (CUDA memory)" if config.trainer.num_gpus else "ipc (shared memory)"
-    return "Ray's object store"
+    on_gpu = bool(config.trainer.num_gpus)
+    ways = {
+        IPC: "ipc (CUDA memory)" if on_gpu else "ipc (shared memory)",
+        COLLECTIVE: f"broadcast ({'nccl' if on_gpu else 'gloo'})",
+        OBJECT_STORE: "Ray's object store",
+    }
+    return ways[transport_name(config)]
