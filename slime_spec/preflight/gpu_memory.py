@@ -103,6 +103,8 @@ def plan_gpus(facts: Facts, plan: MemoryPlan) -> tuple[GpuMemory, ...]:
     if is_shared:
         holders = "an engine's and a trainer rank's"
         return (GpuMemory(num_engine_gpus, holders, capacity, phases, trainer_rows + engine_rows),)
+    if engine_rows and facts.trains_with_pushes:
+        engine_rows += (_buckets(facts, plan.largest_tensor_bytes),)
     parts = ((num_engine_gpus, "an engine's", engine_rows), (num_trainer_gpus, "a trainer rank's", trainer_rows))
     return tuple(GpuMemory(count, holder, capacity, phases, rows) for count, holder, rows in parts if count)
 
@@ -123,14 +125,18 @@ def _trainer_rows(facts: Facts, trainer: TrainerMemory, largest_tensor_bytes: in
         yield MemoryRow("trainer: reference", trainer.reference_bytes, f"x {trainer.itemsize}", kept)
     yield from _step_rows(trainer)
     if facts.trains_with_pushes:
-        # A tensor is gathered from its ranks and joined while the bucket before it is on its way; both ends have one.
-        bucket = max(config.push.bucket_bytes, largest_tensor_bytes)
-        yield MemoryRow(
-            "push: buckets",
-            2 * largest_tensor_bytes + 2 * bucket,
-            f"2 x {_gb(largest_tensor_bytes)} gathered + 2 x {_gb(bucket)}",
-            frozenset({Phase.PUSH}),
-        )
+        gathered = f"2 x {_gb(largest_tensor_bytes)} gathered"
+        yield _buckets(facts, largest_tensor_bytes, 2 * largest_tensor_bytes, gathered)
+
+
+def _buckets(facts: Facts, largest_tensor_bytes: int, beside: int = 0, what: str = "") -> MemoryRow:
+    """Return the row of a push's buckets: the one that the engines take and the next.
+
+    The trainer has ``beside`` them a tensor that is gathered from its ranks and joined.
+    """
+    bucket = max(facts.config.push.bucket_bytes, largest_tensor_bytes)
+    arithmetic = " + ".join(filter(None, (what, f"2 x {_gb(bucket)}")))
+    return MemoryRow("push: buckets", beside + 2 * bucket, arithmetic, frozenset({Phase.PUSH}))
 
 
 def _step_rows(trainer: TrainerMemory) -> Iterator[MemoryRow]:

@@ -165,6 +165,8 @@ def test_engines_and_trainer_apart_have_gpus_of_their_own(tmp_path: Path) -> Non
     engine, trainer = gpus_for(tmp_path, *argv)
     assert (engine.holders, trainer.holders) == ("an engine's", "a trainer rank's")
     assert not any(name.startswith("engine") for name in rows_of(trainer))
+    largest = 128256 * 4096 * 2
+    assert [rows_of(each)["push: buckets"] for each in (engine, trainer)] == [2 * largest, 4 * largest]
     assert engine.total(Phase.TRAIN) == engine.total(Phase.ROLLOUT)
     assert trainer.total(Phase.ROLLOUT) == trainer.total(Phase.LOAD)
 
