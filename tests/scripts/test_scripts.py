@@ -90,3 +90,9 @@ def test_two_checkouts_do_not_share_an_environment(tmp_path):
     assert ensure(first, venv).returncode == 9, "its own checkout brings it up to date"
     shutil.rmtree(first)
     assert ensure(second, venv).returncode == 9, "an environment whose checkout is gone is taken over"
+
+
+def test_triton_is_the_release_that_the_pinned_torch_asks_for():
+    """Torch for CUDA needs this release of triton and no other: with another pin pip could not install both."""
+    pins = dict(re.findall(r"(?m)^(torch|triton)==(\S+)$", (ROOT / "constraints.txt").read_text()))
+    assert pins == {"torch": "2.13.0", "triton": "3.7.1"}
