@@ -21,7 +21,7 @@ SHARED = (
 
 @pytest.fixture(scope="module")
 def finished(slime_spec, graded, tmp_path_factory) -> Path:
-    """An uninterrupted run with two engines, lookup speculation, checkpoints, samples and wandb."""
+    """An uninterrupted run with two engines that map the pushes, lookup speculation, checkpoints, samples and wandb."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     data = folder.parent / "rollout_{rollout_id}.pt"
     slime_spec(
@@ -29,6 +29,7 @@ def finished(slime_spec, graded, tmp_path_factory) -> Path:
         *SHARED,
         *graded,
         *("--num-rollout", str(STEPS), "--rollout-num-engines", "2", "--save-interval", "1", "--save-samples"),
+        *("--push-transport", "ipc"),
         *("--use-wandb", "--save-debug-rollout-data", str(data), "--output-dir", str(folder)),
     )
     return folder
@@ -114,6 +115,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps(finished, slime
         str(first / "checkpoints"),
         "--output-dir",
         str(second),
+        *("--push-transport", "collective"),
     )
     resumed, whole = rows(second), rows(finished)[1:]
     assert len(resumed) == STEPS - 1
