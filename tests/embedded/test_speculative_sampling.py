@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from rollout.embedded.drafting import NO_DRAFT, Draft, DraftContext
-from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.draw import inverse_cdf
+from rollout.embedded.verification.verifier import Verifier
 from rollout.embedded.verification.verify_pass import RuleVerifier
 from rollout.embedded.verification.walk import walk_sampled
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.types import GroupRequest, SamplingParams
+from tests.support import toy_rounds
 from tests.support.embedded_harness import (
     ReplayDrafter,
     ScriptedDrafter,
@@ -31,6 +32,7 @@ from tests.support.embedded_harness import (
     run,
 )
 from tests.support.statistics import comparisons
+from tests.support.toy_rounds import Judge
 
 NUM_SAMPLES, NUM_TOKENS, VOCAB = 20_000, 4, 7
 SIGNIFICANCE = 1e-4 / 21
@@ -74,7 +76,7 @@ def sampled_chain(context: DraftContext) -> Draft:
     for index in range(min(3, context.max_depth)):
         uniform = torch.tensor([context.uniforms[start + index]], dtype=torch.float64)
         chain.append(int(inverse_cdf(REDUCED_Q[:1], uniform)))
-    return Draft.chain(chain, REDUCED_Q[: len(chain)]) if chain else NO_DRAFT
+    return Draft.chain(chain, REDUCED_Q[: len(chain)].to(toy_rounds.DEVICE)) if chain else NO_DRAFT
 
 
 def outputs(folder: Path, first_seed: int, params: SamplingParams, num_samples: int, **replaced: Any) -> list:
@@ -92,12 +94,12 @@ def plain(folder: Path, params: SamplingParams, num_samples: int = NUM_SAMPLES) 
     return outputs(folder, 0, params, num_samples)
 
 
-def rule(**settings: bool) -> RuleVerifier:
-    return make_verifier(SpeculativeConfig(**settings), frozenset())
+def rule(**settings: bool) -> Judge:
+    return Judge(SpeculativeConfig(**settings))
 
 
 # (what drafts, what verifies, settings of the request)
-ARMS: dict[str, tuple[Callable[[DraftContext], Draft], RuleVerifier, SamplingParams]] = {
+ARMS: dict[str, tuple[Callable[[DraftContext], Draft], Verifier, SamplingParams]] = {
     "chains": (fixed_chain, rule(), PARAMS),
     "trees, filters": (fixed_tree, rule(), FILTERED),
     "rejection": (sampled_chain, rule(use_rejection_sampling=True), PARAMS),
