@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from rollout.embedded.drafting import Draft, KvRow
 from rollout.embedded.kv_cache import KvCache, Shape
 from rollout.embedded.plan import RowSpan
@@ -130,7 +128,7 @@ class Batch:
             if node != depth
         ]
         if moves:
-            self._cache.own.move_slots(*torch.tensor(moves, device=self._cache.device).unbind(dim=1))
+            self._cache.own.move_slots(moves)
 
     @property
     def kv_tokens_used(self) -> int:

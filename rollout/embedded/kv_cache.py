@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 
 from slime_spec.checkpoints.model_spec import ModelSpec
 
 Shape = tuple[int, int]  # rows, capacity
+Move = tuple[int, int, int]  # row, slot, the slot it is copied to
 MIN_GROWTH_TOKENS = 64
+
+
+class StoreKernels(Protocol):
+    """Moves and clears the keys and values of all layers at once; see KvStore."""
+
+    def move_row(self, source: int, target: int, length: int) -> None: ...
+
+    def clear_row(self, row: int, length: int) -> None: ...
+
+    def move_slots(self, moves: Sequence[Move]) -> None: ...
 
 
 class KvStore:
@@ -21,6 +35,7 @@ class KvStore:
         self._layers, self._heads, self._head_dim = spec.num_layers, spec.num_kv_heads, spec.head_dim
         self._dtype, self._device = dtype, device
         self.generation = 0  # counts the changes of where the memory lies
+        self.kernels: StoreKernels | None = None  # do it in one launch for all layers, on a GPU
         self.release()
 
     def release(self) -> None:
@@ -54,16 +69,26 @@ class KvStore:
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of row ``source`` over row ``target``."""
+        if self.kernels is not None:
+            self.kernels.move_row(source, target, length)
+            return
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
     def clear_row(self, row: int, length: int) -> None:
         """Make the first ``length`` positions of a row zeros, as fresh memory is, as far as there is memory."""
+        if self.kernels is not None:
+            self.kernels.clear_row(row, min(length, self.capacity) if row < self.rows else 0)
+            return
         for tensor in (*self.keys, *self.values):
             tensor[row : row + 1, :, :length].zero_()
 
-    def move_slots(self, rows: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy slots ``sources`` of ``rows`` over their slots ``targets``; all are read before any is written."""
+    def move_slots(self, moves: Sequence[Move]) -> None:
+        """Copy slots over slots of the same row; a row's moves go to the front, in order: none writes what is read."""
+        if self.kernels is not None:
+            self.kernels.move_slots(moves)
+            return
+        rows, sources, targets = torch.tensor(moves, device=self._device).unbind(dim=1)
         source_index, target_index = self.write_index(rows, sources), self.write_index(rows, targets)
         for tensor in (*self.keys, *self.values):
             flat = tensor.view(-1, self._head_dim)

@@ -23,6 +23,8 @@ CHUNK_TOKENS_ALONE = 1024
 CHUNK_TOKENS_BESIDE_DECODING = 256
 # Attention pads the rows of a pass to the longest.
 MAX_PADDED_TOKENS = 4096
+# How many times as many a GPU takes: fewer would leave it waiting for the next launch.
+TIMES_ON_GPU = 4
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Prefiller:
 
     def __init__(self, batch: Batch, target: Target, speculation: Speculation) -> None:
         self._batch, self._target, self._speculation = batch, target, speculation
+        self._times = TIMES_ON_GPU if target.device.type == "cuda" else 1
 
     def step(self, version: int) -> list[SampleState]:
         """Compute one chunk; the sequences that are ready now, already promoted. ``version`` is the weights'."""
@@ -60,7 +63,8 @@ class Prefiller:
         pieces = list(self._next_pieces())
         # Shared prompts first: a resumed sequence may need its prompt in this very step.
         for shared in (True, False):
-            for together in _passes([piece for piece in pieces if piece.shared == shared]):
+            of_a_store = [piece for piece in pieces if piece.shared == shared]
+            for together in _passes(of_a_store, self._times * MAX_PADDED_TOKENS):
                 self._run(together, version)
         ready = []
         while batch.num_running < len(batch.sequences) and batch.sequences[batch.num_running].prefilled:
@@ -73,7 +77,7 @@ class Prefiller:
 
     def _next_pieces(self) -> Iterator[Piece]:
         batch = self._batch
-        budget = CHUNK_TOKENS_BESIDE_DECODING if batch.num_running else CHUNK_TOKENS_ALONE
+        budget = self._times * (CHUNK_TOKENS_BESIDE_DECODING if batch.num_running else CHUNK_TOKENS_ALONE)
         started = set()
         for row in range(batch.num_running, len(batch.sequences)):
             sequence = batch.sequences[row]
@@ -138,12 +142,12 @@ class Prefiller:
         self._speculation.prefill(group, shown)
 
 
-def _passes(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+def _passes(pieces: Sequence[Piece], most_tokens: int) -> Iterator[list[Piece]]:
     """Yield the pieces of one store, in as few passes as bearable padding allows."""
     together: list[Piece] = []
     for piece in pieces:
         longest = max(len(each.token_ids) for each in (piece, *together))
-        if together and (len(together) + 1) * longest > MAX_PADDED_TOKENS:
+        if together and (len(together) + 1) * longest > most_tokens:
             yield together
             together = []
         together.append(piece)

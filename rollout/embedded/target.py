@@ -96,7 +96,7 @@ class Target:
         graphs: Graphs | None = None,
     ) -> None:
         self.decoder, self.cache = decoder, cache
-        self._need, self._dtype, self._device = need, dtype, device
+        self._need, self._dtype, self.device = need, dtype, device
         self._clock, self._timing = clock, timing
         self._graphed = None
         if graphs is not None:
@@ -123,7 +123,7 @@ class Target:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         spec = self.decoder.spec
         prefixes = self.cache.prefixes if any(span.prefix_row >= 0 for span in spans) else None
-        plan = make_plan(store, spans, spec.num_heads // spec.num_kv_heads, self._dtype, self._device, prefixes)
+        plan = make_plan(store, spans, spec.num_heads // spec.num_kv_heads, self._dtype, self.device, prefixes)
         return self.decoder.hidden(self.tensor(token_ids), plan, self._need.layers)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ class Target:
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     def tensor(self, indices: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(indices, device=self._device)
+        return torch.tensor(indices, device=self.device)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -11,7 +11,8 @@ from rollout.embedded.blocks import BlockStack
 from rollout.embedded.cuda import operators
 from rollout.embedded.cuda.device_pass import Bucket, DevicePass, KvTable, words_of
 from rollout.embedded.cuda.fused_blocks import FusedBlocks
-from rollout.embedded.kv_cache import KvStore
+from rollout.embedded.cuda.store_kernels import table_of
+from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.linear import Packing
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.rope import RopeTable
@@ -119,3 +120,30 @@ def test_parts_of_a_long_cache_join_to_one_softmax(parts: int, monkeypatch: pyte
     spans = [RowSpan(0, 330, 2), RowSpan(1, 3, 1, 0, 50)]
     ours, expected = (run(stack, cache, spans, torch.float32) for run in (by_kernels, by_operators))
     assert ours.furthest(expected) < NEAR
+
+
+def filled_cache() -> KvCache:
+    cache = KvCache(block_spec(*SHAPES["an odd size"]), torch.float32, DEVICE, 10_000)
+    cache.reserve((4, 120), (2, 30))
+    generator = torch.Generator().manual_seed(3)
+    for store in (cache.own, cache.prefixes):
+        for tensor in (*store.keys, *store.values):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return cache
+
+
+def test_rows_and_slots_move_by_kernels_as_by_operators() -> None:
+    ours, theirs = filled_cache(), filled_cache()
+    table_of(ours, DEVICE)
+    for cache in (ours, theirs):
+        cache.own.move_row(3, 1, 107)
+        cache.own.clear_row(3, 110)
+        cache.own.clear_row(2, 500)  # longer than there is memory
+        cache.own.clear_row(9, 5)  # a row that has no memory yet
+        cache.own.move_slots([(0, 8, 6), (0, 11, 7), (0, 12, 8), (1, 41, 40)])
+        cache.prefixes.move_row(1, 0, 30)
+        cache.reserve((8, 300), (2, 30))  # the memory moves, and the table with it
+        cache.own.move_row(1, 7, 107)
+    for store, other in ((ours.own, theirs.own), (ours.prefixes, theirs.prefixes)):
+        for mine, its in zip((*store.keys, *store.values), (*other.keys, *other.values), strict=True):
+            assert torch.equal(mine, its)

@@ -125,21 +125,24 @@ class Places:
 
 def packed(bucket: Bucket, spans: Sequence[RowSpan], token_ids: Sequence[int], prefixes: bool = False) -> Words:
     """Return what a pass's buffer holds, see the module's picture."""
-    tokens = np.zeros((bucket.rows, bucket.queries), np.int32)
-    positions = np.zeros((bucket.rows, bucket.queries), np.int32)
     rows = np.zeros((bucket.rows, NUM_COLUMNS), np.int32)
-    lineage = np.zeros((bucket.rows, bucket.queries, bucket.words), np.int32)
-    first = 0
-    for index, span in enumerate(spans):
-        tokens[index, : span.count] = token_ids[first : first + span.count]
-        positions[index, : span.count] = positions_of(span)
-        rows[index, :7] = (
+    rows[: len(spans), : Column.STORE] = [
+        (
             *(span.row, span.start, span.count, span.start if span.parents is None else span.tree_start),
-            *(max(span.prefix_row, 0), span.prefix_len, int(prefixes)),
+            *(max(span.prefix_row, 0), span.prefix_len),
         )
-        if bucket.words:
-            lineage[index, : span.count] = lineage_words(span, bucket.words)
-        first += span.count
+        for span in spans
+    ]
+    rows[:, Column.STORE] = prefixes
+    numbers = np.arange(bucket.queries, dtype=np.int32)
+    own = numbers < rows[:, Column.COUNT, None]
+    tokens = np.zeros(own.shape, np.int32)
+    tokens[own] = token_ids
+    positions = np.where(own, rows[:, Column.START, None] + rows[:, Column.PREFIX_LEN, None] + numbers, 0)
+    lineage = np.zeros((bucket.rows, bucket.queries, bucket.words), np.int32)
+    for index, span in enumerate(spans if bucket.words else ()):
+        positions[index, : span.count] = positions_of(span)
+        lineage[index, : span.count] = lineage_words(span, bucket.words)
     return np.concatenate([each.reshape(-1) for each in (tokens, positions, rows, lineage)])
 
 

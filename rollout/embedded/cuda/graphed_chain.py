@@ -18,7 +18,6 @@ from rollout.embedded.cuda.graphs import Graphs
 from rollout.embedded.drafters.chain import chain_distribution, draw_greedy, draw_sampled, grow_levels
 from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.step import DraftVocab, Heads
-from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.plan import RowSpan
 
@@ -86,9 +85,8 @@ class ChainBuffers:
 class GraphedChain:
     """Grows the chains of a network's drafts."""
 
-    def __init__(self, cache: KvCache, device: torch.device, graphs: Graphs) -> None:
-        self._graphs = graphs
-        self._table = KvTable(cache.own, cache.prefixes, device)
+    def __init__(self, table: KvTable, graphs: Graphs) -> None:
+        self._table, self._graphs = table, graphs
         self._buffers: dict[ChainShape, ChainBuffers] = {}
 
     def grow(

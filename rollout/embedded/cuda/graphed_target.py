@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from rollout.embedded.cuda.device_pass import Bucket, DevicePass, KvTable, Places, exact_bucket, words_of
+from rollout.embedded.cuda.device_pass import Bucket, DevicePass, Places, exact_bucket, words_of
 from rollout.embedded.cuda.graphs import Graphs
+from rollout.embedded.cuda.store_kernels import table_of
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
@@ -39,7 +40,7 @@ class GraphedTarget:
 
     def __init__(self, cache: KvCache, layers: Sequence[int], device: torch.device, graphs: Graphs) -> None:
         self._cache, self._layers, self._device, self._graphs = cache, tuple(layers), device, graphs
-        self._table = KvTable(cache.own, cache.prefixes, device)
+        self._table = table_of(cache, device)
         self._passes: dict[Bucket, DevicePass] = {}
         self._decoder: Decoder
 

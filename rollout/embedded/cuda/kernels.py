@@ -263,3 +263,47 @@ def merge_splits(part_values, part_scores, out, HEAD_DIM: tl.constexpr, BLOCK_D:
     sum_of_weights = tl.sum(shares * total, axis=0)
     merged = tl.sum(parts * shares[:, None], axis=0) / tl.where(sum_of_weights > 0.0, sum_of_weights, 1.0)
     tl.store(out + head * HEAD_DIM + columns, merged.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+
+
+@triton.jit
+def _of_store(kv, strides, store, dtype: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return where this program's layer, side and head of a store begin, and the elements from row to row.
+
+    ``kv`` here holds the addresses of all layers; program 0 of the grid counts layers and sides.
+    """
+    layer, side = tl.program_id(0) // 2, tl.program_id(0) % 2
+    address = tl.load(kv + layer * 4 + store * 2 + side)
+    place = tl.program_id(1) * tl.load(strides + store * 2 + 1)
+    return _side(address, place, dtype, HEAD_DIM), tl.load(strides + store * 2)
+
+
+@triton.jit(do_not_specialize=["store", "source", "target", "length"])
+def copy_row(
+    kv, strides, like, store, source, target, length, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CLEARS: tl.constexpr
+):
+    """Copy the first ``length`` slots of a row over another, or make them zeros; ``like`` has the store's dtype."""
+    dtype = like.dtype.element_ty
+    head, row_stride = _of_store(kv, strides, store, dtype, HEAD_DIM)
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < length * HEAD_DIM
+    values = tl.zeros([BLOCK], dtype=dtype)
+    if not CLEARS:
+        values = tl.load(head + source * row_stride + at, mask=inside, other=0.0)
+    tl.store(head + target * row_stride + at, values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["store"])
+def move_slots(kv, strides, like, moves, firsts, store, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copy slots to the front of their rows, one program per row: move i is ``moves`` [i, 3], row, slot, new slot.
+
+    A program's moves are those from ``firsts`` [program] on. A thread copies the same columns in every move.
+    """
+    dtype = like.dtype.element_ty
+    head, row_stride = _of_store(kv, strides, store, dtype, HEAD_DIM)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < HEAD_DIM
+    for move in range(tl.load(firsts + tl.program_id(2)), tl.load(firsts + tl.program_id(2) + 1)):
+        row = head + tl.load(moves + move * 3) * row_stride
+        source, target = tl.load(moves + move * 3 + 1), tl.load(moves + move * 3 + 2)
+        values = tl.load(row + source * HEAD_DIM + columns, mask=inside, other=0.0)
+        tl.store(row + target * HEAD_DIM + columns, values, mask=inside)

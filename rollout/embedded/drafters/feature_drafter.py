@@ -63,10 +63,10 @@ class FeatureDrafter:
         self._vocab = DraftVocab(setup.target.vocab_size)
         self._tracks: dict[int, Track] = {}
         self._graphed: GraphedChain | None = None
-        if setup.graphs is not None and setup.shape.topk == 1:
+        if setup.graphs is not None and self._rows.table is not None and setup.shape.topk == 1:
             from rollout.embedded.cuda.graphed_chain import GraphedChain  # needs Triton, which a CPU does without
 
-            self._graphed = GraphedChain(self._rows.cache, setup.device, setup.graphs)
+            self._graphed = GraphedChain(self._rows.table, setup.graphs)
         self._target: Decoder | None = None
         self._shared_head: PackedLinear | None = None
 

@@ -87,15 +87,15 @@ class DraftRows:
         self._heads_per_kv = spec.num_heads // spec.num_kv_heads
         self._dtype, self._device = setup.dtype, setup.device
         self.cache = KvCache(spec, setup.dtype, setup.device, setup.max_total_tokens)
-        self._table: KvTable | None = None
+        self.table: KvTable | None = None  # of the cache, for the kernels of a GPU
         if setup.graphs is not None:
-            from rollout.embedded.cuda.device_pass import KvTable  # a CPU does without
+            from rollout.embedded.cuda.store_kernels import table_of  # needs Triton, which a CPU does without
 
-            self._table = KvTable(self.cache.own, self.cache.prefixes, setup.device)
+            self.table = table_of(self.cache, setup.device)
 
     def plan(self, store: KvStore, spans: Sequence[RowSpan]) -> AttentionPlan | DevicePass:
-        if self._table is not None and len({span.count for span in spans}) == 1:
-            return self._device_pass(self._table, store, spans)
+        if self.table is not None and len({span.count for span in spans}) == 1:
+            return self._device_pass(self.table, store, spans)
         shared = self.cache.prefixes if any(span.prefix_row >= 0 for span in spans) else None
         return make_plan(store, spans, self._heads_per_kv, self._dtype, self._device, shared)
 
