@@ -307,7 +307,8 @@ class PushConfig:
     )
     bucket_bytes: int = setting(
         128 * 1024 * 1024,
-        "Bytes per bucket.",
+        "Bytes per bucket. By ipc on a GPU each bucket costs milliseconds, as two processes take turns: an 8B model "
+        "takes 0.5 s in buckets of 128 MiB and 0.13 s in buckets of 2 GiB, of which the GPU then holds two.",
         flags=("--update-weight-buffer-size",),
         minimum=1,
         maximum=2**40,
