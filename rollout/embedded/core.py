@@ -85,6 +85,7 @@ class GenerationCore:
         self._prefiller = Prefiller(self.batch, self.target, self._speculation)
         self._stop_rule, self._clock, self._verifier = stop_rule, clock, verifier
         self._stamp = Stamp(settings.engine_index, settings.shape, verifier.lossy)
+        self._graphs = settings.graphs
         self._next_key = 0
 
     @property
@@ -162,8 +163,12 @@ class GenerationCore:
             self.draft_version = version
 
     def move(self, device: torch.device) -> None:
-        """Move the target's weights to ``device``, with the weights that the draft shares with the target."""
+        """Move the weights of both sides to ``device``; passes that were captured over them are forgotten."""
+        if self._graphs is not None:
+            self._graphs.clear()
         self.decoder.move(device)
+        if self.drafter.weights is not None:
+            self.drafter.weights.move(device)
         self.drafter.bind(self.decoder)()
 
     def release_kv(self) -> None:

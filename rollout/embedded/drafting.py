@@ -156,6 +156,9 @@ class DraftWeights(Protocol):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the weights in use, read back out of whatever form the drafter keeps them in."""
 
+    def move(self, device: torch.device) -> None:
+        """Move the weights in use; only where nothing is packed (CUDA and back)."""
+
 
 class Drafter(Protocol):
     """Proposes tokens for the target to verify; whatever it proposes, the output's distribution stays the target's."""

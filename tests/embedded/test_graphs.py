@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rollout.embedded.core import GenerationCore
 from rollout.embedded.cuda.device_pass import Bucket, lineage_words, packed, words_of
 from rollout.embedded.cuda.graphed_target import MOST_TOKENS, bucket_of
 from rollout.embedded.cuda.graphs import Captured, Graphs
+from rollout.embedded.model import Memory
 from rollout.embedded.plan import RowSpan, sees
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.draft_formats import make_format
@@ -92,6 +94,15 @@ def test_weights_that_moved_are_captured_anew(tiny_llama: Path) -> None:
     assert capturer.num_captured == 2 * num_captured
 
 
+def test_an_engine_that_leaves_its_device_keeps_no_graph(tiny_llama: Path) -> None:
+    with graphs_on_cpu() as capturer:
+        core = make_core(engine_config(tiny_llama))
+        run(core, REQUESTS)
+        assert len(capturer.alive) > 0
+        core.move(torch.device("cpu"))
+        assert len(capturer.alive) == 0
+
+
 def test_a_graph_is_captured_once_for_the_same_owners() -> None:
     calls: list[str] = []
 
@@ -100,11 +111,32 @@ def test_a_graph_is_captured_once_for_the_same_owners() -> None:
             outputs = run()
             return Captured(lambda: calls.append(f"replay {outputs}"), outputs)
 
-    graphs, first, second = Graphs(Recorder()), object(), object()
+    graphs, first, second = Graphs(Recorder()), Memory(), Memory()
     for owner, name in ((first, "a"), (first, "b"), (second, "c"), (second, "d")):
         graphs.run("key", (owner,), lambda name=name: calls.append(f"capture {name}") or name)
     assert calls == ["capture a", "replay a", "replay a", "capture c", "replay c", "replay c"]
     assert len(graphs) == 1
+
+
+def test_graphs_of_owners_that_are_gone_are_dropped_before_the_next_is_captured() -> None:
+    """A push makes a new draft network, and a batch of the size that a graph was captured for may not come again."""
+    alive: WeakSet[Captured] = WeakSet()
+    found: list[int] = []
+
+    class Recorder:
+        def capture(self, run: Callable[[], Any]) -> Captured:
+            found.append(len(alive))
+            captured = Captured(lambda: None, run())
+            alive.add(captured)
+            return captured
+
+    graphs, first = Graphs(Recorder()), Memory()
+    graphs.run("a", (first,), lambda: None)
+    graphs.run("b", (first,), lambda: None)
+    del first
+    graphs.run("a", (second := Memory(),), lambda: None)
+    graphs.run("a", (second,), lambda: None)
+    assert found == [0, 1, 0]
 
 
 def test_a_read_of_the_device_is_refused_while_a_graph_is_captured() -> None:

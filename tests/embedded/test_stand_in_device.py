@@ -142,6 +142,37 @@ def test_an_engine_on_it_emits_what_the_cpus_engine_emits(
     assert device.uploads
 
 
+DRAFTS: dict[str, dict[str, object]] = {
+    "eagle3": {},
+    "eagle": {},
+    "eagle with hot tokens": {"token_map": "hot.pt"},
+    "mimo": {},
+    "eagle3 of int8": {"draft_model_quantization": "int8"},
+}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_an_engine_that_leaves_the_device_takes_its_draft_along(device: StandIn, tmp_path: Path, name: str) -> None:
+    settings = dict(DRAFTS[name])
+    if "token_map" in settings:
+        torch.save(list(range(0, 131, 2)), tmp_path / "hot.pt")
+        settings["token_map"] = str(tmp_path / "hot.pt")
+    config = make_format(tmp_path, name.split()[0]).config(3, 1, 4, **settings)
+    core = make_core(replace(config, rollout=replace(config.rollout, num_gpus_per_engine=1)))
+    requests = [GroupRequest("a", random_prompt(9, seed=1), (1, 2), SamplingParams(max_new_tokens=12))]
+    home, weights = core.decoder.device, core.drafter.weights
+    assert weights is not None
+    before = run(core, requests)
+    assert {tensor.device.type for tensor in weights.tensors().values()} == {"cuda"}
+    core.move(torch.device("cpu"))
+    assert {tensor.device.type for tensor in weights.tensors().values()} == {"cpu"}
+    core.move(home)
+    after = run(core, requests)
+    assert [(each.token_ids, each.spec) for each in after.values()] == [
+        (each.token_ids, each.spec) for each in before.values()
+    ]
+
+
 ROUNDS = {
     "lookup": ((), {}, ["verify"]),
     "eagle3 chain": ((3, 1, 4), {}, ["draft", "verify"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ class CpuCapturer:
 
     def __init__(self) -> None:
         self.num_captured = self.num_replays = 0
+        self.alive: WeakSet[Captured] = WeakSet()
 
     def capture(self, run: Callable[[], Any]) -> Captured:
         self.num_captured += 1
@@ -50,7 +52,9 @@ class CpuCapturer:
                 for kept, new in zip(tensors(outputs), tensors(run()), strict=True):
                     kept.copy_(new)
 
-        return Captured(replay, outputs)
+        captured = Captured(replay, outputs)
+        self.alive.add(captured)
+        return captured
 
 
 def tensors(outputs: Any) -> Iterator[torch.Tensor]:

@@ -32,9 +32,8 @@ class EagleDrafter(FeatureDrafter):
     def _head_of(self, decoder: Decoder) -> PackedLinear:
         if self._hot is None:
             return decoder.head
-        return PackedLinear(
-            decoder.head.rows(self._hot)
-        )  # a copy, cut again after every change of the target's weights
+        # A copy, cut again after every change of the target's weights.
+        return PackedLinear(decoder.head.rows(self._hot.to(decoder.device)), packing=decoder.head.packing)
 
 
 class Eagle3Drafter(FeatureDrafter):

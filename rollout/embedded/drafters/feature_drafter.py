@@ -244,3 +244,6 @@ class NetworkWeights:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self._builder.tensors(self.network)
+
+    def move(self, device: torch.device) -> None:
+        self.network.move(device)

@@ -10,7 +10,7 @@ token t + 2. Beyond the committed tokens it reads its own hidden state in the fe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,18 @@ class DraftNetwork:
         assert head is not None, "a draft without a head is bound to a target before it drafts"
         logits = head.wide(normed if self.spec.logits_norm else residual)
         return Heads(logits, normed if self.spec.recurrent_norm else residual)
+
+    def move(self, device: torch.device) -> None:
+        """Move every weight; only where nothing is packed (CUDA and back)."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, PackedLinear):
+                value.move(device)
+            elif isinstance(value, torch.Tensor):
+                setattr(self, each.name, value.to(device))
+        self.fc_norms = [norm.to(device) for norm in self.fc_norms]
+        for layer in self.layers:
+            layer.move(device)
 
     def _enter(self, embedded: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (the first block's residual stream, its attention's input, None where that is the stream's norm)."""

@@ -51,6 +51,10 @@ class Int8Linear(PackedLinear):
             rounded = rounded.transpose(1, 2).flatten(2).flatten(0, 1)[: self.num_outputs, : self.num_inputs]
         return (rounded.float() * self._scales.unsqueeze(1)).to(self.dtype)
 
+    def move(self, device: torch.device) -> None:
+        super().move(device)
+        self._scales = self._scales.to(device)
+
 
 def _panels(rounded: torch.Tensor, panel: int, inputs_per_step: int) -> torch.Tensor:
     """Return int8 [out, in] as [panels, steps, rows of a panel, inputs of a step], see linear.h."""
@@ -83,6 +87,10 @@ class Fp8Linear(PackedLinear):
 
     def unpacked(self) -> torch.Tensor:
         return (self._weight.float() * self._scales).to(self.dtype)
+
+    def move(self, device: torch.device) -> None:
+        super().move(device)
+        self._scales = self._scales.to(device)
 
 
 def check_fp8(device: torch.device) -> None:

@@ -69,6 +69,9 @@ class ModelWeights:
     def tensors(self) -> dict[str, torch.Tensor]:
         return named_tensors(self.decoder)
 
+    def move(self, device: torch.device) -> None:
+        self.decoder.move(device)
+
     def _round(self, decoder: Decoder) -> None:
         """Quantise the blocks' matrices; embedding and head, often one table, stay as they are."""
         for layer in decoder.layers:

@@ -24,7 +24,7 @@ from rollout.embedded.verification.draw import argmax, inverse_cdf
 from rollout.embedded.verification.penalties import adjusted
 from rollout.embedded.verification.rejection import was_sampled
 from rollout.embedded.verification.verifier import Verified, VerifyRow
-from rollout.embedded.verification.verify_pass import Emission, Pass, Scratch, chunks
+from rollout.embedded.verification.verify_pass import Emission, Pass, chunks
 from rollout.embedded.verification.walk import follow_tree
 from slime_spec.types import is_greedy
 
@@ -48,7 +48,6 @@ class DeviceVerifier:
 
     def __init__(self, acceptance: Acceptance | None = None, eos_token_ids: frozenset[int] = frozenset()) -> None:
         self._acceptance, self._eos_token_ids = acceptance, eos_token_ids
-        self._scratch = Scratch()
 
     @torch.inference_mode()
     def __call__(self, logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
@@ -76,7 +75,7 @@ class DeviceVerifier:
         parts = (temperatures,), walk.arrays, filters.arrays, chains.arrays
         tensors = iter(uploaded(logits.device, *(array for part in parts for array in part)))
         column, on_walk, on_filters, on_chains = ([next(tensors) for _ in part] for part in parts)
-        weights = self._scratch.take("distribution", len(logits), logits)
+        weights = torch.empty_like(logits)
         hot = (
             torch.div(logits, column[0].to(logits.dtype).unsqueeze(1), out=weights)
             if (temperatures != 1).any()
