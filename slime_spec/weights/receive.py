@@ -81,7 +81,10 @@ class PushStage(Generic[S]):
             self.staging.add(meta.name, tensor)
         if transport.lends:
             self.staging.keep()
+            del tensors
             transport.release()
+            if self._receiver.has_all:
+                transport.close()  # the trainer frees its memory once this is answered: nobody may have it mapped then
 
     def prepare(self, version: int, checksum: str) -> None:
         """Build what will serve; raises PushError when anything is missing or differs."""
@@ -194,6 +197,10 @@ class PushReceiver:
     @property
     def checksum(self) -> str:
         return combined_checksum(self._checksums.items())
+
+    @property
+    def has_all(self) -> bool:
+        return not self._pending
 
     def take(self, bucket: PushBucket, tensors: Sequence[torch.Tensor]) -> None:
         """Verify one bucket's tensors against the manifest and their checksums."""

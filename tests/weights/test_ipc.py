@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Generator
 from dataclasses import replace
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -69,6 +70,24 @@ def test_a_bucket_takes_the_slot_of_the_bucket_before_the_last() -> None:
     assert len(set(slots)) == 3, "the fourth bucket needs more room than the second had"
     transport.close()
     engine.close()
+
+
+def num_mapped() -> int:
+    """How many memory files of pushes are mapped here as an engine maps them, to read."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum("slime_spec-push" in line and " r--s " in line for line in lines)
+
+
+def test_an_engine_lets_go_of_the_trainers_memory_before_it_answers_the_last_bucket() -> None:
+    """The trainer frees it then; what is still mapped elsewhere a GPU keeps, through the rollouts that follow."""
+    engine, transport = Engine(transport=IpcTransport()), IpcTransport()
+    before, seen = num_mapped(), []
+    sent = messages(3, transport)
+    for message in islice(sent, 1 + len(SHAPES)):
+        engine.update_weights(message)
+        seen.append(num_mapped() - before)
+    assert seen == [0, 1, 0]
+    sent.close()
 
 
 def test_bytes_that_change_in_the_slot_are_found() -> None:
