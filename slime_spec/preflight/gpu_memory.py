@@ -161,8 +161,9 @@ def _engine_rows(facts: Facts, engine: EngineMemory, capacity: int, beside: int)
     yield MemoryRow("engine: weights", weights, what, held)
     if not facts.on_sglang:
         yield MemoryRow(CACHE, engine.bound_bytes, "as bounded by the settings", held)
-        yield MemoryRow("engine: activations", engine.round_bytes, "hidden states and logits of a round", at_work)
-        yield MemoryRow("engine: graphs", engine.round_bytes, "the same once more", held)
+        at_once = max(engine.round_bytes, engine.prefill_bytes)
+        yield MemoryRow("engine: activations", at_once, "hidden states and logits of a round, or of prompts", at_work)
+        yield MemoryRow("engine: graphs", engine.round_bytes, "those of a round once more", held)
         return
     num_sequences, flags = facts.config.engine.max_running_requests, facts.flags
     free = capacity - beside - CONTEXT_BYTES

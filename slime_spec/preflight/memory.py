@@ -25,6 +25,7 @@ from slime_spec.preflight.trainer_memory import (
 )
 
 GB = 10**9
+PASS_TOKENS = 16_384  # of the embedded engine's longest pass on a GPU, padding included
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class EngineMemory:
 
     ``kv_bytes`` is the cache holding ``num_sequences`` of the longest length. ``kv_copies``: tensor-parallel ranks
     beyond the number of key-value heads keep what another rank has, and every rank keeps a latent (MLA) whole.
-    ``num_gpus`` 0 is the CPU. The embedded engine's cache grows to ``bound_bytes``, and a round of it computes
-    ``round_bytes``.
+    ``num_gpus`` 0 is the CPU. The embedded engine's cache grows to ``bound_bytes``, a round of it has
+    ``round_bytes`` at once, and a pass over prompts ``prefill_bytes``.
     """
 
     target_bytes: int
@@ -47,6 +48,7 @@ class EngineMemory:
     max_total_tokens: int | None
     bound_bytes: int
     round_bytes: int
+    prefill_bytes: int
 
     @property
     def pool_bytes(self) -> int:
@@ -128,6 +130,7 @@ def _engine(facts: Facts, itemsize: int, counted: Parameters) -> EngineMemory:
         max_total_tokens=config.engine.max_total_tokens,
         bound_bytes=_bound_bytes(config, elements * kv_itemsize),
         round_bytes=_round_bytes(facts, num_sequences),
+        prefill_bytes=_prefill_bytes(facts, num_sequences),
     )
 
 
@@ -138,11 +141,20 @@ def _bound_bytes(config: Config, bytes_per_token: int) -> int:
 
 
 def _round_bytes(facts: Facts, num_sequences: int) -> int:
-    """Return what the embedded engine has at once: a layer's states, and the logits of the rows that it verifies."""
+    """Return what a round of the embedded engine has at once: a layer's states, and the logits of what it verifies."""
     target, itemsize = facts.target.config, ITEMSIZES[facts.config.engine.dtype]
     rows = num_sequences * (facts.shape.num_draft_tokens if facts.speculates else 1)
-    states = max(rows, facts.config.rollout.max_prompt_len) * (4 * target["hidden_size"] + _width(target)) * itemsize
-    return states + rows * target["vocab_size"] * (itemsize + FLOAT32_LOGITS * FLOAT32_BYTES)
+    return _states_bytes(facts, rows) + rows * target["vocab_size"] * (itemsize + FLOAT32_LOGITS * FLOAT32_BYTES)
+
+
+def _prefill_bytes(facts: Facts, num_sequences: int) -> int:
+    """Return what a pass of the embedded engine over prompts has at once, each padded to the longest of them."""
+    return _states_bytes(facts, min(num_sequences * facts.config.rollout.max_prompt_len, PASS_TOKENS))
+
+
+def _states_bytes(facts: Facts, num_tokens: int) -> int:
+    target, itemsize = facts.target.config, ITEMSIZES[facts.config.engine.dtype]
+    return num_tokens * (4 * target["hidden_size"] + _width(target)) * itemsize
 
 
 def _width(target: Mapping[str, Any]) -> int:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from rollout.embedded.prefill import MAX_PADDED_TOKENS, TIMES_ON_GPU
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import composed
 from slime_spec.launch.dry_run.plan import make_plan
 from slime_spec.launch.preflight import look
 from slime_spec.preflight.gpu_memory import GpuMemory, Phase, plan_gpus
-from slime_spec.preflight.memory import plan_memory
+from slime_spec.preflight.memory import PASS_TOKENS, plan_memory
 from tests.support.doctor_facts import SERVERS, TARGET, make_facts
 from tests.support.recipes import RECIPES, Recipe
 from tests.support.tiny_policy import make_tiny_policy
@@ -171,13 +172,19 @@ def test_engines_and_trainer_apart_have_gpus_of_their_own(tmp_path: Path) -> Non
     assert trainer.total(Phase.ROLLOUT) == trainer.total(Phase.LOAD)
 
 
+def test_a_pass_of_the_embedded_engine_is_as_long_as_is_counted() -> None:
+    assert PASS_TOKENS == TIMES_ON_GPU * MAX_PADDED_TOKENS
+
+
 def test_the_embedded_engine_has_a_cache_of_the_size_that_is_set(tmp_path: Path) -> None:
     argv = ("--rollout-num-gpus-per-engine", "1", "--actor-num-gpus", "1", "--sglang-dtype", "bfloat16")
     (gpu,) = gpus_for(tmp_path, *argv, "--kv-cache-gb", "20", "--gpu-memory-gb", "200")
     rows = rows_of(gpu)
     assert rows["engine: KV cache"] == 20 * 10**9
-    # 64 sequences' logits in bfloat16 and thrice in float32, and 512 tokens' states of a layer.
-    assert rows["engine: activations"] == 64 * 128256 * 14 + 512 * (4 * 4096 + 3 * 14336) * 2
+    states = (4 * 4096 + 3 * 14336) * 2  # of a token in a layer
+    # 64 sequences' logits in bfloat16 and thrice in float32, and their states; prompts of 512 tokens, as many as go.
+    assert rows["engine: graphs"] == 64 * 128256 * 14 + 64 * states
+    assert rows["engine: activations"] == 16384 * states
     (bounded,) = gpus_for(tmp_path, *argv, "--sglang-max-total-tokens", "1000", "--gpu-memory-gb", "200")
     assert rows_of(bounded)["engine: KV cache"] == 1000 * 32 * 2 * 8 * 128 * 2
 
