@@ -102,20 +102,21 @@ class Target:
         if graphs is not None:
             from rollout.embedded.cuda.graphed_target import GraphedTarget  # needs Triton, which a CPU does without
 
-            self._graphed = GraphedTarget(cache, need.layers, device, graphs)
+            self._graphed = GraphedTarget(decoder, cache, need.layers, device, graphs)
         self._watch = DeviceWatch() if device.type == "cuda" else HostWatch(clock)
 
     def use(self, decoder: Decoder) -> None:
         """Compute with other weights of the same model; captured passes stay right."""
         if self._graphed is not None:
             decoder.exchange_memory(self.decoder)
+            self._graphed.decoder = decoder
         self.decoder = decoder
 
     def run(self, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> PassOutput:
         """Return one forward over rows of ``store``; their keys and values are written."""
         with self._timed():
             if self._graphed is not None:
-                return PassOutput(*self._graphed.run(self.decoder, store, spans, token_ids))
+                return PassOutput(*self._graphed.run(store, spans, token_ids))
             return PassOutput(*self._eager(store, spans, token_ids))
 
     def _eager(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import pytest
 import torch
@@ -82,6 +82,16 @@ def test_other_weights_are_taken_into_use_without_a_new_capture(tiny_llama: Path
         assert capturer.num_captured == num_captured
         assert outcome(after) == outcome(run(expected, REQUESTS))
         assert outcome(after) != outcome(before)
+
+
+def test_weights_that_serve_no_more_are_let_go_before_the_next_pass(tiny_llama: Path) -> None:
+    """Room for keys and values is made first."""
+    with graphs_on_cpu():
+        core = make_core(engine_config(tiny_llama))
+        run(core, REQUESTS)
+        old = ref(core.decoder)
+        core.use(scaled(tiny_llama).decoder, version=1)
+        assert old() is None
 
 
 def test_weights_that_moved_are_captured_anew(tiny_llama: Path) -> None:

@@ -36,31 +36,32 @@ def _at_least(sizes: Sequence[int], wanted: int) -> int | None:
 
 
 class GraphedTarget:
-    """Runs passes over a cache; ``layers`` are those whose output is kept."""
+    """Runs passes of ``decoder`` over a cache; ``layers`` are those whose output is kept."""
 
-    def __init__(self, cache: KvCache, layers: Sequence[int], device: torch.device, graphs: Graphs) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: KvCache, layers: Sequence[int], device: torch.device, graphs: Graphs
+    ) -> None:
+        self.decoder = decoder
         self._cache, self._layers, self._device, self._graphs = cache, tuple(layers), device, graphs
         self._table = table_of(cache, device)
         self._passes: dict[Bucket, DevicePass] = {}
-        self._decoder: Decoder
 
-    def run(self, decoder: Decoder, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> States:
+    def run(self, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> States:
         """Return the states of ``Decoder.hidden``, in memory of their own."""
-        self._decoder = decoder
         bucket, of_prefixes = bucket_of(spans), store is self._cache.prefixes
         if bucket is None:
             bucket = exact_bucket(spans)
             one_pass = DevicePass(bucket, self._table, self._device)
             one_pass.fill(spans, token_ids, of_prefixes)
-            hidden, captured = decoder.hidden(one_pass.tokens, one_pass, self._layers)
+            hidden, captured = self.decoder.hidden(one_pass.tokens, one_pass, self._layers)
         else:
             known = self._passes.get(bucket)
             one_pass = self._passes[bucket] = known or DevicePass(bucket, self._table, self._device)
             one_pass.fill(spans, token_ids, of_prefixes)
             hidden, captured = self._graphs.run(
                 ("target", bucket),
-                (decoder.memory,),
-                lambda: self._decoder.hidden(one_pass.tokens, one_pass, self._layers),
+                (self.decoder.memory,),
+                lambda: self.decoder.hidden(one_pass.tokens, one_pass, self._layers),
             )
         places = Places(bucket, spans, self._device)
         return places.packed(hidden), [places.packed(each) for each in captured]
