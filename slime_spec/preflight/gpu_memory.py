@@ -160,6 +160,9 @@ def _engine_rows(facts: Facts, engine: EngineMemory, capacity: int, beside: int)
     what = f"({_gb(engine.target_bytes)} target + {_gb(engine.draft_bytes)} draft) / {engine.num_gpus}"
     yield MemoryRow("engine: weights", weights, what, held)
     if not facts.on_sglang:
+        if facts.trains_with_pushes:
+            arriving = engine.target_bytes // engine.num_gpus
+            yield MemoryRow("engine: new weights", arriving, "beside those that serve", frozenset({Phase.PUSH}))
         yield MemoryRow(CACHE, engine.bound_bytes, "as bounded by the settings", held)
         at_once = max(engine.round_bytes, engine.prefill_bytes)
         yield MemoryRow("engine: activations", at_once, "hidden states and logits of a round, or of prompts", at_work)

@@ -185,6 +185,15 @@ def test_the_embedded_engine_has_a_cache_of_the_size_that_is_set(tmp_path: Path)
     # 64 sequences' logits in bfloat16 and thrice in float32, and their states; prompts of 512 tokens, as many as go.
     assert rows["engine: graphs"] == 64 * 128256 * 14 + 64 * states
     assert rows["engine: activations"] == 16384 * states
+    # A push builds the weights whole before it takes them into use.
+    assert rows["engine: new weights"] == 2 * 8_030_261_248
+    assert gpu.total(Phase.PUSH) == sum(
+        rows[name]
+        for name in (
+            *("trainer: context", "trainer: weights", "push: buckets", "engine: context"),
+            *("engine: weights", "engine: new weights", "engine: KV cache", "engine: graphs"),
+        )
+    )
     (bounded,) = gpus_for(tmp_path, *argv, "--sglang-max-total-tokens", "1000", "--gpu-memory-gb", "200")
     assert rows_of(bounded)["engine: KV cache"] == 1000 * 32 * 2 * 8 * 128 * 2
 
