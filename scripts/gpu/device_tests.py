@@ -36,14 +36,18 @@ TOLD_LINES = 12  # the end of a failure's traceback, in the log
 GRACE_S = 10  # for the processes to end when the time is up
 
 
-def rows_of(outcomes: Path, choice: str) -> list[Row]:
-    """Return how many tests of a choice passed and failed, and which failed, from the plugin's lines."""
+def rows_of(outcomes: Path, choice: str, ended: bool) -> list[Row]:
+    """Return how many tests of a choice passed and failed, and which failed, from the plugin's lines.
+
+    ``ended`` says that pytest came to its end: tests that did not run have no line.
+    """
     lines = [json.loads(line) for line in outcomes.read_text().splitlines()]
     failed = sorted({each["test"].rpartition("/")[2] for each in lines if each["outcome"] == "failed"})
     passed = len({each["test"] for each in lines if each["outcome"] == "passed"})
     return [
         at_least(f"{choice}.passed", "tests of the embedded engine that passed", passed, "tests", 1),
         at_most(f"{choice}.failed", "; ".join(failed[:SHOWN]) or "tests that failed", len(failed), "tests", 0),
+        at_least(f"{choice}.ended", "whether there was time for all tests", float(ended), "", 1.0),
     ]
 
 
@@ -92,10 +96,11 @@ def main(argv: list[str]) -> int:
     words = [*CHOICES[options.choice], "-k", options.match, "-n", options.processes, "--dist", "worksteal"]
     words += ["-q", "--tb=short", "--no-summary", "--maxfail", options.maxfail, "-p", "no:cacheprovider"]
     words += ["-p", "no:benchmark", "-p", "outcomes", "--outcomes", str(outcomes), "--device", options.device]
-    if not run_tests([*words, *files], options.limit_s):
+    ended = run_tests([*words, *files], options.limit_s)
+    if not ended:
         sys.stdout.write(f"ended after {options.limit_s:g} s, before all tests had run\n")
     sys.stdout.write(f"{failures_of(outcomes)}\n")
-    rows = rows_of(outcomes, options.choice)
+    rows = rows_of(outcomes, options.choice, ended)
     options.report.write_text(report_json(rows, ["scripts/gpu/device_tests.py", *argv], ()))
     return 0 if all(row.holds for row in rows) else 1
 

@@ -183,7 +183,7 @@ def test_tests_are_counted_with_the_names_of_those_that_fail(tmp_path: Path) -> 
         {"test": "tests/embedded/test_b.py::test_z", "outcome": "skipped", "why": ""},
     ]
     outcomes.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    passed, failed = device_tests.rows_of(outcomes, "sampling_laws")
+    passed, failed, _ = device_tests.rows_of(outcomes, "sampling_laws", ended=True)
     assert (passed.id, failed.id) == ("sampling_laws.passed", "sampling_laws.failed")
     assert (passed.value, failed.value, failed.holds, failed.what) == (1, 1, False, "test_a.py::test_y")
     told = "FAILED tests/embedded/test_a.py::test_y\n    line\n    E  assert 1 == 2"
@@ -195,9 +195,10 @@ def test_tests_that_are_ended_tell_what_they_had_found(tmp_path: Path) -> None:
     tests.write_text("import time\ndef test_a(): assert 1 == 2\ndef test_b(): pass\ndef test_c(): time.sleep(600)\n")
     outcomes = tmp_path / "outcomes.jsonl"
     words = ["-q", "-p", "no:cacheprovider", "-p", "outcomes", "--outcomes", str(outcomes), "--rootdir", str(tmp_path)]
-    assert not device_tests.run_tests([*words, str(tests)], limit_s=8)
-    passed, failed = device_tests.rows_of(outcomes, "device_tests")
+    ended = device_tests.run_tests([*words, str(tests)], limit_s=8)
+    passed, failed, whole = device_tests.rows_of(outcomes, "device_tests", ended)
     assert (passed.value, failed.value) == (1, 1)
+    assert not whole.holds, "a test that did not run is no test that passed"
     assert "assert 1 == 2" in device_tests.failures_of(outcomes)
 
 
