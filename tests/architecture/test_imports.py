@@ -23,6 +23,7 @@ HOMES = {
     "sglang": ("rollout.sglang_engine", "slime_spec.sglang.answers"),
     "wandb": ("slime_spec.metrics.wandb",),
     "aiohttp": ("rollout.embedded.http", "rollout.sglang_engine"),
+    "triton": ("rollout.embedded.cuda", "slime_spec.weights.xxh3_kernel"),
     "hydra": (LAUNCH,),
     "omegaconf": (LAUNCH,),
     "ray": (
@@ -121,6 +122,15 @@ def test_pool_and_actors_know_engines_by_what_their_kind_declares(module: str) -
 def test_no_module_imports_itself_through_others() -> None:
     order = list(TopologicalSorter(import_graph(at_import_time=True)).static_order())  # raises CycleError, naming it
     assert set(order) == set(MODULES)
+
+
+def test_a_machine_without_triton_loads_every_module_but_those_of_a_gpu() -> None:
+    """Torch's builds for a CPU come without it; what needs a GPU's kernels imports them where it runs them."""
+    graph = import_graph(at_import_time=True)
+    with_triton = {name for name, path in MODULES.items() if "triton" in imported(path.read_text())}
+    while more := {name for name, others in graph.items() if others & with_triton} - with_triton:
+        with_triton |= more
+    assert {name for name in with_triton if not is_within(name, HOMES["triton"])} == set()
 
 
 def test_imports_inside_functions_and_for_annotations_form_no_circle_either() -> None:
