@@ -3,9 +3,13 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray
@@ -17,6 +21,7 @@ from slime_spec.launch.cluster import cluster
 from slime_spec.placement import plan_bundles
 from slime_spec.stop import StopSignals
 from tests.support.fake_config import fake_engine_config
+from tests.support.proofs import ROOT
 
 
 @pytest.fixture
@@ -45,23 +50,46 @@ def test_a_private_ray_ends_with_its_run(config, spec):
         socket.create_connection((host, int(port)), timeout=2)
 
 
-def test_a_signal_while_ray_starts_ends_the_start(config, spec):
-    """Whenever it comes: before Ray has put its own handler in the run's place, meanwhile, and afterwards."""
+def is_signalled(folder: Path) -> None:
+    """In a process of its own: a signal comes while Ray starts."""
+    config = fake_engine_config(folder)
     asking = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     with StopSignals() as stop:
         asking.start()
-        with pytest.raises(KeyboardInterrupt), stop.interruptible(), cluster(config, spec):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            stop.interruptible(),
+            cluster(config, ModelSpec.from_folder(config.model.hf_checkpoint)),
+        ):
             time.sleep(60)
     assert stop.exit_code == 143
     assert not ray.is_initialized()
 
 
-def test_a_ray_that_does_not_start_in_time_is_an_error_that_says_where_to_look(config, spec):
-    short = replace(config, cluster=ClusterConfig(actor_start_timeout_s=0.3))
-    with pytest.raises(ConfigError, match="Ray must start within it") as error, cluster(short, spec):
+def is_late(folder: Path) -> None:
+    """In a process of its own: Ray has a third of a second to start."""
+    config = replace(fake_engine_config(folder), cluster=ClusterConfig(actor_start_timeout_s=0.3))
+    with (
+        pytest.raises(ConfigError, match="Ray must start within it") as error,
+        cluster(config, ModelSpec.from_folder(config.model.hf_checkpoint)),
+    ):
         pass
     assert "Ray's logs" in str(error.value)
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("happens", [is_signalled, is_late], ids=["a signal", "its time is up"])
+def test_what_interrupts_rays_start_ends_it(tmp_path: Path, happens: Callable[[Path], None]) -> None:
+    """Whenever a signal comes: before Ray has put its own handler in the run's place, meanwhile, and afterwards.
+
+    A Ray that was interrupted aborts the process that starts it again, which a run never does: so not in this process.
+    """
+    words = (
+        "from pathlib import Path; from tests.ray import test_cluster; "
+        f"test_cluster.{happens.__name__}(Path({str(tmp_path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize(
