@@ -29,6 +29,7 @@ from slime_spec.placement import Bundle, BundlePlan, Placement, plan_bundles
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
+RAY_START_TIMEOUT_S = 300.0
 RESERVE_TIMEOUT_S = 60.0
 # Room for samples and bookkeeping, besides the weights that a push holds in shared memory.
 OBJECT_STORE_SLACK_BYTES = 256 * 1024 * 1024
@@ -62,7 +63,7 @@ def cluster(config: Config, spec: ModelSpec | None) -> Iterator[Cluster]:
         if config.cluster.ray_address is None:
             _start_ray(plan, spec, config)
         else:
-            _join_ray(str(config.cluster.ray_address), config.cluster.actor_start_timeout_s)
+            _join_ray(str(config.cluster.ray_address))
         with _reserved(plan) as reserved:
             yield reserved
     finally:
@@ -74,7 +75,6 @@ def _start_ray(plan: BundlePlan, spec: ModelSpec | None, config: Config) -> None
     if plan.num_cpus > cores:
         logger.warning("more cores reserved than this machine has reserved=%g cores=%d", plan.num_cpus, cores)
     _init_ray(
-        config.cluster.actor_start_timeout_s,
         address="local",
         num_cpus=max(cores, int(plan.num_cpus)),
         num_gpus=ceil(plan.num_gpus),  # preflight has counted them; Ray's own count needs NVIDIA's management library
@@ -85,21 +85,23 @@ def _start_ray(plan: BundlePlan, spec: ModelSpec | None, config: Config) -> None
     )
 
 
-def _init_ray(limit_s: float, **settings: Any) -> None:
-    """Call ray.init, and end it after ``limit_s``: it waits for ever for a head that it cannot reach.
+def _init_ray(address: str, **settings: Any) -> None:
+    """Call ray.init, and end it after RAY_START_TIMEOUT_S: it waits for ever for a head that it cannot reach.
 
     It replaces SIGTERM's handler by its own, which ends the process in the middle of its work.
     """
     before = signal.getsignal(signal.SIGTERM)
     is_asked = False
     try:
-        with limited(limit_s), told("Ray", "Ray started", LOGS):
-            ray.init(**settings)
+        with limited(RAY_START_TIMEOUT_S), told("Ray", "Ray started", LOGS):
+            ray.init(address, **settings)
     except SystemExit:  # Ray's handler has run
         is_asked = True
     except TimeoutError:
-        remedy = f"Look in {LOGS}, free the machine's cores, or raise it."
-        raise ConfigError("cluster.actor_start_timeout_s", "Ray must start within it", limit_s, remedy) from None
+        rule = f"its Ray must answer within {RAY_START_TIMEOUT_S:g} s"
+        raise ConfigError(
+            "cluster.ray_address", rule, address, f"Look in {LOGS}, or free the machine's cores."
+        ) from None
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -120,7 +122,7 @@ def _object_store_bytes(spec: ModelSpec | None, config: Config) -> int:
     return kind_of(config).num_weight_copies * (total + total // 8) + OBJECT_STORE_SLACK_BYTES
 
 
-def _join_ray(address: str, limit_s: float) -> None:
+def _join_ray(address: str) -> None:
     """Join a running cluster; raise within seconds if nothing listens at the address."""
     remedy = (
         "Start Ray there (ray start --head; with tokens, share its token), or drop --ray-address for a private Ray."
@@ -136,7 +138,9 @@ def _join_ray(address: str, limit_s: float) -> None:
         except OSError as error:
             raise ConfigError("cluster.ray_address", f"must be reachable: {error}", address, remedy) from None
     try:
-        _init_ray(limit_s, address=address, logging_level=logging.WARNING)
+        _init_ray(address, logging_level=logging.WARNING)
+    except ConfigError:  # it says itself what is wrong
+        raise
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError("cluster.ray_address", f"must be a running Ray: {error}", address, remedy) from None
 

@@ -8,12 +8,12 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from rollout.sglang_engine.transports.distributed import _store_on
+from slime_spec.transports.store import store_on
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_the_store_of_a_push_listens_on_its_host_alone(host: str) -> None:
-    store = _store_on(host, 2)
+    store = store_on(host, 2, timedelta(seconds=20))
     mine = [each.laddr for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_LISTEN]
     assert [address.ip for address in mine if address.port == store.port] == [host]
     other = dist.TCPStore(host, store.port, 2, is_master=False, timeout=timedelta(seconds=20), wait_for_workers=False)
