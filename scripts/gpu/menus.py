@@ -48,6 +48,8 @@ MENUS: dict[str, tuple[Part, ...]] = {
     "engine": (
         _bench("device", "ceilings", 40),
         _bench("device", "shapes", 120, on_cpu=TWICE),
+        _bench("device", "profile", 60, on_cpu=TWICE),
+        _bench("device", "attention", 150, ("--seconds", "110")),
         _bench("engine", "exactness", 80, (*SHORT, "--num-prompts", "8", "--seconds", "40"), (*BRIEF, *CHAIN)),
         _bench("engine", "plain", 80, (*SHORT, *TWICE, "--seconds", "40"), BRIEF),
         _bench(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser
 
 from slime_spec.bench.device.random_model import SHAPES
@@ -13,6 +14,8 @@ HERE = "slime_spec.bench.device"
 PARTS = {
     "ceilings": f"{HERE}.ceilings:measure",
     "shapes": f"{HERE}.shapes:measure",
+    "profile": f"{HERE}.profile:measure",
+    "attention": f"{HERE}.attention:measure",
     "trainer": f"{HERE}.trainer:measure",
     "ipc": f"{HERE}.ipc:measure",
     "push": f"{HERE}.push:measure",
@@ -22,6 +25,8 @@ PARTS = {
 def prepare(options: BenchOptions) -> None:
     """See Benchmark."""
     check_num_gpus(options.num_gpus)
+    if not options.num_gpus:
+        os.environ["TRITON_INTERPRET"] = "1"  # asked for when Triton is imported: the part attention runs a kernel
     for name in options.shapes:
         if name not in SHAPES:
             raise unknown_choice("--shapes", SHAPES, name)
@@ -34,11 +39,12 @@ def add_flags(parser: ArgumentParser) -> None:
         "--shapes",
         nargs="+",
         metavar="NAME",
-        help=f"of part shapes, any of {', '.join(SHAPES)} (135m 1b 8b on a GPU, tiny on a CPU)",
+        help=f"of parts shapes and profile, any of {', '.join(SHAPES)} (135m 1b 8b on a GPU, tiny on a CPU)",
     )
     parser.add_argument(
         "--batch-sizes", nargs="+", metavar="N", type=int, help="of part shapes (1 8 64 256 on a GPU, 1 8 on a CPU)"
     )
+    parser.add_argument("--seconds", metavar="S", type=float, help="begin no case of part attention after these")
 
 
 DEVICE = Benchmark(

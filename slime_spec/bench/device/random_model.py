@@ -12,6 +12,7 @@ import torch
 from rollout.embedded.cuda.graphs import Graphs
 from rollout.embedded.drafting import FeatureNeed
 from rollout.embedded.kv_cache import KvCache
+from rollout.embedded.linear import Packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.target import Target, Timing
@@ -121,10 +122,15 @@ def write_random_checkpoint(
 
 
 def random_decoder(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, num_positions: int, seed: int = 0
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_positions: int,
+    seed: int = 0,
+    packing: Packing | None = None,
 ) -> Decoder:
-    """Build the embedded engine's decoder, packed as the device wants it, for sequences of ``num_positions``."""
-    builder = DecoderBuilder(spec, RopeTable(spec, num_positions, dtype, device), dtype, device)
+    """Build the embedded engine's decoder for sequences of ``num_positions``, packed as the device wants it."""
+    builder = DecoderBuilder(spec, RopeTable(spec, num_positions, dtype, device), dtype, device, packing)
     for name, tensor in random_tensors(spec, dtype, device, seed):
         builder.add(name, tensor)
     return builder.finish()
