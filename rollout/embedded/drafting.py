@@ -1,6 +1,6 @@
 """The core and a drafter talk through this interface: the Drafter protocol and the types of its calls.
 
-    prompt, piece by piece:   prefill(Prefill)                     the target has just cached these tokens
+    prompts, pass by pass:    prefill(prefills)                    the target has just cached these tokens
     every round:              propose(contexts) ──► drafts         one per speculating sequence
                               verify (target) ──► observe(outcomes) accepted nodes, and the target's features
     end or preemption:        forget(request_key)
@@ -179,7 +179,8 @@ class Drafter(Protocol):
         The core swaps before the first round and with every change of the target's weights.
         """
 
-    def prefill(self, prefill: Prefill) -> None: ...
+    def prefill(self, prefills: Sequence[Prefill]) -> None:
+        """Take pieces of different sequences or prompts, all of one pass: all are ``shared``, or none is."""
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         """Return one draft per context; an empty draft is a plain decode step."""
@@ -200,7 +201,7 @@ class WeightlessDrafter:
     def bind(self, decoder: Decoder) -> Swap:
         return lambda: None
 
-    def prefill(self, prefill: Prefill) -> None:
+    def prefill(self, prefills: Sequence[Prefill]) -> None:
         pass
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:

@@ -14,7 +14,7 @@ import torch
 from rollout.embedded.batch import Batch
 from rollout.embedded.drafting import KvRow, Prefill
 from rollout.embedded.plan import RowSpan
-from rollout.embedded.request import SampleState
+from rollout.embedded.request import Group, SampleState
 from rollout.embedded.speculation import Speculation
 from rollout.embedded.target import Target
 
@@ -42,12 +42,23 @@ class Piece:
         return self.start + len(self.token_ids)
 
     @property
+    def owner(self) -> Group | SampleState:
+        """Return whose KV the tokens are."""
+        return self.sequence.group if self.shared else self.sequence
+
+    @property
     def ends_prompt(self) -> bool:
         """Return whether what follows is a first token, so that logits are wanted."""
         group = self.sequence.group
         if self.shared:
             return self.end == group.num_prompt_tokens and group.num_started < len(group.request.seeds)
         return not self.sequence.logprobs and self.end == self.sequence.prefill_len
+
+    def note_cached(self, version: int) -> None:
+        """Note that the tokens lie in the KV, computed by weights ``version``."""
+        self.owner.num_prefilled = self.end
+        if self.start == 0:
+            self.owner.kv_version = version
 
 
 class Prefiller:
@@ -100,46 +111,47 @@ class Prefiller:
         """Run one pass over pieces of prompts in one store."""
         spans: list[RowSpan] = []
         tokens: list[int] = []
+        ending: list[tuple[Group, int]] = []
         for piece in pieces:
             group = piece.sequence.group
             prefix = (-1, 0) if piece.shared else (group.prefix_row, group.prefix_tokens)
             spans.append(RowSpan(piece.row, piece.start, len(piece.token_ids), *prefix))
             tokens += piece.token_ids
+            if piece.ends_prompt:
+                ending.append((group, len(tokens) - 1))
         store = self._target.cache.prefixes if pieces[0].shared else self._target.cache.own
         output = self._target.run(store, spans, tokens)
-        features = self._target.features(output)
-        first = 0
-        ending: list[tuple[Piece, int]] = []
         for piece in pieces:
-            end = first + len(piece.token_ids)
-            self._take(piece, version, None if features is None else features[first:end])
-            if piece.ends_prompt:
-                ending.append((piece, end - 1))
-            first = end
+            piece.note_cached(version)
+        self._show(pieces, self._target.features(output))
         if ending:
             logits = self._target.logits(output.hidden[self._target.tensor([last for _, last in ending])])
-            for (piece, _), row_logits in zip(ending, logits.split(1), strict=True):
-                piece.sequence.group.first_logits = row_logits
-                piece.sequence.group.prompt_version = version
+            for (group, _), row_logits in zip(ending, logits.split(1), strict=True):
+                group.first_logits, group.prompt_version = row_logits, version
 
-    def _take(self, piece: Piece, version: int, features: torch.Tensor | None) -> None:
-        """Note that a piece lies in the KV, and show it to the drafter."""
-        sequence, group = piece.sequence, piece.sequence.group
-        owner = group if piece.shared else sequence
-        owner.num_prefilled = piece.end
-        if piece.start == 0:
-            owner.kv_version = version
-        prompt = KvRow(-1, group.prefix_row, group.prefix_tokens)
-        shown = Prefill(
-            key=owner.key,
+    def _show(self, pieces: Sequence[Piece], features: torch.Tensor | None) -> None:
+        """Show the drafter what a pass has put into the KV."""
+        sizes = [len(piece.token_ids) for piece in pieces]
+        of_pieces = [None] * len(pieces) if features is None else features.split(sizes)
+        self._speculation.prefill(
+            [
+                self._prefill(piece, of_piece)
+                for piece, of_piece in zip(pieces, of_pieces, strict=True)
+                if self._speculation.applies_to(piece.sequence.group)
+            ]
+        )
+
+    def _prefill(self, piece: Piece, features: torch.Tensor | None) -> Prefill:
+        group = piece.sequence.group
+        return Prefill(
+            key=piece.owner.key,
             shared=piece.shared,
-            kv_row=prompt if piece.shared else self._batch.kv_row(piece.row),
+            kv_row=KvRow(-1, group.prefix_row, group.prefix_tokens) if piece.shared else self._batch.kv_row(piece.row),
             start=piece.start if piece.shared else group.prefix_tokens + piece.start,
             token_ids=piece.token_ids,
             features=features,
             prompt_key=group.key,
         )
-        self._speculation.prefill(group, shown)
 
 
 def _passes(pieces: Sequence[Piece], most_tokens: int) -> Iterator[list[Piece]]:

@@ -37,10 +37,11 @@ class Speculation:
     def applies_to(self, group: Group) -> bool:
         return self.enabled and group.request.params.speculative
 
-    def prefill(self, group: Group, prefill: Prefill) -> None:
-        if self.applies_to(group):
+    def prefill(self, prefills: Sequence[Prefill]) -> None:
+        """Show the drafter the pieces of one pass, all of groups that speculate."""
+        if prefills:
             with self._timed():
-                self.drafter.prefill(prefill)
+                self.drafter.prefill(prefills)
 
     def propose(self, batch: Batch) -> list[Draft]:
         """Return a draft for every running sequence, no deeper than its token budget allows."""

@@ -50,7 +50,13 @@ class LedgerDrafter:
     def bind(self, decoder: Decoder) -> Swap:
         return lambda: self.bound.append(decoder)
 
-    def prefill(self, prefill: Prefill) -> None:
+    def prefill(self, prefills: Sequence[Prefill]) -> None:
+        assert len({prefill.shared for prefill in prefills}) == 1, "the pieces of one pass are of one store"
+        assert len({prefill.key for prefill in prefills}) == len(prefills), "a row has one piece a pass"
+        for prefill in prefills:
+            self._prefill(prefill)
+
+    def _prefill(self, prefill: Prefill) -> None:
         own_start = 0 if prefill.shared else prefill.kv_row.prefix_len
         assert prefill.start == self.num_prefilled.get(prefill.key, own_start), "a piece came out of order"
         self.num_prefilled[prefill.key] = prefill.start + len(prefill.token_ids)

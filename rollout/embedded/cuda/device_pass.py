@@ -104,7 +104,7 @@ class Places:
     """Says which of a bucket's tokens are those of a pass, in order."""
 
     def __init__(self, bucket: Bucket, spans: Sequence[RowSpan], device: torch.device) -> None:
-        self._count = sum(span.count for span in spans)
+        self._bucket, self._count = bucket, sum(span.count for span in spans)
         self._index: torch.Tensor | None = None
         if self._count < len(spans) * bucket.queries:
             index = np.concatenate([row * bucket.queries + np.arange(span.count) for row, span in enumerate(spans)])
@@ -114,6 +114,12 @@ class Places:
     def packed(self, padded: torch.Tensor) -> torch.Tensor:
         """Return a copy of the pass's tokens of [bucket's tokens, ..]."""
         return padded[: self._count].clone() if self._index is None else padded.index_select(0, self._index)
+
+    def padded(self, packed: torch.Tensor) -> torch.Tensor:
+        """Return the pass's tokens [tokens, ..] as [bucket's tokens, ..], with zeros between."""
+        padded = packed.new_zeros(self._bucket.tokens, *packed.shape[1:])
+        self.pad(packed, padded)
+        return padded
 
     def pad(self, packed: torch.Tensor, padded: torch.Tensor) -> None:
         """Write the pass's tokens to their places among the bucket's."""

@@ -26,17 +26,26 @@ from rollout.embedded.drafters.chain import chain_sampler, chain_steps, chains
 from rollout.embedded.drafters.growth import grow_drafts
 from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.network_weights import NetworkBuilder
-from rollout.embedded.drafters.step import DrafterSetup, DraftRows, DraftVocab, Heads, last_rows, own_span
+from rollout.embedded.drafters.step import (
+    DrafterSetup,
+    DraftRows,
+    DraftVocab,
+    Heads,
+    last_rows,
+    own_span,
+    prefill_span,
+)
 from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.model import Decoder
-from rollout.embedded.plan import RowSpan
+from rollout.embedded.plan import AttentionPlan, RowSpan
 from rollout.embedded.rope import RopeTable
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
 
 if TYPE_CHECKING:
+    from rollout.embedded.cuda.device_pass import DevicePass
     from rollout.embedded.cuda.graphed_chain import GraphedChain
 
 logger = logging.getLogger(__name__)
@@ -87,17 +96,24 @@ class FeatureDrafter:
         return swap
 
     @torch.inference_mode()
-    def prefill(self, prefill: Prefill) -> None:
-        assert prefill.features is not None, "the core brings the features that were asked for"
-        track = self._track_before(prefill)
-        features = torch.cat((*track.waiting, prefill.features)) if track.waiting else prefill.features
-        count = features.shape[0] - 1
-        if count:
-            store, span = self._place(prefill, track.num_cached, count)
-            hidden = self._network.project(features[:-1])
-            self._forward(store, self._rows.tensor(prefill.token_ids[-count:]), hidden, [span])
-        # The last row alone: a view would keep the whole prompt's features.
-        self._tracks[prefill.key] = Track(track.num_cached + count, (features[-1:].clone(),))
+    def prefill(self, prefills: Sequence[Prefill]) -> None:
+        spans: list[RowSpan] = []
+        token_ids: list[int] = []
+        features: list[torch.Tensor] = []
+        for prefill in prefills:
+            assert prefill.features is not None, "the core brings the features that were asked for"
+            track = self._track_before(prefill)
+            count = sum(map(len, track.waiting)) + len(prefill.token_ids) - 1
+            if count:
+                prefix_len = shared_positions(prefill.kv_row.prefix_len)
+                spans.append(prefill_span(prefill, prefix_len, track.num_cached, count))
+                token_ids += prefill.token_ids[-count:]
+                features += (*track.waiting, prefill.features[:-1])
+            # The last row alone: a view would keep the features of all prompts of the pass.
+            self._tracks[prefill.key] = Track(track.num_cached + count, (prefill.features[-1:].clone(),))
+        if spans:
+            hidden = self._network.project(torch.cat(features))
+            self._forward(self._rows.store_of(prefills), self._rows.tensor(token_ids), hidden, spans)
 
     @torch.inference_mode()
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
@@ -173,7 +189,10 @@ class FeatureDrafter:
     def _forward(
         self, store: KvStore, token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]
     ) -> torch.Tensor:
-        return self._network.forward(self._embed(token_ids), hidden, self._rows.plan(store, spans))
+        return self._rows.run(store, spans, self._planned, token_ids, hidden)
+
+    def _planned(self, plan: AttentionPlan | DevicePass, token_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self._network.forward(self._embed(token_ids), hidden, plan)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         assert self._target is not None, "a drafter is bound before it drafts"
@@ -187,12 +206,6 @@ class FeatureDrafter:
 
     def _track_before(self, prefill: Prefill) -> Track:
         return Track(0, ()) if prefill.start == 0 else self._track(prefill.key, prefill.prompt_key)
-
-    def _place(self, prefill: Prefill, position: int, count: int) -> tuple[KvStore, RowSpan]:
-        if prefill.shared:
-            return self.cache.prefixes, RowSpan(prefill.kv_row.prefix_row, position, count)
-        prefix_len = shared_positions(prefill.kv_row.prefix_len)
-        return self.cache.own, own_span(prefill.kv_row, prefix_len, position, count)
 
     def _read(self) -> None:
         checkpoint = load_draft(self._setup.draft.folder, self.spec, [self._setup.dtype])

@@ -8,18 +8,30 @@ The next round begins by reading the tokens it is behind.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from rollout.embedded.drafters.chain import chain_limit
 from rollout.embedded.drafters.growth import grow_drafts
-from rollout.embedded.drafters.step import DrafterSetup, DraftRows, DraftVocab, Heads, last_rows, own_span
+from rollout.embedded.drafters.step import (
+    DrafterSetup,
+    DraftRows,
+    DraftVocab,
+    Heads,
+    last_rows,
+    own_span,
+    prefill_span,
+)
 from rollout.embedded.drafters.whole_model import ModelWeights
 from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.model import Decoder
-from rollout.embedded.plan import RowSpan
+from rollout.embedded.plan import AttentionPlan, RowSpan
 from slime_spec.checkpoints.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from rollout.embedded.cuda.device_pass import DevicePass
 
 
 class StandaloneDrafter:
@@ -51,14 +63,15 @@ class StandaloneDrafter:
         return lambda: None
 
     @torch.inference_mode()
-    def prefill(self, prefill: Prefill) -> None:
-        count = len(prefill.token_ids)
-        if prefill.shared:
-            store, span = self.cache.prefixes, RowSpan(prefill.kv_row.prefix_row, prefill.start, count)
-        else:
-            store, span = self.cache.own, own_span(prefill.kv_row, prefill.kv_row.prefix_len, prefill.start, count)
-        self._forward(store, self._rows.tensor(prefill.token_ids), [span])
-        self._num_cached[prefill.key] = prefill.start + count
+    def prefill(self, prefills: Sequence[Prefill]) -> None:
+        spans: list[RowSpan] = []
+        token_ids: list[int] = []
+        for prefill in prefills:
+            count = len(prefill.token_ids)
+            spans.append(prefill_span(prefill, prefill.kv_row.prefix_len, prefill.start, count))
+            token_ids += prefill.token_ids
+            self._num_cached[prefill.key] = prefill.start + count
+        self._forward(self._rows.store_of(prefills), self._rows.tensor(token_ids), spans)
 
     @torch.inference_mode()
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
@@ -95,7 +108,10 @@ class StandaloneDrafter:
     def _forward(self, store: KvStore, token_ids: torch.Tensor, spans: Sequence[RowSpan]) -> torch.Tensor:
         if self.spec.vocab_size < self._setup.target.vocab_size:
             token_ids = token_ids.clamp(max=self.spec.vocab_size - 1)
-        hidden, _ = self.weights.decoder.hidden(token_ids, self._rows.plan(store, spans))
+        return self._rows.run(store, spans, self._planned, token_ids)
+
+    def _planned(self, plan: AttentionPlan | DevicePass, token_ids: torch.Tensor) -> torch.Tensor:
+        hidden, _ = self.weights.decoder.hidden(token_ids, plan)
         return hidden
 
     def _heads(self, hidden: torch.Tensor) -> Heads:

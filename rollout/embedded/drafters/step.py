@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rollout.embedded.drafting import KvRow
+from rollout.embedded.drafting import KvRow, Prefill
 from rollout.embedded.kv_cache import KvCache, KvStore
-from rollout.embedded.plan import AttentionPlan, RowSpan, make_plan
+from rollout.embedded.plan import RowSpan, make_plan
 from slime_spec.checkpoints.draft_choice import ChosenDraft
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.sglang.draft_shape import DraftShape
 
 if TYPE_CHECKING:
-    from rollout.embedded.cuda.device_pass import DevicePass, KvTable
+    from rollout.embedded.cuda.device_pass import KvTable
     from rollout.embedded.cuda.graphs import Graphs
 
 
@@ -81,7 +81,7 @@ class DraftVocab:
 
 
 class DraftRows:
-    """Owns the cache of a draft decoder and plans the passes over the cache."""
+    """Owns the cache of a draft decoder and runs the passes over the cache."""
 
     def __init__(self, spec: ModelSpec, setup: DrafterSetup) -> None:
         self._heads_per_kv = spec.num_heads // spec.num_kv_heads
@@ -93,21 +93,42 @@ class DraftRows:
 
             self.table = table_of(self.cache, setup.device)
 
-    def plan(self, store: KvStore, spans: Sequence[RowSpan]) -> AttentionPlan | DevicePass:
-        if self.table is not None and len({span.count for span in spans}) == 1:
-            return self._device_pass(self.table, store, spans)
-        shared = self.cache.prefixes if any(span.prefix_row >= 0 for span in spans) else None
-        return make_plan(store, spans, self._heads_per_kv, self._dtype, self._device, shared)
+    def run(
+        self, store: KvStore, spans: Sequence[RowSpan], forward: Callable[..., torch.Tensor], *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """Return ``forward(plan, *inputs)`` over a plan of the pass; inputs and result are [tokens, ..].
+
+        A GPU's pass is padded where its rows differ in length, and its inputs then, too.
+        """
+        if self.table is None:
+            shared = self.cache.prefixes if any(span.prefix_row >= 0 for span in spans) else None
+            return forward(make_plan(store, spans, self._heads_per_kv, self._dtype, self._device, shared), *inputs)
+        return self._run_on_device(self.table, store, spans, forward, *inputs)
+
+    def store_of(self, prefills: Sequence[Prefill]) -> KvStore:
+        """Return the store of the pieces of one pass."""
+        return self.cache.prefixes if prefills[0].shared else self.cache.own
 
     def tensor(self, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(token_ids, device=self._device)
 
-    def _device_pass(self, table: KvTable, store: KvStore, spans: Sequence[RowSpan]) -> DevicePass:
-        from rollout.embedded.cuda.device_pass import DevicePass, exact_bucket
+    def _run_on_device(
+        self,
+        table: KvTable,
+        store: KvStore,
+        spans: Sequence[RowSpan],
+        forward: Callable[..., torch.Tensor],
+        *inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        from rollout.embedded.cuda.device_pass import DevicePass, Places, exact_bucket
 
-        one_pass = DevicePass(exact_bucket(spans), table, self._device)
-        one_pass.fill(spans, [0] * sum(span.count for span in spans), store is self.cache.prefixes)
-        return one_pass
+        bucket, num_tokens = exact_bucket(spans), sum(span.count for span in spans)
+        one_pass = DevicePass(bucket, table, self._device)
+        one_pass.fill(spans, [0] * num_tokens, store is self.cache.prefixes)
+        if num_tokens == bucket.tokens:
+            return forward(one_pass, *inputs)
+        places = Places(bucket, spans, self._device)
+        return places.packed(forward(one_pass, *map(places.padded, inputs)))
 
 
 def own_span(kv_row: KvRow, prefix_len: int, position: int, count: int) -> RowSpan:
@@ -115,6 +136,13 @@ def own_span(kv_row: KvRow, prefix_len: int, position: int, count: int) -> RowSp
     if prefix_len == 0:
         return RowSpan(kv_row.row, position, count)
     return RowSpan(kv_row.row, position - prefix_len, count, kv_row.prefix_row, prefix_len)
+
+
+def prefill_span(prefill: Prefill, prefix_len: int, position: int, count: int) -> RowSpan:
+    """Return the span of ``count`` tokens from absolute ``position`` on, in the prompt's row or the sequence's own."""
+    if prefill.shared:
+        return RowSpan(prefill.kv_row.prefix_row, position, count)
+    return own_span(prefill.kv_row, prefix_len, position, count)
 
 
 def last_rows(states: torch.Tensor, spans: Sequence[RowSpan]) -> torch.Tensor:
