@@ -12,6 +12,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.sglang.draft_shape import check_shape, forced_draft_tokens
 
 FORGED_ACCEPTANCE = "SGLANG_SIMULATE_ACC_LEN"
+FP8_CAPABILITY = (8, 9)  # from Ada and Hopper on a GPU computes with e4m3
 
 
 def check_speculation(config: Config) -> None:
@@ -119,14 +120,32 @@ def _check_draft_model(config: Config) -> None:
 
 
 def check_quantization(config: Config) -> None:
-    """Raise ConfigError for a draft in fp8 on engines without a GPU; which GPUs have fp8 is known at the engine."""
+    """Raise ConfigError for int8 on servers, which lack it, and fp8 without a GPU; ``check_fp8`` judges GPUs."""
     quantization = config.speculative.draft_model_quantization
+    if quantization == "int8" and kind_of(config).has_servers:
+        raise ConfigError(
+            "speculative.draft_model_quantization",
+            "int8 is the embedded engine's, and SGLang's servers end at once on it",
+            quantization,
+            "Pass --speculative-draft-model-quantization fp8, or --rollout-engine embedded.",
+        )
     if quantization == "fp8" and config.rollout.num_gpus_per_engine == 0:
         raise ConfigError(
             "speculative.draft_model_quantization",
             "fp8 needs a GPU that has it, and the engines run on the CPU",
             quantization,
             "Pass --speculative-draft-model-quantization int8, or --rollout-num-gpus-per-engine 1.",
+        )
+
+
+def check_fp8(capability: tuple[int, int]) -> None:
+    """Raise ConfigError for a draft in fp8 on the embedded engine's GPU of this compute capability."""
+    if capability < FP8_CAPABILITY:
+        raise ConfigError(
+            "speculative.draft_model_quantization",
+            "fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper)",
+            "fp8 on a GPU of {}.{}".format(*capability),
+            "Leave out --speculative-draft-model-quantization: the draft then computes in the engine's dtype.",
         )
 
 

@@ -23,7 +23,7 @@ class SpeculativeConfig:
     )
     draft_model_quantization: str | None = setting(
         None,
-        "Quantise the draft's weights (never the target's): int8, or fp8 on a GPU that has it.",
+        "Quantise the draft's weights (never the target's): int8, or fp8 on a GPU that has it (Ada, Hopper).",
         flags=("--sglang-speculative-draft-model-quantization",),
         choices=("int8", "fp8"),
     )

@@ -23,6 +23,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import verify_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
+from slime_spec.config.speculation import check_fp8
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError, NotComputedError
@@ -32,6 +33,7 @@ from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding
 from slime_spec.preflight.gate import check_skipped, examine, log_findings, not_skipped, refusal, refused
 from slime_spec.preflight.gather import gather
+from slime_spec.preflight.gpus import visible_gpu_capabilities
 from slime_spec.rl.rollout_data import check_rollout_data
 from slime_spec.run_folder import CHECKPOINTS, check_run_folder, folder_of
 from slime_spec.speculation.corpus import corpus_lines
@@ -169,12 +171,20 @@ def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
     refusals.of(verify_tensors, config.model.hf_checkpoint, spec, dtypes=dtypes)
     if generates and kind_of(config).runs_built_decoders:
         refusals.of(_check_draft, config, spec, dtypes)
+        refusals.of(_check_fp8, config)
 
 
 def _check_draft(config: Config, spec: ModelSpec, dtypes: Sequence[torch.dtype]) -> None:
     draft = choose_draft(config, spec)
     if draft is not None:
         draft.verify(dtypes)
+
+
+def _check_fp8(config: Config) -> None:
+    """Judge this machine's GPUs; a cluster's are judged where the engines start."""
+    if config.speculative.draft_model_quantization == "fp8" and config.cluster.ray_address is None:
+        for capability in visible_gpu_capabilities(os.environ):
+            check_fp8(capability)
 
 
 def _check_corpus(config: Config) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from slime_spec.checkpoints.draft_tensors import OWN_EMBEDDING
 from slime_spec.checkpoints.families import FORMAT_OF
 from slime_spec.checkpoints.families.eagle3 import TABLES
 from slime_spec.checkpoints.parameters import Parameters, count_parameters, kv_elements_per_token, num_kv_heads
@@ -110,10 +111,10 @@ def _engine(facts: Facts, itemsize: int, counted: Parameters) -> EngineMemory:
     elements = kv_elements_per_token(facts.target.config) or 0
     draft_bytes = 0
     if facts.draft_kind == "in_target":
-        draft_bytes = counted.mtp * itemsize
+        draft_bytes = counted.mtp * (1 if _is_rounded(facts) else itemsize)
         elements += kv_elements_per_token(facts.target.config, facts.target.num_mtp_layers) or 0
     elif facts.draft is not None:
-        draft_bytes = draft_parameters(facts.draft) * ITEMSIZES[config.engine.dtype]
+        draft_bytes = _draft_bytes(facts, facts.draft)
         elements += kv_elements_per_token(facts.draft.config) or 0
     num_sequences = min(config.engine.max_running_requests, facts.samples_per_engine)
     num_tokens = num_sequences * (facts.config.rollout.longest + (facts.shape.headroom if facts.speculates else 0))
@@ -186,6 +187,28 @@ def _kv_copies(facts: Facts) -> int:
     if facts.target.config.get("kv_lora_rank"):
         return max(1, tensor_parallel)
     return max(1, tensor_parallel // num_kv_heads(facts.target.config))
+
+
+def _is_rounded(facts: Facts) -> bool:
+    """Return whether the embedded engine keeps the draft's matrices in 8 bits; their scales are small."""
+    return facts.config.speculative.draft_model_quantization is not None and not facts.on_sglang
+
+
+def _draft_bytes(facts: Facts, draft: Checkpoint) -> int:
+    """Return the bytes of a draft outside the target's checkpoint.
+
+    Rounding leaves a head's embedding and a whole model's tables as they are.
+    """
+    total, itemsize = draft_parameters(draft), ITEMSIZES[facts.config.engine.dtype]
+    if not _is_rounded(facts):
+        return total * itemsize
+    if facts.draft_kind == "whole":
+        counted = count_parameters(draft.config)
+        kept = 0 if counted is None else counted.tables
+    else:
+        tensors = draft.tensors or {}
+        kept = sum(each.num_elements for name, each in tensors.items() if name.endswith(OWN_EMBEDDING))
+    return total - kept + kept * itemsize
 
 
 def draft_parameters(draft: Checkpoint) -> int:

@@ -33,6 +33,7 @@ from slime_spec.weights.messages import (
 from slime_spec.weights.run import PushReport, push_messages, run_push
 from tests.support.draft_formats import make_format
 from tests.support.embedded_harness import engine_config, make_core, random_prompt, run
+from tests.support.fp8_on_cpu import fp8_on_cpu
 from tests.support.pushes import DirectTransport, checksum_of, disturbed, other_weights, push_of
 from tests.support.tiny_models import load_reference, make_tiny_checkpoint
 
@@ -274,10 +275,12 @@ def test_the_draft_is_pushed_by_itself_and_has_a_version_of_its_own(standalone: 
     engine.stop()
 
 
-def test_a_rounded_draft_takes_a_push_and_is_not_said_to_be_verified(standalone: Config) -> None:
-    speculative = replace(standalone.speculative, draft_model_quantization="int8")
-    engine = EmbeddedEngine(replace(standalone, speculative=speculative), 0, DirectTransport())
-    engine.start()
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_rounded_draft_takes_a_push_and_is_not_said_to_be_verified(standalone: Config, quantization: str) -> None:
+    speculative = replace(standalone.speculative, draft_model_quantization=quantization)
+    with fp8_on_cpu():
+        engine = EmbeddedEngine(replace(standalone, speculative=speculative), 0, DirectTransport())
+        engine.start()
     drafts = load_file(f"{standalone.speculative.draft_model_path}/model.safetensors")
 
     def push(tensors: dict[str, torch.Tensor], version: int, side: Side) -> PushReport:

@@ -148,6 +148,7 @@ DRAFTS: dict[str, dict[str, object]] = {
     "eagle with hot tokens": {"token_map": "hot.pt"},
     "mimo": {},
     "eagle3 of int8": {"draft_model_quantization": "int8"},
+    "eagle3 of fp8": {"draft_model_quantization": "fp8"},
 }
 
 

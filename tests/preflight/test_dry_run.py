@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from slime_spec.checkpoints.folder import StoredTensor
 from slime_spec.checkpoints.parameters import count_parameters, kv_elements_per_token
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.launch.cli import main
@@ -82,6 +85,41 @@ def test_memory_is_weights_cache_gradients_and_optimizer(tmp_path: Path) -> None
     assert memory.engine.kv_bytes_per_token == 2 * 2 * 8 * 128 * 33
     assert memory.engine.kv_bytes == memory.engine.kv_bytes_per_token * 64 * (512 + 64 + 4)
     assert memory.trainer.kept_bytes == 18 * parameters
+
+
+ONE_GPU = ("--rollout-num-gpus-per-engine", "1", "--actor-num-gpus", "1")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_rounded_draft_costs_a_byte_a_weight_but_its_embedding(tmp_path: Path, quantization: str) -> None:
+    given = ("--speculative-algorithm", "EAGLE3", *CHAIN, *ONE_GPU, "--sglang-dtype", "bfloat16")
+    rounded = ("--speculative-draft-model-quantization", quantization)
+    shapes = {"fc.weight": (10, 30), "norm.weight": (10,), "embed_tokens.weight": (200, 10), "d2t": (20,)}
+
+    def draft_bytes(*argv: str) -> int:
+        facts = make_facts(tmp_path, argv, draft=EAGLE3_HEAD)
+        stored = {name: StoredTensor("bfloat16", shape, 2 * prod(shape)) for name, shape in shapes.items()}
+        assert facts.draft is not None
+        engine = plan_memory(replace(facts, draft=replace(facts.draft, tensors=stored))).engine
+        assert engine is not None
+        return engine.draft_bytes
+
+    assert draft_bytes(*given) == 2 * (300 + 10 + 2000)
+    assert draft_bytes(*given, *rounded) == 300 + 10 + 2 * 2000
+
+
+def test_a_rounded_model_keeps_its_tables_and_a_rounded_mtp_layer_nothing(tmp_path: Path) -> None:
+    given = (*ONE_GPU, "--sglang-dtype", "bfloat16", *CHAIN)
+    given += ("--speculative-draft-model-quantization", "fp8")
+    counted, small = count_parameters(MIMO), count_parameters(TARGET)
+    assert counted is not None
+    assert small is not None
+    mtp = plan_memory(make_facts(tmp_path, ("--speculative-algorithm", "NEXTN", *given), target=MIMO)).engine
+    whole = plan_memory(make_facts(tmp_path, ("--speculative-algorithm", "STANDALONE", *given), draft=TARGET)).engine
+    assert mtp is not None
+    assert whole is not None
+    assert mtp.draft_bytes == counted.mtp
+    assert whole.draft_bytes == small.decoder + small.tables
 
 
 def test_an_mtp_draft_costs_its_layer_and_its_own_cache(tmp_path: Path) -> None:

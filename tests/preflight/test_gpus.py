@@ -1,4 +1,4 @@
-"""How many GPUs a run may use is what the driver and CUDA_VISIBLE_DEVICES say."""
+"""Which GPUs a run may use, and what they can do, is what the driver and CUDA_VISIBLE_DEVICES say."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from slime_spec.preflight.gpus import MIB, visible_gpu_bytes
+from slime_spec.launch.compose import composed
+from slime_spec.launch.preflight import look
+from slime_spec.preflight.gpus import MIB, visible_gpu_bytes, visible_gpu_capabilities
+from tests.support.tiny_drafts import EAGLE3, make_tiny_draft
+from tests.support.tiny_policy import make_tiny_policy
 
 TWO_GPUS = "#!/bin/sh\necho 81559\necho 81559\n"
+
+
+def two_gpus_of(capability: str) -> str:
+    return f'#!/bin/sh\ncase $1 in *compute_cap) x="{capability}";; *) x=81559;; esac\necho "$x"\necho "$x"\n'
 
 
 @pytest.mark.parametrize(
@@ -37,3 +45,47 @@ def test_without_a_driver_there_are_none(tmp_path: Path, monkeypatch: pytest.Mon
     assert visible_gpu_bytes({}) == ()
     (tmp_path / "kfd").touch()
     assert visible_gpu_bytes({}) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "environ", "expected"),
+    [
+        ("9.0", {}, ((9, 0), (9, 0))),
+        ("8.6", {"CUDA_VISIBLE_DEVICES": "1"}, ((8, 6),)),
+        ("12.0", {"CUDA_VISIBLE_DEVICES": ""}, ()),
+        ('Field "compute_cap" is not a valid field to query.', {}, ()),
+        ("[N/A]", {}, ()),
+    ],
+)
+def test_capabilities_are_those_that_the_driver_tells(
+    answer: str,
+    environ: dict[str, str],
+    expected: tuple[tuple[int, int], ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(two_gpus_of(answer.replace('"', "'")))
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert visible_gpu_capabilities(environ) == expected
+
+
+@pytest.mark.parametrize(("capability", "says"), [("8.0", "fp8 on a GPU of 8.0"), ("9.0", None)])
+def test_a_draft_in_fp8_is_refused_where_this_machines_gpus_have_none(
+    capability: str, says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the preflight, which the launch, the dry run and the doctor share; a cluster's GPUs are judged there."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(two_gpus_of(capability))
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    policy = make_tiny_policy(tmp_path / "policy", max_position_embeddings=4096)
+    draft = make_tiny_draft(tmp_path / "draft", policy, {**EAGLE3, "vocab_size": 257, "max_position_embeddings": 4096})
+    argv = ["--hf-checkpoint", str(policy), "--rollout-num-gpus-per-engine", "1", "--actor-num-gpus", "1"]
+    argv += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(draft)]
+    argv += ["--speculative-draft-model-quantization", "fp8"]
+    refused = [str(each) for each in look(composed(argv)).refusals]
+    assert [says in each for each in refused] == ([True] if says else []), refused
+    assert look(composed([*argv, "--ray-address", "10.0.0.1:6379"])).refusals == ()

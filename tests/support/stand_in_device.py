@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from rollout.embedded import assemble
+from rollout.embedded.cuda import fp8
+from tests.support.fp8_on_cpu import product
 
 DEVICE = torch.device("cuda", 0)
 # Their results, or the shapes of their results, are numbers on the host.
@@ -241,6 +243,7 @@ def stand_in_device() -> Iterator[StandIn]:
         patched.enter_context(patch.object(torch.Tensor, "pin_memory", lambda self: self))
         # It has no addresses for kernels to read: passes run operator by operator.
         patched.enter_context(patch.object(assemble, "make_graphs", lambda config, device: None))
+        patched.enter_context(patch.object(fp8, "product", product))
         yield _active
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from rollout.embedded.cuda.graphs import Graphs
-from rollout.embedded.drafters.quantized import check_fp8
 from rollout.embedded.drafters.step import DrafterSetup
 from rollout.embedded.drafting import Drafter
 from slime_spec.algorithms import ALGORITHMS
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.speculation import check_fp8
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import load_choice
 from slime_spec.preflight.requests import RequestLimits
@@ -41,7 +41,7 @@ def make_drafter(
         weightless: Drafter = drafter_class(speculative)
         return weightless
     if speculative.draft_model_quantization == "fp8":
-        check_fp8(device)
+        check_fp8(torch.cuda.get_device_capability(device))
     setup = DrafterSetup(
         config=speculative,
         shape=draft_shape(speculative, target.architecture),

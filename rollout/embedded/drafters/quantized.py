@@ -8,12 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from rollout.embedded.drafters.fp8_blocks import from_fp8, to_fp8
 from rollout.embedded.kernels.library import Kernels, LinearStruct, kernels
 from rollout.embedded.linear import PackedLinear, Packing
-from slime_spec.errors import ConfigError
-
-FP8_CAPABILITY = (8, 9)
-FP8_TILE = 16  # the kernel's: a matrix of other sizes stays as it is
 
 
 class Int8Linear(PackedLinear):
@@ -64,58 +61,44 @@ def _panels(rounded: torch.Tensor, panel: int, inputs_per_step: int) -> torch.Te
 
 
 class Fp8Linear(PackedLinear):
-    """Stores float8_e4m3fn weights, one scale per output row; activations are rounded row by row for each call.
+    """Stores e4m3 weights with a scale for each block (see ``fp8_blocks``); products run on a GPU alone.
 
-    For GPUs whose tensor cores multiply fp8 (compute capability 8.9 and later); both sizes are multiples of 16.
+    Activations keep the engine's dtype.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.packing = Packing.PLAIN
         self.bias, self.dtype = bias, weight.dtype
         self.num_outputs, self.num_inputs = weight.shape
-        self._weight, self._scales = _rounded_to_fp8(weight)
+        self._weight, self._scales = to_fp8(weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rounded, scales = _rounded_to_fp8(x.reshape(-1, self.num_inputs))
-        # The row-wise kernel exists for bf16 results only.
-        y = torch._scaled_mm(rounded, self._weight.t(), scales, self._scales.t(), out_dtype=torch.bfloat16)
-        y = y.to(self.dtype).view(*x.shape[:-1], self.num_outputs)
-        return y if self.bias is None else y + self.bias
+        return self._product(x, self.dtype)
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x, torch.float32)
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         return self.unpacked()[indices]
 
     def unpacked(self) -> torch.Tensor:
-        return (self._weight.float() * self._scales).to(self.dtype)
+        return from_fp8(self._weight, self._scales).to(self.dtype)
 
     def move(self, device: torch.device) -> None:
         super().move(device)
         self._scales = self._scales.to(device)
 
+    def _product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        from rollout.embedded.cuda.fp8 import product  # needs Triton, which a CPU does without
 
-def check_fp8(device: torch.device) -> None:
-    """Raise ConfigError for a GPU whose tensor cores do not multiply fp8."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FP8_CAPABILITY:
-        raise ConfigError(
-            "speculative.draft_model_quantization",
-            "fp8 needs a GPU of compute capability 8.9 or later",
-            ".".join(map(str, capability)),
-            "Leave out --sglang-speculative-draft-model-quantization.",
-        )
-
-
-def _rounded_to_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``rows`` [rows, width] in e4m3, and the scales [rows, 1] that lead back."""
-    largest = rows.float().abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    scales = largest / torch.finfo(torch.float8_e4m3fn).max
-    return (rows.float() / scales).to(torch.float8_e4m3fn), scales
+        y = product(x.reshape(-1, self.num_inputs), self._weight, self._scales, self.bias, dtype)
+        return y.view(*x.shape[:-1], self.num_outputs)
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None) -> PackedLinear:
     """Return a linear layer over ``weight`` [out, in], in the engine's best form or rounded."""
     if quantization == "int8":
         return Int8Linear(weight, bias)
-    if quantization == "fp8" and all(size % FP8_TILE == 0 for size in weight.shape):
+    if quantization == "fp8":
         return Fp8Linear(weight, bias)
     return PackedLinear(weight, bias)
