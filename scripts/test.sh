@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs them, two files at a time; arguments go to pytest. Long proofs run last.
+# Sets up what the tests need and runs them, two files at a time; arguments go to pytest. Long proofs run first,
+# so that quick tests are left for whichever process is free at the end.
 #   bash scripts/test.sh                                  everything
 #   bash scripts/test.sh -m "not sglang_server"           without the real SGLang server (an environment of its own)
 #   bash scripts/test.sh -m "not long and not sglang_server"   without the proofs of minutes as well

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.proofs import ROOT, Recorder, digest_of, recorded
+from tests.support.slowest import Slowest
 
 # Triton asks when it is imported, and torch imports it. Where there is no GPU its interpreter runs the kernels.
 if not Path("/dev/nvidiactl").exists():
@@ -19,7 +20,12 @@ if not Path("/dev/nvidiactl").exists():
 
 # No test on a running server takes a tenth of it; those that start servers in processes have deadlines of their own.
 LONGEST_S = 600
-SPLIT = ("test_greedy_grid.py", "test_real_sglang.py", "test_real_sglang_pushes.py")
+SPLIT = (
+    "test_greedy_grid.py",
+    "test_real_sglang.py",
+    "test_real_sglang_pushes.py",
+    "test_speculative_sampling.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where tests/embedded computes; on a CPU: stand-in refuses what a GPU refuses, graphs runs its passes",
     )
     parser.addoption("--record-proofs", action="store_true", help="run all proofs, write tests/proven.json")
+    parser.addoption("--slowest-files", type=int, default=0, help="tell so many files that took longest, at the end")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     is_worker = hasattr(config, "workerinput")
+    if (count := config.getoption("--slowest-files")) and not is_worker:
+        config.pluginmanager.register(Slowest(count))
     if config.getoption("--record-proofs") and not is_worker:
         if config.option.keyword or any("::" in arg for arg in config.args):
             raise pytest.UsageError("--record-proofs records whole proofs; leave out -k and :: and give whole files")
@@ -59,9 +68,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     if config.getoption("dist") == "worksteal":
         return None
-    from xdist.scheduler import LoadScopeScheduling
+    from tests.support.scheduling import WholeFiles
 
-    class BySharedFixtures(LoadScopeScheduling):
+    class BySharedFixtures(WholeFiles):
         def _split_scope(self, nodeid: str) -> str:
             return shared_by(nodeid)
 
@@ -80,13 +89,15 @@ def shared_by(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the proofs that stand."""
+    """Skip the proofs that stand, and what says the same of fewer samples."""
     runs_all = config.getoption("--all") or config.getoption("--record-proofs")
     standing = set() if runs_all else {proof for proof, digest in recorded().items() if digest == digest_of(proof)}
     for item in items:
-        if item.get_closest_marker("proves") is not None:
+        proves = item.get_closest_marker("proves") is not None
+        if proves or item.get_closest_marker("proven_by_more") is not None:
             proof = item.path.relative_to(ROOT).as_posix()
-            item.user_properties.append(("proves", proof))
+            if proves:
+                item.user_properties.append(("proves", proof))
             if proof in standing:
                 item.add_marker(
                     pytest.mark.skip(reason="what it proves has not changed since it passed (--all runs it)")
@@ -95,14 +106,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(specname="pytest_collection_modifyitems", trylast=True)  # after pytest's own grouping by fixtures
 def pytest_order_items(items: list[pytest.Item]) -> None:
-    """Quick tests, then long ones, then the real SGLang's: one algorithm's server starts once and idles beside none."""
+    """Long tests, then the real SGLang's, an algorithm's together, then the quick ones: both processes end at once."""
 
     def order(item: pytest.Item) -> tuple[bool, bool, str]:
         is_long, on_server = (item.get_closest_marker(name) is not None for name in ("long", "sglang_server"))
         algorithm = _algorithm(item)
         if algorithm and Path(item.path).name in SPLIT and shared_by(item.nodeid) != algorithm:
             raise pytest.UsageError(f"{item.nodeid} would start a server of its own: put its @on(...) nearest to it")
-        return on_server, is_long, algorithm
+        return not (is_long or on_server), on_server, algorithm
 
     items.sort(key=order)
 

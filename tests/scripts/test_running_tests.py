@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests import conftest
 from tests.conftest import shared_by
 from tests.support.proofs import ROOT, Recorder, digest_of, recorded, sources_of
 
@@ -17,7 +21,37 @@ def test_a_file_shares_a_process_and_so_do_the_tests_of_one_real_server_in_sever
     assert shared_by("tests/ray/test_pool.py::test_a[EAGLE3]") == "tests/ray/test_pool.py"
     assert shared_by("tests/sglang/test_real_sglang.py::test_a[EAGLE3]") == "EAGLE3"
     assert shared_by("tests/sglang/test_real_sglang_pushes.py::test_b[EAGLE3-tensor]") == "EAGLE3"
+    assert shared_by("tests/embedded/test_speculative_sampling.py::test_d[filters-trees-20000]") == "filters"
     assert shared_by("tests/sglang/test_real_sglang.py::test_c") == "tests/sglang/test_real_sglang.py"
+
+
+CRASHES = """
+from tests.support.scheduling import WholeFiles
+
+def pytest_xdist_make_scheduler(config, log):
+    return WholeFiles(config, log)
+"""
+
+
+def test_a_process_that_dies_fails_its_test_by_name_and_every_other_test_runs(tmp_path: Path) -> None:
+    """The dead process's files are whole, begun, and of one test each, which a process told of no second waits with."""
+    passes, dies = "def test_{}(): pass\n", "import os\ndef test_dies(): os._exit(3)\n"
+    files = {"a": passes.format(0), "b": dies, "c": passes.format(1) + dies + passes.format(2) + passes.format(3)}
+    files |= {name: passes.format(4) for name in "defgh"}
+    for name, text in files.items():
+        (tmp_path / f"test_{name}.py").write_text(text)
+    (tmp_path / "conftest.py").write_text(CRASHES)
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "-q"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "2 failed, 9 passed" in done.stdout
+    assert "crashed while running 'test_b.py::test_dies'" in done.stdout
+    assert "crashed while running 'test_c.py::test_dies'" in done.stdout
 
 
 @pytest.fixture
@@ -53,6 +87,27 @@ def test_a_proof_runs_again_after_a_change(name: str, proof: str, tmp_path: Path
     before = digest_of(proof, tmp_path)
     (tmp_path / name).write_text((tmp_path / name).read_text() + "\nz = 3")
     assert digest_of(proof, tmp_path) != before
+
+
+@pytest.mark.parametrize(("digest", "skipped"), [("as recorded", ["proves", "proven_by_more"]), ("another", [])])
+def test_where_a_proof_stands_neither_it_runs_nor_what_says_the_same_of_fewer_samples(
+    digest: str, skipped: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conftest, "recorded", lambda: {"test_proof.py": "as recorded"})
+    monkeypatch.setattr(conftest, "digest_of", lambda proof: digest)
+    found: list[str] = []
+
+    def item(marker: str) -> Any:
+        return SimpleNamespace(
+            path=ROOT / "test_proof.py",
+            user_properties=[],
+            get_closest_marker=lambda name: marker if name == marker else None,
+            add_marker=lambda _: found.append(marker),
+        )
+
+    config: Any = SimpleNamespace(getoption=lambda name: False)
+    conftest.pytest_collection_modifyitems(config, [item("proves"), item("proven_by_more"), item("long")])
+    assert found == skipped
 
 
 def test_a_proof_that_is_not_there_has_no_digest(proof: str, tmp_path: Path) -> None:
