@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -63,11 +63,9 @@ class Assembly:
         verifier: Verifier | None = None,
     ) -> GenerationCore:
         """Load the checkpoint; ``drafter`` and ``verifier`` replace the configured ones (for tests and studies)."""
-        folder, speculative = self.config.model.hf_checkpoint, self.config.speculative
-        builder = self.builder(self.device)
-        tensors = load_tensors(folder, self.spec, [self.dtype])
-        for name in list(tensors):
-            builder.add(name, tensors.pop(name))
+        speculative, builder = self.config.speculative, self.builder(self.device)
+        for name, tensor in self.tensors():
+            builder.add(name, tensor)
         settings = CoreSettings(
             shape=draft_shape(speculative, self.spec.architecture),
             speculates=drafter is not None or speculative.record.speculates,
@@ -83,6 +81,12 @@ class Assembly:
         stop_rule = StopRule(stop_ids, self.decode)
         verifier = verifier or make_verifier(speculative, stop_ids, self.device)
         return GenerationCore(builder.finish(), cache, drafter or self._drafter, stop_rule, settings, clock, verifier)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the target's weights under their Hugging Face names: the checkpoint's."""
+        tensors = load_tensors(self.config.model.hf_checkpoint, self.spec, [self.dtype])
+        for name in list(tensors):
+            yield name, tensors.pop(name)
 
     def load_tokenizer(self) -> None:
         """Read the tokenizer, once; only stop strings need it."""

@@ -16,17 +16,18 @@ from time import perf_counter
 
 import torch
 
-from rollout.embedded.assemble import Assembly
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.target import Target
 from slime_spec.bench.chart import Series, write_chart
 from slime_spec.bench.cost_model import CostModel, Pass, fit
+from slime_spec.bench.device.random_model import SHAPES
 from slime_spec.bench.draft_cost import SHARE_BATCH_SIZE, DraftCost, DraftSizes, measure_draft
 from slime_spec.bench.drafts import CHAINS, chosen_shapes
 from slime_spec.bench.local_engine import engine_config
 from slime_spec.bench.memory_probe import Held
 from slime_spec.bench.plain import SHORT
 from slime_spec.bench.prompts import Prompts, in_domain
+from slime_spec.bench.random_engine import assembly_of, random_engine, random_prompts
 from slime_spec.bench.rows import BenchOptions, Row, at_most
 from slime_spec.bench.timing import Time, Timed, interleaved
 from slime_spec.run_folder import SOURCE
@@ -62,7 +63,11 @@ def measure(options: BenchOptions) -> list[Row]:
         sizes = replace(sizes, batch_sizes=options.batch_sizes, draft=draft)
     if chains := tuple(shape for shape in chosen_shapes(options) if shape in CHAINS):
         sizes = replace(sizes, draft=replace(sizes.draft, shapes=chains))
-    return measure_cost(options, in_domain(options.model, NUM_PROMPTS, options.seeds[0]), sizes)
+    if options.model_shape is None:
+        return measure_cost(options, in_domain(options.model, NUM_PROMPTS, options.seeds[0]), sizes)
+    prompts = random_prompts(SHAPES[options.model_shape], NUM_PROMPTS, options.seeds[0])
+    with random_engine(options, torch.bfloat16) as named:
+        return measure_cost(named, prompts, sizes)
 
 
 def measure_cost(options: BenchOptions, prompts: Prompts, sizes: CostSizes) -> list[Row]:
@@ -71,16 +76,20 @@ def measure_cost(options: BenchOptions, prompts: Prompts, sizes: CostSizes) -> l
     lines: list[Series] = []
     num_gpus = options.num_gpus or 0
     reach, times = (GPU_VERIFY_REACH, (BY_CLOCK,)) if num_gpus else (VERIFY_REACH, (BY_CLOCK, BY_CPU))
+    is_bounded = not num_gpus and options.model_shape is None  # bounds of a CPU are the main job's model's
+    if not num_gpus and not is_bounded:
+        reach = dict.fromkeys(reach)
     for dtype in sizes.dtypes:
-        timed_passes = time_passes(options.model, dtype, sizes, num_gpus)
-        rows += pass_rows(f"cost.{SHORT[dtype]}.pass", SHORT[dtype], timed_passes)
-        rows += verify_rows(f"cost.{SHORT[dtype]}", SHORT[dtype], timed_passes, reach, times)
+        prefix, words = _named(options.model_shape, dtype)
+        timed_passes = time_passes(options, dtype, sizes)
+        rows += pass_rows(f"{prefix}.pass", words, timed_passes)
+        rows += verify_rows(prefix, words, timed_passes, reach, times)
         drafted = measure_draft(options, dtype, prompts, sizes.draft)
-        rows += _outside_rows(dtype, drafted, num_gpus)
+        rows += _outside_rows(prefix, words, drafted, is_bounded)
         model = fit(_minima(timed_passes), drafted.drafts, drafted.outside, drafted.plain_outside)
-        rows += model_rows(dtype, model, drafted, sizes.batch_sizes)
+        rows += model_rows(prefix, words, model, drafted, sizes.batch_sizes)
         lines += _series(dtype, model, drafted)
-        if not num_gpus:
+        if is_bounded:
             rows.append(_memory_row(options.model, dtype))
     if options.chart is not None:
         write_chart(options.chart, "EAGLE-3 chains over plain decoding, from the cost model", lines)
@@ -90,9 +99,16 @@ def measure_cost(options: BenchOptions, prompts: Prompts, sizes: CostSizes) -> l
 Passes = dict[str, list[Timed[None]]]
 
 
-def time_passes(model: Path, dtype: str, sizes: CostSizes, num_gpus: int = 0) -> Passes:
+def _named(shape: str | None, dtype: str) -> tuple[str, str]:
+    """Return the prefix of an engine's rows, and the engine in words."""
+    short = SHORT[dtype]
+    return (f"cost.{short}", short) if shape is None else (f"cost.{shape}.{short}", f"{shape}, random {short} weights")
+
+
+def time_passes(options: BenchOptions, dtype: str, sizes: CostSizes) -> Passes:
     """Time passes of every (batch size, tokens per sequence), named "B,k", at ``context`` cached tokens."""
-    core = Assembly(engine_config(model, dtype, num_gpus=num_gpus)).core(0, perf_counter)
+    config = engine_config(options.model, dtype, num_gpus=options.num_gpus or 0)
+    core = assembly_of(options)(config).core(0, perf_counter)
     return time_target(f"passes, {dtype}", core.target, sizes)
 
 
@@ -157,19 +173,18 @@ def verify_rows(
     return rows
 
 
-def _outside_rows(dtype: str, drafted: DraftCost, num_gpus: int) -> list[Row]:
+def _outside_rows(prefix: str, words: str, drafted: DraftCost, is_bounded: bool) -> list[Row]:
     rows = []
     for name, share in drafted.outside_shares.items():
-        id = f"cost.{SHORT[dtype]}.outside.b{SHARE_BATCH_SIZE}.{name}"
-        where = f"{SHORT[dtype]}, batch {SHARE_BATCH_SIZE}, {name}"
-        what = f"{where}: share of a round's time outside target and draft"
-        rows.append(Row(id, what, share, "share") if num_gpus else at_most(id, what, share, "share", OUTSIDE_REACH))
+        id = f"{prefix}.outside.b{SHARE_BATCH_SIZE}.{name}"
+        what = f"{words}, batch {SHARE_BATCH_SIZE}, {name}: share of a round's time outside target and draft"
+        rows.append(at_most(id, what, share, "share", OUTSIDE_REACH) if is_bounded else Row(id, what, share, "share"))
     return rows
 
 
-def model_rows(dtype: str, model: CostModel, drafted: DraftCost, batch_sizes: Sequence[int]) -> list[Row]:
+def model_rows(engine: str, short: str, model: CostModel, drafted: DraftCost, batch_sizes: Sequence[int]) -> list[Row]:
     """Return the coefficients, the errors of the fits, and the prediction for every measured chain."""
-    prefix, short = f"cost.{SHORT[dtype]}.model", SHORT[dtype]
+    prefix = f"{engine}.model"
     terms = (
         ("weights", "t_verify(B, k): whatever B and k", model.weights),
         ("sequence", "t_verify(B, k): per sequence", model.sequence),
@@ -186,16 +201,20 @@ def model_rows(dtype: str, model: CostModel, drafted: DraftCost, batch_sizes: Se
         rows.append(Row(f"{prefix}.{name}_error", f"{short}: largest relative error of the fit", value, "share"))
     for num_steps, accept_length in drafted.accept_lengths.items():
         measured = f"chains of {num_steps} drafts, in domain, greedy"
-        what = f"{short}: tokens a round gains, {measured}"
-        rows.append(Row(f"{prefix}.s{num_steps}.accept_length", what, accept_length, "tokens/round"))
+        if accept_length is not None:
+            what = f"{short}: tokens a round gains, {measured}"
+            rows.append(Row(f"{prefix}.s{num_steps}.accept_length", what, accept_length, "tokens/round"))
         for batch_size in batch_sizes:
             id, where = f"{prefix}.s{num_steps}.b{batch_size}", f"{short}, batch {batch_size}"
             length = model.break_even_length(batch_size, num_steps)
             what = f"{where}: tokens a round must gain with {num_steps} drafts"
             rows.append(Row(f"{id}.break_even", what, length, "tokens/round"))
-            speed_up = model.speed_up(batch_size, num_steps, accept_length)
-            rows.append(Row(f"{id}.predicted", f"{where}: predicted over plain decoding, {measured}", speed_up, "x"))
-        lengths = {"measured": accept_length, **{f"at{length:g}": length for length in GUESSED_LENGTHS}}
+            if accept_length is not None:
+                what, gain = f"{where}: predicted over plain decoding, {measured}", accept_length
+                rows.append(Row(f"{id}.predicted", what, model.speed_up(batch_size, num_steps, gain), "x"))
+        lengths = {f"at{length:g}": length for length in GUESSED_LENGTHS}
+        if accept_length is not None:
+            lengths = {"measured": accept_length, **lengths}
         for name, length in lengths.items():
             if length <= num_steps + 1:
                 id = f"{prefix}.s{num_steps}.loses_from.{name}"
@@ -215,6 +234,8 @@ def _losing_row(id: str, short: str, size: int | None, num_steps: int, length: f
 def _series(dtype: str, model: CostModel, drafted: DraftCost) -> list[Series]:
     lines = []
     for num_steps, length in drafted.accept_lengths.items():
+        if length is None:
+            continue
         points = tuple((size, model.speed_up(size, num_steps, length)) for size in _powers(LARGEST_BATCH))
         lines.append(Series(f"{SHORT[dtype]}, {num_steps} drafts, {length:.2f} a round", points, dtype == "float32"))
     return lines

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field, replace
 
-from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from slime_spec.bench.cost_model import Pass
 from slime_spec.bench.drafts import CHAINS, Shape, eagle3_config
 from slime_spec.bench.prompts import Prompts, rotating
+from slime_spec.bench.random_engine import assembly_of
 from slime_spec.bench.rows import BenchOptions
 from slime_spec.bench.timing import settled
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
@@ -32,14 +32,14 @@ class DraftSizes:
 class DraftCost:
     """Collects passes of drafting and of the work around a round or plain step: (batch size, steps, seconds a round).
 
-    ``accept_lengths`` are tokens gained per round, by steps; ``outside_shares`` the share of a round's time outside
-    target and draft at batch SHARE_BATCH_SIZE.
+    ``accept_lengths`` are tokens gained per round, by steps (None: the weights are random); ``outside_shares`` the
+    share of a round's time outside target and draft at batch SHARE_BATCH_SIZE.
     """
 
     drafts: list[Pass] = field(default_factory=list)
     outside: list[Pass] = field(default_factory=list)
     plain_outside: list[Pass] = field(default_factory=list)
-    accept_lengths: dict[int, float] = field(default_factory=dict)
+    accept_lengths: dict[int, float | None] = field(default_factory=dict)
     outside_shares: dict[str, float] = field(default_factory=dict)
 
 
@@ -47,7 +47,7 @@ def measure_draft(options: BenchOptions, dtype: str, prompts: Prompts, sizes: Dr
     """Measure greedy rounds of every shape and batch size, plain steps, and the outside share of sampled rounds."""
     found = DraftCost()
     for shape in sizes.shapes:
-        core = Assembly(eagle3_config(options, dtype, shape)).core(0, settled)
+        core = assembly_of(options)(eagle3_config(options, dtype, shape)).core(0, settled)
         gained: list[GeneratedSample] = []
         for batch_size in sizes.batch_sizes:
             runs = timed_runs(core, prompts, batch_size, sizes, GREEDY)
@@ -63,7 +63,8 @@ def measure_draft(options: BenchOptions, dtype: str, prompts: Prompts, sizes: Dr
                     share = statistics.median(run.outside_share for run in measured)
                     found.outside_shares[f"{name}_{shape.name}"] = share
         num_rounds = sum(sample.spec.num_rounds for sample in gained)
-        found.accept_lengths[shape.num_steps] = sum(len(sample.token_ids) - 1 for sample in gained) / num_rounds
+        length = sum(len(sample.token_ids) - 1 for sample in gained) / num_rounds
+        found.accept_lengths[shape.num_steps] = length if options.model_shape is None else None
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from slime_spec.bench.device.random_model import SHAPES as MODEL_SHAPES
 from slime_spec.bench.drafts import CHAINS, SHAPES, chosen_shapes, eagle3_config
 from slime_spec.bench.local_engine import check_num_gpus
 from slime_spec.bench.peers.catalogue import PEERS
@@ -15,6 +16,7 @@ from slime_spec.bench.rows import Benchmark, BenchOptions
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import ConfigError
+from slime_spec.interfaces import unknown_choice
 
 HERE = "slime_spec.bench"
 PARTS = {
@@ -38,13 +40,29 @@ def prepare(options: BenchOptions) -> None:
         )
     check_num_gpus(options.num_gpus)
     chosen_shapes(options)
-    target = ModelSpec.from_folder(options.model)
-    if NEED_THE_DRAFT & set(options.parts):
-        choose_draft(eagle3_config(options, "float32", CHAINS[0]), target)
+    if options.model_shape is None:
+        target = ModelSpec.from_folder(options.model)
+        if NEED_THE_DRAFT & set(options.parts):
+            choose_draft(eagle3_config(options, "float32", CHAINS[0]), target)
+    else:
+        _check_model_shape(options)
     torch.set_num_threads(options.threads or 1)
     if options.install_peers:
         for peer in PEERS.values():
             install(peer, options.peers.expanduser())
+
+
+def _check_model_shape(options: BenchOptions) -> None:
+    """Refuse an unknown shape, and what random weights cannot measure: every part but their costs, and gains."""
+    assert options.model_shape is not None, "the caller has looked"
+    if options.model_shape not in MODEL_SHAPES:
+        raise unknown_choice("--model-shape", MODEL_SHAPES, options.model_shape)
+    if options.parts != ("cost",):
+        rule, value = "has random weights, of which part cost alone says anything", options.model_shape
+        raise ConfigError("--model-shape", rule, value, "Pass --only cost, or leave out --model-shape.")
+    if options.chart is not None:
+        rule = "is drawn from accept lengths, which random weights do not have"
+        raise ConfigError("--chart", rule, str(options.chart), "Leave out --chart or --model-shape.")
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -64,6 +82,12 @@ def add_flags(parser: ArgumentParser) -> None:
     shapes = " ".join(shape.name for shape in SHAPES)
     parser.add_argument(
         "--shapes", nargs="+", metavar="NAME", help=f"drafts of part eagle3, and of cost the chains ({shapes})"
+    )
+    parser.add_argument(
+        "--model-shape",
+        metavar="NAME",
+        help="of part cost: an engine of this shape with random weights, target and draft, in place of --model and "
+        f"--draft: {', '.join(MODEL_SHAPES)}",
     )
     parser.add_argument("--num-prompts", metavar="N", type=int, help="of parts exactness and eagle3: at most so many")
     parser.add_argument(

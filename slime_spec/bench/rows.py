@@ -66,6 +66,7 @@ class BenchOptions:
 
     parts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
+    model_shape: str | None = None
     model: Path = Path("models/SmolLM2-135M-Instruct")
     runs: tuple[Path, ...] = ()
     num_rounds: int = 5

@@ -235,6 +235,9 @@ def test_a_gpu_that_cannot_be_used_is_refused(
         ("engine", ["--num-gpus", "-1"], "--num-gpus", "at least 0"),
         ("engine", ["--shapes", "s3k1n5"], "--shapes", "s3k1n4"),
         ("engine", ["--dtypes", "float8"], "slime-spec bench engine", "--dtypes"),
+        ("engine", ["--model-shape", "9b", "--only", "cost"], "--model-shape", "135m, 1b, 8b, tiny"),
+        ("engine", ["--model-shape", "8b"], "--model-shape", "Pass --only cost"),
+        ("engine", ["--model-shape", "8b", "--only", "cost", "--chart", "c.svg"], "--chart", "accept lengths"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_is_measured(bench: str, argv: list[str], setting: str, says: str) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+import torch
 
 from rollout.embedded.assemble import Assembly
 from slime_spec.bench import run_bench
 from slime_spec.bench.advice import LookupSizes, measure_advice, measure_lookup
 from slime_spec.bench.cost import CostSizes, measure_cost, time_passes
+from slime_spec.bench.device.random_model import SHAPES as MODEL_SHAPES
+from slime_spec.bench.device.random_model import shape_config
 from slime_spec.bench.draft_cost import DraftSizes, measure_draft
 from slime_spec.bench.drafts import Shape, eagle3_config, vllm_draft_folder
 from slime_spec.bench.eagle3 import Eagle3Sizes, best_rows, measure_eagle3
@@ -20,8 +23,11 @@ from slime_spec.bench.local_engine import engine_config, greedy, started_engine
 from slime_spec.bench.memory_probe import held_memory
 from slime_spec.bench.plain import PlainSizes, measure_plain
 from slime_spec.bench.race import Answer, Ask, EngineSide, ForgetfulSide, decode_speed_up, ratio_rows
+from slime_spec.bench.random_engine import random_draft_spec
 from slime_spec.bench.rows import BenchOptions, Row
 from slime_spec.bench.timing import Budget, Timed
+from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
+from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.errors import ConfigError
@@ -172,7 +178,7 @@ def test_advice_is_measured_in_both_modes_and_without(options: BenchOptions) -> 
 
 def test_passes_are_timed_for_every_batch_and_width_and_leave_the_cache_alone(options: BenchOptions) -> None:
     sizes = CostSizes(2, (1, 3), (1, 4), 16, ("float32",))
-    passes = time_passes(options.model, "float32", sizes)
+    passes = time_passes(options, "float32", sizes)
     assert passes.keys() == {"1,1", "1,4", "3,1", "3,4"}
     assert all(len(times) == 2 and min(each.seconds for each in times) > 0 for times in passes.values())
 
@@ -201,6 +207,33 @@ def test_the_cost_part_says_where_speculation_loses_and_draws_it(options: BenchO
     assert predicted == pytest.approx(length / rows["cost.fp32.model.s2.b1.break_even"].value)
     assert rows["cost.fp32.memory_beside"].reach == "<= 300"
     assert (tmp_path / "chart.svg").read_text().startswith("<svg")
+
+
+def test_an_engine_of_a_named_shape_has_costs_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no gains: its drafts are as random as its replies. No bound of the main job's model holds for it."""
+    monkeypatch.chdir(tmp_path)  # where there is no models/
+    report = tmp_path / "rows.json"
+    argv = ["--only", "cost", "--model-shape", "tiny", "--rounds", "1", "--dtypes", "float32", "--batch-sizes", "1"]
+    assert run_bench("engine", [*argv, "--shapes", "s2k1n3", "--json", str(report)]) == 0
+    rows = {row["id"]: row for row in json.loads(report.read_text())["rows"]}
+    assert all(id.startswith("cost.tiny.fp32.") for id in rows)
+    assert all(row["holds"] is None for row in rows.values())
+    measured = ("pass.b1.k1", "pass.b1.k8", "b1.verify4.ratio", "model.draft", "model.s2.b1.break_even")
+    assert all(rows[f"cost.tiny.fp32.{name}"]["value"] > 0 for name in measured)
+    assert not any("accept_length" in id or "predicted" in id or "loses_from.measured" in id for id in rows)
+
+
+@pytest.mark.parametrize("name", MODEL_SHAPES)
+def test_a_random_engine_is_one_of_the_shapes_config_with_a_draft_that_fits(name: str, tmp_path: Path) -> None:
+    spec = MODEL_SHAPES[name]
+    assert ModelSpec.from_dict(shape_config(spec, torch.bfloat16)) == spec
+    draft = random_draft_spec(spec)
+    assert DraftSpec.from_dict(draft_config(draft), spec) == draft
+    if name == "8b":  # as SpecForge and EAGLE publish it: 0.85 GB in bf16
+        count = sum(torch.Size(shape).numel() for shape in draft_shapes(draft).values())
+        assert 2e-9 * count == pytest.approx(0.85, rel=0.01)
 
 
 def test_memory_counts_weights_once_and_the_kv_bound(options: BenchOptions) -> None:

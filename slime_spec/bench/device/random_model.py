@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -101,8 +102,12 @@ def write_random_checkpoint(
     folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> None:
     """Write the random tensors, made on ``device``, as a checkpoint folder without a tokenizer."""
-    assert spec.rope_scaling is None, "no shape that is written needs it"
-    config = {
+    save_checkpoint(folder, random_tensors(spec, dtype, device, seed), shape_config(spec, dtype))
+
+
+def shape_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the config.json of a shape."""
+    config: dict[str, Any] = {
         "architectures": [spec.architecture],
         "model_type": LLAMA.model_type,
         "num_hidden_layers": spec.num_layers,
@@ -118,7 +123,9 @@ def write_random_checkpoint(
         "tie_word_embeddings": spec.tie_word_embeddings,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    save_checkpoint(folder, random_tensors(spec, dtype, device, seed), config)
+    if spec.rope_scaling is not None:
+        config["rope_scaling"] = {"rope_type": "llama3", **vars(spec.rope_scaling)}
+    return config
 
 
 def random_decoder(
