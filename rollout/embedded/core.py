@@ -300,10 +300,11 @@ class GenerationCore:
         """Append tokens up to the first token that ends the response; returns why the response ended, if it did."""
         group, before = sequence.group, sequence.num_generated
         ending = None
+        sequence.note_version(version)
         for token_id, logprob in zip(verified.token_ids, verified.logprobs, strict=True):
             if not isfinite(logprob):  # exactly where the distribution had no finite mass
                 raise not_finite(sequence, version)
-            sequence.append(token_id, logprob, version)
+            sequence.append(token_id, logprob)
             ending = self._stop_rule.ending(sequence.token_ids, group.num_prompt_tokens, group.request.params)
             if ending is not None:
                 break

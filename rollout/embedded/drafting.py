@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -53,8 +53,7 @@ class Draft:
 NO_DRAFT = Draft(token_ids=(), parents=())
 
 
-@dataclass(frozen=True)
-class KvRow:
+class KvRow(NamedTuple):
     """Says in which rows a sequence's keys and values lie at this moment; rows change when other sequences finish.
 
     ``prefix_row`` is the row of the group's shared prompt in the prefix store, -1 when the prompt is in the row itself.
@@ -100,8 +99,7 @@ class Prefill:
     prompt_key: int = 0
 
 
-@dataclass(frozen=True)
-class DraftContext:
+class DraftContext(NamedTuple):
     """Holds all that a drafter may read about one sequence; ``token_ids`` are all committed tokens, prompt first.
 
     The last token is the root of the round: the target has not cached it yet. A draft may have ``max_draft_tokens``
@@ -120,8 +118,7 @@ class DraftContext:
     uniforms: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Reports the result of one sequence's last draft: ``path`` are the accepted nodes, from the root down.
 
     ``features`` [1 + accepted, width] belong to the root and the accepted nodes: the tokens whose keys and values the

@@ -27,7 +27,7 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: a round makes several a row, and that would take ten times as long
 class RowSpan:
     """Describes the tokens of one row in a pass: ``count`` tokens in slots ``start ..``, after ``prefix_len`` others.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -64,15 +65,15 @@ class Group:
         self.num_unfinished = len(self.request.seeds)
         self.num_started = sum(bool(partial.token_ids) for partial in self.request.partials)
 
-    @property
+    @cached_property
     def shares_prompt(self) -> bool:
         return len(self.request.seeds) > 1
 
-    @property
+    @cached_property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 
-    @property
+    @cached_property
     def prefix_tokens(self) -> int:
         """Return the number of KV positions that the shared prompt takes."""
         return self.num_prompt_tokens if self.shares_prompt else 0
@@ -157,12 +158,14 @@ class SampleState:
     def prefilled(self) -> bool:
         return self.group.prefix_ready and self.num_prefilled == self.prefill_len
 
-    def append(self, token_id: int, logprob: float, version: int) -> None:
-        """Append one token that weights of ``version`` gave."""
+    def note_version(self, version: int) -> None:
+        """Note that weights of ``version`` give the next tokens."""
         note_version(self.version_spans, self.num_generated, version)
         # Noted here, because recomputed KV forgets whose KV the tokens before it were drawn from.
         known = version if self.oldest_version is None else self.oldest_version
         self.oldest_version = min(known, self.kv_version, version)
+
+    def append(self, token_id: int, logprob: float) -> None:
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
 

@@ -37,21 +37,26 @@ class Uniforms:
 
     def draft_of_round(self, num_generated: int) -> Sequence[float]:
         """Return uniforms that draw the draft of token t in the round that starts after ``num_generated`` tokens."""
-        return RoundUniforms(self._key(_DRAFT, num_generated), self._count)
+        return RoundUniforms(self._draft_key, num_generated, self._count)
 
     def accept_of_round(self, num_generated: int) -> Sequence[float]:
         """Return uniforms that judge token t's draft in that round, where drafts are judged by their own uniforms."""
-        return RoundUniforms(self._key(_ACCEPT, num_generated), self._count)
+        return RoundUniforms(self._accept_key, num_generated, self._count)
 
-    def _key(self, purpose: int, num_generated: int) -> int:
-        return mixed(mixed(mixed(self._seed) + purpose) + num_generated)
+    @cached_property
+    def _draft_key(self) -> int:
+        return mixed(mixed(self._seed) + _DRAFT)
+
+    @cached_property
+    def _accept_key(self) -> int:
+        return mixed(mixed(self._seed) + _ACCEPT)
 
 
 class RoundUniforms(Sequence[float]):
     """Makes uniforms in [0, 1) from a counter when they are asked for: most rounds use a few of thousands."""
 
-    def __init__(self, key: int, count: int) -> None:
-        self._key, self._count = key, count
+    def __init__(self, stream_key: int, num_generated: int, count: int) -> None:
+        self._stream_key, self._num_generated, self._count = stream_key, num_generated, count
 
     def __len__(self) -> int:
         return self._count
@@ -69,6 +74,10 @@ class RoundUniforms(Sequence[float]):
 
     def _uniform(self, t: int) -> float:
         return (mixed(self._key + t * _GOLDEN) >> 11) * 2.0**-53
+
+    @cached_property
+    def _key(self) -> int:
+        return mixed(self._stream_key + self._num_generated)
 
 
 def mixed(value: int) -> int:

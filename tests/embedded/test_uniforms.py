@@ -1,5 +1,7 @@
 """A sample's uniforms. The tests of uniformity have a false-alarm probability of 1e-4 together; seeds are fixed."""
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from scipy.stats import kstest, spearmanr
 
@@ -36,6 +38,22 @@ def test_a_round_stream_reads_like_a_list() -> None:
     assert uniforms[-1] == everything[-1]
     with pytest.raises(IndexError):
         uniforms[6]
+
+
+def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**63 + 11])
+def test_a_round_stream_counts_on_from_a_mix_of_seed_purpose_and_round(seed: int) -> None:
+    uniforms = Uniforms(seed, 8)
+    for purpose, stream in ((1, uniforms.draft_of_round(3)), (2, uniforms.accept_of_round(3))):
+        key = splitmix64(splitmix64(splitmix64(np.array([seed], np.uint64)) + np.uint64(purpose)) + np.uint64(3))
+        counter = key + np.arange(8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        assert list(stream) == ((splitmix64(counter) >> np.uint64(11)) / 2.0**53).tolist()
 
 
 def test_round_uniforms_are_uniform_and_independent_of_each_other() -> None:

@@ -69,7 +69,7 @@ class DeviceVerifier:
         """Return what the rows emit, without waiting for the device."""
         rows, params, logits = verify_pass.rows, verify_pass.params, verify_pass.logits
         sampled = [index for index, row in enumerate(rows) if self._acceptance is not None and was_sampled(row)]
-        walked = [index for index in range(len(rows)) if index not in set(sampled)]
+        walked = sorted({*range(len(rows))} - {*sampled})
         walk, chains, filters = WalkArrays(verify_pass, walked), ChainArrays(verify_pass, sampled), FilterArrays(params)
         temperatures = np.array([1.0 if is_greedy(each.temperature) else each.temperature for each in params])
         parts = (temperatures,), walk.arrays, filters.arrays, chains.arrays

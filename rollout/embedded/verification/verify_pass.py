@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -38,12 +39,12 @@ class Pass:
     logits: torch.Tensor
     rows: Sequence[VerifyRow]
 
-    @property
+    @cached_property
     def roots(self) -> list[int]:
         """Return the logits row of each sequence's root."""
         return [0, *accumulate(row.num_nodes for row in self.rows)][:-1]
 
-    @property
+    @cached_property
     def params(self) -> list[SamplingParams]:
         """Return the sampling parameters of every node."""
         return [row.params for row in self.rows for _ in range(row.num_nodes)]

@@ -36,6 +36,8 @@ def target_only(row: VerifyRow) -> Rule:
 
 def follow_tree(drawn: Sequence[int], draft: Draft) -> tuple[list[int], tuple[int, ...]]:
     """Walk from the root to the child that equals the token drawn there, and on; the last token has no such child."""
+    if not draft.token_ids:
+        return [drawn[0]], ()
     child_at = dict(zip(zip(draft.parents, draft.token_ids, strict=True), range(len(draft.parents)), strict=True))
     assert len(child_at) == len(draft.parents), "siblings of a draft must be distinct tokens"
     path: list[int] = []
