@@ -31,7 +31,8 @@ EMBEDDED = (
 ON_SGLANGS_CPU = (
     *("--debug-rollout-only", "--rollout-num-gpus-per-engine", "0", "--rollout-num-engines", "1"),
     *("--rollout-num-cpus-per-engine", "1", "--sglang-dtype", "float32", "--sglang-attention-backend", "intel_amx"),
-    *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096", "--actor-start-timeout-s", "600"),
+    *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096", "--sglang-sleep-on-idle"),
+    *("--actor-start-timeout-s", "600"),
     *("--num-rollout", "2", "--rollout-batch-size", "1", "--n-samples-per-prompt", "2", "--no-console"),
     *("--rollout-max-prompt-len", "128", "--rollout-max-response-len", "12", "--rollout-temperature", "0"),
 )

@@ -17,7 +17,7 @@ SMALL = "--num-rollout 1 --rollout-batch-size 2 --n-samples-per-prompt 2 --rollo
 # Prefix of a command -> what is appended so that it takes seconds; {out} is a temporary folder.
 REDUCTIONS = {
     "bash scripts/run-": f"{SMALL} --output-dir {{out}}/run --run-name readme",
-    "bash scripts/test.sh": "--collect-only -q",
+    "bash scripts/test.sh": "--collect-only -q tests/metrics",
     "bash scripts/check.sh static": "",
     "slime-spec train --config smollm2-135m --dry-run": "",
     "slime-spec train": f"{SMALL} --output-dir {{out}}/run",

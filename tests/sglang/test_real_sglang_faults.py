@@ -96,14 +96,14 @@ def test_a_paused_server_is_not_replaced_although_its_health_turns_bad(engine: S
 
 def test_a_stopped_server_is_replaced_and_its_samples_go_on(engine: SglangEngine) -> None:
     """Case sglang/01-hang; the scheduler alone is stopped, so that HTTP is still answered."""
-    (alone,) = engine.generate(request(1, 300))
-    generation = engine.generate(request(1, 300))
-    wait_for_tokens(engine)
     assert engine.server.supervisor is not None
     process = engine.server.supervisor.server._process
     assert process is not None
     schedulers = [each for each in psutil.Process(process.pid).children(recursive=True) if "scheduler" in each.name()]
     assert schedulers
+    (alone,) = engine.generate(request(1, 300))
+    generation = engine.generate(request(1, 300))
+    wait_for_tokens(engine)
     for each in schedulers:
         with suppress(psutil.NoSuchProcess):
             each.send_signal(signal.SIGSTOP)

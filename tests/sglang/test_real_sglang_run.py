@@ -32,7 +32,7 @@ def run(folder: Path, *arguments: str, speculates: bool = True) -> list[dict[str
     command = [
         *(sys.executable, "-m", "slime_spec", "train", "--config", "tiny", "--hf-checkpoint", str(policy)),
         *("--rollout-engine", "sglang", "--sglang-python", sglang_python(), "--sglang-attention-backend", "intel_amx"),
-        *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096"),
+        *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096", "--sglang-sleep-on-idle"),
         *("--sglang-max-running-requests", "8", "--sglang-start-timeout", str(START_TIMEOUT_S)),
         *(_standalone(policy) if speculates else ()),
         *("--prompt-data", str(data), "--custom-rm-path", "tests.support.rewards:variety"),

@@ -120,7 +120,8 @@ class Models:
                 **{"python": sglang_python(), "start_timeout_s": START_TIMEOUT_S, "canary_prompts": 0, **server}
             ),
             push=PushConfig(bucket_bytes=100_000),
-            sglang={"attention_backend": "intel_amx", "mem_fraction_static": 0.3},
+            # An idle server would keep a core busy, one of two for as long as its tests run.
+            sglang={"attention_backend": "intel_amx", "mem_fraction_static": 0.3, "sleep_on_idle": True},
         )
 
     def _speculative(self, algorithm: str) -> SpeculativeConfig:

@@ -4,6 +4,8 @@ Only SGLang's ``intel_amx`` attention backend verifies drafts on a CPU, and SGLa
 two attention kernels come from the stand-in ``sgl_kernel`` beside this file, which needs no AMX.
 """
 
+import multiprocessing
+
 import torch
 from sglang.srt.runtime_context import _PLATFORM
 
@@ -12,3 +14,6 @@ def activate() -> None:
     _PLATFORM._install(has_amx=True)
     # SGLang 0.5.21 waits for CUDA before it sums up weights, on a CPU too.
     torch.cuda.synchronize = lambda device=None: None
+    # A server's processes are forked from its first one, which has a single thread then and has imported SGLang: for
+    # each that is spawned this takes some 8 s of a core.
+    multiprocessing.set_start_method = lambda method, force=False: None
