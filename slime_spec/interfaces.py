@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from slime_spec.config.tree import Config
-    from slime_spec.weights.messages import PushBucket, PushMessage, PushReply
+    from slime_spec.weights.messages import NamedTensors, PushBucket, PushMessage, PushReply
 
 
 Choice = TypeVar("Choice")
@@ -140,8 +140,8 @@ class WeightTransport(Protocol):
         Returns what BeginPush tells the engines of it, or None.
         """
 
-    def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        """Make the tensors reachable, on the trainer's side, until the bucket after the next is published.
+    def publish(self, named: NamedTensors) -> tuple[Any, ...]:
+        """Make the tensors of a bucket reachable, on the trainer's side, until the bucket after the next is published.
 
         Returns the handle that a PushBucket carries; handles of ranks that publish the same bucket may be joined.
         """

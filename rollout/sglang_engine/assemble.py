@@ -9,12 +9,18 @@ import torch
 from rollout.sglang_engine.canary import Canary
 from rollout.sglang_engine.contract import detect
 from rollout.sglang_engine.delivery import Delivery
+from rollout.sglang_engine.direct import Direct
 from rollout.sglang_engine.draft_watch import DraftWatch
 from rollout.sglang_engine.kept_server import KeptServer
 from rollout.sglang_engine.transports.bucket import ServerTransport
 from slime_spec.checkpoints.model_files import DraftFiles, TargetFiles
 from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError
+from slime_spec.interfaces import WeightTransport
 from slime_spec.sglang.labels import label_suffix
+from slime_spec.transports.server_ipc import ServerIpcTransport
+from slime_spec.transports.to_servers import ToServers
+from slime_spec.transports.torch_handles import check_torch
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +51,23 @@ def make_delivery(config: Config, engine_index: int, draft: DraftFiles | None, s
     )
 
 
+def make_direct(transport: WeightTransport, engine_index: int, delivery: Delivery, server: KeptServer) -> Direct | None:
+    """Return how pushes go straight to a started server; None where the engine receives them. Raises ConfigError."""
+    if not isinstance(transport, ToServers):
+        return None
+    info, planned = server.info, transport.ranks_per_server
+    if info.num_ranks != planned:
+        raise ConfigError(
+            "push.transport",
+            f"straight to servers needs servers of {planned} ranks, and {server.client.url} has {info.num_ranks}",
+            info.num_ranks,
+            "Pass --push-transport object_store.",
+        )
+    if isinstance(transport, ServerIpcTransport):
+        check_torch(server.sglang.torch_version, "push.transport", "ipc", "--push-transport object_store")
+    return Direct(transport, engine_index, delivery, server)
+
+
 def _transport(name: str, config: Config, engine_index: int, server: KeptServer) -> ServerTransport:
     num_ranks, on_gpu = server.info.num_ranks, config.rollout.num_gpus_per_engine > 0
     if name == "disk":
@@ -55,7 +78,7 @@ def _transport(name: str, config: Config, engine_index: int, server: KeptServer)
         from rollout.sglang_engine.transports.distributed import DistributedTransport
 
         return DistributedTransport(server.own_host, num_ranks, on_gpu, f"push-{engine_index}")
-    from rollout.sglang_engine.transports.tensor import TensorTransport, check_torch
+    from rollout.sglang_engine.transports.tensor import TensorTransport
 
     check_torch(server.sglang.torch_version)
     return TensorTransport(num_ranks, on_gpu and torch.cuda.is_available())

@@ -19,9 +19,10 @@ import torch
 
 from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.contract import END, Contract
-from rollout.sglang_engine.transports.bucket import NamedTensors, ServerTransport
+from rollout.sglang_engine.transports.bucket import ServerTransport
 from slime_spec.errors import PushError
-from slime_spec.weights.messages import PauseMode, Side
+from slime_spec.sglang.releases import SELECTOR
+from slime_spec.weights.messages import NamedTensors, PauseMode, Side
 from slime_spec.weights.run import bucketed
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ BEGIN = "/begin_weight_update"
 ASK_AGAIN_S = (0.0, 0.5, 5.0)
 # Parts of a fused projection that SGLang cuts out as if every head had hidden_size / num_attention_heads dimensions.
 MISREAD = (".k_proj.", ".v_proj.")
+NUM_ROWS = 2  # of a tensor, that are read back
 Sums = Mapping[str, str]
 
 
@@ -123,13 +125,43 @@ class Delivery:
                     return str(answer["weight_version"]).removesuffix(self._label_suffix)
         return ""
 
+    def label(self, version: int) -> str:
+        """Return what the server calls the target's weights of a version."""
+        return f"{version}{self._label_suffix}"
+
+    def fields_of(self, side: Side, by_group: bool, has_both: bool = False) -> dict[str, Any]:
+        """Return the fields that send an update to one side, or a target that has both to both; raises PushError."""
+        if not by_group:
+            fields = self._contract.tensor_fields(side, self._has_external_draft)
+        else:
+            fields = self._contract.group_fields(side)
+        return {**fields, str(SELECTOR.field): "all"} if has_both and self._contract.style == SELECTOR.style else fields
+
+    async def begin_session(self, fields: Mapping[str, Any]) -> None:
+        """Open a session, where the contract has sessions; a session that was left open is ended first."""
+        if not self._contract.has_session:
+            return
+        selected = {str(SELECTOR.field): fields[str(SELECTOR.field)]}
+        try:
+            await self._client.post(BEGIN, selected)
+        except ServerRefused as error:
+            if error.status != 400:
+                raise
+            logger.warning("ended a stale weight-update session reason=%s", error.message)
+            await self._client.post(END)
+            await self._client.post(BEGIN, selected)
+
+    async def end_session(self) -> None:
+        if self._contract.has_session:
+            await self._client.post(END)
+
     async def _send(
         self, side: Side, weights: Weights, buckets: list[list[tuple[str, torch.Tensor]]], flush: bool
     ) -> None:
         for number, bucket in enumerate(buckets):
             fields = {**self._fields(side), "flush_cache": flush and number == len(buckets) - 1}
             if weights.side == "target" and number == len(buckets) - 1:
-                fields["weight_version"] = f"{weights.version}{self._label_suffix}"
+                fields["weight_version"] = self.label(weights.version)
             await self._send_one(bucket, fields)
 
     async def _send_one(self, bucket: NamedTensors, fields: Mapping[str, Any]) -> None:
@@ -138,24 +170,15 @@ class Delivery:
     def _fields(self, side: Side) -> dict[str, Any]:
         if self._name == "disk":
             return {}
-        if self._name == "distributed":
-            return self._contract.group_fields(side)
-        return self._contract.tensor_fields(side, self._has_external_draft)
+        return self.fields_of(side, self._name == "distributed")
 
     @asynccontextmanager
     async def _session(self, side: Side) -> AsyncIterator[None]:
-        """Hold a session open where the contract has sessions; a session that was left open is ended first."""
+        """Hold a session open where the contract has sessions."""
         if not self._contract.has_session or self._name == "disk":
             yield
             return
-        try:
-            await self._client.post(BEGIN, {"selector": side})
-        except ServerRefused as error:
-            if error.status != 400:
-                raise
-            logger.warning("ended a stale weight-update session reason=%s", error.message)
-            await self._client.post(END)
-            await self._client.post(BEGIN, {"selector": side})
+        await self.begin_session(self._fields(side))
         async with self._and_then(END):
             yield
 
@@ -195,7 +218,7 @@ async def read_back(
 ) -> dict[str, bool]:
     """Return, for some tensors, whether every rank has their first rows; leaves out tensors that no rank can show."""
     rows = await shown_rows(client, tensors, num_picked)
-    ours = {name: tensors[name][:2].to(dtype).to(torch.float64) for name in rows}
+    ours = {name: tensors[name][:NUM_ROWS].to(dtype).to(torch.float64) for name in rows}
     return {name: all(torch.equal(theirs, ours[name]) for theirs in replicas) for name, replicas in rows.items()}
 
 
@@ -209,7 +232,7 @@ async def shown_rows(
     rows = {}
     for name in picked:
         try:
-            shown = await client.post("/get_weights_by_name", {"name": name, "truncate_size": 2})
+            shown = await client.post("/get_weights_by_name", {"name": name, "truncate_size": NUM_ROWS})
         except ServerRefused:
             continue
         if replicas := _per_replica(shown, tensors[name].dim()):

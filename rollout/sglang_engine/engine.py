@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from rollout.sglang_engine.adoption import Adoption
-from rollout.sglang_engine.assemble import make_delivery, make_watch
+from rollout.sglang_engine.assemble import make_delivery, make_direct, make_watch
 from rollout.sglang_engine.client import SglangClient
 from rollout.sglang_engine.generation import SglangGeneration
 from rollout.sglang_engine.kept_server import KeptServer
@@ -63,6 +63,7 @@ class SglangEngine:
         self.server = KeptServer(config, engine_index, self._target, site)
         self.weights = ServerWeights(config, engine_index, (self._target, self._draft), self.server, site.run)
         self._watch = make_watch(config, self._target, self._draft)
+        self._transport = transport
         self._upkeep = Upkeep(self.server, self.weights, self._watch)
         self._pushes = PushDesk(engine_index, transport, self._upkeep, getattr(torch, config.engine.dtype))
         fills_rounds = config.speculative.record.fills_rounds
@@ -78,6 +79,7 @@ class SglangEngine:
         try:
             self.server.start(self.weights.restore)
             self.weights.delivery = make_delivery(self.config, self._index, self._draft, self.server)
+            self.weights.direct = make_direct(self._transport, self._index, self.weights.delivery, self.server)
             if self.server.is_external:
                 Adoption(self.config, self._index, self._target, self.server, self.weights).run()
             if self._draft is not None:

@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from aiohttp import web
@@ -267,7 +267,7 @@ def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
         thread.join()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, make: Callable[..., FakeServer] = FakeServer) -> None:
     """Serve as a process until it is ended; unknown flags are SGLang's and have no effect."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--host", default="127.0.0.1")
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weight-version", default="0")
     parser.add_argument("--delay-s", type=float, default=0.005)
     known, _ = parser.parse_known_args(argv)
-    server = FakeServer(delay_s=known.delay_s, api_key=known.api_key)
+    server = make(delay_s=known.delay_s, api_key=known.api_key)
     server.weight_version = known.weight_version
     web.run_app(server.app(), host=known.host, port=known.port, print=None)
 

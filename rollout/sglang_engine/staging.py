@@ -21,9 +21,8 @@ LAYER_NAMES = ("midlayer.", "layers.0.", "model.layers.0.")
 class ServerStaging:
     """Collects the tensors for the server, as the transport holds them."""
 
-    def __init__(self, manifest: Manifest, target: TargetFiles, draft: DraftFiles | None) -> None:
-        is_target = manifest.side == "target"
-        self.expected = expected_target(manifest, target) if is_target else expected_draft(manifest, draft)
+    def __init__(self, expected: Shapes) -> None:
+        self.expected = expected
         self.tensors: dict[str, torch.Tensor] = {}
         self._of_bucket: list[str] = []
 
@@ -37,6 +36,11 @@ class ServerStaging:
 
     def build(self) -> None:
         pass
+
+
+def expected_shapes(manifest: Manifest, target: TargetFiles, draft: DraftFiles | None) -> Shapes:
+    """Return the shapes of the tensors that a push of its side must bring; raises PushError."""
+    return expected_target(manifest, target) if manifest.side == "target" else expected_draft(manifest, draft)
 
 
 def expected_target(manifest: Manifest, target: TargetFiles) -> Shapes:

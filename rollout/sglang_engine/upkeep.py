@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 
+from rollout.sglang_engine.direct import DirectStaging
 from rollout.sglang_engine.draft_watch import DraftWatch, Verdict
 from rollout.sglang_engine.kept_server import KeptServer
 from rollout.sglang_engine.staging import ServerStaging
@@ -35,8 +36,8 @@ class Upkeep:
     def version(self, side: Side) -> int:
         return self._weights.version(side)
 
-    def staging(self, manifest: Manifest) -> ServerStaging:
-        return self._weights.staging(manifest)
+    def staging(self, manifest: Manifest) -> ServerStaging | DirectStaging:
+        return self._weights.staging(manifest, lambda why: self._server.surviving(lambda: None, why))
 
     def pause(self, mode: PauseMode) -> None:
         self._weights.pause(mode)
@@ -45,7 +46,7 @@ class Upkeep:
         self._weights.resume()
         self._look_after_push()
 
-    def commit(self, stage: PushStage[ServerStaging]) -> None:
+    def commit(self, stage: PushStage[ServerStaging | DirectStaging]) -> None:
         """Send the server the push; a server that dies of it is replaced, then gets it; raises PushError on refusal."""
         outcome = self._weights.send(stage)
         if outcome.refusal is not None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import uuid4
 
 import torch
 
 from rollout.sglang_engine.client import ServerGone, ServerRefused
-from rollout.sglang_engine.delivery import Delivery, Sums, Weights, read_back
+from rollout.sglang_engine.delivery import NUM_ROWS, Delivery, Sums, Weights, read_back
+from rollout.sglang_engine.direct import Direct, DirectStaging
 from rollout.sglang_engine.kept_server import KeptServer, ServerUnfit
-from rollout.sglang_engine.staging import ServerStaging
+from rollout.sglang_engine.staging import ServerStaging, expected_shapes
 from slime_spec.checkpoints.model_files import DraftFiles, TargetFiles
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
+from slime_spec.transports.kept import PushedTensors
 from slime_spec.weights.messages import NOT_COMPARABLE, Manifest, PauseMode, Side
 from slime_spec.weights.receive import PushStage
 
@@ -40,6 +43,7 @@ class ServerWeights:
     """
 
     delivery: Delivery  # known once the server has reported its contract
+    direct: Direct | None = None  # where pushes go straight to the server
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class ServerWeights:
         self._run = run or uuid4().hex
         self._key = f"{self._run}-0"
         self._pause = ""
+        self._partial: Side | None = None  # the side of which the server has a part of a push
 
     def version(self, side: Side) -> int:
         """Return the version of the side's last push; 0 for the checkpoint's weights."""
@@ -84,21 +89,34 @@ class ServerWeights:
         """Return whether a push has paused the server."""
         return self._paused is not None
 
-    def staging(self, manifest: Manifest) -> ServerStaging:
+    def staging(self, manifest: Manifest, replace: Callable[[str], None]) -> ServerStaging | DirectStaging:
+        """Return where a push is collected; ``replace`` replaces a server that has a part of a push."""
         self.delivery.check(manifest.side)
-        return ServerStaging(manifest, self._target, self._draft)
+        expected = expected_shapes(manifest, self._target, self._draft)
+        if self.direct is None:
+            return ServerStaging(expected)
+
+        def give_up(why: str) -> None:
+            self._partial = manifest.side
+            replace(why)
+
+        return DirectStaging(manifest, expected, self.direct, self._mtp_names, self._paused, give_up)
 
     def pause(self, mode: PauseMode) -> None:
         self._server.loop.call(self._server.client.post("/pause_generation", {"mode": mode}))
         self._paused, self._pause = mode, uuid4().hex
 
     def resume(self) -> None:
+        if self._partial is not None:
+            raise PushError(f"{self._server.client.url} has a part of a push of its {self._partial}, and stays paused")
         self._server.loop.call(self._server.client.post("/continue_generation"))
         self._paused, self._pause = None, ""
 
     def restore(self) -> None:
         """Send the current weights to a new server, which has its checkpoints' weights."""
-        self._paused, self._pause = None, ""
+        self._paused, self._pause, self._partial = None, "", None
+        if self.direct is not None:
+            self.direct.way.forget()
         for side in ("target", "draft"):
             if side in self._current:
                 self._deliver(self._current[side])
@@ -139,15 +157,22 @@ class ServerWeights:
         sums = self._server.loop.call(self.delivery.checksums("draft"))
         return {name: checksum for name, checksum in sums.items() if not any(part in name for part in SHARED)}
 
-    def send(self, stage: PushStage[ServerStaging]) -> Outcome:
-        """Keep the push and deliver it; where the server dies of it, ``restore`` sends it to the next server."""
+    def send(self, stage: PushStage[ServerStaging | DirectStaging]) -> Outcome:
+        """Keep the push and deliver it, unless the server has loaded it already.
+
+        Where the server dies of it, ``restore`` sends it to the next server.
+        """
         side, version = stage.manifest.side, stage.manifest.version
         before = self._current.get(side)
         self._current[side] = Weights(side, version, stage.staging.tensors)
         if side == "target":
             self._key = f"{self._run}-{version}-{stage.checksum}"
         try:
-            self._deliver(self._current[side])
+            if isinstance(stage.staging, DirectStaging):
+                stage.staging.take_over()
+                self._partial = None if self._partial == side else self._partial
+            else:
+                self._deliver(self._current[side])
         except ServerGone as error:
             return Outcome(f"it died during the push of {side} version {version}: {error}")
         except ServerRefused as error:
@@ -160,7 +185,7 @@ class ServerWeights:
             return Outcome(f"it refused the push of {side} version {version}: {error}", refusal)
         return Outcome()
 
-    def confirm(self, stage: PushStage[ServerStaging]) -> None:
+    def confirm(self, stage: PushStage[ServerStaging | DirectStaging]) -> None:
         """Note the checksums of a push that the server has; raises ServerUnfit where it reports another version."""
         side = stage.manifest.side
         self._checksums[side] = stage.checksum
@@ -173,8 +198,11 @@ class ServerWeights:
     def _deliver(self, weights: Weights) -> None:
         if weights.side == "draft" and not self._server.speculates:
             return
-        mtp_names = frozenset(self._target.mtp_shapes if self._server.speculates else ())
-        self._server.loop.call(self.delivery.deliver(weights, mtp_names, self._paused))
+        self._server.loop.call(self.delivery.deliver(weights, self._mtp_names, self._paused))
+
+    @property
+    def _mtp_names(self) -> frozenset[str]:
+        return frozenset(self._target.mtp_shapes if self._server.speculates else ())
 
     def _check_version(self) -> None:
         told = self._server.loop.call(self.delivery.version())
@@ -192,7 +220,9 @@ class ServerWeights:
             return "nothing was pushed"
         if side == "target":
             dtype: torch.dtype = getattr(torch, self._config.engine.dtype)
-            judged = self._server.loop.call(read_back(self._server.client, weights.tensors, dtype))
+            pushed = weights.tensors
+            tensors = pushed.heads(NUM_ROWS) if isinstance(pushed, PushedTensors) else pushed
+            judged = self._server.loop.call(read_back(self._server.client, tensors, dtype))
             if not judged:
                 return NOT_COMPARABLE
             if wrong := [name for name, is_same in judged.items() if not is_same]:

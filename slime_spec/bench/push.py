@@ -168,7 +168,7 @@ def _publish_s(config: Config, weights: Weights) -> float:
 
     def publish() -> None:
         for bucket in buckets:
-            transport.publish([tensor for _, tensor in bucket])
+            transport.publish(bucket)
             transport.close()
 
     return timed(publish).seconds

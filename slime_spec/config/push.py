@@ -16,9 +16,10 @@ class PushConfig:
     )
     transport: str = setting(
         "auto",
-        "How weights reach the engines: ipc (engines map the trainer's memory: on the same GPU, or on the CPU of one "
-        "machine), collective (broadcast from the trainer's ranks: nccl between GPUs, gloo between CPUs), object_store "
-        "(Ray's, through the host), or auto: ipc where they share GPUs, collective between GPUs, else object_store.",
+        "How weights reach the engines, or the SGLang servers behind them: ipc (they map the trainer's memory: on the "
+        "same GPU, or on the CPU of one machine), collective (broadcast from the trainer's ranks: nccl between GPUs, "
+        "gloo between CPUs), object_store (Ray's, through the host and to servers as --sglang-weight-transport says), "
+        "or auto: ipc where they share GPUs, collective between GPUs, else object_store.",
         flags=("--push-transport",),
         choices=("auto", "object_store", "ipc", "collective"),
     )

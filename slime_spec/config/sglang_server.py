@@ -83,7 +83,8 @@ class SglangServerConfig:
     )
     transport: str = setting(
         "tensor",
-        "How weights reach a server: tensor (shared memory, CUDA IPC), distributed (gloo, nccl) or disk.",
+        "How an engine sends its server weights, where a push does not go straight there (--push-transport) and where "
+        "a server replaces another: tensor (shared memory, CUDA IPC), distributed (gloo, nccl) or disk.",
         flags=("--sglang-weight-transport",),
         choices=("tensor", "distributed", "disk"),
     )

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from slime_spec.errors import PushError
 from slime_spec.transports.packed import layout, pack, unpacked
 from slime_spec.transports.store import store_on
-from slime_spec.weights.messages import PushBucket
+from slime_spec.weights.messages import NamedTensors, PushBucket
 
 # An engine that is gone holds the others up for so long: when they meet, and in a broadcast.
 MEET_TIMEOUT, SEND_TIMEOUT = timedelta(seconds=30), timedelta(seconds=60)
@@ -98,9 +98,9 @@ class CollectiveTransport:
         self._sender = Sender(host, 1 + num_engines)
         return self._sender.route
 
-    def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[Sent, ...]:
+    def publish(self, named: NamedTensors) -> tuple[Sent, ...]:
         assert self._sender is not None, "opened before it publishes"
-        return (self._sender.send(tensors),)
+        return (self._sender.send([tensor for _, tensor in named]),)
 
     def join(self, routes: Sequence[Route], engine_index: int) -> None:
         self._rank = 1 + engine_index

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slime_spec.weights.messages import PushBucket
+from slime_spec.weights.messages import NamedTensors, PushBucket
 
 
 class InProcessTransport:
@@ -17,8 +17,8 @@ class InProcessTransport:
     def open(self, host: str, num_engines: int) -> None:
         pass
 
-    def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return tuple(tensors)
+    def publish(self, named: NamedTensors) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor for _, tensor in named)
 
     def join(self, routes: Sequence[None], engine_index: int) -> None:
         pass

@@ -25,10 +25,10 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from slime_spec.errors import PushError
 from slime_spec.transports.packed import layout, pack, unpacked
 from slime_spec.transports.read_only import read_only
-from slime_spec.weights.messages import PushBucket
+from slime_spec.transports.torch_handles import DEVICE_ARGUMENT, gpu_of
+from slime_spec.weights.messages import NamedTensors, PushBucket
 
 NUM_SLOTS = 2
-DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: storage_device
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -70,7 +70,7 @@ class DeviceSlotHandle:
     arguments: tuple[Any, ...]
 
     def is_here(self) -> bool:
-        return torch.cuda.is_available() and self.gpu == _gpu(torch.cuda.current_device())
+        return torch.cuda.is_available() and self.gpu == gpu_of(torch.cuda.current_device())
 
     def map(self) -> torch.Tensor:
         # The same GPU may have another number in each process.
@@ -99,7 +99,7 @@ class DeviceSlot:
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         _, arguments = reduce_tensor(self.memory)
-        self.handle = DeviceSlotHandle(_gpu(self.memory.get_device()), arguments)
+        self.handle = DeviceSlotHandle(gpu_of(self.memory.get_device()), arguments)
 
     def close(self) -> None:
         del self.memory
@@ -126,7 +126,8 @@ class IpcTransport:
     def open(self, host: str, num_engines: int) -> None:
         pass
 
-    def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[Lent, ...]:
+    def publish(self, named: NamedTensors) -> tuple[Lent, ...]:
+        tensors = [tensor for _, tensor in named]
         starts, num_bytes = layout(tensors)
         slot = self._slot(num_bytes, tensors[0].device)
         pack(tensors, starts, slot.memory)
@@ -179,7 +180,3 @@ def _settle(device: torch.device) -> None:
 @cache
 def _machine() -> str:
     return BOOT_ID.read_text().strip()
-
-
-def _gpu(number: int) -> str:
-    return str(torch.cuda.get_device_properties(number).uuid)

@@ -15,7 +15,7 @@ import torch
 
 from slime_spec.transports.read_only import read_only
 from slime_spec.weights.checksums import as_bytes
-from slime_spec.weights.messages import PushBucket
+from slime_spec.weights.messages import NamedTensors, PushBucket
 
 
 class RayObjectStoreTransport:
@@ -30,9 +30,9 @@ class RayObjectStoreTransport:
     def open(self, host: str, num_engines: int) -> None:
         pass
 
-    def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[ray.ObjectRef]:
+    def publish(self, named: NamedTensors) -> tuple[ray.ObjectRef]:
         # The reference is wrapped in a tuple: Ray would resolve a bare reference when it is passed to an actor.
-        self._published.append(ray.put([as_bytes(tensor.cpu()).numpy() for tensor in tensors]))
+        self._published.append(ray.put([as_bytes(tensor.cpu()).numpy() for _, tensor in named]))
         return (self._published[-1],)
 
     def join(self, routes: Sequence[None], engine_index: int) -> None:

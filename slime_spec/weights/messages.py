@@ -16,6 +16,7 @@ it, ``abort`` ends what was being generated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ import torch
 
 Side = Literal["target", "draft"]
 PauseMode = Literal["abort", "retract", "in_place"]
+NamedTensors = Sequence[tuple[str, torch.Tensor]]
 NOT_COMPARABLE = ""  # in place of a checksum: the engine has none, or rounds what it is sent (a quantised draft)
 
 

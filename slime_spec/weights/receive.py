@@ -8,7 +8,7 @@ BeginPush ──► stage ── PushBucket … ──► PreparePush (whole? eq
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -53,6 +53,17 @@ class Staging(Protocol):
         """Do everything but take the tensors over, now that all are there."""
 
 
+@runtime_checkable
+class Forwards(Protocol):
+    """Is a Staging whose engine never sees the tensors: they go from the trainer's rank to where they are loaded."""
+
+    def forward(self, bucket: PushBucket) -> None:
+        """Have the bucket loaded, which has the announced tensors; raises PushError."""
+
+    def drop(self, why: str) -> None:
+        """Undo what was loaded of a push that is given up."""
+
+
 S = TypeVar("S", bound=Staging)
 
 
@@ -74,6 +85,10 @@ class PushStage(Generic[S]):
         return self._receiver.checksum
 
     def take(self, bucket: PushBucket, transport: WeightTransport) -> None:
+        if isinstance(self.staging, Forwards):
+            self._receiver.pass_on(bucket)
+            self.staging.forward(bucket)
+            return
         tensors = transport.receive(bucket)
         self._receiver.take(bucket, tensors)
         check_values([meta.name for meta in bucket.tensors], tensors, self._dtype)
@@ -92,6 +107,11 @@ class PushStage(Generic[S]):
         self._receiver.finish(checksum)
         self.staging.build()
         self._prepared = True
+
+    def drop(self, why: str) -> None:
+        """Leave the engine as it was before the push."""
+        if isinstance(self.staging, Forwards):
+            self.staging.drop(why)
 
     def check_commit(self, version: int) -> None:
         """Raise PushError unless this version is prepared."""
@@ -148,8 +168,18 @@ class PushDesk(Generic[S]):
             case VerifyPush(_, side):
                 return self._reply(side, self._weights.checksum(side))
         stage, self._open = self._open, None  # whatever fails below drops the push
+        try:
+            return self._answer_inside(message, stage)
+        except BaseException as error:
+            if stage is not None:
+                stage.drop(str(error))
+            raise
+
+    def _answer_inside(self, message: PushMessage, stage: PushStage[S] | None) -> PushReply:
         match message:
             case BeginPush(manifest, routes):
+                if stage is not None:
+                    stage.drop("another push begins")
                 stage = PushStage(manifest, self._weights.staging(manifest), self._dtype)
                 self._transport.join(routes, self._index)
             case PushBucket() if stage is not None:
@@ -163,6 +193,8 @@ class PushDesk(Generic[S]):
                 return self._reply(stage.manifest.side, stage.checksum)
             case CancelPush():
                 self._transport.close()
+                if stage is not None:
+                    stage.drop("the push was cancelled")
                 return self._reply("target" if stage is None else stage.manifest.side)
             case _:
                 raise PushError(f"{type(message).__name__} of version {message.version} outside a push")
@@ -204,17 +236,27 @@ class PushReceiver:
 
     def take(self, bucket: PushBucket, tensors: Sequence[torch.Tensor]) -> None:
         """Verify one bucket's tensors against the manifest and their checksums."""
-        if bucket.version != self.manifest.version:
-            raise PushError(f"bucket of version {bucket.version} inside the push of {self.manifest.version}")
+        self._check_announced(bucket)
         for meta, tensor in zip(bucket.tensors, tensors, strict=True):
-            if self._pending.pop(meta.name, None) != meta:
-                raise PushError(f"{meta.name} was not announced, came twice or changed shape")
             if tuple(tensor.shape) != meta.shape or tensor.dtype != meta.torch_dtype:
                 raise PushError(f"{meta.name} arrived as {tuple(tensor.shape)} {tensor.dtype}")
         for meta, sent, arrived in zip(bucket.tensors, bucket.checksums, tensor_checksums(tensors), strict=True):
             if arrived != sent:
                 raise PushError(f"{meta.name} arrived damaged: checksum {arrived:016x}, sent {sent:016x}")
             self._checksums[meta.name] = arrived
+
+    def pass_on(self, bucket: PushBucket) -> None:
+        """Verify a bucket, of which only its sender has the tensors, against the manifest."""
+        self._check_announced(bucket)
+        for meta, sent in zip(bucket.tensors, bucket.checksums, strict=True):
+            self._checksums[meta.name] = sent
+
+    def _check_announced(self, bucket: PushBucket) -> None:
+        if bucket.version != self.manifest.version:
+            raise PushError(f"bucket of version {bucket.version} inside the push of {self.manifest.version}")
+        for meta in bucket.tensors:
+            if self._pending.pop(meta.name, None) != meta:
+                raise PushError(f"{meta.name} was not announced, came twice or changed shape")
 
     def finish(self, checksum: str) -> None:
         if self._pending:

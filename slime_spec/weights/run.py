@@ -21,6 +21,7 @@ from slime_spec.weights.messages import (
     CommitPush,
     ContinueGeneration,
     Manifest,
+    NamedTensors,
     PauseGeneration,
     PauseMode,
     PreparePush,
@@ -186,9 +187,7 @@ def manifest_of(side: Side, version: int, weights: Mapping[str, torch.Tensor]) -
     return Manifest(side, version, tuple(meta_of(name, tensor) for name, tensor in weights.items()))
 
 
-def bucket_of(
-    named: Sequence[tuple[str, torch.Tensor]], version: int, index: int, transport: WeightTransport
-) -> PushBucket:
+def bucket_of(named: NamedTensors, version: int, index: int, transport: WeightTransport) -> PushBucket:
     """Publish tensors and return their bucket: names, shapes, dtypes and checksums."""
     tensors = [tensor for _, tensor in named]
     return PushBucket(
@@ -196,7 +195,7 @@ def bucket_of(
         index=index,
         tensors=tuple(meta_of(name, tensor) for name, tensor in named),
         checksums=tensor_checksums(tensors),
-        handle=transport.publish(tensors),
+        handle=transport.publish(named),
     )
 
 

@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 
 from slime_spec.config.checks import check
-from slime_spec.config.tree import ClusterConfig, Config, ModelConfig, PushConfig, RolloutConfig, TrainerConfig
+from slime_spec.config.tree import (
+    ClusterConfig,
+    Config,
+    ModelConfig,
+    PushConfig,
+    RolloutConfig,
+    SglangServerConfig,
+    TrainerConfig,
+)
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import load
 from slime_spec.transports.choice import TRANSPORTS, every_rank_publishes, transport_name
@@ -23,6 +31,18 @@ def placed(transport: str, gpus: int, *, colocate: bool = True, engine: str = "e
     )
 
 
+def replicated(config: Config) -> Config:
+    return replace(config, rollout=replace(config.rollout, num_gpus_per_engine=2), sglang={"dp_size": 2})
+
+
+def by_disk(config: Config) -> Config:
+    return replace(config, sglang_server=SglangServerConfig(transport="disk"))
+
+
+def external(config: Config) -> Config:
+    return replace(config, sglang_server=SglangServerConfig(external_addrs=("10.0.0.1:30000",)))
+
+
 def on_cpu_engines(config: Config) -> Config:
     return replace(config, rollout=replace(config.rollout, num_gpus_per_engine=0))
 
@@ -36,7 +56,15 @@ def on_cpu_engines(config: Config) -> Config:
         (placed("auto", 8, colocate=False), "collective", False),
         (placed("auto", 2, colocate=False, pipeline=2), "collective", False),
         (placed("auto", 2, pipeline=2), "object_store", False),
-        (placed("auto", 1, engine="sglang"), "object_store", False),
+        (placed("auto", 0, engine="sglang"), "object_store", False),
+        (placed("auto", 1, engine="sglang"), "ipc", True),
+        (placed("auto", 8, engine="sglang"), "ipc", True),
+        (placed("auto", 8, colocate=False, engine="sglang"), "collective", False),
+        (replicated(placed("auto", 8, colocate=False, engine="sglang")), "object_store", False),
+        (by_disk(placed("auto", 8, engine="sglang")), "object_store", False),
+        (external(placed("auto", 1, engine="sglang")), "object_store", False),
+        (placed("ipc", 0, engine="sglang"), "ipc", False),
+        (placed("collective", 0, engine="sglang"), "collective", False),
         (placed("ipc", 0), "ipc", False),
         (placed("ipc", 0, pipeline=2), "ipc", False),
         (placed("collective", 0, pipeline=2), "collective", False),
@@ -55,10 +83,13 @@ def test_auto_takes_the_nearest_way_that_there_is(config: Config, name: str, by_
         (placed("ipc", 2, colocate=False), "on the GPU of a rank"),
         (on_cpu_engines(placed("ipc", 2, colocate=False)), "both on GPUs, or both on CPUs"),
         (placed("collective", 2), "one process on each GPU"),
-        (placed("collective", 0, engine="sglang"), "a server behind it"),
+        (placed("collective", 2, engine="sglang"), "one process on each GPU"),
+        (replicated(placed("collective", 2, colocate=False, engine="sglang")), "several replicas or stages share it"),
+        (by_disk(placed("collective", 0, engine="sglang")), "must be tensor or distributed"),
+        (external(placed("ipc", 1, engine="sglang")), "an external server is on its own"),
         (placed("ipc", 2, pipeline=2), "only their own layers"),
-        (placed("ipc", 1, engine="sglang"), "a server behind it"),
-        (placed("ipc", 0, engine="sglang"), "a server behind it"),
+        (placed("ipc", 2, colocate=False, engine="sglang"), "on the GPU of a rank"),
+        (placed("ipc", 2, pipeline=2, engine="sglang"), "only their own layers"),
     ],
 )
 def test_a_transport_that_cannot_reach_the_engines_is_refused(config: Config, says: str) -> None:

@@ -82,9 +82,9 @@ def test_a_push_through_shared_memory_brings_every_engine_to_the_trainers_checks
 class Flipping(RayObjectStoreTransport):
     """Damages what it carries, after the checksums were taken."""
 
-    def publish(self, tensors):
-        damaged = [tensor.clone() for tensor in tensors]
-        damaged[0].view(torch.int32).reshape(-1)[0] ^= 1
+    def publish(self, named):
+        damaged = [(name, tensor.clone()) for name, tensor in named]
+        damaged[0][1].view(torch.int32).reshape(-1)[0] ^= 1
         return super().publish(damaged)
 
 

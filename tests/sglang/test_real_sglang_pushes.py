@@ -17,7 +17,12 @@ from safetensors.torch import save_file
 from rollout.sglang_engine.client import ServerRefused
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.sglang.served import DECISIVE, differences
+from slime_spec.transports.server_group import ServerGroupTransport
+from slime_spec.transports.server_ipc import ServerIpcTransport
+from slime_spec.transports.to_servers import ToServers
 from slime_spec.types import GeneratedSample
+from slime_spec.weights.messages import Side
+from slime_spec.weights.run import push_messages, run_push
 from tests.support.pushes import disturbed
 from tests.support.sglang_real import Models, Real, cpu_environment, greedy, on, started
 
@@ -53,6 +58,32 @@ def test_a_push_changes_exactly_the_side_that_it_names(real: Real, transport: st
         assert without(changed(target, real.checksums("target")), *SHARED) == set()
         assert without(draft, *SHARED, *NOT_PUSHED) <= changed(draft, real.checksums("draft"))
         assert {sample.weight_version for sample in engine.generate(4)} == {1}
+
+
+@pytest.mark.parametrize("way", [ServerGroupTransport, ServerIpcTransport])
+@on("STANDALONE", "EAGLE3", "NEXTN")
+def test_a_push_straight_from_the_trainer_leaves_in_the_server_what_a_push_through_the_engine_leaves(
+    real: Real, way: type[ToServers]
+) -> None:
+    other, draft = real.other_target(), disturbed(real.draft_weights, 2)
+    real.push(other, 1)
+    real.push(draft, 1, "draft")
+    target_sums, draft_sums = real.checksums("target"), real.checksums("draft")
+    transport = way(ranks_per_server=1)
+    with real.another(to_server=way(ranks_per_server=1)) as engine:
+        assert changed(target_sums, real.checksums("target"))
+
+        def push(weights: dict[str, torch.Tensor], version: int, side: Side = "target") -> None:
+            messages = push_messages(weights, version, side, 200_000, transport)
+            run_push(messages, lambda each: [engine.engine.update_weights(each)], verify=True)
+
+        push(engine.target_weights, 2)
+        push(other, 3)
+        assert real.checksums("target") == target_sums
+        push(draft, 4, "draft")
+        assert (real.checksums("target"), real.checksums("draft")) == (target_sums, draft_sums)
+        assert {(sample.weight_version, sample.draft_version) for sample in engine.generate(4)} == {(3, 4)}
+    transport.close()
 
 
 @on("EAGLE3")

@@ -51,10 +51,12 @@ def run(folder: Path, *arguments: str, speculates: bool = True) -> list[dict[str
     return read_metrics(folder / "run" / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("speculates", [True, False])
-def test_the_megatron_trainer_trains_on_what_sglang_samples_and_pushes_to_it(tmp_path: Path, speculates: bool) -> None:
+@pytest.mark.parametrize(("speculates", "transport"), [(True, "collective"), (False, "object_store")])
+def test_the_megatron_trainer_trains_on_what_sglang_samples_and_pushes_to_it(
+    tmp_path: Path, speculates: bool, transport: str
+) -> None:
     """On a CPU SGLang verifies greedily whatever the temperature: only without speculation do samples differ."""
-    metrics = run(tmp_path, "--lr", "1e-3", speculates=speculates)
+    metrics = run(tmp_path, "--lr", "1e-3", "--push-transport", transport, speculates=speculates)
     assert len(metrics) == STEPS
     for step, row in enumerate(metrics):
         assert row["rollout/weight_version_min"] == row["rollout/weight_version_max"] == step

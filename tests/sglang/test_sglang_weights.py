@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from rollout.sglang_engine.contract import Contract
 from rollout.sglang_engine.fake import FakeServer
-from rollout.sglang_engine.transports.tensor import check_torch
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError, PushError
+from slime_spec.transports.torch_handles import check_torch
 from slime_spec.types import GroupRequest, SamplingParams
 from slime_spec.weights.messages import CancelPush, CommitPush, PreparePush
 from tests.sglang.conftest import Checkpoints, Connect, OnFake

@@ -42,6 +42,7 @@ CHATML = TurnEnd("<|im_end|>\n", (7, 11), {7: "<|im_end|>"}, is_closed=True)
 PLAIN_TURNS = TurnEnd("\n\nUser: ", (11, 11, 12), {}, is_closed=False)
 OTHER_BACKEND = Difference("attention_backend", "fa3", "triton", is_decisive=False)
 DISK = ("--sglang-weight-transport", "disk")
+BY_GROUP = ("--push-transport", "object_store", "--sglang-weight-transport", "distributed")
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ CASES = (
     case("disk-reduced-vocabulary", (*EAGLE3, *DISK), ERROR, **HEAD),
     case("disk-reduced-vocabulary", (*EAGLE3, *DISK), **FULL_HEAD),
     case("disk-reduced-vocabulary", EAGLE3, **HEAD),
-    case("draft-refresh", (*MTP, "--sglang-weight-transport", "distributed"), WARNING, target=MIMO, version="0.5.20"),
+    case("draft-refresh", (*MTP, *BY_GROUP), WARNING, target=MIMO, version="0.5.20"),
     case("draft-refresh", EAGLE3, WARNING, **HEAD, version="0.5.20"),
     case("draft-refresh", EAGLE3, INFO, **HEAD),
     case("draft-refresh", (*EAGLE3, ROLLOUTS), **HEAD),
@@ -304,7 +305,8 @@ CASES = (
     case("ngram-update", NGRAM),
     case("torch-versions", PLAIN, ERROR, torch="2.9.1+cu128"),
     case("torch-versions", PLAIN, torch=version("torch").partition("+")[0] + "+cu130"),
-    case("torch-versions", (*PLAIN, "--sglang-weight-transport", "distributed"), torch="2.9.1"),
+    case("torch-versions", (*PLAIN, *BY_GROUP), torch="2.9.1"),
+    case("torch-versions", (*PLAIN, "--sglang-weight-transport", "distributed"), ERROR, torch="2.9.1"),
     case("auto-shape", EAGLE3[: len(SERVERS) + 2], INFO, **HEAD),
     case("auto-shape", EAGLE3, **HEAD),
     case("chain-tokens", (*EAGLE3, "--speculative-num-draft-tokens", "8"), INFO, **HEAD),

@@ -28,6 +28,7 @@ from slime_spec.config.tree import (
     SglangServerConfig,
     SpeculativeConfig,
 )
+from slime_spec.interfaces import WeightTransport
 from slime_spec.speculation.counters import pooled
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.run import PushReport, run_push
@@ -139,8 +140,8 @@ class Models:
 
 
 @contextmanager
-def started(config: Config) -> Iterator[SglangEngine]:
-    engine = SglangEngine(config, 0, DirectTransport())
+def started(config: Config, transport: WeightTransport | None = None) -> Iterator[SglangEngine]:
+    engine = SglangEngine(config, 0, transport or DirectTransport())
     engine.start()
     try:
         yield engine
@@ -160,15 +161,15 @@ class Real:
         return self.engine.config
 
     @contextmanager
-    def another(self, mode: str = "train", **server: Any) -> Iterator[Real]:
+    def another(self, mode: str = "train", to_server: WeightTransport | None = None, **server: Any) -> Iterator[Real]:
         """A second engine on the same server, which is somebody else's to it, with settings of its own.
 
-        A run that trains begins by pushing the checkpoints' weights.
+        A run that trains begins by pushing the checkpoints' weights; ``to_server`` brings what is pushed later.
         """
         address = self.engine.client.url.removeprefix("http://")
         settings = replace(self.config.sglang_server, external_addrs=(address,), **server)
         run = replace(self.config.run, mode=mode)
-        with started(replace(self.config, run=run, sglang_server=settings)) as engine:
+        with started(replace(self.config, run=run, sglang_server=settings), to_server) as engine:
             try:
                 yield Real(self.algorithm, engine)
             finally:

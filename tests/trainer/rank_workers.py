@@ -14,7 +14,7 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError, ConfigError, TrainingError
 from slime_spec.interfaces import RunState
 from slime_spec.types import TrainReport, TrainSample
-from slime_spec.weights.messages import Manifest, PushBucket
+from slime_spec.weights.messages import Manifest, NamedTensors, PushBucket
 from slime_spec.weights.receive import PushReceiver
 from trainer_bridge.layout import Layout, RankCoordinates
 from trainer_bridge.megatron.cpu_shim import cpu_shim
@@ -238,8 +238,8 @@ class KeepingTransport:
     def join(self, routes: Sequence[None], engine_index: int) -> None:
         pass
 
-    def publish(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor.clone() for tensor in tensors)
+    def publish(self, named: NamedTensors) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.clone() for _, tensor in named)
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
         return list(bucket.handle)

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from slime_spec.config.tree import Config
+from slime_spec.errors import PushError
 from slime_spec.interfaces import RunState
 from slime_spec.ports import free_port
+from slime_spec.ray_errors import result_of
 from slime_spec.transports.choice import every_rank_publishes, make_transport
+from slime_spec.transports.to_servers import ServerRoute, ToServers
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.messages import PushBucket
 
 if TYPE_CHECKING:
     from trainer_bridge.megatron.rank import TrainerRank
+
+
+KEPT_TIMEOUT_S = 600.0  # the rank may be in a step, and gives out what it has kept after it
+
+
+class RankSource:
+    """Implements Source in an engine's process: a rank's actor has the weights."""
+
+    def __init__(self, rank: ray.actor.ActorHandle) -> None:
+        self._rank = rank
+
+    def fetch(self, push: str, names: Sequence[str], num_rows: int | None) -> dict[str, torch.Tensor]:
+        try:
+            kept: dict[str, torch.Tensor] = result_of(self._rank.kept.remote(push, names, num_rows), KEPT_TIMEOUT_S)
+        except (GetTimeoutError, RayActorError) as error:
+            raise PushError(f"the trainer's rank does not give out the weights that it has kept: {error}") from error
+        return kept
 
 
 class RankActor:
@@ -43,7 +66,15 @@ class RankActor:
 
     def open_push(self, num_engines: int) -> Any:
         """Get the transport ready; returns what the engines must know of it."""
-        return self.transport.open(ray.util.get_node_ip_address(), num_engines)
+        route = self.transport.open(ray.util.get_node_ip_address(), num_engines)
+        if isinstance(route, ServerRoute):
+            return replace(route, source=RankSource(ray.get_runtime_context().current_actor))
+        return route
+
+    def kept(self, push: str, names: Sequence[str], num_rows: int | None) -> dict[str, torch.Tensor]:
+        """Do what Source says of ``fetch``."""
+        assert isinstance(self.transport, ToServers), "named by a route to servers"
+        return self.transport.kept.fetch(push, names, num_rows)
 
     def next_bucket(self, version: int) -> PushBucket | None:
         """Make the next bucket of the push; None where there are no more, or another rank publishes them."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
-
 from rollout.sglang_engine.client import SglangClient
-
-NamedTensors = Sequence[tuple[str, torch.Tensor]]
+from slime_spec.weights.messages import NamedTensors
 
 
 class ServerTransport(Protocol):

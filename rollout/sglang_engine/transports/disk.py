@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from rollout.sglang_engine.client import SglangClient
-from rollout.sglang_engine.transports.bucket import NamedTensors
 from slime_spec.checkpoints.folder import SINGLE
+from slime_spec.weights.messages import NamedTensors
 
 PATH = "/update_weights_from_disk"
 

@@ -8,11 +8,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
 
 from rollout.sglang_engine.client import ServerGone, SglangClient
-from rollout.sglang_engine.transports.bucket import NamedTensors
-from slime_spec.transports.store import store_on
+from slime_spec.transports.store import form_group, store_on
+from slime_spec.weights.messages import NamedTensors
 
 FORM_TIMEOUT = timedelta(minutes=2)
 SEND_TIMEOUT = timedelta(minutes=10)
@@ -43,7 +42,9 @@ class DistributedTransport:
             "backend": self._backend,
         }
         joined = asyncio.create_task(client.post("/init_weights_update_group", request))
-        formed = asyncio.create_task(asyncio.to_thread(_form_group, store, world_size, group_name, self._backend))
+        formed = asyncio.create_task(
+            asyncio.to_thread(form_group, store, 0, world_size, group_name, self._backend, FORM_TIMEOUT)
+        )
         # The end that fails first has the error to raise: the other end waits in vain, and gives up by itself.
         await asyncio.wait({joined, formed}, return_when=asyncio.FIRST_EXCEPTION)
         for task in (joined, formed):
@@ -89,19 +90,3 @@ class DistributedTransport:
                 self._group.broadcast([tensor.contiguous().to(self._device)], options).wait()
         except RuntimeError as error:
             raise ServerGone(f"the broadcast to {self._name}: {error}") from error
-
-
-def _form_group(store: dist.Store, world_size: int, name: str, backend: str) -> dist.ProcessGroup:
-    """Form the group as SGLang does: beside the default group, which this process need not have."""
-    group, _ = _new_process_group_helper(
-        world_size,
-        0,
-        [],
-        dist.Backend(backend),
-        PrefixStore(name, store),
-        group_name=name,  # type: ignore[arg-type]
-        backend_options=None,
-        timeout=FORM_TIMEOUT,
-    )
-    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-    return group

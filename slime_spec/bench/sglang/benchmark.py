@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from rollout.sglang_engine.engine import SglangEngine
-from rollout.sglang_engine.transports.tensor import check_torch
 from slime_spec.algorithms import EAGLE, EAGLE3, NONE
 from slime_spec.bench.rows import Benchmark, BenchOptions
 from slime_spec.bench.sglang.settings import ALGORITHMS, CPU_ENGINE, drafting, engine_settings, num_gpus
@@ -18,6 +17,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.interfaces import unknown_choice
 from slime_spec.sglang.interpreter import installed_in
 from slime_spec.transports.in_process import InProcessTransport
+from slime_spec.transports.torch_handles import check_torch
 
 HERE = "slime_spec.bench.sglang"
 PARTS = {

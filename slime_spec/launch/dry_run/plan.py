@@ -114,6 +114,8 @@ def transport_text(config: Config) -> str:
         "distributed": f"distributed ({'nccl' if config.rollout.num_gpus_per_engine else 'gloo'})",
         "disk": "disk",
     }
+    if transport_name(config) != OBJECT_STORE:
+        return f"{text}; straight to the servers, and to a server that is replaced by {ways[to_servers]}"
     return f"{text}; engine to server: {ways[to_servers]}"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version as installed_version
 
 from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, trap
 from slime_spec.sglang.releases import SELECTOR, since
+from slime_spec.transports.choice import OBJECT_STORE, server_update, transport_name
 
 NEWER = f"SGLang {since(SELECTOR)} or newer"
 
@@ -21,7 +23,25 @@ def pushing_beside_a_draft(facts: Facts) -> bool:
 
 
 def _transport(facts: Facts) -> str:
-    return facts.config.sglang_server.transport
+    """Return how a push reaches a server."""
+    return server_update(facts.config)
+
+
+def _ways(facts: Facts) -> dict[str, str]:
+    """Return by flag how weights reach servers: those of a push that goes straight there have another flag."""
+    config = facts.config
+    to_replaced = {"--sglang-weight-transport": config.sglang_server.transport}
+    return (
+        to_replaced
+        if transport_name(config) == OBJECT_STORE
+        else {"--push-transport": _transport(facts), **to_replaced}
+    )
+
+
+def _instead(flags: Iterable[str], transport: str) -> tuple[str, ...]:
+    """Return the words that have weights reach servers as ``transport`` in place of what the flags say."""
+    other = {"--push-transport": OBJECT_STORE, "--sglang-weight-transport": transport}
+    return tuple(word for flag in flags for word in (flag, other[flag]))
 
 
 @trap(
@@ -35,18 +55,23 @@ def _transport(facts: Facts) -> str:
     applies=pushing_beside_a_draft,
 )
 def draft_overwritten(facts: Facts) -> Sighting | None:
-    contract, transport = facts.release.weight_contract, _transport(facts)
-    is_spared = transport != "disk" and (transport not in contract.reaches_draft or transport in contract.selective)
-    if facts.draft_kind == "in_target" or is_spared:
+    contract = facts.release.weight_contract
+    unsafe = {
+        flag: transport
+        for flag, transport in _ways(facts).items()
+        if transport == "disk" or (transport in contract.reaches_draft and transport not in contract.selective)
+    }
+    if facts.draft_kind == "in_target" or not unsafe:
         return None
-    safe = "tensor" if "tensor" in contract.selective else "distributed"
+    transport = next(iter(unsafe.values()))
+    fix = _instead(unsafe, "tensor" if "tensor" in contract.selective else "distributed")
     return Sighting(
         Severity.ERROR,
         f"SGLang {facts.release.text} ({contract.name}) loads a {transport} update into target and external draft"
         if transport in contract.reaches_draft
         else "an update from disk has no side, and the engine sends none beside a draft of its own",
-        f"Pass --sglang-weight-transport {safe}{'' if contract.draft_alone else f', or use {NEWER}'}.",
-        ("--sglang-weight-transport", safe),
+        f"Pass {' '.join(fix)}{'' if contract.draft_alone else f', or use {NEWER}'}.",
+        fix,
     )
 
 
@@ -86,11 +111,12 @@ def draft_refresh(facts: Facts) -> Sighting | None:
     if transport not in contract.reaches_draft:
         # The tensor transport reaches every draft; an external draft must not take the target's tensors.
         helps = facts.draft_kind == "in_target"
+        fix = _instead([flag for flag, way in _ways(facts).items() if way == transport], "tensor")
         return Sighting(
             Severity.WARNING,
             f"{told}: an update never reaches the draft",
-            f"{'Pass --sglang-weight-transport tensor, or use' if helps else 'Use'} {NEWER}.",
-            ("--sglang-weight-transport", "tensor") if helps else (),
+            f"{'Pass ' + ' '.join(fix) + ', or use' if helps else 'Use'} {NEWER}.",
+            fix if helps else (),
         )
     if facts.draft_kind == "in_target":
         # The draft loads its MTP tensors from the target's update, so it is refreshed only if they are pushed.
@@ -187,11 +213,12 @@ def ngram_update(facts: Facts) -> Sighting | None:
 )
 def torch_versions(facts: Facts) -> Sighting | None:
     theirs, ours = facts.release.torch, installed_version("torch")
-    if _transport(facts) != "tensor" or theirs is None or theirs.partition("+")[0] == ours.partition("+")[0]:
+    fix = _instead([flag for flag, way in _ways(facts).items() if way == "tensor"], "distributed")
+    if not fix or theirs is None or theirs.partition("+")[0] == ours.partition("+")[0]:
         return None
     return Sighting(
         Severity.ERROR,
         f"the servers have torch {theirs}, the trainer {ours}, and weights travel as tensors",
-        "Pass --sglang-weight-transport distributed, or give both environments one torch.",
-        ("--sglang-weight-transport", "distributed"),
+        f"Pass {' '.join(fix)}, or give both environments one torch.",
+        fix,
     )
