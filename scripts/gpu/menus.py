@@ -15,6 +15,7 @@ from unpack import SGLANG_PYTHON
 # Stand for the file that a command writes, as slime-spec bench --json does, and for a rehearsal's tiny checkpoints.
 REPORT, POLICY, DRAFT = "{report}", "{policy}", "{draft}"
 BENCH = ("-m", "slime_spec", "bench")
+CHAIN = ("--shapes", "s3k1n4")
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,19 @@ def _bench(name: str, part: str, limit_s: int, on_gpu: tuple[str, ...] = (), on_
     return Part(f"{name} {part}", limit_s, (*words, "1", *on_gpu), (*words, "0", *on_cpu))
 
 
+def _shape(name: str, limit_s: int) -> Part:
+    """The costs of an engine of a named shape, whose draft drafts chains of three; "tiny" is the rehearsal's."""
+    words = (*BENCH, "engine", "--only", "cost", "--json", REPORT, "--rounds", "1", *CHAIN, "--dtypes", "bfloat16")
+    words += ("--batch-sizes", "1", "8", "--num-gpus")
+    return Part(
+        f"engine cost {name}", limit_s, (*words, "1", "--model-shape", name), (*words, "0", "--model-shape", "tiny")
+    )
+
+
 # The rehearsal of the engine's benchmark: short replies of a tiny policy, one dtype, one chain.
 BRIEF = ("--model", POLICY, "--draft", DRAFT, "--rounds", "1", "--new-tokens", "8", "--dtypes", "bfloat16")
 # A part that sees its seconds gone begins nothing more: its limit is those, the start and one measurement.
 SHORT = ("--new-tokens", "64")
-CHAIN = ("--shapes", "s3k1n4")
 TWICE = ("--rounds", "2")
 TESTS, LAWS = ("scripts/gpu/device_tests.py", REPORT), "test_verify_statistics.py"
 MENUS: dict[str, tuple[Part, ...]] = {
@@ -50,6 +59,7 @@ MENUS: dict[str, tuple[Part, ...]] = {
         _bench("device", "shapes", 120, on_cpu=TWICE),
         _bench("device", "profile", 60, on_cpu=TWICE),
         _bench("device", "attention", 150, ("--seconds", "110")),
+        _bench("device", "draft_dtype", 120, ("--rounds", "5"), TWICE),
         _bench("engine", "exactness", 80, (*SHORT, "--num-prompts", "8", "--seconds", "40"), (*BRIEF, *CHAIN)),
         _bench("engine", "plain", 80, (*SHORT, *TWICE, "--seconds", "40"), BRIEF),
         _bench(
@@ -60,6 +70,7 @@ MENUS: dict[str, tuple[Part, ...]] = {
             (*BRIEF, *CHAIN),
         ),
         _bench("engine", "cost", 90, ("--rounds", "1", "--dtypes", "bfloat16"), BRIEF),
+        _shape("8b", 120),
         Part(
             "device tests",
             200,

@@ -13,6 +13,7 @@ from rollout.embedded.plan import RowSpan
 from slime_spec.bench import run_bench
 from slime_spec.bench.cost import BY_CLOCK, GPU_VERIFY_REACH, CostSizes, verify_rows
 from slime_spec.bench.device.ceilings import CeilingSizes, measure_ceilings
+from slime_spec.bench.device.draft_dtype import DraftDtypeSizes, chain_rows, product_rows
 from slime_spec.bench.device.ipc import IpcSizes, Receive, measure_ipc
 from slime_spec.bench.device.push import PushSizes, measure_push
 from slime_spec.bench.device.random_model import (
@@ -28,8 +29,9 @@ from slime_spec.bench.device.random_model import (
 )
 from slime_spec.bench.device.shapes import measure_shape
 from slime_spec.bench.device.trainer import Batch, TrainerSizes, agreement_rows, measure_trainer, tolerance
+from slime_spec.bench.random_engine import random_engine, random_prompts
 from slime_spec.bench.reference_trainer import reference_steps
-from slime_spec.bench.rows import Row, report_json, report_markdown
+from slime_spec.bench.rows import BenchOptions, Row, report_json, report_markdown
 from slime_spec.bench.timing import Timed
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, ModelConfig, TrainerConfig
@@ -38,6 +40,7 @@ from slime_spec.types import TrainReport
 from tests.bench.failing_receivers import dies, hangs, loses
 
 CPU = torch.device("cpu")
+PARTS = ("", ".bandwidth_share", ".ratio")  # of a draft's products
 PUBLISHED = {"135m": 134_515_008, "1b": 1_235_814_400, "8b": 8_030_261_248}
 
 
@@ -147,6 +150,33 @@ def test_the_trainers_step_has_the_loss_of_hugging_faces_model_and_is_timed(tmp_
     assert rows["device.tiny.train.fp32.memory_planned"].value > 16 * num_weights(TINY) / 1e9
     assert rows["device.tiny.train.fp32.offload"].value > 0
     assert rows["device.tiny.train.fp32.offload.left"].value == 0.0
+
+
+def test_a_drafts_step_is_measured_in_every_form_of_its_weights() -> None:
+    """The interpreter computes the products of fp8; an engine on a CPU has no such draft, which its row says."""
+    sizes = DraftDtypeSizes("float32", (1,), num_rounds=1, num_steps=2)
+    rows = by_id(product_rows("x", "tiny", TINY, CPU, sizes, copied=1e12))
+    assert rows.keys() == {f"x.{form}.products.b1{part}" for form in ("fp32", "int8", "fp8") for part in PARTS} - {
+        "x.fp32.products.b1.ratio"
+    }
+    assert all(math.isfinite(row.value) and row.value > 0 and row.holds is None for row in rows.values())
+    plain_ms, fp8_ms = (rows[f"x.{form}.products.b1"].value for form in ("fp32", "fp8"))
+    assert rows["x.fp8.products.b1.ratio"].value == pytest.approx(plain_ms / fp8_ms)
+    # q, k, v over the token and its features; o; gate and up; down; the head.
+    num_weights = 128 * 128 + 64 * 64 + 256 * 64 + 64 * 128 + 256 * 64
+    share = rows["x.fp8.products.b1.bandwidth_share"].value
+    assert share == pytest.approx(num_weights / 1e12 / (fp8_ms / 1000))
+
+
+def test_drafting_is_timed_in_the_engine_for_every_form_that_it_has(tmp_path: Path) -> None:
+    sizes = DraftDtypeSizes("float32", (1, 2), num_rounds=1, num_steps=1)
+    with random_engine(BenchOptions(model_shape="tiny"), torch.float32) as options:
+        rows = by_id(list(chain_rows("x", "tiny", options, random_prompts(TINY, 2, seed=0), sizes)))
+    assert rows.keys() == {"x.fp32.chain.b1", "x.fp32.chain.b2", "x.int8.chain.b1", "x.int8.chain.b2", "x.fp8.chain"}
+    assert math.isnan(rows["x.fp8.chain"].value)
+    assert rows["x.fp8.chain"].unit == ""
+    assert all(row.value > 0 for id, row in rows.items() if id != "x.fp8.chain")
+    assert not Path(options.draft).exists()
 
 
 @pytest.mark.parametrize(("loss", "norm", "holds"), [(1.09, 2.0, (True, True)), (1.11, 2.7, (False, False))])

@@ -16,6 +16,7 @@ PARTS = {
     "shapes": f"{HERE}.shapes:measure",
     "profile": f"{HERE}.profile:measure",
     "attention": f"{HERE}.attention:measure",
+    "draft_dtype": f"{HERE}.draft_dtype:measure",
     "trainer": f"{HERE}.trainer:measure",
     "ipc": f"{HERE}.ipc:measure",
     "push": f"{HERE}.push:measure",
@@ -39,10 +40,14 @@ def add_flags(parser: ArgumentParser) -> None:
         "--shapes",
         nargs="+",
         metavar="NAME",
-        help=f"of parts shapes and profile, any of {', '.join(SHAPES)} (135m 1b 8b on a GPU, tiny on a CPU)",
+        help=f"of parts shapes, profile, draft_dtype: any of {', '.join(SHAPES)} (135m 1b 8b on a GPU, tiny on a CPU)",
     )
     parser.add_argument(
-        "--batch-sizes", nargs="+", metavar="N", type=int, help="of part shapes (1 8 64 256 on a GPU, 1 8 on a CPU)"
+        "--batch-sizes",
+        nargs="+",
+        metavar="N",
+        type=int,
+        help="of parts shapes (1 8 64 256 on a GPU, 1 8 on a CPU) and draft_dtype (1 8 64, 1)",
     )
     parser.add_argument("--seconds", metavar="S", type=float, help="begin no case of part attention after these")
 
