@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -226,11 +226,8 @@ async def shown_rows(
     client: SglangClient, tensors: Mapping[str, torch.Tensor], num_picked: int
 ) -> dict[str, list[torch.Tensor]]:
     """Return the first rows of some tensors, as each data-parallel replica shows them; those not shown are left out."""
-    names = [name for name in tensors if is_read_right(name)]
-    last = len(names) - 1
-    picked = sorted({names[last * number // (num_picked - 1)] for number in range(num_picked)})
     rows = {}
-    for name in picked:
+    for name in picked_names(tensors, num_picked):
         try:
             shown = await client.post("/get_weights_by_name", {"name": name, "truncate_size": NUM_ROWS})
         except ServerRefused:
@@ -238,6 +235,13 @@ async def shown_rows(
         if replicas := _per_replica(shown, tensors[name].dim()):
             rows[name] = replicas
     return rows
+
+
+def picked_names(names: Iterable[str], num_picked: int = 4) -> list[str]:
+    """Return some of the tensors that are read back, from the first to the last."""
+    right = [name for name in names if is_read_right(name)]
+    last = len(right) - 1
+    return sorted({right[last * number // (num_picked - 1)] for number in range(num_picked)})
 
 
 def is_read_right(name: str) -> bool:

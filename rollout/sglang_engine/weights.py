@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 import torch
 
 from rollout.sglang_engine.client import ServerGone, ServerRefused
-from rollout.sglang_engine.delivery import NUM_ROWS, Delivery, Sums, Weights, read_back
+from rollout.sglang_engine.delivery import NUM_ROWS, Delivery, Sums, Weights, picked_names, read_back
 from rollout.sglang_engine.direct import Direct, DirectStaging
 from rollout.sglang_engine.kept_server import KeptServer, ServerUnfit
 from rollout.sglang_engine.staging import ServerStaging, expected_shapes
@@ -198,7 +198,8 @@ class ServerWeights:
     def _deliver(self, weights: Weights) -> None:
         if weights.side == "draft" and not self._server.speculates:
             return
-        self._server.loop.call(self.delivery.deliver(weights, self._mtp_names, self._paused))
+        here = replace(weights, tensors=dict(weights.tensors))  # fetched from the trainer's ranks, where they have them
+        self._server.loop.call(self.delivery.deliver(here, self._mtp_names, self._paused))
 
     @property
     def _mtp_names(self) -> frozenset[str]:
@@ -220,8 +221,10 @@ class ServerWeights:
             return "nothing was pushed"
         if side == "target":
             dtype: torch.dtype = getattr(torch, self._config.engine.dtype)
-            pushed = weights.tensors
-            tensors = pushed.heads(NUM_ROWS) if isinstance(pushed, PushedTensors) else pushed
+            tensors = weights.tensors
+            if isinstance(tensors, PushedTensors):  # fetched here: the loop below must not wait for the trainer
+                heads = tensors.heads(NUM_ROWS)
+                tensors = {name: heads[name] for name in picked_names(heads)}
             judged = self._server.loop.call(read_back(self._server.client, tensors, dtype))
             if not judged:
                 return NOT_COMPARABLE
