@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,14 @@ def words_of_code(source: str) -> set[str]:
     return {word for text in strings_of_code(source) for word in re.findall(r"[\w-]+", text)}
 
 
-WORDS = {name: words_of_code(path.read_text()) for name, path in PRODUCT.items()}
+@cache
+def words_of_product() -> Mapping[str, set[str]]:
+    return {name: words_of_code(path.read_text()) for name, path in PRODUCT.items()}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_is_named_in_its_record_alone(name: str) -> None:
-    assert files_that_name((name,), WORDS) == {HOME}
+    assert files_that_name((name,), words_of_product()) == {HOME}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
@@ -38,5 +42,8 @@ def test_an_algorithm_of_the_embedded_engine_names_a_drafter_that_exists(algorit
 
 
 def test_a_file_that_compares_names_is_found() -> None:
-    words = {**WORDS, "rollout/stray.py": words_of_code('def f(name):\n    return name in ("EAGLE3", "NEXTN")')}
+    words = {
+        **words_of_product(),
+        "rollout/stray.py": words_of_code('def f(name):\n    return name in ("EAGLE3", "NEXTN")'),
+    }
     assert files_that_name(("EAGLE3",), words) == {HOME, "rollout/stray.py"}

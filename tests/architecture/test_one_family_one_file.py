@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from functools import cache
 
 import pytest
 
@@ -41,24 +42,26 @@ def words_of_code(source: str) -> set[str]:
     return {word for text in strings_of_code(source) for word in re.findall(r"\w+", text)}
 
 
-WORDS = {name: words_of_code(path.read_text()) for name, path in PRODUCT.items()}
+@cache
+def words_of_product() -> Mapping[str, set[str]]:
+    return {name: words_of_code(path.read_text()) for name, path in PRODUCT.items()}
 
 
-def files_that_name(architectures: tuple[str, ...], words: Mapping[str, set[str]] = WORDS) -> set[str]:
+def files_that_name(architectures: tuple[str, ...], words: Mapping[str, set[str]]) -> set[str]:
     """The product files whose code has the name of one of ``architectures``."""
     return {name for name, found in words.items() if found & set(architectures)}
 
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_a_family_is_named_in_its_own_file_alone(record: str) -> None:
-    named_in = files_that_name(RECORDS[record])
+    named_in = files_that_name(RECORDS[record], words_of_product())
     assert len([name for name in named_in if name.startswith(HOME)]) == 1
     assert {name for name in named_in if not name.startswith(HOME)} <= EXCEPTIONS.keys()
 
 
 def test_the_exceptions_are_needed() -> None:
     everything = tuple(name for names in RECORDS.values() for name in names)
-    assert EXCEPTIONS.keys() <= files_that_name(everything)
+    assert EXCEPTIONS.keys() <= files_that_name(everything, words_of_product())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--num-rollout 1 --rollout-batch-size 2 --n-samples-per-prompt 2 --rollout-max-response-len 8"
 # Prefix of a command -> what is appended so that it takes seconds; {out} is a temporary folder.
 REDUCTIONS = {
+    # Other values for the script's run, and the same run in other words: what is new of them is composed and planned.
+    "bash scripts/run-smollm2-135M.sh --num-rollout": "--dry-run",
+    "slime-spec train --config smollm2-135m --lr": "--dry-run",
     "bash scripts/run-": f"{SMALL} --output-dir {{out}}/run --run-name readme",
     "bash scripts/test.sh": "--collect-only -q tests/metrics",
     "bash scripts/check.sh static": "",

@@ -34,7 +34,6 @@ LAYOUTS = {
     scope="module",
     params=[
         ("1x1", "object_store"),
-        ("1x1", "ipc"),
         pytest.param(("TP2", "ipc"), marks=pytest.mark.long),
         pytest.param(("PP2", "collective"), marks=pytest.mark.long),
     ],
