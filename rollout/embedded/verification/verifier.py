@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -40,8 +40,7 @@ class VerifyRow:
         return depths
 
 
-@dataclass(frozen=True)
-class Verified:
+class Verified(NamedTuple):
     """Holds what a round emits: accepted drafts, then one token of the target; ``path`` names the accepted nodes.
 
     ``logprobs[i]`` is the target's log softmax(logits / T) at ``token_ids[i]``, after bias and penalties. It is finite

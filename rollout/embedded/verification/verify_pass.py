@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -59,8 +60,7 @@ class Pass:
         return Pass(self.logits.index_select(0, index), [self.rows[each] for each in which])
 
 
-@dataclass(frozen=True)
-class Emission:
+class Emission(NamedTuple):
     """Holds what a row emits: ``token_ids[0]`` comes from the root's logits, the next from ``path[0]``'s, and so on."""
 
     token_ids: list[int]
