@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rollout.embedded.drafters.quantized import Fp8Linear
 from rollout.embedded.plan import RowSpan
 from slime_spec.bench import run_bench
 from slime_spec.bench.cost import BY_CLOCK, GPU_VERIFY_REACH, CostSizes, verify_rows
 from slime_spec.bench.device.ceilings import CeilingSizes, measure_ceilings
-from slime_spec.bench.device.draft_dtype import DraftDtypeSizes, chain_rows, product_rows
+from slime_spec.bench.device.draft_dtype import DraftDtypeSizes, chain_rows, product_rows, sum_error
 from slime_spec.bench.device.ipc import IpcSizes, Receive, measure_ipc
 from slime_spec.bench.device.push import PushSizes, measure_push
 from slime_spec.bench.device.random_model import (
@@ -158,14 +159,24 @@ def test_a_drafts_step_is_measured_in_every_form_of_its_weights() -> None:
     rows = by_id(product_rows("x", "tiny", TINY, CPU, sizes, copied=1e12))
     assert rows.keys() == {f"x.{form}.products.b1{part}" for form in ("fp32", "int8", "fp8") for part in PARTS} - {
         "x.fp32.products.b1.ratio"
-    }
-    assert all(math.isfinite(row.value) and row.value > 0 and row.holds is None for row in rows.values())
+    } | {"x.fp8.error.b1"}
+    assert rows["x.fp8.error.b1"].holds
+    assert all(math.isfinite(row.value) and row.value > 0 for row in rows.values())
     plain_ms, fp8_ms = (rows[f"x.{form}.products.b1"].value for form in ("fp32", "fp8"))
     assert rows["x.fp8.products.b1.ratio"].value == pytest.approx(plain_ms / fp8_ms)
     # q, k, v over the token and its features; o; gate and up; down; the head.
     num_weights = 128 * 128 + 64 * 64 + 256 * 64 + 64 * 128 + 256 * 64
     share = rows["x.fp8.products.b1.bandwidth_share"].value
     assert share == pytest.approx(num_weights / 1e12 / (fp8_ms / 1000))
+
+
+def test_a_kernel_that_multiplies_by_other_weights_than_it_says_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = Fp8Linear(torch.randn(48, 32, generator=torch.Generator().manual_seed(0)))
+    assert sum_error(linear, CPU, batch_size=2) <= 1
+    codes = linear._weight.view(torch.uint8)
+    kept, codes[5, 3] = linear.unpacked(), codes[5, 3] ^ 1  # the last bit of a weight
+    monkeypatch.setattr(linear, "unpacked", lambda: kept)
+    assert sum_error(linear, CPU, batch_size=2) > 1
 
 
 def test_drafting_is_timed_in_the_engine_for_every_form_that_it_has(tmp_path: Path) -> None:

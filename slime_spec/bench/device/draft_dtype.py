@@ -30,12 +30,13 @@ from slime_spec.bench.random_engine import (
     random_engine,
     random_prompts,
 )
-from slime_spec.bench.rows import BenchOptions, Row
+from slime_spec.bench.rows import BenchOptions, Row, at_most
 from slime_spec.bench.timing import interleaved, median_s, settled, tell
 from slime_spec.checkpoints.model_spec import ModelSpec
 
 FORMS: tuple[str | None, ...] = (None, "int8", "fp8")
 CHAIN = Shape(3, 1, 4)
+FP32_ADDITION = 2.0**-23  # what an addition may lose of its size; tensor cores cut off where others round
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,20 @@ def product_rows(
             if form:
                 ratio = median_s(times[plain]) / median_s(times[short])
                 rows.append(Row(f"{id}.ratio", f"{words}: {plain} over {short}, products", ratio, "x"))
+        what = f"{name}, batch {batch_size}: largest error of a product in fp8, in those that sums of fp32 may have"
+        error = sum_error(linears["fp8"][1], device, batch_size)
+        rows.append(at_most(f"{prefix}.fp8.error.b{batch_size}", what, error, "share", 1.0))
     return rows
+
+
+@torch.inference_mode()
+def sum_error(linear: PackedLinear, device: torch.device, batch_size: int) -> float:
+    """Return the largest error of products in fp32, over what their sums may be off by in any order: at most 1."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(batch_size, linear.num_inputs, generator=generator, device=device).to(linear.dtype)
+    weight, wide = linear.unpacked().double(), x.double()
+    allowed = linear.num_inputs * FP32_ADDITION * (wide.abs() @ weight.abs().T)
+    return float(((linear.wide(x).double() - wide @ weight.T).abs() / allowed).max())
 
 
 def _named(form: str | None, sizes: DraftDtypeSizes) -> str:
