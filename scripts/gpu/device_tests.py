@@ -20,6 +20,7 @@ from slime_spec.bench.rows import Row, at_least, at_most, report_json
 ROOT = Path(__file__).resolve().parents[2]
 FILES = (
     "test_fused_blocks.py",
+    "test_few_token_products.py",
     "test_decoder_parity.py",
     "test_greedy_grid.py",
     "test_greedy_speculation.py",

@@ -1,8 +1,9 @@
 """The GPU's kernels, run by Triton's interpreter (on a GPU: compiled), against torch's operators."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import cycle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rollout.embedded.blocks import BlockStack
 from rollout.embedded.cuda import operators
 from rollout.embedded.cuda.device_pass import Bucket, DevicePass, KvTable, words_of
 from rollout.embedded.cuda.fused_blocks import FusedBlocks
+from rollout.embedded.cuda.products import LIBRARY, Choose, Products
 from rollout.embedded.cuda.store_kernels import table_of
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.linear import Packing
@@ -49,17 +51,38 @@ class Result:
         return [*self.states, *self.store.keys, *self.store.values]
 
 
+def by_library(runs: Mapping[Products, Callable[[], object]]) -> Products:
+    return LIBRARY
+
+
+def by_tile(index: int) -> Choose:
+    return lambda runs: list(runs)[index]
+
+
+def in_turn(*indices: int) -> Choose:
+    """One after the other for a block's four products."""
+    turns = cycle(indices)
+    return lambda runs: list(runs)[next(turns)]
+
+
 def by_operators(stack: BlockStack, cache: RandomCache, spans: Sequence[RowSpan], dtype: torch.dtype) -> Result:
     plan = cache.plan(spans, dtype)
     hidden, captured = stack.run(inputs(cache.spec, spans, cache.source_dtype).to(dtype), plan, capture=(0, 1))
     return Result([hidden, *captured], plan.store)
 
 
-def by_kernels(stack: BlockStack, cache: RandomCache, spans: Sequence[RowSpan], dtype: torch.dtype) -> Result:
+def by_kernels(
+    stack: BlockStack,
+    cache: RandomCache,
+    spans: Sequence[RowSpan],
+    dtype: torch.dtype,
+    choose: Choose | None = None,
+    padding: int = 1,
+) -> Result:
     """With one row and one token a row of padding, which holds large numbers."""
     plan = cache.plan([*spans, RowSpan(4, 0, 1, 0, 1)], dtype)  # a plan with both stores
     assert plan.prefixes is not None
-    bucket = Bucket(len(spans) + 1, max(span.count for span in spans) + 1, words_of(spans))
+    bucket = Bucket(len(spans) + padding, max(span.count for span in spans) + padding, words_of(spans))
     for store in (plan.store, plan.prefixes):
         store.keys, store.values = ([side.to(DEVICE) for side in sides] for sides in (store.keys, store.values))
     one_pass = DevicePass(bucket, KvTable(plan.store, plan.prefixes, DEVICE), DEVICE)
@@ -73,7 +96,9 @@ def by_kernels(stack: BlockStack, cache: RandomCache, spans: Sequence[RowSpan], 
     for layer in layers:
         layer.move(DEVICE)
     rope = RopeTable(cache.spec, len(stack.rope.cos), dtype, DEVICE)
-    hidden, captured = FusedBlocks(cache.spec, rope, layers).run(padded.to(DEVICE), one_pass, (0, 1), None)
+    hidden, captured = FusedBlocks(cache.spec, rope, layers, choose or by_library).run(
+        padded.to(DEVICE), one_pass, (0, 1), None
+    )
     return Result([each[own] for each in (hidden, *captured)], plan.store)
 
 
@@ -110,6 +135,33 @@ def test_kernels_in_bf16_are_as_near_to_fp32_as_operators_in_bf16() -> None:
         for run in (by_kernels, by_operators)
     )
     assert 1e-4 < ours < 1.5 * theirs
+
+
+FEW = {
+    "the first tile": (by_tile(1), [RowSpan(0, 37, 1)], 0),
+    "the second tile, a row and a token of padding": (by_tile(2), [RowSpan(0, 37, 1, 0, 50)], 1),
+    "norms by the kernel": (in_turn(1, 0), [RowSpan(1, 5, 3)], 0),
+    "sums by the kernel": (in_turn(0, 2), [RowSpan(0, 37, 1)], 0),
+}
+
+
+@pytest.mark.parametrize(("choose", "spans", "padding"), FEW.values(), ids=FEW)
+def test_products_of_few_tokens_by_the_kernel_give_the_states_and_the_cache_of_operators(
+    choose: Choose, spans: list[RowSpan], padding: int
+) -> None:
+    cache = RandomCache(block_spec(*SHAPES["a group of 3"]), torch.float32)
+    stack = RandomBlocks.make(cache.spec, torch.float32, biased=True).stack(torch.float32, Packing.PLAIN)
+    ours = by_kernels(stack, cache, spans, torch.float32, choose, padding)
+    assert ours.furthest(by_operators(stack, cache, spans, torch.float32)) < NEAR
+
+
+def test_products_of_few_tokens_in_bf16_are_as_near_to_fp32_as_operators_in_bf16() -> None:
+    cache = RandomCache(block_spec(*SHAPES["a group of 3"]), torch.bfloat16)
+    blocks, spans = RandomBlocks.make(cache.spec, torch.bfloat16), [RowSpan(1, 5, 3)]
+    exact = by_operators(blocks.stack(torch.float32, Packing.PLAIN), cache, spans, torch.float32)
+    rounded = blocks.stack(torch.bfloat16, Packing.PLAIN)
+    ours = by_kernels(rounded, cache, spans, torch.bfloat16, by_tile(1), 0).furthest(exact)
+    assert 1e-4 < ours < 1.5 * by_operators(rounded, cache, spans, torch.bfloat16).furthest(exact)
 
 
 @pytest.mark.parametrize("parts", operators.SPLITS)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from rollout.embedded.cuda.device_pass import WORD_BITS, Column, DevicePass
+from rollout.embedded.cuda.operators import Tile
+from rollout.embedded.linear import PackedLinear
 from rollout.embedded.rope import rotate
 from slime_spec.checkpoints.model_spec import ModelSpec
 
@@ -19,6 +21,32 @@ def add_and_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tens
 def silu_times(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def norm_and_multiply(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor,
+    linear: PackedLinear,
+    eps: float,
+    gated: bool,
+    tile: Tile,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sums = x if delta is None else x + delta
+    product = product_of(F.rms_norm(sums, norm.shape, norm.float(), eps), linear)
+    if gated:
+        gate, up = product.chunk(2, dim=-1)
+        product = F.silu(gate) * up
+    return product.to(linear.dtype), sums
+
+
+def multiply_and_add(stream: torch.Tensor, x: torch.Tensor, linear: PackedLinear, tile: Tile) -> None:
+    stream += product_of(x, linear)
+
+
+def product_of(x: torch.Tensor, linear: PackedLinear) -> torch.Tensor:
+    weight, *biases = (each.float() for each in linear.plain_tensors())
+    return F.linear(x.float(), weight, *biases)
 
 
 def rotate_and_store(

@@ -51,6 +51,28 @@ def _side(address, place, dtype: tl.constexpr, HEAD_DIM: tl.constexpr):
     return tl.multiple_of(address.to(tl.pointer_type(dtype)) + place, ALIGNED)
 
 
+@triton.jit
+def _rotated(first, second, cosines, signed_sines, position, columns, inside, HEAD_DIM: tl.constexpr):
+    """Return both halves of a head, rotated to its position."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    at = position.to(tl.int64) * HEAD_DIM + columns
+    cos_1 = tl.load(cosines + at, mask=inside, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cosines + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_1 = tl.load(signed_sines + at, mask=inside, other=0.0).to(tl.float32)
+    sin_2 = tl.load(signed_sines + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    return first * cos_1 + second * sin_1, second * cos_2 + first * sin_2
+
+
+@triton.jit
+def _slot_of(kv, strides, row, number, is_value, kv_head, dtype: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return where a head's key or value of a row's token begins in the row's store."""
+    store = tl.load(row + STORE)
+    address = tl.load(kv + store * 2 + is_value.to(tl.int32))
+    slot = tl.load(row + START) + number
+    place = tl.load(row + ROW) * tl.load(strides + store * 2) + kv_head * tl.load(strides + store * 2 + 1)
+    return _side(address, place, dtype, HEAD_DIM) + slot.to(tl.int64) * HEAD_DIM
+
+
 @triton.jit(do_not_specialize=["queries"])
 def rotate_and_store(
     qkv,
@@ -90,12 +112,8 @@ def rotate_and_store(
             first = first * scale * tl.load(norm + columns, mask=inside, other=0.0).to(tl.float32)
             second = second * scale * tl.load(norm + HALF + columns, mask=inside, other=0.0).to(tl.float32)
             first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-        at = tl.load(positions + token).to(tl.int64) * HEAD_DIM + columns
-        cos_1 = tl.load(cosines + at, mask=inside, other=0.0).to(tl.float32)
-        cos_2 = tl.load(cosines + at + HALF, mask=inside, other=0.0).to(tl.float32)
-        sin_1 = tl.load(signed_sines + at, mask=inside, other=0.0).to(tl.float32)
-        sin_2 = tl.load(signed_sines + at + HALF, mask=inside, other=0.0).to(tl.float32)
-        first, second = first * cos_1 + second * sin_1, second * cos_2 + first * sin_2
+        position = tl.load(positions + token)
+        first, second = _rotated(first, second, cosines, signed_sines, position, columns, inside, HEAD_DIM)
     if head < HEADS:
         target = query + (token * HEADS + head) * HEAD_DIM + columns
         tl.store(target, first.to(dtype), mask=inside)
@@ -104,15 +122,11 @@ def rotate_and_store(
         row = rows + (token // queries) * COLUMNS
         number = (token % queries).to(tl.int32)
         if number < tl.load(row + COUNT):
-            store = tl.load(row + STORE)
             is_value = head >= HEADS + KV_HEADS
             kv_head = head - HEADS - KV_HEADS if is_value else head - HEADS
-            address = tl.load(kv + store * 2 + is_value.to(tl.int32))
-            slot = tl.load(row + START) + number
-            place = tl.load(row + ROW) * tl.load(strides + store * 2) + kv_head * tl.load(strides + store * 2 + 1)
-            target = _side(address, place, dtype, HEAD_DIM) + slot.to(tl.int64) * HEAD_DIM
-            tl.store(target + columns, first.to(dtype), mask=inside)
-            tl.store(target + HALF + columns, second.to(dtype), mask=inside)
+            target = _slot_of(kv, strides, row, number, is_value, kv_head, dtype, HEAD_DIM) + columns
+            tl.store(target, first.to(dtype), mask=inside)
+            tl.store(target + HALF, second.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -155,6 +169,67 @@ def _block(
     return acc, new_top, total * shrink + tl.sum(weights, axis=1)
 
 
+@triton.jit
+def _sides(kv, strides, store, row, kv_head, dtype: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return where a head's keys and its values of a store's row begin."""
+    place = row * tl.load(strides + store * 2) + kv_head * tl.load(strides + store * 2 + 1)
+    keys = _side(tl.load(kv + store * 2), place, dtype, HEAD_DIM)
+    return keys, _side(tl.load(kv + store * 2 + 1), place, dtype, HEAD_DIM)
+
+
+@triton.jit
+def _part_of(length, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the first slot of a part of a row's, and the slot after its last; parts are of whole blocks."""
+    part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    return split * part, tl.minimum((split + 1) * part, length)
+
+
+@triton.jit
+def _hidden(lineage, slots, last, row, start, token, number, queries, WORDS: tl.constexpr):
+    """Return which of a row's own slots the queries do not see [BLOCK_M, BLOCK_N]; none sees those from last on."""
+    if WORDS == 0:
+        hidden = slots[None, :] > (start + number)[:, None]
+    else:
+        node = slots - tl.load(row + TREE_START)
+        word = lineage + token[:, None] * WORDS + (node // BITS)[None, :]
+        of_tree = (node >= 0)[None, :] & (slots < last)[None, :] & (number < queries)[:, None]
+        bits = tl.load(word, mask=of_tree, other=-1)
+        hidden = ((bits >> (tl.maximum(node, 0) % BITS)[None, :]) & 1) == 0
+    return hidden | (slots >= last)[None, :]
+
+
+@triton.jit
+def _over_prefix(
+    query,
+    acc,
+    top,
+    total,
+    row,
+    kv,
+    strides,
+    kv_head,
+    split,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add the part of a row's prefix, which all of its tokens see, to their running softmax; see ``_block``."""
+    prefix_len = tl.load(row + PREFIX_LEN)
+    if (prefix_len > 0) & (tl.load(row + COUNT) > 0):
+        keys, values = _sides(kv, strides, 1, tl.load(row + PREFIX_ROW), kv_head, query.dtype, HEAD_DIM)
+        begin, last = _part_of(prefix_len, split, SPLITS, BLOCK_N)
+        for first in range(begin, last, BLOCK_N):
+            slots = first + tl.arange(0, BLOCK_N)
+            hidden = (slots >= last)[None, :]
+            acc, top, total = _block(
+                query, acc, top, total, keys, values, slots, last, hidden, scale, HEAD_DIM, BLOCK_D, WIDE
+            )
+    return acc, top, total
+
+
 @triton.jit(do_not_specialize=["queries", "tiles"])
 def attend_split(
     query,
@@ -187,66 +262,39 @@ def attend_split(
     row_index = tl.program_id(0) // tiles
     kv_head, split = tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    dtype = query.dtype.element_ty
     row = rows + row_index * COLUMNS
     member = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     number = member // GROUP
     columns = tl.arange(0, BLOCK_D)
     token = row_index.to(tl.int64) * queries + number
-    at = (token * HEADS + kv_head * GROUP + member % GROUP)[:, None] * HEAD_DIM + columns[None, :]
+    of_head = token * HEADS + kv_head * GROUP + member % GROUP
+    at = of_head[:, None] * HEAD_DIM + columns[None, :]
     valid = (number < queries)[:, None] & (columns < HEAD_DIM)[None, :]
     heads = tl.load(query + at, mask=valid, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    count = tl.load(row + COUNT)
-
-    prefix_len = tl.load(row + PREFIX_LEN)
-    if (prefix_len > 0) & (count > 0):
-        place = tl.load(row + PREFIX_ROW) * tl.load(strides + 2) + kv_head * tl.load(strides + 3)
-        keys = _side(tl.load(kv + 2), place, dtype, HEAD_DIM)
-        values = _side(tl.load(kv + 3), place, dtype, HEAD_DIM)
-        part = tl.cdiv(tl.cdiv(prefix_len, SPLITS), BLOCK_N) * BLOCK_N
-        last = tl.minimum((split + 1) * part, prefix_len)
-        for first in range(split * part, last, BLOCK_N):
-            slots = first + tl.arange(0, BLOCK_N)
-            hidden = (slots >= last)[None, :]
-            acc, top, total = _block(
-                heads, acc, top, total, keys, values, slots, last, hidden, scale, HEAD_DIM, BLOCK_D, WIDE
-            )
-
-    start = tl.load(row + START)
-    end = tl.where(count > 0, start + count, 0)
-    tree_start = tl.load(row + TREE_START)
-    store = tl.load(row + STORE)
-    place = tl.load(row + ROW) * tl.load(strides + store * 2) + kv_head * tl.load(strides + store * 2 + 1)
-    keys = _side(tl.load(kv + store * 2), place, dtype, HEAD_DIM)
-    values = _side(tl.load(kv + store * 2 + 1), place, dtype, HEAD_DIM)
-    part = tl.cdiv(tl.cdiv(end, SPLITS), BLOCK_N) * BLOCK_N
-    last = tl.minimum((split + 1) * part, end)
-    for first in range(split * part, last, BLOCK_N):
+    acc, top, total = _over_prefix(
+        *(heads, acc, top, total, row, kv, strides, kv_head, split, scale),
+        *(HEAD_DIM, BLOCK_D, BLOCK_N, SPLITS, WIDE),
+    )
+    count, start = tl.load(row + COUNT), tl.load(row + START)
+    keys, values = _sides(kv, strides, tl.load(row + STORE), tl.load(row + ROW), kv_head, heads.dtype, HEAD_DIM)
+    begin, last = _part_of(tl.where(count > 0, start + count, 0), split, SPLITS, BLOCK_N)
+    for first in range(begin, last, BLOCK_N):
         slots = first + tl.arange(0, BLOCK_N)
-        if WORDS == 0:
-            hidden = slots[None, :] > (start + number)[:, None]
-        else:
-            node = slots - tree_start
-            word = lineage + token[:, None] * WORDS + (node // BITS)[None, :]
-            of_tree = (node >= 0)[None, :] & (slots < last)[None, :] & (number < queries)[:, None]
-            bits = tl.load(word, mask=of_tree, other=-1)
-            hidden = ((bits >> (tl.maximum(node, 0) % BITS)[None, :]) & 1) == 0
-        hidden = hidden | (slots >= last)[None, :]
+        hidden = _hidden(lineage, slots, last, row, start, token, number, queries, WORDS)
         acc, top, total = _block(
             heads, acc, top, total, keys, values, slots, last, hidden, scale, HEAD_DIM, BLOCK_D, WIDE
         )
-
     if SPLITS == 1:
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(out + at, acc.to(dtype), mask=valid)
+        tl.store(out + at, acc.to(heads.dtype), mask=valid)
     else:
-        of_head = (token * HEADS + kv_head * GROUP + member % GROUP) * SPLITS + split
-        tl.store(part_values + of_head[:, None] * HEAD_DIM + columns[None, :], acc, mask=valid)
-        tl.store(part_scores + of_head * 2, top, mask=number < queries)
-        tl.store(part_scores + of_head * 2 + 1, total, mask=number < queries)
+        of_part = of_head * SPLITS + split
+        tl.store(part_values + of_part[:, None] * HEAD_DIM + columns[None, :], acc, mask=valid)
+        tl.store(part_scores + of_part * 2, top, mask=number < queries)
+        tl.store(part_scores + of_part * 2 + 1, total, mask=number < queries)
 
 
 @triton.jit

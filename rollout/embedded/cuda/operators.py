@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 
-from rollout.embedded.cuda import kernels
+from rollout.embedded.cuda import kernels, row_kernels
 from rollout.embedded.cuda.device_pass import DevicePass
+from rollout.embedded.linear import PackedLinear
 from slime_spec.checkpoints.model_spec import ModelSpec
 
 LEAST_DOT = 16  # the smallest side of a matrix that tl.dot multiplies
@@ -14,6 +17,16 @@ LARGEST_TILE = 64  # queries of a program
 SPLITS = (16, 4, 1)  # few, since each is compiled by itself
 PROGRAMS = 264  # two for each multiprocessor of a Hopper card: fewer leave memory bandwidth unused
 SILU_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Says how a program of ``row_kernels.multiply`` reads a weight: rows, columns at a time, pieces ahead, warps."""
+
+    rows: int
+    columns: int
+    stages: int
+    warps: int
 
 
 def add_and_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -34,6 +47,56 @@ def silu_times(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
     kernels.silu_times[(tokens, triton.cdiv(width, SILU_BLOCK))](gate_up, out, width, SILU_BLOCK, num_warps=4)
     return out
+
+
+def norm_and_multiply(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor,
+    linear: PackedLinear,
+    eps: float,
+    gated: bool,
+    tile: Tile,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the product of the RMS norm of fp32 x + delta [tokens, width], and x + delta itself.
+
+    With ``gated`` silu(gate) * up [tokens, outputs / 2] is returned of a product of gates and ups.
+    """
+    outputs = linear.num_outputs // 2 if gated else linear.num_outputs
+    out = torch.empty(len(x), outputs, dtype=linear.dtype, device=x.device)
+    sums = x if delta is None else torch.empty_like(x)
+    _multiply(x, delta, sums, norm, linear, out, eps, gated, tile)
+    return out, sums
+
+
+def multiply_and_add(stream: torch.Tensor, x: torch.Tensor, linear: PackedLinear, tile: Tile) -> None:
+    """Add the product of x [tokens, width] to fp32 ``stream`` [tokens, outputs] in place."""
+    _multiply(x, None, stream, None, linear, stream, 0.0, False, tile)
+
+
+def _multiply(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    sums: torch.Tensor,
+    norm: torch.Tensor | None,
+    linear: PackedLinear,
+    out: torch.Tensor,
+    eps: float,
+    gated: bool,
+    tile: Tile,
+) -> None:
+    """Launch ``row_kernels.multiply``; without a norm the product is added to ``out``."""
+    (weight, *biases), (tokens, outputs) = linear.plain_tensors(), out.shape
+    bias = biases[0] if biases else None
+    assert not gated or bias is None, "no family has a bias at its gates"
+    # What is not there is not read: any tensor stands for it.
+    row_kernels.multiply[(triton.cdiv(outputs, tile.rows),)](
+        *(x, x if delta is None else delta, sums, weight if norm is None else norm, weight),
+        *(weight if bias is None else bias, out, tokens, linear.num_inputs, outputs, eps),
+        *(norm is not None, delta is not None, bias is not None, gated, norm is None),
+        *(triton.next_power_of_2(tokens), tile.rows, tile.columns, tile.stages),
+        num_warps=tile.warps,
+    )
 
 
 def rotate_and_store(
