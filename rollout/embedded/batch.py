@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rollout.embedded.drafting import Draft, KvRow
+from rollout.embedded.draft import Draft
+from rollout.embedded.drafting import KvRow
 from rollout.embedded.kv_cache import KvCache, Shape
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.request import Group, SampleState
+from rollout.embedded.unread import AnyDraft
 
 # A sequence is let in only if all could grow this much: otherwise it might be preempted in the very next round.
 ADMISSION_SLACK_TOKENS = 32
@@ -111,12 +113,14 @@ class Batch:
         group = self.sequences[row].group
         return KvRow(row, group.prefix_row, group.prefix_tokens)
 
-    def span(self, row: int, draft: Draft) -> RowSpan:
+    def span(self, row: int, draft: AnyDraft) -> RowSpan:
         """Return a row's span in a decode or verify pass: the row's last token and the draft that follows the token."""
         sequence = self.sequences[row]
         group = sequence.group
-        parents = None if draft.is_chain else (-1, *(parent + 1 for parent in draft.parents))
-        count = 1 + len(draft.token_ids)
+        parents = None
+        if isinstance(draft, Draft) and not draft.is_chain:  # the device itself places a tree that is not read
+            parents = (-1, *(parent + 1 for parent in draft.parents))
+        count = 1 + draft.num_tokens
         return RowSpan(row, sequence.own_len, count, group.prefix_row, group.prefix_tokens, parents)
 
     def compact(self, spans: Sequence[RowSpan], paths: Sequence[tuple[int, ...]]) -> None:

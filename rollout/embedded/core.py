@@ -24,7 +24,8 @@ import torch
 from rollout.embedded.batch import Batch
 from rollout.embedded.cost_probe import CostProbe
 from rollout.embedded.cuda.graphs import Graphs
-from rollout.embedded.drafting import NO_DRAFT, Draft, Drafter, Swap
+from rollout.embedded.draft import NO_DRAFT, Draft
+from rollout.embedded.drafting import Drafter, Swap
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
@@ -33,6 +34,7 @@ from rollout.embedded.request import Group, OnFailure, OnProgress, OnSample, Sam
 from rollout.embedded.speculation import Speculation
 from rollout.embedded.stop import Ending, StopRule
 from rollout.embedded.target import PassOutput, Target, Timing
+from rollout.embedded.unread import AnyDraft, placement
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
 from slime_spec.errors import GenerationError
 from slime_spec.sglang.draft_shape import DraftShape
@@ -250,31 +252,33 @@ class GenerationCore:
         is_typical = all(self._speculation.applies_to(each.group) for each in running)
         with self.probe.around(self._plain_step, is_typical):
             drafts = self._speculation.propose(batch)
+            if not (self.target.takes_unread and self._verifier.takes_unread):
+                drafts = [draft.read() for draft in drafts]
             output, spans, verified = self._verify(drafts)
             batch.compact(spans, [each.path for each in verified])
             self._speculation.observe(batch, output, spans, verified)
         for sequence, draft, each in zip(running, drafts, verified, strict=True):
             if self._speculation.applies_to(sequence.group):
-                sequence.count_round(draft, len(each.path))
+                sequence.count_round(draft.read(), len(each.path))
         self._emit_all(running, verified, [self.version] * len(running))
 
     def _plain_step(self) -> None:
         """Run one plain step for its time alone: it writes the last tokens' KV, and the next round writes it again."""
         self._verify([NO_DRAFT] * self.batch.num_running)
 
-    def _verify(self, drafts: Sequence[Draft]) -> tuple[PassOutput, list[RowSpan], list[Verified]]:
+    def _verify(self, drafts: Sequence[AnyDraft]) -> tuple[PassOutput, list[RowSpan], list[Verified]]:
         """Run one pass over every running sequence's last token and draft, and judge the drafts."""
         running = self.batch.running
         spans = [self.batch.span(row, draft) for row, draft in enumerate(drafts)]
         inputs: list[int] = []
         for sequence, draft in zip(running, drafts, strict=True):
             inputs.append(sequence.token_ids[-1])
-            inputs.extend(draft.token_ids)
-        output = self.target.run(self.cache.own, spans, inputs)
+            inputs.extend(draft.token_ids if isinstance(draft, Draft) else [0] * draft.num_tokens)
+        output = self.target.run(self.cache.own, spans, inputs, placement(drafts))
         verified = self._verifier(self.target.logits(output.hidden), list(map(self._verify_row, running, drafts)))
         return output, spans, verified
 
-    def _verify_row(self, sequence: SampleState, draft: Draft) -> VerifyRow:
+    def _verify_row(self, sequence: SampleState, draft: AnyDraft) -> VerifyRow:
         group = sequence.group
         return VerifyRow(draft, group.request.params, sequence.uniforms, sequence.token_ids, group.num_prompt_tokens)
 

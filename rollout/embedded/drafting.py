@@ -20,37 +20,11 @@ import torch
 
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
+from rollout.embedded.unread import AnyDraft
 from slime_spec.types import SamplingParams
 
 # Takes what was built beside the serving weights into use: it swaps references and cannot fail
 Swap = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Holds the candidate tokens of one verify pass without the root (last emitted token); parents precede children.
-
-    ``parents[i]`` is the index of node i's parent, -1 for the root: a chain of three is ``(-1, 0, 1)``. Siblings are
-    distinct tokens. ``q_draft`` is the distribution each token was truly sampled from ([nodes, target vocab], fp32);
-    None means the drafter chose its tokens (argmax, n-gram, lookup, top-k), a point mass. ``nonfinite`` says that the
-    draft ends, perhaps before its first token, where the draft model's logits were not finite numbers.
-    """
-
-    token_ids: tuple[int, ...]
-    parents: tuple[int, ...]
-    q_draft: torch.Tensor | None = None
-    nonfinite: bool = False
-
-    @classmethod
-    def chain(cls, token_ids: Sequence[int], q_draft: torch.Tensor | None = None, nonfinite: bool = False) -> Draft:
-        return cls(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)), q_draft, nonfinite)
-
-    @property
-    def is_chain(self) -> bool:
-        return all(parent == index - 1 for index, parent in enumerate(self.parents))
-
-
-NO_DRAFT = Draft(token_ids=(), parents=())
 
 
 class KvRow(NamedTuple):
@@ -179,7 +153,7 @@ class Drafter(Protocol):
     def prefill(self, prefills: Sequence[Prefill]) -> None:
         """Take pieces of different sequences or prompts, all of one pass: all are ``shared``, or none is."""
 
-    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+    def propose(self, contexts: Sequence[DraftContext]) -> Sequence[AnyDraft]:
         """Return one draft per context; an empty draft is a plain decode step."""
 
     def observe(self, outcomes: Sequence[Outcome]) -> None: ...

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from rollout.embedded.drafting import Draft
+from rollout.embedded.draft import Draft
 from rollout.embedded.stop import Ending
 from rollout.embedded.uniforms import Uniforms
 from slime_spec.errors import GenerationError

@@ -10,10 +10,12 @@ from itertools import accumulate
 import torch
 
 from rollout.embedded.batch import Batch
-from rollout.embedded.drafting import NO_DRAFT, Draft, DraftContext, Drafter, Outcome, Prefill
+from rollout.embedded.draft import NO_DRAFT, Draft
+from rollout.embedded.drafting import DraftContext, Drafter, Outcome, Prefill
 from rollout.embedded.plan import RowSpan, tree_shape
 from rollout.embedded.request import Group, SampleState
 from rollout.embedded.target import PassOutput, Target, Timing
+from rollout.embedded.unread import AnyDraft
 from rollout.embedded.verification.verifier import Verified
 from slime_spec.sglang.draft_shape import DraftShape
 
@@ -43,9 +45,9 @@ class Speculation:
             with self._timed():
                 self.drafter.prefill(prefills)
 
-    def propose(self, batch: Batch) -> list[Draft]:
+    def propose(self, batch: Batch) -> list[AnyDraft]:
         """Return a draft for every running sequence, no deeper than its token budget allows."""
-        drafts = [NO_DRAFT] * batch.num_running
+        drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
         rows, contexts = [], []
         for row, sequence in enumerate(batch.running):
             max_depth = min(self.shape.num_steps, sequence.num_remaining - 1)
@@ -110,8 +112,8 @@ class Speculation:
         self.timing.draft_s += self.clock() - start
 
 
-def _check(draft: Draft, context: DraftContext) -> None:
-    assert len(draft.token_ids) <= context.max_draft_tokens, "a drafter proposed more than it was allowed"
-    if draft.token_ids:
+def _check(draft: AnyDraft, context: DraftContext) -> None:
+    assert draft.num_tokens <= context.max_draft_tokens, "a drafter proposed more than it was allowed"
+    if isinstance(draft, Draft) and draft.token_ids:
         _, depths = tree_shape(draft.parents)
         assert depths.max() < context.max_depth, "a drafter proposed deeper than it was allowed"

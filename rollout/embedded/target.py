@@ -14,6 +14,7 @@ from rollout.embedded.drafting import FeatureNeed
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan, make_plan
+from rollout.embedded.unread import Placement
 
 if TYPE_CHECKING:
     from rollout.embedded.cuda.graphs import Graphs
@@ -112,11 +113,26 @@ class Target:
             self._graphed.decoder = decoder
         self.decoder = decoder
 
-    def run(self, store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> PassOutput:
-        """Return one forward over rows of ``store``; their keys and values are written."""
+    @property
+    def takes_unread(self) -> bool:
+        """Return whether a pass takes drafts that lie on the device."""
+        return self._graphed is not None
+
+    def run(
+        self,
+        store: KvStore,
+        spans: Sequence[RowSpan],
+        token_ids: Sequence[int],
+        unread: Placement | None = None,
+    ) -> PassOutput:
+        """Return one forward over rows of ``store``; their keys and values are written.
+
+        Drafts that are ``unread`` replace what ``spans`` and ``token_ids`` say of their tokens.
+        """
         with self._timed():
             if self._graphed is not None:
-                return PassOutput(*self._graphed.run(store, spans, token_ids))
+                return PassOutput(*self._graphed.run(store, spans, token_ids, unread))
+            assert unread is None, "passes without graphs take drafts that were read"
             return PassOutput(*self._eager(store, spans, token_ids))
 
     def _eager(

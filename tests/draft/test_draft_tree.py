@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollout.embedded.draft import Draft
 from rollout.embedded.drafters.step import DraftVocab, Heads
 from rollout.embedded.drafters.tree import grow_trees, tree_reference
-from rollout.embedded.drafting import Draft, DraftContext, KvRow
+from rollout.embedded.drafting import DraftContext, KvRow
 from rollout.embedded.plan import RowSpan, positions_of, tree_shape
 from slime_spec.types import SamplingParams
 

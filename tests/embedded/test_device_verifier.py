@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.transfer import downloaded, uploaded
 from rollout.embedded.uniforms import Uniforms
 from rollout.embedded.verification import device_verifier, make_device_verifier, make_verifier

@@ -1,6 +1,6 @@
 """Passes as graphs give the tokens of passes operator by operator, and read nothing while they are captured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,22 @@ import pytest
 import torch
 
 from rollout.embedded.core import GenerationCore
-from rollout.embedded.cuda.device_pass import Bucket, lineage_words, packed, words_of
+from rollout.embedded.cuda.device_pass import Bucket, KvTable, lineage_words, packed, words_of
 from rollout.embedded.cuda.graphed_target import MOST_TOKENS, bucket_of
 from rollout.embedded.cuda.graphs import Captured, Graphs
+from rollout.embedded.kv_cache import KvStore, Move
 from rollout.embedded.model import Memory
 from rollout.embedded.plan import RowSpan, sees
+from rollout.embedded.verification import make_device_verifier
+from slime_spec.config.tree import Config
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.draft_formats import make_format
 from tests.support.embedded_harness import Samples, engine_config, greedy, make_core, random_prompt, run
 from tests.support.graphs_on_cpu import CpuCapturer, graphs_on_cpu
+from tests.support.stand_in_device import stand_in_device
+from tests.support.tiny_models import make_tiny_checkpoint
 
+EOS = frozenset({2})
 DRAWN = SamplingParams(max_new_tokens=9, temperature=0.8)
 REQUESTS = [
     GroupRequest(str(i), random_prompt(4 + i, seed=i), (0, 1)[: 1 + i % 2], DRAWN if i == 3 else greedy(9))
@@ -29,6 +35,11 @@ REQUESTS = [
 
 def outcome(samples: Samples) -> Mapping[tuple[str, int], Any]:
     return {key: (each.token_ids, each.spec) for key, each in samples.items()}
+
+
+def operators_move_slots(store: KvStore, moves: Sequence[Move], move: Callable[..., None] = KvStore.move_slots) -> None:
+    store.kernels = None
+    move(store, moves)
 
 
 def scaled(folder: Path) -> GenerationCore:
@@ -59,11 +70,79 @@ def test_chains_of_graphs_give_the_tokens_of_operators(tmp_path: Path, name: str
     assert capturer.num_replays > capturer.num_captured > 0
 
 
-def test_trees_beside_graphs_give_the_tokens_of_operators(tmp_path: Path) -> None:
-    config = make_format(tmp_path, "eagle3").config(3, 4, 8, engine={"max_running_requests": 16})
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("eagle3", (3, 4, 8)), ("eagle3", (2, 5, 20)), ("eagle", (3, 4, 8)), ("mimo", (3, 2, 6))],
+    ids=str,
+)
+def test_trees_of_graphs_give_the_tokens_of_operators(tmp_path: Path, name: str, shape: tuple[int, int, int]) -> None:
+    config = make_format(tmp_path, name).config(*shape, engine={"max_running_requests": 16})
     expected = run(make_core(config), REQUESTS)
-    with graphs_on_cpu():
+    with graphs_on_cpu() as capturer:
         assert outcome(run(make_core(config), REQUESTS)) == outcome(expected)
+    assert capturer.num_replays > capturer.num_captured > 0
+
+
+def drafting(folder: Path, case: str) -> Config:
+    """A tiny target and draft as a case of ON_DEVICE wants them."""
+    name, (num_steps, topk, num_draft_tokens), settings = ON_DEVICE[case]
+    if name != "standalone":
+        config = make_format(folder, name).config(num_steps, topk, num_draft_tokens)
+    else:
+        draft = make_tiny_checkpoint(folder / "draft", num_hidden_layers=1)
+        config = engine_config(make_tiny_checkpoint(folder / "target"), "STANDALONE", num_draft_tokens)
+        settings = {**settings, "draft_model_path": str(draft), "num_steps": num_steps, "eagle_topk": topk}
+    return replace(config, speculative=replace(config.speculative, **settings))
+
+
+ON_DEVICE: Mapping[str, tuple[str, tuple[int, int, int], Mapping[str, Any]]] = {
+    "eagle3 chain": ("eagle3", (3, 1, 4), {}),
+    "eagle3 chain, rejection": ("eagle3", (3, 1, 4), {"use_rejection_sampling": True}),
+    "mimo chain, block": ("mimo", (3, 1, 4), {"use_block_verification": True}),
+    "eagle3 tree": ("eagle3", (3, 4, 8), {}),
+    "eagle tree of two words a token": ("eagle", (4, 3, 40), {}),
+    "a whole model's chain, rejection": ("standalone", (3, 1, 4), {"use_rejection_sampling": True}),
+    "a whole model's tree": ("standalone", (3, 3, 8), {}),
+}
+
+
+@pytest.mark.parametrize("case", ON_DEVICE)
+def test_drafts_that_stay_on_the_device_give_the_tokens_of_drafts_that_are_read(tmp_path: Path, case: str) -> None:
+    config = drafting(tmp_path, case)
+    requests = [
+        *REQUESTS[1:],
+        GroupRequest("plain", random_prompt(5, seed=8), (3,), replace(DRAWN, speculative=False)),
+        GroupRequest("penalties", random_prompt(5, seed=9), (4,), replace(DRAWN, repetition_penalty=1.3)),
+        GroupRequest("filtered", random_prompt(7, seed=7), (6, 7), replace(DRAWN, max_new_tokens=14, top_p=0.9)),
+    ]
+    expected = run(make_core(config), requests)
+    with graphs_on_cpu():
+        core = make_core(config, verifier=make_device_verifier(config.speculative, EOS))
+        assert core.target.takes_unread
+        assert outcome(run(core, requests)) == outcome(expected)
+
+
+@pytest.mark.parametrize("case", ON_DEVICE)
+def test_a_round_of_graphs_waits_for_the_device_once(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors of the stand-in have no addresses for kernels.
+    monkeypatch.setattr(KvTable, "refresh", lambda table: None)
+    monkeypatch.setattr(KvStore, "move_slots", operators_move_slots)
+    config = drafting(tmp_path, case)
+    rollout = replace(config.rollout, num_gpus_per_engine=1)
+    with stand_in_device() as device, graphs_on_cpu() as capturer:
+        core = make_core(replace(config, rollout=rollout))
+        for i, temperature in enumerate((0.0, 1.0, 1.0)):
+            params = SamplingParams(max_new_tokens=40, temperature=temperature)
+            core.add(GroupRequest(str(i), random_prompt(9, seed=i), (i,), params), lambda sample: None)
+        core.step()
+        for _ in range(2):
+            device.forget()
+            core.step()
+            waits = [read for read in device.reads if read != "cuda.synchronize"]
+            assert len(waits) == 1, waits
+    assert capturer.num_replays > 0
 
 
 def test_other_weights_are_taken_into_use_without_a_new_capture(tiny_llama: Path) -> None:

@@ -15,12 +15,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
+from rollout.embedded.draft import Draft
 from rollout.embedded.drafters.growth import DraftTree, Growth
 from rollout.embedded.drafters.ngram import NgramDrafter
 from rollout.embedded.drafters.ngram_reference import ReferenceNgrams
 from rollout.embedded.drafters.suffixes import SuffixArray
 from rollout.embedded.drafters.trie import Suffixes, Trie
-from rollout.embedded.drafting import Draft, DraftContext
+from rollout.embedded.drafting import DraftContext
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from tests.support.embedded_harness import draft_context

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rollout.embedded.draft import Draft
 from rollout.embedded.drafters.chain import grow_chains
 from rollout.embedded.drafters.step import DraftVocab, Heads
 from rollout.embedded.drafters.tree import grow_trees
-from rollout.embedded.drafting import Draft, DraftContext, KvRow
+from rollout.embedded.drafting import DraftContext, KvRow
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.request import Progress
@@ -132,7 +133,8 @@ def test_a_chain_keeps_what_was_drawn_before_the_logits_broke(temperature: float
     step = broken_after(2, bad)
     rows = contexts(3, 3, temperature)
     first = step(torch.tensor([0, 1, 2]), torch.zeros(3, 1), [])
-    drafts = grow_chains(first, step, [RowSpan(row, 5, 1) for row in range(3)], rows, 3, DraftVocab(5), samples=True)
+    slots = [RowSpan(row, 5, 1) for row in range(3)]
+    drafts = [each.read() for each in grow_chains(first, step, slots, rows, 3, DraftVocab(5), samples=True)]
     cut = [next((i + 1 for i, token in enumerate(each.token_ids) if token == 2), 3) for each in drafts[:2]]
     assert [len(draft.token_ids) for draft in drafts] == [*cut, 0]
     assert [draft.nonfinite for draft in drafts] == [*(length < 3 for length in cut), True]
@@ -150,7 +152,7 @@ def test_a_tree_loses_the_branch_whose_logits_broke_and_keeps_the_others(bad: fl
     step = broken_after(2, bad)
     first = step(torch.tensor([0, 1, 2]), torch.zeros(3, 1), [])
     slots = [RowSpan(row, 5, 1) for row in range(3)]
-    drafts = grow_trees(first, step, slots, contexts(3, 9, 0.0), 3, 2, 9, DraftVocab(5))
+    drafts = [each.read() for each in grow_trees(first, step, slots, contexts(3, 9, 0.0), 3, 2, 9, DraftVocab(5))]
     for draft in drafts[:2]:
         assert draft.nonfinite
         children = [draft.token_ids[parent] for parent in draft.parents if parent >= 0]
@@ -160,7 +162,7 @@ def test_a_tree_loses_the_branch_whose_logits_broke_and_keeps_the_others(bad: fl
         assert all(parent < node for node, parent in enumerate(draft.parents))
     assert drafts[2] == Draft((), (), None, nonfinite=True)
     whole = grow_trees(first, broken_after(9, bad), slots, contexts(3, 9, 0.0), 3, 2, 9, DraftVocab(5))
-    assert [(draft.nonfinite, len(draft.token_ids)) for draft in whole[:2]] == [(False, 8)] * 2
+    assert [(each.nonfinite, each.num_tokens) for each in (draft.read() for draft in whole[:2])] == [(False, 8)] * 2
 
 
 LONG = SamplingParams(max_new_tokens=40, ignore_eos=True)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rollout.embedded.core import GenerationCore
+from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.drafters.standalone import StandaloneDrafter
-from rollout.embedded.drafting import NO_DRAFT, Draft
 from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.verifier import Verified, VerifyRow
 from slime_spec.config.tree import SpeculativeConfig

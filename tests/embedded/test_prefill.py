@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ def record_passes(core: GenerationCore, monkeypatch: pytest.MonkeyPatch) -> list
     passes: list[list[RowSpan]] = []
     run_pass = core.target.run
 
-    def recorded(store: KvStore, spans: Sequence[RowSpan], token_ids: Sequence[int]) -> PassOutput:
+    def recorded(store: KvStore, spans: Sequence[RowSpan], *rest: Any) -> PassOutput:
         passes.append(list(spans))
-        return run_pass(store, spans, token_ids)
+        return run_pass(store, spans, *rest)
 
     monkeypatch.setattr(core.target, "run", recorded)
     return passes

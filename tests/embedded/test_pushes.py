@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
-from rollout.embedded.drafting import Draft, DraftContext
+from rollout.embedded.drafting import DraftContext
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.model import Decoder
+from rollout.embedded.unread import AnyDraft
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.errors import PushError
@@ -326,9 +327,9 @@ def drafts_of(core: GenerationCore) -> list[tuple[int, ...]]:
     drafts: list[tuple[int, ...]] = []
     propose = core.drafter.propose
 
-    def recorded(contexts: Sequence[DraftContext]) -> list[Draft]:
+    def recorded(contexts: Sequence[DraftContext]) -> Sequence[AnyDraft]:
         proposed = propose(contexts)
-        drafts.extend(draft.token_ids for draft in proposed)
+        drafts.extend(draft.read().token_ids for draft in proposed)
         return proposed
 
     with pytest.MonkeyPatch.context() as patch:

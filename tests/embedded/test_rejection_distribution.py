@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.verification import make_device_verifier, make_verifier
 from rollout.embedded.verification.reference import block_reference, rejection_reference
 from rollout.embedded.verification.verifier import VerifyRow

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.uniforms import Uniforms
 from rollout.embedded.verification.distributions import kept_mass, sampling_distribution
 from rollout.embedded.verification.draw import argmax, inverse_cdf

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from rollout.embedded.drafting import NO_DRAFT, Draft, DraftContext
+from rollout.embedded.draft import NO_DRAFT, Draft
+from rollout.embedded.drafting import DraftContext
 from rollout.embedded.verification.draw import inverse_cdf
 from rollout.embedded.verification.verifier import Verifier
 from rollout.embedded.verification.verify_pass import RuleVerifier

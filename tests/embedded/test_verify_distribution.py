@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.reference import draw_outside, interval, threshold_reference, walk_reference
 from rollout.embedded.verification.verifier import VerifyRow

@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 
-from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.uniforms import RoundUniforms, Uniforms
 from rollout.embedded.verification.verifier import Verifier, VerifyRow
 from slime_spec.config.tree import SpeculativeConfig

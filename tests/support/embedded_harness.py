@@ -11,7 +11,8 @@ import torch
 
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
-from rollout.embedded.drafting import Draft, DraftContext, KvRow, Outcome, WeightlessDrafter
+from rollout.embedded.draft import Draft
+from rollout.embedded.drafting import DraftContext, KvRow, Outcome, WeightlessDrafter
 from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.plan import RowSpan
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig

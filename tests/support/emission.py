@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.embedded.drafting import Draft
+from rollout.embedded.draft import Draft
 from rollout.embedded.uniforms import Uniforms
 from rollout.embedded.verification.reference import distribution_reference
 from rollout.embedded.verification.verifier import Verifier, VerifyRow

@@ -17,6 +17,7 @@ from rollout.embedded.drafters import whole_model
 from rollout.embedded.linear import Packing
 from rollout.embedded.verification import draw
 from tests.support import reference_operators
+from tests.support.stand_in_device import uncounted
 
 aten = torch.ops.aten
 READS = {
@@ -44,12 +45,12 @@ class CpuCapturer:
 
     def capture(self, run: Callable[[], Any]) -> Captured:
         self.num_captured += 1
-        with NoReads():
+        with NoReads(), uncounted():
             outputs = run()
 
         def replay() -> None:
             self.num_replays += 1
-            with torch.inference_mode():
+            with torch.inference_mode(), uncounted():
                 for kept, new in zip(tensors(outputs), tensors(run()), strict=True):
                     kept.copy_(new)
 

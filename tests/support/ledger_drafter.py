@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rollout.embedded.drafting import Draft, DraftContext, DraftWeights, FeatureNeed, Outcome, Prefill, Swap
+from rollout.embedded.draft import Draft
+from rollout.embedded.drafting import DraftContext, DraftWeights, FeatureNeed, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
 from slime_spec.checkpoints.model_spec import ModelSpec

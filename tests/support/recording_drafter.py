@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rollout.embedded.drafting import Draft, DraftContext, Drafter
+from rollout.embedded.draft import Draft
+from rollout.embedded.drafting import DraftContext, Drafter
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class RecordingDrafter:
         self.proposals: list[Proposal] = []
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        drafts = self._inner.propose(contexts)
+        drafts = [draft.read() for draft in self._inner.propose(contexts)]
         for context, draft in zip(contexts, drafts, strict=True):
             self.proposals.append(Proposal(tuple(context.token_ids), draft, context))
         if self._script is None:

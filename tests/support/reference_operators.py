@@ -79,11 +79,14 @@ def attend(query: torch.Tensor, one_pass: DevicePass, layer: int, spec: ModelSpe
     """Every token by itself: which slots it sees, and one softmax over them."""
     out = torch.zeros_like(query)
     group = spec.num_heads // spec.num_kv_heads
+    lineage = one_pass.lineage.view(one_pass.bucket.tokens, -1).tolist() if one_pass.bucket.words else None
     for index, row in enumerate(rows(one_pass)):
         store, prefixes = one_pass.table.stores[row[Column.STORE]], one_pass.table.stores[1]
         for number in range(row[Column.COUNT]):
             token = index * one_pass.bucket.queries + number
-            own = torch.tensor([slot for slot in range(row[1] + row[2]) if sees(one_pass, row, number, token, slot)])
+            words = None if lineage is None else lineage[token]
+            seen = [slot for slot in range(row[Column.START] + row[Column.COUNT]) if sees(row, number, words, slot)]
+            own = torch.tensor(seen, device=query.device)
             parts = []
             for own_side, prefix_side in ((store.keys, prefixes.keys), (store.values, prefixes.values)):
                 side = own_side[layer][row[Column.ROW]].index_select(1, own)
@@ -101,12 +104,8 @@ def rows(one_pass: DevicePass) -> list[list[int]]:
     return one_pass.rows.tolist()
 
 
-def sees(one_pass: DevicePass, row: list[int], number: int, token: int, slot: int) -> bool:
-    words = one_pass.bucket.words
-    if not words:
+def sees(row: list[int], number: int, words: list[int] | None, slot: int) -> bool:
+    if words is None:
         return slot <= row[Column.START] + number
     node = slot - row[Column.TREE_START]
-    if node < 0:
-        return True
-    word = one_pass.lineage.view(-1, words)[token, node // WORD_BITS].tolist()
-    return bool(word >> node % WORD_BITS & 1)
+    return node < 0 or bool(words[node // WORD_BITS] >> node % WORD_BITS & 1)

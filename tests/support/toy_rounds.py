@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from rollout.embedded.drafting import NO_DRAFT, Draft
+from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.uniforms import Uniforms
 from rollout.embedded.verification import make_verifier
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow

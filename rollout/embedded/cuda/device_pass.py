@@ -15,9 +15,12 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.plan import RowSpan, positions_of, tree_shape
+from rollout.embedded.transfer import uploaded
+from rollout.embedded.unread import Placement
 
 Words = npt.NDArray[np.int32]
 WORD_BITS = 32
@@ -94,10 +97,75 @@ class DevicePass:
         """Return how many tokens each row has [rows]."""
         return self.rows[:, Column.COUNT]
 
-    def fill(self, spans: Sequence[RowSpan], token_ids: Sequence[int], prefixes: bool = False) -> None:
-        """Describe a pass; ``prefixes`` says that its rows are those of the prefix store."""
+    def fill(
+        self,
+        spans: Sequence[RowSpan],
+        token_ids: Sequence[int],
+        prefixes: bool = False,
+        unread: Placement | None = None,
+    ) -> None:
+        """Describe a pass; ``prefixes`` says that its rows are those of the prefix store.
+
+        Drafts that are ``unread`` go where they belong without the host, over what ``spans`` and ``token_ids`` say.
+        """
         self.table.refresh()
         upload(torch.from_numpy(packed(self.bucket, spans, token_ids, prefixes)), self._buffer)
+        if unread is not None:
+            self._place(unread)
+
+    def _place(self, unread: Placement) -> None:
+        drafts, most = unread.of, unread.num_tokens
+        index = self._row_index(unread.rows)
+        nodes = slice(1, 1 + most)
+        self._by_row(self.tokens)[index, nodes] = drafts.tokens[:, :most].clamp(min=0).int()
+        if drafts.branches is not None:
+            parents, depths = drafts.branches.parents[:, :most], drafts.branches.depths[:, :most]
+            self.place_trees(index, self.rows[index, Column.START], F.pad(depths, (1, 0)), sight(parents))
+
+    def place_trees(
+        self, rows: slice | torch.Tensor, tree_starts: torch.Tensor, depths: torch.Tensor, sees: torch.Tensor
+    ) -> None:
+        """Let tokens of some rows be nodes of trees that begin at slots ``tree_starts`` [rows].
+
+        ``depths`` [rows, tokens] are 0 for what follows the slot before the tree; ``sees`` [rows, tokens, nodes] says
+        which nodes each token sees.
+        """
+        count = depths.shape[1]
+        self.rows[rows, Column.TREE_START] = tree_starts
+        first = tree_starts + self.rows[rows, Column.PREFIX_LEN]
+        self._by_row(self.positions)[rows, :count] = (first.unsqueeze(1) + depths).int()
+        lineage = self.lineage.view(self.bucket.rows, self.bucket.queries, self.bucket.words)
+        lineage[rows, :count] = words_on_device(sees, self.bucket.words)
+
+    def _by_row(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.view(self.bucket.rows, self.bucket.queries)
+
+    def _row_index(self, rows: Sequence[int]) -> slice | torch.Tensor:
+        """Return an index of rows: a slice, which needs no upload, where they are the first."""
+        if rows[-1] == len(rows) - 1:
+            return slice(len(rows))
+        return uploaded(self.tokens.device, np.array(rows, np.int64))[0]
+
+
+def sight(parents: torch.Tensor) -> torch.Tensor:
+    """Return which node of root and drafted tokens sees which [rows, 1 + drafted, 1 + drafted], without a read.
+
+    ``parents`` [rows, drafted] are those of Draft: -1 is the root.
+    """
+    own = torch.eye(parents.shape[1] + 1, dtype=torch.bool, device=parents.device).expand(len(parents), -1, -1)
+    above = F.pad(parents + 1, (1, 0)).unsqueeze(2).expand_as(own)
+    sees = (own | own.gather(1, above)).float()
+    for _ in range(parents.shape[1].bit_length()):  # each time twice as far up
+        sees = (sees @ sees > 0).float()
+    return sees.bool()
+
+
+def words_on_device(sees: torch.Tensor, num_words: int) -> torch.Tensor:
+    """Return ``lineage_words`` of [.., nodes] truths as int32 [.., words]."""
+    bits = F.pad(sees, (0, num_words * WORD_BITS - sees.shape[-1])).unflatten(-1, (num_words, WORD_BITS))
+    shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=sees.device)
+    # The highest bit is the sign, as in ``lineage_words``.
+    return (bits.int() << shifts).sum(dim=-1, dtype=torch.int32)
 
 
 class Places:
@@ -146,9 +214,12 @@ def packed(bucket: Bucket, spans: Sequence[RowSpan], token_ids: Sequence[int], p
     tokens[own] = token_ids
     positions = np.where(own, rows[:, Column.START, None] + rows[:, Column.PREFIX_LEN, None] + numbers, 0)
     lineage = np.zeros((bucket.rows, bucket.queries, bucket.words), np.int32)
-    for index, span in enumerate(spans if bucket.words else ()):
-        positions[index, : span.count] = positions_of(span)
-        lineage[index, : span.count] = lineage_words(span, bucket.words)
+    if bucket.words:
+        lineage[:] = lineage_words(RowSpan(0, 0, bucket.queries), bucket.words)
+    for index, span in enumerate(spans):
+        if span.parents is not None:
+            positions[index, : span.count] = positions_of(span)
+            lineage[index, : span.count] = lineage_words(span, bucket.words)
     return np.concatenate([each.reshape(-1) for each in (tokens, positions, rows, lineage)])
 
 
@@ -169,9 +240,14 @@ def words_of(spans: Sequence[RowSpan]) -> int:
     return -(-longest // WORD_BITS)
 
 
-def exact_bucket(spans: Sequence[RowSpan]) -> Bucket:
-    """Return the shape of a pass that is not captured."""
-    return Bucket(len(spans), max(span.count for span in spans), words_of(spans))
+def words_of_unread(unread: Placement) -> int:
+    """Return the same for a pass over drafts on the device."""
+    return 0 if unread.of.branches is None else -(-(1 + unread.num_tokens) // WORD_BITS)
+
+
+def exact_bucket(spans: Sequence[RowSpan], words: int = 0) -> Bucket:
+    """Return the shape, of at least ``words``, of a pass that is not captured."""
+    return Bucket(len(spans), max(span.count for span in spans), max(words, words_of(spans)))
 
 
 def upload(host: torch.Tensor, device: torch.Tensor) -> None:

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from rollout.embedded.drafters.step import DraftStep, DraftVocab, Heads
-from rollout.embedded.drafting import Draft, DraftContext
+from rollout.embedded.drafting import DraftContext
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.transfer import uploaded
+from rollout.embedded.unread import ENDED, DraftsOnDevice, UnreadDraft
 from rollout.embedded.verification.draw import argmax, inverse_cdf
 from slime_spec.types import is_greedy
-
-NONFINITE = -1  # in place of a token whose logits were not finite numbers
 
 
 def chain_limit(context: DraftContext) -> int:
@@ -37,14 +36,14 @@ def grow_chains(
     num_steps: int,
     vocab: DraftVocab,
     samples: bool,
-) -> list[Draft]:
+) -> list[UnreadDraft]:
     """Return a chain per row, of ``num_steps`` tokens or as many as its context allows.
 
     ``first`` follows each row's root; ``next_slots[row]`` is where its first drafted token's keys go. With ``samples``
     requests that sample get tokens drawn from softmax(logits / T), and ``Draft.q_draft`` says so.
     """
     num_steps = chain_steps(contexts, num_steps)
-    sampler = chain_sampler(contexts, num_steps, vocab, samples)
+    sampler = chain_sampler(contexts, num_steps, samples)
 
     def next_step(token_ids: torch.Tensor, hidden: torch.Tensor, index: int) -> Heads:
         spans = [RowSpan(span.row, span.start + index, 1, span.prefix_row, span.prefix_len) for span in next_slots]
@@ -52,14 +51,12 @@ def grow_chains(
 
     draw = draw_greedy if sampler is None else sampler.draw_on(first.logits.device)
     levels = grow_levels(first, next_step, num_steps, draw, vocab)
-    return chains(levels, contexts, sampler)
+    return chains(levels, contexts, sampler, vocab)
 
 
-def chain_sampler(
-    contexts: Sequence[DraftContext], num_steps: int, vocab: DraftVocab, samples: bool
-) -> ChainSampler | None:
+def chain_sampler(contexts: Sequence[DraftContext], num_steps: int, samples: bool) -> ChainSampler | None:
     """Return what draws the drafts of a batch; None where all of it takes argmaxes."""
-    sampler = ChainSampler(contexts, num_steps, vocab) if samples else None
+    sampler = ChainSampler(contexts, num_steps) if samples else None
     return sampler if sampler is not None and sampler.any else None
 
 
@@ -75,7 +72,7 @@ def grow_levels(
     draw: Draw,
     vocab: DraftVocab,
 ) -> torch.Tensor:
-    """Return the chains' tokens [rows, steps], without a read of the device; NONFINITE where there is none to keep.
+    """Return the chains' tokens [rows, steps], without a read of the device; ENDED where there is none to keep.
 
     ``step(token_ids, hidden, index)`` puts the ``index``-th drafted token where it belongs.
     """
@@ -84,7 +81,7 @@ def grow_levels(
     for index in range(num_steps):
         draft_ids, kept = draw(heads.logits, index)
         tokens = vocab.tokens(draft_ids)
-        levels.append(tokens.where(kept, NONFINITE))
+        levels.append(tokens.where(kept, ENDED))
         if index + 1 < num_steps:
             heads = step(tokens, heads.hidden, index)
     return torch.stack(levels, dim=1)
@@ -96,17 +93,16 @@ def draw_greedy(logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Te
     return draft_ids, logits.gather(1, draft_ids.unsqueeze(1)).squeeze(1).isfinite()
 
 
-def chains(levels: torch.Tensor, contexts: Sequence[DraftContext], sampler: ChainSampler | None) -> list[Draft]:
+def chains(
+    levels: torch.Tensor, contexts: Sequence[DraftContext], sampler: ChainSampler | None, vocab: DraftVocab
+) -> list[UnreadDraft]:
     """Return the drafts of ``grow_levels``, each as long as its context allows."""
-    drafts = []
-    for row, (context, chain) in enumerate(zip(contexts, levels.tolist(), strict=True)):
-        tokens = chain[: chain_limit(context)]
-        nonfinite = NONFINITE in tokens
-        if nonfinite:
-            tokens = tokens[: tokens.index(NONFINITE)]
-        q_draft = None if sampler is None else sampler.distribution(row, len(tokens))
-        drafts.append(Draft.chain(tokens, q_draft, nonfinite))
-    return drafts
+    samples = [False] * len(contexts) if sampler is None else sampler.samples
+    drafts = DraftsOnDevice(levels, q_draft=None if sampler is None else sampler.q_draft(vocab))
+    return [
+        UnreadDraft(drafts, row, chain_limit(context), drawn)
+        for row, (context, drawn) in enumerate(zip(contexts, samples, strict=True))
+    ]
 
 
 def chain_distribution(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
@@ -132,10 +128,9 @@ def draw_sampled(
 class ChainSampler:
     """Draws the drafts of a batch in which some requests sample, and keeps the distributions they came from."""
 
-    def __init__(self, contexts: Sequence[DraftContext], num_steps: int, vocab: DraftVocab) -> None:
-        self._samples = [not is_greedy(each.params.temperature) for each in contexts]
-        self._vocab = vocab
-        pairs = zip(contexts, self._samples, strict=True)
+    def __init__(self, contexts: Sequence[DraftContext], num_steps: int) -> None:
+        self.samples = [not is_greedy(each.params.temperature) for each in contexts]
+        pairs = zip(contexts, self.samples, strict=True)
         self.temperatures = np.array([each.params.temperature if samples else 0.0 for each, samples in pairs])
         self.uniforms = np.array([[_uniform(each, step) for step in range(num_steps)] for each in contexts])
         self.distributions: list[torch.Tensor] = []
@@ -143,7 +138,7 @@ class ChainSampler:
     @property
     def any(self) -> bool:
         """Return whether some request of the batch samples."""
-        return any(self._samples)
+        return any(self.samples)
 
     def draw_on(self, device: torch.device) -> Draw:
         """Return how a step draws its tokens; what was drawn from is kept."""
@@ -156,14 +151,9 @@ class ChainSampler:
 
         return draw
 
-    def distribution(self, row: int, num_nodes: int) -> torch.Tensor | None:
-        """Return the distributions [nodes, target vocab] of the row's first sampled tokens.
-
-        None for a row of argmaxes, or without a token.
-        """
-        if not self._samples[row] or not num_nodes:
-            return None
-        return self._vocab.spread(torch.stack([each[row] for each in self.distributions[:num_nodes]]))
+    def q_draft(self, vocab: DraftVocab) -> torch.Tensor:
+        """Return what every token was drawn from [rows * steps, target vocab]; of no use for rows of argmaxes."""
+        return vocab.spread(torch.stack(self.distributions, dim=1).flatten(0, 1))
 
 
 def _uniform(context: DraftContext, step: int) -> float:

@@ -15,15 +15,14 @@ prompt of P tokens is computed once: its first P - 1 positions, for the last one
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from rollout.embedded.drafters.chain import chain_sampler, chain_steps, chains
-from rollout.embedded.drafters.growth import grow_drafts
+from rollout.embedded.drafters.growth import graphed_drafts, grow_drafts
 from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.network_weights import NetworkBuilder
 from rollout.embedded.drafters.step import (
@@ -35,18 +34,18 @@ from rollout.embedded.drafters.step import (
     own_span,
     prefill_span,
 )
-from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill, Swap
+from rollout.embedded.drafting import DraftContext, FeatureNeed, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import AttentionPlan, RowSpan
 from rollout.embedded.rope import RopeTable
+from rollout.embedded.unread import UnreadDraft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
 
 if TYPE_CHECKING:
     from rollout.embedded.cuda.device_pass import DevicePass
-    from rollout.embedded.cuda.graphed_chain import GraphedChain
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +70,7 @@ class FeatureDrafter:
         self._rows = DraftRows(spec.block, setup)
         self._vocab = DraftVocab(setup.target.vocab_size)
         self._tracks: dict[int, Track] = {}
-        self._graphed: GraphedChain | None = None
-        if setup.graphs is not None and self._rows.table is not None and setup.shape.topk == 1:
-            from rollout.embedded.cuda.graphed_chain import GraphedChain  # needs Triton, which a CPU does without
-
-            self._graphed = GraphedChain(self._rows.table, setup.graphs)
+        self._graphed = graphed_drafts(self._rows, setup)
         self._target: Decoder | None = None
         self._shared_head: PackedLinear | None = None
 
@@ -116,7 +111,7 @@ class FeatureDrafter:
             self._forward(self._rows.store_of(prefills), self._rows.tensor(token_ids), hidden, spans)
 
     @torch.inference_mode()
-    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+    def propose(self, contexts: Sequence[DraftContext]) -> list[UnreadDraft]:
         spans: list[RowSpan] = []
         next_slots: list[RowSpan] = []
         token_ids: list[int] = []
@@ -132,7 +127,10 @@ class FeatureDrafter:
             self._tracks[context.request_key] = Track(num_committed, ())
         features = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
         if self._graphed is not None:
-            drafts = self._graphed_chains(contexts, spans, token_ids, features, next_slots)
+            from rollout.embedded.cuda.graphed_drafts import DraftWork
+
+            work = DraftWork(spans, token_ids, features, next_slots)
+            drafts = self._graphed.grow(self._on_device, self._vocab, self._owners(), work, contexts)
             if drafts is not None:
                 return drafts
         hidden = self._network.project(features)
@@ -140,33 +138,15 @@ class FeatureDrafter:
         first = self._network.heads(last_rows(residual, spans), self._shared_head)
         return grow_drafts(self._setup, self._vocab, first, self._step, next_slots, contexts)
 
-    def _graphed_chains(
-        self,
-        contexts: Sequence[DraftContext],
-        spans: Sequence[RowSpan],
-        token_ids: Sequence[int],
-        features: torch.Tensor,
-        next_slots: Sequence[RowSpan],
-    ) -> list[Draft] | None:
-        """Return the batch's drafts by one captured graph; None, and nothing done, where no graph fits."""
-        from rollout.embedded.cuda.graphed_chain import ChainWork, Sampling
+    def _on_device(self) -> NetworkOnDevice:
+        return NetworkOnDevice(self._network, self._embed, self._shared_head)
 
-        assert self._graphed is not None, "the caller has looked"
+    def _owners(self) -> tuple[object, ...]:
+        """Return what a graph of the network is captured over."""
         assert self._target is not None, "a drafter is bound before it drafts"
-        num_steps = chain_steps(contexts, self._setup.shape.num_steps)
-        sampler = chain_sampler(contexts, num_steps, self._vocab, self._setup.samples_drafts)
-        sampling = None if sampler is None else Sampling(sampler.temperatures, sampler.uniforms)
-        work = ChainWork(spans, token_ids, features, next_slots, num_steps, sampling)
-        network, head = self._network, self._shared_head
+        head = self._shared_head
         own_head = None if head is None or head is self._target.head else head
-        owners = network, own_head, self._target.memory
-        grown = self._graphed.grow(network, self._embed, lambda: self._shared_head, self._vocab, owners, work)
-        if grown is None:
-            return None
-        levels, distributions = grown
-        if sampler is not None:
-            sampler.distributions += distributions
-        return chains(levels, contexts, sampler)
+        return self._network, own_head, self._target.memory
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -218,6 +198,25 @@ class FeatureDrafter:
 
     def _head_of(self, decoder: Decoder) -> PackedLinear:
         return decoder.head
+
+
+@dataclass(frozen=True)
+class NetworkOnDevice:
+    """Runs the network's passes for a captured graph; see ModelOnDevice."""
+
+    network: DraftNetwork
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    shared_head: PackedLinear | None
+
+    def first(self, one_pass: DevicePass, features: torch.Tensor | None) -> torch.Tensor:
+        assert features is not None, "the network reads the target's features"
+        return self.network.forward(self.embed(one_pass.tokens), self.network.project(features), one_pass)
+
+    def step(self, token_ids: torch.Tensor, hidden: torch.Tensor, one_pass: DevicePass) -> torch.Tensor:
+        return self.network.forward(self.embed(token_ids), hidden, one_pass)
+
+    def heads(self, states: torch.Tensor) -> Heads:
+        return self.network.heads(states, self.shared_head)
 
 
 def shared_positions(num_prompt_tokens: int) -> int:

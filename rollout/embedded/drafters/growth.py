@@ -11,13 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.drafters.chain import grow_chains
-from rollout.embedded.drafters.step import DrafterSetup, DraftStep, DraftVocab, Heads
+from rollout.embedded.drafters.step import DrafterSetup, DraftRows, DraftStep, DraftVocab, Heads
 from rollout.embedded.drafters.tree import grow_trees
-from rollout.embedded.drafting import NO_DRAFT, Draft, DraftContext
+from rollout.embedded.drafting import DraftContext
 from rollout.embedded.plan import RowSpan
+from rollout.embedded.unread import UnreadDraft
+
+if TYPE_CHECKING:
+    from rollout.embedded.cuda.graphed_drafts import GraphedDrafts
 
 TREE_ROOT = -1
 TOKEN_BITS = 32
@@ -31,12 +36,21 @@ def grow_drafts(
     step: DraftStep,
     next_slots: Sequence[RowSpan],
     contexts: Sequence[DraftContext],
-) -> list[Draft]:
+) -> list[UnreadDraft]:
     """Return a draft per context; see grow_chains and grow_trees."""
     shape = setup.shape
     if shape.topk == 1:
         return grow_chains(first, step, next_slots, contexts, shape.num_steps, vocab, setup.samples_drafts)
     return grow_trees(first, step, next_slots, contexts, shape.num_steps, shape.topk, shape.num_draft_tokens, vocab)
+
+
+def graphed_drafts(rows: DraftRows, setup: DrafterSetup) -> GraphedDrafts | None:
+    """Return what grows drafts as captured graphs, None where passes are not captured."""
+    if setup.graphs is None or rows.table is None:
+        return None
+    from rollout.embedded.cuda.graphed_drafts import GraphedDrafts  # needs Triton, which a CPU does without
+
+    return GraphedDrafts(rows.table, setup.graphs, setup)
 
 
 class Continuations(Protocol[Place]):

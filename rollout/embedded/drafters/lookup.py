@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
-from rollout.embedded.drafting import Draft, DraftContext, Outcome, WeightlessDrafter
+from rollout.embedded.draft import Draft
+from rollout.embedded.drafting import DraftContext, Outcome, WeightlessDrafter
 from slime_spec.config.tree import SpeculativeConfig
 
 

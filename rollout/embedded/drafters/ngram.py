@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from rollout.embedded.draft import Draft
 from rollout.embedded.drafters.growth import DraftTree, Growth
 from rollout.embedded.drafters.suffixes import SuffixArray
 from rollout.embedded.drafters.trie import Suffixes, Trie
-from rollout.embedded.drafting import Draft, DraftContext, WeightlessDrafter
+from rollout.embedded.drafting import DraftContext, WeightlessDrafter
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.speculation.corpus import read_corpus

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rollout.embedded.drafting import NO_DRAFT, Draft, DraftContext, WeightlessDrafter
+from rollout.embedded.draft import NO_DRAFT, Draft
+from rollout.embedded.drafting import DraftContext, WeightlessDrafter
 from slime_spec.config.tree import SpeculativeConfig
 
 

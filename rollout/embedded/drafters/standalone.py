@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rollout.embedded.drafters.chain import chain_limit
-from rollout.embedded.drafters.growth import grow_drafts
+from rollout.embedded.drafters.growth import graphed_drafts, grow_drafts
 from rollout.embedded.drafters.step import (
     DrafterSetup,
     DraftRows,
@@ -24,10 +24,11 @@ from rollout.embedded.drafters.step import (
     prefill_span,
 )
 from rollout.embedded.drafters.whole_model import ModelWeights
-from rollout.embedded.drafting import Draft, DraftContext, FeatureNeed, Outcome, Prefill, Swap
+from rollout.embedded.drafting import DraftContext, FeatureNeed, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import AttentionPlan, RowSpan
+from rollout.embedded.unread import UnreadDraft
 from slime_spec.checkpoints.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class StandaloneDrafter:
         self._vocab = DraftVocab(setup.target.vocab_size)
         # Where the two models pad their embeddings differently, neither's padding is drafted or read.
         self._num_tokens = min(spec.vocab_size, setup.target.vocab_size)
+        self._graphed = graphed_drafts(self._rows, setup)
         self._num_cached: dict[int, int] = {}  # tokens whose keys are right, by request or prompt
         self._num_read = 0  # drafted tokens of a chain that the last round read
 
@@ -74,7 +76,7 @@ class StandaloneDrafter:
         self._forward(self._rows.store_of(prefills), self._rows.tensor(token_ids), spans)
 
     @torch.inference_mode()
-    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+    def propose(self, contexts: Sequence[DraftContext]) -> list[UnreadDraft]:
         self._num_read = min(self._setup.shape.num_steps, max(map(chain_limit, contexts))) - 1
         spans: list[RowSpan] = []
         next_slots: list[RowSpan] = []
@@ -88,9 +90,16 @@ class StandaloneDrafter:
             next_slots.append(own_span(context.kv_row, prefix_len, num_tokens, 1))
             token_ids.extend(context.token_ids[num_cached:])
             self._num_cached[context.request_key] = num_tokens
+        if self._graphed is not None:
+            from rollout.embedded.cuda.graphed_drafts import DraftWork
+
+            work, owners = DraftWork(spans, token_ids, None, next_slots), (self.weights.decoder.memory,)
+            drafts = self._graphed.grow(lambda: self, self._vocab, owners, work, contexts)
+            if drafts is not None:
+                return drafts
         hidden = self._forward(self.cache.own, self._rows.tensor(token_ids), spans)
-        first = self._heads(last_rows(hidden, spans))
-        return grow_drafts(self._setup, self._vocab, first, self._step, next_slots, contexts)
+        first = self.heads(last_rows(hidden, spans))
+        return grow_drafts(self._setup, self._vocab, first, self._next, next_slots, contexts)
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         if self._setup.shape.topk > 1:
@@ -102,17 +111,23 @@ class StandaloneDrafter:
     def forget(self, request_key: int) -> None:
         self._num_cached.pop(request_key, None)
 
-    def _step(self, token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]) -> Heads:
-        return self._heads(self._forward(self.cache.own, token_ids, spans))
+    def first(self, one_pass: DevicePass, features: torch.Tensor | None) -> torch.Tensor:
+        return self._planned(one_pass, one_pass.tokens)
+
+    def step(self, token_ids: torch.Tensor, hidden: torch.Tensor, one_pass: DevicePass) -> torch.Tensor:
+        return self._planned(one_pass, token_ids)
+
+    def heads(self, states: torch.Tensor) -> Heads:
+        return Heads(self.weights.decoder.logits(states)[:, : self._num_tokens], states)
+
+    def _next(self, token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]) -> Heads:
+        return self.heads(self._forward(self.cache.own, token_ids, spans))
 
     def _forward(self, store: KvStore, token_ids: torch.Tensor, spans: Sequence[RowSpan]) -> torch.Tensor:
-        if self.spec.vocab_size < self._setup.target.vocab_size:
-            token_ids = token_ids.clamp(max=self.spec.vocab_size - 1)
         return self._rows.run(store, spans, self._planned, token_ids)
 
     def _planned(self, plan: AttentionPlan | DevicePass, token_ids: torch.Tensor) -> torch.Tensor:
+        if self.spec.vocab_size < self._setup.target.vocab_size:
+            token_ids = token_ids.clamp(max=self.spec.vocab_size - 1)
         hidden, _ = self.weights.decoder.hidden(token_ids, plan)
         return hidden
-
-    def _heads(self, hidden: torch.Tensor) -> Heads:
-        return Heads(self.weights.decoder.logits(hidden)[:, : self._num_tokens], hidden)

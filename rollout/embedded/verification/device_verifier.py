@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from rollout.embedded.transfer import Array, downloaded, uploaded
+from rollout.embedded.unread import Branches, DraftsOnDevice, UnreadDraft
 from rollout.embedded.verification.device_chains import Acceptance, ChainArrays, SampledChains
 from rollout.embedded.verification.device_filters import FilterArrays, filter_weights
 from rollout.embedded.verification.draw import argmax, inverse_cdf
@@ -45,6 +47,7 @@ class DeviceVerifier:
     """Judges every row by the target-only walk, or by ``acceptance`` where it is given and the draft was sampled."""
 
     lossy = False
+    takes_unread = True
 
     def __init__(self, acceptance: Acceptance | None = None, eos_token_ids: frozenset[int] = frozenset()) -> None:
         self._acceptance, self._eos_token_ids = acceptance, eos_token_ids
@@ -58,7 +61,11 @@ class DeviceVerifier:
             piece = adjusted(logits[first_node : first_node + count], chunk, self._eos_token_ids)
             judged += self._judge(Pass(piece, chunk), first_row)
             first_row, first_node = first_row + len(chunk), first_node + count
-        arrays = iter(downloaded(*(tensor for each in judged for tensor in each.tensors)))
+        drafts = unread_drafts(rows)
+        of_drafts = [tensor for each in drafts for tensor in each.tensors]
+        arrays = iter(downloaded(*of_drafts, *(tensor for each in judged for tensor in each.tensors)))
+        for unread in drafts:
+            unread.take([next(arrays) for _ in unread.tensors])
         verified: dict[int, Verified] = {}
         for each in judged:
             results = each.read(*(next(arrays) for _ in each.tensors))
@@ -94,21 +101,38 @@ class DeviceVerifier:
         return judged
 
 
+def unread_drafts(rows: Sequence[VerifyRow]) -> list[DraftsOnDevice]:
+    """Return the drafts of a pass that nobody has read yet."""
+    found = {id(row.draft.of): row.draft.of for row in rows if isinstance(row.draft, UnreadDraft)}
+    return [each for each in found.values() if not each.is_read]
+
+
 class WalkArrays:
-    """Holds what the walk of some rows of a pass needs on the device: a token is drawn at every one of their nodes."""
+    """Holds what the walk of some rows of a pass needs on the device: a token is drawn at every one of their nodes.
+
+    A node's uniform is that of its depth. Of a tree that is not read the device knows the depths: its uniforms go up
+    by depth, and every node takes that of its own.
+    """
 
     def __init__(self, verify_pass: Pass, which: Sequence[int]) -> None:
         self._rows = [verify_pass.rows[index] for index in which]
         roots = verify_pass.roots
         nodes = [node for i in which for node in range(roots[i], roots[i] + verify_pass.rows[i].num_nodes)]
         greedy = [is_greedy(row.params.temperature) for row in self._rows for _ in range(row.num_nodes)]
-        uniforms = [row.uniforms.emit[row.num_generated + depth] for row in self._rows for depth in row.depths()]
+        uniforms = [uniform for row in self._rows for uniform in emit_uniforms(row)]
         self._is_all, self._any_greedy, self._all_greedy = (
             len(nodes) == len(verify_pass.logits),
             any(greedy),
             all(greedy),
         )
-        self.arrays = np.array(nodes, np.int64), np.array(greedy, np.int64), np.array(uniforms, np.float64)
+        self._unread = unread_trees(self._rows)
+        places = [] if self._unread is None else node_places(self._rows, self._unread)
+        self.arrays = (
+            np.array(nodes, np.int64),
+            np.array(greedy, np.int64),
+            np.array(uniforms, np.float64),
+            np.array(places, np.int64).reshape(-1, 2),
+        )
 
     def draw(
         self,
@@ -117,10 +141,14 @@ class WalkArrays:
         nodes: torch.Tensor,
         greedy: torch.Tensor,
         uniforms: torch.Tensor,
+        places: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token drawn at every node and its logprob, each [nodes]."""
         if not self._is_all:
             logits, weights = logits.index_select(0, nodes), weights.index_select(0, nodes)
+        if self._unread is not None:
+            root, place = places.unbind(1)
+            uniforms = uniforms.index_select(0, root + F.pad(self._unread.depths, (1, 0)).flatten()[place])
         drawn = argmax(logits) if self._all_greedy else inverse_cdf(weights, uniforms)
         if self._any_greedy and not self._all_greedy:
             drawn = torch.where(greedy > 0, argmax(logits), drawn)
@@ -130,7 +158,34 @@ class WalkArrays:
         verified: list[Verified] = []
         tokens, of_tokens, root = drawn.tolist(), logprobs.tolist(), 0
         for row in self._rows:
-            emission = Emission(*follow_tree(tokens[root : root + row.num_nodes], row.draft), root)
+            emission = Emission(*follow_tree(tokens[root : root + row.num_nodes], row.draft.read()), root)
             verified.append(emission.verified(of_tokens[node] for node in emission.nodes))
             root += row.num_nodes
         return verified
+
+
+def emit_uniforms(row: VerifyRow) -> Sequence[float]:
+    """Return the uniforms of a row's nodes; those of depths 0, 1, .. where the depths are not known."""
+    start, emit = row.num_generated, row.uniforms.emit
+    if row.draft.is_chain:
+        return emit[start : start + row.num_nodes]
+    if isinstance(row.draft, UnreadDraft):
+        by_depth = list(emit[start : start + row.num_nodes])
+        return by_depth + [0.0] * (row.num_nodes - len(by_depth))  # no node is deeper than the tokens left
+    return [emit[start + depth] for depth in row.depths()]
+
+
+def unread_trees(rows: Sequence[VerifyRow]) -> Branches | None:
+    """Return the shapes of the trees of some rows, where they lie on the device."""
+    of_rows = (row.draft.of.branches for row in rows if isinstance(row.draft, UnreadDraft))
+    return next((branches for branches in of_rows if branches is not None), None)
+
+
+def node_places(rows: Sequence[VerifyRow], branches: Branches) -> list[tuple[int, int]]:
+    """Return for every node of rows the number of its root, and its place in [tree, 1 + nodes] of ``branches``."""
+    width = 1 + branches.depths.shape[1]
+    places: list[tuple[int, int]] = []
+    for row in rows:
+        root, tree = len(places), row.draft.row * width if isinstance(row.draft, UnreadDraft) else 0
+        places += [(root, tree + node) for node in range(row.num_nodes)]
+    return places

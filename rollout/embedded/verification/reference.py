@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rollout.embedded.drafting import Draft
+from rollout.embedded.draft import Draft
 from slime_spec.types import SamplingParams
 
 

@@ -27,10 +27,11 @@ class SampledChain:
     """Holds p and q of one row whose draft was sampled. ``weights`` [1 + drafts, vocab] are unnormalised p."""
 
     def __init__(self, row: VerifyRow, weights: torch.Tensor, mass: torch.Tensor) -> None:
-        assert row.draft.is_chain, "only chains are sampled: settings that draft trees are refused at the start"
-        assert row.draft.q_draft is not None, "a draft without q is judged by the walk"
-        self.row, self.weights, self.mass, self.q_draft = row, weights, mass, row.draft.q_draft
-        chosen = torch.tensor(row.draft.token_ids, device=weights.device).unsqueeze(1)
+        draft = row.draft.read()
+        assert draft.is_chain, "only chains are sampled: settings that draft trees are refused at the start"
+        assert draft.q_draft is not None, "a draft without q is judged by the walk"
+        self.row, self.weights, self.mass, self.q_draft = row, weights, mass, draft.q_draft
+        chosen = torch.tensor(draft.token_ids, device=weights.device).unsqueeze(1)
         self.p_of_token = (weights[:-1].gather(1, chosen).squeeze(1) / mass[:-1]).tolist()
         self.q_of_token = self.q_draft.gather(1, chosen).squeeze(1).tolist()
         assert min(self.q_of_token) > 0.0, "q must be the distribution that the draft was sampled from"
@@ -75,7 +76,7 @@ def judge_sampled(verify_pass: Pass, scratch: Scratch, acceptance: Acceptance) -
         uniforms.append(row.uniforms.emit[row.num_generated + stands])
     last = inverse_cdf(last_distribution, torch.tensor(uniforms, dtype=torch.float64, device=logits.device)).tolist()
     emissions = [
-        Emission([*row.draft.token_ids[:stands], token], tuple(range(stands)), root)
+        Emission([*row.draft.read().token_ids[:stands], token], tuple(range(stands)), root)
         for row, root, stands, token in zip(rows, roots, num_accepted, last, strict=True)
     ]
     return with_logprobs(emissions, weights, [node for emission in emissions for node in emission.nodes])
@@ -91,4 +92,4 @@ def rejection_sampling(row: VerifyRow) -> Rule:
 
 def was_sampled(row: VerifyRow) -> bool:
     """Return whether the draft's distribution counts: a row that samples has drafts that were drawn from it."""
-    return row.draft.q_draft is not None and bool(row.draft.token_ids) and not is_greedy(row.params.temperature)
+    return row.draft.is_sampled and not is_greedy(row.params.temperature)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rollout.embedded.drafting import Draft
+from rollout.embedded.draft import Draft
 from rollout.embedded.transfer import uploaded
 from rollout.embedded.verification.distributions import kept_mass, sampling_distribution
 from rollout.embedded.verification.draw import inverse_cdf
@@ -47,7 +47,7 @@ class Thresholds:
         last_distribution = scratch.take("residual", len(rows), logits)
         paths, stops, uniforms = [], [], []
         for index, (row, root) in enumerate(zip(rows, roots, strict=True)):
-            path, refused = self.walk(row, [next(p_of_token) for _ in row.draft.token_ids])
+            path, refused = self.walk(row, [next(p_of_token) for _ in row.draft.read().token_ids])
             paths.append(path)
             stops.append(root + 1 + path[-1] if path else root)
             uniforms.append(row.uniforms.emit[row.num_generated + len(path)])
@@ -58,7 +58,7 @@ class Thresholds:
         left = last_distribution.any(dim=1, keepdim=True)
         last = inverse_cdf(torch.where(left, last_distribution, weights[at]), emit).tolist()
         emissions = [
-            Emission([*(row.draft.token_ids[node] for node in path), token], path, root)
+            Emission([*(row.draft.read().token_ids[node] for node in path), token], path, root)
             for row, root, path, token in zip(rows, roots, paths, last, strict=True)
         ]
         return with_logprobs(emissions, weights, [node for emission in emissions for node in emission.nodes])
@@ -67,11 +67,11 @@ class Thresholds:
         """Return the accepted nodes, and the tokens refused after the last of them."""
         uniforms = row.uniforms.accept_of_round(row.num_generated)
         path: list[int] = []
-        while children := children_of(row.draft, path[-1] if path else -1):
+        while children := children_of(row.draft.read(), path[-1] if path else -1):
             uniform = uniforms[row.num_generated + len(path)]
             accepted = self.accept([p_of_token[child] for child in children], uniform)
             if accepted is None:
-                return tuple(path), [row.draft.token_ids[child] for child in children]
+                return tuple(path), [row.draft.read().token_ids[child] for child in children]
             path.append(children[accepted])
         return tuple(path), []
 
@@ -84,7 +84,7 @@ def thresholded(thresholds: Thresholds) -> Callable[[VerifyRow], Rule]:
     judge = thresholds.judge  # one object, so that rows of a pass are judged together
 
     def rule_of(row: VerifyRow) -> Rule:
-        exact = is_greedy(row.params.temperature) or not row.draft.token_ids
+        exact = is_greedy(row.params.temperature) or not row.draft.num_tokens
         return target_only(row) if exact else judge
 
     return rule_of
@@ -95,9 +95,9 @@ def _p_of_drafts(verify_pass: Pass, weights: torch.Tensor) -> list[float]:
     parents = [
         root + 1 + parent
         for row, root in zip(verify_pass.rows, verify_pass.roots, strict=True)
-        for parent in row.draft.parents
+        for parent in row.draft.read().parents
     ]
-    tokens = [token for row in verify_pass.rows for token in row.draft.token_ids]
+    tokens = [token for row in verify_pass.rows for token in row.draft.read().token_ids]
     at, device = torch.tensor(parents, device=weights.device), weights.device
     mass = kept_mass(weights, verify_pass.params)
     return (weights[at, torch.tensor(tokens, device=device)] / mass[at]).tolist()

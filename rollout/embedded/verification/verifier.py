@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from rollout.embedded.drafting import Draft
 from rollout.embedded.uniforms import Uniforms
+from rollout.embedded.unread import AnyDraft
 from slime_spec.types import SamplingParams
 
 
@@ -17,7 +17,7 @@ from slime_spec.types import SamplingParams
 class VerifyRow:
     """Holds one sequence of a pass: its draft, params and uniforms; ``token_ids`` are all committed, prompt first."""
 
-    draft: Draft
+    draft: AnyDraft
     params: SamplingParams
     uniforms: Uniforms
     token_ids: Sequence[int]
@@ -30,12 +30,14 @@ class VerifyRow:
     @property
     def num_nodes(self) -> int:
         """Return the number of rows of logits: the root and every drafted token."""
-        return 1 + len(self.draft.token_ids)
+        return 1 + self.draft.num_tokens
 
     def depths(self) -> list[int]:
         """Return how many drafted tokens lead to each node, root first: node d decides token ``num_generated + d``."""
+        if self.draft.is_chain:
+            return list(range(self.num_nodes))
         depths = [0]
-        for parent in self.draft.parents:
+        for parent in self.draft.read().parents:
             depths.append(depths[parent + 1] + 1)
         return depths
 
@@ -58,6 +60,10 @@ class Verifier(Protocol):
     @property
     def lossy(self) -> bool:
         """Return whether it may bend the target's distribution: every sample it touches is marked."""
+
+    @property
+    def takes_unread(self) -> bool:
+        """Return whether it judges drafts that still lie on the device, and reads them with its results."""
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
         """Decide a pass; ``logits`` [sum of num_nodes, vocab], only read, holds each row's root, then its nodes."""

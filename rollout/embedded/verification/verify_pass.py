@@ -94,6 +94,8 @@ Rule = Callable[[Pass, Scratch], list[Verified]]
 class RuleVerifier:
     """Judges rows by rules: ``rule_of`` says which rule judges a row; rows of one rule are judged together."""
 
+    takes_unread = False
+
     def __init__(
         self, rule_of: Callable[[VerifyRow], Rule], eos_token_ids: frozenset[int] = frozenset(), lossy: bool = False
     ) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rollout.embedded.drafting import Draft
+from rollout.embedded.draft import Draft
 from rollout.embedded.verification.distributions import sampling_distribution
 from rollout.embedded.verification.draw import argmax, inverse_cdf
 from rollout.embedded.verification.verifier import Verified, VerifyRow
@@ -73,6 +73,6 @@ def walk_sampled(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tr
 
 def _follow_all(verify_pass: Pass, drawn: Sequence[int], follow: Follow) -> list[Emission]:
     return [
-        Emission(*follow(drawn[root : root + row.num_nodes], row.draft), root)
+        Emission(*follow(drawn[root : root + row.num_nodes], row.draft.read()), root)
         for row, root in zip(verify_pass.rows, verify_pass.roots, strict=True)
     ]

@@ -1,0 +1,47 @@
+"""A Draft is what a drafter proposes for one sequence and one round: a chain or a tree of candidate tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Holds the candidate tokens of one verify pass without the root (last emitted token); parents precede children.
+
+    ``parents[i]`` is the index of node i's parent, -1 for the root: a chain of three is ``(-1, 0, 1)``. Siblings are
+    distinct tokens. ``q_draft`` is the distribution each token was truly sampled from ([nodes, target vocab], fp32);
+    None means the drafter chose its tokens (argmax, n-gram, lookup, top-k), a point mass. ``nonfinite`` says that the
+    draft ends, perhaps before its first token, where the draft model's logits were not finite numbers.
+    """
+
+    token_ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    q_draft: torch.Tensor | None = None
+    nonfinite: bool = False
+
+    @classmethod
+    def chain(cls, token_ids: Sequence[int], q_draft: torch.Tensor | None = None, nonfinite: bool = False) -> Draft:
+        return cls(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)), q_draft, nonfinite)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def is_chain(self) -> bool:
+        return all(parent == index - 1 for index, parent in enumerate(self.parents))
+
+    @property
+    def is_sampled(self) -> bool:
+        """Return whether its tokens were drawn from a distribution that verification must know."""
+        return self.q_draft is not None and bool(self.token_ids)
+
+    def read(self) -> Draft:
+        return self
+
+
+NO_DRAFT = Draft(token_ids=(), parents=())
