@@ -19,6 +19,7 @@ from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder, architec
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError
 
+OWN_EMBEDDING = "embed_tokens.weight"  # a draft's, where it does not share its target's
 NORM_OUTPUT_CONVENTIONS = ("sglang", "specforge")
 
 

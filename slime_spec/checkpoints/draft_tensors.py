@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 
-from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
+from slime_spec.checkpoints.draft_spec import OWN_EMBEDDING, DraftSpec, draft_config
 from slime_spec.checkpoints.families.eagle3 import D2T, T2D, TABLES
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder
 from slime_spec.checkpoints.tensors import EMBEDDING, Dtypes, check_tensor, save_checkpoint, stored_tensors
 from slime_spec.errors import CheckpointError
 
 MEND = "Copy the draft again, or correct its config.json."
-OWN_EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)

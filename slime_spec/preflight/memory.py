@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slime_spec.checkpoints.draft_tensors import OWN_EMBEDDING
+from slime_spec.checkpoints.draft_spec import OWN_EMBEDDING
 from slime_spec.checkpoints.families import FORMAT_OF
 from slime_spec.checkpoints.families.eagle3 import TABLES
 from slime_spec.checkpoints.parameters import Parameters, count_parameters, kv_elements_per_token, num_kv_heads
