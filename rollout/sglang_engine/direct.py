@@ -9,6 +9,7 @@ which must be replaced: its successor gets the weights of the push before, which
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from slime_spec.transports.server_group import ServerGroupTransport, tell_lost
 from slime_spec.transports.to_servers import ServerRoute, ToServers
 from slime_spec.weights.messages import Manifest, PauseMode, PushBucket
 
+logger = logging.getLogger(__name__)
+
 Shapes = Mapping[str, tuple[int, ...]]
 Fields = Mapping[str, Any]
 
@@ -36,8 +39,8 @@ class Way(Protocol):
     async def load(self, client: SglangClient, bucket: PushBucket, fields: Fields) -> None:
         """Have the server load a bucket; raises ServerRefused, ServerGone or PushError."""
 
-    def forget(self) -> None:
-        """Note that the server is another, or cannot be relied on."""
+    def forget(self, is_replaced: bool) -> None:
+        """Note that the server is another, or may have missed what others have done."""
 
 
 class ByGroup:
@@ -48,6 +51,7 @@ class ByGroup:
     def __init__(self, transport: ToServers, first_member: int) -> None:
         self._transport, self._first = transport, first_member
         self._joined: dict[str, ServerRoute] = {}
+        self._spoilt: set[str] = set()  # groups that the server is yet to leave
 
     async def load(self, client: SglangClient, bucket: PushBucket, fields: Fields) -> None:
         (sent,) = bucket.handle
@@ -63,9 +67,10 @@ class ByGroup:
         }
         await client.post("/update_weights_from_distributed", request)
 
-    def forget(self) -> None:
+    def forget(self, is_replaced: bool) -> None:
         for route in self._joined.values():
             tell_lost(route)
+        self._spoilt = set() if is_replaced else self._spoilt | self._joined.keys()
         self._joined = {}
 
     async def _join(self, client: SglangClient, group: str, backend: str) -> None:
@@ -82,9 +87,14 @@ class ByGroup:
         await client.post("/init_weights_update_group", request)
 
     async def _leave_old(self, client: SglangClient) -> None:
-        for group in self._joined.keys() - {route.group for route in self._transport.routes}:
-            del self._joined[group]
-            await client.post("/destroy_weights_update_group", {"group_name": group})
+        self._spoilt |= self._joined.keys() - {route.group for route in self._transport.routes}
+        for group in sorted(self._spoilt):
+            self._joined.pop(group, None)
+            self._spoilt.discard(group)
+            try:
+                await client.post("/destroy_weights_update_group", {"group_name": group})
+            except ServerRefused as error:  # it never became a member
+                logger.warning("a group was not left: %s", error)
 
 
 class ByHandles:
@@ -98,7 +108,7 @@ class ByHandles:
     async def load(self, client: SglangClient, bucket: PushBucket, fields: Fields) -> None:
         await client.post(TENSOR, {"serialized_named_tensors": self._own(bucket), **fields})
 
-    def forget(self) -> None:
+    def forget(self, is_replaced: bool) -> None:
         pass
 
     def _own(self, bucket: PushBucket) -> list[str]:
@@ -176,7 +186,7 @@ class DirectStaging:
         if self._is_over:
             return
         self._is_over = True
-        self._direct.way.forget()
+        self._direct.way.forget(is_replaced=False)
         if self._is_begun and not self._is_another_server:
             self._replace(f"it has a part of the push of {self._manifest.side} version {self._manifest.version}: {why}")
 

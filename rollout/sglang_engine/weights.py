@@ -116,7 +116,7 @@ class ServerWeights:
         """Send the current weights to a new server, which has its checkpoints' weights."""
         self._paused, self._pause, self._partial = None, "", None
         if self.direct is not None:
-            self.direct.way.forget()
+            self.direct.way.forget(is_replaced=True)
         for side in ("target", "draft"):
             if side in self._current:
                 self._deliver(self._current[side])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import sys
@@ -11,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -19,15 +20,18 @@ import torch
 from aiohttp import web
 
 from rollout.sglang_engine.assemble import make_direct
+from rollout.sglang_engine.client import SglangClient
+from rollout.sglang_engine.direct import ByGroup
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.fake import serving
 from rollout.sglang_engine.server import ServerProcess
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.ports import free_port
 from slime_spec.transports import server_group
-from slime_spec.transports.server_group import ServerGroupTransport
+from slime_spec.transports.server_group import LOST, Sent, ServerGroupTransport
 from slime_spec.transports.server_ipc import ServerIpcTransport
-from slime_spec.transports.to_servers import ToServers
+from slime_spec.transports.store import store_on
+from slime_spec.transports.to_servers import ServerRoute, ToServers
 from slime_spec.types import GroupRequest, SamplingParams
 from slime_spec.weights.checksums import tensor_checksum
 from slime_spec.weights.messages import BeginPush, CommitPush, PreparePush, PushBucket, PushMessage, Side
@@ -272,3 +276,27 @@ def test_a_part_of_a_push_never_generates_in_somebody_elses_server(checkpoints: 
             trainer.check(target_of(checkpoints, 4), 3)
         finally:
             engine.stop()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_server_that_stays_leaves_the_group_of_a_failed_push_before_it_joins_another(is_replaced: bool) -> None:
+    posts: list[tuple[str, str]] = []
+
+    class Client:
+        async def post(self, path: str, body: dict[str, Any]) -> None:
+            posts.append((path.strip("/").partition("_")[0], body["group_name"]))
+
+    transport, client = ServerGroupTransport(1), cast(SglangClient, Client())
+    way, store = ByGroup(transport, 1), store_on("127.0.0.1", 2, timedelta(seconds=5))
+    for group in ("first", "second"):
+        transport.routes = (ServerRoute("push", transport.kept, group, "127.0.0.1", store.port, 2),)
+        bucket = PushBucket(1, 0, (), (), (Sent(group, "gloo"),))
+        asyncio.run(way.load(client, bucket, {}))
+        asyncio.run(way.load(client, bucket, {}))
+        if group == "first":
+            assert not store.check([LOST])
+            way.forget(is_replaced)
+            assert store.check([LOST])  # and the rank makes another group
+    left = [] if is_replaced else [("destroy", "first")]
+    joined = [[("init", group), ("update", group), ("update", group)] for group in ("first", "second")]
+    assert posts == [*joined[0], *left, *joined[1]]
