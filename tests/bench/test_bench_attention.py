@@ -120,3 +120,6 @@ def test_a_watched_pass_on_a_cpu_has_products_and_shares_that_add_up() -> None:
         assert rows[f"{prefix}.products"].value > 0
         assert sum(rows[f"{prefix}.{kind}_share"].value for kind in KINDS) == pytest.approx(1.0)
         assert rows[f"{prefix}.pass"].value > 0
+    ways = [id.rpartition(".")[2] for id in rows if id.startswith("device.tiny.product.k1.down.")]
+    assert ways == ["library", "tile8x512", "tile4x1024"]
+    assert all(row.value > 0 for id, row in rows.items() if id.startswith("device.tiny.product."))

@@ -1,15 +1,20 @@
 """Measure what a pass's time goes to: matrix products, the kernels between them, and gaps where nothing runs.
 
+Products of few tokens are timed by themselves, too, by each of the ways between which the engine chooses.
+
 The device is watched while one pass in captured graphs, logits included, runs by itself; on a CPU, operator by
 operator. Watching lengthens the gaps, so the pass's time without it stands beside the shares.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -17,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rollout.embedded.cuda.graphs import CudaCapturer, Graphs
 from rollout.embedded.linear import Packing
+from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.target import Target
 from slime_spec.bench.device.random_model import SHAPES, random_decoder, random_target
@@ -68,7 +74,31 @@ def profile_shape(name: str, spec: ModelSpec, device: torch.device, num_rounds: 
         run = one_pass(target, batch_size, context)
         words = f"{name}, random {SHORT[str(dtype).removeprefix('torch.')]} weights, batch {batch_size}"
         rows += _rows(f"device.{name}.profile.b{batch_size}", words, run, num_rounds)
+    if importlib.util.find_spec("triton") is not None:
+        rows += _product_rows(name, decoder, num_rounds)
     return rows
+
+
+def _product_rows(name: str, decoder: Decoder, num_rounds: int) -> list[Row]:
+    """Time the products of few tokens, with what lies around them, by each of the ways that the engine chooses from."""
+    from rollout.embedded.cuda import products  # needs Triton
+
+    rows, on_gpu = [], decoder.device.type == "cuda"
+    for tokens, stage in product((1, products.MOST_TOKENS) if on_gpu else (1,), products.Stage):
+        runs = products.stage_runs(decoder.layers, stage, tokens, decoder.spec.rms_norm_eps)
+        words = f"{name}, {tokens} tokens, {stage.value} with what lies around it, a block"
+        timers = {way: products.replays(run) if on_gpu else run for way, run in runs.items()}
+        sides = {str(number): partial(_in_turn, timer) for number, timer in enumerate(timers.values())}
+        times = interleaved(words, num_rounds, sides)
+        for way, each in zip(runs, times.values(), strict=True):
+            by = f"tile{way.tile.rows}x{way.tile.columns}" if isinstance(way, products.KernelProducts) else "library"
+            us = 1e6 * median_s(each) / len(decoder.layers)
+            rows.append(Row(f"device.{name}.product.k{tokens}.{stage.value}.{by}", f"{words}: by {by}", us, "us"))
+    return rows
+
+
+def _in_turn(run: Callable[[], object], turn: int) -> object:
+    return run()
 
 
 def one_pass(target: Target, batch_size: int, context: int) -> Callable[[], object]:
