@@ -45,7 +45,8 @@ class PairDraft:
         root_ids = torch.tensor(roots)
         first = Heads(self._log_distributions[root_ids, root_ids], root_ids.unsqueeze(1).float())
         vocab = DraftVocab(self._log_distributions.shape[0])
-        return grow_trees(first, self.step, slots, contexts, num_steps, topk, count, vocab)
+        grown = grow_trees(first, self.step, slots, contexts, num_steps, topk, count, vocab)
+        return [draft.read() for draft in grown]
 
 
 def distributions_after(distributions: Distributions, root: int) -> Callable[[tuple[int, ...]], Sequence[float]]:
