@@ -35,7 +35,7 @@ def config(**settings: object) -> SpeculativeConfig:
 
 def context(tokens: Sequence[int], limit: int = 11, key: int = 1, max_depth: int | None = None) -> DraftContext:
     asked = draft_context(key, tokens, 1, limit)
-    return asked if max_depth is None else DraftContext(**{**vars(asked), "max_depth": max_depth})
+    return asked if max_depth is None else asked._replace(max_depth=max_depth)
 
 
 def propose(drafter: NgramDrafter, tokens: Sequence[int], limit: int = 11, key: int = 1) -> Draft:
