@@ -55,8 +55,12 @@ def run(folder: Path, *arguments: str, speculates: bool = True) -> list[dict[str
 def test_the_megatron_trainer_trains_on_what_sglang_samples_and_pushes_to_it(
     tmp_path: Path, speculates: bool, transport: str
 ) -> None:
-    """On a CPU SGLang verifies greedily whatever the temperature: only without speculation do samples differ."""
-    metrics = run(tmp_path, "--lr", "1e-3", "--push-transport", transport, speculates=speculates)
+    """On a CPU SGLang verifies greedily whatever the temperature: only without speculation do samples differ.
+
+    The draft stays behind a policy that moves fast, and how much a canary of so few tokens falls for it is chance.
+    """
+    settings = ("--lr", "1e-3", "--push-transport", transport, "sglang_server.canary_drop=0.01")
+    metrics = run(tmp_path, *settings, speculates=speculates)
     assert len(metrics) == STEPS
     for step, row in enumerate(metrics):
         assert row["rollout/weight_version_min"] == row["rollout/weight_version_max"] == step
