@@ -136,7 +136,7 @@ def test_a_request_whose_logits_are_not_finite_is_told_so_and_the_server_serves_
     def broken(logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
         meets_it = [row.params.top_k == 7 and row.num_generated >= 3 for row in rows]
         return [
-            replace(each, logprobs=[math.nan] * len(each.logprobs)) if meets else each
+            each._replace(logprobs=[math.nan] * len(each.logprobs)) if meets else each
             for meets, each in zip(meets_it, verify(logits, rows), strict=True)
         ]
 
