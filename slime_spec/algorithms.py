@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DraftSource = Literal["text", "model", "head", "target"]
 Numbers = tuple[int, int, int]  # num_steps, eagle_topk, num_draft_tokens
 LOOKUP_DRAFT_TOKENS = 5
+HISTORY_DRAFT_TOKENS = 8
 NGRAM_DRAFT_TOKENS = 12
 # SGLang's automatic numbers, and the targets it drafts trees for.
 AUTO_TREE: Numbers = (5, 4, 8)
@@ -143,6 +144,11 @@ def _text_chain(config: SpeculativeConfig, architecture: str) -> Numbers:
     return num_steps, 1, num_steps + 1
 
 
+def _history_chain(config: SpeculativeConfig, architecture: str) -> Numbers:
+    num_steps = config.num_steps or (config.num_draft_tokens or HISTORY_DRAFT_TOKENS) - 1
+    return num_steps, 1, num_steps + 1
+
+
 def _trie(config: SpeculativeConfig, architecture: str) -> Numbers:
     count = config.num_draft_tokens or NGRAM_DRAFT_TOKENS
     return count - 1, config.ngram_max_bfs_breadth, count
@@ -178,6 +184,14 @@ LOOKUP = Algorithm(
     drafter="rollout.embedded.drafters.lookup:LookupDrafter",
     reads=("num_steps", *_EVERY_ROUND, "min_token_match", "max_token_match", "edit"),
     likely_causes="replies that do not repeat their prompt or advice; advice for another prompt",
+)
+HISTORY = Algorithm(
+    "HISTORY",
+    _history_chain,
+    sources=("text",),
+    drafter="rollout.embedded.drafters.history:HistoryDrafter",
+    reads=("num_steps", *_EVERY_ROUND),
+    likely_causes="groups whose samples all end at once, or have little in common",
 )
 NGRAM = Algorithm(
     "NGRAM",
@@ -255,5 +269,5 @@ DSPARK = Algorithm(
     likely_causes=_STALE,
 )
 ALGORITHMS: Mapping[str, Algorithm] = {
-    each.name: each for each in (NONE, LOOKUP, NGRAM, STANDALONE, EAGLE, EAGLE3, NEXTN, DFLASH, DSPARK)
+    each.name: each for each in (NONE, LOOKUP, HISTORY, NGRAM, STANDALONE, EAGLE, EAGLE3, NEXTN, DFLASH, DSPARK)
 }

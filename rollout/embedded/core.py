@@ -323,14 +323,16 @@ class GenerationCore:
         """Hand out finished samples and free their rows, highest row first so that rows below keep their numbers."""
         for row, ending in sorted(finished, key=lambda pair: pair[0], reverse=True):
             sequence = self.batch.remove(row)
+            if ending is not ABORTED:
+                self._speculation.finish(sequence)
             self._speculation.forget(sequence)
             self._deliver(sequence, ending)
 
     def _deliver(self, sequence: SampleState, ending: Ending) -> None:
         group = sequence.group
         group.num_unfinished -= 1
-        if not group.num_unfinished and group.prefix_row >= 0:
-            self._release_prompt(group)
+        if not group.num_unfinished:
+            self._end(group)
         group.on_sample(sequence.finished(ending, self._clock(), self._stamp, self.version))
 
     def _give_up(self, group: Group, error: GenerationError) -> None:
@@ -339,11 +341,16 @@ class GenerationCore:
             if self.batch.sequences[row].group is group:
                 self._speculation.forget(self.batch.remove(row))
         self.waiting = [each for each in self.waiting if each.group is not group]
-        if group.prefix_row >= 0:
-            self._release_prompt(group)
+        self._end(group)
         if group.on_failure is None:
             raise error
         group.on_failure(error)
+
+    def _end(self, group: Group) -> None:
+        """Drop what is kept for a group as a whole: none of its samples is here any more."""
+        if group.prefix_row >= 0:
+            self._release_prompt(group)
+        self._speculation.end(group)
 
     def _release_idle_prompts(self, needed: Group | None = None) -> bool:
         """Free the shared prompts that no sequence of the batch reads, except ``needed``'s; whether there were any."""

@@ -15,17 +15,26 @@ class Draft:
     ``parents[i]`` is the index of node i's parent, -1 for the root: a chain of three is ``(-1, 0, 1)``. Siblings are
     distinct tokens. ``q_draft`` is the distribution each token was truly sampled from ([nodes, target vocab], fp32);
     None means the drafter chose its tokens (argmax, n-gram, lookup, top-k), a point mass. ``nonfinite`` says that the
-    draft ends, perhaps before its first token, where the draft model's logits were not finite numbers.
+    draft ends, perhaps before its first token, where the draft model's logits were not finite numbers. ``expected``,
+    where the drafter knows it, is its own estimate for each node of the probability that the node is accepted, given
+    that its parent was: it says where rows are well spent, and verification never reads it.
     """
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
     q_draft: torch.Tensor | None = None
     nonfinite: bool = False
+    expected: tuple[float, ...] | None = None
 
     @classmethod
-    def chain(cls, token_ids: Sequence[int], q_draft: torch.Tensor | None = None, nonfinite: bool = False) -> Draft:
-        return cls(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)), q_draft, nonfinite)
+    def chain(
+        cls,
+        token_ids: Sequence[int],
+        q_draft: torch.Tensor | None = None,
+        nonfinite: bool = False,
+        expected: tuple[float, ...] | None = None,
+    ) -> Draft:
+        return cls(tuple(token_ids), tuple(range(-1, len(token_ids) - 1)), q_draft, nonfinite, expected)
 
     @property
     def num_tokens(self) -> int:

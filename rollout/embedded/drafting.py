@@ -3,7 +3,7 @@
     prompts, pass by pass:    prefill(prefills)                    the target has just cached these tokens
     every round:              propose(contexts) ──► drafts         one per speculating sequence
                               verify (target) ──► observe(outcomes) accepted nodes, and the target's features
-    end or preemption:        forget(request_key)
+    end or preemption:        forget(request_key); a LearningDrafter is shown finished samples before it
     weights:                  bind(decoder) after every change of the target's; ``weights`` for the drafter's own
 
 A drafter with a network keeps keys and values in a cache of its own, whose rows are the target's: row r of the target's
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -96,12 +96,14 @@ class Outcome(NamedTuple):
     """Reports the result of one sequence's last draft: ``path`` are the accepted nodes, from the root down.
 
     ``features`` [1 + accepted, width] belong to the root and the accepted nodes: the tokens whose keys and values the
-    target has committed this round. The round also emitted one token more, the next round's root.
+    target has committed this round. The round also emitted one token more, the next round's root. ``num_drafted``
+    counts the nodes that were verified, the first ones of the draft.
     """
 
     request_key: int
     path: tuple[int, ...]
     features: torch.Tensor | None = None
+    num_drafted: int = 0
 
 
 class DraftWeights(Protocol):
@@ -160,6 +162,20 @@ class Drafter(Protocol):
 
     def forget(self, request_key: int) -> None:
         """Drop the state of a request that is finished or preempted, or of a prompt that is no longer needed."""
+
+
+@runtime_checkable
+class LearningDrafter(Protocol):
+    """Is implemented, besides Drafter, by a drafter that learns from whole replies."""
+
+    def finished(self, prompt_key: int, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Take all tokens of a sample that has finished, prompt first, while others of its group have not.
+
+        A preempted or aborted sample has not finished.
+        """
+
+    def ended(self, prompt_key: int) -> None:
+        """Drop what was kept for a group: none of its samples is unfinished."""
 
 
 class WeightlessDrafter:

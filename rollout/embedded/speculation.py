@@ -11,7 +11,7 @@ import torch
 
 from rollout.embedded.batch import Batch
 from rollout.embedded.draft import NO_DRAFT, Draft
-from rollout.embedded.drafting import DraftContext, Drafter, Outcome, Prefill
+from rollout.embedded.drafting import DraftContext, Drafter, LearningDrafter, Outcome, Prefill
 from rollout.embedded.plan import RowSpan, tree_shape
 from rollout.embedded.request import Group, SampleState
 from rollout.embedded.target import PassOutput, Target, Timing
@@ -78,8 +78,21 @@ class Speculation:
             features = gathered.split([len(tokens) for tokens in committed])
         keys = [running[row].key for row in rows]
         paths = [verified[row].path for row in rows]
+        num_drafted = [spans[row].count - 1 for row in rows]
         with self._timed():
-            self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, strict=True)])
+            self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, num_drafted, strict=True)])
+
+    def finish(self, sequence: SampleState) -> None:
+        """Show a finished sample to a drafter that learns from it, where others of its group go on."""
+        group = sequence.group
+        if isinstance(self.drafter, LearningDrafter) and group.num_unfinished > 1 and self.applies_to(group):
+            with self._timed():
+                self.drafter.finished(group.key, sequence.token_ids, group.num_prompt_tokens)
+
+    def end(self, group: Group) -> None:
+        """Have a drafter drop what it learned of a group that has no unfinished sample."""
+        if isinstance(self.drafter, LearningDrafter) and self.applies_to(group):
+            self.drafter.ended(group.key)
 
     def forget(self, sequence: SampleState) -> None:
         """Drop the drafter's state of a sequence that has left the batch, finished or preempted."""

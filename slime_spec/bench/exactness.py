@@ -16,7 +16,7 @@ import torch
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.plan import RowSpan
-from slime_spec.algorithms import EAGLE3, LOOKUP, NGRAM
+from slime_spec.algorithms import EAGLE3, HISTORY, LOOKUP, NGRAM
 from slime_spec.bench.drafts import Shape, eagle3_config
 from slime_spec.bench.engine import engine_logits
 from slime_spec.bench.local_engine import engine_config, greedy, started_engine
@@ -90,7 +90,7 @@ def speculating(options: BenchOptions, dtype: str) -> dict[str, Config]:
     plain = engine_config(options.model, dtype, num_gpus=options.num_gpus or 0)
     weightless = {
         name: replace(plain, speculative=replace(plain.speculative, algorithm=name))
-        for name in (LOOKUP.name, NGRAM.name)
+        for name in (LOOKUP.name, HISTORY.name, NGRAM.name)
     }
     eagle3 = {f"{EAGLE3.name}_{shape.name}": eagle3_config(options, dtype, shape) for shape in SHAPES}
     return {**weightless, **eagle3}

@@ -83,7 +83,7 @@ def test_sglangs_forged_acceptance_is_refused_by_its_environment_variable(monkey
         check_environment(harmless)
 
 
-@pytest.mark.parametrize("algorithm", ["NGRAM", "LOOKUP", "NONE"])
+@pytest.mark.parametrize("algorithm", ["NGRAM", "LOOKUP", "HISTORY", "NONE"])
 def test_another_algorithm_leaves_out_the_experiments_draft_and_says_so(algorithm: str) -> None:
     made = composed(["--config", "smollm2-135m", "--speculative-algorithm", algorithm])
     speculative = made.config.speculative

@@ -20,7 +20,7 @@ def located(algorithm: str, path: str | None, target: str = "/target") -> DraftL
     return locate_draft(SpeculativeConfig(algorithm=algorithm, draft_model_path=path), target)
 
 
-@pytest.mark.parametrize("algorithm", ["NONE", "NGRAM", "LOOKUP"])
+@pytest.mark.parametrize("algorithm", ["NONE", "NGRAM", "LOOKUP", "HISTORY"])
 def test_what_drafts_from_text_has_no_folder(algorithm: str) -> None:
     assert located(algorithm, None) is None
 

@@ -42,6 +42,7 @@ TREE = {"num_steps": 3, "eagle_topk": 3, "num_draft_tokens": 8}
 CASES = {
     "plain": ("NONE", None, {}),
     "lookup": ("LOOKUP", None, {"num_draft_tokens": 5, "min_token_match": 1}),
+    "history": ("HISTORY", None, {"num_draft_tokens": 6}),
     "ngram": ("NGRAM", None, {"num_draft_tokens": 6}),
     "standalone chain": ("STANDALONE", "near", CHAIN),
     "standalone tree": ("STANDALONE", "near", TREE),

@@ -50,7 +50,7 @@ def scaled(folder: Path) -> GenerationCore:
     return core
 
 
-@pytest.mark.parametrize("algorithm", ["NONE", "LOOKUP", "NGRAM"])
+@pytest.mark.parametrize("algorithm", ["NONE", "LOOKUP", "HISTORY", "NGRAM"])
 def test_a_target_of_graphs_gives_the_tokens_of_operators(tiny_llama: Path, algorithm: str) -> None:
     config = engine_config(tiny_llama, algorithm)
     expected = run(make_core(config), REQUESTS)

@@ -24,6 +24,7 @@ REQUESTS = [
 SHAPES = [(1, 1, 2), (3, 1, 4), (5, 1, 6), (7, 1, 8), (5, 4, 8), (3, 8, 32)]
 TEXT_DRAFTERS = {
     **{f"lookup {count}": {"algorithm": "LOOKUP", "num_draft_tokens": count} for count in (2, 4, 8, 32)},
+    **{f"history {count}": {"algorithm": "HISTORY", "num_draft_tokens": count} for count in (2, 8, 32)},
     "ngram by recency": {"algorithm": "NGRAM"},
     "ngram by frequency": {"algorithm": "NGRAM", "ngram_match_type": "PROB", "num_draft_tokens": 32},
 }

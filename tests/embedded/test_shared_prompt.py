@@ -10,7 +10,7 @@ from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.embedded_harness import engine_config, make_core, prefill, random_prompt, run
 
 
-@pytest.mark.parametrize("algorithm", ["NONE", "LOOKUP"])
+@pytest.mark.parametrize("algorithm", ["NONE", "LOOKUP", "HISTORY"])
 def test_samples_are_the_same_with_a_shared_prompt_and_with_their_own(tiny_llama: Path, algorithm: str) -> None:
     params = SamplingParams(max_new_tokens=30)
     prompts = {f"g{i}": random_prompt(3 + 11 * i, seed=i) for i in range(4)}

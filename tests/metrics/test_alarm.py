@@ -72,7 +72,7 @@ def test_every_algorithm_that_drafts_has_its_likely_causes() -> None:
     assert all(bool(each.likely_causes) == each.speculates for each in ALGORITHMS.values())
 
 
-@pytest.mark.parametrize(("algorithm", "expected"), [("LOOKUP", 1), ("NONE", 0)])
+@pytest.mark.parametrize(("algorithm", "expected"), [("LOOKUP", 1), ("HISTORY", 1), ("NONE", 0)])
 def test_a_runs_log_has_the_alarm_when_it_speculates(
     caplog: pytest.LogCaptureFixture, tmp_path: Path, algorithm: str, expected: int
 ) -> None:

@@ -71,7 +71,7 @@ def test_a_wrong_field_is_refused_by_its_name(fields: dict[str, object], name: s
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("algorithm", ["NONE", "NGRAM", "EAGLE3"])
+@pytest.mark.parametrize("algorithm", ["NONE", "HISTORY", "NGRAM", "EAGLE3"])
 def test_advice_and_edit_need_lookup_unless_the_request_does_not_speculate(algorithm: str) -> None:
     for params in (SamplingParams(advice_token_ids=(1,)), SamplingParams(edit=True)):
         check_speculative_params(params, "LOOKUP", 10)

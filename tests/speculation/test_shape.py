@@ -30,6 +30,7 @@ def numbers(architecture: str, algorithm: str, **settings: object) -> tuple[int,
         ("MiMoForCausalLM", "NEXTN", (3, 1, 4)),
         (QWEN, "NGRAM", (11, 10, 12)),
         (QWEN, "LOOKUP", (4, 1, 5)),
+        (QWEN, "HISTORY", (7, 1, 8)),
     ],
 )
 def test_unset_numbers_are_sglangs_automatic_ones(
@@ -48,6 +49,7 @@ def test_a_chain_is_verified_as_one_token_more_than_its_steps_whatever_was_asked
     assert numbers(LLAMA, "EAGLE3", num_steps=6) == (6, 1, 7)
     assert numbers(LLAMA, "LOOKUP", num_steps=6, num_draft_tokens=3) == (6, 1, 7)
     assert numbers(LLAMA, "LOOKUP", num_draft_tokens=3) == (2, 1, 3)
+    assert numbers(LLAMA, "HISTORY", num_steps=3, num_draft_tokens=9) == (3, 1, 4)
 
 
 def test_a_tree_has_the_size_that_was_asked_for_up_to_its_pool_and_root() -> None:
@@ -76,6 +78,7 @@ def test_ngram_takes_its_breadth_for_topk_and_ignores_steps() -> None:
     [
         ("NONE", {}, 1),
         ("LOOKUP", {}, 5),
+        ("HISTORY", {}, 8),
         ("NGRAM", {}, 12),  # the trie's breadth takes no KV
         ("STANDALONE", {"num_steps": 7}, 8),
         ("EAGLE3", {"num_steps": 5, "eagle_topk": 4, "num_draft_tokens": 8}, 17),

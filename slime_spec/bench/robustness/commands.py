@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from random import Random
 
-from slime_spec.algorithms import LOOKUP
+from slime_spec.algorithms import HISTORY, LOOKUP
 from slime_spec.bench.robustness.fuzzer import Case, Kind
 from slime_spec.bench.robustness.tiny import make_target
 from slime_spec.bench.robustness.yaml_texts import yaml_text
@@ -63,7 +63,7 @@ TEXTS = (
     *("[1,[2,[3]]]", "[" * 200, "[" * 2000 + "]" * 2000, "2024-01-31", "2024-13-45", "0000-00-00", "1:2:3", "!!python"),
 )
 SOUND: tuple[tuple[str, ...], ...] = (
-    *((), (), (), ("--config", "tiny"), ("--debug-rollout-only",)),
+    *((), (), (), ("--config", "tiny"), ("--debug-rollout-only",), ("--speculative-algorithm", HISTORY.name)),
     *(("--speculative-algorithm", LOOKUP.name), ("--rollout-engine", "sglang", "--skip-check", "sglang-version")),
     ("--rollout-engine", "sglang", "--rollout-external-engine-addrs", "127.0.0.1:9"),
 )

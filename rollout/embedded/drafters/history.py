@@ -1,0 +1,140 @@
+"""HISTORY drafts what followed the latest tokens in texts of the same prompt, finished replies before all others.
+
+    siblings   the group's samples that have finished, each added whole when it ends
+    reply      the sample itself
+    prompt
+
+Each source is searched for the longest suffix of the sequence, of 2 to 8 tokens. An earlier source stands before a
+later one, unless the later one's match is longer by more than ``NEAR``. The draft is a chain: token after token the
+continuation of most weight among the places of the match; places that went on otherwise drop out.
+
+Each node says what is expected of it (Draft.expected; drafters/calibration.py). A chain ends where it is less than
+``LEAST_REACH`` likely to be reached, but its first token is always drafted, so that the rate of its bucket can recover.
+The target's noise and logits are never looked at: the drafts are chosen tokens, and every verification rule is exact
+for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from rollout.embedded.draft import NO_DRAFT, Draft
+from rollout.embedded.drafters.calibration import Bucket, Calibration
+from rollout.embedded.drafters.occurrences import LONGEST_MATCH, Match, Occurrences
+from rollout.embedded.drafting import DraftContext, Outcome, WeightlessDrafter
+from slime_spec.config.tree import SpeculativeConfig
+
+NEAR = 1
+LEAST_REACH = 0.1
+MAX_SIBLING_TOKENS = 65_536  # of one prompt that are indexed
+
+
+@dataclass(eq=False)
+class PromptTexts:
+    """Holds what all samples of a prompt draft from."""
+
+    siblings: Occurrences = field(default_factory=Occurrences)
+    prompt: Occurrences = field(default_factory=Occurrences)
+
+
+@dataclass(eq=False)
+class Reply:
+    """Holds a running sample's own text, from the end of its prompt on, and its draft that waits to be judged."""
+
+    text: Occurrences = field(default_factory=Occurrences)
+    num_seen: int = 0  # tokens of the sequence, prompt included
+    drafted: list[Bucket] = field(default_factory=list)
+
+
+class HistoryDrafter(WeightlessDrafter):
+    """Drafts chains from a prompt's finished replies, from the reply itself and from the prompt."""
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self._prompts: dict[int, PromptTexts] = {}
+        self._replies: dict[int, Reply] = {}
+        self._calibration = Calibration()
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+        return [self._propose(context) for context in contexts]
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            reply = self._replies.get(outcome.request_key)
+            if reply is not None and reply.drafted:
+                self._calibration.note(reply.drafted[: outcome.num_drafted], len(outcome.path))
+                reply.drafted = []
+
+    def forget(self, request_key: int) -> None:
+        self._replies.pop(request_key, None)
+
+    def finished(self, prompt_key: int, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        siblings = self._texts(prompt_key).siblings
+        start = _context_start(num_prompt_tokens)
+        if len(siblings) + len(token_ids) - start <= MAX_SIBLING_TOKENS:
+            siblings.add(token_ids[start:], num_context=num_prompt_tokens - start)
+
+    def ended(self, prompt_key: int) -> None:
+        self._prompts.pop(prompt_key, None)
+
+    def _propose(self, context: DraftContext) -> Draft:
+        texts, reply = self._texts(context.prompt_key), self._reply(context)
+        if not len(texts.prompt):
+            texts.prompt.add(context.token_ids[: context.num_prompt_tokens])
+        sources = texts.siblings, reply.text, texts.prompt
+        found = best_match(sources, list(context.token_ids[-LONGEST_MATCH:]))
+        if found is None:
+            return NO_DRAFT
+        source, (length, places) = found
+        chain: list[int] = []
+        expected: list[float] = []
+        reach = 1.0
+        for each in islice(sources[source].continuations(places), min(context.max_draft_tokens, context.max_depth)):
+            bucket = Bucket.of(source, length, each)
+            expectation = self._calibration.expected(bucket, each)
+            reach *= expectation
+            if chain and reach < LEAST_REACH:
+                break
+            chain.append(each.token_id)
+            expected.append(expectation)
+            reply.drafted.append(bucket)
+            length = min(length + 1, LONGEST_MATCH)
+        return Draft.chain(chain, expected=tuple(expected))
+
+    def _texts(self, prompt_key: int) -> PromptTexts:
+        texts = self._prompts.get(prompt_key)
+        if texts is None:
+            texts = self._prompts[prompt_key] = PromptTexts()
+        return texts
+
+    def _reply(self, context: DraftContext) -> Reply:
+        """Return the sample's text with all its tokens; a draft that was never judged is dropped."""
+        tokens, num_prompt_tokens = context.token_ids, context.num_prompt_tokens
+        reply = self._replies.get(context.request_key)
+        if reply is None:
+            reply = self._replies[context.request_key] = Reply()
+            start = _context_start(num_prompt_tokens)
+            reply.text.extend(tokens[start:], num_context=num_prompt_tokens - start)
+        else:
+            reply.text.extend(tokens[reply.num_seen :])
+        reply.num_seen = len(tokens)
+        reply.drafted = []
+        return reply
+
+
+def best_match(sources: Sequence[Occurrences], tail: list[int]) -> tuple[int, Match] | None:
+    """Return the source to draft from and its match of ``tail``: the first one, unless a later one's is far longer."""
+    best: tuple[int, Match] | None = None
+    for source, texts in enumerate(sources):
+        match = texts.longest(tail)
+        if match is not None and (best is None or match.length > best[1].length + NEAR):
+            best = source, match
+        if best is not None and best[1].length + NEAR >= len(tail):
+            break
+    return best
+
+
+def _context_start(num_prompt_tokens: int) -> int:
+    """Return where the tokens of a prompt begin that the first tokens of its replies are matched by."""
+    return max(0, num_prompt_tokens - LONGEST_MATCH)

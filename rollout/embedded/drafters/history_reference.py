@@ -1,0 +1,108 @@
+"""The reference of HISTORY compares the sequence with every place of every text; HistoryDrafter must agree.
+
+It keeps texts as lists and past drafts as a list, indexes nothing, and takes only the numbers from the fast one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rollout.embedded.drafters.calibration import KEPT, MAJORITY, PRIOR_DRAFTS
+from rollout.embedded.drafters.history import LEAST_REACH, NEAR
+from rollout.embedded.drafters.occurrences import INDEXED, LONGEST_MATCH, LOOKED_AT
+
+Text = tuple[Sequence[int], float, int]  # with its weight, and how many of its first tokens are context
+Place = tuple[Sequence[int], int, float]  # in a text, before a token; the text's weight
+Kind = tuple[int, int, int]  # of drafts that are alike: source, length of the match, agreement
+
+
+def places_after(texts: Sequence[Text], suffix: Sequence[int]) -> list[Place]:
+    """Return the places behind every occurrence of ``suffix``, the latest first."""
+    length = len(suffix)
+    return [
+        (text, end, weight)
+        for text, weight, num_context in reversed(texts)
+        for end in range(len(text), max(num_context, length) - 1, -1)
+        if list(text[end - length : end]) == list(suffix)
+    ]
+
+
+def common_length(place: Place, tail: Sequence[int]) -> int:
+    text, end, _ = place
+    lengths = range(min(end, len(tail)), 0, -1)
+    return next((length for length in lengths if list(text[end - length : end]) == list(tail[-length:])), 0)
+
+
+def longest_match(texts: Sequence[Text], tail: Sequence[int]) -> tuple[int, list[Place]] | None:
+    """Return the longest match and its places that are continued, among the latest LOOKED_AT."""
+    for length in INDEXED:
+        if length > len(tail):
+            continue
+        latest = places_after(texts, tail[-length:])[:LOOKED_AT]
+        continued = [place for place in latest if place[1] < len(place[0])]
+        if continued:
+            longest = max(common_length(place, tail) for place in continued)
+            return longest, [place for place in continued if common_length(place, tail) == longest]
+    return None
+
+
+@dataclass
+class ReferenceHistory:
+    """Drafts for the samples of one prompt."""
+
+    prompt: Sequence[int]
+    siblings: list[Text] = field(default_factory=list)
+    judged: list[tuple[Kind, bool]] = field(default_factory=list)
+    drafted: list[Kind] = field(default_factory=list)
+
+    def finished(self, reply: Sequence[int]) -> None:
+        self.siblings.append(self._behind_prompt(reply))
+
+    def propose(self, reply: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        """Return at most ``count`` drafts after ``reply``, and what is expected of each."""
+        tail = [*self.prompt, *reply][-LONGEST_MATCH:]
+        best = None
+        for source, texts in enumerate((self.siblings, [self._behind_prompt(reply)], [(self.prompt, 1.0, 0)])):
+            match = longest_match(texts, tail)
+            if match is not None and (best is None or match[0] > best[1] + NEAR):
+                best = source, *match
+        self.drafted = []
+        return ([], []) if best is None else self._chain(*best, count)
+
+    def verified(self, num_accepted: int) -> None:
+        for depth, kind in enumerate(self.drafted[: num_accepted + 1]):
+            self.judged.append((kind, depth < num_accepted))
+
+    def _behind_prompt(self, reply: Sequence[int]) -> Text:
+        context = self.prompt[-LONGEST_MATCH:]
+        return [*context, *reply], 1.0, len(context)
+
+    def _chain(self, source: int, length: int, places: list[Place], count: int) -> tuple[list[int], list[float]]:
+        chain: list[int] = []
+        expected: list[float] = []
+        reach = 1.0
+        while places and len(chain) < count:
+            following = [text[end] for text, end, _ in places]
+            weights = {token: sum(place[2] for place in places if place[0][place[1]] == token) for token in following}
+            heaviest = max(weights.values())
+            token = next(token for token in following if weights[token] == heaviest)
+            share = heaviest / sum(weights.values())
+            kind = source, min(length + len(chain), LONGEST_MATCH), (share >= MAJORITY) + (share == 1.0)
+            expectation = self._expected(kind, heaviest / (sum(weights.values()) + 1.0))
+            reach *= expectation
+            if chain and reach < LEAST_REACH:
+                break
+            chain.append(token)
+            expected.append(expectation)
+            self.drafted.append(kind)
+            places = [(text, end + 1, weight) for text, end, weight in places if text[end] == token]
+            places = [place for place in places if place[1] < len(place[0])]
+        return chain, expected
+
+    def _expected(self, kind: Kind, by_places: float) -> float:
+        alike = [accepted for each, accepted in self.judged if each == kind]
+        ages = range(len(alike) - 1, -1, -1)
+        num_judged = sum(KEPT**age for age in ages)
+        num_accepted = sum(KEPT**age for age, accepted in zip(ages, alike, strict=True) if accepted)
+        return (num_accepted + PRIOR_DRAFTS * by_places) / (num_judged + PRIOR_DRAFTS)
