@@ -181,16 +181,23 @@ class TrainSample:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """Reports what one training step did; every mean is over all response tokens of the step, on all ranks."""
+    """Reports what one training step did on all ranks.
+
+    ``num_tokens`` are the step's response tokens and ``num_trained_tokens`` those with a gradient; the others have
+    advantage 0. ``loss``, ``pg_loss``, ``clip_fraction`` and ``kl`` are means over all. ``entropy`` and
+    ``train_rollout_logprob_abs_diff`` are means over the trained tokens, or over all with
+    trainer.metrics_of_all_samples; None where that is none.
+    """
 
     loss: float
     pg_loss: float
     grad_norm: float
-    entropy: float
+    entropy: float | None
     clip_fraction: float
     kl: float
-    train_rollout_logprob_abs_diff: float
+    train_rollout_logprob_abs_diff: float | None
     num_tokens: int
+    num_trained_tokens: int
     num_optimizer_steps: int
     num_microbatches: int
 

@@ -26,7 +26,8 @@ class Microbatch:
 
     ``token_ids`` and ``position_ids`` are [1, T]; ``rows``, ``targets``, ``rollout_logprobs``, ``advantages``,
     ``weights`` and ``ref_logprobs`` are [N]: row ``rows[i]`` of the model predicts token ``targets[i]``. ``weights`` is
-    1, or 0 in a microbatch that only keeps a rank in step with the others.
+    1, or 0 in a microbatch that only keeps a rank in step with the others. ``num_flat_tokens`` tokens of the step are
+    in no microbatch and count in the loss's mean beside this microbatch's own.
     """
 
     token_ids: torch.Tensor
@@ -38,6 +39,7 @@ class Microbatch:
     advantages: torch.Tensor
     weights: torch.Tensor
     ref_logprobs: torch.Tensor | None = None
+    num_flat_tokens: int = 0
 
 
 def build_microbatch(samples: Sequence[TrainSample], plan: MicrobatchPlan, device: torch.device) -> Microbatch:

@@ -41,14 +41,14 @@ MicrobatchPlan = tuple[Segment, ...]
 def plan_microbatches(
     samples: Sequence[TrainSample], max_tokens: int, num_ranks: int, share_prompts: bool = True
 ) -> list[list[MicrobatchPlan]]:
-    """Return each data parallel rank's microbatches, as many on every rank (collectives need that).
+    """Return each data parallel rank's microbatches, as many on every rank and at least one (collectives need that).
 
     A microbatch has at most ``max_tokens`` tokens, except one that holds a single longer sample. Where there are fewer
     than the ranks need, empty plans fill up. Samples without response tokens are left out.
     """
     segments = form_segments(samples, max_tokens, share_prompts)
     bins = _best_fit_decreasing(segments, max_tokens)
-    per_rank = -(-len(bins) // num_ranks)
+    per_rank = max(1, -(-len(bins) // num_ranks))
     even = _spread_evenly(segments, per_rank * num_ranks)
     if all(len(b) <= 1 or _num_tokens(b) <= max_tokens for b in even):
         bins = even

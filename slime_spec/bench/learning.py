@@ -90,7 +90,8 @@ def learning_rows(run: Run) -> list[Row]:
     """Return the rows of one seed's run."""
     prefix = f"learning.seed{run.seed}"
     first, last = (_mean_reward(part) for part in (run.steps[:WINDOW], run.steps[-WINDOW:]))
-    diffs = _values(run.steps, "train/train_rollout_logprob_abs_diff")
+    compared = [step for step in run.steps if step.get("train/trained_token_share") != 0.0]
+    diffs = _values(compared, "train/train_rollout_logprob_abs_diff")
     rows = [
         Row(f"{prefix}.reward_first", f"mean reward of the first {WINDOW} steps, seed {run.seed}", first, "reward"),
         Row(f"{prefix}.reward_last", f"mean reward of the last {WINDOW} steps, seed {run.seed}", last, "reward"),
@@ -99,8 +100,8 @@ def learning_rows(run: Run) -> list[Row]:
         below(
             f"{prefix}.logprob_abs_diff",
             "largest step of train/train_rollout_logprob_abs_diff (a step's mean over tokens)",
-            # A step without a finite value makes the run fail; it is never left out.
-            max(diffs) if len(diffs) == len(run.steps) else float("nan"),
+            # A step that trained and has no finite value makes the run fail; it is never left out.
+            max(diffs) if diffs and len(diffs) == len(compared) else float("nan"),
             "nats/token",
             1e-4,
         ),
@@ -114,6 +115,9 @@ def learning_rows(run: Run) -> list[Row]:
             "tokens/s",
         ),
     ]
+    if (share := _trained_share(run.steps)) is not None:
+        what = "response tokens that were trained on, over the run's; the others have advantage 0"
+        rows.append(Row(f"{prefix}.trained_token_share", what, share, "share"))
     if run.seconds is not None:
         rows.append(at_most(f"{prefix}.minutes", "the whole command", run.seconds / 60, "min", 20))
     if run.peak_bytes is not None:
@@ -124,6 +128,14 @@ def learning_rows(run: Run) -> list[Row]:
 
 def _values(steps: Sequence[dict[str, float | None]], name: str) -> list[float]:
     return [value for step in steps if (value := step.get(name)) is not None]
+
+
+def _trained_share(steps: Sequence[dict[str, float | None]]) -> float | None:
+    """Return the share of the whole run's response tokens; None for a run that did not tell."""
+    shares, counts = (_values(steps, name) for name in ("train/trained_token_share", "train/num_tokens"))
+    if not shares:
+        return None
+    return sum(share * count for share, count in zip(shares, counts, strict=True)) / sum(counts)
 
 
 def _mean_reward(steps: Sequence[dict[str, float | None]]) -> float:

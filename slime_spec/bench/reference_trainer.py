@@ -132,6 +132,7 @@ def _report(sums: _Sums, grad_norms: list[float]) -> TrainReport:
         kl=sums.kl / sums.num_tokens,
         train_rollout_logprob_abs_diff=sums.diff / sums.num_tokens,
         num_tokens=sums.num_tokens,
+        num_trained_tokens=sums.num_tokens,
         num_optimizer_steps=len(grad_norms),
         num_microbatches=0,
     )

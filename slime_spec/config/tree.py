@@ -249,6 +249,10 @@ class TrainerConfig:
     global_batch_size: int | None = setting(
         None, "Samples per optimizer step; default: all of one rollout.", minimum=1, maximum=INT32
     )
+    metrics_of_all_samples: bool = setting(
+        False,
+        "Compute train/entropy and the logprob difference at samples of advantage 0, too, by a forward pass of them.",
+    )
     recompute: bool = setting(
         False,
         "Recompute activations in the backward pass (less memory, more time).",

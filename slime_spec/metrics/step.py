@@ -10,16 +10,20 @@ from slime_spec.weights.run import PushReport
 
 
 def train_metrics(report: TrainReport) -> dict[str, float]:
-    """Return the metrics ``train/*``."""
+    """Return the metrics ``train/*``; those that need a pass are absent where no token had any."""
+    of_passes = {
+        "train/entropy": report.entropy,
+        "train/train_rollout_logprob_abs_diff": report.train_rollout_logprob_abs_diff,
+    }
     return {
         "train/loss": report.loss,
         "train/pg_loss": report.pg_loss,
         "train/kl_loss": report.kl,
         "train/grad_norm": report.grad_norm,
-        "train/entropy": report.entropy,
         "train/clip_fraction": report.clip_fraction,
-        "train/train_rollout_logprob_abs_diff": report.train_rollout_logprob_abs_diff,
+        **{name: value for name, value in of_passes.items() if value is not None},
         "train/num_tokens": float(report.num_tokens),
+        "train/trained_token_share": report.num_trained_tokens / report.num_tokens,
         "train/num_optimizer_steps": float(report.num_optimizer_steps),
         "train/num_microbatches": float(report.num_microbatches),
     }

@@ -138,7 +138,11 @@ TABLE = (
     Metric("perf/sync_time", "s", "Pushing the weights to every engine."),
     Metric("perf/step_time", "s", "The whole step."),
     Metric("perf/tokens_per_s", "tokens/s", "Response tokens over rollout time."),
-    Metric("perf/train_tokens_per_s", "tokens/s", "Prompt and response tokens of scored samples over train time."),
+    Metric(
+        "perf/train_tokens_per_s",
+        "tokens/s",
+        "Prompt and response tokens of scored samples, trained on or not, over train time.",
+    ),
     Metric(
         "perf/engine_forward_share",
         "share",
@@ -151,16 +155,31 @@ TABLE = (
     Metric("train/pg_loss", "loss", "Its clipped policy gradient part."),
     Metric("train/kl_loss", "nats/token", "KL to the reference policy; 0 without a reference."),
     Metric("train/grad_norm", "norm", "Gradient norm before clipping."),
-    Metric("train/entropy", "nats/token", "Entropy of the policy at the response tokens."),
-    Metric("train/clip_fraction", "share", "Response tokens whose importance ratio was clipped."),
+    Metric(
+        "train/entropy",
+        "nats/token",
+        "Entropy of the policy at the trained tokens (train/trained_token_share), or at all response tokens with "
+        "trainer.metrics_of_all_samples; absent where there are none.",
+    ),
+    Metric(
+        "train/clip_fraction",
+        "share",
+        "Response tokens whose importance ratio was clipped; those with advantage 0 never are.",
+    ),
     Metric(
         "train/train_rollout_logprob_abs_diff",
         "nats/token",
-        "Mean |trainer's logprob - rollout's logprob| at the response tokens, before the step.",
+        "Mean |trainer's logprob - rollout's logprob| before the step, at the same tokens as train/entropy.",
     ),
-    Metric("train/num_tokens", "tokens", "Response tokens trained on."),
+    Metric("train/num_tokens", "tokens", "Response tokens that the loss is a mean over."),
+    Metric(
+        "train/trained_token_share",
+        "share",
+        "Tokens of train/num_tokens that took a forward and backward pass. The others have advantage 0 (a group of "
+        "equal rewards) and no gradient; 1 with algorithm.kl_loss_coef, which pulls at every token.",
+    ),
     Metric("train/num_optimizer_steps", "steps", "Optimizer steps of this rollout."),
-    Metric("train/num_microbatches", "microbatches", "Packed microbatches of this rollout."),
+    Metric("train/num_microbatches", "microbatches", "Packed microbatches of this rollout that one rank trained on."),
     Metric("sync/seconds", "s", "Time of the push, from begin to the last engine's commit."),
     Metric("sync/bytes", "bytes", "Weights sent to each engine."),
     Metric("sync/bytes_per_s", "bytes/s", "Weights sent to each engine over the push's time."),

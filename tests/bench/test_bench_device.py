@@ -194,7 +194,7 @@ def test_drafting_is_timed_in_the_engine_for_every_form_that_it_has(tmp_path: Pa
 def test_a_step_with_another_loss_or_gradient_than_the_cpus_does_not_hold(
     loss: float, norm: float, holds: tuple[bool, bool]
 ) -> None:
-    ours, theirs = (TrainReport(x, 0.0, n, 1.0, 0.5, 0.0, 0.1, 10, 1, 1) for x, n in ((loss, norm), (1.0, 2.0)))
+    ours, theirs = (TrainReport(x, 0.0, n, 1.0, 0.5, 0.0, 0.1, 10, 10, 1, 1) for x, n in ((loss, norm), (1.0, 2.0)))
     found = by_id(agreement_rows("a", "a step", ours, theirs, bound=0.1))
     assert (found["a.loss_diff"].holds, found["a.grad_norm_diff"].holds) == holds
 

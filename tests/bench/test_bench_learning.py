@@ -26,6 +26,20 @@ def test_rows_of_a_run_are_the_sums_done_by_hand() -> None:
     assert got["accept_length"] == (pytest.approx(6500 / 780), None)
 
 
+def test_a_step_that_trained_on_nothing_has_no_logprobs_and_the_share_is_of_all_tokens() -> None:
+    told = [
+        {**step, "train/trained_token_share": share, "train/num_tokens": count}
+        for step, share, count in zip(steps()[:3], (0.5, 0.0, 0.25), (100.0, 300.0, 200.0), strict=True)
+    ]
+    del told[1]["train/train_rollout_logprob_abs_diff"]
+    got = values(Run(0, told, None, None))
+    assert got["logprob_abs_diff"] == (3e-6, True)
+    assert got["trained_token_share"] == (100 / 600, None)
+    told[0]["train/train_rollout_logprob_abs_diff"] = None
+    assert values(Run(0, told, None, None))["logprob_abs_diff"][1] is False
+    assert "trained_token_share" not in values(Run(0, steps(), None, None))
+
+
 @pytest.mark.parametrize(
     ("run", "missed"),
     [

@@ -26,7 +26,7 @@ def test_a_random_policy_is_a_checkpoint_for_both_sides_and_follows_its_seed(tmp
 
 
 def trained(losses: tuple[float, ...], weight: float) -> Trained:
-    reports = [TrainReport(loss, 0.0, 1.0, 1.0, 0.5, 0.0, 0.1, 10, 1, 1) for loss in losses]
+    reports = [TrainReport(loss, 0.0, 1.0, 1.0, 0.5, 0.0, 0.1, 10, 10, 1, 1) for loss in losses]
     return Trained(reports, {"a": torch.zeros(3), "b": torch.tensor([0.0, weight])})
 
 

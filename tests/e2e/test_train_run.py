@@ -14,6 +14,7 @@ from slime_spec.rl.rollout_data import load_rollout
 STEPS = 3
 # A cool temperature makes a random policy repeat itself, so that lookup has something to find.
 SHARED = (
+    "trainer.metrics_of_all_samples=true",  # compares logprobs also where a group's rewards are equal
     *("--speculative-algorithm", "LOOKUP", "--sp-min-token-match", "1", "--lr", "1e-3"),
     *("--rollout-temperature", "0.3", "--rollout-max-response-len", "24"),
 )

@@ -77,7 +77,7 @@ def step_metrics(step: int) -> dict[str, float]:
     samples = [sample(reward=step / 4, histogram=(1, 2, 1)), sample(prompt_id=1, reward=0.0, histogram=(3, 1))]
     return {
         **rollout_metrics(samples),
-        **train_metrics(TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6 * (step + 1), 100, 1, 4)),
+        **train_metrics(TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6 * (step + 1), 100, 75, 1, 4)),
         **push_metrics(PushReport(step + 1, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True)),
         **perf_metrics(samples, {"rollout": 1.0, "train": 2.0, "sync": 0.5}, 4.0),
     }

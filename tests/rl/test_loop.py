@@ -69,7 +69,7 @@ class Recorder:
 
     def step(self, samples) -> TrainReport:
         self.happen(f"train {len(samples)}")
-        return TrainReport(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, len(samples), 1, 1)
+        return TrainReport(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, len(samples), len(samples), 1, 1)
 
     def push(self, version: int):
         yield BeginPush(Manifest("target", version, ()))

@@ -37,6 +37,7 @@ def run(folder: Path, *arguments: str, speculates: bool = True) -> list[dict[str
         *(_standalone(policy) if speculates else ()),
         *("--prompt-data", str(data), "--custom-rm-path", "tests.support.rewards:variety"),
         *("--rollout-max-response-len", "24", "--num-rollout", str(STEPS), "--output-dir", str(folder / "run")),
+        "trainer.metrics_of_all_samples=true",  # where SGLang verifies greedily, all rewards of a group are equal
         *arguments,
     ]
     environment = {

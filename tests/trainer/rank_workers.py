@@ -34,11 +34,16 @@ def _weights(worker: TrainerRank) -> dict[str, torch.Tensor]:
 
 
 def train(
-    rank: int, init_method: str, config: Config, batches: Sequence[Sequence[TrainSample]]
+    rank: int,
+    init_method: str,
+    config: Config,
+    batches: Sequence[Sequence[TrainSample]],
+    leaves_out_flat: bool = True,
 ) -> tuple[dict[str, torch.Tensor], list[TrainReport], dict[str, torch.Tensor]]:
-    """Weights as loaded, one report per batch, weights after."""
+    """Weights as loaded, one report per batch, weights after; ``leaves_out_flat=False`` passes over flat samples."""
     worker = TrainerRank(config, rank, init_method)
     worker.load()
+    worker.leaves_out_flat = worker.leaves_out_flat and leaves_out_flat
     before = _weights(worker)
     reports = [worker.step(batch) for batch in batches]
     after = _weights(worker)

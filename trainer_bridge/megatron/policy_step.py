@@ -20,7 +20,7 @@ from trainer_bridge.microbatch import Microbatch
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Holds sums over response tokens; add them, and divide by ``num_tokens`` for means."""
+    """Holds sums over the ``num_tokens`` response tokens that had a pass; add them, and divide for means."""
 
     loss: float = 0.0
     pg_loss: float = 0.0
@@ -40,18 +40,22 @@ class TokenSums:
 def accumulate_gradients(
     model: torch.nn.Module, microbatches: Sequence[Microbatch], loss: GrpoLoss, temperature: float
 ) -> TokenSums:
-    """Add the gradients of the mean loss over all response tokens (of all ranks); returns the same sums on every rank.
+    """Add the gradients of the mean loss over all response tokens; returns the same sums on every rank.
 
-    Gradients are reduced over data parallel ranks when this returns.
+    The mean is over the microbatches' tokens and their ``num_flat_tokens``, of all ranks. Gradients are reduced over
+    data parallel ranks when this returns.
     """
     results = _run(model, microbatches, partial(_policy_loss, loss=loss, temperature=temperature), forward_only=False)
-    sums = torch.zeros(len(TokenSums().as_list()), dtype=torch.float64, device=microbatches[0].rows.device)
-    for result in results:
-        sums += result
-    if mpu.is_pipeline_last_stage():
-        dist.all_reduce(sums, group=mpu.get_data_parallel_group())
-    dist.broadcast(sums, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
-    return TokenSums(*sums.tolist())
+    return _summed(results, microbatches[0].rows.device)
+
+
+def observe(
+    model: torch.nn.Module, microbatches: Sequence[Microbatch], loss: GrpoLoss, temperature: float
+) -> TokenSums:
+    """Return the sums that ``accumulate_gradients`` would, by a forward pass alone; the same on every rank."""
+    with torch.no_grad():
+        results = _run(model, microbatches, partial(_sums, loss=loss, temperature=temperature), forward_only=True)
+    return _summed(results, microbatches[0].rows.device)
 
 
 def with_reference_logprobs(
@@ -63,6 +67,17 @@ def with_reference_logprobs(
     if not mpu.is_pipeline_last_stage():
         return list(microbatches)
     return [replace(mb, ref_logprobs=logprobs) for mb, logprobs in zip(microbatches, results, strict=True)]
+
+
+def _summed(results: Sequence[torch.Tensor], device: torch.device) -> TokenSums:
+    """Add up the microbatches' sums over data parallel ranks, and tell every pipeline stage."""
+    sums = torch.zeros(len(TokenSums().as_list()), dtype=torch.float64, device=device)
+    for result in results:
+        sums += result
+    if mpu.is_pipeline_last_stage():
+        dist.all_reduce(sums, group=mpu.get_data_parallel_group())
+    dist.broadcast(sums, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+    return TokenSums(*sums.tolist())
 
 
 def _run(
@@ -100,7 +115,14 @@ def _policy_loss(
     reported = torch.stack([terms.loss, terms.pg_loss, entropy, terms.clipped.float(), terms.kl, abs_diff])
     sums = (reported.detach().double() * weights).sum(dim=1)
     num_tokens = weights.sum()
-    return loss_sum, num_tokens.int(), torch.cat([sums, num_tokens.double()[None]])
+    in_mean = num_tokens.int() + microbatch.num_flat_tokens
+    return loss_sum, in_mean, torch.cat([sums, num_tokens.double()[None]])
+
+
+def _sums(
+    logits: torch.Tensor, microbatch: Microbatch, loss: GrpoLoss, temperature: float, non_loss_data: bool = True
+) -> torch.Tensor:
+    return _policy_loss(logits, microbatch, loss, temperature)[2]
 
 
 def _logprobs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from slime_spec.memory import release_freed_memory
 from slime_spec.types import TrainReport, TrainSample, is_greedy
 from slime_spec.weights.messages import PushBucket
 from slime_spec.weights.run import bucket_of, bucketed
+from trainer_bridge.flat_samples import SplitBatch, split_batch
 from trainer_bridge.grpo import GrpoLoss
 from trainer_bridge.layout import check_layout
 from trainer_bridge.learning_rate import learning_rate
@@ -34,7 +36,7 @@ from trainer_bridge.megatron.optimizer import (
     set_learning_rate,
     wrap_model,
 )
-from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients, with_reference_logprobs
+from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients, observe, with_reference_logprobs
 from trainer_bridge.megatron.process_groups import join_process_groups, leave_process_groups
 from trainer_bridge.megatron.residency import Part, Residency, Tensors
 from trainer_bridge.microbatch import Microbatch, build_microbatch
@@ -59,6 +61,8 @@ class TrainerRank:
         layout = check_layout(config, self.spec)
         algorithm = config.algorithm
         self.loss = GrpoLoss(algorithm.eps_clip, algorithm.eps_clip_high or algorithm.eps_clip, algorithm.kl_loss_coef)
+        # A KL to the reference pulls at every sample, whatever its advantage.
+        self.leaves_out_flat = algorithm.kl_loss_coef == 0.0
         temperature = config.rollout.temperature
         self.temperature = 1.0 if is_greedy(temperature) else temperature
         self.optimizer_step = 0
@@ -91,6 +95,9 @@ class TrainerRank:
     def step(self, samples: Sequence[TrainSample]) -> TrainReport:
         """Make one optimizer step per ``global_batch_size`` samples; the report is the same on every rank.
 
+        Flat samples (see trainer_bridge.flat_samples) take no pass, and a step of nothing else is made all the same:
+        Adam's moments and the weights decay, and the step counts for the warm-up.
+
         Raises TrainingError, on every rank, before a loss or gradient that is not finite reaches the weights.
         """
         self._check_lengths(samples)
@@ -100,25 +107,17 @@ class TrainerRank:
         num_microbatches = 0
         with cpu_shim(), self.residency.stepping():
             for start in range(0, len(samples), batch_size):
-                microbatches = self._microbatches(samples[start : start + batch_size])
+                batch = split_batch(samples[start : start + batch_size], self.leaves_out_flat)
+                if batch.flat and self.config.trainer.metrics_of_all_samples:
+                    sums += observe(self.model, self._microbatches(batch.flat), self.loss, self.temperature)
+                microbatches = self._counting(batch.num_flat_tokens, self._microbatches(batch.trained))
                 num_microbatches += len(microbatches)
                 batch_sums = self._accumulate(microbatches)
-                grad_norms.append(self._update(batch_sums.loss / batch_sums.num_tokens))
+                grad_norms.append(self._update(batch_sums.loss / batch.num_tokens))
                 sums += batch_sums
         if self.config.cluster.colocate:
             release_freed_memory()
-        return TrainReport(
-            loss=sums.loss / sums.num_tokens,
-            pg_loss=sums.pg_loss / sums.num_tokens,
-            grad_norm=sum(grad_norms) / len(grad_norms),
-            entropy=sums.entropy / sums.num_tokens,
-            clip_fraction=sums.clipped / sums.num_tokens,
-            kl=sums.kl / sums.num_tokens,
-            train_rollout_logprob_abs_diff=sums.logprob_abs_diff / sums.num_tokens,
-            num_tokens=round(sums.num_tokens),
-            num_optimizer_steps=len(grad_norms),
-            num_microbatches=num_microbatches,
-        )
+        return _report(sums, split_batch(samples, self.leaves_out_flat), grad_norms, num_microbatches)
 
     def push_buckets(
         self, version: int, transport: WeightTransport, every_rank: bool = False
@@ -196,6 +195,13 @@ class TrainerRank:
         build = partial(build_microbatch, samples, device=policy_device())
         return [build(plan) for plan in plans[mpu.get_data_parallel_rank()]]
 
+    @staticmethod
+    def _counting(num_flat_tokens: int, microbatches: list[Microbatch]) -> list[Microbatch]:
+        """Let flat tokens count in the mean: once, by the first microbatch of the first data parallel rank."""
+        if mpu.get_data_parallel_rank():
+            return microbatches
+        return [replace(microbatches[0], num_flat_tokens=num_flat_tokens), *microbatches[1:]]
+
     def _check_lengths(self, samples: Sequence[TrainSample]) -> None:
         longest = max(len(sample.token_ids) for sample in samples)
         if longest > self.spec.max_position_embeddings:
@@ -205,3 +211,21 @@ class TrainerRank:
                 longest,
                 "Lower --rollout-max-prompt-len or --rollout-max-response-len.",
             )
+
+
+def _report(sums: TokenSums, batch: SplitBatch, grad_norms: Sequence[float], num_microbatches: int) -> TrainReport:
+    """Divide the sums: what is zero at flat tokens by all tokens, what only a pass can tell by those that had one."""
+    had_pass = sums.num_tokens > 0
+    return TrainReport(
+        loss=sums.loss / batch.num_tokens,
+        pg_loss=sums.pg_loss / batch.num_tokens,
+        grad_norm=sum(grad_norms) / len(grad_norms),
+        entropy=sums.entropy / sums.num_tokens if had_pass else None,
+        clip_fraction=sums.clipped / batch.num_tokens,
+        kl=sums.kl / batch.num_tokens,
+        train_rollout_logprob_abs_diff=sums.logprob_abs_diff / sums.num_tokens if had_pass else None,
+        num_tokens=batch.num_tokens,
+        num_trained_tokens=batch.num_trained_tokens,
+        num_optimizer_steps=len(grad_norms),
+        num_microbatches=num_microbatches,
+    )
