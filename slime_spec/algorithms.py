@@ -42,7 +42,8 @@ class Algorithm:
     target's own checkpoint. ``families`` are the draft networks it runs, its own first. ``sglang`` is the name that
     SGLang's servers report, ``rtp_llm`` the --sp-type; None where the engine does not have it. ``drafter`` is the
     embedded engine's class. ``reads`` are the settings that have an effect, besides OF_DRAFT_MODEL. ``shape`` makes
-    the three numbers of a round of the settings and the target's architecture.
+    the three numbers of a round of the settings and the target's architecture. ``reads_replies``: it drafts from
+    earlier replies to the same prompt, which the training loop then sends with requests.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Algorithm:
     drafter: str | None = None
     reads: tuple[str, ...] = ()
     likely_causes: str = ""  # causes of a draft that is never accepted
+    reads_replies: bool = False
     fills_rounds: bool = True  # False: SGLang pads rounds, and does not report by how much
     beside_dp_attention: bool = True  # SGLang: works with attention that is parallel over data
 
@@ -192,6 +194,7 @@ HISTORY = Algorithm(
     drafter="rollout.embedded.drafters.history:HistoryDrafter",
     reads=("num_steps", *_EVERY_ROUND),
     likely_causes="groups whose samples all end at once, or have little in common",
+    reads_replies=True,
 )
 NGRAM = Algorithm(
     "NGRAM",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from slime_spec.errors import ConfigError
-from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams, SpecCounters, VersionSpan
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest, SamplingParams, SpecCounters, VersionSpan
 
 # The sum of a softmax rounds: a logprob may be this much above 0.
 LOGPROB_ERROR = 1e-3
@@ -56,11 +56,22 @@ def earlier_part(request: GroupRequest, position: int, *, keeps_tokens: bool = T
     )
 
 
-def request_for_rest(request: GroupRequest, partials: Iterable[GeneratedSample]) -> GroupRequest:
-    """Return the request that resumes these samples of ``request``, with their own seeds, ordered by sample_index."""
+def request_for_rest(
+    request: GroupRequest, partials: Iterable[GeneratedSample], finished: Iterable[GeneratedSample] = ()
+) -> GroupRequest:
+    """Return the request that resumes these samples of ``request``, with their own seeds, ordered by sample_index.
+
+    Samples of the group that have ``finished`` go with it, to be drafted from: another engine has not seen them.
+    """
+    siblings = tuple(EarlierReply(each.token_ids, each.weight_version, is_sibling=True) for each in finished)
     ordered = sorted(partials, key=lambda sample: sample.sample_index)
     seeds = dict(zip(request.sample_indices, request.seeds, strict=True))
-    return replace(request, seeds=tuple(seeds[each.sample_index] for each in ordered), partials=tuple(ordered))
+    return replace(
+        request,
+        seeds=tuple(seeds[each.sample_index] for each in ordered),
+        partials=tuple(ordered),
+        earlier=request.earlier + siblings,
+    )
 
 
 def can_join_prompt(params: SamplingParams) -> bool:

@@ -62,6 +62,19 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class EarlierReply:
+    """Holds a whole reply to the same prompt: ``EarlierReply((17, 4, 198), weight_version=3)``.
+
+    ``is_sibling`` says that it is a sample of the very group that asks; otherwise it is of another step. The version is
+    the oldest that generated any of it.
+    """
+
+    token_ids: tuple[int, ...]
+    weight_version: int
+    is_sibling: bool = False
+
+
+@dataclass(frozen=True)
 class GroupRequest:
     """Asks for the samples of one prompt, which share the prompt's KV: the caller has derived a seed for each.
 
@@ -69,6 +82,9 @@ class GroupRequest:
     an earlier generation left them (finish_reason "abort", perhaps without a token). Resumed samples come back whole,
     with the token budget and every count over both parts, under the sample_index they had: a request may hold only some
     of a group's samples.
+
+    ``earlier`` are replies that an engine may draft from, oldest first; only a run whose algorithm reads them sends any
+    (Algorithm.reads_replies), and they change no sample.
 
     Example: ``GroupRequest("step3-prompt17", (1, 4093, 198), seeds=(11, 12, 13, 14), params=SamplingParams())``
     """
@@ -78,6 +94,7 @@ class GroupRequest:
     seeds: tuple[int, ...]
     params: SamplingParams
     partials: tuple[GeneratedSample, ...] = ()
+    earlier: tuple[EarlierReply, ...] = ()
 
     @property
     def sample_indices(self) -> tuple[int, ...]:

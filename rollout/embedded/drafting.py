@@ -21,7 +21,7 @@ import torch
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
 from rollout.embedded.unread import AnyDraft
-from slime_spec.types import SamplingParams
+from slime_spec.types import EarlierReply, SamplingParams
 
 # Takes what was built beside the serving weights into use: it swaps references and cannot fail
 Swap = Callable[[], None]
@@ -78,7 +78,8 @@ class DraftContext(NamedTuple):
 
     The last token is the root of the round: the target has not cached it yet. A draft may have ``max_draft_tokens``
     nodes and paths of ``max_depth``. ``uniforms[t]`` is the uniform to sample the draft of generated token t with, so
-    that the first draft of this round uses ``uniforms[len(token_ids) - num_prompt_tokens]``.
+    that the first draft of this round uses ``uniforms[len(token_ids) - num_prompt_tokens]``. ``earlier`` are whole
+    replies to the same prompt that came with the request, oldest first.
     """
 
     request_key: int
@@ -90,6 +91,7 @@ class DraftContext(NamedTuple):
     max_depth: int
     params: SamplingParams
     uniforms: Sequence[float]
+    earlier: Sequence[EarlierReply] = ()
 
 
 class Outcome(NamedTuple):

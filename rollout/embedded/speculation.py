@@ -116,6 +116,7 @@ class Speculation:
             max_depth=max_depth,
             params=group.request.params,
             uniforms=sequence.uniforms.draft_of_round(sequence.num_generated),
+            earlier=group.request.earlier,
         )
 
     @contextmanager

@@ -51,6 +51,8 @@ def check_request(request: GroupRequest, limits: RequestLimits) -> None:
     if not request.seeds:
         raise ConfigError("rollout.n_samples_per_prompt", "must be at least 1", 0, "Pass --n-samples-per-prompt 1.")
     check_partials(request, limits.vocab_size)
+    for reply in request.earlier:
+        check_token_ids("request.earlier", reply.token_ids, limits)
     check_params(params, limits.vocab_size)
     _check_choice(params, limits)
     check_speculative_params(params, limits.algorithm, limits.vocab_size)

@@ -11,10 +11,14 @@ from slime_spec.types import GeneratedSample, GroupRequest, Prompt
 
 @dataclass
 class OpenGroup:
-    """Holds a group in progress: ``request`` asks for all of it, ``partials`` are samples cut by an abort, by index."""
+    """Holds a group in progress: ``request`` asks for all of it, ``partials`` are samples cut by an abort, by index.
+
+    ``shares_replies`` says that its finished samples go with the request for the rest of them.
+    """
 
     prompt: Prompt
     request: GroupRequest
+    shares_replies: bool = False
     finished: list[GeneratedSample] = field(default_factory=list)
     partials: dict[int, GeneratedSample] = field(default_factory=dict)
     scored: PendingSamples | None = None  # of a complete group
@@ -32,4 +36,6 @@ class OpenGroup:
 
         An abort has left a partial sample, perhaps empty, of each of them.
         """
-        return request_for_rest(self.request, self.partials.values()) if self.partials else self.request
+        if not self.partials:
+            return self.request
+        return request_for_rest(self.request, self.partials.values(), self.finished if self.shares_replies else ())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import Engines, RunState
 from slime_spec.rl.open_group import OpenGroup
+from slime_spec.rl.reply_history import ReplyHistory
 from slime_spec.rl.requests import group_requests
 from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.types import GeneratedSample, Prompt, Sample
@@ -41,7 +42,9 @@ class GeneratedRollouts:
     them stays here: a resumed run generates them anew, from the prompt ids in its state.
 
     ``take_prompts(n, start)`` gives the n prompts from an id on; ``score(prompt, responses)`` begins to score a
-    complete group, while others are generated.
+    complete group, while others are generated. Where the algorithm drafts from earlier replies, the latest replies to
+    every prompt stay here and go with its next request: an engine that was restarted has them again. A resumed run
+    begins without any.
     """
 
     def __init__(
@@ -53,12 +56,16 @@ class GeneratedRollouts:
     ) -> None:
         self._config, self._engines, self._take_prompts, self._score = config, engines, take_prompts, score
         self._open: dict[int, OpenGroup] = {}
+        self._history = ReplyHistory() if config.speculative.record.reads_replies else None
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout:
         """Generate and score one step."""
         next_prompt_id = self._open_groups(state)
         complete = self._complete_groups(progress)
         self._open = {prompt_id: group for prompt_id, group in self._open.items() if prompt_id not in complete}
+        if self._history is not None:
+            for group in complete.values():
+                self._history.note(group.request.prompt_token_ids, group.finished)
         samples = [sample for group in complete.values() for sample in _scored(group)]
         samples.sort(key=lambda sample: (sample.prompt.prompt_id, sample.response.sample_index))
         return Rollout(samples, next_prompt_id, tuple(self._open))
@@ -75,7 +82,9 @@ class GeneratedRollouts:
         edit = speculative.edit and speculative.record.takes_advice
         requests = group_requests(prompts, rollout, self._config.run.seed, edit)
         for prompt, request in zip(prompts, requests, strict=True):
-            self._open[prompt.prompt_id] = OpenGroup(prompt, request)
+            if self._history is not None:
+                request = replace(request, earlier=self._history.of(request.prompt_token_ids))
+            self._open[prompt.prompt_id] = OpenGroup(prompt, request, shares_replies=self._history is not None)
         return state.next_prompt_id + num_new
 
     def _complete_groups(self, progress: Progress) -> dict[int, OpenGroup]:

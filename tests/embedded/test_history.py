@@ -10,13 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.embedded.drafters.calibration import Bucket, Calibration
+from rollout.embedded.assemble import Assembly
+from rollout.embedded.drafters.calibration import Calibration, bucket_of
 from rollout.embedded.drafters.history import HistoryDrafter
 from rollout.embedded.drafters.history_reference import ReferenceHistory, longest_match
 from rollout.embedded.drafters.occurrences import LONGEST_MATCH, Continuation, Occurrences
 from rollout.embedded.drafting import LearningDrafter, Outcome
 from slime_spec.config.tree import SpeculativeConfig
-from slime_spec.types import GroupRequest, SamplingParams
+from slime_spec.errors import ConfigError
+from slime_spec.preflight.requests import check_request
+from slime_spec.types import EarlierReply, GroupRequest, SamplingParams
 from tests.support.embedded_harness import Samples, draft_context, engine_config, greedy, make_core, random_prompt, run
 
 CONFIG = SpeculativeConfig(algorithm="HISTORY")
@@ -44,7 +47,7 @@ def test_an_index_that_grows_finds_the_places_that_a_scan_finds(
         if found is not None and expected is not None:
             assert found.length == expected[0]
             following = [list(text[end:]) for text, end, _ in expected[1]]
-            drafted = [each.token_id for each in index.continuations(found.places)]
+            drafted = [each.token_id for each in index.continuations(found.places, 6)]
             assert len(found.places) == len(following)
             assert drafted in [rest[: len(drafted)] for rest in following]
 
@@ -66,7 +69,8 @@ class Driven:
         accepted = 0
         if limit > 0:
             prompt = list(self.reference.prompt)
-            draft = self.drafter.propose([draft_context(self.key, prompt + reply, len(prompt), limit)])[0]
+            context = draft_context(self.key, prompt + reply, len(prompt), limit)
+            draft = self.drafter.propose([context._replace(earlier=self.reference.came_with_request)])[0]
             chain, expected = self.reference.propose(reply, limit)
             assert (list(draft.token_ids), draft.q_draft) == (chain, None)
             assert (draft.expected or ()) == pytest.approx(expected)
@@ -79,13 +83,14 @@ class Driven:
 
 @given(
     prompt=st.lists(tokens, min_size=1, max_size=12),
-    outputs=st.lists(st.lists(tokens, min_size=2, max_size=40), min_size=1, max_size=5),
+    outputs=st.lists(st.lists(tokens, min_size=3, max_size=40), min_size=1, max_size=5),  # each is drafted for once
     num_drafts=st.integers(1, 8),
+    earlier=st.lists(st.builds(EarlierReply, texts.map(tuple), st.integers(0, 60), st.booleans()), max_size=4),
 )
 def test_every_draft_and_what_is_expected_of_it_are_the_references(
-    prompt: list[int], outputs: list[list[int]], num_drafts: int
+    prompt: list[int], outputs: list[list[int]], num_drafts: int, earlier: list[EarlierReply]
 ) -> None:
-    drafter, reference = HistoryDrafter(CONFIG), ReferenceHistory(prompt)
+    drafter, reference = HistoryDrafter(CONFIG), ReferenceHistory(prompt, earlier)
     for key, output in enumerate(outputs):
         driven = Driven(drafter, reference, key, output, num_drafts)
         while driven.num_generated < len(output):
@@ -117,6 +122,27 @@ def test_a_finished_sample_stands_before_the_prompt_unless_that_matches_by_far_m
         assert draft.token_ids == (expected,), begins
 
 
+def test_earlier_replies_stand_behind_siblings_and_the_older_weights_count_less() -> None:
+    def first_draft(*earlier: EarlierReply) -> tuple[int, ...]:
+        context = draft_context(1, [*PROMPT, 1, 2], len(PROMPT), 1)._replace(earlier=earlier)
+        return HistoryDrafter(CONFIG).propose([context])[0].token_ids
+
+    new, newer = EarlierReply((1, 2, 7), 40), EarlierReply((1, 2, 9), 41)
+    old = EarlierReply((1, 2, 8), 8)  # two half-lives before
+    assert first_draft(old, old, new) == (7,)
+    assert first_draft(*[old] * 5, new) == (8,)
+    assert first_draft(new, newer) == (9,)
+    assert first_draft(replace(new, is_sibling=True), newer, newer) == (7,)
+
+
+def test_of_texts_beyond_the_bound_no_more_are_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.embedded.drafters.history.MAX_INDEXED_TOKENS", 14)
+    drafter = HistoryDrafter(CONFIG)
+    for reply in ([1, 2, 3], [1, 2, 4], [1, 2, 5]):  # six tokens each, with the prompt's end, and one that ends them
+        drafter.finished(0, [*PROMPT, *reply], len(PROMPT))
+    assert drafted(drafter, [1, 2]) == (4,)
+
+
 def test_a_groups_replies_are_no_other_groups_and_end_with_the_group() -> None:
     drafter = HistoryDrafter(CONFIG)
     drafter.finished(0, [*PROMPT, 1, 2, 3], len(PROMPT))
@@ -130,14 +156,17 @@ def test_a_groups_replies_are_no_other_groups_and_end_with_the_group() -> None:
 
 
 def test_what_is_expected_begins_with_the_places_and_comes_to_the_rate_of_drafts_alike() -> None:
-    calibration, bucket = Calibration(), Bucket(source=0, match_length=5, agreement=2)
+    calibration, bucket = Calibration(4), bucket_of(0, 5, Continuation(3, 1.0, 1.0))
     assert calibration.expected(bucket, Continuation(3, 1.0, 1.0)) == pytest.approx(1 / 2)
     assert calibration.expected(bucket, Continuation(3, 7.0, 7.0)) == pytest.approx(7 / 8)
     for i in range(4000):
         calibration.note([bucket, bucket], num_accepted=int(i % 4 != 0))  # 3 of 7 that are judged
     assert calibration.expected(bucket, Continuation(3, 1.0, 1.0)) == pytest.approx(3 / 7, abs=0.02)
-    untouched = bucket._replace(match_length=4)
-    assert calibration.expected(untouched, Continuation(3, 1.0, 2.0)) == pytest.approx(1 / 3)
+    contested = Continuation(3, 1.0, 2.0)
+    others = {bucket_of(1, 5, contested), bucket_of(0, 4, contested), bucket_of(0, 5, contested)}
+    assert len(others - {bucket}) == 3
+    for other in others:
+        assert calibration.expected(other, contested) == pytest.approx(1 / 3)
 
 
 def test_drafts_that_were_not_verified_are_not_judged() -> None:
@@ -199,6 +228,37 @@ def test_samples_after_the_first_of_a_greedy_group_are_drafted_whole(tiny_llama:
     samples = run(core, [request])
     assert samples["0", 0].token_ids == samples["0", 1].token_ids
     assert samples["0", 1].spec.num_rounds <= 6
+
+
+@pytest.mark.parametrize("is_sibling", [False, True])
+def test_replies_that_come_with_a_request_are_drafted_from_and_change_no_token(
+    tiny_llama: Path, is_sibling: bool
+) -> None:
+    """The samples' own replies come as if an earlier step had given them: a round drafts seven tokens."""
+    plain = run(make_core(engine_config(tiny_llama)), requests(PARAMS["sampled"]))
+    known = [
+        replace(
+            request,
+            earlier=tuple(
+                EarlierReply(sample.token_ids, 3, is_sibling)
+                for (group, _), sample in plain.items()
+                if group == request.group_id
+            ),
+        )
+        for request in requests(PARAMS["sampled"])
+    ]
+    samples = run(make_core(engine_config(tiny_llama, "HISTORY", num_draft_tokens=8)), known)
+    assert replies(samples) == replies(plain)
+    num_rounds = sum(sample.spec.num_rounds for sample in samples.values())
+    assert num_rounds < 0.5 * sum(len(sample.token_ids) for sample in samples.values())
+
+
+def test_replies_of_another_vocabulary_are_refused(tiny_llama: Path) -> None:
+    core = engine_config(tiny_llama, "HISTORY")
+    request = replace(requests(PARAMS["greedy"])[0], earlier=(EarlierReply((5, 131), 0),))
+    with pytest.raises(ConfigError) as caught:
+        check_request(request, Assembly(core).limits)
+    assert (caught.value.setting, caught.value.value) == ("request.earlier", 131)
 
 
 class Watching(HistoryDrafter):

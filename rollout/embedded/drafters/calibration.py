@@ -8,44 +8,40 @@ training, replies grow more alike. Where a bucket has few drafts, the places of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from rollout.embedded.drafters.occurrences import Continuation
+from rollout.embedded.drafters.occurrences import LONGEST_MATCH, Continuation
 
 KEPT = 1.0 - 1.0 / 256.0  # of a bucket's counts, with every draft that is judged
 PRIOR_DRAFTS = 4.0  # what the places say counts as much as this many drafts
 MAJORITY = 0.6
+NUM_AGREEMENTS = 3  # all places, most of them (MAJORITY), fewer
 
 
-class Bucket(NamedTuple):
-    """Names drafts that are alike; ``agreement`` is 2 where all places agree, 1 where most do, else 0."""
-
-    source: int
-    match_length: int
-    agreement: int
-
-    @classmethod
-    def of(cls, source: int, match_length: int, found: Continuation) -> Bucket:
-        agreement = 2 if found.weight == found.total else int(found.weight >= MAJORITY * found.total)
-        return cls(source, match_length, agreement)
+def bucket_of(source: int, match_length: int, found: Continuation) -> int:
+    """Return the number of the drafts that are alike, by source (0 ..), match length and agreement of the places."""
+    _, weight, total = found
+    agreement = 2 if weight == total else int(weight >= MAJORITY * total)
+    return (source * (LONGEST_MATCH + 1) + match_length) * NUM_AGREEMENTS + agreement
 
 
 class Calibration:
     """Counts, by bucket, what became of the drafts whose parents were accepted."""
 
-    def __init__(self) -> None:
-        self._counts: dict[Bucket, tuple[float, float]] = {}  # (judged, accepted)
+    def __init__(self, num_sources: int) -> None:
+        num_buckets = num_sources * (LONGEST_MATCH + 1) * NUM_AGREEMENTS
+        self._judged, self._accepted = [0.0] * num_buckets, [0.0] * num_buckets
 
-    def expected(self, bucket: Bucket, found: Continuation) -> float:
+    def expected(self, bucket: int, found: Continuation) -> float:
         """Return the probability that a draft is accepted, given that its parent was.
 
         The places alone would say weight / (total + 1): by Laplace's rule, one more place may have gone on otherwise.
         """
-        judged, accepted = self._counts.get(bucket, (0.0, 0.0))
-        return (accepted + PRIOR_DRAFTS * found.weight / (found.total + 1.0)) / (judged + PRIOR_DRAFTS)
+        _, weight, total = found
+        return (self._accepted[bucket] + PRIOR_DRAFTS * weight / (total + 1.0)) / (self._judged[bucket] + PRIOR_DRAFTS)
 
-    def note(self, chain: Sequence[Bucket], num_accepted: int) -> None:
+    def note(self, chain: Sequence[int], num_accepted: int) -> None:
         """Count a chain's drafts up to the first that was refused; those after it were not judged."""
+        judged, accepted = self._judged, self._accepted
         for depth, bucket in enumerate(chain[: num_accepted + 1]):
-            judged, accepted = self._counts.get(bucket, (0.0, 0.0))
-            self._counts[bucket] = (judged * KEPT + 1.0, accepted * KEPT + float(depth < num_accepted))
+            judged[bucket] = judged[bucket] * KEPT + 1.0
+            accepted[bucket] = accepted[bucket] * KEPT + (depth < num_accepted)

@@ -1,6 +1,8 @@
 """HISTORY drafts what followed the latest tokens in texts of the same prompt, finished replies before all others.
 
-    siblings   the group's samples that have finished, each added whole when it ends
+    siblings   the group's samples that have finished, each added whole when it ends, and those that came with the
+               request because another engine, or an earlier step, finished them
+    earlier    replies of other steps, which come with the request; they halve in weight every HALF_LIFE_VERSIONS
     reply      the sample itself
     prompt
 
@@ -18,17 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 from rollout.embedded.draft import NO_DRAFT, Draft
-from rollout.embedded.drafters.calibration import Bucket, Calibration
+from rollout.embedded.drafters.calibration import Calibration, bucket_of
 from rollout.embedded.drafters.occurrences import LONGEST_MATCH, Match, Occurrences
 from rollout.embedded.drafting import DraftContext, Outcome, WeightlessDrafter
 from slime_spec.config.tree import SpeculativeConfig
 
+NUM_SOURCES = 4
 NEAR = 1
 LEAST_REACH = 0.1
-MAX_SIBLING_TOKENS = 65_536  # of one prompt that are indexed
+HALF_LIFE_VERSIONS = 16.0
+MAX_INDEXED_TOKENS = 65_536  # of one prompt and source, some 200 bytes each
 
 
 @dataclass(eq=False)
@@ -36,6 +39,7 @@ class PromptTexts:
     """Holds what all samples of a prompt draft from."""
 
     siblings: Occurrences = field(default_factory=Occurrences)
+    earlier: Occurrences = field(default_factory=Occurrences)
     prompt: Occurrences = field(default_factory=Occurrences)
 
 
@@ -45,16 +49,16 @@ class Reply:
 
     text: Occurrences = field(default_factory=Occurrences)
     num_seen: int = 0  # tokens of the sequence, prompt included
-    drafted: list[Bucket] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
 
 
 class HistoryDrafter(WeightlessDrafter):
-    """Drafts chains from a prompt's finished replies, from the reply itself and from the prompt."""
+    """Drafts chains from a prompt's finished and earlier replies, from the reply itself and from the prompt."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self._prompts: dict[int, PromptTexts] = {}
         self._replies: dict[int, Reply] = {}
-        self._calibration = Calibration()
+        self._calibration = Calibration(NUM_SOURCES)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         return [self._propose(context) for context in contexts]
@@ -70,10 +74,7 @@ class HistoryDrafter(WeightlessDrafter):
         self._replies.pop(request_key, None)
 
     def finished(self, prompt_key: int, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
-        siblings = self._texts(prompt_key).siblings
-        start = _context_start(num_prompt_tokens)
-        if len(siblings) + len(token_ids) - start <= MAX_SIBLING_TOKENS:
-            siblings.add(token_ids[start:], num_context=num_prompt_tokens - start)
+        _add(self._texts(prompt_key).siblings, token_ids, num_prompt_tokens)
 
     def ended(self, prompt_key: int) -> None:
         self._prompts.pop(prompt_key, None)
@@ -81,8 +82,8 @@ class HistoryDrafter(WeightlessDrafter):
     def _propose(self, context: DraftContext) -> Draft:
         texts, reply = self._texts(context.prompt_key), self._reply(context)
         if not len(texts.prompt):
-            texts.prompt.add(context.token_ids[: context.num_prompt_tokens])
-        sources = texts.siblings, reply.text, texts.prompt
+            _read(texts, context)
+        sources = texts.siblings, texts.earlier, reply.text, texts.prompt
         found = best_match(sources, list(context.token_ids[-LONGEST_MATCH:]))
         if found is None:
             return NO_DRAFT
@@ -90,8 +91,9 @@ class HistoryDrafter(WeightlessDrafter):
         chain: list[int] = []
         expected: list[float] = []
         reach = 1.0
-        for each in islice(sources[source].continuations(places), min(context.max_draft_tokens, context.max_depth)):
-            bucket = Bucket.of(source, length, each)
+        limit = min(context.max_draft_tokens, context.max_depth)
+        for each in sources[source].continuations(places, limit):
+            bucket = bucket_of(source, length, each)
             expectation = self._calibration.expected(bucket, each)
             reach *= expectation
             if chain and reach < LEAST_REACH:
@@ -133,6 +135,24 @@ def best_match(sources: Sequence[Occurrences], tail: list[int]) -> tuple[int, Ma
         if best is not None and best[1].length + NEAR >= len(tail):
             break
     return best
+
+
+def _read(texts: PromptTexts, context: DraftContext) -> None:
+    """Index the prompt and the replies that came with the request."""
+    prompt = context.token_ids[: context.num_prompt_tokens]
+    texts.prompt.add(prompt)
+    newest = max((reply.weight_version for reply in context.earlier), default=0)
+    for reply in context.earlier:
+        weight = 0.5 ** ((newest - reply.weight_version) / HALF_LIFE_VERSIONS)
+        source = texts.siblings if reply.is_sibling else texts.earlier
+        _add(source, [*prompt, *reply.token_ids], len(prompt), weight)
+
+
+def _add(texts: Occurrences, token_ids: Sequence[int], num_prompt_tokens: int, weight: float = 1.0) -> None:
+    """Index a whole sequence's reply, unless the prompt has too many."""
+    start = _context_start(num_prompt_tokens)
+    if len(texts) + len(token_ids) - start <= MAX_INDEXED_TOKENS:
+        texts.add(token_ids[start:], weight, num_prompt_tokens - start)
 
 
 def _context_start(num_prompt_tokens: int) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rollout.embedded.drafters.calibration import KEPT, MAJORITY, PRIOR_DRAFTS
-from rollout.embedded.drafters.history import LEAST_REACH, NEAR
+from rollout.embedded.drafters.history import HALF_LIFE_VERSIONS, LEAST_REACH, NEAR
 from rollout.embedded.drafters.occurrences import INDEXED, LONGEST_MATCH, LOOKED_AT
+from slime_spec.types import EarlierReply
 
 Text = tuple[Sequence[int], float, int]  # with its weight, and how many of its first tokens are context
 Place = tuple[Sequence[int], int, float]  # in a text, before a token; the text's weight
@@ -52,9 +53,15 @@ class ReferenceHistory:
     """Drafts for the samples of one prompt."""
 
     prompt: Sequence[int]
+    came_with_request: Sequence[EarlierReply] = ()
     siblings: list[Text] = field(default_factory=list)
     judged: list[tuple[Kind, bool]] = field(default_factory=list)
     drafted: list[Kind] = field(default_factory=list)
+    earlier: list[Text] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.siblings = [self._aged(each) for each in self.came_with_request if each.is_sibling]
+        self.earlier = [self._aged(each) for each in self.came_with_request if not each.is_sibling]
 
     def finished(self, reply: Sequence[int]) -> None:
         self.siblings.append(self._behind_prompt(reply))
@@ -63,7 +70,9 @@ class ReferenceHistory:
         """Return at most ``count`` drafts after ``reply``, and what is expected of each."""
         tail = [*self.prompt, *reply][-LONGEST_MATCH:]
         best = None
-        for source, texts in enumerate((self.siblings, [self._behind_prompt(reply)], [(self.prompt, 1.0, 0)])):
+        for source, texts in enumerate(
+            (self.siblings, self.earlier, [self._behind_prompt(reply)], [(self.prompt, 1.0, 0)])
+        ):
             match = longest_match(texts, tail)
             if match is not None and (best is None or match[0] > best[1] + NEAR):
                 best = source, *match
@@ -74,9 +83,13 @@ class ReferenceHistory:
         for depth, kind in enumerate(self.drafted[: num_accepted + 1]):
             self.judged.append((kind, depth < num_accepted))
 
-    def _behind_prompt(self, reply: Sequence[int]) -> Text:
+    def _behind_prompt(self, reply: Sequence[int], weight: float = 1.0) -> Text:
         context = self.prompt[-LONGEST_MATCH:]
-        return [*context, *reply], 1.0, len(context)
+        return [*context, *reply], weight, len(context)
+
+    def _aged(self, reply: EarlierReply) -> Text:
+        age = max(each.weight_version for each in self.came_with_request) - reply.weight_version
+        return self._behind_prompt(reply.token_ids, 0.5 ** (age / HALF_LIFE_VERSIONS))
 
     def _chain(self, source: int, length: int, places: list[Place], count: int) -> tuple[list[int], list[float]]:
         chain: list[int] = []
@@ -87,9 +100,10 @@ class ReferenceHistory:
             weights = {token: sum(place[2] for place in places if place[0][place[1]] == token) for token in following}
             heaviest = max(weights.values())
             token = next(token for token in following if weights[token] == heaviest)
-            share = heaviest / sum(weights.values())
-            kind = source, min(length + len(chain), LONGEST_MATCH), (share >= MAJORITY) + (share == 1.0)
-            expectation = self._expected(kind, heaviest / (sum(weights.values()) + 1.0))
+            total = sum(weights.values())
+            agreement = (heaviest >= MAJORITY * total) + (heaviest == total)
+            kind = source, min(length + len(chain), LONGEST_MATCH), agreement
+            expectation = self._expected(kind, heaviest / (total + 1.0))
             reach *= expectation
             if chain and reach < LEAST_REACH:
                 break

@@ -9,7 +9,7 @@ share costs one comparison and changes nothing.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 SHORTEST_MATCH = 2
@@ -28,7 +28,7 @@ class Match(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """Holds a token that follows, and the weights of the occurrences that it follows and of all that were asked."""
+    """Holds a token that follows, and the weights of the places that it follows and of all that were asked."""
 
     token_id: int
     weight: float
@@ -87,19 +87,28 @@ class Occurrences:
                 return found
         return None
 
-    def continuations(self, places: list[int]) -> Iterator[Continuation]:
-        """Yield token after token what followed most of the places, by weight; of equals, what followed the latest.
+    def continuations(self, places: list[int], limit: int) -> list[Continuation]:
+        """Return token after token what followed most of the places, by weight; of equals, what followed the latest.
 
-        Places that were followed by something else no longer count.
+        Places that were followed by something else no longer count. At most ``limit`` tokens.
         """
         tokens, weights = self._tokens, self._weights
-        while places:
+        found: list[Continuation] = []
+        while len(places) > 1 and len(found) < limit:
             votes: dict[int, float] = {}
             for place in places:
-                votes[tokens[place]] = votes.get(tokens[place], 0.0) + weights[place]
-            token_id = max(votes, key=votes.__getitem__) if len(votes) > 1 else tokens[places[0]]
-            yield Continuation(token_id, votes[token_id], sum(votes.values()))
+                token_id = tokens[place]
+                votes[token_id] = votes.get(token_id, 0.0) + weights[place]
+            token_id = max(votes, key=votes.__getitem__)
+            found.append(Continuation(token_id, votes[token_id], sum(votes.values())))
             places = [place + 1 for place in places if tokens[place] == token_id and self._goes_on(place + 1)]
+        for place in places:  # the last that is left goes on alone
+            weight = weights[place]
+            for token_id in tokens[place : place + limit - len(found)]:
+                if token_id == END_OF_TEXT:
+                    break
+                found.append(Continuation(token_id, weight, weight))
+        return found
 
     def _compare(self, tail: list[int], place: int, before: array[int], shortest: int) -> Match | None:
         tokens, most = self._tokens, len(tail)
