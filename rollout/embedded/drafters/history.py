@@ -51,6 +51,15 @@ class Reply:
     num_seen: int = 0  # tokens of the sequence, prompt included
     drafted: list[int] = field(default_factory=list)
 
+    def read(self, context: DraftContext) -> None:
+        """Index what the sequence has more than it had."""
+        tokens, num_context = context.token_ids, 0
+        if not self.num_seen:
+            self.num_seen = _context_start(context.num_prompt_tokens)
+            num_context = context.num_prompt_tokens - self.num_seen
+        self.text.extend(tokens[self.num_seen :], num_context=num_context)
+        self.num_seen = len(tokens)
+
 
 class HistoryDrafter(WeightlessDrafter):
     """Drafts chains from a prompt's finished and earlier replies, from the reply itself and from the prompt."""
@@ -80,11 +89,11 @@ class HistoryDrafter(WeightlessDrafter):
         self._prompts.pop(prompt_key, None)
 
     def _propose(self, context: DraftContext) -> Draft:
-        texts, reply = self._texts(context.prompt_key), self._reply(context)
+        texts, reply = self._texts(context.prompt_key), self._reply(context.request_key)
         if not len(texts.prompt):
             _read(texts, context)
         sources = texts.siblings, texts.earlier, reply.text, texts.prompt
-        found = best_match(sources, list(context.token_ids[-LONGEST_MATCH:]))
+        found = _best_match(sources, reply, context)
         if found is None:
             return NO_DRAFT
         source, (length, places) = found
@@ -110,25 +119,25 @@ class HistoryDrafter(WeightlessDrafter):
             texts = self._prompts[prompt_key] = PromptTexts()
         return texts
 
-    def _reply(self, context: DraftContext) -> Reply:
-        """Return the sample's text with all its tokens; a draft that was never judged is dropped."""
-        tokens, num_prompt_tokens = context.token_ids, context.num_prompt_tokens
-        reply = self._replies.get(context.request_key)
+    def _reply(self, request_key: int) -> Reply:
+        """Return the sample's text; a draft that was never judged is dropped."""
+        reply = self._replies.get(request_key)
         if reply is None:
-            reply = self._replies[context.request_key] = Reply()
-            start = _context_start(num_prompt_tokens)
-            reply.text.extend(tokens[start:], num_context=num_prompt_tokens - start)
-        else:
-            reply.text.extend(tokens[reply.num_seen :])
-        reply.num_seen = len(tokens)
+            reply = self._replies[request_key] = Reply()
         reply.drafted = []
         return reply
 
 
-def best_match(sources: Sequence[Occurrences], tail: list[int]) -> tuple[int, Match] | None:
-    """Return the source to draft from and its match of ``tail``: the first one, unless a later one's is far longer."""
+def _best_match(sources: Sequence[Occurrences], reply: Reply, context: DraftContext) -> tuple[int, Match] | None:
+    """Return the source to draft from and its match: the first source's, unless a later one's is far longer.
+
+    The reply is indexed when it is searched: a sample that follows its siblings never pays for that.
+    """
+    tail = list(context.token_ids[-LONGEST_MATCH:])
     best: tuple[int, Match] | None = None
     for source, texts in enumerate(sources):
+        if texts is reply.text:
+            reply.read(context)
         match = texts.longest(tail)
         if match is not None and (best is None or match.length > best[1].length + NEAR):
             best = source, match

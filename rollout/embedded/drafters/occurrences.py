@@ -79,6 +79,8 @@ class Occurrences:
 
     def longest(self, tail: list[int]) -> Match | None:
         """Return the longest suffix of ``tail`` that was continued; ``tail`` are at most LONGEST_MATCH tokens."""
+        if not self._tokens:
+            return None
         for length, latest, before in zip(INDEXED, self._latest, self._before, strict=True):
             if length > len(tail):
                 continue
