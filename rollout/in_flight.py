@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from rollout.dispatch import Dispatcher
+from rollout.split import divided
 from slime_spec.partial_samples import MAX_FRUITLESS_ATTEMPTS, FruitlessAttempts, as_partial, request_for_rest
 from slime_spec.types import GeneratedSample, GroupRequest
 
@@ -46,10 +47,16 @@ class InFlightGroups:
         samples = groups.ended(group)               # when nothing more comes
     """
 
-    def __init__(self, requests: Iterable[GroupRequest], dispatcher: Dispatcher, numbers: Iterator[int]) -> None:
+    def __init__(
+        self,
+        requests: Iterable[GroupRequest],
+        dispatcher: Dispatcher,
+        numbers: Iterator[int],
+        least_part: int | None = None,
+    ) -> None:
         self._waiting = deque(requests)
-        self._dispatcher, self._numbers = dispatcher, numbers
-        self._on_engines: list[InFlightGroup] = []
+        self._dispatcher, self._numbers, self._least_part = dispatcher, numbers, least_part
+        self._on_engines: dict[InFlightGroup, None] = {}  # in the order in which they were sent
         self._fruitless: defaultdict[tuple[str, int], FruitlessAttempts] = defaultdict(FruitlessAttempts)
         self.is_aborted = False
 
@@ -62,11 +69,18 @@ class InFlightGroups:
         return list(self._on_engines)
 
     def launch(self) -> list[InFlightGroup]:
-        """Give waiting groups, in their order, to engines that have room."""
+        """Give waiting groups, in their order, to engines that have room.
+
+        Where more engines are idle than groups wait, the groups are divided over these engines, ``least_part`` samples
+        or more to each; without it they stay whole.
+        """
         launched = []
+        num_waiting = len(self._waiting)
+        if self._least_part is not None and num_waiting and (num := self._dispatcher.num_idle_over(num_waiting)):
+            self._waiting = deque(divided(self._waiting, num, self._least_part))
         while self._waiting and (engine := self._dispatcher.assign(len(self._waiting[0].seeds))) is not None:
             launched.append(InFlightGroup(next(self._numbers), engine, self._waiting.popleft()))
-        self._on_engines += launched
+        self._on_engines.update(dict.fromkeys(launched))
         return launched
 
     def recall(self) -> list[InFlightGroup]:
@@ -94,7 +108,7 @@ class InFlightGroups:
         Raises RuntimeError for a sample that comes back again and again without a new token.
         """
         assert not group.left, f"{group.request.group_id} ended with {len(group.left)} samples missing"
-        self._on_engines.remove(group)
+        del self._on_engines[group]
         if self.is_aborted or not group.back:
             return group.back
         positions = {index: position for position, index in enumerate(group.request.sample_indices)}

@@ -160,7 +160,10 @@ def _bench(argv: list[str]) -> int:
         _show(BENCH)
         return 0
     if not argv or argv[0].startswith("-"):
-        remedy = "Write slime-spec bench main-job, bench engine, bench device, bench sglang or bench robustness."
+        remedy = (
+            "Write slime-spec bench main-job, bench engine, bench device, bench sglang, bench coordinator or "
+            "bench robustness."
+        )
         raise ConfigError("bench", "needs the name of a benchmark", argv, remedy)
     from slime_spec.bench import run_bench
 

@@ -1,0 +1,151 @@
+"""The coordinator's samples, waits and reports, over fake engines in this process."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout.coordinator import Coordinator, EngineProcessDied, PendingCalls
+from rollout.fake import FakeGeneration
+from rollout.fake_calls import FakeCalls
+from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
+
+Key = tuple[str, int]
+
+
+def requests(num_groups: int, num_samples: int = 3) -> list[GroupRequest]:
+    params = SamplingParams(max_new_tokens=9)
+    return [
+        GroupRequest(str(g), (1, 2), tuple(100 * g + i for i in range(num_samples)), params) for g in range(num_groups)
+    ]
+
+
+def whole(asked: Sequence[GroupRequest]) -> dict[Key, tuple[int, ...]]:
+    """Every sample's tokens, as one engine makes them without a coordinator."""
+    return {(each.group_id, each.sample_index): each.token_ids for r in asked for each in FakeGeneration(r, 0, 0)}
+
+
+def tokens_of(samples: Sequence[GeneratedSample]) -> dict[Key, tuple[int, ...]]:
+    tokens = {(each.group_id, each.sample_index): each.token_ids for each in samples}
+    assert len(tokens) == len(samples), "a sample came twice"
+    return tokens
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.none() | st.just(1), st.integers(1, 6), st.integers(1, 7))
+def test_samples_are_the_same_for_any_number_of_engines_with_and_without_splitting(
+    num_groups: int, num_engines: int, least_part: int | None, num_samples: int, at_once: int
+) -> None:
+    asked = requests(num_groups, num_samples)
+    calls = FakeCalls(num_engines, at_once)
+    samples = list(Coordinator(calls, num_engines, 8, least_part).generate(asked))
+    assert tokens_of(samples) == whole(asked)
+    assert {each.finish_reason for each in samples} == {"stop"}
+    num_used = min(num_engines, num_groups if least_part is None else num_groups * num_samples)
+    assert len({engine for engine, _ in calls.sent}) == num_used
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_whatever_engines_do_and_whenever_every_sample_comes_out_once_and_whole(data: st.DataObject) -> None:
+    num_engines, num_groups = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 8))
+    num_events = 0
+
+    def happen() -> None:
+        nonlocal num_events
+        num_events += 1
+        if num_events > 40:
+            for engine in range(1, num_engines):
+                if engine not in calls._dead:
+                    calls.set_serving(engine, True)
+            return
+        engine = data.draw(st.integers(0, num_engines - 1))
+        if engine and engine not in calls._dead:  # the first always serves
+            happens = data.draw(st.sampled_from(["nothing", "serves", "does not serve", "dies"]))
+            if happens == "dies" and len(calls._dead) < 2:  # three times without a token are an error
+                calls.kill(engine)
+            elif "serve" in happens:
+                calls.set_serving(engine, happens == "serves")
+
+    calls = FakeCalls(num_engines, data.draw(st.integers(1, 6)), happen)
+    coordinator = Coordinator(
+        calls, num_engines, data.draw(st.integers(1, 9)), data.draw(st.none() | st.integers(1, 3))
+    )
+    asked = requests(num_groups)
+    assert tokens_of(list(coordinator.generate(asked))) == whole(asked)
+    assert tokens_of(list(coordinator.generate(asked[:2]))) == whole(asked[:2])
+
+
+def test_one_wait_gives_all_samples_that_are_ready() -> None:
+    calls = FakeCalls(num_engines=16, num_at_once=64)
+    samples = list(Coordinator(calls, 16, 16).generate(requests(16, num_samples=4)))
+    assert len(samples) == 64
+    assert calls.num_waits <= 8, "at the start, four times a sample of each stream, and the ends"
+
+
+def test_an_abort_is_noticed_among_the_samples_of_one_wait_and_every_sample_comes_out() -> None:
+    calls = FakeCalls(num_engines=2, num_at_once=64)
+    coordinator = Coordinator(calls, 2, samples_per_engine=6)
+    asked = requests(8)
+    samples: list[GeneratedSample] = []
+    for sample in coordinator.generate(asked):
+        samples.append(sample)
+        if len(samples) == 2:
+            coordinator.abort()
+    reasons = Counter(each.finish_reason for each in samples)
+    assert reasons == {"stop": 2, "abort": 22}
+    parts = tokens_of(samples)
+    assert parts.keys() == whole(asked).keys()
+    assert all(tokens[: len(parts[key])] == parts[key] for key, tokens in whole(asked).items())
+    assert sum(bool(tokens) for tokens in parts.values()) > 2, "samples in progress come out with their tokens"
+    assert tokens_of(list(coordinator.generate(asked))) == whole(asked)
+
+
+def test_engines_that_stop_serve_again_and_die_are_told_once_each(caplog: pytest.LogCaptureFixture) -> None:
+    waits = {3: lambda: calls.set_serving(1, False), 6: lambda: calls.set_serving(1, True), 9: lambda: calls.kill(0)}
+    calls = FakeCalls(2, on_wait=lambda: waits.pop(calls.num_waits, lambda: None)())
+    asked = requests(12)
+    with caplog.at_level(logging.WARNING):
+        samples = list(Coordinator(calls, 2, 6).generate(asked))
+    assert tokens_of(samples) == whole(asked)
+    told = [(record.levelname, record.getMessage().partition(" error=")[0]) for record in caplog.records]
+    assert told == [
+        ("WARNING", "engine lost its server engine=1"),
+        ("WARNING", "engine serves again engine=1"),
+        ("ERROR", "engine process died, others take over its samples engine=0"),
+    ]
+    assert samples[-1].engine == 1
+
+
+def test_without_an_engine_left_the_generation_ends_with_the_last_death() -> None:
+    waits = {4: lambda: (calls.kill(0), calls.kill(1))}
+    calls = FakeCalls(2, on_wait=lambda: waits.pop(calls.num_waits, lambda: None)())
+    coordinator = Coordinator(calls, 2, 6)
+    with pytest.raises(EngineProcessDied, match=r"no engine is left.*engine [01] was killed"):
+        list(coordinator.generate(requests(4)))
+    with pytest.raises(EngineProcessDied, match="no engine is left"):
+        list(coordinator.generate(requests(1)))
+
+
+def test_what_an_abandoned_generation_left_on_engines_is_not_waited_for_by_the_next() -> None:
+    calls = FakeCalls(2, num_at_once=1)
+    coordinator = Coordinator(calls, 2, 100)
+    next(coordinator.generate(requests(4)))
+    assert tokens_of(list(coordinator.generate(requests(3)))) == whole(requests(3))
+
+
+@given(st.lists(st.integers(0, 9), max_size=40))
+def test_pending_calls_are_those_that_were_added_and_not_removed(numbers: list[int]) -> None:
+    pending, expected = PendingCalls(), set()
+    for number in numbers:
+        if number in expected:
+            pending.remove(number)
+            expected.remove(number)
+        else:
+            pending.add(number)
+            expected.add(number)
+        assert sorted(pending.calls) == sorted(expected)
