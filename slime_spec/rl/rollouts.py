@@ -9,6 +9,7 @@ from typing import Protocol
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import Engines, RunState
+from slime_spec.rl.expected_length import ExpectedLengths
 from slime_spec.rl.open_group import OpenGroup
 from slime_spec.rl.reply_history import ReplyHistory
 from slime_spec.rl.requests import group_requests
@@ -44,7 +45,7 @@ class GeneratedRollouts:
     ``take_prompts(n, start)`` gives the n prompts from an id on; ``score(prompt, responses)`` begins to score a
     complete group, while others are generated. Where the algorithm drafts from earlier replies, the latest replies to
     every prompt stay here and go with its next request: an engine that was restarted has them again. A resumed run
-    begins without any.
+    begins without any. Engines get the groups that are expected to take longest first.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class GeneratedRollouts:
         self._config, self._engines, self._take_prompts, self._score = config, engines, take_prompts, score
         self._open: dict[int, OpenGroup] = {}
         self._history = ReplyHistory() if config.speculative.record.reads_replies else None
+        self._lengths = ExpectedLengths()
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout:
         """Generate and score one step."""
@@ -97,7 +99,8 @@ class GeneratedRollouts:
         progress(min(num_finished, wanted), wanted)
         is_aborted = False
         if len(complete) < size:
-            for response in self._engines.generate([each.rest() for each in groups.values() if not each.is_complete]):
+            unfinished = self._lengths.longest_first(each for each in groups.values() if not each.is_complete)
+            for response in self._engines.generate([each.rest() for each in unfinished]):
                 group = groups[response.group_id]
                 if is_aborted and response.finish_reason == "abort":
                     group.partials[response.sample_index] = response
@@ -106,6 +109,7 @@ class GeneratedRollouts:
                 num_finished += 1
                 progress(min(num_finished, wanted), wanted)
                 if group.is_complete:
+                    self._lengths.note(group.prompt, group.finished)
                     group.scored = self._score(group.prompt, group.finished)
                     complete[group.prompt.prompt_id] = group
                 if len(complete) == size < len(groups) and not is_aborted:
