@@ -98,14 +98,12 @@ class Outcome(NamedTuple):
     """Reports the result of one sequence's last draft: ``path`` are the accepted nodes, from the root down.
 
     ``features`` [1 + accepted, width] belong to the root and the accepted nodes: the tokens whose keys and values the
-    target has committed this round. The round also emitted one token more, the next round's root. ``num_drafted``
-    counts the nodes that were verified, the first ones of the draft.
+    target has committed this round. The round also emitted one token more, the next round's root.
     """
 
     request_key: int
     path: tuple[int, ...]
     features: torch.Tensor | None = None
-    num_drafted: int = 0
 
 
 class DraftWeights(Protocol):

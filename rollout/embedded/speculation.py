@@ -78,9 +78,8 @@ class Speculation:
             features = gathered.split([len(tokens) for tokens in committed])
         keys = [running[row].key for row in rows]
         paths = [verified[row].path for row in rows]
-        num_drafted = [spans[row].count - 1 for row in rows]
         with self._timed():
-            self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, num_drafted, strict=True)])
+            self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, strict=True)])
 
     def finish(self, sequence: SampleState) -> None:
         """Show a finished sample to a drafter that learns from it, where others of its group go on."""

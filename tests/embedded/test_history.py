@@ -15,7 +15,7 @@ from rollout.embedded.drafters.calibration import Calibration, bucket_of
 from rollout.embedded.drafters.history import HistoryDrafter
 from rollout.embedded.drafters.history_reference import ReferenceHistory, longest_match
 from rollout.embedded.drafters.occurrences import LONGEST_MATCH, Continuation, Occurrences
-from rollout.embedded.drafting import LearningDrafter, Outcome
+from rollout.embedded.drafting import LearningDrafter
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.requests import check_request
@@ -76,8 +76,6 @@ class Driven:
             assert (draft.expected or ()) == pytest.approx(expected)
             rest = self.output[self.num_generated :]
             accepted = next((i for i, token in enumerate(chain) if token != rest[i]), len(chain))
-            self.drafter.observe([Outcome(self.key, tuple(range(accepted)), num_drafted=len(chain))])
-            self.reference.verified(accepted)
         self.num_generated += accepted + 1
 
 
@@ -98,6 +96,7 @@ def test_every_draft_and_what_is_expected_of_it_are_the_references(
         drafter.finished(0, prompt + output, len(prompt))
         drafter.forget(key)
         reference.finished(output)
+        reference.last = ((), ())
 
 
 def drafted(drafter: HistoryDrafter, reply: Sequence[int], limit: int = 4, key: int = 99) -> tuple[int, ...]:
@@ -160,7 +159,7 @@ def test_what_is_expected_begins_with_the_places_and_comes_to_the_rate_of_drafts
     assert calibration.expected(bucket, Continuation(3, 1.0, 1.0)) == pytest.approx(1 / 2)
     assert calibration.expected(bucket, Continuation(3, 7.0, 7.0)) == pytest.approx(7 / 8)
     for i in range(4000):
-        calibration.note([bucket, bucket], num_accepted=int(i % 4 != 0))  # 3 of 7 that are judged
+        calibration.note([bucket, bucket], num_right=int(i % 4 != 0))  # 3 of 7 that are judged
     assert calibration.expected(bucket, Continuation(3, 1.0, 1.0)) == pytest.approx(3 / 7, abs=0.02)
     contested = Continuation(3, 1.0, 2.0)
     others = {bucket_of(1, 5, contested), bucket_of(0, 4, contested), bucket_of(0, 5, contested)}
@@ -169,17 +168,18 @@ def test_what_is_expected_begins_with_the_places_and_comes_to_the_rate_of_drafts
         assert calibration.expected(other, contested) == pytest.approx(1 / 3)
 
 
-def test_drafts_that_were_not_verified_are_not_judged() -> None:
-    """A caller may spend fewer rows than were proposed: the rest says nothing of the drafter."""
-    outcomes = {}
-    for num_drafted in (1, 2):
+def test_a_draft_is_judged_by_what_followed_as_far_as_that_goes_whoever_verified_it() -> None:
+    """The caller may have spent no row on it, or another drafter's draft may have been accepted."""
+    expected = {}
+    for followed in ([3], [3, 4], [3, 5], [4]):
         drafter = HistoryDrafter(CONFIG)
         drafter.finished(0, [*PROMPT, 1, 2, 3, 4], len(PROMPT))
         assert drafted(drafter, [1, 2]) == (3, 4)
-        drafter.observe([Outcome(99, (0,), num_drafted=num_drafted)])
-        outcomes[num_drafted] = drafter.propose([draft_context(98, [*PROMPT, 1, 2, 3], 3, 1)])[0].expected
-    assert outcomes[1] == (0.5,)  # as without any outcome
-    assert outcomes[2] == (0.4,)
+        drafted(drafter, [1, 2, *followed])
+        fresh = draft_context(98, [*PROMPT, 1, 2], len(PROMPT), 2)
+        expected[tuple(followed)] = drafter.propose([fresh])[0].expected
+    right, wrong = pytest.approx((1 + 4 / 2) / 5), pytest.approx((0 + 4 / 2) / 5)
+    assert expected == {(3,): (right, 0.5), (3, 4): (right, right), (3, 5): (right, wrong), (4,): (wrong, 0.5)}
 
 
 NUM_SAMPLES = 6

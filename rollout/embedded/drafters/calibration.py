@@ -1,7 +1,7 @@
 """A calibration says how likely a draft taken from texts is accepted, by what became of drafts like it.
 
 Drafts are alike when they come from one source, continue a match of one length, and the places of the match agree as
-much. Each of these buckets counts the drafts that were judged and those that were accepted, and forgets old ones: under
+much. Each of these buckets counts the drafts that were judged and those that were right, and forgets old ones: under
 training, replies grow more alike. Where a bucket has few drafts, the places of the draft at hand are believed instead.
 """
 
@@ -25,11 +25,11 @@ def bucket_of(source: int, match_length: int, found: Continuation) -> int:
 
 
 class Calibration:
-    """Counts, by bucket, what became of the drafts whose parents were accepted."""
+    """Counts, by bucket, what became of the drafts whose parents were right."""
 
     def __init__(self, num_sources: int) -> None:
         num_buckets = num_sources * (LONGEST_MATCH + 1) * NUM_AGREEMENTS
-        self._judged, self._accepted = [0.0] * num_buckets, [0.0] * num_buckets
+        self._judged, self._right = [0.0] * num_buckets, [0.0] * num_buckets
 
     def expected(self, bucket: int, found: Continuation) -> float:
         """Return the probability that a draft is accepted, given that its parent was.
@@ -37,11 +37,11 @@ class Calibration:
         The places alone would say weight / (total + 1): by Laplace's rule, one more place may have gone on otherwise.
         """
         _, weight, total = found
-        return (self._accepted[bucket] + PRIOR_DRAFTS * weight / (total + 1.0)) / (self._judged[bucket] + PRIOR_DRAFTS)
+        return (self._right[bucket] + PRIOR_DRAFTS * weight / (total + 1.0)) / (self._judged[bucket] + PRIOR_DRAFTS)
 
-    def note(self, chain: Sequence[int], num_accepted: int) -> None:
-        """Count a chain's drafts up to the first that was refused; those after it were not judged."""
-        judged, accepted = self._judged, self._accepted
-        for depth, bucket in enumerate(chain[: num_accepted + 1]):
+    def note(self, chain: Sequence[int], num_right: int) -> None:
+        """Count a chain's drafts, given by their buckets, up to the first wrong one: those after it say nothing."""
+        judged, right = self._judged, self._right
+        for depth, bucket in enumerate(chain[: num_right + 1]):
             judged[bucket] = judged[bucket] * KEPT + 1.0
-            accepted[bucket] = accepted[bucket] * KEPT + (depth < num_accepted)
+            right[bucket] = right[bucket] * KEPT + (depth < num_right)

@@ -10,8 +10,10 @@ Each source is searched for the longest suffix of the sequence, of 2 to 8 tokens
 later one, unless the later one's match is longer by more than ``NEAR``. The draft is a chain: token after token the
 continuation of most weight among the places of the match; places that went on otherwise drop out.
 
-Each node says what is expected of it (Draft.expected; drafters/calibration.py). A chain ends where it is less than
-``LEAST_REACH`` likely to be reached, but its first token is always drafted, so that the rate of its bucket can recover.
+Each node says what is expected of it (Draft.expected; drafters/calibration.py), by how drafts alike compared with the
+tokens that the sequence went on with, whether they were verified or not: a token has the target's probability of being
+either accepted or emitted. A chain ends where it is less than ``LEAST_REACH`` likely to be reached, but its first token
+is always drafted.
 The target's noise and logits are never looked at: the drafts are chosen tokens, and every verification rule is exact
 for them.
 """
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.drafters.calibration import Calibration, bucket_of
 from rollout.embedded.drafters.occurrences import LONGEST_MATCH, Match, Occurrences
-from rollout.embedded.drafting import DraftContext, Outcome, WeightlessDrafter
+from rollout.embedded.drafting import DraftContext, WeightlessDrafter
 from slime_spec.config.tree import SpeculativeConfig
 
 NUM_SOURCES = 4
@@ -45,11 +47,13 @@ class PromptTexts:
 
 @dataclass(eq=False)
 class Reply:
-    """Holds a running sample's own text, from the end of its prompt on, and its draft that waits to be judged."""
+    """Holds a running sample's own text, from the end of its prompt on, and the last draft that was made for it."""
 
     text: Occurrences = field(default_factory=Occurrences)
     num_seen: int = 0  # tokens of the sequence, prompt included
-    drafted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)  # tokens, after ``num_before`` tokens of the sequence
+    buckets: list[int] = field(default_factory=list)
+    num_before: int = 0
 
     def read(self, context: DraftContext) -> None:
         """Index what the sequence has more than it had."""
@@ -72,13 +76,6 @@ class HistoryDrafter(WeightlessDrafter):
     def propose(self, contexts: Sequence[DraftContext]) -> list[Draft]:
         return [self._propose(context) for context in contexts]
 
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        for outcome in outcomes:
-            reply = self._replies.get(outcome.request_key)
-            if reply is not None and reply.drafted:
-                self._calibration.note(reply.drafted[: outcome.num_drafted], len(outcome.path))
-                reply.drafted = []
-
     def forget(self, request_key: int) -> None:
         self._replies.pop(request_key, None)
 
@@ -89,7 +86,7 @@ class HistoryDrafter(WeightlessDrafter):
         self._prompts.pop(prompt_key, None)
 
     def _propose(self, context: DraftContext) -> Draft:
-        texts, reply = self._texts(context.prompt_key), self._reply(context.request_key)
+        texts, reply = self._texts(context.prompt_key), self._reply(context)
         if not len(texts.prompt):
             _read(texts, context)
         sources = texts.siblings, texts.earlier, reply.text, texts.prompt
@@ -109,8 +106,9 @@ class HistoryDrafter(WeightlessDrafter):
                 break
             chain.append(each.token_id)
             expected.append(expectation)
-            reply.drafted.append(bucket)
+            reply.buckets.append(bucket)
             length = min(length + 1, LONGEST_MATCH)
+        reply.drafted = chain
         return Draft.chain(chain, expected=tuple(expected))
 
     def _texts(self, prompt_key: int) -> PromptTexts:
@@ -119,12 +117,17 @@ class HistoryDrafter(WeightlessDrafter):
             texts = self._prompts[prompt_key] = PromptTexts()
         return texts
 
-    def _reply(self, request_key: int) -> Reply:
-        """Return the sample's text; a draft that was never judged is dropped."""
-        reply = self._replies.get(request_key)
+    def _reply(self, context: DraftContext) -> Reply:
+        """Return the sample's text, and learn from how the last draft compares with the tokens since."""
+        reply = self._replies.get(context.request_key)
         if reply is None:
-            reply = self._replies[request_key] = Reply()
-        reply.drafted = []
+            reply = self._replies[context.request_key] = Reply()
+        elif reply.drafted:
+            emitted = context.token_ids[reply.num_before : reply.num_before + len(reply.drafted)]
+            pairs = zip(reply.drafted, emitted, strict=False)
+            num_right = next((depth for depth, (ours, theirs) in enumerate(pairs) if ours != theirs), len(emitted))
+            self._calibration.note(reply.buckets[: len(emitted)], num_right)
+        reply.drafted, reply.buckets, reply.num_before = [], [], len(context.token_ids)
         return reply
 
 

@@ -56,7 +56,8 @@ class ReferenceHistory:
     came_with_request: Sequence[EarlierReply] = ()
     siblings: list[Text] = field(default_factory=list)
     judged: list[tuple[Kind, bool]] = field(default_factory=list)
-    drafted: list[Kind] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=list)  # of the last draft
+    last: tuple[Sequence[int], Sequence[int]] = ((), ())  # (reply, its draft)
     earlier: list[Text] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -68,6 +69,7 @@ class ReferenceHistory:
 
     def propose(self, reply: Sequence[int], count: int) -> tuple[list[int], list[float]]:
         """Return at most ``count`` drafts after ``reply``, and what is expected of each."""
+        self._judge(reply)
         tail = [*self.prompt, *reply][-LONGEST_MATCH:]
         best = None
         for source, texts in enumerate(
@@ -76,12 +78,18 @@ class ReferenceHistory:
             match = longest_match(texts, tail)
             if match is not None and (best is None or match[0] > best[1] + NEAR):
                 best = source, *match
-        self.drafted = []
-        return ([], []) if best is None else self._chain(*best, count)
+        self.kinds = []
+        chain, expected = ([], []) if best is None else self._chain(*best, count)
+        self.last = list(reply), chain
+        return chain, expected
 
-    def verified(self, num_accepted: int) -> None:
-        for depth, kind in enumerate(self.drafted[: num_accepted + 1]):
-            self.judged.append((kind, depth < num_accepted))
+    def _judge(self, reply: Sequence[int]) -> None:
+        """Compare the last draft, which was made for the same sample, with what followed."""
+        before, chain = self.last
+        for kind, ours, theirs in zip(self.kinds, chain, reply[len(before) :], strict=False):
+            self.judged.append((kind, ours == theirs))
+            if ours != theirs:
+                return
 
     def _behind_prompt(self, reply: Sequence[int], weight: float = 1.0) -> Text:
         context = self.prompt[-LONGEST_MATCH:]
@@ -109,7 +117,7 @@ class ReferenceHistory:
                 break
             chain.append(token)
             expected.append(expectation)
-            self.drafted.append(kind)
+            self.kinds.append(kind)
             places = [(text, end + 1, weight) for text, end, weight in places if text[end] == token]
             places = [place for place in places if place[1] < len(place[0])]
         return chain, expected
