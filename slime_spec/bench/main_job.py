@@ -16,9 +16,10 @@ PARTS = {
     "speculation": f"{HERE}.speculation:measure",
     "push": f"{HERE}.push:measure",
     "parity": f"{HERE}.parity:measure",
+    "flat_groups": f"{HERE}.flat_groups:measure",
     "learning": f"{HERE}.learning:measure",
 }
-NEED_THE_MODEL = {"engine", "speculation", "push"}
+NEED_THE_MODEL = {"engine", "speculation", "push", "flat_groups"}
 START_RAY = {"push", "parity"}
 
 
@@ -38,7 +39,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 MAIN_JOB = Benchmark(
-    what="Engine speed and parity, speculation, weight push, trainer parity, and learning by whole runs (slow).",
+    what="Engine speed and parity, speculation, weight push, the trainer's parity and time, and whole runs (slow).",
     parts=PARTS,
     prepare=prepare,
     add_flags=add_flags,

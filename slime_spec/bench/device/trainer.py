@@ -25,6 +25,7 @@ import torch.multiprocessing
 from slime_spec.bench.device.ceilings import matmul_flops, sizes_on
 from slime_spec.bench.device.random_model import SHAPES, num_weights, write_random_checkpoint
 from slime_spec.bench.local_engine import device_of
+from slime_spec.bench.lone_rank import lone_rank
 from slime_spec.bench.plain import SHORT
 from slime_spec.bench.rows import BenchOptions, Row, at_most
 from slime_spec.bench.timing import interleaved, median_s
@@ -32,13 +33,11 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.parameters import count_parameters
 from slime_spec.config.tree import ClusterConfig, Config, ModelConfig, TrainerConfig
 from slime_spec.files import read_json
-from slime_spec.ports import free_port
 from slime_spec.preflight.trainer_memory import trainer_memory
 from slime_spec.types import TrainReport, TrainSample
 from trainer_bridge.megatron.rank import TrainerRank
 from trainer_bridge.megatron.residency import Residency
 
-LOOPBACK = "127.0.0.1"
 CHILD_S = 120.0
 LEFT_BEHIND = 0.05  # of the trainer's memory: cuBLAS keeps a workspace
 # Operators of a layer one after the other whose results are rounded, and the unit roundoff of fp32.
@@ -102,10 +101,8 @@ def measure_trainer(device: torch.device, sizes: TrainerSizes, peak_flops: float
         return rows + _speed_rows(folder, spec, device, sizes, peak_flops, seed)
 
 
-@contextmanager
-def lone_rank(folder: Path, dtype: str, batch: Batch, num_gpus: int) -> Iterator[TrainerRank]:
-    """Provide the only rank of a trainer, in this process."""
-    config = Config(
+def rank_config(folder: Path, dtype: str, batch: Batch, num_gpus: int) -> Config:
+    return Config(
         model=ModelConfig(hf_checkpoint=str(folder)),
         trainer=TrainerConfig(
             num_gpus=num_gpus,
@@ -115,20 +112,12 @@ def lone_rank(folder: Path, dtype: str, batch: Batch, num_gpus: int) -> Iterator
         ),
         cluster=ClusterConfig(colocate=False),  # nothing leaves the device between steps
     )
-    threads = torch.get_num_threads()
-    rank = TrainerRank(config, 0, f"tcp://{LOOPBACK}:{free_port(LOOPBACK)}")
-    try:
-        rank.load()
-        yield rank
-    finally:
-        rank.close()
-        torch.set_num_threads(threads)
 
 
 def first_step(connection: Connection, folder: Path, batch: Batch, samples: Sequence[TrainSample]) -> None:
     """Run in the other process: make one step on the CPU and send its report."""
     assert not torch.cuda.is_available(), "this side must see no GPU"
-    with lone_rank(folder, "float32", batch, 0) as rank:
+    with lone_rank(rank_config(folder, "float32", batch, 0)) as rank:
         connection.send(rank.step(samples))
 
 
@@ -141,7 +130,7 @@ def _agreement_rows(folder: Path, spec: ModelSpec, sizes: TrainerSizes, seed: in
         process.start()
     child.close()
     try:
-        with lone_rank(folder, "float32", sizes.compared, int(torch.cuda.is_available())) as rank:
+        with lone_rank(rank_config(folder, "float32", sizes.compared, int(torch.cuda.is_available()))) as rank:
             ours: TrainReport = rank.step(samples)
         if not theirs.poll(CHILD_S):
             raise TimeoutError(f"the step on the CPU did not end in {CHILD_S:g} s")
@@ -197,7 +186,7 @@ def _speed_rows(
     samples = sizes.timed.samples(spec.vocab_size, seed)
     short = SHORT[sizes.dtype]
     prefix = f"device.{sizes.shape}.train.{short}"
-    with lone_rank(folder, sizes.dtype, sizes.timed, int(on_gpu)) as rank:
+    with lone_rank(rank_config(folder, sizes.dtype, sizes.timed, int(on_gpu))) as rank:
         times = interleaved("steps of the trainer", sizes.num_rounds, {"step": lambda turn: rank.step(samples)})
         memory = _plan_rows(rank, folder, device, prefix, f"{sizes.shape} in {short}")
         memory += _offload_rows(rank, device, sizes.num_rounds, prefix, f"{sizes.shape} in {short}")
