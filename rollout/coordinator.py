@@ -81,11 +81,18 @@ class Coordinator:
     samples; where no engine serves, samples wait in their engine. An engine whose process dies is lost: other engines
     take its samples as they were when it got them, and an ERROR is logged. ``samples_per_engine`` is what an engine may
     owe at once; ``least_part`` what a split group gives each engine at least (rollout.split), None to split none.
+    ``shares_replies``: engines draft from the finished samples of a group, those of other engines too.
     """
 
     def __init__(
-        self, calls: EngineCalls, num_engines: int, samples_per_engine: int, least_part: int | None = LEAST_PART
+        self,
+        calls: EngineCalls,
+        num_engines: int,
+        samples_per_engine: int,
+        least_part: int | None = LEAST_PART,
+        shares_replies: bool = False,
     ) -> None:
+        self._shares_replies = shares_replies
         self._calls, self._samples_per_engine, self._least_part = calls, samples_per_engine, least_part
         self._serving = [True] * num_engines
         self._dead: dict[int, EngineProcessDied] = {}
@@ -101,7 +108,7 @@ class Coordinator:
         Raises what ended an engine for good (EngineFailed), and EngineProcessDied once no engine's process is left.
         """
         dispatcher = Dispatcher(self._serving, self._samples_per_engine)
-        groups = InFlightGroups(requests, dispatcher, self._numbers, self._least_part)
+        groups = InFlightGroups(requests, dispatcher, self._numbers, self._least_part, self._shares_replies)
         return self._samples(groups, self._num_aborts)
 
     def abort(self) -> None:

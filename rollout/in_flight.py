@@ -17,7 +17,13 @@ from dataclasses import dataclass, field
 
 from rollout.dispatch import Dispatcher
 from rollout.split import divided
-from slime_spec.partial_samples import MAX_FRUITLESS_ATTEMPTS, FruitlessAttempts, as_partial, request_for_rest
+from slime_spec.partial_samples import (
+    MAX_FRUITLESS_ATTEMPTS,
+    FruitlessAttempts,
+    as_partial,
+    request_for_rest,
+    with_siblings,
+)
 from slime_spec.types import GeneratedSample, GroupRequest
 
 
@@ -53,9 +59,13 @@ class InFlightGroups:
         dispatcher: Dispatcher,
         numbers: Iterator[int],
         least_part: int | None = None,
+        shares_replies: bool = False,
     ) -> None:
+        """``shares_replies`` sends what samples of a group said with every later request for samples of the group."""
         self._waiting = deque(requests)
         self._dispatcher, self._numbers, self._least_part = dispatcher, numbers, least_part
+        self._shares_replies = shares_replies
+        self._finished: defaultdict[str, list[GeneratedSample]] = defaultdict(list)  # by group, where they are shared
         self._on_engines: dict[InFlightGroup, None] = {}  # in the order in which they were sent
         self._fruitless: defaultdict[tuple[str, int], FruitlessAttempts] = defaultdict(FruitlessAttempts)
         self.is_aborted = False
@@ -79,7 +89,10 @@ class InFlightGroups:
         if self._least_part is not None and num_waiting and (num := self._dispatcher.num_idle_over(num_waiting)):
             self._waiting = deque(divided(self._waiting, num, self._least_part))
         while self._waiting and (engine := self._dispatcher.assign(len(self._waiting[0].seeds))) is not None:
-            launched.append(InFlightGroup(next(self._numbers), engine, self._waiting.popleft()))
+            request = self._waiting.popleft()
+            if siblings := self._finished.get(request.group_id):
+                request = with_siblings(request, siblings)
+            launched.append(InFlightGroup(next(self._numbers), engine, request))
         self._on_engines.update(dict.fromkeys(launched))
         return launched
 
@@ -100,6 +113,8 @@ class InFlightGroups:
         if group.is_recalled and sample.finish_reason == "abort":
             group.back.append(sample)
             return None
+        if self._shares_replies and sample.finish_reason != "abort":
+            self._finished[sample.group_id].append(sample)
         return sample
 
     def ended(self, group: InFlightGroup) -> list[GeneratedSample]:

@@ -85,7 +85,9 @@ class EnginePool:
         self._node_actors = [node for actors in created for node in actors.nodes]
         # Room for more than an engine decodes at once: its queue does not run dry before the next group reaches it.
         room = 2 * self._config.engine.max_running_requests
-        self._coordinator = Coordinator(RayCalls(self._actors), len(self._actors), room)
+        self._coordinator = Coordinator(
+            RayCalls(self._actors), len(self._actors), room, shares_replies=config.speculative.record.reads_replies
+        )
         self._broadcast_failed = False
 
     def __enter__(self) -> EnginePool:

@@ -56,22 +56,22 @@ def earlier_part(request: GroupRequest, position: int, *, keeps_tokens: bool = T
     )
 
 
-def request_for_rest(
-    request: GroupRequest, partials: Iterable[GeneratedSample], finished: Iterable[GeneratedSample] = ()
-) -> GroupRequest:
-    """Return the request that resumes these samples of ``request``, with their own seeds, ordered by sample_index.
+def with_siblings(request: GroupRequest, finished: Iterable[GeneratedSample]) -> GroupRequest:
+    """Return the request with samples of its group that have finished, to be drafted from; each sample once."""
+    known = {each.sample_index for each in request.earlier}
+    siblings = tuple(
+        EarlierReply(each.token_ids, each.weight_version, each.sample_index)
+        for each in finished
+        if each.sample_index not in known
+    )
+    return replace(request, earlier=request.earlier + siblings) if siblings else request
 
-    Samples of the group that have ``finished`` go with it, to be drafted from: another engine has not seen them.
-    """
-    siblings = tuple(EarlierReply(each.token_ids, each.weight_version, is_sibling=True) for each in finished)
+
+def request_for_rest(request: GroupRequest, partials: Iterable[GeneratedSample]) -> GroupRequest:
+    """Return the request that resumes these samples of ``request``, with their own seeds, ordered by sample_index."""
     ordered = sorted(partials, key=lambda sample: sample.sample_index)
     seeds = dict(zip(request.sample_indices, request.seeds, strict=True))
-    return replace(
-        request,
-        seeds=tuple(seeds[each.sample_index] for each in ordered),
-        partials=tuple(ordered),
-        earlier=request.earlier + siblings,
-    )
+    return replace(request, seeds=tuple(seeds[each.sample_index] for each in ordered), partials=tuple(ordered))
 
 
 def can_join_prompt(params: SamplingParams) -> bool:

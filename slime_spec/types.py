@@ -65,13 +65,17 @@ class Prompt:
 class EarlierReply:
     """Holds a whole reply to the same prompt: ``EarlierReply((17, 4, 198), weight_version=3)``.
 
-    ``is_sibling`` says that it is a sample of the very group that asks; otherwise it is of another step. The version is
+    ``sample_index`` is that of a sample of the very group that asks, None for a reply of another step. The version is
     the oldest that generated any of it.
     """
 
     token_ids: tuple[int, ...]
     weight_version: int
-    is_sibling: bool = False
+    sample_index: int | None = None
+
+    @property
+    def is_sibling(self) -> bool:
+        return self.sample_index is not None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slime_spec.partial_samples import request_for_rest
+from slime_spec.partial_samples import request_for_rest, with_siblings
 from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.types import GeneratedSample, GroupRequest, Prompt
 
@@ -38,4 +38,5 @@ class OpenGroup:
         """
         if not self.partials:
             return self.request
-        return request_for_rest(self.request, self.partials.values(), self.finished if self.shares_replies else ())
+        rest = request_for_rest(self.request, self.partials.values())
+        return with_siblings(rest, self.finished) if self.shares_replies else rest

@@ -83,7 +83,9 @@ class Driven:
     prompt=st.lists(tokens, min_size=1, max_size=12),
     outputs=st.lists(st.lists(tokens, min_size=3, max_size=40), min_size=1, max_size=5),  # each is drafted for once
     num_drafts=st.integers(1, 8),
-    earlier=st.lists(st.builds(EarlierReply, texts.map(tuple), st.integers(0, 60), st.booleans()), max_size=4),
+    earlier=st.lists(
+        st.builds(EarlierReply, texts.map(tuple), st.integers(0, 60), st.sampled_from([None, 5])), max_size=4
+    ),
 )
 def test_every_draft_and_what_is_expected_of_it_are_the_references(
     prompt: list[int], outputs: list[list[int]], num_drafts: int, earlier: list[EarlierReply]
@@ -131,7 +133,7 @@ def test_earlier_replies_stand_behind_siblings_and_the_older_weights_count_less(
     assert first_draft(old, old, new) == (7,)
     assert first_draft(*[old] * 5, new) == (8,)
     assert first_draft(new, newer) == (9,)
-    assert first_draft(replace(new, is_sibling=True), newer, newer) == (7,)
+    assert first_draft(replace(new, sample_index=0), newer, newer) == (7,)
 
 
 def test_of_texts_beyond_the_bound_no_more_are_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,8 +242,8 @@ def test_replies_that_come_with_a_request_are_drafted_from_and_change_no_token(
         replace(
             request,
             earlier=tuple(
-                EarlierReply(sample.token_ids, 3, is_sibling)
-                for (group, _), sample in plain.items()
+                EarlierReply(sample.token_ids, 3, index if is_sibling else None)
+                for (group, index), sample in plain.items()
                 if group == request.group_id
             ),
         )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rollout.dispatch import Dispatcher
 from rollout.in_flight import InFlightGroup, InFlightGroups
+from rollout.split import part_of
 from slime_spec.partial_samples import as_partial
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
@@ -155,3 +156,25 @@ def test_whatever_engines_do_every_sample_comes_out_once_and_whole(data: st.Data
         seed = 100 * int(sample.group_id) + sample.sample_index
         assert sample.token_ids == tuple(10 * seed + t for t in range(NUM_TOKENS))
         assert len(sample.logprobs) == NUM_TOKENS
+
+
+@pytest.mark.parametrize("shares_replies", [False, True])
+def test_what_finished_goes_with_later_requests_for_the_group_to_any_engine(shares_replies: bool) -> None:
+    """One sample finishes before its engine ceases to serve, the other goes on at the engine of the group's rest."""
+    serving = [True, True]
+    whole = group("1", 4)
+    parts = [part_of(whole, (0, 1)), part_of(whole, (2, 3)), group("2", 2)]
+    groups = InFlightGroups(parts, Dispatcher(serving, 2), count(), shares_replies=shares_replies)
+    first, second = groups.launch()
+    assert first.request.earlier == second.request.earlier == ()
+    finished = [groups.arrived(first, generated(first.request, 1, NUM_TOKENS))]
+    serving[0] = False
+    groups.recall()
+    assert land(groups, first, 2) == []
+    finished += land(groups, second, NUM_TOKENS)
+    (again,) = groups.launch()
+    assert again.request.sample_indices == (0,)
+    shared = {each.sample_index: each.token_ids for each in again.request.earlier}
+    expected = {each.sample_index: each.token_ids for each in finished if each is not None}
+    assert sorted(expected) == [1, 2, 3]
+    assert shared == (expected if shares_replies else {})

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from rollout.fake import FakeGeneration
 from slime_spec.config.tree import Config, RolloutConfig, SpeculativeConfig
 from slime_spec.interfaces import RunState
-from slime_spec.partial_samples import request_for_rest
+from slime_spec.partial_samples import request_for_rest, with_siblings
 from slime_spec.rl.reply_history import ReplyHistory
 from slime_spec.rl.rollouts import GeneratedRollouts
 from slime_spec.tasks.scoring import PendingSamples
-from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest, Prompt, Sample
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest, Prompt, Sample, SamplingParams
 
 NUM_PROMPTS, NUM_SAMPLES = 4, 3
 
@@ -128,9 +129,10 @@ def test_a_groups_finished_samples_go_with_the_request_for_the_rest_of_it() -> N
     assert any(siblings)
 
 
-def test_a_request_for_the_rest_keeps_what_came_with_the_whole() -> None:
-    known = EarlierReply((1, 2), 3)
-    request = GroupRequest("g", (1,), (10, 11), None, earlier=(known,))  # type: ignore[arg-type]
-    rest = request_for_rest(request, [sample((), reason="abort")], [sample((4, 5), 6)])
-    assert rest.seeds == (10,)
-    assert rest.earlier == (known, EarlierReply((4, 5), 6, is_sibling=True))
+def test_a_request_takes_each_finished_sample_once_beside_what_came_with_it() -> None:
+    known = EarlierReply((4, 5), 3)
+    request = GroupRequest("g", (1,), (10, 11, 12), SamplingParams(), earlier=(known,))
+    first, same_words = replace(sample((4, 5), 6), sample_index=1), replace(sample((4, 5), 6), sample_index=2)
+    asked = with_siblings(with_siblings(request, [first]), [first, same_words])
+    assert asked.earlier == (known, EarlierReply((4, 5), 6, 1), EarlierReply((4, 5), 6, 2))
+    assert request_for_rest(asked, [sample((), reason="abort")]).earlier == asked.earlier
