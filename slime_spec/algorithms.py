@@ -22,6 +22,8 @@ NGRAM_DRAFT_TOKENS = 12
 # SGLang's automatic numbers, and the targets it drafts trees for.
 AUTO_TREE: Numbers = (5, 4, 8)
 AUTO_CHAIN: Numbers = (3, 1, 4)
+# What a controller may choose from, where no numbers are given: chains up to seven drafts, of which it drafts fewer.
+CONTROLLED_CHAIN: Numbers = (7, 1, 8)
 TREE_ARCHITECTURES = ("LlamaForCausalLM", "Grok1ForCausalLM", "Grok1VForCausalLM")
 # Settings of a draft model and its verification; each is an error with an algorithm that does not read it.
 OF_DRAFT_MODEL = ("draft_model_path", "draft_model_quantization", "use_rejection_sampling", "use_block_verification")
@@ -42,8 +44,9 @@ class Algorithm:
     target's own checkpoint. ``families`` are the draft networks it runs, its own first. ``sglang`` is the name that
     SGLang's servers report, ``rtp_llm`` the --sp-type; None where the engine does not have it. ``drafter`` is the
     embedded engine's class. ``reads`` are the settings that have an effect, besides OF_DRAFT_MODEL. ``shape`` makes
-    the three numbers of a round of the settings and the target's architecture. ``reads_replies``: it drafts from
-    earlier replies to the same prompt, which the training loop then sends with requests.
+    the three numbers of a round of the settings and the target's architecture; ``controlled`` are the embedded engine's
+    where none are set. ``reads_replies``: it drafts from earlier replies to the same prompt, which the training loop then
+    sends with requests.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Algorithm:
     reads: tuple[str, ...] = ()
     likely_causes: str = ""  # causes of a draft that is never accepted
     reads_replies: bool = False
+    controlled: Numbers | None = CONTROLLED_CHAIN  # the most that a controller lets a round draft; None: its own shape
     fills_rounds: bool = True  # False: SGLang pads rounds, and does not report by how much
     beside_dp_attention: bool = True  # SGLang: works with attention that is parallel over data
 
@@ -203,6 +207,7 @@ NGRAM = Algorithm(
     sglang="NGRAM",
     drafter="rollout.embedded.drafters.ngram:NgramDrafter",
     reads=(*_EVERY_ROUND, *_OF_THE_TRIE),
+    controlled=None,
     likely_causes="replies that resemble neither each other nor the corpus",
     fills_rounds=False,
     beside_dp_attention=False,

@@ -89,7 +89,7 @@ def rounds_are_known(num_tokens: int, spec: SpecCounters) -> bool:
 
     Tokens without their rounds would look like speed, so a response with such a part has no counters at all.
     """
-    return spec.num_rounds > 0 or num_tokens <= 1
+    return spec.num_rounds + spec.num_off_steps > 0 or num_tokens <= 1
 
 
 def note_version(spans: list[VersionSpan], first_token: int, version: int) -> None:

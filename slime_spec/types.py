@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from slime_spec.speculation.net_benefit import NetBenefit
+
 FinishReason = Literal["stop", "length", "abort"]
 VersionSpan = tuple[int, int]
 """(first token index, weight version)"""
@@ -120,7 +122,9 @@ class SpecCounters:
     ``num_steps`` is how many drafts a round can accept: the depth of a tree; 0 where it is a chain of all drafts.
     ``num_correct_unbinned`` are accepted drafts that are in no histogram (SGLang before 0.5.9 has none).
     ``num_nonfinite_rounds`` counts rounds whose draft ended early, or was empty, because the draft model's logits were
-    not finite numbers.
+    not finite numbers. Where the engine decides round by round how deep to draft, ``num_proposed`` are the drafts that
+    it asked for, ``num_tried[i]`` counts the rounds that asked for more than i drafts and accepted the i before, and
+    ``num_off_steps`` the plain steps that it chose instead of a round: they are in no other count.
     Example, 3 rounds with nothing drafted, then 2 of 2 and 3 of 3 accepted:
     ``SpecCounters(num_rounds=3, num_proposed=9, histogram=(1, 0, 1, 1), num_drafted=5, num_empty_rounds=1)``
     """
@@ -133,6 +137,8 @@ class SpecCounters:
     num_steps: int = 0
     num_correct_unbinned: int = 0
     num_nonfinite_rounds: int = 0
+    num_tried: tuple[int, ...] = ()
+    num_off_steps: int = 0
 
     @property
     def num_correct(self) -> int:
@@ -227,9 +233,9 @@ class TrainReport:
 class EngineStats:
     """Reports an engine's health at one moment; seconds and counts are sums since its start.
 
-    ``canary`` is what the canary after the last push counted, no rounds where none ran. ``probed_round_s`` and
-    ``probed_plain_s`` are the times of some rounds of draft and verify, and of one plain decode step of the very batch
-    of each: what a round costs in plain steps. An engine that does not measure leaves its times at 0.
+    ``canary`` is what the canary after the last push counted, no rounds where none ran. ``benefit`` is what rounds took
+    and what plain decoding would have. ``pays_up_to`` is the largest number of sequences at once at which speculation
+    pays by what is known now, None where nobody decides by it. An engine that does not measure leaves its times at 0.
     """
 
     weight_version: int
@@ -249,5 +255,5 @@ class EngineStats:
     num_draft_resends: int = 0
     num_interruptions: int = 0  # parts of samples that a server did not finish
     canary: SpecCounters = field(default_factory=SpecCounters)
-    probed_round_s: float = 0.0
-    probed_plain_s: float = 0.0
+    benefit: NetBenefit = field(default_factory=NetBenefit)
+    pays_up_to: int | None = None

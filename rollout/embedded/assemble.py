@@ -24,7 +24,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
-from slime_spec.sglang.draft_shape import draft_shape
+from slime_spec.sglang.draft_shape import embedded_shape
 
 
 def make_graphs(config: Config, device: torch.device) -> Graphs | None:
@@ -67,7 +67,7 @@ class Assembly:
         for name, tensor in self.tensors():
             builder.add(name, tensor)
         settings = CoreSettings(
-            shape=draft_shape(speculative, self.spec.architecture),
+            shape=embedded_shape(speculative, self.spec.architecture),
             speculates=drafter is not None or speculative.record.speculates,
             max_running=self.config.engine.max_running_requests,
             engine_index=engine_index,
@@ -75,6 +75,8 @@ class Assembly:
             device=self.device,
             cost_probe_interval=self.config.engine.cost_probe_interval,
             graphs=self.graphs,
+            is_automatic=drafter is None and speculative.is_automatic,
+            max_positions=min(self.limits.context_length, self.limits.max_total_tokens),
         )
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)
         stop_ids = self.limits.eos_token_ids

@@ -22,6 +22,7 @@ from math import isfinite
 import torch
 
 from rollout.embedded.batch import Batch
+from rollout.embedded.calibrate import calibrate
 from rollout.embedded.cost_probe import CostProbe
 from rollout.embedded.cuda.graphs import Graphs
 from rollout.embedded.draft import NO_DRAFT, Draft
@@ -38,6 +39,8 @@ from rollout.embedded.unread import AnyDraft, placement
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
 from slime_spec.errors import GenerationError
 from slime_spec.sglang.draft_shape import DraftShape
+from slime_spec.speculation.controller import Controller
+from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.types import GroupRequest
 from slime_spec.weights.messages import PauseMode, Side
 
@@ -55,6 +58,8 @@ class CoreSettings:
     dtype: torch.dtype
     device: torch.device
     cost_probe_interval: int = 0
+    is_automatic: bool = False  # a controller decides how deep to draft
+    max_positions: int = 1 << 20  # of the longest sequence
     graphs: Graphs | None = None
 
 
@@ -81,12 +86,13 @@ class GenerationCore:
         self.target = Target(
             decoder, cache, drafter.needs, settings.dtype, settings.device, clock, self.timing, settings.graphs
         )
-        self.probe = CostProbe(settings.cost_probe_interval, self.timing, clock)
+        self._probe = CostProbe(settings.cost_probe_interval, self.timing, clock)
+        self._settings = settings
         self._speculation = Speculation(drafter, settings.shape, settings.speculates, self.target, self.timing, clock)
         self.batch = Batch(cache, settings.max_running, self._speculation.headroom, drafter.cache)
         self._prefiller = Prefiller(self.batch, self.target, self._speculation)
         self._stop_rule, self._clock, self._verifier = stop_rule, clock, verifier
-        self._stamp = Stamp(settings.engine_index, settings.shape, verifier.lossy)
+        self._stamp = Stamp(settings.engine_index, settings.shape, verifier.lossy, settings.is_automatic)
         self._graphs = settings.graphs
         self._next_key = 0
 
@@ -102,6 +108,28 @@ class GenerationCore:
     @property
     def can_step(self) -> bool:
         return self.has_work and not self.paused
+
+    @property
+    def benefit(self) -> NetBenefit:
+        """Return what rounds took so far, and what plain steps would have taken; nothing before ``calibrate``."""
+        return self._speculation.benefit
+
+    @property
+    def controller(self) -> Controller | None:
+        """Return what decides how deep to draft, None where the depth is fixed or costs are not known yet."""
+        return self._speculation.controller
+
+    @property
+    def pays_up_to(self) -> int | None:
+        return self._speculation.pays_up_to(self._settings.max_running)
+
+    def calibrate(self) -> None:
+        """Time a handful of passes, for the costs of rounds; before the first request. Does nothing without drafts."""
+        if self._settings.speculates:
+            caches = [self.cache] if self.drafter.cache is None else [self.cache, self.drafter.cache]
+            longest = min(self._settings.max_positions, self.cache.max_total_tokens)
+            costs = calibrate(self.target, caches, self._settings.max_running, longest, self._clock)
+            self._speculation.use_costs(costs, self._settings.is_automatic)
 
     def add(
         self,
@@ -248,18 +276,22 @@ class GenerationCore:
         """Run one draft and one verify for every running sequence."""
         batch = self.batch
         running = batch.running
-        # The time of a round in which some rows only decode is neither a round's cost nor a plain step's.
+        # Requests that only decode time plain steps themselves.
         is_typical = all(self._speculation.applies_to(each.group) for each in running)
-        with self.probe.around(self._plain_step, is_typical):
-            drafts = self._speculation.propose(batch)
-            if not (self.target.takes_unread and self._verifier.takes_unread):
-                drafts = [draft.read() for draft in drafts]
-            output, spans, verified = self._verify(drafts)
-            batch.compact(spans, [each.path for each in verified])
-            self._speculation.observe(batch, output, spans, verified)
-        for sequence, draft, each in zip(running, drafts, verified, strict=True):
+        if is_typical and (step_s := self._probe.step_s(self._plain_step)):
+            self._speculation.note_step(batch, step_s)
+        start = self._clock()
+        proposal = self._speculation.propose(batch)
+        drafts = proposal.drafts
+        if not (self.target.takes_unread and self._verifier.takes_unread):
+            drafts = [draft.read() for draft in drafts]
+        output, spans, verified = self._verify(drafts)
+        batch.compact(spans, [each.path for each in verified])
+        self._speculation.observe(batch, output, spans, verified)
+        self._speculation.note(batch, proposal, verified, self._clock() - start)
+        for row, (sequence, draft, each) in enumerate(zip(running, drafts, verified, strict=True)):
             if self._speculation.applies_to(sequence.group):
-                sequence.count_round(draft.read(), len(each.path))
+                sequence.count_round(draft.read(), len(each.path), proposal.depths[row], self._stamp)
         self._emit_all(running, verified, [self.version] * len(running))
 
     def _plain_step(self) -> None:

@@ -1,9 +1,8 @@
-"""The cost probe measures the break-even accept length: a round's cost in plain decode steps of the same batch."""
+"""The cost probe times a plain decode step of the running batch now and then, where rounds that draft never say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rollout.embedded.target import Timing
@@ -11,35 +10,26 @@ from rollout.embedded.target import Timing
 
 @dataclass
 class CostProbe:
-    """Times one round in ``interval`` and, right before the round, a plain step that changes nothing; 0 times no round.
+    """Times, right before one round in ``interval``, a plain step that changes nothing; 0 times none.
 
-    ``round_s`` over ``plain_s`` is how many tokens a round must bring to pay. The plain steps are left out of
-    ``timing``, which says what generating takes.
+    The plain steps are left out of ``timing``, which says what generating takes.
     """
 
     interval: int
     timing: Timing
     clock: Callable[[], float]
-    round_s: float = 0.0
-    plain_s: float = 0.0
     _num_rounds: int = 0
+    _is_warm: bool = False
 
-    @contextmanager
-    def around(self, plain_step: Callable[[], None], is_typical: bool) -> Iterator[None]:
-        """Time a round, drafting and observing included; a round that is not typical is neither counted nor timed.
-
-        The first to be timed comes soon, for short runs.
-        """
-        self._num_rounds += is_typical
-        if not (is_typical and self.interval) or self._num_rounds % self.interval != self.interval // 8:
-            yield
-            return
-        if not self.plain_s:
+    def step_s(self, plain_step: Callable[[], None]) -> float:
+        """Return the seconds of a plain step where this round is one to probe, else 0. The first comes soon."""
+        self._num_rounds += 1
+        if not self.interval or self._num_rounds % self.interval != self.interval // 8:
+            return 0.0
+        if not self._is_warm:
             self._timed(plain_step)  # what a step of one token a row does once, the first time, is not its cost
-        self.plain_s += self._timed(plain_step)
-        start = self.clock()
-        yield
-        self.round_s += self.clock() - start
+            self._is_warm = True
+        return self._timed(plain_step)
 
     def _timed(self, plain_step: Callable[[], None]) -> float:
         forward_s, start = self.timing.forward_s, self.clock()

@@ -52,5 +52,11 @@ class Draft:
     def read(self) -> Draft:
         return self
 
+    def first(self, count: int) -> Draft:
+        """Return the draft's first ``count`` nodes, of a draft whose tokens were chosen, not sampled."""
+        assert self.q_draft is None, "which tokens of a sampled draft are judged must not depend on the others"
+        expected = None if self.expected is None else self.expected[:count]
+        return Draft(self.token_ids[:count], self.parents[:count], nonfinite=self.nonfinite, expected=expected)
+
 
 NO_DRAFT = Draft(token_ids=(), parents=())

@@ -3,6 +3,7 @@
     prompts, pass by pass:    prefill(prefills)                    the target has just cached these tokens
     every round:              propose(contexts) ──► drafts         one per speculating sequence
                               verify (target) ──► observe(outcomes) accepted nodes, and the target's features
+    rounds without drafts:    observe(outcomes) all the same; catch_up(contexts) where much has piled up
     end or preemption:        forget(request_key); a LearningDrafter is shown finished samples before it
     weights:                  bind(decoder) after every change of the target's; ``weights`` for the drafter's own
 
@@ -95,15 +96,17 @@ class DraftContext(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Reports the result of one sequence's last draft: ``path`` are the accepted nodes, from the root down.
+    """Reports the result of one sequence's round: ``path`` are the draft's accepted nodes, from the root down.
 
-    ``features`` [1 + accepted, width] belong to the root and the accepted nodes: the tokens whose keys and values the
-    target has committed this round. The round also emitted one token more, the next round's root.
+    A sequence that did not draft has an empty path. ``features`` [1 + accepted, width] belong to the root and the
+    accepted nodes: the tokens whose keys and values the target has committed this round. The round also emitted one
+    token more, the next round's root.
     """
 
     request_key: int
     path: tuple[int, ...]
     features: torch.Tensor | None = None
+    prompt_key: int = 0
 
 
 class DraftWeights(Protocol):
@@ -160,6 +163,9 @@ class Drafter(Protocol):
 
     def observe(self, outcomes: Sequence[Outcome]) -> None: ...
 
+    def catch_up(self, contexts: Sequence[DraftContext]) -> None:
+        """Read committed tokens that rounds without drafts have left, without drafting: all but the last round's."""
+
     def forget(self, request_key: int) -> None:
         """Drop the state of a request that is finished or preempted, or of a prompt that is no longer needed."""
 
@@ -192,6 +198,9 @@ class WeightlessDrafter:
         pass
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
+        pass
+
+    def catch_up(self, contexts: Sequence[DraftContext]) -> None:
         pass
 
     def forget(self, request_key: int) -> None:

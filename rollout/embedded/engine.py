@@ -67,6 +67,7 @@ class EmbeddedEngine:
 
     def start(self) -> None:
         self._core = self._assembly.core(self._index, self._clock)
+        self._core.calibrate()
         self._thread = LoopThread(self._core, self._fail_all)
         self._weights = CoreWeights(self._assembly, self._core, self._thread)
         self._pushes = PushDesk(self._index, self._transport, self._weights, self._assembly.dtype)
@@ -116,8 +117,8 @@ class EmbeddedEngine:
             draft_version=core.draft_version,
             num_preemptions=core.num_preemptions,
             speculates=self._assembly.config.speculative.record.speculates,
-            probed_round_s=core.probe.round_s,
-            probed_plain_s=core.probe.plain_s,
+            benefit=core.benefit,
+            pays_up_to=core.pays_up_to,
         )
 
     @property

@@ -33,6 +33,7 @@ class Stamp:
     engine: int
     shape: DraftShape
     lossy: bool
+    is_automatic: bool = False  # the engine decides how deep to draft
 
 
 OnSample = Callable[[GeneratedSample], None]
@@ -102,6 +103,9 @@ class SampleState:
     logprobs: list[float] = field(default_factory=list)
     accepted_histogram: list[int] = field(default_factory=list)
     num_drafted: int = 0
+    num_tried: list[int] = field(default_factory=list)
+    num_asked: int = 0  # drafts, where the engine decides how deep to draft
+    num_off_steps: int = 0
     num_empty_rounds: int = 0
     num_nonfinite_rounds: int = 0
     num_preemptions: int = 0
@@ -173,13 +177,26 @@ class SampleState:
         new = slice(self.group.num_prompt_tokens + num_generated, None)
         return Progress(self.sample_index, tuple(self.token_ids[new]), tuple(self.logprobs[num_generated:]))
 
-    def count_round(self, draft: Draft, num_accepted: int) -> None:
+    def count_round(self, draft: Draft, num_accepted: int, depth: int, stamp: Stamp) -> None:
+        """Count one round, for which a draft of ``depth`` was asked; 0 where the engine chose a plain step."""
+        if stamp.is_automatic:
+            if not depth:
+                self.num_off_steps += 1
+                return
+            self._count_tried(depth, num_accepted)
         self.num_drafted += len(draft.token_ids)
         self.num_empty_rounds += not draft.token_ids
         self.num_nonfinite_rounds += draft.nonfinite
         missing = num_accepted + 1 - len(self.accepted_histogram)
         self.accepted_histogram.extend([0] * max(0, missing))
         self.accepted_histogram[num_accepted] += 1
+
+    def _count_tried(self, depth: int, num_accepted: int) -> None:
+        tried = min(depth, num_accepted + 1)
+        self.num_tried.extend([0] * (tried - len(self.num_tried)))
+        for position in range(tried):
+            self.num_tried[position] += 1
+        self.num_asked += depth
 
     def elapsed_s(self, now_s: float) -> float:
         """Time since the sample's arrival, the time of earlier parts included."""
@@ -201,7 +218,7 @@ class SampleState:
             num_prompt_tokens=self.group.num_prompt_tokens,
             cached_tokens=self.cached_tokens,
             num_preemptions=self.num_preemptions,
-            spec=self._counters(stamp.shape) if self.rounds_known else SpecCounters(),
+            spec=self._counters(stamp) if self.rounds_known else SpecCounters(),
             e2e_latency_s=self.elapsed_s(now_s),
             wait_s=self.wait_s,
             first_token_s=self.first_token_s,
@@ -209,16 +226,19 @@ class SampleState:
             lossy=stamp.lossy or self.lossy,
         )
 
-    def _counters(self, shape: DraftShape) -> SpecCounters:
-        num_rounds = sum(self.accepted_histogram)
+    def _counters(self, stamp: Stamp) -> SpecCounters:
+        num_rounds, shape = sum(self.accepted_histogram), stamp.shape
+        per_round = num_rounds * (shape.num_draft_tokens - 1)
         return SpecCounters(
             num_rounds=num_rounds,
-            num_proposed=num_rounds * (shape.num_draft_tokens - 1),
+            num_proposed=self.num_asked if stamp.is_automatic else per_round,
             histogram=tuple(self.accepted_histogram),
             num_drafted=self.num_drafted,
             num_empty_rounds=self.num_empty_rounds,
             num_steps=shape.num_steps,
             num_nonfinite_rounds=self.num_nonfinite_rounds,
+            num_tried=tuple(self.num_tried),
+            num_off_steps=self.num_off_steps,
         )
 
     def _take_part(self, part: GeneratedSample, speculates: bool) -> None:
@@ -233,5 +253,7 @@ class SampleState:
         self.draft_version, self.lossy = part.draft_version, part.lossy
         self.rounds_known = not speculates or rounds_are_known(len(part.token_ids), part.spec)
         self.accepted_histogram += part.spec.histogram
+        self.num_tried += part.spec.num_tried
+        self.num_off_steps, self.num_asked = part.spec.num_off_steps, part.spec.num_proposed
         self.num_drafted, self.num_empty_rounds = part.spec.num_drafted, part.spec.num_empty_rounds
         self.num_nonfinite_rounds = part.spec.num_nonfinite_rounds

@@ -1,10 +1,19 @@
-"""The core calls the drafter through Speculation: only for requests that speculate, within limits, and timed."""
+"""The core calls the drafter through Speculation: only for requests that speculate, as deep as pays, and timed.
+
+    start      calibrate          times passes, for the costs that the controller weighs
+    a round    plan ─► propose    the controller says which sequences draft and how deep, if the depth is automatic
+               verify (core)
+               observe            the drafter hears of every sequence, whether it drafted or not
+               note               the controller learns what was accepted and what it took
+
+Without a controller every sequence drafts in every round.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -18,6 +27,29 @@ from rollout.embedded.target import PassOutput, Target, Timing
 from rollout.embedded.unread import AnyDraft
 from rollout.embedded.verification.verifier import Verified
 from slime_spec.sglang.draft_shape import DraftShape
+from slime_spec.speculation.controller import Controller, RowState
+from slime_spec.speculation.net_benefit import NetBenefit
+from slime_spec.speculation.remaining import RemainingTokens
+from slime_spec.speculation.round_costs import RoundCosts
+
+# The report of the batch up to which drafting pays: for contexts of so many tokens, made anew after so many seconds.
+TYPICAL_CONTEXT = 128
+REPORT_S = 1.0
+MOST_WAITING_BYTES = 256 << 20  # of features that the drafter has not read
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Holds a round's drafts, one per running sequence, and the depths that were planned; 0 is a plain step."""
+
+    drafts: list[AnyDraft]
+    depths: tuple[int, ...]
+    backlog: int = 0  # tokens that the drafter read first
+    draft_s: float = 0.0
+
+    @property
+    def num_drafting(self) -> int:
+        return sum(depth > 0 for depth in self.depths)
 
 
 @dataclass
@@ -30,6 +62,13 @@ class Speculation:
     target: Target
     timing: Timing
     clock: Callable[[], float]
+    controller: Controller | None = None
+    costs: RoundCosts | None = None
+    benefit: NetBenefit = field(default_factory=NetBenefit)
+    remaining: RemainingTokens = field(default_factory=RemainingTokens)
+    _num_read: dict[int, int] = field(default_factory=dict)  # tokens that the drafter has read, by request
+    _pays_up_to: int = 0
+    _reported_at_s: float = 0.0
 
     @property
     def headroom(self) -> int:
@@ -39,27 +78,54 @@ class Speculation:
     def applies_to(self, group: Group) -> bool:
         return self.enabled and group.request.params.speculative
 
+    def use_costs(self, costs: RoundCosts, is_automatic: bool) -> None:
+        """Predict rounds with ``costs`` from now on, and let a controller decide where the depth is automatic."""
+        self.costs = costs
+        if is_automatic:
+            shape = self.shape
+            self.controller = Controller(costs, shape.num_steps, shape.num_draft_tokens - 1, not self.has_network)
+
+    @property
+    def has_network(self) -> bool:
+        return self.drafter.weights is not None
+
     def prefill(self, prefills: Sequence[Prefill]) -> None:
         """Show the drafter the pieces of one pass, all of groups that speculate."""
         if prefills:
+            for prefill in prefills:
+                if not prefill.shared:
+                    self._num_read[prefill.key] = prefill.start + len(prefill.token_ids)
             with self._timed():
                 self.drafter.prefill(prefills)
 
-    def propose(self, batch: Batch) -> list[AnyDraft]:
+    def propose(self, batch: Batch) -> Proposal:
         """Return a draft for every running sequence, no deeper than its token budget allows."""
+        self._catch_up(batch)
+        limits = [
+            min(self.shape.num_steps, each.num_remaining - 1) if self.applies_to(each.group) else 0
+            for each in batch.running
+        ]
+        depths = tuple(limits)
+        if self.controller is not None:
+            plan = self.controller.again(limits) or self.controller.plan(self._states(batch, limits))
+            depths = plan.depths
+        drafting = [row for row, depth in enumerate(depths) if depth]
+        before_s, backlog = self.timing.draft_s, sum(self._backlog(batch.sequences[row]) for row in drafting)
+        drafts = self._drafted(batch, drafting, depths)
+        if self.controller is not None and not self.has_network and drafting:
+            drafts, depths = _cut(self.controller, self._states(batch, limits), drafts, depths)
+        return Proposal(drafts, depths, backlog, self.timing.draft_s - before_s)
+
+    def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int]) -> list[AnyDraft]:
         drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
-        rows, contexts = [], []
-        for row, sequence in enumerate(batch.running):
-            max_depth = min(self.shape.num_steps, sequence.num_remaining - 1)
-            if max_depth > 0 and self.applies_to(sequence.group):
-                rows.append(row)
-                contexts.append(self._context(batch, row, max_depth))
+        contexts = [self._context(batch, row, depths[row]) for row in rows]
         if contexts:
             with self._timed():
                 proposed = self.drafter.propose(contexts)
             for row, context, draft in zip(rows, contexts, proposed, strict=True):
                 _check(draft, context)
                 drafts[row] = draft
+                self._num_read[context.request_key] = len(context.token_ids)
         return drafts
 
     def observe(self, batch: Batch, output: PassOutput, spans: Sequence[RowSpan], verified: Sequence[Verified]) -> None:
@@ -78,11 +144,55 @@ class Speculation:
             features = gathered.split([len(tokens) for tokens in committed])
         keys = [running[row].key for row in rows]
         paths = [verified[row].path for row in rows]
+        prompts = [running[row].group.key for row in rows]
         with self._timed():
-            self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, strict=True)])
+            self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, prompts, strict=True)])
+
+    def note(self, batch: Batch, proposal: Proposal, verified: Sequence[Verified], seconds: float) -> None:
+        """Learn from a round that took ``seconds``, drafting and observing included."""
+        if self.costs is None:
+            return
+        running, draft_s = batch.running, proposal.draft_s
+        counts = [1 + draft.num_tokens for draft in proposal.drafts]
+        contexts = [len(each.token_ids) for each in running]
+        attended = sum(count * context for count, context in zip(counts, contexts, strict=True))
+        step_s, error = self.costs.pass_s(len(running), sum(contexts)), self.costs.relative_error
+        self.costs.observe_pass(sum(counts), attended, seconds - draft_s)
+        if not proposal.num_drafting:
+            self.benefit = self.benefit.with_plain(seconds)
+        else:
+            if self.has_network:
+                steps = max(proposal.depths)
+                self.costs.observe_draft(proposal.num_drafting, steps, proposal.backlog, draft_s)
+            num_tokens = sum(1 + len(each.path) for each in verified)
+            self.benefit = self.benefit.with_round(seconds, len(running), num_tokens, step_s, error)
+        if self.controller is not None:
+            self._teach(self.controller, proposal, verified, seconds)
+
+    def _teach(self, controller: Controller, proposal: Proposal, verified: Sequence[Verified], seconds: float) -> None:
+        if not proposal.num_drafting:
+            controller.note_plain(seconds)
+        for draft, depth, each in zip(proposal.drafts, proposal.depths, verified, strict=True):
+            if depth and draft.num_tokens:
+                controller.acceptance.observe(draft.read().parents, each.path)
+
+    def pays_up_to(self, max_running: int) -> int | None:
+        """Return the largest batch at which drafting pays by what was known lately; None where the depth is fixed."""
+        if self.controller is None:
+            return None
+        if self.benefit.spent_s >= self._reported_at_s:
+            self._reported_at_s = self.benefit.spent_s + REPORT_S
+            self._pays_up_to = self.controller.pays_up_to(max_running, TYPICAL_CONTEXT)
+        return self._pays_up_to
+
+    def note_step(self, batch: Batch, seconds: float) -> None:
+        """Learn from a plain step of the batch that was run for its time alone."""
+        if self.costs is not None:
+            self.costs.observe_pass(batch.num_running, sum(len(each.token_ids) for each in batch.running), seconds)
 
     def finish(self, sequence: SampleState) -> None:
-        """Show a finished sample to a drafter that learns from it, where others of its group go on."""
+        """Note a finished sample's length, and show the sample to a drafter that learns, where its group goes on."""
+        self.remaining.observe(sequence.num_generated)
         group = sequence.group
         if isinstance(self.drafter, LearningDrafter) and group.num_unfinished > 1 and self.applies_to(group):
             with self._timed():
@@ -97,10 +207,41 @@ class Speculation:
         """Drop the drafter's state of a sequence that has left the batch, finished or preempted."""
         if self.applies_to(sequence.group):
             self.drafter.forget(sequence.key)
+            self._num_read.pop(sequence.key, None)
 
     def forget_prompt(self, group: Group) -> None:
         if self.applies_to(group):
             self.drafter.forget(group.key)
+
+    def _catch_up(self, batch: Batch) -> None:
+        """Let the drafter read what waits for it, of the sequences that wait longest, before it takes too much room."""
+        if self.controller is None or not self.drafter.needs.any:
+            return
+        behind = {row: self._backlog(each) for row, each in enumerate(batch.running) if self.applies_to(each.group)}
+        if sum(behind.values()) * self.target.feature_bytes <= MOST_WAITING_BYTES:
+            return
+        longest = sorted(behind, key=lambda row: -behind[row])[: max(1, len(behind) // 4)]
+        contexts = [self._context(batch, row, 0) for row in longest]
+        with self._timed():
+            self.drafter.catch_up(contexts)
+        for context in contexts:
+            self._num_read[context.request_key] = len(context.token_ids) - 1
+
+    def _states(self, batch: Batch, limits: Sequence[int]) -> list[RowState]:
+        """Return what the controller must know of each sequence; how long it will last only where that matters."""
+        states = []
+        for sequence, limit in zip(batch.running, limits, strict=True):
+            backlog, remaining = self._backlog(sequence), float(sequence.num_remaining)
+            if backlog > self.shape.num_draft_tokens:
+                remaining = self.remaining.expected(sequence.num_generated, sequence.num_remaining)
+            states.append(RowState(len(sequence.token_ids), limit, backlog, remaining))
+        return states
+
+    def _backlog(self, sequence: SampleState) -> int:
+        """Return the tokens that a draft network has not read, the root included."""
+        if not self.has_network:
+            return 0
+        return len(sequence.token_ids) - self._num_read.get(sequence.key, sequence.group.num_prompt_tokens)
 
     def _context(self, batch: Batch, row: int, max_depth: int) -> DraftContext:
         sequence = batch.sequences[row]
@@ -123,6 +264,31 @@ class Speculation:
         start = self.clock()
         yield
         self.timing.draft_s += self.clock() - start
+
+
+def _cut(
+    controller: Controller, states: Sequence[RowState], drafts: Sequence[AnyDraft], depths: Sequence[int]
+) -> tuple[list[AnyDraft], tuple[int, ...]]:
+    """Return the drafts' first nodes, as many as are worth their rows, and the depths of what is left."""
+    read = [draft.read() for draft in drafts]
+    chances = [_chances(controller, draft) for draft in read]
+    kept, _ = controller.kept_nodes(states, chances)
+    cut: list[AnyDraft] = [
+        draft if count >= draft.num_tokens else draft.first(count) for draft, count in zip(read, kept, strict=True)
+    ]
+    # A sequence whose draft was not worth a row takes a plain step; one that found nothing had an empty round.
+    dropped = [bool(draft.num_tokens) and not left.num_tokens for draft, left in zip(read, cut, strict=True)]
+    return cut, tuple(0 if drop else depth for drop, depth in zip(dropped, depths, strict=True))
+
+
+def _chances(controller: Controller, draft: Draft) -> list[float]:
+    """Return the probability of each node, by the drafter's own estimate where there is one."""
+    if draft.expected is None:
+        return controller.acceptance.chances(draft.parents)
+    chances: list[float] = []
+    for expected, parent in zip(draft.expected, draft.parents, strict=True):
+        chances.append(expected * (chances[parent] if parent >= 0 else 1.0))
+    return chances
 
 
 def _check(draft: AnyDraft, context: DraftContext) -> None:

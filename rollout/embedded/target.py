@@ -106,6 +106,12 @@ class Target:
             self._graphed = GraphedTarget(decoder, cache, need.layers, device, graphs)
         self._watch = DeviceWatch() if device.type == "cuda" else HostWatch(clock)
 
+    @property
+    def feature_bytes(self) -> int:
+        """Return the bytes of one token's features for the drafter."""
+        num_states = len(self._need.layers) + self._need.final
+        return num_states * self.decoder.spec.hidden_size * self._dtype.itemsize
+
     def use(self, decoder: Decoder) -> None:
         """Compute with other weights of the same model; captured passes stay right."""
         if self._graphed is not None:

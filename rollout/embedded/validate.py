@@ -10,7 +10,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.requests import RequestLimits
-from slime_spec.sglang.draft_shape import draft_shape
+from slime_spec.sglang.draft_shape import embedded_shape
 
 
 def context_length(config: EngineConfig, spec: ModelSpec) -> int:
@@ -36,7 +36,7 @@ def limits_of(config: Config, spec: ModelSpec) -> RequestLimits:
         context_length=context_length(config.engine, spec),
         max_total_tokens=config.engine.max_total_tokens
         or int(config.engine.kv_cache_gb * 1e9 / _kv_bytes(config, spec)),
-        headroom=draft_shape(config.speculative, spec.architecture).headroom if speculates else 0,
+        headroom=embedded_shape(config.speculative, spec.architecture).headroom if speculates else 0,
         algorithm=config.speculative.algorithm,
     )
 

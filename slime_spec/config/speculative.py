@@ -29,7 +29,7 @@ class SpeculativeConfig:
     )
     num_steps: int | None = setting(
         None,
-        "Depth of a draft; default: by algorithm.",
+        "Depth of a draft. Default, or auto: the embedded engine drafts as deep as pays, round by round; SGLang's own.",
         flags=("--sglang-speculative-num-steps",),
         minimum=1,
         maximum=DRAFTS,
@@ -163,3 +163,8 @@ class SpeculativeConfig:
     def record(self) -> Algorithm:
         """Return what the algorithm is; raises ConfigError for a name that none has."""
         return find_algorithm(self.algorithm)
+
+    @property
+    def is_automatic(self) -> bool:
+        """Return whether the engine decides, round by round, how much to draft: no number of a draft is set."""
+        return self.record.speculates and self.num_steps is None and self.num_draft_tokens is None

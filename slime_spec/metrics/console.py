@@ -22,6 +22,8 @@ LINE = (
     ("rollout/spec_accept_rate", "accept_rate", "{:.3f}"),
     ("rollout/spec_accept_length", "accept_len", "{:.2f}"),
     ("spec/net_speedup_est", "net_speedup", "{:.2f}x"),
+    ("spec/off_ratio", "off", "{:.0%}"),
+    ("spec/pays_up_to_batch", "pays_up_to", "{:.0f}"),
     ("sync/canary_accept_length", "canary", "{:.2f}"),
     ("train/train_rollout_logprob_abs_diff", "logprob_diff", "{:.1e}"),
     ("train/grad_norm", "grad_norm", "{:.2f}"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slime_spec.types import EngineStats, Sample
+from slime_spec.speculation.net_benefit import NetBenefit
+from slime_spec.types import EngineStats
 
 
 def engine_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats], speculates: bool) -> dict[str, float]:
@@ -27,19 +28,21 @@ def engine_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats], 
     return metrics
 
 
-def benefit_metrics(stats: Sequence[EngineStats], samples: Sequence[Sample]) -> dict[str, float]:
-    """Return a round's cost, by all probes of the engines so far, and the gain of the step's rounds."""
-    plain_s = sum(each.probed_plain_s for each in stats)
-    if not plain_s:
-        return {}
-    break_even = sum(each.probed_round_s for each in stats) / plain_s
-    metrics = {"spec/break_even_length": break_even}
-    verified = [sample.response for sample in samples if sample.response.spec.num_rounds > 0]
-    if verified:
-        # A response's first token comes from its prefill, with speculation and without.
-        num_gained = sum(len(response.token_ids) - 1 for response in verified)
-        num_rounds = sum(response.spec.num_rounds for response in verified)
-        metrics["spec/net_speedup_est"] = num_gained / num_rounds / break_even
+def benefit_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats]) -> dict[str, float]:
+    """Return what the step's rounds cost and gained, over all engines, and where speculation pays by what is known."""
+    earlier = before if len(before) == len(after) else [None] * len(after)
+    total = NetBenefit()
+    for was, now in zip(earlier, after, strict=True):
+        total += now.benefit if was is None else now.benefit.since(was.benefit)
+    metrics = {}
+    if total.one_step_s:
+        metrics["spec/break_even_length"] = total.drafted_s / total.one_step_s
+    if total.spent_s:
+        metrics["spec/net_speedup_est"] = total.plain_s / total.spent_s
+        metrics["spec/net_speedup_err"] = total.error_s / total.spent_s
+    limits = [each.pays_up_to for each in after if each.pays_up_to is not None]
+    if limits:
+        metrics["spec/pays_up_to_batch"] = float(min(limits))
     return metrics
 
 

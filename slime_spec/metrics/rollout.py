@@ -67,6 +67,9 @@ def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
         "spec/nonfinite_rounds": float(sum(response.spec.num_nonfinite_rounds for response in verified)),
         "spec/correct_drafts": float(num_correct),
     }
+    num_off_steps = sum(sample.response.spec.num_off_steps for sample in samples)
+    if num_off_steps:
+        metrics["spec/off_ratio"] = num_off_steps / (num_off_steps + num_rounds)
     if num_proposed:
         metrics["rollout/spec_accept_rate"] = num_correct / num_proposed
     if num_drafted:
@@ -81,9 +84,9 @@ def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def accept_length(verified: Sequence[GeneratedSample]) -> float:
-    """Return response tokens per verify round of samples that each had a round."""
+    """Return response tokens per verify round of samples that each had a round; plain steps and theirs are left out."""
     num_rounds = sum(response.spec.num_rounds for response in verified)
-    return sum(len(response.token_ids) for response in verified) / num_rounds
+    return sum(len(response.token_ids) - response.spec.num_off_steps for response in verified) / num_rounds
 
 
 def _acceptance_by_version(verified: Sequence[GeneratedSample]) -> dict[str, float]:
@@ -102,12 +105,16 @@ def _acceptance_by_position(counters: Sequence[SpecCounters]) -> dict[str, float
     """Return rates up to the first position that no round accepted, over requests whose engine counted by position."""
     counted = [spec for spec in counters if spec.histogram]
     accepted = [sum(column) for column in zip_longest(*map(accepted_per_position, counted), fillvalue=0)]
-    num_rounds = reached = sum(spec.num_rounds for spec in counted)
+    num_rounds = sum(spec.num_rounds for spec in counted)
+    # Rounds that reached a position: by the engine's own count where depths vary, else those that accepted all before.
+    tried = [sum(column) for column in zip_longest(*(spec.num_tried for spec in counted), fillvalue=0)]
+    reached = tried or [num_rounds, *accepted]
     metrics: dict[str, float] = {}
-    for position, num_accepted in enumerate(accepted):
-        if reached == 0:
+    cumulative = 1.0
+    for position, (num_accepted, num_reached) in enumerate(zip(accepted, reached, strict=False)):
+        if num_reached == 0:
             break
-        metrics[f"spec/accept_rate_pos_{position}"] = num_accepted / reached
-        metrics[f"spec/accept_rate_cum_pos_{position}"] = num_accepted / num_rounds
-        reached = num_accepted
+        cumulative = cumulative * num_accepted / num_reached if tried else num_accepted / num_rounds
+        metrics[f"spec/accept_rate_pos_{position}"] = num_accepted / num_reached
+        metrics[f"spec/accept_rate_cum_pos_{position}"] = cumulative
     return metrics

@@ -75,10 +75,13 @@ TABLE = (
     Metric(
         "spec/accept_rate_pos_{i}",
         "share",
-        "Conditional: rounds that accepted draft position i over rounds that accepted every position before it.",
+        "Conditional: rounds that accepted draft position i over rounds that accepted every position before it, and "
+        "drafted so far where the engine decides how deep to draft.",
     ),
     Metric(
-        "spec/accept_rate_cum_pos_{i}", "share", "Cumulative: rounds that accepted draft position i over all rounds."
+        "spec/accept_rate_cum_pos_{i}",
+        "share",
+        "Cumulative: rounds that accepted draft position i over all rounds, as if all had drafted so far.",
     ),
     Metric(
         "spec/accept_length_by_version/{version}",
@@ -100,15 +103,32 @@ TABLE = (
     Metric(
         "spec/break_even_length",
         "tokens/round",
-        "Time of a round (draft, verify) over that of a plain decode step of the same batch, both summed over the "
-        "rounds that the engines probed since their start (engine.cost_probe_interval): speculation pays above it. Of "
-        "the embedded engine; SGLang does not time its rounds.",
+        "Time of the step's rounds with drafts over that of one plain decode step of the same batch for each, by the "
+        "engine's measured costs: speculation pays above it. Of the embedded engine; SGLang does not time its rounds.",
     ),
     Metric(
         "spec/net_speedup_est",
         "x",
-        "Tokens a round brought (the prefill's token apart) over spec/break_even_length: an estimate of decoding with "
-        "speculation over without; below 1 it costs more than it saves. Prefill and waiting are not in it.",
+        "Time that plain decoding would have taken for the tokens of all rounds of the step, by the engine's measured "
+        "costs at each round's batch, over the time that the rounds took; plain steps count on both sides. Below 1 "
+        "speculation costs more than it saves. Prefill and waiting are not in it.",
+    ),
+    Metric(
+        "spec/net_speedup_err",
+        "x",
+        "What spec/net_speedup_est may be off by: the recent error of the predicted times of passes, on its rounds "
+        "with drafts.",
+    ),
+    Metric(
+        "spec/off_ratio",
+        "share",
+        "Plain steps that the engine chose instead of rounds, over both; absent where it chose none.",
+    ),
+    Metric(
+        "spec/pays_up_to_batch",
+        "sequences",
+        "The most sequences at once at which drafting pays by the costs and the acceptance known now, the least of all "
+        "engines; 0 where it pays nowhere. Where the engine decides how deep to draft.",
     ),
     Metric(
         "engine/speculating",

@@ -11,7 +11,7 @@ from slime_spec.checkpoints.end_of_text import ReplyEnds
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
-from slime_spec.sglang.draft_shape import DraftShape, draft_shape
+from slime_spec.sglang.draft_shape import DraftShape, draft_shape, embedded_shape
 from slime_spec.sglang.interpreter import InstalledSglang
 from slime_spec.sglang.releases import Release
 from slime_spec.sglang.served import Difference
@@ -80,7 +80,9 @@ class Facts:
 
     @property
     def shape(self) -> DraftShape:
-        return draft_shape(self.config.speculative, self.target.architecture)
+        speculative, architecture = self.config.speculative, self.target.architecture
+        of_engine = draft_shape if kind_of(self.config).has_servers else embedded_shape
+        return of_engine(speculative, architecture)
 
     @property
     def context_length(self) -> int | None:

@@ -121,7 +121,7 @@ def _train_and_push(
     if job.engines is not None:
         after = job.engines.stats()
         speculates = job.config.speculative.record.speculates
-        metrics |= engine_metrics(before, after, speculates) | benefit_metrics(after, samples)
+        metrics |= engine_metrics(before, after, speculates) | benefit_metrics(before, after)
     metrics |= perf_metrics(samples, clock.seconds, clock.total_s)
     unfinished = rollout.unfinished_prompt_ids
     return metrics, RunState(state.rollout_id + 1, rollout.next_prompt_id, version, unfinished, is_ahead)

@@ -5,6 +5,9 @@ num_steps S                     a chain (eagle_topk 1) of S drafts, whatever num
 S, eagle_topk K, N tokens       the best N - 1 of a pool of K + (S - 1) K^2 drafts, and the root
 a trie of n-grams               N tokens in whatever shape the trie has; S and K are not used
 a suffix looked up              a chain: S drafts, or N - 1
+
+The embedded engine, with no number set, decides round by round: see ``embedded_shape`` and the controller
+(slime_spec/speculation/controller.py).
 """
 
 from __future__ import annotations
@@ -41,6 +44,14 @@ class DraftShape:
 def draft_shape(config: SpeculativeConfig, architecture: str) -> DraftShape:
     """Resolve checked settings for a target of ``architecture`` (config.json's name, e.g. LlamaForCausalLM)."""
     return DraftShape(*config.record.shape(config, architecture), has_network=config.record.has_weights)
+
+
+def embedded_shape(config: SpeculativeConfig, architecture: str) -> DraftShape:
+    """Return the shape in the embedded engine: that of ``draft_shape``, or the most that its controller may draft."""
+    record = config.record
+    if config.is_automatic and record.controlled is not None:
+        return DraftShape(*record.controlled, has_network=record.has_weights)
+    return draft_shape(config, architecture)
 
 
 def forced_draft_tokens(config: SpeculativeConfig) -> int | None:

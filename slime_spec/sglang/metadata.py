@@ -128,7 +128,7 @@ def speculative_keys(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
     keys: dict[str, Any] = {
         ROUNDS: spec.num_rounds,
         "spec_accept_rate": correct / proposed,
-        "spec_accept_length": num_tokens / spec.num_rounds,
+        "spec_accept_length": (num_tokens - spec.num_off_steps) / spec.num_rounds,
     }
     for generation in reversed(GENERATIONS):
         keys |= {generation.correct: correct, generation.proposed: proposed, generation.histogram: histogram}
@@ -139,7 +139,7 @@ def speculative_keys(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
 def rtp_counters(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
     """Return RTP-LLM's counters. ``iter_count`` counts steps, the prefill too; without speculation tokens are steps."""
     return {
-        "iter_count": spec.num_rounds + 1 if spec.num_rounds else num_tokens,
+        "iter_count": spec.num_rounds + spec.num_off_steps + 1 if spec.num_rounds else num_tokens,
         "speculative_draft_rounds": spec.num_rounds,
         "speculative_accepted_tokens_per_pos": accepted_per_position(spec),
     }

@@ -10,7 +10,7 @@ from slime_spec.types import SpecCounters
 
 def pooled(counters: Iterable[SpecCounters]) -> SpecCounters:
     """Return the counters of several responses, or of the parts of one response: sums, never means of ratios."""
-    listed = [each for each in counters if each.num_rounds]
+    listed = [each for each in counters if each.num_rounds or each.num_off_steps]
     if len(listed) == 1:
         return listed[0]
     return SpecCounters(
@@ -22,6 +22,8 @@ def pooled(counters: Iterable[SpecCounters]) -> SpecCounters:
         num_steps=max((each.num_steps for each in listed), default=0),
         num_correct_unbinned=sum(each.num_correct_unbinned for each in listed),
         num_nonfinite_rounds=sum(each.num_nonfinite_rounds for each in listed),
+        num_tried=tuple(map(sum, zip_longest(*(each.num_tried for each in listed), fillvalue=0))),
+        num_off_steps=sum(each.num_off_steps for each in listed),
     )
 
 

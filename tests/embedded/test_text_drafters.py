@@ -48,10 +48,10 @@ def num_correct(samples: Samples) -> int:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"ngram_match_type": "PROB"},
+        {"num_draft_tokens": 12},
+        {"num_draft_tokens": 12, "ngram_match_type": "PROB"},
         {"ngram_min_bfs_breadth": 3, "ngram_max_bfs_breadth": 3, "num_draft_tokens": 16},
-        {"ngram_capacity": 100, "ngram_max_trie_depth": 5},
+        {"num_draft_tokens": 12, "ngram_capacity": 100, "ngram_max_trie_depth": 5},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "default",
 )
@@ -65,7 +65,7 @@ def test_ngram_trees_change_no_token_of_greedy_or_of_seeded_samples(
     samples = run(make_core(config), requests(DISTRIBUTIONS[distribution]))
     assert tokens(samples) == tokens(plain[distribution])
     assert num_correct(samples) > 0
-    limit = settings.get("num_draft_tokens", 12)
+    limit = settings["num_draft_tokens"]
     for sample in samples.values():
         assert sample.spec.num_proposed == sample.spec.num_rounds * (limit - 1)  # type: ignore[operator]
         assert sample.spec.num_drafted <= sample.spec.num_proposed

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from samples import sample
 
 from slime_spec.metrics.engines import benefit_metrics, canary_metrics, engine_metrics
+from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.types import EngineStats, SpecCounters
 
 IDLE = EngineStats(0, 0, 0, 0, 100, True, 0)
@@ -46,21 +46,24 @@ def test_shares_of_time_are_those_of_the_step_over_all_engines() -> None:
     assert (values["perf/engine_forward_share"], values["perf/engine_draft_share"]) == (0.5, 0.25)
 
 
-def test_the_estimate_is_what_a_round_brought_over_what_it_cost() -> None:
-    stats = [
-        replace(IDLE, probed_round_s=3.0, probed_plain_s=1.0),
-        replace(IDLE, probed_round_s=1.0, probed_plain_s=1.0),
-        IDLE,
+def test_the_estimate_counts_whole_rollouts_of_all_engines_since_the_step_began() -> None:
+    before = [replace(IDLE, benefit=NetBenefit(10.0, 8.0, 1.0, 6.0, 3.0)), IDLE]
+    after = [
+        replace(IDLE, benefit=NetBenefit(13.0, 14.0, 1.2, 8.0, 4.0), pays_up_to=6),
+        replace(IDLE, benefit=NetBenefit(1.0, 1.0, 0.0, 0.0, 0.0), pays_up_to=4),
     ]
-    # Seven tokens, of which the prefill's is no round's, in two rounds; a sample without a round counts nowhere.
-    samples = [sample(length=7, histogram=(0, 1, 0, 1)), sample(length=50)]
-    values = benefit_metrics(stats, samples)
-    assert values["spec/break_even_length"] == pytest.approx(4.0 / 2.0)
-    assert values["spec/net_speedup_est"] == pytest.approx(3.0 / 2.0)
+    assert benefit_metrics(before, after) == pytest.approx(
+        {
+            "spec/net_speedup_est": (6.0 + 1.0) / (3.0 + 1.0),
+            "spec/net_speedup_err": 0.2 / 4.0,
+            "spec/break_even_length": 2.0 / 1.0,
+            "spec/pays_up_to_batch": 4.0,
+        }
+    )
 
 
-def test_nothing_is_said_of_the_benefit_where_no_round_was_probed() -> None:
-    assert benefit_metrics([IDLE], [sample(length=7, histogram=(0, 2))]) == {}
+def test_nothing_is_said_of_the_benefit_where_nothing_was_measured() -> None:
+    assert benefit_metrics([IDLE], [IDLE]) == {}
 
 
 def test_the_canary_is_pooled_over_the_engines_that_ran_one_and_the_lowest_is_told() -> None:

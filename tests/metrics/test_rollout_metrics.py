@@ -14,6 +14,7 @@ from slime_spec.metrics.engines import benefit_metrics, canary_metrics, engine_m
 from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.metrics.table import TABLE, metric
+from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.types import EngineStats, Sample, SpecCounters, TrainReport
 from slime_spec.weights.run import PushReport
 
@@ -131,11 +132,13 @@ def drafted_by(draft_version: int | None, histogram: tuple[int, ...] = (1,)) -> 
 def said_by_engines() -> dict[str, float]:
     idle = EngineStats(0, 0, 0, 0, 100, True, 0)
     canary = SpecCounters(num_rounds=3, histogram=(1, 2))
-    times = replace(idle, time_total_s=2.0, time_in_forward_s=1.0, probed_round_s=4.0, probed_plain_s=2.0)
+    times = replace(
+        idle, time_total_s=2.0, time_in_forward_s=1.0, benefit=NetBenefit(5.0, 7.0, 0.5, 3.0, 2.0), pays_up_to=6
+    )
     worked = replace(times, canary=canary)
     return {
         **engine_metrics([idle], [worked], speculates=True),
-        **benefit_metrics([worked], [sample(histogram=(0, 2))]),
+        **benefit_metrics([idle], [worked]),
         **canary_metrics([worked]),
     }
 
@@ -145,7 +148,7 @@ def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
     push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True, verify_s=0.2)
     push = replace(push, paused_s=0.8)
     made = {
-        **rollout_metrics([drafted_by(1, (1, 2, 1)), sample(histogram=(1,), version=8)]),
+        **rollout_metrics([drafted_by(1, (1, 2, 1)), controlled((1,), (1,), 3, 9, version=8)]),
         **train_metrics(report),
         **push_metrics(push),
         **perf_metrics([sample()], {"rollout": 1.0, "train": 1.0, "sync": 1.0}, 3.0),
@@ -179,3 +182,22 @@ def test_lossy_samples_are_a_share_of_those_that_were_verified() -> None:
     lossy = replace(exact, response=replace(exact.response, lossy=True))
     assert rollout_metrics([exact, lossy, exact, exact, unverified])["spec/lossy_ratio"] == 1 / 4
     assert "spec/lossy_ratio" not in rollout_metrics([unverified])
+
+
+def controlled(
+    histogram: tuple[int, ...], num_tried: tuple[int, ...], num_off_steps: int, length: int, version: int = 0
+) -> Sample:
+    """A sample of an engine that decides round by round how deep to draft."""
+    given = sample(length=length, histogram=histogram, version=version)
+    counters = replace(given.response.spec, num_tried=num_tried, num_off_steps=num_off_steps)
+    return replace(given, response=replace(given.response, spec=counters))
+
+
+def test_plain_steps_that_were_chosen_are_in_no_rate_and_no_length() -> None:
+    # 4 rounds: 3 drafted one token, of which 2 stood; one drafted two, of which both stood. And 10 plain steps.
+    metrics = rollout_metrics([controlled((1, 2, 1), (4, 1), 10, 1 + 10 + 4 + 4)])
+    assert metrics["rollout/spec_accept_length"] == (1 + 4 + 4) / 4
+    assert metrics["spec/off_ratio"] == 10 / 14
+    assert metrics["spec/accept_rate_pos_0"] == 3 / 4
+    assert metrics["spec/accept_rate_pos_1"] == 1.0, "only one round tried the second position"
+    assert metrics["spec/accept_rate_cum_pos_1"] == 3 / 4

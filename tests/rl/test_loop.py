@@ -11,6 +11,7 @@ from slime_spec.errors import PushError, RewardError
 from slime_spec.interfaces import RunState
 from slime_spec.rl.loop import Job, first_state, run_loop
 from slime_spec.rl.rollouts import Rollout
+from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.stop import StopSignals
 from slime_spec.types import EngineStats, GeneratedSample, Prompt, Sample, SpecCounters, TrainReport
 from slime_spec.weights.checksums import combined_checksum
@@ -94,8 +95,10 @@ class Recorder:
                 *(self.version, 0, 0, 0, 0, True, 0),
                 speculates=self.version < 2,
                 canary=canary if self.version else SpecCounters(),
-                probed_round_s=3.0 * self.num_stats,
-                probed_plain_s=2.0 * self.num_stats,
+                benefit=NetBenefit(
+                    *(each * self.num_stats for each in (5.0, 7.0, 0.5, 3.0, 2.0)),
+                ),
+                pays_up_to=6,
             )
         ]
 
@@ -342,6 +345,7 @@ def test_a_step_logs_what_the_engines_say_and_the_canary_of_its_push():
     assert [values.get("sync/canary_accept_length") for values in recorder.logged.values()] == [None, 2.0, None]
     assert [values["engine/speculating"] for values in recorder.logged.values()] == [1.0, 1.0, 1.0]
     assert recorder.logged[0]["spec/break_even_length"] == 1.5
+    assert [values["spec/net_speedup_est"] for values in recorder.logged.values()] == pytest.approx([1.4] * 3)
 
 
 def test_a_disabled_speculation_shows_in_the_step_after_which_it_was_disabled():

@@ -14,7 +14,7 @@ from slime_spec.config.speculation import check_fp8
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import load_choice
 from slime_spec.preflight.requests import RequestLimits
-from slime_spec.sglang.draft_shape import draft_shape
+from slime_spec.sglang.draft_shape import embedded_shape
 
 DRAFTERS = {each.name: each.drafter for each in ALGORITHMS.values() if each.drafter is not None}
 
@@ -44,7 +44,7 @@ def make_drafter(
         check_fp8(torch.cuda.get_device_capability(device))
     setup = DrafterSetup(
         config=speculative,
-        shape=draft_shape(speculative, target.architecture),
+        shape=embedded_shape(speculative, target.architecture),
         draft=draft,
         target=target,
         dtype=dtype,

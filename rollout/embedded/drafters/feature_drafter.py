@@ -6,7 +6,8 @@ last committed token wait until its successor is known:
     prefill   features 0 … k      extend positions 0 … k - 1, whose next tokens are known; the last features wait
     propose   root is token k+1   extends the waiting positions; the last one's output is the first draft
               S - 1 steps         on the draft's own states, into slots that the next round overwrites
-    observe                       features of what was accepted wait for the next propose
+    observe                       features of what was accepted wait for the next propose, of rounds without drafts too
+    catch_up                      extends the waiting positions without drafting
 
 So after every round the draft's cache of committed tokens comes from the target's true features. A group's shared
 prompt of P tokens is computed once: its first P - 1 positions, for the last one's next token differs by sample.
@@ -112,20 +113,11 @@ class FeatureDrafter:
 
     @torch.inference_mode()
     def propose(self, contexts: Sequence[DraftContext]) -> list[UnreadDraft]:
-        spans: list[RowSpan] = []
         next_slots: list[RowSpan] = []
-        token_ids: list[int] = []
-        waiting: list[torch.Tensor] = []
         for context in contexts:
-            track = self._track(context.request_key, context.prompt_key)
-            num_committed = len(context.token_ids) - 1
             prefix_len = shared_positions(context.kv_row.prefix_len)
-            spans.append(own_span(context.kv_row, prefix_len, track.num_cached, num_committed - track.num_cached))
-            next_slots.append(own_span(context.kv_row, prefix_len, num_committed, 1))
-            token_ids.extend(context.token_ids[track.num_cached + 1 :])
-            waiting.extend(track.waiting)
-            self._tracks[context.request_key] = Track(num_committed, ())
-        features = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+            next_slots.append(own_span(context.kv_row, prefix_len, len(context.token_ids) - 1, 1))
+        spans, token_ids, features = self._take_waiting(contexts)
         if self._graphed is not None:
             from rollout.embedded.cuda.graphed_drafts import DraftWork
 
@@ -133,10 +125,41 @@ class FeatureDrafter:
             drafts = self._graphed.grow(self._on_device, self._vocab, self._owners(), work, contexts)
             if drafts is not None:
                 return drafts
-        hidden = self._network.project(features)
-        residual = self._forward(self.cache.own, self._rows.tensor(token_ids), hidden, spans)
+        residual = self._extend(spans, token_ids, features)
         first = self._network.heads(last_rows(residual, spans), self._shared_head)
         return grow_drafts(self._setup, self._vocab, first, self._step, next_slots, contexts)
+
+    @torch.inference_mode()
+    def catch_up(self, contexts: Sequence[DraftContext]) -> None:
+        behind = [each for each in contexts if len(self._track(each.request_key, each.prompt_key).waiting) > 1]
+        if behind:
+            self._extend(*self._take_waiting(behind, kept=1))
+
+    def _take_waiting(
+        self, contexts: Sequence[DraftContext], kept: int = 0
+    ) -> tuple[list[RowSpan], list[int], torch.Tensor]:
+        """Return the spans, next tokens and features of all that waits but the last ``kept`` pieces of each sequence.
+
+        They count as cached from now on.
+        """
+        spans: list[RowSpan] = []
+        token_ids: list[int] = []
+        waiting: list[torch.Tensor] = []
+        for context in contexts:
+            track = self._track(context.request_key, context.prompt_key)
+            taken, left = track.waiting[: len(track.waiting) - kept], track.waiting[len(track.waiting) - kept :]
+            num_cached = track.num_cached + sum(map(len, taken))
+            prefix_len = shared_positions(context.kv_row.prefix_len)
+            spans.append(own_span(context.kv_row, prefix_len, track.num_cached, num_cached - track.num_cached))
+            token_ids.extend(context.token_ids[track.num_cached + 1 : num_cached + 1])
+            waiting.extend(taken)
+            self._tracks[context.request_key] = Track(num_cached, left)
+        return spans, token_ids, torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+
+    def _extend(self, spans: Sequence[RowSpan], token_ids: Sequence[int], features: torch.Tensor) -> torch.Tensor:
+        """Put committed tokens into the draft's cache; returns their states [tokens, hidden]."""
+        hidden = self._network.project(features)
+        return self._forward(self.cache.own, self._rows.tensor(token_ids), hidden, spans)
 
     def _on_device(self) -> NetworkOnDevice:
         return NetworkOnDevice(self._network, self._embed, self._shared_head)
@@ -151,9 +174,8 @@ class FeatureDrafter:
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             assert outcome.features is not None, "the core brings the features that were asked for"
-            track = self._tracks.get(outcome.request_key)
-            if track is not None:  # else its one round had no budget for a draft, and it is the last
-                self._tracks[outcome.request_key] = Track(track.num_cached, (*track.waiting, outcome.features))
+            track = self._track(outcome.request_key, outcome.prompt_key)
+            self._tracks[outcome.request_key] = Track(track.num_cached, (*track.waiting, outcome.features))
 
     def forget(self, request_key: int) -> None:
         self._tracks.pop(request_key, None)

@@ -78,18 +78,8 @@ class StandaloneDrafter:
     @torch.inference_mode()
     def propose(self, contexts: Sequence[DraftContext]) -> list[UnreadDraft]:
         self._num_read = min(self._setup.shape.num_steps, max(map(chain_limit, contexts))) - 1
-        spans: list[RowSpan] = []
-        next_slots: list[RowSpan] = []
-        token_ids: list[int] = []
-        for context in contexts:
-            num_cached = self._num_cached.get(context.request_key)
-            if num_cached is None:  # a sample begins where its shared prompt ends
-                num_cached = self._num_cached[context.prompt_key]
-            prefix_len, num_tokens = context.kv_row.prefix_len, len(context.token_ids)
-            spans.append(own_span(context.kv_row, prefix_len, num_cached, num_tokens - num_cached))
-            next_slots.append(own_span(context.kv_row, prefix_len, num_tokens, 1))
-            token_ids.extend(context.token_ids[num_cached:])
-            self._num_cached[context.request_key] = num_tokens
+        next_slots = [own_span(each.kv_row, each.kv_row.prefix_len, len(each.token_ids), 1) for each in contexts]
+        spans, token_ids = self._take_unread(contexts)
         if self._graphed is not None:
             from rollout.embedded.cuda.graphed_drafts import DraftWork
 
@@ -100,6 +90,30 @@ class StandaloneDrafter:
         hidden = self._forward(self.cache.own, self._rows.tensor(token_ids), spans)
         first = self.heads(last_rows(hidden, spans))
         return grow_drafts(self._setup, self._vocab, first, self._next, next_slots, contexts)
+
+    @torch.inference_mode()
+    def catch_up(self, contexts: Sequence[DraftContext]) -> None:
+        spans, token_ids = self._take_unread(contexts, kept=1)
+        if token_ids:
+            self._forward(self.cache.own, self._rows.tensor(token_ids), spans)
+
+    def _take_unread(self, contexts: Sequence[DraftContext], kept: int = 0) -> tuple[list[RowSpan], list[int]]:
+        """Return the spans and tokens that the cache does not hold, but the last ``kept`` of each sequence.
+
+        They count as cached from now on.
+        """
+        spans: list[RowSpan] = []
+        token_ids: list[int] = []
+        for context in contexts:
+            num_cached = self._num_cached.get(context.request_key)
+            if num_cached is None:  # a sample begins where its shared prompt ends
+                num_cached = self._num_cached[context.prompt_key]
+            num_tokens = len(context.token_ids) - kept
+            if num_tokens > num_cached:
+                spans.append(own_span(context.kv_row, context.kv_row.prefix_len, num_cached, num_tokens - num_cached))
+                token_ids.extend(context.token_ids[num_cached:num_tokens])
+                self._num_cached[context.request_key] = num_tokens
+        return spans, token_ids
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         if self._setup.shape.topk > 1:

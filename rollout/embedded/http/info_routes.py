@@ -15,7 +15,7 @@ from aiohttp import web
 import slime_spec
 from rollout.embedded.http.json_io import json_response
 from rollout.embedded.http.serving import Serving
-from slime_spec.sglang.draft_shape import draft_shape
+from slime_spec.sglang.draft_shape import embedded_shape
 from slime_spec.sglang.releases import SELECTOR, since
 from slime_spec.types import GroupRequest, SamplingParams
 
@@ -97,7 +97,7 @@ class InfoRoutes:
     def _settings(self) -> dict[str, Any]:
         """Return the server's settings under SGLang's names; the speculative numbers as they were resolved."""
         config, folder = self._config, self._config.model.hf_checkpoint
-        shape = draft_shape(config.speculative, self._spec.architecture)
+        shape = embedded_shape(config.speculative, self._spec.architecture)
         speculative = {f"speculative_{name}": value for name, value in asdict(config.speculative).items()}
         if not config.speculative.record.speculates:
             shown: dict[str, Any] = {"speculative_algorithm": None}
@@ -132,6 +132,7 @@ class InfoRoutes:
 
     def _state(self) -> dict[str, Any]:
         stats, totals = self._engine.stats(), self._totals
+        benefit = stats.benefit
         return {
             "weight_version": self._names.current(),
             "draft_version": self._engine.draft_version,
@@ -143,7 +144,7 @@ class InfoRoutes:
             "num_answered_samples": totals.num_samples,
             "num_generated_tokens": totals.num_tokens,
             "avg_spec_accept_length": totals.mean_accept_length,
-            "spec_break_even_length": stats.probed_round_s / stats.probed_plain_s if stats.probed_plain_s else None,
+            "spec_break_even_length": benefit.drafted_s / benefit.one_step_s if benefit.one_step_s else None,
             "time_in_forward_s": stats.time_in_forward_s,
             "time_total_s": stats.time_total_s,
         }

@@ -1,0 +1,172 @@
+"""The controller drafts exactly where the measured costs and the running acceptance say that it pays."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from slime_spec.speculation.controller import FOR_OFF, PROBE_SHARE, Controller, RoundPlan, RowState
+from slime_spec.speculation.exhaustive import best_depths, tokens_per_s
+from slime_spec.speculation.round_costs import PassCurve, RoundCosts
+
+# Seconds of a pass by rows, and of drafting, as measured for SmolLM2-135M in fp32 on one CPU core: up to eight rows
+# are free, and every further row costs the same.
+MEASURED = ((1, 0.0205), (4, 0.0229), (8, 0.0229), (12, 0.0351), (16, 0.0411), (32, 0.0836), (64, 0.169), (128, 0.342))
+DRAFTING = (0.0018, 0.00024, 0.0001)
+# Acceptance by position given the positions before, before and after training (block verification, argmax).
+BEFORE = (0.544, 0.665, 0.685, 0.710, 0.771, 0.7, 0.7)
+AFTER = (0.896, 0.830, 0.750, 0.720, 0.972, 0.8, 0.8)
+
+
+def measured_costs() -> RoundCosts:
+    return RoundCosts(PassCurve(MEASURED), attend_s=3e-6, draft_guess=DRAFTING)
+
+
+def controller_with(rates: tuple[float, ...], costs: RoundCosts | None = None, free: bool = False) -> Controller:
+    """A controller that has seen many drafts accepted at these rates."""
+    controller = Controller(costs or measured_costs(), 7, drafts_are_free=free)
+    rng = random.Random(0)
+    for _ in range(2000):
+        controller.acceptance.observe(range(-1, 6), drawn_path(rates, 7, rng))
+    return controller
+
+
+def drawn_path(rates: tuple[float, ...], depth: int, rng: random.Random) -> tuple[int, ...]:
+    accepted = 0
+    while accepted < depth and rng.random() < rates[accepted]:
+        accepted += 1
+    return tuple(range(accepted))
+
+
+def rows(count: int, **state: float) -> list[RowState]:
+    return [RowState(**{"context": 80, "max_depth": 7, **state}) for _ in range(count)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [12, 16, 32, 64])
+def test_nothing_is_drafted_where_even_perfect_drafts_do_not_pay(batch: int) -> None:
+    assert controller_with(BEFORE).plan(rows(batch)) == RoundPlan((0,) * batch)
+
+
+def test_one_sequence_drafts_deeper_the_better_its_drafts() -> None:
+    (before,) = controller_with(BEFORE).plan(rows(1)).depths
+    (after,) = controller_with(AFTER).plan(rows(1)).depths
+    (never,) = controller_with((0.02,) * 7).plan(rows(1)).depths
+    assert never == 0 < before < after == 7
+
+
+def test_rows_below_the_knee_are_filled_though_not_every_sequence_drafts() -> None:
+    depths = controller_with((0.8,) * 7).plan(rows(6)).depths
+    assert sum(depths) > 0
+    assert 6 + sum(depths) <= 9
+
+
+def test_a_draft_is_no_deeper_than_its_sequence_allows() -> None:
+    plan = controller_with(AFTER).plan([RowState(80, 2), RowState(80, 0)])
+    assert plan.depths[0] in (1, 2)
+    assert plan.depths[1] == 0
+
+
+def test_what_must_be_caught_up_first_is_weighed_against_the_tokens_that_are_left() -> None:
+    controller = controller_with(BEFORE)
+    assert controller.plan(rows(1, backlog=300, remaining=3.0)).depths == (0,)
+    assert controller_with(BEFORE).plan(rows(1, backlog=300, remaining=400.0)).drafts
+
+
+@pytest.mark.parametrize("rates", [BEFORE, AFTER, (0.3,) * 7])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_the_choice_is_as_good_as_trying_every_combination(batch: int, rates: tuple[float, ...]) -> None:
+    rng = random.Random(batch)
+    for _ in range(20):
+        points = sorted(rng.uniform(0.01, 0.1) for _ in range(6))
+        costs = RoundCosts(PassCurve(list(zip((1, 2, 4, 8, 16, 32), points, strict=True))), 1e-6, DRAFTING)
+        controller = controller_with(rates, costs)
+        known = [controller.acceptance.rate(node) for node in range(7)]
+        states = rows(batch)
+        _, most = best_depths(costs, known, states, (1, 2, 3, 5, 7))
+        chosen = tokens_per_s(costs, known, states, controller.plan(states).depths)
+        # It prefers off within FOR_OFF, and tries one depth for all that draft.
+        assert chosen >= most / FOR_OFF / 1.03
+
+
+def test_the_rows_of_a_pass_go_to_the_likeliest_nodes() -> None:
+    controller = controller_with(AFTER, free=True)
+    kept, is_probe = controller.kept_nodes(rows(4), [[0.9**node for node in range(1, 8)], [0.1, 0.1], [], [0.8, 0.5]])
+    assert not is_probe
+    assert kept[0] > kept[3] > 0 == kept[1] == kept[2]
+
+
+def test_a_likely_node_behind_an_unlikely_one_is_not_kept_for_itself() -> None:
+    # A draft is cut to its first nodes: what comes later cannot be likelier than what it stands behind.
+    kept, _ = controller_with(AFTER, free=True).kept_nodes(rows(1), [[0.01, 0.99, 0.99]])
+    assert kept in ([0], [3])
+
+
+def test_free_drafts_are_asked_for_only_where_perfect_drafts_would_pay() -> None:
+    controller = controller_with(BEFORE, free=True)
+    assert controller.plan(rows(2)).depths == (7, 7)
+    assert not controller.plan(rows(64)).drafts
+
+
+def test_probes_take_less_than_their_share_of_the_time() -> None:
+    controller = controller_with((0.02,) * 7)
+    spent_s = probed_s = 0.0
+    for _ in range(8_000):
+        plan = controller.plan(rows(4))
+        if not plan.drafts:
+            seconds = controller.costs.pass_s(4, 320)
+            controller.note_plain(seconds)
+        else:
+            assert plan.is_probe
+            assert sum(depth > 0 for depth in plan.depths) == 1
+            steps = max(plan.depths)
+            seconds = controller.costs.pass_s(4 + steps, 320 + 80 * steps) + controller.costs.draft_s(1, steps)
+            probed_s += seconds - controller.costs.pass_s(4, 320)
+        spent_s += seconds
+    assert 0.0 < probed_s <= PROBE_SHARE * spent_s
+
+
+def test_it_turns_on_again_once_probes_say_that_the_draft_has_learned() -> None:
+    controller, rng = controller_with((0.02,) * 7), random.Random(1)
+    for _ in range(6_000):
+        plan = controller.plan(rows(4))
+        if plan.drafts and not plan.is_probe:
+            break
+        if not plan.drafts:
+            controller.note_plain(0.0229)
+        for depth in filter(None, plan.depths):
+            controller.acceptance.observe(range(-1, depth - 1), drawn_path(AFTER, depth, rng))
+    assert plan.drafts
+    assert not plan.is_probe
+
+
+@pytest.mark.parametrize("rates", [BEFORE, AFTER, (0.05,) * 7])
+@pytest.mark.parametrize("batch", [1, 2, 4, 6, 8, 16, 64])
+def test_replayed_costs_and_acceptance_are_never_slower_than_off_or_the_best_fixed_depth(
+    batch: int, rates: tuple[float, ...]
+) -> None:
+    """Rounds are replayed with the measured costs, noise in the clock, and acceptance drawn by position."""
+    rng, truth = random.Random(batch), measured_costs()
+    controller = Controller(measured_costs(), 7)
+    tokens = seconds = 0.0
+    for _ in range(600):
+        plan = controller.plan(rows(batch))
+        paths = [drawn_path(rates, depth, rng) for depth in plan.depths]
+        verified = batch + sum(plan.depths)
+        attended = sum(80 * (1 + depth) for depth in plan.depths)
+        num_drafting = sum(depth > 0 for depth in plan.depths)
+        pass_s, draft_s = truth.pass_s(verified, attended), truth.draft_s(num_drafting, plan.steps, 2 * num_drafting)
+        seconds += pass_s + draft_s
+        tokens += batch + sum(map(len, paths))
+        noise = rng.lognormvariate(0.0, 0.1)
+        controller.costs.observe_pass(verified, attended, pass_s * noise)
+        if num_drafting:
+            controller.costs.observe_draft(num_drafting, plan.steps, 2 * num_drafting, draft_s * noise)
+        else:
+            controller.note_plain(pass_s)
+        for depth, path in zip(plan.depths, paths, strict=True):
+            if depth:
+                controller.acceptance.observe(range(-1, depth - 1), path)
+    fixed = [tokens_per_s(truth, rates, rows(batch, backlog=2), (depth,) * batch) for depth in (0, 1, 2, 3, 5, 7)]
+    assert tokens / seconds >= 0.97 * max(fixed)
+    assert tokens / seconds >= 0.98 * fixed[0]
