@@ -45,8 +45,8 @@ class Algorithm:
     SGLang's servers report, ``rtp_llm`` the --sp-type; None where the engine does not have it. ``drafter`` is the
     embedded engine's class. ``reads`` are the settings that have an effect, besides OF_DRAFT_MODEL. ``shape`` makes
     the three numbers of a round of the settings and the target's architecture; ``controlled`` are the embedded engine's
-    where none are set. ``reads_replies``: it drafts from earlier replies to the same prompt, which the training loop then
-    sends with requests.
+    where none are set. ``reads_replies``: it drafts from earlier replies to the same prompt, which the training loop
+    then sends with requests.
     """
 
     name: str

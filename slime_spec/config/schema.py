@@ -11,6 +11,7 @@ from functools import cache
 from operator import attrgetter
 from typing import Any
 
+from slime_spec.config.setting import AUTO
 from slime_spec.config.texts import is_text
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -41,6 +42,7 @@ class Setting:
     above: float | None
     below: float | None
     may_be_empty: bool
+    is_automatic: bool
 
     @property
     def node(self) -> str:
@@ -61,7 +63,7 @@ class Setting:
 
     def check(self, value: object) -> Any:
         """Return the value as the dataclass holds it (ints widen to float, lists become tuples); raises ConfigError."""
-        if value is None and self.is_optional:
+        if self.is_optional and (value is None or (self.is_automatic and value == AUTO)):
             return None
         if self.is_tuple:
             if not isinstance(value, list | tuple):

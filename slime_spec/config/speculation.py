@@ -83,7 +83,7 @@ def speculation_notes(config: Config) -> Iterator[str]:
             f"{spec.num_steps} steps is verified as num_steps + 1 tokens."
         )
     is_sampled = spec.use_rejection_sampling or spec.use_block_verification
-    if spec.record.has_numbers and spec.num_steps is None and is_sampled:
+    if spec.record.has_numbers and spec.num_steps is None and is_sampled and kind_of(config).has_servers:
         numbers = "num_steps={}, eagle_topk={}, num_draft_tokens={}".format(*AUTO_CHAIN)
         yield f"Sampled drafts are chains: the automatic shape is {numbers} for every target."
     if spec.lossy and spec.accept_threshold_single == spec.accept_threshold_acc == 1.0 and spec.record.speculates:

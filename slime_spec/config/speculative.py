@@ -31,6 +31,7 @@ class SpeculativeConfig:
         None,
         "Depth of a draft. Default, or auto: the embedded engine drafts as deep as pays, round by round; SGLang's own.",
         flags=("--sglang-speculative-num-steps",),
+        is_automatic=True,
         minimum=1,
         maximum=DRAFTS,
     )

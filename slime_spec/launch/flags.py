@@ -10,6 +10,7 @@ from typing import Any
 
 from slime_spec.algorithms import ALGORITHMS
 from slime_spec.config.schema import Setting, settings
+from slime_spec.config.setting import AUTO
 from slime_spec.config.texts import NULLS, PARSERS, whole_number
 from slime_spec.errors import ConfigError
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
@@ -103,7 +104,7 @@ def is_flag(token: str) -> bool:
 def parse_value(setting: Setting, text: str, kind: str | None = None) -> Any:
     """Read one value of a setting from its text; raises ConfigError with the setting's own words."""
     kind = kind or setting.type.__name__
-    if setting.is_optional and text in NULLS:
+    if setting.is_optional and (text in NULLS or (setting.is_automatic and text == AUTO)):
         return None
     try:
         return PARSERS[kind](text)

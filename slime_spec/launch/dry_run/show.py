@@ -99,9 +99,10 @@ def _engine(plan: Plan) -> Iterator[str]:
     )
     if plan.facts.speculates:
         shape = plan.facts.shape
+        most = "at most " if spec.is_automatic and not plan.facts.on_sglang else ""
         yield (
-            f"speculation {spec.algorithm}: num_steps {shape.num_steps}, topk {shape.topk}, "
-            f"{shape.num_draft_tokens} tokens verified a round"
+            f"speculation {spec.algorithm}: {most}num_steps {shape.num_steps}, topk {shape.topk}, "
+            f"{shape.num_draft_tokens} tokens verified a round{', as many as pay' if most else ''}"
         )
     router = config.sglang_server
     if router.router or router.router_addr:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slime_spec.algorithms import EAGLE, EAGLE3, STANDALONE
+from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
 from slime_spec.sglang.draft_shape import forced_draft_tokens
@@ -19,7 +20,8 @@ DOCS = "https://docs.sglang.ai/advanced_features/speculative_decoding.html"
 )
 def auto_shape(facts: Facts) -> Sighting | None:
     spec, shape = facts.config.speculative, facts.shape
-    if not spec.record.has_numbers or spec.num_steps is not None:
+    has_rule = kind_of(facts.config).has_servers  # the embedded engine decides round by round
+    if not has_rule or not spec.record.has_numbers or spec.num_steps is not None:
         return None
     return Sighting(
         Severity.INFO,
