@@ -61,7 +61,7 @@ def test_what_an_experiment_itself_sets_stands_above_groups_and_below_settings()
 
 def test_given_is_what_somebody_set() -> None:
     made = composed(["--config", "smollm2-135m", "model=llama3.1_8b", "--lr", "1", "--sglang-page-size", "1"])
-    assert {"trainer.lr", "sglang.page_size", "run.num_rollout", "speculative.num_steps"} <= made.given
+    assert {"trainer.lr", "sglang.page_size", "run.num_rollout", "speculative.use_rejection_sampling"} <= made.given
     assert {"engine.dtype", "engine.context_length"} <= made.given
     assert not {"run.seed", "engine.kv_cache_gb", "drafts.eagle3"} & made.given
     assert "engine.dtype" not in composed(["--config", "smollm2-135m"]).given

@@ -48,7 +48,9 @@ def test_a_texts_advice_needs_lookup() -> None:
     ],
 )
 def test_its_legal_neighbour_is_accepted_without_a_note(argv: str) -> None:
-    expected = ["Sampled drafts are chains"] if "--speculative-use" in argv and "num-steps" not in argv else []
+    is_sglangs = "--rollout-engine sglang" in argv  # the embedded engine has no automatic shape to tell of
+    is_sampled = "--speculative-use" in argv and "num-steps" not in argv
+    expected = ["Sampled drafts are chains"] if is_sampled and is_sglangs else []
     assert [note.partition(":")[0] for note in notes(compose(argv.split()))] == expected
 
 
