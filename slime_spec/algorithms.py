@@ -28,7 +28,7 @@ TREE_ARCHITECTURES = ("LlamaForCausalLM", "Grok1ForCausalLM", "Grok1VForCausalLM
 # Settings of a draft model and its verification; each is an error with an algorithm that does not read it.
 OF_DRAFT_MODEL = ("draft_model_path", "draft_model_quantization", "use_rejection_sampling", "use_block_verification")
 _EVERY_ROUND = ("num_draft_tokens", "accept_threshold_single", "accept_threshold_acc", "lossy")
-_THREE_NUMBERS = ("num_steps", "eagle_topk", *_EVERY_ROUND)
+_THREE_NUMBERS = ("num_steps", "eagle_topk", *_EVERY_ROUND, "history")
 _OF_THE_TRIE = (
     *("ngram_min_bfs_breadth", "ngram_max_bfs_breadth", "ngram_match_type", "ngram_max_trie_depth", "ngram_capacity"),
     *("ngram_external_corpus_path", "ngram_external_sam_budget", "ngram_external_corpus_max_tokens"),

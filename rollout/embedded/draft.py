@@ -17,7 +17,8 @@ class Draft:
     None means the drafter chose its tokens (argmax, n-gram, lookup, top-k), a point mass. ``nonfinite`` says that the
     draft ends, perhaps before its first token, where the draft model's logits were not finite numbers. ``expected``,
     where the drafter knows it, is its own estimate for each node of the probability that the node is accepted, given
-    that its parent was: it says where rows are well spent, and verification never reads it.
+    that its parent was: it says where rows are well spent, and verification never reads it. Drafts out of texts may
+    have it, those of a network do not.
     """
 
     token_ids: tuple[int, ...]
@@ -43,6 +44,10 @@ class Draft:
     @property
     def is_chain(self) -> bool:
         return all(parent == index - 1 for index, parent in enumerate(self.parents))
+
+    @property
+    def is_of_text(self) -> bool:
+        return self.expected is not None
 
     @property
     def is_sampled(self) -> bool:

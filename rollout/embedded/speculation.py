@@ -44,7 +44,8 @@ class Proposal:
 
     drafts: list[AnyDraft]
     depths: tuple[int, ...]
-    backlog: int = 0  # tokens that the drafter read first
+    num_asked: int = 0  # sequences that a network was asked for, the others' drafts came out of texts
+    backlog: int = 0  # tokens that the network read first
     draft_s: float = 0.0
 
     @property
@@ -110,11 +111,12 @@ class Speculation:
             plan = self.controller.again(limits) or self.controller.plan(self._states(batch, limits))
             depths = plan.depths
         drafting = [row for row, depth in enumerate(depths) if depth]
-        before_s, backlog = self.timing.draft_s, sum(self._backlog(batch.sequences[row]) for row in drafting)
+        before_s, backlogs = self.timing.draft_s, [self._backlog(batch.sequences[row]) for row in drafting]
         drafts = self._drafted(batch, drafting, depths)
+        read = [count for row, count in zip(drafting, backlogs, strict=True) if not drafts[row].is_of_text]
         if self.controller is not None and not self.has_network and drafting:
             drafts, depths = _cut(self.controller, self._states(batch, limits), drafts, depths)
-        return Proposal(drafts, depths, backlog, self.timing.draft_s - before_s)
+        return Proposal(drafts, depths, len(read), sum(read), self.timing.draft_s - before_s)
 
     def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int]) -> list[AnyDraft]:
         drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
@@ -125,7 +127,8 @@ class Speculation:
             for row, context, draft in zip(rows, contexts, proposed, strict=True):
                 _check(draft, context)
                 drafts[row] = draft
-                self._num_read[context.request_key] = len(context.token_ids)
+                if not draft.is_of_text:  # for such a draft a network has read nothing
+                    self._num_read[context.request_key] = len(context.token_ids)
         return drafts
 
     def observe(self, batch: Batch, output: PassOutput, spans: Sequence[RowSpan], verified: Sequence[Verified]) -> None:
@@ -161,9 +164,9 @@ class Speculation:
         if not proposal.num_drafting:
             self.benefit = self.benefit.with_plain(seconds)
         else:
-            if self.has_network:
+            if self.has_network and proposal.num_asked:
                 steps = max(proposal.depths)
-                self.costs.observe_draft(proposal.num_drafting, steps, proposal.backlog, draft_s)
+                self.costs.observe_draft(proposal.num_asked, steps, proposal.backlog, draft_s)
             num_tokens = sum(1 + len(each.path) for each in verified)
             self.benefit = self.benefit.with_round(seconds, len(running), num_tokens, step_s, error)
         if self.controller is not None:

@@ -89,6 +89,10 @@ class UnreadDraft:
         return self.of.branches is None
 
     @property
+    def is_of_text(self) -> bool:
+        return False
+
+    @property
     def is_sampled(self) -> bool:
         return self.samples and self.of.q_draft is not None and self.num_tokens > 0
 

@@ -36,6 +36,13 @@ def check_speculation(config: Config) -> None:
             f"Pass --speculative-algorithm {listed(names(lambda each: each.drafter is not None and each.has_weights))},"
             f" or {listed(names(lambda each: each.sources == ('text',)))}, which need no draft model.",
         )
+    if spec.history and kind_of(config).has_servers:
+        raise ConfigError(
+            "speculative.history",
+            "is the embedded engine's: SGLang's servers do not draft from a prompt's replies",
+            True,
+            "Drop --speculative-history, or pass --rollout-engine embedded.",
+        )
     _check_draft_model(config)
     check_shape(spec)
     _check_sampled_drafts(spec)

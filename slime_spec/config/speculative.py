@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime_spec.algorithms import EAGLE, EAGLE3, LOOKUP, NGRAM, NONE, Algorithm, find_algorithm, listed, names
+from slime_spec.algorithms import EAGLE, EAGLE3, HISTORY, LOOKUP, NGRAM, NONE, Algorithm, find_algorithm, listed, names
 from slime_spec.config.setting import DRAFTS, INT32, setting
 
 
@@ -86,6 +86,11 @@ class SpeculativeConfig:
         flags=("--draft-norm-output-convention",),
         choices=("sglang", "specforge"),
     )
+    history: bool = setting(
+        False,
+        f"Draft as {HISTORY.name} does before any draft model, where that promises as many tokens.",
+        flags=("--speculative-history",),
+    )
     min_token_match: int = setting(
         2,
         f"{LOOKUP.name}: shortest suffix that counts as a match.",
@@ -164,6 +169,11 @@ class SpeculativeConfig:
     def record(self) -> Algorithm:
         """Return what the algorithm is; raises ConfigError for a name that none has."""
         return find_algorithm(self.algorithm)
+
+    @property
+    def reads_replies(self) -> bool:
+        """Return whether the engines draft from earlier replies to the same prompt."""
+        return self.record.reads_replies or (self.history and self.record.has_weights)
 
     @property
     def is_automatic(self) -> bool:

@@ -57,7 +57,7 @@ class GeneratedRollouts:
     ) -> None:
         self._config, self._engines, self._take_prompts, self._score = config, engines, take_prompts, score
         self._open: dict[int, OpenGroup] = {}
-        self._history = ReplyHistory() if config.speculative.record.reads_replies else None
+        self._history = ReplyHistory() if config.speculative.reads_replies else None
         self._lengths = ExpectedLengths()
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout:

@@ -85,6 +85,18 @@ def test_sglangs_forged_acceptance_is_refused_by_its_environment_variable(monkey
         check_environment(harmless)
 
 
+def test_history_is_for_draft_models_and_says_so_beside_others() -> None:
+    behind = composed(["--config", "smollm2-135m", "--speculative-history"])
+    assert behind.config.speculative.history
+    assert behind.config.speculative.reads_replies
+    assert not any("history" in note for note in behind.notes)
+    alone = composed(["--speculative-algorithm", "NGRAM", "--speculative-history"])
+    assert "speculative.history has no effect with speculative.algorithm=NGRAM." in alone.notes
+    assert not alone.config.speculative.reads_replies
+    assert composed(["--speculative-algorithm", "HISTORY"]).config.speculative.reads_replies
+    assert not composed(["--config", "smollm2-135m"]).config.speculative.reads_replies
+
+
 @pytest.mark.parametrize("algorithm", ["NGRAM", "LOOKUP", "HISTORY", "NONE"])
 def test_another_algorithm_leaves_out_the_experiments_draft_and_says_so(algorithm: str) -> None:
     made = composed(["--config", "smollm2-135m", "--speculative-algorithm", algorithm])

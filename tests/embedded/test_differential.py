@@ -53,6 +53,13 @@ CASES = {
     "eagle3 by rejection": ("EAGLE3", "eagle3", {**CHAIN, "use_rejection_sampling": True}),
     "eagle chain": ("EAGLE", "eagle", CHAIN),
     "mtp tree": ("NEXTN", None, TREE),
+    "standalone chain behind texts": ("STANDALONE", "near", {**CHAIN, "history": True}),
+    "eagle3 by rejection behind texts": (
+        "EAGLE3",
+        "eagle3",
+        {**CHAIN, "use_rejection_sampling": True, "history": True},
+    ),
+    "mtp tree behind texts": ("NEXTN", None, {**TREE, "history": True}),
 }
 SCENARIOS = ("straight", "pause", "retract", "push", "resume", "resume after a push")
 

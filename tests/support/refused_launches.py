@@ -56,6 +56,7 @@ SPECULATIVE_CONTRADICTIONS = (
     (f"{NGRAM} --sp-quantization INT8", "draft_model_quantization", "draft model"),
     (f"{EAGLE3} --speculative-draft-model-quantization fp8", "draft_model_quantization", "int8"),
     (f"{EAGLE3} --sp-quantization INT8 --rollout-engine sglang", "draft_model_quantization", "fp8"),
+    (f"{EAGLE3} --speculative-history --rollout-engine sglang", "history", "--rollout-engine embedded"),
     (f"{EAGLE3} --speculative-eagle-topk 2", "eagle_topk", "--speculative-num-steps"),
     (f"{EAGLE3} --speculative-num-draft-tokens 4", "num_draft_tokens", "--speculative-num-steps"),
     (f"{EAGLE3} --speculative-num-steps 2 --speculative-eagle-topk 3", "num_draft_tokens", "tokens 5"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from rollout.embedded.cuda.graphs import Graphs
+from rollout.embedded.drafters.fronted import FrontedDrafter
+from rollout.embedded.drafters.history import HistoryDrafter
 from rollout.embedded.drafters.step import DrafterSetup
 from rollout.embedded.drafting import Drafter
 from slime_spec.algorithms import ALGORITHMS
@@ -53,8 +55,8 @@ def make_drafter(
         max_total_tokens=limits.max_total_tokens,
         graphs=graphs,
     )
-    drafter: Drafter = drafter_class(setup)
-    return drafter
+    network: Drafter = drafter_class(setup)
+    return FrontedDrafter(HistoryDrafter(speculative), network) if speculative.history else network
 
 
 def draft_kv_spec(config: Config, target: ModelSpec) -> ModelSpec | None:

@@ -1,0 +1,96 @@
+"""A fronted drafter takes drafts out of texts where they promise more than a network's, and the network's elsewhere.
+
+    propose    texts ──► a chain for every sequence, with what is expected of it
+               network ─► drafts for the sequences whose chain promises fewer tokens than its own drafts brought lately
+    observe    the network hears of every sequence: of one that it did not draft for, as of a plain step with the
+               features of all tokens that were committed
+
+Texts cost next to nothing, so a network that promises as much is not asked. Whoever drafted, verification is the same:
+chains out of texts are chosen tokens, also beside a network's sampled ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+
+from rollout.embedded.draft import Draft
+from rollout.embedded.drafters.history import HistoryDrafter
+from rollout.embedded.drafting import DraftContext, Drafter, DraftWeights, FeatureNeed, Outcome, Prefill, Swap
+from rollout.embedded.kv_cache import KvCache
+from rollout.embedded.model import Decoder
+from rollout.embedded.unread import AnyDraft
+
+KEPT = 1.0 - 1.0 / 64.0  # of the mean of what a network's draft brings, with every draft of it that was verified
+FIRST_BROUGHT = 0.5  # accepted tokens, before any was
+
+
+class FrontedDrafter:
+    """Puts ``front`` before ``network``, whose cache, weights and features are this drafter's."""
+
+    def __init__(self, front: HistoryDrafter, network: Drafter) -> None:
+        self._front, self._network = front, network
+        self._brought = FIRST_BROUGHT
+        self._of_front: set[int] = set()  # sequences whose draft of this round is the front's
+        self._of_network: set[int] = set()
+
+    @property
+    def needs(self) -> FeatureNeed:
+        return self._network.needs
+
+    @property
+    def cache(self) -> KvCache | None:
+        return self._network.cache
+
+    @property
+    def weights(self) -> DraftWeights | None:
+        return self._network.weights
+
+    def bind(self, decoder: Decoder) -> Swap:
+        return self._network.bind(decoder)
+
+    def prefill(self, prefills: Sequence[Prefill]) -> None:
+        self._network.prefill(prefills)
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[AnyDraft]:
+        found = self._front.propose(contexts)
+        is_front = [bool(draft.token_ids) and _promise(draft) >= self._brought for draft in found]
+        asked = [context for context, ours in zip(contexts, is_front, strict=True) if not ours]
+        drawn: Sequence[AnyDraft] = self._network.propose(asked) if asked else ()
+        self._of_network = {
+            context.request_key for context, draft in zip(asked, drawn, strict=True) if draft.num_tokens
+        }
+        self._of_front = {context.request_key for context, ours in zip(contexts, is_front, strict=True) if ours}
+        if self._of_front:  # a device takes the shapes of trees from drafts that are all unread
+            drawn = [draft.read() for draft in drawn]
+        rest = iter(drawn)
+        return [draft if ours else next(rest) for draft, ours in zip(found, is_front, strict=True)]
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.request_key in self._of_network:
+                self._brought += (1.0 - KEPT) * (len(outcome.path) - self._brought)
+        self._network.observe(
+            [outcome._replace(path=()) if outcome.request_key in self._of_front else outcome for outcome in outcomes]
+        )
+        self._of_front, self._of_network = set(), set()
+
+    def catch_up(self, contexts: Sequence[DraftContext]) -> None:
+        self._network.catch_up(contexts)
+
+    def forget(self, request_key: int) -> None:
+        self._front.forget(request_key)
+        self._network.forget(request_key)
+
+    def finished(self, prompt_key: int, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        self._front.finished(prompt_key, token_ids, num_prompt_tokens)
+
+    def ended(self, prompt_key: int) -> None:
+        self._front.ended(prompt_key)
+
+
+def _promise(draft: Draft) -> float:
+    """Return the number of tokens that are expected to be accepted of a chain."""
+    assert draft.expected is not None, "a draft out of texts says what is expected of it"
+    return sum(accumulate(draft.expected, mul))
