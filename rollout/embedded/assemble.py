@@ -61,8 +61,12 @@ class Assembly:
         clock: Callable[[], float],
         drafter: Drafter | None = None,
         verifier: Verifier | None = None,
+        cost_clock: Callable[[], float] | None = None,
     ) -> GenerationCore:
-        """Load the checkpoint; ``drafter`` and ``verifier`` replace the configured ones (for tests and studies)."""
+        """Load the checkpoint; ``drafter`` and ``verifier`` replace the configured ones (for tests and studies).
+
+        What rounds cost is told by ``cost_clock``, or by ``clock``.
+        """
         speculative, builder = self.config.speculative, self.builder(self.device)
         for name, tensor in self.tensors():
             builder.add(name, tensor)
@@ -76,6 +80,7 @@ class Assembly:
             cost_probe_interval=self.config.engine.cost_probe_interval,
             graphs=self.graphs,
             is_automatic=drafter is None and speculative.is_automatic,
+            cost_clock=cost_clock,
             max_positions=min(self.limits.context_length, self.limits.max_total_tokens),
         )
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)

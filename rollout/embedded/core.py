@@ -60,6 +60,7 @@ class CoreSettings:
     cost_probe_interval: int = 0
     is_automatic: bool = False  # a controller decides how deep to draft
     max_positions: int = 1 << 20  # of the longest sequence
+    cost_clock: Callable[[], float] | None = None  # tells what rounds cost; the core's clock if None
     graphs: Graphs | None = None
 
 
@@ -86,9 +87,12 @@ class GenerationCore:
         self.target = Target(
             decoder, cache, drafter.needs, settings.dtype, settings.device, clock, self.timing, settings.graphs
         )
-        self._probe = CostProbe(settings.cost_probe_interval, self.timing, clock)
+        self._cost_clock = settings.cost_clock or clock
+        self._probe = CostProbe(settings.cost_probe_interval, self.timing, clock, self._cost_clock)
         self._settings = settings
-        self._speculation = Speculation(drafter, settings.shape, settings.speculates, self.target, self.timing, clock)
+        self._speculation = Speculation(
+            drafter, settings.shape, settings.speculates, self.target, self.timing, clock, self._cost_clock
+        )
         self.batch = Batch(cache, settings.max_running, self._speculation.headroom, drafter.cache)
         self._prefiller = Prefiller(self.batch, self.target, self._speculation)
         self._stop_rule, self._clock, self._verifier = stop_rule, clock, verifier
@@ -128,7 +132,7 @@ class GenerationCore:
         if self._settings.speculates:
             caches = [self.cache] if self.drafter.cache is None else [self.cache, self.drafter.cache]
             longest = min(self._settings.max_positions, self.cache.max_total_tokens)
-            costs = calibrate(self.target, caches, self._settings.max_running, longest, self._clock)
+            costs = calibrate(self.target, caches, self._settings.max_running, longest, self._cost_clock)
             self._speculation.use_costs(costs, self._settings.is_automatic)
 
     def add(
@@ -280,7 +284,7 @@ class GenerationCore:
         is_typical = all(self._speculation.applies_to(each.group) for each in running)
         if is_typical and (step_s := self._probe.step_s(self._plain_step)):
             self._speculation.note_step(batch, step_s)
-        start = self._clock()
+        start = self._cost_clock()
         proposal = self._speculation.propose(batch)
         drafts = proposal.drafts
         if not (self.target.takes_unread and self._verifier.takes_unread):
@@ -288,7 +292,7 @@ class GenerationCore:
         output, spans, verified = self._verify(drafts)
         batch.compact(spans, [each.path for each in verified])
         self._speculation.observe(batch, output, spans, verified)
-        self._speculation.note(batch, proposal, verified, self._clock() - start)
+        self._speculation.note(batch, proposal, verified, self._cost_clock() - start)
         for row, (sequence, draft, each) in enumerate(zip(running, drafts, verified, strict=True)):
             if self._speculation.applies_to(sequence.group):
                 sequence.count_round(draft.read(), len(each.path), proposal.depths[row], self._stamp)

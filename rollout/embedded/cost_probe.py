@@ -18,11 +18,12 @@ class CostProbe:
     interval: int
     timing: Timing
     clock: Callable[[], float]
+    cost_clock: Callable[[], float]
     _num_rounds: int = 0
     _is_warm: bool = False
 
     def step_s(self, plain_step: Callable[[], None]) -> float:
-        """Return the seconds of a plain step where this round is one to probe, else 0. The first comes soon."""
+        """Return the cost of a plain step where this round is one to probe, else 0. The first comes soon."""
         self._num_rounds += 1
         if not self.interval or self._num_rounds % self.interval != self.interval // 8:
             return 0.0
@@ -32,9 +33,8 @@ class CostProbe:
         return self._timed(plain_step)
 
     def _timed(self, plain_step: Callable[[], None]) -> float:
-        forward_s, start = self.timing.forward_s, self.clock()
+        forward_s, start, cost_start = self.timing.forward_s, self.clock(), self.cost_clock()
         plain_step()
-        seconds = self.clock() - start
         self.timing.forward_s = forward_s
-        self.timing.total_s -= seconds
-        return seconds
+        self.timing.total_s -= self.clock() - start
+        return self.cost_clock() - cost_start

@@ -63,11 +63,13 @@ class Speculation:
     target: Target
     timing: Timing
     clock: Callable[[], float]
+    cost_clock: Callable[[], float]
     controller: Controller | None = None
     costs: RoundCosts | None = None
     benefit: NetBenefit = field(default_factory=NetBenefit)
     remaining: RemainingTokens = field(default_factory=RemainingTokens)
     _num_read: dict[int, int] = field(default_factory=dict)  # tokens that the drafter has read, by request
+    _draft_cost_s: float = 0.0
     _pays_up_to: int = 0
     _reported_at_s: float = 0.0
 
@@ -111,12 +113,12 @@ class Speculation:
             plan = self.controller.again(limits) or self.controller.plan(self._states(batch, limits))
             depths = plan.depths
         drafting = [row for row, depth in enumerate(depths) if depth]
-        before_s, backlogs = self.timing.draft_s, [self._backlog(batch.sequences[row]) for row in drafting]
+        before_s, backlogs = self._draft_cost_s, [self._backlog(batch.sequences[row]) for row in drafting]
         drafts = self._drafted(batch, drafting, depths)
         read = [count for row, count in zip(drafting, backlogs, strict=True) if not drafts[row].is_of_text]
         if self.controller is not None and not self.has_network and drafting:
             drafts, depths = _cut(self.controller, self._states(batch, limits), drafts, depths)
-        return Proposal(drafts, depths, len(read), sum(read), self.timing.draft_s - before_s)
+        return Proposal(drafts, depths, len(read), sum(read), self._draft_cost_s - before_s)
 
     def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int]) -> list[AnyDraft]:
         drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
@@ -264,9 +266,10 @@ class Speculation:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        start = self.clock()
+        start, cost_start = self.clock(), self.cost_clock()
         yield
         self.timing.draft_s += self.clock() - start
+        self._draft_cost_s += self.cost_clock() - cost_start
 
 
 def _cut(

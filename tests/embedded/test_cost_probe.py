@@ -32,7 +32,7 @@ def timed_rounds(interval: int, num_rounds: int) -> tuple[list[float], Timing, l
     clock, timing, probed = Clock(), Timing(), []
     starts: list[float] = []
     said: list[float] = []
-    probe = CostProbe(interval, timing, clock)
+    probe = CostProbe(interval, timing, clock, clock)
 
     def plain_step() -> None:
         clock.now += 2.0
