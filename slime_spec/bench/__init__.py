@@ -20,6 +20,7 @@ BENCHES = {
     "engine": "slime_spec.bench.engine_speed:ENGINE_SPEED",
     "sglang": "slime_spec.bench.sglang.benchmark:SGLANG",
     "device": "slime_spec.bench.device.benchmark:DEVICE",
+    "pays": "slime_spec.bench.pays.benchmark:PAYS",
     "coordinator": "slime_spec.bench.coordinator:COORDINATOR",
     "robustness": "slime_spec.bench.robustness.benchmark:ROBUSTNESS",
 }

@@ -68,6 +68,8 @@ class BenchOptions:
     seeds: tuple[int, ...] = (0, 1, 2)
     model_shape: str | None = None
     model: Path = Path("models/SmolLM2-135M-Instruct")
+    policy: Path | None = None
+    rule: str = "target_only"
     runs: tuple[Path, ...] = ()
     num_rounds: int = 5
     num_new_tokens: int = 64

@@ -161,8 +161,8 @@ def _bench(argv: list[str]) -> int:
         return 0
     if not argv or argv[0].startswith("-"):
         remedy = (
-            "Write slime-spec bench main-job, bench engine, bench device, bench sglang, bench coordinator or "
-            "bench robustness."
+            "Write slime-spec bench main-job, bench engine, bench device, bench sglang, bench pays, "
+            "bench coordinator or bench robustness."
         )
         raise ConfigError("bench", "needs the name of a benchmark", argv, remedy)
     from slime_spec.bench import run_bench
