@@ -7,6 +7,9 @@ that judges it.
 Token t is emitted once, so one stream serves ``emit`` for the sample's life. It may be drafted in several rounds, and
 block verification looks at the uniforms of a whole draft before it refuses its tail: what is known of a used uniform is
 then part of the past. So ``draft_of_round`` and ``accept_of_round`` are new streams in every round.
+
+Where tokens are drawn by races (``verification.race``), ``noise`` takes the place of ``emit``: it too is one for the
+sample's life, and drafts may look at it, for they do not change which token it decides.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from typing import overload
 import numpy as np
 
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: the golden ratio's bits
-_DRAFT, _ACCEPT = 1, 2
+GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: the golden ratio's bits
+_DRAFT, _ACCEPT, _NOISE = 1, 2, 3
 
 
 class Uniforms:
@@ -44,12 +47,28 @@ class Uniforms:
         return RoundUniforms(self._accept_key, num_generated, self._count)
 
     @cached_property
+    def noise(self) -> Noise:
+        """Return the noise of races, which draw a token in plain decoding, in the walk, and in coupled drafts."""
+        return Noise(mixed(mixed(self._seed) + _NOISE))
+
+    @cached_property
     def _draft_key(self) -> int:
         return mixed(mixed(self._seed) + _DRAFT)
 
     @cached_property
     def _accept_key(self) -> int:
         return mixed(mixed(self._seed) + _ACCEPT)
+
+
+class Noise:
+    """Gives a key to every generated token; the key and a token id make the noise of that token id in the race."""
+
+    def __init__(self, stream_key: int) -> None:
+        self._stream_key = stream_key
+
+    def key(self, t: int) -> int:
+        """Return the 64 bits from which the noise of generated token ``t`` is counted on."""
+        return mixed(self._stream_key + t * GOLDEN)
 
 
 class RoundUniforms(Sequence[float]):
@@ -73,7 +92,7 @@ class RoundUniforms(Sequence[float]):
         return self._uniform(range(self._count)[index])
 
     def _uniform(self, t: int) -> float:
-        return (mixed(self._key + t * _GOLDEN) >> 11) * 2.0**-53
+        return (mixed(self._key + t * GOLDEN) >> 11) * 2.0**-53
 
     @cached_property
     def _key(self) -> int:
@@ -82,7 +101,7 @@ class RoundUniforms(Sequence[float]):
 
 def mixed(value: int) -> int:
     """Return the splitmix64 of ``value``: 64 bits in which every bit of ``value`` counts."""
-    value = (value + _GOLDEN) & _MASK
+    value = (value + GOLDEN) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)

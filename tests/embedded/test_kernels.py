@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.rope import RopeTable
+from rollout.embedded.verification.race import race_in_numpy
 from rollout.embedded.weights import DecoderBuilder, named_tensors
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import ConfigError
@@ -339,3 +341,17 @@ def test_a_failing_compiler_leaves_its_message_and_no_file(monkeypatch: pytest.M
 def test_the_sources_compile_without_a_warning(library: Kernels, machine_flags: tuple[str, ...]) -> None:
     command = ["cc", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *FLAGS, *machine_flags, str(MAIN)]
     assert subprocess.run(command, capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 131, 5000])
+def test_a_race_has_the_same_winner_on_every_machine(library: Kernels, other_library: Kernels, width: int) -> None:
+    torch.manual_seed(width)
+    keys = np.random.default_rng(width).integers(0, 2**64, 60, dtype=np.uint64)
+    token_ids = torch.randperm(2 * width)[:width]
+    for spread in (0.0, 1.0, 8.0):
+        weights = (spread * torch.randn(60, width)).softmax(-1)
+        weights[torch.rand(60, width) < 0.3] = 0.0
+        for names in (None, token_ids):
+            expected = race_in_numpy(weights, keys, names)
+            assert torch.equal(library.race(weights, keys, names), expected)
+            assert torch.equal(other_library.race(weights, keys, names), expected)

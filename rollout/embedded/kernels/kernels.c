@@ -1,5 +1,6 @@
 /* What Python calls; every pointer is to memory that the caller keeps alive, every call may run without the GIL. */
 #include "blocks.h"
+#include "race.h"
 
 int64_t kernels_panel_rows(void) { return PANEL; }
 
@@ -40,5 +41,14 @@ void kernels_rms_norm(const void *x, int64_t num_tokens, int64_t width, const vo
 void kernels_run(const Blocks *model, const Pass *pass, const Stream *stream, int threads) {
     int entered = pool_enter(threads);
     run_pass(entered, model, pass, stream);
+    pool_leave(entered);
+}
+
+/* The winner of every row of weights [rows, width]; see race.h. */
+void kernels_race(const float *weights, int64_t num_rows, int64_t width, const uint64_t *keys, const int64_t *token_ids,
+                  int64_t *winners, int threads) {
+    int entered = pool_enter(threads);
+    Race race = {weights, keys, token_ids, width, winners};
+    parallel_for(entered, num_rows, race_row, &race);
     pool_leave(entered);
 }

@@ -9,6 +9,8 @@ from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from rollout.embedded.kernels.build import BuildError, build_library
@@ -105,6 +107,7 @@ class Kernels:
         self._library.kernels_linear.argtypes = (c_void_p, c_int, c_void_p, c_int64, c_int64, c_void_p, c_int, c_int)
         self._library.kernels_rms_norm.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_float, c_int, c_void_p)
         self._library.kernels_run.argtypes = (c_void_p, c_void_p, c_void_p, c_int)
+        self._library.kernels_race.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int)
 
     @property
     def panel_rows(self) -> int:
@@ -157,6 +160,21 @@ class Kernels:
         self._library.kernels_run(
             ctypes.addressof(blocks), ctypes.addressof(one_pass), ctypes.addressof(stream), torch.get_num_threads()
         )
+
+    def race(self, weights: torch.Tensor, keys: npt.NDArray[np.uint64], token_ids: torch.Tensor | None) -> torch.Tensor:
+        """Return the winning column of every row of fp32 ``weights``; see verification.race."""
+        racers, keys = weights.contiguous(), np.ascontiguousarray(keys)
+        names = None if token_ids is None else token_ids.to(torch.int64).contiguous()
+        winners = torch.empty(racers.shape[0], dtype=torch.int64)
+        self._library.kernels_race(
+            racers.data_ptr(),
+            *racers.shape,
+            keys.ctypes.data,
+            None if names is None else names.data_ptr(),
+            winners.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return winners
 
 
 @lru_cache(maxsize=1)

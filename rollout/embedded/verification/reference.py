@@ -8,11 +8,13 @@ tokens, accepted ones first, then the correction or the bonus.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from rollout.embedded.draft import Draft
+from rollout.embedded.uniforms import GOLDEN, mixed
 from slime_spec.types import SamplingParams
 
 
@@ -148,6 +150,22 @@ def threshold_reference(
             return [*emitted, draw(left if left.any() else distribution, emit[len(emitted)])]
         emitted.append(draft.token_ids[accepted])
         node = accepted
+
+
+def race_reference(weights: Sequence[float], key: int, token_ids: Sequence[int] | None = None) -> int:
+    """Return the index of the first arrival of a race: the smallest exponential over weight."""
+    names = range(len(weights)) if token_ids is None else token_ids
+    arrivals = [
+        exponential_reference(key, name) / weight if weight > 0 else math.inf
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    return arrivals.index(min(arrivals))
+
+
+def exponential_reference(key: int, token_id: int) -> float:
+    """Return the exponential of a token id in the race of ``key``, by Python's integers."""
+    top_bits = mixed(key + token_id * GOLDEN) >> 12
+    return -math.log1p(-(2 * top_bits + 1) / 2**53)
 
 
 def interval(distribution: torch.Tensor, token_id: int) -> tuple[float, float]:
