@@ -175,8 +175,7 @@ def _network_tree(config: SpeculativeConfig, architecture: str) -> Numbers:
 
     Sampled drafts have no siblings: SGLang would choose a tree for a Llama target and then refuse it.
     """
-    is_sampled = config.use_rejection_sampling or config.use_block_verification
-    if config.num_steps is None and architecture in TREE_ARCHITECTURES and not is_sampled:
+    if config.num_steps is None and architecture in TREE_ARCHITECTURES and not config.draws_chains:
         return AUTO_TREE
     return _network_chain(config, architecture)
 

@@ -21,6 +21,7 @@ import torch
 
 from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
+from rollout.embedded.uniforms import Noise
 from rollout.embedded.unread import AnyDraft
 from slime_spec.types import EarlierReply, SamplingParams
 
@@ -79,8 +80,9 @@ class DraftContext(NamedTuple):
 
     The last token is the root of the round: the target has not cached it yet. A draft may have ``max_draft_tokens``
     nodes and paths of ``max_depth``. ``uniforms[t]`` is the uniform to sample the draft of generated token t with, so
-    that the first draft of this round uses ``uniforms[len(token_ids) - num_prompt_tokens]``. ``earlier`` are whole
-    replies to the same prompt that came with the request, oldest first.
+    that the first draft of this round uses ``uniforms[len(token_ids) - num_prompt_tokens]``. ``noise`` is the target's
+    own in the races of these tokens. ``earlier`` are whole replies to the same prompt that came with the request,
+    oldest first.
     """
 
     request_key: int
@@ -93,6 +95,7 @@ class DraftContext(NamedTuple):
     params: SamplingParams
     uniforms: Sequence[float]
     earlier: Sequence[EarlierReply] = ()
+    noise: Noise | None = None
 
 
 class Outcome(NamedTuple):

@@ -262,6 +262,7 @@ class Speculation:
             params=group.request.params,
             uniforms=sequence.uniforms.draft_of_round(sequence.num_generated),
             earlier=group.request.earlier,
+            noise=sequence.uniforms.noise,
         )
 
     @contextmanager

@@ -40,8 +40,10 @@ NUM_PROMPTS = 64
 # Sampled replies can be long: they are cut where the main job cuts them, and measured in one dtype.
 LONGEST_SAMPLED = 64
 SAMPLED_SHAPE = Shape(3, 1, 4)
+ON_CPU = "gumbel"
 VERIFICATIONS = {
     "target_only": {},
+    ON_CPU: {"use_gumbel_coupling": True},
     "rejection": {"use_rejection_sampling": True},
     "block": {"use_block_verification": True},
 }
@@ -141,6 +143,8 @@ def sampled_sides(options: BenchOptions, dtype: str) -> Iterator[dict[str, Side]
         plain = started.enter_context(started_engine(config))
         sides: dict[str, Side] = {"plain": EngineSide(plain, False, _at_temperature_1)}
         for name, settings in VERIFICATIONS.items():
+            if name == ON_CPU and options.num_gpus:
+                continue
             config = eagle3_config(options, dtype, SAMPLED_SHAPE, **settings)
             sides[name] = EngineSide(started.enter_context(started_engine(config)), True, _at_temperature_1)
         yield sides
@@ -183,7 +187,7 @@ def _sampled_rows(workload: Workload, dtype: str, batch_size: int, sides: Mappin
     times = workload.race(where, batch_size, sides)
     prefix = f"eagle3.{SHORT[dtype]}.b{batch_size}.sampled"
     rows = _speeds(prefix, where, times)
-    for name in VERIFICATIONS:
+    for name in (each for each in VERIFICATIONS if each in times):
         text = f"{name} over plain decoding, {where}, prefill apart"
         by_clock, by_cpu = _decode(times, name, "seconds"), _decode(times, name, "cpu_s")
         rows.append(Row(f"{prefix}.{name}.decode_ratio", f"{text}, by the clock", by_clock, "x"))

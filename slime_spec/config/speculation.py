@@ -46,6 +46,7 @@ def check_speculation(config: Config) -> None:
     _check_draft_model(config)
     check_shape(spec)
     _check_sampled_drafts(spec)
+    _check_coupling(config)
     _check_thresholds(config)
     _check_lookup(config)
     if record.takes_corpus:
@@ -89,10 +90,14 @@ def speculation_notes(config: Config) -> Iterator[str]:
             f"speculative.num_draft_tokens={spec.num_draft_tokens} became {forced}: a chain (topk 1) of "
             f"{spec.num_steps} steps is verified as num_steps + 1 tokens."
         )
-    is_sampled = spec.use_rejection_sampling or spec.use_block_verification
-    if spec.record.has_numbers and spec.num_steps is None and is_sampled and kind_of(config).has_servers:
+    if spec.record.has_numbers and spec.num_steps is None and spec.draws_chains and kind_of(config).has_servers:
         numbers = "num_steps={}, eagle_topk={}, num_draft_tokens={}".format(*AUTO_CHAIN)
         yield f"Sampled drafts are chains: the automatic shape is {numbers} for every target."
+    if spec.use_gumbel_coupling and spec.record.has_numbers and (spec.eagle_topk or 1) > 1:
+        yield (
+            f"speculative.use_gumbel_coupling draws the target's tokens; a tree (eagle_topk={spec.eagle_topk}) has the "
+            "draft's likeliest tokens all the same."
+        )
     if spec.lossy and spec.accept_threshold_single == spec.accept_threshold_acc == 1.0 and spec.record.speculates:
         yield "speculative.lossy has no effect: both acceptance thresholds are 1, and the output is exact."
 
@@ -177,6 +182,41 @@ def _check_sampled_drafts(spec: SpeculativeConfig) -> None:
                 spec.eagle_topk,
                 f"Pass --speculative-eagle-topk 1, or drop {flag}.",
             )
+
+
+def _check_coupling(config: Config) -> None:
+    spec, setting, flag = config.speculative, "speculative.use_gumbel_coupling", "--speculative-use-gumbel-coupling"
+    if not spec.use_gumbel_coupling:
+        return
+    if kind_of(config).has_servers:
+        raise ConfigError(
+            setting,
+            f"needs the embedded engine: {config.rollout.engine} draws its tokens in its own way",
+            True,
+            f"Drop {flag}, or pass --rollout-engine embedded.",
+        )
+    if config.rollout.num_gpus_per_engine > 0:
+        raise ConfigError(
+            setting,
+            "runs on the CPU, and the engines run on GPUs",
+            True,
+            f"Drop {flag}, or pass --rollout-num-gpus-per-engine 0.",
+        )
+    for name in ("use_rejection_sampling", "use_block_verification"):
+        if getattr(spec, name):
+            raise ConfigError(
+                setting,
+                f"judges drafts by the target-only walk, and speculative.{name} is another rule",
+                True,
+                f"Drop {flag}, or pass --no-speculative-{name.replace('_', '-')}.",
+            )
+    if min(spec.accept_threshold_single, spec.accept_threshold_acc) < 1.0:
+        raise ConfigError(
+            setting,
+            "is exact and has no threshold; speculative.accept_threshold_single and _acc must be 1",
+            True,
+            f"Drop {flag}, or the thresholds.",
+        )
 
 
 def _check_thresholds(config: Config) -> None:

@@ -76,6 +76,12 @@ class SpeculativeConfig:
         "Rejection sampling that judges a draft as one block (arXiv 2403.10444).",
         flags=("--sglang-speculative-use-block-verification",),
     )
+    use_gumbel_coupling: bool = setting(
+        False,
+        "Draw tokens by races with noise that drafts share (embedded engine, CPU): drafts are sampled, and speculation "
+        "changes no token of a seed.",
+        flags=("--speculative-use-gumbel-coupling",),
+    )
     token_map: str | None = setting(
         None, f"{EAGLE.name}: file of the hot token ids its head is cut to.", flags=("--sglang-speculative-token-map",)
     )
@@ -179,3 +185,8 @@ class SpeculativeConfig:
     def is_automatic(self) -> bool:
         """Return whether the engine decides, round by round, how much to draft: no number of a draft is set."""
         return self.record.speculates and self.num_steps is None and self.num_draft_tokens is None
+
+    @property
+    def draws_chains(self) -> bool:
+        """Return whether a network's chains are drawn from its distribution: only chains can be."""
+        return self.use_rejection_sampling or self.use_block_verification or self.use_gumbel_coupling

@@ -39,6 +39,8 @@ def test_a_texts_advice_needs_lookup() -> None:
         f"{EAGLE3} --speculative-num-steps 2 --speculative-eagle-topk 3 --speculative-num-draft-tokens 13",
         f"{EAGLE3} --speculative-num-steps 3 --speculative-use-rejection-sampling",
         f"{EAGLE3} --speculative-use-rejection-sampling --speculative-use-block-verification",
+        f"{EAGLE3} --speculative-use-gumbel-coupling",
+        f"{EAGLE3} --speculative-use-gumbel-coupling --speculative-num-steps 3",
         f"{EAGLE3} --sp-quantization INT8",
         f"{EAGLE3} --sp-quantization FP8 --rollout-num-gpus-per-engine 1 --no-colocate",
         f"{LOSSY} --speculative-accept-threshold-acc 0.9",
@@ -52,6 +54,19 @@ def test_its_legal_neighbour_is_accepted_without_a_note(argv: str) -> None:
     is_sampled = "--speculative-use" in argv and "num-steps" not in argv
     expected = ["Sampled drafts are chains"] if is_sampled and is_sglangs else []
     assert [note.partition(":")[0] for note in notes(compose(argv.split()))] == expected
+
+
+@pytest.mark.parametrize("argv", ["", NGRAM])
+def test_races_draw_tokens_without_a_draft_model_too(argv: str) -> None:
+    made = compose([*argv.split(), "--speculative-use-gumbel-coupling"])
+    assert made.speculative.use_gumbel_coupling
+    assert list(notes(made)) == []
+
+
+def test_a_tree_that_races_do_not_draw_is_told() -> None:
+    tree = "--speculative-num-steps 2 --speculative-eagle-topk 3 --speculative-num-draft-tokens 13"
+    (note,) = notes(compose(f"{EAGLE3} --speculative-use-gumbel-coupling {tree}".split()))
+    assert "likeliest tokens all the same" in note
 
 
 @pytest.mark.parametrize("name", settings_read())

@@ -6,10 +6,13 @@ networks' arithmetic, the draft's KV after partial acceptance, shared prompts, c
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
+import torch
 
 from rollout.embedded.drafters.tree import tree_reference
 from rollout.embedded.drafting import DraftContext
+from rollout.embedded.verification.race import exponentials
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.draft_formats import FORMATS, FreshDraft, TinyDraft, make_format
 from tests.support.embedded_harness import VOCAB, Samples, continuation, greedy, make_core, random_prompt, run
@@ -69,6 +72,21 @@ def test_sampled_chains_come_from_the_fresh_distribution(tiny: TinyDraft, fresh:
     assert_sampled_from_fresh_distribution(proposals, fresh)
     accepted = {sample.spec.num_correct for sample in samples.values()}
     assert len(accepted) > 1, "some drafts stand and some fall, or this proves little"
+
+
+def test_raced_chains_win_the_races_of_the_fresh_distribution(tiny: TinyDraft, fresh: FreshDraft) -> None:
+    config = tiny.config(num_steps=3, use_gumbel_coupling=True, engine={"max_running_requests": 5})
+    proposals, samples = drafted(config, SamplingParams(max_new_tokens=12, temperature=0.7))
+    assert len(proposals) > 20
+    for each in proposals:
+        assert each.draft.q_draft is None
+        assert each.context.noise is not None
+        for node, token in enumerate(each.draft.token_ids):
+            distribution = (fresh.log_distribution(each.token_ids, each.draft.token_ids[:node]) / 0.7).softmax(-1)
+            key = each.context.noise.key(len(each.token_ids) - each.context.num_prompt_tokens + node)
+            arrivals = torch.from_numpy(exponentials(np.uint64(key), np.arange(VOCAB))) / distribution
+            assert arrivals[token] <= arrivals.min() * (1 + 1e-3)  # the first, or within rounding of it
+    assert len({sample.spec.num_correct for sample in samples.values()}) > 1
 
 
 def test_chains_after_any_acceptance_are_a_fresh_drafters(tiny: TinyDraft, fresh: FreshDraft) -> None:

@@ -23,6 +23,7 @@ from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.model import Decoder
 from rollout.embedded.uniforms import Uniforms
+from rollout.embedded.verification.reference import exponential_reference
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
 from slime_spec.partial_samples import request_for_rest
@@ -48,9 +49,11 @@ CASES = {
     "standalone tree": ("STANDALONE", "near", TREE),
     "standalone by rejection": ("STANDALONE", "near", {**CHAIN, "use_rejection_sampling": True}),
     "standalone by blocks": ("STANDALONE", "near", {**CHAIN, "use_block_verification": True}),
+    "standalone by races": ("STANDALONE", "near", {**CHAIN, "use_gumbel_coupling": True}),
     "standalone by thresholds": ("STANDALONE", "near", {**TREE, "lossy": True, "accept_threshold_acc": 0.5}),
     "eagle3 tree": ("EAGLE3", "eagle3", TREE),
     "eagle3 by rejection": ("EAGLE3", "eagle3", {**CHAIN, "use_rejection_sampling": True}),
+    "eagle3 by races": ("EAGLE3", "eagle3", {**CHAIN, "use_gumbel_coupling": True}),
     "eagle chain": ("EAGLE", "eagle", CHAIN),
     "mtp tree": ("NEXTN", None, TREE),
     "standalone chain behind texts": ("STANDALONE", "near", {**CHAIN, "history": True}),
@@ -238,13 +241,16 @@ def check(case: Case, request: GroupRequest, sample: GeneratedSample, tally: Tal
     params, prompt, reply = request.params, request.prompt_token_ids, list(sample.token_ids)
     versions = [next(version for first, version in sample.spans[::-1] if first <= t) for t in range(len(reply))]
     logits = {which: logits_after(case.models[which], prompt, reply) for which in {case.pushed[v] for v in versions}}
-    uniforms = Uniforms(request.seeds[sample.sample_index], params.max_new_tokens).emit
+    uniforms = Uniforms(request.seeds[sample.sample_index], params.max_new_tokens)
     stops = [token_id for token_id in params.stop_token_ids if token_id < VOCAB]
     for t, token_id in enumerate(reply):
         row = logits[case.pushed[versions[t]]][t]
         known = position(row, replace(params, stop_token_ids=tuple(stops)), prompt, reply[:t], (EOS,))
         assert sample.logprobs[t] == pytest.approx(float(known.logprobs[token_id]), abs=logprob_error(params)), t
-        check_token(case, params, known, token_id, uniforms[t], tally)
+        if case.config.speculative.use_gumbel_coupling and params.temperature > 0.0:
+            check_raced_token(known, token_id, uniforms.noise.key(t), tally)
+        else:
+            check_token(case, params, known, token_id, uniforms.emit[t], tally)
         assert ending(params, reply[: t + 1]) == (None if t + 1 < len(reply) else found_ending(sample)), t
     assert sample.weight_version == min(versions)
     check_counters(case, params, sample)
@@ -272,6 +278,14 @@ def check_token(
         return
     if token_id != known.draw(uniform):
         assert known.may_draw(token_id, uniform), f"the uniform {uniform} draws {known.draw(uniform)}, not {token_id}"
+        tally.num_near_ties += 1
+
+
+def check_raced_token(known: Position, token_id: int, key: int, tally: Tally) -> None:
+    exponentials = torch.tensor([exponential_reference(key, each) for each in range(VOCAB)], dtype=torch.float64)
+    first = known.race(exponentials)
+    if token_id != first:
+        assert known.may_win(token_id, exponentials), f"{first} wins, not {token_id}"
         tally.num_near_ties += 1
 
 

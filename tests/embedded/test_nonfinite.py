@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from rollout.embedded.draft import Draft
 from rollout.embedded.drafters.chain import grow_chains
-from rollout.embedded.drafters.step import DraftVocab, Heads
+from rollout.embedded.drafters.step import DraftVocab, Drawing, Heads
 from rollout.embedded.drafters.tree import grow_trees
 from rollout.embedded.drafting import DraftContext, KvRow
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.request import Progress
+from rollout.embedded.uniforms import Noise
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import GenerationError, PushError
 from slime_spec.metrics.rollout import rollout_metrics
@@ -110,7 +111,11 @@ def test_an_overflowing_draft_drafts_nothing_and_changes_no_token(tmp_path: Path
 
 def contexts(num: int, limit: int, temperature: float) -> list[DraftContext]:
     params = SamplingParams(temperature=temperature)
-    return [DraftContext(row, 0, KvRow(row), [row], 1, limit, limit, params, (0.1, 0.5, 0.9)) for row in range(num)]
+    uniforms = (0.1, 0.5, 0.9)
+    return [
+        DraftContext(row, 0, KvRow(row), [row], 1, limit, limit, params, uniforms, noise=Noise(row))
+        for row in range(num)
+    ]
 
 
 def broken_after(token: int, bad: float, vocab: int = 5) -> Callable[[torch.Tensor, torch.Tensor, Sequence], Heads]:
@@ -129,17 +134,18 @@ def broken_after(token: int, bad: float, vocab: int = 5) -> Callable[[torch.Tens
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_chain_keeps_what_was_drawn_before_the_logits_broke(temperature: float, bad: float) -> None:
+@pytest.mark.parametrize("drawing", Drawing)
+def test_a_chain_keeps_what_was_drawn_before_the_logits_broke(drawing: Drawing, temperature: float, bad: float) -> None:
     step = broken_after(2, bad)
     rows = contexts(3, 3, temperature)
     first = step(torch.tensor([0, 1, 2]), torch.zeros(3, 1), [])
     slots = [RowSpan(row, 5, 1) for row in range(3)]
-    drafts = [each.read() for each in grow_chains(first, step, slots, rows, 3, DraftVocab(5), samples=True)]
+    drafts = [each.read() for each in grow_chains(first, step, slots, rows, 3, DraftVocab(5), drawing)]
     cut = [next((i + 1 for i, token in enumerate(each.token_ids) if token == 2), 3) for each in drafts[:2]]
     assert [len(draft.token_ids) for draft in drafts] == [*cut, 0]
     assert [draft.nonfinite for draft in drafts] == [*(length < 3 for length in cut), True]
     assert min(cut) < 3
-    if temperature:
+    if temperature and drawing is Drawing.SAMPLED:
         for draft in drafts[:2]:
             assert draft.q_draft is not None
             assert draft.q_draft.shape == (len(draft.token_ids), 5)

@@ -39,7 +39,7 @@ def test_unset_numbers_are_sglangs_automatic_ones(
     assert numbers(architecture, algorithm) == expected
 
 
-@pytest.mark.parametrize("switch", ["use_rejection_sampling", "use_block_verification"])
+@pytest.mark.parametrize("switch", ["use_rejection_sampling", "use_block_verification", "use_gumbel_coupling"])
 def test_sampled_drafts_are_a_chain_for_a_llama_target_too(switch: str) -> None:
     assert numbers(LLAMA, "EAGLE3", **{switch: True}) == (3, 1, 4)
 

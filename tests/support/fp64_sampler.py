@@ -1,7 +1,7 @@
 """A slow sampler for comparison: transformers' forward in fp64 and the sampling rules as they are documented.
 
 It shares nothing with the engine but the uniforms, whose t-th decides the t-th token: the token whose interval of the
-cumulative distribution, in vocabulary order, holds the uniform.
+cumulative distribution, in vocabulary order, holds the uniform; or the exponentials of a race.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ class Position:
         low = min(float(p[:token_id].sum()) for p in both) - self.slack
         high = max(float(p[: token_id + 1].sum()) for p in both) + self.slack
         return bool(self.loosest[token_id] > 0) and low <= uniform <= high
+
+    def race(self, exponentials: torch.Tensor) -> int:
+        return int((exponentials / self.distribution).argmin())
+
+    def may_win(self, token_id: int, exponentials: torch.Tensor) -> bool:
+        """Whether rounding errors could make it the first of the race, which tokens that are dropped do not run."""
+        arrivals = (exponentials / self.loosest).where(self.loosest > 0, torch.inf)
+        rivals = arrivals.where(self.distribution > 0, torch.inf)
+        return bool(arrivals[token_id] <= rivals.min() * (1 + 4 * self.slack))
 
 
 def logits_after(model: torch.nn.Module, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:

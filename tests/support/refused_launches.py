@@ -84,6 +84,32 @@ SPECULATIVE_CONTRADICTIONS = (
         "exact for every drafter",
     ),
     (
+        f"{EAGLE3} --speculative-use-gumbel-coupling --rollout-engine sglang",
+        "use_gumbel_coupling",
+        "--rollout-engine embedded",
+    ),
+    (
+        f"{EAGLE3} --speculative-use-gumbel-coupling --rollout-num-gpus-per-engine 1 --no-colocate",
+        "use_gumbel_coupling",
+        "--rollout-num-gpus-per-engine 0",
+    ),
+    (
+        f"{EAGLE3} --speculative-use-gumbel-coupling --speculative-use-rejection-sampling",
+        "use_gumbel_coupling",
+        "--no-speculative-use-rejection-sampling",
+    ),
+    (
+        "--speculative-use-gumbel-coupling --speculative-use-block-verification",
+        "use_gumbel_coupling",
+        "--no-speculative-use-block-verification",
+    ),
+    (
+        f"{EAGLE3} --speculative-use-gumbel-coupling --debug-rollout-only --speculative-lossy "
+        "--speculative-accept-threshold-acc 0.9",
+        "use_gumbel_coupling",
+        "or the thresholds",
+    ),
+    (
         "--sp-type deterministic --speculative-accept-threshold-single 0.5 --debug-rollout-only",
         "accept_threshold_single",
         "--speculative-lossy",

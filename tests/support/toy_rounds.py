@@ -10,8 +10,9 @@ from functools import cache
 import torch
 
 from rollout.embedded.draft import NO_DRAFT, Draft
-from rollout.embedded.uniforms import Uniforms
+from rollout.embedded.uniforms import Noise, Uniforms
 from rollout.embedded.verification import make_verifier
+from rollout.embedded.verification.reference import race_reference
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.types import SamplingParams
@@ -19,6 +20,20 @@ from slime_spec.types import SamplingParams
 # (last token, most drafted tokens on a path, the round's uniforms for them) -> draft
 Drafting = Callable[[int, int, Sequence[float]], Draft]
 DEVICE = torch.device("cpu")  # where logits and distributions are; ``pytest --device`` sets it
+
+
+@dataclass(frozen=True)
+class RacedChains:
+    """Chains drawn from ``q_draft[a]`` after a by the slow race, with the noise of the target's own races."""
+
+    q_draft: torch.Tensor
+    gamma: int
+
+    def __call__(self, root: int, limit: int, noise: Noise, num_generated: int) -> Draft:
+        chain, weights = [root], self.q_draft.tolist()
+        for t in range(num_generated, num_generated + min(self.gamma, limit)):
+            chain.append(race_reference(weights[chain[-1]], noise.key(t)))
+        return Draft.chain(chain[1:])
 
 
 def no_draft(root: int, limit: int, uniforms: Sequence[float]) -> Draft:
@@ -59,7 +74,7 @@ def generate(
     seeds: Sequence[int],
     num_tokens: int,
     params: SamplingParams,
-    drafting: Drafting = no_draft,
+    drafting: Drafting | RacedChains = no_draft,
     prompt: tuple[int, ...] = (0,),
 ) -> ToyRun:
     """``num_tokens`` for every seed; the first comes without a draft, as after a prefill."""
@@ -73,8 +88,7 @@ def generate(
         for index in running:
             tokens, generated = sequences[index], len(sequences[index]) - len(prompt)
             limit = num_tokens - generated - 1
-            drafts = uniforms[index].draft_of_round(generated)[generated:]
-            draft = drafting(tokens[-1], limit, drafts) if generated and limit else NO_DRAFT
+            draft = drafted(drafting, tokens[-1], limit, uniforms[index], generated) if generated else NO_DRAFT
             if draft.q_draft is not None:
                 draft = replace(draft, q_draft=draft.q_draft.to(DEVICE))
             rows.append(VerifyRow(draft, params, uniforms[index], tokens, len(prompt)))
@@ -89,6 +103,14 @@ def generate(
         running = [index for index in running if len(sequences[index]) < len(prompt) + num_tokens]
     run.responses = [tuple(each[len(prompt) :]) for each in sequences]
     return run
+
+
+def drafted(drafting: Drafting | RacedChains, root: int, limit: int, uniforms: Uniforms, num_generated: int) -> Draft:
+    if not limit:
+        return NO_DRAFT
+    if isinstance(drafting, RacedChains):
+        return drafting(root, limit, uniforms.noise, num_generated)
+    return drafting(root, limit, uniforms.draft_of_round(num_generated)[num_generated:])
 
 
 def chains(next_token: Sequence[int], gamma: int) -> Drafting:

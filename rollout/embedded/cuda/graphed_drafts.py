@@ -150,7 +150,7 @@ class GraphedDrafts:
         contexts: Sequence[DraftContext],
     ) -> list[UnreadDraft]:
         num_steps = chain_steps(contexts, self._setup.shape.num_steps)
-        sampler = chain_sampler(contexts, num_steps, self._setup.samples_drafts)
+        sampler = chain_sampler(contexts, num_steps, self._setup.drawing)
         growth = Growth(bucket, num_steps, sampler is not None)
         buffers = self._filled(growth, work)
         if sampler is not None:

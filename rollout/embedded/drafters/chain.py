@@ -1,4 +1,4 @@
-"""Chains grow a token at a time for all sequences of a batch: by the draft's argmax, or by sampling.
+"""Chains grow a token at a time for all sequences of a batch: by the draft's argmax, by sampling, or by races.
 
 A chain ends before the first token whose logits are not finite numbers. It keeps the tokens before: they were drawn
 already, and a draft that is dropped for what came after its first token would bend the output's distribution.
@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from rollout.embedded.drafters.step import DraftStep, DraftVocab, Heads
+from rollout.embedded.drafters.step import DraftStep, DraftVocab, Drawing, Heads
 from rollout.embedded.drafting import DraftContext
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.transfer import uploaded
 from rollout.embedded.unread import ENDED, DraftsOnDevice, UnreadDraft
+from rollout.embedded.verification.distributions import sampling_distribution
 from rollout.embedded.verification.draw import argmax, inverse_cdf
+from rollout.embedded.verification.race import race
 from slime_spec.types import is_greedy
 
 
@@ -35,28 +37,32 @@ def grow_chains(
     contexts: Sequence[DraftContext],
     num_steps: int,
     vocab: DraftVocab,
-    samples: bool,
+    drawing: Drawing,
 ) -> list[UnreadDraft]:
     """Return a chain per row, of ``num_steps`` tokens or as many as its context allows.
 
-    ``first`` follows each row's root; ``next_slots[row]`` is where its first drafted token's keys go. With ``samples``
-    requests that sample get tokens drawn from softmax(logits / T), and ``Draft.q_draft`` says so.
+    ``first`` follows each row's root; ``next_slots[row]`` is where its first drafted token's keys go. Requests that
+    sample get tokens drawn as ``drawing`` says; where they are SAMPLED, from softmax(logits / T), ``Draft.q_draft``
+    says so.
     """
     num_steps = chain_steps(contexts, num_steps)
-    sampler = chain_sampler(contexts, num_steps, samples)
+    sampler = chain_sampler(contexts, num_steps, drawing)
 
     def next_step(token_ids: torch.Tensor, hidden: torch.Tensor, index: int) -> Heads:
         spans = [RowSpan(span.row, span.start + index, 1, span.prefix_row, span.prefix_len) for span in next_slots]
         return step(token_ids, hidden, spans)
 
-    draw = draw_greedy if sampler is None else sampler.draw_on(first.logits.device)
+    if drawing is Drawing.RACED:
+        draw = raced_draw(contexts, num_steps, vocab)
+    else:
+        draw = draw_greedy if sampler is None else sampler.draw_on(first.logits.device)
     levels = grow_levels(first, next_step, num_steps, draw, vocab)
     return chains(levels, contexts, sampler, vocab)
 
 
-def chain_sampler(contexts: Sequence[DraftContext], num_steps: int, samples: bool) -> ChainSampler | None:
-    """Return what draws the drafts of a batch; None where all of it takes argmaxes."""
-    sampler = ChainSampler(contexts, num_steps) if samples else None
+def chain_sampler(contexts: Sequence[DraftContext], num_steps: int, drawing: Drawing) -> ChainSampler | None:
+    """Return what samples the drafts of a batch; None where none of it is sampled."""
+    sampler = ChainSampler(contexts, num_steps) if drawing is Drawing.SAMPLED else None
     return sampler if sampler is not None and sampler.any else None
 
 
@@ -91,6 +97,30 @@ def draw_greedy(logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Te
     draft_ids = argmax(logits)
     # A row's largest logit is NaN or infinite exactly where its distribution is none.
     return draft_ids, logits.gather(1, draft_ids.unsqueeze(1)).squeeze(1).isfinite()
+
+
+def raced_draw(contexts: Sequence[DraftContext], num_steps: int, vocab: DraftVocab) -> Draw:
+    """Return how a step draws by races: for each row that samples, the token that wins the target's noise.
+
+    The race is run with the draft's distribution under the request's own temperature and filters: a token that the
+    target's filters drop never wins the target's race.
+    """
+    samples = torch.tensor([not is_greedy(each.params.temperature) for each in contexts])
+    if not samples.any():
+        return draw_greedy
+    params = [each.params for each in contexts]
+    keys = np.array([[_noise_key(each, step) for step in range(num_steps)] for each in contexts], np.uint64)
+
+    def draw(logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        q_draft = sampling_distribution(logits, params)
+        won = race(q_draft, keys[:, step], vocab.target_ids)
+        has_mass = q_draft.gather(1, won.unsqueeze(1)).squeeze(1) > 0.0
+        if samples.all():
+            return won, has_mass
+        greedy, finite = draw_greedy(logits, step)
+        return won.where(samples, greedy), has_mass.where(samples, finite)
+
+    return draw
 
 
 def chains(
@@ -160,3 +190,8 @@ def _uniform(context: DraftContext, step: int) -> float:
     """Return the row's uniform for ``step``; a step beyond the row's limit needs none, as its token is cut away."""
     generated = len(context.token_ids) - context.num_prompt_tokens
     return context.uniforms[generated + step] if step < chain_limit(context) else 0.0
+
+
+def _noise_key(context: DraftContext, step: int) -> int:
+    assert context.noise is not None, "the core gives drafters the noise"
+    return context.noise.key(len(context.token_ids) - context.num_prompt_tokens + step)

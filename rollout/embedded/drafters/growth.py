@@ -40,7 +40,7 @@ def grow_drafts(
     """Return a draft per context; see grow_chains and grow_trees."""
     shape = setup.shape
     if shape.topk == 1:
-        return grow_chains(first, step, next_slots, contexts, shape.num_steps, vocab, setup.samples_drafts)
+        return grow_chains(first, step, next_slots, contexts, shape.num_steps, vocab, setup.drawing)
     return grow_trees(first, step, next_slots, contexts, shape.num_steps, shape.topk, shape.num_draft_tokens, vocab)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
     from rollout.embedded.cuda.graphs import Graphs
 
 
+class Drawing(Enum):
+    """Names the ways to draw the next token of a chain for a request that samples.
+
+    LIKELIEST takes the argmax. SAMPLED draws from the draft's distribution by uniforms of the draft's own, and
+    verification must know the distribution. RACED draws from it by the race, with the target's noise: for verification
+    the token is chosen, as an argmax is.
+    """
+
+    LIKELIEST = "likeliest"
+    SAMPLED = "sampled"
+    RACED = "raced"
+
+
 @dataclass(frozen=True)
 class DrafterSetup:
     """Holds the draft and its settings; ``context_length`` and ``max_total_tokens`` bound the engine, in tokens."""
@@ -36,9 +50,12 @@ class DrafterSetup:
     graphs: Graphs | None = None
 
     @property
-    def samples_drafts(self) -> bool:
-        """Return whether drafts are drawn from the draft's distribution, which verification then needs, or chosen."""
-        return self.config.use_rejection_sampling or self.config.use_block_verification
+    def drawing(self) -> Drawing:
+        """Return how the tokens of chains are drawn."""
+        if self.config.use_gumbel_coupling:
+            return Drawing.RACED
+        sampled = self.config.use_rejection_sampling or self.config.use_block_verification
+        return Drawing.SAMPLED if sampled else Drawing.LIKELIEST
 
 
 @dataclass(frozen=True)

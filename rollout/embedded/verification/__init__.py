@@ -11,7 +11,7 @@ from rollout.embedded.verification.rejection import rejection_sampling
 from rollout.embedded.verification.threshold import Thresholds, thresholded
 from rollout.embedded.verification.verifier import Verifier
 from rollout.embedded.verification.verify_pass import RuleVerifier
-from rollout.embedded.verification.walk import target_only
+from rollout.embedded.verification.walk import gumbel_coupling, target_only
 from slime_spec.config.tree import SpeculativeConfig
 
 CPU = torch.device("cpu")
@@ -27,6 +27,9 @@ def make_verifier(config: SpeculativeConfig, eos_token_ids: frozenset[int], devi
         assert config.lossy, "thresholds below 1 need speculative.lossy"
         thresholds = Thresholds(config.accept_threshold_single, config.accept_threshold_acc)
         return RuleVerifier(thresholded(thresholds), eos_token_ids, lossy=True)
+    if config.use_gumbel_coupling:
+        assert device.type == "cpu", "races are run on the CPU"
+        return RuleVerifier(gumbel_coupling, eos_token_ids)
     if device.type != "cpu":
         return make_device_verifier(config, eos_token_ids)
     if config.use_block_verification:

@@ -11,17 +11,22 @@ distribution. So the walk emits, at every position, the very token plain decodin
 uniform, whatever tree was drafted. Speculation thus changes no output for a given seed (but for uniforms within
 rounding, about 1e-6, of an interval's end: logits of passes of different sizes differ in their last bits), and the fast
 path is: draw a token at every node, follow the children that equal it. walk_reference takes the paper's order.
+
+With Gumbel coupling a race with the position's noise draws the token instead (see race), an event of probability
+p_target(x) as well, and everything else stays: whichever of the two draws, the draft has no part in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from rollout.embedded.draft import Draft
 from rollout.embedded.verification.distributions import sampling_distribution
 from rollout.embedded.verification.draw import argmax, inverse_cdf
+from rollout.embedded.verification.race import race
 from rollout.embedded.verification.verifier import Verified, VerifyRow
 from rollout.embedded.verification.verify_pass import Emission, Pass, Rule, Scratch, with_logprobs
 from slime_spec.types import is_greedy
@@ -30,8 +35,16 @@ from slime_spec.types import is_greedy
 Follow = Callable[[Sequence[int], Draft], tuple[list[int], tuple[int, ...]]]
 
 
+# (the distribution [nodes, vocab] of a pass, the pass) -> the token drawn at every node [nodes]
+DrawNodes = Callable[[torch.Tensor, Pass], torch.Tensor]
+
+
 def target_only(row: VerifyRow) -> Rule:
     return walk_greedy if is_greedy(row.params.temperature) else walk_sampled
+
+
+def gumbel_coupling(row: VerifyRow) -> Rule:
+    return walk_greedy if is_greedy(row.params.temperature) else walk_raced
 
 
 def follow_tree(drawn: Sequence[int], draft: Draft) -> tuple[list[int], tuple[int, ...]]:
@@ -63,12 +76,29 @@ def walk_greedy(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tre
 
 def walk_sampled(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tree) -> list[Verified]:
     """Walk rows that sample: every node's token is drawn with the uniform of its depth."""
+    return _walk_drawn(verify_pass, scratch, _by_uniforms, follow)
+
+
+def walk_raced(verify_pass: Pass, scratch: Scratch, follow: Follow = follow_tree) -> list[Verified]:
+    """Walk rows that sample: every node's token is drawn by a race with the noise of its depth."""
+    return _walk_drawn(verify_pass, scratch, _by_race, follow)
+
+
+def _walk_drawn(verify_pass: Pass, scratch: Scratch, draw: DrawNodes, follow: Follow) -> list[Verified]:
     logits = verify_pass.logits
     weights = sampling_distribution(logits, verify_pass.params, scratch.take("distribution", len(logits), logits))
-    uniforms = [row.uniforms.emit[row.num_generated + depth] for row in verify_pass.rows for depth in row.depths()]
-    drawn = inverse_cdf(weights, torch.tensor(uniforms, dtype=torch.float64, device=logits.device)).tolist()
-    emissions = _follow_all(verify_pass, drawn, follow)
+    emissions = _follow_all(verify_pass, draw(weights, verify_pass).tolist(), follow)
     return with_logprobs(emissions, weights, [node for emission in emissions for node in emission.nodes])
+
+
+def _by_uniforms(weights: torch.Tensor, verify_pass: Pass) -> torch.Tensor:
+    uniforms = [row.uniforms.emit[row.num_generated + depth] for row in verify_pass.rows for depth in row.depths()]
+    return inverse_cdf(weights, torch.tensor(uniforms, dtype=torch.float64, device=weights.device))
+
+
+def _by_race(weights: torch.Tensor, verify_pass: Pass) -> torch.Tensor:
+    keys = [row.uniforms.noise.key(row.num_generated + depth) for row in verify_pass.rows for depth in row.depths()]
+    return race(weights, np.array(keys, np.uint64))
 
 
 def _follow_all(verify_pass: Pass, drawn: Sequence[int], follow: Follow) -> list[Emission]:
