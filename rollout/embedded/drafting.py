@@ -4,6 +4,7 @@
     every round:              propose(contexts) ──► drafts         one per speculating sequence
                               verify (target) ──► observe(outcomes) accepted nodes, and the target's features
     rounds without drafts:    observe(outcomes) all the same; catch_up(contexts) where much has piled up
+    rounds without a network: propose_of_texts(contexts) of a TextFirst drafter, as propose
     end or preemption:        forget(request_key); a LearningDrafter is shown finished samples before it
     weights:                  bind(decoder) after every change of the target's; ``weights`` for the drafter's own
 
@@ -185,6 +186,14 @@ class LearningDrafter(Protocol):
 
     def ended(self, prompt_key: int) -> None:
         """Drop what was kept for a group: none of its samples is unfinished."""
+
+
+@runtime_checkable
+class TextFirst(Protocol):
+    """Is implemented, besides Drafter, by a drafter with a network that finds drafts in texts as well."""
+
+    def propose_of_texts(self, contexts: Sequence[DraftContext]) -> Sequence[AnyDraft]:
+        """Return one draft per context without asking the network; see Drafter.propose."""
 
 
 class WeightlessDrafter:

@@ -20,7 +20,7 @@ import torch
 
 from rollout.embedded.batch import Batch
 from rollout.embedded.draft import NO_DRAFT, Draft
-from rollout.embedded.drafting import DraftContext, Drafter, LearningDrafter, Outcome, Prefill
+from rollout.embedded.drafting import DraftContext, Drafter, LearningDrafter, Outcome, Prefill, TextFirst
 from rollout.embedded.plan import RowSpan, tree_shape
 from rollout.embedded.request import Group, SampleState
 from rollout.embedded.target import PassOutput, Target, Timing
@@ -108,28 +108,33 @@ class Speculation:
             min(self.shape.num_steps, each.num_remaining - 1) if self.applies_to(each.group) else 0
             for each in batch.running
         ]
-        depths = tuple(limits)
+        depths, of_texts = tuple(limits), not self.has_network
         if self.controller is not None:
             plan = self.controller.again(limits) or self.controller.plan(self._states(batch, limits))
             depths = plan.depths
+            if plan.texts_may_pay and isinstance(self.drafter, TextFirst):
+                depths, of_texts = tuple(limits), True
         drafting = [row for row, depth in enumerate(depths) if depth]
         before_s, backlogs = self._draft_cost_s, [self._backlog(batch.sequences[row]) for row in drafting]
-        drafts = self._drafted(batch, drafting, depths)
-        read = [count for row, count in zip(drafting, backlogs, strict=True) if not drafts[row].is_of_text]
-        if self.controller is not None and not self.has_network and drafting:
+        drafts = self._drafted(batch, drafting, depths, of_texts)
+        read = [each for row, each in zip(drafting, backlogs, strict=True) if not (of_texts or drafts[row].is_of_text)]
+        if self.controller is not None and of_texts and drafting:
             drafts, depths = _cut(self.controller, self._states(batch, limits), drafts, depths)
         return Proposal(drafts, depths, len(read), sum(read), self._draft_cost_s - before_s)
 
-    def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int]) -> list[AnyDraft]:
+    def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int], of_texts: bool) -> list[AnyDraft]:
         drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
         contexts = [self._context(batch, row, depths[row]) for row in rows]
         if contexts:
             with self._timed():
-                proposed = self.drafter.propose(contexts)
+                if of_texts and isinstance(self.drafter, TextFirst):
+                    proposed = self.drafter.propose_of_texts(contexts)
+                else:
+                    proposed = self.drafter.propose(contexts)
             for row, context, draft in zip(rows, contexts, proposed, strict=True):
                 _check(draft, context)
                 drafts[row] = draft
-                if not draft.is_of_text:  # for such a draft a network has read nothing
+                if not (of_texts or draft.is_of_text):  # for such drafts a network has read nothing
                     self._num_read[context.request_key] = len(context.token_ids)
         return drafts
 
@@ -178,7 +183,8 @@ class Speculation:
         if not proposal.num_drafting:
             controller.note_plain(seconds)
         for draft, depth, each in zip(proposal.drafts, proposal.depths, verified, strict=True):
-            if depth and draft.num_tokens:
+            # A network's acceptance says nothing of a text's, which knows its own.
+            if depth and draft.num_tokens and not (self.has_network and draft.is_of_text):
                 controller.acceptance.observe(draft.read().parents, each.path)
 
     def pays_up_to(self, max_running: int) -> int | None:

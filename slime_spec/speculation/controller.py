@@ -45,10 +45,14 @@ class RowState(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """Holds the depth of every sequence's draft, 0 for a plain step; ``is_probe`` where only acceptance is learned."""
+    """Holds the depth of every sequence's draft, 0 for a plain step; ``is_probe`` where only acceptance is learned.
+
+    ``texts_may_pay`` says, where nobody drafts, that drafts which cost nothing could still be worth their rows.
+    """
 
     depths: tuple[int, ...]
     is_probe: bool = False
+    texts_may_pay: bool = False
 
     @property
     def drafts(self) -> bool:
@@ -93,18 +97,19 @@ class Controller:
         self._plain_s = 0.0  # since the last probe
         self._chosen = Option(0, 0, 0.0, 1.0)
         self._num_rows, self._rounds_left = 0, 0
+        self._texts_may_pay = False
 
     def plan(self, rows: Sequence[RowState]) -> RoundPlan:
         """Return the depths of the next round for sequences in this order."""
         self._num_rows, self._rounds_left = len(rows), REUSED_ROUNDS
-        self._chosen = Option(0, 0, 0.0, 1.0)
+        self._chosen, self._texts_may_pay = Option(0, 0, 0.0, 1.0), False
         order = sorted(range(len(rows)), key=lambda row: (rows[row].backlog, -rows[row].remaining))
         order = [row for row in order if rows[row].max_depth]
         if not order:
             return RoundPlan((0,) * len(rows))
         off = self._off(rows)
         if self._drafts_are_free:
-            if self._could_pay(rows, order, off, FOR_OFF):
+            if self._could_pay(rows, order, off, FOR_OFF, are_free=True):
                 self._chosen = Option(self._depths[-1], len(rows), 0.0, 1.0)
             return RoundPlan(tuple(min(self._chosen.depth, row.max_depth) for row in rows))
         gains = self.acceptance.chain(self._depths[-1])
@@ -116,7 +121,8 @@ class Controller:
         if self._probes(rows, order, off):
             self._plain_s, self._rounds_left = 0.0, 0
             return _planned(rows, order[:1], min(PROBE_DEPTH, self._depths[-1]), is_probe=True)
-        return RoundPlan((0,) * len(rows))
+        self._texts_may_pay = self._could_pay(rows, order, off, FOR_OFF, are_free=True)
+        return RoundPlan((0,) * len(rows), texts_may_pay=self._texts_may_pay)
 
     def again(self, limits: Sequence[int]) -> RoundPlan | None:
         """Return the last plan for as many sequences, whose depths ``limits`` allow; None where it is time for another.
@@ -127,7 +133,7 @@ class Controller:
         everyone = self._chosen.num_drafting in (0, self._num_rows)
         if self._rounds_left < 0 or len(limits) != self._num_rows or not everyone:
             return None
-        return RoundPlan(tuple(min(self._chosen.depth, limit) for limit in limits))
+        return RoundPlan(tuple(min(self._chosen.depth, limit) for limit in limits), False, self._texts_may_pay)
 
     def kept_nodes(self, rows: Sequence[RowState], chances: Sequence[Sequence[float]]) -> tuple[list[int], bool]:
         """Return how many of each draft's first nodes to verify, and whether that is a probe.
@@ -182,11 +188,14 @@ class Controller:
         attended = sum(row.context for row in rows)
         return Option(0, 0, len(rows), self.costs.pass_s(len(rows), attended))
 
-    def _options(self, rows: Sequence[RowState], order: Sequence[int], gains: Sequence[float]) -> Iterator[Option]:
+    def _options(
+        self, rows: Sequence[RowState], order: Sequence[int], gains: Sequence[float], are_free: bool | None = None
+    ) -> Iterator[Option]:
         """Yield every depth for the first sequences of ``order``, a few numbers of them.
 
         What a sequence has to catch up is shared by the rounds that it has left.
         """
+        are_free = self._drafts_are_free if are_free is None else are_free
         num_rows, context = len(rows), sum(row.context for row in rows)
         counts = [count for count in MOST_COUNTS if count < len(order)] + [len(order)] if order else []
         for depth in self._depths:
@@ -199,7 +208,7 @@ class Controller:
             behind = [0.0, *accumulate(_debt(rows[row], depth, per_round) for row in order)]
             for count in counts:
                 seconds = self.costs.pass_s(num_rows + drafted[count], context + attended[count])
-                if not self._drafts_are_free:
+                if not are_free:
                     seconds += self.costs.draft_s(count, depth, round(count * per_round + behind[count]))
                 yield Option(depth, count, num_rows + tokens[count], seconds)
 
@@ -211,10 +220,12 @@ class Controller:
         cost_s = one - off.seconds + self.costs.draft_s(1, depth, row.backlog)
         return self._plain_s * PROBE_SHARE > cost_s and self._could_pay(rows, order, off, PROBE_GAIN)
 
-    def _could_pay(self, rows: Sequence[RowState], order: Sequence[int], off: Option, gain: float) -> bool:
+    def _could_pay(
+        self, rows: Sequence[RowState], order: Sequence[int], off: Option, gain: float, are_free: bool | None = None
+    ) -> bool:
         """Return whether drafts that are all accepted would bring ``gain`` times as many tokens per second."""
         perfect = [1.0] * self._depths[-1]
-        return any(option.rate > gain * off.rate for option in self._options(rows, order, perfect))
+        return any(option.rate > gain * off.rate for option in self._options(rows, order, perfect, are_free))
 
 
 def _debt(row: RowState, depth: int, per_round: float) -> float:

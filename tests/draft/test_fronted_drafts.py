@@ -203,3 +203,45 @@ def test_a_network_hears_of_a_round_that_it_did_not_draft_as_of_a_plain_step() -
     assert drafter.propose([draft_context(1, [50, 51, 1, 2], 2, 4)])[0].num_tokens == 1
     drafter.observe([Outcome(1, (0,)), Outcome(2, (0, 1))])
     assert [(each.request_key, each.path) for each in heard] == [(1, ()), (2, (0, 1))]
+
+
+class NowAndThen(Controller):
+    """Lets the network draft in some rounds, and texts in the others; rows cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(RoundCosts(PassCurve(((1, 1.0), (64, 1.0)))), 3)
+        self._of_rounds = random.Random(5)
+
+    def plan(self, rows: Sequence[RowState]) -> RoundPlan:
+        if self._of_rounds.random() < 0.6:
+            return RoundPlan(tuple(min(3, row.max_depth) for row in rows))
+        return RoundPlan((0,) * len(rows), texts_may_pay=True)
+
+    def again(self, limits: Sequence[int]) -> RoundPlan | None:
+        return None
+
+
+def test_texts_draft_alone_where_a_network_would_not_pay(tmp_path: Path) -> None:
+    tiny = make_format(tmp_path, "eagle3")
+    plain = run(make_core(tiny.plain), requests())
+    core = make_core(tiny.config(1, 1, 2))
+    always = RecordingDrafter(core.drafter, lambda context: ())
+    core._speculation.drafter = always  # type: ignore[assignment]
+    run(core, requests())
+    first_of = {each.token_ids: each.draft.token_ids[:1] for each in always.proposals}
+
+    config = tiny.config(3, 1, 4)
+    unset = {"num_steps": None, "eagle_topk": None, "num_draft_tokens": None}
+    core = make_core(replace(config, speculative=replace(config.speculative, **unset)))  # type: ignore[arg-type]
+    front, network = Front(continuation(plain, PROMPTS), share=0.2), RecordingDrafter(core.drafter)
+    core._speculation.drafter = FrontedDrafter(front, network)  # type: ignore[arg-type]
+    core._speculation.controller = controller = NowAndThen()
+    samples = run(core, requests())
+    assert tokens(samples) == tokens(plain)
+    assert front.num_drafts > 20
+    assert len(network.proposals) > 10
+    for each in network.proposals:
+        assert each.draft.token_ids[:1] == first_of[each.token_ids]
+    # What a text brought says nothing of the network.
+    assert controller.acceptance.num_observed <= len(network.proposals)
+    assert sum(sample.spec.num_correct for sample in samples.values()) > 2 * controller.acceptance.num_observed

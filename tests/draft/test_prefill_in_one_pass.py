@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from rollout.embedded.drafters.feature_drafter import FeatureDrafter
 from rollout.embedded.drafters.step import DraftRows
 from rollout.embedded.drafting import Drafter, Prefill
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.partial_samples import request_for_rest
+from slime_spec.speculation.controller import Controller, RoundPlan, RowState
+from slime_spec.speculation.round_costs import PassCurve, RoundCosts
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from tests.support.draft_formats import make_format
 from tests.support.embedded_harness import Samples, make_core, random_prompt, run
@@ -48,7 +51,7 @@ CONFIGS: dict[str, Callable[[Path], Config]] = {
 
 
 class OneByOne:
-    """Shows each piece of a pass to ``inner`` by itself: slow, and easy to believe."""
+    """Shows each piece of a pass to ``inner`` by itself, and has it computed at once: slow, and easy to believe."""
 
     def __init__(self, inner: Drafter) -> None:
         self._inner = inner
@@ -56,9 +59,25 @@ class OneByOne:
     def prefill(self, prefills: Sequence[Prefill]) -> None:
         for prefill in prefills:
             self._inner.prefill([prefill])
+            if isinstance(self._inner, FeatureDrafter):
+                self._inner.pay([(prefill.key, prefill.kv_row)])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+class Off(Controller):
+    """Lets nobody draft."""
+
+    def plan(self, rows: Sequence[RowState]) -> RoundPlan:
+        return RoundPlan((0,) * len(rows))
+
+    def again(self, limits: Sequence[int]) -> RoundPlan | None:
+        return None
+
+
+def automatic(config: Config) -> SpeculativeConfig:
+    return replace(config.speculative, num_steps=None, eagle_topk=None, num_draft_tokens=None)
 
 
 def begun(config: Config) -> list[GroupRequest]:
@@ -115,7 +134,37 @@ def test_a_pass_of_prompts_runs_the_drafts_network_once(
         core._admit()
         core._allocate()
         core._prefill()
+        if name != "standalone":
+            assert lengths == [], "a network computes prompts when a sequence of theirs drafts"
+            core._round()
     alone, shared = (sum((len(each.seeds) > 1) is is_shared for each in REQUESTS) for is_shared in (False, True))
     # The features of a prompt's one token wait for the next token, and there is nothing to compute yet.
     waits = name != "standalone"
-    assert lengths == [shared - waits, alone - waits]
+    assert lengths[:2] == [shared - waits, alone - waits]
+
+
+def test_prompts_of_which_no_sequence_drafts_cost_the_network_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: Any) -> Any:
+        raise AssertionError("nothing was drafted")
+
+    core = make_core(replace(CONFIGS["eagle3"](tmp_path), speculative=automatic(CONFIGS["eagle3"](tmp_path))))
+    core._speculation.controller = Off(RoundCosts(PassCurve(((1, 1.0),))), 7)
+    expected = run(make_core(make_format(tmp_path / "plain", "eagle3").plain), REQUESTS)
+    monkeypatch.setattr(DraftRows, "run", refused)
+    samples = run(core, REQUESTS)
+    assert {key: len(each.token_ids) for key, each in samples.items()} == {
+        key: len(each.token_ids) for key, each in expected.items()
+    }
+    assert all(sample.spec.num_rounds == 0 < sample.spec.num_off_steps for sample in samples.values())
+
+
+def test_prompts_are_computed_at_once_where_too_many_would_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollout.embedded.drafters.feature_drafter.MOST_OWED_BYTES", 1)
+    config = CONFIGS["eagle3"](tmp_path)
+    eager = outcome(run(make_core(config), REQUESTS))
+    monkeypatch.undo()
+    assert outcome(run(make_core(config), REQUESTS)) == eager

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from slime_spec.speculation.controller import FOR_OFF, PROBE_SHARE, Controller, RoundPlan, RowState
+from slime_spec.speculation.controller import FOR_OFF, PROBE_SHARE, Controller, RowState
 from slime_spec.speculation.exhaustive import best_depths, tokens_per_s
 from slime_spec.speculation.round_costs import PassCurve, RoundCosts
 
@@ -45,7 +45,12 @@ def rows(count: int, **state: float) -> list[RowState]:
 
 @pytest.mark.parametrize("batch", [12, 16, 32, 64])
 def test_nothing_is_drafted_where_even_perfect_drafts_do_not_pay(batch: int) -> None:
-    assert controller_with(BEFORE).plan(rows(batch)) == RoundPlan((0,) * batch)
+    assert controller_with(BEFORE).plan(rows(batch)).depths == (0,) * batch
+
+
+def test_texts_are_looked_up_only_where_drafts_that_cost_nothing_could_pay() -> None:
+    assert controller_with(BEFORE).plan(rows(12)).texts_may_pay  # the next rows cost less than a token
+    assert not controller_with(BEFORE).plan(rows(64)).texts_may_pay
 
 
 def test_one_sequence_drafts_deeper_the_better_its_drafts() -> None:

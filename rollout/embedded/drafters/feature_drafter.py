@@ -3,14 +3,15 @@
 Per sequence, draft position t holds the keys and values of (token t + 1, features of token t). The features of the
 last committed token wait until its successor is known:
 
-    prefill   features 0 … k      extend positions 0 … k - 1, whose next tokens are known; the last features wait
-    propose   root is token k+1   extends the waiting positions; the last one's output is the first draft
+    prefill   features 0 … k      owe positions 0 … k - 1, whose next tokens are known; the last features wait
+    propose   root is token k+1   pays what is owed; extends the waiting positions, whose last output is the first draft
               S - 1 steps         on the draft's own states, into slots that the next round overwrites
     observe                       features of what was accepted wait for the next propose, of rounds without drafts too
     catch_up                      extends the waiting positions without drafting
 
 So after every round the draft's cache of committed tokens comes from the target's true features. A group's shared
-prompt of P tokens is computed once: its first P - 1 positions, for the last one's next token differs by sample.
+prompt of P tokens is computed once: its first P - 1 positions, for the last one's next token differs by sample. What
+is owed is computed when one of its sequences drafts: where none does, the prompts cost the draft nothing.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ from rollout.embedded.drafters.step import (
     Heads,
     last_rows,
     own_span,
-    prefill_span,
 )
-from rollout.embedded.drafting import DraftContext, FeatureNeed, Outcome, Prefill, Swap
+from rollout.embedded.drafting import DraftContext, FeatureNeed, KvRow, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.model import Decoder
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from rollout.embedded.cuda.device_pass import DevicePass
 
 logger = logging.getLogger(__name__)
+MOST_OWED_BYTES = 256 << 20  # of features of prompts that no draft was made for
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ class Track:
 
     num_cached: int
     waiting: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Owed:
+    """Holds positions of a prompt, or of a sequence's own row, that the draft has not computed so far."""
+
+    shared: bool
+    prefix_len: int
+    position: int
+    token_ids: tuple[int, ...]  # the next token of each position
+    features: torch.Tensor
 
 
 class FeatureDrafter:
@@ -71,6 +83,8 @@ class FeatureDrafter:
         self._rows = DraftRows(spec.block, setup)
         self._vocab = DraftVocab(setup.target.vocab_size)
         self._tracks: dict[int, Track] = {}
+        self._owed: dict[int, list[Owed]] = {}
+        self._most_owed = MOST_OWED_BYTES // max(1, self._feature_bytes())
         self._graphed = graphed_drafts(self._rows, setup)
         self._target: Decoder | None = None
         self._shared_head: PackedLinear | None = None
@@ -93,26 +107,52 @@ class FeatureDrafter:
 
     @torch.inference_mode()
     def prefill(self, prefills: Sequence[Prefill]) -> None:
-        spans: list[RowSpan] = []
-        token_ids: list[int] = []
-        features: list[torch.Tensor] = []
         for prefill in prefills:
             assert prefill.features is not None, "the core brings the features that were asked for"
             track = self._track_before(prefill)
             count = sum(map(len, track.waiting)) + len(prefill.token_ids) - 1
             if count:
                 prefix_len = shared_positions(prefill.kv_row.prefix_len)
-                spans.append(prefill_span(prefill, prefix_len, track.num_cached, count))
-                token_ids += prefill.token_ids[-count:]
-                features += (*track.waiting, prefill.features[:-1])
-            # The last row alone: a view would keep the features of all prompts of the pass.
+                features = torch.cat((*track.waiting, prefill.features[:-1]))
+                owed = Owed(prefill.shared, prefix_len, track.num_cached, prefill.token_ids[-count:], features)
+                self._owed.setdefault(prefill.key, []).append(owed)
             self._tracks[prefill.key] = Track(track.num_cached + count, (prefill.features[-1:].clone(),))
-        if spans:
+        if sum(len(each.token_ids) for pieces in self._owed.values() for each in pieces) > self._most_owed:
+            self.pay([(prefill.key, prefill.kv_row) for prefill in prefills])
+
+    def pay(self, rows: Sequence[tuple[int, KvRow]]) -> None:
+        """Compute what is owed of these prompts and sequences, prompts first: they come before what is a sample's own.
+
+        Rows are those of this moment; pieces of one sequence or prompt follow each other.
+        """
+        due = [(kv_row, self._owed.pop(key)) for key, kv_row in rows if key in self._owed]
+        for shared in (True, False):
+            together = [(kv_row, pieces) for kv_row, pieces in due if pieces[0].shared == shared]
+            if not together:
+                continue
+            spans: list[RowSpan] = []
+            token_ids: list[int] = []
+            features: list[torch.Tensor] = []
+            for kv_row, pieces in together:
+                first, count = pieces[0], sum(len(each.token_ids) for each in pieces)
+                if shared:
+                    spans.append(RowSpan(kv_row.prefix_row, first.position, count))
+                else:
+                    spans.append(own_span(kv_row, first.prefix_len, first.position, count))
+                for piece in pieces:
+                    token_ids += piece.token_ids
+                    features.append(piece.features)
+            store = self.cache.prefixes if shared else self.cache.own
             hidden = self._network.project(torch.cat(features))
-            self._forward(self._rows.store_of(prefills), self._rows.tensor(token_ids), hidden, spans)
+            self._forward(store, self._rows.tensor(token_ids), hidden, spans)
+
+    def _feature_bytes(self) -> int:
+        num_states = len(self.needs.layers) + self.needs.final
+        return num_states * self._setup.target.hidden_size * self._setup.dtype.itemsize
 
     @torch.inference_mode()
     def propose(self, contexts: Sequence[DraftContext]) -> list[UnreadDraft]:
+        self.pay(_owners(contexts))
         next_slots: list[RowSpan] = []
         for context in contexts:
             prefix_len = shared_positions(context.kv_row.prefix_len)
@@ -133,6 +173,7 @@ class FeatureDrafter:
     def catch_up(self, contexts: Sequence[DraftContext]) -> None:
         behind = [each for each in contexts if len(self._track(each.request_key, each.prompt_key).waiting) > 1]
         if behind:
+            self.pay(_owners(behind))
             self._extend(*self._take_waiting(behind, kept=1))
 
     def _take_waiting(
@@ -179,6 +220,7 @@ class FeatureDrafter:
 
     def forget(self, request_key: int) -> None:
         self._tracks.pop(request_key, None)
+        self._owed.pop(request_key, None)
 
     @property
     def _network(self) -> DraftNetwork:
@@ -239,6 +281,14 @@ class NetworkOnDevice:
 
     def heads(self, states: torch.Tensor) -> Heads:
         return self.network.heads(states, self.shared_head)
+
+
+def _owners(contexts: Sequence[DraftContext]) -> list[tuple[int, KvRow]]:
+    """Return the keys of the sequences and of their prompts, each with its row; a prompt comes once for each sample."""
+    return [
+        *((context.prompt_key, context.kv_row) for context in contexts),
+        *((context.request_key, context.kv_row) for context in contexts),
+    ]
 
 
 def shared_positions(num_prompt_tokens: int) -> int:

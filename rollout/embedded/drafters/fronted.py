@@ -67,6 +67,13 @@ class FrontedDrafter:
         rest = iter(drawn)
         return [draft if ours else next(rest) for draft, ours in zip(found, is_front, strict=True)]
 
+    def propose_of_texts(self, contexts: Sequence[DraftContext]) -> list[Draft]:
+        """Return chains out of texts alone, in a round in which the network's would not pay."""
+        found = self._front.propose(contexts)
+        self._of_front = {each.request_key for each, draft in zip(contexts, found, strict=True) if draft.token_ids}
+        self._of_network = set()
+        return found
+
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             if outcome.request_key in self._of_network:
