@@ -16,6 +16,7 @@ STEPS = 3
 SHARED = (
     "trainer.metrics_of_all_samples=true",  # compares logprobs also where a group's rewards are equal
     *("--speculative-algorithm", "LOOKUP", "--sp-min-token-match", "1", "--lr", "1e-3"),
+    *("--speculative-num-steps", "4"),  # else a tiny model on a busy machine may not draft at all
     *("--rollout-temperature", "0.3", "--rollout-max-response-len", "24"),
 )
 

@@ -141,11 +141,10 @@ def test_the_record_names_the_files_of_proofs_and_a_proof_sees_the_engine_and_wh
         if "mark.proves" in file.read_text()
     }
     assert set(recorded()) <= proofs
-    assert len(proofs) == 2
+    sampled = {f"tests/embedded/test_{name}.py" for name in ("speculative_sampling", "verify_statistics")}
+    raced = {f"tests/embedded/test_{name}.py" for name in ("gumbel_coupling", "race")}
+    assert proofs == sampled | raced
     for proof in proofs:
-        needed = {
-            "rollout/embedded/verification/walk.py",
-            "rollout/embedded/uniforms.py",
-            "tests/support/statistics.py",
-        }
+        judge = "tests/support/statistics.py" if proof in sampled else "rollout/embedded/verification/race.py"
+        needed = {"rollout/embedded/verification/walk.py", "rollout/embedded/uniforms.py", judge}
         assert needed <= set(sources_of(proof))
