@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from slime_spec.interfaces import Problem
+from slime_spec.tasks.counting import count_problem, share_counted
 from slime_spec.tasks.rewards import Reward, last_integer
 from slime_spec.types import Prompt
 
@@ -69,6 +70,7 @@ TASKS = {
         GeneratedTask("max4", _max4),
         GeneratedTask("sum_sentence", _sum_sentence),
         GeneratedTask("max_sentence", _max_sentence),
+        GeneratedTask("count", count_problem, share_counted),
     )
 }
 # Names that stand for several tasks in turn. The sentences repeat the question, so prompt lookup finds text to copy.
