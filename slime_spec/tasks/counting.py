@@ -13,17 +13,18 @@ from slime_spec.interfaces import Problem
 from slime_spec.types import Prompt
 
 MEDIAN_COUNT, SIGMA = 15, 1.0  # the lognormal that counts are drawn from, before its ends are cut off
-LEAST, MOST = 5, 90  # numbers of a list: the question shows four, and SmolLM2 takes at most 398 tokens for 90
+LEAST, MOST = 5, 90  # numbers of a list: the question shows three, and SmolLM2 takes at most 398 tokens for 90
 LARGEST_FIRST = 50
 DIGITS = re.compile("[0-9]+")  # \d would take the digits of every script
 
 
 def count_problem(rng: random.Random) -> Problem:
-    """Draw a list's length and first number. E.g. "Write out this list in full: 7, 8, 9, 10, ..., 17"."""
+    """Draw a list's length and first number. E.g. "Count from 7 to 17. ... 7, 8, 9, ..."."""
     first, count = rng.randint(1, LARGEST_FIRST), _count(rng)
     numbers = [str(number) for number in range(first, first + count)]
-    opening = ", ".join(numbers[:4])
-    asked = f"Write out this list in full: {opening}, ..., {numbers[-1]}"
+    opening = ", ".join(numbers[:3])
+    form = f"Answer with just the numbers, separated by commas: {opening}, ..."
+    asked = f"Count from {first} to {numbers[-1]}. {form}"
     return Problem(asked, ", ".join(numbers))
 
 

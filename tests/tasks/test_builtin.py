@@ -12,7 +12,7 @@ from slime_spec.types import Prompt
 
 
 def listed(numbers: Iterable[int]) -> str:
-    first, *_, last = numbers
+    first, last, *_ = numbers
     return ", ".join(map(str, range(first, last + 1)))
 
 

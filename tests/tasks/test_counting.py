@@ -44,7 +44,8 @@ def num_tokens(answer: str) -> int:
 
 def test_a_problem_stays_the_same_in_later_versions() -> None:
     problem = TASK.problem(0, seed=0)
-    assert problem.text == "Write out this list in full: 49, 50, 51, 52, ..., 67"
+    form = "Answer with just the numbers, separated by commas: 49, 50, 51, ..."
+    assert problem.text == f"Count from 49 to 67. {form}"
     assert problem.answer == "49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65, 66, 67"
 
 
