@@ -124,7 +124,8 @@ class SpecCounters:
     ``num_nonfinite_rounds`` counts rounds whose draft ended early, or was empty, because the draft model's logits were
     not finite numbers. Where the engine decides round by round how deep to draft, ``num_proposed`` are the drafts that
     it asked for, ``num_tried[i]`` counts the rounds that asked for more than i drafts and accepted the i before, and
-    ``num_off_steps`` the plain steps that it chose instead of a round: they are in no other count.
+    ``num_off_steps`` the plain steps that it chose instead of a round, or had to take where a text had nothing to
+    draft: they are in no other count.
     Example, 3 rounds with nothing drafted, then 2 of 2 and 3 of 3 accepted:
     ``SpecCounters(num_rounds=3, num_proposed=9, histogram=(1, 0, 1, 1), num_drafted=5, num_empty_rounds=1)``
     """

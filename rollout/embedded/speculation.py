@@ -119,7 +119,7 @@ class Speculation:
         drafts = self._drafted(batch, drafting, depths, of_texts)
         read = [each for row, each in zip(drafting, backlogs, strict=True) if not (of_texts or drafts[row].is_of_text)]
         if self.controller is not None and of_texts and drafting:
-            drafts, depths = _cut(self.controller, self._states(batch, limits), drafts, depths)
+            drafts, depths = _cut(self.controller, self._states(batch, limits), drafts)
         return Proposal(drafts, depths, len(read), sum(read), self._draft_cost_s - before_s)
 
     def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int], of_texts: bool) -> list[AnyDraft]:
@@ -280,18 +280,23 @@ class Speculation:
 
 
 def _cut(
-    controller: Controller, states: Sequence[RowState], drafts: Sequence[AnyDraft], depths: Sequence[int]
+    controller: Controller, states: Sequence[RowState], drafts: Sequence[AnyDraft]
 ) -> tuple[list[AnyDraft], tuple[int, ...]]:
-    """Return the drafts' first nodes, as many as are worth their rows, and the depths of what is left."""
+    """Return the drafts' first nodes, as many as are worth their rows, and the depths of what is left.
+
+    A sequence for which nothing was found, or nothing worth a row, takes a plain step: depth 0.
+    """
     read = [draft.read() for draft in drafts]
     chances = [_chances(controller, draft) for draft in read]
     kept, _ = controller.kept_nodes(states, chances)
     cut: list[AnyDraft] = [
         draft if count >= draft.num_tokens else draft.first(count) for draft, count in zip(read, kept, strict=True)
     ]
-    # A sequence whose draft was not worth a row takes a plain step; one that found nothing had an empty round.
-    dropped = [bool(draft.num_tokens) and not left.num_tokens for draft, left in zip(read, cut, strict=True)]
-    return cut, tuple(0 if drop else depth for drop, depth in zip(dropped, depths, strict=True))
+    return cut, tuple(_depth(draft.read()) for draft in cut)
+
+
+def _depth(draft: Draft) -> int:
+    return 1 + int(tree_shape(draft.parents)[1].max()) if draft.token_ids else 0
 
 
 def _chances(controller: Controller, draft: Draft) -> list[float]:

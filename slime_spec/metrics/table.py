@@ -122,7 +122,7 @@ TABLE = (
     Metric(
         "spec/off_ratio",
         "share",
-        "Plain steps that the engine chose instead of rounds, over both; absent where it chose none.",
+        "Plain steps that the engine chose, or took as no text had a draft, over these and rounds; absent where none.",
     ),
     Metric(
         "spec/pays_up_to_batch",

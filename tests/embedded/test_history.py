@@ -299,3 +299,18 @@ def test_an_aborted_sample_has_not_finished_and_its_group_ends(tiny_llama: Path)
         core.step()
     core.abort(group)
     assert (drafter.shown, drafter.num_ended, drafter._prompts, drafter._replies) == ([], 1, {}, {})
+
+
+def test_an_automatic_depth_counts_only_what_was_verified(tiny_llama: Path) -> None:
+    config = engine_config(tiny_llama, "HISTORY", max_running_requests=4)
+    config = replace(config, speculative=replace(config.speculative, num_draft_tokens=None))
+    core = make_core(config)
+    core.calibrate()
+    params = SamplingParams(max_new_tokens=48, temperature=0.3)
+    requests = [GroupRequest(str(i), random_prompt(6, i) * 3, (0, 1, 2, 3, 4, 5), params) for i in range(3)]
+    for sample in run(core, requests).values():
+        spec = sample.spec
+        assert spec.num_proposed == spec.num_drafted, "a step for which nothing was found proposes nothing"
+        assert spec.num_empty_rounds == 0
+        assert len(sample.token_ids) <= 1 + spec.num_off_steps + spec.num_rounds + spec.num_correct
+        assert sum(spec.num_tried[:1]) == spec.num_rounds
