@@ -125,7 +125,7 @@ class GenerationCore:
 
     @property
     def pays_up_to(self) -> int | None:
-        return self._speculation.pays_up_to(self._settings.max_running)
+        return self._speculation.pays_up_to
 
     def calibrate(self) -> None:
         """Time a handful of passes, for the costs of rounds; before the first request. Does nothing without drafts."""
@@ -133,7 +133,7 @@ class GenerationCore:
             caches = [self.cache] if self.drafter.cache is None else [self.cache, self.drafter.cache]
             longest = min(self._settings.max_positions, self.cache.max_total_tokens)
             costs = calibrate(self.target, caches, self._settings.max_running, longest, self._cost_clock)
-            self._speculation.use_costs(costs, self._settings.is_automatic)
+            self._speculation.use_costs(costs, self._settings.is_automatic, self._settings.max_running)
 
     def add(
         self,

@@ -35,6 +35,7 @@ from slime_spec.speculation.round_costs import RoundCosts
 # The report of the batch up to which drafting pays: for contexts of so many tokens, made anew after so many seconds.
 TYPICAL_CONTEXT = 128
 REPORT_S = 1.0
+Propose = Callable[[Sequence[DraftContext]], Sequence[AnyDraft]]
 MOST_WAITING_BYTES = 256 << 20  # of features that the drafter has not read
 
 
@@ -70,7 +71,8 @@ class Speculation:
     remaining: RemainingTokens = field(default_factory=RemainingTokens)
     _num_read: dict[int, int] = field(default_factory=dict)  # tokens that the drafter has read, by request
     _draft_cost_s: float = 0.0
-    _pays_up_to: int = 0
+    pays_up_to: int | None = None  # the largest batch at which drafting pays, as of late; None where the depth is fixed
+    _max_running: int = 0
     _reported_at_s: float = 0.0
 
     @property
@@ -81,12 +83,14 @@ class Speculation:
     def applies_to(self, group: Group) -> bool:
         return self.enabled and group.request.params.speculative
 
-    def use_costs(self, costs: RoundCosts, is_automatic: bool) -> None:
+    def use_costs(self, costs: RoundCosts, is_automatic: bool, max_running: int) -> None:
         """Predict rounds with ``costs`` from now on, and let a controller decide where the depth is automatic."""
         self.costs = costs
         if is_automatic:
             shape = self.shape
             self.controller = Controller(costs, shape.num_steps, shape.num_draft_tokens - 1, not self.has_network)
+            self._max_running = max_running
+            self._report(self.controller)
 
     @property
     def has_network(self) -> bool:
@@ -108,34 +112,33 @@ class Speculation:
             min(self.shape.num_steps, each.num_remaining - 1) if self.applies_to(each.group) else 0
             for each in batch.running
         ]
-        depths, of_texts = tuple(limits), not self.has_network
+        depths, of_texts, propose = tuple(limits), not self.has_network, self.drafter.propose
         if self.controller is not None:
             plan = self.controller.again(limits) or self.controller.plan(self._states(batch, limits))
             depths = plan.depths
             if plan.texts_may_pay and isinstance(self.drafter, TextFirst):
-                depths, of_texts = tuple(limits), True
+                depths, of_texts, propose = tuple(limits), True, self.drafter.propose_of_texts
         drafting = [row for row, depth in enumerate(depths) if depth]
         before_s, backlogs = self._draft_cost_s, [self._backlog(batch.sequences[row]) for row in drafting]
-        drafts = self._drafted(batch, drafting, depths, of_texts)
-        read = [each for row, each in zip(drafting, backlogs, strict=True) if not (of_texts or drafts[row].is_of_text)]
+        drafts = self._drafted(batch, drafting, depths, propose)
+        read: list[int] = []  # by a network, before it drafted
+        if not of_texts:
+            asked = [(row, each) for row, each in zip(drafting, backlogs, strict=True) if not drafts[row].is_of_text]
+            read = [each for _, each in asked]
+            self._num_read |= {batch.sequences[row].key: len(batch.sequences[row].token_ids) for row, _ in asked}
         if self.controller is not None and of_texts and drafting:
             drafts, depths = _cut(self.controller, self._states(batch, limits), drafts)
         return Proposal(drafts, depths, len(read), sum(read), self._draft_cost_s - before_s)
 
-    def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int], of_texts: bool) -> list[AnyDraft]:
+    def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int], propose: Propose) -> list[AnyDraft]:
         drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
         contexts = [self._context(batch, row, depths[row]) for row in rows]
         if contexts:
             with self._timed():
-                if of_texts and isinstance(self.drafter, TextFirst):
-                    proposed = self.drafter.propose_of_texts(contexts)
-                else:
-                    proposed = self.drafter.propose(contexts)
+                proposed = propose(contexts)
             for row, context, draft in zip(rows, contexts, proposed, strict=True):
                 _check(draft, context)
                 drafts[row] = draft
-                if not (of_texts or draft.is_of_text):  # for such drafts a network has read nothing
-                    self._num_read[context.request_key] = len(context.token_ids)
         return drafts
 
     def observe(self, batch: Batch, output: PassOutput, spans: Sequence[RowSpan], verified: Sequence[Verified]) -> None:
@@ -166,16 +169,16 @@ class Speculation:
         counts = [1 + draft.num_tokens for draft in proposal.drafts]
         contexts = [len(each.token_ids) for each in running]
         attended = sum(count * context for count, context in zip(counts, contexts, strict=True))
-        step_s, error = self.costs.pass_s(len(running), sum(contexts)), self.costs.relative_error
-        self.costs.observe_pass(sum(counts), attended, seconds - draft_s)
         if not proposal.num_drafting:
             self.benefit = self.benefit.with_plain(seconds)
         else:
+            step_s, error = self.costs.pass_s(len(running), sum(contexts)), self.costs.relative_error
             if self.has_network and proposal.num_asked:
                 steps = max(proposal.depths)
                 self.costs.observe_draft(proposal.num_asked, steps, proposal.backlog, draft_s)
             num_tokens = sum(1 + len(each.path) for each in verified)
             self.benefit = self.benefit.with_round(seconds, len(running), num_tokens, step_s, error)
+        self.costs.observe_pass(sum(counts), attended, seconds - draft_s)
         if self.controller is not None:
             self._teach(self.controller, proposal, verified, seconds)
 
@@ -186,15 +189,13 @@ class Speculation:
             # A network's acceptance says nothing of a text's, which knows its own.
             if depth and draft.num_tokens and not (self.has_network and draft.is_of_text):
                 controller.acceptance.observe(draft.read().parents, each.path)
-
-    def pays_up_to(self, max_running: int) -> int | None:
-        """Return the largest batch at which drafting pays by what was known lately; None where the depth is fixed."""
-        if self.controller is None:
-            return None
         if self.benefit.spent_s >= self._reported_at_s:
-            self._reported_at_s = self.benefit.spent_s + REPORT_S
-            self._pays_up_to = self.controller.pays_up_to(max_running, TYPICAL_CONTEXT)
-        return self._pays_up_to
+            self._report(controller)
+
+    def _report(self, controller: Controller) -> None:
+        """Find anew where drafting pays: here, on the thread that changes what is known, as others read the answer."""
+        self._reported_at_s = self.benefit.spent_s + REPORT_S
+        self.pays_up_to = controller.pays_up_to(self._max_running, TYPICAL_CONTEXT)
 
     def note_step(self, batch: Batch, seconds: float) -> None:
         """Learn from a plain step of the batch that was run for its time alone."""

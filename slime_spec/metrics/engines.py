@@ -33,7 +33,7 @@ def benefit_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats])
     earlier = before if len(before) == len(after) else [None] * len(after)
     total = NetBenefit()
     for was, now in zip(earlier, after, strict=True):
-        total += now.benefit if was is None else now.benefit.since(was.benefit)
+        total = total.plus(now.benefit if was is None else now.benefit.since(was.benefit))
     metrics = {}
     if total.one_step_s:
         metrics["spec/break_even_length"] = total.drafted_s / total.one_step_s

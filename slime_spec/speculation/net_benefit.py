@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from operator import add, sub
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class NetBenefit:
+class NetBenefit(NamedTuple):
     """Sums seconds of rounds, and of the plain steps that would have brought the same tokens at the same batch.
 
     A round over B sequences that brings T tokens replaces T / B plain steps. Rounds without drafts are plain steps
@@ -26,20 +26,18 @@ class NetBenefit:
 
     def with_plain(self, seconds: float) -> NetBenefit:
         """Count a round without drafts."""
-        return self + NetBenefit(spent_s=seconds, plain_s=seconds)
+        return self._replace(spent_s=self.spent_s + seconds, plain_s=self.plain_s + seconds)
 
     def with_round(
         self, seconds: float, num_sequences: int, num_tokens: int, step_s: float, relative_error: float
     ) -> NetBenefit:
         """Count a round with drafts that brought ``num_tokens``, where a plain step would take ``step_s``."""
         plain_s = step_s * num_tokens / num_sequences
-        return self + NetBenefit(seconds, plain_s, plain_s * relative_error, seconds, step_s)
+        return self.plus(NetBenefit(seconds, plain_s, plain_s * relative_error, seconds, step_s))
 
-    def __add__(self, other: NetBenefit) -> NetBenefit:
-        return NetBenefit(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+    def plus(self, other: NetBenefit) -> NetBenefit:
+        return NetBenefit(*map(add, self, other))
 
     def since(self, earlier: NetBenefit) -> NetBenefit:
         """Return what was counted after ``earlier``, all of it if the engine counts anew since a restart."""
-        if earlier.spent_s > self.spent_s:
-            return self
-        return NetBenefit(*(getattr(self, each.name) - getattr(earlier, each.name) for each in fields(self)))
+        return self if earlier.spent_s > self.spent_s else NetBenefit(*map(sub, self, earlier))

@@ -67,9 +67,7 @@ def test_speculation_ran_and_its_counters_add_up(finished):
 def test_the_engines_tell_that_they_speculate_what_it_costs_and_that_none_restarted(finished):
     metrics = rows(finished)
     assert all(row["engine/speculating"] == 1 and row["engine/restarts"] == 0 for row in metrics)
-    shares = [(row["perf/engine_draft_share"], row["perf/engine_forward_share"]) for row in metrics]
-    # Which of the two is larger, of a tiny model's microseconds, is the machine's affair.
-    assert all(drafting > 0 and forward > 0 and drafting + forward < 1 for drafting, forward in shares)
+    assert all(0 < row["perf/engine_draft_share"] < row["perf/engine_forward_share"] < 1 for row in metrics)
     probed = [row for row in metrics if "spec/break_even_length" in row]
     assert probed
     assert all(row["spec/net_speedup_est"] > 0 for row in probed)
