@@ -22,7 +22,6 @@ from math import isfinite
 import torch
 
 from rollout.embedded.batch import Batch
-from rollout.embedded.calibrate import calibrate
 from rollout.embedded.cost_probe import CostProbe
 from rollout.embedded.cuda.graphs import Graphs
 from rollout.embedded.draft import NO_DRAFT, Draft
@@ -39,8 +38,6 @@ from rollout.embedded.unread import AnyDraft, placement
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
 from slime_spec.errors import GenerationError
 from slime_spec.sglang.draft_shape import DraftShape
-from slime_spec.speculation.controller import Controller
-from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.types import GroupRequest
 from slime_spec.weights.messages import PauseMode, Side
 
@@ -87,15 +84,15 @@ class GenerationCore:
         self.target = Target(
             decoder, cache, drafter.needs, settings.dtype, settings.device, clock, self.timing, settings.graphs
         )
-        self._cost_clock = settings.cost_clock or clock
-        self._probe = CostProbe(settings.cost_probe_interval, self.timing, clock, self._cost_clock)
-        self._settings = settings
-        self._speculation = Speculation(
-            drafter, settings.shape, settings.speculates, self.target, self.timing, clock, self._cost_clock
+        self.cost_clock = settings.cost_clock or clock
+        self._probe = CostProbe(settings.cost_probe_interval, self.timing, clock, self.cost_clock)
+        self.settings = settings
+        self.speculation = Speculation(
+            drafter, settings.shape, settings.speculates, self.target, self.timing, clock, self.cost_clock
         )
-        self.batch = Batch(cache, settings.max_running, self._speculation.headroom, drafter.cache)
-        self._prefiller = Prefiller(self.batch, self.target, self._speculation)
-        self._stop_rule, self._clock, self._verifier = stop_rule, clock, verifier
+        self.batch = Batch(cache, settings.max_running, self.speculation.headroom, drafter.cache)
+        self._prefiller = Prefiller(self.batch, self.target, self.speculation)
+        self._stop_rule, self._clock, self.verifier = stop_rule, clock, verifier
         self._stamp = Stamp(settings.engine_index, settings.shape, verifier.lossy, settings.is_automatic)
         self._graphs = settings.graphs
         self._next_key = 0
@@ -113,28 +110,6 @@ class GenerationCore:
     def can_step(self) -> bool:
         return self.has_work and not self.paused
 
-    @property
-    def benefit(self) -> NetBenefit:
-        """Return what rounds took so far, and what plain steps would have taken; nothing before ``calibrate``."""
-        return self._speculation.benefit
-
-    @property
-    def controller(self) -> Controller | None:
-        """Return what decides how deep to draft, None where the depth is fixed or costs are not known yet."""
-        return self._speculation.controller
-
-    @property
-    def pays_up_to(self) -> int | None:
-        return self._speculation.pays_up_to
-
-    def calibrate(self) -> None:
-        """Time a handful of passes, for the costs of rounds; before the first request. Does nothing without drafts."""
-        if self._settings.speculates:
-            caches = [self.cache] if self.drafter.cache is None else [self.cache, self.drafter.cache]
-            longest = min(self._settings.max_positions, self.cache.max_total_tokens)
-            costs = calibrate(self.target, caches, self._settings.max_running, longest, self._cost_clock)
-            self._speculation.use_costs(costs, self._settings.is_automatic, self._settings.max_running)
-
     def add(
         self,
         request: GroupRequest,
@@ -147,7 +122,7 @@ class GenerationCore:
         What goes wrong in this group alone ends the group, and ``on_failure`` hears it (without it ``step`` raises it).
         """
         group = Group(request, self._clock(), on_sample, self._new_key(), on_progress, on_failure)
-        speculates = self._speculation.applies_to(group)
+        speculates = self.speculation.applies_to(group)
         for position in range(len(request.seeds)):
             self.waiting.append(SampleState.of(group, position, self._new_key(), speculates))
         return group
@@ -252,7 +227,7 @@ class GenerationCore:
     def _send_back(self, row: int) -> None:
         """Take a sequence's KV away; the sequence waits, before all younger sequences, to have its KV recomputed."""
         sequence = self.batch.remove(row)
-        self._speculation.forget(sequence)
+        self.speculation.forget(sequence)
         insort(self.waiting, sequence, key=lambda each: each.key)
 
     def _prefill(self) -> None:
@@ -263,7 +238,7 @@ class GenerationCore:
             return
         logits = [each.group.first_logits for each in fresh]
         rows = [self._verify_row(each, NO_DRAFT) for each in fresh]
-        first = self._verifier(torch.cat([each for each in logits if each is not None]), rows)
+        first = self.verifier(torch.cat([each for each in logits if each is not None]), rows)
         for sequence in fresh:
             group = sequence.group
             if group.num_started:  # the first had computed the prompt
@@ -281,20 +256,20 @@ class GenerationCore:
         batch = self.batch
         running = batch.running
         # Requests that only decode time plain steps themselves.
-        is_typical = all(self._speculation.applies_to(each.group) for each in running)
+        is_typical = all(self.speculation.applies_to(each.group) for each in running)
         if is_typical and (step_s := self._probe.step_s(self._plain_step)):
-            self._speculation.note_step(batch, step_s)
-        start = self._cost_clock()
-        proposal = self._speculation.propose(batch)
+            self.speculation.note_step(batch, step_s)
+        start = self.cost_clock()
+        proposal = self.speculation.propose(batch)
         drafts = proposal.drafts
-        if not (self.target.takes_unread and self._verifier.takes_unread):
+        if not (self.target.takes_unread and self.verifier.takes_unread):
             drafts = [draft.read() for draft in drafts]
         output, spans, verified = self._verify(drafts)
         batch.compact(spans, [each.path for each in verified])
-        self._speculation.observe(batch, output, spans, verified)
-        self._speculation.note(batch, proposal, verified, self._cost_clock() - start)
+        self.speculation.observe(batch, output, spans, verified)
+        self.speculation.note(batch, proposal, verified, self.cost_clock() - start)
         for row, (sequence, draft, each) in enumerate(zip(running, drafts, verified, strict=True)):
-            if self._speculation.applies_to(sequence.group):
+            if self.speculation.applies_to(sequence.group):
                 sequence.count_round(draft.read(), len(each.path), proposal.depths[row], self._stamp)
         self._emit_all(running, verified, [self.version] * len(running))
 
@@ -311,7 +286,7 @@ class GenerationCore:
             inputs.append(sequence.token_ids[-1])
             inputs.extend(draft.token_ids if isinstance(draft, Draft) else [0] * draft.num_tokens)
         output = self.target.run(self.cache.own, spans, inputs, placement(drafts))
-        verified = self._verifier(self.target.logits(output.hidden), list(map(self._verify_row, running, drafts)))
+        verified = self.verifier(self.target.logits(output.hidden), list(map(self._verify_row, running, drafts)))
         return output, spans, verified
 
     def _verify_row(self, sequence: SampleState, draft: AnyDraft) -> VerifyRow:
@@ -360,8 +335,8 @@ class GenerationCore:
         for row, ending in sorted(finished, key=lambda pair: pair[0], reverse=True):
             sequence = self.batch.remove(row)
             if ending is not ABORTED:
-                self._speculation.finish(sequence)
-            self._speculation.forget(sequence)
+                self.speculation.finish(sequence)
+            self.speculation.forget(sequence)
             self._deliver(sequence, ending)
 
     def _deliver(self, sequence: SampleState, ending: Ending) -> None:
@@ -375,7 +350,7 @@ class GenerationCore:
         """Take a group's samples out without handing them out, and say why."""
         for row in reversed(range(len(self.batch.sequences))):
             if self.batch.sequences[row].group is group:
-                self._speculation.forget(self.batch.remove(row))
+                self.speculation.forget(self.batch.remove(row))
         self.waiting = [each for each in self.waiting if each.group is not group]
         self._end(group)
         if group.on_failure is None:
@@ -386,7 +361,7 @@ class GenerationCore:
         """Drop what is kept for a group as a whole: none of its samples is here any more."""
         if group.prefix_row >= 0:
             self._release_prompt(group)
-        self._speculation.end(group)
+        self.speculation.end(group)
 
     def _release_idle_prompts(self, needed: Group | None = None) -> bool:
         """Free the shared prompts that no sequence of the batch reads, except ``needed``'s; whether there were any."""
@@ -397,7 +372,7 @@ class GenerationCore:
 
     def _release_prompt(self, group: Group) -> None:
         self.batch.release_prompt(group)
-        self._speculation.forget_prompt(group)
+        self.speculation.forget_prompt(group)
 
     def _new_key(self) -> int:
         self._next_key += 1

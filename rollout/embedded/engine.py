@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from rollout.embedded.assemble import Assembly
+from rollout.embedded.calibrate import calibrate
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.generation import EmbeddedGeneration
 from rollout.embedded.loop_thread import LoopThread, Refused
@@ -69,7 +70,7 @@ class EmbeddedEngine:
         # On a CPU what rounds cost is this thread's own time: what others run beside it says nothing of a round.
         cost_clock = thread_time if self._assembly.device.type == "cpu" else self._clock
         self._core = self._assembly.core(self._index, self._clock, cost_clock=cost_clock)
-        self._core.calibrate()
+        calibrate(self._core)
         self._thread = LoopThread(self._core, self._fail_all)
         self._weights = CoreWeights(self._assembly, self._core, self._thread)
         self._pushes = PushDesk(self._index, self._transport, self._weights, self._assembly.dtype)
@@ -119,8 +120,8 @@ class EmbeddedEngine:
             draft_version=core.draft_version,
             num_preemptions=core.num_preemptions,
             speculates=self._assembly.config.speculative.record.speculates,
-            benefit=core.benefit,
-            pays_up_to=core.pays_up_to,
+            benefit=core.speculation.benefit,
+            pays_up_to=core.speculation.pays_up_to,
         )
 
     @property

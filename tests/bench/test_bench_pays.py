@@ -98,7 +98,7 @@ def test_the_sides_are_off_automatic_and_fixed_depths_with_everything_else_as_sh
     assert (depth3.num_steps, depth3.eagle_topk, depth3.num_draft_tokens) == (3, 1, 4)
     assert {config.engine.cost_probe_interval for config in configs.values()} == {EngineConfig.cost_probe_interval}
     cores = {name: started_core(config) for name, config in configs.items()}
-    assert [name for name, core in cores.items() if core.controller is not None] == ["auto", "history"]
+    assert [name for name, core in cores.items() if core.speculation.controller is not None] == ["auto", "history"]
 
 
 def test_waves_come_one_after_another(options: BenchOptions) -> None:

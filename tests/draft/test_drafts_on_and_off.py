@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rollout.embedded import speculation
+from rollout.embedded.calibrate import calibrate
 from rollout.embedded.core import GenerationCore
 from slime_spec.config.tree import Config
 from slime_spec.speculation.controller import Controller, RoundPlan, RowState
@@ -61,7 +62,7 @@ def automatic(config: Config) -> Config:
 def recorded(core: GenerationCore, samples: Samples) -> RecordingDrafter:
     """Watch the core's drafter; the core is given what the samples really say, so that drafts are accepted."""
     recorder = RecordingDrafter(core.drafter, continuation(samples, PROMPTS))
-    core._speculation.drafter = recorder  # type: ignore[assignment]
+    core.speculation.drafter = recorder  # type: ignore[assignment]
     return recorder
 
 
@@ -79,7 +80,7 @@ def test_late_drafts_are_those_of_a_sequence_that_always_drafted(tiny: TinyDraft
 
     core = make_core(automatic(tiny.config(3, 1, 4)))
     recorder = recorded(core, plain)
-    core._speculation.controller = Moody(seed, core._speculation.shape.num_steps)
+    core.speculation.controller = Moody(seed, core.speculation.shape.num_steps)
     samples = run(core, requests())
     assert tokens(samples) == tokens(plain)
     expected, late = drafts_of(always_drafts), drafts_of(recorder)
@@ -116,7 +117,7 @@ def test_what_waits_for_the_drafter_is_read_before_it_takes_too_much_room(
             most = max(most, sum(row.backlog for row in rows))
             return super().plan(rows)
 
-    core._speculation.controller = Watched(0, 3)
+    core.speculation.controller = Watched(0, 3)
     assert tokens(run(core, requests())) == tokens(plain)
     assert recorder.proposals
     # Each round every sequence adds at most four tokens, and the longest waiting quarter is read at once.
@@ -127,13 +128,13 @@ def test_an_engine_that_knows_its_costs_decides_by_itself(tmp_path: Path) -> Non
     tiny = make_format(tmp_path, "eagle3")
     plain = run(make_core(tiny.plain), requests())
     core = make_core(automatic(tiny.config(3, 1, 4)))
-    assert core.controller is None
-    core.calibrate()
-    assert core.controller is not None
-    points = core.controller.costs.curve.points
-    assert [rows for rows, _ in points][:3] == [1, 4, 8]
+    assert core.speculation.controller is None
+    calibrate(core)
+    assert core.speculation.controller is not None
+    points = core.speculation.controller.costs.curve.points
+    assert [rows for rows, _ in points][:3] == [1, 2, 4]
     assert all(seconds > 0 for _, seconds in points)
     assert core.cache.own.rows == 0, "scratch rows are given back"
     assert tokens(run(core, requests())) == tokens(plain)
-    assert core.benefit.spent_s > 0
-    assert torch.isfinite(torch.tensor(core.benefit.plain_s))
+    assert core.speculation.benefit.spent_s > 0
+    assert torch.isfinite(torch.tensor(core.speculation.benefit.plain_s))

@@ -65,7 +65,7 @@ def put_front(config: Config, samples: Samples) -> tuple[Samples, Front, Recordi
     """Generate with a front of half of the rounds; (samples, front, the network that was watched)."""
     core = make_core(config)
     front, network = Front(continuation(samples, PROMPTS)), RecordingDrafter(core.drafter)
-    core._speculation.drafter = FrontedDrafter(front, network)  # type: ignore[arg-type]
+    core.speculation.drafter = FrontedDrafter(front, network)  # type: ignore[arg-type]
     return run(core, requests()), front, network
 
 
@@ -75,7 +75,7 @@ def test_a_networks_drafts_are_those_of_one_that_always_drafted(tmp_path: Path, 
     plain = run(make_core(tiny.plain), requests())
     core = make_core(tiny.config(1, 1, 2))  # a draft of one token after every token
     always = RecordingDrafter(core.drafter, lambda context: ())
-    core._speculation.drafter = always  # type: ignore[assignment]
+    core.speculation.drafter = always  # type: ignore[assignment]
     assert tokens(run(core, requests())) == tokens(plain)
     first_of = {each.token_ids: each.draft.token_ids[:1] for each in always.proposals}
 
@@ -99,7 +99,7 @@ def test_a_whole_model_that_is_the_target_is_always_right_beside_a_front(tmp_pat
     plain = run(core, [replace(each, params=replace(each.params, temperature=0.0)) for each in requests()])
     core = make_core(config)
     front = Front(continuation(plain, PROMPTS))
-    core._speculation.drafter = FrontedDrafter(front, core.drafter)
+    core.speculation.drafter = FrontedDrafter(front, core.drafter)
     samples = run(core, requests(0.0))
     assert tokens(samples) == tokens(plain)
     for sample in samples.values():
@@ -129,8 +129,8 @@ def test_what_a_network_has_not_read_behind_a_front_is_counted_and_read_in_time(
     plain = run(make_core(eagle3.plain), requests())
     core = make_core(eagle3.config(3, 1, 4))
     front = Front(continuation(plain, PROMPTS), share=0.95)
-    core._speculation.drafter = FrontedDrafter(front, core.drafter)
-    core._speculation.controller = controller = Eager(3)
+    core.speculation.drafter = FrontedDrafter(front, core.drafter)
+    core.speculation.controller = controller = Eager(3)
     if is_bounded:
         monkeypatch.setattr(speculation, "MOST_WAITING_BYTES", 12 * core.target.feature_bytes)
     assert tokens(run(core, requests())) == tokens(plain)
@@ -226,7 +226,7 @@ def test_texts_draft_alone_where_a_network_would_not_pay(tmp_path: Path) -> None
     plain = run(make_core(tiny.plain), requests())
     core = make_core(tiny.config(1, 1, 2))
     always = RecordingDrafter(core.drafter, lambda context: ())
-    core._speculation.drafter = always  # type: ignore[assignment]
+    core.speculation.drafter = always  # type: ignore[assignment]
     run(core, requests())
     first_of = {each.token_ids: each.draft.token_ids[:1] for each in always.proposals}
 
@@ -234,8 +234,8 @@ def test_texts_draft_alone_where_a_network_would_not_pay(tmp_path: Path) -> None
     unset = {"num_steps": None, "eagle_topk": None, "num_draft_tokens": None}
     core = make_core(replace(config, speculative=replace(config.speculative, **unset)))  # type: ignore[arg-type]
     front, network = Front(continuation(plain, PROMPTS), share=0.2), RecordingDrafter(core.drafter)
-    core._speculation.drafter = FrontedDrafter(front, network)  # type: ignore[arg-type]
-    core._speculation.controller = controller = NowAndThen()
+    core.speculation.drafter = FrontedDrafter(front, network)  # type: ignore[arg-type]
+    core.speculation.controller = controller = NowAndThen()
     samples = run(core, requests())
     assert tokens(samples) == tokens(plain)
     assert front.num_drafts > 20

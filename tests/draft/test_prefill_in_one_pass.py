@@ -150,7 +150,7 @@ def test_prompts_of_which_no_sequence_drafts_cost_the_network_nothing(
         raise AssertionError("nothing was drafted")
 
     core = make_core(replace(CONFIGS["eagle3"](tmp_path), speculative=automatic(CONFIGS["eagle3"](tmp_path))))
-    core._speculation.controller = Off(RoundCosts(PassCurve(((1, 1.0),))), 7)
+    core.speculation.controller = Off(RoundCosts(PassCurve(((1, 1.0),))), 7)
     expected = run(make_core(make_format(tmp_path / "plain", "eagle3").plain), REQUESTS)
     monkeypatch.setattr(DraftRows, "run", refused)
     samples = run(core, REQUESTS)

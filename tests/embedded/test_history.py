@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.embedded.assemble import Assembly
+from rollout.embedded.calibrate import calibrate
 from rollout.embedded.drafters.calibration import Calibration, bucket_of
 from rollout.embedded.drafters.history import HistoryDrafter
 from rollout.embedded.drafters.history_reference import ReferenceHistory, longest_match
@@ -305,7 +306,7 @@ def test_an_automatic_depth_counts_only_what_was_verified(tiny_llama: Path) -> N
     config = engine_config(tiny_llama, "HISTORY", max_running_requests=4)
     config = replace(config, speculative=replace(config.speculative, num_draft_tokens=None))
     core = make_core(config)
-    core.calibrate()
+    calibrate(core)
     params = SamplingParams(max_new_tokens=48, temperature=0.3)
     requests = [GroupRequest(str(i), random_prompt(6, i) * 3, (0, 1, 2, 3, 4, 5), params) for i in range(3)]
     for sample in run(core, requests).values():

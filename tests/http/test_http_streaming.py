@@ -131,7 +131,7 @@ def test_a_request_whose_logits_are_not_finite_is_told_so_and_the_server_serves_
 ) -> None:
     """Case audit/13, of the target's logits: an answer of its own, in mid-stream an event; never a token of it."""
     core = own_server.engine._core
-    verify = core._verifier
+    verify = core.verifier
 
     def broken(logits: torch.Tensor, rows: Sequence[VerifyRow]) -> list[Verified]:
         meets_it = [row.params.top_k == 7 and row.num_generated >= 3 for row in rows]

@@ -43,7 +43,7 @@ def measure_scenario(options: BenchOptions, scenario: Scenario, prompts: Prompts
     times = repeat(scenario, cores, prompts, options.seeds[0], options.num_rounds)
     where = Where("untrained" if options.policy is None else "trained", scenario.name, options.rule)
     bound = scenario.untrained if options.policy is None else scenario.trained
-    return rows_of(where, times, {name: cores[name].pays_up_to for name in AUTOMATIC}, bound)
+    return rows_of(where, times, {name: cores[name].speculation.pays_up_to for name in AUTOMATIC}, bound)
 
 
 def policy_of(options: BenchOptions) -> Path:

@@ -15,6 +15,7 @@ from time import process_time
 from typing import Any
 
 from rollout.embedded.assemble import Assembly
+from rollout.embedded.calibrate import calibrate
 from rollout.embedded.core import GenerationCore
 from slime_spec.algorithms import EAGLE3, HISTORY, NONE
 from slime_spec.bench.eagle3 import VERIFICATIONS
@@ -81,20 +82,20 @@ def side_configs(options: BenchOptions, model_path: str, num_at_once: int) -> di
 def started_core(config: Config, clock: Clock = process_time) -> GenerationCore:
     """Load an engine's core and let it time its passes."""
     core = Assembly(config).core(0, clock)
-    core.calibrate()
+    calibrate(core)
     return core
 
 
 def generate(core: GenerationCore, waves: Waves) -> Result:
     """Generate the waves one after another."""
     samples: list[GeneratedSample] = []
-    before = core.benefit
+    before = core.speculation.benefit
     for wave in waves:
         for request in wave:
             core.add(request, samples.append)
         while core.has_work:
             core.step()
-    return Result(tuple(samples), core.benefit.since(before))
+    return Result(tuple(samples), core.speculation.benefit.since(before))
 
 
 def repeat(
