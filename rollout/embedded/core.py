@@ -255,9 +255,9 @@ class GenerationCore:
         """Run one draft and one verify for every running sequence."""
         batch = self.batch
         running = batch.running
-        # Requests that only decode time plain steps themselves.
+        # Rounds without drafts, and requests that only decode, time plain steps themselves.
         is_typical = all(self.speculation.applies_to(each.group) for each in running)
-        if is_typical and (step_s := self._probe.step_s(self._plain_step)):
+        if is_typical and self.speculation.drafted_last and (step_s := self._probe.step_s(self._plain_step)):
             self.speculation.note_step(batch, step_s)
         start = self.cost_clock()
         proposal = self.speculation.propose(batch)

@@ -71,6 +71,7 @@ class Speculation:
     remaining: RemainingTokens = field(default_factory=RemainingTokens)
     _num_read: dict[int, int] = field(default_factory=dict)  # tokens that the drafter has read, by request
     _draft_cost_s: float = 0.0
+    drafted_last: bool = False  # in the last round, some sequence
     pays_up_to: int | None = None  # the largest batch at which drafting pays, as of late; None where the depth is fixed
     _max_running: int = 0
     _reported_at_s: float = 0.0
@@ -163,6 +164,7 @@ class Speculation:
 
     def note(self, batch: Batch, proposal: Proposal, verified: Sequence[Verified], seconds: float) -> None:
         """Learn from a round that took ``seconds``, drafting and observing included."""
+        self.drafted_last = proposal.num_drafting > 0
         if self.costs is None:
             return
         running, draft_s = batch.running, proposal.draft_s

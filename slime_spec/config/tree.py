@@ -198,8 +198,8 @@ class EngineConfig:
     )
     kv_cache_gb: float = setting(1.0, "KV cache bound, GB, where max_total_tokens is not set.", above=0.0, maximum=1e6)
     cost_probe_interval: int = setting(
-        64,
-        "Embedded: time a plain decode step once in this many rounds, for spec/net_speedup_est; 0: never.",
+        128,
+        "Embedded: time a plain decode step once in this many rounds with drafts, for spec/net_speedup_est; 0: never.",
         minimum=0,
         maximum=INT32,
     )

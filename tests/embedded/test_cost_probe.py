@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from rollout.embedded.cost_probe import CostProbe
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.target import Timing
 from slime_spec.metrics.engines import benefit_metrics
+from slime_spec.speculation.controller import Controller, RoundPlan, RowState
 from slime_spec.speculation.net_benefit import NetBenefit
+from slime_spec.speculation.round_costs import PassCurve, RoundCosts
 from slime_spec.transports.in_process import InProcessTransport
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.embedded_harness import Samples, engine_config, make_core, random_prompt, run
+
+FREE = PassCurve(((1, 1.0), (64, 1.0)))  # rows cost nothing
 
 
 class Clock:
@@ -104,3 +109,39 @@ def test_the_engine_tells_the_metrics_what_its_rounds_cost(tiny_llama: Path) -> 
     per_round = 39 / response.spec.num_rounds
     assert values["spec/net_speedup_est"] == pytest.approx(per_round / values["spec/break_even_length"], rel=0.5)
     assert values["spec/net_speedup_err"] >= 0.0
+
+
+class Steady(Controller):
+    """Lets every sequence draft, or none."""
+
+    def __init__(self, drafts: bool) -> None:
+        super().__init__(RoundCosts(FREE), 4)
+        self._drafts = drafts
+
+    def plan(self, rows: Sequence[RowState]) -> RoundPlan:
+        return RoundPlan(tuple(row.max_depth if self._drafts else 0 for row in rows))
+
+    def again(self, limits: Sequence[int]) -> RoundPlan | None:
+        return None
+
+
+class Counted(RoundCosts):
+    """Counts the passes that it is told of: one for every round, and one for every plain step that was probed."""
+
+    num_passes = 0
+
+    def observe_pass(self, rows: int, attended: int, seconds: float) -> None:
+        self.num_passes += 1
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_rounds_that_are_plain_steps_are_not_probed(tiny_llama: Path, drafts: bool) -> None:
+    config = engine_config(tiny_llama, "LOOKUP", cost_probe_interval=8)
+    core = make_core(replace(config, speculative=replace(config.speculative, num_draft_tokens=None)))
+    core.speculation.controller, core.speculation.costs = Steady(drafts), (costs := Counted(FREE))
+    params = SamplingParams(max_new_tokens=40, temperature=0.7, ignore_eos=True)
+    (sample,) = run(core, [GroupRequest("0", random_prompt(6, 0) * 3, (1,), params)]).values()
+    num_rounds = sample.spec.num_rounds + sample.spec.num_off_steps
+    assert (sample.spec.num_rounds > 0) is drafts
+    assert (costs.num_passes > num_rounds) is drafts
+    assert costs.num_passes >= num_rounds > 8
