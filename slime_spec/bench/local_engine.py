@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from slime_spec.algorithms import NONE
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, RolloutConfig, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import RolloutEngine
+from slime_spec.sglang.draft_shape import draft_shape
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 
@@ -21,15 +23,26 @@ GPU_KV_CACHE_GB = 8.0
 
 
 def engine_config(model: Path, dtype: str, algorithm: str = NONE.name, num_gpus: int = 0) -> Config:
-    """Configure an engine on the CPU, or on the GPU where ``num_gpus`` is 1."""
+    """Configure an engine on the CPU, or on the GPU where ``num_gpus`` is 1.
+
+    An algorithm drafts its fixed default shape in every round: a benchmark measures drafts, and a controller that
+    stops drafting, or drafts less while it learns, would be measured instead of them.
+    """
     kv_cache_gb = GPU_KV_CACHE_GB if num_gpus else EngineConfig.kv_cache_gb
     return Config(
         model=ModelConfig(hf_checkpoint=str(model)),
         rollout=RolloutConfig(num_gpus_per_engine=num_gpus),
         # No other work disturbs the timing.
         engine=EngineConfig(dtype=dtype, cost_probe_interval=0, kv_cache_gb=kv_cache_gb),
-        speculative=SpeculativeConfig(algorithm=algorithm),
+        speculative=_fixed(SpeculativeConfig(algorithm=algorithm)),
     )
+
+
+def _fixed(config: SpeculativeConfig) -> SpeculativeConfig:
+    """Return the settings with the default number of drafts written down, where they would leave it to the engine."""
+    if not config.is_automatic or config.record.has_numbers:  # a network's three numbers are the benchmark's to choose
+        return config
+    return replace(config, num_draft_tokens=draft_shape(config, architecture="").num_draft_tokens)
 
 
 def device_of(num_gpus: int | None) -> torch.device:

@@ -140,7 +140,7 @@ def test_a_request_whose_logits_are_not_finite_is_told_so_and_the_server_serves_
             for meets, each in zip(meets_it, verify(logits, rows), strict=True)
         ]
 
-    monkeypatch.setattr(core, "_verifier", broken)
+    monkeypatch.setattr(core, "verifier", broken)
     body = {"text": PROMPT, "sampling_params": {**GREEDY, "temperature": 1.0, "top_k": 7}}
     status, answer = own_server.post("/generate", body)
     assert (status, answer["error"]["code"]) == (500, 500)
