@@ -155,6 +155,12 @@ def _doctor(argv: list[str]) -> int:
     return run_doctor(argv, _show)
 
 
+def _tune(argv: list[str]) -> int:
+    from slime_spec.launch.tune import run_tune_command
+
+    return run_tune_command(argv, _show)
+
+
 def _bench(argv: list[str]) -> int:
     if argv[:1] in HELP:
         _show(BENCH)
@@ -175,6 +181,7 @@ HANDLERS: Mapping[str, Callable[[list[str]], int]] = {
     "rollout": _rollout,
     "config": _config,
     "doctor": _doctor,
+    "tune": _tune,
     "models": _models,
     "bench": _bench,
     "draft": _draft,

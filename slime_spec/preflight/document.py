@@ -26,6 +26,9 @@ where a flag would give other samples than the run asks for.
 
 What is said of versions was read in the wheels of those versions, or is the report of the issue it links to.
 
+What speculation pays with a checkpoint, drafts and prompts is measured by `slime-spec tune`
+([choosing-and-tuning.md](choosing-and-tuning.md)).
+
 A `--fix` is never applied by itself. Its flags are those of errors and warnings that a flag can mend; a test adds them
 for every check and looks again.
 """

@@ -106,6 +106,15 @@ class RoundCosts:
         first = curve.points[0][1] if curve.is_known else 1.0
         self._draft = DraftLine(draft_guess or [share * first for share in DRAFT_GUESS])
         self.relative_error = 0.0  # of recent passes, root mean square
+        self.knows_drafting = False  # by a measured round; before, what drafts cost is the guess
+
+    def fresh(self) -> RoundCosts:
+        """Return costs of the same passes that are corrected apart from these, for another drafter's rounds."""
+        return RoundCosts(PassCurve(self.curve.points), self._attend_s)
+
+    def with_free_drafts(self) -> RoundCosts:
+        """Return costs of the same passes for drafts that cost nothing, as those found in a text nearly do."""
+        return RoundCosts(PassCurve(self.curve.points), self._attend_s, draft_guess=(0.0, 0.0, 0.0))
 
     def pass_s(self, rows: int, attended: int) -> float:
         return self.curve.at(rows) + self._attend_s * attended
@@ -122,4 +131,5 @@ class RoundCosts:
 
     def observe_draft(self, num_sequences: int, steps: int, backlog: int, seconds: float) -> None:
         if seconds > 0.0:
+            self.knows_drafting = True
             self._draft.observe(num_sequences, steps, backlog, seconds)

@@ -1,0 +1,11 @@
+"""``slime-spec tune`` measures what speculation pays with the user's checkpoint, drafts and prompts.
+
+options     the command line: flags of train, and the command's own
+workload    prompts become groups of requests, the same for every side
+candidates  drafters that may pay, each as settings
+acceptance  how often each drafter's tokens stand, by position, and by which rule of verification
+sweep       sides take turns at every batch size: off, each drafter, fixed lengths
+push        one push from a real trainer to a real engine
+verdict     what to run with, or why not to speculate
+report      the tables, and the JSON
+"""
