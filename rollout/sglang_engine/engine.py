@@ -13,6 +13,7 @@ from rollout.sglang_engine.kept_server import KeptServer
 from rollout.sglang_engine.limits import limits_of
 from rollout.sglang_engine.sample import Reading
 from rollout.sglang_engine.sample_runs import SampleRuns
+from rollout.sglang_engine.speculation_switch import SpeculationSwitch
 from rollout.sglang_engine.upkeep import Upkeep
 from rollout.sglang_engine.weights import ServerWeights
 from slime_spec.checkpoints.end_of_text import end_token_ids
@@ -64,11 +65,12 @@ class SglangEngine:
         self.weights = ServerWeights(config, engine_index, (self._target, self._draft), self.server, site.run)
         self._watch = make_watch(config, self._target, self._draft)
         self._transport = transport
-        self._upkeep = Upkeep(self.server, self.weights, self._watch)
+        self._speculation = SpeculationSwitch(self.server, self._watch.canary)
+        self._upkeep = Upkeep(self.server, self.weights, self._watch, self._after_push)
         self._pushes = PushDesk(engine_index, transport, self._upkeep, getattr(torch, config.engine.dtype))
         fills_rounds = config.speculative.record.fills_rounds
         reading = Reading(engine_index, 0, fills_rounds, self._target.vocab_size, ends)
-        self.samples = SampleRuns(self.server, self.weights, reading)
+        self.samples = SampleRuns(self.server, self.weights, reading, self._speculation)
 
     @property
     def client(self) -> SglangClient:
@@ -94,11 +96,14 @@ class SglangEngine:
         if not self.server.resident:
             raise Offloaded("the engine is offloaded: call set_resident(True) before generating")
         self._watch.canary.see(request.prompt_token_ids)
+        self._speculation.saw(request)
         return self.samples.begin(request)
 
     def update_weights(self, message: PushMessage) -> PushReply:
         if isinstance(message, PauseGeneration) and message.mode == "abort":
             self.samples.expect_aborts()
+        if isinstance(message, PauseGeneration):
+            self._speculation.hold()
         with self.server.exclusive:
             if not isinstance(message, AROUND_PUSH):
                 return self._pushes.answer(message)
@@ -130,7 +135,12 @@ class SglangEngine:
             num_draft_resends=self._upkeep.num_resends,
             num_interruptions=self.samples.num_interruptions,
             canary=self._upkeep.counted,
+            benefit=self._speculation.benefit,
+            pays_up_to=self._speculation.pays_up_to,
         )
+
+    def _after_push(self) -> None:
+        self._speculation.after_push(is_idle=not self.samples.in_progress)
 
     def wait_serving(self, known: bool) -> bool:
         return self.server.wait_serving(known)

@@ -23,10 +23,12 @@ from rollout.sglang_engine.fake_weights import FakeWeights
 from rollout.sglang_engine.recordings import recordings
 from slime_spec.config.addresses import address_of
 from slime_spec.sglang.flags import sglang_version
+from slime_spec.sglang.speculation_control import SWITCHES, RequestSwitch
 
 VOCABULARY = 64
 CONTEXT_LENGTH = 512
 DRAFTS = 3
+OPT_OUT = SWITCHES[1]  # whose object SGLang has: it refuses fields there that it does not know
 
 
 def next_token(last: int, position: int) -> int:
@@ -38,7 +40,8 @@ class FakeServer(FakeWeights):
     """Answers as recorded: ``generation`` names the recorded metadata, ``contract`` the recorded update fields.
 
     ``accepted`` is how many of three drafts every round accepts; ``delay_s`` is what a round takes. ``model`` and
-    ``server_args`` are added to its /model_info and /server_info.
+    ``server_args`` are added to its /model_info and /server_info. Requests opt out of speculation by ``switch``, where
+    there is one, and their steps take ``step_s``.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class FakeServer(FakeWeights):
         self.hides_openapi = hides_openapi
         self.model: Body = {}
         self.server_args: Body = {}
+        self.switch: RequestSwitch | None = None
+        self.step_s = 0.0
         self._running: dict[str, asyncio.Event] = {}
         self._going = asyncio.Event()
         self._going.set()
@@ -87,6 +92,8 @@ class FakeServer(FakeWeights):
         sampling = body["sampling_params"]
         if len(body["input_ids"]) + sampling["max_new_tokens"] > CONTEXT_LENGTH:
             return await self._answer(request, body, _once(recordings()["errors"]["too_long"]), status=400)
+        if OPT_OUT.field in sampling and self.switch != OPT_OUT:
+            return await self._answer(request, body, _once(_unknown(OPT_OUT.field)), status=400)
         return await self._answer(request, body, self._chunks(body))
 
     async def _answer(
@@ -103,7 +110,8 @@ class FakeServer(FakeWeights):
         return response
 
     async def _chunks(self, body: Body) -> AsyncIterator[Body]:
-        """Yield one chunk a round: its token and ``accepted`` more."""
+        """Yield one chunk a round: its token and ``accepted`` more; without drafts one a step."""
+        drafts = self.switch is None or not body.get(self.switch.parent, {}).get(self.switch.field)
         prompt, limit = body["input_ids"], body["sampling_params"]["max_new_tokens"]
         aborted = self._running[body["rid"]] = asyncio.Event()
         ids: list[int] = []
@@ -111,12 +119,13 @@ class FakeServer(FakeWeights):
         rounds = 0
         last, sent = prompt[-1], 0
         while len(ids) < limit and not aborted.is_set():
-            await asyncio.sleep(self.delay_s)
+            await asyncio.sleep(self.delay_s if drafts else self.step_s)
             await self._going.wait()
             if aborted.is_set():
                 break
-            count = 1 if not ids else self.accepted + 1
-            rounds += bool(ids)
+            is_round = drafts and bool(ids)
+            count = self.accepted + 1 if is_round else 1
+            rounds += is_round
             first = len(ids)
             for _ in range(min(count, limit - len(ids))):
                 last = next_token(last, len(prompt) + len(ids))
@@ -230,6 +239,11 @@ class FakeServer(FakeWeights):
 
 def _reference(path: str) -> Body:
     return {"anyOf": [{"$ref": f"#/components/schemas/{path[1:]}"}, {"type": "null"}]}
+
+
+def _unknown(field: str) -> Body:
+    """Return what SGLang answers to a field of sampling_params that it does not know."""
+    return {"error": {"message": f"Unexpected keyword argument '{field}'"}}
 
 
 async def _once(body: Body) -> AsyncIterator[Body]:

@@ -56,6 +56,8 @@ class Link(Protocol):
 
     def heard(self, stream: str) -> None: ...
 
+    def brought(self, stream: str, num_tokens: int) -> None: ...
+
     def closed(self, stream: str) -> None: ...
 
     def suspect(self) -> None:
@@ -229,7 +231,9 @@ class SampleRun:
             async with aclosing(requests.stream(body)) as chunks:
                 async for chunk in chunks:
                     self._link.heard(rid)
+                    num_had = len(part.token_ids)
                     part.take(chunk)
+                    self._link.brought(rid, len(part.token_ids) - num_had)
                     if self._aborted.is_set() and not part.ended:
                         await self.abort()  # the first abort may have overtaken the request
         except ServerGone:

@@ -15,6 +15,7 @@ from rollout.sglang_engine.client import ProtocolError
 from slime_spec.partial_samples import can_join_prompt, earlier_part, note_version, reported_spans, rounds_are_known
 from slime_spec.sglang.labels import engine_number, version_number
 from slime_spec.sglang.metadata import spec_counters
+from slime_spec.sglang.speculation_control import RequestSwitch
 from slime_spec.speculation.counters import pooled
 from slime_spec.types import FinishReason, GeneratedSample, GroupRequest, SamplingParams, SpecCounters, VersionSpan
 
@@ -24,6 +25,7 @@ class Reading:
     """Says how an engine reads metadata: ``num_steps`` and ``fills_rounds`` for spec_counters, ``engine`` its number.
 
     ``eos_token_ids`` end a response whose params do not say ignore_eos; ``vocab_size`` bounds the ids of its tokens.
+    ``off_switch`` is the field by which its requests ask not to speculate, None where they do.
     """
 
     engine: int
@@ -31,6 +33,7 @@ class Reading:
     fills_rounds: bool
     vocab_size: int
     eos_token_ids: frozenset[int] = frozenset()
+    off_switch: RequestSwitch | None = None
 
 
 @dataclass
@@ -105,7 +108,7 @@ class GrowingSample:
         """Return the next part's request; ``extra_key`` keeps prefixes of other weights from being reused."""
         self.part = self._new_part(rid)
         params = sampling_fields(self.request.params, len(self._token_ids), self._reading.eos_token_ids)
-        return {
+        body = {
             "rid": rid,
             "input_ids": [*self.request.prompt_token_ids, *self._token_ids],
             "sampling_params": {**params, "sampling_seed": self._seed},
@@ -113,6 +116,7 @@ class GrowingSample:
             "logprob_start_len": -1,
             "extra_key": extra_key,
         }
+        return body if self._reading.off_switch is None else self._reading.off_switch.put(body)
 
     def break_off(self) -> None:
         """End a part before its response ended; keep its tokens if another part can go on from them."""
@@ -150,7 +154,7 @@ class GrowingSample:
             finish_reason=kind,
             weight_version=min(versions),
             num_prompt_tokens=len(self.request.prompt_token_ids),
-            spec=spec if spec.num_rounds and self._rounds_known else SpecCounters(),
+            spec=spec if (spec.num_rounds or spec.num_off_steps) and self._rounds_known else SpecCounters(),
             e2e_latency_s=latency_s + self._earlier.e2e_latency_s,
             engine=self._engine,
             matched_stop=matched if kind == "stop" else None,
@@ -196,6 +200,8 @@ class GrowingSample:
         if part.ended:
             meta = part.meta_info
             counters = spec_counters(meta, self._reading.num_steps, self._reading.fills_rounds)
+            if self._reading.off_switch is not None and not counters.num_rounds:
+                counters = SpecCounters(num_off_steps=max(0, len(part.token_ids) - 1))
             self._cached_tokens += optional_count(meta, "cached_tokens")
             self._num_retractions += optional_count(meta, "num_retractions")
         self._counters.append(counters)

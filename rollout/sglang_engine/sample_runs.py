@@ -11,6 +11,7 @@ from rollout.sglang_engine.generation import BUSY, Interruption, SampleRun, Sgla
 from rollout.sglang_engine.kept_server import KeptServer
 from rollout.sglang_engine.router import Requests
 from rollout.sglang_engine.sample import Reading
+from rollout.sglang_engine.speculation_switch import SpeculationSwitch
 from rollout.sglang_engine.weights import ServerWeights
 from slime_spec.types import GeneratedSample, GroupRequest
 
@@ -26,8 +27,11 @@ class SampleRuns:
     their responses.
     """
 
-    def __init__(self, server: KeptServer, weights: ServerWeights, reading: Reading) -> None:
+    def __init__(
+        self, server: KeptServer, weights: ServerWeights, reading: Reading, speculation: SpeculationSwitch
+    ) -> None:
         self._server, self._weights, self._reading = server, weights, reading
+        self._speculation = speculation
         self.in_progress: set[SampleRun] = set()
         self.num_interruptions = 0
         self._watching = False
@@ -72,7 +76,10 @@ class SampleRuns:
 
     @property
     def reading(self) -> Reading:
-        return replace(self._reading, num_steps=self._server.info.num_steps if self._server.speculates else 0)
+        if not self._server.speculates:
+            return replace(self._reading, num_steps=0)
+        off_switch = self._speculation.off_switch
+        return replace(self._reading, num_steps=self._server.info.num_steps, off_switch=off_switch)
 
     @property
     def weights_key(self) -> str:
@@ -92,8 +99,12 @@ class SampleRuns:
     def heard(self, stream: str) -> None:
         self._server.signs.heard(stream)
 
+    def brought(self, stream: str, num_tokens: int) -> None:
+        self._speculation.meter.brought(stream, num_tokens)
+
     def closed(self, stream: str) -> None:
         self._server.signs.closed(stream)
+        self._speculation.meter.closed(stream)
 
     def suspect(self) -> None:
         self._server.suspect()
@@ -107,7 +118,9 @@ class SampleRuns:
 
     async def _drive(self, run: SampleRun, generation: SglangGeneration) -> None:
         try:
-            arrived: GeneratedSample | BaseException = await run.run()
+            sample = await run.run()
+            self._speculation.finished(sample)
+            arrived: GeneratedSample | BaseException = sample
         except asyncio.CancelledError:
             generation.deliver(RuntimeError("the engine stopped before the group was finished"))
             raise

@@ -6,6 +6,7 @@ PushDesk ─ commit ─► ServerWeights.send ─ Outcome ─► replace the ser
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from rollout.sglang_engine.direct import DirectStaging
 from rollout.sglang_engine.draft_watch import DraftWatch, Verdict
@@ -24,11 +25,18 @@ class Upkeep:
     """Implements ServingWeights for the engine's PushDesk: calls ServerWeights and acts on the outcomes.
 
     ``counted`` is what the canary after the last push counted; ``num_resends`` is how often the draft was mended.
-    Used by one thread at a time.
+    ``after_push`` is called when the server generates again after a push and has been looked at. Used by one thread at
+    a time.
     """
 
-    def __init__(self, server: KeptServer, weights: ServerWeights, watch: DraftWatch) -> None:
-        self._server, self._weights, self._watch = server, weights, watch
+    def __init__(
+        self,
+        server: KeptServer,
+        weights: ServerWeights,
+        watch: DraftWatch,
+        after_push: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._server, self._weights, self._watch, self._after_push = server, weights, watch, after_push
         self._is_changed = False  # by a push, since the draft was last looked at
         self.counted = SpecCounters()
         self.num_resends = 0
@@ -71,8 +79,11 @@ class Upkeep:
             return
         self._is_changed = False
         self.counted = SpecCounters()
-        if not self._server.speculates:
-            return
+        if self._server.speculates:
+            self._look_at_draft()
+        self._after_push()
+
+    def _look_at_draft(self) -> None:
         if self._watch.has_weights:
             self._server.surviving(lambda: self._check_sums("the draft was changed, and not by a push of it"))
         if self._watch.canary.prompts:

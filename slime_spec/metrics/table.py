@@ -104,20 +104,22 @@ TABLE = (
         "spec/break_even_length",
         "tokens/round",
         "Time of the step's rounds with drafts over that of one plain decode step of the same batch for each, by the "
-        "engine's measured costs: speculation pays above it. Of the embedded engine; SGLang does not time its rounds.",
+        "engine's measured costs: speculation pays above it. Of an SGLang engine only where its "
+        "requests can opt out of speculation (sglang.md).",
     ),
     Metric(
         "spec/net_speedup_est",
         "x",
         "Time that plain decoding would have taken for the tokens of all rounds of the step, by the engine's measured "
         "costs at each round's batch, over the time that the rounds took; plain steps count on both sides. Below 1 "
-        "speculation costs more than it saves. Prefill and waiting are not in it.",
+        "speculation costs more than it saves. Prefill and waiting are not in it. An SGLang engine compares both in "
+        "turns between rollouts where its requests can opt out; elsewhere nothing can be compared, and it is absent.",
     ),
     Metric(
         "spec/net_speedup_err",
         "x",
         "What spec/net_speedup_est may be off by: the recent error of the predicted times of passes, on its rounds "
-        "with drafts.",
+        "with drafts; of an SGLang engine the standard errors of what it measured in turns, and of the accept length.",
     ),
     Metric(
         "spec/off_ratio",

@@ -110,7 +110,7 @@ class RolloutSwitch:
             error_s += with_s * (ratio.relative_error + length.relative_error)
         if not spent_s or known_s < KNOWN_SHARE * all_s:
             return None
-        return Estimate(plain_s / spent_s, error_s * plain_s / spent_s**2)
+        return Estimate(plain_s / spent_s, error_s / spent_s)
 
     def benefit(self, uses: Iterable[BatchUse], drafted: bool) -> NetBenefit:
         """Return what a rollout took and what it would have taken without drafts; batches not known are left out.

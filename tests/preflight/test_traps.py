@@ -60,6 +60,25 @@ def test_the_remedy_for_flashinfer_names_the_wider_sizes_and_that_disabling_padd
     assert any(link.endswith("/9888") for link in found["flashinfer-graph-padding"].links)
 
 
+@pytest.mark.parametrize(
+    ("argv", "version", "says", "does"),
+    [
+        (EAGLE3, "0.5.21", "could draft by a table of batches", ("--speculative-adaptive",)),
+        ((*EAGLE3, "--speculative-adaptive"), "0.5.21", "0.5.21 drafts by its table of batches", ()),
+        (EAGLE3_TREE, "0.5.21", "at every batch, whether that pays or not (topk is 8)", ()),
+        (EAGLE3, "0.5.13", "(SGLang 0.5.13 has no table of batches)", ()),
+        (EAGLE3, "0.5.10.post1", "(SGLang 0.5.10.post1 does not have it)", ()),
+    ],
+)
+def test_the_doctor_says_what_a_version_can_do_where_drafts_do_not_pay(
+    argv: tuple[str, ...], version: str, says: str, does: tuple[str, ...], tmp_path: Path
+) -> None:
+    found = {each.id: each for each in examine([make_facts(tmp_path, argv, **HEAD, version=version)])}
+    assert says in found["speculation-control"].read
+    assert "spec/net_speedup_est is absent" in found["speculation-control"].read
+    assert found["speculation-control"].fix == does
+
+
 def test_one_below_the_bar_keeps_the_positions_above_it(tmp_path: Path) -> None:
     facts = make_facts(tmp_path, EAGLE3, **HEAD, acceptance=(0.85, 0.65, 0.3))
     (found,) = (each for each in examine([facts]) if each.id == "acceptance-bar")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slime_spec.algorithms import EAGLE, EAGLE3, STANDALONE
+from slime_spec.algorithms import EAGLE, EAGLE3, NONE, STANDALONE
 from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
@@ -62,6 +62,19 @@ def chain_tokens(facts: Facts) -> Sighting | None:
 def adaptive(facts: Facts) -> Sighting | None:
     if not facts.flags.get("speculative_adaptive"):
         return None
+    reasons = _against_adaptive(facts)
+    if not reasons:
+        return None
+    return Sighting(
+        Severity.WARNING,
+        f"--speculative-adaptive has no effect: {', '.join(reasons)}",
+        "Drop --speculative-adaptive, or remove what stands against it.",
+        ("--no-speculative-adaptive",),
+    )
+
+
+def _against_adaptive(facts: Facts) -> list[str]:
+    """Return what keeps a server from adaptive speculation."""
     spec, reasons = facts.config.speculative, []
     if not spec.record.runs_as_eagle:
         reasons.append(f"the algorithm is {spec.algorithm}")
@@ -74,13 +87,44 @@ def adaptive(facts: Facts) -> Sighting | None:
     ]
     if not facts.release.adaptive_steps:
         reasons.append(f"SGLang {facts.release.text} does not have it")
-    if not reasons:
-        return None
+    return reasons
+
+
+@trap(
+    "speculation-control",
+    "Drafts that pay for one sequence cost more than they bring for many. The embedded engine decides in every round. "
+    "SGLang's requests cannot opt out, as far as its versions were read (the engine tries it on the running server: "
+    "where they can, it decides between rollouts, and reports spec/net_speedup_est), and a running server has no "
+    "switch. From 0.5.14 on it has a table of batches for chains, which can draft nothing for large ones.",
+    "30263",
+    "https://docs.sglang.io/advanced_features/adaptive_speculative_decoding.html",
+)
+def speculation_control(facts: Facts) -> Sighting | None:
+    unknown = "spec/net_speedup_est is absent: no rollout without drafts is there to compare with"
+    reasons = _against_adaptive(facts)
+    if facts.release.adaptive_steps and not facts.release.does("drafts_by_batch"):
+        reasons.append(f"SGLang {facts.release.text} has no table of batches")
+    if reasons:
+        return Sighting(
+            Severity.INFO,
+            f"SGLang {facts.release.text} drafts at every batch, whether that pays or not "
+            f"({', '.join(reasons)}); {unknown}",
+            f"Compare with --speculative-algorithm {NONE.name} at the run's batch: slime-spec bench sglang --only "
+            "speed.",
+        )
+    if facts.flags.get("speculative_adaptive"):
+        return Sighting(
+            Severity.INFO,
+            f"SGLang {facts.release.text} drafts by its table of batches; {unknown}",
+            "Nothing to do; --speculative-adaptive-config FILE gives the table, e.g. "
+            '{"1": {"candidate_steps": [1, 3]}, "32": {"candidate_steps": [0]}}.',
+        )
     return Sighting(
-        Severity.WARNING,
-        f"--speculative-adaptive has no effect: {', '.join(reasons)}",
-        "Drop --speculative-adaptive, or remove what stands against it.",
-        ("--no-speculative-adaptive",),
+        Severity.INFO,
+        f"SGLang {facts.release.text} could draft by a table of batches and was not asked to: it drafts at every "
+        f"batch, whether that pays or not; {unknown}",
+        "Pass --speculative-adaptive (no drafts from 64 sequences at once), with a table of your own where measured.",
+        ("--speculative-adaptive",),
     )
 
 
