@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 from rollout.actor import create_engine_actors, site_here
 from rollout.coordinator import Call, Coordinator, EngineProcessDied
 from rollout.shared_part import shared_part
+from slime_spec.config.speculation import reads_replies
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
@@ -86,7 +87,7 @@ class EnginePool:
         # Room for more than an engine decodes at once: its queue does not run dry before the next group reaches it.
         room = 2 * self._config.engine.max_running_requests
         self._coordinator = Coordinator(
-            RayCalls(self._actors), len(self._actors), room, shares_replies=config.speculative.record.reads_replies
+            RayCalls(self._actors), len(self._actors), room, shares_replies=reads_replies(config)
         )
         self._broadcast_failed = False
 

@@ -29,6 +29,7 @@ from rollout.embedded.verification.verifier import Verified
 from slime_spec.sglang.draft_shape import DraftShape
 from slime_spec.speculation.controller import Controller, RowState
 from slime_spec.speculation.net_benefit import NetBenefit
+from slime_spec.speculation.plain_schedule import PlainSchedule
 from slime_spec.speculation.remaining import RemainingTokens
 from slime_spec.speculation.round_costs import RoundCosts
 
@@ -36,6 +37,7 @@ from slime_spec.speculation.round_costs import RoundCosts
 TYPICAL_CONTEXT = 128
 REPORT_S = 1.0
 Propose = Callable[[Sequence[DraftContext]], Sequence[AnyDraft]]
+MOST_SCHEDULED = 4096  # sequences: a batch that is never empty is settled after so many
 MOST_WAITING_BYTES = 256 << 20  # of features that the drafter has not read
 
 
@@ -69,6 +71,9 @@ class Speculation:
     costs: RoundCosts | None = None
     benefit: NetBenefit = field(default_factory=NetBenefit)
     remaining: RemainingTokens = field(default_factory=RemainingTokens)
+    _schedule: PlainSchedule = field(default_factory=PlainSchedule)
+    _settled: NetBenefit = field(default_factory=NetBenefit)  # as of the schedule's beginning
+    _running: set[int] = field(default_factory=set)  # requests of the last round that have not left since
     _num_read: dict[int, int] = field(default_factory=dict)  # tokens that the drafter has read, by request
     _draft_cost_s: float = 0.0
     drafted_last: bool = False  # in the last round, some sequence
@@ -181,6 +186,10 @@ class Speculation:
             num_tokens = sum(1 + len(each.path) for each in verified)
             self.benefit = self.benefit.with_round(seconds, len(running), num_tokens, step_s, error)
         self.costs.observe_pass(sum(counts), attended, seconds - draft_s)
+        self._schedule.round({each.key: 1 + len(one.path) for each, one in zip(running, verified, strict=True)})
+        self._running = {each.key for each in running}
+        if len(self._schedule) > MOST_SCHEDULED:
+            self._settle(self.costs)
         if self.controller is not None:
             self._teach(self.controller, proposal, verified, seconds)
 
@@ -193,6 +202,13 @@ class Speculation:
                 controller.acceptance.observe(draft.read().parents, each.path)
         if self.benefit.spent_s >= self._reported_at_s:
             self._report(controller)
+
+    def _settle(self, costs: RoundCosts) -> None:
+        """Count the rounds since the batch was last empty as the plain steps that their samples would have taken."""
+        share = self._schedule.settle(lambda num_sequences: costs.pass_s(num_sequences, 0))
+        if self.benefit.drafted_s > self._settled.drafted_s:  # without drafts the rounds were the schedule
+            self.benefit = self.benefit.scaled_since(self._settled, share)
+        self._settled = self.benefit
 
     def _report(self, controller: Controller) -> None:
         """Find anew where drafting pays: here, on the thread that changes what is known, as others read the answer."""
@@ -219,6 +235,9 @@ class Speculation:
 
     def forget(self, sequence: SampleState) -> None:
         """Drop the drafter's state of a sequence that has left the batch, finished or preempted."""
+        self._running.discard(sequence.key)
+        if self.costs is not None and not self._running and len(self._schedule):
+            self._settle(self.costs)
         if self.applies_to(sequence.group):
             self.drafter.forget(sequence.key)
             self._num_read.pop(sequence.key, None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from slime_spec.algorithms import ALGORITHMS, AUTO_CHAIN, NGRAM_DRAFT_TOKENS, OF_DRAFT_MODEL, listed, names
+from slime_spec.config.speculative import UNQUANTIZED
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
@@ -13,6 +14,35 @@ from slime_spec.sglang.draft_shape import check_shape, forced_draft_tokens
 
 FORGED_ACCEPTANCE = "SGLANG_SIMULATE_ACC_LEN"
 FP8_CAPABILITY = (8, 9)  # from Ada and Hopper on a GPU computes with e4m3
+
+
+def engine_decides(config: Config) -> bool:
+    """Return whether the embedded engine decides, round by round, how much to draft."""
+    return config.speculative.is_automatic and not kind_of(config).has_servers
+
+
+def fronts_history(config: Config) -> bool:
+    """Return whether drafts come from replies before a draft model is asked: by default where the engine decides."""
+    spec = config.speculative
+    asked = engine_decides(config) if spec.history is None else spec.history
+    return asked and spec.record.has_weights
+
+
+def reads_replies(config: Config) -> bool:
+    """Return whether the engines draft from earlier replies to the same prompt."""
+    return config.speculative.record.reads_replies or fronts_history(config)
+
+
+def draft_quantization(config: Config) -> str | None:
+    """Return what the embedded engine's draft is rounded to, if anything: by default int8 where a CPU's engine decides.
+
+    The draft's bytes are what one step of it costs there: in int8 it takes half the time, and as much is accepted.
+    """
+    spec = config.speculative
+    if spec.draft_model_quantization is not None:
+        return None if spec.draft_model_quantization == UNQUANTIZED else spec.draft_model_quantization
+    on_cpu = config.rollout.num_gpus_per_engine == 0
+    return "int8" if on_cpu and spec.record.has_weights and engine_decides(config) else None
 
 
 def check_speculation(config: Config) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from slime_spec.algorithms import EAGLE, EAGLE3, HISTORY, LOOKUP, NGRAM, NONE, Algorithm, find_algorithm, listed, names
 from slime_spec.config.setting import DRAFTS, INT32, setting
 
+UNQUANTIZED = "unquant"  # SGLang's word
+
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
@@ -23,9 +25,10 @@ class SpeculativeConfig:
     )
     draft_model_quantization: str | None = setting(
         None,
-        "Quantise the draft's weights (never the target's): int8, or fp8 on a GPU that has it (Ada, Hopper).",
+        "Quantise the draft's weights (never the target's): int8, or fp8 on a GPU that has it (Ada, Hopper); default: "
+        "int8 on a CPU where num_steps is automatic, else unquant.",
         flags=("--sglang-speculative-draft-model-quantization",),
-        choices=("int8", "fp8"),
+        choices=("int8", "fp8", UNQUANTIZED),
     )
     num_steps: int | None = setting(
         None,
@@ -92,9 +95,10 @@ class SpeculativeConfig:
         flags=("--draft-norm-output-convention",),
         choices=("sglang", "specforge"),
     )
-    history: bool = setting(
-        False,
-        f"Draft as {HISTORY.name} does before any draft model, where that promises as many tokens.",
+    history: bool | None = setting(
+        None,
+        f"Draft as {HISTORY.name} does before any draft model, where that promises as many tokens; default: where "
+        "num_steps is automatic.",
         flags=("--speculative-history",),
     )
     min_token_match: int = setting(
@@ -175,11 +179,6 @@ class SpeculativeConfig:
     def record(self) -> Algorithm:
         """Return what the algorithm is; raises ConfigError for a name that none has."""
         return find_algorithm(self.algorithm)
-
-    @property
-    def reads_replies(self) -> bool:
-        """Return whether the engines draft from earlier replies to the same prompt."""
-        return self.record.reads_replies or (self.history and self.record.has_weights)
 
     @property
     def is_automatic(self) -> bool:

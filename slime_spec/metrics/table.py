@@ -111,9 +111,10 @@ TABLE = (
         "spec/net_speedup_est",
         "x",
         "Time that plain decoding would have taken for the tokens of all rounds of the step, by the engine's measured "
-        "costs at each round's batch, over the time that the rounds took; plain steps count on both sides. Below 1 "
-        "speculation costs more than it saves. Prefill and waiting are not in it. An SGLang engine compares both in "
-        "turns between rollouts where its requests can opt out; elsewhere nothing can be compared, and it is absent.",
+        "costs at the batches that the same samples would have had, over the time that the rounds took; plain steps "
+        "count on both sides. Below 1 speculation costs more than it saves. Prefill and waiting are not in it. An "
+        "SGLang engine compares both in turns between rollouts where its requests can opt out; elsewhere nothing can "
+        "be compared, and it is absent.",
     ),
     Metric(
         "spec/net_speedup_err",

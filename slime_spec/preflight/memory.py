@@ -14,6 +14,7 @@ from slime_spec.checkpoints.families import FORMAT_OF
 from slime_spec.checkpoints.families.eagle3 import TABLES
 from slime_spec.checkpoints.parameters import Parameters, count_parameters, kv_elements_per_token, num_kv_heads
 from slime_spec.checkpoints.stored import Checkpoint
+from slime_spec.config.speculation import draft_quantization
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
@@ -191,7 +192,7 @@ def _kv_copies(facts: Facts) -> int:
 
 def _is_rounded(facts: Facts) -> bool:
     """Return whether the embedded engine keeps the draft's matrices in 8 bits; their scales are small."""
-    return facts.config.speculative.draft_model_quantization is not None and not facts.on_sglang
+    return not facts.on_sglang and draft_quantization(facts.config) is not None
 
 
 def _draft_bytes(facts: Facts, draft: Checkpoint) -> int:

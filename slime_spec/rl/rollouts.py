@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from slime_spec.config.speculation import reads_replies
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import Engines, RunState
@@ -57,7 +58,7 @@ class GeneratedRollouts:
     ) -> None:
         self._config, self._engines, self._take_prompts, self._score = config, engines, take_prompts, score
         self._open: dict[int, OpenGroup] = {}
-        self._history = ReplyHistory() if config.speculative.reads_replies else None
+        self._history = ReplyHistory() if reads_replies(config) else None
         self._lengths = ExpectedLengths()
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 WINDOW = 64  # observations of a node that count; acceptance follows a policy that changes within a run
-PRIOR = 0.6  # acceptance of a node before anything was seen
-PRIOR_WEIGHT = 2.0
+PRIOR = 0.6  # acceptance before anything was seen
+PRIOR_WEIGHT = 8.0  # observations that the prior counts for
+COMMON_WEIGHT = 4.0  # observations of a node that what all nodes have in common counts for
 
 
 class RunningAcceptance:
     """Keeps, by a node's number in its draft, how often it was accepted when its parent was.
 
     A node whose parent was refused says nothing, so it is not counted: for a chain these are the rates given that all
-    drafts before stood. Each observation of a node weighs ``1 - 1 / WINDOW`` times as much as the next one.
+    drafts before stood. Each observation of a node weighs ``1 - 1 / WINDOW`` times as much as the next one. A node that
+    was rarely reached is taken to be like all others, or depths that were never drafted would never seem worth it.
     """
 
     def __init__(self, num_nodes: int) -> None:
-        self._tried = [PRIOR_WEIGHT] * num_nodes
-        self._accepted = [PRIOR * PRIOR_WEIGHT] * num_nodes
+        self._tried = [0.0] * num_nodes
+        self._accepted = [0.0] * num_nodes
         self.num_observed = 0
 
     @property
@@ -36,13 +38,21 @@ class RunningAcceptance:
 
     def rate(self, node: int) -> float:
         """Return the rate of a node given its parent."""
-        return self._accepted[node] / self._tried[node]
+        return self._rate(node, self._common())
+
+    def _rate(self, node: int, common: float) -> float:
+        return (self._accepted[node] + COMMON_WEIGHT * common) / (self._tried[node] + COMMON_WEIGHT)
+
+    def _common(self) -> float:
+        """Return the rate of all nodes together."""
+        return (sum(self._accepted) + PRIOR * PRIOR_WEIGHT) / (sum(self._tried) + PRIOR_WEIGHT)
 
     def chances(self, parents: Sequence[int]) -> list[float]:
         """Return each node's probability of being accepted, which is the number of tokens it brings on average."""
         chances: list[float] = []
+        common = self._common()
         for node, parent in enumerate(parents):
-            chances.append(self.rate(node) * (chances[parent] if parent >= 0 else 1.0))
+            chances.append(self._rate(node, common) * (chances[parent] if parent >= 0 else 1.0))
         return chances
 
     def chain(self, depth: int) -> list[float]:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 class NetBenefit(NamedTuple):
     """Sums seconds of rounds, and of the plain steps that would have brought the same tokens at the same batch.
 
-    A round over B sequences that brings T tokens replaces T / B plain steps. Rounds without drafts are plain steps
-    themselves and count the same on both sides, so that ``plain_s / spent_s`` is the speed-up of everything.
+    A round over B sequences that brings T tokens replaces T / B plain steps; what those would have cost in fuller
+    batches is corrected when the batch is empty (PlainSchedule). Rounds without drafts are plain steps themselves and
+    count the same on both sides, so that ``plain_s / spent_s`` is the speed-up of everything.
     ``error_s`` is what ``plain_s`` may be off by. ``drafted_s`` are the seconds of rounds with drafts alone, and
     ``one_step_s`` those of one plain step for each of them: their ratio is the break-even accept length.
 
@@ -34,6 +35,11 @@ class NetBenefit(NamedTuple):
         """Count a round with drafts that brought ``num_tokens``, where a plain step would take ``step_s``."""
         plain_s = step_s * num_tokens / num_sequences
         return self.plus(NetBenefit(seconds, plain_s, plain_s * relative_error, seconds, step_s))
+
+    def scaled_since(self, earlier: NetBenefit, share: float) -> NetBenefit:
+        """Return the same with ``share`` times as much plain decoding for what was counted after ``earlier``."""
+        plain_s = earlier.plain_s + share * (self.plain_s - earlier.plain_s)
+        return self._replace(plain_s=plain_s, error_s=earlier.error_s + share * (self.error_s - earlier.error_s))
 
     def plus(self, other: NetBenefit) -> NetBenefit:
         return NetBenefit(*map(add, self, other))

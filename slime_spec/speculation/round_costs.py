@@ -2,7 +2,7 @@
 
     round   = pass(rows, attended) + draft
     pass    = curve(rows) + attended * each            target, verification and bookkeeping: all but drafting
-    draft   = steps * step + sequences * steps * row + backlog * token
+    draft   = once + steps * step + sequences * steps * row + backlog * token
 
 ``rows`` counts the tokens that a round verifies, roots included; ``attended`` sums over those tokens the positions that
 they attend to; ``backlog`` counts the tokens that the drafter reads before its first draft.
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from math import exp, log
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,20 +24,33 @@ OWN_RATE = 0.1  # how fast a point follows the passes near it
 NEAR = 1.5  # a pass this many times larger or smaller than every point is a point of its own
 DRAFT_DECAY = 0.98
 PRIOR_WEIGHT = 0.02  # of the guess about drafting, in rounds
-# The share of a pass over one row that a draft's step, a sequence's part of the step, and a token read before take.
-DRAFT_GUESS = (0.06, 0.008, 0.004)
+
+
+class DraftTimes(NamedTuple):
+    """Holds what drafting takes once a round, by step, by sequence and step, and by token read before; see the top."""
+
+    once: float = 0.0
+    step: float = 0.0
+    row: float = 0.0
+    token: float = 0.0
+
+    def of_pass(self, seconds: float) -> DraftTimes:
+        """Return the times of shares of a pass that takes ``seconds``."""
+        return DraftTimes(*(share * seconds for share in self))
+
+
+DRAFT_GUESS = DraftTimes(0.02, 0.045, 0.006, 0.004)  # as shares of a pass over one row
+FREE = DraftTimes()
 
 
 class PassCurve:
     """Gives the seconds of a pass by its rows: straight lines between points, the last of them continued."""
 
     def __init__(self, points: Sequence[tuple[int, float]] = ()) -> None:
-        self._rows: list[int] = []
-        self._seconds: list[float] = []
-        for rows, seconds in sorted(points):
-            self._rows.append(rows)
-            # A pass over more rows takes no less time; what says so is noise.
-            self._seconds.append(max([seconds, *self._seconds[-1:]]))
+        self._rows = sorted(rows for rows, _ in points)
+        # A pass over fewer rows takes no more time: what says so was disturbed, which only ever adds to a time.
+        least = accumulate((seconds for _, seconds in sorted(points, reverse=True)), min)
+        self._seconds = list(least)[::-1]
 
     @property
     def is_known(self) -> bool:
@@ -80,19 +95,19 @@ class PassCurve:
 class DraftLine:
     """Gives the seconds of drafting as a weighted sum, fitted to recent rounds with less weight the older they are."""
 
-    def __init__(self, guess: Sequence[float]) -> None:
-        self._guess = np.array(guess)
-        self._matrix, self._vector = np.zeros((3, 3)), np.zeros(3)
+    def __init__(self, guess: DraftTimes) -> None:
+        self._guess = np.maximum(guess, 1e-9)  # what is guessed to cost nothing stays there
+        self._matrix, self._vector = np.zeros((len(guess), len(guess))), np.zeros(len(guess))
         self._fitted = self._guess
 
     def at(self, num_sequences: int, steps: int, backlog: int) -> float:
-        return float(self._fitted @ (steps, num_sequences * steps, backlog))
+        return float(self._fitted @ (1, steps, num_sequences * steps, backlog))
 
     def observe(self, num_sequences: int, steps: int, backlog: int, seconds: float) -> None:
-        features = np.array((steps, num_sequences * steps, backlog)) / seconds  # relative errors count
+        features = np.array((1, steps, num_sequences * steps, backlog)) / seconds  # relative errors count
         self._matrix = DRAFT_DECAY * self._matrix + np.outer(features, features)
         self._vector = DRAFT_DECAY * self._vector + features
-        pull = np.diag(PRIOR_WEIGHT / self._guess**2 / 3)
+        pull = np.diag(PRIOR_WEIGHT / self._guess**2 / len(self._guess))
         fitted = np.linalg.solve(self._matrix + pull, self._vector + pull @ self._guess)
         self._fitted = np.maximum(fitted, 0.05 * self._guess)
 
@@ -100,11 +115,11 @@ class DraftLine:
 class RoundCosts:
     """Predicts seconds of passes and drafts; see the top of this file."""
 
-    def __init__(self, curve: PassCurve, attend_s: float = 0.0, draft_guess: Sequence[float] | None = None) -> None:
+    def __init__(self, curve: PassCurve, attend_s: float = 0.0, draft_guess: DraftTimes | None = None) -> None:
         """Start from a measured curve; without ``draft_guess`` drafting is a share of the smallest pass."""
         self.curve, self._attend_s = curve, attend_s
         first = curve.points[0][1] if curve.is_known else 1.0
-        self._draft = DraftLine(draft_guess or [share * first for share in DRAFT_GUESS])
+        self._draft = DraftLine(DRAFT_GUESS.of_pass(first) if draft_guess is None else draft_guess)
         self.relative_error = 0.0  # of recent passes, root mean square
         self.knows_drafting = False  # by a measured round; before, what drafts cost is the guess
 
@@ -114,7 +129,7 @@ class RoundCosts:
 
     def with_free_drafts(self) -> RoundCosts:
         """Return costs of the same passes for drafts that cost nothing, as those found in a text nearly do."""
-        return RoundCosts(PassCurve(self.curve.points), self._attend_s, draft_guess=(0.0, 0.0, 0.0))
+        return RoundCosts(PassCurve(self.curve.points), self._attend_s, FREE)
 
     def pass_s(self, rows: int, attended: int) -> float:
         return self.curve.at(rows) + self._attend_s * attended

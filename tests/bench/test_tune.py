@@ -30,7 +30,7 @@ from slime_spec.config.tree import Config
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import compose
 from slime_spec.speculation.net_benefit import NetBenefit
-from slime_spec.speculation.round_costs import PassCurve, RoundCosts
+from slime_spec.speculation.round_costs import DraftTimes, PassCurve, RoundCosts
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams, SpecCounters
 from slime_spec.weights.messages import PushMessage, PushReply
 from tests.support.embedded_harness import random_prompt
@@ -180,7 +180,9 @@ def test_a_fixed_length_is_chosen_over_the_engine_only_where_it_is_clearly_faste
 
 
 def test_where_nothing_pays_the_reasons_are_numbers() -> None:
-    costs = RoundCosts(PassCurve(((1, 0.02), (8, 0.02), (64, 0.16), (128, 0.32))), draft_guess=(1e-4, 1e-5, 1e-6))
+    costs = RoundCosts(
+        PassCurve(((1, 0.02), (8, 0.02), (64, 0.16), (128, 0.32))), draft_guess=DraftTimes(0.0, 1e-4, 1e-5, 1e-6)
+    )
     found = Acceptance("EAGLE3 d", "target_only", (0.5, 0.5), (40, 20), 0.7, 2.0)
     side = Side(DRAFT, type("Core", (), {"speculation": type("Speculation", (), {"costs": costs})})())  # type: ignore[arg-type]
     lengths = lengths_of(side, found, batch=64, context=0)

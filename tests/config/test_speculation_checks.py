@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from slime_spec.config.checks import check, notes
-from slime_spec.config.speculation import FORGED_ACCEPTANCE, check_environment, settings_read
+from slime_spec.config.speculation import (
+    FORGED_ACCEPTANCE,
+    check_environment,
+    draft_quantization,
+    fronts_history,
+    reads_replies,
+    settings_read,
+)
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose, composed
@@ -103,13 +110,27 @@ def test_sglangs_forged_acceptance_is_refused_by_its_environment_variable(monkey
 def test_history_is_for_draft_models_and_says_so_beside_others() -> None:
     behind = composed(["--config", "smollm2-135m", "--speculative-history"])
     assert behind.config.speculative.history
-    assert behind.config.speculative.reads_replies
+    assert reads_replies(behind.config)
     assert not any("history" in note for note in behind.notes)
     alone = composed(["--speculative-algorithm", "NGRAM", "--speculative-history"])
     assert "speculative.history has no effect with speculative.algorithm=NGRAM." in alone.notes
-    assert not alone.config.speculative.reads_replies
-    assert composed(["--speculative-algorithm", "HISTORY"]).config.speculative.reads_replies
-    assert not composed(["--config", "smollm2-135m"]).config.speculative.reads_replies
+    assert not reads_replies(alone.config)
+    assert reads_replies(composed(["--speculative-algorithm", "HISTORY"]).config)
+
+
+def test_where_the_engine_decides_it_drafts_from_replies_first_and_in_int8() -> None:
+    def chosen(*flags: str) -> tuple[bool, bool, str | None]:
+        config = composed(["--config", "smollm2-135m", *flags]).config
+        return fronts_history(config), reads_replies(config), draft_quantization(config)
+
+    three, on_gpu = ("--speculative-num-steps", "3"), ("--rollout-num-gpus-per-engine", "1", "--no-colocate")
+    assert chosen() == (True, True, "int8")
+    assert chosen(*three) == (False, False, None)
+    assert chosen(*three, "--speculative-history", "--sp-quantization", "INT8") == (True, True, "int8")
+    assert chosen("speculative.history=false", "--sp-quantization", "UNQUANT") == (False, False, None)
+    assert chosen("--debug-rollout-only", *on_gpu) == (True, True, None)
+    assert chosen("--rollout-engine", "sglang") == (False, False, None)
+    assert chosen("--speculative-algorithm", "NONE", "speculative.draft_model_path=null") == (False, False, None)
 
 
 @pytest.mark.parametrize("algorithm", ["NGRAM", "LOOKUP", "HISTORY", "NONE"])

@@ -13,6 +13,7 @@ import torch
 from rollout.embedded import speculation
 from rollout.embedded.calibrate import calibrate
 from rollout.embedded.core import GenerationCore
+from slime_spec.config.speculative import UNQUANTIZED
 from slime_spec.config.tree import Config
 from slime_spec.speculation.controller import Controller, RoundPlan, RowState
 from slime_spec.speculation.round_costs import PassCurve, RoundCosts
@@ -54,9 +55,10 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def automatic(config: Config) -> Config:
-    return replace(
-        config, speculative=replace(config.speculative, num_steps=None, eagle_topk=None, num_draft_tokens=None)
-    )
+    """Let a controller decide how deep to draft, with the same drafts as where the depth is fixed."""
+    same = {"history": False, "draft_model_quantization": UNQUANTIZED}
+    numbers = {"num_steps": None, "eagle_topk": None, "num_draft_tokens": None}
+    return replace(config, speculative=replace(config.speculative, **numbers, **same))
 
 
 def recorded(core: GenerationCore, samples: Samples) -> RecordingDrafter:

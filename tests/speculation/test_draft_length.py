@@ -16,14 +16,14 @@ from slime_spec.speculation.draft_length import (
     tokens_of,
 )
 from slime_spec.speculation.exhaustive import best_depths
-from slime_spec.speculation.round_costs import PassCurve, RoundCosts
+from slime_spec.speculation.round_costs import FREE, DraftTimes, PassCurve, RoundCosts
 
 # Eight rows are free, then every row costs 2.5 ms: a CPU.
 POINTS = ((1, 0.02), (8, 0.02), (16, 0.04), (64, 0.16))
 DEPTHS = range(1, 8)
 
 
-def costs_of(draft: tuple[float, float, float] = (0.0, 0.0, 0.0), attend_s: float = 0.0) -> RoundCosts:
+def costs_of(draft: DraftTimes = FREE, attend_s: float = 0.0) -> RoundCosts:
     return RoundCosts(PassCurve(POINTS), attend_s, draft_guess=draft)
 
 
@@ -49,7 +49,10 @@ def test_the_length_by_costs_is_that_of_the_exhaustive_policy() -> None:
     rng = random.Random(0)
     for _ in range(100):
         rates = [rng.uniform(0.1, 0.95) for _ in DEPTHS]
-        costs = costs_of((rng.uniform(1e-4, 4e-3), rng.uniform(1e-5, 1e-3), 0.0), rng.choice((0.0, 1e-6)))
+        costs = costs_of(
+            DraftTimes(rng.uniform(0.0, 1e-3), rng.uniform(1e-4, 4e-3), rng.uniform(1e-5, 1e-3)),
+            rng.choice((0.0, 1e-6)),
+        )
         context = rng.choice((16, 200))
         length, gain = length_by_costs(costs, rates, batch=1, context=context)
         (depth,), best = best_depths(costs, rates, [RowState(context, max_depth=7)], DEPTHS)
@@ -60,7 +63,7 @@ def test_the_length_by_costs_is_that_of_the_exhaustive_policy() -> None:
 
 def test_what_the_draft_reads_first_costs_too() -> None:
     # 4 at once, 3 drafts: 16 rows, 40 ms of 20; the passes ask for 2 tokens each, so 8 tokens of 1 ms are read.
-    free, reading = costs_of(), costs_of((0.0, 0.0, 0.001))
+    free, reading = costs_of(), costs_of(DraftTimes(token=0.001))
     assert break_even_length(free, 4, 100, 3) == pytest.approx(2.0)
     assert break_even_length(reading, 4, 100, 3) == pytest.approx((0.04 + 0.008) / 0.02)
 
@@ -95,7 +98,7 @@ def test_the_table_has_a_line_for_each_batch_and_context_and_says_where_no_draft
 
 
 def test_the_table_says_whether_drafting_was_measured() -> None:
-    costs = costs_of((0.001, 0.0001, 0.0001))
+    costs = costs_of(DraftTimes(0.0, 0.001, 0.0001, 0.0001))
     assert cost_table(costs, has_network=True).drafting == "guessed"
     costs.observe_draft(1, 1, 0, 0.002)
     assert cost_table(costs, has_network=True).drafting == "measured"

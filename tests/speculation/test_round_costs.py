@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from slime_spec.speculation.acceptance import PRIOR, RunningAcceptance
+from slime_spec.speculation.acceptance import COMMON_WEIGHT, PRIOR, PRIOR_WEIGHT, WINDOW, RunningAcceptance
 from slime_spec.speculation.net_benefit import NetBenefit
+from slime_spec.speculation.plain_schedule import PlainSchedule
 from slime_spec.speculation.remaining import RemainingTokens
 from slime_spec.speculation.round_costs import PassCurve, RoundCosts
 
@@ -19,8 +20,9 @@ def test_a_curve_is_straight_between_its_points_and_goes_on_behind_the_last() ->
     assert [curve.at(rows) for rows in (1, 5, 12, 40, 128)] == pytest.approx([0.02, 0.02, 0.03, 0.1, 0.32])
 
 
-def test_a_point_that_noise_made_dearer_than_a_larger_pass_does_not_stay_above_it() -> None:
-    assert PassCurve(((4, 0.03), (8, 0.02))).at(8) == 0.03
+def test_a_point_that_a_disturbance_made_dearer_than_a_larger_pass_does_not_stay_above_it() -> None:
+    curve = PassCurve(((1, 0.05), (8, 0.02), (4, 0.03), (16, 0.04)))
+    assert [curve.at(rows) for rows in (1, 4, 8, 16)] == [0.02, 0.02, 0.02, 0.04]
 
 
 def test_a_machine_that_slows_down_by_half_is_followed_at_every_size() -> None:
@@ -64,25 +66,25 @@ def test_the_recent_error_of_predictions_is_known() -> None:
 def test_drafting_is_fitted_whatever_was_guessed() -> None:
     costs = RoundCosts(PassCurve(POINTS))
     rng = random.Random(0)
-    step_s, row_s, token_s = 0.004, 0.0001, 0.0003
+    once_s, step_s, row_s, token_s = 0.001, 0.004, 0.0001, 0.0003
     for _ in range(300):
         count, steps, backlog = rng.randint(1, 16), rng.choice((1, 2, 3, 5)), rng.randint(0, 60)
-        seconds = steps * step_s + count * steps * row_s + backlog * token_s
+        seconds = once_s + steps * step_s + count * steps * row_s + backlog * token_s
         costs.observe_draft(count, steps, backlog, seconds * rng.lognormvariate(0.0, 0.05))
-    assert costs.draft_s(4, 3, 8) == pytest.approx(3 * step_s + 12 * row_s + 8 * token_s, rel=0.05)
-    assert costs.draft_s(12, 1, 50) == pytest.approx(step_s + 12 * row_s + 50 * token_s, rel=0.07)
+    assert costs.draft_s(4, 3, 8) == pytest.approx(once_s + 3 * step_s + 12 * row_s + 8 * token_s, rel=0.05)
+    assert costs.draft_s(12, 1, 50) == pytest.approx(once_s + step_s + 12 * row_s + 50 * token_s, rel=0.07)
     assert costs.draft_s(0, 3, 8) == 0.0
 
 
 def test_acceptance_counts_a_node_only_where_its_parent_was_accepted() -> None:
-    acceptance = RunningAcceptance(3)
+    acceptance = RunningAcceptance(4)  # the last is never drafted
     for _ in range(400):
         acceptance.observe((-1, 0, 1), ())
     assert acceptance.rate(0) < 0.01
-    assert acceptance.rate(1) == pytest.approx(PRIOR)  # nothing was learned of it
+    assert acceptance.rate(1) == pytest.approx(PRIOR * PRIOR_WEIGHT / (PRIOR_WEIGHT + WINDOW), rel=0.01)  # as of all
     # A tree: 1 and 2 are children of the root and of 0.
     acceptance.observe((-1, -1, 0), (0, 2))
-    assert acceptance.rate(2) > PRIOR
+    assert acceptance.rate(2) == pytest.approx((1 + COMMON_WEIGHT * acceptance.rate(3)) / (1 + COMMON_WEIGHT))
 
 
 def test_acceptance_forgets_what_is_long_past() -> None:
@@ -119,3 +121,48 @@ def test_net_benefit_counts_plain_steps_on_both_sides() -> None:
     assert total.since(NetBenefit().with_plain(1.0)).spent_s == pytest.approx(0.03)
     # An engine that was restarted counts from nothing.
     assert total.since(NetBenefit(spent_s=9.0)) == total
+
+
+STEP_S = {1: 0.02, 2: 0.022, 3: 0.03, 4: 0.04}
+
+
+def test_a_schedule_of_plain_steps_is_what_ran() -> None:
+    # Three sequences of 5, 3 and 4 tokens, the third of which comes two steps later.
+    schedule = PlainSchedule()
+    for keys in ((1, 2), (1, 2), (1, 2, 3), (1, 3), (1, 3), (3,)):
+        schedule.round(dict.fromkeys(keys, 1))
+    assert len(schedule) == 3
+    assert schedule.settle(STEP_S.__getitem__) == pytest.approx(1.0)
+    assert len(schedule) == 0
+
+
+def test_a_straggler_is_no_gain_over_plain_steps_that_all_take_together() -> None:
+    """Two sequences of four tokens; one needs one round, the other four: no plain step saved, three rounds alone."""
+    schedule, benefit = PlainSchedule(), NetBenefit()
+    for tokens in ({1: 4, 2: 1}, {2: 1}, {2: 1}, {2: 1}):
+        schedule.round(tokens)
+        count = len(tokens)
+        benefit = benefit.with_round(STEP_S[count], count, sum(tokens.values()), STEP_S[count], 0.1)
+    assert benefit.plain_s / benefit.spent_s == pytest.approx((2.5 * 0.022 + 3 * 0.02) / (0.022 + 3 * 0.02))
+    share = schedule.settle(STEP_S.__getitem__)
+    # By hand, in steps of 2.5 and three times 1: the first is there until 4, the second from 0 to 4.
+    assert share == pytest.approx(4 * 0.022 / (2.5 * 0.022 + 3 * 0.02))
+    settled = benefit.scaled_since(NetBenefit(), share)
+    assert settled.plain_s == pytest.approx(4 * 0.022)
+    assert settled.error_s == pytest.approx(0.1 * 4 * 0.022)
+    assert settled.spent_s == benefit.spent_s
+
+
+def test_a_schedule_agrees_with_plain_decoding_of_the_same_lengths() -> None:
+    """Random drafts over random lengths that come at once: the reference takes plain steps one by one."""
+    rng = random.Random(1)
+    for _ in range(50):
+        lengths = [rng.randint(1, 40) for _ in range(4)]
+        left, schedule, of_rounds_s = dict(enumerate(lengths)), PlainSchedule(), 0.0
+        while left:
+            tokens = {key: min(remaining, rng.randint(1, 4)) for key, remaining in left.items()}
+            schedule.round(tokens)
+            of_rounds_s += STEP_S[len(tokens)] * sum(tokens.values()) / len(tokens)
+            left = {key: remaining - tokens[key] for key, remaining in left.items() if remaining > tokens[key]}
+        plain_s = sum(STEP_S[sum(length > step for length in lengths)] for step in range(max(lengths)))
+        assert schedule.settle(STEP_S.__getitem__) * of_rounds_s == pytest.approx(plain_s)

@@ -9,10 +9,11 @@ from rollout.embedded.drafters.fronted import FrontedDrafter
 from rollout.embedded.drafters.history import HistoryDrafter
 from rollout.embedded.drafters.step import DrafterSetup
 from rollout.embedded.drafting import Drafter
+from rollout.embedded.kernels.library import kernels
 from slime_spec.algorithms import ALGORITHMS
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.config.speculation import check_fp8
+from slime_spec.config.speculation import check_fp8, draft_quantization, fronts_history
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import load_choice
 from slime_spec.preflight.requests import RequestLimits
@@ -42,7 +43,10 @@ def make_drafter(
     if draft is None:
         weightless: Drafter = drafter_class(speculative)
         return weightless
-    if speculative.draft_model_quantization == "fp8":
+    quantization = draft_quantization(config)
+    if speculative.draft_model_quantization is None and kernels() is None:
+        quantization = None  # without kernels rounded weights are unpacked for each product
+    if quantization == "fp8":
         check_fp8(torch.cuda.get_device_capability(device))
     setup = DrafterSetup(
         config=speculative,
@@ -53,10 +57,11 @@ def make_drafter(
         device=device,
         context_length=min(limits.context_length, limits.max_total_tokens),
         max_total_tokens=limits.max_total_tokens,
+        quantization=quantization,
         graphs=graphs,
     )
     network: Drafter = drafter_class(setup)
-    return FrontedDrafter(HistoryDrafter(speculative), network) if speculative.history else network
+    return FrontedDrafter(HistoryDrafter(speculative), network) if fronts_history(config) else network
 
 
 def draft_kv_spec(config: Config, target: ModelSpec) -> ModelSpec | None:

@@ -301,8 +301,7 @@ class NetworkWeights:
 
     def __init__(self, spec: DraftSpec, setup: DrafterSetup) -> None:
         rope = RopeTable(spec.block, setup.context_length + setup.shape.headroom, setup.dtype, setup.device)
-        quantization = setup.config.draft_model_quantization
-        self._builder = NetworkBuilder(spec, rope, setup.dtype, setup.device, quantization)
+        self._builder = NetworkBuilder(spec, rope, setup.dtype, setup.device, setup.quantization)
         self._network: DraftNetwork | None = None
 
     @property

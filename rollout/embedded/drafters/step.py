@@ -47,6 +47,7 @@ class DrafterSetup:
     device: torch.device
     context_length: int
     max_total_tokens: int
+    quantization: str | None = None  # of the draft's weights: int8 or fp8
     graphs: Graphs | None = None
 
     @property

@@ -27,7 +27,7 @@ class ModelWeights:
         self._spec, self._setup = spec, setup
         positions = setup.context_length + setup.shape.headroom
         self._rope = RopeTable(spec, positions, setup.dtype, setup.device)
-        self._quantization = setup.config.draft_model_quantization
+        self._quantization = setup.quantization
         self._decoder: Decoder | None = None
 
     @property
