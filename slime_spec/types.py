@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from slime_spec.speculation.cost_table import CostTable
 from slime_spec.speculation.net_benefit import NetBenefit
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -236,7 +237,8 @@ class EngineStats:
 
     ``canary`` is what the canary after the last push counted, no rounds where none ran. ``benefit`` is what rounds took
     and what plain decoding would have. ``pays_up_to`` is the largest number of sequences at once at which speculation
-    pays by what is known now, None where nobody decides by it. An engine that does not measure leaves its times at 0.
+    pays by what is known now, None where nobody decides by it. ``costs`` is what its rounds cost by batch and context,
+    as timed at its start, None where nothing was timed. An engine that does not measure leaves its times at 0.
     """
 
     weight_version: int
@@ -258,3 +260,4 @@ class EngineStats:
     canary: SpecCounters = field(default_factory=SpecCounters)
     benefit: NetBenefit = field(default_factory=NetBenefit)
     pays_up_to: int | None = None
+    costs: CostTable | None = None

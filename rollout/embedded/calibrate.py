@@ -7,6 +7,7 @@ from rollout.embedded.draft import Draft
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.uniforms import Uniforms
 from rollout.embedded.verification.verifier import VerifyRow
+from slime_spec.speculation.cost_table import TABLE_BATCHES, TABLE_CONTEXTS, CostTable, cost_table
 from slime_spec.speculation.round_costs import PassCurve, RoundCosts
 from slime_spec.types import SamplingParams
 
@@ -21,6 +22,16 @@ def calibrate(core: GenerationCore) -> None:
     """Measure what rounds of ``core`` cost, where it speculates; takes MOST_SECONDS or so, or the time of one pass."""
     if core.settings.speculates:
         core.speculation.use_costs(_measured(core), core.settings.is_automatic, core.settings.max_running)
+
+
+def costs_of(core: GenerationCore) -> CostTable | None:
+    """Return the table of what rounds of ``core`` cost by what it knows now; None where it does not speculate."""
+    if core.speculation.costs is None:
+        return None
+    most, longest = core.settings.max_running, core.settings.max_positions
+    batches = [batch for batch in TABLE_BATCHES if batch < most] + [most]
+    contexts = [context for context in TABLE_CONTEXTS if context < longest] or [longest // 2]
+    return cost_table(core.speculation.costs, core.speculation.has_network, batches, contexts)
 
 
 def _measured(core: GenerationCore) -> RoundCosts:

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from rollout.embedded.assemble import Assembly
-from rollout.embedded.calibrate import calibrate
+from rollout.embedded.calibrate import calibrate, costs_of
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.generation import EmbeddedGeneration
 from rollout.embedded.loop_thread import LoopThread, Refused
@@ -23,6 +23,7 @@ from slime_spec.interfaces import Generation, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.preflight.requests import RequestLimits, check_request
 from slime_spec.site import HERE, Site
+from slime_spec.speculation.cost_table import CostTable
 from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.checksums import combined_checksum
 from slime_spec.weights.messages import PushMessage, PushReply, Side
@@ -46,6 +47,7 @@ class EmbeddedEngine:
     """
 
     _core: GenerationCore
+    _costs: CostTable | None
     _thread: LoopThread
     _weights: CoreWeights
     _pushes: PushDesk[CoreStaging]
@@ -71,6 +73,7 @@ class EmbeddedEngine:
         cost_clock = thread_time if self._assembly.device.type == "cpu" else self._clock
         self._core = self._assembly.core(self._index, self._clock, cost_clock=cost_clock)
         calibrate(self._core)
+        self._costs = costs_of(self._core)
         self._thread = LoopThread(self._core, self._fail_all)
         self._weights = CoreWeights(self._assembly, self._core, self._thread)
         self._pushes = PushDesk(self._index, self._transport, self._weights, self._assembly.dtype)
@@ -122,6 +125,7 @@ class EmbeddedEngine:
             speculates=self._assembly.config.speculative.record.speculates,
             benefit=core.speculation.benefit,
             pays_up_to=core.speculation.pays_up_to,
+            costs=self._costs,
         )
 
     @property

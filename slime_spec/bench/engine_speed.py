@@ -25,10 +25,11 @@ PARTS = {
     "eagle3": f"{HERE}.eagle3:measure",
     "lookup": f"{HERE}.advice:measure",
     "cost": f"{HERE}.cost:measure",
+    "rounds": f"{HERE}.round_costs:measure",
     "exactness": f"{HERE}.exactness:measure",
 }
 MOST_PROMPTS = 128  # more than any part has
-NEED_THE_DRAFT = {"peers", "eagle3", "cost", "exactness"}
+NEED_THE_DRAFT = {"peers", "eagle3", "cost", "rounds", "exactness"}
 
 
 def prepare(options: BenchOptions) -> None:

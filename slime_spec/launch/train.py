@@ -34,7 +34,7 @@ from slime_spec.run_folder import RunFolder, folder_of
 from slime_spec.run_log import RunLog
 from slime_spec.stop import StopSignals
 from slime_spec.tasks.source import PromptSource
-from slime_spec.types import Sample
+from slime_spec.types import EngineStats, Sample
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
 
 logger = logging.getLogger(__name__)
@@ -169,9 +169,17 @@ def _parts(
             engines = stack.enter_context(EnginePool(config, reserved.engines))
             with told("the engines", "engines ready", LOGS):
                 started = engines.start()
-            for index, stats in enumerate(started):
-                logger.info("engine started engine=%d kv_tokens=%d", index, stats.kv_tokens_capacity)
+            log_started(started)
         yield engines, trainer, loaded
+
+
+def log_started(started: Sequence[EngineStats]) -> None:
+    """Log a line for each engine, and the cost table of the first that has one: engines of a run are alike."""
+    for index, stats in enumerate(started):
+        logger.info("engine started engine=%d kv_tokens=%d", index, stats.kv_tokens_capacity)
+    timed = [(index, stats.costs) for index, stats in enumerate(started) if stats.costs is not None]
+    for index, costs in timed[:1]:
+        logger.info("timed rounds engine=%d\n%s", index, "\n".join(costs.text()))
 
 
 def _trainer(config: Config, placement: Placement) -> Trainer:

@@ -104,8 +104,9 @@ TABLE = (
         "spec/break_even_length",
         "tokens/round",
         "Time of the step's rounds with drafts over that of one plain decode step of the same batch for each, by the "
-        "engine's measured costs: speculation pays above it. Of an SGLang engine only where its "
-        "requests can opt out of speculation (sglang.md).",
+        "engine's measured costs: speculation pays above it. The log of a run on embedded engines has it by batch, "
+        "context and draft length, as timed at the start. Of an SGLang engine only where its requests can opt out of "
+        "speculation (sglang.md).",
     ),
     Metric(
         "spec/net_speedup_est",

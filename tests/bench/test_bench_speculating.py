@@ -24,6 +24,7 @@ from slime_spec.bench.memory_probe import held_memory
 from slime_spec.bench.plain import PlainSizes, measure_plain
 from slime_spec.bench.race import Answer, Ask, EngineSide, ForgetfulSide, decode_speed_up, ratio_rows
 from slime_spec.bench.random_engine import random_draft_spec
+from slime_spec.bench.round_costs import measure_round_costs, timed_table
 from slime_spec.bench.rows import BenchOptions, Row
 from slime_spec.bench.timing import Budget, Timed
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
@@ -296,3 +297,20 @@ def test_a_mistake_is_refused_before_an_engine_starts(
         run_bench("engine", ["--model", str(options.model), *argv])
     assert refused.value.setting == setting
     assert says in str(refused.value)
+
+
+def test_round_costs_are_the_engines_own_by_batch_context_and_length(options: BenchOptions) -> None:
+    rows = by_id(measure_round_costs(options, PROMPTS, ("float32",)))
+    batches, lengths = (1, 2, 4, 8, 16, 32, 64), ("plain", "d1.break_even", "d3.break_even", "d7.break_even", "most")
+    contexts = {id.split(".")[3] for id in rows}
+    assert rows.keys() == {f"rounds.fp32.b{b}.{c}.{name}" for b in batches for c in contexts for name in lengths}
+    context = min(contexts, key=lambda each: int(each[1:]))
+    for batch in batches:
+        prefix = f"rounds.fp32.b{batch}.{context}"
+        assert rows[f"{prefix}.plain"].value > 0.0
+        most = max((1 + depth) / rows[f"{prefix}.d{depth}.break_even"].value for depth in (1, 3, 7))
+        assert rows[f"{prefix}.most"].value == pytest.approx(most)
+
+
+def test_a_table_whose_drafting_was_fitted_says_so(options: BenchOptions) -> None:
+    assert timed_table(options, PROMPTS, "float32").drafting == "measured"

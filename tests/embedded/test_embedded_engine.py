@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from rollout.embedded.engine import EmbeddedEngine
-from slime_spec.config.tree import Config
+from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError, PushError
+from slime_spec.launch.train import log_started
 from slime_spec.types import GroupRequest, SamplingParams
 from slime_spec.weights.messages import BeginPush, CancelPush, Manifest, PreparePush, PushBucket, PushMessage
 from slime_spec.weights.run import run_push
@@ -298,3 +299,24 @@ def test_a_stop_string_ends_the_response_with_the_token_that_completes_it(tmp_pa
     assert cut.token_ids == full.token_ids[: len(cut.token_ids)]
     assert cut.token_ids[-2:] == full.token_ids[7:9]
     engine.stop()
+
+
+def test_an_engine_says_from_its_start_on_what_its_rounds_cost_and_a_run_logs_that_once(
+    config: Config, engine: EmbeddedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    stats = engine.stats()
+    assert stats.costs is not None
+    assert stats.costs.drafting == "free"
+    assert {line.batch for line in stats.costs.lines} == {1, 2, 4, 8, 16, 32, 64}
+    assert all(line.context < 512 for line in stats.costs.lines), "no longer than the engine's longest sequence"
+    plain = EmbeddedEngine(replace(config, speculative=SpeculativeConfig()), 0, DirectTransport())
+    plain.start()
+    without = plain.stats()
+    plain.stop()
+    assert without.costs is None
+    with caplog.at_level("INFO"):
+        log_started([without, stats, stats])
+    messages = [record.getMessage() for record in caplog.records]
+    assert [text.partition(" kv")[0] for text in messages[:3]] == [f"engine started engine={i}" for i in range(3)]
+    (table,) = messages[3:]
+    assert table.splitlines() == ["timed rounds engine=1", *stats.costs.text()]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
+from slime_spec.bench.fixed_depth import FITTED_TOKENS, fit_drafting
 from slime_spec.bench.pays.sides import Result
 from slime_spec.bench.timing import tell
 from slime_spec.bench.tune.candidates import Candidate
@@ -16,9 +17,6 @@ from slime_spec.preflight.checks.metrics import BAR
 from slime_spec.speculation.counters import accepted_per_position, pooled
 
 AT_ONCE = 8  # sequences: some two hundred rounds
-# Rounds of a network whose costs are fitted from: (sequences, drafts).
-FITTED = ((1, 1), (1, 7), (4, 3), (16, 1), (16, 3))
-FITTED_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,5 @@ def measure_acceptance(cores: Cores, candidates: Sequence[Candidate], workload: 
         deepest = Side(candidate, side.core, side.max_depth)
         found.append(acceptance_of(candidate, deepest.run(workload.waves(AT_ONCE, 0))))
         if candidate.has_network:
-            _fit_costs(cores, side, workload)
+            fit_drafting(side.core, lambda batch: workload.waves(batch, 1, FITTED_TOKENS)[0])
     return found
-
-
-def _fit_costs(cores: Cores, side: Side, workload: Workload) -> None:
-    """Run a few rounds of different sizes: what drafting costs is fitted to them."""
-    for repetition, (batch, depth) in enumerate(FITTED, start=1):
-        if batch <= cores.max_running and depth <= side.max_depth:
-            waves = workload.waves(batch, repetition, FITTED_TOKENS)[:1]
-            Side(side.candidate, side.core, depth).run(waves)

@@ -9,6 +9,7 @@ from time import perf_counter
 import torch
 from rich.console import Console
 
+from rollout.embedded.calibrate import costs_of
 from rollout.embedded.validate import check_kv_cache
 from slime_spec.bench.timing import tell
 from slime_spec.bench.tune.acceptance import Acceptance, measure_acceptance
@@ -16,12 +17,12 @@ from slime_spec.bench.tune.candidates import Candidate, by_rule, configured, dra
 from slime_spec.bench.tune.options import TuneOptions
 from slime_spec.bench.tune.push import check_push
 from slime_spec.bench.tune.report import Found, as_json, show
-from slime_spec.bench.tune.sides import Cores, Side
+from slime_spec.bench.tune.sides import Cores
 from slime_spec.bench.tune.sweep import BatchResult, Plan, leading, measure_batch, typical_context
 from slime_spec.bench.tune.verdict import overall, verdict_of
 from slime_spec.bench.tune.workload import Workload, read_workload
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.speculation.cost_table import TABLE_CONTEXTS, CostTable, cost_table
+from slime_spec.speculation.cost_table import CostTable
 
 WIDTH = 160
 
@@ -88,13 +89,7 @@ def _sweep(
     batches = [measure_batch(cores, plan, workload, size, perf_counter) for size in sizes]
     best = leading(cores, of, sizes[0], context)
     side = cores.side(best or next(iter(of)))
-    return acceptance, batches, best, _cost_table(side, sizes)
-
-
-def _cost_table(side: Side, sizes: Sequence[int]) -> CostTable:
-    longest = side.core.settings.max_positions
-    contexts = [context for context in TABLE_CONTEXTS if context < longest] or [longest // 2]
-    return cost_table(side.costs, side.candidate.has_network, sizes, contexts)
+    return acceptance, batches, best, costs_of(side.core)
 
 
 def _best_rules(

@@ -6,8 +6,8 @@ once: every core that speculates starts from the first one's costs, and corrects
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from time import process_time
 
@@ -15,14 +15,13 @@ from rollout.embedded.assemble import Assembly
 from rollout.embedded.calibrate import calibrate
 from rollout.embedded.core import GenerationCore
 from slime_spec.algorithms import NONE
-from slime_spec.bench.fixed_depth import FixedDepth
+from slime_spec.bench.fixed_depth import fixed_depth
 from slime_spec.bench.pays.scenarios import Waves
 from slime_spec.bench.pays.sides import Result, generate
 from slime_spec.bench.timing import Time, Timed, settled, timed
 from slime_spec.bench.tune.candidates import Candidate
 from slime_spec.config.speculative import SpeculativeConfig
 from slime_spec.config.tree import Config
-from slime_spec.speculation.controller import Controller
 from slime_spec.speculation.round_costs import RoundCosts
 
 OFF = Candidate("off", SpeculativeConfig(algorithm=NONE.name))
@@ -55,19 +54,8 @@ class Side:
 
     def run(self, waves: Waves) -> Result:
         """Generate the waves as this side drafts."""
-        with self._controlled():
+        with nullcontext() if self.depth is None else fixed_depth(self.core, self.depth):
             return generate(self.core, waves)
-
-    @contextmanager
-    def _controlled(self) -> Iterator[None]:
-        speculation = self.core.speculation
-        own: Controller | None = speculation.controller
-        if self.depth is not None:
-            speculation.controller = FixedDepth(self.costs, self.depth, speculation.shape.num_draft_tokens - 1)
-        try:
-            yield
-        finally:
-            speculation.controller = own
 
 
 @dataclass
