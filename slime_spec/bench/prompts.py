@@ -60,13 +60,13 @@ def tokenized(model: Path, kind: str) -> Prompts:
     return tuple(tokenizer.chat(text) for text in KINDS[kind])
 
 
-def in_domain(model: Path, num_prompts: int, seed: int) -> Prompts:
-    """Return prompts of the main job's task, arithmetic answered in sentences, that no draft is trained on.
+def in_domain(model: Path, num_prompts: int, seed: int, suite: str = "arithmetic_sentences") -> Prompts:
+    """Return prompts that no draft is trained on, of a task or suite: the main job's, arithmetic answered in sentences.
 
-    A few prompts repeat: one of the task's two kinds has about five held-out prompts.
+    A few prompts of the main job repeat: one of the task's two kinds has about five held-out prompts.
     """
     tokenizer = Tokenizer.load(model)
-    tasks = [TASKS[name] for name in SUITES["arithmetic_sentences"]]
+    tasks = [TASKS[name] for name in SUITES.get(suite, (suite,))]
     drawn = (tokenizer.chat(tasks[i % len(tasks)].problem(i, seed).text) for i in itertools.count(FIRST_INDEX))
     return tuple(itertools.islice((ids for ids in drawn if is_held_out(ids, HELD_OUT_PERCENT)), num_prompts))
 

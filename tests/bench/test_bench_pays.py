@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from slime_spec.bench import run_bench
 from slime_spec.bench.pays.benchmark import DEFAULTS, measure_scenario
-from slime_spec.bench.pays.scenarios import Scenario, Waves, fixed, requests, scenarios
+from slime_spec.bench.pays.scenarios import LONGEST_IN_JOB, Scenario, Waves, fixed, requests, scenarios
 from slime_spec.bench.pays.sides import Result, drawn_order, generate, side_configs, started_core
 from slime_spec.bench.pays.verdict import Where, rows_of
 from slime_spec.bench.rows import BenchOptions, Row
@@ -19,6 +20,7 @@ from slime_spec.bench.timing import Timed
 from slime_spec.config.tree import EngineConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.cli import main
+from slime_spec.launch.compose import composed
 from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.types import GeneratedSample, SpecCounters
 from tests.support.embedded_harness import random_prompt
@@ -87,9 +89,9 @@ def test_sides_take_turns_in_an_order_that_is_drawn_anew() -> None:
 
 def test_the_sides_are_off_automatic_and_fixed_depths_with_everything_else_as_shipped(options: BenchOptions) -> None:
     block = BenchOptions(model=options.model, draft=options.draft, rule="block")
-    configs = side_configs(block, str(options.model), num_at_once=4)
+    configs = side_configs(block, str(options.model), depths=(1, 3))
     assert list(configs) == ["off", "auto", "depth1", "depth3", "history"]
-    assert list(side_configs(block, "x", num_at_once=1)) == ["off", "auto", "depth1", "depth3", "depth7", "history"]
+    assert list(side_configs(block, "x", depths=(1, 3, 7))) == ["off", "auto", "depth1", "depth3", "depth7", "history"]
     sections = {name: config.speculative for name, config in configs.items()}
     assert [each.algorithm for each in sections.values()] == ["NONE", "EAGLE3", "EAGLE3", "EAGLE3", "HISTORY"]
     assert [name for name, each in sections.items() if each.is_automatic] == ["auto", "history"]
@@ -102,7 +104,7 @@ def test_the_sides_are_off_automatic_and_fixed_depths_with_everything_else_as_sh
 
 
 def test_waves_come_one_after_another(options: BenchOptions) -> None:
-    core = started_core(side_configs(options, str(options.model), 1)["off"])
+    core = started_core(side_configs(options, str(options.model), ())["off"])
     two = Scenario("1", 1, 1, fixed(5), num_waves=2)
     result = generate(core, requests(two, PROMPTS, 0, 1))
     assert [len(sample.token_ids) for sample in result.samples] == [5, 5]
@@ -222,3 +224,12 @@ def test_a_mistake_is_refused_before_anything_is_measured(argv: list[str], setti
     with pytest.raises(ConfigError) as refused:
         run_bench("pays", argv)
     assert refused.value.setting == setting
+
+
+def test_the_long_tail_job_is_measured_with_its_own_prompts() -> None:
+    scenario = scenarios(LONGEST_IN_JOB)["longtail"]
+    job = composed(["--config", "smollm2-135m-longtail"]).config
+    assert (scenario.suite,) == job.task.names
+    assert (scenario.num_groups, scenario.num_samples) == (job.rollout.batch_size, job.rollout.n_samples_per_prompt)
+    assert scenario.length(random.Random(0)) == job.rollout.max_response_len
+    assert scenario.ends_itself

@@ -26,11 +26,14 @@ PARTS = {name: f"{HERE}:at_{name}" for name in scenarios(DEFAULTS.num_new_tokens
 def measure(name: str, options: BenchOptions) -> list[Row]:
     """Measure the scenario of this name."""
     scenario = scenarios(options.num_new_tokens)[name]
-    return measure_scenario(options, scenario, in_domain(policy_of(options), NUM_PROMPTS, options.seeds[0]))
+    return measure_scenario(
+        options, scenario, in_domain(policy_of(options), NUM_PROMPTS, options.seeds[0], scenario.suite)
+    )
 
 
 at_64 = partial(measure, "64")
 at_64_tail = partial(measure, "64_tail")
+at_longtail = partial(measure, "longtail")
 at_8 = partial(measure, "8")
 at_4 = partial(measure, "4")
 at_1 = partial(measure, "1")
@@ -38,7 +41,7 @@ at_1 = partial(measure, "1")
 
 def measure_scenario(options: BenchOptions, scenario: Scenario, prompts: Prompts) -> list[Row]:
     """Start the sides anew, so that what they learn is of this scenario alone, and let them take turns."""
-    configs = side_configs(options, str(policy_of(options)), scenario.num_at_once)
+    configs = side_configs(options, str(policy_of(options)), scenario.depths)
     cores = {name: started_core(config) for name, config in configs.items()}
     times = repeat(scenario, cores, prompts, options.seeds[0], options.num_rounds)
     where = Where("untrained" if options.policy is None else "trained", scenario.name, options.rule)
@@ -53,7 +56,7 @@ def policy_of(options: BenchOptions) -> Path:
 def prepare(options: BenchOptions) -> None:
     """See Benchmark; by default one thread computes."""
     target = ModelSpec.from_folder(policy_of(options))
-    choose_draft(side_configs(options, str(policy_of(options)), num_at_once=1)[AUTO], target)
+    choose_draft(side_configs(options, str(policy_of(options)), depths=())[AUTO], target)
     torch.set_num_threads(options.threads or 1)
 
 

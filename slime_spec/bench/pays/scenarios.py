@@ -21,8 +21,9 @@ Lengths = Callable[[random.Random], int]
 class Scenario:
     """Describes a repetition: ``num_waves`` times ``num_groups`` prompts at once, ``num_samples`` replies to each.
 
-    A reply has as many tokens as ``length`` draws, or, where ``ends_itself``, at most as many. ``untrained`` and
-    ``trained`` are the bounds of the speed-up over no speculation, for a policy before and after training.
+    A reply has as many tokens as ``length`` draws, or, where ``ends_itself``, at most as many. Prompts are of the tasks
+    of ``suite``. ``depths`` are the fixed ones beside the automatic depth. ``untrained`` and ``trained`` are the bounds
+    of the speed-up over no speculation, for a policy before and after training.
     Example: ``Scenario("8", num_groups=1, num_samples=8, length=fixed(40))`` is one group of eight.
     """
 
@@ -32,6 +33,8 @@ class Scenario:
     length: Lengths
     num_waves: int = 1
     ends_itself: bool = False
+    suite: str = "arithmetic_sentences"
+    depths: tuple[int, ...] = (1, 3)
     untrained: float | None = None
     trained: float | None = None
 
@@ -55,9 +58,12 @@ def scenarios(num_new_tokens: int) -> dict[str, Scenario]:
     found = (
         Scenario("64", 8, 8, fixed(LONGEST_IN_JOB), ends_itself=True, untrained=0.99, trained=1.02),
         Scenario("64_tail", 64, 1, long_tail, untrained=1.08, trained=1.15),
+        Scenario(
+            "longtail", 8, 8, fixed(LONGEST), ends_itself=True, suite="count", depths=(), untrained=1.1, trained=1.1
+        ),
         Scenario("8", 1, 8, same, num_waves=2, untrained=0.99, trained=1.05),
         Scenario("4", 1, 4, same, num_waves=2, untrained=1.3, trained=1.7),
-        Scenario("1", 1, 1, same, num_waves=4, untrained=1.8, trained=3.0),
+        Scenario("1", 1, 1, same, num_waves=4, depths=(1, 3, 7), untrained=1.8, trained=3.0),
     )
     return {each.name: each for each in found}
 

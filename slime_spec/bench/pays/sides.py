@@ -30,8 +30,6 @@ from slime_spec.types import GeneratedSample
 
 OFF, AUTO, FROM_HISTORY = "off", "auto", "history"
 AUTOMATIC = (AUTO, FROM_HISTORY)
-DEPTHS = (1, 3)
-ALONE_DEPTHS = (1, 3, 7)  # one sequence may draft deeper
 KV_CACHE_GB = 2.0  # the long tail's 64 sequences
 
 
@@ -59,7 +57,7 @@ def fixed_name(depth: int) -> str:
     return f"depth{depth}"
 
 
-def side_configs(options: BenchOptions, model_path: str, num_at_once: int) -> dict[str, Config]:
+def side_configs(options: BenchOptions, model_path: str, depths: Sequence[int]) -> dict[str, Config]:
     """Return the configurations of all sides, by name: a user's, without the numbers of a draft where automatic."""
     plain = engine_config(options.model, options.dtype)
     interval = EngineConfig.cost_probe_interval  # the shipped engine's: what its probes cost counts
@@ -70,7 +68,6 @@ def side_configs(options: BenchOptions, model_path: str, num_at_once: int) -> di
         return replace(plain, speculative=replace(plain.speculative, algorithm=algorithm, **settings))
 
     eagle3 = partial(speculating, EAGLE3.name, draft_model_path=options.draft, **VERIFICATIONS[options.rule])
-    depths = ALONE_DEPTHS if num_at_once == 1 else DEPTHS
     return {
         OFF: speculating(NONE.name),
         AUTO: eagle3(),
