@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -71,6 +72,21 @@ class SglangClient:
         other = SglangClient(url, call_timeout_s=self._call_timeout_s)
         other._session = self._session
         return other
+
+    @asynccontextmanager
+    async def apart(self) -> AsyncIterator[SglangClient]:
+        """Yield a client of the same server with connections of its own, for calls that the server may fail on.
+
+        A server closes the connection of a call that failed in it; whoever takes that connection next would see a
+        server that is gone.
+        """
+        other = SglangClient(self.url, call_timeout_s=self._call_timeout_s)
+        other._headers = self._headers
+        await other.open()
+        try:
+            yield other
+        finally:
+            await other.close()
 
     async def close(self) -> None:
         await self._session.close()

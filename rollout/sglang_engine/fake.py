@@ -23,12 +23,11 @@ from rollout.sglang_engine.fake_weights import FakeWeights
 from rollout.sglang_engine.recordings import recordings
 from slime_spec.config.addresses import address_of
 from slime_spec.sglang.flags import sglang_version
-from slime_spec.sglang.speculation_control import SWITCHES, RequestSwitch
+from slime_spec.sglang.speculation_control import SAMPLING_PARAMS, RequestSwitch
 
 VOCABULARY = 64
 CONTEXT_LENGTH = 512
 DRAFTS = 3
-OPT_OUT = SWITCHES[1]  # whose object SGLang has: it refuses fields there that it does not know
 
 
 def next_token(last: int, position: int) -> int:
@@ -92,8 +91,8 @@ class FakeServer(FakeWeights):
         sampling = body["sampling_params"]
         if len(body["input_ids"]) + sampling["max_new_tokens"] > CONTEXT_LENGTH:
             return await self._answer(request, body, _once(recordings()["errors"]["too_long"]), status=400)
-        if OPT_OUT.field in sampling and self.switch != OPT_OUT:
-            return await self._answer(request, body, _once(_unknown(OPT_OUT.field)), status=400)
+        if SAMPLING_PARAMS.field in sampling and self.switch != SAMPLING_PARAMS:
+            return web.Response(status=500, text="Internal Server Error")
         return await self._answer(request, body, self._chunks(body))
 
     async def _answer(
@@ -239,11 +238,6 @@ class FakeServer(FakeWeights):
 
 def _reference(path: str) -> Body:
     return {"anyOf": [{"$ref": f"#/components/schemas/{path[1:]}"}, {"type": "null"}]}
-
-
-def _unknown(field: str) -> Body:
-    """Return what SGLang answers to a field of sampling_params that it does not know."""
-    return {"error": {"message": f"Unexpected keyword argument '{field}'"}}
 
 
 async def _once(body: Body) -> AsyncIterator[Body]:

@@ -11,6 +11,7 @@ nothing is estimated: what a rollout without drafts would have taken cannot be k
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Coroutine
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +27,7 @@ from slime_spec.types import GeneratedSample, GroupRequest
 
 logger = logging.getLogger(__name__)
 
+Measure = Callable[..., Coroutine[Any, Any, Measurement]]
 SHAPING = ("temperature", "top_p", "top_k", "min_p")  # of a request, what acceptance depends on
 
 
@@ -33,11 +35,12 @@ class SpeculationSwitch:
     """Owns the meter and the policy of one engine's server; ``canary`` has the prompts that measurements use.
 
     ``benefit`` is what all rollouts took and would have taken without drafts, as far as that is known. Streams are
-    noted in the engine's asyncio loop, everything else comes from one thread at a time.
+    noted in the engine's asyncio loop, everything else comes from one thread at a time. ``measure`` runs a batch with
+    drafts and without.
     """
 
-    def __init__(self, server: KeptServer, canary: Canary) -> None:
-        self._server, self._canary = server, canary
+    def __init__(self, server: KeptServer, canary: Canary, measure: Measure = measure) -> None:
+        self._server, self._canary, self.measure = server, canary, measure
         self.meter = RoundMeter()
         self.control: SpeculationControl | None = None
         self.benefit = NetBenefit()
@@ -104,7 +107,7 @@ class SpeculationSwitch:
 
     def _find_control(self) -> None:
         server = self._server
-        switch = server.loop.call(find_switch(server.client, self._canary.prompts[0]))
+        switch = server.loop.call(find_switch(server.client, self._canary.prompts[0], server.info.version))
         self.control = SpeculationControl(switch, decides_by_batch(server.info))
         logger.info(
             "speculation control level=%s version=%s: %s", self.control.level, server.info.version, self.control.told
@@ -128,7 +131,7 @@ class SpeculationSwitch:
 
     def _measure(self, policy: RolloutSwitch, switch: RequestSwitch, size: int, learns_acceptance: bool) -> None:
         start, canary = perf_counter(), self._canary
-        measuring = measure(self._server.client, canary.prompts, self._sampling, canary.num_tokens, size, switch)
+        measuring = self.measure(self._server.client, canary.prompts, self._sampling, canary.num_tokens, size, switch)
         measured: Measurement = self._server.loop.call(measuring)
         for ratio in measured.break_even:
             policy.break_even.observe(size, ratio)

@@ -16,7 +16,7 @@ from uuid import uuid4
 from rollout.sglang_engine.canary import LONGEST_S, NoAnswer, counters_of
 from rollout.sglang_engine.client import ServerRefused, SglangClient
 from rollout.sglang_engine.round_meter import RoundMeter
-from slime_spec.sglang.speculation_control import SWITCHES, RequestSwitch
+from slime_spec.sglang.speculation_control import RequestSwitch, switches_to_try
 from slime_spec.speculation.rollout_switch import BatchUse
 
 TRIAL_TOKENS = 8
@@ -60,19 +60,20 @@ class Measurement:
         return [length * drafted.token_s / plain.token_s for drafted, plain in self.pairs]
 
 
-async def find_switch(client: SglangClient, prompt: Sequence[int]) -> RequestSwitch | None:
-    """Return the field by which a request opts out; None where the server has none.
+async def find_switch(client: SglangClient, prompt: Sequence[int], version: str) -> RequestSwitch | None:
+    """Return the field by which a request opts out; None where the server, of this version, has none.
 
     Raises NoAnswer where the server does not speculate at all, or answers otherwise than it should; ServerGone.
     """
     if not await _num_rounds(client, _request(prompt, {"temperature": 0.0}, TRIAL_TOKENS)):
         raise NoAnswer("a request without any switch came back without a verify round")
-    for switch in SWITCHES:
-        try:
-            if not await _num_rounds(client, switch.put(_request(prompt, {"temperature": 0.0}, TRIAL_TOKENS))):
-                return switch
-        except ServerRefused:  # it does not know the field
-            continue
+    for switch in switches_to_try(version):
+        async with client.apart() as trial:
+            try:
+                if not await _num_rounds(trial, switch.put(_request(prompt, {"temperature": 0.0}, TRIAL_TOKENS))):
+                    return switch
+            except ServerRefused:  # it does not know the field
+                continue
     return None
 
 

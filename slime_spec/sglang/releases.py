@@ -96,6 +96,13 @@ CHANGES = (
     Change("0.5.21", weight_contract=SELECTOR),
 )
 
+NEWEST_READ = "0.5.23"
+
+
+def was_read(text: str) -> bool:
+    """Return whether a version is no newer than what was read; a build from source ("0.0.0.dev1") is."""
+    return (0, 0, 0) < _numbers(text) <= _numbers(NEWEST_READ)
+
 
 def since(fact: Ability | WeightContract | Generation) -> str:
     """Return the first release with an ability, a weight contract or a generation of metadata: "0.5.21"."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from slime_spec.sglang.releases import was_read
 from slime_spec.sglang.server_info import ServerInfo
 
 Level = Literal["requests", "batches", "nothing"]
@@ -32,10 +33,17 @@ class RequestSwitch:
 
 
 # RTP-LLM's, which the server of this project has too; and what SGLang's RFC 30263 proposes.
-SWITCHES = (
-    RequestSwitch("extra_config", "force_disable_sp_run"),
-    RequestSwitch("sampling_params", "disable_speculative_decoding"),
-)
+EXTRA_CONFIG = RequestSwitch("extra_config", "force_disable_sp_run")
+SAMPLING_PARAMS = RequestSwitch("sampling_params", "disable_speculative_decoding")
+
+
+def switches_to_try(version: str) -> tuple[RequestSwitch, ...]:
+    """Return the spellings to try on a server of this version.
+
+    Servers ignore objects that they do not know. A field of sampling_params that SGLang does not know is an internal
+    error with a traceback in its log, and harms nothing else: releases that were read are not asked for it.
+    """
+    return (EXTRA_CONFIG,) if was_read(version) else (EXTRA_CONFIG, SAMPLING_PARAMS)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ TRAPS: tuple[Trap, ...] = (
     shape.chain_tokens,
     shape.adaptive,
     shape.adaptive_steps,
+    shape.adaptive_on_cpu,
     shape.speculation_control,
     metrics.metadata_keys,
     metrics.acceptance_bar,

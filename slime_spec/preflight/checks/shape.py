@@ -91,6 +91,24 @@ def _against_adaptive(facts: Facts) -> list[str]:
 
 
 @trap(
+    "adaptive-on-cpu",
+    "At its start adaptive speculation captures a graph for each depth. On a CPU no attention backend can: the server "
+    "ends with NotImplementedError, unless graphs are disabled.",
+    DOCS,
+)
+def adaptive_on_cpu(facts: Facts) -> Sighting | None:
+    is_off = facts.flags.get("disable_cuda_graph") or facts.flags.get("cuda_graph_backend_decode") == "disabled"
+    if facts.on_gpu or is_off or not facts.flags.get("speculative_adaptive") or _against_adaptive(facts):
+        return None
+    return Sighting(
+        Severity.ERROR,
+        "--speculative-adaptive on a CPU, without --sglang-disable-cuda-graph",
+        "Pass --sglang-disable-cuda-graph.",
+        ("--sglang-disable-cuda-graph",),
+    )
+
+
+@trap(
     "speculation-control",
     "Drafts that pay for one sequence cost more than they bring for many. The embedded engine decides in every round. "
     "SGLang's requests cannot opt out, as far as its versions were read (the engine tries it on the running server: "
@@ -109,8 +127,7 @@ def speculation_control(facts: Facts) -> Sighting | None:
             Severity.INFO,
             f"SGLang {facts.release.text} drafts at every batch, whether that pays or not "
             f"({', '.join(reasons)}); {unknown}",
-            f"Compare with --speculative-algorithm {NONE.name} at the run's batch: slime-spec bench sglang --only "
-            "speed.",
+            f"Compare with --speculative-algorithm {NONE.name} at the run's batch: part speed of bench sglang.",
         )
     if facts.flags.get("speculative_adaptive"):
         return Sighting(
