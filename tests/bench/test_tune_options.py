@@ -175,8 +175,11 @@ def test_flags_of_a_candidate_make_its_settings_again(policy: Path, draft: Path)
     assert [each.changes_tokens for each in rules.values()] == [False, True, True]
     for each in rules.values():
         assert compose([*each.flags()]).speculative == each.settings
-        fixed = replace(each.settings, num_steps=3, eagle_topk=1)
-        assert compose([*each.flags(depth=3)]).speculative == fixed
+        fixed = replace(each.settings, num_steps=3, eagle_topk=1, draft_model_quantization="int8")
+        assert compose([*each.flags(depth=3)]).speculative == fixed, "rounded as where the engine decides"
+        assert each.alone.settings == replace(each.settings, history=False)
+        assert compose([*each.alone.flags()]).speculative == each.alone.settings
+        assert each.alone.flags(depth=3) == each.flags(depth=3)
     for text in text_candidates(has_texts=True):
         assert compose([*text.flags()]).speculative.algorithm == text.name
 

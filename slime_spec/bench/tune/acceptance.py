@@ -65,9 +65,9 @@ def measure_acceptance(cores: Cores, candidates: Sequence[Candidate], workload: 
     """Measure every candidate on the same requests; a network's rounds of other sizes follow, for their costs."""
     found = []
     for number, candidate in enumerate(candidates, start=1):
-        side = cores.side(candidate)
+        side = cores.side(candidate.alone)
         tell(f"acceptance by position, {number} of {len(candidates)}: {candidate.title}")
-        deepest = Side(candidate, side.core, side.max_depth)
+        deepest = Side(side.candidate, side.core, side.max_depth)
         found.append(acceptance_of(candidate, deepest.run(workload.waves(AT_ONCE, 0))))
         if candidate.has_network:
             fit_drafting(side.core, lambda batch: workload.waves(batch, 1, FITTED_TOKENS)[0])

@@ -15,7 +15,7 @@ from slime_spec.checkpoints.families import FORMAT_OF
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder, architecture_of
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.schema import settings
-from slime_spec.config.speculation import check_speculation
+from slime_spec.config.speculation import check_speculation, draft_quantization
 from slime_spec.config.speculative import SpeculativeConfig
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -27,11 +27,15 @@ NODE = "speculative"
 
 @dataclass(frozen=True)
 class Candidate:
-    """Holds one drafter's settings, its number of drafts left to the engine; ``rule`` is "" where no network drafts."""
+    """Holds one drafter's settings, its number of drafts left to the engine; ``rule`` is "" where no network drafts.
+
+    ``quantization`` is what the engine rounds a network's draft to where it decides the number of drafts.
+    """
 
     name: str
     settings: SpeculativeConfig
     rule: str = ""
+    quantization: str | None = None
 
     @property
     def title(self) -> str:
@@ -46,12 +50,22 @@ class Candidate:
         """Return whether a seed's tokens differ from those without speculation."""
         return any(getattr(self.settings, name) for name in OF_RULES)
 
+    @property
+    def alone(self) -> Candidate:
+        """Return the candidate with nothing before its network: acceptance and fixed lengths are of the network."""
+        if not self.has_network:
+            return self
+        return replace(self, settings=replace(self.settings, history=False))
+
     def flags(self, depth: int | None = None) -> tuple[str, ...]:
-        """Return flags of train; with ``depth`` of a chain as long in every round."""
+        """Return flags of train; with ``depth`` of a chain as long in every round, of the network alone."""
         chosen = self.settings
         if depth is not None:
             topk = 1 if chosen.record.has_numbers else chosen.eagle_topk
             chosen = replace(chosen, num_steps=depth, eagle_topk=topk)
+        if depth is not None and self.has_network:
+            rounded = self.quantization or chosen.draft_model_quantization
+            chosen = replace(chosen, history=None, draft_model_quantization=rounded)
         return flags_of(chosen)
 
 
@@ -64,7 +78,8 @@ def flags_of(chosen: SpeculativeConfig) -> tuple[str, ...]:
         value = getattr(chosen, setting.path.partition(".")[2])
         if value == setting.default:
             continue
-        words.append(setting.flags[0].replace("--sglang-speculative-", "--speculative-"))
+        flag = setting.flags[0].replace("--sglang-speculative-", "--speculative-")
+        words.append(f"--no-{flag[2:]}" if value is False else flag)
         if setting.type is not bool:
             words.append(str(value))
     return tuple(words)
@@ -96,7 +111,7 @@ def draft_candidates(config: Config, drafts: Sequence[str], target: ModelSpec) -
         name = _name(each)
         while name in candidates:
             name += "'"
-        candidates[name] = Candidate(name, each)
+        candidates[name] = Candidate(name, each, quantization=draft_quantization(of_draft))
     return list(candidates.values())
 
 

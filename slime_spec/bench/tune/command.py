@@ -88,7 +88,7 @@ def _sweep(
     )
     batches = [measure_batch(cores, plan, workload, size, perf_counter) for size in sizes]
     best = leading(cores, of, sizes[0], context)
-    side = cores.side(best or next(iter(of)))
+    side = cores.side((best or next(iter(of))).alone)
     return acceptance, batches, best, costs_of(side.core)
 
 
@@ -108,5 +108,5 @@ def _best_rules(
         kept[best] = acceptance[best]
         for other in group:
             if other is not best:
-                cores.drop(other)
+                cores.drop(other.alone)
     return kept

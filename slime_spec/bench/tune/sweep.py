@@ -105,7 +105,7 @@ def leading(cores: Cores, of: Of, batch: int, context: int) -> Candidate | None:
     networks = [each for each in of if each.has_network]
 
     def predicted(candidate: Candidate) -> float:
-        return length_by_costs(cores.side(candidate).costs, of[candidate].rates, batch, context)[1]
+        return length_by_costs(cores.side(candidate.alone).costs, of[candidate].rates, batch, context)[1]
 
     return max(networks, key=predicted, default=None)
 
@@ -129,11 +129,11 @@ def chosen_sides(cores: Cores, of: Of, batch: int, context: int) -> tuple[list[S
             predicted[side.name] = expected
     if best is None:
         return sides, predicted, None
-    side, found = cores.side(best), of[best]
+    side, found = cores.side(best.alone), of[best]
     lengths = lengths_of(side, found, batch, context)
     wanted = {*SHORT, lengths.by_formula, lengths.by_costs, *([LONG] if batch == 1 else [])}
     for depth in sorted(each for each in wanted if 0 < each <= len(found.rates)):
-        fixed = cores.side(best, depth)
+        fixed = cores.side(best.alone, depth)
         expected = speed_up(side.costs, found.rates, batch, context, depth)
         if expected >= WORTH_MEASURING:
             sides.append(fixed)
@@ -197,7 +197,7 @@ def assumed_speed_ups(cores: Cores, plan: Plan, batch: int, context: int) -> tup
     count as free, which bounds what any draft would bring.
     """
     best = leading(cores, plan.of, batch, context)
-    side = cores.side(best or next(iter(plan.of)))
+    side = cores.side((best or next(iter(plan.of))).alone)
     costs = side.costs if best else side.costs.with_free_drafts()
     depth = CONTROLLED_CHAIN[0]
     found = (
