@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from rollout.sglang_engine.recordings import recordings
+from rollout.sglang_engine.speculation_trial import find_switch
 from slime_spec.errors import PushError
+from slime_spec.sglang.releases import NEWEST_READ
 from slime_spec.speculation.counters import pooled
 from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
 from slime_spec.weights.messages import PauseMode
@@ -83,6 +85,17 @@ def within_budget(spec: SpecCounters) -> list[tuple[int, ...]]:
                 moved.pop()
             found.append(tuple(moved))
     return found
+
+
+@on("EAGLE3")
+def test_a_request_cannot_opt_out_of_speculation_and_trying_harms_nothing(real: Real) -> None:
+    """An unknown field of sampling_params is an internal error there; the next calls are answered."""
+    before = [sample.token_ids for sample in real.generate(NUM_TOKENS)]
+    loop, client = real.engine.server.loop, real.engine.client
+    for version in (NEWEST_READ, "99.0"):
+        assert loop.call(find_switch(client, PROMPTS[0], version)) is None
+        assert loop.call(client.get("/server_info"))["speculative_algorithm"] == "EAGLE3"
+    assert [sample.token_ids for sample in real.generate(NUM_TOKENS)] == before
 
 
 @on("STANDALONE")
