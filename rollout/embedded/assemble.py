@@ -25,6 +25,7 @@ from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
 from slime_spec.sglang.draft_shape import embedded_shape
+from slime_spec.speculation.draft_temperature import draft_temperatures
 
 
 def make_graphs(config: Config, device: torch.device) -> Graphs | None:
@@ -70,8 +71,9 @@ class Assembly:
         speculative, builder = self.config.speculative, self.builder(self.device)
         for name, tensor in self.tensors():
             builder.add(name, tensor)
+        shape = embedded_shape(speculative, self.spec.architecture)
         settings = CoreSettings(
-            shape=embedded_shape(speculative, self.spec.architecture),
+            shape=shape,
             speculates=drafter is not None or speculative.record.speculates,
             max_running=self.config.engine.max_running_requests,
             engine_index=engine_index,
@@ -80,6 +82,7 @@ class Assembly:
             cost_probe_interval=self.config.engine.cost_probe_interval,
             graphs=self.graphs,
             is_automatic=drafter is None and speculative.is_automatic,
+            draft_temperatures=draft_temperatures(speculative, shape),
             cost_clock=cost_clock,
             max_positions=min(self.limits.context_length, self.limits.max_total_tokens),
         )

@@ -34,10 +34,12 @@ from rollout.embedded.request import Group, OnFailure, OnProgress, OnSample, Sam
 from rollout.embedded.speculation import Speculation
 from rollout.embedded.stop import Ending, StopRule
 from rollout.embedded.target import PassOutput, Target, Timing
+from rollout.embedded.tempering import Tempering
 from rollout.embedded.unread import AnyDraft, placement
 from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
 from slime_spec.errors import GenerationError
 from slime_spec.sglang.draft_shape import DraftShape
+from slime_spec.speculation.draft_temperature import DraftTemperature
 from slime_spec.types import GroupRequest
 from slime_spec.weights.messages import PauseMode, Side
 
@@ -57,6 +59,7 @@ class CoreSettings:
     cost_probe_interval: int = 0
     is_automatic: bool = False  # a controller decides how deep to draft
     max_positions: int = 1 << 20  # of the longest sequence
+    draft_temperatures: tuple[float, ...] = ()  # of sampled drafts, to choose from
     cost_clock: Callable[[], float] | None = None  # tells what rounds cost; the core's clock if None
     graphs: Graphs | None = None
 
@@ -90,6 +93,8 @@ class GenerationCore:
         self.speculation = Speculation(
             drafter, settings.shape, settings.speculates, self.target, self.timing, clock, self.cost_clock
         )
+        if settings.draft_temperatures:
+            self.speculation.tempering = Tempering(DraftTemperature(settings.draft_temperatures))
         self.batch = Batch(cache, settings.max_running, self.speculation.headroom, drafter.cache)
         self._prefiller = Prefiller(self.batch, self.target, self.speculation)
         self._stop_rule, self._clock, self.verifier = stop_rule, clock, verifier
@@ -286,7 +291,10 @@ class GenerationCore:
             inputs.append(sequence.token_ids[-1])
             inputs.extend(draft.token_ids if isinstance(draft, Draft) else [0] * draft.num_tokens)
         output = self.target.run(self.cache.own, spans, inputs, placement(drafts))
-        verified = self.verifier(self.target.logits(output.hidden), list(map(self._verify_row, running, drafts)))
+        rows, logits = list(map(self._verify_row, running, drafts)), self.target.logits(output.hidden)
+        verified = self.verifier(logits, rows)
+        if self.speculation.tempering is not None:
+            self.speculation.tempering.weigh(logits, rows)
         return output, spans, verified
 
     def _verify_row(self, sequence: SampleState, draft: AnyDraft) -> VerifyRow:

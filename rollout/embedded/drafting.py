@@ -84,6 +84,9 @@ class DraftContext(NamedTuple):
     that the first draft of this round uses ``uniforms[len(token_ids) - num_prompt_tokens]``. ``noise`` is the target's
     own in the races of these tokens. ``earlier`` are whole replies to the same prompt that came with the request,
     oldest first.
+
+    Drafts that are sampled are drawn at ``draft_temperature`` times the request's own. ``on_first_distribution``, where
+    there is one, wants what the first of them was drawn from [vocab]; no other drafter calls it.
     """
 
     request_key: int
@@ -97,6 +100,8 @@ class DraftContext(NamedTuple):
     uniforms: Sequence[float]
     earlier: Sequence[EarlierReply] = ()
     noise: Noise | None = None
+    draft_temperature: float = 1.0
+    on_first_distribution: Callable[[torch.Tensor], None] | None = None
 
 
 class Outcome(NamedTuple):

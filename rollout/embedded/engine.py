@@ -126,6 +126,7 @@ class EmbeddedEngine:
             benefit=core.speculation.benefit,
             pays_up_to=core.speculation.pays_up_to,
             costs=self._costs,
+            draft_temperature=core.speculation.draft_temperature,
         )
 
     @property

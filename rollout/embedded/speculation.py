@@ -24,6 +24,7 @@ from rollout.embedded.drafting import DraftContext, Drafter, LearningDrafter, Ou
 from rollout.embedded.plan import RowSpan, tree_shape
 from rollout.embedded.request import Group, SampleState
 from rollout.embedded.target import PassOutput, Target, Timing
+from rollout.embedded.tempering import Tempering
 from rollout.embedded.unread import AnyDraft
 from rollout.embedded.verification.verifier import Verified
 from slime_spec.sglang.draft_shape import DraftShape
@@ -69,6 +70,7 @@ class Speculation:
     cost_clock: Callable[[], float]
     controller: Controller | None = None
     costs: RoundCosts | None = None
+    tempering: Tempering | None = None  # where drafts are sampled
     benefit: NetBenefit = field(default_factory=NetBenefit)
     remaining: RemainingTokens = field(default_factory=RemainingTokens)
     _schedule: PlainSchedule = field(default_factory=PlainSchedule)
@@ -97,6 +99,11 @@ class Speculation:
             self.controller = Controller(costs, shape.num_steps, shape.num_draft_tokens - 1, not self.has_network)
             self._max_running = max_running
             self._report(self.controller)
+
+    @property
+    def draft_temperature(self) -> float | None:
+        """Return the temperature that sampled drafts have now, None where drafts are not sampled."""
+        return None if self.tempering is None else self.tempering.temperature
 
     @property
     def has_network(self) -> bool:
@@ -139,6 +146,8 @@ class Speculation:
     def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int], propose: Propose) -> list[AnyDraft]:
         drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
         contexts = [self._context(batch, row, depths[row]) for row in rows]
+        if self.tempering is not None:
+            contexts = self.tempering.tempered(contexts, rows)
         if contexts:
             with self._timed():
                 proposed = propose(contexts)

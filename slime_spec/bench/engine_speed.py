@@ -23,22 +23,23 @@ PARTS = {
     "plain": f"{HERE}.plain:measure",
     "peers": f"{HERE}.against_peers:measure",
     "eagle3": f"{HERE}.eagle3:measure",
+    "draft_temperature": f"{HERE}.draft_temperature:measure",
     "lookup": f"{HERE}.advice:measure",
     "cost": f"{HERE}.cost:measure",
     "rounds": f"{HERE}.round_costs:measure",
     "exactness": f"{HERE}.exactness:measure",
 }
+ON_THE_CPU = {"peers": "they are CPU engines", "draft_temperature": "its races run on the CPU"}
 MOST_PROMPTS = 128  # more than any part has
-NEED_THE_DRAFT = {"peers", "eagle3", "cost", "rounds", "exactness"}
+NEED_THE_DRAFT = {"peers", "eagle3", "draft_temperature", "cost", "rounds", "exactness"}
 
 
 def prepare(options: BenchOptions) -> None:
     """See Benchmark; by default one thread computes, as in every peer."""
-    if options.num_gpus and "peers" in options.parts:
-        ours = " ".join(part for part in options.parts if part != "peers") or "plain"
-        raise ConfigError(
-            "--only", "must leave out peers on a GPU: they are CPU engines", "peers", f"Pass --only {ours}."
-        )
+    for part, why in ON_THE_CPU.items():
+        if options.num_gpus and part in options.parts:
+            ours = " ".join(each for each in options.parts if each not in ON_THE_CPU) or "plain"
+            raise ConfigError("--only", f"must leave out {part} on a GPU: {why}", part, f"Pass --only {ours}.")
     check_num_gpus(options.num_gpus)
     chosen_shapes(options)
     if options.model_shape is None:
@@ -90,7 +91,9 @@ def add_flags(parser: ArgumentParser) -> None:
         help="of part cost: an engine of this shape with random weights, target and draft, in place of --model and "
         f"--draft: {', '.join(MODEL_SHAPES)}",
     )
-    parser.add_argument("--num-prompts", metavar="N", type=int, help="of parts exactness and eagle3: at most so many")
+    parser.add_argument(
+        "--num-prompts", metavar="N", type=int, help="of parts exactness, eagle3 and draft_temperature: at most so many"
+    )
     parser.add_argument(
         "--seconds",
         metavar="S",

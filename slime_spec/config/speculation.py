@@ -77,6 +77,7 @@ def check_speculation(config: Config) -> None:
     check_shape(spec)
     _check_sampled_drafts(spec)
     _check_coupling(config)
+    _check_draft_temperature(config)
     _check_thresholds(config)
     _check_lookup(config)
     if record.takes_corpus:
@@ -127,6 +128,11 @@ def speculation_notes(config: Config) -> Iterator[str]:
         yield (
             f"speculative.use_gumbel_coupling draws the target's tokens; a tree (eagle_topk={spec.eagle_topk}) has the "
             "draft's likeliest tokens all the same."
+        )
+    if spec.draft_temperature is not None and not (spec.draws_chains and spec.record.has_numbers):
+        yield (
+            f"speculative.draft_temperature={spec.draft_temperature:g} has no effect: no draft is sampled. Pass "
+            "--speculative-use-gumbel-coupling, or another rule that samples, with a draft model."
         )
     if spec.lossy and spec.accept_threshold_single == spec.accept_threshold_acc == 1.0 and spec.record.speculates:
         yield "speculative.lossy has no effect: both acceptance thresholds are 1, and the output is exact."
@@ -246,6 +252,17 @@ def _check_coupling(config: Config) -> None:
             "is exact and has no threshold; speculative.accept_threshold_single and _acc must be 1",
             True,
             f"Drop {flag}, or the thresholds.",
+        )
+
+
+def _check_draft_temperature(config: Config) -> None:
+    temperature = config.speculative.draft_temperature
+    if temperature is not None and kind_of(config).has_servers:
+        raise ConfigError(
+            "speculative.draft_temperature",
+            f"is the embedded engine's: {config.rollout.engine} samples drafts at the request's own temperature",
+            temperature,
+            "Drop --speculative-draft-temperature, or pass --rollout-engine embedded.",
         )
 
 

@@ -85,6 +85,16 @@ class SpeculativeConfig:
         "changes no token of a seed.",
         flags=("--speculative-use-gumbel-coupling",),
     )
+    draft_temperature: float | None = setting(
+        None,
+        "Temperature of sampled drafts over the request's own (embedded engine). Default, or auto: the engine chooses "
+        "it by how much earlier drafts had in common with the policy; 1 where a seed's tokens would come to depend on "
+        "that, which is under rejection sampling and block verification where a number of a draft is set.",
+        flags=("--speculative-draft-temperature",),
+        is_automatic=True,
+        minimum=0.01,
+        maximum=10.0,
+    )
     token_map: str | None = setting(
         None, f"{EAGLE.name}: file of the hot token ids its head is cut to.", flags=("--sglang-speculative-token-map",)
     )

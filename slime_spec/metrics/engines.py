@@ -43,6 +43,9 @@ def benefit_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats])
     limits = [each.pays_up_to for each in after if each.pays_up_to is not None]
     if limits:
         metrics["spec/pays_up_to_batch"] = float(min(limits))
+    temperatures = [each.draft_temperature for each in after if each.draft_temperature is not None]
+    if temperatures:
+        metrics["spec/draft_temperature"] = sum(temperatures) / len(temperatures)
     return metrics
 
 

@@ -135,6 +135,12 @@ TABLE = (
         "engines; 0 where it pays nowhere. Where the engine decides how deep to draft.",
     ),
     Metric(
+        "spec/draft_temperature",
+        "x",
+        "Temperature of sampled drafts at the step's end over the requests' own, the mean of the engines; it falls as "
+        "the policy sharpens, where the embedded engine chooses it.",
+    ),
+    Metric(
         "engine/speculating",
         "share",
         "Engines that speculate, over all engines; it falls where a canary's alarm has disabled speculation.",

@@ -273,6 +273,7 @@ def test_a_gpu_that_cannot_be_used_is_refused(
         ("device", ["--shapes", "9b"], "--shapes", "must be one of"),
         ("device", ["--batch-sizes", "0"], "--batch-sizes", "at least 1"),
         ("engine", ["--num-gpus", "1", "--only", "plain", "peers"], "--only", "Pass --only plain."),
+        ("engine", ["--num-gpus", "1", "--only", "eagle3", "draft_temperature"], "--only", "Pass --only eagle3."),
         ("engine", ["--num-gpus", "-1"], "--num-gpus", "at least 0"),
         ("engine", ["--shapes", "s3k1n5"], "--shapes", "s3k1n4"),
         ("engine", ["--dtypes", "float8"], "slime-spec bench engine", "--dtypes"),

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,12 @@ def test_a_scenario_on_tiny_models_has_every_row_and_no_reply_that_differs(optio
         assert 0.0 <= rows[f"pays.untrained.4.{name}.plain_steps"].value <= 1.0
         assert 0 <= rows[f"pays.untrained.4.{name}.pays_up_to"].value <= 64
         assert 0.2 < rows[f"pays.untrained.4.{name}.net_speedup_est"].value < 8.0
+
+
+def test_with_races_every_side_draws_by_them_and_no_reply_differs(options: BenchOptions) -> None:
+    rows = by_id(measure_scenario(replace(options, rule="gumbel", num_rounds=1), FOUR, PROMPTS))
+    assert rows["pays.untrained.gumbel.4.same_replies"].value == 1.0
+    assert "16 replies of auto, depth1, depth3, history" in rows["pays.untrained.gumbel.4.same_replies"].what
 
 
 def by_id(rows: list[Row]) -> dict[str, Row]:

@@ -16,6 +16,7 @@ from slime_spec.bench.cost import CostSizes, measure_cost, time_passes
 from slime_spec.bench.device.random_model import SHAPES as MODEL_SHAPES
 from slime_spec.bench.device.random_model import shape_config
 from slime_spec.bench.draft_cost import DraftSizes, measure_draft
+from slime_spec.bench.draft_temperature import TemperatureSizes, first_accepted, measure_temperatures
 from slime_spec.bench.drafts import Shape, eagle3_config, vllm_draft_folder
 from slime_spec.bench.eagle3 import Eagle3Sizes, best_rows, measure_eagle3
 from slime_spec.bench.exactness import ExactnessSizes, divergence_margins, logit_noise, measure_exactness, speculating
@@ -32,6 +33,8 @@ from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.errors import ConfigError
+from slime_spec.speculation.draft_temperature import TEMPERATURES
+from slime_spec.types import SpecCounters
 from tests.support.embedded_harness import random_prompt
 from tests.support.tiny_drafts import EAGLE3, make_tiny_draft
 from tests.support.tiny_models import make_tiny_checkpoint
@@ -141,6 +144,24 @@ def test_the_eagle3_part_names_the_best_shape_and_compares_verifications(options
     plain = "eagle3.fp32.b4.plain"
     assert rows[f"{plain}.decode_tokens_per_s"].value > 0
     assert rows[f"{plain}.decode_tokens_per_s"].value != rows[f"{plain}.tokens_per_s"].value
+
+
+def test_the_draft_temperature_part_compares_a_drafts_own_distribution_with_a_chosen_one(options: BenchOptions) -> None:
+    sizes = TemperatureSizes(1, 8, (1.0, 0.3), 4, Shape(2, 1, 3), "float32")
+    rows = by_id(measure_temperatures(options, PROMPTS, sizes))
+    for temperature in ("t1", "t0.3"):
+        for side in ("target_only.likeliest", "gumbel.own", "rejection.own", "rejection.chosen", "block.chosen"):
+            prefix = f"draft_temperature.{temperature}.{side}"
+            assert 0.0 <= rows[f"{prefix}.first_accepted"].value <= 1.0
+            assert 1.0 <= rows[f"{prefix}.tokens_a_round"].value <= 3.0
+        assert rows[f"draft_temperature.{temperature}.gumbel.chosen.temperature"].value in TEMPERATURES
+        assert rows[f"draft_temperature.{temperature}.block.gain"].value > 0
+        assert f"draft_temperature.{temperature}.block.own.temperature" not in rows
+
+
+def test_first_drafts_are_counted_over_the_rounds_that_drafted() -> None:
+    spec = SpecCounters(num_rounds=10, num_proposed=30, histogram=(5, 3, 0, 2), num_drafted=24, num_empty_rounds=2)
+    assert first_accepted(spec) == 5 / 8
 
 
 def test_a_part_whose_seconds_are_over_says_what_it_left_out(options: BenchOptions) -> None:

@@ -47,6 +47,8 @@ def test_a_texts_advice_needs_lookup() -> None:
         f"{EAGLE3} --speculative-num-steps 3 --speculative-use-rejection-sampling",
         f"{EAGLE3} --speculative-use-rejection-sampling --speculative-use-block-verification",
         f"{EAGLE3} --speculative-use-gumbel-coupling",
+        f"{EAGLE3} --speculative-use-gumbel-coupling --speculative-draft-temperature 0.5",
+        f"{EAGLE3} --speculative-draft-temperature auto",
         f"{EAGLE3} --speculative-use-gumbel-coupling --speculative-num-steps 3",
         f"{EAGLE3} --sp-quantization INT8",
         f"{EAGLE3} --sp-quantization FP8 --rollout-num-gpus-per-engine 1 --no-colocate",
@@ -68,6 +70,12 @@ def test_races_draw_tokens_without_a_draft_model_too(argv: str) -> None:
     made = compose([*argv.split(), "--speculative-use-gumbel-coupling"])
     assert made.speculative.use_gumbel_coupling
     assert list(notes(made)) == []
+
+
+@pytest.mark.parametrize("argv", [EAGLE3, f"{NGRAM} --speculative-use-gumbel-coupling"])
+def test_a_draft_temperature_is_told_to_have_no_effect_where_nothing_is_sampled(argv: str) -> None:
+    (note,) = notes(compose(f"{argv} --speculative-draft-temperature 0.5".split()))
+    assert "draft_temperature=0.5 has no effect" in note
 
 
 def test_a_tree_that_races_do_not_draw_is_told() -> None:

@@ -49,8 +49,8 @@ def test_shares_of_time_are_those_of_the_step_over_all_engines() -> None:
 def test_the_estimate_counts_whole_rollouts_of_all_engines_since_the_step_began() -> None:
     before = [replace(IDLE, benefit=NetBenefit(10.0, 8.0, 1.0, 6.0, 3.0)), IDLE]
     after = [
-        replace(IDLE, benefit=NetBenefit(13.0, 14.0, 1.2, 8.0, 4.0), pays_up_to=6),
-        replace(IDLE, benefit=NetBenefit(1.0, 1.0, 0.0, 0.0, 0.0), pays_up_to=4),
+        replace(IDLE, benefit=NetBenefit(13.0, 14.0, 1.2, 8.0, 4.0), pays_up_to=6, draft_temperature=0.4),
+        replace(IDLE, benefit=NetBenefit(1.0, 1.0, 0.0, 0.0, 0.0), pays_up_to=4, draft_temperature=0.8),
     ]
     assert benefit_metrics(before, after) == pytest.approx(
         {
@@ -58,6 +58,7 @@ def test_the_estimate_counts_whole_rollouts_of_all_engines_since_the_step_began(
             "spec/net_speedup_err": 0.2 / 4.0,
             "spec/break_even_length": 2.0 / 1.0,
             "spec/pays_up_to_batch": 4.0,
+            "spec/draft_temperature": 0.6,
         }
     )
 

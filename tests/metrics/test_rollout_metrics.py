@@ -133,7 +133,12 @@ def said_by_engines() -> dict[str, float]:
     idle = EngineStats(0, 0, 0, 0, 100, True, 0)
     canary = SpecCounters(num_rounds=3, histogram=(1, 2))
     times = replace(
-        idle, time_total_s=2.0, time_in_forward_s=1.0, benefit=NetBenefit(5.0, 7.0, 0.5, 3.0, 2.0), pays_up_to=6
+        idle,
+        time_total_s=2.0,
+        time_in_forward_s=1.0,
+        benefit=NetBenefit(5.0, 7.0, 0.5, 3.0, 2.0),
+        pays_up_to=6,
+        draft_temperature=0.6,
     )
     worked = replace(times, canary=canary)
     return {

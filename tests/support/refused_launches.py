@@ -89,6 +89,11 @@ SPECULATIVE_CONTRADICTIONS = (
         "--rollout-engine embedded",
     ),
     (
+        f"{EAGLE3} --speculative-use-rejection-sampling --speculative-draft-temperature 0.5 --rollout-engine sglang",
+        "draft_temperature",
+        "--rollout-engine embedded",
+    ),
+    (
         f"{EAGLE3} --speculative-use-gumbel-coupling --rollout-num-gpus-per-engine 1 --no-colocate",
         "use_gumbel_coupling",
         "--rollout-num-gpus-per-engine 0",

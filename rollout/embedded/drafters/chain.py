@@ -7,6 +7,7 @@ already, and a draft that is dropped for what came after its first token would b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from rollout.embedded.unread import ENDED, DraftsOnDevice, UnreadDraft
 from rollout.embedded.verification.distributions import sampling_distribution
 from rollout.embedded.verification.draw import argmax, inverse_cdf
 from rollout.embedded.verification.race import race
-from slime_spec.types import is_greedy
+from slime_spec.types import GREEDY_BELOW_TEMPERATURE, SamplingParams, is_greedy
 
 
 def chain_limit(context: DraftContext) -> int:
@@ -43,7 +44,7 @@ def grow_chains(
 
     ``first`` follows each row's root; ``next_slots[row]`` is where its first drafted token's keys go. Requests that
     sample get tokens drawn as ``drawing`` says; where they are SAMPLED, from softmax(logits / T), ``Draft.q_draft``
-    says so.
+    says so. T is the request's temperature times the context's ``draft_temperature``.
     """
     num_steps = chain_steps(contexts, num_steps)
     sampler = chain_sampler(contexts, num_steps, drawing)
@@ -102,17 +103,19 @@ def draw_greedy(logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Te
 def raced_draw(contexts: Sequence[DraftContext], num_steps: int, vocab: DraftVocab) -> Draw:
     """Return how a step draws by races: for each row that samples, the token that wins the target's noise.
 
-    The race is run with the draft's distribution under the request's own temperature and filters: a token that the
-    target's filters drop never wins the target's race.
+    The race is run with the draft's distribution under the request's own filters, at the draft's temperature: a token
+    that the target's filters drop never wins the target's race.
     """
     samples = torch.tensor([not is_greedy(each.params.temperature) for each in contexts])
     if not samples.any():
         return draw_greedy
-    params = [each.params for each in contexts]
+    params = [tempered(each) for each in contexts]
     keys = np.array([[_noise_key(each, step) for step in range(num_steps)] for each in contexts], np.uint64)
 
     def draw(logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         q_draft = sampling_distribution(logits, params)
+        if step == 0:
+            _show_first(contexts, q_draft, vocab)
         won = race(q_draft, keys[:, step], vocab.target_ids)
         has_mass = q_draft.gather(1, won.unsqueeze(1)).squeeze(1) > 0.0
         if samples.all():
@@ -128,6 +131,8 @@ def chains(
 ) -> list[UnreadDraft]:
     """Return the drafts of ``grow_levels``, each as long as its context allows."""
     samples = [False] * len(contexts) if sampler is None else sampler.samples
+    if sampler is not None:
+        _show_first(contexts, sampler.distributions[0], vocab)
     drafts = DraftsOnDevice(levels, q_draft=None if sampler is None else sampler.q_draft(vocab))
     return [
         UnreadDraft(drafts, row, chain_limit(context), drawn)
@@ -161,7 +166,7 @@ class ChainSampler:
     def __init__(self, contexts: Sequence[DraftContext], num_steps: int) -> None:
         self.samples = [not is_greedy(each.params.temperature) for each in contexts]
         pairs = zip(contexts, self.samples, strict=True)
-        self.temperatures = np.array([each.params.temperature if samples else 0.0 for each, samples in pairs])
+        self.temperatures = np.array([draw_temperature(each) if samples else 0.0 for each, samples in pairs])
         self.uniforms = np.array([[_uniform(each, step) for step in range(num_steps)] for each in contexts])
         self.distributions: list[torch.Tensor] = []
 
@@ -184,6 +189,25 @@ class ChainSampler:
     def q_draft(self, vocab: DraftVocab) -> torch.Tensor:
         """Return what every token was drawn from [rows * steps, target vocab]; of no use for rows of argmaxes."""
         return vocab.spread(torch.stack(self.distributions, dim=1).flatten(0, 1))
+
+
+def draw_temperature(context: DraftContext) -> float:
+    """Return the temperature of a draft's tokens, for a request that samples: it is never so low as to mean greedy."""
+    return max(context.params.temperature * context.draft_temperature, GREEDY_BELOW_TEMPERATURE)
+
+
+def tempered(context: DraftContext) -> SamplingParams:
+    """Return the request's parameters at the temperature of a draft's tokens."""
+    if context.draft_temperature == 1.0 or is_greedy(context.params.temperature):
+        return context.params
+    return replace(context.params, temperature=draw_temperature(context))
+
+
+def _show_first(contexts: Sequence[DraftContext], q_draft: torch.Tensor, vocab: DraftVocab) -> None:
+    """Show the distributions [rows, draft vocab] of first tokens to the contexts that ask for theirs."""
+    for row, context in enumerate(contexts):
+        if context.on_first_distribution is not None and not is_greedy(context.params.temperature):
+            context.on_first_distribution(vocab.spread(q_draft[row : row + 1])[0])
 
 
 def _uniform(context: DraftContext, step: int) -> float:

@@ -18,7 +18,7 @@ from rollout.embedded.assemble import Assembly
 from rollout.embedded.calibrate import calibrate
 from rollout.embedded.core import GenerationCore
 from slime_spec.algorithms import EAGLE3, HISTORY, NONE
-from slime_spec.bench.eagle3 import VERIFICATIONS
+from slime_spec.bench.eagle3 import ON_CPU, VERIFICATIONS
 from slime_spec.bench.local_engine import engine_config
 from slime_spec.bench.pays.scenarios import Scenario, Waves, requests
 from slime_spec.bench.prompts import Prompts
@@ -62,6 +62,8 @@ def side_configs(options: BenchOptions, model_path: str, depths: Sequence[int]) 
     plain = engine_config(options.model, options.dtype)
     interval = EngineConfig.cost_probe_interval  # the shipped engine's: what its probes cost counts
     engine = replace(plain.engine, cost_probe_interval=interval, kv_cache_gb=KV_CACHE_GB)
+    # Of every side: races draw other tokens for a seed than inverse CDFs.
+    plain = replace(plain, speculative=replace(plain.speculative, use_gumbel_coupling=options.rule == ON_CPU))
     plain = replace(plain, model=replace(plain.model, hf_checkpoint=model_path), engine=engine)
 
     def speculating(algorithm: str, **settings: Any) -> Config:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from slime_spec.algorithms import HISTORY
+from slime_spec.bench.eagle3 import ON_CPU
 from slime_spec.bench.pays.sides import AUTO, AUTOMATIC, FROM_HISTORY, OFF, Result, Times
 from slime_spec.bench.race import maybe_at_least
 from slime_spec.bench.rows import Row, at_least
@@ -119,7 +120,9 @@ def _choices(where: Where, name: str, times: Sequence[Timed[Result]], pays_up_to
 
 def _same_replies(where: Where, times: Times) -> Row:
     """Compare every side's tokens with those without speculation, where the rule changes no token for a seed."""
-    changing = () if where.rule == "target_only" else [name for name in times if name not in (OFF, FROM_HISTORY)]
+    changing = (
+        () if where.rule in ("target_only", ON_CPU) else [name for name in times if name not in (OFF, FROM_HISTORY)]
+    )
     sides = [name for name in times if name != OFF and name not in changing]
     num_same = num_replies = 0
     for name in sides:
