@@ -35,6 +35,7 @@ REDUCTIONS = {
     "slime-spec bench device": "--only ceilings --rounds 1",
     "slime-spec bench sglang": "--help",
     "slime-spec bench pays": "--help",
+    "slime-spec tune": "--help",
     "slime-spec bench coordinator": "--help",
     "slime-spec bench robustness": "--count 5 --kind commands",
 }
