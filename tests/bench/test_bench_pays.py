@@ -46,7 +46,7 @@ def asked(waves: Waves) -> list[tuple[object, ...]]:
 
 @pytest.mark.parametrize(
     ("name", "waves", "groups", "samples", "longest", "ends"),
-    [("64", 1, 8, 8, 40, True), ("8", 2, 1, 8, 40, False), ("4", 2, 1, 4, 40, False), ("1", 4, 1, 1, 40, False)],
+    [("64", 1, 8, 8, 40, True), ("8", 4, 1, 8, 40, True), ("4", 4, 1, 4, 40, True), ("1", 8, 1, 1, 40, True)],
 )
 def test_a_scenario_asks_for_so_many_sequences_at_once_of_such_a_length(
     name: str, waves: int, groups: int, samples: int, longest: int, ends: bool

@@ -53,17 +53,21 @@ def long_tail(uniforms: random.Random) -> int:
 
 
 def scenarios(num_new_tokens: int) -> dict[str, Scenario]:
-    """Return the scenarios by name; ``num_new_tokens`` is the length where all replies have the same."""
-    same = fixed(num_new_tokens)
+    """Return the scenarios by name; ``num_new_tokens`` is the most that a reply of the job's prompts may have.
+
+    Those replies end where they end, as in the job: what a trained policy would say after its answer is no text that it
+    or its draft was trained on.
+    """
+    most = fixed(num_new_tokens)
     found = (
-        Scenario("64", 8, 8, fixed(LONGEST_IN_JOB), ends_itself=True, untrained=0.99, trained=1.02),
+        Scenario("64", 8, 8, most, ends_itself=True, untrained=0.99, trained=1.02),
         Scenario("64_tail", 64, 1, long_tail, untrained=1.08, trained=1.15),
         Scenario(
             "longtail", 8, 8, fixed(LONGEST), ends_itself=True, suite="count", depths=(), untrained=1.1, trained=1.1
         ),
-        Scenario("8", 1, 8, same, num_waves=2, untrained=0.99, trained=1.05),
-        Scenario("4", 1, 4, same, num_waves=2, untrained=1.3, trained=1.7),
-        Scenario("1", 1, 1, same, num_waves=4, depths=(1, 3, 7), untrained=1.8, trained=3.0),
+        Scenario("8", 1, 8, most, num_waves=4, ends_itself=True, untrained=0.99, trained=1.05),
+        Scenario("4", 1, 4, most, num_waves=4, ends_itself=True, untrained=1.3, trained=1.7),
+        Scenario("1", 1, 1, most, num_waves=8, ends_itself=True, depths=(1, 3, 7), untrained=1.8, trained=3.0),
     )
     return {each.name: each for each in found}
 
