@@ -35,22 +35,10 @@ from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams, Spec
 from slime_spec.weights.messages import PushMessage, PushReply
 from tests.support.embedded_harness import random_prompt
 from tests.support.pushes import DirectTransport, other_weights, push_of
-from tests.support.tiny_drafts import EAGLE3, make_tiny_draft
-from tests.support.tiny_policy import make_tiny_policy
 
 Capture = pytest.CaptureFixture[str]
 PROMPTS = tuple(KnownPrompt(random_prompt(6 + i, seed=i)) for i in range(10))
 DRAFT = Candidate("EAGLE3 d", SpeculativeConfig(algorithm="EAGLE3", draft_model_path="d"), "target_only")
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_policy(tmp_path_factory.mktemp("tune") / "policy")
-
-
-@pytest.fixture(scope="module")
-def draft(tmp_path_factory: pytest.TempPathFactory, policy: Path) -> Path:
-    return make_tiny_draft(tmp_path_factory.mktemp("tune") / "draft", policy, {**EAGLE3, "vocab_size": 257})
 
 
 @pytest.fixture(scope="module")

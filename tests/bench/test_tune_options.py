@@ -16,18 +16,7 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import compose
-from tests.support.tiny_drafts import EAGLE3, make_tiny_draft
 from tests.support.tiny_policy import make_tiny_policy
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_policy(tmp_path_factory.mktemp("tune") / "policy")
-
-
-@pytest.fixture(scope="module")
-def draft(tmp_path_factory: pytest.TempPathFactory, policy: Path) -> Path:
-    return make_tiny_draft(tmp_path_factory.mktemp("tune") / "draft", policy, {**EAGLE3, "vocab_size": 257})
 
 
 def config_of(policy: Path, *flags: str) -> Config:
