@@ -128,7 +128,12 @@ def layer_bytes_per_token(trainer: TrainerConfig, target: Mapping[str, Any]) -> 
     angles = 4 * dim * itemsize
     # Before and after the rotation, the output and the input of the projection; a logarithm a head.
     attention = (4 * queries + 3 * keys) * itemsize + FLOAT32_BYTES * heads // ranks
+    attends_in = itemsize
+    if trainer.num_gpus == 0 and trainer.dtype == "bfloat16":
+        # A CPU attends in float32, to copies; the projection has the output rounded.
+        attends_in = FLOAT32_BYTES
+        attention = 2 * (queries + keys) * attends_in + queries * itemsize + FLOAT32_BYTES * heads // ranks
     # Responses that share a prompt have copies of its keys and values, and their outputs are joined.
-    shared = (queries + 4 * keys) * itemsize
+    shared = (queries + 4 * keys) * attends_in
     mlp = 5 * target["intermediate_size"] // ranks * itemsize  # gate, up, the gate twice more, the product
     return norms + angles + attention + shared + mlp

@@ -17,6 +17,7 @@ from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.messages import Manifest, NamedTensors, PushBucket
 from slime_spec.weights.receive import PushReceiver
 from trainer_bridge.layout import Layout, RankCoordinates
+from trainer_bridge.megatron.attention import SegmentAttention, attend_segments
 from trainer_bridge.megatron.cpu_shim import cpu_shim
 from trainer_bridge.megatron.model import hf_tensors
 from trainer_bridge.megatron.policy_step import accumulate_gradients, with_reference_logprobs
@@ -352,10 +353,16 @@ def _digest(worker: TrainerRank) -> str:
     return digest.hexdigest()
 
 
-def saved_for_backward(rank: int, init_method: str, config: Config, samples: Sequence[TrainSample]) -> tuple[int, int]:
+def saved_for_backward(
+    rank: int, init_method: str, config: Config, samples: Sequence[TrainSample], as_a_gpu: bool
+) -> tuple[int, int]:
     """Bytes that one microbatch's layers, norms, head and loss save for the backward pass, and its number of tokens."""
     worker = TrainerRank(config, rank, init_method)
     worker.load()
+    if as_a_gpu:
+        for module in worker.model.modules():
+            if isinstance(module, SegmentAttention):
+                module.attend = attend_segments
     (plan,) = plan_microbatches(samples, config.trainer.max_tokens_per_microbatch, 1)[0]
     microbatch = build_microbatch(samples, plan, torch.device("cpu"))
     weights = {parameter.untyped_storage()._cdata for parameter in worker.model.parameters()}
