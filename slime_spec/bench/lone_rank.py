@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,3 +26,14 @@ def lone_rank(config: Config) -> Iterator[TrainerRank]:
     finally:
         rank.close()
         torch.set_num_threads(threads)
+
+
+def beside(rank: TrainerRank, config: Config) -> TrainerRank:
+    """Return another loaded rank in the process groups of the first, whose block ends both.
+
+    Its configuration has the same model, algorithm, temperature and layout.
+    """
+    other = copy.copy(rank)
+    other.config = config
+    other.load()
+    return other

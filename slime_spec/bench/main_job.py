@@ -17,9 +17,10 @@ PARTS = {
     "push": f"{HERE}.push:measure",
     "parity": f"{HERE}.parity:measure",
     "flat_groups": f"{HERE}.flat_groups:measure",
+    "whole_step": f"{HERE}.whole_step:measure",
     "learning": f"{HERE}.learning:measure",
 }
-NEED_THE_MODEL = {"engine", "speculation", "push", "flat_groups"}
+NEED_THE_MODEL = {"engine", "speculation", "push", "flat_groups", "whole_step"}
 START_RAY = {"push", "parity"}
 
 
@@ -39,7 +40,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 MAIN_JOB = Benchmark(
-    what="Engine speed and parity, speculation, weight push, the trainer's parity and time, and whole runs (slow).",
+    what="Engine speed and parity, speculation, weight push, trainer parity and time, whole steps and runs (slow).",
     parts=PARTS,
     prepare=prepare,
     add_flags=add_flags,

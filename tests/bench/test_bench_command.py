@@ -37,7 +37,9 @@ def test_a_mistake_is_refused_before_anything_is_measured(argv: list[str], setti
 
 def test_the_command_ends_with_code_2_for_a_mistake(capsys: Capture) -> None:
     assert main(["bench", "main-job", "--only", "everything"]) == 2
-    assert "must be one of engine, flat_groups, learning, parity, push, speculation" in capsys.readouterr().err
+    assert (
+        "must be one of engine, flat_groups, learning, parity, push, speculation, whole_step" in capsys.readouterr().err
+    )
 
 
 def test_finished_runs_become_a_table_a_json_and_a_markdown_file(tmp_path: Path, capsys: Capture) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from slime_spec.config.tree import Config
@@ -65,3 +67,14 @@ def test_given_is_what_somebody_set() -> None:
     assert {"engine.dtype", "engine.context_length"} <= made.given
     assert not {"run.seed", "engine.kv_cache_gb", "drafts.eagle3"} & made.given
     assert "engine.dtype" not in composed(["--config", "smollm2-135m"]).given
+
+
+def test_the_main_job_in_bfloat16_is_the_main_job_in_another_dtype() -> None:
+    job, made = compose(["--config", "smollm2-135m"]), compose(["--config", "smollm2-135m-bf16"])
+    assert (job.engine.dtype, job.trainer.dtype) == ("float32", "float32")
+    assert made == replace(
+        job,
+        run=replace(job.run, name="smollm2-135m-bf16"),
+        engine=replace(job.engine, dtype="bfloat16"),
+        trainer=replace(job.trainer, dtype="bfloat16"),
+    )
