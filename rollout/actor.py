@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,13 +18,13 @@ from slime_spec.interfaces import Generation, MayStopServing, RolloutEngine, loa
 from slime_spec.placement import Placement
 from slime_spec.site import Site
 from slime_spec.transports.choice import make_transport
-from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
+from slime_spec.types import EarlierReply, EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.messages import PushMessage, PushReply
 
 # Every in-flight group holds one thread, which sleeps until the engine's own loop finishes a sample.
 MAX_GROUPS_IN_FLIGHT = 512
-# Each kind of call has its own threads: a push must not delay an abort, and a watch must delay neither.
-CONCURRENCY = {"generate": MAX_GROUPS_IN_FLIGHT, "control": 1, "abort": 1, "watch": 1}
+# Each kind of call has its own threads: a push must not delay an abort, and replies and a watch must delay neither.
+CONCURRENCY = {"generate": MAX_GROUPS_IN_FLIGHT, "control": 1, "abort": 1, "share": 1, "watch": 1}
 
 
 class EngineWorker:
@@ -75,6 +75,13 @@ class EngineWorker:
         for number in numbers:
             if (generation := self._generations.get(number)) is not None:
                 generation.abort()
+
+    @ray.method(concurrency_group="share")
+    def share(self, replies: Mapping[int, Sequence[EarlierReply]]) -> None:
+        """Have running generations, by number, draft from replies; one that has not begun or has ended needs none."""
+        for number, heard in replies.items():
+            if (generation := self._generations.get(number)) is not None:
+                generation.learn(heard)
 
     @ray.method(concurrency_group="watch")
     def wait_serving(self, known: bool) -> bool:

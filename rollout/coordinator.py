@@ -2,7 +2,8 @@
 
     requests ─► InFlightGroups.launch ─► EngineCalls.generate ─► EngineCalls.ready: every call with something to read
                       ▲                                                               │
-                      └── room, partial samples ◄── a sample, a stream's end, an engine that serves or not, or died
+                      ├── room, partial samples ◄── a sample, a stream's end, an engine that serves or not, or died
+                      └── InFlightGroups.news ─► EngineCalls.share: what a group's finished samples said, elsewhere
 
 What happens at one engine touches this engine's books alone: a sample costs the same whatever the number of engines.
 All groups are looked at only where an engine ceased to serve, and on an abort. This module does not use Ray.
@@ -12,14 +13,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Protocol
 
 from rollout.dispatch import Dispatcher
 from rollout.in_flight import InFlightGroup, InFlightGroups
 from rollout.split import LEAST_PART
-from slime_spec.types import GeneratedSample, GroupRequest
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ class EngineCalls(Protocol):
 
     def abort(self, engine: int, numbers: Sequence[int]) -> None:
         """Have an engine end the groups with these numbers now; does not wait."""
+
+    def share(self, engine: int, replies: Mapping[int, Sequence[EarlierReply]]) -> None:
+        """Have an engine draft from replies, by the number of the group whose samples gave them; does not wait."""
 
     def watch(self, engine: int, known: bool) -> Call:
         """Have an engine report when it serves or not, other than ``known`` (MayStopServing)."""
@@ -81,7 +85,8 @@ class Coordinator:
     samples; where no engine serves, samples wait in their engine. An engine whose process dies is lost: other engines
     take its samples as they were when it got them, and an ERROR is logged. ``samples_per_engine`` is what an engine may
     owe at once; ``least_part`` what a split group gives each engine at least (rollout.split), None to split none.
-    ``shares_replies``: engines draft from the finished samples of a group, those of other engines too.
+    ``shares_replies``: engines draft from the finished samples of a group, those of other engines too: these go with
+    the requests for the group's other samples, and to engines that already run some of them.
     """
 
     def __init__(
@@ -132,6 +137,7 @@ class Coordinator:
                 self._launch(groups)
                 if self._num_aborts > num_aborts and not groups.is_aborted:
                     break  # the rest stays ready
+            self._share(groups)
 
     def _ready(self, timeout_s: float) -> Sequence[Call]:
         """Return the calls with something to read; raises EngineProcessDied where no engine is left."""
@@ -173,6 +179,14 @@ class Coordinator:
             numbers[group.engine].append(group.number)
         for engine in numbers.keys() - self._dead.keys():
             self._calls.abort(engine, numbers[engine])
+
+    def _share(self, groups: InFlightGroups) -> None:
+        """Tell engines, in one call each, what samples of their groups said that have finished elsewhere."""
+        replies: defaultdict[int, dict[int, Sequence[EarlierReply]]] = defaultdict(dict)
+        for group, heard in groups.news():
+            replies[group.engine][group.number] = heard
+        for engine in replies.keys() - self._dead.keys():
+            self._calls.share(engine, replies[engine])
 
     def _hear_all(self) -> None:
         """Note what has changed since the last generation; a server that was lost and replaced reports twice."""

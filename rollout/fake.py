@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ from slime_spec.interfaces import WeightTransport
 from slime_spec.partial_samples import check_partials, earlier_part, note_version, reported_spans
 from slime_spec.site import HERE, Site
 from slime_spec.speculation.counters import pooled
-from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, SpecCounters
+from slime_spec.types import EarlierReply, EngineStats, GeneratedSample, GroupRequest, SpecCounters
 from slime_spec.weights.checksums import combined_checksum, tensor_checksum
 from slime_spec.weights.messages import (
     Manifest,
@@ -41,9 +41,13 @@ class FakeGeneration:
     def __init__(self, request: GroupRequest, engine: int, version: int) -> None:
         self._request, self._engine, self._version = request, engine, version
         self._aborted = threading.Event()
+        self.learned: list[EarlierReply] = []
 
     def abort(self) -> None:
         self._aborted.set()
+
+    def learn(self, replies: Sequence[EarlierReply]) -> None:
+        self.learned += replies
 
     def __iter__(self) -> Iterator[GeneratedSample]:
         for position, seed in enumerate(self._request.seeds):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
 from rollout.coordinator import Call, EngineProcessDied
 from rollout.fake import FakeGeneration
-from slime_spec.types import GeneratedSample, GroupRequest
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest
 
 
 class MakeGeneration(Protocol):
@@ -56,6 +56,7 @@ class FakeCalls:
         make_generation: MakeGeneration = FakeGeneration,
     ) -> None:
         self.sent: list[tuple[int, GroupRequest]] = []
+        self.shared: list[tuple[int, Mapping[int, Sequence[EarlierReply]]]] = []
         self.num_waits = 0
         self._num_at_once, self._on_wait, self._make_generation = num_at_once, on_wait, make_generation
         self._serving = [True] * num_engines
@@ -103,6 +104,13 @@ class FakeCalls:
                 stream.is_aborted = True
                 stream.generation.abort()
                 self._ready[stream] = None
+
+    def share(self, engine: int, replies: Mapping[int, Sequence[EarlierReply]]) -> None:
+        self.shared.append((engine, replies))
+        for number, heard in replies.items():
+            stream = self._open.get((engine, number))
+            if stream is not None and isinstance(stream.generation, FakeGeneration):
+                stream.generation.learn(heard)
 
     def watch(self, engine: int, known: bool) -> Call:
         watch = self._watches[engine] = FakeWatch(engine, known)

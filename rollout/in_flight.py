@@ -16,15 +16,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from rollout.dispatch import Dispatcher
+from rollout.siblings import Siblings
 from rollout.split import divided
 from slime_spec.partial_samples import (
     MAX_FRUITLESS_ATTEMPTS,
     FruitlessAttempts,
     as_partial,
     request_for_rest,
-    with_siblings,
 )
-from slime_spec.types import GeneratedSample, GroupRequest
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest
 
 
 @dataclass(eq=False)
@@ -61,11 +61,10 @@ class InFlightGroups:
         least_part: int | None = None,
         shares_replies: bool = False,
     ) -> None:
-        """``shares_replies`` sends what samples of a group said with every later request for samples of the group."""
+        """With ``shares_replies`` what samples of a group said reaches its other samples (rollout.siblings)."""
         self._waiting = deque(requests)
         self._dispatcher, self._numbers, self._least_part = dispatcher, numbers, least_part
-        self._shares_replies = shares_replies
-        self._finished: defaultdict[str, list[GeneratedSample]] = defaultdict(list)  # by group, where they are shared
+        self._siblings = Siblings[InFlightGroup]() if shares_replies else None
         self._on_engines: dict[InFlightGroup, None] = {}  # in the order in which they were sent
         self._fruitless: defaultdict[tuple[str, int], FruitlessAttempts] = defaultdict(FruitlessAttempts)
         self.is_aborted = False
@@ -89,10 +88,10 @@ class InFlightGroups:
         if self._least_part is not None and num_waiting and (num := self._dispatcher.num_idle_over(num_waiting)):
             self._waiting = deque(divided(self._waiting, num, self._least_part))
         while self._waiting and (engine := self._dispatcher.assign(len(self._waiting[0].seeds))) is not None:
-            request = self._waiting.popleft()
-            if siblings := self._finished.get(request.group_id):
-                request = with_siblings(request, siblings)
-            launched.append(InFlightGroup(next(self._numbers), engine, request))
+            group = InFlightGroup(next(self._numbers), engine, self._waiting.popleft())
+            if self._siblings is not None:
+                group.request = self._siblings.sent(group, group.request)
+            launched.append(group)
         self._on_engines.update(dict.fromkeys(launched))
         return launched
 
@@ -113,9 +112,16 @@ class InFlightGroups:
         if group.is_recalled and sample.finish_reason == "abort":
             group.back.append(sample)
             return None
-        if self._shares_replies and sample.finish_reason != "abort":
-            self._finished[sample.group_id].append(sample)
+        if self._siblings is not None and sample.finish_reason != "abort":
+            self._siblings.finished(group, sample)
         return sample
+
+    def news(self) -> list[tuple[InFlightGroup, tuple[EarlierReply, ...]]]:
+        """Return what in-flight groups have not heard of samples that finished elsewhere; each is returned once."""
+        if self._siblings is None or self.is_aborted:
+            return []
+        news = self._siblings.news()
+        return [(group, replies) for group, replies in news.items() if group.left and not group.is_recalled]
 
     def ended(self, group: InFlightGroup) -> list[GeneratedSample]:
         """Close a group whose stream has ended; its partial samples wait for an engine, or are returned if aborted.
@@ -124,6 +130,8 @@ class InFlightGroups:
         """
         assert not group.left, f"{group.request.group_id} ended with {len(group.left)} samples missing"
         del self._on_engines[group]
+        if self._siblings is not None:
+            self._siblings.ended(group, group.request.group_id)
         if self.is_aborted or not group.back:
             return group.back
         positions = {index: position for position, index in enumerate(group.request.sample_indices)}

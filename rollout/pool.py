@@ -7,7 +7,7 @@ generate(groups) ─► Coordinator ─► EngineWorker 0 ─┐
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import ray
@@ -22,7 +22,7 @@ from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.placement import Placement
 from slime_spec.ray_errors import result_of
-from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
+from slime_spec.types import EarlierReply, EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.messages import CancelPush, ContinueGeneration, PushMessage, PushReply
 
 __all__ = ["EnginePool", "EngineProcessDied", "RayCalls"]
@@ -44,6 +44,9 @@ class RayCalls:
 
     def abort(self, engine: int, numbers: Sequence[int]) -> None:
         self._actors[engine].abort.remote(numbers)
+
+    def share(self, engine: int, replies: Mapping[int, Sequence[EarlierReply]]) -> None:
+        self._actors[engine].share.remote(replies)
 
     def watch(self, engine: int, known: bool) -> Call:
         return cast(Call, self._actors[engine].wait_serving.remote(known))

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from slime_spec.errors import ConfigError
 from slime_spec.suggest import did_you_mean
-from slime_spec.types import EngineStats, GeneratedSample, GroupRequest, Prompt, TrainReport, TrainSample
+from slime_spec.types import (
+    EarlierReply,
+    EngineStats,
+    GeneratedSample,
+    GroupRequest,
+    Prompt,
+    TrainReport,
+    TrainSample,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +42,9 @@ class Generation(Protocol):
 
         A later request resumes the samples that it names in ``partials``.
         """
+
+    def learn(self, replies: Sequence[EarlierReply]) -> None:
+        """Draft from these replies too, of samples of the same group that finished elsewhere; no sample changes."""
 
 
 class RolloutEngine(Protocol):

@@ -56,14 +56,15 @@ def earlier_part(request: GroupRequest, position: int, *, keeps_tokens: bool = T
     )
 
 
+def as_earlier(finished: GeneratedSample) -> EarlierReply:
+    """Return what a finished sample said, for the other samples of its group."""
+    return EarlierReply(finished.token_ids, finished.weight_version, finished.sample_index)
+
+
 def with_siblings(request: GroupRequest, finished: Iterable[GeneratedSample]) -> GroupRequest:
     """Return the request with samples of its group that have finished, to be drafted from; each sample once."""
     known = {each.sample_index for each in request.earlier}
-    siblings = tuple(
-        EarlierReply(each.token_ids, each.weight_version, each.sample_index)
-        for each in finished
-        if each.sample_index not in known
-    )
+    siblings = tuple(as_earlier(each) for each in finished if each.sample_index not in known)
     return replace(request, earlier=request.earlier + siblings) if siblings else request
 
 

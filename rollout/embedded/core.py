@@ -360,6 +360,7 @@ class GenerationCore:
             if self.batch.sequences[row].group is group:
                 self.speculation.forget(self.batch.remove(row))
         self.waiting = [each for each in self.waiting if each.group is not group]
+        group.num_unfinished = 0
         self._end(group)
         if group.on_failure is None:
             raise error

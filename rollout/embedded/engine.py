@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from threading import Lock
 from time import perf_counter, thread_time
@@ -13,10 +13,11 @@ import torch
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.calibrate import calibrate, costs_of
 from rollout.embedded.core import GenerationCore
+from rollout.embedded.drafting import LearningDrafter
 from rollout.embedded.generation import EmbeddedGeneration
 from rollout.embedded.loop_thread import LoopThread, Refused
 from rollout.embedded.push import CoreStaging, CoreWeights
-from rollout.embedded.request import OnProgress
+from rollout.embedded.request import Group, OnProgress
 from slime_spec.config.tree import Config
 from slime_spec.errors import GenerationError
 from slime_spec.interfaces import Generation, WeightTransport
@@ -24,7 +25,7 @@ from slime_spec.memory import release_freed_memory
 from slime_spec.preflight.requests import RequestLimits, check_request
 from slime_spec.site import HERE, Site
 from slime_spec.speculation.cost_table import CostTable
-from slime_spec.types import EngineStats, GeneratedSample, GroupRequest
+from slime_spec.types import EarlierReply, EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.checksums import combined_checksum
 from slime_spec.weights.messages import PushMessage, PushReply, Side
 from slime_spec.weights.receive import PushDesk
@@ -84,7 +85,9 @@ class EmbeddedEngine:
         check_request(request, self._assembly.limits)
         if request.params.stop:
             self._assembly.load_tokenizer()
-        generation = EmbeddedGeneration(len(request.seeds), lambda: self._abort(generation))
+        generation = EmbeddedGeneration(
+            len(request.seeds), lambda: self._abort(generation), lambda replies: self._learn(generation, replies)
+        )
         with self._gate:
             if not self._resident:
                 raise Refused("the engine is offloaded: call set_resident(True) before generating")
@@ -181,6 +184,21 @@ class EmbeddedEngine:
     def _abort(self, generation: EmbeddedGeneration) -> None:
         # Commands run in order, so the group has been added by then.
         self._thread.submit(lambda: self._core.abort(generation.group.result()))
+
+    def _learn(self, generation: EmbeddedGeneration, replies: Sequence[EarlierReply]) -> None:
+        self._thread.submit(lambda: self._show(generation.group.result(), replies))
+
+    def _show(self, group: Group, replies: Sequence[EarlierReply]) -> None:
+        """Show replies to a drafter that learns; a group that has ended meanwhile leaves nothing behind."""
+        core, prompt = self._core, group.request.prompt_token_ids
+        drafter, start = core.drafter, self._clock()
+        if not (group.num_unfinished and isinstance(drafter, LearningDrafter) and core.speculation.applies_to(group)):
+            return
+        for reply in replies:
+            drafter.finished(group.key, (*prompt, *reply.token_ids), len(prompt))
+        seconds = self._clock() - start
+        core.timing.draft_s += seconds
+        core.timing.total_s += seconds
 
     def _fail_all(self, error: BaseException) -> None:
         for generation in list(self._live):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 
 from rollout.embedded.request import Group
 from slime_spec.errors import GenerationError
-from slime_spec.types import GeneratedSample
+from slime_spec.types import EarlierReply, GeneratedSample
 
 
 class EmbeddedGeneration:
@@ -16,9 +16,11 @@ class EmbeddedGeneration:
 
     group: Future[Group]
 
-    def __init__(self, num_samples: int, abort: Callable[[], None]) -> None:
+    def __init__(
+        self, num_samples: int, abort: Callable[[], None], learn: Callable[[Sequence[EarlierReply]], None]
+    ) -> None:
         self._num_left = self._num_undelivered = num_samples
-        self._abort = abort
+        self._abort, self._learn = abort, learn
         self._arrived: SimpleQueue[GeneratedSample | BaseException] = SimpleQueue()
 
     def __iter__(self) -> Iterator[GeneratedSample]:
@@ -33,6 +35,9 @@ class EmbeddedGeneration:
 
     def abort(self) -> None:
         self._abort()
+
+    def learn(self, replies: Sequence[EarlierReply]) -> None:
+        self._learn(replies)
 
     def deliver(self, sample: GeneratedSample) -> bool:
         """Hand over one finished sample; True when it was the last."""

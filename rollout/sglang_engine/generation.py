@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
 from queue import SimpleQueue
@@ -17,7 +17,7 @@ from rollout.sglang_engine.router import Requests
 from rollout.sglang_engine.sample import GrowingSample, Part, Reading
 from slime_spec.errors import ConfigError
 from slime_spec.partial_samples import FruitlessAttempts
-from slime_spec.types import GeneratedSample, GroupRequest
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,9 @@ class SglangGeneration:
 
     def abort(self) -> None:
         self._abort()
+
+    def learn(self, replies: Sequence[EarlierReply]) -> None:
+        """Do nothing: no algorithm of SGLang drafts from the replies of one request's group."""
 
     def deliver(self, arrived: GeneratedSample | BaseException) -> None:
         self._arrived.put(arrived)

@@ -2,7 +2,7 @@
 
 Engines are fakes in this process whose samples were made before, and the calls to them are fakes as well: what is timed
 is the coordinator with the books of its groups and loads. Ray is not in it; the fakes are, and their own share stands
-beside it.
+beside it. With SHARING every group is split over several engines, and what its samples say reaches all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTS = {"engines": "slime_spec.bench.coordinator:measure"}
 MOST_US = 100.0  # of CPU a sample, at the largest number of engines
 MOST_GROWTH = 1.25  # CPU of a generation over its samples, as an exponent: 1 is linear
 ONE_AT_A_TIME, TOGETHER = "one", "many"
-OURS, FAKES = "driver", "fakes"
+OURS, SHARING, FAKES = "driver", "sharing", "fakes"
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,15 @@ class CoordinatorSizes:
     groups_per_engine: int = 4
     samples_per_group: int = 8
     samples_per_engine: int = 16
+    engines_per_group: int = 4  # where groups are split
 
     def num_samples(self, num_engines: int) -> int:
         return num_engines * self.groups_per_engine * self.samples_per_group
+
+    def groups(self, num_engines: int, split: bool) -> tuple[int, int]:
+        """Return the number of groups, and of each group's samples."""
+        num_groups = max(1, num_engines // self.engines_per_group) if split else num_engines * self.groups_per_engine
+        return num_groups, self.num_samples(num_engines) // num_groups
 
 
 class ReadyCalls(FakeCalls):
@@ -53,18 +59,22 @@ class Side:
     """Holds one generation to time: ``prepare`` makes its groups and samples, ``run`` gives the samples out.
 
     ``wait`` says how many calls a wait finds: one (ONE_AT_A_TIME), or as many as there are engines (TOGETHER).
-    Without ``is_coordinated`` the fakes are called with nothing between.
+    ``whose``: the coordinator's, also with SHARING, or the FAKES' alone with nothing between.
     """
 
     sizes: CoordinatorSizes
     num_engines: int
     wait: str
-    is_coordinated: bool = True
+    whose: str = OURS
     requests: list[GroupRequest] = field(default_factory=list)
     calls: ReadyCalls = field(init=False)
 
+    @property
+    def is_coordinated(self) -> bool:
+        return self.whose != FAKES
+
     def prepare(self) -> None:
-        num_groups, num_samples = self.num_engines * self.sizes.groups_per_engine, self.sizes.samples_per_group
+        num_groups, num_samples = self.sizes.groups(self.num_engines, split=self.whose == SHARING)
         seeds, params = tuple(range(num_samples)), SamplingParams(max_new_tokens=4)
         self.requests = [GroupRequest(str(number), (1, 2, 3), seeds, params) for number in range(num_groups)]
         made = {request.group_id: _samples(request) for request in self.requests}
@@ -81,7 +91,8 @@ class Side:
         """Return how many samples came."""
         if not self.is_coordinated:
             return self._run_fakes()
-        coordinator = Coordinator(self.calls, self.num_engines, self.sizes.samples_per_engine)
+        shares = self.whose == SHARING
+        coordinator = Coordinator(self.calls, self.num_engines, self.sizes.samples_per_engine, shares_replies=shares)
         return sum(1 for _ in coordinator.generate(self.requests))
 
     def _run_fakes(self) -> int:
@@ -111,8 +122,8 @@ def measure(options: BenchOptions) -> list[Row]:
 def measure_coordinator(sizes: CoordinatorSizes, num_rounds: int) -> list[Row]:
     """Time all sides in turn; rows hold medians, and name the CPU time of every round."""
     sides = {
-        f"{whose}.{wait}.{num}": Side(sizes, num, wait, is_coordinated=whose == OURS)
-        for whose in (OURS, FAKES)
+        f"{whose}.{wait}.{num}": Side(sizes, num, wait, whose)
+        for whose in (OURS, SHARING, FAKES)
         for wait in (ONE_AT_A_TIME, TOGETHER)
         for num in sizes.num_engines
     }
@@ -127,7 +138,7 @@ def measure_coordinator(sizes: CoordinatorSizes, num_rounds: int) -> list[Row]:
 
 def _row(name: str, side: Side, times: Sequence[Timed[int]]) -> Row:
     all_us = [1e6 * each.cpu_s / each.result for each in times]
-    whose = "" if side.is_coordinated else "the fakes alone, "
+    whose = {OURS: "", SHARING: "groups are split and share replies, ", FAKES: "the fakes alone, "}[side.whose]
     rounds = " ".join(f"{us:.1f}" for us in all_us)
     what = f"{side.num_engines} engines, {whose}a wait finds {side.wait}: CPU a sample; rounds {rounds}"
     id, us = f"coordinator.{name}", statistics.median(all_us)

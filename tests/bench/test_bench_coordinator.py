@@ -12,6 +12,7 @@ from slime_spec.bench.coordinator import (
     FAKES,
     ONE_AT_A_TIME,
     OURS,
+    SHARING,
     TOGETHER,
     CoordinatorSizes,
     Side,
@@ -25,11 +26,15 @@ SMALL = CoordinatorSizes(num_engines=(2, 8), groups_per_engine=3, samples_per_gr
 
 def test_every_number_of_engines_has_its_rows_with_each_round_and_the_largest_has_the_bound() -> None:
     rows = {row.id: row for row in measure_coordinator(SMALL, num_rounds=2)}
-    of_sizes = [f"coordinator.{who}.{wait}.{n}" for who in (OURS, FAKES) for wait in ("one", "many") for n in (2, 8)]
+    of_sizes = [
+        f"coordinator.{who}.{wait}.{n}" for who in (OURS, SHARING, FAKES) for wait in ("one", "many") for n in (2, 8)
+    ]
     assert list(rows) == [*of_sizes, "coordinator.growth.one", "coordinator.growth.many"]
     assert [id for id, row in rows.items() if row.reach == "<= 100"] == [
         "coordinator.driver.one.8",
         "coordinator.driver.many.8",
+        "coordinator.sharing.one.8",
+        "coordinator.sharing.many.8",
     ]
     for id in of_sizes:
         assert rows[id].value > 0
@@ -37,11 +42,12 @@ def test_every_number_of_engines_has_its_rows_with_each_round_and_the_largest_ha
 
 
 @pytest.mark.parametrize("wait", [ONE_AT_A_TIME, TOGETHER])
-@pytest.mark.parametrize("is_coordinated", [True, False])
-def test_a_side_gives_every_sample_out(wait: str, is_coordinated: bool) -> None:
-    side = Side(SMALL, 8, wait, is_coordinated)
+@pytest.mark.parametrize("whose", [OURS, SHARING, FAKES])
+def test_a_side_gives_every_sample_out(wait: str, whose: str) -> None:
+    side = Side(SMALL, 8, wait, whose)
     side.prepare()
     assert side.run(0) == SMALL.num_samples(8) == 96
+    assert bool(side.calls.shared) == (whose == SHARING)
 
 
 def test_growth_is_the_power_of_what_grows() -> None:

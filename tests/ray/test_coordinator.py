@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.coordinator import Coordinator, EngineProcessDied, PendingCalls
+from rollout.coordinator import Call, Coordinator, EngineProcessDied, PendingCalls
 from rollout.fake import FakeGeneration
 from rollout.fake_calls import FakeCalls
-from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest, SamplingParams
 
 Key = tuple[str, int]
 
@@ -49,6 +50,35 @@ def test_samples_are_the_same_for_any_number_of_engines_with_and_without_splitti
     assert len({engine for engine, _ in calls.sent}) == num_used
 
 
+class CheckedCalls(FakeCalls):
+    """Checks that what an engine hears of was said by a sample of the group elsewhere, and is new to it."""
+
+    def __init__(self, num_engines: int, *arguments: Any, asked: Sequence[GroupRequest]) -> None:
+        super().__init__(num_engines, *arguments)
+        self._whole = whole(asked)
+        self.known: dict[tuple[int, int], set[int]] = {}  # sample indices, by engine and group in flight
+        self._group_ids: dict[tuple[int, int], str] = {}
+
+    def generate(self, engine: int, request: GroupRequest, number: int) -> Call:
+        self._check(request.group_id, request.earlier)
+        self.known[engine, number] = {*request.sample_indices, *(each.sample_index or 0 for each in request.earlier)}
+        self._group_ids[engine, number] = request.group_id
+        return super().generate(engine, request, number)
+
+    def share(self, engine: int, replies: Mapping[int, Sequence[EarlierReply]]) -> None:
+        for number, heard in replies.items():
+            assert (engine, number) in self._open, "it runs no longer"
+            indices = {each.sample_index or 0 for each in heard}
+            assert len(indices) == len(heard) > 0
+            assert not indices & self.known[engine, number]
+            self.known[engine, number] |= indices
+            self._check(self._group_ids[engine, number], heard)
+        super().share(engine, replies)
+
+    def _check(self, group_id: str, replies: Sequence[EarlierReply]) -> None:
+        assert all(each.token_ids == self._whole[group_id, each.sample_index or 0] for each in replies)
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_whatever_engines_do_and_whenever_every_sample_comes_out_once_and_whole(data: st.DataObject) -> None:
@@ -71,13 +101,54 @@ def test_whatever_engines_do_and_whenever_every_sample_comes_out_once_and_whole(
             elif "serve" in happens:
                 calls.set_serving(engine, happens == "serves")
 
-    calls = FakeCalls(num_engines, data.draw(st.integers(1, 6)), happen)
-    coordinator = Coordinator(
-        calls, num_engines, data.draw(st.integers(1, 9)), data.draw(st.none() | st.integers(1, 3))
-    )
     asked = requests(num_groups)
+    calls = CheckedCalls(num_engines, data.draw(st.integers(1, 6)), happen, asked=asked)
+    coordinator = Coordinator(
+        calls,
+        num_engines,
+        data.draw(st.integers(1, 9)),
+        data.draw(st.none() | st.integers(1, 3)),
+        data.draw(st.booleans()),
+    )
     assert tokens_of(list(coordinator.generate(asked))) == whole(asked)
     assert tokens_of(list(coordinator.generate(asked[:2]))) == whole(asked[:2])
+
+
+def test_a_sample_that_finishes_reaches_the_engines_that_run_others_of_its_group_once_a_wait_and_no_others() -> None:
+    """Engines 0 and 1 share a group of four samples, engine 2 has one alone; a wait finds a sample of each."""
+    asked = [*requests(1, num_samples=4), GroupRequest("9", (3,), (900,), SamplingParams(max_new_tokens=9))]
+    calls = CheckedCalls(3, 3, asked=asked)
+    samples = list(Coordinator(calls, 3, 8, least_part=2, shares_replies=True).generate(asked))
+    assert tokens_of(samples) == whole(asked)
+    heard = [
+        (engine, sorted(each.sample_index or 0 for each in told))
+        for engine, replies in calls.shared
+        for told in replies.values()
+    ]
+    parts = [request.sample_indices for _, request in calls.sent[:2]]
+    assert sorted(parts) == [(0, 2), (1, 3)]
+    assert sorted(heard) == [(0, [parts[1][0]]), (1, [parts[0][0]])], (
+        "each part's first; of its last nobody needs to hear"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares_replies", "least_part"), [(True, None), (False, 1)], ids=["groups are whole", "engines read no texts"]
+)
+def test_nothing_is_shared_where_no_engine_would_draft_from_it(shares_replies: bool, least_part: int | None) -> None:
+    calls = FakeCalls(4, 4)
+    list(Coordinator(calls, 4, 8, least_part, shares_replies).generate(requests(3, num_samples=4)))
+    assert calls.shared == []
+
+
+def test_an_aborted_generation_shares_nothing_more() -> None:
+    calls = FakeCalls(2)
+    coordinator = Coordinator(calls, 2, 8, least_part=1, shares_replies=True)
+    samples = coordinator.generate(requests(1, num_samples=6))
+    next(samples)
+    coordinator.abort()
+    list(samples)
+    assert sum(len(told) for _, replies in calls.shared for told in replies.values()) <= 1
 
 
 def test_one_wait_gives_all_samples_that_are_ready() -> None:
