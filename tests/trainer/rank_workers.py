@@ -17,6 +17,7 @@ from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.messages import Manifest, NamedTensors, PushBucket
 from slime_spec.weights.receive import PushReceiver
 from trainer_bridge.layout import Layout, RankCoordinates
+from trainer_bridge.megatron.adam_state import _shard
 from trainer_bridge.megatron.attention import SegmentAttention, attend_segments
 from trainer_bridge.megatron.cpu_shim import cpu_shim
 from trainer_bridge.megatron.model import hf_tensors
@@ -50,6 +51,17 @@ def train(
     after = _weights(worker)
     worker.close()
     return before, reports, after
+
+
+def updated_values(rank: int, init_method: str, config: Config) -> dict[str, tuple[int, torch.Tensor]]:
+    """What this rank's optimizer updates of each parameter, flattened, and where in the parameter that begins."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    (only,) = worker.optimizer.chained_optimizers
+    shards = {name: _shard(only, parameter) for name, parameter in worker.model.named_parameters()}
+    values = {name: (each.start, each.main.detach().flatten().clone()) for name, each in shards.items() if each}
+    worker.close()
+    return values
 
 
 def logprobs_and_gradients(

@@ -127,6 +127,34 @@ def test_bfloat16_weights_with_float32_masters_train_like_float32(folder: Path) 
         assert got.train_rollout_logprob_abs_diff == pytest.approx(expected.train_rollout_logprob_abs_diff, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "split", [{}, {"world_size": 2, "use_distributed_optimizer": True}], ids=["1x1", "split over 2"]
+)
+def test_masters_of_bfloat16_weights_begin_at_the_checkpoints_own_values(split: dict, folder: Path) -> None:
+    (exact,) = run_ranks(1, "updated_values", tiny_config(folder))
+    config = tiny_config(folder, {"dtype": "bfloat16", **split})
+    found = {name: torch.full_like(values, math.nan) for name, (_, values) in exact.items()}
+    for rank in run_ranks(config.trainer.world_size, "updated_values", config):
+        for name, (start, values) in rank.items():
+            found[name][start : start + len(values)] = values
+    assert any(not torch.equal(values, values.bfloat16().float()) for _, values in exact.values())
+    for name, (_, values) in exact.items():
+        assert torch.equal(found[name], values), name
+
+
+def test_updates_far_below_the_rounding_of_bfloat16_change_weights_at_once(folder: Path) -> None:
+    """One step of Adam moves no weight by more than the learning rate; some are that near to where they round up."""
+    lr = 1e-5
+    config = tiny_config(folder, {"lr": lr, "dtype": "bfloat16"})
+    ((before, _, after),) = run_ranks(1, "train", config, [tiny_samples(seed=1)])
+    num_changed = 0
+    for name, tensor in before.items():
+        old, new = tensor.float(), after[name].float()
+        coarse = old.abs() * 2.0**-9 > 10 * lr  # less than half of the distance to the next number
+        num_changed += int((old != new)[coarse].sum())
+    assert num_changed > 0
+
+
 def test_learning_rate_warms_up_linearly_and_stays(folder: Path) -> None:
     trainer = tiny_config(folder, {"lr": 1.0, "lr_warmup_steps": 4}).trainer
     assert [learning_rate(trainer, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]

@@ -9,7 +9,7 @@ own when they are loaded: a checkpoint resumes with any layout, with and without
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,6 +80,20 @@ def take(
             "step": torch.tensor(float(num_steps)),
             **{name: parts[name].view_as(shard.main).to(device, copy=True) for name in MOMENTS},
         }
+
+
+@torch.no_grad()
+def fill_masters(optimizer: Any, parameters: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    """Give the float32 masters of bfloat16 parameters, each beside its exact values, what rounding has taken from them.
+
+    Megatron makes masters of the rounded parameters, in the middle of what rounds to them: a weight of 0.13 would then
+    stay as it is until its updates add up to 5e-4, which may be all that a run moves it. Parameters are left alone.
+    """
+    only = _only(optimizer)
+    for parameter, exact in parameters:
+        shard = None if parameter.dtype == torch.float32 else _shard(only, parameter)
+        if shard is not None:
+            shard.main.copy_(exact.flatten()[shard.start : shard.stop].view_as(shard.main))
 
 
 def _only(optimizer: Any) -> Any:

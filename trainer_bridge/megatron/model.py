@@ -135,9 +135,17 @@ def policy_device() -> torch.device:
 @torch.no_grad()
 def load_weights(model: PolicyModel, tensors: Mapping[str, torch.Tensor], spec: ModelSpec) -> None:
     """Fill this rank's part from Hugging Face tensors, casting to the parameters' dtype."""
+    for param, exact in exact_values(model, tensors, spec):
+        param.copy_(exact)
+
+
+def exact_values(
+    model: PolicyModel, tensors: Mapping[str, torch.Tensor], spec: ModelSpec
+) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Yield each parameter of this rank's part and its values of Hugging Face tensors, in their dtype."""
     rank, num_ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
     for name, param in _named(model):
-        param.copy_(names.shard(name, names.from_hf(name, tensors, spec), rank, num_ranks))
+        yield param, names.shard(name, names.from_hf(name, tensors, spec), rank, num_ranks)
 
 
 def hf_tensors(model: PolicyModel, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:

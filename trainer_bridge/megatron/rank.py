@@ -24,10 +24,18 @@ from trainer_bridge.flat_samples import SplitBatch, split_batch
 from trainer_bridge.grpo import GrpoLoss
 from trainer_bridge.layout import check_layout
 from trainer_bridge.learning_rate import learning_rate
+from trainer_bridge.megatron.adam_state import fill_masters
 from trainer_bridge.megatron.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from trainer_bridge.megatron.cpu_shim import cpu_shim
 from trainer_bridge.megatron.export import export_hf
-from trainer_bridge.megatron.model import build_model, hf_tensors, load_weights, policy_device, transformer_config
+from trainer_bridge.megatron.model import (
+    build_model,
+    exact_values,
+    hf_tensors,
+    load_weights,
+    policy_device,
+    transformer_config,
+)
 from trainer_bridge.megatron.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -80,9 +88,10 @@ class TrainerRank:
                 load_weights(self.reference, tensors, self.spec)
             self.model = build_model(self.spec, transformer_config(self.spec, trainer))
             load_weights(self.model, tensors, self.spec)
-            del tensors
             self.ddp = wrap_model(self.model, trainer)
             self.optimizer = build_optimizer(self.ddp, trainer)
+            fill_masters(self.optimizer, exact_values(self.model, tensors, self.spec))
+            del tensors
             state = None if trainer.load is None else load_checkpoint(trainer.load, self.model, self.optimizer)
         self.residency = Residency(self.parts(), self._moving_device())
         self.residency.hold()
