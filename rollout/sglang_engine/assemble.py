@@ -12,8 +12,12 @@ from rollout.sglang_engine.delivery import Delivery
 from rollout.sglang_engine.direct import Direct
 from rollout.sglang_engine.draft_watch import DraftWatch
 from rollout.sglang_engine.kept_server import KeptServer
+from rollout.sglang_engine.reply_corpus import ReplyCorpus
+from rollout.sglang_engine.reply_texts import MAX_CORPUS_TOKENS, ReplyTexts
 from rollout.sglang_engine.transports.bucket import ServerTransport
 from slime_spec.checkpoints.model_files import DraftFiles, TargetFiles
+from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.config.speculation import feeds_corpus
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import WeightTransport
@@ -33,6 +37,16 @@ def make_watch(config: Config, target: TargetFiles, draft: DraftFiles | None) ->
     longest = (config.engine.context_length or target.context_length) - settings.canary_tokens - CANARY_MARGIN
     canary = Canary(settings.canary_prompts, settings.canary_tokens, settings.canary_drop, longest)
     return DraftWatch(canary, has_weights=draft is not None)
+
+
+def make_corpus(config: Config, server: KeptServer) -> ReplyCorpus | None:
+    """Make what feeds a server with replies, None for a run that feeds none; raises CheckpointError."""
+    if not feeds_corpus(config):
+        return None
+    tokenizer = Tokenizer.load(config.model.hf_checkpoint)
+    # A server counts the corpus that it is given beside the one that is taken away next.
+    max_tokens = min(MAX_CORPUS_TOKENS, config.speculative.ngram_external_corpus_max_tokens // 2)
+    return ReplyCorpus(server, ReplyTexts(max_tokens), lambda ids: tokenizer.decode(ids, skip_special=False))
 
 
 def make_delivery(config: Config, engine_index: int, draft: DraftFiles | None, server: KeptServer) -> Delivery:

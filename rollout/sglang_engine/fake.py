@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
+from rollout.sglang_engine.fake_corpora import FakeCorpora
 from rollout.sglang_engine.fake_http import Body, Handlers
 from rollout.sglang_engine.fake_weights import FakeWeights
 from rollout.sglang_engine.recordings import recordings
@@ -35,7 +36,7 @@ def next_token(last: int, position: int) -> int:
     return (31 * last + 7 * position + 3) % VOCABULARY
 
 
-class FakeServer(FakeWeights):
+class FakeServer(FakeWeights, FakeCorpora):
     """Answers as recorded: ``generation`` names the recorded metadata, ``contract`` the recorded update fields.
 
     ``accepted`` is how many of three drafts every round accepts; ``delay_s`` is what a round takes. ``model`` and

@@ -70,9 +70,11 @@ class Link(Protocol):
 class SglangGeneration:
     """Hands the samples of one group from the engine's asyncio thread to the caller's thread."""
 
-    def __init__(self, request: GroupRequest, abort: Callable[[], None]) -> None:
+    def __init__(
+        self, request: GroupRequest, abort: Callable[[], None], learn: Callable[[Sequence[EarlierReply]], None]
+    ) -> None:
         self.request = request
-        self._abort = abort
+        self._abort, self._learn = abort, learn
         self._num_left = len(request.seeds)
         self._arrived: SimpleQueue[GeneratedSample | BaseException] = SimpleQueue()
 
@@ -88,7 +90,8 @@ class SglangGeneration:
         self._abort()
 
     def learn(self, replies: Sequence[EarlierReply]) -> None:
-        """Do nothing: no algorithm of SGLang drafts from the replies of one request's group."""
+        """See Generation; only a server whose corpus is fed drafts from them."""
+        self._learn(replies)
 
     def deliver(self, arrived: GeneratedSample | BaseException) -> None:
         self._arrived.put(arrived)

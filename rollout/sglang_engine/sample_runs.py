@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rollout.sglang_engine.client import ServerRefused
 from rollout.sglang_engine.generation import BUSY, Interruption, SampleRun, SglangGeneration
 from rollout.sglang_engine.kept_server import KeptServer
+from rollout.sglang_engine.reply_corpus import ReplyCorpus
 from rollout.sglang_engine.router import Requests
 from rollout.sglang_engine.sample import Reading
 from rollout.sglang_engine.speculation_switch import SpeculationSwitch
 from rollout.sglang_engine.weights import ServerWeights
-from slime_spec.types import GeneratedSample, GroupRequest
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +26,19 @@ class SampleRuns:
     """Runs the samples of one engine in its asyncio loop; implements Link for them.
 
     ``reading`` has what does not change while the engine runs; ``num_interruptions`` counts parts that ended before
-    their responses.
+    their responses. ``corpus`` is None for a server that is not fed with replies.
     """
 
     def __init__(
-        self, server: KeptServer, weights: ServerWeights, reading: Reading, speculation: SpeculationSwitch
+        self,
+        server: KeptServer,
+        weights: ServerWeights,
+        reading: Reading,
+        speculation: SpeculationSwitch,
+        corpus: ReplyCorpus | None,
     ) -> None:
         self._server, self._weights, self._reading = server, weights, reading
-        self._speculation = speculation
+        self._speculation, self.corpus = speculation, corpus
         self.in_progress: set[SampleRun] = set()
         self.num_interruptions = 0
         self._watching = False
@@ -39,13 +46,23 @@ class SampleRuns:
     def begin(self, request: GroupRequest) -> SglangGeneration:
         """Start every sample of the group."""
         runs = [SampleRun(request, position, self) for position in range(len(request.seeds))]
-        generation = SglangGeneration(request, lambda: self._server.loop.call(_abort_all(runs)))
+        generation = SglangGeneration(
+            request,
+            lambda: self._server.loop.call(_abort_all(runs)),
+            lambda replies: self._learn(generation, replies),
+        )
         self.in_progress.update(runs)
+        if self.corpus is not None:
+            self._server.loop.submit(self.corpus.begin(generation, request))
         for run in runs:
             self._server.loop.submit(self._drive(run, generation))
         if self._server.supervisor is None:
             self._server.loop.submit(self._watch())
         return generation
+
+    def _learn(self, generation: SglangGeneration, replies: Sequence[EarlierReply]) -> None:
+        if self.corpus is not None:
+            self._server.loop.submit(self.corpus.learn(generation, replies))
 
     async def _watch(self) -> None:
         """End the parts on an external server that hangs, which nobody here can replace."""
@@ -128,6 +145,8 @@ class SampleRuns:
             arrived = error
         finally:
             self.in_progress.discard(run)
+            if self.corpus is not None:
+                self.corpus.ended(generation)
         generation.deliver(arrived)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
-from slime_spec.algorithms import ALGORITHMS, AUTO_CHAIN, NGRAM_DRAFT_TOKENS, OF_DRAFT_MODEL, listed, names
+from slime_spec.algorithms import ALGORITHMS, AUTO_CHAIN, NGRAM, NGRAM_DRAFT_TOKENS, OF_DRAFT_MODEL, listed, names
 from slime_spec.config.speculative import UNQUANTIZED
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.engines import kind_of
@@ -28,9 +28,21 @@ def fronts_history(config: Config) -> bool:
     return asked and spec.record.has_weights
 
 
+def feeds_corpus(config: Config) -> bool:
+    """Return whether SGLang's n-gram servers are fed with the replies to the prompts that they generate for."""
+    spec = config.speculative
+    return bool(spec.history) and spec.record.takes_corpus and kind_of(config).has_servers
+
+
+def corpus_nodes(spec: SpeculativeConfig) -> int:
+    """Return how many nodes of an n-gram server's drafts come out of its corpora: by default half of them."""
+    num_drafts = (spec.num_draft_tokens or NGRAM_DRAFT_TOKENS) - 1
+    return spec.ngram_external_sam_budget or max(1, num_drafts // 2)
+
+
 def reads_replies(config: Config) -> bool:
     """Return whether the engines draft from earlier replies to the same prompt."""
-    return config.speculative.record.reads_replies or fronts_history(config)
+    return config.speculative.record.reads_replies or fronts_history(config) or feeds_corpus(config)
 
 
 def draft_quantization(config: Config) -> str | None:
@@ -51,11 +63,13 @@ def check_speculation(config: Config) -> None:
     record = spec.record
     if record.sglang is None and kind_of(config).has_servers:
         instead = listed(names(lambda each: each.sglang is not None and each.sources == record.sources))
+        fed = " --speculative-history (an n-gram server that is fed with the same replies)"
         raise ConfigError(
             "speculative.algorithm",
             f"SGLang has no {spec.algorithm}",
             spec.algorithm,
-            f"Pass --speculative-algorithm {instead}, or --rollout-engine embedded.",
+            f"Pass --speculative-algorithm {instead}{fed if record.reads_replies else ''}, or --rollout-engine "
+            "embedded.",
         )
     if record.drafter is None and not kind_of(config).has_servers:
         raise ConfigError(
@@ -66,13 +80,7 @@ def check_speculation(config: Config) -> None:
             f"Pass --speculative-algorithm {listed(names(lambda each: each.drafter is not None and each.has_weights))},"
             f" or {listed(names(lambda each: each.sources == ('text',)))}, which need no draft model.",
         )
-    if spec.history and kind_of(config).has_servers:
-        raise ConfigError(
-            "speculative.history",
-            "is the embedded engine's: SGLang's servers do not draft from a prompt's replies",
-            True,
-            "Drop --speculative-history, or pass --rollout-engine embedded.",
-        )
+    _check_history_of_servers(config)
     _check_draft_model(config)
     check_shape(spec)
     _check_sampled_drafts(spec)
@@ -81,7 +89,35 @@ def check_speculation(config: Config) -> None:
     _check_thresholds(config)
     _check_lookup(config)
     if record.takes_corpus:
-        _check_ngram(spec)
+        _check_ngram(spec, feeds_corpus(config))
+
+
+def _check_history_of_servers(config: Config) -> None:
+    """Raise ConfigError where SGLang's servers cannot draft from the replies to a prompt."""
+    spec, kind = config.speculative, kind_of(config)
+    if not (spec.history and kind.has_servers):
+        return
+    for is_wrong, rule, remedy in (
+        (
+            not spec.record.takes_corpus,
+            f"SGLang's servers draft from a prompt's replies with {NGRAM.name} alone, whose corpus takes them",
+            f"Pass --speculative-algorithm {NGRAM.name} or --rollout-engine embedded, or drop --speculative-history.",
+        ),
+        (
+            config.rollout.num_gpus_per_engine > 1,
+            "needs engines of one GPU: every rank takes a corpus into use at a time of its own, and ranks that draft "
+            "differently verify different tokens",
+            "Pass --rollout-num-gpus-per-engine 1, or drop --speculative-history.",
+        ),
+        (
+            config.sglang_server.router or config.sglang_server.router_addr is not None,
+            "needs requests that reach their own engine's server, whose corpus has their replies: a router sends them "
+            "anywhere",
+            "Drop the router, or --speculative-history.",
+        ),
+    ):
+        if is_wrong:
+            raise ConfigError("speculative.history", rule, True, remedy)
 
 
 def settings_read() -> list[str]:
@@ -113,7 +149,8 @@ def speculation_notes(config: Config) -> Iterator[str]:
     """Yield notes on speculative settings that are adjusted or have no effect, one sentence each."""
     spec, default = config.speculative, SpeculativeConfig()
     for name in settings_read():
-        if name not in spec.record.reads and getattr(spec, name) != getattr(default, name):
+        is_read = name in spec.record.reads or (name == "history" and feeds_corpus(config))
+        if not is_read and getattr(spec, name) != getattr(default, name):
             yield f"speculative.{name} has no effect with speculative.algorithm={spec.algorithm}."
     forced = forced_draft_tokens(spec)
     if forced is not None:
@@ -314,7 +351,7 @@ def _check_lookup(config: Config) -> None:
         )
 
 
-def _check_ngram(spec: SpeculativeConfig) -> None:
+def _check_ngram(spec: SpeculativeConfig, is_fed: bool) -> None:
     if spec.ngram_min_bfs_breadth > spec.ngram_max_bfs_breadth:
         raise ConfigError(
             "speculative.ngram_min_bfs_breadth",
@@ -329,16 +366,17 @@ def _check_ngram(spec: SpeculativeConfig) -> None:
             spec.ngram_capacity,
             "Pass a larger --speculative-ngram-capacity.",
         )
-    path, budget = spec.ngram_external_corpus_path, spec.ngram_external_sam_budget
+    path = spec.ngram_external_corpus_path
+    budget = corpus_nodes(spec) if is_fed else spec.ngram_external_sam_budget
     num_drafts = (spec.num_draft_tokens or NGRAM_DRAFT_TOKENS) - 1
-    if path is not None and not 0 < budget <= num_drafts:
+    if (path is not None or is_fed) and not 0 < budget <= num_drafts:
         raise ConfigError(
             "speculative.ngram_external_sam_budget",
             f"must be from 1 to num_draft_tokens - 1 = {num_drafts} with an external corpus",
             budget,
             f"Pass --speculative-ngram-external-sam-budget {max(1, num_drafts // 2)}.",
         )
-    if path is None and budget:
+    if path is None and budget and not is_fed:
         raise ConfigError(
             "speculative.ngram_external_sam_budget",
             "is the share of an external corpus, and there is none",

@@ -108,7 +108,7 @@ class SpeculativeConfig:
     history: bool | None = setting(
         None,
         f"Draft as {HISTORY.name} does before any draft model, where that promises as many tokens; default: where "
-        "num_steps is automatic.",
+        f"num_steps is automatic. On SGLang, with {NGRAM.name}: feed its corpus with the same replies.",
         flags=("--speculative-history",),
     )
     min_token_match: int = setting(

@@ -23,7 +23,7 @@ from slime_spec.config.build import from_dict, to_dict
 from slime_spec.config.schema import SGLANG
 from slime_spec.config.server_checks import check_servers
 from slime_spec.config.sglang_server import size_of
-from slime_spec.config.speculation import check_speculation
+from slime_spec.config.speculation import check_speculation, corpus_nodes
 from slime_spec.config.tree import DTYPES, Config, SpeculativeConfig
 from slime_spec.config.yaml_file import read_yaml_file
 from slime_spec.errors import ConfigError
@@ -136,6 +136,8 @@ def speculative_flags(config: SpeculativeConfig, target: str) -> dict[str, objec
         if f"speculative_{field.name}" in engine_settings()
         and getattr(config, field.name) != getattr(default, field.name)
     }
+    if config.history and config.record.takes_corpus:  # without nodes of its own a corpus that is fed is never read
+        flags["speculative_ngram_external_sam_budget"] = corpus_nodes(config)
     draft, named = locate_draft(config, target), config.draft_model_path
     # For some families (MiMo) SGLang does not default to the target's own folder.
     if draft is not None and (named is not None or _has_mtp_layer(target)):

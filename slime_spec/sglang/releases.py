@@ -23,6 +23,7 @@ Ability = Literal[
     "pads_verify_mask",
     "pads_ngram_mask",
     "refuses_other_adaptive_steps",  # without: adaptive speculation starts at another candidate
+    "takes_corpora",  # of an n-gram server, over HTTP while it runs
     "drafts_by_batch",  # adaptive speculation has a table of batches, with 0 steps at large ones
     "seeds_verify",  # without: the uniforms of a verify pass are the engine's own
 ]
@@ -87,7 +88,7 @@ CHANGES = (
     Change("0.5.6", ("keeps_draft_copy",)),
     Change("0.5.7", ("pads_verify_mask",)),
     Change("0.5.10", weight_contract=DISABLE_DRAFT),
-    Change("0.5.11", metadata=ACCEPTED_DRAFTS),
+    Change("0.5.11", ("takes_corpora",), metadata=ACCEPTED_DRAFTS),
     Change("0.5.12", weight_contract=DISABLE_DRAFT_DISK, metadata=CORRECT_DRAFTS, adaptive_steps=(1, 3, 7)),
     Change("0.5.14", ("refuses_other_adaptive_steps", "pads_ngram_mask", "drafts_by_batch")),
     Change("0.5.17", ("seeds_verify",)),

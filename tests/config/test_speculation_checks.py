@@ -11,6 +11,7 @@ from slime_spec.config.speculation import (
     FORGED_ACCEPTANCE,
     check_environment,
     draft_quantization,
+    feeds_corpus,
     fronts_history,
     reads_replies,
     settings_read,
@@ -18,8 +19,11 @@ from slime_spec.config.speculation import (
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose, composed
+from slime_spec.sglang.arguments import speculative_flags
 from tests.support.refused_launches import EAGLE3, NGRAM, SPECULATIVE_CONTRADICTIONS
 
+SGLANG_NGRAM = "--rollout-engine sglang --speculative-algorithm NGRAM"
+FED = "--speculative-algorithm NGRAM --speculative-history"
 LOSSY = "--debug-rollout-only --speculative-lossy --speculative-algorithm LOOKUP"
 
 
@@ -124,6 +128,48 @@ def test_history_is_for_draft_models_and_says_so_beside_others() -> None:
     assert "speculative.history has no effect with speculative.algorithm=NGRAM." in alone.notes
     assert not reads_replies(alone.config)
     assert reads_replies(composed(["--speculative-algorithm", "HISTORY"]).config)
+
+
+def test_an_n_gram_server_of_sglang_is_fed_with_replies_where_history_is_asked_for() -> None:
+    def chosen(*flags: str) -> tuple[bool, bool, object]:
+        config = composed([*SGLANG_NGRAM.split(), *flags]).config
+        nodes = speculative_flags(config.speculative, "target").get("speculative_ngram_external_sam_budget")
+        return feeds_corpus(config), reads_replies(config), nodes
+
+    fed = composed([*SGLANG_NGRAM.split(), "--speculative-history"])
+    assert not any("history" in note for note in fed.notes)
+    assert chosen() == (False, False, None)
+    assert chosen("--speculative-history") == (True, True, 5)
+    assert chosen("--speculative-history", "--speculative-num-draft-tokens", "2") == (True, True, 1)
+    assert chosen("--speculative-history", "--speculative-ngram-external-sam-budget", "8") == (True, True, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "setting", "rule", "remedy"),
+    [
+        ("--speculative-algorithm HISTORY", "algorithm", "SGLang has no HISTORY", "NGRAM --speculative-history"),
+        (
+            "--speculative-algorithm NEXTN --speculative-history",
+            "history",
+            "NGRAM alone",
+            "--speculative-algorithm NGRAM",
+        ),
+        (
+            f"{FED} --rollout-num-gpus-per-engine 2 --no-colocate",
+            "history",
+            "one GPU",
+            "--rollout-num-gpus-per-engine 1",
+        ),
+        (f"{FED} --sglang-router", "history", "a router sends them anywhere", "Drop the router"),
+        (f"{FED} --speculative-ngram-external-sam-budget 12", "ngram_external_sam_budget", "1 to", "budget 5"),
+    ],
+)
+def test_history_that_no_server_can_draft_from_is_refused(flags: str, setting: str, rule: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        composed(["--rollout-engine", "sglang", *flags.split()])
+    assert caught.value.setting == f"speculative.{setting}"
+    assert rule in caught.value.rule
+    assert remedy in caught.value.remedy
 
 
 def test_where_the_engine_decides_it_drafts_from_replies_first_and_in_int8() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 from rollout.sglang_engine.recordings import recordings
+from rollout.sglang_engine.reply_corpus import LIST, REMOVE
 from rollout.sglang_engine.speculation_trial import find_switch
 from slime_spec.errors import PushError
 from slime_spec.sglang.releases import NEWEST_READ
 from slime_spec.speculation.counters import pooled
-from slime_spec.types import GroupRequest, SamplingParams, SpecCounters
+from slime_spec.types import EarlierReply, GroupRequest, SamplingParams, SpecCounters
 from slime_spec.weights.messages import PauseMode
 from tests.support.sglang_real import ALGORITHMS, PROMPTS, Models, Real, embedded_samples, greedy, on
 from tests.support.sglang_recording import recording, refusals
@@ -24,6 +26,7 @@ from tests.support.tiny_models import load_reference
 pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
 
 NUM_TOKENS = 40
+NUM_ASCII = 94  # the first tokens of the tiny policy's vocabulary are the printable characters
 LOGPROB_ERROR = 2e-4  # two implementations in float32
 
 
@@ -140,9 +143,14 @@ def test_a_push_during_generation_shows_in_the_version_spans(real: Real, mode: P
 
 def wait_for_tokens(real: Real, num_tokens: int) -> None:
     """Until every running sample has so many."""
+    running = real.engine.samples.in_progress
+    wait_until(lambda: min((run.num_tokens for run in running), default=num_tokens) >= num_tokens)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120.0
-    while min((run.num_tokens for run in real.engine.samples.in_progress), default=num_tokens) < num_tokens:
-        assert time.monotonic() < deadline, "the server generates nothing"
+    while not holds():
+        assert time.monotonic() < deadline, "the server does nothing"
         time.sleep(0.02)
 
 
@@ -170,6 +178,39 @@ def test_a_session_left_open_is_recovered(real: Real) -> None:
     real.engine.server.loop.call(real.engine.client.post("/begin_weight_update", {"selector": "all"}))
     real.push(real.other_target(), 5, verify=True)
     assert {sample.weight_version for sample in real.generate(4)} == {5}
+
+
+@on("NGRAM")
+def test_replies_that_the_server_is_fed_with_are_drafted_and_change_no_token(real: Real) -> None:
+    """A push empties the server's own trie. These weights say tokens that are ASCII alone, which text brings back."""
+    weights = real.target_weights
+    head = weights["lm_head.weight"].clone()
+    for row in range(NUM_ASCII, len(head)):
+        head[row] = 0.5 * head[row % NUM_ASCII]  # below the largest logit, which is positive
+    weights |= {"lm_head.weight": head}
+    real.push(weights, 5)
+    plain, corpus, client = real.generate(NUM_TOKENS), real.engine.samples.corpus, real.engine.client
+    assert corpus is not None
+    assert {token for sample in plain for token in sample.token_ids} <= set(range(NUM_ASCII))
+    long = SamplingParams(450, temperature=0.0, ignore_eos=True)
+    before, num_fed = pooled(sample.spec for sample in plain), corpus.num_fed
+    groups = [
+        real.engine.generate(GroupRequest(f"c{i}", prompt, (i,), long, earlier=(EarlierReply(sample.token_ids, 5),)))
+        for i, (prompt, sample) in enumerate(zip(PROMPTS, plain, strict=True))
+    ]
+    wait_until(lambda: corpus.num_fed > num_fed)
+    for group in groups:
+        group.abort()
+        list(group)
+    real.push(weights, 6)
+    fed = real.generate(NUM_TOKENS)
+    loop = real.engine.server.loop
+    (name,) = loop.call(client.get(LIST))["corpus_token_counts"]
+    loop.call(client.post(REMOVE, {"corpus_id": name}))
+    assert [sample.token_ids for sample in fed] == [sample.token_ids for sample in plain]
+    after = pooled(sample.spec for sample in fed)
+    assert before.num_correct < 0.2 * before.num_rounds
+    assert after.num_correct > 2.5 * after.num_rounds, "of three drafts"
 
 
 @on("EAGLE3", "STANDALONE")

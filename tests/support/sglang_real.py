@@ -130,7 +130,7 @@ class Models:
         tree: dict[str, Any] = {"num_steps": 3, "eagle_topk": 4, "num_draft_tokens": 16}
         settings: dict[str, dict[str, Any]] = {
             "NONE": {},
-            "NGRAM": {"num_draft_tokens": 4},
+            "NGRAM": {"num_draft_tokens": 4, "history": True, "ngram_external_sam_budget": 3},
             "STANDALONE": {"draft_model_path": str(self.target), **chain},
             "EAGLE": {"draft_model_path": str(self.eagle), **tree},
             "EAGLE3": {"draft_model_path": str(self.eagle3), **tree},

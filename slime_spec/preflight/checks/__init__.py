@@ -42,6 +42,7 @@ TRAPS: tuple[Trap, ...] = (
     draft.capture_layers,
     draft.norm_output,
     draft.token_map,
+    draft.reply_corpus,
     attention.cpu_backend,
     attention.verify_backend,
     attention.draft_backend,

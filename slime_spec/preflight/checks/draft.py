@@ -5,9 +5,11 @@ from __future__ import annotations
 from slime_spec.algorithms import LOOKUP, NGRAM, STANDALONE, Algorithm, algorithm_of_family
 from slime_spec.checkpoints.families import family_of, head_format
 from slime_spec.checkpoints.families.eagle3 import CAPTURED, EAGLE3, default_capture_layers, named_layers
+from slime_spec.config.speculation import feeds_corpus
 from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
 from slime_spec.preflight.facts import Facts
-from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
+from slime_spec.preflight.finding import Severity, Sighting, asking_sglang_to_speculate, speculating, trap
+from slime_spec.sglang.releases import since
 
 DRAFT_FLAG = "--sglang-speculative-draft-model-path"
 
@@ -187,4 +189,22 @@ def token_map(facts: Facts) -> Sighting | None:
         Severity.WARNING,
         "--speculative-token-map while the target is trained",
         "Drop --speculative-token-map, or watch rollout/spec_accept_length and restart the servers when it falls.",
+    )
+
+
+@trap(
+    "reply-corpus",
+    "An n-gram server takes finished replies as an external corpus, by calls that releases before 0.5.11 do not have: "
+    "there it drafts only from what its own requests said lately.",
+    "22203",
+    applies=asking_sglang_to_speculate,
+)
+def reply_corpus(facts: Facts) -> Sighting | None:
+    if not feeds_corpus(facts.config) or facts.release.does("takes_corpora"):
+        return None
+    return Sighting(
+        Severity.ERROR,
+        f"--speculative-history with SGLang {facts.release.text}",
+        f"Use SGLang {since('takes_corpora')} or newer, or drop --speculative-history.",
+        ("--no-speculative-history",),
     )
