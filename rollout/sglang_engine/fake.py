@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from aiohttp import web
 
@@ -22,7 +25,9 @@ from rollout.sglang_engine.fake_corpora import FakeCorpora
 from rollout.sglang_engine.fake_http import Body, Handlers
 from rollout.sglang_engine.fake_weights import FakeWeights
 from rollout.sglang_engine.recordings import recordings
+from slime_spec.algorithms import NONE
 from slime_spec.config.addresses import address_of
+from slime_spec.files import read_json_object
 from slime_spec.sglang.flags import sglang_version
 from slime_spec.sglang.speculation_control import SAMPLING_PARAMS, RequestSwitch
 
@@ -39,9 +44,11 @@ def next_token(last: int, position: int) -> int:
 class FakeServer(FakeWeights, FakeCorpora):
     """Answers as recorded: ``generation`` names the recorded metadata, ``contract`` the recorded update fields.
 
-    ``accepted`` is how many of three drafts every round accepts; ``delay_s`` is what a round takes. ``model`` and
-    ``server_args`` are added to its /model_info and /server_info. Requests opt out of speculation by ``switch``, where
-    there is one, and their steps take ``step_s``.
+    ``accepted`` is how many of ``num_drafts`` drafts every round accepts, unless ``pattern`` gives the rounds of a
+    request in turn; ``delay_s`` is what a round takes. ``slept_s`` sums what all requests took, which a server that
+    ``only_counts`` does not really wait for. ``model`` and ``server_args`` are added to its /model_info and
+    /server_info. Requests opt out of speculation by ``switch``, where there is one, all of them where the server does
+    not speculate, and their steps take ``step_s``. A server that ``crashes`` ends its process at the first request.
     """
 
     def __init__(
@@ -57,11 +64,16 @@ class FakeServer(FakeWeights, FakeCorpora):
         super().__init__(contract, api_key)
         self.meta_info = recordings()["meta_info"][generation]
         self.accepted, self.delay_s, self.incremental = accepted, delay_s, incremental
+        self.num_drafts = DRAFTS
+        self.pattern: Sequence[int] = ()
+        self.speculates = self.counts = True
+        self.crashes = False
         self.hides_openapi = hides_openapi
         self.model: Body = {}
         self.server_args: Body = {}
         self.switch: RequestSwitch | None = None
-        self.step_s = 0.0
+        self.step_s = self.slept_s = 0.0
+        self.only_counts = False
         self._running: dict[str, asyncio.Event] = {}
         self._going = asyncio.Event()
         self._going.set()
@@ -89,6 +101,8 @@ class FakeServer(FakeWeights, FakeCorpora):
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
+        if self.crashes:
+            os._exit(1)
         sampling = body["sampling_params"]
         if len(body["input_ids"]) + sampling["max_new_tokens"] > CONTEXT_LENGTH:
             return await self._answer(request, body, _once(recordings()["errors"]["too_long"]), status=400)
@@ -111,21 +125,23 @@ class FakeServer(FakeWeights, FakeCorpora):
 
     async def _chunks(self, body: Body) -> AsyncIterator[Body]:
         """Yield one chunk a round: its token and ``accepted`` more; without drafts one a step."""
-        drafts = self.switch is None or not body.get(self.switch.parent, {}).get(self.switch.field)
+        opts_out = self.switch is not None and body.get(self.switch.parent, {}).get(self.switch.field)
+        drafts = self.speculates and not opts_out
         prompt, limit = body["input_ids"], body["sampling_params"]["max_new_tokens"]
         aborted = self._running[body["rid"]] = asyncio.Event()
         ids: list[int] = []
         spans: list[Body] = []
-        rounds = 0
+        rounds: list[int] = []
         last, sent = prompt[-1], 0
         while len(ids) < limit and not aborted.is_set():
-            await asyncio.sleep(self.delay_s if drafts else self.step_s)
+            await self._take(self.delay_s if drafts else self.step_s)
             await self._going.wait()
             if aborted.is_set():
                 break
             is_round = drafts and bool(ids)
-            count = self.accepted + 1 if is_round else 1
-            rounds += is_round
+            accepted = self.pattern[len(rounds) % len(self.pattern)] if self.pattern else self.accepted
+            count = accepted + 1 if is_round else 1
+            rounds += [accepted] if is_round else []
             first = len(ids)
             for _ in range(min(count, limit - len(ids))):
                 last = next_token(last, len(prompt) + len(ids))
@@ -139,8 +155,18 @@ class FakeServer(FakeWeights, FakeCorpora):
         del self._running[body["rid"]]
         yield self._chunk(body, ids, sent, reason, rounds, spans)
 
+    async def _take(self, seconds: float) -> None:
+        self.slept_s += seconds
+        await asyncio.sleep(0.0 if self.only_counts else seconds)
+
     def _chunk(
-        self, body: Body, ids: Sequence[int], sent: int, reason: Body | None, rounds: int, spans: Sequence[Body]
+        self,
+        body: Body,
+        ids: Sequence[int],
+        sent: int,
+        reason: Body | None,
+        rounds: Sequence[int],
+        spans: Sequence[Body],
     ) -> Body:
         meta = dict(self.meta_info) | {
             "id": body["rid"],
@@ -157,15 +183,16 @@ class FakeServer(FakeWeights, FakeCorpora):
         for key in list(meta):
             if key.startswith("spec_"):
                 del meta[key]
-                if reason is not None and rounds:
+                if reason is not None and rounds and self.counts:
                     meta[key] = counts[key]
         if reason is None:
             meta.pop("weight_versions", None)
         return {"text": "", "output_ids": list(ids[sent:]), "meta_info": meta}
 
-    def _spec_keys(self, rounds: int, num_tokens: int) -> Body:
-        correct, proposed = rounds * self.accepted, rounds * DRAFTS
-        histogram = [0] * self.accepted + [rounds]
+    def _spec_keys(self, accepted: Sequence[int], num_tokens: int) -> Body:
+        rounds, correct = len(accepted), sum(accepted)
+        proposed = rounds * self.num_drafts
+        histogram = [accepted.count(number) for number in range(max(accepted, default=0) + 1)]
         pairs = (("correct_drafts", "proposed_drafts"), ("accept_token_num", "draft_token_num"))
         return {
             "spec_verify_ct": rounds,
@@ -213,7 +240,7 @@ class FakeServer(FakeWeights, FakeCorpora):
                 "max_total_num_tokens": 4096,
                 "tp_size": 1,
                 "dp_size": 1,
-                "speculative_num_steps": DRAFTS,
+                "speculative_num_steps": self.num_drafts,
                 "memory_released": self.memory_released,
                 **self.server_args,
             }
@@ -277,16 +304,31 @@ def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None, make: Callable[..., FakeServer] = FakeServer) -> None:
-    """Serve as a process until it is ended; unknown flags are SGLang's and have no effect."""
+    """Serve as a process until it is ended; unknown flags are SGLang's and have no effect.
+
+    ``--script`` names a JSON object of scripts by algorithm, also that of a server without speculation: attributes of
+    FakeServer and their values; or ``{"dies": text}``, and the process ends with the text instead of serving.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--api-key")
     parser.add_argument("--weight-version", default="0")
     parser.add_argument("--delay-s", type=float, default=0.005)
+    parser.add_argument("--speculative-algorithm", default=NONE.name)
+    parser.add_argument("--speculative-num-draft-tokens", type=int, default=DRAFTS + 1)
+    parser.add_argument("--script", type=Path)
     known, _ = parser.parse_known_args(argv)
     server = make(delay_s=known.delay_s, api_key=known.api_key)
-    server.weight_version = known.weight_version
+    server.weight_version, server.step_s = known.weight_version, known.delay_s
+    server.speculates = known.speculative_algorithm != NONE.name
+    server.num_drafts = known.speculative_num_draft_tokens - 1
+    scripts = read_json_object(known.script) if known.script else {}
+    for name, value in scripts.get(known.speculative_algorithm, {}).items():
+        if name == "dies":
+            sys.exit(value)
+        assert hasattr(server, name), f"a script may set {name}"
+        setattr(server, name, value)
     web.run_app(server.app(), host=known.host, port=known.port, print=None)
 
 

@@ -21,12 +21,14 @@ from slime_spec.bench.tune.acceptance import Acceptance, acceptance_of
 from slime_spec.bench.tune.candidates import Candidate, text_candidates
 from slime_spec.bench.tune.push import PushCheck, accept_length, check_push, problem_of
 from slime_spec.bench.tune.report import Found, show
+from slime_spec.bench.tune.results import BatchResult, Choice, Lengths, SpeedUp, Swept
 from slime_spec.bench.tune.sides import OFF, Cores, Side
-from slime_spec.bench.tune.sweep import BatchResult, Lengths, SpeedUp, lengths_of, text_speed_up
+from slime_spec.bench.tune.sweep import lengths_of, text_speed_up
 from slime_spec.bench.tune.verdict import overall, verdict_of
 from slime_spec.bench.tune.workload import KnownPrompt, Workload
 from slime_spec.config.speculative import SpeculativeConfig
 from slime_spec.config.tree import Config
+from slime_spec.interfaces import RolloutEngine
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import compose
 from slime_spec.speculation.net_benefit import NetBenefit
@@ -54,7 +56,9 @@ def test_the_command_measures_everything_and_names_flags_or_why_not(
     argv = ["--hf-checkpoint", str(policy), "--draft", str(draft), "--prompts", str(prompts), "--no-push"]
     sizes = ["--batch-sizes", "1", "3", "--new-tokens", "8", "--rounds", "2", "--n-samples-per-prompt", "3"]
     assumed = ["--assume-accept", "2.5", "5"]
-    assert main(["tune", *argv, *sizes, *assumed, "--json", str(tmp_path / "tune.json")]) == 0
+    written = ["--json", str(tmp_path / "tune.json"), "--chart", str(tmp_path / "tune.svg")]
+    assert main(["tune", *argv, *sizes, *assumed, *written]) == 0
+    assert "EAGLE3 draft" in (tmp_path / "tune.svg").read_text()
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "tune.json").read_text())
     rules = [(each["name"], each["rule"]) for each in found["acceptance"]]
@@ -147,8 +151,8 @@ def test_a_texts_speed_up_counts_the_rows_of_its_drafts_and_nothing_for_finding_
 
 def made_up(batch: int, lengths: Lengths | None = None, **each: tuple[float, ...]) -> BatchResult:
     """A result whose sides are named by their speed-ups: ``auto`` and ``fixed3`` of one draft."""
-    core = object()
-    sides = {name: Side(DRAFT, core, int(name[-1]) if name[:-1] == "fixed" else None) for name in each}  # type: ignore[arg-type]
+    depths = {name: int(name[-1]) if name[:-1] == "fixed" else None for name in each}
+    sides = {name: Choice(DRAFT.flags(depth), depth) for name, depth in depths.items()}
     return BatchResult(batch, 100.0, sides, {name: SpeedUp(ratios) for name, ratios in each.items()}, {}, lengths)
 
 
@@ -190,6 +194,7 @@ def test_one_setting_for_all_batches_loses_at_none_of_them() -> None:
     assert overall(results).side == "other"
     assert overall([made_up(1, auto=(1.0, 1.02))]).side is None
     assert overall([made_up(1, fixed3=(1.5, 1.5))]).side is None, "a length is chosen batch by batch"
+    assert overall([made_up(1, auto=(1.0, 2.0))]).side is None, "no batch at which it pays each time"
 
 
 def test_the_report_has_a_line_for_each_batch_and_says_what_was_wrong_with_the_push() -> None:
@@ -197,13 +202,10 @@ def test_the_report_has_a_line_for_each_batch_and_says_what_was_wrong_with_the_p
     found = Found(
         per="CPU second",
         replies="8 replies a prompt",
-        acceptance=(Acceptance("EAGLE3 d", "block", (0.9, 0.9), (10, 9), 1.6, 2.0),),
-        batches=batches,
-        costs=None,
+        swept=Swept((Acceptance("EAGLE3 d", "block", (0.9, 0.9), (10, 9), 1.6, 2.0),), batches, "measured costs"),
         verdicts=tuple(map(verdict_of, batches)),
         overall=overall(batches),
         push=PushCheck(1.5, 10**9, True, 8, 7, 2.5, 1.0, problem="the draft was lost"),
-        has_network=True,
     )
     out = StringIO()
     show(found, Console(file=out, width=160))
@@ -236,7 +238,7 @@ def test_a_push_is_wrong_where_versions_or_the_draft_are_not_what_they_were() ->
 class OneEngine:
     """An engine of this process as the engines of a run."""
 
-    def __init__(self, engine: EmbeddedEngine) -> None:
+    def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
 
     def generate(self, requests: Sequence[GroupRequest]) -> Iterator[GeneratedSample]:

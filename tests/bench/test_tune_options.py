@@ -26,8 +26,21 @@ def config_of(policy: Path, *flags: str) -> Config:
 @pytest.mark.parametrize(
     ("argv", "setting", "says"),
     [
-        (["--rollout-engine", "sglang"], "rollout.engine", "embedded engine only"),
-        (["--rollout-engine", "fake"], "rollout.engine", "embedded engine only"),
+        (["--rollout-engine", "fake"], "rollout.engine", "embedded or sglang"),
+        (
+            ["--rollout-engine", "sglang", "--rollout-external-engine-addrs", "127.0.0.1:1"],
+            "sglang_server.external_addrs",
+            "starts servers of its own",
+        ),
+        (
+            [
+                *("--rollout-engine", "sglang", "--rollout-num-gpus-per-engine", "4", "--num-gpus-per-node", "2"),
+                *("--sglang-weight-transport", "distributed", "--no-colocate"),
+            ],
+            "rollout.num_gpus_per_engine",
+            "this machine alone",
+        ),
+        (["--chart", "/nowhere/tune.svg"], "--chart", "folder that is there"),
         (["--batch-sizes", "0"], "--batch-sizes", "at least 1"),
         (["--batch-sizes", "four"], "slime-spec tune", "four"),
         (["--rounds", "1"], "--rounds", "at least 2"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import psutil
 from rich.console import Console
 
 from rollout.sglang_engine import guard
-from rollout.sglang_engine.client import SglangClient
+from rollout.sglang_engine.client import ServerRefused, SglangClient
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.loop_thread import AsyncLoop
 from slime_spec.bench.local_engine import greedy
@@ -24,6 +26,7 @@ from slime_spec.weights.messages import Side
 from slime_spec.weights.run import PushReport, push_messages, run_push
 
 Sums = Mapping[str, str]
+FLUSH_ATTEMPTS, FLUSH_WAIT_S = 100, 0.1
 
 
 class Server:
@@ -52,8 +55,15 @@ class Server:
         return {f"{rank}:{name}": each for rank, payload in ranks for name, each in payload["checksums"].items()}
 
     def forget(self) -> None:
-        """Drop the server's cached prefixes."""
-        self.ask("/flush_cache")
+        """Drop the server's cached prefixes; a server that has not yet put its last request away is asked again."""
+        for attempts_left in reversed(range(FLUSH_ATTEMPTS)):
+            try:
+                self.ask("/flush_cache")
+                return
+            except ServerRefused as error:
+                if error.status != HTTPStatus.BAD_REQUEST or not attempts_left:
+                    raise
+            time.sleep(FLUSH_WAIT_S)
 
     def greedy(
         self, prompts: Prompts, num_new_tokens: int, stop_token_ids: tuple[int, ...] = ()

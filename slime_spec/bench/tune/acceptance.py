@@ -24,7 +24,8 @@ class Acceptance:
     """Holds how drafts of one candidate stood; ``rates[i]`` is position i's, given the positions before it.
 
     ``num_tried[i]`` rounds drafted position i and accepted those before. ``gained`` are accepted drafts, and
-    ``drafted`` drafts, a step, steps without a draft (a text without a match) included.
+    ``drafted`` drafts, a step, steps without a draft (a text without a match) included. Of a server that does not count
+    by position ``rates`` are empty; of a server that counts nothing ``gained`` and ``drafted`` are None, too.
     Example: ``Acceptance("LOOKUP", "", rates=(0.5, 0.8), num_tried=(40, 20), gained=0.3, drafted=1.1)``
     """
 
@@ -32,8 +33,8 @@ class Acceptance:
     rule: str
     rates: tuple[float, ...]
     num_tried: tuple[int, ...]
-    gained: float
-    drafted: float
+    gained: float | None
+    drafted: float | None
 
     @property
     def cumulative(self) -> tuple[float, ...]:

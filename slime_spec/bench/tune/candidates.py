@@ -100,18 +100,25 @@ def draft_candidates(config: Config, drafts: Sequence[str], target: ModelSpec) -
 
     Every file that says whether a draft fits is read; weights are not.
     """
+    candidates = named_drafts(config, drafts)
+    for each in candidates:
+        of_draft = replace(config, speculative=each.settings)
+        check_speculation(of_draft)
+        choose_draft(of_draft, target)
+    return candidates
+
+
+def named_drafts(config: Config, drafts: Sequence[str]) -> list[Candidate]:
+    """Return a candidate for the configuration's own draft and for each of ``drafts``, whether they fit or not."""
     found = [config.speculative] if config.speculative.record.has_weights else []
     found += [_settings_of(config.speculative, draft) for draft in drafts]
     cleared = [replace(each, num_steps=None, eagle_topk=None, num_draft_tokens=None) for each in found]
     candidates: dict[str, Candidate] = {}
     for each in dict.fromkeys(cleared):
-        of_draft = replace(config, speculative=each)
-        check_speculation(of_draft)
-        choose_draft(of_draft, target)
         name = _name(each)
         while name in candidates:
             name += "'"
-        candidates[name] = Candidate(name, each, quantization=draft_quantization(of_draft))
+        candidates[name] = Candidate(name, each, quantization=draft_quantization(replace(config, speculative=each)))
     return list(candidates.values())
 
 

@@ -14,23 +14,25 @@ from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import composed
 from slime_spec.launch.flags import is_flag
+from slime_spec.placement import num_engine_nodes
 from slime_spec.suggest import did_you_mean
 
 PROG = "slime-spec tune"
 MOST_ACCEPTED = float(CONTROLLED_CHAIN[2])  # tokens of a round of the longest chain that the engine drafts
 USUAL_BATCHES = (1, 4, 16)
 DESCRIPTION = """\
-Measure what speculation pays with your checkpoint, drafts and prompts, on the embedded engine: acceptance by position,
+Measure what speculation pays with your checkpoint, drafts and prompts, on the run's own engine: acceptance by position,
 the draft length by formula and by measurement, the speed-up by batch, and one push from the trainer to an engine.
-Prints the flags to use, or why not to speculate. Every other flag is one of train's: --config, --hf-checkpoint,
---prompt-data, --sglang-dtype, --rollout-temperature, ..."""
+Prints the flags to use, or why not to speculate. With --rollout-engine sglang a server is started for each setting in
+turn. Every other flag is one of train's: --config, --hf-checkpoint, --prompt-data, --sglang-dtype, ..."""
 
 
 @dataclass(frozen=True)
 class TuneOptions:
     """Holds the command's options; ``config`` is the run that is tuned, as flags of train describe it.
 
-    ``seconds`` bounds the repetitions at all batch sizes together; acceptance and the push come on top.
+    ``given`` are the paths of the settings that somebody has set. ``seconds`` bounds the repetitions at all batch sizes
+    together; acceptance, the starts of servers and the push come on top.
     """
 
     config: Config
@@ -45,11 +47,14 @@ class TuneOptions:
     assumed_lengths: tuple[float, ...] = ()
     pushes: bool = True
     json: Path | None = None
+    chart: Path | None = None
+    given: frozenset[str] = frozenset()
+    is_quick: bool = False
 
 
 OWN = (
     *("--draft", "--prompts", "--prompt-key", "--batch-sizes", "--new-tokens", "--rounds", "--seconds", "--quick"),
-    *("--threads", "--assume-accept", "--no-push", "--json"),
+    *("--threads", "--assume-accept", "--no-push", "--json", "--chart"),
 )
 QUICK = {"num_new_tokens": 24, "num_rounds": 2, "seconds": 30.0}
 
@@ -58,7 +63,8 @@ def read_options(argv: Sequence[str]) -> TuneOptions:
     """Return the options; raises ConfigError, before anything heavy, for what cannot be measured."""
     given, of_train = _parser().parse_known_args([*argv])
     _check_spelling(of_train)
-    config = composed(of_train).config
+    made = composed(of_train)
+    config = made.config
     _check_engine(config)
     options = TuneOptions(
         config=config,
@@ -68,6 +74,9 @@ def read_options(argv: Sequence[str]) -> TuneOptions:
         assumed_lengths=tuple(given.assume_accept),
         pushes=not given.no_push and config.run.mode != "rollout_only",
         json=given.json,
+        chart=given.chart,
+        given=made.given,
+        is_quick=given.quick,
     )
     named = {name: getattr(given, name) for name in (*QUICK, "threads")}
     chosen = (QUICK if given.quick else {}) | {name: value for name, value in named.items() if value is not None}
@@ -126,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"bounds the repetitions, of which there are two at least ({defaults.seconds:g})",
     )
     parser.add_argument("--quick", action="store_true", help="fewer batches, tokens and repetitions: about a minute")
-    parser.add_argument("--threads", type=int, metavar="N", help=f"compute threads of an engine ({defaults.threads})")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help=f"compute threads of the embedded engine ({defaults.threads})"
+    )
     parser.add_argument(
         "--assume-accept",
         type=float,
@@ -137,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-push", action="store_true", help="send no push, as with --debug-rollout-only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw speed-ups and acceptance here, as SVG")
     return parser
 
 
@@ -156,13 +168,28 @@ def _check_spelling(of_train: Sequence[str]) -> None:
 
 
 def _check_engine(config: Config) -> None:
-    if kind_of(config).has_servers or not kind_of(config).runs_built_decoders:
+    kind = kind_of(config)
+    if not (kind.has_servers or kind.runs_built_decoders):
         raise ConfigError(
             "rollout.engine",
-            f"{PROG} measures on the embedded engine only",
+            f"{PROG} measures an engine that generates: embedded or sglang",
             config.rollout.engine,
-            "Drop --rollout-engine; SGLang's servers are measured by slime-spec bench sglang --only speed, and a "
-            "finished run's acceptance is judged by slime-spec doctor --metrics RUN.",
+            "Drop --rollout-engine, or pass --rollout-engine sglang.",
+        )
+    if kind.uses_external_servers(config):
+        raise ConfigError(
+            "sglang_server.external_addrs",
+            f"{PROG} starts servers of its own, one for each setting",
+            config.sglang_server.external_addrs,
+            "Drop --rollout-external-engine-addrs; a finished run's acceptance is judged by slime-spec doctor "
+            "--metrics RUN.",
+        )
+    if num_engine_nodes(config) > 1:
+        raise ConfigError(
+            "rollout.num_gpus_per_engine",
+            f"{PROG} starts servers on this machine alone",
+            config.rollout.num_gpus_per_engine,
+            "Pass --rollout-num-gpus-per-engine with as many GPUs as this machine has (--num-gpus-per-node).",
         )
 
 
@@ -190,6 +217,6 @@ def _check(options: TuneOptions) -> None:
         if not 1.0 < length <= MOST_ACCEPTED:
             rule = f"must be above 1 and at most {MOST_ACCEPTED:g}, the tokens of the longest chain's round"
             raise ConfigError("--assume-accept", rule, length, "Pass lengths such as --assume-accept 2.5 3.3 5.")
-    if options.json is not None and not options.json.parent.is_dir():
-        rule = "must lie in a folder that is there"
-        raise ConfigError("--json", rule, str(options.json), f"Make {options.json.parent} first.")
+    for flag, file in (("--json", options.json), ("--chart", options.chart)):
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(flag, "must lie in a folder that is there", str(file), f"Make {file.parent} first.")

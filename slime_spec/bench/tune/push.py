@@ -17,6 +17,7 @@ from slime_spec.bench.tune.candidates import Candidate
 from slime_spec.bench.tune.workload import Workload
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config
+from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.interfaces import Engines, Trainer
 from slime_spec.speculation.counters import pooled
@@ -93,9 +94,14 @@ def accept_length(samples: Sequence[GeneratedSample]) -> float | None:
 
 
 def _debug_run(config: Config, candidate: Candidate | None) -> Config:
-    """Return the configuration of the push: one draft length, so that acceptance before and after can be compared."""
+    """Return the configuration of the push: one draft length, so that acceptance before and after can be compared.
+
+    A server's candidate has its own.
+    """
     speculative = config.speculative
-    if candidate is not None:
+    if candidate is not None and kind_of(config).has_servers:
+        speculative = candidate.settings
+    elif candidate is not None:
         has_numbers = candidate.settings.record.has_numbers
         numbers: dict[str, Any] = {
             "num_steps": DEPTH,

@@ -16,14 +16,15 @@ from slime_spec.algorithms import NONE
 from slime_spec.bench.rows import machine
 from slime_spec.bench.tune.acceptance import Acceptance
 from slime_spec.bench.tune.push import PushCheck
-from slime_spec.bench.tune.sweep import BatchResult
+from slime_spec.bench.tune.results import BatchResult, Rounds, Swept
 from slime_spec.bench.tune.verdict import Overall, Verdict
 from slime_spec.preflight.checks.metrics import BAR
 from slime_spec.run_folder import versions
-from slime_spec.speculation.cost_table import LEAST_GAIN, CostTable
+from slime_spec.speculation.cost_table import LEAST_GAIN
 
 SHOWN_POSITIONS = 5
 SHOWN_DEPTHS = (1, 2, 3, 5, 7)
+UNKNOWN = "not given by this server"
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,27 @@ class Found:
 
     per: str
     replies: str
-    acceptance: tuple[Acceptance, ...]
-    batches: tuple[BatchResult, ...]
-    costs: CostTable | None
+    swept: Swept
     verdicts: tuple[Verdict, ...]
     overall: Overall
     push: PushCheck | None
-    has_network: bool
 
 
 def show(found: Found, console: Console) -> None:
     """Print the tables and the verdict."""
-    console.print(_acceptance_table(found.acceptance))
-    if lengths := [each for each in found.batches if each.lengths is not None]:
+    swept = found.swept
+    console.print(_acceptance_table(swept.acceptance))
+    if lengths := [each for each in swept.batches if each.lengths is not None]:
         console.print(_length_table(lengths))
     console.print(_speed_table(found))
-    if found.batches[0].assumed:
-        console.print(_assumed_table(found))
-    if found.costs is not None:
-        for line in found.costs.text():
+    if any(each.rounds for each in swept.batches):
+        console.print(_round_table(swept.batches))
+    if swept.batches[0].assumed:
+        console.print(_assumed_table(swept))
+    if swept.costs is not None:
+        for line in swept.costs.text():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in (*_push_lines(found.push), *_verdict_lines(found)):
+    for line in (*_note_lines(swept), *_push_lines(found.push), *_verdict_lines(found)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -69,9 +70,30 @@ def _acceptance_table(acceptance: Sequence[Acceptance]) -> Table:
     for each in acceptance:
         shares = [f"{share:.0%}" for share in each.cumulative[:SHOWN_POSITIONS]]
         shares += [""] * (SHOWN_POSITIONS - len(shares))
-        passed = f"{each.num_passed} of {len(BAR)}"
-        table.add_row(each.name, each.rule, *shares, f"{1 + each.gained:.2f}", f"{each.drafted:.1f}", passed)
+        gained = UNKNOWN if each.gained is None else f"{1 + each.gained:.2f}"
+        drafted = UNKNOWN if each.drafted is None else f"{each.drafted:.1f}"
+        passed = f"{each.num_passed} of {len(BAR)}" if each.rates else UNKNOWN
+        table.add_row(each.name, each.rule, *shares, gained, drafted, passed)
     return table
+
+
+def _round_table(results: Sequence[BatchResult]) -> Table:
+    table = Table(
+        title="tokens a round of a sequence / the break-even accept length, which is a round's cost over a plain step"
+    )
+    table.add_column("drafter", overflow="fold")
+    for each in results:
+        table.add_column(f"{each.batch} at once", justify="right")
+    for name in results[0].rounds:
+        table.add_row(name, *(_round_cell(each.rounds[name]) for each in results))
+    return table
+
+
+def _round_cell(rounds: Rounds) -> str:
+    if rounds.accept_length is None:
+        return UNKNOWN
+    cost = "not measurable" if rounds.break_even is None else f"{rounds.break_even:.2f}"
+    return f"{rounds.accept_length:.2f} / {cost}"
 
 
 def _length_table(results: Sequence[BatchResult]) -> Table:
@@ -99,16 +121,15 @@ def _length_table(results: Sequence[BatchResult]) -> Table:
 
 
 def _speed_table(found: Found) -> Table:
-    table = Table(
-        title=f"tokens a {found.per} over no speculation: median (range) of interleaved repetitions; {found.replies}"
-    )
+    table = Table(title=f"tokens a {found.per} over no speculation: median (range) of repetitions; {found.replies}")
     table.add_column("drafter, number of drafts", overflow="fold")
-    for each in found.batches:
+    batches = found.swept.batches
+    for each in batches:
         table.add_column(f"{each.batch} at once", justify="right")
-    names = dict.fromkeys(name for each in found.batches for name in (*each.speed_ups, *each.predicted))
-    table.add_row(f"none: tokens a {found.per}", *(f"{each.off_tokens_per_s:.0f}" for each in found.batches))
+    names = dict.fromkeys(name for each in batches for name in (*each.speed_ups, *each.predicted))
+    table.add_row(f"none: tokens a {found.per}", *(f"{each.off_tokens_per_s:.0f}" for each in batches))
     for name in names:
-        table.add_row(name, *(_cell(each, name) for each in found.batches))
+        table.add_row(name, *(_cell(each, name) for each in batches))
     return table
 
 
@@ -118,20 +139,28 @@ def _cell(result: BatchResult, name: str) -> str:
     return f"predicted {result.predicted[name]:.2f}x" if name in result.predicted else ""
 
 
-def _assumed_table(found: Found) -> Table:
-    at = "this draft's measured costs" if found.has_network else "no cost of drafting: a bound"
-    table = Table(title=f"what a draft of this accept length would bring, at {at} (assumed, not measured)")
+def _assumed_table(swept: Swept) -> Table:
+    table = Table(
+        title=f"what a draft of this accept length would bring, at {swept.assumed_at} (assumed, not measured)"
+    )
     table.add_column("tokens a round of 7 drafts", justify="right")
-    for each in found.batches:
+    for each in swept.batches:
         table.add_column(f"{each.batch} at once", justify="right")
-    for number, (length, _, _) in enumerate(found.batches[0].assumed):
-        cells = [_assumed_cell(*each.assumed[number][1:]) for each in found.batches]
+    for number, (length, _, _) in enumerate(swept.batches[0].assumed):
+        cells = [_assumed_cell(*each.assumed[number][1:]) if each.assumed else UNKNOWN for each in swept.batches]
         table.add_row(f"{length:g}", *cells)
     return table
 
 
 def _assumed_cell(depth: int, gain: float) -> str:
     return f"{gain:.2f}x with {depth}" if depth else "off"
+
+
+def _note_lines(swept: Swept) -> Iterator[str]:
+    for name, why in swept.left_out.items():
+        yield f"left out: {name}: {why}"
+    for note in swept.notes:
+        yield f"note: {note}"
 
 
 def _push_lines(push: PushCheck | None) -> Iterator[str]:
@@ -179,10 +208,12 @@ def as_json(found: Found, command: Sequence[str]) -> str:
             "replies": found.replies,
             "acceptance": [
                 {**asdict(each), "cumulative": each.cumulative, "num_passed": each.num_passed}
-                for each in found.acceptance
+                for each in found.swept.acceptance
             ],
-            "batches": [_batch(each) for each in found.batches],
-            "costs": None if found.costs is None else asdict(found.costs),
+            "batches": [_batch(each) for each in found.swept.batches],
+            "costs": None if found.swept.costs is None else asdict(found.swept.costs),
+            "left_out": dict(found.swept.left_out),
+            "notes": found.swept.notes,
             "verdicts": [
                 {"batch": each.batch, "side": each.side, "flags": each.flags, "why": each.why}
                 for each in found.verdicts
@@ -208,6 +239,7 @@ def _batch(result: BatchResult) -> Mapping[str, Any]:
             for name, speed_up in result.speed_ups.items()
         },
         "predicted": dict(result.predicted),
+        "rounds": {name: asdict(rounds) for name, rounds in result.rounds.items()},
         "lengths": None if result.lengths is None else asdict(result.lengths),
         "assumed": [
             {"accept_length": length, "num_drafts": depth, "speed_up": gain} for length, depth, gain in result.assumed

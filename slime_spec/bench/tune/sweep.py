@@ -6,84 +6,78 @@ import gc
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from time import perf_counter
 
+from rollout.embedded.calibrate import costs_of
 from slime_spec.algorithms import CONTROLLED_CHAIN
 from slime_spec.bench.pays.sides import drawn_order
 from slime_spec.bench.timing import Clock, tell
-from slime_spec.bench.tune.acceptance import Acceptance
-from slime_spec.bench.tune.candidates import Candidate
+from slime_spec.bench.tune.acceptance import Acceptance, measure_acceptance
+from slime_spec.bench.tune.candidates import Candidate, by_rule, configured, text_candidates
+from slime_spec.bench.tune.options import TuneOptions
+from slime_spec.bench.tune.results import LEAST_REPETITIONS, BatchResult, Choice, Lengths, SpeedUp, Swept
 from slime_spec.bench.tune.sides import Cores, Side
 from slime_spec.bench.tune.workload import Workload
 from slime_spec.speculation.cost_table import break_even_length
 from slime_spec.speculation.draft_length import length_by_costs, length_by_step_share, rate_of_length, speed_up
 from slime_spec.speculation.round_costs import RoundCosts
 
-LEAST_REPETITIONS = 2  # or there is no uncertainty to state
 WORTH_MEASURING = 0.85  # of what is predicted; the rest is told as predicted
 SHORT, LONG = (1, 3), 7
 Of = Mapping[Candidate, Acceptance]
 
 
-@dataclass(frozen=True)
-class SpeedUp:
-    """Holds each repetition's tokens per second over those of no speculation in the same repetition."""
-
-    each: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.each)
-
-    @property
-    def text(self) -> str:
-        """Return the median and the range: ``SpeedUp((1.3, 1.1, 1.2)).text == "1.20x (1.10 to 1.30)"``."""
-        return f"{self.median:.2f}x ({min(self.each):.2f} to {max(self.each):.2f})"
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Holds draft lengths for one draft at one batch: by RTP-LLM's formula, by measured costs, by measurement.
-
-    ``rates`` are the draft's acceptance by position, by which lengths are predicted. ``break_even[d]`` is what a round
-    of d drafts costs over a plain step. ``perfect`` is the most that drafts could
-    bring which are all accepted. ``measured`` is the fastest fixed length that took turns, 0 for none.
-    """
-
-    draft: str
-    context: int
-    rates: tuple[float, ...]
-    step_share: float
-    by_formula: int
-    by_costs: int
-    predicted: float
-    break_even: Mapping[int, float]
-    perfect: float
-    measured: int | None = None
+def sweep_cores(options: TuneOptions, drafts: Sequence[Candidate], workload: Workload) -> Swept:
+    """Measure acceptance, then every batch, on cores of this process, which end with it."""
+    config, sizes = options.config, options.batch_sizes
+    cores = Cores(config, max(sizes))
+    has_texts = workload.has_earlier or (workload.num_samples > 1 and max(sizes) > 1)
+    candidates = text_candidates(has_texts) + [rule for draft in drafts for rule in by_rule(draft, config)]
+    acceptance = dict(zip(candidates, measure_acceptance(cores, candidates, workload), strict=True))
+    context = typical_context(workload)
+    of = _best_rules(cores, acceptance, sizes[0], context)
+    own = configured(config)
+    plan = Plan(
+        of=of,
+        others=() if own is None else (cores.side(own),),
+        num_repetitions=options.num_rounds,
+        seconds=options.seconds / len(sizes),
+        assumed_lengths=options.assumed_lengths,
+    )
+    batches = tuple(measure_batch(cores, plan, workload, size, perf_counter) for size in sizes)
+    best = leading(cores, of, sizes[0], context)
+    return Swept(
+        acceptance=tuple(acceptance.values()),
+        batches=batches,
+        assumed_at="no cost of drafting: a bound" if best is None else "this draft's measured costs",
+        best=best,
+        costs=costs_of(cores.side((best or next(iter(of))).alone).core),
+    )
 
 
-@dataclass(frozen=True)
-class BatchResult:
-    """Holds the sides that took turns at one batch, by name, and the predicted speed-ups of those that did not.
-
-    ``assumed`` are (accept length, best draft length, speed-up) of drafts that nobody has: by measured costs alone.
-    """
-
-    batch: int
-    off_tokens_per_s: float
-    sides: Mapping[str, Side]
-    speed_ups: Mapping[str, SpeedUp]
-    predicted: Mapping[str, float]
-    lengths: Lengths | None
-    assumed: tuple[tuple[float, int, float], ...] = ()
-
-    @property
-    def fastest(self) -> str | None:
-        """Return the fastest side; None where off alone took turns."""
-        return max(self.speed_ups, key=lambda name: self.speed_ups[name].median, default=None)
+def _best_rules(
+    cores: Cores, acceptance: dict[Candidate, Acceptance], batch: int, context: int
+) -> dict[Candidate, Acceptance]:
+    """Keep each draft with its best rule of verification alone, and give the others' cores up."""
+    names: dict[str, list[Candidate]] = {}
+    for candidate in acceptance:
+        names.setdefault(candidate.name, []).append(candidate)
+    kept = {}
+    for group in names.values():
+        best = (
+            group[0] if len(group) == 1 else leading(cores, {each: acceptance[each] for each in group}, batch, context)
+        )
+        assert best is not None, "only a network's drafts have several rules"
+        kept[best] = acceptance[best]
+        for other in group:
+            if other is not best:
+                cores.drop(other.alone)
+    return kept
 
 
 def text_speed_up(costs: RoundCosts, found: Acceptance, batch: int, context: int) -> float:
     """Return what a text's drafts bring by its acceptance and drafts a step; finding them counts as free."""
+    assert found.gained is not None and found.drafted is not None, "the embedded engine counts its drafts"  # noqa: PT018
     rows = round(batch * (1.0 + found.drafted))
     plain_s, seconds = (costs.pass_s(count, count * context) for count in (batch, rows))
     return (1.0 + found.gained) * plain_s / seconds
@@ -170,7 +164,8 @@ def measure_batch(cores: Cores, plan: Plan, workload: Workload, batch: int, cloc
     if lengths is not None:
         lengths = _with_measured(lengths, by_name, speed_ups)
     assumed = assumed_speed_ups(cores, plan, batch, context)
-    return BatchResult(batch, statistics.median(off), by_name, speed_ups, predicted, lengths, assumed)
+    choices = {name: Choice(side.candidate.flags(side.depth), side.depth) for name, side in by_name.items()}
+    return BatchResult(batch, statistics.median(off), choices, speed_ups, predicted, lengths, assumed)
 
 
 def _rates(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from slime_spec.bench.tune.sweep import BatchResult, SpeedUp
+from slime_spec.bench.tune.results import BatchResult, SpeedUp
 from slime_spec.speculation.controller import FOR_OFF
 from slime_spec.speculation.draft_length import tokens_of
 
@@ -39,12 +39,16 @@ def verdict_of(result: BatchResult) -> Verdict:
     name = _preferred(result)
     if name is not None and _pays(speed_up := result.speed_ups[name]):
         side = result.sides[name]
-        return Verdict(result.batch, name, speed_up, side.candidate.flags(side.depth))
+        return Verdict(result.batch, name, speed_up, side.flags)
     return Verdict(result.batch, None, None, (), "; ".join(_reasons(result)))
 
 
 def overall(results: Sequence[BatchResult]) -> Overall:
-    """Return the engine-decided side that is fastest over all batches, the mean of ratios being geometric."""
+    """Return the side that is fastest over all batches, the mean of ratios being geometric.
+
+    A fixed length beside an engine that decides is none: it is chosen batch by batch. The side must pay at a batch as
+    its verdict says, and lose at none.
+    """
     common = [name for name, side in results[0].sides.items() if name in results[0].speed_ups and side.depth is None]
     common = [name for name in common if all(name in each.speed_ups for each in results)]
 
@@ -52,10 +56,11 @@ def overall(results: Sequence[BatchResult]) -> Overall:
         return math.prod(each.speed_ups[name].median for each in results) ** (1.0 / len(results))
 
     best = max(common, key=mean, default=None)
-    if best is None or mean(best) < FOR_OFF or min(each.speed_ups[best].median for each in results) < NO_LOSS:
+    if best is None or mean(best) < FOR_OFF or not any(_pays(each.speed_ups[best]) for each in results):
         return Overall(None, (), {})
-    flags = results[0].sides[best].candidate.flags()
-    return Overall(best, flags, {each.batch: each.speed_ups[best] for each in results})
+    if min(each.speed_ups[best].median for each in results) < NO_LOSS:
+        return Overall(None, (), {})
+    return Overall(best, results[0].sides[best].flags, {each.batch: each.speed_ups[best] for each in results})
 
 
 def _preferred(result: BatchResult) -> str | None:
@@ -77,6 +82,12 @@ def _reasons(result: BatchResult) -> list[str]:
     reasons = []
     if result.fastest is not None:
         reasons.append(f"the fastest, {result.fastest}, was {result.speed_ups[result.fastest].text} of none")
+        rounds = result.rounds.get(result.fastest)
+        if rounds is not None and rounds.accept_length is not None and rounds.break_even is not None:
+            reasons.append(
+                f"its round takes {rounds.break_even:.2f} plain steps and brings {rounds.accept_length:.2f} tokens, "
+                f"{rounds.most} at most"
+            )
     lengths = result.lengths
     if lengths is not None:
         brings = tokens_of(lengths.rates, 1)
@@ -87,4 +98,6 @@ def _reasons(result: BatchResult) -> list[str]:
             reasons.append("drafts that are all accepted would not pay either")
         else:
             reasons.append(f"drafts that are all accepted would bring {lengths.perfect:.2f}x")
-    return reasons or ["no drafter was measured, as none was predicted to come near"]
+    if reasons:
+        return reasons
+    return ["no drafter was measured" + (", as none was predicted to come near" if result.predicted else "")]

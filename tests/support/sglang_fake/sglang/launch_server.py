@@ -1,5 +1,7 @@
 """The fake server under the real one's name; a round takes SGLANG_FAKE_DELAY_S seconds.
 
+SGLANG_FAKE_SCRIPT names a file that says how it behaves by algorithm, as the fake's --script does.
+
 Of an engine of several nodes the processes find each other as SGLang's do: the first serves when all others have come
 to its --dist-init-addr, and only the first does.
 """
@@ -41,4 +43,6 @@ if __name__ == "__main__":
         threading.Event().wait()
     sys.stdout.write(f"server_args={sys.argv[1:]}\n")  # SGLang logs them too, its key among them
     sys.stdout.flush()
-    main([*sys.argv[1:], "--delay-s", os.environ.get("SGLANG_FAKE_DELAY_S", "0.005")])
+    script = os.environ.get("SGLANG_FAKE_SCRIPT")
+    words = ["--delay-s", os.environ.get("SGLANG_FAKE_DELAY_S", "0.005"), *(["--script", script] if script else [])]
+    main([*sys.argv[1:], *words])
