@@ -73,6 +73,11 @@ def test_the_picture_shows_the_numbers_of_the_measurements():
     assert (DOCS / "speedup.svg").read_text(encoding="utf-8") == drawn, "run: python scripts/make_speedup_picture.py"
 
 
+def test_the_picture_of_what_speculation_pays_shows_the_numbers_of_the_measurements():
+    drawn = script("make_pays_picture").picture((DOCS / "measurements.md").read_text(encoding="utf-8"))
+    assert (DOCS / "pays.svg").read_text(encoding="utf-8") == drawn, "run: python scripts/make_pays_picture.py"
+
+
 def test_every_number_of_the_results_stands_in_the_lab_book():
     _, _, rest = (DOCS / "measurements.md").read_text(encoding="utf-8").partition("## Results\n")
     page, _, book = rest.partition("The lab book follows.")
