@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from slime_spec.errors import ConfigError
+from slime_spec.garbage import no_collection
 from slime_spec.suggest import did_you_mean
 from slime_spec.types import (
     EarlierReply,
@@ -244,7 +245,8 @@ def choose(setting: str, table: Mapping[str, Choice], name: str) -> Choice:
 def load(path: str) -> Any:
     """Import the object that a path ``package.module:name`` names."""
     module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    with no_collection():
+        return getattr(importlib.import_module(module), attribute)
 
 
 def load_choice(setting: str, table: Mapping[str, str], name: str) -> Any:

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from slime_spec.errors import ConfigError, RewardError
+from slime_spec.garbage import no_collection
 from slime_spec.launch.help import BENCH, COMMANDS, train_help
 from slime_spec.suggest import did_you_mean
 
@@ -81,7 +82,8 @@ def _train(argv: list[str]) -> int:
         show_plan(plan)
         return 2 if plan.stopping else 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
-    from slime_spec.launch.train import run
+    with no_collection():
+        from slime_spec.launch.train import run
 
     return run(made, [sys.executable, "-m", "slime_spec", "train", *argv])
 

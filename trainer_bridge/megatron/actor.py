@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
+from slime_spec.garbage import no_collection
 from slime_spec.interfaces import RunState
 from slime_spec.ports import free_port
 from slime_spec.ray_errors import result_of
@@ -56,7 +57,8 @@ class RankActor:
 
     def load(self, init_method: str) -> RunState | None:
         # Imported here: the driver imports this module for its class, and must not pay for Megatron.
-        from trainer_bridge.megatron.rank import TrainerRank
+        with no_collection():
+            from trainer_bridge.megatron.rank import TrainerRank
 
         self.worker: TrainerRank = TrainerRank(self.config, self.rank, init_method)
         return self.worker.load()
