@@ -109,6 +109,7 @@ def test_hostile_inputs_are_accepted_or_refused_in_words(name: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.proves("slime_spec", "rollout.embedded", "conf")
 @pytest.mark.parametrize("name", KINDS)
 def test_many_hostile_inputs_are_accepted_or_refused_in_words(name: str) -> None:
     assert_no_faults(name, WHOLE)

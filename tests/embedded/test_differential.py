@@ -342,6 +342,7 @@ NUM_SAMPLES = 1300
 
 
 @pytest.mark.long
+@pytest.mark.proves("rollout.embedded.drafters")
 def test_a_thousand_samples_are_those_of_the_slow_sampler(folders: dict[str, Path]) -> None:
     """Of each case its share, however many batches that takes; two minutes on one core."""
     whole = Tally()

@@ -20,6 +20,7 @@ from rollout.embedded.plan import RowSpan
 from rollout.embedded.rope import RopeTable
 from tests.support.random_blocks import RandomBlocks, RandomCache, block_spec, inputs
 
+pytestmark = pytest.mark.proves  # Triton's interpreter takes its time
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEAR = 1e-5  # some eighty roundings of fp32: two layers of sums over up to 340 slots
 FORK = (-1, 0, 0, 1, 1, 2, 5)

@@ -25,6 +25,7 @@ from tests.support.graphs_on_cpu import CpuCapturer, graphs_on_cpu
 from tests.support.stand_in_device import stand_in_device
 from tests.support.tiny_models import make_tiny_checkpoint
 
+pytestmark = pytest.mark.proves("rollout.embedded.drafters")
 EOS = frozenset({2})
 DRAWN = SamplingParams(max_new_tokens=9, temperature=0.8)
 REQUESTS = [

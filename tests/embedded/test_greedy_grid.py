@@ -104,6 +104,7 @@ def num_correct(samples: Samples) -> int:
 
 
 @pytest.mark.long
+@pytest.mark.proves("rollout.embedded.drafters")
 @pytest.mark.parametrize("name", TEXT_DRAFTERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_drafters_without_a_network_change_no_token(
@@ -120,6 +121,7 @@ def test_drafters_without_a_network_change_no_token(
 
 
 @pytest.mark.long
+@pytest.mark.proves("rollout.embedded.drafters")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,7 +28,7 @@ from tests.support.toy_rounds import Drafting, Judge, RacedChains, ToyRun, chain
 NUM_TOKENS, VOCAB = 4, 6
 SIZES = [
     pytest.param(20_000, marks=pytest.mark.proven_by_more),
-    pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.proves]),
+    pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.sampling_law, pytest.mark.proves]),
 ]
 TABLE = 1.2 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(21))
 RANKED = TABLE.argsort(dim=-1, descending=True).tolist()

@@ -18,7 +18,7 @@ from rollout.embedded.verification.reference import exponential_reference, race_
 
 SIZES = [
     pytest.param(20_000, marks=pytest.mark.proven_by_more),
-    pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.proves]),
+    pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.sampling_law, pytest.mark.proves]),
 ]
 SIGNIFICANCE = 1e-4 / 48  # at most so many comparisons
 P_TARGET = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.25, 0.25], dtype=torch.float64) / 16

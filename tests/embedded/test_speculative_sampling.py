@@ -38,7 +38,7 @@ from tests.support.toy_rounds import Judge
 NUM_SAMPLES, NUM_TOKENS, VOCAB = 20_000, 4, 7
 SIZES = [
     pytest.param(NUM_SAMPLES, marks=pytest.mark.proven_by_more),
-    pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.proves]),
+    pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.sampling_law, pytest.mark.proves]),
 ]
 SIGNIFICANCE = 1e-4 / 21
 PROMPT = (1, 5, 2, 3, 1, 5)

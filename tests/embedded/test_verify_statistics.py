@@ -23,7 +23,7 @@ from tests.support.toy_rounds import Drafting, Judge, ToyRun, chains, generate, 
 NUM_TOKENS, VOCAB = 4, 8
 SIZES = [
     pytest.param(20_000, marks=pytest.mark.proven_by_more),
-    pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.proves]),
+    pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.sampling_law, pytest.mark.proves]),
 ]
 TABLE = 1.2 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(11))
 RANKED = TABLE.argsort(dim=-1, descending=True).tolist()

@@ -291,6 +291,15 @@ def test_the_kept_files_of_a_wheel_keep_their_modes_and_the_others_are_gone(tmp_
 
 
 @pytest.mark.long
+@pytest.mark.proves(
+    "scripts.gpu",
+    "slime_spec",
+    "rollout",
+    "trainer_bridge",
+    "conf",
+    "tests.embedded.test_tree_attention",
+    "tests.embedded.test_verify_statistics",
+)
 @pytest.mark.parametrize("menu", REHEARSED)
 def test_a_rehearsal_on_the_cpu_measures_every_part(menu: str, tmp_path: Path) -> None:
     """The very commands of a visit, with small sizes. A figure without a unit says why it was not measured."""

@@ -110,6 +110,44 @@ def test_where_a_proof_stands_neither_it_runs_nor_what_says_the_same_of_fewer_sa
     assert found == skipped
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("a.table", ["a/__init__.py", "a/other.py", "a/table.py"]),
+        (
+            "a.loaded",
+            ["a/__init__.py", "a/deep/__init__.py", "a/deep/one.py", "a/deep/two.py", "a/loaded/far/three.py"],
+        ),
+    ],
+)
+def test_a_proof_depends_on_what_it_names_and_imports_nowhere(name: str, found: list[str], tmp_path: Path) -> None:
+    """A module, or all that is in a package; and what those import."""
+    sources = {
+        "constraints.txt": "",
+        "test_proof.py": f"import pytest\n@pytest.mark.proves({name!r})\ndef test_a(): pass",
+        "a/__init__.py": "",
+        "a/table.py": "import a.other",
+        "a/other.py": "",
+        "a/deep/__init__.py": "",
+        "a/deep/one.py": "from a.deep.two import x",
+        "a/deep/two.py": "x = 1",
+        "a/loaded/__init__.py": "",
+        "a/loaded/far/__init__.py": "",
+        "a/loaded/far/three.py": "import a.deep.one",
+    }
+    for each, text in sources.items():
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / each).write_text(text)
+    assert set(found) <= set(sources_of("test_proof.py", tmp_path))
+    assert ("a/loaded/far/three.py" in found) == ("a/other.py" not in sources_of("test_proof.py", tmp_path))
+
+
+def test_a_proof_of_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test_proof.py").write_text("import pytest\n@pytest.mark.proves('a.gone')\ndef test_a(): pass")
+    with pytest.raises(LookupError, match=r"test_proof\.py proves 'a\.gone', which is no module and no package"):
+        sources_of("test_proof.py", tmp_path)
+
+
 def test_a_proof_that_is_not_there_has_no_digest(proof: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.py"):
         digest_of("nothing.py", tmp_path)
@@ -135,16 +173,25 @@ def test_only_what_passed_whole_is_recorded_and_what_did_not_run_is_kept(tmp_pat
 
 def test_the_record_names_the_files_of_proofs_and_a_proof_sees_the_engine_and_what_judges_it() -> None:
     """A name in the record that no proof has would stand there for ever and prove nothing."""
-    proofs = {
+    marked = {
         file.relative_to(ROOT).as_posix()
-        for file in (ROOT / "tests" / "embedded").glob("test_*.py")
-        if "mark.proves" in file.read_text()
+        for file in (ROOT / "tests").rglob("test_*.py")
+        if file != Path(__file__) and "mark.proves" in file.read_text()
     }
-    assert set(recorded()) <= proofs
+    assert set(recorded()) <= marked
     sampled = {f"tests/embedded/test_{name}.py" for name in ("speculative_sampling", "verify_statistics")}
     raced = {f"tests/embedded/test_{name}.py" for name in ("gumbel_coupling", "race")}
-    assert proofs == sampled | raced
-    for proof in proofs:
+    drafting = {f"tests/embedded/test_{name}.py" for name in ("greedy_grid", "graphs", "differential")}
+    others = {
+        "tests/embedded/test_fused_blocks.py",
+        "tests/bench/test_bench_robustness.py",
+        "tests/scripts/test_gpu_kit.py",
+    }
+    assert marked == sampled | raced | drafting | others
+    drafters = (ROOT / "rollout" / "embedded" / "drafters").glob("*.py")
+    for proof in drafting:  # a core loads a drafter by the name in a table
+        assert {file.relative_to(ROOT).as_posix() for file in drafters} <= set(sources_of(proof))
+    for proof in sampled | raced:
         judge = "tests/support/statistics.py" if proof in sampled else "rollout/embedded/verification/race.py"
         needed = {"rollout/embedded/verification/walk.py", "rollout/embedded/uniforms.py", judge}
         assert needed <= set(sources_of(proof))

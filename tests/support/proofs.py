@@ -1,11 +1,13 @@
 """Proofs of minutes that run when what they prove has changed: a record of what was last proven, and its comparison.
 
-    @pytest.mark.proves
+    @pytest.mark.proves("rollout.embedded.drafters")
     def test_...(): ...
 
 ``tests/proven.json`` holds, for each file with such tests, a digest of all that the file imports of this repository,
-as it was when its proofs last passed. A proof whose digest is the recorded one is skipped; ``--all`` runs every proof,
-``--record-proofs`` as well, and writes what has passed. A record that is out of date costs time, and never a proof.
+as it was when its proofs last passed. The marker names what is used and imported nowhere: what a table of settings
+names in a string, what another process runs. A proof whose digest is the recorded one is skipped; ``--all`` runs every
+proof, ``--record-proofs`` as well, and writes what has passed. A record that is out of date costs time, and never a
+proof.
 What says the same of fewer samples (``proven_by_more``) is skipped with its file's proofs.
 """
 
@@ -15,6 +17,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,13 +26,17 @@ from tests.support.imports import imported
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests" / "proven.json"
+NAMED = (".py", ".json", ".yaml", ".jsonl")  # what counts of a folder that a proof names
 PINS = "constraints.txt"  # another release of torch is another thing to prove
 
 
 def sources_of(proof: str, root: Path = ROOT) -> list[str]:
-    """The proof's file, all that it imports below ``root``, through others too, and the C sources beside those."""
+    """The proof's file, all that it imports or names below ``root``, through others too, and C sources beside those.
+
+    Raises LookupError for a name of the marker that is no module and no package.
+    """
     found: set[Path] = set()
-    waiting = [root / proof]
+    waiting = [root / proof, *_named_files(root / proof, root)]
     while waiting:
         file = waiting.pop()
         if file not in found:
@@ -39,9 +46,24 @@ def sources_of(proof: str, root: Path = ROOT) -> list[str]:
     return sorted(file.relative_to(root).as_posix() for file in found)
 
 
+def _named_files(proof: Path, root: Path) -> list[Path]:
+    """The modules that the file's ``proves(...)`` name; of a package or a folder the modules and the data in it."""
+    calls = (node for node in ast.walk(ast.parse(proof.read_text())) if isinstance(node, ast.Call))
+    marks = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "proves")
+    files: list[Path] = []
+    for name in {ast.literal_eval(word) for mark in marks for word in mark.args}:
+        place = root / name.replace(".", "/")
+        named = [place.with_suffix(".py"), *place.rglob("*")]
+        found = [each for each in named if each.suffix in NAMED and each.is_file()]
+        if not found:
+            raise LookupError(f"{proof.name} proves {name!r}, which is no module and no package")
+        files += found
+    return files
+
+
 def _imported_files(file: Path, root: Path) -> list[Path]:
     """What importing executes: each module that is named, and the packages that it is in."""
-    names = imported(file.read_text())
+    names = _imported(file.read_text())
     packages = {".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts))}
     places = [root / name.replace(".", "/") for name in names | packages]
     files = [each for place in places for each in (place.with_suffix(".py"), place / "__init__.py")]
@@ -56,20 +78,25 @@ def digest_of(proof: str, root: Path = ROOT) -> str:
     """
     digest = hashlib.sha256((root / PINS).read_bytes())
     for name in sources_of(proof, root):
-        digest.update(name.encode() + b"\0" + _code_of(root / name) + b"\0")
+        file = root / name
+        digest.update(name.encode() + b"\0")
+        digest.update(_digest_of_code(file.read_text()) if file.suffix == ".py" else file.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _code_of(file: Path) -> bytes:
-    if file.suffix != ".py":
-        return file.read_bytes()
-    tree = ast.parse(file.read_text())
+# Proofs share most of what they import.
+_imported = cache(imported)
+
+
+@cache
+def _digest_of_code(source: str) -> bytes:
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         # A string that stands alone is a docstring, or a comment in its place.
         for name, body in ast.iter_fields(node):
             if isinstance(body, list) and any(isinstance(each, ast.stmt) for each in body):
                 setattr(node, name, [each for each in body if not _is_text(each)])
-    return ast.dump(tree).encode()
+    return hashlib.sha256(ast.dump(tree).encode()).digest()
 
 
 def _is_text(node: ast.AST) -> bool:
