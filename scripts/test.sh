@@ -14,6 +14,8 @@ export HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}"
 if [[ ! -f models/SmolLM2-135M-Instruct/config.json ]]; then
   slime_spec models fetch smollm2-135m
 fi
+# Tests start hundreds of processes; each would compile the project anew where the environment says not to keep bytecode.
+unset PYTHONDONTWRITEBYTECODE
 # Two processes with a thread each: threads that wait for each other at barriers would make both many times slower.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 "$SLIME_SPEC_VENV/bin/python" -m pytest -n 2 --dist loadscope --no-loadscope-reorder "$@"

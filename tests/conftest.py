@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -46,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     is_worker = hasattr(config, "workerinput")
+    if is_worker or config.getoption("dist", "no") == "no":  # this process collects the tests
+        gc.disable()  # until all are known: a third of the time that takes went into looking through them for garbage
     if (count := config.getoption("--slowest-files")) and not is_worker:
         config.pluginmanager.register(Slowest(count))
     if config.getoption("--record-proofs") and not is_worker:
@@ -116,6 +119,11 @@ def pytest_order_items(items: list[pytest.Item]) -> None:
         return not (is_long or on_server), on_server, algorithm
 
     items.sort(key=order)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the tests and libraries, which stay
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -106,8 +106,7 @@ def loss_bound(row: dict[str, float]) -> float:
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps(finished, slime_spec, graded, tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    slime_spec("train", *SHARED, *graded, "--num-rollout", "1", "--save-interval", "1", "--output-dir", str(first))
+    second = tmp_path / "second"
     slime_spec(
         "train",
         *SHARED,
@@ -115,7 +114,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps(finished, slime
         "--num-rollout",
         "3",
         "--load",
-        str(first / "checkpoints"),
+        str(finished / "checkpoints" / "step-000001"),
         "--output-dir",
         str(second),
         *("--push-transport", "collective"),

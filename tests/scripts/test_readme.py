@@ -19,11 +19,11 @@ REDUCTIONS = {
     # Other values for the script's run, and the same run in other words: what is new of them is composed and planned.
     "bash scripts/run-smollm2-135M.sh --num-rollout": "--dry-run",
     "slime-spec train --config smollm2-135m --lr": "--dry-run",
+    "slime-spec train experiment=": "--dry-run",
     "bash scripts/run-": f"{SMALL} --output-dir {{out}}/run --run-name readme",
     "bash scripts/test.sh": "--collect-only -q tests/metrics",
     "bash scripts/check.sh static": "",
     "slime-spec train --config smollm2-135m --dry-run": "",
-    "slime-spec train": f"{SMALL} --output-dir {{out}}/run",
     "slime-spec rollout": f"{SMALL} --output-dir {{out}}/run",
     "slime-spec config": "",
     "slime-spec models fetch": "",
