@@ -82,6 +82,7 @@ class Assembly:
             cost_probe_interval=self.config.engine.cost_probe_interval,
             graphs=self.graphs,
             is_automatic=drafter is None and speculative.is_automatic,
+            cuts_network=self.device.type == "cpu" and shape.topk == 1,
             draft_temperatures=draft_temperatures(speculative, shape),
             cost_clock=cost_clock,
             max_positions=min(self.limits.context_length, self.limits.max_total_tokens),

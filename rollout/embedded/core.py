@@ -58,6 +58,7 @@ class CoreSettings:
     device: torch.device
     cost_probe_interval: int = 0
     is_automatic: bool = False  # a controller decides how deep to draft
+    cuts_network: bool = False  # and a network's chains are cut, or stopped, by its confidence
     max_positions: int = 1 << 20  # of the longest sequence
     draft_temperatures: tuple[float, ...] = ()  # of sampled drafts, to choose from
     cost_clock: Callable[[], float] | None = None  # tells what rounds cost; the core's clock if None
@@ -93,6 +94,7 @@ class GenerationCore:
         self.speculation = Speculation(
             drafter, settings.shape, settings.speculates, self.target, self.timing, clock, self.cost_clock
         )
+        self.speculation.cuts_network = settings.cuts_network
         if settings.draft_temperatures:
             self.speculation.tempering = Tempering(DraftTemperature(settings.draft_temperatures))
         self.batch = Batch(cache, settings.max_running, self.speculation.headroom, drafter.cache)

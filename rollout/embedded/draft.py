@@ -18,7 +18,9 @@ class Draft:
     draft ends, perhaps before its first token, where the draft model's logits were not finite numbers. ``expected``,
     where the drafter knows it, is its own estimate for each node of the probability that the node is accepted, given
     that its parent was: it says where rows are well spent, and verification never reads it. Drafts out of texts may
-    have it, those of a network do not.
+    have it, those of a network do not: theirs is ``confidence``, where it was asked for: the draft model's probability
+    of each token it chose, or of the likeliest where it samples, which is to be calibrated. It goes on beyond a sampled
+    draft's last token where the draft was stopped.
     """
 
     token_ids: tuple[int, ...]
@@ -26,6 +28,7 @@ class Draft:
     q_draft: torch.Tensor | None = None
     nonfinite: bool = False
     expected: tuple[float, ...] | None = None
+    confidence: tuple[float, ...] | None = None
 
     @classmethod
     def chain(
@@ -50,6 +53,11 @@ class Draft:
         return self.expected is not None
 
     @property
+    def is_confident(self) -> bool:
+        """Return whether the draft says how sure its model was of each token."""
+        return self.confidence is not None
+
+    @property
     def is_sampled(self) -> bool:
         """Return whether its tokens were drawn from a distribution that verification must know."""
         return self.q_draft is not None and bool(self.token_ids)
@@ -61,7 +69,7 @@ class Draft:
         """Return the draft's first ``count`` nodes, of a draft whose tokens were chosen, not sampled."""
         assert self.q_draft is None, "which tokens of a sampled draft are judged must not depend on the others"
         expected = None if self.expected is None else self.expected[:count]
-        return Draft(self.token_ids[:count], self.parents[:count], nonfinite=self.nonfinite, expected=expected)
+        return Draft(self.token_ids[:count], self.parents[:count], None, self.nonfinite, expected, self.confidence)
 
 
 NO_DRAFT = Draft(token_ids=(), parents=())

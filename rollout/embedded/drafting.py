@@ -4,7 +4,6 @@
     every round:              propose(contexts) ──► drafts         one per speculating sequence
                               verify (target) ──► observe(outcomes) accepted nodes, and the target's features
     rounds without drafts:    observe(outcomes) all the same; catch_up(contexts) where much has piled up
-    rounds without a network: propose_of_texts(contexts) of a TextFirst drafter, as propose
     end or preemption:        forget(request_key); a LearningDrafter is shown finished samples before it
     weights:                  bind(decoder) after every change of the target's; ``weights`` for the drafter's own
 
@@ -24,6 +23,7 @@ from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
 from rollout.embedded.uniforms import Noise
 from rollout.embedded.unread import AnyDraft
+from slime_spec.speculation.confidence import StopRule
 from slime_spec.types import EarlierReply, SamplingParams
 
 # Takes what was built beside the serving weights into use: it swaps references and cannot fail
@@ -85,6 +85,10 @@ class DraftContext(NamedTuple):
     own in the races of these tokens. ``earlier`` are whole replies to the same prompt that came with the request,
     oldest first.
 
+    A drafter with texts before its network asks the network for ``network_depth`` tokens at most where it is not None,
+    for none where it is 0. ``stop``, where there is one, wants the network's confidence in
+    each token, and says where chains end before their depth.
+
     Drafts that are sampled are drawn at ``draft_temperature`` times the request's own. ``on_first_distribution``, where
     there is one, wants what the first of them was drawn from [vocab]; no other drafter calls it.
     """
@@ -100,6 +104,8 @@ class DraftContext(NamedTuple):
     uniforms: Sequence[float]
     earlier: Sequence[EarlierReply] = ()
     noise: Noise | None = None
+    network_depth: int | None = None
+    stop: StopRule | None = None
     draft_temperature: float = 1.0
     on_first_distribution: Callable[[torch.Tensor], None] | None = None
 
@@ -191,14 +197,6 @@ class LearningDrafter(Protocol):
 
     def ended(self, prompt_key: int) -> None:
         """Drop what was kept for a group: none of its samples is unfinished."""
-
-
-@runtime_checkable
-class TextFirst(Protocol):
-    """Is implemented, besides Drafter, by a drafter with a network that finds drafts in texts as well."""
-
-    def propose_of_texts(self, contexts: Sequence[DraftContext]) -> Sequence[AnyDraft]:
-        """Return one draft per context without asking the network; see Drafter.propose."""
 
 
 class WeightlessDrafter:

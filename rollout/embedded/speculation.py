@@ -15,29 +15,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import mul
 
 import torch
 
 from rollout.embedded.batch import Batch
 from rollout.embedded.draft import NO_DRAFT, Draft
-from rollout.embedded.drafting import DraftContext, Drafter, LearningDrafter, Outcome, Prefill, TextFirst
+from rollout.embedded.drafting import DraftContext, Drafter, LearningDrafter, Outcome, Prefill
 from rollout.embedded.plan import RowSpan, tree_shape
 from rollout.embedded.request import Group, SampleState
 from rollout.embedded.target import PassOutput, Target, Timing
 from rollout.embedded.tempering import Tempering
-from rollout.embedded.unread import AnyDraft
+from rollout.embedded.unread import AnyDraft, UnreadDraft
 from rollout.embedded.verification.verifier import Verified
 from slime_spec.sglang.draft_shape import DraftShape
-from slime_spec.speculation.controller import Controller, RowState
+from slime_spec.speculation.controller import Controller, RoundPlan, RowState
 from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.speculation.plain_schedule import PlainSchedule
+from slime_spec.speculation.recent_drafts import NO_CANDIDATE, Candidate
 from slime_spec.speculation.remaining import RemainingTokens
 from slime_spec.speculation.round_costs import RoundCosts
 
 # The report of the batch up to which drafting pays: for contexts of so many tokens, made anew after so many seconds.
 TYPICAL_CONTEXT = 128
 REPORT_S = 1.0
-Propose = Callable[[Sequence[DraftContext]], Sequence[AnyDraft]]
 MOST_SCHEDULED = 4096  # sequences: a batch that is never empty is settled after so many
 MOST_WAITING_BYTES = 256 << 20  # of features that the drafter has not read
 
@@ -49,6 +50,7 @@ class Proposal:
     drafts: list[AnyDraft]
     depths: tuple[int, ...]
     num_asked: int = 0  # sequences that a network was asked for, the others' drafts came out of texts
+    num_steps: int = 0  # of the network
     backlog: int = 0  # tokens that the network read first
     draft_s: float = 0.0
 
@@ -68,6 +70,7 @@ class Speculation:
     timing: Timing
     clock: Callable[[], float]
     cost_clock: Callable[[], float]
+    cuts_network: bool = False  # or stops it, by its confidence
     controller: Controller | None = None
     costs: RoundCosts | None = None
     tempering: Tempering | None = None  # where drafts are sampled
@@ -96,7 +99,8 @@ class Speculation:
         self.costs = costs
         if is_automatic:
             shape = self.shape
-            self.controller = Controller(costs, shape.num_steps, shape.num_draft_tokens - 1, not self.has_network)
+            cuts = self.has_network and self.cuts_network
+            self.controller = Controller(costs, shape.num_steps, shape.num_draft_tokens - 1, not self.has_network, cuts)
             self._max_running = max_running
             self._report(self.controller)
 
@@ -104,6 +108,11 @@ class Speculation:
     def draft_temperature(self) -> float | None:
         """Return the temperature that sampled drafts have now, None where drafts are not sampled."""
         return None if self.tempering is None else self.tempering.temperature
+
+    @property
+    def _reads_texts(self) -> bool:
+        """Return whether texts are tried before a network."""
+        return self.has_network and isinstance(self.drafter, LearningDrafter)
 
     @property
     def has_network(self) -> bool:
@@ -125,32 +134,69 @@ class Speculation:
             min(self.shape.num_steps, each.num_remaining - 1) if self.applies_to(each.group) else 0
             for each in batch.running
         ]
-        depths, of_texts, propose = tuple(limits), not self.has_network, self.drafter.propose
-        if self.controller is not None:
-            plan = self.controller.again(limits) or self.controller.plan(self._states(batch, limits))
-            depths = plan.depths
-            if plan.texts_may_pay and isinstance(self.drafter, TextFirst):
-                depths, of_texts, propose = tuple(limits), True, self.drafter.propose_of_texts
-        drafting = [row for row, depth in enumerate(depths) if depth]
-        before_s, backlogs = self._draft_cost_s, [self._backlog(batch.sequences[row]) for row in drafting]
-        drafts = self._drafted(batch, drafting, depths, propose)
-        read: list[int] = []  # by a network, before it drafted
-        if not of_texts:
-            asked = [(row, each) for row, each in zip(drafting, backlogs, strict=True) if not drafts[row].is_of_text]
-            read = [each for _, each in asked]
-            self._num_read |= {batch.sequences[row].key: len(batch.sequences[row].token_ids) for row, _ in asked}
-        if self.controller is not None and of_texts and drafting:
-            drafts, depths = _cut(self.controller, self._states(batch, limits), drafts)
-        return Proposal(drafts, depths, len(read), sum(read), self._draft_cost_s - before_s)
+        plan = self._plan(batch, limits)
+        before_s = self._draft_cost_s
+        rows = self._rows_that_draft(plan, limits)
+        drafts = self._drafted(batch, self._contexts(batch, rows, plan, limits), rows)
+        asked = [row for row, depth in enumerate(plan.depths) if depth and self.has_network]
+        asked = [row for row in asked if not drafts[row].is_of_text]
+        backlog = sum(self._backlog(batch.sequences[row]) for row in asked)
+        self._num_read |= {each.key: len(each.token_ids) for each in (batch.sequences[row] for row in asked)}
+        num_steps = max((_depth(drafts[row], plan.depths[row]) for row in asked), default=0)
+        depths = plan.depths
+        if self.controller is not None and rows:
+            candidates = [self._candidate(self.controller, draft) for draft in drafts]
+            kept = self.controller.keep(self._states(batch, limits), candidates, plan.is_probe)
+            drafts = [_first(draft, count) for draft, count in zip(drafts, kept, strict=True)]
+            depths = tuple(map(_depth, drafts, plan.depths))
+        return Proposal(drafts, depths, len(asked), num_steps, backlog, self._draft_cost_s - before_s)
 
-    def _drafted(self, batch: Batch, rows: Sequence[int], depths: Sequence[int], propose: Propose) -> list[AnyDraft]:
-        drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
+    def _plan(self, batch: Batch, limits: Sequence[int]) -> RoundPlan:
+        if self.controller is None:
+            return RoundPlan(tuple(limits))
+        return self.controller.again(limits) or self.controller.plan(self._states(batch, limits))
+
+    def _rows_that_draft(self, plan: RoundPlan, limits: Sequence[int]) -> list[int]:
+        """Return the rows to ask for drafts: of texts before a network, all that may draft."""
+        texts_help = self._reads_texts and not plan.is_probe and (plan.drafts or plan.texts_may_pay)
+        depths = limits if texts_help else plan.depths
+        return [row for row, depth in enumerate(depths) if depth]
+
+    def _contexts(
+        self, batch: Batch, rows: Sequence[int], plan: RoundPlan, limits: Sequence[int]
+    ) -> list[DraftContext]:
+        """Return what drafters are asked with: a network for the depth of the plan, texts for all that fits."""
+        depths = limits if self._reads_texts and self.controller is not None else plan.depths
         contexts = [self._context(batch, row, depths[row]) for row in rows]
-        if self.tempering is not None:
-            contexts = self.tempering.tempered(contexts, rows)
+        contexts = [
+            each._replace(network_depth=plan.depths[row], stop=plan.stop)
+            for row, each in zip(rows, contexts, strict=True)
+        ]
+        return contexts if self.tempering is None else self.tempering.tempered(contexts, rows)
+
+    def _candidate(self, controller: Controller, draft: AnyDraft) -> Candidate:
+        """Return what the draft itself says of its nodes, or else what the running acceptance says.
+
+        Whether sampled tokens are judged must not depend on them, and a device is not waited for to say more: such
+        drafts of a network are verified whole.
+        """
+        if not draft.num_tokens and not draft.is_confident:
+            return NO_CANDIDATE
+        if self.has_network and not (draft.is_of_text or draft.is_confident):
+            return Candidate(tuple(controller.acceptance.chain(draft.num_tokens)), num_fixed=draft.num_tokens)
+        read = draft.read()
+        if read.expected is not None:
+            return Candidate(tuple(accumulate(read.expected, mul)), of_text=True)
+        if read.confidence is not None:
+            fixed = read.num_tokens if draft.is_sampled or read.num_tokens < len(read.confidence) else None
+            return Candidate(controller.calibration.chances(read.confidence), num_fixed=fixed)
+        return Candidate(tuple(controller.acceptance.chances(read.parents)))
+
+    def _drafted(self, batch: Batch, contexts: Sequence[DraftContext], rows: Sequence[int]) -> list[AnyDraft]:
+        drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
         if contexts:
             with self._timed():
-                proposed = propose(contexts)
+                proposed = self.drafter.propose(contexts)
             for row, context, draft in zip(rows, contexts, proposed, strict=True):
                 _check(draft, context)
                 drafts[row] = draft
@@ -190,8 +236,7 @@ class Speculation:
         else:
             step_s, error = self.costs.pass_s(len(running), sum(contexts)), self.costs.relative_error
             if self.has_network and proposal.num_asked:
-                steps = max(proposal.depths)
-                self.costs.observe_draft(proposal.num_asked, steps, proposal.backlog, draft_s)
+                self.costs.observe_draft(proposal.num_asked, proposal.num_steps, proposal.backlog, draft_s)
             num_tokens = sum(1 + len(each.path) for each in verified)
             self.benefit = self.benefit.with_round(seconds, len(running), num_tokens, step_s, error)
         self.costs.observe_pass(sum(counts), attended, seconds - draft_s)
@@ -203,12 +248,16 @@ class Speculation:
             self._teach(self.controller, proposal, verified, seconds)
 
     def _teach(self, controller: Controller, proposal: Proposal, verified: Sequence[Verified], seconds: float) -> None:
-        if not proposal.num_drafting:
-            controller.note_plain(seconds)
-        for draft, depth, each in zip(proposal.drafts, proposal.depths, verified, strict=True):
+        controller.note_round(seconds)
+        for draft, each in zip(proposal.drafts, verified, strict=True):
             # A network's acceptance says nothing of a text's, which knows its own.
-            if depth and draft.num_tokens and not (self.has_network and draft.is_of_text):
-                controller.acceptance.observe(draft.read().parents, each.path)
+            if not draft.num_tokens or (self.has_network and draft.is_of_text):
+                continue
+            read = draft.read()
+            if read.confidence is not None:
+                controller.calibration.note(read.confidence[: read.num_tokens], len(each.path))
+            else:
+                controller.acceptance.observe(read.parents, each.path)
         if self.benefit.spent_s >= self._reported_at_s:
             self._report(controller)
 
@@ -310,34 +359,20 @@ class Speculation:
         self._draft_cost_s += self.cost_clock() - cost_start
 
 
-def _cut(
-    controller: Controller, states: Sequence[RowState], drafts: Sequence[AnyDraft]
-) -> tuple[list[AnyDraft], tuple[int, ...]]:
-    """Return the drafts' first nodes, as many as are worth their rows, and the depths of what is left.
-
-    A sequence for which nothing was found, or nothing worth a row, takes a plain step: depth 0.
-    """
-    read = [draft.read() for draft in drafts]
-    chances = [_chances(controller, draft) for draft in read]
-    kept, _ = controller.kept_nodes(states, chances)
-    cut: list[AnyDraft] = [
-        draft if count >= draft.num_tokens else draft.first(count) for draft, count in zip(read, kept, strict=True)
-    ]
-    return cut, tuple(_depth(draft.read()) for draft in cut)
+def _first(draft: AnyDraft, count: int) -> AnyDraft:
+    """Return a draft's first nodes; one that may have ended before its depth is read, for its rows cost."""
+    if count < draft.num_tokens:
+        draft = draft.read()
+    return draft if count >= draft.num_tokens else draft.read().first(count)
 
 
-def _depth(draft: Draft) -> int:
-    return 1 + int(tree_shape(draft.parents)[1].max()) if draft.token_ids else 0
-
-
-def _chances(controller: Controller, draft: Draft) -> list[float]:
-    """Return the probability of each node, by the drafter's own estimate where there is one."""
-    if draft.expected is None:
-        return controller.acceptance.chances(draft.parents)
-    chances: list[float] = []
-    for expected, parent in zip(draft.expected, draft.parents, strict=True):
-        chances.append(expected * (chances[parent] if parent >= 0 else 1.0))
-    return chances
+def _depth(draft: AnyDraft, planned: int) -> int:
+    """Return the depth that a draft was made to; one of ``planned`` that says no more is taken at its word."""
+    if not draft.num_tokens:
+        return 0
+    if isinstance(draft, UnreadDraft):
+        return draft.num_tokens if draft.is_confident else planned
+    return 1 + int(tree_shape(draft.parents)[1].max())
 
 
 def _check(draft: AnyDraft, context: DraftContext) -> None:

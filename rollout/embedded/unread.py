@@ -10,7 +10,8 @@ A padded draft costs nothing but its rows of the pass: its padding is -1, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -35,11 +36,13 @@ class DraftsOnDevice:
     """Holds the drafts of a batch: tokens [rows, nodes], ENDED from a draft's end on, as a chain or as ``branches``.
 
     ``q_draft`` [rows * nodes, target vocab] are the distributions that the tokens of sampling rows were drawn from.
+    ``confidence`` [rows, nodes] is Draft's; reading it must not wait, so it is of the CPU alone.
     """
 
     tokens: torch.Tensor
     branches: Branches | None = None
     q_draft: torch.Tensor | None = None
+    confidence: torch.Tensor | None = None
     _host: list[Any] = field(default_factory=list)
 
     @property
@@ -72,7 +75,12 @@ class DraftsOnDevice:
             parents, nonfinite = self._host[1][row], self._host[2][row]
             return Draft(tuple(tokens), tuple(parents[: len(tokens)]), nonfinite=bool(nonfinite))
         q_draft = self.q_draft[row * self.num_nodes :][: len(tokens)] if self.q_draft is not None and samples else None
-        return Draft.chain(tokens, q_draft if tokens else None, nonfinite=ends)
+        draft = Draft.chain(tokens, q_draft if tokens else None, nonfinite=ends)
+        if self.confidence is None:
+            return draft
+        confidence = tuple(self.confidence[row, :most].tolist())
+        stopped = ends and isfinite(confidence[len(tokens)])
+        return replace(draft, nonfinite=ends and not stopped, confidence=confidence)
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,11 @@ class UnreadDraft:
     @property
     def is_of_text(self) -> bool:
         return False
+
+    @property
+    def is_confident(self) -> bool:
+        """Return whether the draft says how sure its model was of each token."""
+        return self.of.confidence is not None
 
     @property
     def is_sampled(self) -> bool:

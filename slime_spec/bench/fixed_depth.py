@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rollout.embedded.core import GenerationCore
 from slime_spec.speculation.controller import Controller, RoundPlan, RowState
+from slime_spec.speculation.recent_drafts import Candidate
 from slime_spec.speculation.round_costs import RoundCosts
 from slime_spec.types import GroupRequest
 
@@ -28,8 +29,8 @@ class FixedDepth(Controller):
     def again(self, limits: Sequence[int]) -> RoundPlan:
         return RoundPlan(tuple(min(self._depth, limit) for limit in limits))
 
-    def kept_nodes(self, rows: Sequence[RowState], chances: Sequence[Sequence[float]]) -> tuple[list[int], bool]:
-        return [len(of_row) for of_row in chances], False
+    def keep(self, rows: Sequence[RowState], candidates: Sequence[Candidate], is_probe: bool = False) -> list[int]:
+        return [len(each.chances) for each in candidates]
 
 
 @contextmanager

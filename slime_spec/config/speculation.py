@@ -316,7 +316,7 @@ def _check_thresholds(config: Config) -> None:
                 value,
                 f"Drop {flag}, or generate only: --debug-rollout-only with --speculative-lossy.",
             )
-        if spec.use_rejection_sampling or spec.use_block_verification:
+        if spec.samples_drafts:
             raise ConfigError(
                 f"speculative.{name}",
                 "must be 1 with rejection sampling and block verification, which have no threshold",

@@ -196,6 +196,11 @@ class SpeculativeConfig:
         return self.record.speculates and self.num_steps is None and self.num_draft_tokens is None
 
     @property
+    def samples_drafts(self) -> bool:
+        """Return whether verification must know the distribution that a draft's tokens were drawn from."""
+        return self.use_rejection_sampling or self.use_block_verification
+
+    @property
     def draws_chains(self) -> bool:
         """Return whether a network's chains are drawn from its distribution: only chains can be."""
-        return self.use_rejection_sampling or self.use_block_verification or self.use_gumbel_coupling
+        return self.samples_drafts or self.use_gumbel_coupling

@@ -36,9 +36,22 @@ class RunningAcceptance:
                 self._accepted[node] = keep * self._accepted[node] + (node in path)
         self.num_observed += 1
 
+    def expect(self, given_parent: Sequence[float]) -> None:
+        """Count one chain of which only the probability of each node, given its parent, is known."""
+        keep, reached = 1.0 - 1.0 / WINDOW, 1.0
+        for node, rate in enumerate(given_parent):
+            self._tried[node] = self._tried[node] * (1.0 - (1.0 - keep) * reached) + reached
+            self._accepted[node] = self._accepted[node] * (1.0 - (1.0 - keep) * reached) + reached * rate
+            reached *= rate
+
     def rate(self, node: int) -> float:
         """Return the rate of a node given its parent."""
         return self._rate(node, self._common())
+
+    def rates(self, depth: int) -> list[float]:
+        """Return ``rate`` of a chain's nodes."""
+        common = self._common()
+        return [self._rate(node, common) for node in range(depth)]
 
     def _rate(self, node: int, common: float) -> float:
         return (self._accepted[node] + COMMON_WEIGHT * common) / (self._tried[node] + COMMON_WEIGHT)

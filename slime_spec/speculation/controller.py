@@ -6,17 +6,26 @@ is preferred where the difference is within the noise, and so is what was done i
 sequence drafts now and then, where a gain is possible at all, so that acceptance stays known; all probes together take
 less than PROBE_SHARE of the time.
 
+    plan     before drafts are made: which sequences a network drafts for, and how deep, by what recent drafts promised
+    keep     once they are made: which of their nodes are worth a row of the pass, by what each draft says of itself
+
+Where drafts cannot be cut, as sampled ones whose tokens must not decide whether they are judged, all nodes are kept.
+
 This is a pure policy: the engine tells what ran and what it took, and asks for the next round's depths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+
 from slime_spec.speculation.acceptance import RunningAcceptance
+from slime_spec.speculation.confidence import ConfidenceCalibration, StopRule, given_parent
+from slime_spec.speculation.recent_drafts import Candidate, Numbers, Pool, RecentDrafts, pool_of
 from slime_spec.speculation.round_costs import RoundCosts
 
 DEPTHS = (1, 2, 3, 5, 7)
@@ -25,8 +34,9 @@ FOR_STAYING = 1.02
 PROBE_GAIN = 1.10  # drafts that are all accepted must promise this much, or nothing is probed
 PROBE_SHARE = 0.008
 PROBE_DEPTH = 3
+MOST_LEARNED = 8  # drafts of a round
 REUSED_ROUNDS = 8  # a plan for as many sequences as before is good for so many rounds
-MOST_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+MOST_COUNTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class RowState(NamedTuple):
@@ -43,16 +53,17 @@ class RowState(NamedTuple):
     remaining: float = 1e9
 
 
-@dataclass(frozen=True)
-class RoundPlan:
+class RoundPlan(NamedTuple):
     """Holds the depth of every sequence's draft, 0 for a plain step; ``is_probe`` where only acceptance is learned.
 
     ``texts_may_pay`` says, where nobody drafts, that drafts which cost nothing could still be worth their rows.
+    ``stop`` says where a network's chain ends before its depth; None where that is not asked for.
     """
 
     depths: tuple[int, ...]
     is_probe: bool = False
     texts_may_pay: bool = False
+    stop: StopRule | None = None
 
     @property
     def drafts(self) -> bool:
@@ -66,63 +77,82 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Option:
-    """Holds a plan that was weighed: tokens and seconds of its round."""
+    """Holds a plan that was weighed: tokens and seconds of its round, with the best number of nodes kept.
+
+    ``least_chance`` is that of the least likely node which is kept.
+    """
 
     depth: int
     num_drafting: int
+    num_kept: int
     tokens: float
     seconds: float
+    least_chance: float = 0.0
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
 
 
+NOTHING = Option(0, 0, 0, 0.0, 1.0)
+
+
 class Controller:
     """Plans rounds of drafts with at most ``max_nodes`` nodes on paths of at most ``max_depth``; see the file's top.
 
-    A network's drafts cost time, so ``plan`` says who drafts and how deep. Drafts that are found in a text cost next to
-    nothing (``drafts_are_free``): whoever may draft does where a gain is possible at all, and ``kept_nodes`` says how
-    many nodes of each draft are worth their rows.
+    A network's drafts cost time, so ``plan`` says who drafts and how deep; ``cuts_network`` says that its drafts tell
+    their confidence and may be cut. Drafts that are found in a text cost next to nothing (``drafts_are_free``): whoever
+    may draft does where a gain is possible at all.
     """
 
     def __init__(
-        self, costs: RoundCosts, max_depth: int, max_nodes: int | None = None, drafts_are_free: bool = False
+        self,
+        costs: RoundCosts,
+        max_depth: int,
+        max_nodes: int | None = None,
+        drafts_are_free: bool = False,
+        cuts_network: bool = False,
     ) -> None:
         self.costs = costs
         self.acceptance = RunningAcceptance(max_nodes or max_depth)
+        self.calibration = ConfidenceCalibration()
+        self.recent = RecentDrafts(max_nodes or max_depth)
         self._depths = [depth for depth in DEPTHS if depth < max_depth] + [max_depth]
-        self._drafts_are_free = drafts_are_free
+        self._drafts_are_free, self._cuts_network = drafts_are_free, cuts_network
         self._last_depth = 0
-        self._plain_s = 0.0  # since the last probe
-        self._chosen = Option(0, 0, 0.0, 1.0)
-        self._num_rows, self._rounds_left = 0, 0
-        self._texts_may_pay = False
+        self._since_probe_s = 0.0
+        self._num_probes = 0
+        self._plan, self._num_rows, self._rounds_left = RoundPlan(()), 0, 0
+        self._worth = 0.0  # of a node's chance, to draft on and verify it
 
     def plan(self, rows: Sequence[RowState]) -> RoundPlan:
         """Return the depths of the next round for sequences in this order."""
-        self._num_rows, self._rounds_left = len(rows), REUSED_ROUNDS
-        self._chosen, self._texts_may_pay = Option(0, 0, 0.0, 1.0), False
+        self._plan = self._planned(rows)
+        self._num_rows, self._rounds_left = len(rows), 0 if self._plan.is_probe else REUSED_ROUNDS
+        return self._plan
+
+    def _planned(self, rows: Sequence[RowState]) -> RoundPlan:
         order = sorted(range(len(rows)), key=lambda row: (rows[row].backlog, -rows[row].remaining))
         order = [row for row in order if rows[row].max_depth]
         if not order:
             return RoundPlan((0,) * len(rows))
         off = self._off(rows)
         if self._drafts_are_free:
-            if self._could_pay(rows, order, off, FOR_OFF, are_free=True):
-                self._chosen = Option(self._depths[-1], len(rows), 0.0, 1.0)
-            return RoundPlan(tuple(min(self._chosen.depth, row.max_depth) for row in rows))
-        gains = self.acceptance.chain(self._depths[-1])
-        best = max(self._options(rows, order, gains), key=self._weighed)
-        if self._weighed(best) > off.rate * (FOR_OFF if not self._last_depth else 1.0):
-            self._last_depth, self._chosen = best.depth, best
-            return _planned(rows, order[: best.num_drafting], best.depth)
+            could_pay = self._could_pay(rows, order, FOR_OFF, are_free=True)
+            return _round(rows, order if could_pay else [], self._depths[-1])
+        best = max(self._options(rows, order, self._pools()), key=self._weighed)
+        if self._weighed(best) > max(off.rate, self._of_texts(rows)) * (1.0 if self._last_depth else FOR_OFF):
+            self._last_depth = best.depth
+            self._worth = self._worth_of_node(rows, best)
+            return self._stopped(_round(rows, order[: best.num_drafting], best.depth), self._worth)
         self._last_depth = 0
-        if self._probes(rows, order, off):
-            self._plain_s, self._rounds_left = 0.0, 0
-            return _planned(rows, order[:1], min(PROBE_DEPTH, self._depths[-1]), is_probe=True)
-        self._texts_may_pay = self._could_pay(rows, order, off, FOR_OFF, are_free=True)
-        return RoundPlan((0,) * len(rows), texts_may_pay=self._texts_may_pay)
+        if self._may_probe(rows, order, self._probe_s(rows, rows[order[0]])):
+            plan = _round(rows, order[:1], min(PROBE_DEPTH, self._depths[-1]))
+            return self._stopped(plan, 0.0)._replace(is_probe=True)
+        return RoundPlan((0,) * len(rows), texts_may_pay=self._could_pay(rows, order, FOR_OFF, are_free=True))
+
+    def _stopped(self, plan: RoundPlan, below: float) -> RoundPlan:
+        return plan._replace(stop=StopRule(below, self.calibration)) if self._cuts_network else plan
 
     def again(self, limits: Sequence[int]) -> RoundPlan | None:
         """Return the last plan for as many sequences, whose depths ``limits`` allow; None where it is time for another.
@@ -130,112 +160,204 @@ class Controller:
         Sequences change by a token or so a round: weighing all of them anew each time would cost more than it brings.
         """
         self._rounds_left -= 1
-        everyone = self._chosen.num_drafting in (0, self._num_rows)
+        depth, num_drafting = self._plan.steps, sum(map(bool, self._plan.depths))
+        everyone = num_drafting in (0, self._num_rows)
         if self._rounds_left < 0 or len(limits) != self._num_rows or not everyone:
             return None
-        return RoundPlan(tuple(min(self._chosen.depth, limit) for limit in limits), False, self._texts_may_pay)
+        return self._plan._replace(depths=tuple(min(depth, limit) for limit in limits))
 
-    def kept_nodes(self, rows: Sequence[RowState], chances: Sequence[Sequence[float]]) -> tuple[list[int], bool]:
-        """Return how many of each draft's first nodes to verify, and whether that is a probe.
+    def keep(self, rows: Sequence[RowState], candidates: Sequence[Candidate], is_probe: bool = False) -> list[int]:
+        """Return how many of each draft's first nodes to verify.
 
-        ``chances[row]`` are the probabilities that the nodes of a row's draft are accepted. The rows of the pass go to
-        the likeliest nodes of all drafts, as many as bring most tokens per second.
+        The rows of the pass go to the likeliest nodes of all drafts, as many as bring most tokens per second. A probe's
+        are all kept, and now and then those of one draft that would be cut.
         """
-        off = self._off(rows)
+        whole = [each.num_nodes for each in candidates]
+        drawn = [each for each in candidates if each.chances and not each.of_text]
+        if self._cuts_network:
+            self.recent.note(candidates, is_probe)
+            for each in drawn[:MOST_LEARNED]:
+                self.acceptance.expect(given_parent(each.chances))
+        if is_probe:
+            return whole
+        kept = self._best_cut(rows, candidates, 1.0 if self._cuts_network and drawn else FOR_OFF)
+        cut = [row for row, count in enumerate(kept) if count < min(PROBE_DEPTH, whole[row])]
+        if cut:
+            row = cut[self._num_probes % len(cut)]
+            depth, before = min(PROBE_DEPTH, whole[row]), len(rows) + sum(kept)
+            probed_s = self.costs.pass_s(before + depth - kept[row], 0) - self.costs.pass_s(before, 0)
+            if self._may_probe(rows, cut, probed_s):
+                kept[row], self._num_probes = depth, self._num_probes + 1
+        return kept
+
+    def _best_cut(self, rows: Sequence[RowState], candidates: Sequence[Candidate], for_none: float) -> list[int]:
+        """Return how many nodes of each draft bring most tokens per second; none must be beaten ``for_none`` times."""
         nodes: list[tuple[float, int]] = []
-        for row, of_row in enumerate(chances):
-            nodes += ((chance, row) for chance in accumulate(of_row, min))  # a prefix is kept, whatever its order
-        nodes.sort(key=lambda node: -node[0])
-        tokens = [0.0, *accumulate(chance for chance, _ in nodes)]
-        attended = [0, *accumulate(rows[row].context for _, row in nodes)]
-        best, most = 0, off.rate * FOR_OFF
-        for count in (*(count for count in MOST_COUNTS if count < len(nodes)), len(nodes)):
-            seconds = self.costs.pass_s(len(rows) + count, sum(row.context for row in rows) + attended[count])
-            if count and (len(rows) + tokens[count]) / seconds > most:
-                best, most = count, (len(rows) + tokens[count]) / seconds
         kept = [0] * len(rows)
+        fixed_tokens = 0.0
+        for row, each in enumerate(candidates):
+            if each.num_fixed is not None:
+                kept[row], fixed_tokens = each.num_fixed, fixed_tokens + sum(each.chances[: each.num_fixed])
+            else:  # a prefix is kept, whatever its order
+                nodes += ((chance, row) for chance in accumulate(each.chances, min))
+        nodes.sort(key=lambda node: -node[0])
+        num_rows = len(rows) + sum(kept)
+        context = sum(row.context * (1 + count) for row, count in zip(rows, kept, strict=True))
+        tokens = list(accumulate((chance for chance, _ in nodes), initial=len(rows) + fixed_tokens))
+        attended = list(accumulate((rows[row].context for _, row in nodes), initial=context))
+        best, most = 0, for_none * tokens[0] / self.costs.pass_s(num_rows, context)
+        for count in _counts(len(nodes)):
+            rate = tokens[count] / self.costs.pass_s(num_rows + count, attended[count])
+            if rate > most:
+                best, most = count, rate
         for _, row in nodes[:best]:
             kept[row] += 1
-        longest = max(range(len(rows)), key=lambda row: len(chances[row]))
-        if not best and chances[longest] and self._probes(rows, [longest], off):
-            self._plain_s = 0.0
-            kept[longest] = min(PROBE_DEPTH, len(chances[longest]))
-            return kept, True
-        return kept, False
+        return kept
 
     def speedup(self, rows: Sequence[RowState]) -> float:
         """Return tokens per second of the best round over those of a plain step, by what is known now; 1 at least."""
-        gains = self.acceptance.chain(self._depths[-1])
         order = [row for row in range(len(rows)) if rows[row].max_depth]
-        rates = [option.rate for option in self._options(rows, order, gains)]
-        return max([1.0, *(rate / self._off(rows).rate for rate in rates)])
+        options = self._options(rows, order, self._pools(), counts=(len(order),)) if order else ()
+        return max([1.0, *(option.rate / self._off(rows).rate for option in options)])
 
     def pays_up_to(self, most: int, context: int) -> int:
         """Return the largest batch, up to ``most``, at which some draft beats a plain step; 0 if none does."""
-        sizes = [size for size in MOST_COUNTS if size < most] + [most]
         state = RowState(context, self._depths[-1])
-        paying = (size for size in reversed(sizes) if self.speedup([state] * size) > FOR_OFF)
+        paying = (size for size in reversed(_counts(most)) if self.speedup([state] * size) > FOR_OFF)
         return next(paying, 0)
 
-    def note_plain(self, seconds: float) -> None:
-        """Count the time of a round that did not draft."""
-        self._plain_s += seconds
+    def note_round(self, seconds: float) -> None:
+        """Count the time of a round, of which probes may take their share."""
+        self._since_probe_s += seconds
 
     def _weighed(self, option: Option) -> float:
         return option.rate * (FOR_STAYING if option.depth == self._last_depth else 1.0)
 
     def _off(self, rows: Sequence[RowState]) -> Option:
         attended = sum(row.context for row in rows)
-        return Option(0, 0, len(rows), self.costs.pass_s(len(rows), attended))
+        return Option(0, 0, 0, len(rows), self.costs.pass_s(len(rows), attended))
+
+    def _pools(self) -> Mapping[int, Pool]:
+        """Return what drafts of every depth will bring, by those of late, or else by the running acceptance."""
+        longest = self._depths[-1]
+        if self._cuts_network and self.recent.knows_network:
+            return self.recent.pools(self._depths, self.acceptance.rates(longest), self._worth)
+        return self._uniform(self.acceptance.chain(longest))
+
+    def _uniform(self, chain: Sequence[float]) -> Mapping[int, Pool]:
+        return {depth: pool_of(1, np.array(chain[:depth])) for depth in self._depths}
+
+    def _of_texts(self, rows: Sequence[RowState]) -> float:
+        """Return the tokens per second of a round without a network, in which texts give drafts."""
+        if not self.recent.knows_texts:
+            return 0.0
+        pool = self.recent.text_pool()
+        return _Passes(self.costs, rows).best(0, len(rows), len(rows) * pool.nodes_per_draft, pool, 0.0).rate
 
     def _options(
-        self, rows: Sequence[RowState], order: Sequence[int], gains: Sequence[float], are_free: bool | None = None
+        self,
+        rows: Sequence[RowState],
+        order: Sequence[int],
+        pools: Mapping[int, Pool],
+        are_free: bool | None = None,
+        counts: Sequence[int] = (),
     ) -> Iterator[Option]:
-        """Yield every depth for the first sequences of ``order``, a few numbers of them.
+        """Yield every depth for the first ``counts`` sequences of ``order``, or a few numbers, each with its best cut.
 
         What a sequence has to catch up is shared by the rounds that it has left.
         """
         are_free = self._drafts_are_free if are_free is None else are_free
-        num_rows, context = len(rows), sum(row.context for row in rows)
-        counts = [count for count in MOST_COUNTS if count < len(order)] + [len(order)] if order else []
-        for depth in self._depths:
-            gained = [0.0, *accumulate(gains[:depth])]
-            per_round = 1.0 + gained[depth]
-            depths = [min(depth, rows[row].max_depth) for row in order]
-            tokens = [0.0, *accumulate(gained[each] for each in depths)]
-            drafted = [0, *accumulate(depths)]
-            attended = [0, *accumulate(rows[row].context * each for row, each in zip(order, depths, strict=True))]
-            behind = [0.0, *accumulate(_debt(rows[row], depth, per_round) for row in order)]
-            for count in counts:
-                seconds = self.costs.pass_s(num_rows + drafted[count], context + attended[count])
-                if not are_free:
-                    seconds += self.costs.draft_s(count, depth, round(count * per_round + behind[count]))
-                yield Option(depth, count, num_rows + tokens[count], seconds)
+        passes = _Passes(self.costs, rows)
+        for depth, pool in pools.items():
+            per_round = 1.0 + float(pool.tokens[-1]) / pool.num_drafts
+            drafted = [0.0, *accumulate(min(pool.nodes_per_draft, rows[row].max_depth) for row in order)]
+            behind = [0.0, *accumulate(_debt(rows[row], per_round) for row in order)]
+            for count in counts or _counts(len(order)):
+                draft_s = 0.0
+                if not are_free and (num_asked := round(count * pool.asked)):
+                    steps = pool.steps(num_asked, depth)
+                    draft_s = self.costs.draft_s(num_asked, steps, round(num_asked * per_round + behind[count]))
+                weighed = passes.best if self._cuts_network else passes.whole
+                yield weighed(depth, count, drafted[count], pool, draft_s)
 
-    def _probes(self, rows: Sequence[RowState], order: Sequence[int], off: Option) -> bool:
-        """Return whether it is time to learn, and perfect drafts would pay."""
+    def _worth_of_node(self, rows: Sequence[RowState], best: Option) -> float:
+        """Return the chance from which a further node brings more tokens per second than it costs.
+
+        Nodes of all sequences share a step. What is likelier than the least that ``best`` keeps has its row anyway.
+        """
+        drafting, verified = best.num_drafting, len(rows) + best.num_kept
+        step_s = self.costs.draft_s(drafting, best.depth + 1) - self.costs.draft_s(drafting, best.depth)
+        row_s = self.costs.pass_s(verified + 1, 0) - self.costs.pass_s(verified, 0)
+        return best.rate * step_s / drafting + min(best.rate * row_s, best.least_chance)
+
+    def _probe_s(self, rows: Sequence[RowState], row: RowState) -> float:
+        """Return what it costs more than a plain step to let this sequence draft."""
         depth = min(PROBE_DEPTH, self._depths[-1])
-        row = rows[order[0]]
-        one = self.costs.pass_s(len(rows) + depth, sum(each.context for each in rows) + depth * row.context)
-        cost_s = one - off.seconds + self.costs.draft_s(1, depth, row.backlog)
-        return self._plain_s * PROBE_SHARE > cost_s and self._could_pay(rows, order, off, PROBE_GAIN)
+        context = sum(each.context for each in rows)
+        pass_s = self.costs.pass_s(len(rows) + depth, context + depth * row.context)
+        return pass_s - self.costs.pass_s(len(rows), context) + self.costs.draft_s(1, depth, row.backlog)
+
+    def _may_probe(self, rows: Sequence[RowState], order: Sequence[int], cost_s: float) -> bool:
+        """Return whether it is time to learn at this cost, and perfect drafts would pay; the time then counts anew."""
+        if self._since_probe_s * PROBE_SHARE <= cost_s or not self._could_pay(rows, order, PROBE_GAIN):
+            return False
+        self._since_probe_s = 0.0
+        return True
 
     def _could_pay(
-        self, rows: Sequence[RowState], order: Sequence[int], off: Option, gain: float, are_free: bool | None = None
+        self, rows: Sequence[RowState], order: Sequence[int], gain: float, are_free: bool | None = None
     ) -> bool:
         """Return whether drafts that are all accepted would bring ``gain`` times as many tokens per second."""
-        perfect = [1.0] * self._depths[-1]
-        return any(option.rate > gain * off.rate for option in self._options(rows, order, perfect, are_free))
+        perfect = self._uniform([1.0] * self._depths[-1])
+        least = gain * self._off(rows).rate
+        return any(option.rate > least for option in self._options(rows, order, perfect, are_free))
 
 
-def _debt(row: RowState, depth: int, per_round: float) -> float:
+class _Passes:
+    """Predicts the passes over ``rows`` and some nodes of their drafts, for one plan."""
+
+    def __init__(self, costs: RoundCosts, rows: Sequence[RowState]) -> None:
+        self._costs, self._num_rows = costs, len(rows)
+        self._context = sum(row.context for row in rows)
+        self._seconds: dict[int, float] = {}
+
+    def best(self, depth: int, count: int, num_nodes: float, pool: Pool, draft_s: float) -> Option:
+        """Return the option of ``count`` sequences that draft, with as many of their nodes kept as bring most."""
+        kept = _counts(round(num_nodes))
+        return self._option(depth, count, kept, pool, draft_s) if kept else NOTHING
+
+    def whole(self, depth: int, count: int, num_nodes: float, pool: Pool, draft_s: float) -> Option:
+        """Return the option in which all nodes are kept."""
+        return self._option(depth, count, [round(num_nodes)], pool, draft_s)
+
+    def _option(self, depth: int, count: int, kept: list[int], pool: Pool, draft_s: float) -> Option:
+        tokens: Numbers = self._num_rows + pool.brought(np.array(kept, float), count)
+        seconds = np.array([self._pass_s(nodes) for nodes in kept]) + draft_s
+        best = int((tokens / seconds).argmax())
+        without_least = self._num_rows + float(pool.brought(np.array([kept[best] - 1.0]), count)[0])
+        most = float(tokens[best])
+        return Option(depth, count, kept[best], most, float(seconds[best]), most - without_least)
+
+    def _pass_s(self, nodes: int) -> float:
+        if nodes not in self._seconds:
+            attended = self._context + self._context * nodes // self._num_rows
+            self._seconds[nodes] = self._costs.pass_s(self._num_rows + nodes, attended)
+        return self._seconds[nodes]
+
+
+def _counts(most: int) -> list[int]:
+    """Return a few numbers from 1 to ``most``, which is one of them."""
+    return [count for count in MOST_COUNTS if count < most] + [most] if most else []
+
+
+def _debt(row: RowState, per_round: float) -> float:
     """Return the tokens that a sequence is behind, beyond what every round leaves, per round that it has left."""
     rounds_left = max(1.0, row.remaining / per_round)
     return max(0.0, row.backlog - per_round) / rounds_left
 
 
-def _planned(rows: Sequence[RowState], drafting: Sequence[int], depth: int, is_probe: bool = False) -> RoundPlan:
+def _round(rows: Sequence[RowState], drafting: Sequence[int], depth: int) -> RoundPlan:
     depths = [0] * len(rows)
     for row in drafting:
         depths[row] = min(depth, rows[row].max_depth)
-    return RoundPlan(tuple(depths), is_probe)
+    return RoundPlan(tuple(depths))

@@ -1,4 +1,4 @@
-"""The exhaustive policy tries every combination of depths: what the controller's quick choice is compared with."""
+"""The exhaustive policies try every combination: what the controller's quick choices are compared with."""
 
 from __future__ import annotations
 
@@ -21,6 +21,23 @@ def best_depths(
     scored = ((tokens_per_s(costs, rates, rows, chosen), chosen) for chosen in product(*choices))
     rate, chosen = max(scored)
     return chosen, rate
+
+
+def best_cut(
+    costs: RoundCosts, rows: Sequence[RowState], chances: Sequence[Sequence[float]]
+) -> tuple[tuple[int, ...], float]:
+    """Return how many first nodes of each row's draft to verify for most tokens per second, and that rate.
+
+    ``chances[row]`` are the probabilities of the nodes of being accepted, of drafts that are made already.
+    """
+
+    def rate(kept: Sequence[int]) -> float:
+        tokens = sum(1.0 + sum(of_row[:count]) for of_row, count in zip(chances, kept, strict=True))
+        attended = sum((1 + count) * row.context for row, count in zip(rows, kept, strict=True))
+        return tokens / costs.pass_s(len(rows) + sum(kept), attended)
+
+    most, kept = max((rate(kept), kept) for kept in product(*(range(len(of_row) + 1) for of_row in chances)))
+    return kept, most
 
 
 def tokens_per_s(costs: RoundCosts, rates: Sequence[float], rows: Sequence[RowState], depths: Sequence[int]) -> float:

@@ -100,7 +100,7 @@ class DraftLine:
         self._matrix, self._vector = np.zeros((len(guess), len(guess))), np.zeros(len(guess))
         self._fitted = self._guess
 
-    def at(self, num_sequences: int, steps: int, backlog: int) -> float:
+    def at(self, num_sequences: int, steps: float, backlog: int) -> float:
         return float(self._fitted @ (1, steps, num_sequences * steps, backlog))
 
     def observe(self, num_sequences: int, steps: int, backlog: int, seconds: float) -> None:
@@ -134,7 +134,7 @@ class RoundCosts:
     def pass_s(self, rows: int, attended: int) -> float:
         return self.curve.at(rows) + self._attend_s * attended
 
-    def draft_s(self, num_sequences: int, steps: int, backlog: int = 0) -> float:
+    def draft_s(self, num_sequences: int, steps: float, backlog: int = 0) -> float:
         return self._draft.at(num_sequences, steps, backlog) if num_sequences else 0.0
 
     def observe_pass(self, rows: int, attended: int, seconds: float) -> None:

@@ -9,7 +9,8 @@ from operator import mul
 import pytest
 
 from slime_spec.speculation.controller import FOR_OFF, PROBE_SHARE, Controller, RowState
-from slime_spec.speculation.exhaustive import best_depths, tokens_per_s
+from slime_spec.speculation.exhaustive import best_cut, best_depths, tokens_per_s
+from slime_spec.speculation.recent_drafts import Candidate
 from slime_spec.speculation.round_costs import DraftTimes, PassCurve, RoundCosts
 
 # Seconds of a pass by rows, and of drafting, as measured for SmolLM2-135M in fp32 on one CPU core: up to eight rows
@@ -25,9 +26,11 @@ def measured_costs() -> RoundCosts:
     return RoundCosts(PassCurve(MEASURED), attend_s=3e-6, draft_guess=DRAFTING)
 
 
-def controller_with(rates: tuple[float, ...], costs: RoundCosts | None = None, free: bool = False) -> Controller:
+def controller_with(
+    rates: tuple[float, ...], costs: RoundCosts | None = None, free: bool = False, cuts: bool = False
+) -> Controller:
     """A controller that has seen many drafts accepted at these rates."""
-    controller = Controller(costs or measured_costs(), 7, drafts_are_free=free)
+    controller = Controller(costs or measured_costs(), 7, drafts_are_free=free, cuts_network=cuts)
     rng = random.Random(0)
     for _ in range(2000):
         controller.acceptance.observe(range(-1, 6), drawn_path(rates, 7, rng))
@@ -39,6 +42,10 @@ def drawn_path(rates: tuple[float, ...], depth: int, rng: random.Random) -> tupl
     while accepted < depth and rng.random() < rates[accepted]:
         accepted += 1
     return tuple(range(accepted))
+
+
+def candidates(*chances: tuple[float, ...]) -> list[Candidate]:
+    return [Candidate(each) for each in chances]
 
 
 def rows(count: int, **state: float) -> list[RowState]:
@@ -98,15 +105,73 @@ def test_the_choice_is_as_good_as_trying_every_combination(batch: int, rates: tu
 
 def test_the_rows_of_a_pass_go_to_the_likeliest_nodes() -> None:
     controller = controller_with(AFTER, free=True)
-    kept, is_probe = controller.kept_nodes(rows(4), [[0.9**node for node in range(1, 8)], [0.1, 0.1], [], [0.8, 0.5]])
-    assert not is_probe
+    kept = controller.keep(rows(4), candidates(tuple(0.9**node for node in range(1, 8)), (0.1, 0.1), (), (0.8, 0.5)))
     assert kept[0] > kept[3] > 0 == kept[1] == kept[2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_cut_is_as_good_as_trying_every_combination(seed: int) -> None:
+    rng = random.Random(seed)
+    points = sorted(rng.uniform(0.01, 0.1) for _ in range(6))
+    costs = RoundCosts(PassCurve(list(zip((1, 2, 4, 8, 16, 32), points, strict=True))), 1e-6, DRAFTING)
+    states = [RowState(rng.randrange(20, 200), 4) for _ in range(3)]
+    chances = [tuple(accumulate((rng.random() ** 0.5 for _ in range(4)), mul)) for _ in states]
+    _, most = best_cut(costs, states, chances)
+    kept = controller_with(AFTER, costs, cuts=True).keep(states, candidates(*chances))
+    tokens = sum(1.0 + sum(of_row[:count]) for of_row, count in zip(chances, kept, strict=True))
+    attended = sum((1 + count) * row.context for row, count in zip(states, kept, strict=True))
+    # It tries a few numbers of nodes in all.
+    assert tokens / costs.pass_s(len(states) + sum(kept), attended) >= 0.98 * most
+
+
+def test_drafts_that_cannot_be_cut_are_kept_and_others_share_what_is_left_of_the_pass() -> None:
+    fixed = Candidate((0.1,) * 4, num_fixed=4)
+    sure, unsure = Candidate((0.95,) * 4, of_text=True), Candidate((0.05,) * 4, of_text=True)
+    assert controller_with(BEFORE).keep(rows(3), [fixed, sure, unsure]) == [4, 4, 0]
+
+
+def test_now_and_then_a_draft_that_would_be_cut_is_verified() -> None:
+    """Or what the drafts that are always cut are worth would never be learned again."""
+    costs = RoundCosts(PassCurve(((1, 0.02), (101, 0.12))), draft_guess=DRAFTING)  # a row takes a millisecond
+    controller, unsure = controller_with(AFTER, costs, cuts=True), candidates(*[(0.02, 0.01, 0.01)] * 8)
+    kept_rounds, spent_s = 0, 0.0
+    for _ in range(500):
+        kept = controller.keep(rows(8), unsure)
+        seconds = controller.costs.pass_s(8 + sum(kept), 0)
+        kept_rounds, spent_s = kept_rounds + bool(sum(kept)), spent_s + seconds
+        controller.note_round(seconds)
+    extra_s = kept_rounds * (controller.costs.pass_s(11, 0) - controller.costs.pass_s(8, 0))
+    assert 0.0 < extra_s <= PROBE_SHARE * spent_s
+
+
+def test_a_draft_that_tells_what_it_is_worth_is_cut_where_a_uniform_depth_would_not_pay() -> None:
+    """At eight, half of the drafts stand and half fall: a depth for all loses, and the likely ones alone gain."""
+    costs = RoundCosts(PassCurve(((1, 0.01), (101, 0.21))), draft_guess=DraftTimes(0.0001, 0.0005, 0.00005, 0.00001))
+    drafts = candidates(*[(0.99, 0.98), (0.05, 0.01)] * 4)
+    controller = controller_with((0.52,) + (0.5,) * 6, costs, cuts=True)
+    assert not controller_with((0.52,) + (0.5,) * 6, costs).plan(rows(8)).drafts
+    for _ in range(20):
+        controller.keep(rows(8), drafts)
+    plan = controller.plan(rows(8))
+    assert plan.drafts
+    assert plan.stop is not None
+    assert 0.05 < plan.stop.below < 0.98
+    assert controller.keep(rows(8), drafts)[1::2] == [0] * 4
+
+
+def test_texts_alone_are_left_to_draft_where_a_network_would_not_bring_its_cost() -> None:
+    controller = controller_with((0.3,) * 7, cuts=True)
+    of_texts = [Candidate((0.95, 0.9, 0.85), of_text=True), Candidate((0.3,))] * 2
+    for _ in range(30):
+        controller.keep(rows(4), of_texts)
+    plan = controller.plan(rows(4))
+    assert not plan.drafts or plan.is_probe
+    assert plan.is_probe or plan.texts_may_pay
 
 
 def test_a_likely_node_behind_an_unlikely_one_is_not_kept_for_itself() -> None:
     # A draft is cut to its first nodes: what comes later cannot be likelier than what it stands behind.
-    kept, _ = controller_with(AFTER, free=True).kept_nodes(rows(1), [[0.01, 0.99, 0.99]])
-    assert kept in ([0], [3])
+    assert controller_with(AFTER, free=True).keep(rows(6), candidates((0.01, 1.0, 1.0), *([()] * 5))) == [0] + [0] * 5
 
 
 def test_free_drafts_are_asked_for_only_where_perfect_drafts_would_pay() -> None:
@@ -122,7 +187,7 @@ def test_probes_take_less_than_their_share_of_the_time() -> None:
         plan = controller.plan(rows(4))
         if not plan.drafts:
             seconds = controller.costs.pass_s(4, 320)
-            controller.note_plain(seconds)
+            controller.note_round(seconds)
         else:
             assert plan.is_probe
             assert sum(depth > 0 for depth in plan.depths) == 1
@@ -140,7 +205,7 @@ def test_it_turns_on_again_once_probes_say_that_the_draft_has_learned() -> None:
         if plan.drafts and not plan.is_probe:
             break
         if not plan.drafts:
-            controller.note_plain(0.0229)
+            controller.note_round(0.0229)
         for depth in filter(None, plan.depths):
             controller.acceptance.observe(range(-1, depth - 1), drawn_path(AFTER, depth, rng))
     assert plan.drafts
@@ -174,7 +239,7 @@ def test_replayed_costs_and_acceptance_are_never_slower_than_off_or_the_best_fix
         if num_drafting:
             controller.costs.observe_draft(num_drafting, plan.steps, 2 * num_drafting, draft_s * noise)
         else:
-            controller.note_plain(pass_s)
+            controller.note_round(pass_s)
         for depth, path in zip(plan.depths, paths, strict=True):
             if depth:
                 controller.acceptance.observe(range(-1, depth - 1), path)

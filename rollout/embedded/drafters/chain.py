@@ -20,6 +20,7 @@ from rollout.embedded.unread import ENDED, DraftsOnDevice, UnreadDraft
 from rollout.embedded.verification.distributions import sampling_distribution
 from rollout.embedded.verification.draw import argmax, inverse_cdf
 from rollout.embedded.verification.race import race
+from slime_spec.speculation.confidence import StopRule
 from slime_spec.types import GREEDY_BELOW_TEMPERATURE, SamplingParams, is_greedy
 
 
@@ -44,7 +45,8 @@ def grow_chains(
 
     ``first`` follows each row's root; ``next_slots[row]`` is where its first drafted token's keys go. Requests that
     sample get tokens drawn as ``drawing`` says; where they are SAMPLED, from softmax(logits / T), ``Draft.q_draft``
-    says so. T is the request's temperature times the context's ``draft_temperature``.
+    says so. T is the request's temperature times the context's ``draft_temperature``. Where the contexts
+    have a rule to stop, chains say how sure the model was of each token, and end as Watch says.
     """
     num_steps = chain_steps(contexts, num_steps)
     sampler = chain_sampler(contexts, num_steps, drawing)
@@ -57,8 +59,10 @@ def grow_chains(
         draw = raced_draw(contexts, num_steps, vocab)
     else:
         draw = draw_greedy if sampler is None else sampler.draw_on(first.logits.device)
-    levels = grow_levels(first, next_step, num_steps, draw, vocab)
-    return chains(levels, contexts, sampler, vocab)
+    stop = contexts[0].stop
+    watch = None if stop is None else Watch(draw, stop, [False] * len(contexts) if sampler is None else sampler.samples)
+    levels = grow_levels(first, next_step, num_steps, watch or draw, vocab, watch)
+    return chains(levels, contexts, sampler, vocab, None if watch is None else watch.confidence)
 
 
 def chain_sampler(contexts: Sequence[DraftContext], num_steps: int, drawing: Drawing) -> ChainSampler | None:
@@ -78,10 +82,12 @@ def grow_levels(
     num_steps: int,
     draw: Draw,
     vocab: DraftVocab,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """Return the chains' tokens [rows, steps], without a read of the device; ENDED where there is none to keep.
 
-    ``step(token_ids, hidden, index)`` puts the ``index``-th drafted token where it belongs.
+    ``step(token_ids, hidden, index)`` puts the ``index``-th drafted token where it belongs. With a ``watch``, which is
+    of the CPU alone, there may be fewer steps.
     """
     levels: list[torch.Tensor] = []
     heads = first
@@ -89,9 +95,45 @@ def grow_levels(
         draft_ids, kept = draw(heads.logits, index)
         tokens = vocab.tokens(draft_ids)
         levels.append(tokens.where(kept, ENDED))
+        if watch is not None and watch.is_over:
+            break
         if index + 1 < num_steps:
             heads = step(tokens, heads.hidden, index)
     return torch.stack(levels, dim=1)
+
+
+class Watch:
+    """Draws as ``draw`` does, keeps how sure the model was, and stops chains that are hardly likely to stand.
+
+    Sure is softmax(logits), whatever the temperature: of the token where it is chosen, of the likeliest token in rows
+    that sample. A sampled chain ends before the first token of which that, calibrated and times those before, is below
+    the rule's bound: what decides is known before the token is drawn, or the output's distribution would bend. All
+    chains end once none is worth going on with.
+    """
+
+    def __init__(self, draw: Draw, stop: StopRule, samples: Sequence[bool]) -> None:
+        self._draw, self._stop = draw, stop
+        self._samples = torch.tensor(samples)
+        self._levels: list[torch.Tensor] = []
+        self._chances = torch.ones(len(samples))
+
+    def __call__(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        draft_ids, kept = self._draw(logits, step)
+        chosen = logits.gather(1, draft_ids.unsqueeze(1)).squeeze(1)
+        confidence = (torch.where(self._samples, logits.amax(dim=-1), chosen) - logits.logsumexp(dim=-1)).exp()
+        self._levels.append(confidence)
+        expected = [self._stop.calibration.expected(step, each) for each in confidence.tolist()]
+        self._chances = self._chances * torch.tensor(expected)
+        return draft_ids, kept & ~(self._samples & (self._chances < self._stop.below))
+
+    @property
+    def is_over(self) -> bool:
+        return bool((self._chances < self._stop.below).all())
+
+    @property
+    def confidence(self) -> torch.Tensor:
+        """Return how sure the model was [rows, steps]."""
+        return torch.stack(self._levels, dim=1)
 
 
 def draw_greedy(logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,15 +169,20 @@ def raced_draw(contexts: Sequence[DraftContext], num_steps: int, vocab: DraftVoc
 
 
 def chains(
-    levels: torch.Tensor, contexts: Sequence[DraftContext], sampler: ChainSampler | None, vocab: DraftVocab
+    levels: torch.Tensor,
+    contexts: Sequence[DraftContext],
+    sampler: ChainSampler | None,
+    vocab: DraftVocab,
+    confidence: torch.Tensor | None = None,
 ) -> list[UnreadDraft]:
     """Return the drafts of ``grow_levels``, each as long as its context allows."""
     samples = [False] * len(contexts) if sampler is None else sampler.samples
     if sampler is not None:
         _show_first(contexts, sampler.distributions[0], vocab)
-    drafts = DraftsOnDevice(levels, q_draft=None if sampler is None else sampler.q_draft(vocab))
+    q_draft = None if sampler is None else sampler.q_draft(vocab)
+    drafts = DraftsOnDevice(levels, q_draft=q_draft, confidence=confidence)
     return [
-        UnreadDraft(drafts, row, chain_limit(context), drawn)
+        UnreadDraft(drafts, row, min(chain_limit(context), drafts.num_nodes), drawn)
         for row, (context, drawn) in enumerate(zip(contexts, samples, strict=True))
     ]
 

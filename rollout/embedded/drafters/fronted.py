@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 
-from rollout.embedded.draft import Draft
+from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.drafters.history import HistoryDrafter
 from rollout.embedded.drafting import DraftContext, Drafter, DraftWeights, FeatureNeed, Outcome, Prefill, Swap
 from rollout.embedded.kv_cache import KvCache
@@ -55,24 +55,24 @@ class FrontedDrafter:
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[AnyDraft]:
         found = self._front.propose(contexts)
-        is_front = [bool(draft.token_ids) and _promise(draft) >= self._brought for draft in found]
-        asked = [context for context, ours in zip(contexts, is_front, strict=True) if not ours]
+        pairs = list(zip(contexts, found, strict=True))
+        is_front = [draft.num_tokens > 0 and self._is_enough(context, draft) for context, draft in pairs]
+        asks = [context.network_depth != 0 and not ours for context, ours in zip(contexts, is_front, strict=True)]
+        asked = [_of_network(context) for context, ask in zip(contexts, asks, strict=True) if ask]
         drawn: Sequence[AnyDraft] = self._network.propose(asked) if asked else ()
-        self._of_network = {
-            context.request_key for context, draft in zip(asked, drawn, strict=True) if draft.num_tokens
-        }
-        self._of_front = {context.request_key for context, ours in zip(contexts, is_front, strict=True) if ours}
+        self._of_network = {each.request_key for each, draft in zip(asked, drawn, strict=True) if draft.num_tokens}
+        self._of_front = {each.request_key for each, ours in zip(contexts, is_front, strict=True) if ours}
         if self._of_front:  # a device takes the shapes of trees from drafts that are all unread
             drawn = [draft.read() for draft in drawn]
         rest = iter(drawn)
-        return [draft if ours else next(rest) for draft, ours in zip(found, is_front, strict=True)]
+        return [
+            draft if ours else next(rest) if ask else NO_DRAFT
+            for draft, ours, ask in zip(found, is_front, asks, strict=True)
+        ]
 
-    def propose_of_texts(self, contexts: Sequence[DraftContext]) -> list[Draft]:
-        """Return chains out of texts alone, in a round in which the network's would not pay."""
-        found = self._front.propose(contexts)
-        self._of_front = {each.request_key for each, draft in zip(contexts, found, strict=True) if draft.token_ids}
-        self._of_network = set()
-        return found
+    def _is_enough(self, context: DraftContext, draft: Draft) -> bool:
+        """Return whether a text's draft makes the network's unnecessary."""
+        return context.network_depth == 0 or _promise(draft) >= self._brought
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -95,6 +95,11 @@ class FrontedDrafter:
 
     def ended(self, prompt_key: int) -> None:
         self._front.ended(prompt_key)
+
+
+def _of_network(context: DraftContext) -> DraftContext:
+    depth = context.network_depth
+    return context if depth is None else context._replace(max_depth=min(context.max_depth, depth))
 
 
 def _promise(draft: Draft) -> float:

@@ -55,8 +55,7 @@ class DrafterSetup:
         """Return how the tokens of chains are drawn."""
         if self.config.use_gumbel_coupling:
             return Drawing.RACED
-        sampled = self.config.use_rejection_sampling or self.config.use_block_verification
-        return Drawing.SAMPLED if sampled else Drawing.LIKELIEST
+        return Drawing.SAMPLED if self.config.samples_drafts else Drawing.LIKELIEST
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def _default_sampling(facts: Facts) -> Mapping[str, object]:
 )
 def rejection_sampling(facts: Facts) -> Sighting | None:
     spec = facts.config.speculative
-    if not (spec.use_rejection_sampling or spec.use_block_verification):
+    if not spec.samples_drafts:
         return None
     reasons = list(_against_rejection(facts))
     if not reasons:
