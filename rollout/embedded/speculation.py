@@ -38,7 +38,7 @@ from slime_spec.speculation.round_costs import RoundCosts
 
 # The report of the batch up to which drafting pays: for contexts of so many tokens, made anew after so many seconds.
 TYPICAL_CONTEXT = 128
-REPORT_S = 1.0
+REPORT_S = 5.0
 MOST_SCHEDULED = 4096  # sequences: a batch that is never empty is settled after so many
 MOST_WAITING_BYTES = 256 << 20  # of features that the drafter has not read
 
@@ -80,6 +80,7 @@ class Speculation:
     _settled: NetBenefit = field(default_factory=NetBenefit)  # as of the schedule's beginning
     _running: set[int] = field(default_factory=set)  # requests of the last round that have not left since
     _num_read: dict[int, int] = field(default_factory=dict)  # tokens that the drafter has read, by request
+    _read_prompts: set[int] = field(default_factory=set)  # prompts that it has read, by their keys
     _draft_cost_s: float = 0.0
     drafted_last: bool = False  # in the last round, some sequence
     pays_up_to: int | None = None  # the largest batch at which drafting pays, as of late; None where the depth is fixed
@@ -141,7 +142,7 @@ class Speculation:
         asked = [row for row, depth in enumerate(plan.depths) if depth and self.has_network]
         asked = [row for row in asked if not drafts[row].is_of_text]
         backlog = sum(self._backlog(batch.sequences[row]) for row in asked)
-        self._num_read |= {each.key: len(each.token_ids) for each in (batch.sequences[row] for row in asked)}
+        self._note_read([batch.sequences[row] for row in asked])
         num_steps = max((_depth(drafts[row], plan.depths[row]) for row in asked), default=0)
         depths = plan.depths
         if self.controller is not None and rows:
@@ -150,6 +151,11 @@ class Speculation:
             drafts = [_first(draft, count) for draft, count in zip(drafts, kept, strict=True)]
             depths = tuple(map(_depth, drafts, plan.depths))
         return Proposal(drafts, depths, len(asked), num_steps, backlog, self._draft_cost_s - before_s)
+
+    def _note_read(self, sequences: Sequence[SampleState]) -> None:
+        """Note that a network has read all tokens of these sequences."""
+        self._num_read |= {each.key: len(each.token_ids) for each in sequences}
+        self._read_prompts.update(each.group.key for each in sequences)
 
     def _plan(self, batch: Batch, limits: Sequence[int]) -> RoundPlan:
         if self.controller is None:
@@ -303,12 +309,13 @@ class Speculation:
     def forget_prompt(self, group: Group) -> None:
         if self.applies_to(group):
             self.drafter.forget(group.key)
+            self._read_prompts.discard(group.key)
 
     def _catch_up(self, batch: Batch) -> None:
         """Let the drafter read what waits for it, of the sequences that wait longest, before it takes too much room."""
         if self.controller is None or not self.drafter.needs.any:
             return
-        behind = {row: self._backlog(each) for row, each in enumerate(batch.running) if self.applies_to(each.group)}
+        behind = {row: self._unread(each) for row, each in enumerate(batch.running) if self.applies_to(each.group)}
         if sum(behind.values()) * self.target.feature_bytes <= MOST_WAITING_BYTES:
             return
         longest = sorted(behind, key=lambda row: -behind[row])[: max(1, len(behind) // 4)]
@@ -317,6 +324,7 @@ class Speculation:
             self.drafter.catch_up(contexts)
         for context in contexts:
             self._num_read[context.request_key] = len(context.token_ids) - 1
+            self._read_prompts.add(context.prompt_key)
 
     def _states(self, batch: Batch, limits: Sequence[int]) -> list[RowState]:
         """Return what the controller must know of each sequence; how long it will last only where that matters."""
@@ -329,7 +337,17 @@ class Speculation:
         return states
 
     def _backlog(self, sequence: SampleState) -> int:
-        """Return the tokens that a draft network has not read, the root included."""
+        """Return the tokens that a draft network must read before it drafts, the root included.
+
+        A prompt whose features wait is shared by the group's sequences.
+        """
+        group = sequence.group
+        if not self.drafter.needs.any or group.key in self._read_prompts:
+            return self._unread(sequence)
+        return self._unread(sequence) + -(-group.num_prompt_tokens // max(1, group.num_unfinished))
+
+    def _unread(self, sequence: SampleState) -> int:
+        """Return the tokens after its prompt that a draft network has not read."""
         if not self.has_network:
             return 0
         return len(sequence.token_ids) - self._num_read.get(sequence.key, sequence.group.num_prompt_tokens)

@@ -126,6 +126,25 @@ def test_what_waits_for_the_drafter_is_read_before_it_takes_too_much_room(
     assert 0 < most < NUM_TOKENS * 2
 
 
+def test_a_prompt_that_the_drafter_has_not_read_is_weighed_before_the_first_draft(tmp_path: Path) -> None:
+    """It is read with the first draft of any of the group's sequences, which share its cost."""
+    backlogs: list[tuple[int, ...]] = []
+
+    class Third(Moody):
+        """Drafts in the third round alone."""
+
+        def plan(self, rows: Sequence[RowState]) -> RoundPlan:
+            backlogs.append(tuple(row.backlog for row in rows))
+            return RoundPlan((1 if len(backlogs) == 3 else 0,) * len(rows))
+
+    core = make_core(automatic(make_format(tmp_path, "eagle3").config(3, 1, 4)))
+    core.speculation.controller = Third(0, 3)
+    params = SamplingParams(max_new_tokens=8, temperature=0.8, ignore_eos=True)
+    run(core, [GroupRequest("0", random_prompt(11, seed=0), (0, 1, 2), params)])
+    assert backlogs[:3] == [(1 + 4,) * 3, (2 + 4,) * 3, (3 + 4,) * 3]  # 11 tokens, of three sequences
+    assert all(1 <= backlog <= 2 for backlog in backlogs[3])
+
+
 def test_an_engine_that_knows_its_costs_decides_by_itself(tmp_path: Path) -> None:
     tiny = make_format(tmp_path, "eagle3")
     plain = run(make_core(tiny.plain), requests())

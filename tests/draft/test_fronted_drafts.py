@@ -134,7 +134,8 @@ def test_what_a_network_has_not_read_behind_a_front_is_counted_and_read_in_time(
     if is_bounded:
         monkeypatch.setattr(speculation, "MOST_WAITING_BYTES", 12 * core.target.feature_bytes)
     assert tokens(run(core, requests())) == tokens(plain)
-    assert (max(controller.backlogs) > 20) != is_bounded
+    # Before its first draft a network also reads the prompt: the longest share of one is 16 tokens.
+    assert (max(controller.backlogs) > 16 + 20) != is_bounded, max(controller.backlogs)
 
 
 @pytest.fixture(scope="module")
