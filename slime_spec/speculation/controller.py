@@ -35,7 +35,8 @@ PROBE_GAIN = 1.10  # drafts that are all accepted must promise this much, or not
 PROBE_SHARE = 0.008
 PROBE_DEPTH = 3
 MOST_LEARNED = 8  # drafts of a round
-REUSED_ROUNDS = 8  # a plan for as many sequences as before is good for so many rounds
+REUSED_ROUNDS = 8  # a plan for about as many sequences as before is good for so many rounds
+ALIKE = 0.1  # share of the sequences that may have come or gone
 MOST_COUNTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -140,6 +141,9 @@ class Controller:
         if self._drafts_are_free:
             could_pay = self._could_pay(rows, order, FOR_OFF, are_free=True)
             return _round(rows, order if could_pay else [], self._depths[-1])
+        if not self._could_pay(rows, order, FOR_OFF):
+            self._last_depth = 0
+            return self._without_network(rows, order)
         best = max(self._options(rows, order, self._pools()), key=self._weighed)
         if self._weighed(best) > max(off.rate, self._of_texts(rows)) * (1.0 if self._last_depth else FOR_OFF):
             self._last_depth = best.depth
@@ -149,20 +153,24 @@ class Controller:
         if self._may_probe(rows, order, self._probe_s(rows, rows[order[0]])):
             plan = _round(rows, order[:1], min(PROBE_DEPTH, self._depths[-1]))
             return self._stopped(plan, 0.0)._replace(is_probe=True)
+        return self._without_network(rows, order)
+
+    def _without_network(self, rows: Sequence[RowState], order: Sequence[int]) -> RoundPlan:
         return RoundPlan((0,) * len(rows), texts_may_pay=self._could_pay(rows, order, FOR_OFF, are_free=True))
 
     def _stopped(self, plan: RoundPlan, below: float) -> RoundPlan:
         return plan._replace(stop=StopRule(below, self.calibration)) if self._cuts_network else plan
 
     def again(self, limits: Sequence[int]) -> RoundPlan | None:
-        """Return the last plan for as many sequences, whose depths ``limits`` allow; None where it is time for another.
+        """Return the last plan for about as many sequences, as ``limits`` allow; None where it is time for another.
 
         Sequences change by a token or so a round: weighing all of them anew each time would cost more than it brings.
         """
         self._rounds_left -= 1
         depth, num_drafting = self._plan.steps, sum(map(bool, self._plan.depths))
         everyone = num_drafting in (0, self._num_rows)
-        if self._rounds_left < 0 or len(limits) != self._num_rows or not everyone:
+        is_alike = abs(len(limits) - self._num_rows) <= ALIKE * self._num_rows
+        if self._rounds_left < 0 or not is_alike or not everyone:
             return None
         return self._plan._replace(depths=tuple(min(depth, limit) for limit in limits))
 
@@ -272,7 +280,7 @@ class Controller:
             per_round = 1.0 + float(pool.tokens[-1]) / pool.num_drafts
             drafted = [0.0, *accumulate(min(pool.nodes_per_draft, rows[row].max_depth) for row in order)]
             behind = [0.0, *accumulate(_debt(rows[row], per_round) for row in order)]
-            for count in counts or _counts(len(order)):
+            for count in counts or _halves(len(order)):
                 draft_s = 0.0
                 if not are_free and (num_asked := round(count * pool.asked)):
                     steps = pool.steps(num_asked, depth)
@@ -343,6 +351,11 @@ class _Passes:
             attended = self._context + self._context * nodes // self._num_rows
             self._seconds[nodes] = self._costs.pass_s(self._num_rows + nodes, attended)
         return self._seconds[nodes]
+
+
+def _halves(most: int) -> list[int]:
+    """Return ``most`` and the powers of two below it."""
+    return [1 << power for power in range((most - 1).bit_length())] + [most]
 
 
 def _counts(most: int) -> list[int]:
