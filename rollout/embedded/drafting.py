@@ -115,13 +115,15 @@ class Outcome(NamedTuple):
 
     A sequence that did not draft has an empty path. ``features`` [1 + accepted, width] belong to the root and the
     accepted nodes: the tokens whose keys and values the target has committed this round. The round also emitted one
-    token more, the next round's root.
+    token more, the next round's root. ``num_verified`` is the number of the draft's nodes that were
+    verified, None for all.
     """
 
     request_key: int
     path: tuple[int, ...]
     features: torch.Tensor | None = None
     prompt_key: int = 0
+    num_verified: int | None = None
 
 
 class DraftWeights(Protocol):

@@ -224,9 +224,9 @@ class Speculation:
             features = gathered.split([len(tokens) for tokens in committed])
         keys = [running[row].key for row in rows]
         paths = [verified[row].path for row in rows]
-        prompts = [running[row].group.key for row in rows]
+        prompts, nodes = [running[row].group.key for row in rows], [spans[row].count - 1 for row in rows]
         with self._timed():
-            self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, prompts, strict=True)])
+            self.drafter.observe([Outcome(*each) for each in zip(keys, paths, features, prompts, nodes, strict=True)])
 
     def note(self, batch: Batch, proposal: Proposal, verified: Sequence[Verified], seconds: float) -> None:
         """Learn from a round that took ``seconds``, drafting and observing included."""

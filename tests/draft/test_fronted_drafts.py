@@ -191,6 +191,19 @@ def test_drafts_are_taken_from_whoever_promises_more() -> None:
     assert proposed(1, 2) == (7, 7, 7, 7)
 
 
+def test_a_text_is_compared_with_as_many_tokens_as_are_verified_of_the_networks() -> None:
+    """Places that agree no more than by half promise more than one token in all, and half of the first."""
+    drafter = FrontedDrafter(HistoryDrafter(SpeculativeConfig()), ScriptedDrafter(lambda context: (7, 7, 7, 7)))
+    for rest in ([3, 4, 5, 6, 8], [9, 9, 9, 9, 9]):
+        drafter.finished(0, [50, 51, 1, 2, *rest], 2)
+    for _ in range(200):
+        drafter.propose([draft_context(2, [50, 51, 8], 2, 4)])
+        drafter.observe([Outcome(2, (0,), num_verified=1)])
+    context = draft_context(1, [50, 51, 1, 2], 2, 5)
+    assert drafter.propose([context._replace(network_depth=0)])[0].read().token_ids[0] in (3, 9)
+    assert drafter.propose([context._replace(network_depth=1)])[0].read().token_ids == (7,)
+
+
 def test_a_network_hears_of_a_round_that_it_did_not_draft_as_of_a_plain_step() -> None:
     heard: list[Outcome] = []
 

@@ -22,7 +22,7 @@ from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
 from rollout.embedded.unread import AnyDraft
 
-KEPT = 1.0 - 1.0 / 64.0  # of the mean of what a network's draft brings, with every draft of it that was verified
+KEPT = 1.0 - 1.0 / 64.0  # of the means of what a network's draft brings, with every draft of it that was verified
 FIRST_BROUGHT = 0.5  # accepted tokens, before any was
 
 
@@ -31,7 +31,7 @@ class FrontedDrafter:
 
     def __init__(self, front: HistoryDrafter, network: Drafter) -> None:
         self._front, self._network = front, network
-        self._brought = FIRST_BROUGHT
+        self._brought, self._verified = FIRST_BROUGHT, 0.0  # means of accepted and verified tokens of its drafts
         self._of_front: set[int] = set()  # sequences whose draft of this round is the front's
         self._of_network: set[int] = set()
 
@@ -71,17 +71,26 @@ class FrontedDrafter:
         ]
 
     def _is_enough(self, context: DraftContext, draft: Draft) -> bool:
-        """Return whether a text's draft makes the network's unnecessary."""
-        return context.network_depth == 0 or _promise(draft) >= self._brought
+        """Return whether a text's draft makes the network's unnecessary: by as many tokens as are verified of that.
+
+        What texts promise beyond stands behind tokens that the network may know better.
+        """
+        return context.network_depth == 0 or _promise(draft, self._verified) >= self._brought
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
-            if outcome.request_key in self._of_network:
-                self._brought += (1.0 - KEPT) * (len(outcome.path) - self._brought)
+            if outcome.request_key in self._of_network and outcome.num_verified != 0:
+                self._note(len(outcome.path), outcome.num_verified)
         self._network.observe(
             [outcome._replace(path=()) if outcome.request_key in self._of_front else outcome for outcome in outcomes]
         )
         self._of_front, self._of_network = set(), set()
+
+    def _note(self, num_accepted: int, num_verified: int | None) -> None:
+        """Note what a draft of the network brought; the first that says how much of it was verified sets that mean."""
+        self._brought += (1.0 - KEPT) * (num_accepted - self._brought)
+        if num_verified is not None:
+            self._verified += (1.0 - KEPT if self._verified else 1.0) * (num_verified - self._verified)
 
     def catch_up(self, contexts: Sequence[DraftContext]) -> None:
         self._network.catch_up(contexts)
@@ -102,7 +111,9 @@ def _of_network(context: DraftContext) -> DraftContext:
     return context if depth is None else context._replace(max_depth=min(context.max_depth, depth))
 
 
-def _promise(draft: Draft) -> float:
-    """Return the number of tokens that are expected to be accepted of a chain."""
+def _promise(draft: Draft, num_verified: float) -> float:
+    """Return the number of tokens that are expected to be accepted of a chain's first ones; of all where 0."""
     assert draft.expected is not None, "a draft out of texts says what is expected of it"
-    return sum(accumulate(draft.expected, mul))
+    brought = list(accumulate(draft.expected, mul))
+    whole = int(num_verified) if num_verified else len(brought)
+    return sum(brought[:whole]) + (num_verified - whole) * sum(brought[whole : whole + 1])
