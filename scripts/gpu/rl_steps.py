@@ -120,9 +120,16 @@ def rows_of(on: Sequence[dict[str, float | None]], off: Sequence[dict[str, float
             rows.append(Row(f"rl.{side}.{name}_share", f"speculation {side}: share of a step", share, "share"))
         ratio = medians["off"] / medians["on"]
         rows.append(Row(f"rl.{name}.off_over_on", f"perf/{name} without speculation over with it", ratio, "x"))
-    what = "tokens a verify round of the main job"
-    rows.append(Row("rl.on.accept_length", what, median(on, "rollout/spec_accept_length"), "tokens"))
+    rows.append(accept_length(on))
     return rows
+
+
+def accept_length(on: Sequence[dict[str, float | None]]) -> Row:
+    """Return the median of the steps' accept lengths, without a number where the engine verified no draft."""
+    name, what, key = "rl.on.accept_length", "tokens a verify round of the main job", "rollout/spec_accept_length"
+    if all(step.get(key) is None for step in on):
+        return Row(name, f"{what}: no draft was worth verifying", None, "")
+    return Row(name, what, median(on, key), "tokens")
 
 
 def median(steps: Sequence[dict[str, float | None]], name: str) -> float:
