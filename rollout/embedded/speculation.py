@@ -23,6 +23,7 @@ from rollout.embedded.batch import Batch
 from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.drafting import DraftContext, Drafter, LearningDrafter, Outcome, Prefill
 from rollout.embedded.plan import RowSpan, tree_shape
+from rollout.embedded.reading import Reading
 from rollout.embedded.request import Group, SampleState
 from rollout.embedded.target import PassOutput, Target, Timing
 from rollout.embedded.tempering import Tempering
@@ -79,13 +80,15 @@ class Speculation:
     _schedule: PlainSchedule = field(default_factory=PlainSchedule)
     _settled: NetBenefit = field(default_factory=NetBenefit)  # as of the schedule's beginning
     _running: set[int] = field(default_factory=set)  # requests of the last round that have not left since
-    _num_read: dict[int, int] = field(default_factory=dict)  # tokens that the drafter has read, by request
-    _read_prompts: set[int] = field(default_factory=set)  # prompts that it has read, by their keys
+    _reading: Reading = field(init=False)
     _draft_cost_s: float = 0.0
     drafted_last: bool = False  # in the last round, some sequence
     pays_up_to: int | None = None  # the largest batch at which drafting pays, as of late; None where the depth is fixed
     _max_running: int = 0
     _reported_at_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._reading = Reading(self.drafter)
 
     @property
     def headroom(self) -> int:
@@ -122,9 +125,7 @@ class Speculation:
     def prefill(self, prefills: Sequence[Prefill]) -> None:
         """Show the drafter the pieces of one pass, all of groups that speculate."""
         if prefills:
-            for prefill in prefills:
-                if not prefill.shared:
-                    self._num_read[prefill.key] = prefill.start + len(prefill.token_ids)
+            self._reading.prefilled(prefills)
             with self._timed():
                 self.drafter.prefill(prefills)
 
@@ -141,21 +142,15 @@ class Speculation:
         drafts = self._drafted(batch, self._contexts(batch, rows, plan, limits), rows)
         asked = [row for row, depth in enumerate(plan.depths) if depth and self.has_network]
         asked = [row for row in asked if not drafts[row].is_of_text]
-        backlog = sum(self._backlog(batch.sequences[row]) for row in asked)
-        self._note_read([batch.sequences[row] for row in asked])
+        backlog = sum(self._reading.backlog(batch.sequences[row]) for row in asked)
+        self._reading.drafted([batch.sequences[row] for row in asked])
         num_steps = max((_depth(drafts[row], plan.depths[row]) for row in asked), default=0)
-        depths = plan.depths
-        if self.controller is not None and rows:
+        if self.controller is not None and any(map(self._tells_worth, drafts)):
             candidates = [self._candidate(self.controller, draft) for draft in drafts]
             kept = self.controller.keep(self._states(batch, limits), candidates, plan.is_probe)
             drafts = [_first(draft, count) for draft, count in zip(drafts, kept, strict=True)]
-            depths = tuple(map(_depth, drafts, plan.depths))
+        depths = plan.depths if self.controller is None else tuple(map(_depth, drafts, plan.depths))
         return Proposal(drafts, depths, len(asked), num_steps, backlog, self._draft_cost_s - before_s)
-
-    def _note_read(self, sequences: Sequence[SampleState]) -> None:
-        """Note that a network has read all tokens of these sequences."""
-        self._num_read |= {each.key: len(each.token_ids) for each in sequences}
-        self._read_prompts.update(each.group.key for each in sequences)
 
     def _plan(self, batch: Batch, limits: Sequence[int]) -> RoundPlan:
         if self.controller is None:
@@ -180,15 +175,21 @@ class Speculation:
         ]
         return contexts if self.tempering is None else self.tempering.tempered(contexts, rows)
 
+    def _tells_worth(self, draft: AnyDraft) -> bool:
+        """Return whether a draft's nodes can be told apart by what each is worth.
+
+        A network's that do not tell their confidence cannot: a device is not waited for to say more.
+        """
+        return draft.is_confident or (draft.num_tokens > 0 and (draft.is_of_text or not self.has_network))
+
     def _candidate(self, controller: Controller, draft: AnyDraft) -> Candidate:
         """Return what the draft itself says of its nodes, or else what the running acceptance says.
 
-        Whether sampled tokens are judged must not depend on them, and a device is not waited for to say more: such
-        drafts of a network are verified whole.
+        Whether sampled tokens are judged must not depend on them: such drafts are verified whole.
         """
         if not draft.num_tokens and not draft.is_confident:
             return NO_CANDIDATE
-        if self.has_network and not (draft.is_of_text or draft.is_confident):
+        if not self._tells_worth(draft):
             return Candidate(tuple(controller.acceptance.chain(draft.num_tokens)), num_fixed=draft.num_tokens)
         read = draft.read()
         if read.expected is not None:
@@ -304,53 +305,37 @@ class Speculation:
             self._settle(self.costs)
         if self.applies_to(sequence.group):
             self.drafter.forget(sequence.key)
-            self._num_read.pop(sequence.key, None)
+            self._reading.forget(sequence)
 
     def forget_prompt(self, group: Group) -> None:
         if self.applies_to(group):
             self.drafter.forget(group.key)
-            self._read_prompts.discard(group.key)
+            self._reading.forget_prompt(group)
 
     def _catch_up(self, batch: Batch) -> None:
         """Let the drafter read what waits for it, of the sequences that wait longest, before it takes too much room."""
         if self.controller is None or not self.drafter.needs.any:
             return
-        behind = {row: self._unread(each) for row, each in enumerate(batch.running) if self.applies_to(each.group)}
+        behind = {
+            row: self._reading.unread(each) for row, each in enumerate(batch.running) if self.applies_to(each.group)
+        }
         if sum(behind.values()) * self.target.feature_bytes <= MOST_WAITING_BYTES:
             return
         longest = sorted(behind, key=lambda row: -behind[row])[: max(1, len(behind) // 4)]
         contexts = [self._context(batch, row, 0) for row in longest]
         with self._timed():
             self.drafter.catch_up(contexts)
-        for context in contexts:
-            self._num_read[context.request_key] = len(context.token_ids) - 1
-            self._read_prompts.add(context.prompt_key)
+        self._reading.caught_up(contexts)
 
     def _states(self, batch: Batch, limits: Sequence[int]) -> list[RowState]:
         """Return what the controller must know of each sequence; how long it will last only where that matters."""
         states = []
         for sequence, limit in zip(batch.running, limits, strict=True):
-            backlog, remaining = self._backlog(sequence), float(sequence.num_remaining)
+            backlog, remaining = self._reading.backlog(sequence), float(sequence.num_remaining)
             if backlog > self.shape.num_draft_tokens:
                 remaining = self.remaining.expected(sequence.num_generated, sequence.num_remaining)
             states.append(RowState(len(sequence.token_ids), limit, backlog, remaining))
         return states
-
-    def _backlog(self, sequence: SampleState) -> int:
-        """Return the tokens that a draft network must read before it drafts, the root included.
-
-        A prompt whose features wait is shared by the group's sequences.
-        """
-        group = sequence.group
-        if not self.drafter.needs.any or group.key in self._read_prompts:
-            return self._unread(sequence)
-        return self._unread(sequence) + -(-group.num_prompt_tokens // max(1, group.num_unfinished))
-
-    def _unread(self, sequence: SampleState) -> int:
-        """Return the tokens after its prompt that a draft network has not read."""
-        if not self.has_network:
-            return 0
-        return len(sequence.token_ids) - self._num_read.get(sequence.key, sequence.group.num_prompt_tokens)
 
     def _context(self, batch: Batch, row: int, max_depth: int) -> DraftContext:
         sequence = batch.sequences[row]
@@ -385,11 +370,14 @@ def _first(draft: AnyDraft, count: int) -> AnyDraft:
 
 
 def _depth(draft: AnyDraft, planned: int) -> int:
-    """Return the depth that a draft was made to; one of ``planned`` that says no more is taken at its word."""
-    if not draft.num_tokens:
-        return 0
+    """Return the depth that a draft was made to: none where there was nothing to draft, or nothing worth its rows.
+
+    A draft that says no more, or that a broken model ended, is taken to be as deep as ``planned``.
+    """
     if isinstance(draft, UnreadDraft):
         return draft.num_tokens if draft.is_confident else planned
+    if not draft.token_ids:
+        return planned if draft.nonfinite else 0
     return 1 + int(tree_shape(draft.parents)[1].max())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from math import isfinite
 from typing import Any
 
@@ -78,8 +79,8 @@ class DraftsOnDevice:
         draft = Draft.chain(tokens, q_draft if tokens else None, nonfinite=ends)
         if self.confidence is None:
             return draft
-        confidence = tuple(self.confidence[row, :most].tolist())
-        stopped = ends and isfinite(confidence[len(tokens)])
+        confidence = tuple(takewhile(isfinite, self.confidence[row, :most].tolist()))
+        stopped = ends and len(confidence) > len(tokens)
         return replace(draft, nonfinite=ends and not stopped, confidence=confidence)
 
 

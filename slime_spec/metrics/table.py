@@ -76,7 +76,7 @@ TABLE = (
         "spec/accept_rate_pos_{i}",
         "share",
         "Conditional: rounds that accepted draft position i over rounds that accepted every position before it, and "
-        "drafted so far where the engine decides how deep to draft.",
+        "drafted so far where the engine decides how deep to draft, which may verify the likelier tokens alone.",
     ),
     Metric(
         "spec/accept_rate_cum_pos_{i}",

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from rollout.embedded.draft import NO_DRAFT, Draft
-from rollout.embedded.drafters.chain import chain_distribution as draft_distribution
 from rollout.embedded.drafters.chain import grow_chains
-from rollout.embedded.drafters.step import DraftVocab, Drawing, Heads
+from rollout.embedded.drafters.step import DraftVocab, Drawing
 from rollout.embedded.drafting import DraftContext, KvRow
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.uniforms import Noise
@@ -32,16 +31,11 @@ from tests.support.emission import (
     largest_error,
     sampled_drafts,
 )
+from tests.support.markov_toy import TARGET_LOGITS, drawn_from, markov_step
 
-TARGET_LOGITS = (torch.tensor([[5, 3, 2], [2, 7, 1], [3, 3, 4]], dtype=torch.float64) / 10).log()
-DRAFT_LOGITS = TARGET_LOGITS + 0.7 * torch.randn(3, 3, generator=torch.Generator().manual_seed(3)).double()
 DEPTH = 3
 # In the toy some first tokens are surer than this and some are not, and the same of two tokens together.
 BOUNDS = (0.0, 0.3, 0.5, 0.62)
-
-
-def drawn_from(token: int) -> torch.Tensor:
-    return draft_distribution(DRAFT_LOGITS[token : token + 1], torch.tensor([1.0]).double())[0]
 
 
 def length_by_likeliest(draft: Draft, root: int, below: float) -> int:
@@ -92,10 +86,6 @@ def test_chains_that_stop_by_the_likeliest_token_leave_the_distribution_unchange
 @pytest.mark.parametrize("rule", RULES)
 def test_negative_control_chains_that_stop_by_the_drawn_token_are_caught(rule: str) -> None:
     assert error_of(rule, length_by_drawn, 0.5) > 2e-3
-
-
-def markov_step(tokens: torch.Tensor, hidden: torch.Tensor, spans: object) -> Heads:
-    return Heads(DRAFT_LOGITS.float()[tokens], tokens.unsqueeze(1).float())
 
 
 def grown(drawing: Drawing, below: float | None, temperature: float = 1.0) -> list[Draft]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,13 @@ from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.request import Progress
 from rollout.embedded.uniforms import Noise
+from slime_spec.config.speculative import UNQUANTIZED
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.errors import GenerationError, PushError
 from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.sglang.metadata import meta_info
+from slime_spec.speculation.confidence import ConfidenceCalibration, StopRule
+from slime_spec.speculation.round_costs import PassCurve, RoundCosts
 from slime_spec.types import GeneratedSample, GroupRequest, Prompt, Sample, SamplingParams
 from slime_spec.weights.messages import CommitPush, PushMessage
 from slime_spec.weights.run import run_push
@@ -135,9 +139,12 @@ def broken_after(token: int, bad: float, vocab: int = 5) -> Callable[[torch.Tens
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("drawing", Drawing)
-def test_a_chain_keeps_what_was_drawn_before_the_logits_broke(drawing: Drawing, temperature: float, bad: float) -> None:
+@pytest.mark.parametrize("stop", [None, StopRule(0.0, ConfidenceCalibration())], ids=["whole", "watched"])
+def test_a_chain_keeps_what_was_drawn_before_the_logits_broke(
+    drawing: Drawing, temperature: float, bad: float, stop: StopRule | None
+) -> None:
     step = broken_after(2, bad)
-    rows = contexts(3, 3, temperature)
+    rows = [each._replace(stop=stop) for each in contexts(3, 3, temperature)]
     first = step(torch.tensor([0, 1, 2]), torch.zeros(3, 1), [])
     slots = [RowSpan(row, 5, 1) for row in range(3)]
     drafts = [each.read() for each in grow_chains(first, step, slots, rows, 3, DraftVocab(5), drawing)]
@@ -150,7 +157,9 @@ def test_a_chain_keeps_what_was_drawn_before_the_logits_broke(drawing: Drawing, 
             assert draft.q_draft is not None
             assert draft.q_draft.shape == (len(draft.token_ids), 5)
             assert torch.allclose(draft.q_draft.sum(dim=1), torch.ones(len(draft.token_ids)))
-    assert drafts[2] == Draft((), (), None, nonfinite=True)
+    assert drafts[2] == Draft((), (), None, nonfinite=True, confidence=None if stop is None else ())
+    if stop is not None:  # what was no number tells nothing: it would never leave the means that it enters
+        assert [len(draft.confidence or ()) for draft in drafts] == [*cut, 0]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -250,6 +259,29 @@ def test_a_sound_draft_that_is_pushed_over_an_overflowing_one_drafts_at_once(tmp
     assert all(
         sample.spec.num_nonfinite_rounds == 0 < sample.spec.num_drafted for sample in run(core, [group]).values()
     )
+
+
+def test_a_broken_draft_is_counted_and_leaves_no_trace_where_the_engine_decides(tmp_path: Path) -> None:
+    """What a model without numbers says of its tokens must not enter the means that decide whether to draft."""
+    config = drafting(tmp_path, "eagle3", num_steps=3)
+    numbers = {"num_steps": None, "eagle_topk": None, "num_draft_tokens": None}
+    same = {"history": False, "draft_model_quantization": UNQUANTIZED}
+    core = make_core(replace(config, speculative=replace(config.speculative, **numbers, **same)))
+    core.speculation.use_costs(RoundCosts(PassCurve(((1, 1.0), (64, 1.0)))), is_automatic=True, max_running=4)
+    weights, controller = core.drafter.weights, core.speculation.controller
+    assert weights is not None
+    assert controller is not None
+    sound = {key: tensor.clone() for key, tensor in weights.tensors().items()}
+    broken = {key: tensor * torch.nan if "v_proj" in key else tensor for key, tensor in sound.items()}
+    group = GroupRequest("g", (1, 2, 3), (1, 2), SamplingParams(max_new_tokens=12, temperature=0.0))
+    core.take_over("draft", weights.build(broken), 1)
+    for sample in run(core, [group]).values():
+        assert sample.spec.num_nonfinite_rounds == 10
+        assert sample.spec.num_drafted == 0
+    assert all(map(isfinite, controller.acceptance.chain(3)))
+    core.take_over("draft", weights.build(sound), 2)
+    for sample in run(core, [group]).values():
+        assert sample.spec.num_nonfinite_rounds == 0 < sample.spec.num_drafted
 
 
 def test_a_listener_that_raises_ends_its_own_request_alone(engine: EmbeddedEngine) -> None:

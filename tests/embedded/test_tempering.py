@@ -10,9 +10,8 @@ import torch
 
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.draft import NO_DRAFT, Draft
-from rollout.embedded.drafters.chain import chain_distribution as draft_distribution
 from rollout.embedded.drafters.chain import grow_chains
-from rollout.embedded.drafters.step import DraftVocab, Drawing, Heads
+from rollout.embedded.drafters.step import DraftVocab, Drawing
 from rollout.embedded.drafting import DraftContext, KvRow
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.tempering import Tempering, overlaps
@@ -33,17 +32,10 @@ from tests.support.emission import (
     largest_error,
     sampled_drafts,
 )
+from tests.support.markov_toy import TARGET_LOGITS, drawn_from, markov_step
 
-# Small enough for every draft and every cell of the uniforms.
-TARGET_LOGITS = (torch.tensor([[5, 3, 2], [2, 7, 1], [3, 3, 4]], dtype=torch.float64) / 10).log()
-DRAFT_LOGITS = TARGET_LOGITS + 0.7 * torch.randn(3, 3, generator=torch.Generator().manual_seed(3)).double()
 PLAIN = SamplingParams()
 FILTERED = SamplingParams(temperature=0.7, top_k=2, top_p=0.87, min_p=0.05)
-
-
-def drawn_from(token: int, temperature: float) -> torch.Tensor:
-    """What the drafter draws from after ``token``."""
-    return draft_distribution(DRAFT_LOGITS[token : token + 1], torch.tensor([temperature]).double())[0]
 
 
 def a_round(rule: str, toy: Toy, temperature: float, told: float | None = None) -> Callable[..., Distribution]:
@@ -111,10 +103,6 @@ def test_negative_control_a_temperature_that_depends_on_the_drafted_token_is_cau
         return distribution
 
     assert largest_error(joint_distribution(after, 3), toy.autoregressive(3)) > 2e-3
-
-
-def markov_step(tokens: torch.Tensor, hidden: torch.Tensor, spans: object) -> Heads:
-    return Heads(DRAFT_LOGITS.float()[tokens], tokens.unsqueeze(1).float())
 
 
 def context(row: int, params: SamplingParams, uniform: float = 0.5, **settings: Any) -> DraftContext:

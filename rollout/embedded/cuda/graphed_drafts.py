@@ -46,7 +46,7 @@ class ModelOnDevice(Protocol):
 
 
 @dataclass(frozen=True)
-class Growth:
+class GrowthShape:
     """Names the shape of a graph: its first pass, its steps, whether rows sample; a tree's leaves a level and nodes."""
 
     bucket: Bucket
@@ -77,7 +77,9 @@ class DraftWork:
 class DraftBuffers:
     """Holds what a graph of one shape reads."""
 
-    def __init__(self, growth: Growth, table: KvTable, device: torch.device, features: torch.Tensor | None) -> None:
+    def __init__(
+        self, growth: GrowthShape, table: KvTable, device: torch.device, features: torch.Tensor | None
+    ) -> None:
         bucket = growth.bucket
         self.first = DevicePass(bucket, table, device)
         self.levels = [DevicePass(growth.level(number), table, device) for number in range(1, growth.num_steps)]
@@ -88,7 +90,7 @@ class DraftBuffers:
         self.limits = torch.ones(2, bucket.rows, dtype=torch.int64, device=device)  # nodes and depths of trees
         self._device = device
 
-    def fill(self, growth: Growth, work: DraftWork) -> None:
+    def fill(self, growth: GrowthShape, work: DraftWork) -> None:
         self.first.fill(work.spans, work.token_ids)
         if self.features is not None and work.features is not None:
             Places(growth.bucket, work.spans, self._device).pad(work.features, self.features)
@@ -119,7 +121,7 @@ class GraphedDrafts:
 
     def __init__(self, table: KvTable, graphs: Graphs, setup: DrafterSetup) -> None:
         self._table, self._graphs, self._setup = table, graphs, setup
-        self._buffers: dict[Growth, DraftBuffers] = {}
+        self._buffers: dict[GrowthShape, DraftBuffers] = {}
 
     def grow(
         self,
@@ -151,7 +153,7 @@ class GraphedDrafts:
     ) -> list[UnreadDraft]:
         num_steps = chain_steps(contexts, self._setup.shape.num_steps)
         sampler = chain_sampler(contexts, num_steps, self._setup.drawing)
-        growth = Growth(bucket, num_steps, sampler is not None)
+        growth = GrowthShape(bucket, num_steps, sampler is not None)
         buffers = self._filled(growth, work)
         if sampler is not None:
             buffers.draw_with(sampler.temperatures, sampler.uniforms)
@@ -173,7 +175,9 @@ class GraphedDrafts:
         contexts: Sequence[DraftContext],
     ) -> list[UnreadDraft]:
         shape, limits = self._setup.shape, TreeLimits.of(contexts, self._setup.shape.num_draft_tokens - 1)
-        growth = Growth(bucket, tree_steps(contexts, shape.num_steps), False, shape.topk, shape.num_draft_tokens - 1)
+        growth = GrowthShape(
+            bucket, tree_steps(contexts, shape.num_steps), False, shape.topk, shape.num_draft_tokens - 1
+        )
         buffers = self._filled(growth, work)
         buffers.limit(limits)
         tokens, *branches = self._graphs.run(("trees", growth), owners, lambda: _trees(model(), vocab, growth, buffers))
@@ -181,7 +185,7 @@ class GraphedDrafts:
         drafts = DraftsOnDevice(tokens[:rows].clone(), Branches(*(each[:rows].clone() for each in branches)))
         return trees(drafts, limits, growth.width)
 
-    def _filled(self, growth: Growth, work: DraftWork) -> DraftBuffers:
+    def _filled(self, growth: GrowthShape, work: DraftWork) -> DraftBuffers:
         buffers = self._buffers.get(growth)
         if buffers is None:
             device = self._setup.device
@@ -191,7 +195,7 @@ class GraphedDrafts:
 
 
 def _chains(
-    model: ModelOnDevice, vocab: DraftVocab, growth: Growth, buffers: DraftBuffers
+    model: ModelOnDevice, vocab: DraftVocab, growth: GrowthShape, buffers: DraftBuffers
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run chains on the device alone; return the levels of ``grow_levels`` and every step's distribution.
 
@@ -212,7 +216,9 @@ def _chains(
     return levels, distributions
 
 
-def _trees(model: ModelOnDevice, vocab: DraftVocab, growth: Growth, buffers: DraftBuffers) -> tuple[torch.Tensor, ...]:
+def _trees(
+    model: ModelOnDevice, vocab: DraftVocab, growth: GrowthShape, buffers: DraftBuffers
+) -> tuple[torch.Tensor, ...]:
     """Run trees on the device alone; return the tensors of ``best_nodes``."""
     rows, width = growth.bucket.rows, growth.width
     own = torch.eye(width, dtype=torch.bool, device=buffers.ends.device).expand(rows, -1, -1)

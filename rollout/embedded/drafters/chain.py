@@ -121,9 +121,9 @@ class Watch:
         draft_ids, kept = self._draw(logits, step)
         chosen = logits.gather(1, draft_ids.unsqueeze(1)).squeeze(1)
         confidence = (torch.where(self._samples, logits.amax(dim=-1), chosen) - logits.logsumexp(dim=-1)).exp()
-        self._levels.append(confidence)
-        expected = [self._stop.calibration.expected(step, each) for each in confidence.tolist()]
-        self._chances = self._chances * torch.tensor(expected)
+        self._levels.append(confidence.where(kept, torch.nan))
+        expected = [self._stop.calibration.expected(step, each) for each in confidence.where(kept, 0.0).tolist()]
+        self._chances = (self._chances * torch.tensor(expected)).where(kept, 0.0)
         return draft_ids, kept & ~(self._samples & (self._chances < self._stop.below))
 
     @property
@@ -132,7 +132,7 @@ class Watch:
 
     @property
     def confidence(self) -> torch.Tensor:
-        """Return how sure the model was [rows, steps]."""
+        """Return how sure the model was [rows, steps], NaN where its logits are no numbers."""
         return torch.stack(self._levels, dim=1)
 
 
