@@ -85,6 +85,7 @@ class Assembly:
             cuts_network=self.device.type == "cpu" and shape.topk == 1,
             draft_temperatures=draft_temperatures(speculative, shape),
             cost_clock=cost_clock,
+            keeps_prompts=not self.config.engine.disable_radix_cache,
             max_positions=min(self.limits.context_length, self.limits.max_total_tokens),
         )
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)

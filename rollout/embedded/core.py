@@ -30,6 +30,7 @@ from rollout.embedded.kv_cache import KvCache
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.prefill import Prefiller
+from rollout.embedded.prompt_cache import PromptCache
 from rollout.embedded.request import Group, OnFailure, OnProgress, OnSample, SampleState, Stamp
 from rollout.embedded.speculation import Speculation
 from rollout.embedded.stop import Ending, StopRule
@@ -59,6 +60,7 @@ class CoreSettings:
     cost_probe_interval: int = 0
     is_automatic: bool = False  # a controller decides how deep to draft
     cuts_network: bool = False  # and a network's chains are cut, or stopped, by its confidence
+    keeps_prompts: bool = True  # to copy what other prompts begin alike with
     max_positions: int = 1 << 20  # of the longest sequence
     draft_temperatures: tuple[float, ...] = ()  # of sampled drafts, to choose from
     cost_clock: Callable[[], float] | None = None  # tells what rounds cost; the core's clock if None
@@ -98,7 +100,8 @@ class GenerationCore:
         if settings.draft_temperatures:
             self.speculation.tempering = Tempering(DraftTemperature(settings.draft_temperatures))
         self.batch = Batch(cache, settings.max_running, self.speculation.headroom, drafter.cache)
-        self._prefiller = Prefiller(self.batch, self.target, self.speculation)
+        self._prompts = PromptCache(cache, settings.keeps_prompts)
+        self._prefiller = Prefiller(self.batch, self.target, self.speculation, self._prompts)
         self._stop_rule, self._clock, self.verifier = stop_rule, clock, verifier
         self._stamp = Stamp(settings.engine_index, settings.shape, verifier.lossy, settings.is_automatic)
         self._graphs = settings.graphs
@@ -175,6 +178,7 @@ class GenerationCore:
         swap()
         if side == "target":
             self.version = version
+            self._prompts.clear()
         else:
             self.draft_version = version
 
@@ -247,15 +251,9 @@ class GenerationCore:
         rows = [self._verify_row(each, NO_DRAFT) for each in fresh]
         first = self.verifier(torch.cat([each for each in logits if each is not None]), rows)
         for sequence in fresh:
-            group = sequence.group
-            if group.num_started:  # the first had computed the prompt
-                sequence.cached_tokens = group.num_prompt_tokens
-            group.num_started += 1
-            sequence.first_token_s = sequence.elapsed_s(self._clock())
+            sequence.note_first_token(self._clock())
             if self.drafter.weights is not None:
                 sequence.draft_version = self.draft_version
-            if group.num_started == len(group.request.seeds):
-                group.first_logits = None
         self._emit_all(fresh, first, [each.group.prompt_version for each in fresh])
 
     def _round(self) -> None:

@@ -1,4 +1,4 @@
-"""The KV cache has two contiguous stores: one for running sequences, one for prompts shared by a group."""
+"""The KV cache has three contiguous stores: of running sequences, of prompts that groups share, and of kept prompts."""
 
 from __future__ import annotations
 
@@ -75,6 +75,11 @@ class KvStore:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
+    def copy_from(self, other: KvStore, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of row ``source`` of another store over row ``target``."""
+        for mine, its in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            mine[target, :, :length] = its[source, :, :length]
+
     def clear_row(self, row: int, length: int) -> None:
         """Make the first ``length`` positions of a row zeros, as fresh memory is, as far as there is memory."""
         if self.kernels is not None:
@@ -95,6 +100,11 @@ class KvStore:
             flat.index_copy_(0, target_index, flat.index_select(0, source_index))
 
     @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens that memory is allocated for."""
+        return self.rows * self.capacity
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
@@ -103,19 +113,23 @@ class KvStore:
 
 
 class KvCache:
-    """Owns both stores and keeps their bound: allocated tokens (rows x capacity) never exceed ``max_total_tokens``."""
+    """Owns the stores and keeps their bound: allocated tokens (rows x capacity) never exceed ``max_total_tokens``.
+
+    Prompts in ``kept`` have room that nothing else needs, and lose it when something does.
+    """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_total_tokens: int) -> None:
         self.own = KvStore(spec, dtype, device)
         self.prefixes = KvStore(spec, dtype, device)
+        self.kept = KvStore(spec, dtype, device)
         self.max_total_tokens, self.device = max_total_tokens, device
 
     def fits(self, own: Shape, prefixes: Shape) -> bool:
-        """Return whether these shapes of both stores stay within the bound."""
+        """Return whether these shapes of both stores in use stay within the bound."""
         return own[0] * own[1] + prefixes[0] * prefixes[1] <= self.max_total_tokens
 
     def reserve(self, own: Shape, prefixes: Shape, worst_capacity: int = 0) -> bool:
-        """Make room for these shapes; False, and nothing changed, if the bound forbids it.
+        """Make room for these shapes; False, and nothing changed in them, if the bound forbids it.
 
         Rows grow by doubling, the own capacity by half (up to ``worst_capacity``, what rows may come to need), and
         nothing shrinks while the bound allows it: so a filling batch is copied rarely.
@@ -127,11 +141,22 @@ class KvCache:
             if capacity >= own[1]:
                 self._resize((rows, capacity), prefix_shape)
                 return True
+        if self.kept.rows:
+            self.kept.release()
+            return self.reserve(own, prefixes, worst_capacity)
         return False
+
+    def reserve_kept(self, kept: Shape) -> bool:
+        """Make room for prompts to keep; False, and nothing changed, if the bound forbids it."""
+        if self.own.num_tokens + self.prefixes.num_tokens + kept[0] * kept[1] > self.max_total_tokens:
+            return False
+        if kept != (self.kept.rows, self.kept.capacity):
+            self.kept.resize(*kept)
+        return True
 
     def _own_capacity(self, rows: int, needed: int, prefixes: Shape, worst: int) -> int:
         """Return own rows' capacity beside these prefixes: the present, or more than needed; negative if none fits."""
-        room = self.max_total_tokens - prefixes[0] * prefixes[1]
+        room = self.max_total_tokens - self.kept.num_tokens - prefixes[0] * prefixes[1]
         grown = max(needed, min(worst, needed + max(MIN_GROWTH_TOKENS, needed // 2)))
         return min(self.own.capacity if needed <= self.own.capacity else grown, room // max(rows, 1))
 
@@ -151,8 +176,8 @@ class KvCache:
                 led.resize(store.rows, store.capacity)
 
     def release(self) -> None:
-        self.own.release()
-        self.prefixes.release()
+        for store in (self.own, self.prefixes, self.kept):
+            store.release()
 
 
 def bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:

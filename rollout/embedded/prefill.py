@@ -1,19 +1,22 @@
 """Prefill computes the KV of known tokens: a bounded number per step, several prompts in one pass, oldest first.
 
 A step computes at most one chunk, so that a long prompt does not stall the sequences that run; within it a prompt gets
-all it needs before the next one gets anything, so that prompts finish in order.
+all it needs before the next one gets anything, so that prompts finish in order. What a prompt begins alike with is
+copied where it was computed before (see prompt_cache), or waited for where it is computed in this very step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from rollout.embedded.batch import Batch
 from rollout.embedded.drafting import KvRow, Prefill
+from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.plan import RowSpan
+from rollout.embedded.prompt_cache import PromptCache, num_common
 from rollout.embedded.request import Group, SampleState
 from rollout.embedded.speculation import Speculation
 from rollout.embedded.target import Target
@@ -54,29 +57,44 @@ class Piece:
             return self.end == group.num_prompt_tokens and group.num_started < len(group.request.seeds)
         return not self.sequence.logprobs and self.end == self.sequence.prefill_len
 
-    def note_cached(self, version: int) -> None:
+    @property
+    def text(self) -> tuple[int, ...] | None:
+        """Return all tokens of the KV row, from the first on; None where another row holds what they follow."""
+        if self.shared:
+            return self.sequence.group.request.prompt_token_ids
+        sequence = self.sequence
+        return None if sequence.group.shares_prompt else tuple(sequence.token_ids[: sequence.prefill_len])
+
+    def note_cached(self, version: int, features: torch.Tensor | None, num_copied: int = 0) -> None:
         """Note that the tokens lie in the KV, computed by weights ``version``."""
-        self.owner.num_prefilled = self.end
+        owner = self.owner
+        owner.num_prefilled = self.end
         if self.start == 0:
-            self.owner.kv_version = version
+            owner.kv_version, owner.num_copied = version, num_copied
+            owner.features.clear()
+        if features is not None:
+            owner.features.append(features)
 
 
 class Prefiller:
-    """Computes the KV of the batch's sequences that do not run yet."""
+    """Computes the KV of the batch's sequences that do not run yet; ``prompts`` are those that may be copied."""
 
-    def __init__(self, batch: Batch, target: Target, speculation: Speculation) -> None:
-        self._batch, self._target, self._speculation = batch, target, speculation
+    def __init__(self, batch: Batch, target: Target, speculation: Speculation, prompts: PromptCache) -> None:
+        self._batch, self._target, self._speculation, self._prompts = batch, target, speculation, prompts
         self._times = TIMES_ON_GPU if target.device.type == "cuda" else 1
 
     def step(self, version: int) -> list[SampleState]:
         """Compute one chunk; the sequences that are ready now, already promoted. ``version`` is the weights'."""
         batch = self._batch
-        pieces = list(self._next_pieces())
-        # Shared prompts first: a resumed sequence may need its prompt in this very step.
-        for shared in (True, False):
-            of_a_store = [piece for piece in pieces if piece.shared == shared]
-            for together in _passes(of_a_store, self._times * MAX_PADDED_TOKENS):
-                self._run(together, version)
+        budget = self._times * (CHUNK_TOKENS_BESIDE_DECODING if batch.num_running else CHUNK_TOKENS_ALONE)
+        # Again where a prompt waited to copy what another has computed by now.
+        while budget and (pieces := list(self._next_pieces(budget, version))):
+            budget -= sum(len(piece.token_ids) for piece in pieces)
+            # Shared prompts first: a resumed sequence may need its prompt in this very step.
+            for shared in (True, False):
+                of_a_store = [piece for piece in pieces if piece.shared == shared]
+                for together in _passes(of_a_store, self._times * MAX_PADDED_TOKENS):
+                    self._run(together, version)
         ready = []
         while batch.num_running < len(batch.sequences) and batch.sequences[batch.num_running].prefilled:
             sequence = batch.promote()
@@ -86,26 +104,63 @@ class Prefiller:
             ready.append(sequence)
         return ready
 
-    def _next_pieces(self) -> Iterator[Piece]:
-        batch = self._batch
-        budget = self._times * (CHUNK_TOKENS_BESIDE_DECODING if batch.num_running else CHUNK_TOKENS_ALONE)
-        started = set()
+    def _next_pieces(self, budget: int, version: int) -> Iterator[Piece]:
+        batch, begun = self._batch, list[Piece]()
         for row in range(batch.num_running, len(batch.sequences)):
-            sequence = batch.sequences[row]
-            group = sequence.group
-            if not group.prefix_ready and group.key not in started:
-                started.add(group.key)
-                start = group.num_prefilled
-                tokens = group.request.prompt_token_ids[start : start + budget]
-                yield Piece(sequence, True, group.prefix_row, start, tokens)
-                budget -= len(tokens)
-            first = group.prefix_tokens + sequence.num_prefilled
-            tokens = tuple(sequence.token_ids[first : min(first + budget, group.prefix_tokens + sequence.prefill_len)])
-            if tokens and budget:
-                yield Piece(sequence, False, row, sequence.num_prefilled, tokens)
-                budget -= len(tokens)
-            if not budget:
-                return
+            for rest in self._rests(row, {piece.owner for piece in begun}):
+                left = self._copied(rest, version)
+                if left.start == 0 and any(self._begins_alike(piece, left) for piece in begun):
+                    return
+                piece = replace(left, token_ids=left.token_ids[:budget])
+                yield piece
+                begun.append(piece)
+                budget -= len(piece.token_ids)
+                if not budget:
+                    return
+
+    def _rests(self, row: int, begun: set[Group | SampleState]) -> Iterator[Piece]:
+        """Yield all that is to be computed of a row's shared prompt, where no row before began it, and of the row."""
+        sequence = self._batch.sequences[row]
+        group = sequence.group
+        if not group.prefix_ready and group not in begun:
+            start = group.num_prefilled
+            yield Piece(sequence, True, group.prefix_row, start, group.request.prompt_token_ids[start:])
+        first, end = sequence.num_prefilled, sequence.prefill_len
+        if first < end:
+            own = sequence.token_ids[group.prefix_tokens + first : group.prefix_tokens + end]
+            yield Piece(sequence, False, row, first, tuple(own))
+
+    def _copied(self, piece: Piece, version: int) -> Piece:
+        """Copy what the piece begins with from a prompt that was kept; what is left to compute, its last token too."""
+        if piece.start or piece.text is None:
+            return piece
+        beginning = self._prompts.longest(piece.token_ids[:-1])
+        if beginning is None:
+            return piece
+        self._prompts.copy(beginning, self._store(piece), piece.row)
+        copied = replace(piece, token_ids=piece.token_ids[: beginning.length])
+        copied.note_cached(version, beginning.features, beginning.length)
+        self._show([copied], beginning.features)
+        return replace(piece, start=copied.end, token_ids=piece.token_ids[copied.end :])
+
+    def _begins_alike(self, begun: Piece, piece: Piece) -> bool:
+        """Return whether ``piece`` had better wait until what ``begun`` computes can be copied."""
+        if begun.text is None or piece.text is None or not self._will_be_kept(begun):
+            return False
+        return num_common(begun.text, piece.token_ids[:-1]) >= self._prompts.least
+
+    def _will_be_kept(self, piece: Piece) -> bool:
+        """Return whether the piece ends a text of which enough was computed to be worth keeping."""
+        text, prompts = piece.text, self._prompts
+        return (
+            prompts.is_on
+            and text is not None
+            and piece.end == len(text)
+            and len(text) - piece.owner.num_copied >= prompts.least
+        )
+
+    def _store(self, piece: Piece) -> KvStore:
+        return self._target.cache.prefixes if piece.shared else self._target.cache.own
 
     def _run(self, pieces: Sequence[Piece], version: int) -> None:
         """Run one pass over pieces of prompts in one store."""
@@ -119,27 +174,42 @@ class Prefiller:
             tokens += piece.token_ids
             if piece.ends_prompt:
                 ending.append((group, len(tokens) - 1))
-        store = self._target.cache.prefixes if pieces[0].shared else self._target.cache.own
-        output = self._target.run(store, spans, tokens)
-        for piece in pieces:
-            piece.note_cached(version)
-        self._show(pieces, self._target.features(output))
+        output = self._target.run(self._store(pieces[0]), spans, tokens)
+        features = self._target.features(output)
+        self._note(pieces, features, version)
+        self._show(pieces, features)
         if ending:
             logits = self._target.logits(output.hidden[self._target.tensor([last for _, last in ending])])
             for (group, _), row_logits in zip(ending, logits.split(1), strict=True):
                 group.first_logits, group.prompt_version = row_logits, version
 
+    def _note(self, pieces: Sequence[Piece], features: torch.Tensor | None, version: int) -> None:
+        """Note what a pass has put into the KV, and keep the prompts that it ended."""
+        for piece, of_piece in zip(pieces, self._split(pieces, features), strict=True):
+            owner, text = piece.owner, piece.text
+            piece.note_cached(version, None if text is None else of_piece)
+            if text is None or piece.end < len(text):
+                continue
+            if self._will_be_kept(piece) and owner.kv_version == version:  # none of it is of earlier weights
+                kept = torch.cat(owner.features) if owner.features else None
+                self._prompts.keep(text, self._store(piece), piece.row, kept)
+            owner.features.clear()
+
     def _show(self, pieces: Sequence[Piece], features: torch.Tensor | None) -> None:
         """Show the drafter what a pass has put into the KV."""
-        sizes = [len(piece.token_ids) for piece in pieces]
-        of_pieces = [None] * len(pieces) if features is None else features.split(sizes)
         self._speculation.prefill(
             [
                 self._prefill(piece, of_piece)
-                for piece, of_piece in zip(pieces, of_pieces, strict=True)
+                for piece, of_piece in zip(pieces, self._split(pieces, features), strict=True)
                 if self._speculation.applies_to(piece.sequence.group)
             ]
         )
+
+    @staticmethod
+    def _split(pieces: Sequence[Piece], features: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+        if features is None:
+            return [None] * len(pieces)
+        return features.split([len(piece.token_ids) for piece in pieces])
 
     def _prefill(self, piece: Piece, features: torch.Tensor | None) -> Prefill:
         group = piece.sequence.group

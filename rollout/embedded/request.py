@@ -56,9 +56,11 @@ class Group:
     num_started: int = 0  # samples that have their first token
     prefix_row: int = -1
     num_prefilled: int = 0  # prompt positions in the prefix row
+    num_copied: int = 0  # of them, from a prompt that was kept
     kv_version: int = 0  # oldest weights that computed the prompt's KV
     prompt_version: int = 0  # weights that computed ``first_logits``
     first_logits: torch.Tensor | None = None  # [1, vocab], while samples wait for their first token
+    features: list[torch.Tensor] = field(default_factory=list)  # for the drafter, of positions prefilled so far
     prompt: list[int] = field(default_factory=list)  # the token_ids of its samples that wait and have none of their own
 
     def __post_init__(self) -> None:
@@ -86,6 +88,7 @@ class Group:
     def drop_prompt(self) -> None:
         """Note that the prompt's KV is gone."""
         self.prefix_row, self.num_prefilled, self.first_logits = -1, 0, None
+        self.features.clear()
 
 
 @dataclass(eq=False)
@@ -114,6 +117,8 @@ class SampleState:
     lossy: bool = False  # the earlier part was
     rounds_known: bool = True
     num_prefilled: int = 0  # slots of the row filled so far, while it is being prefilled
+    num_copied: int = 0  # of them, from a prompt that was kept
+    features: list[torch.Tensor] = field(default_factory=list)  # for the drafter, of slots prefilled so far
     kv_version: int = 0  # oldest weights that computed its KV
     oldest_version: int | None = None  # of the weights that had a part in its tokens, by logits or by KV
     draft_version: int | None = None  # of the draft that drafted first, where drafts have weights
@@ -161,6 +166,16 @@ class SampleState:
     @property
     def prefilled(self) -> bool:
         return self.group.prefix_ready and self.num_prefilled == self.prefill_len
+
+    def note_first_token(self, now_s: float) -> None:
+        """Note that the first token was drawn, and how much of the prompt had not to be computed for it."""
+        group = self.group
+        copied = group.num_copied if group.shares_prompt else self.num_copied
+        self.cached_tokens = group.num_prompt_tokens if group.num_started else copied
+        self.first_token_s = self.elapsed_s(now_s)
+        group.num_started += 1
+        if group.num_started == len(group.request.seeds):
+            group.first_logits = None
 
     def note_version(self, version: int) -> None:
         """Note that weights of ``version`` give the next tokens."""

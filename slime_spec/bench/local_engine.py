@@ -26,14 +26,15 @@ def engine_config(model: Path, dtype: str, algorithm: str = NONE.name, num_gpus:
     """Configure an engine on the CPU, or on the GPU where ``num_gpus`` is 1.
 
     An algorithm drafts its fixed default shape in every round: a benchmark measures drafts, and a controller that
-    stops drafting, or drafts less while it learns, would be measured instead of them.
+    stops drafting, or drafts less while it learns, would be measured instead of them. Nor are prompts kept: sides get
+    the same ones again and again.
     """
     kv_cache_gb = GPU_KV_CACHE_GB if num_gpus else EngineConfig.kv_cache_gb
     return Config(
         model=ModelConfig(hf_checkpoint=str(model)),
         rollout=RolloutConfig(num_gpus_per_engine=num_gpus),
         # No other work disturbs the timing.
-        engine=EngineConfig(dtype=dtype, cost_probe_interval=0, kv_cache_gb=kv_cache_gb),
+        engine=EngineConfig(dtype=dtype, cost_probe_interval=0, kv_cache_gb=kv_cache_gb, disable_radix_cache=True),
         speculative=_fixed(SpeculativeConfig(algorithm=algorithm)),
     )
 

@@ -197,6 +197,11 @@ class EngineConfig:
         maximum=10**12,
     )
     kv_cache_gb: float = setting(1.0, "KV cache bound, GB, where max_total_tokens is not set.", above=0.0, maximum=1e6)
+    disable_radix_cache: bool = setting(
+        False,
+        "Compute every prompt from its first token on; default: what prompts begin alike with is computed once.",
+        flags=("--sglang-disable-radix-cache",),
+    )
     cost_probe_interval: int = setting(
         128,
         "Embedded: time a plain decode step once in this many rounds with drafts, for spec/net_speedup_est; 0: never.",

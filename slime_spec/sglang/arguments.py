@@ -88,6 +88,7 @@ def server_flags(config: Config, engine_index: int, place: Place, speculate: boo
         "context_length": config.engine.context_length,
         "max_running_requests": config.engine.max_running_requests,
         "max_total_tokens": config.engine.max_total_tokens,
+        "disable_radix_cache": config.engine.disable_radix_cache or None,
         "skip_server_warmup": True,
         "incremental_streaming_output": True,
         **_device_flags(config),

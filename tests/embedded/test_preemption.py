@@ -52,8 +52,8 @@ def step_within_bound(core: GenerationCore, requests: list[GroupRequest]) -> tup
     while core.has_work:
         core.step()
         running.append(core.batch.num_running)
-        stores = (core.cache.own, core.cache.prefixes)
-        assert sum(store.rows * store.capacity for store in stores) <= core.cache.max_total_tokens
+        stores = (core.cache.own, core.cache.prefixes, core.cache.kept)
+        assert sum(store.num_tokens for store in stores) <= core.cache.max_total_tokens
         assert core.batch.kv_tokens_used <= core.cache.max_total_tokens
     assert len(samples) == sum(len(request.seeds) for request in requests)
     assert (core.batch.kv_tokens_used, core.batch.groups, core.waiting) == (0, [], [])

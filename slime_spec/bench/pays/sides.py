@@ -60,8 +60,8 @@ def fixed_name(depth: int) -> str:
 def side_configs(options: BenchOptions, model_path: str, depths: Sequence[int]) -> dict[str, Config]:
     """Return the configurations of all sides, by name: a user's, without the numbers of a draft where automatic."""
     plain = engine_config(options.model, options.dtype)
-    interval = EngineConfig.cost_probe_interval  # the shipped engine's: what its probes cost counts
-    engine = replace(plain.engine, cost_probe_interval=interval, kv_cache_gb=KV_CACHE_GB)
+    shipped = EngineConfig(dtype=options.dtype)  # what its probes cost counts, and what prompts have in common does not
+    engine = replace(shipped, kv_cache_gb=KV_CACHE_GB)
     # Of every side: races draw other tokens for a seed than inverse CDFs.
     plain = replace(plain, speculative=replace(plain.speculative, use_gumbel_coupling=options.rule == ON_CPU))
     plain = replace(plain, model=replace(plain.model, hf_checkpoint=model_path), engine=engine)
