@@ -91,7 +91,7 @@ def test_a_linear_layer_agrees_with_fp64_and_with_itself_one_token_at_a_time(
     torch.manual_seed(0)
     weight, bias = torch.randn(outputs, num_inputs).to(dtype), torch.randn(outputs).to(dtype)
     packed = PackedLinear(weight, bias, Packing.NATIVE, library)
-    for tokens in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31):
+    for tokens in (*range(1, 18), 28, 29, 31, 43):
         x = torch.randn(tokens, num_inputs).to(dtype)
         truth = x.double() @ weight.double().T + bias.double()
         wide = packed.wide(x)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from rollout.embedded.drafters.fp8_blocks import from_fp8, to_fp8
 from rollout.embedded.kernels.library import Kernels, LinearStruct, kernels
+from rollout.embedded.kernels.memory import placed
 from rollout.embedded.linear import PackedLinear, Packing
 
 
@@ -30,7 +31,8 @@ class Int8Linear(PackedLinear):
         self._weight = (wide / self._scales.unsqueeze(1)).round().to(torch.int8)
         if library is not None:
             self.library = library
-            self._weight = _panels(self._weight, library.panel_rows, 2 if self.dtype == torch.bfloat16 else 1)
+            panels = _panels(self._weight, library.panel_rows, 2 if self.dtype == torch.bfloat16 else 1)
+            self._weight = placed(panels)
             pointers = (None if tensor is None else tensor.data_ptr() for tensor in (self._weight, bias, self._scales))
             self.struct = LinearStruct(*pointers, *weight.shape)
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from rollout.embedded.kernels.build import BuildError, build_library
+from rollout.embedded.kernels.memory import PACKED_MEMORY
 from slime_spec.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Kernels:
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the panels of ``weight`` [out, in], as bytes."""
         plain, code = weight.contiguous(), DTYPE_CODES[weight.dtype]
-        packed = torch.empty(self._library.kernels_packed_bytes(*weight.shape, code), dtype=torch.uint8)
+        packed = PACKED_MEMORY.take(self._library.kernels_packed_bytes(*weight.shape, code))
         self._library.kernels_pack(plain.data_ptr(), *weight.shape, code, packed.data_ptr())
         return packed
 

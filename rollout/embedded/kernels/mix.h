@@ -7,7 +7,7 @@
 
 #include "simd.h"
 
-enum { QUERIES_AT_ONCE = TILE_TOKENS == 8 ? 6 : 3, DIM_VECTORS = TILE_TOKENS == 8 ? 4 : 3 };
+enum { QUERIES_AT_ONCE = NUM_REGISTERS == 32 ? 6 : 3, DIM_VECTORS = NUM_REGISTERS == 32 ? 4 : 3 };
 
 /* sums[query][vector] += weight of each position times its value, for constant numbers of queries and vectors. */
 INLINE void mix_values(const int width, const int queries, const int vectors, const int dtype, const float *weights,

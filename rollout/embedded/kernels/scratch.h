@@ -5,7 +5,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-enum { ATTENTION_SCRATCH, BLOCKS_SCRATCH, NUM_SCRATCHES };
+enum { ATTENTION_SCRATCH, BLOCKS_SCRATCH, LINEAR_SCRATCH, NUM_SCRATCHES };
 
 typedef struct {
     char *memory;

@@ -12,16 +12,20 @@
 #endif
 
 #if defined(__AVX512F__)
-enum { VLEN = 16, TILE_TOKENS = 8 };
+enum { VLEN = 16 };
+#define NUM_REGISTERS 32
 #define VBYTES 64
 #elif defined(__AVX2__)
-enum { VLEN = 8, TILE_TOKENS = 4 };
+enum { VLEN = 8 };
+#define NUM_REGISTERS 16
 #define VBYTES 32
 #elif defined(__aarch64__)
-enum { VLEN = 4, TILE_TOKENS = 8 };
+enum { VLEN = 4 };
+#define NUM_REGISTERS 32
 #define VBYTES 16
 #else
-enum { VLEN = 4, TILE_TOKENS = 4 };
+enum { VLEN = 4 };
+#define NUM_REGISTERS 16
 #define VBYTES 16
 #endif
 
