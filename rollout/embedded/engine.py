@@ -10,7 +10,7 @@ from time import perf_counter, thread_time
 import psutil
 import torch
 
-from rollout.embedded.assemble import Assembly
+from rollout.embedded.assemble import Assembly, share_target
 from rollout.embedded.calibrate import calibrate, costs_of
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.drafting import LearningDrafter
@@ -101,6 +101,10 @@ class EmbeddedEngine:
                 )
             )
         return generation
+
+    def share_target(self, first: EmbeddedEngine) -> None:
+        """Compute with the other's copy of the same target, so that a comparison of both is fair; see assemble."""
+        self._thread.call(lambda: share_target(self._core, first._core))
 
     def update_weights(self, message: PushMessage) -> PushReply:
         """See RolloutEngine; buckets are packed on the caller's thread while the loop's goes on serving."""

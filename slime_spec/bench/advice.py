@@ -67,9 +67,11 @@ def measure_advice(model: Path, advice: Advice, sizes: LookupSizes, longest: int
     for dtype in sizes.dtypes:
         with ExitStack() as started:
             sides: dict[str, Side] = {}
+            first = None
             for count in ADVICE_TOKENS:
                 config = with_draft_tokens(engine_config(model, dtype, LOOKUP.name, sizes.num_gpus), count)
-                engine = started.enter_context(started_engine(config))
+                engine = started.enter_context(started_engine(config, first))
+                first = first or engine
                 sides.setdefault("plain", EngineSide(engine, False))
                 sides[f"no_advice_n{count}"] = EngineSide(engine, True)
                 for name, edit in (("advice", False), ("edit", True)):
@@ -107,7 +109,7 @@ def measure_lookup(model: Path, kinds: Mapping[str, Prompts], sizes: LookupSizes
     dtype = sizes.dtypes[0]
     with ExitStack() as started:
         engine = started.enter_context(started_engine(engine_config(model, dtype, LOOKUP.name, sizes.num_gpus)))
-        ngram = started.enter_context(ForgetfulSide(engine_config(model, dtype, NGRAM.name, sizes.num_gpus)))
+        ngram = started.enter_context(ForgetfulSide(engine_config(model, dtype, NGRAM.name, sizes.num_gpus), engine))
         sides: dict[str, Side] = {
             "plain": EngineSide(engine, False),
             "lookup": EngineSide(engine, True),

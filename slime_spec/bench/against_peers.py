@@ -106,9 +106,9 @@ def our_sides(options: BenchOptions) -> Iterator[dict[str, Side]]:
         sides: dict[str, Side] = {"plain": EngineSide(plain, False)}
         for count in LOOKUP_DRAFTS:
             config = with_draft_tokens(engine_config(options.model, DTYPE, LOOKUP.name), count + 1)
-            sides[f"lookup{count}"] = EngineSide(started.enter_context(started_engine(config)), True)
+            sides[f"lookup{count}"] = EngineSide(started.enter_context(started_engine(config, plain)), True)
         for shape in CHAINS:
-            engine = started.enter_context(started_engine(eagle3_config(options, DTYPE, shape)))
+            engine = started.enter_context(started_engine(eagle3_config(options, DTYPE, shape), plain))
             sides[_eagle3_name(shape)] = EngineSide(engine, True)
         yield sides
 

@@ -130,7 +130,7 @@ def greedy_sides(options: BenchOptions, dtype: str, shapes: tuple[Shape, ...]) -
         plain = started.enter_context(started_engine(config))
         sides: dict[str, Side] = {"plain": EngineSide(plain, False)}
         for shape in shapes:
-            engine = started.enter_context(started_engine(eagle3_config(options, dtype, shape)))
+            engine = started.enter_context(started_engine(eagle3_config(options, dtype, shape), plain))
             sides[shape.name] = EngineSide(engine, True)
         yield sides
 
@@ -146,7 +146,7 @@ def sampled_sides(options: BenchOptions, dtype: str) -> Iterator[dict[str, Side]
             if name == ON_CPU and options.num_gpus:
                 continue
             config = eagle3_config(options, dtype, SAMPLED_SHAPE, **settings)
-            sides[name] = EngineSide(started.enter_context(started_engine(config)), True, _at_temperature_1)
+            sides[name] = EngineSide(started.enter_context(started_engine(config, plain)), True, _at_temperature_1)
         yield sides
 
 

@@ -61,9 +61,12 @@ def check_num_gpus(num_gpus: int | None) -> None:
 
 
 @contextmanager
-def started_engine(config: Config) -> Iterator[EmbeddedEngine]:
+def started_engine(config: Config, first: EmbeddedEngine | None = None) -> Iterator[EmbeddedEngine]:
+    """Run an engine in this process, with the target's weights of ``first``, which it is measured against."""
     engine = EmbeddedEngine(config, 0, RayObjectStoreTransport())
     engine.start()
+    if first is not None:
+        engine.share_target(first)
     try:
         yield engine
     finally:

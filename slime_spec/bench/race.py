@@ -10,6 +10,7 @@ from time import process_time
 from types import TracebackType
 from typing import Protocol
 
+from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.bench.local_engine import started_engine
 from slime_spec.bench.prompts import Prompts
 from slime_spec.bench.rows import Row, at_least
@@ -100,10 +101,13 @@ class EngineSide:
 
 
 class ForgetfulSide:
-    """Implements Side with an engine that restarts before every round, so that n-grams of the last round are gone."""
+    """Implements Side with an engine that restarts before every round, so that n-grams of the last round are gone.
 
-    def __init__(self, config: Config) -> None:
-        self._config, self._running = config, ExitStack()
+    It computes with the target's weights of ``first``, which it is measured against.
+    """
+
+    def __init__(self, config: Config, first: EmbeddedEngine | None = None) -> None:
+        self._config, self._first, self._running = config, first, ExitStack()
 
     def __enter__(self) -> ForgetfulSide:
         return self
@@ -114,7 +118,9 @@ class ForgetfulSide:
     def renew(self) -> None:
         """Restart the engine; to be called before every round."""
         self._running.close()
-        self._side = EngineSide(self._running.enter_context(started_engine(self._config)), speculative=True)
+        self._side = EngineSide(
+            self._running.enter_context(started_engine(self._config, self._first)), speculative=True
+        )
 
     def answer(self, ask: Ask) -> Answer:
         return self._side.answer(ask)

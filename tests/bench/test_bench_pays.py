@@ -14,7 +14,7 @@ import pytest
 from slime_spec.bench import run_bench
 from slime_spec.bench.pays.benchmark import DEFAULTS, measure_scenario
 from slime_spec.bench.pays.scenarios import LONGEST_IN_JOB, Scenario, Waves, fixed, requests, scenarios
-from slime_spec.bench.pays.sides import Result, drawn_order, generate, side_configs, started_core
+from slime_spec.bench.pays.sides import Result, drawn_order, generate, side_configs, started_cores
 from slime_spec.bench.pays.verdict import Where, rows_of
 from slime_spec.bench.rows import BenchOptions, Row
 from slime_spec.bench.timing import Timed
@@ -100,12 +100,13 @@ def test_the_sides_are_off_automatic_and_fixed_depths_with_everything_else_as_sh
     depth3 = sections["depth3"]
     assert (depth3.num_steps, depth3.eagle_topk, depth3.num_draft_tokens) == (3, 1, 4)
     assert {config.engine.cost_probe_interval for config in configs.values()} == {EngineConfig.cost_probe_interval}
-    cores = {name: started_core(config) for name, config in configs.items()}
+    cores = started_cores(configs)
     assert [name for name, core in cores.items() if core.speculation.controller is not None] == ["auto", "history"]
+    assert len({core.decoder for core in cores.values()}) == 1, "no side may be slower for where its weights lie"
 
 
 def test_waves_come_one_after_another(options: BenchOptions) -> None:
-    core = started_core(side_configs(options, str(options.model), ())["off"])
+    core = started_cores({"off": side_configs(options, str(options.model), ())["off"]})["off"]
     two = Scenario("1", 1, 1, fixed(5), num_waves=2)
     result = generate(core, requests(two, PROMPTS, 0, 1))
     assert [len(sample.token_ids) for sample in result.samples] == [5, 5]

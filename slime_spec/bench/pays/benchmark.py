@@ -10,7 +10,7 @@ import torch
 
 from slime_spec.bench.eagle3 import VERIFICATIONS
 from slime_spec.bench.pays.scenarios import LONGEST_IN_JOB, Scenario, scenarios
-from slime_spec.bench.pays.sides import AUTO, AUTOMATIC, repeat, side_configs, started_core
+from slime_spec.bench.pays.sides import AUTO, AUTOMATIC, repeat, side_configs, started_cores
 from slime_spec.bench.pays.verdict import Where, rows_of
 from slime_spec.bench.prompts import Prompts, in_domain
 from slime_spec.bench.rows import Benchmark, BenchOptions, Row
@@ -42,7 +42,7 @@ at_1 = partial(measure, "1")
 def measure_scenario(options: BenchOptions, scenario: Scenario, prompts: Prompts) -> list[Row]:
     """Start the sides anew, so that what they learn is of this scenario alone, and let them take turns."""
     configs = side_configs(options, str(policy_of(options)), scenario.depths)
-    cores = {name: started_core(config) for name, config in configs.items()}
+    cores = started_cores(configs)
     times = repeat(scenario, cores, prompts, options.seeds[0], options.num_rounds)
     where = Where("untrained" if options.policy is None else "trained", scenario.name, options.rule)
     bound = scenario.untrained if options.policy is None else scenario.trained

@@ -14,7 +14,7 @@ from functools import partial
 from time import process_time
 from typing import Any
 
-from rollout.embedded.assemble import Assembly
+from rollout.embedded.assemble import Assembly, share_target
 from rollout.embedded.calibrate import calibrate
 from rollout.embedded.core import GenerationCore
 from slime_spec.algorithms import EAGLE3, HISTORY, NONE
@@ -78,11 +78,15 @@ def side_configs(options: BenchOptions, model_path: str, depths: Sequence[int]) 
     }
 
 
-def started_core(config: Config, clock: Clock = process_time) -> GenerationCore:
-    """Load an engine's core and let it time its passes."""
-    core = Assembly(config).core(0, clock)
-    calibrate(core)
-    return core
+def started_cores(configs: Mapping[str, Config], clock: Clock = process_time) -> dict[str, GenerationCore]:
+    """Load the cores of engines with one target, and let them time their passes."""
+    cores: dict[str, GenerationCore] = {}
+    for name, config in configs.items():
+        core = Assembly(config).core(0, clock)
+        share_target(core, next(iter(cores.values()), core))
+        calibrate(core)
+        cores[name] = core
+    return cores
 
 
 def generate(core: GenerationCore, waves: Waves) -> Result:

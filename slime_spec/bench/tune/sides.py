@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from time import process_time
 
-from rollout.embedded.assemble import Assembly
+from rollout.embedded.assemble import Assembly, share_target
 from rollout.embedded.calibrate import calibrate
 from rollout.embedded.core import GenerationCore
 from slime_spec.algorithms import NONE
@@ -102,7 +102,7 @@ class Cores:
         if self._first is None:
             self._first = core
         else:
-            core.use(self._first.decoder, 0)  # and the second copy of the target's weights goes away
+            share_target(core, self._first)  # and the second copy of its weights goes away
         if self._costs is None:
             calibrate(core)
             self._costs = core.speculation.costs
