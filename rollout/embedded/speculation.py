@@ -30,6 +30,7 @@ from rollout.embedded.tempering import Tempering
 from rollout.embedded.unread import AnyDraft, UnreadDraft
 from rollout.embedded.verification.verifier import Verified
 from slime_spec.sglang.draft_shape import DraftShape
+from slime_spec.speculation.confidence import StopRule
 from slime_spec.speculation.controller import Controller, RoundPlan, RowState
 from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.speculation.plain_schedule import PlainSchedule
@@ -81,6 +82,7 @@ class Speculation:
     _settled: NetBenefit = field(default_factory=NetBenefit)  # as of the schedule's beginning
     _running: set[int] = field(default_factory=set)  # requests of the last round that have not left since
     _reading: Reading = field(init=False)
+    _reads_texts: bool = field(init=False)  # before a network
     _draft_cost_s: float = 0.0
     drafted_last: bool = False  # in the last round, some sequence
     pays_up_to: int | None = None  # the largest batch at which drafting pays, as of late; None where the depth is fixed
@@ -89,6 +91,7 @@ class Speculation:
 
     def __post_init__(self) -> None:
         self._reading = Reading(self.drafter)
+        self._reads_texts = self.has_network and isinstance(self.drafter, LearningDrafter)
 
     @property
     def headroom(self) -> int:
@@ -112,11 +115,6 @@ class Speculation:
     def draft_temperature(self) -> float | None:
         """Return the temperature that sampled drafts have now, None where drafts are not sampled."""
         return None if self.tempering is None else self.tempering.temperature
-
-    @property
-    def _reads_texts(self) -> bool:
-        """Return whether texts are tried before a network."""
-        return self.has_network and isinstance(self.drafter, LearningDrafter)
 
     @property
     def has_network(self) -> bool:
@@ -168,11 +166,7 @@ class Speculation:
     ) -> list[DraftContext]:
         """Return what drafters are asked with: a network for the depth of the plan, texts for all that fits."""
         depths = limits if self._reads_texts and self.controller is not None else plan.depths
-        contexts = [self._context(batch, row, depths[row]) for row in rows]
-        contexts = [
-            each._replace(network_depth=plan.depths[row], stop=plan.stop)
-            for row, each in zip(rows, contexts, strict=True)
-        ]
+        contexts = [self._context(batch, row, depths[row], plan.depths[row], plan.stop) for row in rows]
         return contexts if self.tempering is None else self.tempering.tempered(contexts, rows)
 
     def _tells_worth(self, draft: AnyDraft) -> bool:
@@ -219,8 +213,10 @@ class Speculation:
         committed = [[first_token[row], *(first_token[row] + 1 + node for node in verified[row].path)] for row in rows]
         features: Sequence[torch.Tensor | None] = [None] * len(rows)
         if self.drafter.needs.any:
-            index = self.target.tensor([token for tokens in committed for token in tokens])
-            gathered = self.target.features(output[index])
+            tokens = [token for tokens in committed for token in tokens]
+            # Where nothing was refused, as in rounds without drafts, all are wanted as they lie.
+            wanted = output if tokens == list(range(first_token[-1])) else output[self.target.tensor(tokens)]
+            gathered = self.target.features(wanted)
             assert gathered is not None, "needed features are captured"
             features = gathered.split([len(tokens) for tokens in committed])
         keys = [running[row].key for row in rows]
@@ -337,7 +333,14 @@ class Speculation:
             states.append(RowState(len(sequence.token_ids), limit, backlog, remaining))
         return states
 
-    def _context(self, batch: Batch, row: int, max_depth: int) -> DraftContext:
+    def _context(
+        self,
+        batch: Batch,
+        row: int,
+        max_depth: int,
+        network_depth: int | None = None,
+        stop: StopRule | None = None,
+    ) -> DraftContext:
         sequence = batch.sequences[row]
         group = sequence.group
         return DraftContext(
@@ -352,6 +355,8 @@ class Speculation:
             uniforms=sequence.uniforms.draft_of_round(sequence.num_generated),
             earlier=group.request.earlier,
             noise=sequence.uniforms.noise,
+            network_depth=network_depth,
+            stop=stop,
         )
 
     @contextmanager

@@ -78,21 +78,26 @@ class RoundPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Option:
-    """Holds a plan that was weighed: tokens and seconds of its round, with the best number of nodes kept.
-
-    ``least_chance`` is that of the least likely node which is kept.
-    """
+    """Holds a plan that was weighed: tokens and seconds of its round, with the best number of ``pool``'s nodes kept."""
 
     depth: int
     num_drafting: int
     num_kept: int
     tokens: float
     seconds: float
-    least_chance: float = 0.0
+    pool: Pool | None = None
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
+
+    @property
+    def least_chance(self) -> float:
+        """Return the chance of the least likely node that is kept."""
+        if self.pool is None:
+            return 0.0
+        before, after = self.pool.brought(np.array([self.num_kept - 1.0, self.num_kept]), self.num_drafting)
+        return float(after - before)
 
 
 NOTHING = Option(0, 0, 0, 0.0, 1.0)
@@ -139,11 +144,10 @@ class Controller:
             return RoundPlan((0,) * len(rows))
         off = self._off(rows)
         if self._drafts_are_free:
-            could_pay = self._could_pay(rows, order, FOR_OFF, are_free=True)
-            return _round(rows, order if could_pay else [], self._depths[-1])
-        if not self._could_pay(rows, order, FOR_OFF):
+            return _round(rows, order if self._free_could_pay(rows, order) else [], self._depths[-1])
+        if not self._free_could_pay(rows, order):
             self._last_depth = 0
-            return self._without_network(rows, order)
+            return RoundPlan((0,) * len(rows))
         best = max(self._options(rows, order, self._pools()), key=self._weighed)
         if self._weighed(best) > max(off.rate, self._of_texts(rows)) * (1.0 if self._last_depth else FOR_OFF):
             self._last_depth = best.depth
@@ -153,10 +157,7 @@ class Controller:
         if self._may_probe(rows, order, self._probe_s(rows, rows[order[0]])):
             plan = _round(rows, order[:1], min(PROBE_DEPTH, self._depths[-1]))
             return self._stopped(plan, 0.0)._replace(is_probe=True)
-        return self._without_network(rows, order)
-
-    def _without_network(self, rows: Sequence[RowState], order: Sequence[int]) -> RoundPlan:
-        return RoundPlan((0,) * len(rows), texts_may_pay=self._could_pay(rows, order, FOR_OFF, are_free=True))
+        return RoundPlan((0,) * len(rows), texts_may_pay=True)
 
     def _stopped(self, plan: RoundPlan, below: float) -> RoundPlan:
         return plan._replace(stop=StopRule(below, self.calibration)) if self._cuts_network else plan
@@ -267,14 +268,12 @@ class Controller:
         rows: Sequence[RowState],
         order: Sequence[int],
         pools: Mapping[int, Pool],
-        are_free: bool | None = None,
         counts: Sequence[int] = (),
     ) -> Iterator[Option]:
         """Yield every depth for the first ``counts`` sequences of ``order``, or a few numbers, each with its best cut.
 
         What a sequence has to catch up is shared by the rounds that it has left.
         """
-        are_free = self._drafts_are_free if are_free is None else are_free
         passes = _Passes(self.costs, rows)
         for depth, pool in pools.items():
             per_round = 1.0 + float(pool.tokens[-1]) / pool.num_drafts
@@ -282,7 +281,7 @@ class Controller:
             behind = [0.0, *accumulate(_debt(rows[row], per_round) for row in order)]
             for count in counts or _halves(len(order)):
                 draft_s = 0.0
-                if not are_free and (num_asked := round(count * pool.asked)):
+                if not self._drafts_are_free and (num_asked := round(count * pool.asked)):
                     steps = pool.steps(num_asked, depth)
                     draft_s = self.costs.draft_s(num_asked, steps, round(num_asked * per_round + behind[count]))
                 weighed = passes.best if self._cuts_network else passes.whole
@@ -307,18 +306,22 @@ class Controller:
 
     def _may_probe(self, rows: Sequence[RowState], order: Sequence[int], cost_s: float) -> bool:
         """Return whether it is time to learn at this cost, and perfect drafts would pay; the time then counts anew."""
-        if self._since_probe_s * PROBE_SHARE <= cost_s or not self._could_pay(rows, order, PROBE_GAIN):
+        if self._since_probe_s * PROBE_SHARE <= cost_s or not self._probe_could_pay(rows, order):
             return False
         self._since_probe_s = 0.0
         return True
 
-    def _could_pay(
-        self, rows: Sequence[RowState], order: Sequence[int], gain: float, are_free: bool | None = None
-    ) -> bool:
-        """Return whether drafts that are all accepted would bring ``gain`` times as many tokens per second."""
+    def _probe_could_pay(self, rows: Sequence[RowState], order: Sequence[int]) -> bool:
+        """Return whether drafts that are all accepted would bring PROBE_GAIN times as many tokens per second."""
         perfect = self._uniform([1.0] * self._depths[-1])
-        least = gain * self._off(rows).rate
-        return any(option.rate > least for option in self._options(rows, order, perfect, are_free))
+        least = PROBE_GAIN * self._off(rows).rate
+        return any(option.rate > least for option in self._options(rows, order, perfect))
+
+    def _free_could_pay(self, rows: Sequence[RowState], order: Sequence[int]) -> bool:
+        """Return whether any number of drafted tokens that cost nothing, all accepted, would pay."""
+        passes, least = _Passes(self.costs, rows), FOR_OFF * self._off(rows).rate
+        most = sum(min(self._depths[-1], rows[row].max_depth) for row in order)
+        return any(len(rows) + count > least * passes.pass_s(count) for count in _counts(most))
 
 
 class _Passes:
@@ -340,13 +343,12 @@ class _Passes:
 
     def _option(self, depth: int, count: int, kept: list[int], pool: Pool, draft_s: float) -> Option:
         tokens: Numbers = self._num_rows + pool.brought(np.array(kept, float), count)
-        seconds = np.array([self._pass_s(nodes) for nodes in kept]) + draft_s
+        seconds = np.array([self.pass_s(nodes) for nodes in kept]) + draft_s
         best = int((tokens / seconds).argmax())
-        without_least = self._num_rows + float(pool.brought(np.array([kept[best] - 1.0]), count)[0])
-        most = float(tokens[best])
-        return Option(depth, count, kept[best], most, float(seconds[best]), most - without_least)
+        return Option(depth, count, kept[best], float(tokens[best]), float(seconds[best]), pool)
 
-    def _pass_s(self, nodes: int) -> float:
+    def pass_s(self, nodes: int) -> float:
+        """Return the seconds of a pass in which ``nodes`` drafted tokens are verified."""
         if nodes not in self._seconds:
             attended = self._context + self._context * nodes // self._num_rows
             self._seconds[nodes] = self._costs.pass_s(self._num_rows + nodes, attended)

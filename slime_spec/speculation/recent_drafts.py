@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +62,11 @@ class Pool:
     def brought(self, num_nodes: Numbers, num_sequences: int) -> Numbers:
         """Return what each of these numbers of nodes brings, the likeliest of so many sequences' drafts."""
         share = self.num_drafts / num_sequences
-        return np.interp(num_nodes * share, np.arange(len(self.tokens)), self.tokens) / share
+        return np.interp(num_nodes * share, self._numbers, self.tokens) / share
+
+    @cached_property
+    def _numbers(self) -> Numbers:
+        return np.arange(len(self.tokens), dtype=float)
 
     def steps(self, num_sequences: int, depth: int) -> float:
         """Return the mean number of steps of a network that stops once no sequence is worth going on with."""
