@@ -35,6 +35,7 @@ PROBE_GAIN = 1.10  # drafts that are all accepted must promise this much, or not
 PROBE_SHARE = 0.008
 PROBE_DEPTH = 3
 MOST_LEARNED = 8  # drafts of a round
+TEXTS_AGAIN = 4  # plans
 REUSED_ROUNDS = 8  # a plan for about as many sequences as before is good for so many rounds
 ALIKE = 0.1  # share of the sequences that may have come or gone
 MOST_COUNTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -128,6 +129,7 @@ class Controller:
         self._last_depth = 0
         self._since_probe_s = 0.0
         self._num_probes = 0
+        self._num_silent = 0  # plans since texts paid
         self._plan, self._num_rows, self._rounds_left = RoundPlan(()), 0, 0
         self._worth = 0.0  # of a node's chance, to draft on and verify it
 
@@ -148,8 +150,8 @@ class Controller:
         if not self._free_could_pay(rows, order):
             self._last_depth = 0
             return RoundPlan((0,) * len(rows))
-        best = max(self._options(rows, order, self._pools()), key=self._weighed)
-        if self._weighed(best) > max(off.rate, self._of_texts(rows)) * (1.0 if self._last_depth else FOR_OFF):
+        best, of_texts = max(self._options(rows, order, self._pools()), key=self._weighed), self._of_texts(rows)
+        if self._weighed(best) > max(off.rate, of_texts) * (1.0 if self._last_depth else FOR_OFF):
             self._last_depth = best.depth
             self._worth = self._worth_of_node(rows, best)
             return self._stopped(_round(rows, order[: best.num_drafting], best.depth), self._worth)
@@ -157,7 +159,12 @@ class Controller:
         if self._may_probe(rows, order, self._probe_s(rows, rows[order[0]])):
             plan = _round(rows, order[:1], min(PROBE_DEPTH, self._depths[-1]))
             return self._stopped(plan, 0.0)._replace(is_probe=True)
-        return RoundPlan((0,) * len(rows), texts_may_pay=True)
+        return RoundPlan((0,) * len(rows), texts_may_pay=self._texts_may_pay(of_texts > FOR_OFF * off.rate))
+
+    def _texts_may_pay(self, did_pay: bool) -> bool:
+        """Return whether to look texts up: always where those of late pay, else now and then."""
+        self._num_silent = 0 if did_pay or not self.recent.knows_texts else self._num_silent + 1
+        return self._num_silent % TEXTS_AGAIN == 0
 
     def _stopped(self, plan: RoundPlan, below: float) -> RoundPlan:
         return plan._replace(stop=StopRule(below, self.calibration)) if self._cuts_network else plan
