@@ -6,6 +6,7 @@ Engine and trainer share the device, as in a colocated run. The first step of ea
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
@@ -128,7 +129,7 @@ def accept_length(on: Sequence[dict[str, float | None]]) -> Row:
     """Return the median of the steps' accept lengths, without a number where the engine verified no draft."""
     name, what, key = "rl.on.accept_length", "tokens a verify round of the main job", "rollout/spec_accept_length"
     if all(step.get(key) is None for step in on):
-        return Row(name, f"{what}: no draft was worth verifying", None, "")
+        return Row(name, f"{what}: no draft was worth verifying", math.nan, "")
     return Row(name, what, median(on, key), "tokens")
 
 

@@ -51,7 +51,8 @@ def composed(command_line: str) -> Config:
         ("--sglang-speculative-num-draft-tokens 9", "speculative.num_draft_tokens=9"),
         ("--sglang-context-length 8Ki --sglang-dtype bfloat16", "engine.context_length=8192 engine.dtype=bfloat16"),
         ("--sglang-cuda-graph-bs 1 2 3 --sglang-tp-size 2", "sglang.cuda_graph_bs_decode=[1,2,3] sglang.tp_size=2"),
-        ("--sglang-disable-radix-cache", "sglang.disable_radix_cache=true"),
+        ("--sglang-disable-radix-cache", "engine.disable_radix_cache=true"),
+        ("--sglang-disable-overlap-schedule", "sglang.disable_overlap_schedule=true"),
         ("--speculative-attention-mode decode", "sglang.speculative_attention_mode=decode"),
         (
             "--speculative-algorithm EAGLE3 --speculative-draft-model d --speculative-num-steps 5 "

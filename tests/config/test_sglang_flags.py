@@ -93,6 +93,7 @@ SPECULATIVE = [
 def test_flags_that_the_tree_holds_are_set_in_the_tree_and_nowhere_else() -> None:
     assert typed_elsewhere() == {
         "context_length": "engine.context_length",
+        "disable_radix_cache": "engine.disable_radix_cache",
         "dtype": "engine.dtype",
         "max_running_requests": "engine.max_running_requests",
         "max_total_tokens": "engine.max_total_tokens",

@@ -51,8 +51,9 @@ def test_chunks_hold_everything_so_far_and_the_last_is_the_plain_answer(server: 
         assert chunk["meta_info"]["weight_version"] == "default"
     last = chunks[-1]
     assert (last["text"], last["output_ids"]) == (plain["text"], plain["output_ids"])
-    timeless = [{**each["meta_info"], "e2e_latency": 0} for each in (last, plain)]
+    timeless = [{**each["meta_info"], "e2e_latency": 0, "cached_tokens": 0} for each in (last, plain)]
     assert timeless[0] == timeless[1]
+    assert last["meta_info"]["cached_tokens"] == last["meta_info"]["prompt_tokens"] - 1  # all but the last were kept
 
 
 def test_incremental_chunks_concatenate_to_the_plain_answer(incremental: Served) -> None:

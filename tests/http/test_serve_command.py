@@ -20,7 +20,7 @@ Capture = pytest.CaptureFixture[str]
 
 def test_the_command_serves_until_it_is_told_to_end(policy: Path) -> None:
     argv = ["serve", "--hf-checkpoint", str(policy), "--port", "0", "--sp-type", "deterministic"]
-    argv += ["--sglang-context-length", "64", "--rollout-num-cpus-per-engine", "1", "--sglang-disable-radix-cache"]
+    argv += ["--sglang-context-length", "64", "--rollout-num-cpus-per-engine", "1", "--sglang-enable-metrics"]
     process = subprocess.Popen(
         [sys.executable, "-m", "slime_spec", *argv],
         stdout=subprocess.PIPE,
@@ -46,7 +46,7 @@ def test_the_command_serves_until_it_is_told_to_end(policy: Path) -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "Traceback" not in err
-    assert "note: The embedded engine has no use for --sglang-disable-radix-cache." in err
+    assert "note: The embedded engine has no use for --sglang-enable-metrics." in err
     assert f"loading address={url} model={policy}" in err
 
 
