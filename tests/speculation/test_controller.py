@@ -62,6 +62,27 @@ def test_texts_are_looked_up_only_where_drafts_that_cost_nothing_could_pay() -> 
     assert not controller_with(BEFORE).plan(rows(64)).texts_may_pay
 
 
+@pytest.mark.parametrize("batch", [8, 9, 12, 13, 16, 17, 24, 33, 64])
+def test_whether_free_drafts_could_pay_is_said_of_the_measured_passes(batch: int) -> None:
+    """By every number of tokens that seven a sequence may be."""
+    controller, costs = controller_with((0.0,) * 7), measured_costs()
+
+    def tokens_a_second(num_drafted: int) -> float:
+        num_rows = batch + num_drafted
+        return num_rows / costs.pass_s(num_rows, 80 * num_rows)
+
+    could_pay = any(tokens_a_second(count) > FOR_OFF * tokens_a_second(0) for count in range(1, 7 * batch + 1))
+    plan = controller.plan(rows(batch))
+    assert plan.is_probe or plan.texts_may_pay == could_pay
+
+
+@pytest.mark.parametrize(("chance", "asked"), [(0.97, [True] * 8), (0.02, [False, False, False, True] * 2)])
+def test_texts_that_have_not_paid_are_looked_up_once_in_four_plans(chance: float, asked: list[bool]) -> None:
+    controller = controller_with((0.0,) * 7, cuts=True)
+    controller.keep(rows(6), [Candidate((chance,), of_text=True)] * 6)
+    assert [controller.plan(rows(6)).texts_may_pay for _ in range(8)] == asked
+
+
 def test_one_sequence_drafts_deeper_the_better_its_drafts() -> None:
     (before,) = controller_with(BEFORE).plan(rows(1)).depths
     (after,) = controller_with(AFTER).plan(rows(1)).depths
