@@ -34,6 +34,7 @@ def test_int8_linears_compute_with_the_rounded_weights_whoever_else_is_in_the_pa
     assert (linear.wide(x).double() - exact).abs().max() < 1e-5
     assert torch.equal(linear(x), linear.wide(x).to(dtype))
     assert torch.equal(linear(x)[7:8], linear(x[7:8]))
+    assert all(torch.equal(linear(x)[:tokens], linear(x[:tokens])) for tokens in range(1, 20))  # tiles of every size
     assert torch.equal(linear.rows(torch.tensor([0])), linear.unpacked()[:1])
 
 
