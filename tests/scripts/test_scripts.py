@@ -92,6 +92,36 @@ def test_two_checkouts_do_not_share_an_environment(tmp_path):
     assert ensure(second, venv).returncode == 9, "an environment whose checkout is gone is taken over"
 
 
+def test_ci_takes_its_environment_back_from_a_checkout_that_used_it_meanwhile(tmp_path):
+    """CI's clone comes and goes; the environment that is named after it must not stay another checkout's."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / ".ci").mkdir()
+    for name in (".ci/run", "constraints.txt", "setup.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "scripts/install-sglang-cpu.sh").touch()
+    (tmp_path / "scripts/check.sh").write_text(
+        'stamp="$SLIME_SPEC_VENV/.slime_spec_stamp"; ls "$stamp" || echo "$stamp"\n'
+    )
+    (tmp_path / "scripts/test.sh").touch()
+    environ = {key: value for key, value in os.environ.items() if key != "SLIME_SPEC_VENV"}
+    environ["XDG_CACHE_HOME"] = str(tmp_path)
+
+    def stamp_seen_by_ci() -> Path:
+        done = subprocess.run(
+            ["bash", ".ci/run"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
+        )
+        return Path(done.stdout.strip())
+
+    stamp = stamp_seen_by_ci()
+    stamp.parent.mkdir(parents=True)
+    stamp.write_text(f"wanted {tmp_path}\n")
+    assert stamp_seen_by_ci() == stamp
+    assert stamp.exists(), "its own is used as it is"
+    stamp.write_text(f"wanted {ROOT}\n")
+    assert stamp_seen_by_ci() == stamp
+    assert not stamp.exists(), "another's is set up anew"
+
+
 def test_triton_is_the_release_that_the_pinned_torch_asks_for():
     """Torch for CUDA needs this release of triton and no other: with another pin pip could not install both."""
     pins = dict(re.findall(r"(?m)^(torch|triton)==(\S+)$", (ROOT / "constraints.txt").read_text()))
