@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from operator import mul
 
 import torch
 
 from rollout.embedded.batch import Batch
+from rollout.embedded.candidates import candidate, tells_worth
 from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.drafting import DraftContext, Drafter, LearningDrafter, Outcome, Prefill
 from rollout.embedded.plan import RowSpan, tree_shape
@@ -34,7 +34,6 @@ from slime_spec.speculation.confidence import StopRule
 from slime_spec.speculation.controller import Controller, RoundPlan, RowState
 from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.speculation.plain_schedule import PlainSchedule
-from slime_spec.speculation.recent_drafts import NO_CANDIDATE, Candidate
 from slime_spec.speculation.remaining import RemainingTokens
 from slime_spec.speculation.round_costs import RoundCosts
 
@@ -143,8 +142,8 @@ class Speculation:
         backlog = sum(self._reading.backlog(batch.sequences[row]) for row in asked)
         self._reading.drafted([batch.sequences[row] for row in asked])
         num_steps = max((_depth(drafts[row], plan.depths[row]) for row in asked), default=0)
-        if self.controller is not None and any(map(self._tells_worth, drafts)):
-            candidates = [self._candidate(self.controller, draft) for draft in drafts]
+        if self.controller is not None and any(tells_worth(draft, self.has_network) for draft in drafts):
+            candidates = [candidate(draft, self.controller, self.has_network) for draft in drafts]
             kept = self.controller.keep(self._states(batch, limits), candidates, plan.is_probe)
             drafts = [_first(draft, count) for draft, count in zip(drafts, kept, strict=True)]
         depths = plan.depths if self.controller is None else tuple(map(_depth, drafts, plan.depths))
@@ -168,30 +167,6 @@ class Speculation:
         depths = limits if self._reads_texts and self.controller is not None else plan.depths
         contexts = [self._context(batch, row, depths[row], plan.depths[row], plan.stop) for row in rows]
         return contexts if self.tempering is None else self.tempering.tempered(contexts, rows)
-
-    def _tells_worth(self, draft: AnyDraft) -> bool:
-        """Return whether a draft's nodes can be told apart by what each is worth.
-
-        A network's that do not tell their confidence cannot: a device is not waited for to say more.
-        """
-        return draft.is_confident or (draft.num_tokens > 0 and (draft.is_of_text or not self.has_network))
-
-    def _candidate(self, controller: Controller, draft: AnyDraft) -> Candidate:
-        """Return what the draft itself says of its nodes, or else what the running acceptance says.
-
-        Whether sampled tokens are judged must not depend on them: such drafts are verified whole.
-        """
-        if not draft.num_tokens and not draft.is_confident:
-            return NO_CANDIDATE
-        if not self._tells_worth(draft):
-            return Candidate(tuple(controller.acceptance.chain(draft.num_tokens)), num_fixed=draft.num_tokens)
-        read = draft.read()
-        if read.expected is not None:
-            return Candidate(tuple(accumulate(read.expected, mul)), of_text=True)
-        if read.confidence is not None:
-            fixed = read.num_tokens if draft.is_sampled or read.num_tokens < len(read.confidence) else None
-            return Candidate(controller.calibration.chances(read.confidence), num_fixed=fixed)
-        return Candidate(tuple(controller.acceptance.chances(read.parents)))
 
     def _drafted(self, batch: Batch, contexts: Sequence[DraftContext], rows: Sequence[int]) -> list[AnyDraft]:
         drafts: list[AnyDraft] = [NO_DRAFT] * batch.num_running
@@ -330,7 +305,7 @@ class Speculation:
             backlog, remaining = self._reading.backlog(sequence), float(sequence.num_remaining)
             if backlog > self.shape.num_draft_tokens:
                 remaining = self.remaining.expected(sequence.num_generated, sequence.num_remaining)
-            states.append(RowState(len(sequence.token_ids), limit, backlog, remaining))
+            states.append(RowState(len(sequence.token_ids), limit, backlog, remaining, sequence.key))
         return states
 
     def _context(

@@ -17,7 +17,6 @@ This is a pure policy: the engine tells what ran and what it took, and asks for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,7 +24,8 @@ import numpy as np
 
 from slime_spec.speculation.acceptance import RunningAcceptance
 from slime_spec.speculation.confidence import ConfidenceCalibration, StopRule, given_parent
-from slime_spec.speculation.recent_drafts import Candidate, Numbers, Pool, RecentDrafts, pool_of
+from slime_spec.speculation.options import NOTHING, Option, Passes, counts_up_to, halves
+from slime_spec.speculation.recent_drafts import Candidate, Pool, RecentDrafts, pool_of
 from slime_spec.speculation.round_costs import RoundCosts
 
 DEPTHS = (1, 2, 3, 5, 7)
@@ -38,14 +38,14 @@ MOST_LEARNED = 8  # drafts of a round
 TEXTS_AGAIN = 4  # plans
 REUSED_ROUNDS = 8  # a plan for about as many sequences as before is good for so many rounds
 ALIKE = 0.1  # share of the sequences that may have come or gone
-MOST_COUNTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class RowState(NamedTuple):
     """Says of one running sequence what its round depends on.
 
     ``context`` are the tokens it attends to; ``max_depth`` the drafts that its budget allows, 0 where it may not draft;
-    ``backlog`` the tokens that its drafter must read first; ``remaining`` the tokens it will probably still generate.
+    ``backlog`` the tokens that its drafter must read first; ``remaining`` the tokens it will probably still generate;
+    ``key`` tells it from others.
     Example: ``RowState(context=80, max_depth=7, backlog=2, remaining=25.0)``
     """
 
@@ -53,6 +53,7 @@ class RowState(NamedTuple):
     max_depth: int
     backlog: int = 0
     remaining: float = 1e9
+    key: int = 0
 
 
 class RoundPlan(NamedTuple):
@@ -75,33 +76,6 @@ class RoundPlan(NamedTuple):
     def steps(self) -> int:
         """Return the number of the drafter's steps."""
         return max(self.depths, default=0)
-
-
-@dataclass(frozen=True)
-class Option:
-    """Holds a plan that was weighed: tokens and seconds of its round, with the best number of ``pool``'s nodes kept."""
-
-    depth: int
-    num_drafting: int
-    num_kept: int
-    tokens: float
-    seconds: float
-    pool: Pool | None = None
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def least_chance(self) -> float:
-        """Return the chance of the least likely node that is kept."""
-        if self.pool is None:
-            return 0.0
-        before, after = self.pool.brought(np.array([self.num_kept - 1.0, self.num_kept]), self.num_drafting)
-        return float(after - before)
-
-
-NOTHING = Option(0, 0, 0, 0.0, 1.0)
 
 
 class Controller:
@@ -150,8 +124,10 @@ class Controller:
         if not self._free_could_pay(rows, order):
             self._last_depth = 0
             return RoundPlan((0,) * len(rows))
-        best, of_texts = max(self._options(rows, order, self._pools()), key=self._weighed), self._of_texts(rows)
-        if self._weighed(best) > max(off.rate, of_texts) * (1.0 if self._last_depth else FOR_OFF):
+        of_texts = self._of_texts(rows)
+        least = max(off.rate, of_texts) * (1.0 if self._last_depth else FOR_OFF)
+        best = self._best_option(rows, order, least)
+        if self._weighed(best) > least:
             self._last_depth = best.depth
             self._worth = self._worth_of_node(rows, best)
             return self._stopped(_round(rows, order[: best.num_drafting], best.depth), self._worth)
@@ -160,6 +136,20 @@ class Controller:
             plan = _round(rows, order[:1], min(PROBE_DEPTH, self._depths[-1]))
             return self._stopped(plan, 0.0)._replace(is_probe=True)
         return RoundPlan((0,) * len(rows), texts_may_pay=self._texts_may_pay(of_texts > FOR_OFF * off.rate))
+
+    def _best_option(self, rows: Sequence[RowState], order: Sequence[int], least: float) -> Option:
+        """Return the option of the highest rate, or any where none is above ``least``.
+
+        Nodes that may be cut tell what none exceeds: those of the deepest drafts of all, made for the price of a step.
+        """
+        longest = self._depths[-1]
+        if self._cuts_network:
+            pool = self._pools(rows, self._depths[-1:])[longest]
+            num_nodes, draft_s = pool.nodes_per_draft * len(order), self.costs.draft_s(1, 1) if pool.asked else 0.0
+            bound = self._passes(rows).best(longest, len(order), num_nodes, pool, draft_s)
+            if bound.rate * FOR_STAYING <= least:
+                return NOTHING
+        return max(self._options(rows, order, self._pools(rows, self._depths)), key=self._weighed)
 
     def _texts_may_pay(self, did_pay: bool) -> bool:
         """Return whether to look texts up: always where those of late pay, else now and then."""
@@ -191,7 +181,7 @@ class Controller:
         whole = [each.num_nodes for each in candidates]
         drawn = [each for each in candidates if each.chances and not each.of_text]
         if self._cuts_network:
-            self.recent.note(candidates, is_probe)
+            self.recent.note(candidates, _keys(rows), is_probe)
             for each in drawn[:MOST_LEARNED]:
                 self.acceptance.expect(given_parent(each.chances))
         if is_probe:
@@ -222,7 +212,7 @@ class Controller:
         tokens = list(accumulate((chance for chance, _ in nodes), initial=len(rows) + fixed_tokens))
         attended = list(accumulate((rows[row].context for _, row in nodes), initial=context))
         best, most = 0, for_none * tokens[0] / self.costs.pass_s(num_rows, context)
-        for count in _counts(len(nodes)):
+        for count in counts_up_to(len(nodes)):
             rate = tokens[count] / self.costs.pass_s(num_rows + count, attended[count])
             if rate > most:
                 best, most = count, rate
@@ -233,13 +223,13 @@ class Controller:
     def speedup(self, rows: Sequence[RowState]) -> float:
         """Return tokens per second of the best round over those of a plain step, by what is known now; 1 at least."""
         order = [row for row in range(len(rows)) if rows[row].max_depth]
-        options = self._options(rows, order, self._pools(), counts=(len(order),)) if order else ()
+        options = self._options(rows, order, self._pools(rows, self._depths), counts=(len(order),)) if order else ()
         return max([1.0, *(option.rate / self._off(rows).rate for option in options)])
 
     def pays_up_to(self, most: int, context: int) -> int:
         """Return the largest batch, up to ``most``, at which some draft beats a plain step; 0 if none does."""
         state = RowState(context, self._depths[-1])
-        paying = (size for size in reversed(_counts(most)) if self.speedup([state] * size) > FOR_OFF)
+        paying = (size for size in reversed(counts_up_to(most)) if self.speedup([state] * size) > FOR_OFF)
         return next(paying, 0)
 
     def note_round(self, seconds: float) -> None:
@@ -253,22 +243,25 @@ class Controller:
         attended = sum(row.context for row in rows)
         return Option(0, 0, 0, len(rows), self.costs.pass_s(len(rows), attended))
 
-    def _pools(self) -> Mapping[int, Pool]:
-        """Return what drafts of every depth will bring, by those of late, or else by the running acceptance."""
+    def _pools(self, rows: Sequence[RowState], depths: Sequence[int]) -> Mapping[int, Pool]:
+        """Return what drafts of these depths will bring, by those of late, or else by the running acceptance."""
         longest = self._depths[-1]
         if self._cuts_network and self.recent.knows_network:
-            return self.recent.pools(self._depths, self.acceptance.rates(longest), self._worth)
+            return self.recent.pools(depths, self.acceptance.rates(longest), self._worth, _keys(rows))
         return self._uniform(self.acceptance.chain(longest))
 
     def _uniform(self, chain: Sequence[float]) -> Mapping[int, Pool]:
         return {depth: pool_of(1, np.array(chain[:depth])) for depth in self._depths}
 
+    def _passes(self, rows: Sequence[RowState]) -> Passes:
+        return Passes(self.costs, len(rows), sum(row.context for row in rows))
+
     def _of_texts(self, rows: Sequence[RowState]) -> float:
         """Return the tokens per second of a round without a network, in which texts give drafts."""
         if not self.recent.knows_texts:
             return 0.0
-        pool = self.recent.text_pool()
-        return _Passes(self.costs, rows).best(0, len(rows), len(rows) * pool.nodes_per_draft, pool, 0.0).rate
+        pool = self.recent.text_pool(_keys(rows))
+        return self._passes(rows).best(0, len(rows), len(rows) * pool.nodes_per_draft, pool, 0.0).rate
 
     def _options(
         self,
@@ -281,14 +274,15 @@ class Controller:
 
         What a sequence has to catch up is shared by the rounds that it has left.
         """
-        passes = _Passes(self.costs, rows)
+        passes = self._passes(rows)
         for depth, pool in pools.items():
             per_round = 1.0 + float(pool.tokens[-1]) / pool.num_drafts
             drafted = [0.0, *accumulate(min(pool.nodes_per_draft, rows[row].max_depth) for row in order)]
             behind = [0.0, *accumulate(_debt(rows[row], per_round) for row in order)]
-            for count in counts or _halves(len(order)):
+            for count in counts or halves(len(order)):
                 draft_s = 0.0
-                if not self._drafts_are_free and (num_asked := round(count * pool.asked)):
+                if not self._drafts_are_free and pool.asked:
+                    num_asked = max(1, round(count * pool.asked))
                     steps = pool.steps(num_asked, depth)
                     draft_s = self.costs.draft_s(num_asked, steps, round(num_asked * per_round + behind[count]))
                 weighed = passes.best if self._cuts_network else passes.whole
@@ -326,50 +320,13 @@ class Controller:
 
     def _free_could_pay(self, rows: Sequence[RowState], order: Sequence[int]) -> bool:
         """Return whether any number of drafted tokens that cost nothing, all accepted, would pay."""
-        passes, least = _Passes(self.costs, rows), FOR_OFF * self._off(rows).rate
+        passes, least = self._passes(rows), FOR_OFF * self._off(rows).rate
         most = sum(min(self._depths[-1], rows[row].max_depth) for row in order)
-        return any(len(rows) + count > least * passes.pass_s(count) for count in _counts(most))
+        return any(len(rows) + count > least * passes.pass_s(count) for count in counts_up_to(most))
 
 
-class _Passes:
-    """Predicts the passes over ``rows`` and some nodes of their drafts, for one plan."""
-
-    def __init__(self, costs: RoundCosts, rows: Sequence[RowState]) -> None:
-        self._costs, self._num_rows = costs, len(rows)
-        self._context = sum(row.context for row in rows)
-        self._seconds: dict[int, float] = {}
-
-    def best(self, depth: int, count: int, num_nodes: float, pool: Pool, draft_s: float) -> Option:
-        """Return the option of ``count`` sequences that draft, with as many of their nodes kept as bring most."""
-        kept = _counts(round(num_nodes))
-        return self._option(depth, count, kept, pool, draft_s) if kept else NOTHING
-
-    def whole(self, depth: int, count: int, num_nodes: float, pool: Pool, draft_s: float) -> Option:
-        """Return the option in which all nodes are kept."""
-        return self._option(depth, count, [round(num_nodes)], pool, draft_s)
-
-    def _option(self, depth: int, count: int, kept: list[int], pool: Pool, draft_s: float) -> Option:
-        tokens: Numbers = self._num_rows + pool.brought(np.array(kept, float), count)
-        seconds = np.array([self.pass_s(nodes) for nodes in kept]) + draft_s
-        best = int((tokens / seconds).argmax())
-        return Option(depth, count, kept[best], float(tokens[best]), float(seconds[best]), pool)
-
-    def pass_s(self, nodes: int) -> float:
-        """Return the seconds of a pass in which ``nodes`` drafted tokens are verified."""
-        if nodes not in self._seconds:
-            attended = self._context + self._context * nodes // self._num_rows
-            self._seconds[nodes] = self._costs.pass_s(self._num_rows + nodes, attended)
-        return self._seconds[nodes]
-
-
-def _halves(most: int) -> list[int]:
-    """Return ``most`` and the powers of two below it."""
-    return [1 << power for power in range((most - 1).bit_length())] + [most]
-
-
-def _counts(most: int) -> list[int]:
-    """Return a few numbers from 1 to ``most``, which is one of them."""
-    return [count for count in MOST_COUNTS if count < most] + [most] if most else []
+def _keys(rows: Sequence[RowState]) -> list[int]:
+    return [row.key for row in rows]
 
 
 def _debt(row: RowState, per_round: float) -> float:

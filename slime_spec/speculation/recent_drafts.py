@@ -2,11 +2,14 @@
 
 a round    candidates, one per sequence ──► note
 planning   pool(depth)                  all their nodes, likeliest first, as if each had drafted so deep
+
+Those of the sequences that still run count, where there are some: the ones whose drafts were accepted end first, so
+that drafts of all who ran lately promise too much to who is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -16,6 +19,7 @@ import numpy.typing as npt
 
 KEPT_DRAFTS = 48
 MOST_OF_A_ROUND = 8
+ENOUGH_OWN = 4  # drafts of sequences that still run, to say what theirs bring
 PROBE_COPIES = 4  # a draft that was made to learn stands for others that were not made
 
 
@@ -95,20 +99,23 @@ class RecentDrafts:
     def knows_texts(self) -> bool:
         return self._texts.count > 0
 
-    def note(self, candidates: Sequence[Candidate], is_probe: bool = False) -> None:
-        """Keep what some of a round's drafts promised, before any was cut."""
-        made = [each for each in candidates if each.chances]
-        if any(not each.of_text for each in made):
+    def note(self, candidates: Sequence[Candidate], keys: Sequence[int], is_probe: bool = False) -> None:
+        """Keep what some of a round's drafts promised, before any was cut; ``keys`` are the sequences'."""
+        every = list(zip(keys, candidates, strict=True))
+        made = [(key, each) for key, each in every if each.chances]
+        if any(not each.of_text for _, each in made):
             self._network.add(_some(made) * (PROBE_COPIES if is_probe else 1))
-        if not is_probe and (self.knows_texts or any(each.of_text for each in made)):
-            self._texts.add([each if each.of_text else NO_CANDIDATE for each in _some(candidates)])
+        if not is_probe and (self.knows_texts or any(each.of_text for _, each in made)):
+            self._texts.add([(key, each if each.of_text else NO_CANDIDATE) for key, each in _some(every)])
 
-    def pools(self, depths: Sequence[int], rates: Sequence[float], worth: float) -> dict[int, Pool]:
-        """Return, by depth, the nodes of a round in which a network drafts so deep.
+    def pools(
+        self, depths: Sequence[int], rates: Sequence[float], worth: float, keys: Sequence[int]
+    ) -> dict[int, Pool]:
+        """Return, by depth, the nodes of a round in which a network drafts so deep for the sequences ``keys``.
 
         A draft that was less deep goes on at ``rates`` given the parent. It stops where its chance is below ``worth``.
         """
-        chances, is_text = self._network.chances, self._network.is_text
+        chances, is_text = self._network.of(keys)
         texts, network = chances[is_text], chances[~is_text].copy()
         of_texts = texts[~np.isnan(texts)]
         for node in range(1, len(rates)):
@@ -121,9 +128,9 @@ class RecentDrafts:
             for depth in depths
         }
 
-    def text_pool(self) -> Pool:
-        """Return the nodes of a round in which texts alone give drafts."""
-        chances = self._texts.chances
+    def text_pool(self, keys: Sequence[int]) -> Pool:
+        """Return the nodes of a round in which texts alone give drafts to the sequences ``keys``."""
+        chances, _ = self._texts.of(keys)
         return pool_of(len(chances), chances[~np.isnan(chances)], 0.0)
 
 
@@ -133,29 +140,31 @@ class _Ring:
     def __init__(self, max_nodes: int) -> None:
         self._chances = np.full((KEPT_DRAFTS, max_nodes), np.nan)
         self._is_text = np.zeros(KEPT_DRAFTS, bool)
+        self._keys = np.zeros(KEPT_DRAFTS, int)
         self._next = 0
 
     @property
     def count(self) -> int:
         return min(self._next, KEPT_DRAFTS)
 
-    @property
-    def chances(self) -> Numbers:
-        """Return the chances [drafts, nodes], NaN beyond a draft's end."""
-        return self._chances[: self.count]
+    def of(self, keys: Sequence[int]) -> tuple[Numbers, npt.NDArray[np.bool_]]:
+        """Return the chances [drafts, nodes], NaN beyond a draft's end, and which drafts are of texts.
 
-    @property
-    def is_text(self) -> npt.NDArray[np.bool_]:
-        return self._is_text[: self.count]
+        They are those of the sequences ``keys``, or where these have too few, all.
+        """
+        chosen = np.isin(self._keys[: self.count], keys)
+        if chosen.sum() < ENOUGH_OWN:
+            chosen[:] = True
+        return self._chances[: self.count][chosen], self._is_text[: self.count][chosen]
 
-    def add(self, candidates: Sequence[Candidate]) -> None:
-        for each in candidates:
+    def add(self, candidates: Iterable[tuple[int, Candidate]]) -> None:
+        for key, each in candidates:
             place, self._next = self._next % KEPT_DRAFTS, self._next + 1
             self._chances[place] = np.nan
             self._chances[place, : len(each.chances)] = each.chances
-            self._is_text[place] = each.of_text
+            self._is_text[place], self._keys[place] = each.of_text, key
 
 
-def _some(candidates: Sequence[Candidate]) -> list[Candidate]:
+def _some(candidates: Sequence[tuple[int, Candidate]]) -> list[tuple[int, Candidate]]:
     """Return a few of a round's candidates, from all over the batch."""
     return list(candidates[:: -(-len(candidates) // MOST_OF_A_ROUND)])

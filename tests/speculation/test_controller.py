@@ -190,6 +190,35 @@ def test_texts_alone_are_left_to_draft_where_a_network_would_not_bring_its_cost(
     assert plan.is_probe or plan.texts_may_pay
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_nothing_is_drafted_without_weighing_every_option_only_where_none_would_pay(seed: int) -> None:
+    """The quick bound on what the options bring agrees with all of them, one by one."""
+    rng = random.Random(seed)
+    controller = controller_with((rng.random(),) * 7, cuts=True)
+    batch = [RowState(80, rng.randrange(1, 8), rng.randrange(60), 30.0, key) for key in range(rng.randrange(1, 12))]
+    for _ in range(6):
+        chances = [tuple(accumulate((rng.random() ** 0.3 for _ in range(rng.randrange(8))), mul)) for _ in batch]
+        controller.keep(batch, [Candidate(each, of_text=rng.random() < 0.3) for each in chances])
+    order = list(range(len(batch)))
+    every = list(controller._options(batch, order, controller._pools(batch, (1, 2, 3, 5, 7))))
+    most = max(controller._weighed(option) for option in every)
+    for least in (0.5 * most, 0.999 * most, 1.001 * most, 1.1 * most, 2.0 * most):
+        found = controller._weighed(controller._best_option(batch, order, least))
+        assert found == pytest.approx(most) if least < most else found <= least
+
+
+def test_the_last_of_a_batch_is_not_promised_what_the_others_drafts_brought() -> None:
+    """Texts of seven sequences brought much and ended them early; the eighth never had a draft."""
+    controller = controller_with((0.0,) * 7, cuts=True)
+    batch = [RowState(80, 7, key=key) for key in range(8)]
+    drafts = [Candidate((0.95, 0.9, 0.85), of_text=True)] * 7 + [Candidate()]
+    for _ in range(5):
+        controller.keep(batch, drafts)
+    assert controller.plan(batch[:3]).texts_may_pay
+    asked = [controller.plan(batch[7:]).texts_may_pay for _ in range(8)]
+    assert sum(asked) == 2, "only now and then"
+
+
 def test_a_likely_node_behind_an_unlikely_one_is_not_kept_for_itself() -> None:
     # A draft is cut to its first nodes: what comes later cannot be likelier than what it stands behind.
     assert controller_with(AFTER, free=True).keep(rows(6), candidates((0.01, 1.0, 1.0), *([()] * 5))) == [0] + [0] * 5

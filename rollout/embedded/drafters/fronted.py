@@ -78,12 +78,13 @@ class FrontedDrafter:
         return context.network_depth == 0 or _promise(draft, self._verified) >= self._brought
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        for outcome in outcomes:
+        for outcome in outcomes if self._of_network else ():
             if outcome.request_key in self._of_network and outcome.num_verified != 0:
                 self._note(len(outcome.path), outcome.num_verified)
-        self._network.observe(
-            [outcome._replace(path=()) if outcome.request_key in self._of_front else outcome for outcome in outcomes]
-        )
+        if self._of_front:
+            ours = self._of_front
+            outcomes = [each._replace(path=()) if each.request_key in ours else each for each in outcomes]
+        self._network.observe(outcomes)
         self._of_front, self._of_network = set(), set()
 
     def _note(self, num_accepted: int, num_verified: int | None) -> None:
