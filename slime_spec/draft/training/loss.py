@@ -1,4 +1,4 @@
-"""Compute the losses of an unrolled step, over the draft vocabulary; each is a mean over the rows that count."""
+"""Compute the losses of an unrolled step, over the draft vocabulary: by row, of which those that count are averaged."""
 
 from __future__ import annotations
 
@@ -35,22 +35,43 @@ def soft_cross_entropy(draft_logits: torch.Tensor, target: StepTarget) -> torch.
     return -(target.logits.softmax(-1) * draft_logits.log_softmax(-1)).sum(-1)
 
 
+def total_variation(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
+    """Return [n]: the probability that rejection sampling refuses a draft, which is the distributions' distance."""
+    return 1.0 - acceptance(draft_logits, target)
+
+
 def log_acceptance(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
-    """Return [n]: -log of the acceptance probability itself."""
+    """Return [n]: -log of the acceptance probability itself (SpecForge's ``alpha``)."""
     return -acceptance(draft_logits, target).clamp_min(1e-9).log()
 
 
-def blended(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
-    """Return [n]: w·KL + (1 - w)·(1 - acceptance), where w = exp(-acceptance) shrinks as the draft gets better."""
-    accepted = acceptance(draft_logits, target)
+def reverse_kl(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
+    """Return [n]: KL(q_draft || p_target), p renormalised over the draft vocabulary: seeks p's mode."""
+    log_q = draft_logits.log_softmax(-1)
+    return (log_q.exp() * (log_q - target.logits.log_softmax(-1))).sum(-1)
+
+
+def lk_hybrid(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
+    """Return [n]: w·KL(p || q) + (1 - w)·(1 - acceptance), w = exp(-acceptance), without gradient (arXiv 2602.23881).
+
+    An untrained draft, which overlaps nowhere, learns by the first part; a good one by what is accepted. It is
+    SpecForge's ``lambda`` with kl_scale and kl_decay 1.
+    """
+    refused = total_variation(draft_logits, target)
     p_renormalised = target.logits.softmax(-1)
     entropy = -(p_renormalised * target.logits.log_softmax(-1)).sum(-1)
-    weight = (-accepted.detach()).exp()
-    return weight * (soft_cross_entropy(draft_logits, target) - entropy) + (1 - weight) * (1 - accepted)
+    weight = (refused.detach() - 1.0).exp()
+    return weight * (soft_cross_entropy(draft_logits, target) - entropy) + (1 - weight) * refused
 
 
 Loss = Callable[[torch.Tensor, StepTarget], torch.Tensor]
-LOSSES: dict[str, Loss] = {"soft_ce": soft_cross_entropy, "log_acceptance": log_acceptance, "blended": blended}
+LOSSES: dict[str, Loss] = {
+    "soft_ce": soft_cross_entropy,
+    "total_variation": total_variation,
+    "log_acceptance": log_acceptance,
+    "reverse_kl": reverse_kl,
+    "lk_hybrid": lk_hybrid,
+}
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

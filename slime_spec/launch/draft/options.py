@@ -14,7 +14,7 @@ from slime_spec.launch.draft.corpus_settings import CorpusSettings
 
 PROG = "slime-spec draft train"
 KINDS = ("eagle3", "mtp")
-LOSS_NAMES = ("soft_ce", "log_acceptance", "blended")
+LOSS_NAMES = ("soft_ce", "total_variation", "log_acceptance", "reverse_kl", "lk_hybrid")
 DTYPES = ("float32", "bfloat16", "float16")
 FETCH = "Pass a model's folder, or make one with: slime-spec models fetch smollm2-135m"
 DESCRIPTION = """\
