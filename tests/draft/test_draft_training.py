@@ -14,11 +14,13 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.draft.build import network_tensors
 from slime_spec.draft.training.batch import TrainBatch, collate, epoch_batches
+from slime_spec.draft.training.held_out import _teacher_forced
 from slime_spec.draft.training.loss import LOSSES, StepTarget, acceptance
 from slime_spec.draft.training.run import Limits, judge_draft, train_draft
 from slime_spec.draft.training.sequence import DraftSequence, is_held_out
 from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings, learning_rate, unrolled_loss
 from slime_spec.draft.training.vocabulary import DraftVocabulary
+from slime_spec.draft.unroll import Unroll
 from slime_spec.errors import ConfigError
 from slime_spec.types import GroupRequest
 from tests.support.draft_training import Lesson, Silent, make_lesson, tiny_corpus
@@ -158,6 +160,36 @@ def test_an_engine_accepts_what_held_out_acceptance_promises(
     # The engine's last token is a bonus, whatever was drafted there; judged, it may be an accepted draft.
     promised = sum(sum(each.accepted) for each in tallies)
     assert 0 <= promised - sum(each.num_correct for each in counters) <= len(lesson.held_out)
+
+
+@torch.no_grad()
+def test_sampled_drafts_are_judged_by_the_probabilities_of_the_replys_own_tokens(lesson: Lesson) -> None:
+    """From a pass over whole sequences, token by token, without the draft's reduced vocabulary in the way."""
+    model = lesson.new_model()
+    batch = collate(lesson.held_out[:3], lesson.store, CPU)
+    forced = _teacher_forced(model, batch, 2)
+    head, seen = lesson.target.head, 0
+    for b, sequence in enumerate(lesson.held_out[:3]):
+        unroll = Unroll(model.network, model.embedding, batch.starts[b : b + 1], batch.num_rows)
+        known = lesson.store[sequence.index]
+        for step in range(2):
+            ids = torch.tensor([sequence.reply])
+            shown = unroll.first(batch.features[b : b + 1], batch.token_ids[b : b + 1])
+            for offset in range(1, step + 1):
+                padded = torch.nn.functional.pad(ids[:, offset:], (0, batch.num_rows))[:, : batch.num_rows]
+                shown = unroll.next(padded)
+            q = model.logits(shown)[0].softmax(-1)
+            for row in range(len(sequence.reply) - 1 - step):
+                token = sequence.reply[row + 1 + step]
+                place = (model.vocabulary.target_ids == token).nonzero().flatten()
+                ratio = float(forced.log_ratios[b, row, step])
+                if not len(place):
+                    assert ratio == -math.inf
+                    continue
+                p = (head.float() @ known.final[row + step].float()).softmax(0)[token]
+                assert ratio == pytest.approx(float((q[row, place[0]] / p).log()), abs=1e-4)
+                seen += 1
+    assert seen > 10
 
 
 def test_the_exported_checkpoint_is_the_network(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from slime_spec.draft.training.batch import TrainBatch
 from slime_spec.draft.training.loss import StepTarget, acceptance
 from slime_spec.draft.training.model import DraftModel
+from slime_spec.draft.training.served import RULES, Rule, ServedTally, standing
 from slime_spec.draft.unroll import Unroll
 
 
@@ -17,8 +19,9 @@ from slime_spec.draft.unroll import Unroll
 class Tally:
     """Counts the results of one kind of reply; lists have an entry per draft position.
 
-    ``tried`` and ``accepted`` are over the rounds an engine would run. ``hits`` and ``overlap`` (Σ min(p, q)) are
-    SpecForge's ``acc`` and ``acceptance_rate``: over every row, teacher-forced.
+    ``tried`` and ``accepted`` are over the rounds an engine would run that drafts the likeliest tokens, ``served`` over
+    those of one that samples them from the draft's own distribution, by rule. ``hits`` and ``overlap`` (Σ min(p, q))
+    are SpecForge's ``acc`` and ``acceptance_rate``: over every row, teacher-forced.
     """
 
     num_positions: int
@@ -30,8 +33,10 @@ class Tally:
     num_rows: list[int] = field(init=False)
     hits: list[int] = field(init=False)
     overlap: list[float] = field(init=False)
+    served: dict[Rule, ServedTally] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.served = {rule: ServedTally(self.num_positions) for rule in RULES}
         for name in ("tried", "accepted", "num_rows", "hits", "overlap"):
             setattr(self, name, [0] * self.num_positions)
 
@@ -55,6 +60,7 @@ class Tally:
             "sequences": self.num_sequences,
             "tokens_per_verify": round(self.tokens_per_verify, 4),
             **self.shares,
+            "served": {rule: tally.summary() for rule, tally in self.served.items()},
         }
 
 
@@ -71,20 +77,24 @@ def judge(
     """Return a tally per kind of reply: ``batches`` are (kind of each sequence, loader of the batch).
 
     A round drafts a chain of argmax tokens, each from the drafts before it. A draft is accepted where it is the reply's
-    token, whether that was argmax or sampled: exactly what greedy verification, or the target-only walk, accepts.
+    token, whether that was argmax or sampled: exactly what greedy verification, or the target-only walk, accepts. What
+    sampled drafts would bring is expected of replies at temperature 1 (served.py); others it says less of.
     """
     tallies: dict[str, Tally] = {}
     for kinds, load in batches:
         batch = load()
         lengths = _accepted_lengths(model, batch, num_positions).tolist()
-        overlap, hits, valid = _teacher_forced(model, batch, num_positions)
+        forced = _teacher_forced(model, batch, num_positions)
         for b, kind in enumerate(kinds):
             tally = tallies.setdefault(kind, Tally(num_positions))
             _count_rounds(tally, lengths[b], int(batch.reply_lens[b]))
             for step in range(num_positions):
-                tally.num_rows[step] += int(valid[step][b].sum())
-                tally.hits[step] += int(hits[step][b].sum())
-                tally.overlap[step] += float(overlap[step][b].sum())
+                tally.num_rows[step] += int(forced.valid[step][b].sum())
+                tally.hits[step] += int(forced.hits[step][b].sum())
+                tally.overlap[step] += float(forced.overlap[step][b].sum())
+            log_ratios = forced.log_ratios[b, : int(batch.reply_lens[b]) - 1].double().cpu().numpy()
+            for rule, served in tally.served.items():
+                served.count(standing(log_ratios, rule))
     return tallies
 
 
@@ -118,12 +128,22 @@ def _accepted_lengths(model: DraftModel, batch: TrainBatch, num_positions: int) 
     return lengths
 
 
-def _teacher_forced(
-    model: DraftModel, batch: TrainBatch, num_positions: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Return per position: overlaps of p and q, whether argmaxes are the target's, whether rows count [batch, rows]."""
+class _Forced(NamedTuple):
+    """Holds, by position, overlaps of p and q, whether argmaxes are the target's, whether rows count [batch, rows].
+
+    ``log_ratios`` [batch, rows, positions] are log(q / p) of the reply's own tokens, -inf where there is none.
+    """
+
+    overlap: list[torch.Tensor]
+    hits: list[torch.Tensor]
+    valid: list[torch.Tensor]
+    log_ratios: torch.Tensor
+
+
+def _teacher_forced(model: DraftModel, batch: TrainBatch, num_positions: int) -> _Forced:
     unroll = Unroll(model.network, model.embedding, batch.starts, batch.num_rows)
-    overlaps, hits, valids = [], [], []
+    overlaps, hits, valids, log_ratios = [], [], [], []
+    draft_ids = model.vocabulary.draft_ids.to(batch.token_ids.device)
     for step in range(num_positions):
         ids = batch.replies_from(step)
         head_input = unroll.first(batch.features, batch.token_ids) if step == 0 else unroll.next(ids)
@@ -137,7 +157,13 @@ def _teacher_forced(
         overlap[sequence, row] = acceptance(draft_logits, target)
         hit = torch.zeros_like(valid)
         hit[sequence, row] = model.target_ids(draft_logits.argmax(-1)) == batch.argmax[at]
+        drafted = draft_ids[batch.replies_from(step + 1)[sequence, row]]
+        log_q = draft_logits.log_softmax(-1).gather(1, drafted.clamp(min=0)[:, None])[:, 0]
+        log_p = target.logits.gather(1, drafted.clamp(min=0)[:, None])[:, 0] - target.logsumexp
+        ratio = torch.full(valid.shape, -torch.inf, device=valid.device)
+        ratio[sequence, row] = (log_q - log_p).masked_fill(drafted < 0, -torch.inf)
         overlaps.append(overlap)
         hits.append(hit)
         valids.append(valid)
-    return overlaps, hits, valids
+        log_ratios.append(ratio)
+    return _Forced(overlaps, hits, valids, torch.stack(log_ratios, dim=-1))

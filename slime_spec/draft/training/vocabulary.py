@@ -36,6 +36,12 @@ class DraftVocabulary:
         """Return bool [target vocab]: the token is in the draft vocabulary."""
         return torch.zeros(self.vocab_size, dtype=torch.bool).index_fill_(0, self.target_ids, True)
 
+    @property
+    def draft_ids(self) -> torch.Tensor:
+        """Return int64 [target vocab]: the draft's id of every token, -1 where it has none."""
+        ids = torch.full((self.vocab_size,), -1)
+        return ids.index_copy_(0, self.target_ids, torch.arange(len(self.target_ids)))
+
     def coverage(self, sequences: Iterable[DraftSequence]) -> float:
         """Return the share of the replies' tokens that the vocabulary has."""
         t2d = self.t2d

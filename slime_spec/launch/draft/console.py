@@ -11,6 +11,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from slime_spec.draft.training.held_out import Tally
+from slime_spec.draft.training.served import RULES
 
 # Without a terminal, a line is printed each time a phase advances by this many percent.
 LINE_PERCENT = 5
@@ -54,15 +55,21 @@ class ConsoleProgress:
 
 
 def held_out_table(tallies: Mapping[str, Tally]) -> Table:
-    """Make a row per kind of reply: by position, the share of drafts accepted, given that all earlier ones were."""
+    """Make a row per kind of reply: by position, the share of drafts accepted, given that all earlier ones were.
+
+    Tokens per verify are of drafts that name the likeliest token, and of sampled ones by either rule.
+    """
     table = Table(title="held-out replies")
     table.add_column("kind")
     table.add_column("replies", justify="right")
     table.add_column("tokens per verify", justify="right")
+    for rule in RULES:
+        table.add_column(f"by {rule}", justify="right")
     table.add_column("accepted at 1, 2, …", justify="right")
     table.add_column("acc", justify="right")
     table.add_column("acceptance_rate", justify="right")
     for kind, tally in sorted(tallies.items()):
         shares = [" ".join(f"{share:.2f}" for share in by_position) for by_position in tally.shares.values()]
-        table.add_row(kind, str(tally.num_sequences), f"{tally.tokens_per_verify:.2f}", *shares)
+        means = [tally.tokens_per_verify, *(served.tokens_per_verify for served in tally.served.values())]
+        table.add_row(kind, str(tally.num_sequences), *(f"{mean:.2f}" for mean in means), *shares)
     return table
