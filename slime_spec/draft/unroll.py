@@ -13,8 +13,9 @@ steps' keys for drafted ones. Only step 0 needs every row, as keys; queries are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 
 from slime_spec.draft.block import KeysValues
 from slime_spec.draft.network import DraftNetwork
@@ -23,15 +24,21 @@ from slime_spec.draft.network import DraftNetwork
 class Unroll:
     """Runs rows ``starts[b] … starts[b] + num_rows - 1`` of every sequence b of a padded batch. Example::
 
-    unroll = Unroll(network, embedding, starts, num_rows)
+    unroll = Unroll(network, model.embed, starts, num_rows)
     head_input = unroll.first(features, token_ids)      # step 0, [batch, rows, hidden]
     head_input = unroll.next(ids)                       # step 1 embeds ids [batch, rows], and so on
 
-    ``embedding`` [vocab, hidden] is the target's table, or the draft's own.
+    ``embed`` looks token ids [...] up in the target's table, or the draft's own, and returns [..., hidden].
     """
 
-    def __init__(self, network: DraftNetwork, embedding: torch.Tensor, starts: torch.Tensor, num_rows: int) -> None:
-        self._network, self._embedding = network, embedding
+    def __init__(
+        self,
+        network: DraftNetwork,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        starts: torch.Tensor,
+        num_rows: int,
+    ) -> None:
+        self._network, self._embed = network, embed
         self._rows = starts[:, None] + torch.arange(num_rows, device=starts.device)
         self._own: list[KeysValues] = []
 
@@ -41,7 +48,7 @@ class Unroll:
         Sequences are padded on the right, with anything: no row that counts sees a later token.
         """
         network, (batch, tokens) = self._network, token_ids.shape
-        embedded = F.embedding(token_ids.roll(-1, dims=1), self._embedding)
+        embedded = self._embed(token_ids.roll(-1, dims=1))
         if network.spec.zero_first_embedding:
             embedded = torch.cat([torch.zeros_like(embedded[:, :1]), embedded[:, 1:]], dim=1)
         x, residual = network.inputs(features, embedded, first=True)
@@ -56,7 +63,7 @@ class Unroll:
     def next(self, ids: torch.Tensor) -> torch.Tensor:
         """Run the next step, embedding the token ids [batch, rows] that follow each row's tokens so far."""
         network = self._network
-        x, residual = network.inputs(self._recurrent, F.embedding(ids, self._embedding), first=False)
+        x, residual = network.inputs(self._recurrent, self._embed(ids), first=False)
         self._own.append(network.attention.keys_values(x, self._rows + len(self._own) + 1))
         return self._step(x, residual)
 

@@ -14,11 +14,11 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.draft.build import network_tensors
 from slime_spec.draft.training.batch import TrainBatch, collate, epoch_batches
-from slime_spec.draft.training.held_out import _teacher_forced
 from slime_spec.draft.training.loss import LOSSES, StepTarget, acceptance
 from slime_spec.draft.training.run import Limits, judge_draft, train_draft
 from slime_spec.draft.training.sequence import DraftSequence, is_held_out
-from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings, learning_rate, unrolled_loss
+from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings, learning_rate
+from slime_spec.draft.training.unrolled import unrolled_loss
 from slime_spec.draft.training.vocabulary import DraftVocabulary
 from slime_spec.draft.unroll import Unroll
 from slime_spec.errors import ConfigError
@@ -92,7 +92,9 @@ def test_training_lowers_the_held_out_loss_and_drafts_better_than_its_start(
     lesson, trainer = trained
     batch = collate(lesson.held_out, lesson.store, CPU)
     with torch.no_grad():
-        before, after = (unrolled_loss(model, batch, SETTINGS)[0] for model in (lesson.new_model(), trainer.model))
+        before, after = (
+            unrolled_loss(model, batch, SETTINGS.objective).loss for model in (lesson.new_model(), trainer.model)
+        )
     assert after < 0.8 * before  # the rest is the entropy of the target
 
     def tokens_per_verify(model: object) -> float:
@@ -167,10 +169,10 @@ def test_sampled_drafts_are_judged_by_the_probabilities_of_the_replys_own_tokens
     """From a pass over whole sequences, token by token, without the draft's reduced vocabulary in the way."""
     model = lesson.new_model()
     batch = collate(lesson.held_out[:3], lesson.store, CPU)
-    forced = _teacher_forced(model, batch, 2)
+    forced = unrolled_loss(model, batch, replace(SETTINGS, num_steps=2).objective).quality
     head, seen = lesson.target.head, 0
     for b, sequence in enumerate(lesson.held_out[:3]):
-        unroll = Unroll(model.network, model.embedding, batch.starts[b : b + 1], batch.num_rows)
+        unroll = Unroll(model.network, model.embed, batch.starts[b : b + 1], batch.num_rows)
         known = lesson.store[sequence.index]
         for step in range(2):
             ids = torch.tensor([sequence.reply])
@@ -232,25 +234,44 @@ def test_rows_count_where_root_and_prediction_are_in_the_reply(lesson: Lesson) -
 def test_what_no_row_counts_does_not_move_the_loss(lesson: Lesson) -> None:
     batch, model = one_batch(lesson), lesson.new_model()
     torch.nn.init.normal_(model.network.attention.o_proj.weight, std=0.1)  # this target's attention is zero
-    loss, *_ = unrolled_loss(model, batch, SETTINGS)
+    loss = unrolled_loss(model, batch, SETTINGS.objective).loss
     final, features, token_ids = batch.final.clone(), batch.features.clone(), batch.token_ids.clone()
     for b, sequence in enumerate(lesson.learned[:8]):
         final[b, len(sequence.reply) - 1 :] = 7.0  # after the last token nothing is predicted
         features[b, len(sequence.token_ids) - 1 :] = 7.0  # and its features are nobody's context
         token_ids[b, len(sequence.token_ids) :] = 3
     changed = replace(batch, final=final, features=features, token_ids=token_ids)
-    assert unrolled_loss(model, changed, SETTINGS)[0] == loss
+    assert unrolled_loss(model, changed, SETTINGS.objective).loss == loss
     features[:, 0] += 1.0  # a prompt's features are context
-    assert unrolled_loss(model, replace(changed, features=features), SETTINGS)[0] != loss
+    assert unrolled_loss(model, replace(changed, features=features), SETTINGS.objective).loss != loss
+
+
+def test_the_policys_distribution_is_float32_where_the_draft_computes_in_bfloat16(lesson: Lesson) -> None:
+    batch, model = one_batch(lesson), lesson.new_model()
+    sharp = replace(batch, final=40 * batch.final)
+    sharp = replace(sharp, logsumexp=(sharp.final @ lesson.target.head.T).logsumexp(-1))
+    seen: list[StepTarget] = []
+
+    def loss(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
+        seen.append(target)
+        return draft_logits.sum(-1)
+
+    objective = replace(SETTINGS.objective, loss=loss)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            unrolled_loss(model, sharp, objective)
+    exact, under_autocast = seen[: SETTINGS.num_steps], seen[SETTINGS.num_steps :]
+    for ours, theirs in zip(under_autocast, exact, strict=True):
+        assert torch.equal(ours.p_target, theirs.p_target)
 
 
 def test_rows_whose_target_is_outside_the_draft_vocabulary_do_not_count(lesson: Lesson) -> None:
     batch, model = one_batch(lesson), lesson.new_model()
     outside = int((~model.vocabulary.t2d).nonzero()[0])
     argmax = torch.full_like(batch.argmax, outside)
-    assert unrolled_loss(model, replace(batch, argmax=argmax), SETTINGS)[0] == 0
+    assert unrolled_loss(model, replace(batch, argmax=argmax), SETTINGS.objective).loss == 0
     argmax[0, 0] = int(model.vocabulary.target_ids[0])
-    assert unrolled_loss(model, replace(batch, argmax=argmax), SETTINGS)[0] > 0
+    assert unrolled_loss(model, replace(batch, argmax=argmax), SETTINGS.objective).loss > 0
 
 
 def test_acceptance_is_the_overlap_of_both_distributions_over_all_tokens() -> None:
@@ -389,5 +410,5 @@ def test_a_target_with_biases_and_untied_head_warms_a_draft_too(kind: str, tmp_p
     last = "model.layers.3.self_attn.k_proj.weight"
     columns = network.attention.k_proj.weight[:, -48:]
     assert torch.equal(columns, lesson.tensors[last])
-    loss, *_ = unrolled_loss(lesson.new_model(), one_batch(lesson), SETTINGS)
+    loss = unrolled_loss(lesson.new_model(), one_batch(lesson), SETTINGS.objective).loss
     assert torch.isfinite(loss)

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes
@@ -50,7 +52,7 @@ def test_every_step_of_every_row_is_what_a_round_computes(spec: DraftSpec) -> No
     reference = reference_of(spec, tensors, embedding)
     network = load_network(spec, tensors).double()
     num_rows = 6
-    unroll = Unroll(network, embedding, torch.tensor(starts), num_rows)
+    unroll = Unroll(network, partial(F.embedding, weight=embedding), torch.tensor(starts), num_rows)
     compared = 0
     for step in range(NUM_STEPS):
         if step == 0:
@@ -123,7 +125,7 @@ def test_a_later_step_teaches_the_steps_before_it() -> None:
     tensors = random_tensors(draft_shapes(EAGLE3))
     network = load_network(EAGLE3, tensors)
     embedding = torch.randn(131, 48)
-    unroll = Unroll(network, embedding, torch.tensor([0]), 3)
+    unroll = Unroll(network, partial(F.embedding, weight=embedding), torch.tensor([0]), 3)
     first = unroll.first(torch.randn(1, 5, EAGLE3.feature_size), torch.randint(0, 131, (1, 5)))
     first.retain_grad()
     second = unroll.next(torch.randint(0, 131, (1, 3)))

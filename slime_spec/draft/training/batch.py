@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from slime_spec.draft.training.feature_store import FeatureStore
 from slime_spec.draft.training.sequence import DraftSequence
+from slime_spec.draft.training.target import SequenceFeatures
 
 # Sequences are sorted by length within pools of this many batches: little padding, and still a random order.
 POOL_BATCHES = 16
@@ -63,19 +64,26 @@ def epoch_batches(
     return batches
 
 
-def collate(sequences: Sequence[DraftSequence], store: FeatureStore, device: torch.device) -> TrainBatch:
+class Features(Protocol):
+    """Has the target's features of sequences by their index."""
+
+    def __getitem__(self, index: int, /) -> SequenceFeatures: ...
+
+
+def collate(sequences: Sequence[DraftSequence], store: Features, device: torch.device) -> TrainBatch:
     known = [store[each.index] for each in sequences]
     token_ids = [torch.tensor(each.token_ids) for each in sequences]
     return TrainBatch(
-        token_ids=_padded(token_ids).to(device),
-        features=_padded([each.features for each in known]).to(device).float(),
+        token_ids=padded(token_ids).to(device),
+        features=padded([each.features for each in known]).to(device).float(),
         starts=torch.tensor([each.prompt_len - 1 for each in sequences], device=device),
         reply_lens=torch.tensor([len(each.reply) for each in sequences], device=device),
-        final=_padded([each.final for each in known]).to(device),
-        argmax=_padded([each.argmax for each in known]).to(device),
-        logsumexp=_padded([each.logsumexp for each in known]).to(device),
+        final=padded([each.final for each in known]).to(device),
+        argmax=padded([each.argmax for each in known]).to(device),
+        logsumexp=padded([each.logsumexp for each in known]).to(device),
     )
 
 
-def _padded(tensors: list[torch.Tensor]) -> torch.Tensor:
+def padded(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the tensors side by side, each padded with zeros behind its end to the longest."""
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from slime_spec.draft.training.batch import TrainBatch
-from slime_spec.draft.training.loss import StepTarget, acceptance
+from slime_spec.draft.training.loss import total_variation
 from slime_spec.draft.training.model import DraftModel
 from slime_spec.draft.training.served import RULES, Rule, ServedTally, standing
+from slime_spec.draft.training.unrolled import Objective, unrolled_loss
 from slime_spec.draft.unroll import Unroll
 
 
@@ -81,17 +81,18 @@ def judge(
     sampled drafts would bring is expected of replies at temperature 1 (served.py); others it says less of.
     """
     tallies: dict[str, Tally] = {}
+    objective = Objective(total_variation, num_positions, 1.0)
     for kinds, load in batches:
         batch = load()
         lengths = _accepted_lengths(model, batch, num_positions).tolist()
-        forced = _teacher_forced(model, batch, num_positions)
+        forced = unrolled_loss(model, batch, objective).quality
         for b, kind in enumerate(kinds):
             tally = tallies.setdefault(kind, Tally(num_positions))
             _count_rounds(tally, lengths[b], int(batch.reply_lens[b]))
             for step in range(num_positions):
-                tally.num_rows[step] += int(forced.valid[step][b].sum())
-                tally.hits[step] += int(forced.hits[step][b].sum())
-                tally.overlap[step] += float(forced.overlap[step][b].sum())
+                tally.num_rows[step] += int(forced.valid[b, :, step].sum())
+                tally.hits[step] += int(forced.hits[b, :, step].sum())
+                tally.overlap[step] += float(forced.overlap[b, :, step].sum())
             log_ratios = forced.log_ratios[b, : int(batch.reply_lens[b]) - 1].double().cpu().numpy()
             for rule, served in tally.served.items():
                 served.count(standing(log_ratios, rule))
@@ -115,7 +116,7 @@ def _count_rounds(tally: Tally, accepted_lengths: Sequence[int], reply_len: int)
 
 def _accepted_lengths(model: DraftModel, batch: TrainBatch, num_positions: int) -> torch.Tensor:
     """Return [batch, rows]: how many of the ``num_positions`` chained drafts of every possible round are accepted."""
-    unroll = Unroll(model.network, model.embedding, batch.starts, batch.num_rows)
+    unroll = Unroll(model.network, model.embed, batch.starts, batch.num_rows)
     head_input = unroll.first(batch.features, batch.token_ids)
     standing = torch.ones_like(batch.valid(0))
     lengths = torch.zeros_like(standing, dtype=torch.int64)
@@ -126,44 +127,3 @@ def _accepted_lengths(model: DraftModel, batch: TrainBatch, num_positions: int) 
         if step + 1 < num_positions:
             head_input = unroll.next(drafted)
     return lengths
-
-
-class _Forced(NamedTuple):
-    """Holds, by position, overlaps of p and q, whether argmaxes are the target's, whether rows count [batch, rows].
-
-    ``log_ratios`` [batch, rows, positions] are log(q / p) of the reply's own tokens, -inf where there is none.
-    """
-
-    overlap: list[torch.Tensor]
-    hits: list[torch.Tensor]
-    valid: list[torch.Tensor]
-    log_ratios: torch.Tensor
-
-
-def _teacher_forced(model: DraftModel, batch: TrainBatch, num_positions: int) -> _Forced:
-    unroll = Unroll(model.network, model.embedding, batch.starts, batch.num_rows)
-    overlaps, hits, valids, log_ratios = [], [], [], []
-    draft_ids = model.vocabulary.draft_ids.to(batch.token_ids.device)
-    for step in range(num_positions):
-        ids = batch.replies_from(step)
-        head_input = unroll.first(batch.features, batch.token_ids) if step == 0 else unroll.next(ids)
-        valid = batch.valid(step)
-        sequence, row = valid.nonzero(as_tuple=True)
-        at = (sequence, row + step)
-        draft_logits = model.logits(head_input[sequence, row])
-        counts = torch.ones_like(row, dtype=torch.bool)
-        target = StepTarget(model.target_logits(batch.final[at]), batch.logsumexp[at], counts)
-        overlap = torch.zeros(valid.shape, device=valid.device)
-        overlap[sequence, row] = acceptance(draft_logits, target)
-        hit = torch.zeros_like(valid)
-        hit[sequence, row] = model.target_ids(draft_logits.argmax(-1)) == batch.argmax[at]
-        drafted = draft_ids[batch.replies_from(step + 1)[sequence, row]]
-        log_q = draft_logits.log_softmax(-1).gather(1, drafted.clamp(min=0)[:, None])[:, 0]
-        log_p = target.logits.gather(1, drafted.clamp(min=0)[:, None])[:, 0] - target.logsumexp
-        ratio = torch.full(valid.shape, -torch.inf, device=valid.device)
-        ratio[sequence, row] = (log_q - log_p).masked_fill(drafted < 0, -torch.inf)
-        overlaps.append(overlap)
-        hits.append(hit)
-        valids.append(valid)
-        log_ratios.append(ratio)
-    return _Forced(overlaps, hits, valids, torch.stack(log_ratios, dim=-1))

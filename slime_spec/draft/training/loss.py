@@ -74,6 +74,9 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the values whose mask is true; 0 where there are none."""
-    return (values * mask).sum() / mask.sum().clamp_min(1)
+def token_log_ratios(draft_logits: torch.Tensor, target: StepTarget, draft_ids: torch.Tensor) -> torch.Tensor:
+    """Return [n]: log(q_draft / p_target) of one token a row; -inf where its id is -1, which the draft cannot name."""
+    column = draft_ids.clamp(min=0)[:, None]
+    log_q = draft_logits.log_softmax(-1).gather(1, column)[:, 0]
+    log_p = target.logits.gather(1, column)[:, 0] - target.logsumexp
+    return (log_q - log_p).masked_fill(draft_ids < 0, -torch.inf)

@@ -16,13 +16,16 @@ class DraftModel:
     """Joins a draft network with ``embedding`` and ``target_head`` [vocab, hidden] of the target, in fp32 and frozen.
 
     ``vocabulary`` is what the draft's logits range over: the head's rows of a network with a head of its own, else
-    those tokens of the target's head.
+    those tokens of the target's head. Logits are those at ``temperature``, at which the replies were sampled. Where
+    ``embedding`` has the rows of some tokens alone, ``embedding_rows`` [vocab] says which row is whose.
     """
 
     network: DraftNetwork
     embedding: torch.Tensor
     target_head: torch.Tensor
     vocabulary: DraftVocabulary
+    temperature: float = 1.0
+    embedding_rows: torch.Tensor | None = None
 
     @classmethod
     def of(cls, network: DraftNetwork, embedding: torch.Tensor, head: torch.Tensor, ids: DraftVocabulary) -> DraftModel:
@@ -31,14 +34,18 @@ class DraftModel:
         table = embedding if own is None else own
         return cls(network, table.float(), head[ids.target_ids.to(head.device)].float(), ids)
 
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return [..., hidden] of token ids [...]."""
+        return F.embedding(ids if self.embedding_rows is None else self.embedding_rows[ids], self.embedding)
+
     def logits(self, head_input: torch.Tensor) -> torch.Tensor:
         """Return the draft's logits [..., draft vocab], fp32."""
         own = self.network.own_head
-        return F.linear(head_input, self.target_head if own is None else own).float()
+        return F.linear(head_input, self.target_head if own is None else own).float() / self.temperature
 
     def target_logits(self, final: torch.Tensor) -> torch.Tensor:
         """Return the target's logits over the draft vocabulary, from hidden states after its final norm."""
-        return F.linear(final.float(), self.target_head)
+        return F.linear(final.float(), self.target_head) / self.temperature
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.target_ids.to(draft_ids.device)[draft_ids]

@@ -48,17 +48,18 @@ def train_draft(
     """
     device = model.embedding.device
     per_epoch = -(-len(sequences) // settings.batch_size)
-    trainer = DraftTrainer(model, settings, settings.epochs * per_epoch)
+    num_updates = settings.epochs * per_epoch
+    trainer = DraftTrainer(model, settings, num_updates)
     load_state(trainer, folder)
     shown: StepReport | None = None
     saved_at = limits.clock()
-    while trainer.step_number < trainer.num_updates and limits.clock() < limits.deadline_s:
+    while trainer.step_number < num_updates and limits.clock() < limits.deadline_s:
         epoch, first = divmod(trainer.step_number, per_epoch)
         for batch in epoch_batches(sequences, settings.batch_size, settings.seed, epoch)[first:]:
             report = trainer.step(collate(batch, store, device))
             shown = report if shown is None else _smoothed(shown, report)
             note = f"loss {shown.loss:.3f} · accept {shown.acceptance:.3f} · lr {shown.lr:.1e}"
-            progress.show("training", trainer.step_number, trainer.num_updates, note)
+            progress.show("training", trainer.step_number, num_updates, note)
             if limits.clock() >= limits.deadline_s:
                 break
             if limits.clock() - saved_at >= limits.save_every_s:

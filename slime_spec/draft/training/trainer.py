@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from slime_spec.draft.training.batch import TrainBatch
-from slime_spec.draft.training.loss import LOSSES, StepTarget, acceptance, masked_mean
+from slime_spec.draft.training.loss import LOSSES
 from slime_spec.draft.training.model import DraftModel
-from slime_spec.draft.unroll import Unroll
+from slime_spec.draft.training.unrolled import Objective, Unrolled, unrolled_loss
 from slime_spec.errors import TrainingError
 
 
@@ -33,6 +34,10 @@ class TrainSettings:
     seed: int = 0
     autocast: bool = False
 
+    @property
+    def objective(self) -> Objective:
+        return Objective(LOSSES[self.loss], self.num_steps, self.step_decay)
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -45,35 +50,84 @@ class StepReport:
     lr: float
 
 
+@dataclass(frozen=True)
+class Update:
+    """Reports an update: what the draft was before it, the norm of its gradient before clipping, the learning rate."""
+
+    unrolled: Unrolled | None
+    grad_norm: float
+    lr: float
+
+
+def _of_one_rank(tensors: Sequence[torch.Tensor]) -> None:
+    """Leave gradients as they are, where no other rank has a part of a batch."""
+
+
 class DraftTrainer:
     """Owns a draft's parameters and their moments. Example::
 
-    trainer = DraftTrainer(model, settings, num_updates=1000)
-    report = trainer.step(batch)
-    torch.save(trainer.state(), path)
+        trainer = DraftTrainer(model, settings, num_updates=1000)
+        report = trainer.step(batch)
+        torch.save(trainer.state(), path)
+
+    ``num_updates`` is where the learning rate ends; None is a training without an end, at a constant rate.
+    ``sum_over_ranks`` adds up tensors in place, over the ranks that hold the same draft and other parts of a batch.
     """
 
-    def __init__(self, model: DraftModel, settings: TrainSettings, num_updates: int) -> None:
+    def __init__(
+        self,
+        model: DraftModel,
+        settings: TrainSettings,
+        num_updates: int | None,
+        sum_over_ranks: Callable[[Sequence[torch.Tensor]], None] = _of_one_rank,
+    ) -> None:
         self.model, self.settings, self.num_updates, self.step_number = model, settings, num_updates, 0
+        self._sum_over_ranks = sum_over_ranks
         # The draft's own embedding, if there is one, is a copy of the target's and is not trained.
-        self._parameters = [each for name, each in model.network.named_parameters() if "embed_tokens" not in name]
+        for name, parameter in model.network.named_parameters():
+            parameter.requires_grad_("embed_tokens" not in name)
+        self._parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, batch: TrainBatch) -> StepReport:
         """Make one update; raises TrainingError and keeps the weights where the gradient is not finite."""
+        update = self.update(batch)
+        assert update.unrolled is not None, "there was a batch"
+        loss, quality = float(update.unrolled.loss.detach()), update.unrolled.quality
+        first = quality.valid[..., 0].sum().clamp_min(1)
+        overlap, hits = quality.overlap[..., 0].sum() / first, quality.hits[..., 0].sum() / first
+        return StepReport(loss, float(overlap), float(hits), update.grad_norm, update.lr)
+
+    def update(self, batch: TrainBatch | None, num_rows: torch.Tensor | None = None) -> Update:
+        """Make one update, of which this rank has ``batch``, or nothing; ``num_rows`` are those of all ranks."""
         lr = learning_rate(self.step_number, self.num_updates, self.settings)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(batch.token_ids.device.type, torch.bfloat16, enabled=self.settings.autocast):
-            loss, accepted, accuracy = unrolled_loss(self.model, batch, self.settings)
-        loss.backward()
+        unrolled = None
+        if batch is not None:
+            with torch.autocast(batch.token_ids.device.type, torch.bfloat16, enabled=self.settings.autocast):
+                unrolled = unrolled_loss(self.model, batch, self.settings.objective, num_rows)
+            unrolled.loss.backward()
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._sum_over_ranks([parameter.grad for parameter in self._parameters if parameter.grad is not None])
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.clip_grad))
         if not math.isfinite(grad_norm):
-            raise TrainingError(f"the draft's gradient is not finite at update {self.step_number}: lower --lr")
+            raise TrainingError(f"the draft's gradient is not finite at update {self.step_number}: lower its lr")
         self._optimizer.step()
         self.step_number += 1
-        return StepReport(float(loss.detach()), float(accepted), float(accuracy), grad_norm, lr)
+        return Update(unrolled, grad_norm, lr)
+
+    def drop_gradients(self) -> None:
+        """Free the gradients' memory until the next update."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def moments(self) -> Iterator[torch.Tensor]:
+        """Yield AdamW's moments so far."""
+        for state in self._optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor) and value.dim())
 
     def state(self) -> dict[str, Any]:
         """Return the state from which ``load_state`` resumes, bit for bit."""
@@ -90,50 +144,11 @@ class DraftTrainer:
         self._optimizer.load_state_dict(state["optimizer"])
 
 
-def learning_rate(step: int, num_updates: int, settings: TrainSettings) -> float:
-    """Return the rate: linear warm-up over ``warmup_ratio`` of the updates, then a cosine to zero."""
+def learning_rate(step: int, num_updates: int | None, settings: TrainSettings) -> float:
+    """Return the rate: linear warm-up over ``warmup_ratio`` of the updates, then a cosine to zero; constant without."""
+    if num_updates is None:
+        return settings.lr
     warmup = max(1, round(settings.warmup_ratio * num_updates))
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_updates - warmup)))
-
-
-def unrolled_loss(
-    model: DraftModel, batch: TrainBatch, settings: TrainSettings
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (loss, acceptance and accuracy of step 0): Σ step_decay^i · mean over the rows of step i that count.
-
-    Drafts are teacher-forced: step i embeds the reply's own token. A row counts where the token it predicts is in the
-    reply and the target's argmax is in the draft vocabulary; accuracy and acceptance are over all rows of the reply.
-    """
-    per_row = LOSSES[settings.loss]
-    with torch.no_grad():
-        logits_of_replies = model.target_logits(batch.final)
-        in_vocabulary = model.vocabulary.t2d.to(batch.argmax.device)[batch.argmax]
-    unroll = Unroll(model.network, model.embedding, batch.starts, batch.num_rows)
-    loss = torch.zeros((), device=batch.token_ids.device)
-    first = (loss, loss)
-    for step in range(settings.num_steps):
-        if step == 0:
-            head_input = unroll.first(batch.features, batch.token_ids)
-        else:
-            head_input = unroll.next(batch.replies_from(step))
-        sequence, row = batch.valid(step).nonzero(as_tuple=True)
-        if len(row) == 0:
-            break
-        # Root reply[row]; step i predicts reply[row + 1 + i], which the target draws at reply position row + i.
-        at = (sequence, row + step)
-        target = StepTarget(logits_of_replies[at], batch.logsumexp[at], in_vocabulary[at])
-        draft_logits = model.logits(head_input[sequence, row])
-        loss = loss + settings.step_decay**step * masked_mean(per_row(draft_logits, target), target.counts)
-        if step == 0:
-            first = _quality(model, draft_logits.detach(), target, batch.argmax[at])
-    return loss, *first
-
-
-@torch.no_grad()
-def _quality(
-    model: DraftModel, draft_logits: torch.Tensor, target: StepTarget, argmax: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    hits = model.target_ids(draft_logits.argmax(-1)) == argmax
-    return acceptance(draft_logits, target).mean(), hits.float().mean()
