@@ -6,7 +6,7 @@ An implementation is imported only when its name is chosen, so that a run loads 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from slime_spec.config.tree import Config
-    from slime_spec.weights.messages import NamedTensors, PushBucket, PushMessage, PushReply
+    from slime_spec.weights.messages import NamedTensors, PushBucket, PushMessage, PushReply, Side
 
 
 Choice = TypeVar("Choice")
@@ -122,17 +122,20 @@ class Trainer(Protocol):
     def load(self) -> RunState | None:
         """Build the model from the HF checkpoint, or resume when trainer.load is set and return where the run was."""
 
-    def step(self, samples: Sequence[TrainSample]) -> TrainReport:
-        """Run the policy step(s) for one rollout's samples."""
+    def step(self, samples: Sequence[TrainSample], learns_draft: bool = True) -> TrainReport:
+        """Run the policy step(s) for one rollout's samples; a draft in training learns from them, or not this time."""
 
-    def push(self, version: int) -> Iterator[PushMessage]:
-        """Yield the current weights as one push's messages: begin, buckets, commit (slime_spec.weights.messages)."""
+    def push(self, version: int, side: Side = "target") -> Generator[PushMessage, None, None]:
+        """Yield a side's weights as one push's messages: begin, buckets, commit (slime_spec.weights.messages).
+
+        The side draft only where the trainer trains it. Closing the generator gives the push up.
+        """
 
     def save(self, folder: str, state: RunState) -> None:
         """Write a checkpoint that ``load`` resumes from; a failed write leaves the previous one intact."""
 
-    def export_hf(self, folder: str) -> None:
-        """Write the policy as an ordinary Hugging Face checkpoint folder."""
+    def export_hf(self, folder: str, draft_folder: str | None = None) -> None:
+        """Write the policy as an ordinary Hugging Face checkpoint folder, and a draft that was trained as its own."""
 
     def stop(self) -> None: ...
 

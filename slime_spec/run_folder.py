@@ -127,6 +127,10 @@ class RunFolder:
     def hf_export(self) -> Path:
         return self.path / "hf"
 
+    @property
+    def draft_export(self) -> Path:
+        return self.path / "draft"
+
 
 def versions() -> dict[str, object]:
     """Return the versions that the run uses; ``git`` is null outside a checkout of this project."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -209,13 +210,33 @@ class TrainSample:
 
 
 @dataclass(frozen=True)
+class DraftReport:
+    """Reports a step's updates of the draft, which is judged by each reply before it first learns from it.
+
+    ``acceptance`` and ``accuracy`` are by draft position, teacher-forced: mean Σ min(p, q), and the share of right
+    argmaxes. ``tokens_per_round`` is what an engine would get of the step's replies that samples drafts of this length
+    (bonus token included), by rule of verification. ``grad_norm`` is the mean before clipping, None where every update
+    was left out, as its gradient was not finite.
+    """
+
+    loss: float
+    grad_norm: float | None
+    acceptance: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    tokens_per_round: Mapping[str, float]
+    num_updates: int
+    num_skipped: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """Reports what one training step did on all ranks.
 
     ``num_tokens`` are the step's response tokens and ``num_trained_tokens`` those with a gradient; the others have
     advantage 0. ``loss``, ``pg_loss``, ``clip_fraction`` and ``kl`` are means over all. ``entropy`` and
     ``train_rollout_logprob_abs_diff`` are means over the trained tokens, or over all with
-    trainer.metrics_of_all_samples; None where that is none.
+    trainer.metrics_of_all_samples; None where that is none. ``draft`` is None where no draft learned.
     """
 
     loss: float
@@ -229,6 +250,7 @@ class TrainReport:
     num_trained_tokens: int
     num_optimizer_steps: int
     num_microbatches: int
+    draft: DraftReport | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from slime_spec.checkpoints.draft_spec import OWN_EMBEDDING
 from slime_spec.checkpoints.families.eagle3 import TABLES
 from slime_spec.checkpoints.model_files import DraftFiles, Shapes, TargetFiles
 from slime_spec.errors import PushError
@@ -58,7 +59,9 @@ def expected_draft(manifest: Manifest, draft: DraftFiles | None) -> Shapes:
         raise PushError(f"{', '.join(tables)} cannot be pushed: SGLang reads a draft's vocabulary once, at its start")
     if draft.in_target or sent == set(draft.shapes):
         return draft.shapes
-    return _renamed(draft.shapes, sent)
+    # A copy of the target's embedding, which drafts share, is in many files and is not trained.
+    shapes = {name: shape for name, shape in draft.shapes.items() if name != OWN_EMBEDDING or name in sent}
+    return _renamed(shapes, sent)
 
 
 def _renamed(shapes: Shapes, sent: set[str]) -> Mapping[str, tuple[int, ...]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slime_spec.algorithms import Algorithm, algorithm_of_family
+from slime_spec.algorithms import EAGLE3, Algorithm, algorithm_of_family
 from slime_spec.checkpoints.draft_location import locate_draft
-from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_spec import DraftSpec, is_trainable
 from slime_spec.checkpoints.draft_tensors import verify_draft, with_stored_embedding
 from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT
@@ -143,3 +143,22 @@ def _vocabulary(folder: CheckpointFolder) -> dict[str, int]:
         path = folder.path / TOKENIZER
         raise CheckpointError(str(path), "must hold tokens and their ids", TOKENIZER, AGAIN)
     return tokens
+
+
+def trainable_draft(config: Config, target: ModelSpec) -> ChosenDraft:
+    """Return the draft that a run trains; raises ConfigError naming what keeps it from being trained."""
+    speculative = config.speculative
+    setting, remedy = "draft_training.enable", "Drop --enable-draft-training, or choose another draft."
+    if not speculative.record.has_weights:
+        rule = f"trains a draft's weights, and {speculative.algorithm} has none"
+        raise ConfigError(setting, rule, True, f"Choose {EAGLE3.name} and a draft for it, or drop it.")
+    location = locate_draft(speculative, config.model.hf_checkpoint)
+    if location is None or location.kind == "whole":
+        rule = "trains a draft that reads the target's hidden states, not a whole model"
+        raise ConfigError(setting, rule, True, remedy)
+    folder = Path(location.folder)
+    spec = DraftSpec.from_folder(folder, target, speculative.draft_norm_output_convention)
+    if not is_trainable(spec):
+        rule = f"cannot train this draft: {spec.block.num_layers} layers in the format {spec.family}"
+        raise ConfigError(setting, rule, True, remedy)
+    return ChosenDraft(folder, with_stored_embedding(folder, spec, Path(config.model.hf_checkpoint)))

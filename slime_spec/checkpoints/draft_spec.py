@@ -108,6 +108,13 @@ class DraftSpec:
         return spec
 
 
+def is_trainable(spec: DraftSpec) -> bool:
+    """Return whether ``slime_spec.draft`` has a network of the draft's format and size."""
+    if spec.block.num_layers != 1:
+        return False
+    return spec.family == "eagle3" or (spec.family == "mtp" and spec.hidden_first)
+
+
 def draft_config(spec: DraftSpec) -> dict[str, Any]:
     """Return the config.json of ``spec``, as SpecForge and SGLang read it.
 

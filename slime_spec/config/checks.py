@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import date
 
 from slime_spec.config.api_key import refuse_literal_keys
+from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.server_checks import check_servers, server_notes, unused_server_settings
 from slime_spec.config.speculation import check_speculation, speculation_notes
 from slime_spec.config.tree import Config, RolloutConfig, TaskConfig, TrainerConfig
@@ -32,6 +33,7 @@ def check(config: Config) -> None:
     if config.run.mode != "rollout_only":
         check_ranks(config.trainer)
         _check_saving(config)
+    _check_draft_training(config)
     if config.run.mode == "train":
         _check_batch(config)
         _check_learning_signal(config)
@@ -162,6 +164,28 @@ def _check_saving(config: Config) -> None:
             f"must be a multiple of push.interval={interval}, so that resumed engines get the weights they had",
             trainer.save_interval,
             f"Pass --save-interval {interval * (trainer.save_interval // interval + 1)}.",
+        )
+
+
+def _check_draft_training(config: Config) -> None:
+    settings = config.draft_training
+    if settings.enable and config.run.mode == "rollout_only":
+        rule = "trains the draft beside the policy, and rollout_only has no trainer"
+        raise ConfigError("draft_training.enable", rule, True, "Drop --enable-draft-training or --debug-rollout-only.")
+    if settings.max_rows >= settings.max_length:
+        raise ConfigError(
+            "draft_training.max_rows",
+            f"must be below draft_training.max_length ({settings.max_length}), which counts what is before them too",
+            settings.max_rows,
+            "Lower --draft-max-rows, or raise --draft-max-length.",
+        )
+    if not settings.enable and settings != DraftTrainingConfig():
+        name = next(name for name in vars(settings) if getattr(settings, name) != getattr(DraftTrainingConfig(), name))
+        raise ConfigError(
+            f"draft_training.{name}",
+            "has no effect where no draft is trained",
+            getattr(settings, name),
+            "Add --enable-draft-training, or leave it out.",
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from slime_spec.algorithms import LOOKUP
+from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.push import PushConfig
 from slime_spec.config.setting import CORES, INT32, MACHINES, MAX_WAIT_S, SAMPLES, setting
 from slime_spec.config.sglang_server import SglangServerConfig
@@ -353,6 +354,7 @@ class Config:
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     sglang_server: SglangServerConfig = field(default_factory=SglangServerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    draft_training: DraftTrainingConfig = field(default_factory=DraftTrainingConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     push: PushConfig = field(default_factory=PushConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -185,10 +185,6 @@ def _quantization(name: str) -> object:
     return settings()["speculative.draft_model_quantization"].check(name)
 
 
-_DRAFTS_BEFORE_THE_RUN = (
-    "this version trains drafts before the RL run, not in it",
-    "Make a draft with `slime-spec draft train` and pass its folder as --speculative-draft-model-path.",
-)
 _ONE_DISTRIBUTION = ("every token is drawn by its request's own uniform, batched or not", "Leave it out.")
 _NO_SUCH_PARALLELISM = (
     "this version's trainer is parallel over tensors, pipeline stages and data only",
@@ -196,9 +192,14 @@ _NO_SUCH_PARALLELISM = (
 )
 # Flags of slime or RTP-LLM that this version cannot honour: each with the reason and the remedy.
 REFUSED: Mapping[str, tuple[str, str]] = {
-    "--enable-mtp-training": _DRAFTS_BEFORE_THE_RUN,
-    "--mtp-num-layers": _DRAFTS_BEFORE_THE_RUN,
-    "--mtp-loss-scaling-factor": _DRAFTS_BEFORE_THE_RUN,
+    "--mtp-num-layers": (
+        "the checkpoint says how many MTP layers it has",
+        "Leave it out; --enable-mtp-training trains the layer.",
+    ),
+    "--mtp-loss-scaling-factor": (
+        "an MTP layer has an optimizer of its own, so that its loss has no share in the policy's",
+        "Leave it out, or set --draft-lr.",
+    ),
     "--sp-model-type": (
         "the draft's config.json names its architecture, and --sp-type how it drafts",
         "Leave it out, with --sp-type vanilla, mtp, eagle or eagle3.",

@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from rollout.embedded.validate import check_kv_cache
-from slime_spec.checkpoints.draft_choice import choose_draft
+from slime_spec.checkpoints.draft_choice import choose_draft, trainable_draft
 from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import verify_tensors
@@ -172,6 +172,8 @@ def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
     if generates and kind_of(config).runs_built_decoders:
         refusals.of(_check_draft, config, spec, dtypes)
         refusals.of(_check_fp8, config)
+    if config.draft_training.enable:
+        refusals.of(trainable_draft, config, spec)
 
 
 def _check_draft(config: Config, spec: ModelSpec, dtypes: Sequence[torch.dtype]) -> None:

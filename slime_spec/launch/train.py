@@ -26,6 +26,7 @@ from slime_spec.launch.waiting import told
 from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
 from slime_spec.placement import Placement
+from slime_spec.rl.draft_in_training import DraftInTraining
 from slime_spec.rl.loop import Job, first_state, run_loop
 from slime_spec.rl.rollout_data import load_rollout, save_rollout
 from slime_spec.rl.rollouts import GeneratedRollouts, RolloutSource, SavedRollouts
@@ -67,7 +68,10 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             logger.info("run folder made path=%s mode=%s", folder.path, config.run.mode)
             prepare_ray_environment(joining=config.cluster.ray_address is not None)
             engines, trainer, loaded = parts.enter_context(_parts(config, inputs.spec, stop))
-            state = first_state(config, loaded, trainer, engines)
+            draft = None
+            if config.draft_training.enable and trainer is not None:
+                draft = DraftInTraining(config, trainer, engines)
+            state = first_state(config, loaded, trainer, engines, draft)
             folder.begin_at(state.rollout_id)
             log = parts.enter_context(MetricLog.open(config, folder.path))
             examples = parts.enter_context(Examples(config.metrics.console))
@@ -82,6 +86,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             save=partial(_save, trainer, checkpoints),
             progress=lambda phase: partial(log.progress, phase),
             stop=stop,
+            draft=draft,
         )
         finish(job, state, partial(_export, trainer, config, folder))
         if stop.asked:
@@ -208,7 +213,7 @@ def _keep_samples(
 
 def _export(trainer: Trainer | None, config: Config, folder: RunFolder, state: RunState) -> None:
     if trainer is not None and config.trainer.save_final:
-        trainer.export_hf(str(folder.hf_export))
+        trainer.export_hf(str(folder.hf_export), str(folder.draft_export))
         logger.info("exported the policy path=%s version=%d", folder.hf_export, state.weight_version)
 
 

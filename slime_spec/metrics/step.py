@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from slime_spec.types import Sample, TrainReport
+from slime_spec.types import DraftReport, Sample, TrainReport
 from slime_spec.weights.run import PushReport
 
 
@@ -26,6 +26,21 @@ def train_metrics(report: TrainReport) -> dict[str, float]:
         "train/trained_token_share": report.num_trained_tokens / report.num_tokens,
         "train/num_optimizer_steps": float(report.num_optimizer_steps),
         "train/num_microbatches": float(report.num_microbatches),
+        **({} if report.draft is None else draft_metrics(report.draft)),
+    }
+
+
+def draft_metrics(report: DraftReport) -> dict[str, float]:
+    """Return what training the draft was, ``train/draft_*``."""
+    return {
+        "train/draft_loss": report.loss,
+        **({} if report.grad_norm is None else {"train/draft_grad_norm": report.grad_norm}),
+        **{f"train/draft_accept_pos_{i}": value for i, value in enumerate(report.acceptance)},
+        **{f"train/draft_accuracy_pos_{i}": value for i, value in enumerate(report.accuracy)},
+        **{f"train/draft_accept_length/{rule}": value for rule, value in report.tokens_per_round.items()},
+        "train/draft_updates": float(report.num_updates),
+        "train/draft_skipped_updates": float(report.num_skipped),
+        "perf/draft_train_time": report.seconds,
     }
 
 
@@ -45,6 +60,22 @@ def push_metrics(report: PushReport) -> dict[str, float]:
         **paused,
         "sync/weight_version": float(report.version),
     }
+
+
+def draft_update_metrics(updates: bool, saving_s: float, cost_s: float) -> dict[str, float]:
+    """Return the metrics of the decision whether the draft is updated."""
+    return {
+        "spec/draft_update": float(updates),
+        "spec/draft_update_saving": saving_s,
+        "spec/draft_update_cost": cost_s,
+    }
+
+
+def draft_push_metrics(report: PushReport | None) -> dict[str, float]:
+    """Return the metrics of a draft's push, None for one that failed."""
+    if report is None:
+        return {"sync/draft_pushed": 0.0}
+    return {"sync/draft_pushed": 1.0, "sync/draft_bytes": float(report.nbytes)}
 
 
 def perf_metrics(samples: Sequence[Sample], phase_s: Mapping[str, float], total_s: float) -> dict[str, float]:

@@ -15,7 +15,7 @@ class Metric:
     """Describes one metric, a row of the table of metrics.
 
     ``{i}`` in a name stands for a draft position (0 is the first drafted token), ``{task}`` for a task,
-    ``{version}`` for a version of the weights.
+    ``{version}`` for a version of the weights, ``{rule}`` for a rule of verification.
     """
 
     name: str
@@ -210,6 +210,46 @@ TABLE = (
     ),
     Metric("train/num_optimizer_steps", "steps", "Optimizer steps of this rollout."),
     Metric("train/num_microbatches", "microbatches", "Packed microbatches of this rollout that one rank trained on."),
+    Metric("train/draft_loss", "loss", "The draft's loss over its updates of the step (--draft-loss, all positions)."),
+    Metric("train/draft_grad_norm", "norm", "Gradient norm of the draft before clipping, mean over its updates."),
+    Metric(
+        "train/draft_accept_pos_{i}",
+        "share",
+        "Probability that rejection sampling accepts draft position i, teacher-forced: mean Σ min(p, q) over the rows "
+        "of the replies learned from, each as the draft was before it first learned from it.",
+    ),
+    Metric(
+        "train/draft_accuracy_pos_{i}", "share", "Likewise, rows whose likeliest token at position i is the policy's."
+    ),
+    Metric(
+        "train/draft_accept_length/{rule}",
+        "tokens/round",
+        "Tokens per round, bonus included, that an engine would get of these replies which samples drafts of "
+        "--draft-ttt-length tokens at draft temperature 1, by rule of verification: exact, no draft is drawn.",
+    ),
+    Metric("spec/draft_update", "0 or 1", "1: the draft was to learn from this step (--draft-update-policy)."),
+    Metric(
+        "spec/draft_update_saving",
+        "s",
+        "What the rollouts of the next --draft-update-horizon steps were expected to save by an update; 0 where that "
+        "is not asked.",
+    ),
+    Metric("spec/draft_update_cost", "s", "What an update of the draft takes, training and push; 0 before the first."),
+    Metric("train/draft_updates", "updates", "Optimizer steps of the draft in this step."),
+    Metric(
+        "train/draft_skipped_updates",
+        "updates",
+        "Optimizer steps of the draft that were left out, as their gradient was not finite; the policy goes on.",
+    ),
+    Metric("perf/draft_train_time", "s", "Training the draft, within perf/train_time."),
+    Metric("perf/draft_sync_time", "s", "Pushing the draft to every engine."),
+    Metric(
+        "sync/draft_pushed",
+        "0 or 1",
+        "1: every engine drafts with the trainer's draft of this version; 0: the push failed, and they go on with the "
+        "draft before.",
+    ),
+    Metric("sync/draft_bytes", "bytes", "Draft weights sent to each engine."),
     Metric("sync/seconds", "s", "Time of the push, from begin to the last engine's commit."),
     Metric("sync/bytes", "bytes", "Weights sent to each engine."),
     Metric("sync/bytes_per_s", "bytes/s", "Weights sent to each engine over the push's time."),
@@ -231,7 +271,7 @@ TABLE = (
     Metric("sync/paused_s", "s", "Time the engines paused generation for the push; absent without push.pause_mode."),
     Metric("sync/weight_version", "version", "Version of the weights that every engine now serves."),
 )
-PLACEHOLDERS = {r"\{i\}": r"\d+", r"\{task\}": r"[^/]+", r"\{version\}": r"\d+"}
+PLACEHOLDERS = {r"\{i\}": r"\d+", r"\{task\}": r"[^/]+", r"\{rule\}": r"[a-z]+", r"\{version\}": r"\d+"}
 
 
 @lru_cache(maxsize=1024)

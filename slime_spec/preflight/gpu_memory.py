@@ -123,6 +123,12 @@ def _trainer_rows(facts: Facts, trainer: TrainerMemory, largest_tensor_bytes: in
     yield MemoryRow("trainer: optimizer", trainer.optimizer_bytes, updated, kept)
     if trainer.reference_bytes:
         yield MemoryRow("trainer: reference", trainer.reference_bytes, f"x {trainer.itemsize}", kept)
+    if trainer.draft_bytes:
+        draft = f"{trainer.draft_parameters:,} parameters x {trainer.draft_bytes // trainer.draft_parameters}"
+        yield MemoryRow("trainer: draft", trainer.draft_bytes, draft, kept)
+        if config.trainer_leaves:
+            weights = trainer.draft_parameters * FLOAT32_BYTES
+            yield MemoryRow("trainer: draft's weights", weights, f"x {FLOAT32_BYTES}", frozenset({Phase.PUSH}))
     yield from _step_rows(trainer)
     if facts.trains_with_pushes:
         gathered = f"2 x {_gb(largest_tensor_bytes)} gathered"

@@ -93,11 +93,22 @@ def plan_memory(facts: Facts) -> MemoryPlan:
     return MemoryPlan(
         source,
         engine=_engine(facts, itemsize, counted) if runs_engines and counted is not None else None,
-        trainer=trainer_memory(config, target, counted) if trains and counted is not None else None,
+        trainer=trainer_memory(config, target, counted, _trained_draft(facts, counted))
+        if trains and counted is not None
+        else None,
         push_bytes=counted.decoder * itemsize if runs_engines and trains and counted is not None else None,
         push_copies=kind_of(config).num_weight_copies,
         largest_tensor_bytes=0 if counted is None else target["vocab_size"] * target["hidden_size"] * itemsize,
     )
+
+
+def _trained_draft(facts: Facts, counted: Parameters) -> int:
+    """Return the parameters of the draft that the trainer trains, 0 for none."""
+    if not facts.config.draft_training.enable:
+        return 0
+    if facts.draft_kind == "in_target":
+        return counted.mtp
+    return 0 if facts.draft is None else draft_parameters(facts.draft)
 
 
 def weight_itemsize(checkpoint: Checkpoint, dtype: str) -> int:

@@ -30,7 +30,8 @@ class TrainerMemory:
     ``num_parameters`` are the rank's, of which the optimizer has states for ``num_updated``. ``reference_bytes`` is the
     initial checkpoint, kept where the loss has a KL term. A microbatch of ``num_tokens`` packed tokens has
     ``activation_bytes`` and ``logits_bytes``; later in the step AdamW has a float32 copy of what it updates instead.
-    With ``updates_on_host`` its ``moment_bytes`` are not on the GPU.
+    With ``updates_on_host`` its ``moment_bytes`` are not on the GPU. ``draft_parameters`` are those of a draft in
+    training, which one tensor rank of the last stage holds whole.
     """
 
     num_parameters: int
@@ -46,11 +47,18 @@ class TrainerMemory:
     reference_bytes: int
     activation_bytes: int
     logits_bytes: int
+    draft_parameters: int = 0
+
+    @property
+    def draft_bytes(self) -> int:
+        """Return what a draft in training takes: weights, gradients and moments in float32."""
+        return self.draft_parameters * (2 + ADAM_STATES) * FLOAT32_BYTES
 
     @property
     def kept_bytes(self) -> int:
         """Return what the rank keeps from step to step."""
-        return self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.reference_bytes
+        kept = self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.reference_bytes
+        return kept + self.draft_bytes
 
     @property
     def update_bytes(self) -> int:
@@ -60,11 +68,14 @@ class TrainerMemory:
     def host_bytes(self) -> int:
         """Return what the host keeps of a rank that leaves its GPU; gradients are not kept."""
         moments = self.moment_bytes if self.updates_on_host else 0
-        return self.weights_bytes + self.optimizer_bytes + moments + self.reference_bytes
+        draft_bytes = self.draft_parameters * (1 + ADAM_STATES) * FLOAT32_BYTES
+        return self.weights_bytes + self.optimizer_bytes + moments + self.reference_bytes + draft_bytes
 
 
-def trainer_memory(config: Config, target: Mapping[str, Any], counted: Parameters) -> TrainerMemory:
-    """Return a rank's memory for the target whose config.json is ``target``."""
+def trainer_memory(
+    config: Config, target: Mapping[str, Any], counted: Parameters, draft_parameters: int = 0
+) -> TrainerMemory:
+    """Return a rank's memory for the target whose config.json is ``target``, and a draft that it trains."""
     trainer = config.trainer
     held = _parameters_of_a_rank(trainer, target, counted)
     # A distributed optimizer splits what it updates over the ranks that hold the same parameters.
@@ -90,6 +101,7 @@ def trainer_memory(config: Config, target: Mapping[str, Any], counted: Parameter
         reference_bytes=held * itemsize if config.algorithm.kl_loss_coef > 0 else 0,
         activation_bytes=_activation_bytes(trainer, target, num_tokens),
         logits_bytes=num_tokens * target["vocab_size"] // trainer.tensor_model_parallel_size * logit_bytes,
+        draft_parameters=draft_parameters,
     )
 
 

@@ -22,6 +22,7 @@ from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.rl.advantages import train_batch
 from slime_spec.rl.clock import PhaseClock
+from slime_spec.rl.draft_in_training import DraftInTraining
 from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource
 from slime_spec.stop import StopSignals
 from slime_spec.types import EngineStats, Sample
@@ -43,9 +44,16 @@ class Job:
     save: Callable[[RunState], None]
     progress: Callable[[str], Progress]
     stop: StopSignals
+    draft: DraftInTraining | None = None
 
 
-def first_state(config: Config, loaded: RunState | None, trainer: Trainer | None, engines: Engines | None) -> RunState:
+def first_state(
+    config: Config,
+    loaded: RunState | None,
+    trainer: Trainer | None,
+    engines: Engines | None,
+    draft: DraftInTraining | None = None,
+) -> RunState:
     """Return where the run begins: at its beginning, or where the trainer has ``loaded`` a run.
 
     A resumed trainer pushes its weights, under a version of their own, before engines serve.
@@ -56,6 +64,8 @@ def first_state(config: Config, loaded: RunState | None, trainer: Trainer | None
     if engines is not None:
         state = replace(state, weight_version=state.weight_version + state.is_ahead, is_ahead=False)
         push_weights(config, trainer, engines, state.weight_version, PhaseClock())
+        if draft is not None:
+            draft.resume(state.weight_version)
     logger.info("resumed rollout_id=%d version=%d", state.rollout_id, state.weight_version)
     if state.rollout_id >= config.run.num_rollout:
         logger.warning("nothing to do: the checkpoint is at step %d of %d", state.rollout_id, config.run.num_rollout)
@@ -111,13 +121,15 @@ def _train_and_push(
     metrics = rollout_metrics(samples)
     version, is_ahead = state.weight_version, state.is_ahead
     if job.trainer is not None:
-        metrics |= _train(job, job.trainer, samples, clock)
+        metrics |= _train(job, job.trainer, state.rollout_id, rollout, before, clock)
         is_ahead = True
         due = (state.rollout_id + 1) % job.config.push.interval == 0
         if job.engines is not None and due and not job.stop.asked:
             version, is_ahead = version + 1, False
             job.progress("push")(0, 1)
             metrics |= push_weights(job.config, job.trainer, job.engines, version, clock)
+            if job.draft is not None:
+                metrics |= job.draft.push(version, clock)
     if job.engines is not None:
         after = job.engines.stats()
         speculates = job.config.speculative.record.speculates
@@ -133,14 +145,31 @@ def _check_rewards(rollout_id: int, samples: list[Sample]) -> None:
         raise RewardError(f"no sample of step {rollout_id} has a reward ({len(samples)} samples): {samples[-1].error}")
 
 
-def _train(job: Job, trainer: Trainer, samples: list[Sample], clock: PhaseClock) -> dict[str, float]:
+def _train(
+    job: Job,
+    trainer: Trainer,
+    step: int,
+    rollout: Rollout,
+    before: Sequence[EngineStats],
+    clock: PhaseClock,
+) -> dict[str, float]:
+    samples = rollout.samples
     batch = train_batch(samples, job.config.algorithm.normalize_std)
     if not batch:
         logger.warning("step trained on nothing: every scored response is empty samples=%d", len(samples))
         return {}
+    learns_draft = False
+    metrics: dict[str, float] = {}
+    if job.draft is not None:
+        after = [] if job.engines is None else job.engines.stats()
+        told = rollout_metrics(samples)
+        learns_draft, metrics = job.draft.decide(step, told, clock.seconds["rollout"], before, after)
     job.progress("train")(0, 1)
     with _engines_released(job), clock.phase("train"):
-        return train_metrics(trainer.step(batch))
+        metrics |= train_metrics(trainer.step(batch, learns_draft))
+    if job.draft is not None:
+        job.draft.stepped(learns_draft, metrics)
+    return metrics
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from samples import sample
 
 from slime_spec.metrics.engines import benefit_metrics, canary_metrics, engine_metrics
 from slime_spec.metrics.rollout import rollout_metrics
-from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
+from slime_spec.metrics.step import draft_push_metrics, draft_update_metrics, perf_metrics, push_metrics, train_metrics
 from slime_spec.metrics.table import TABLE, metric
 from slime_spec.speculation.net_benefit import NetBenefit
-from slime_spec.types import EngineStats, Sample, SpecCounters, TrainReport
+from slime_spec.types import DraftReport, EngineStats, Sample, SpecCounters, TrainReport
 from slime_spec.weights.run import PushReport
 
 
@@ -149,14 +149,17 @@ def said_by_engines() -> dict[str, float]:
 
 
 def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
-    report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 75, 1, 4)
+    draft = DraftReport(0.5, 1.0, (0.7,), (0.6,), {"rejection": 2.5, "block": 2.6}, 4, 1, 1.5)
+    report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 75, 1, 4, draft)
     push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True, verify_s=0.2)
     push = replace(push, paused_s=0.8)
     made = {
         **rollout_metrics([drafted_by(1, (1, 2, 1)), controlled((1,), (1,), 3, 9, version=8)]),
         **train_metrics(report),
         **push_metrics(push),
-        **perf_metrics([sample()], {"rollout": 1.0, "train": 1.0, "sync": 1.0}, 3.0),
+        **draft_push_metrics(push),
+        **draft_update_metrics(True, 2.0, 1.0),
+        **perf_metrics([sample()], {"rollout": 1.0, "train": 1.0, "sync": 1.0, "draft_sync": 1.0}, 3.0),
         **said_by_engines(),
     }
     assert made["train/trained_token_share"] == 0.75

@@ -92,6 +92,17 @@ def test_the_gpus_of_mimo_are_what_a_pencil_says(tmp_path: Path) -> None:
     ]
 
 
+def test_a_draft_in_training_has_weights_gradients_and_moments_in_float32(tmp_path: Path) -> None:
+    for name in ("plain", "learning"):
+        (tmp_path / name).mkdir()
+    (plain,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path / "plain")
+    (learning,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path / "learning", "--enable-mtp-training")
+    attention = 4096 * (32 + 2 * 8) * 128 + (32 + 2 * 8) * 128 + 32 * 128 * 4096
+    mtp = attention + 3 * 4096 * 11008 + 2 * 4096 + 2 * 4096 * 4096 + 3 * 4096
+    assert rows_of(learning) == {**rows_of(plain), "trainer: draft": 16 * mtp, "trainer: draft's weights": 4 * mtp}
+    assert learning.total(Phase.ROLLOUT) == plain.total(Phase.ROLLOUT)
+
+
 def test_the_gpus_of_glm_are_what_a_pencil_says(tmp_path: Path) -> None:
     """Rollouts alone on one engine of eight GPUs: weights and cache within 0.85 of each, and what SGLang adds."""
     (gpu,) = gpus_of(RECIPES["glm4.5-355b-a32b-mtp"], tmp_path)

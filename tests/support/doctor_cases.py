@@ -22,6 +22,7 @@ DSPARK = (*SERVERS, "--speculative-algorithm", "DSPARK")
 NGRAM = (*SERVERS, "--speculative-algorithm", "NGRAM")
 PLAIN = SERVERS
 ROLLOUTS = "--debug-rollout-only"
+LEARNING = "--enable-draft-training"
 HEAD: dict[str, Any] = {"draft": EAGLE3_HEAD}
 FP16_HEAD: dict[str, Any] = {"draft": {**EAGLE3_HEAD, "torch_dtype": "float16"}}
 SHORT_HEAD: dict[str, Any] = {"draft": {**EAGLE3_HEAD, "max_position_embeddings": 2048}}
@@ -294,6 +295,11 @@ CASES = (
     case("draft-refresh", (*MTP, *BY_GROUP), WARNING, target=MIMO, version="0.5.20"),
     case("draft-refresh", EAGLE3, WARNING, **HEAD, version="0.5.20"),
     case("draft-refresh", EAGLE3, INFO, **HEAD),
+    case("draft-refresh", (*EAGLE3, LEARNING), INFO, **HEAD),
+    case("draft-refresh", (*EAGLE3, LEARNING), ERROR, **HEAD, version="0.5.20"),
+    case("draft-refresh", (*MTP, LEARNING, *BY_GROUP), ERROR, target=MIMO, version="0.5.20"),
+    case("draft-refresh", (*MTP, LEARNING), INFO, target=MIMO),
+    case("draft-refresh", (*EAGLE3, LEARNING, *DISK), ERROR, **HEAD),
     case("draft-refresh", (*EAGLE3, ROLLOUTS), **HEAD),
     case("draft-refresh", PLAIN),
     case("draft-lost-on-resume", (*EAGLE3, "--no-sglang-enable-draft-weights-cpu-backup"), ERROR, **HEAD),

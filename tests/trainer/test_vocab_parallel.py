@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.trainer.trainer_support import run_ranks
-from trainer_bridge.megatron.vocab_parallel import token_logprobs
+from trainer_bridge.megatron.vocab_parallel import argmax_and_logsumexp, token_logprobs
 
 
 def plain(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,3 +53,22 @@ def test_extreme_logits_stay_finite() -> None:
     assert entropy.item() == 0.0
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
+
+
+def test_a_row_of_nan_has_a_token_for_its_argmax_and_nan() -> None:
+    logits, _, _ = draw()
+    logits[2] = float("nan")
+    for argmax, logsumexp in [argmax_and_logsumexp(logits, 1.0, None), *run_ranks(2, "sliced_peaks", logits, 1.0)]:
+        assert 0 <= int(argmax[2]) < 12
+        assert logsumexp[2].isnan()
+        assert logsumexp[[0, 1, 3, 4, 5, 6]].isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_argmax_and_logsumexp_are_torchs_in_one_slice_or_two(temperature: float) -> None:
+    logits, _, _ = draw()
+    expected = (logits.argmax(-1), (logits / temperature).logsumexp(-1))
+    answers = [argmax_and_logsumexp(logits, temperature, None), *run_ranks(2, "sliced_peaks", logits, temperature)]
+    for argmax, logsumexp in answers:
+        assert torch.equal(argmax, expected[0])
+        torch.testing.assert_close(logsumexp, expected[1])

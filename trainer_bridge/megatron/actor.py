@@ -20,7 +20,7 @@ from slime_spec.ray_errors import result_of
 from slime_spec.transports.choice import every_rank_publishes, make_transport
 from slime_spec.transports.to_servers import ServerRoute, ToServers
 from slime_spec.types import TrainReport, TrainSample
-from slime_spec.weights.messages import PushBucket
+from slime_spec.weights.messages import PushBucket, Side
 
 if TYPE_CHECKING:
     from trainer_bridge.megatron.rank import TrainerRank
@@ -63,8 +63,8 @@ class RankActor:
         self.worker: TrainerRank = TrainerRank(self.config, self.rank, init_method)
         return self.worker.load()
 
-    def step(self, samples: Sequence[TrainSample]) -> TrainReport:
-        return self.worker.step(samples)
+    def step(self, samples: Sequence[TrainSample], learns_draft: bool) -> TrainReport:
+        return self.worker.step(samples, learns_draft)
 
     def open_push(self, num_engines: int) -> Any:
         """Get the transport ready; returns what the engines must know of it."""
@@ -78,10 +78,11 @@ class RankActor:
         assert isinstance(self.transport, ToServers), "named by a route to servers"
         return self.transport.kept.fetch(push, names, num_rows)
 
-    def next_bucket(self, version: int) -> PushBucket | None:
+    def next_bucket(self, version: int, side: Side) -> PushBucket | None:
         """Make the next bucket of the push; None where there are no more, or another rank publishes them."""
         if self.buckets is None:
-            self.buckets = self.worker.push_buckets(version, self.transport, every_rank_publishes(self.config))
+            every_rank = every_rank_publishes(self.config)
+            self.buckets = self.worker.push_buckets(version, self.transport, every_rank, side)
         return next(self.buckets, None)
 
     def end_push(self) -> None:
@@ -93,8 +94,8 @@ class RankActor:
     def save(self, folder: str, state: RunState) -> None:
         self.worker.save(folder, state)
 
-    def export_hf(self, folder: str) -> None:
-        self.worker.export_hf(folder)
+    def export_hf(self, folder: str, draft_folder: str | None) -> None:
+        self.worker.export_hf(folder, draft_folder)
 
     def peak_rss_bytes(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -31,6 +31,7 @@ from trainer_bridge.checksums import CHECKSUMS, Sums, damage, has_checksums, sum
 from trainer_bridge.megatron import adam_state
 from trainer_bridge.megatron.adam_state import OnHost
 from trainer_bridge.megatron.collective_write import WriteFailedError, agree, first_problem, free_space, last_line
+from trainer_bridge.megatron.draft_side import STATE_FILE, DraftSide
 from trainer_bridge.megatron.model import PolicyModel
 from trainer_bridge.megatron.no_code import metadata_problem, plain_objects_only
 
@@ -59,7 +60,14 @@ class TrainerState:
     optimizer_step: int
 
 
-def save_checkpoint(root: str, model: PolicyModel, optimizer: Any, state: TrainerState, on_host: OnHost) -> None:
+def save_checkpoint(
+    root: str,
+    model: PolicyModel,
+    optimizer: Any,
+    state: TrainerState,
+    on_host: OnHost,
+    draft: DraftSide | None = None,
+) -> None:
     """Write ``root/step-NNNNNN`` (all ranks together) and point ``root/latest`` at it.
 
     ``on_host`` gives each tensor where its values are: on the device, or in host memory where it has left the device.
@@ -73,6 +81,8 @@ def save_checkpoint(root: str, model: PolicyModel, optimizer: Any, state: Traine
     try:
         agree(lambda: begin_checkpoint(folder, name) if first else None)
         agree(lambda: dist_checkpointing.save(_to_save(model, optimizer, state, on_host), str(unfinished)))
+        if draft is not None:
+            agree(lambda: draft.save(unfinished, on_host))
         agree(lambda: sums.update(sums_of(unfinished.glob(f"__{dist.get_rank()}_*"))))
         all_sums: list[Sums] = [{}] * dist.get_world_size()
         dist.all_gather_object(all_sums, sums)
@@ -95,8 +105,8 @@ def _seal(unfinished: Path, of_ranks: Sequence[Sums]) -> None:
     write_checksums(unfinished, {**sums, **sums_of(path for path in unfinished.iterdir() if path.name not in sums)})
 
 
-def load_checkpoint(path: str, model: PolicyModel, optimizer: Any) -> TrainerState:
-    """Fill model and optimizer from a checkpoint folder, or from the newest whole one of a folder of checkpoints.
+def load_checkpoint(path: str, model: PolicyModel, optimizer: Any, draft: DraftSide | None = None) -> TrainerState:
+    """Fill model, optimizer and draft from a checkpoint folder, or the newest whole one of a folder of checkpoints.
 
     All ranks together; nothing in the folder is executed. Raises CheckpointError naming the folder when it is damaged
     or belongs to another model.
@@ -116,8 +126,23 @@ def load_checkpoint(path: str, model: PolicyModel, optimizer: Any) -> TrainerSta
     _fill(model, loaded["model"])
     if state.optimizer_step:
         adam_state.take(model.sharded_state_dict(), optimizer, loaded["adam"], state.optimizer_step)
+    _load_draft(folder, draft)
     torch.set_rng_state(common["torch_rng_state"])
     return state
+
+
+def _load_draft(folder: Path, draft: DraftSide | None) -> None:
+    if draft is None and (folder / STATE_FILE).is_file():
+        logger.warning(
+            "left out the checkpoint's trained draft: --enable-draft-training goes on with it path=%s", folder
+        )
+    try:
+        if draft is not None and not draft.load(folder):
+            logger.warning("found no trained draft, training begins with the draft's folder path=%s", folder)
+    except READ_ERRORS as error:
+        raise _not_whole(
+            folder, f"{STATE_FILE}: {last_line(error)}", type(error).__name__, "Pass the run's draft."
+        ) from error
 
 
 def _newest_whole(path: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from glob import escape
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
+from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.folder import CONFIG, INDEX, SINGLE, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import stored_tensors
 from slime_spec.errors import ConfigError
 from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
 from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space
@@ -22,22 +25,39 @@ from trainer_bridge.megatron.model import PolicyModel, hf_tensors
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
-def export_hf(model: PolicyModel, spec: ModelSpec, source: str, folder: str) -> None:
+def export_hf(
+    model: PolicyModel, spec: ModelSpec, source: str, folder: str, draft: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Write the folder, all ranks together; ``source`` gives config.json (its dtype is corrected) and the tokenizer.
 
-    Written beside, then moved into place, where it replaces an earlier export and nothing else. Raises ConfigError
-    naming the folder when that holds something else, or if any rank could not write.
+    ``draft`` are the tensors of the MTP layer inside the checkpoint, on the last stage's first rank, where they were
+    trained; else the layer is the source's. Written beside, then moved into place, where it replaces an earlier export
+    and nothing else. Raises ConfigError naming the folder when that holds something else, or if any rank could not
+    write.
     """
     target = Path(folder)
-    unfinished = unfinished_folder(target.parent, target.name)
     _refuse_other_content(target)
-    first = dist.get_rank() == 0
-    try:
+
+    def write() -> None:
+        first = dist.get_rank() == 0
         agree(lambda: _begin(Path(source), target, next(model.parameters()).dtype) if first else None)
-        weight_map = _write_stage(model, spec, unfinished)
+        beside = _mtp_tensors(source) if draft is None else draft
+        weight_map = _write_stage(model, spec, unfinished_folder(target.parent, target.name), beside)
         agree(lambda: _publish(target, weight_map) if first else None)
+
+    write_export(folder, write, agrees=True)
+
+
+def write_export(folder: str, write: Callable[[], None], agrees: bool = False) -> None:
+    """Write an export, all ranks together; raises ConfigError naming the folder if any rank could not.
+
+    ``write`` makes all ranks agree after each of its steps where it ``agrees``, else they agree behind it.
+    """
+    target = Path(folder)
+    try:
+        write() if agrees else agree(write)
     except WriteFailedError as error:
-        if first:
+        if dist.get_rank() == 0:
             tidy(target.parent, escape(target.name))
         raise ConfigError(
             f"export folder {folder}",
@@ -61,15 +81,29 @@ def _begin(source: Path, target: Path, dtype: torch.dtype) -> None:
     _copy_companions(source, unfinished, dtype)
 
 
-def _write_stage(model: PolicyModel, spec: ModelSpec, folder: Path) -> dict[str, str]:
-    """Write this pipeline stage's file; returns the file of every tensor of every stage."""
+def _mtp_tensors(source: str) -> dict[str, torch.Tensor]:
+    """Read the MTP layers that a checkpoint has beside its policy; empty for a family that has none."""
+    stored = CheckpointFolder(Path(source))
+    layer = family_of(stored.architecture).mtp
+    if layer is None:
+        return {}
+    prefix = layer.prefix_in(stored.config["num_hidden_layers"])
+    return dict(stored_tensors(Path(source), lambda name: name.startswith(prefix)))
+
+
+def _write_stage(
+    model: PolicyModel, spec: ModelSpec, folder: Path, draft: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Write this pipeline stage's file, the draft with the last; returns the file of every tensor of every stage."""
     stage, num_stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
     file_name = SINGLE if num_stages == 1 else f"model-{stage + 1:05d}-of-{num_stages:05d}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
     if mpu.get_data_parallel_rank() == 0:
         gathered = {name: tensor.cpu() for name, tensor in hf_tensors(model, spec)}
         if mpu.get_tensor_model_parallel_rank() == 0:
-            tensors = gathered
+            dtype = next(model.parameters()).dtype
+            inside = {name: tensor.to(dtype).cpu() for name, tensor in draft.items()}
+            tensors = {**gathered, **(inside if mpu.is_pipeline_last_stage() else {})}
     agree(lambda: save_file(tensors, folder / file_name, metadata={"format": "pt"}) if tensors else None)
     everywhere: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, dict.fromkeys(tensors, file_name))

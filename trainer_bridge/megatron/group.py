@@ -9,7 +9,7 @@ come through the driver.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,9 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime_spec.checkpoints.draft_choice import trainable_draft
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config
@@ -33,6 +36,7 @@ from slime_spec.weights.messages import (
     Manifest,
     PushBucket,
     PushMessage,
+    Side,
     TensorMeta,
 )
 from slime_spec.weights.run import begin_of
@@ -54,6 +58,11 @@ class MegatronGroup:
         self.config = config
         self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
         self.layout = check_layout(config, self.spec)
+        self._draft_shapes: Mapping[str, tuple[int, ...]] = {}
+        if config.draft_training.enable:
+            draft = trainable_draft(config, self.spec).spec
+            assert isinstance(draft, DraftSpec), "a whole model is not trained"
+            self._draft_shapes = draft_shapes(draft)
         if config.trainer.load is not None:
             resolve_checkpoint(config.trainer.load)
         self._pushed_version = 0
@@ -67,32 +76,35 @@ class MegatronGroup:
             self._pushed_version = states[0].weight_version
         return states[0]
 
-    def step(self, samples: Sequence[TrainSample]) -> TrainReport:
+    def step(self, samples: Sequence[TrainSample], learns_draft: bool = True) -> TrainReport:
         self._end_push()
         shared = ray.put(tuple(samples))
         try:
-            reports: list[TrainReport] = all_results([actor.step.remote(shared) for actor in self.actors])
+            reports: list[TrainReport] = all_results([actor.step.remote(shared, learns_draft) for actor in self.actors])
         except TrainingError as error:
             raise TrainingError(f"after weight version {self._pushed_version}: {error}") from None
         return reports[0]
 
-    def push(self, version: int) -> Iterator[PushMessage]:
+    def push(self, version: int, side: Side = "target") -> Generator[PushMessage, None, None]:
         """Return the messages: the begin, then every stage's buckets in order as they are published, then the commit.
 
-        A push that was not read to its end is given up when the next command comes.
+        The last stage has the draft.
+
+        A push that was not read to its end is given up when it is closed, or when the next command comes.
         """
         self._end_push()
         self._pushed_version = version
-        self._open_push = self._messages(version)
+        self._open_push = self._messages(version, side)
         return self._open_push
 
     def save(self, folder: str, state: RunState) -> None:
         self._end_push()
         all_results([actor.save.remote(str(Path(folder).absolute()), state) for actor in self.actors])
 
-    def export_hf(self, folder: str) -> None:
+    def export_hf(self, folder: str, draft_folder: str | None = None) -> None:
         self._end_push()
-        all_results([actor.export_hf.remote(str(Path(folder).absolute())) for actor in self.actors])
+        of_draft = None if draft_folder is None else str(Path(draft_folder).absolute())
+        all_results([actor.export_hf.remote(str(Path(folder).absolute()), of_draft) for actor in self.actors])
 
     def stop(self) -> None:
         """End the actors; safe after a rank has failed, when the others may hang in a collective."""
@@ -109,15 +121,17 @@ class MegatronGroup:
             self._open_push.close()
             self._open_push = None
 
-    def _messages(self, version: int) -> Generator[PushMessage, None, None]:
+    def _messages(self, version: int, side: Side) -> Generator[PushMessage, None, None]:
         checksums: list[tuple[str, int]] = []
         num_buckets = 0
+        last = self.layout.pipeline - 1
+        stages = range(last, last + 1) if side == "draft" else range(last + 1)
         try:
-            firsts = [self.actors[self.layout.holders(stage)[0]] for stage in range(self.layout.pipeline)]
+            firsts = [self.actors[self.layout.holders(stage)[0]] for stage in stages]
             routes = all_results([first.open_push.remote(self.config.rollout.num_engines) for first in firsts])
-            yield begin_of(self._manifest(version), routes)
-            for stage in range(self.layout.pipeline):
-                for bucket in self._stage_buckets(stage, version):
+            yield begin_of(self._manifest(version, side), routes)
+            for stage in stages:
+                for bucket in self._stage_buckets(stage, version, side):
                     checksums += zip((meta.name for meta in bucket.tensors), bucket.checksums, strict=True)
                     yield replace(bucket, index=num_buckets)
                     num_buckets += 1
@@ -127,22 +141,22 @@ class MegatronGroup:
                 actor.end_push.remote()
         yield CommitPush(version, combined_checksum(checksums))
 
-    def _manifest(self, version: int) -> Manifest:
+    def _manifest(self, version: int, side: Side) -> Manifest:
         """List the tensors in the model's order, in the engines' dtype: the engines' weights can then be compared."""
         dtype = self.config.engine.dtype
-        shapes = expected_shapes(self.spec)
-        return Manifest("target", version, tuple(TensorMeta(name, shape, dtype) for name, shape in shapes.items()))
+        shapes = expected_shapes(self.spec) if side == "target" else self._draft_shapes
+        return Manifest(side, version, tuple(TensorMeta(name, shape, dtype) for name, shape in shapes.items()))
 
-    def _stage_buckets(self, stage: int, version: int) -> Iterator[PushBucket]:
+    def _stage_buckets(self, stage: int, version: int, side: Side) -> Iterator[PushBucket]:
         """Yield the stage's buckets, which its tensor ranks gather together.
 
         While the engines take a bucket the ranks make the next, and no more: a transport has room for two.
         """
         ranks = self.layout.ranks(stage) if every_rank_publishes(self.config) else self.layout.holders(stage)
         actors = [self.actors[rank] for rank in ranks]
-        coming = [actor.next_bucket.remote(version) for actor in actors]
+        coming = [actor.next_bucket.remote(version, side) for actor in actors]
         while made := [bucket for bucket in all_results(coming) if bucket is not None]:
-            coming = [actor.next_bucket.remote(version) for actor in actors]
+            coming = [actor.next_bucket.remote(version, side) for actor in actors]
             yield joined(made)
 
 

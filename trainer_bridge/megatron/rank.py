@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -18,7 +20,7 @@ from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.interfaces import RunState, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.types import TrainReport, TrainSample, is_greedy
-from slime_spec.weights.messages import PushBucket
+from slime_spec.weights.messages import PushBucket, Side
 from slime_spec.weights.run import bucket_of, bucketed
 from trainer_bridge.flat_samples import SplitBatch, split_batch
 from trainer_bridge.grpo import GrpoLoss
@@ -27,7 +29,8 @@ from trainer_bridge.learning_rate import learning_rate
 from trainer_bridge.megatron.adam_state import fill_masters
 from trainer_bridge.megatron.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from trainer_bridge.megatron.cpu_shim import cpu_shim
-from trainer_bridge.megatron.export import export_hf
+from trainer_bridge.megatron.draft_side import DraftSide
+from trainer_bridge.megatron.export import export_hf, write_export
 from trainer_bridge.megatron.model import (
     build_model,
     exact_values,
@@ -48,7 +51,7 @@ from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients,
 from trainer_bridge.megatron.process_groups import join_process_groups, leave_process_groups
 from trainer_bridge.megatron.residency import Part, Residency, Tensors
 from trainer_bridge.microbatch import Microbatch, build_microbatch
-from trainer_bridge.packing import plan_microbatches
+from trainer_bridge.packing import MicrobatchPlan, plan_microbatches
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +95,12 @@ class TrainerRank:
             self.optimizer = build_optimizer(self.ddp, trainer)
             fill_masters(self.optimizer, exact_values(self.model, tensors, self.spec))
             del tensors
-            state = None if trainer.load is None else load_checkpoint(trainer.load, self.model, self.optimizer)
+            self.draft = None
+            if self.config.draft_training.enable:
+                self.draft = DraftSide(self.config, self.spec, self.model, self.temperature)
+            state = None
+            if trainer.load is not None:
+                state = load_checkpoint(trainer.load, self.model, self.optimizer, self.draft)
         self.residency = Residency(self.parts(), self._moving_device())
         self.residency.hold()
         if state is None:
@@ -101,7 +109,7 @@ class TrainerRank:
         logger.info("resumed path=%s rollout_id=%d", trainer.load, state.run.rollout_id)
         return state.run
 
-    def step(self, samples: Sequence[TrainSample]) -> TrainReport:
+    def step(self, samples: Sequence[TrainSample], learns_draft: bool = True) -> TrainReport:
         """Make one optimizer step per ``global_batch_size`` samples; the report is the same on every rank.
 
         Flat samples (see trainer_bridge.flat_samples) take no pass, and a step of nothing else is made all the same:
@@ -118,25 +126,35 @@ class TrainerRank:
             for start in range(0, len(samples), batch_size):
                 batch = split_batch(samples[start : start + batch_size], self.leaves_out_flat)
                 if batch.flat and self.config.trainer.metrics_of_all_samples:
-                    sums += observe(self.model, self._microbatches(batch.flat), self.loss, self.temperature)
-                microbatches = self._counting(batch.num_flat_tokens, self._microbatches(batch.trained))
+                    flat = self._microbatches(batch.flat, self._plans(batch.flat))
+                    sums += observe(self.model, flat, self.loss, self.temperature)
+                plans = self._plans(batch.trained)
+                microbatches = self._counting(batch.num_flat_tokens, self._microbatches(batch.trained, plans))
                 num_microbatches += len(microbatches)
-                batch_sums = self._accumulate(microbatches)
+                share = self._share(start // batch_size, -(-len(samples) // batch_size)) if learns_draft else 0
+                with self._draft_learning(batch.trained, plans, share):
+                    batch_sums = self._accumulate(microbatches)
                 grad_norms.append(self._update(batch_sums.loss / batch.num_tokens))
                 sums += batch_sums
+            of_draft = None if self.draft is None else self.draft.report()
         if self.config.cluster.colocate:
             release_freed_memory()
-        return _report(sums, split_batch(samples, self.leaves_out_flat), grad_norms, num_microbatches)
+        report = _report(sums, split_batch(samples, self.leaves_out_flat), grad_norms, num_microbatches)
+        return replace(report, draft=of_draft)
 
     def push_buckets(
-        self, version: int, transport: WeightTransport, every_rank: bool = False
+        self, version: int, transport: WeightTransport, every_rank: bool = False, side: Side = "target"
     ) -> Iterator[PushBucket | None]:
-        """Yield this pipeline stage's weights in the engines' dtype, numbered from 0 within the stage.
+        """Yield this pipeline stage's weights of a side in the engines' dtype, numbered from 0 within the stage.
 
         Collective over the stage's tensor ranks; tensor rank 0 publishes, or ``every_rank``, and the others yield None.
         The parameters stay on the device until ``end_push``.
         """
         self.residency.hold(Part.PARAMETERS)
+        if side == "draft":
+            assert self.draft is not None, "a draft is pushed that is trained"
+            yield from self.draft.buckets(version, transport, every_rank)
+            return
         publishes = every_rank or mpu.get_tensor_model_parallel_rank() == 0
         dtype = getattr(torch, self.config.engine.dtype)
         weights = ((name, tensor.to(dtype)) for name, tensor in hf_tensors(self.model, self.spec))
@@ -150,12 +168,20 @@ class TrainerRank:
         """Write ``folder/step-NNNNNN``; see trainer_bridge.megatron.checkpoint."""
         trainer_state = TrainerState(state, self.optimizer_step)
         with cpu_shim():
-            save_checkpoint(folder, self.model, self.optimizer, trainer_state, self.residency.on_host)
+            save_checkpoint(folder, self.model, self.optimizer, trainer_state, self.residency.on_host, self.draft)
 
-    def export_hf(self, folder: str) -> None:
-        """Write the policy as a Hugging Face folder, with the tokenizer files of the checkpoint it came from."""
+    def export_hf(self, folder: str, draft_folder: str | None = None) -> None:
+        """Write the policy as a Hugging Face folder, with the tokenizer files of the checkpoint it came from.
+
+        A draft that was trained goes to ``draft_folder``, in the format of SpecForge and SGLang, or where it is part of
+        the policy's checkpoint, into that.
+        """
         self.residency.hold(Part.PARAMETERS)
-        export_hf(self.model, self.spec, self.config.model.hf_checkpoint, folder)
+        inside = None if self.draft is None else self.draft.inside_target
+        export_hf(self.model, self.spec, self.config.model.hf_checkpoint, folder, inside)
+        draft = self.draft
+        if draft is not None and draft_folder is not None and inside is None:
+            write_export(draft_folder, lambda: draft.export(draft_folder))
         self.residency.hold()
 
     def close(self) -> None:
@@ -164,10 +190,11 @@ class TrainerRank:
     def parts(self) -> Tensors:
         """Return the tensors of each part of this rank's memory, as they are when asked for."""
         reference = [] if self.reference is None else list(self.reference.parameters())
+        draft = self.draft
         return {
-            Part.PARAMETERS: self.model.parameters,
+            Part.PARAMETERS: lambda: chain(self.model.parameters(), draft.parameters() if draft else ()),
             Part.GRADIENTS: partial(gradient_buffers, self.ddp),
-            Part.OPTIMIZER: partial(optimizer_tensors, self.optimizer),
+            Part.OPTIMIZER: lambda: chain(optimizer_tensors(self.optimizer), draft.moments() if draft else ()),
             Part.REFERENCE: lambda: reference,
         }
 
@@ -195,14 +222,31 @@ class TrainerRank:
         self.optimizer_step += 1
         return grad_norm
 
-    def _microbatches(self, samples: Sequence[TrainSample]) -> list[Microbatch]:
+    def _share(self, batch: int, num_batches: int) -> int:
+        """Return how many of the draft's optimizer steps follow a batch, one of those that make up the rollout."""
+        total = self.config.draft_training.num_optimizer_steps
+        return (batch + 1) * total // num_batches - batch * total // num_batches
+
+    def _draft_learning(
+        self, samples: Sequence[TrainSample], plans: Sequence[MicrobatchPlan], num_updates: int
+    ) -> AbstractContextManager[None]:
+        """Have the draft learn, in so many optimizer steps, from the passes that the block makes."""
+        if self.draft is None or num_updates == 0:
+            return nullcontext()
+        return self.draft.learning(samples, plans, num_updates)
+
+    def _plans(self, samples: Sequence[TrainSample]) -> list[MicrobatchPlan]:
+        """Return this data parallel rank's microbatches of the samples."""
         plans = plan_microbatches(
             samples,
             max_tokens=self.config.trainer.max_tokens_per_microbatch,
             num_ranks=mpu.get_data_parallel_world_size(),
         )
-        build = partial(build_microbatch, samples, device=policy_device())
-        return [build(plan) for plan in plans[mpu.get_data_parallel_rank()]]
+        return plans[mpu.get_data_parallel_rank()]
+
+    @staticmethod
+    def _microbatches(samples: Sequence[TrainSample], plans: Sequence[MicrobatchPlan]) -> list[Microbatch]:
+        return [build_microbatch(samples, plan, policy_device()) for plan in plans]
 
     @staticmethod
     def _counting(num_flat_tokens: int, microbatches: list[Microbatch]) -> list[Microbatch]:

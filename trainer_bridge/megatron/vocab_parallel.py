@@ -20,6 +20,23 @@ def token_logprobs(
     return logprobs, entropy
 
 
+def argmax_and_logsumexp(
+    logits: torch.Tensor, temperature: float, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return, of ``logits`` as in ``token_logprobs``: the global id of each row's largest, and logsumexp / temperature.
+
+    Both are [N] and equal on every rank. A row of NaN has some token for its largest, and NaN.
+    """
+    scaled = logits.float() / temperature
+    peak, column = scaled.max(dim=-1)
+    largest = _reduced(peak.clone(), dist.ReduceOp.MAX, group)
+    exp_sum = _reduced((scaled - largest[:, None]).exp().sum(dim=-1), dist.ReduceOp.SUM, group)
+    rank, num_ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    last = num_ranks * logits.size(-1) - 1
+    argmax = torch.where(peak == largest, column + rank * logits.size(-1), last)
+    return _reduced(argmax, dist.ReduceOp.MIN, group), largest + exp_sum.log()
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Computes both results in one pass over the logits; keeps one [N, vocab] tensor, probabilities, for backward."""
 

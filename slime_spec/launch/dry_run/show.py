@@ -153,10 +153,11 @@ def _memory(plan: Plan) -> Iterator[str]:
     if memory.trainer is not None:
         trainer = memory.trainer
         reference = f" + reference {_size(trainer.reference_bytes)}" if trainer.reference_bytes else ""
+        draft = f" + draft in training {_size(trainer.draft_bytes)}" if trainer.draft_bytes else ""
         yield (
             f"one trainer rank: {_size(trainer.kept_bytes)} = {trainer.num_parameters:,} parameters "
             f"{_size(trainer.weights_bytes)} + gradients {_size(trainer.gradient_bytes)} + optimizer "
-            f"{_size(trainer.optimizer_bytes)}{reference}; a microbatch adds activations "
+            f"{_size(trainer.optimizer_bytes)}{reference}{draft}; a microbatch adds activations "
             f"{_size(trainer.activation_bytes)} + logits {_size(trainer.logits_bytes)}"
         )
         if plan.facts.config.trainer_leaves and plan.facts.config.trainer.num_gpus:

@@ -108,6 +108,15 @@ def disk_reduced_vocabulary(facts: Facts) -> Sighting | None:
 def draft_refresh(facts: Facts) -> Sighting | None:
     contract, transport = facts.release.weight_contract, _transport(facts)
     told = f"SGLang {facts.release.text} ({contract.name}), transport {transport}"
+    refreshes = contract.draft_alone and transport in contract.selective
+    if facts.config.draft_training.enable and not refreshes:
+        return Sighting(
+            Severity.ERROR,
+            f"{told}: the draft is trained, and no update reaches the draft alone",
+            f"{'Pass --sglang-weight-transport tensor' if contract.draft_alone else f'Use {NEWER}'}, or drop "
+            "--enable-draft-training.",
+            ("--sglang-weight-transport", "tensor") if contract.draft_alone else (),
+        )
     if transport not in contract.reaches_draft:
         # The tensor transport reaches every draft; an external draft must not take the target's tensors.
         helps = facts.draft_kind == "in_target"
@@ -120,8 +129,8 @@ def draft_refresh(facts: Facts) -> Sighting | None:
         )
     if facts.draft_kind == "in_target":
         # The draft loads its MTP tensors from the target's update, so it is refreshed only if they are pushed.
-        how = "with the target's tensors, if the trainer has an MTP layer"
-    elif contract.draft_alone and transport in contract.selective:
+        how = "by a push of its own" if refreshes else "with the target's tensors, which this trainer does not send"
+    elif refreshes:
         how = "by a push of its own"
     else:
         way = "Pass --sglang-weight-transport tensor" if contract.draft_alone else f"Use {NEWER}"
@@ -134,8 +143,9 @@ def draft_refresh(facts: Facts) -> Sighting | None:
     return Sighting(
         Severity.INFO,
         f"{told}: the draft can be refreshed {how}",
-        "This version's trainer trains the target alone and the draft stays as loaded: watch "
-        "rollout/spec_accept_length.",
+        "Nothing to do: the trainer trains the draft and pushes it."
+        if facts.config.draft_training.enable
+        else "It stays as loaded without --enable-draft-training: watch rollout/spec_accept_length.",
     )
 
 

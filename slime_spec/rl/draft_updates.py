@@ -1,0 +1,113 @@
+"""Decide, step by step, whether the draft is updated: trained on the step's rollout, and pushed.
+
+Of an update that is made now, the next H steps save
+
+    Σ_j  drafting_s · (1 - τ_stale(j) / τ_new(j)),    τ_stale(j) = τ_now - d·j,    τ_new(j) = τ_new - d·j
+
+seconds: drafting_s is the time of a rollout's rounds with drafts, τ_now the tokens per round of the last rollout, d
+what a step without an update costs of them. τ_new is what rollouts right after an update had, and what each of the last
+updates has added to that: a draft that is still learning gains beyond what it has lost. An update is made where it
+saves more than it takes, and once in H steps to see what it brings now.
+
+A sudden loss is no drift of the policy: what the engines draft with is looked at first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EVERY, WHEN_IT_PAYS = "every", "when_it_pays"
+NUM_MEASURED = 2  # updates that are made to learn what an update costs and brings
+WEIGHT_OF_NEWEST = 0.5
+SUDDEN = 0.15  # share of tokens per round, lost from a step to the next
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Says whether to update, and by what numbers; ``suspects_fault``: what the engines draft with is to be checked."""
+
+    updates: bool
+    saving_s: float = 0.0
+    cost_s: float = 0.0
+    suspects_fault: bool = False
+
+
+class DraftUpdates:
+    """Decides by ``policy``: every ``interval`` steps, or when it pays over ``horizon`` steps. Example::
+
+    updates = DraftUpdates("when_it_pays", interval=1, horizon=10)
+    updates.saw_rollout(accept_length=2.4, drafting_s=1.2)
+    decision = updates.decide(step=7)
+    updates.made(cost_s=2.0) if decision.updates else updates.left_out()
+    updates.pushed(push_s=0.1)  # what was made
+    """
+
+    def __init__(self, policy: str, interval: int, horizon: int) -> None:
+        self._policy, self._interval, self._horizon = policy, interval, horizon
+        self._num_updates = self._num_left_out = 0
+        self._now: float | None = None
+        self._drafting_s = 0.0
+        self._is_sudden = self._follows_update = False
+        self._fresh: float | None = None  # averaged, of the rollouts right after an update; and the last of them
+        self._newest_fresh: float | None = None
+        self._gain: float | None = None
+        self._lost_per_step = 0.0
+        self._cost_s = 0.0
+
+    def saw_rollout(self, accept_length: float | None, drafting_s: float) -> None:
+        """Note a rollout's tokens per round, None where nothing was drafted, and the time of its rounds with drafts."""
+        before, self._now, self._drafting_s = self._now, accept_length, drafting_s
+        self._is_sudden = False
+        if accept_length is None:
+            return
+        if before is not None and accept_length < (1.0 - SUDDEN) * before:
+            self._is_sudden = True
+            return
+        if self._follows_update:
+            if self._newest_fresh is not None:
+                self._gain = _averaged(self._gain, accept_length - self._newest_fresh)
+            self._newest_fresh = accept_length
+            self._fresh = _averaged(self._fresh, accept_length)
+        elif before is not None:
+            self._lost_per_step = max(0.0, _averaged(self._lost_per_step, before - accept_length))
+
+    def decide(self, step: int) -> Decision:
+        """Return whether the step that has just been rolled out, the run's ``step`` from 0, updates the draft."""
+        if self._policy == EVERY:
+            is_due = (step + 1) % self._interval == 0
+            return Decision(is_due, cost_s=self._cost_s, suspects_fault=self._is_sudden)
+        is_due = self._num_updates < NUM_MEASURED or self._num_left_out >= self._horizon
+        if is_due or self._is_sudden:
+            return Decision(True, cost_s=self._cost_s, suspects_fault=self._is_sudden)
+        saving_s = self._saving_s()
+        return Decision(saving_s > self._cost_s, saving_s, self._cost_s)
+
+    def made(self, cost_s: float) -> None:
+        """Note an update and the seconds of its training."""
+        self._num_updates += 1
+        self._num_left_out = 0
+        self._follows_update = False
+        self._cost_s = cost_s if self._num_updates == 1 else _averaged(self._cost_s, cost_s)
+
+    def pushed(self, push_s: float) -> None:
+        """Note the seconds of the push of what was made last: the next rollout drafts with it."""
+        self._follows_update = True
+        self._cost_s += WEIGHT_OF_NEWEST * push_s if self._num_updates > 1 else push_s
+
+    def left_out(self) -> None:
+        self._num_left_out += 1
+        self._follows_update = False
+
+    def _saving_s(self) -> float:
+        if self._now is None or self._fresh is None:
+            return 0.0
+        new, saved = max(self._fresh, self._now) + max(0.0, self._gain or 0.0), 0.0
+        for step in range(1, self._horizon + 1):
+            lost = self._lost_per_step * step
+            # A round brings a token whatever its draft is.
+            saved += self._drafting_s * (1.0 - max(1.0, self._now - lost) / max(1.0, new - lost))
+        return saved
+
+
+def _averaged(old: float | None, new: float) -> float:
+    return new if old is None else (1.0 - WEIGHT_OF_NEWEST) * old + WEIGHT_OF_NEWEST * new

@@ -1,0 +1,361 @@
+"""A draft learns beside the policy from the policy's own passes, in every layout, and changes nothing of the policy."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slime_spec.bench.reference_trainer import near_policy, tiny_samples
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.draft_training import DraftTrainingConfig
+from slime_spec.config.tree import Config, RolloutConfig, SpeculativeConfig
+from slime_spec.draft.build import load_network, network_tensors
+from slime_spec.draft.training.batch import TrainBatch, padded
+from slime_spec.draft.training.model import DraftModel
+from slime_spec.draft.training.online import hot_token_ids
+from slime_spec.draft.training.sequence import DraftSequence
+from slime_spec.draft.training.target import FrozenTarget
+from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings
+from slime_spec.draft.training.vocabulary import DraftVocabulary
+from slime_spec.types import TrainSample
+from tests.support.tiny_drafts import edit_config, make_tiny_draft, make_tiny_mimo
+from tests.trainer.rank_workers import DraftRun
+from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
+from trainer_bridge.draft_rows import choose_replies, reply_rows
+from trainer_bridge.packing import plan_microbatches
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 160,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+EAGLE3 = {
+    **SIZES,
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "draft_vocab_size": 70,
+    "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "use_aux_hidden_state": True},
+}
+NEXTN = {**SIZES, "architectures": ["LlamaForCausalLMNextN"], "num_nextn_predict_layers": 1}
+DRAFTS = {"eagle3": ("EAGLE3", EAGLE3), "mtp": ("NEXTN", NEXTN)}
+LAYOUTS = {
+    "1x1": {},
+    "TP2": {"world_size": 2, "tensor_model_parallel_size": 2},
+    "PP2": {"world_size": 2, "pipeline_model_parallel_size": 2},
+    "DP2": {"world_size": 2},
+}
+# Adam moves a weight whose gradient is about zero by as much as any: where a sum's order differs, single weights do.
+SETTINGS = DraftTrainingConfig(enable=True, lr=1e-3, num_optimizer_steps=2, batch_size=3, max_rows=6, dtype="float32")
+Batches = Sequence[Sequence[TrainSample]]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("policy"), "Qwen2ForCausalLM", tied=True)
+
+
+@pytest.fixture(scope="module", params=DRAFTS)
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, policy: Path) -> Config:
+    algorithm, shape = DRAFTS[request.param]
+    draft = make_tiny_draft(tmp_path_factory.mktemp("draft") / "draft", policy, shape)
+    speculative = SpeculativeConfig(algorithm=algorithm, draft_model_path=str(draft))
+    return replace(tiny_config(policy), speculative=speculative, draft_training=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def batches(policy: Path) -> Batches:
+    return [near_policy(policy, tiny_samples(seed)) for seed in range(2)]
+
+
+def in_layout(config: Config, layout: dict[str, Any]) -> Config:
+    return replace(config, trainer=replace(config.trainer, **layout))
+
+
+def ran(config: Config, batches: Batches, **options: Any) -> list[DraftRun]:
+    runs: list[DraftRun] = run_ranks(config.trainer.world_size, "train_draft", config, batches, *options.values())
+    return runs
+
+
+def published(runs: Sequence[DraftRun]) -> dict[str, torch.Tensor]:
+    """The draft, which one rank of each data parallel replica publishes."""
+    with_draft = [run.draft for run in runs if run.draft]
+    for other in with_draft[1:]:
+        assert all(torch.equal(tensor, with_draft[0][name]) for name, tensor in other.items())
+    return with_draft[0]
+
+
+def reference(
+    config: Config, samples: Sequence[TrainSample], temperature: float = 1.0, passes_of: Path | None = None
+) -> dict[str, torch.Tensor]:
+    """The draft after one step, trained as ``slime-spec draft train`` does, on features of transformers' own passes."""
+    folder = passes_of or Path(config.model.hf_checkpoint)
+    target_spec = ModelSpec.from_folder(config.model.hf_checkpoint)
+    draft_folder = Path(config.speculative.draft_model_path or config.model.hf_checkpoint)
+    spec = DraftSpec.from_folder(draft_folder, target_spec)
+    target = FrozenTarget(folder, target_spec, spec.capture_layers, torch.float32, torch.device("cpu"))
+    checkpoint = load_draft(draft_folder, spec)
+    vocabulary = DraftVocabulary(hot_token_ids(checkpoint), target_spec.vocab_size)
+    model = DraftModel.of(load_network(spec, checkpoint.tensors), target.embedding, target.head, vocabulary)
+    wanted = config.draft_training
+    settings = TrainSettings(num_steps=wanted.num_steps, lr=wanted.lr, loss=wanted.loss, clip_grad=wanted.clip_grad)
+    trainer = DraftTrainer(replace(model, temperature=temperature), settings, None)
+    count = wanted.num_optimizer_steps * wanted.batch_size
+    chosen = choose_replies(samples, count, wanted.max_rows, f"{config.run.seed}/draft/0")
+    for start in range(0, count, wanted.batch_size):
+        sequences = []
+        for reply in [each for each in chosen if set(each.slots) & set(range(start, start + wanted.batch_size))]:
+            sample = samples[reply.sample_index]
+            prompt_len = sample.prompt_len + reply.first
+            sequences.append(DraftSequence(0, sample.token_ids[: prompt_len + reply.num_rows + 1], prompt_len, ""))
+        trainer.step(whole_batch(sequences, target, temperature))
+    return network_tensors(trainer.model.network)
+
+
+def whole_batch(sequences: Sequence[DraftSequence], target: FrozenTarget, temperature: float) -> TrainBatch:
+    known = [target.features([sequence])[0] for sequence in sequences]
+    logits = [each.final @ target.head.T for each in known]
+    return TrainBatch(
+        token_ids=padded([torch.tensor(each.token_ids) for each in sequences]),
+        features=padded([each.features for each in known]),
+        starts=torch.tensor([each.prompt_len - 1 for each in sequences]),
+        reply_lens=torch.tensor([len(each.reply) for each in sequences]),
+        final=padded([each.final for each in known]),
+        argmax=padded([each.argmax for each in known]),
+        logsumexp=padded([(each / temperature).logsumexp(-1) for each in logits]),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_is_what_training_on_features_of_whole_passes_gives(
+    layout: str, config: Config, batches: Batches
+) -> None:
+    runs = ran(in_layout(config, LAYOUTS[layout]), batches[:1])
+    assert all(run.reports == runs[0].reports for run in runs)
+    assert_learned_alike(published(runs), reference(config, batches[0]), config)
+    report = runs[0].reports[0].draft
+    assert report is not None
+    assert (report.num_updates, report.num_skipped) == (2, 0)
+
+
+def test_every_rank_and_layout_reports_the_same(config: Config, batches: Batches) -> None:
+    of_layouts = [[run.reports[-1].draft for run in ran(in_layout(config, each), batches)] for each in LAYOUTS.values()]
+    first = of_layouts[0][0]
+    assert first is not None
+    for reports in of_layouts:
+        for report in reports:
+            assert report is not None
+            assert report.loss == pytest.approx(first.loss, rel=1e-3)
+            assert report.grad_norm == pytest.approx(first.grad_norm, rel=1e-3)
+            assert report.acceptance == pytest.approx(first.acceptance, rel=1e-3)
+            assert report.accuracy == pytest.approx(first.accuracy, abs=1e-6)
+            assert report.tokens_per_round == pytest.approx(first.tokens_per_round, rel=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_policy_is_bit_for_bit_what_it_is_without_a_draft(layout: str, config: Config, batches: Batches) -> None:
+    with_draft = ran(in_layout(config, LAYOUTS[layout]), batches)
+    without = ran(in_layout(replace(config, draft_training=DraftTrainingConfig()), LAYOUTS[layout]), batches)
+    for ours, theirs in zip(with_draft, without, strict=True):
+        assert ours.policy.keys() == theirs.policy.keys()
+        assert all(torch.equal(tensor, theirs.policy[name]) for name, tensor in ours.policy.items())
+        assert [replace(report, draft=None) for report in ours.reports] == list(theirs.reports)
+
+
+def test_recomputed_activations_and_several_optimizer_steps_lose_no_row(config: Config, batches: Batches) -> None:
+    recomputing = ran(in_layout(config, {"recompute": True}), batches)
+    assert_same_drafts(published(recomputing), published(ran(config, batches)))
+    per_group = ran(in_layout(config, {"global_batch_size": 6}), batches[:1])[0].reports[0].draft
+    assert per_group is not None
+    assert per_group.num_updates == 2
+
+
+def assert_learned_alike(after: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: Config) -> None:
+    """Each tensor moved as it should. Adam moves a weight whose gradient is about zero by as much as any other, and in
+    either direction where the order of a sum differs: single weights prove nothing."""
+    before = load_draft(start.speculative.draft_model_path or start.model.hf_checkpoint, spec_of(start)).tensors
+    assert after.keys() == expected.keys() == before.keys()
+    for name, tensor in expected.items():
+        apart, moved = (after[name] - tensor).norm(), (tensor - before[name]).norm()
+        assert apart < 0.05 * moved, f"{name}: {apart / moved:.3f} of what it moved"
+
+
+def assert_same_drafts(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_rollouts_temperature_is_the_drafts(config: Config, batches: Batches) -> None:
+    warm = replace(config, rollout=RolloutConfig(temperature=0.6))
+    after, expected = published(ran(warm, batches[:1])), reference(config, batches[0], temperature=0.6)
+    at_one = reference(config, batches[0])
+    name = "fc.weight" if "fc.weight" in expected else next(name for name in expected if "input_proj" in name)
+    assert (after[name] - expected[name]).abs().mean() < 0.1 * (after[name] - at_one[name]).abs().mean()
+
+
+def test_a_draft_of_nan_is_left_out_and_counted_and_the_policy_goes_on(config: Config, batches: Batches) -> None:
+    (run,) = ran(config, batches, poisoned=True)
+    (healthy,) = ran(config, batches)
+    for report in run.reports:
+        assert report.draft is not None
+        assert (report.draft.num_updates, report.draft.num_skipped, report.draft.grad_norm) == (0, 2, None)
+    assert all(torch.equal(tensor, run.policy[name]) for name, tensor in healthy.policy.items())
+    changed = [name for name, tensor in run.draft.items() if tensor.isnan().any()]
+    assert len(changed) == 1, "an update that is left out changes no weight"
+
+
+@pytest.mark.parametrize("layout", ["1x1", "TP2", "DP2"])
+def test_a_policy_that_computes_nan_raises_its_own_error_and_teaches_nothing(
+    layout: str, config: Config, batches: Batches
+) -> None:
+    laid_out = in_layout(config, LAYOUTS[layout])
+    for problem, is_unchanged in run_ranks(laid_out.trainer.world_size, "diverged_step", laid_out, batches[0]):
+        assert "optimizer step 0 has loss nan" in problem
+        assert is_unchanged
+
+
+def test_a_checkpoint_and_a_run_of_which_one_alone_trains_the_draft_say_so(
+    config: Config, batches: Batches, tmp_path: Path
+) -> None:
+    without = replace(config, draft_training=DraftTrainingConfig())
+    for name, saved, loaded, said in (
+        ("with", config, without, "left out the checkpoint's trained draft"),
+        ("without", without, config, "found no trained draft"),
+    ):
+        ran(saved, batches[:1], poisoned=False, save_to=str(tmp_path / name))
+        (heard,) = run_ranks(1, "load_warning", in_layout(loaded, {"load": str(tmp_path / name)}))
+        assert said in heard
+
+
+def test_a_checkpoint_of_another_draft_is_refused_by_its_file(
+    config: Config, batches: Batches, tmp_path: Path, policy: Path
+) -> None:
+    ran(config, batches[:1], poisoned=False, save_to=str(tmp_path / "saved"))
+    algorithm, shape = DRAFTS["mtp" if config.speculative.algorithm == "EAGLE3" else "eagle3"]
+    other = make_tiny_draft(tmp_path / "other", policy, shape)
+    speculative = SpeculativeConfig(algorithm=algorithm, draft_model_path=str(other))
+    loading = replace(in_layout(config, {"load": str(tmp_path / "saved")}), speculative=speculative)
+    (problem,) = run_ranks(1, "load_warning", loading)
+    assert "draft.pt" in problem
+    assert "Pass the run's draft" in problem
+
+
+@pytest.mark.parametrize("layout", ["1x1", pytest.param("PP2", marks=pytest.mark.long)])
+def test_a_resumed_draft_goes_on_bit_for_bit(layout: str, config: Config, batches: Batches, tmp_path: Path) -> None:
+    laid_out = in_layout(config, LAYOUTS[layout])
+    whole = published(ran(laid_out, [*batches, *batches]))
+    ran(laid_out, batches, poisoned=False, save_to=str(tmp_path))
+    resumed = ran(in_layout(laid_out, {"load": str(tmp_path)}), batches)
+    assert_same_drafts(published(resumed), whole)
+
+
+@pytest.mark.parametrize("layout", ["1x1", "TP2"])
+def test_where_every_rank_publishes_each_publishes_the_same_draft(layout: str, config: Config) -> None:
+    laid_out = in_layout(config, LAYOUTS[layout])
+    everywhere = run_ranks(laid_out.trainer.world_size, "push_draft_everywhere", laid_out)
+    draft = load_draft(str(config.speculative.draft_model_path), spec_of(config))
+    for pushed in everywhere:
+        assert_same_drafts(pushed, draft.tensors)
+
+
+def spec_of(config: Config) -> DraftSpec:
+    target = ModelSpec.from_folder(config.model.hf_checkpoint)
+    return DraftSpec.from_folder(config.speculative.draft_model_path or config.model.hf_checkpoint, target)
+
+
+@pytest.mark.parametrize("layout", ["1x1", pytest.param("PP2", marks=pytest.mark.long)])
+def test_an_exported_draft_is_a_checkpoint_of_what_was_trained(
+    layout: str, config: Config, batches: Batches, tmp_path: Path
+) -> None:
+    laid_out = in_layout(config, LAYOUTS[layout])
+    run_ranks(laid_out.trainer.world_size, "export_draft", laid_out, batches, str(tmp_path))
+    spec = DraftSpec.from_folder(tmp_path / "draft", ModelSpec.from_folder(tmp_path / "hf"))
+    exported = load_draft(tmp_path / "draft", spec)
+    assert exported.tensors.keys() == draft_shapes(spec_of(config)).keys()
+    assert_same_drafts(exported.tensors, published(ran(laid_out, batches)))
+    was = load_draft(str(config.speculative.draft_model_path), spec_of(config))
+    assert torch.equal(hot_token_ids(exported), hot_token_ids(was))
+
+
+@pytest.fixture(scope="module")
+def inside(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A policy whose checkpoint has its MTP layer inside."""
+    folder = make_tiny_mimo(
+        tmp_path_factory.mktemp("inside"),
+        **{**SIZES, "num_hidden_layers": 4, "intermediate_size": 48, "tie_word_embeddings": True},
+    )
+    config = replace(tiny_config(folder), speculative=SpeculativeConfig(algorithm="NEXTN"), draft_training=SETTINGS)
+    return replace(config, trainer=replace(config.trainer, max_tokens_per_microbatch=64))
+
+
+@pytest.mark.parametrize("layout", ["1x1", pytest.param("PP2", marks=pytest.mark.long)])
+def test_an_mtp_layer_inside_the_policy_learns_as_features_of_whole_passes_say(
+    layout: str, inside: Config, batches: Batches, tmp_path: Path
+) -> None:
+    as_qwen2 = tmp_path / "policy"
+    shutil.copytree(inside.model.hf_checkpoint, as_qwen2)  # transformers does not know the policy's own model_type
+    edit_config(as_qwen2, architectures=["Qwen2ForCausalLM"], model_type="qwen2", num_nextn_predict_layers=None)
+    after = published(ran(in_layout(inside, LAYOUTS[layout]), batches[:1]))
+    assert_learned_alike(after, reference(inside, batches[0], passes_of=as_qwen2), inside)
+
+
+@pytest.mark.parametrize("layout", ["1x1", pytest.param("PP2", marks=pytest.mark.long)])
+@pytest.mark.parametrize("learns", [True, False])
+def test_an_export_has_the_mtp_layer_of_the_policy(
+    learns: bool, layout: str, inside: Config, batches: Batches, tmp_path: Path
+) -> None:
+    """Without a draft in training, the layer that came with the policy: an export without is a draft that is lost."""
+    wanted = inside if learns else replace(inside, draft_training=DraftTrainingConfig())
+    laid_out = in_layout(wanted, LAYOUTS[layout])
+    run_ranks(laid_out.trainer.world_size, "export_draft", laid_out, batches, str(tmp_path))
+    assert not (tmp_path / "draft").exists()
+    spec = DraftSpec.from_folder(tmp_path / "hf", ModelSpec.from_folder(tmp_path / "hf"))
+    exported = load_draft(tmp_path / "hf", spec).tensors
+    source = load_draft(inside.model.hf_checkpoint, spec).tensors
+    assert_same_drafts(exported, published(ran(laid_out, batches)) if learns else source)
+    assert all(torch.equal(tensor, source[name]) for name, tensor in exported.items()) != learns
+
+
+def test_chosen_replies_are_drawn_from_those_with_a_token_to_draft() -> None:
+    samples = [TrainSample(tuple(range(10 + extra)), 10, (-1.0,) * extra, 1.0) for extra in (1, 2, 30, 5, 1, 9)]
+    chosen = choose_replies(samples, 10, 8, "seed")
+    assert {each.sample_index: each.num_rows for each in chosen} == {1: 1, 2: 8, 3: 4, 5: 8}
+    assert all(0 <= each.first <= len(samples[each.sample_index].token_ids) - 11 - each.num_rows for each in chosen)
+    assert chosen == choose_replies(samples, 10, 8, "seed")
+    draws = {tuple(choose_replies(samples, 2, 8, str(seed))) for seed in range(20)}
+    assert all(len(draw) == 2 for draw in draws)
+    assert len(draws) > 10
+    assert choose_replies(samples[:1], 10, 8, "seed") == []
+
+
+def test_a_draft_sees_so_many_tokens_up_to_its_window() -> None:
+    sample = TrainSample(tuple(range(30)), 10, (-1.0,) * 20, 1.0)
+    (chosen,) = choose_replies([sample], 1, 4, "seed")
+    (plan,) = plan_microbatches([sample], 64, 1)[0]
+    for max_length in (6, 13, 100):
+        (rows,) = reply_rows([sample], plan, [chosen], max_length)
+        end = 10 + chosen.first + 4
+        first = max(0, end - max_length)
+        assert rows.fed.tolist() == list(range(first, end))
+        assert rows.token_ids == tuple(range(first, end + 1))
+        assert rows.logits.tolist() == list(range(1 + chosen.first, 5 + chosen.first))
+
+
+def test_where_replies_are_few_all_come_as_often_before_one_comes_again() -> None:
+    samples = [TrainSample(tuple(range(14)), 10, (-1.0,) * 4, 1.0)] * 4
+    chosen = choose_replies(samples, 10, 8, "seed")
+    assert sorted(slot for each in chosen for slot in each.slots) == list(range(10))
+    assert sorted(len(each.slots) for each in chosen) == [2, 2, 3, 3]
+    for round_number in range(2):
+        of_round = set(range(4 * round_number, 4 * round_number + 4))
+        assert all(len(of_round & set(each.slots)) == 1 for each in chosen)

@@ -1,0 +1,286 @@
+"""DraftSide trains the run's draft beside the policy, on what the policy's own passes have computed.
+
+    stage 0    embedding, captured layers ─┐ sent after the passes
+    ...        captured layers ────────────┤
+    last stage final state, logits ────────┴─► tensor rank 0 holds the draft: one copy per data parallel rank
+
+The copies make the same updates, of gradients summed over data parallel ranks. Nothing that the policy is trained with
+is touched: neither its gradients nor a random number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from slime_spec.checkpoints.draft_choice import trainable_draft
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft, save_draft_checkpoint
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.tree import Config
+from slime_spec.draft.training.online import DraftSums, OnlineDraft, SeenReply, hot_token_ids
+from slime_spec.draft.training.served import RULES
+from slime_spec.draft.training.trainer import TrainSettings
+from slime_spec.interfaces import WeightTransport
+from slime_spec.types import DraftReport, TrainSample
+from slime_spec.weights.messages import PushBucket
+from slime_spec.weights.run import bucket_of, bucketed
+from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
+from trainer_bridge.draft_rows import ReplyRows, choose_replies, reply_rows
+from trainer_bridge.megatron.adam_state import OnHost
+from trainer_bridge.megatron.model import PolicyModel, policy_device
+from trainer_bridge.megatron.pass_capture import ARGMAX, EMBEDDING, FINAL, LOGSUMEXP, KeptRows, PassCapture, layer_name
+from trainer_bridge.packing import MicrobatchPlan
+
+STATE_FILE = "draft.pt"
+
+
+class DraftSide:
+    """Holds the draft on the ranks that are ``is_owner``; every method is collective over all ranks."""
+
+    def __init__(self, config: Config, target: ModelSpec, model: PolicyModel, temperature: float) -> None:
+        chosen = trainable_draft(config, target)
+        assert isinstance(chosen.spec, DraftSpec), "a whole model is not trained"
+        self.config, self.spec, self._settings = config, chosen.spec, config.draft_training
+        self._model, self._temperature = model, temperature
+        self._num_layers = target.num_layers
+        checkpoint = load_draft(chosen.folder, self.spec)
+        self._file_dtype = next(iter(checkpoint.tensors.values())).dtype
+        self.token_ids = hot_token_ids(checkpoint)
+        sends = mpu.get_tensor_model_parallel_rank() == 0
+        self.is_owner = sends and mpu.is_pipeline_last_stage()
+        self.draft = self._online(checkpoint) if self.is_owner else None
+        self._capture = PassCapture(model, self.spec.capture_layers, temperature, keeps_states=sends)
+        self._num_lessons = 0
+        self._begin_step()
+
+    def _online(self, checkpoint: Any) -> OnlineDraft:
+        settings = TrainSettings(
+            num_steps=self._settings.num_steps,
+            batch_size=self._settings.batch_size,
+            lr=self._settings.lr,
+            clip_grad=self._settings.clip_grad,
+            step_decay=self._settings.step_decay,
+            loss=self._settings.loss,
+            autocast=self._settings.dtype == "bfloat16",
+        )
+        is_alone = mpu.get_data_parallel_world_size() == 1
+        sum_over_ranks = None if is_alone else _sum_over_data_ranks
+        return OnlineDraft(checkpoint, settings, self._temperature, policy_device(), sum_over_ranks)
+
+    def _begin_step(self) -> None:
+        self._sums = DraftSums(torch.zeros(3, self._settings.num_steps, dtype=torch.float64))
+        self._grad_norms: list[float] = []
+        self._num_skipped, self._seconds = 0, 0.0
+
+    @contextmanager
+    def learning(
+        self, samples: Sequence[TrainSample], plans: Sequence[MicrobatchPlan], num_updates: int
+    ) -> Iterator[None]:
+        """Let the draft learn, behind the block, from the policy's passes over the plans' microbatches in the block.
+
+        ``samples`` are the same on all ranks. The policy's weights are at the end of the block those of the passes.
+        """
+        settings = self._settings
+        seed = f"{self.config.run.seed}/draft/{self._num_lessons}"
+        self._num_lessons += 1
+        chosen = choose_replies(samples, num_updates * settings.batch_size, settings.max_rows, seed)
+        replies = [reply_rows(samples, plan, chosen, settings.max_length) for plan in plans]
+        with self._capture.of(replies) as kept:
+            yield
+        start = perf_counter()
+        if chosen:
+            self._learn(kept, replies, num_updates)
+        self._seconds += perf_counter() - start
+
+    def report(self) -> DraftReport | None:
+        """Return, on every rank, what the step's updates were, and begin another step; None where none were made."""
+        parts = self._sums.packed().to(policy_device())
+        if self.is_owner and mpu.get_data_parallel_world_size() > 1:
+            dist.all_reduce(parts, group=mpu.get_data_parallel_group())
+        own = [sum(self._grad_norms), float(len(self._grad_norms)), float(self._num_skipped), self._seconds]
+        values = torch.cat([parts, torch.tensor(own, dtype=parts.dtype, device=parts.device)])
+        dist.broadcast(values, self._first_owner)
+        self._begin_step()
+        grad_norm, num_updates, num_skipped, seconds = values[-4:].tolist()
+        sums = DraftSums.unpacked(values[:-4].cpu())
+        if not num_updates + num_skipped:
+            return None
+        overlap, hits, num_rows = sums.by_position.tolist()
+        rows, rounds = [max(1.0, each) for each in num_rows], sums.rounds.tolist()
+        return DraftReport(
+            loss=sums.loss / max(1.0, num_updates),
+            grad_norm=grad_norm / num_updates if num_updates else None,
+            acceptance=tuple(part / whole for part, whole in zip(overlap, rows, strict=True)),
+            accuracy=tuple(part / whole for part, whole in zip(hits, rows, strict=True)),
+            tokens_per_round={rule: sums.num_tokens / each for rule, each in zip(RULES, rounds, strict=True) if each},
+            num_updates=int(num_updates),
+            num_skipped=int(num_skipped),
+            seconds=seconds,
+        )
+
+    @property
+    def _first_owner(self) -> int:
+        """Return the global rank that holds the draft in the first data parallel rank's replica of the model."""
+        per_stage = mpu.get_tensor_model_parallel_world_size() * mpu.get_data_parallel_world_size()
+        return (mpu.get_pipeline_model_parallel_world_size() - 1) * per_stage
+
+    def buckets(self, version: int, transport: WeightTransport, every_rank: bool) -> Iterator[PushBucket | None]:
+        """Yield the draft's buckets on the last stage's first tensor rank, or ``every_rank`` of it; None elsewhere."""
+        publishes = every_rank or self.is_owner
+        weights = self._tensors_to_push(getattr(torch, self.config.engine.dtype), every_rank)
+        for index, named in enumerate(bucketed(weights, self.config.push.bucket_bytes)):
+            yield bucket_of(named, version, index, transport) if publishes else None
+
+    def _tensors_to_push(self, dtype: torch.dtype, every_rank: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        own = self.draft.tensors() if self.draft is not None else {}
+        shares = every_rank and mpu.get_tensor_model_parallel_world_size() > 1
+        for name, shape in draft_shapes(self.spec).items():
+            tensor = own[name].to(dtype) if own else torch.empty(shape, dtype=dtype, device=policy_device())
+            if shares:
+                source = mpu.get_tensor_model_parallel_src_rank()
+                dist.broadcast(tensor, source, group=mpu.get_tensor_model_parallel_group())
+            yield name, tensor
+
+    @property
+    def inside_target(self) -> dict[str, torch.Tensor] | None:
+        """Return the tensors of a draft that is part of the policy's checkpoint, empty on ranks that have none of it.
+
+        None for a draft in a folder of its own.
+        """
+        if not self.spec.in_target:
+            return None
+        return {} if self.draft is None else self.draft.tensors()
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        return iter(()) if self.draft is None else self.draft.trainer.model.network.parameters()
+
+    def moments(self) -> Iterator[torch.Tensor]:
+        return iter(()) if self.draft is None else self.draft.trainer.moments()
+
+    @property
+    def _writes(self) -> bool:
+        return self.is_owner and mpu.get_data_parallel_rank() == 0
+
+    def save(self, folder: Path, on_host: OnHost) -> None:
+        """Write the state into a checkpoint's folder, on one rank."""
+        if self._writes and self.draft is not None:
+            state = {"lessons": self._num_lessons, **self.draft.state()}
+            torch.save(_mapped(state, on_host), folder / STATE_FILE)
+
+    def load(self, folder: Path) -> bool:
+        """Resume from a checkpoint's folder; False where it has no draft. Raises what torch does for another draft."""
+        path = folder / STATE_FILE
+        if not path.is_file():
+            return False
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        self._num_lessons = state["lessons"]
+        if self.draft is not None:
+            self.draft.load_state(state)
+        return True
+
+    def export(self, folder: str) -> None:
+        """Write the draft as a checkpoint folder of its own, in place of an earlier one."""
+        if not self._writes or self.draft is None:
+            return
+        target = Path(folder)
+        tidy(target.parent, target.name)
+        unfinished = unfinished_folder(target.parent, target.name)
+        tensors = {name: tensor.to(self._file_dtype).cpu() for name, tensor in self.draft.tensors().items()}
+        ids = self.token_ids if self.spec.has_own_head else None
+        save_draft_checkpoint(unfinished, self.spec, tensors, ids)
+        publish_folder(target.parent, target.name)
+
+    def _learn(self, kept: Sequence[KeptRows | None], replies: Sequence[Sequence[ReplyRows]], num_updates: int) -> None:
+        present = [(rows, of_mb) for rows, of_mb in zip(kept, replies, strict=True) if rows is not None]
+        self._bring_to_last_stage([rows for rows, _ in present])
+        if not mpu.is_pipeline_last_stage():
+            return
+        head = self._head_rows()
+        if self.draft is None:
+            return
+        seen = [reply for rows, of_mb in present for reply in self._seen(rows, of_mb)]
+        learned = self.draft.learn(seen, num_updates, head)
+        self._sums = DraftSums.unpacked(self._sums.packed() + learned.sums.packed())
+        self._grad_norms += learned.grad_norms
+        self._num_skipped += learned.num_skipped
+
+    def _bring_to_last_stage(self, kept: Sequence[KeptRows]) -> None:
+        """Send what earlier stages have kept to the last stage's first tensor rank, which adds it to its own."""
+        num_stages = mpu.get_pipeline_model_parallel_world_size()
+        if num_stages == 1 or mpu.get_tensor_model_parallel_rank() or not kept:
+            return
+        group = mpu.get_pipeline_model_parallel_group()
+        members = dist.get_process_group_ranks(group)
+        if not mpu.is_pipeline_last_stage():
+            for name in self._names_of(mpu.get_pipeline_model_parallel_rank()):
+                dist.send(torch.cat([rows.kept[name] for rows in kept]), members[-1], group=group)
+            return
+        sizes = [len(rows.fed) for rows in kept]
+        like = kept[0].kept[FINAL]
+        for stage in range(num_stages - 1):
+            for name in self._names_of(stage):
+                states = like.new_empty(sum(sizes), like.shape[1])
+                dist.recv(states, members[stage], group=group)
+                for rows, of_rows in zip(kept, states.split(sizes), strict=True):
+                    rows.kept[name] = of_rows
+
+    def _names_of(self, stage: int) -> list[str]:
+        """Return what a stage before the last keeps, in the order in which it is sent."""
+        per_stage = self._num_layers // mpu.get_pipeline_model_parallel_world_size()
+        own = range(stage * per_stage, (stage + 1) * per_stage)
+        captured = [layer_name(layer) for layer in self.spec.capture_layers if layer in own]
+        return [EMBEDDING, *captured] if stage == 0 else captured
+
+    @torch.no_grad()
+    def _head_rows(self) -> torch.Tensor:
+        """Return the head's rows of the draft's tokens, fp32 [draft vocab, hidden]; collective over tensor ranks."""
+        model, num_ranks = self._model, mpu.get_tensor_model_parallel_world_size()
+        tied = model.share_embeddings_and_output_weights
+        weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+        ids = self.token_ids.to(weight.device) - mpu.get_tensor_model_parallel_rank() * len(weight)
+        if num_ranks == 1:
+            return weight[ids].float()
+        is_own = (ids >= 0) & (ids < len(weight))
+        rows = torch.where(is_own[:, None], weight[ids.clamp(0, len(weight) - 1)].float(), 0.0)
+        dist.all_reduce(rows, group=mpu.get_tensor_model_parallel_group())
+        return rows
+
+    def _seen(self, rows: KeptRows, replies: Iterable[ReplyRows]) -> Iterator[SeenReply]:
+        """Yield the replies of a microbatch with what was kept of them."""
+        names = [layer_name(layer) for layer in self.spec.capture_layers] or [FINAL]
+        features = torch.cat([rows.kept[name] for name in names], dim=-1)
+        first = 0
+        for reply, places in zip(replies, rows.places, strict=True):
+            own = slice(first, first + len(reply.logits))
+            first = own.stop
+            yield SeenReply(
+                slots=reply.slots,
+                token_ids=torch.tensor(reply.token_ids, device=places.device),
+                embeddings=rows.kept[EMBEDDING][places],
+                features=features[places],
+                final=rows.kept[FINAL][places[-len(reply.logits) :]],
+                argmax=rows.kept[ARGMAX][own],
+                logsumexp=rows.kept[LOGSUMEXP][own],
+            )
+
+
+def _sum_over_data_ranks(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=mpu.get_data_parallel_group())
+
+
+def _mapped(value: Any, on_host: OnHost) -> Any:
+    """Return a state with each tensor where its values are."""
+    if isinstance(value, torch.Tensor):
+        return on_host(value).cpu().clone()
+    if isinstance(value, dict):
+        return {key: _mapped(each, on_host) for key, each in value.items()}
+    return [_mapped(each, on_host) for each in value] if isinstance(value, list | tuple) else value
