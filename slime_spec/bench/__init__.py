@@ -21,6 +21,7 @@ BENCHES = {
     "sglang": "slime_spec.bench.sglang.benchmark:SGLANG",
     "device": "slime_spec.bench.device.benchmark:DEVICE",
     "pays": "slime_spec.bench.pays.benchmark:PAYS",
+    "drafts": "slime_spec.bench.online_drafts.benchmark:DRAFTS",
     "coordinator": "slime_spec.bench.coordinator:COORDINATOR",
     "robustness": "slime_spec.bench.robustness.benchmark:ROBUSTNESS",
 }

@@ -1,0 +1,111 @@
+"""Run the main job once per arm, with the same seed, and read what each step's metrics say of its draft.
+
+All arms draw tokens by races whose noise drafts share (Gumbel coupling), so that no draft changes a token: the policies
+of all arms are the same, bit for bit, and so are the replies that their drafts are judged on. A draft that stays as it
+is has a learning rate of 0: it takes the same passes, and its acceptance is known by the same sums. Drafts have three
+tokens in every round, whether that pays or not.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from slime_spec.bench.online_drafts.drift import CURRICULUM, STEPS_OF_STAGE
+from slime_spec.bench.rows import BenchOptions
+from slime_spec.checkpoints.draft_location import builtin_folder
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import load_draft, save_draft_checkpoint
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import load_tensors
+from slime_spec.draft.build import make_network, network_tensors
+from slime_spec.draft.training.online import hot_token_ids
+from slime_spec.draft.training.vocabulary import DraftVocabulary
+from slime_spec.draft.training.warm_start import warm_start
+from slime_spec.metrics.jsonl import FILE as METRICS
+from slime_spec.metrics.jsonl import read_metrics
+
+DEPTH = 3
+COMMON = (
+    *("--config", "smollm2-135m", "--no-console", "--enable-draft-training", "--draft-ttt-length", str(DEPTH)),
+    *("--no-speculative-use-rejection-sampling", "--speculative-use-gumbel-coupling"),
+    *("--speculative-num-steps", str(DEPTH), "--speculative-draft-temperature", "1.0"),
+)
+UNTRAINED = ("--draft-loss", "soft_ce", "--draft-lr", "1e-3", "--draft-optimizer-steps", "16")
+FROZEN = ("--draft-lr", "0")
+WHEN_IT_PAYS = ("--draft-update-policy", "when_it_pays")
+DRIFT = (
+    *("--task", "slime_spec.bench.online_drafts.drift:CURRICULUM"),
+    *("--num-rollout", str(STEPS_OF_STAGE * len(CURRICULUM.stages))),
+)
+# By name: what the arm's flags are beside the common ones, and what is said of it.
+ARMS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "frozen": (FROZEN, "the shipped draft, as it is"),
+    "online": ((), "the shipped draft, learning with each step"),
+    "untrained": (UNTRAINED, "a draft of the target's last block, learning with each step"),
+    "drift_frozen": ((*DRIFT, *FROZEN), "changing tasks, the shipped draft, as it is"),
+    "drift_online": (DRIFT, "changing tasks, the shipped draft, learning with each step"),
+    "drift_paying": ((*DRIFT, *WHEN_IT_PAYS), "changing tasks, the shipped draft, learning when it pays"),
+}
+Step = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Holds a finished run: its folder, and its steps' metrics."""
+
+    name: str
+    folder: Path
+    steps: Sequence[Step]
+
+    @property
+    def what(self) -> str:
+        return ARMS[self.name][1]
+
+    def values(self, metric: str) -> list[float]:
+        """Return the metric of every step that has it."""
+        return [value for step in self.steps if (value := step.get(metric)) is not None]
+
+
+def finished_arm(name: str, options: BenchOptions) -> Arm:
+    """Return the arm's run in the benchmark's folder, which is run now if it is not there."""
+    folder = folder_of(options) / name
+    if not (folder / "hf").is_dir():  # the last that a run writes
+        _run(name, folder, options)
+    return Arm(name, folder, read_metrics(folder / METRICS))
+
+
+def folder_of(options: BenchOptions) -> Path:
+    return (options.runs or (Path("runs") / f"bench-drafts-seed{options.seeds[0]}",))[0].absolute()
+
+
+def _run(name: str, folder: Path, options: BenchOptions) -> None:
+    draft = options.draft
+    if name == "untrained":
+        draft = str(folder.parent / "untrained-draft")
+        write_untrained(Path(draft), options)
+    own, _ = ARMS[name]
+    command = [sys.executable, "-m", "slime_spec", "train", *COMMON, *own, "--hf-checkpoint", str(options.model)]
+    command += ["--speculative-draft-model-path", draft]
+    command += ["--seed", str(options.seeds[0]), "--output-dir", str(folder)]
+    Console(stderr=True).print(f"running {name}: {folder}", markup=False, highlight=False, soft_wrap=True)
+    subprocess.run(command, check=True)
+
+
+def write_untrained(folder: Path, options: BenchOptions) -> None:
+    """Write a draft of the shipped draft's shape and vocabulary, as ``slime-spec draft train`` starts one."""
+    target = ModelSpec.from_folder(options.model)
+    shipped = builtin_folder(options.draft)
+    spec = DraftSpec.from_folder(shipped, target)
+    ids = hot_token_ids(load_draft(shipped, spec))
+    network = make_network(spec)
+    tensors = load_tensors(options.model, target)
+    warm_start(network, tensors, target, DraftVocabulary(ids, target.vocab_size), options.seeds[0])
+    kept = {name: tensor.to(torch.float32) for name, tensor in network_tensors(network).items()}
+    save_draft_checkpoint(folder, spec, kept, ids)

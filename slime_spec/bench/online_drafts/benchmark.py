@@ -1,0 +1,179 @@
+"""The benchmark of drafts in RL: what a draft brings while the policy moves, and what teaching it costs."""
+
+from __future__ import annotations
+
+import statistics
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from slime_spec.bench.chart import Panel, Series, write_panels
+from slime_spec.bench.online_drafts.arms import ARMS, DEPTH, Arm, finished_arm, folder_of
+from slime_spec.bench.online_drafts.drift import CURRICULUM, STEPS_OF_STAGE
+from slime_spec.bench.online_drafts.judged import Judge
+from slime_spec.bench.rows import Benchmark, BenchOptions, Row, at_least, at_most
+from slime_spec.checkpoints.model_spec import ModelSpec
+
+HERE = "slime_spec.bench.online_drafts.benchmark"
+LAST = 5  # steps that a run is judged by at its end
+NUM_PROMPTS = 32
+SERVED, REWARD = "rollout/spec_accept_length", "rollout/reward_mean"
+CLOSED = "train/draft_accept_length/rejection"
+ROLLOUT_TIME, TRAIN_TIME, SYNC_TIME = "perf/rollout_time", "perf/draft_train_time", "perf/draft_sync_time"
+FEW_STEPS = 6
+CAUGHT_UP = 3
+mean = statistics.fmean
+
+
+def measure_main_job(options: BenchOptions) -> list[Row]:
+    """Compare a draft that learns with one that stays, on the same replies of the main job."""
+    frozen, online = finished_arm("frozen", options), finished_arm("online", options)
+    draw(folder_of(options) / "main-job.svg", [frozen, online])
+    return [*arm_rows(frozen), *arm_rows(online), *against_frozen(frozen, online)]
+
+
+def measure_untrained(options: BenchOptions) -> list[Row]:
+    """Measure how far a draft comes that begins with the target's last block."""
+    arm = finished_arm("untrained", options)
+    draw(folder_of(options) / "untrained.svg", [arm])
+    served = arm.values(SERVED)
+    what = f"the most tokens a round of the first {FEW_STEPS} steps, as served, {arm.what}"
+    few = at_least("drafts.untrained.few_steps", what, max(served[:FEW_STEPS]), "tokens/round", 2.2)
+    what = f"the same, in the last {LAST} steps"
+    return [*arm_rows(arm), few, at_least("drafts.untrained.end", what, mean(served[-LAST:]), "tokens/round", 2.9)]
+
+
+def measure_drift(options: BenchOptions) -> list[Row]:
+    """Measure how drafts follow tasks that change."""
+    arms = [finished_arm(name, options) for name in ("drift_frozen", "drift_online", "drift_paying")]
+    draw(folder_of(options) / "drift.svg", arms)
+    rows = [row for arm in arms for row in (*arm_rows(arm), *stage_rows(arm))]
+    frozen, *learning = arms
+    for arm in learning:
+        rows += against_frozen(frozen, arm)
+        gained = sum(frozen.values(ROLLOUT_TIME)) - sum(arm.values(ROLLOUT_TIME))
+        spent = sum(arm.values(TRAIN_TIME)) + sum(arm.values(SYNC_TIME))
+        rows.append(Row(f"drafts.{arm.name}.rollouts_gained", f"rollouts' time saved, {arm.what}", gained, "s"))
+        rows.append(Row(f"drafts.{arm.name}.spent", f"training and pushing the draft, {arm.what}", spent, "s"))
+    return rows
+
+
+def stage_rows(arm: Arm) -> list[Row]:
+    """Return, of each stage behind a change, what is reached within three steps over the most of the stage."""
+    served, rows = arm.values(SERVED), []
+    for number in range(len(CURRICULUM.stages)):
+        stage = served[number * STEPS_OF_STAGE : (number + 1) * STEPS_OF_STAGE]
+        prefix = f"drafts.{arm.name}.stage{number + 1}"
+        what = f"stage {number + 1}, {arm.what}"
+        rows.append(Row(f"{prefix}.first", f"tokens a round, first step of {what}", stage[0], "tokens/round"))
+        rows.append(
+            Row(f"{prefix}.last", f"tokens a round, last three steps of {what}", mean(stage[-3:]), "tokens/round")
+        )
+        if number:
+            reached = max(stage[: CAUGHT_UP + 1]) / max(stage)
+            what = f"most tokens a round within {CAUGHT_UP} steps behind the change, over the most of {what}"
+            rows.append(Row(f"{prefix}.caught_up", what, reached, "share"))
+    return rows
+
+
+def arm_rows(arm: Arm) -> list[Row]:
+    """Return what one run was: acceptance at its start and end, and what its draft cost."""
+    prefix = f"drafts.{arm.name}"
+    train_s, draft_s = sum(arm.values("perf/train_time")), sum(arm.values(TRAIN_TIME))
+    sync_s, step_s = sum(arm.values(SYNC_TIME)), sum(arm.values("perf/step_time"))
+    rows = []
+    for metric, name, how in ((SERVED, "served", "as served"), (CLOSED, "rejection", "by rejection sampling")):
+        lengths = arm.values(metric)
+        for part, when, steps in (("first", "in the first", lengths[:LAST]), ("last", "in the last", lengths[-LAST:])):
+            what = f"tokens a round {how}, {arm.what}, {when} {LAST} steps"
+            rows.append(Row(f"{prefix}.{name}.{part}", what, mean(steps), "tokens/round"))
+    rewards = arm.values(REWARD)[-LAST:]
+    rows.append(Row(f"{prefix}.reward.last", f"mean reward of the last {LAST} steps", mean(rewards), "reward"))
+    rows.append(Row(f"{prefix}.train_share", "training the draft, of the trainer's time", draft_s / train_s, "share"))
+    share = (draft_s + sync_s) / step_s
+    rows.append(Row(f"{prefix}.step_share", "training and pushing the draft, of the steps' time", share, "share"))
+    return rows
+
+
+def against_frozen(frozen: Arm, online: Arm) -> list[Row]:
+    """Compare two runs of one seed: what learning brought, on the same replies."""
+    rows = []
+    for metric, name in ((SERVED, "served"), (CLOSED, "rejection")):
+        pairs = zip(online.values(metric)[-LAST:], frozen.values(metric)[-LAST:], strict=True)
+        ratio = mean([ours / theirs for ours, theirs in pairs])
+        what = f"tokens a round over those of the draft as it is, the last {LAST} steps, {name}, {online.what}"
+        rows.append(Row(f"drafts.{online.name}_over_frozen.{name}", what, ratio, "x"))
+    steps = zip(online.values(REWARD), frozen.values(REWARD), strict=True)
+    differing = max(abs(ours - theirs) for ours, theirs in steps)
+    what = "largest difference of a step's mean reward between the arms, which draw the same tokens"
+    return [*rows, at_most(f"drafts.{online.name}.reward_difference", what, differing, "reward", 0.0)]
+
+
+def measure_judged(options: BenchOptions) -> list[Row]:
+    """Judge the shipped draft and those that learned on the finished policy's replies to held-out prompts."""
+    online = finished_arm("online", options)
+    judge = Judge(online.folder / "hf", options, NUM_PROMPTS, DEPTH)
+    ceiling, of_mean = judge.ceiling, f"of {len(judge.sequences)} replies, {judge.mean_len:.1f} tokens in the mean"
+    rows = [
+        Row("drafts.judged.ceiling", f"tokens a round where every draft stands, {of_mean}", ceiling, "tokens/round")
+    ]
+    best: dict[str, float] = {}
+    for name in ("frozen", "online"):
+        judged = judge(options.draft if name == "frozen" else str(online.folder / "draft"))
+        for (rule, temperature), length in judged.items():
+            what = f"tokens a round by {rule}, draft temperature {temperature:g}, {ARMS[name][1]}, the finished policy"
+            rows.append(Row(f"drafts.judged.{name}.{rule}.t{temperature:g}", what, length, "tokens/round"))
+        best[name] = max(judged.values())
+        own = judged["rejection", 1.0]
+        if name == "online":
+            what = "rejection sampling at draft temperature 1, learning"
+            rows.append(at_least("drafts.judged.own", what, own, "tokens/round", 3.25))
+    what = "the best rule and temperature, learning"
+    rows.append(at_least("drafts.judged.best", what, best["online"], "tokens/round", 3.30))
+    what = "the best rule and temperature, learning over as it is"
+    return [*rows, Row("drafts.judged.best_over_frozen", what, best["online"] / best["frozen"], "x")]
+
+
+def draw(path: Path, arms: Sequence[Arm]) -> None:
+    """Write the picture of tokens per round over the steps."""
+    lines = [Series(arm.what, tuple(enumerate(arm.values(SERVED)))) for arm in arms]
+    panel = Panel(
+        f"tokens a round, chains of {DEPTH}",
+        tuple(lines),
+        "step",
+        top=DEPTH + 1,
+        step=1.0,
+        value_format="{:.0f}",
+        rule=1.0,
+        doubles=False,
+    )
+    write_panels(path, [panel])
+
+
+PARTS = {
+    "main_job": f"{HERE}:measure_main_job",
+    "judged": f"{HERE}:measure_judged",
+    "untrained": f"{HERE}:measure_untrained",
+    "drift": f"{HERE}:measure_drift",
+}
+
+
+def prepare(options: BenchOptions) -> None:
+    """See Benchmark."""
+    ModelSpec.from_folder(options.model)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """See Benchmark."""
+    parser.add_argument(
+        "--runs", metavar="FOLDER", nargs=1, type=Path, help="folder of the arms' runs: those that are there are read"
+    )
+
+
+DRAFTS = Benchmark(
+    what="Drafts in an RL run: as they are, learning online, from nothing; acceptance by step, and the cost (slow).",
+    parts=PARTS,
+    prepare=prepare,
+    add_flags=add_flags,
+    defaults=BenchOptions(seeds=(0,)),
+)
