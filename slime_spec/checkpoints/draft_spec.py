@@ -112,7 +112,7 @@ def is_trainable(spec: DraftSpec) -> bool:
     """Return whether ``slime_spec.draft`` has a network of the draft's format and size."""
     if spec.block.num_layers != 1:
         return False
-    return spec.family == "eagle3" or (spec.family == "mtp" and spec.hidden_first)
+    return spec.family in ("eagle3", "eagle") or (spec.family == "mtp" and spec.hidden_first)
 
 
 def draft_config(spec: DraftSpec) -> dict[str, Any]:

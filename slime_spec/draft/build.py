@@ -6,15 +6,18 @@ from collections.abc import Mapping
 
 import torch
 
-from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_spec import DraftSpec, is_trainable
+from slime_spec.draft.eagle import EagleNetwork
 from slime_spec.draft.eagle3 import Eagle3Network
 from slime_spec.draft.mtp import MtpNetwork
 from slime_spec.draft.network import DraftNetwork
 
 
 def make_network(spec: DraftSpec) -> DraftNetwork:
-    """Make the trainable network of an EAGLE-3 or MiMo-format MTP draft, with torch's initial values."""
-    return Eagle3Network(spec) if spec.family == "eagle3" else MtpNetwork(spec)
+    """Make the trainable network of a draft that ``is_trainable``, with torch's initial values."""
+    assert is_trainable(spec), f"there is no network of {spec.family}"
+    networks: dict[str, type[DraftNetwork]] = {"eagle3": Eagle3Network, "eagle": EagleNetwork, "mtp": MtpNetwork}
+    return networks[spec.family](spec)
 
 
 def network_tensors(network: DraftNetwork) -> dict[str, torch.Tensor]:

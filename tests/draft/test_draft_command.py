@@ -85,7 +85,7 @@ def test_another_action_is_answered_with_the_known_ones(capsys: pytest.CaptureFi
     assert "--draft-vocab-size" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp"])
 def test_a_whole_training_leaves_a_draft_with_its_table_and_provenance(
     kind: str, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

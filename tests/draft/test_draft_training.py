@@ -50,6 +50,8 @@ def spec_of(target: Path, kind: str) -> DraftSpec:
     block = replace(ModelSpec.from_folder(target), num_layers=1)
     if kind == "mtp":
         return DraftSpec("mtp", block, 48, 131, hidden_first=True, recurrent_norm=True, zero_first_embedding=True)
+    if kind == "eagle":
+        return DraftSpec("eagle", block, 48, 131, logits_norm=False)
     return DraftSpec("eagle3", block, 48, DRAFT_VOCAB, capture_layers=(0, 1, 2), has_own_head=True)
 
 
@@ -58,7 +60,7 @@ def lesson(tmp_path_factory: pytest.TempPathFactory, target: Path, corpus: list[
     return make_lesson(tmp_path_factory.mktemp("lesson"), target, spec_of(target, "eagle3"), corpus, DRAFT_VOCAB)
 
 
-@pytest.fixture(scope="module", params=["eagle3", "mtp"])
+@pytest.fixture(scope="module", params=["eagle3", "eagle", "mtp"])
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, target: Path, corpus: list[DraftSequence]
 ) -> tuple[Lesson, DraftTrainer]:
@@ -400,7 +402,7 @@ def test_features_are_the_targets_layers_and_its_logits(lesson: Lesson, target: 
     assert known.argmax.tolist() == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp"])
 def test_a_target_with_biases_and_untied_head_warms_a_draft_too(kind: str, tmp_path: Path) -> None:
     target = make_tiny_checkpoint(tmp_path / "qwen", "Qwen2ForCausalLM", num_hidden_layers=4)
     corpus = tiny_corpus(target, num_sequences=12, reply_len=8)

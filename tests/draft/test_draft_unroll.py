@@ -22,7 +22,12 @@ TARGET = ModelSpec.from_dict({**BLOCK, "architectures": ["LlamaForCausalLM"], "n
 LLAMA = replace(TARGET, num_layers=1)
 EAGLE3 = DraftSpec("eagle3", LLAMA, 48, 61, capture_layers=(0, 1, 2), has_own_head=True)
 MTP = DraftSpec("mtp", LLAMA, 48, 131, hidden_first=True, recurrent_norm=True, zero_first_embedding=True)
+EAGLE = DraftSpec("eagle", LLAMA, 48, 131, fc_bias=True, logits_norm=False)
 SPECS = {
+    "eagle": EAGLE,
+    "eagle with a qwen2 block and no bias": replace(
+        EAGLE, fc_bias=False, block=replace(LLAMA, architecture="Qwen2ForCausalLM", qkv_bias=True)
+    ),
     "eagle3": EAGLE3,
     "eagle3, normed layers and bias": replace(EAGLE3, fc_norm=True, fc_bias=True),
     "eagle3, one norm before fc": replace(EAGLE3, norm_before_fc=True),
@@ -51,6 +56,8 @@ def test_every_step_of_every_row_is_what_a_round_computes(spec: DraftSpec) -> No
     features = torch.randn(2, max(lengths), spec.feature_size, generator=generator, dtype=torch.float64)
     reference = reference_of(spec, tensors, embedding)
     network = load_network(spec, tensors).double()
+    # In double as well: EAGLE's logits, of no norm, reach a hundred, and float32's angles would move them.
+    network.attention.inv_freq = spec.block.rope_theta ** (-torch.arange(0, 16, 2).double() / 16)
     num_rows = 6
     unroll = Unroll(network, partial(F.embedding, weight=embedding), torch.tensor(starts), num_rows)
     compared = 0

@@ -48,7 +48,8 @@ EAGLE3 = {
     "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "use_aux_hidden_state": True},
 }
 NEXTN = {**SIZES, "architectures": ["LlamaForCausalLMNextN"], "num_nextn_predict_layers": 1}
-DRAFTS = {"eagle3": ("EAGLE3", EAGLE3), "mtp": ("NEXTN", NEXTN)}
+EAGLE = {**SIZES, "architectures": ["LlamaForCausalLMEagle"], "bias": True}
+DRAFTS = {"eagle3": ("EAGLE3", EAGLE3), "mtp": ("NEXTN", NEXTN), "eagle": ("EAGLE", EAGLE)}
 LAYOUTS = {
     "1x1": {},
     "TP2": {"world_size": 2, "tensor_model_parallel_size": 2},
@@ -149,17 +150,19 @@ def test_a_step_is_what_training_on_features_of_whole_passes_gives(
 
 
 def test_every_rank_and_layout_reports_the_same(config: Config, batches: Batches) -> None:
-    of_layouts = [[run.reports[-1].draft for run in ran(in_layout(config, each), batches)] for each in LAYOUTS.values()]
+    """Of a draft before its first update: rounding then moves nothing that Adam could amplify."""
+    config = replace(config, draft_training=replace(config.draft_training, num_optimizer_steps=1, batch_size=7))
+    of_layouts = [[run.reports[0].draft for run in ran(in_layout(config, each), batches)] for each in LAYOUTS.values()]
     first = of_layouts[0][0]
     assert first is not None
     for reports in of_layouts:
         for report in reports:
             assert report is not None
-            assert report.loss == pytest.approx(first.loss, rel=1e-3)
-            assert report.grad_norm == pytest.approx(first.grad_norm, rel=1e-3)
-            assert report.acceptance == pytest.approx(first.acceptance, rel=1e-3)
+            assert report.loss == pytest.approx(first.loss, rel=1e-4)
+            assert report.grad_norm == pytest.approx(first.grad_norm, rel=1e-4)
+            assert report.acceptance == pytest.approx(first.acceptance, rel=1e-4)
             assert report.accuracy == pytest.approx(first.accuracy, abs=1e-6)
-            assert report.tokens_per_round == pytest.approx(first.tokens_per_round, rel=1e-3)
+            assert report.tokens_per_round == pytest.approx(first.tokens_per_round, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -199,7 +202,7 @@ def test_a_rollouts_temperature_is_the_drafts(config: Config, batches: Batches) 
     warm = replace(config, rollout=RolloutConfig(temperature=0.6))
     after, expected = published(ran(warm, batches[:1])), reference(config, batches[0], temperature=0.6)
     at_one = reference(config, batches[0])
-    name = "fc.weight" if "fc.weight" in expected else next(name for name in expected if "input_proj" in name)
+    name = "fc.weight" if "fc.weight" in expected else "model.mtp_layers.0.input_proj.weight"
     assert (after[name] - expected[name]).abs().mean() < 0.1 * (after[name] - at_one[name]).abs().mean()
 
 

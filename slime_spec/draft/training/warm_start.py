@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.draft.eagle import EagleLayer, EagleNetwork
 from slime_spec.draft.eagle3 import Eagle3Layer, Eagle3Network
 from slime_spec.draft.mtp import MtpNetwork
 from slime_spec.draft.network import DraftNetwork
@@ -41,6 +42,8 @@ def warm_start(
         _eagle3(network, last, tensors, target, vocabulary)
     elif isinstance(network, MtpNetwork):
         _mtp(network, last, tensors, target)
+    elif isinstance(network, EagleNetwork):
+        _eagle(network, last, target)
 
 
 def _eagle3(
@@ -74,8 +77,17 @@ def _mtp(
     network.final_layernorm.weight.copy_(tensors["model.norm.weight"])
 
 
-def _block(layer: Eagle3Layer | MtpNetwork, last: Mapping[str, torch.Tensor]) -> None:
-    """Fill the tensors that both families' blocks share with the target's block."""
+def _eagle(network: EagleNetwork, last: Mapping[str, torch.Tensor], target: ModelSpec) -> None:
+    """Fill an EAGLE draft, whose hidden states are normed already: its block has no norm where the target's has one."""
+    network.fc.weight[:, target.hidden_size :] = torch.eye(target.hidden_size)
+    for x in "qkv":
+        for part in ("weight", "bias") if target.qkv_bias else ("weight",):
+            getattr(getattr(network.layer.self_attn, f"{x}_proj"), part).copy_(last[f"self_attn.{x}_proj.{part}"])
+    _block(network.layer, last)
+
+
+def _block(layer: Eagle3Layer | EagleLayer | MtpNetwork, last: Mapping[str, torch.Tensor]) -> None:
+    """Fill the tensors that every family's block shares with the target's block."""
     layer.self_attn.o_proj.weight.copy_(last["self_attn.o_proj.weight"])
     layer.post_attention_layernorm.weight.copy_(last["post_attention_layernorm.weight"])
     width = min(layer.mlp.gate_proj.out_features, last["mlp.gate_proj.weight"].shape[0])

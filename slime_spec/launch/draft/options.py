@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from slime_spec.config.draft_training import LOSSES
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import unknown_choice
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
 
 PROG = "slime-spec draft train"
-KINDS = ("eagle3", "mtp")
-LOSS_NAMES = ("soft_ce", "total_variation", "log_acceptance", "reverse_kl", "lk_hybrid")
+KINDS = ("eagle3", "eagle", "mtp")
 DTYPES = ("float32", "bfloat16", "float16")
 FETCH = "Pass a model's folder, or make one with: slime-spec models fetch smollm2-135m"
 DESCRIPTION = """\
@@ -31,7 +31,7 @@ class DraftOptions:
     target: Path
     out: Path
     corpus: CorpusSettings
-    kind: Literal["eagle3", "mtp"]
+    kind: Literal["eagle3", "eagle", "mtp"]
     capture_layers: tuple[int, ...] | None
     draft_vocab_size: int
     intermediate_size: int | None
@@ -148,7 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--target", type=Path, required=True, help="Hugging Face checkpoint folder of the target")
     add("--out", type=Path, required=True, help="folder of the corpus, the training's state and the checkpoint")
     add("--resume", action="store_true", help="go on with the training that --out holds")
-    add("--kind", choices=KINDS, default="eagle3", help="draft to train (eagle3); mtp is MiMo's format")
+    add(
+        "--kind",
+        choices=KINDS,
+        default="eagle3",
+        help="draft to train (eagle3); eagle has no head of its own, mtp is MiMo's format",
+    )
     corpus = parser.add_argument_group("corpus")
     add = corpus.add_argument
     add("--task", nargs="+", default=list(settings.tasks), help="tasks in turn, as in train (arithmetic_sentences)")
@@ -178,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=8, help="passes over the corpus (8)")
     add("--batch-size", type=int, default=8, help="sequences an update (8)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (1e-3)")
-    add("--loss", choices=LOSS_NAMES, default="soft_ce", help="loss of a step (soft_ce)")
+    add("--loss", choices=LOSSES, default="soft_ce", help="loss of a step (soft_ce)")
     add("--autocast", action="store_true", help="compute the network in bfloat16; its weights stay fp32")
     add("--minutes", type=float, help="stop training after this long; --resume goes on")
     add("--seed", type=int, default=0, help="seed of prompts, replies, first weights and order (0)")

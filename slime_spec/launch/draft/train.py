@@ -86,6 +86,8 @@ def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
     if options.kind == "mtp":
         spec = DraftSpec("mtp", block, target.hidden_size, target.vocab_size, hidden_first=True, recurrent_norm=True)
         spec = replace(spec, zero_first_embedding=True)
+    elif options.kind == "eagle":
+        spec = DraftSpec("eagle", block, target.hidden_size, target.vocab_size, logits_norm=False)
     else:
         layers = options.capture_layers or capture_layers_of(target.num_layers)
         spec = DraftSpec(
