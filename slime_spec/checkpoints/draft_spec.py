@@ -87,11 +87,14 @@ class DraftSpec:
         architecture = architecture_of(config)
         draft_format, layer = FORMAT_OF.get(architecture), family_of(architecture).mtp
         if draft_format is None:
+            is_of_speculators = "speculators_model_type" in config
             raise CheckpointError(
                 f"{source}: architectures",
                 f"must name a draft: {', '.join(FORMAT_OF)}",
                 architecture,
-                f"Correct the config.json if it is such a draft, or use {STANDALONE.name} for a whole model.",
+                "Write it in this layout: slime-spec draft convert --to sglang"
+                if is_of_speculators
+                else f"Correct the config.json if it is such a draft, or use {STANDALONE.name} for a whole model.",
             )
         check_keys(config, draft_format.keys, source)
         # A draft without rope_theta rotates by 10000, whatever its target does.

@@ -101,17 +101,23 @@ def save_draft_checkpoint(
     for name, shape in wanted.items():
         assert tuple(tensors[name].shape) == shape, f"{name} has shape {tuple(tensors[name].shape)}, not {shape}"
     stored = [(name, tensors[name]) for name in wanted]
-    if hot_token_ids is None and spec.has_own_head:
-        hot_token_ids = torch.arange(spec.block.vocab_size)  # SpecForge wants the tables of a full vocabulary too
-    if hot_token_ids is not None:
-        assert tuple(hot_token_ids.shape) == (spec.draft_vocab_size,), "one target id for every row of the head"
-        assert bool((hot_token_ids.diff() > 0).all()), "target ids ascend"
-        in_draft = torch.zeros(spec.block.vocab_size, dtype=torch.bool)
-        in_draft[hot_token_ids] = True
-        offsets = hot_token_ids.to(torch.int64) - torch.arange(spec.draft_vocab_size)
-        stored += [(D2T, offsets), (T2D, in_draft)]
+    stored += vocabulary_tables(spec, hot_token_ids)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     save_checkpoint(folder, stored, {**draft_config(spec), "torch_dtype": dtype})
+
+
+def vocabulary_tables(spec: DraftSpec, hot_token_ids: torch.Tensor | None) -> list[tuple[str, torch.Tensor]]:
+    """Return d2t (as offsets) and t2d as files have them; nothing for a draft that shares the target's head."""
+    if hot_token_ids is None and not spec.has_own_head:
+        return []
+    if hot_token_ids is None:
+        hot_token_ids = torch.arange(spec.block.vocab_size)  # SpecForge wants the tables of a full vocabulary too
+    assert tuple(hot_token_ids.shape) == (spec.draft_vocab_size,), "one target id for every row of the head"
+    assert bool((hot_token_ids.diff() > 0).all()), "target ids ascend"
+    in_draft = torch.zeros(spec.block.vocab_size, dtype=torch.bool)
+    in_draft[hot_token_ids] = True
+    offsets = hot_token_ids.to(torch.int64) - torch.arange(spec.draft_vocab_size)
+    return [(D2T, offsets), (T2D, in_draft)]
 
 
 def hot_ids_of_d2t(d2t: torch.Tensor, t2d: torch.Tensor | None, vocab_size: int, source: str = "") -> torch.Tensor:

@@ -18,7 +18,7 @@ from slime_spec.launch.cli import main
 from slime_spec.launch.draft.command import run_draft
 from slime_spec.launch.draft.corpus import plan_corpus
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
-from slime_spec.launch.draft.options import read_action, read_options
+from slime_spec.launch.draft.options import read_options
 from slime_spec.launch.draft.provenance import file_sha256
 from slime_spec.launch.draft.train import draft_spec
 from tests.support.tiny_policy import make_tiny_policy
@@ -148,7 +148,7 @@ def test_a_shallow_target_has_capture_layers_by_default_too(
 ) -> None:
     argv = ["train", "--target", str(policy), "--out", str(tmp_path / "out"), *SMALL]
     target = replace(ModelSpec.from_folder(policy), num_layers=num_layers)
-    spec = draft_spec(read_options(read_action(argv)), target)
+    spec = draft_spec(read_options(argv[1:]), target)
     assert spec.capture_layers == layers
     assert spec.feature_size == len(layers) * target.hidden_size
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slime_spec.launch.draft.options import read_action, read_options
+from slime_spec.interfaces import unknown_choice
+from slime_spec.launch.draft.convert_options import read_convert_options
+from slime_spec.launch.draft.options import read_options
 
 
 def run_draft(argv: Sequence[str]) -> int:
     """Run an action; raises ConfigError for an unknown action or flag before torch is loaded."""
-    options = read_options(read_action(argv))
+    action, rest = (argv[0], argv[1:]) if argv else ("", ())
+    if action == "convert":
+        convert_options = read_convert_options(rest)
+        from slime_spec.launch.draft.convert import convert
+
+        return convert(convert_options)
+    if action != "train":
+        raise unknown_choice("draft", ["convert", "train"], action)
+    options = read_options(rest)
     from slime_spec.launch.draft.train import train
 
     return train(options, ["slime-spec", "draft", *argv])

@@ -10,7 +10,6 @@ from typing import Literal, NoReturn
 
 from slime_spec.config.draft_training import LOSSES
 from slime_spec.errors import ConfigError
-from slime_spec.interfaces import unknown_choice
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
 
 PROG = "slime-spec draft train"
@@ -198,10 +197,3 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(PROG, message, "", f"See {PROG} --help.")
-
-
-def read_action(argv: Sequence[str]) -> list[str]:
-    """Return the tokens after ``slime-spec draft train``; raises ConfigError for another action."""
-    if not argv or argv[0] != "train":
-        raise unknown_choice("draft", ["train"], argv[0] if argv else "")
-    return list(argv[1:])

@@ -1,0 +1,164 @@
+"""A draft in another layout is the same draft: numbers, layers, vocabulary; what has no place there is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import load_draft
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.errors import CheckpointError, ConfigError
+from slime_spec.launch.draft.command import run_draft
+from slime_spec.launch.draft.convert import read_any
+from tests.support.published_drafts import REFUSED_DRAFTS
+from tests.support.tiny_drafts import EAGLE, EAGLE3, edit_config, edit_tensors, make_tiny_draft
+from tests.support.tiny_models import make_tiny_checkpoint
+
+NESTED = EAGLE3["eagle_config"]
+VARIETIES: dict[str, dict[str, Any]] = {
+    "as SpecForge exports": {},
+    "normed layers and their recurrence": {"fc_norm": True, "norm_output": True},
+    "one norm before fc": {"eagle_config": {**NESTED, "norm_before_fc": True}},
+    "a residual after its norm": {"norm_before_residual": True},
+    "default layers": {"eagle_config": None},
+    "a whole vocabulary": {"draft_vocab_size": 131},
+    "another rotation": {"rope_theta": 500000.0},
+}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("target") / "target", num_hidden_layers=8)
+
+
+def converted(draft: Path, target: Path, out: Path, layout: str, *more: str) -> Path:
+    argv = ["convert", "--draft", str(draft), "--target", str(target), "--out", str(out), "--to", layout, *more]
+    assert run_draft(argv) == 0
+    return out
+
+
+@pytest.mark.parametrize("variety", VARIETIES)
+def test_a_draft_comes_back_from_the_other_layout_as_it_was(variety: str, target: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, {**EAGLE3, **VARIETIES[variety]})
+    theirs = converted(draft, target, tmp_path / "theirs", "speculators")
+    ours = converted(theirs, target, tmp_path / "ours", "sglang")
+    spec = DraftSpec.from_folder(draft, ModelSpec.from_folder(target))
+    back = DraftSpec.from_folder(ours, ModelSpec.from_folder(target))
+    assert back == spec
+    before, after = load_draft(draft, spec), load_draft(ours, back)
+    assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
+    if before.hot_token_ids is not None:
+        assert torch.equal(before.hot_token_ids, after.hot_token_ids)
+
+
+def test_speculators_layout_counts_inputs_of_layers_and_nests_the_block(target: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, {**EAGLE3, "fc_norm": True})
+    theirs = converted(draft, target, tmp_path / "theirs", "speculators", "--target-name", "org/Model-8B")
+    config = json.loads((theirs / "config.json").read_text())
+    assert config["speculators_model_type"] == "eagle3"
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]  # outputs of 0, 1, 2
+    assert (config["fc_norm"], config["norm_before_residual"], config["draft_vocab_size"]) == (True, False, 61)
+    assert config["transformer_layer_config"]["model_type"] == "llama"
+    assert config["transformer_layer_config"]["hidden_size"] == 48
+    assert not {"draft_vocab_size", "eagle_config", "architectures"} & config["transformer_layer_config"].keys()
+    assert config["speculators_config"]["verifier"] == {
+        "name_or_path": "org/Model-8B",
+        "architectures": ["LlamaForCausalLM"],
+    }
+    names = load_file(theirs / "model.safetensors")
+    own = {
+        "fc.weight",
+        "layers.0.hidden_norm.weight",
+        "layers.0.self_attn.q_proj.weight",
+        "norm.weight",
+        "lm_head.weight",
+    }
+    assert own <= names.keys()
+    assert not any(name.startswith("midlayer.") for name in names)
+    assert torch.equal(names["d2t"] + torch.arange(61), names["t2d"].nonzero().flatten())
+
+
+def test_pickled_tensors_are_read_and_nothing_else_in_them(target: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, EAGLE3)
+    tensors = load_file(draft / "model.safetensors")
+    (draft / "model.safetensors").unlink()
+    torch.save(tensors, draft / "pytorch_model.bin")
+    out = converted(draft, target, tmp_path / "out", "sglang")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(out / "model.safetensors").items())
+    torch.save({"fc.weight": Path("/tmp")}, draft / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="must hold tensors"):
+        converted(draft, target, tmp_path / "again", "sglang")
+    assert not (tmp_path / "again").exists()
+
+
+def test_published_configs_of_speculators_are_read(target: Path, tmp_path: Path) -> None:
+    """The nested block and the flags beside it, of a draft whose file names tensors as SpecForge's does."""
+    (_, _, _, published) = REFUSED_DRAFTS["RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3"]
+    draft = make_tiny_draft(tmp_path / "draft", target, {**EAGLE3, "eagle_config": None})
+    block = {
+        **published["transformer_layer_config"],
+        **{k: v for k, v in EAGLE3.items() if k in ("hidden_size", "head_dim")},
+    }
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    block |= {name: EAGLE3[name] for name in (*sizes, "rms_norm_eps")}
+    (draft / "config.json").write_text(
+        json.dumps({**published, "draft_vocab_size": 61, "transformer_layer_config": block})
+    )
+    with pytest.raises(CheckpointError, match="slime-spec draft convert --to sglang"):
+        DraftSpec.from_folder(draft, ModelSpec.from_folder(target))
+    spec = read_any(draft, target, ModelSpec.from_folder(target)).spec
+    assert spec.capture_layers == (1, 3, 4)  # inputs of 2, n // 2, n - 3
+    assert (spec.draft_vocab_size, spec.residual_norm, spec.block.num_heads) == (61, False, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"speculators_model_type": "dflash"}, "must be eagle3"),
+        ({"transformer_layer_config": {"model_type": "qwen3"}}, "must be llama"),
+    ],
+)
+def test_a_speculator_of_another_kind_is_refused_by_its_key(
+    changes: dict[str, Any], said: str, target: Path, tmp_path: Path
+) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, EAGLE3)
+    theirs = edit_config(converted(draft, target, tmp_path / "theirs", "speculators"), **changes)
+    with pytest.raises(CheckpointError, match=said):
+        converted(theirs, target, tmp_path / "out", "sglang")
+
+
+def test_a_draft_that_has_no_place_in_the_layout_is_refused_before_anything_is_written(
+    target: Path, tmp_path: Path
+) -> None:
+    for number, (config, said) in enumerate(
+        [
+            (EAGLE, "format eagle"),
+            ({**EAGLE3, "bias": True}, "fc has a bias"),
+            ({**EAGLE3, "draft_vocab_size": None}, "head"),
+        ]
+    ):
+        draft = make_tiny_draft(tmp_path / f"draft{number}", target, config)
+        with pytest.raises(CheckpointError, match=said):
+            converted(draft, target, tmp_path / "out", "speculators")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fault_is_told_of_the_drafts_own_folder(target: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, EAGLE3)
+    edit_tensors(draft, norm__weight=torch.full((48,), float("nan")))
+    with pytest.raises(CheckpointError, match=f"{draft}: norm.weight"):
+        converted(draft, target, tmp_path / "out", "speculators")
+
+
+def test_folders_are_looked_at_first(target: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, EAGLE3)
+    with pytest.raises(ConfigError, match="must be new or empty"):
+        converted(draft, target, draft, "sglang")
+    with pytest.raises(ConfigError, match="must be a checkpoint folder"):
+        converted(tmp_path, target, tmp_path / "out", "sglang")
+    with pytest.raises(ConfigError, match="convert"):
+        run_draft(["convrt"])
