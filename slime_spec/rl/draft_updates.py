@@ -9,7 +9,8 @@ what a step without an update costs of them. τ_new is what rollouts right after
 updates has added to that: a draft that is still learning gains beyond what it has lost. An update is made where it
 saves more than it takes, and once in H steps to see what it brings now.
 
-A sudden loss is no drift of the policy: what the engines draft with is looked at first.
+A sudden loss is no drift of the policy: what the engines draft with is looked at first, and what updates bring is
+measured anew, for a task may have changed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class DraftUpdates:
 
     def __init__(self, policy: str, interval: int, horizon: int) -> None:
         self._policy, self._interval, self._horizon = policy, interval, horizon
-        self._num_updates = self._num_left_out = 0
+        self._num_updates = self._num_measured = self._num_left_out = 0
         self._now: float | None = None
         self._drafting_s = 0.0
         self._is_sudden = self._follows_update = False
@@ -62,6 +63,7 @@ class DraftUpdates:
             return
         if before is not None and accept_length < (1.0 - SUDDEN) * before:
             self._is_sudden = True
+            self._forget()
             return
         if self._follows_update:
             if self._newest_fresh is not None:
@@ -76,7 +78,7 @@ class DraftUpdates:
         if self._policy == EVERY:
             is_due = (step + 1) % self._interval == 0
             return Decision(is_due, cost_s=self._cost_s, suspects_fault=self._is_sudden)
-        is_due = self._num_updates < NUM_MEASURED or self._num_left_out >= self._horizon
+        is_due = self._num_measured < NUM_MEASURED or self._num_left_out >= self._horizon
         if is_due or self._is_sudden:
             return Decision(True, cost_s=self._cost_s, suspects_fault=self._is_sudden)
         saving_s = self._saving_s()
@@ -85,6 +87,7 @@ class DraftUpdates:
     def made(self, cost_s: float) -> None:
         """Note an update and the seconds of its training."""
         self._num_updates += 1
+        self._num_measured += 1
         self._num_left_out = 0
         self._follows_update = False
         self._cost_s = cost_s if self._num_updates == 1 else _averaged(self._cost_s, cost_s)
@@ -97,6 +100,12 @@ class DraftUpdates:
     def left_out(self) -> None:
         self._num_left_out += 1
         self._follows_update = False
+
+    def _forget(self) -> None:
+        """Measure anew what updates bring: of other tasks, or a draft that was damaged, it is something else."""
+        self._fresh = self._newest_fresh = self._gain = None
+        self._lost_per_step = 0.0
+        self._num_measured = 0
 
     def _saving_s(self) -> float:
         if self._now is None or self._fresh is None:

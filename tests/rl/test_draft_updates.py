@@ -119,6 +119,30 @@ def test_a_sudden_loss_is_looked_into_and_is_no_rate_of_drift(policy: str, follo
     assert not updates.decide(4).suspects_fault
 
 
+def test_after_a_change_of_task_a_draft_learns_on_though_it_was_better_before() -> None:
+    """Lengths of a run whose second task begins at step 8, which had stopped learning at 2.0 of a possible 2.5."""
+    updates = DraftUpdates("when_it_pays", 1, 10)
+    lengths = [1.9, 2.2, 2.4, 2.6, 2.9, 2.9, 3.1, 3.1]
+    for step, length in enumerate(lengths):
+        updates.saw_rollout(length, 5.0)
+        if updates.decide(step).updates:
+            updates.made(2.0)
+            updates.pushed(0.1)
+        else:
+            updates.left_out()
+    learned, made = 1.3, 0
+    for step in range(8, 16):
+        updates.saw_rollout(learned, 5.0)
+        if updates.decide(step).updates:
+            updates.made(2.0)
+            updates.pushed(0.1)
+            learned, made = learned + 0.15 * (2.8 - learned), made + 1
+        else:
+            updates.left_out()
+    assert made >= 7
+    assert learned > 2.3
+
+
 def test_what_was_learned_and_not_pushed_says_nothing_of_what_updates_bring() -> None:
     pushed, kept = (DraftUpdates("when_it_pays", 1, 10) for _ in range(2))
     for updates in (pushed, kept):
