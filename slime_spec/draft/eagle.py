@@ -29,7 +29,7 @@ class EagleNetwork(DraftNetwork):
 
     def __init__(self, spec: DraftSpec) -> None:
         super().__init__()
-        assert spec.block.num_layers == 1, "EAGLE drafts of several layers are served, not trained"
+        assert spec.block.num_layers == 1, "drafts of several layers are served, not trained"
         self.spec = spec
         size = spec.block.hidden_size
         self.fc = nn.Linear(2 * size, size, bias=spec.fc_bias)

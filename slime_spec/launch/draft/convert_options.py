@@ -13,8 +13,8 @@ from slime_spec.errors import ConfigError
 PROG = "slime-spec draft convert"
 LAYOUTS = ("sglang", "speculators")
 DESCRIPTION = """\
-Write a draft in another layout. It is read in SGLang's and SpecForge's, in EAGLE's (pytorch_model.bin too) or in that
-of vLLM's speculators; every tensor is checked, and what was written is read back and compared."""
+Write a draft in another layout. It is read in SGLang's and SpecForge's, in its authors' (pytorch_model.bin
+too) or in that of vLLM's speculators; every tensor is checked, and what was written is read back and compared."""
 
 
 @dataclass(frozen=True)
