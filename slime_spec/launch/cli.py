@@ -170,7 +170,7 @@ def _bench(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         remedy = (
             "Write slime-spec bench main-job, bench engine, bench device, bench sglang, bench pays, "
-            "bench coordinator or bench robustness."
+            "bench drafts, bench coordinator or bench robustness."
         )
         raise ConfigError("bench", "needs the name of a benchmark", argv, remedy)
     from slime_spec.bench import run_bench

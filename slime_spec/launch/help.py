@@ -23,7 +23,8 @@ slime-spec: speculative decoding that pays in RL rollouts
   slime-spec serve [flags]                          answer SGLang's HTTP API with one embedded engine
   slime-spec models fetch NAME [--output DIR]       make a model's Hugging Face checkpoint folder (smollm2-135m)
   slime-spec draft train --target DIR --out DIR     train a draft on the target's own replies
-  slime-spec bench NAME [--json FILE]               main-job, engine, device, sglang, pays, coordinator or robustness
+  slime-spec draft convert --draft DIR --target DIR --out DIR --to LAYOUT    write a draft in another layout
+  slime-spec bench NAME [--json FILE]   main-job, engine, device, sglang, pays, drafts, coordinator or robustness
 
 `slime-spec train --help` explains every flag."""
 
@@ -33,9 +34,10 @@ slime-spec bench NAME [flags]
 NAME is main-job (the whole RL loop), engine (generation, with and without speculation, against other engines), device
 (copy, matmul, passes of models of known shapes with random weights, bytes between processes), sglang (the SGLang engine
 on real servers: exact output, true counters, pushes, stale drafts, restart, offload, speed), pays (what speculation
-gains at 64, 8, 4 and 1 sequences at once: the depth that the engine decides, against off and fixed depths), coordinator
-(the driver's Python a sample, for 16 to 1,024 engines) or robustness (hostile checkpoints, command lines, HTTP bodies
-and data: no traceback, no hang, no NaN).
+gains at 64, 8, 4 and 1 sequences at once: the depth that the engine decides, against off and fixed depths), drafts
+(whole runs: a draft that stays, one that learns, one that begins with nothing, tasks that change), coordinator (the
+driver's Python a sample, for 16 to 1,024 engines) or robustness (hostile checkpoints, command lines, HTTP bodies and
+data: no traceback, no hang, no NaN).
 `slime-spec bench NAME --help` explains its flags."""
 
 

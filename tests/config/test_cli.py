@@ -80,7 +80,7 @@ def test_every_benchmark_is_named_where_a_newcomer_looks(capsys: Capture) -> Non
         assert name in next(line for line in COMMANDS.splitlines() if "slime-spec bench" in line)
 
 
-def test_the_only_action_of_draft_helps_without_being_named(capsys: Capture) -> None:
+def test_the_first_action_of_draft_helps_without_being_named(capsys: Capture) -> None:
     helped = []
     for argv in (["draft", "--help"], ["draft", "train", "--help"]):
         with pytest.raises(SystemExit) as ended:

@@ -20,7 +20,8 @@ DESCRIPTION = """\
 Train a draft for a target on the target's own replies, and write it as a checkpoint that engines load.
 
 Replies and features are kept in OUT and the training's state with them: after a kill, repeat the command with
---resume. The checkpoint, its held-out acceptance and its provenance lie in OUT when the command is done."""
+--resume. The checkpoint, its held-out acceptance and its provenance lie in OUT when the command is done.
+`slime-spec draft convert --help` tells how to write a draft in another engine's layout."""
 
 
 @dataclass(frozen=True)
