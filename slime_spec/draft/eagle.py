@@ -38,7 +38,7 @@ class EagleNetwork(DraftNetwork):
     @property
     def layer(self) -> EagleLayer:
         layer = self.layers[0]
-        assert isinstance(layer, EagleLayer)
+        assert isinstance(layer, EagleLayer), "its only layer"
         return layer
 
     @property

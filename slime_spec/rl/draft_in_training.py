@@ -99,7 +99,11 @@ class DraftInTraining:
         if self._pushed is None or self._engines is None:
             return
         version, checksum = self._pushed
-        answers = {reply.checksum for reply in self._engines.broadcast(VerifyPush(version, "draft"))}
+        try:
+            answers = {reply.checksum for reply in self._engines.broadcast(VerifyPush(version, "draft"))}
+        except PushError as error:
+            logger.warning("engines did not say what they draft with: %s", error)
+            answers = {NOT_COMPARABLE}
         if wrong := answers - {checksum, NOT_COMPARABLE}:
             logger.error("engines draft with other weights than were pushed checksums=%s pushed=%s", wrong, checksum)
             self._is_ahead = True

@@ -10,7 +10,7 @@ Without a trainer it is a rollout-only run; without engines it trains on saved r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -121,7 +121,7 @@ def _train_and_push(
     metrics = rollout_metrics(samples)
     version, is_ahead = state.weight_version, state.is_ahead
     if job.trainer is not None:
-        metrics |= _train(job, job.trainer, state.rollout_id, rollout, before, clock)
+        metrics |= _train(job, job.trainer, state.rollout_id, samples, metrics, before, clock)
         is_ahead = True
         due = (state.rollout_id + 1) % job.config.push.interval == 0
         if job.engines is not None and due and not job.stop.asked:
@@ -149,11 +149,12 @@ def _train(
     job: Job,
     trainer: Trainer,
     step: int,
-    rollout: Rollout,
+    samples: list[Sample],
+    rolled_out: Mapping[str, float],
     before: Sequence[EngineStats],
     clock: PhaseClock,
 ) -> dict[str, float]:
-    samples = rollout.samples
+    """Make a step's policy update; ``rolled_out`` are the metrics of its rollout."""
     batch = train_batch(samples, job.config.algorithm.normalize_std)
     if not batch:
         logger.warning("step trained on nothing: every scored response is empty samples=%d", len(samples))
@@ -162,8 +163,7 @@ def _train(
     metrics: dict[str, float] = {}
     if job.draft is not None:
         after = [] if job.engines is None else job.engines.stats()
-        told = rollout_metrics(samples)
-        learns_draft, metrics = job.draft.decide(step, told, clock.seconds["rollout"], before, after)
+        learns_draft, metrics = job.draft.decide(step, rolled_out, clock.seconds["rollout"], before, after)
     job.progress("train")(0, 1)
     with _engines_released(job), clock.phase("train"):
         metrics |= train_metrics(trainer.step(batch, learns_draft))

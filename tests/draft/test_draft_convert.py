@@ -82,7 +82,18 @@ def test_speculators_layout_counts_inputs_of_layers_and_nests_the_block(target: 
     assert torch.equal(names["d2t"] + torch.arange(61), names["t2d"].nonzero().flatten())
 
 
+def test_a_draft_that_its_writer_has_named_otherwise_is_known_by_what_it_is(target: Path, tmp_path: Path) -> None:
+    """Cases of draft-varieties: AngelSlim's name of EAGLE-3, and an EAGLE draft that is named as its target."""
+    for number, (config, other) in enumerate(((EAGLE3, "Eagle3LlamaForCausalLM"), (EAGLE, "LlamaForCausalLM"))):
+        draft = make_tiny_draft(tmp_path / f"draft{number}", target, config)
+        spec = DraftSpec.from_folder(draft, ModelSpec.from_folder(target))
+        edit_config(draft, architectures=[other])
+        out = converted(draft, target, tmp_path / f"out{number}", "sglang")
+        assert DraftSpec.from_folder(out, ModelSpec.from_folder(target)) == spec
+
+
 def test_pickled_tensors_are_read_and_nothing_else_in_them(target: Path, tmp_path: Path) -> None:
+    """Case of draft-varieties: a draft in pytorch_model.bin alone."""
     draft = make_tiny_draft(tmp_path / "draft", target, EAGLE3)
     tensors = load_file(draft / "model.safetensors")
     (draft / "model.safetensors").unlink()
@@ -96,7 +107,7 @@ def test_pickled_tensors_are_read_and_nothing_else_in_them(target: Path, tmp_pat
 
 
 def test_published_configs_of_speculators_are_read(target: Path, tmp_path: Path) -> None:
-    """The nested block and the flags beside it, of a draft whose file names tensors as SpecForge's does."""
+    """Case of draft-varieties: the nested block and the flags beside it, tensors named as SpecForge names them."""
     (_, _, _, published) = REFUSED_DRAFTS["RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3"]
     draft = make_tiny_draft(tmp_path / "draft", target, {**EAGLE3, "eagle_config": None})
     block = {

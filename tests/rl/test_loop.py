@@ -1,154 +1,21 @@
 """The loop's order of events, with parts that only record what they were asked."""
 
-import signal
 from dataclasses import dataclass, field, replace
 from itertools import product
 
 import pytest
 
-from slime_spec.config.draft_training import DraftTrainingConfig
-from slime_spec.config.tree import Config, PushConfig, RolloutConfig, RunConfig, SpeculativeConfig, TrainerConfig
+from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.errors import PushError, RewardError
 from slime_spec.interfaces import RunState
-from slime_spec.rl.draft_in_training import DraftInTraining
-from slime_spec.rl.loop import Job, first_state, run_loop
+from slime_spec.rl.loop import first_state, run_loop
 from slime_spec.rl.rollouts import Rollout
-from slime_spec.speculation.net_benefit import NetBenefit
-from slime_spec.stop import StopSignals
-from slime_spec.types import DraftReport, EngineStats, GeneratedSample, Prompt, Sample, SpecCounters, TrainReport
-from slime_spec.weights.checksums import combined_checksum
+from slime_spec.types import TrainReport
 from slime_spec.weights.messages import (
-    BeginPush,
-    CancelPush,
     CommitPush,
-    Manifest,
-    PreparePush,
     PushReply,
-    Side,
 )
-
-DRAFT_REPORT = DraftReport(0.5, 1.0, (0.7,), (0.6,), {"rejection": 2.5, "block": 2.6}, 4, 0, 1.5)
-
-
-@dataclass
-class Recorder:
-    """Trainer, engines and sample source in one, writing down what happens in order."""
-
-    rewards: tuple[float | None, ...] = (1.0, 0.0)
-    unfinished: tuple[int, ...] = ()
-    refuse_version: int | None = None
-    refuse_draft: int | None = None
-    stop: StopSignals = field(default_factory=StopSignals)
-    stop_at: str = ""
-    events: list[str] = field(default_factory=list)
-    version: int = 0
-    draft_version: int = 0
-    side: str = "target"
-    resumed: RunState | None = None
-    num_stats: int = 0
-    logged: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    def load(self) -> RunState | None:
-        return self.resumed
-
-    def happen(self, event: str) -> None:
-        """Write an event down, and have the signal come while it happens."""
-        self.events.append(event)
-        if event == self.stop_at:
-            self.stop.ask(signal.SIGTERM)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.happen(f"log {step}")
-        self.logged[step] = values
-
-    def rollout(self, state: RunState, progress) -> Rollout:
-        self.happen(f"generate@{self.version}")
-        prompt = Prompt(state.next_prompt_id, "task", "?", (1, 2), "x")
-        samples = [
-            Sample(
-                prompt,
-                GeneratedSample("g", i, (5,), (-1.0,), "stop", self.version, 2),
-                "t",
-                reward,
-                "the reward raised X",
-            )
-            for i, reward in enumerate(self.rewards)
-        ]
-        return Rollout(samples, state.next_prompt_id + 3, self.unfinished)
-
-    def step(self, samples, learns_draft: bool = True) -> TrainReport:
-        self.happen(f"train {len(samples)}")
-        report = TrainReport(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, len(samples), len(samples), 1, 1)
-        return replace(report, draft=DRAFT_REPORT) if learns_draft else report
-
-    def push(self, version: int, side: Side = "target"):
-        yield BeginPush(Manifest(side, version, ()))
-        yield CommitPush(version, combined_checksum([]))
-
-    def broadcast(self, message) -> list[PushReply]:
-        if isinstance(message, BeginPush):
-            self.side = message.manifest.side
-        is_draft = self.side == "draft"
-        refused = self.refuse_draft if is_draft else self.refuse_version
-        if isinstance(message, PreparePush) and message.version == refused:
-            raise PushError("an engine refused")
-        if isinstance(message, CommitPush) and is_draft:
-            self.draft_version = message.version
-            self.happen(f"push draft {message.version}")
-        elif isinstance(message, CommitPush):
-            self.version = message.version
-            self.happen(f"push {message.version}")
-        if isinstance(message, CancelPush):
-            self.events.append(f"cancel {message.version}")
-        return [PushReply(0, self.draft_version if is_draft else self.version, combined_checksum([]))]
-
-    def stats(self) -> list[EngineStats]:
-        """After each push the canary accepted one draft more a round."""
-        self.num_stats += 1
-        canary = SpecCounters(num_rounds=10, num_proposed=30, histogram=(0,) * self.version + (10,))
-        return [
-            EngineStats(
-                *(self.version, 0, 0, 0, 0, True, 0),
-                speculates=self.version < 2,
-                canary=canary if self.version else SpecCounters(),
-                benefit=NetBenefit(
-                    *(each * self.num_stats for each in (5.0, 7.0, 0.5, 3.0, 2.0)),
-                ),
-                pays_up_to=6,
-            )
-        ]
-
-    def set_resident(self, resident: bool) -> list[EngineStats]:
-        self.events.append("resume" if resident else "release")
-        return []
-
-
-def job(recorder: Recorder, config: Config, *, trainer: bool = True, engines: bool = True) -> Job:
-    saved: list[RunState] = []
-    return Job(
-        config=config,
-        rollouts=recorder,
-        trainer=recorder if trainer else None,  # type: ignore[arg-type]
-        engines=recorder if engines else None,  # type: ignore[arg-type]
-        log=recorder.log,
-        keep_samples=lambda rollout_id, samples: None,
-        save=lambda state: (saved.append(state), recorder.happen(f"save {state.rollout_id}"))[0],
-        progress=lambda phase: lambda done, wanted: None,
-        stop=recorder.stop,
-        draft=DraftInTraining(config, recorder, recorder) if config.draft_training.enable else None,  # type: ignore[arg-type]
-    )
-
-
-def config(num_rollout: int = 2, interval: int = 1, save_interval: int | None = None) -> Config:
-    return Config(
-        run=RunConfig(num_rollout=num_rollout),
-        rollout=RolloutConfig(batch_size=3),
-        push=PushConfig(interval=interval),
-        trainer=TrainerConfig(save_interval=save_interval),
-    )
-
-
-START = RunState(rollout_id=0, next_prompt_id=0, weight_version=0)
+from tests.support.loop_recorder import START, Recorder, config, job
 
 
 def test_a_step_generates_trains_with_released_engines_pushes_and_logs():
@@ -376,53 +243,3 @@ def test_without_engines_nothing_is_said_of_them():
     recorder = Recorder()
     run_loop(job(recorder, config(num_rollout=1), engines=False), START)
     assert not [name for name in recorder.logged[0] if name.startswith(("engine/", "spec/break_even"))]
-
-
-def with_draft(num_rollout: int, interval: int = 1) -> Config:
-    return replace(config(num_rollout, interval), draft_training=DraftTrainingConfig(enable=True))
-
-
-def test_a_draft_in_training_is_pushed_behind_the_policy_under_its_version():
-    recorder = Recorder()
-    run_loop(job(recorder, with_draft(2)), START)
-    assert [event for event in recorder.events if event.startswith("push")] == [
-        *("push 1", "push draft 1", "push 2", "push draft 2")
-    ]
-    assert recorder.logged[1]["sync/draft_pushed"] == 1.0
-    assert recorder.logged[1]["perf/draft_sync_time"] > 0
-
-
-def test_a_draft_that_an_engine_refuses_stays_behind_and_the_next_push_brings_it(caplog: pytest.LogCaptureFixture):
-    recorder = Recorder(refuse_draft=2)
-    end = run_loop(job(recorder, with_draft(3)), START)
-    assert end.weight_version == 3
-    assert [event for event in recorder.events if event.startswith(("push", "cancel"))] == [
-        *("push 1", "push draft 1", "push 2", "cancel 2", "push 3", "push draft 3")
-    ]
-    assert [recorder.logged[step]["sync/draft_pushed"] for step in range(3)] == [1.0, 0.0, 1.0]
-    assert "engines go on with the one before version=2: push of version 2 failed: an engine refused" in caplog.text
-
-
-def test_a_resumed_run_pushes_its_draft_before_engines_serve():
-    recorder = Recorder(resumed=RunState(rollout_id=4, next_prompt_id=8, weight_version=3, is_ahead=True))
-    resumed = with_draft(9)
-    draft = DraftInTraining(resumed, recorder, recorder)  # type: ignore[arg-type]
-    first_state(resumed, recorder.resumed, recorder, recorder, draft)  # type: ignore[arg-type]
-    assert recorder.events == ["push 4", "push draft 4"]
-
-
-def test_a_draft_that_did_not_learn_is_not_pushed():
-    recorder = Recorder()
-    settings = DraftTrainingConfig(enable=True, update_interval=2)
-    run_loop(job(recorder, replace(config(5), draft_training=settings)), START)
-    assert [event for event in recorder.events if event.startswith("push draft")] == ["push draft 2", "push draft 4"]
-    assert [recorder.logged[step]["spec/draft_update"] for step in range(5)] == [0.0, 1.0, 0.0, 1.0, 0.0]
-    assert "train/draft_loss" not in recorder.logged[0]
-    assert recorder.logged[1]["train/draft_accept_length/block"] == 2.6
-
-
-def test_a_draft_that_learned_between_pushes_goes_with_the_next():
-    recorder = Recorder()
-    settings = DraftTrainingConfig(enable=True, update_interval=3)
-    run_loop(job(recorder, replace(config(5, interval=2), draft_training=settings)), START)
-    assert [event for event in recorder.events if event.startswith("push")] == ["push 1", "push 2", "push draft 2"]

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -26,21 +26,12 @@ from trainer_bridge.megatron.policy_step import accumulate_gradients, with_refer
 from trainer_bridge.megatron.process_groups import process_groups
 from trainer_bridge.megatron.rank import TrainerRank
 from trainer_bridge.megatron.residency import Residency
-from trainer_bridge.megatron.vocab_parallel import argmax_and_logsumexp, token_logprobs
+from trainer_bridge.megatron.vocab_parallel import token_logprobs
 from trainer_bridge.microbatch import build_microbatch
 from trainer_bridge.packing import plan_microbatches
 
 
-@dataclass(frozen=True)
-class DraftRun:
-    """A rank's weights of the policy, and of the draft what it publishes, after steps."""
-
-    policy: dict[str, torch.Tensor]
-    draft: dict[str, torch.Tensor]
-    reports: tuple[TrainReport, ...]
-
-
-def _weights(worker: TrainerRank) -> dict[str, torch.Tensor]:
+def weights_of(worker: TrainerRank) -> dict[str, torch.Tensor]:
     """Every tensor this rank's stage holds."""
     return {name: tensor.clone() for name, tensor in hf_tensors(worker.model, worker.spec)}
 
@@ -56,9 +47,9 @@ def train(
     worker = TrainerRank(config, rank, init_method)
     worker.load()
     worker.leaves_out_flat = worker.leaves_out_flat and leaves_out_flat
-    before = _weights(worker)
+    before = weights_of(worker)
     reports = [worker.step(batch) for batch in batches]
-    after = _weights(worker)
+    after = weights_of(worker)
     worker.close()
     return before, reports, after
 
@@ -160,17 +151,6 @@ def export_onto_a_full_disk(rank: int, init_method: str, config: Config, folder:
     return ""
 
 
-def load_error(rank: int, init_method: str, config: Config) -> str:
-    worker = TrainerRank(config, rank, init_method)
-    try:
-        worker.load()
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        worker.close()
-    return ""
-
-
 def resumed_hyperparameters(rank: int, init_method: str, config: Config) -> list[dict[str, object]]:
     """What each parameter group applies in the step after a resume, and how many steps its moments have seen."""
     worker = TrainerRank(config, rank, init_method)
@@ -193,12 +173,12 @@ def poisoned_step(
     worker = TrainerRank(config, rank, init_method)
     worker.load()
     worker.step(tiny_samples(seed=5))
-    before, problem = _weights(worker), ""
+    before, problem = weights_of(worker), ""
     try:
         worker.step(samples)
     except TrainingError as error:
         problem = str(error)
-    after = _weights(worker)
+    after = weights_of(worker)
     unchanged = all(torch.equal(before[name], tensor) for name, tensor in after.items())
     grad_norm = worker.step(tiny_samples(seed=6)).grad_norm
     worker.close()
@@ -403,85 +383,7 @@ def saved_for_backward(
     return sum(storage.nbytes() for storage in saved.values()), microbatch.token_ids.numel()
 
 
-def train_draft(
-    rank: int,
-    init_method: str,
-    config: Config,
-    batches: Sequence[Sequence[TrainSample]],
-    poisoned: bool = False,
-    save_to: str = "",
-) -> DraftRun:
-    """Train policy and draft; ``poisoned``: the draft's first weight is NaN; ``save_to``: a checkpoint at the end."""
-    worker = TrainerRank(config, rank, init_method)
-    worker.load()
-    if poisoned and worker.draft is not None and worker.draft.draft is not None:
-        with torch.no_grad():
-            next(iter(worker.draft.draft.tensors().values())).view(-1)[0] = torch.nan
-    reports = tuple(worker.step(batch) for batch in batches)
-    if save_to:
-        worker.save(save_to, RunState(len(batches), 8, len(batches)))
-    pushed: dict[str, torch.Tensor] = {}
-    if worker.draft is not None:
-        transport = KeepingTransport()
-        for bucket in worker.push_buckets(5, transport, side="draft"):
-            if bucket is not None:
-                received = zip(bucket.tensors, transport.receive(bucket), strict=True)
-                pushed |= {meta.name: tensor for meta, tensor in received}
-    run = DraftRun(_weights(worker), pushed, reports)
-    worker.close()
-    return run
-
-
-def sliced_peaks(
-    rank: int, init_method: str, logits: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's view of the argmax and logsumexp of logits of which it has a half."""
-    with process_groups(Layout(tensor=2, pipeline=1, data=1), rank, init_method, seed=0):
-        return argmax_and_logsumexp(logits.chunk(2, dim=1)[rank], temperature, mpu.get_tensor_model_parallel_group())
-
-
-def push_draft_everywhere(rank: int, init_method: str, config: Config) -> dict[str, torch.Tensor]:
-    """What this rank publishes of the draft where every rank publishes."""
-    worker = TrainerRank(config, rank, init_method)
-    worker.load()
-    transport = KeepingTransport()
-    pushed = {}
-    for bucket in worker.push_buckets(5, transport, every_rank=True, side="draft"):
-        assert bucket is not None, "every rank publishes"
-        pushed |= {meta.name: each for meta, each in zip(bucket.tensors, transport.receive(bucket), strict=True)}
-    worker.close()
-    return pushed
-
-
-def export_draft(
-    rank: int, init_method: str, config: Config, batches: Sequence[Sequence[TrainSample]], folder: str
-) -> None:
-    worker = TrainerRank(config, rank, init_method)
-    worker.load()
-    for batch in batches:
-        worker.step(batch)
-    worker.export_hf(f"{folder}/hf", f"{folder}/draft")
-    worker.close()
-
-
-def diverged_step(rank: int, init_method: str, config: Config, samples: Sequence[TrainSample]) -> tuple[str, bool]:
-    """The error of a step whose policy computes NaN, and whether the draft is as it was."""
-    worker = TrainerRank(config, rank, init_method)
-    worker.load()
-    own = {} if worker.draft is None or worker.draft.draft is None else worker.draft.draft.tensors()
-    before = {name: tensor.clone() for name, tensor in own.items()}
-    with torch.no_grad():
-        next(worker.model.parameters()).view(-1)[:] = torch.nan
-    try:
-        worker.step(samples)
-    except TrainingError as error:
-        return str(error), all(torch.equal(tensor, before[name]) for name, tensor in own.items())
-    finally:
-        worker.close()
-    return "", False
-
-
-def load_warning(rank: int, init_method: str, config: Config) -> str:
+def told_by_loading(rank: int, init_method: str, config: Config) -> str:
     """What loading a checkpoint says in the log, or raises."""
     heard: list[str] = []
     handler = logging.Handler()

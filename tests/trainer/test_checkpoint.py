@@ -185,13 +185,13 @@ def test_a_damaged_checkpoint_is_refused_naming_its_folder(
     for path in copy.glob(damaged):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
-    (problem,) = run_ranks(1, "load_error", resumed_from(tiny_config(folder), copy))
+    (problem,) = run_ranks(1, "told_by_loading", resumed_from(tiny_config(folder), copy))
     assert str(copy) in problem
     assert "whole checkpoint" in problem
 
 
 def test_a_checkpoint_of_another_model_is_refused_naming_its_folder(saved: Path, tmp_path: Path) -> None:
     other = make_policy(tmp_path, "Qwen3ForCausalLM", tied=True, hidden_size=64)
-    (problem,) = run_ranks(1, "load_error", resumed_from(tiny_config(other), saved))
+    (problem,) = run_ranks(1, "told_by_loading", resumed_from(tiny_config(other), saved))
     assert str(saved) in problem
     assert "of this model" in problem

@@ -25,7 +25,7 @@ from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings
 from slime_spec.draft.training.vocabulary import DraftVocabulary
 from slime_spec.types import TrainSample
 from tests.support.tiny_drafts import edit_config, make_tiny_draft, make_tiny_mimo
-from tests.trainer.rank_workers import DraftRun
+from tests.trainer.draft_workers import DraftRun
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
 from trainer_bridge.draft_rows import choose_replies, reply_rows
 from trainer_bridge.packing import plan_microbatches
@@ -236,7 +236,7 @@ def test_a_checkpoint_and_a_run_of_which_one_alone_trains_the_draft_say_so(
         ("without", without, config, "found no trained draft"),
     ):
         ran(saved, batches[:1], poisoned=False, save_to=str(tmp_path / name))
-        (heard,) = run_ranks(1, "load_warning", in_layout(loaded, {"load": str(tmp_path / name)}))
+        (heard,) = run_ranks(1, "told_by_loading", in_layout(loaded, {"load": str(tmp_path / name)}))
         assert said in heard
 
 
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_another_draft_is_refused_by_its_file(
     other = make_tiny_draft(tmp_path / "other", policy, shape)
     speculative = SpeculativeConfig(algorithm=algorithm, draft_model_path=str(other))
     loading = replace(in_layout(config, {"load": str(tmp_path / "saved")}), speculative=speculative)
-    (problem,) = run_ranks(1, "load_warning", loading)
+    (problem,) = run_ranks(1, "told_by_loading", loading)
     assert "draft.pt" in problem
     assert "Pass the run's draft" in problem
 

@@ -42,16 +42,16 @@ def tiny_config(folder: Path, trainer: dict[str, Any] | None = None, algorithm: 
     )
 
 
-WORKERS = "tests.trainer.rank_workers"
+WORKERS = ("tests.trainer.rank_workers", "tests.trainer.draft_workers")
 
 
 def run_ranks(world_size: int, worker: str, *args: Any) -> list[Any]:
-    """``rank_workers.<worker>(rank, init_method, *args)`` in one process per rank; their results in rank order.
+    """``<worker>(rank, init_method, *args)`` of one of WORKERS in a process per rank; their results in rank order.
 
     Workers go by name, and processes come from a fork server, so that Megatron is imported once and never here.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([WORKERS])
+    context.set_forkserver_preload(list(WORKERS))
     with tempfile.TemporaryDirectory() as folder:
         init_method = f"file://{folder}/rendezvous"
         pipes, processes = [], []
@@ -72,7 +72,9 @@ def run_ranks(world_size: int, worker: str, *args: Any) -> list[Any]:
 
 def _answer(pipe: Any, worker: str, rank: int, init_method: str, args: Sequence[Any]) -> None:
     torch.set_num_threads(1)
-    function = getattr(importlib.import_module(WORKERS), worker)
+    (function,) = {
+        getattr(module, worker) for module in map(importlib.import_module, WORKERS) if hasattr(module, worker)
+    }
     # Plain pickle copies tensors into the message; multiprocessing would share memory that ends with this process.
     try:
         pipe.send_bytes(pickle.dumps((function(rank, init_method, *args), None)))

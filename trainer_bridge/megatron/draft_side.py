@@ -22,7 +22,7 @@ from megatron.core import parallel_state as mpu
 
 from slime_spec.checkpoints.draft_choice import trainable_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
-from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft, save_draft_checkpoint
+from slime_spec.checkpoints.draft_tensors import DraftCheckpoint, draft_shapes, load_draft, save_draft_checkpoint
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config
 from slime_spec.draft.training.online import DraftSums, OnlineDraft, SeenReply, hot_token_ids
@@ -61,7 +61,7 @@ class DraftSide:
         self._num_lessons = 0
         self._begin_step()
 
-    def _online(self, checkpoint: Any) -> OnlineDraft:
+    def _online(self, checkpoint: DraftCheckpoint) -> OnlineDraft:
         settings = TrainSettings(
             num_steps=self._settings.num_steps,
             batch_size=self._settings.batch_size,
@@ -140,7 +140,7 @@ class DraftSide:
             yield bucket_of(named, version, index, transport) if publishes else None
 
     def _tensors_to_push(self, dtype: torch.dtype, every_rank: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        own = self.draft.tensors() if self.draft is not None else {}
+        own = self.tensors()
         shares = every_rank and mpu.get_tensor_model_parallel_world_size() > 1
         for name, shape in draft_shapes(self.spec).items():
             tensor = own[name].to(dtype) if own else torch.empty(shape, dtype=dtype, device=policy_device())
@@ -149,14 +149,8 @@ class DraftSide:
                 dist.broadcast(tensor, source, group=mpu.get_tensor_model_parallel_group())
             yield name, tensor
 
-    @property
-    def inside_target(self) -> dict[str, torch.Tensor] | None:
-        """Return the tensors of a draft that is part of the policy's checkpoint, empty on ranks that have none of it.
-
-        None for a draft in a folder of its own.
-        """
-        if not self.spec.in_target:
-            return None
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the draft's weights by their names in its checkpoint, empty on ranks that do not hold the draft."""
         return {} if self.draft is None else self.draft.tensors()
 
     def parameters(self) -> Iterator[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from glob import escape
 from pathlib import Path
 
@@ -22,18 +23,17 @@ from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_fo
 from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space
 from trainer_bridge.megatron.model import PolicyModel, hf_tensors
 
+ReadDraft = Callable[[], Mapping[str, torch.Tensor]]
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
-def export_hf(
-    model: PolicyModel, spec: ModelSpec, source: str, folder: str, draft: Mapping[str, torch.Tensor] | None = None
-) -> None:
+def export_hf(model: PolicyModel, spec: ModelSpec, source: str, folder: str, draft: ReadDraft | None = None) -> None:
     """Write the folder, all ranks together; ``source`` gives config.json (its dtype is corrected) and the tokenizer.
 
-    ``draft`` are the tensors of the MTP layer inside the checkpoint, on the last stage's first rank, where they were
-    trained; else the layer is the source's. Written beside, then moved into place, where it replaces an earlier export
-    and nothing else. Raises ConfigError naming the folder when that holds something else, or if any rank could not
-    write.
+    ``draft`` gives the tensors of the MTP layer inside the checkpoint, where the layer was trained, and is asked on the
+    last stage's first rank; else the layer is the source's. Written beside, then moved into place, where it replaces an
+    earlier export and nothing else. Raises ConfigError naming the folder when that holds something else, or if any rank
+    could not write.
     """
     target = Path(folder)
     _refuse_other_content(target)
@@ -41,21 +41,18 @@ def export_hf(
     def write() -> None:
         first = dist.get_rank() == 0
         agree(lambda: _begin(Path(source), target, next(model.parameters()).dtype) if first else None)
-        beside = _mtp_tensors(source) if draft is None else draft
-        weight_map = _write_stage(model, spec, unfinished_folder(target.parent, target.name), beside)
+        unfinished = unfinished_folder(target.parent, target.name)
+        weight_map = _write_stage(model, spec, unfinished, partial(_mtp_tensors, source) if draft is None else draft)
         agree(lambda: _publish(target, weight_map) if first else None)
 
-    write_export(folder, write, agrees=True)
+    write_export(folder, write)
 
 
-def write_export(folder: str, write: Callable[[], None], agrees: bool = False) -> None:
-    """Write an export, all ranks together; raises ConfigError naming the folder if any rank could not.
-
-    ``write`` makes all ranks agree after each of its steps where it ``agrees``, else they agree behind it.
-    """
+def write_export(folder: str, write: Callable[[], None]) -> None:
+    """Write an export, all ranks together; raises ConfigError naming the folder where a rank could not."""
     target = Path(folder)
     try:
-        write() if agrees else agree(write)
+        write()
     except WriteFailedError as error:
         if dist.get_rank() == 0:
             tidy(target.parent, escape(target.name))
@@ -91,9 +88,7 @@ def _mtp_tensors(source: str) -> dict[str, torch.Tensor]:
     return dict(stored_tensors(Path(source), lambda name: name.startswith(prefix)))
 
 
-def _write_stage(
-    model: PolicyModel, spec: ModelSpec, folder: Path, draft: Mapping[str, torch.Tensor]
-) -> dict[str, str]:
+def _write_stage(model: PolicyModel, spec: ModelSpec, folder: Path, draft: ReadDraft) -> dict[str, str]:
     """Write this pipeline stage's file, the draft with the last; returns the file of every tensor of every stage."""
     stage, num_stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
     file_name = SINGLE if num_stages == 1 else f"model-{stage + 1:05d}-of-{num_stages:05d}.safetensors"
@@ -101,10 +96,17 @@ def _write_stage(
     if mpu.get_data_parallel_rank() == 0:
         gathered = {name: tensor.cpu() for name, tensor in hf_tensors(model, spec)}
         if mpu.get_tensor_model_parallel_rank() == 0:
+            tensors = gathered
+    has_draft = bool(tensors) and mpu.is_pipeline_last_stage()
+
+    def write() -> None:
+        if has_draft:
             dtype = next(model.parameters()).dtype
-            inside = {name: tensor.to(dtype).cpu() for name, tensor in draft.items()}
-            tensors = {**gathered, **(inside if mpu.is_pipeline_last_stage() else {})}
-    agree(lambda: save_file(tensors, folder / file_name, metadata={"format": "pt"}) if tensors else None)
+            tensors.update((name, tensor.to(dtype).cpu()) for name, tensor in draft().items())
+        if tensors:
+            save_file(tensors, folder / file_name, metadata={"format": "pt"})
+
+    agree(write)
     everywhere: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, dict.fromkeys(tensors, file_name))
     return {name: file for part in everywhere for name, file in part.items()}

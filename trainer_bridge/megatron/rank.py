@@ -28,6 +28,7 @@ from trainer_bridge.layout import check_layout
 from trainer_bridge.learning_rate import learning_rate
 from trainer_bridge.megatron.adam_state import fill_masters
 from trainer_bridge.megatron.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from trainer_bridge.megatron.collective_write import agree
 from trainer_bridge.megatron.cpu_shim import cpu_shim
 from trainer_bridge.megatron.draft_side import DraftSide
 from trainer_bridge.megatron.export import export_hf, write_export
@@ -177,11 +178,11 @@ class TrainerRank:
         the policy's checkpoint, into that.
         """
         self.residency.hold(Part.PARAMETERS)
-        inside = None if self.draft is None else self.draft.inside_target
-        export_hf(self.model, self.spec, self.config.model.hf_checkpoint, folder, inside)
         draft = self.draft
+        inside = draft.tensors if draft is not None and draft.spec.in_target else None
+        export_hf(self.model, self.spec, self.config.model.hf_checkpoint, folder, inside)
         if draft is not None and draft_folder is not None and inside is None:
-            write_export(draft_folder, lambda: draft.export(draft_folder))
+            write_export(draft_folder, lambda: agree(lambda: draft.export(draft_folder)))
         self.residency.hold()
 
     def close(self) -> None:

@@ -21,7 +21,10 @@ from slime_spec.checkpoints.draft_tensors import (
     vocabulary_tables,
     with_stored_embedding,
 )
-from slime_spec.checkpoints.folder import AGAIN, CONFIG, SINGLE, CheckpointFolder
+from slime_spec.checkpoints.families.eagle import ON_LLAMA
+from slime_spec.checkpoints.families.eagle3 import ARCHITECTURE
+from slime_spec.checkpoints.families.llama import LLAMA
+from slime_spec.checkpoints.folder import AGAIN, CONFIG, SINGLE, CheckpointFolder, architecture_of
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.speculators import as_sglang, as_speculators, is_of_speculators, their_names
 from slime_spec.checkpoints.tensors import save_checkpoint, stored_tensors
@@ -29,6 +32,8 @@ from slime_spec.errors import CheckpointError
 from slime_spec.launch.draft.convert_options import ConvertOptions
 
 PICKLED = "pytorch_model.bin"
+PROJECTION = "fc.weight"  # of [embedding; hidden], which no whole model has
+OTHER_NAMES = {"Eagle3LlamaForCausalLM": ARCHITECTURE}  # AngelSlim's, and vLLM's of its own class
 DRAFT = "--draft"
 
 
@@ -52,16 +57,25 @@ def read_any(folder: Path, target_folder: Path, target: ModelSpec) -> DraftCheck
     config = CheckpointFolder(folder, DRAFT).config
     with TemporaryDirectory(prefix="slime-spec-draft-") as name:
         uniform = Path(name)
+        tensors = _tensors(folder)
         if is_of_speculators(config):
             config = as_sglang(config, str(folder / CONFIG))
-        (uniform / CONFIG).write_text(json.dumps(config))
-        save_file({name: tensor.contiguous() for name, tensor in _tensors(folder).items()}, uniform / SINGLE)
+        (uniform / CONFIG).write_text(json.dumps({**config, "architectures": [_architecture(config, tensors)]}))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, uniform / SINGLE)
         try:
             spec = with_stored_embedding(uniform, DraftSpec.from_folder(uniform, target), target_folder)
             return load_draft(uniform, spec)
         except CheckpointError as error:  # the copy is nobody's: the draft's own folder has the fault
             setting = error.setting.replace(str(uniform), str(folder))
             raise CheckpointError(setting, error.rule, error.value, error.remedy) from None
+
+
+def _architecture(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the name that engines know a draft by, for those that its writer has called otherwise."""
+    named = architecture_of(config)
+    if named == LLAMA.architecture and PROJECTION in tensors:
+        return ON_LLAMA  # the authors of the paper name a draft as its target
+    return OTHER_NAMES.get(named, named)
 
 
 def _tensors(folder: Path) -> Mapping[str, torch.Tensor]:

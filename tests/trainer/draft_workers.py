@@ -1,0 +1,104 @@
+"""What a rank that trains a draft does in a test; see rank_workers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state as mpu
+
+from slime_spec.config.tree import Config
+from slime_spec.errors import TrainingError
+from slime_spec.interfaces import RunState
+from slime_spec.types import TrainReport, TrainSample
+from tests.trainer.rank_workers import KeepingTransport, weights_of
+from trainer_bridge.layout import Layout
+from trainer_bridge.megatron.process_groups import process_groups
+from trainer_bridge.megatron.rank import TrainerRank
+from trainer_bridge.megatron.vocab_parallel import argmax_and_logsumexp
+
+
+@dataclass(frozen=True)
+class DraftRun:
+    """A rank's weights of the policy, and of the draft what it publishes, after steps."""
+
+    policy: dict[str, torch.Tensor]
+    draft: dict[str, torch.Tensor]
+    reports: tuple[TrainReport, ...]
+
+
+def train_draft(
+    rank: int,
+    init_method: str,
+    config: Config,
+    batches: Sequence[Sequence[TrainSample]],
+    poisoned: bool = False,
+    save_to: str = "",
+) -> DraftRun:
+    """Train policy and draft; ``poisoned``: the draft's first weight is NaN; ``save_to``: a checkpoint at the end."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    if poisoned and worker.draft is not None and worker.draft.draft is not None:
+        with torch.no_grad():
+            next(iter(worker.draft.draft.tensors().values())).view(-1)[0] = torch.nan
+    reports = tuple(worker.step(batch) for batch in batches)
+    if save_to:
+        worker.save(save_to, RunState(len(batches), 8, len(batches)))
+    pushed: dict[str, torch.Tensor] = {}
+    if worker.draft is not None:
+        transport = KeepingTransport()
+        for bucket in worker.push_buckets(5, transport, side="draft"):
+            if bucket is not None:
+                received = zip(bucket.tensors, transport.receive(bucket), strict=True)
+                pushed |= {meta.name: tensor for meta, tensor in received}
+    run = DraftRun(weights_of(worker), pushed, reports)
+    worker.close()
+    return run
+
+
+def push_draft_everywhere(rank: int, init_method: str, config: Config) -> dict[str, torch.Tensor]:
+    """What this rank publishes of the draft where every rank publishes."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    transport = KeepingTransport()
+    pushed = {}
+    for bucket in worker.push_buckets(5, transport, every_rank=True, side="draft"):
+        assert bucket is not None, "every rank publishes"
+        pushed |= {meta.name: each for meta, each in zip(bucket.tensors, transport.receive(bucket), strict=True)}
+    worker.close()
+    return pushed
+
+
+def export_draft(
+    rank: int, init_method: str, config: Config, batches: Sequence[Sequence[TrainSample]], folder: str
+) -> None:
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    for batch in batches:
+        worker.step(batch)
+    worker.export_hf(f"{folder}/hf", f"{folder}/draft")
+    worker.close()
+
+
+def diverged_step(rank: int, init_method: str, config: Config, samples: Sequence[TrainSample]) -> tuple[str, bool]:
+    """The error of a step whose policy computes NaN, and whether the draft is as it was."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    own = {} if worker.draft is None or worker.draft.draft is None else worker.draft.draft.tensors()
+    before = {name: tensor.clone() for name, tensor in own.items()}
+    with torch.no_grad():
+        next(worker.model.parameters()).view(-1)[:] = torch.nan
+    try:
+        worker.step(samples)
+    except TrainingError as error:
+        return str(error), all(torch.equal(tensor, before[name]) for name, tensor in own.items())
+    finally:
+        worker.close()
+    return "", False
+
+
+def sliced_peaks(
+    rank: int, init_method: str, logits: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's view of the argmax and logsumexp of logits of which it has a half."""
+    with process_groups(Layout(tensor=2, pipeline=1, data=1), rank, init_method, seed=0):
+        return argmax_and_logsumexp(logits.chunk(2, dim=1)[rank], temperature, mpu.get_tensor_model_parallel_group())
