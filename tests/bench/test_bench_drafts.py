@@ -66,6 +66,21 @@ def test_arms_whose_rewards_differ_by_anything_are_not_the_same_policy(tmp_path:
     assert by_id(measure_main_job(BenchOptions(runs=(tmp_path,))))["online.reward_difference"].holds is False
 
 
+def test_steps_in_which_a_draft_did_not_learn_are_compared_with_none(tmp_path: Path) -> None:
+    """Its acceptance is known at the steps at which it learned: those alone are set against the same steps."""
+    write_arm(tmp_path, "frozen", [2.0, 2.0, 2.0, 2.0, 1.0, 2.0])
+    write_arm(tmp_path, "online", [4.0, 4.0, 4.0, 4.0, 3.0, 4.0])
+    path = tmp_path / "online" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for step in (0, 1, 2, 3, 5):
+        del rows[step]["train/draft_accept_length/rejection"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = by_id(measure_main_job(BenchOptions(runs=(tmp_path,))))
+    assert made["online_over_frozen.rejection"].value == 3.0
+    assert made["online.rejection.last"].value == 1.5
+    assert made["online_over_frozen.served"].value == pytest.approx((4 * 2 + 3) / 5)
+
+
 def test_an_untrained_draft_is_judged_after_six_steps_and_at_the_end(tmp_path: Path) -> None:
     write_arm(tmp_path, "untrained", [1.0, 1.1, 1.2, 1.3, 1.4, 2.3, 2.4, *[2.9] * 5])
     rows = by_id(measure_untrained(BenchOptions(runs=(tmp_path,))))

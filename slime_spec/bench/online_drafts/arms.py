@@ -70,7 +70,12 @@ class Arm:
 
     def values(self, metric: str) -> list[float]:
         """Return the metric of every step that has it."""
-        return [value for step in self.steps if (value := step.get(metric)) is not None]
+        return values_of(self.steps, metric)
+
+
+def values_of(steps: Sequence[Step], metric: str) -> list[float]:
+    """Return the metric of each of the steps that has it."""
+    return [value for step in steps if (value := step.get(metric)) is not None]
 
 
 def finished_arm(name: str, options: BenchOptions) -> Arm:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slime_spec.bench.chart import Panel, Series, write_panels
-from slime_spec.bench.online_drafts.arms import ARMS, DEPTH, Arm, finished_arm, folder_of
+from slime_spec.bench.online_drafts.arms import ARMS, DEPTH, Arm, finished_arm, folder_of, values_of
 from slime_spec.bench.online_drafts.drift import CURRICULUM, STEPS_OF_STAGE
 from slime_spec.bench.online_drafts.judged import Judge
 from slime_spec.bench.rows import Benchmark, BenchOptions, Row, at_least, at_most
@@ -83,10 +83,10 @@ def arm_rows(arm: Arm) -> list[Row]:
     sync_s, step_s = sum(arm.values(SYNC_TIME)), sum(arm.values("perf/step_time"))
     rows = []
     for metric, name, how in ((SERVED, "served", "as served"), (CLOSED, "rejection", "by rejection sampling")):
-        lengths = arm.values(metric)
-        for part, when, steps in (("first", "in the first", lengths[:LAST]), ("last", "in the last", lengths[-LAST:])):
-            what = f"tokens a round {how}, {arm.what}, {when} {LAST} steps"
-            rows.append(Row(f"{prefix}.{name}.{part}", what, mean(steps), "tokens/round"))
+        for part, steps in (("first", arm.steps[:LAST]), ("last", arm.steps[-LAST:])):
+            what = f"tokens a round {how}, {arm.what}, in the {part} {LAST} steps"
+            if lengths := values_of(steps, metric):  # a draft that did not learn in any of them was not judged
+                rows.append(Row(f"{prefix}.{name}.{part}", what, mean(lengths), "tokens/round"))
     rewards = arm.values(REWARD)[-LAST:]
     rows.append(Row(f"{prefix}.reward.last", f"mean reward of the last {LAST} steps", mean(rewards), "reward"))
     rows.append(Row(f"{prefix}.train_share", "training the draft, of the trainer's time", draft_s / train_s, "share"))
@@ -99,10 +99,12 @@ def against_frozen(frozen: Arm, online: Arm) -> list[Row]:
     """Compare two runs of one seed: what learning brought, on the same replies."""
     rows = []
     for metric, name in ((SERVED, "served"), (CLOSED, "rejection")):
-        pairs = zip(online.values(metric)[-LAST:], frozen.values(metric)[-LAST:], strict=True)
-        ratio = mean([ours / theirs for ours, theirs in pairs])
+        pairs = zip(online.steps[-LAST:], frozen.steps[-LAST:], strict=True)
+        both = [(ours[metric], theirs[metric]) for ours, theirs in pairs if metric in ours and metric in theirs]
+        ratios = [ours / theirs for ours, theirs in both if ours is not None and theirs is not None]
         what = f"tokens a round over those of the draft as it is, the last {LAST} steps, {name}, {online.what}"
-        rows.append(Row(f"drafts.{online.name}_over_frozen.{name}", what, ratio, "x"))
+        if ratios:
+            rows.append(Row(f"drafts.{online.name}_over_frozen.{name}", what, mean(ratios), "x"))
     steps = zip(online.values(REWARD), frozen.values(REWARD), strict=True)
     differing = max(abs(ours - theirs) for ours, theirs in steps)
     what = "largest difference of a step's mean reward between the arms, which draw the same tokens"
