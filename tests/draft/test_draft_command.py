@@ -20,7 +20,7 @@ from slime_spec.launch.draft.corpus import plan_corpus
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
 from slime_spec.launch.draft.options import read_options
 from slime_spec.launch.draft.provenance import file_sha256
-from slime_spec.launch.draft.train import draft_spec
+from slime_spec.launch.draft.start import draft_spec
 from tests.support.tiny_policy import make_tiny_policy
 
 SMALL = ["--num-prompts", "40", "--max-new-tokens", "8", "--epochs", "2", "--draft-vocab-size", "64"]
@@ -113,6 +113,46 @@ def test_a_whole_training_leaves_a_draft_with_its_table_and_provenance(
         tables = load_file(out / "model.safetensors")
         offsets = tables["d2t"] + torch.arange(64)
         assert torch.equal(offsets, tables["t2d"].nonzero().flatten())
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp"])
+def test_a_draft_is_trained_on(kind: str, policy: Path, tmp_path: Path) -> None:
+    first, again, on = tmp_path / "first", tmp_path / "again", tmp_path / "on"
+    same = ["--draft-dtype", "float32", "--kind", kind]
+    assert run_draft(command(policy, first, *same)) == 0
+    trained = ["train", "--target", str(policy), *SMALL[:4], "--draft", str(first), "--draft-dtype", "float32"]
+    assert run_draft([*trained, "--out", str(again), "--minutes", "0"]) == 0
+    assert tensors_of(again) == tensors_of(first)
+    assert (again / "config.json").read_text() == (first / "config.json").read_text()
+    assert (again / "held_out.json").read_text() == (first / "held_out.json").read_text()
+    assert run_draft([*trained, "--out", str(on), "--epochs", "1"]) == 0
+    before, after = load_file(first / "model.safetensors"), load_file(on / "model.safetensors")
+    assert {name for name in before if torch.equal(before[name], after[name])} == {"d2t", "t2d"} & before.keys()
+    record = json.loads((on / "provenance.json").read_text())
+    assert record["draft"]["name"] == str(first)
+    assert "licences of target and draft" in record["licence"]
+    with pytest.raises(ConfigError, match=r"^--draft: must be what .* was started with"):
+        run_draft([*trained[:-3], str(on), "--draft-dtype", "float32", "--out", str(again), "--resume"])
+
+
+def tensors_of(folder: Path) -> dict[str, list[object]]:
+    return {name: tensor.tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def test_a_draft_to_train_on_has_its_own_shape_and_must_be_of_one_layer(policy: Path, tmp_path: Path) -> None:
+    assert run_draft(command(policy, tmp_path / "first", "--minutes", "0")) == 0
+    for flag, value in {"--kind": "eagle3", "--draft-vocab-size": "64", "--capture-layers": "0"}.items():
+        argv = ["train", "--target", str(policy), "--out", str(tmp_path / "on"), flag, value]
+        with pytest.raises(ConfigError, match=f"^{flag}: is that of the draft to train on"):
+            run_draft([*argv, "--draft", str(tmp_path / "first")])
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    (tmp_path / "first" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    argv = ["train", "--target", str(policy), "--out", str(tmp_path / "on"), "--draft"]
+    with pytest.raises(ConfigError, match=r"^--draft: is a draft that cannot be trained: 2 layers"):
+        run_draft([*argv, str(tmp_path / "first")])
+    with pytest.raises(ConfigError, match="must be one of"):
+        run_draft([*argv, "builtin:nothing"])
+    assert not (tmp_path / "on").exists()
 
 
 CHANGED = {

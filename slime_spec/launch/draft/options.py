@@ -26,14 +26,18 @@ Replies and features are kept in OUT and the training's state with them: after a
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """Holds the options of the command; ``minutes`` bounds the training, None lets it run all epochs."""
+    """Holds the options of the command; ``minutes`` bounds the training, None lets it run all epochs.
+
+    The shape of a new draft is given; that of a ``draft`` to train on is the draft's own, and None here.
+    """
 
     target: Path
     out: Path
     corpus: CorpusSettings
-    kind: Literal["eagle3", "eagle", "mtp"]
+    draft: str | None
+    kind: Literal["eagle3", "eagle", "mtp"] | None
     capture_layers: tuple[int, ...] | None
-    draft_vocab_size: int
+    draft_vocab_size: int | None
     intermediate_size: int | None
     held_out_percent: int
     num_steps: int
@@ -67,6 +71,7 @@ def read_options(argv: Sequence[str]) -> DraftOptions:
     if not (given.target / "config.json").is_file():
         raise ConfigError("--target", "must be a checkpoint folder with a config.json", str(given.target), FETCH)
     _check_folders(given.out, given.json, given.resume)
+    _fill_shape(given)
     return DraftOptions(
         target=given.target,
         out=given.out,
@@ -82,7 +87,6 @@ def read_options(argv: Sequence[str]) -> DraftOptions:
             chat_share=given.chat_share,
             seed=given.seed,
         ),
-        kind=given.kind,
         capture_layers=None if given.capture_layers is None else tuple(sorted(given.capture_layers)),
         **{name: getattr(given, name) for name in SAME_NAME},
     )
@@ -107,6 +111,8 @@ RANGES: tuple[tuple[str, str, float, float], ...] = (
     ("--seed", "seed", 0, INF),
 )
 SAME_NAME = (
+    "draft",
+    "kind",
     "draft_vocab_size",
     "intermediate_size",
     "held_out_percent",
@@ -123,6 +129,27 @@ SAME_NAME = (
     "device",
     "json",
 )
+
+
+# The shape of a new draft: the flags, and what they are where they are not given.
+DRAFT_VOCAB_SIZE = 4096
+SHAPE: dict[str, str | int | None] = {
+    "kind": "eagle3",
+    "draft_vocab_size": DRAFT_VOCAB_SIZE,
+    "intermediate_size": None,
+    "capture_layers": None,
+}
+
+
+def _fill_shape(given: argparse.Namespace) -> None:
+    """Fill in the shape of a new draft; raises ConfigError for a shape beside a draft that has its own."""
+    for name, default in SHAPE.items():
+        value = getattr(given, name)
+        if given.draft is None:
+            setattr(given, name, default if value is None else value)
+        elif value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(flag, "is that of the draft to train on", value, f"Drop {flag}, or --draft.")
 
 
 def _check_folders(out: Path, json: Path | None, resume: bool) -> None:
@@ -148,12 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--target", type=Path, required=True, help="Hugging Face checkpoint folder of the target")
     add("--out", type=Path, required=True, help="folder of the corpus, the training's state and the checkpoint")
     add("--resume", action="store_true", help="go on with the training that --out holds")
-    add(
-        "--kind",
-        choices=KINDS,
-        default="eagle3",
-        help="draft to train (eagle3); eagle has no head of its own, mtp is MiMo's format",
-    )
+    add("--draft", help="folder of a draft, or builtin:NAME, to train on (default: begin from the target's last block)")
+    add("--kind", choices=KINDS, help="draft to train (eagle3); eagle has no head of its own, mtp is MiMo's format")
     corpus = parser.add_argument_group("corpus")
     add = corpus.add_argument
     add("--task", nargs="+", default=list(settings.tasks), help="tasks in turn, as in train (arithmetic_sentences)")
@@ -168,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--held-out-percent", type=int, default=5, help="prompts whose replies only judge the draft (5)")
     network = parser.add_argument_group("network")
     add = network.add_argument
-    add("--draft-vocab-size", type=int, default=4096, help="most frequent tokens the draft knows (4096)")
+    add("--draft-vocab-size", type=int, help="most frequent tokens the draft knows (4096)")
     add("--intermediate-size", type=int, help="width of the MLP (default: the target's)")
     add(
         "--capture-layers",

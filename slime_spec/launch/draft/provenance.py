@@ -8,7 +8,7 @@ import platform
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +28,24 @@ PACKAGES = ("slime_spec", "torch", "transformers", "safetensors", "tokenizers")
 LICENCE = (
     "Trained on the target's own replies, from first weights taken from the target: use it under the target's licence."
 )
+LICENCE_OF_BOTH = (
+    "Trained on the target's own replies, from the weights of a draft: use it under the licences of target and draft."
+)
+
+
+@dataclass(frozen=True)
+class DraftStart:
+    """Names the draft whose weights a training began with, and the ``checksum`` of its tensors."""
+
+    name: str
+    checksum: str
 
 
 def write_provenance(
     options: DraftOptions,
     command: Sequence[str],
     target_checksum: str,
+    start: DraftStart | None,
     split: tuple[Sequence[DraftSequence], Sequence[DraftSequence]],
     trainer: DraftTrainer,
     held_out: Mapping[str, object],
@@ -47,6 +59,7 @@ def write_provenance(
         "bytes": weights.stat().st_size,
         "num_parameters": sum(each.numel() for each in trainer.model.network.parameters()),
         "target": {"name": options.target.resolve().name, "checksum": target_checksum},
+        "draft": None if start is None else asdict(start),
         "corpus": {**_jsonable(asdict(options.corpus)), **_sizes(*split)},
         "training": {
             **asdict(trainer.settings),
@@ -56,7 +69,7 @@ def write_provenance(
         },
         "held_out": held_out,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "licence": LICENCE,
+        "licence": LICENCE if start is None else LICENCE_OF_BOTH,
     }
     write_whole(options.out / PROVENANCE, json.dumps(record, indent=2) + "\n")
 

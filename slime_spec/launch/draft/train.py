@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from time import monotonic
 
 import torch
 from rich.console import Console
 
 from slime_spec.algorithms import algorithm_of_family
-from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
+from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import load_draft, save_draft_checkpoint
-from slime_spec.checkpoints.families.eagle3 import default_capture_layers
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
-from slime_spec.draft.build import make_network, network_tensors
+from slime_spec.draft.build import network_tensors
 from slime_spec.draft.training.feature_store import FeatureStore
 from slime_spec.draft.training.held_out import Tally
 from slime_spec.draft.training.model import DraftModel
@@ -25,14 +23,13 @@ from slime_spec.draft.training.run import Limits, judge_draft, train_draft
 from slime_spec.draft.training.sequence import DraftSequence, is_held_out, split
 from slime_spec.draft.training.target import FrozenTarget
 from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings
-from slime_spec.draft.training.vocabulary import DraftVocabulary
-from slime_spec.draft.training.warm_start import warm_start
 from slime_spec.errors import ConfigError
 from slime_spec.launch.draft.console import ConsoleProgress, held_out_table
 from slime_spec.launch.draft.corpus import PlannedReply, generate_corpus, plan_corpus
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
 from slime_spec.launch.draft.options import DraftOptions
-from slime_spec.launch.draft.provenance import tensors_checksum, write_provenance
+from slime_spec.launch.draft.provenance import DraftStart, tensors_checksum, write_provenance
+from slime_spec.launch.draft.start import draft_checksum, draft_spec, first_model, load_start
 from slime_spec.launch.draft.started import check_started
 
 # The number of judged positions: the chain that engines draft by default.
@@ -44,20 +41,22 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
     """Run the command; its tables go to the terminal, everything else to ``options.out``."""
     console = Console(stderr=True)
     target = ModelSpec.from_folder(options.target)
-    spec = draft_spec(options, target)
+    start = load_start(options, target)
+    spec = draft_spec(options, target) if start is None else start.spec
     _check_device(options.device)
     planned = plan_corpus(options.target, options.corpus)
     _check_split(planned, options.held_out_percent)
     tensors = load_tensors(options.target, target)
     checksum = tensors_checksum(tensors)
-    check_started(options, checksum)
+    begun = None if start is None else DraftStart(str(options.draft), draft_checksum(start))
+    check_started(options, checksum, None if begun is None else begun.checksum)
     with ConsoleProgress(console) as progress:
         sequences = generate_corpus(
             options.target, options.dtype, options.device, planned, options.out / CORPUS_FILE, progress
         )
         learned, held_out = split(sequences, options.held_out_percent)
         frozen, store = _features(options, spec, target, checksum, [*learned, *held_out], progress)
-        model = _new_model(options, spec, target, tensors, frozen, learned)
+        model = first_model(start, spec, tensors, target, learned, frozen, options)
         trainer = _trained(options, model, learned, store, progress)
         tallies = _judged(options, trainer, frozen, held_out, store, progress)
     report = {kind: tally.summary() for kind, tally in sorted(tallies.items())}
@@ -65,50 +64,10 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
     load_draft(options.out, DraftSpec.from_folder(options.out, target))  # engines must load what was written
     for path in filter(None, (options.out / HELD_OUT_FILE, options.json)):
         path.write_text(json.dumps(report, indent=2) + "\n")
-    write_provenance(options, command, checksum, (learned, held_out), trainer, report)
+    write_provenance(options, command, checksum, begun, (learned, held_out), trainer, report)
     console.print(held_out_table(tallies))
     console.print(_closing(options, trainer), soft_wrap=True, markup=False, highlight=False)
     return 0
-
-
-def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
-    """Return the draft to train, checked like a loaded draft; raises ConfigError for impossible sizes."""
-    block = replace(
-        target,
-        num_layers=1,
-        intermediate_size=options.intermediate_size or target.intermediate_size,
-        tie_word_embeddings=False,
-    )
-    if options.draft_vocab_size > target.vocab_size:
-        raise ConfigError(
-            "--draft-vocab-size", f"must be at most {target.vocab_size}, the target's", options.draft_vocab_size, LESS
-        )
-    if options.kind == "mtp":
-        spec = DraftSpec("mtp", block, target.hidden_size, target.vocab_size, hidden_first=True, recurrent_norm=True)
-        spec = replace(spec, zero_first_embedding=True)
-    elif options.kind == "eagle":
-        spec = DraftSpec("eagle", block, target.hidden_size, target.vocab_size, logits_norm=False)
-    else:
-        layers = options.capture_layers or capture_layers_of(target.num_layers)
-        spec = DraftSpec(
-            "eagle3", block, target.hidden_size, options.draft_vocab_size, capture_layers=layers, has_own_head=True
-        )
-    return DraftSpec.from_dict(draft_config(spec), target, source="the draft")
-
-
-def capture_layers_of(num_target_layers: int) -> tuple[int, ...]:
-    """Return SGLang's default layers if they are three different ones, else up to three layers before the last.
-
-    SGLang reads a layer's output where the next layer begins, so it never reads the output of the last layer.
-    """
-    layers = default_capture_layers(num_target_layers)
-    if min(layers) >= 0 and len(set(layers)) == len(layers):
-        return layers
-    last = max(0, num_target_layers - 2)
-    return tuple(sorted({0, (last + 1) // 2, last}))
-
-
-LESS = "Pass a smaller one."
 
 
 def _check_device(device: str) -> None:
@@ -142,21 +101,6 @@ def _features(
     store = FeatureStore(options.out / "features", frozen, identity, sorted(sequences, key=lambda each: each.index))
     store.compute(progress)
     return frozen, store
-
-
-def _new_model(
-    options: DraftOptions,
-    spec: DraftSpec,
-    target: ModelSpec,
-    tensors: Mapping[str, torch.Tensor],
-    frozen: FrozenTarget,
-    learned: Sequence[DraftSequence],
-) -> DraftModel:
-    """Return the draft before its first update."""
-    vocabulary = DraftVocabulary.most_frequent(learned, target.vocab_size, options.draft_vocab_size)
-    network = make_network(spec)
-    warm_start(network, tensors, target, vocabulary, options.seed)
-    return DraftModel.of(network.to(options.device), frozen.embedding, frozen.head, vocabulary)
 
 
 def _trained(
@@ -202,7 +146,7 @@ def _write_checkpoint(options: DraftOptions, model: DraftModel) -> None:
 
 def _closing(options: DraftOptions, trainer: DraftTrainer) -> str:
     state = f"wrote {options.out} after {trainer.step_number} of {trainer.num_updates} updates"
-    algorithm = algorithm_of_family(options.kind).name
+    algorithm = algorithm_of_family(trainer.model.network.spec.family).name
     use = f"--sglang-speculative-algorithm {algorithm} --sglang-speculative-draft-model-path {options.out}"
     more = "" if trainer.step_number == trainer.num_updates else "; --resume goes on"
     return f"{state}{more}\nuse it with: {use}"
