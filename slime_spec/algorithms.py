@@ -19,6 +19,7 @@ Numbers = tuple[int, int, int]  # num_steps, eagle_topk, num_draft_tokens
 LOOKUP_DRAFT_TOKENS = 5
 HISTORY_DRAFT_TOKENS = 8
 NGRAM_DRAFT_TOKENS = 12
+BLOCK_DRAFT_TOKENS = 16
 # SGLang's automatic numbers, and the targets it drafts trees for.
 AUTO_TREE: Numbers = (5, 4, 8)
 AUTO_CHAIN: Numbers = (3, 1, 4)
@@ -87,16 +88,18 @@ class Algorithm:
 
     @property
     def has_numbers(self) -> bool:
-        """Return whether num_steps, eagle_topk and num_draft_tokens are set together.
-
-        Only then drafts can be sampled.
-        """
+        """Return whether num_steps, eagle_topk and num_draft_tokens are set together."""
         return "eagle_topk" in self.reads
+
+    @property
+    def can_sample(self) -> bool:
+        """Return whether drafts can be sampled, from a network's distribution."""
+        return self.has_numbers or bool(self.families)
 
     @property
     def runs_as_eagle(self) -> bool:
         """Return whether a network over the target's features drafts step by step, in SGLang's EAGLE worker."""
-        return bool(self.families)
+        return bool(self.families) and self.has_numbers
 
     @property
     def has_own_head(self) -> bool:
@@ -158,6 +161,12 @@ def _history_chain(config: SpeculativeConfig, architecture: str) -> Numbers:
 def _trie(config: SpeculativeConfig, architecture: str) -> Numbers:
     count = config.num_draft_tokens or NGRAM_DRAFT_TOKENS
     return count - 1, config.ngram_max_bfs_breadth, count
+
+
+def _block_chain(config: SpeculativeConfig, architecture: str) -> Numbers:
+    """Return the numbers of a block drafter; a checkpoint whose blocks are shorter drafts fewer tokens."""
+    count = config.num_draft_tokens or BLOCK_DRAFT_TOKENS
+    return count - 1, 1, count
 
 
 def _network_chain(config: SpeculativeConfig, architecture: str) -> Numbers:
@@ -264,11 +273,21 @@ NEXTN = Algorithm(
     ),
 )
 DFLASH = Algorithm(
-    "DFLASH", _network_tree, sources=("head",), sglang="DFLASH", reads=_EVERY_ROUND, likely_causes=_STALE
+    "DFLASH",
+    _block_chain,
+    sources=("head",),
+    families=("dflash",),
+    sglang="DFLASH",
+    drafter="rollout.embedded.drafters.block_drafter:BlockDrafter",
+    reads=(*_EVERY_ROUND, "history"),
+    likely_causes=(
+        "captured layer ids or a mask token that are not those it was trained with; another target's draft; a draft as "
+        "old as an earlier target"
+    ),
 )
 DSPARK = Algorithm(
     "DSPARK",
-    _network_tree,
+    _block_chain,
     sources=("head", "target"),
     sglang="DSPARK",
     rtp_llm="dspark",

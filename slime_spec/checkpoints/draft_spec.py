@@ -15,6 +15,7 @@ from slime_spec.checkpoints.families.family import MtpLayer
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.families.nextn import OWN_LAYER
 from slime_spec.checkpoints.families.qwen2 import QWEN2
+from slime_spec.checkpoints.families.qwen3 import QWEN3
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder, architecture_of
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError
@@ -29,8 +30,8 @@ class DraftSpec:
 
     ``block`` has the draft's own sizes (its ``vocab_size`` is the target's). EAGLE-3 has ``draft_vocab_size`` output
     rows and d2t; elsewhere it equals the target's vocabulary. ``capture_layers`` are the target layers (0-based) whose
-    outputs an EAGLE-3 draft reads; the others read the state after the target's final norm. ``hidden_first`` says
-    that the projection's columns are [hidden; embedding] (MiMo) instead of [embedding; hidden].
+    outputs an EAGLE-3 or DFlash draft reads; the others read the state after the target's final norm. ``hidden_first``
+    says that the projection's columns are [hidden; embedding] (MiMo) instead of [embedding; hidden].
     """
 
     family: DraftFamily
@@ -48,6 +49,9 @@ class DraftSpec:
     recurrent_norm: bool = False  # the next step's hidden state is taken after the norm
     residual_norm: bool = False  # the first block's residual stream begins after its hidden_norm
     zero_first_embedding: bool = False  # the token embedding at position 0 is zero (MiMo)
+    block_size: int = 0  # tokens that one pass of a block drafter runs over, the root and masks; 0: it drafts by steps
+    mask_token_id: int = 0  # whose embedding a block drafter reads where it drafts
+    num_target_layers: int = 0  # where the config.json must say it
     in_target: bool = False  # the draft's tensors are part of the target's checkpoint
 
     @property
@@ -113,6 +117,8 @@ class DraftSpec:
 
 def is_trainable(spec: DraftSpec) -> bool:
     """Return whether ``slime_spec.draft`` has a network of the draft's format and size."""
+    if spec.family == "dflash":
+        return True
     if spec.block.num_layers != 1:
         return False
     return spec.family in ("eagle3", "eagle") or (spec.family == "mtp" and spec.hidden_first)
@@ -126,7 +132,7 @@ def draft_config(spec: DraftSpec) -> dict[str, Any]:
     block = spec.block
     config: dict[str, Any] = {
         "architectures": [],
-        "model_type": (QWEN2 if block.qkv_bias else LLAMA).model_type,
+        "model_type": (QWEN3 if block.qk_norm else QWEN2 if block.qkv_bias else LLAMA).model_type,
         "hidden_size": block.hidden_size,
         "intermediate_size": block.intermediate_size,
         "num_hidden_layers": block.num_layers,

@@ -166,7 +166,7 @@ def speculation_notes(config: Config) -> Iterator[str]:
             f"speculative.use_gumbel_coupling draws the target's tokens; a tree (eagle_topk={spec.eagle_topk}) has the "
             "draft's likeliest tokens all the same."
         )
-    if spec.draft_temperature is not None and not (spec.draws_chains and spec.record.has_numbers):
+    if spec.draft_temperature is not None and not (spec.draws_chains and spec.record.can_sample):
         yield (
             f"speculative.draft_temperature={spec.draft_temperature:g} has no effect: no draft is sampled. Pass "
             "--speculative-use-gumbel-coupling, or another rule that samples, with a draft model."
@@ -184,7 +184,7 @@ def _check_draft_model(config: Config) -> None:
             "speculative.draft_model_path",
             f"has no use with speculative.algorithm={spec.algorithm}, which drafts without a model",
             path,
-            f"Pass --speculative-algorithm {listed(names(lambda each: each.has_numbers))}, or leave the path out.",
+            f"Pass --speculative-algorithm {listed(names(lambda each: each.can_sample))}, or leave the path out.",
         )
     # A draft inside the target's checkpoint is the target's own MTP head, which its config.json names.
     if path is None and has_model and not spec.record.may_be_in_target:
@@ -241,7 +241,7 @@ def _check_sampled_drafts(spec: SpeculativeConfig) -> None:
     ):
         if not getattr(spec, name) or not spec.record.speculates:
             continue
-        if not spec.record.has_numbers:
+        if not spec.record.can_sample:
             raise ConfigError(
                 f"speculative.{name}",
                 f"samples drafts from a draft model's distribution, and {spec.algorithm} has none",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from slime_spec.checkpoints.draft_spec import DraftSpec, is_trainable
+from slime_spec.draft.dflash import DFlashNetwork
 from slime_spec.draft.eagle import EagleNetwork
 from slime_spec.draft.eagle3 import Eagle3Network
 from slime_spec.draft.mtp import MtpNetwork
@@ -16,7 +17,12 @@ from slime_spec.draft.network import DraftNetwork
 def make_network(spec: DraftSpec) -> DraftNetwork:
     """Make the trainable network of a draft that ``is_trainable``, with torch's initial values."""
     assert is_trainable(spec), f"there is no network of {spec.family}"
-    networks: dict[str, type[DraftNetwork]] = {"eagle3": Eagle3Network, "eagle": EagleNetwork, "mtp": MtpNetwork}
+    networks: dict[str, Callable[[DraftSpec], DraftNetwork]] = {
+        "eagle3": Eagle3Network,
+        "eagle": EagleNetwork,
+        "mtp": MtpNetwork,
+        "dflash": DFlashNetwork,
+    }
     return networks[spec.family](spec)
 
 

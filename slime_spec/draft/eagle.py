@@ -8,7 +8,7 @@ from torch import nn
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.block import DraftAttention, RmsNorm, SwiGlu
-from slime_spec.draft.network import DraftNetwork
+from slime_spec.draft.network import StepNetwork
 
 
 class EagleLayer(nn.Module):
@@ -21,7 +21,7 @@ class EagleLayer(nn.Module):
         self.mlp = SwiGlu(spec)
 
 
-class EagleNetwork(DraftNetwork):
+class EagleNetwork(StepNetwork):
     """Applies fc to [embedding; hidden], then one block; the target's head reads what comes out, without a norm.
 
     Features are the target's hidden state after its final norm; the recurrent state is the block's output.

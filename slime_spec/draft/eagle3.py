@@ -8,7 +8,7 @@ from torch import nn
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.block import DraftAttention, RmsNorm, SwiGlu
-from slime_spec.draft.network import DraftNetwork
+from slime_spec.draft.network import StepNetwork
 
 
 class Eagle3Layer(nn.Module):
@@ -23,7 +23,7 @@ class Eagle3Layer(nn.Module):
         self.mlp = SwiGlu(spec)
 
 
-class Eagle3Network(DraftNetwork):
+class Eagle3Network(StepNetwork):
     """Applies fc to the captured layers, then one block, a norm and a head over the draft vocabulary.
 
     Features are [..., captured layers · target hidden], low to high. The head's rows are the draft vocabulary's tokens.

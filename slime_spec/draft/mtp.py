@@ -7,10 +7,10 @@ from torch import nn
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.draft.block import DraftAttention, RmsNorm, SwiGlu
-from slime_spec.draft.network import DraftNetwork
+from slime_spec.draft.network import StepNetwork
 
 
-class MtpNetwork(DraftNetwork):
+class MtpNetwork(StepNetwork):
     """Applies ``input_proj`` to [normed hidden; normed embedding], then the block and ``final_layernorm``.
 
     Features are the target's hidden state after its final norm; the recurrent state is the layer's own output after

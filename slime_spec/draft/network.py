@@ -11,8 +11,24 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.draft.block import DraftAttention
 
 
-class DraftNetwork(nn.Module, ABC):
-    """Joins a decoder block with its family's own input and output; parameters have their names in checkpoints.
+class DraftNetwork(nn.Module):
+    """Is a draft's own network; parameters have their names in checkpoints."""
+
+    spec: DraftSpec
+
+    @property
+    def own_head(self) -> torch.Tensor | None:
+        """Return the network's own head [draft vocab, hidden]; None for a network that uses the target's."""
+        return None
+
+    @property
+    def own_embedding(self) -> torch.Tensor | None:
+        """Return the network's own embedding [vocab, hidden]; None for a network that uses the target's."""
+        return None
+
+
+class StepNetwork(DraftNetwork, ABC):
+    """Joins a decoder block with its family's own input and output, and drafts step by step.
 
     A step takes the embedding of a token and a hidden state: at the first step of a round the target's features of
     the token before it, later the network's own ``recurrent`` output of the step before.
@@ -20,8 +36,6 @@ class DraftNetwork(nn.Module, ABC):
         inputs(hidden, embedding, first) ─► attention input, residual ─► attention ─► after_attention(x)
         after_attention(x) ─► (state for the head, state for the next step)
     """
-
-    spec: DraftSpec
 
     @property
     @abstractmethod
@@ -34,13 +48,3 @@ class DraftNetwork(nn.Module, ABC):
     @abstractmethod
     def after_attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (the head's input, the next step's hidden) from the residual stream after attention."""
-
-    @property
-    def own_head(self) -> torch.Tensor | None:
-        """Return the network's own head [draft vocab, hidden]; None for a network that uses the target's."""
-        return None
-
-    @property
-    def own_embedding(self) -> torch.Tensor | None:
-        """Return the network's own embedding [vocab, hidden]; None for a network that uses the target's."""
-        return None

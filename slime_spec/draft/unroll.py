@@ -18,7 +18,18 @@ from collections.abc import Callable
 import torch
 
 from slime_spec.draft.block import KeysValues
-from slime_spec.draft.network import DraftNetwork
+from slime_spec.draft.dflash import BlockUnroll, DFlashNetwork
+from slime_spec.draft.network import DraftNetwork, StepNetwork
+
+
+def make_unroll(
+    network: DraftNetwork, embed: Callable[[torch.Tensor], torch.Tensor], starts: torch.Tensor, num_rows: int
+) -> Unroll | BlockUnroll:
+    """Return what runs the rounds of a batch's rows, step by step or a block at once; see Unroll for the arguments."""
+    if isinstance(network, DFlashNetwork):
+        return BlockUnroll(network, embed, starts, num_rows)
+    assert isinstance(network, StepNetwork), "a network drafts by steps or in blocks"
+    return Unroll(network, embed, starts, num_rows)
 
 
 class Unroll:
@@ -33,7 +44,7 @@ class Unroll:
 
     def __init__(
         self,
-        network: DraftNetwork,
+        network: StepNetwork,
         embed: Callable[[torch.Tensor], torch.Tensor],
         starts: torch.Tensor,
         num_rows: int,

@@ -74,7 +74,7 @@ def draft_temperatures(config: SpeculativeConfig, shape: DraftShape) -> tuple[fl
     Without a setting, the engine chooses where that changes no token of a seed: where drafts are races with the
     target's noise, and where an automatic depth has taken the promise away already.
     """
-    if not (config.draws_chains and config.record.has_numbers and shape.topk == 1):
+    if not (config.draws_chains and config.record.can_sample and shape.topk == 1):
         return ()
     if config.draft_temperature is not None:
         return (config.draft_temperature,)

@@ -43,6 +43,16 @@ BAD = {
     "--draft-vocab-size must be at most 257": ["--draft-vocab-size", "258"],
     "task.names must be one of": ["--task", "nope"],
     "task.prompt_data must be a readable file": ["--prompt-data", "nowhere.jsonl"],
+    "--block-size is of block drafters alone": ["--block-size", "4"],
+    "--num-steps must be at most 3, what blocks of 4 tokens draft": [
+        "--kind",
+        "dflash",
+        "--block-size",
+        "4",
+        "--num-steps",
+        "4",
+    ],
+    "mask_token_id must be a row of the target's embedding": ["--kind", "dflash", "--mask-token-id", "257"],
     "must be different layers of the target": ["--capture-layers", "0", "1", "4"],
     "--json must lie in a folder that is there": ["--json", "nowhere/report.json"],
     "--resume needs the folder of a training": ["--resume"],
@@ -85,7 +95,7 @@ def test_another_action_is_answered_with_the_known_ones(capsys: pytest.CaptureFi
     assert "--draft-vocab-size" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp", "dflash"])
 def test_a_whole_training_leaves_a_draft_with_its_table_and_provenance(
     kind: str, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +125,7 @@ def test_a_whole_training_leaves_a_draft_with_its_table_and_provenance(
         assert torch.equal(offsets, tables["t2d"].nonzero().flatten())
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp", "dflash"])
 def test_a_draft_is_trained_on(kind: str, policy: Path, tmp_path: Path) -> None:
     first, again, on = tmp_path / "first", tmp_path / "again", tmp_path / "on"
     same = ["--draft-dtype", "float32", "--kind", kind]

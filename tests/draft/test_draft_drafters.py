@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from rollout.embedded.drafters.block_drafter import BlockDrafter
 from rollout.embedded.drafters.feature_drafter import FeatureDrafter
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft, save_draft_checkpoint
@@ -15,7 +16,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig
 from slime_spec.errors import ConfigError
 from slime_spec.types import GroupRequest, SamplingParams
-from tests.support.draft_formats import FORMATS, FreshDraft, TinyDraft, make_format
+from tests.support.draft_formats import BLOCK_FORMATS, FORMATS, FreshDraft, TinyDraft, make_format
 from tests.support.embedded_harness import Samples, greedy, make_core, random_prompt, run
 from tests.support.recording_drafter import RecordingDrafter
 from tests.support.tiny_drafts import edit_tensors, random_tensors
@@ -29,7 +30,7 @@ def requests(params: SamplingParams) -> list[GroupRequest]:
     return [GroupRequest(str(i), prompt, tuple(range(1 + i % 3)), params) for i, prompt in enumerate(PROMPTS)]
 
 
-@pytest.fixture(params=FORMATS, scope="module")
+@pytest.fixture(params=[*FORMATS, *BLOCK_FORMATS], scope="module")
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyDraft:
     return make_format(tmp_path_factory.mktemp("format"), request.param)
 
@@ -71,9 +72,9 @@ def test_a_request_may_sit_out_while_others_speculate(tiny: TinyDraft, plain: Sa
     assert {bool(sample.spec.num_rounds) for (group, _), sample in samples.items() if int(group) % 2} == {False}
 
 
-def drafter_of(tiny: TinyDraft, **settings: Any) -> FeatureDrafter:
+def drafter_of(tiny: TinyDraft, **settings: Any) -> FeatureDrafter | BlockDrafter:
     drafter = make_core(tiny.config(3, **settings)).drafter
-    assert isinstance(drafter, FeatureDrafter)
+    assert isinstance(drafter, FeatureDrafter | BlockDrafter)
     return drafter
 
 
@@ -163,7 +164,7 @@ def test_an_int8_draft_drafts_almost_what_it_would_and_the_output_is_the_targets
 ) -> None:
     engine = {"dtype": dtype}
     core = make_core(tiny.config(3, draft_model_quantization="int8", engine=engine))
-    assert isinstance(core.drafter, FeatureDrafter)
+    assert isinstance(core.drafter, FeatureDrafter | BlockDrafter)
     assert not core.drafter.weights.exact
     exact = drafter_of(tiny, engine=engine).weights.tensors()
     for name, tensor in core.drafter.weights.tensors().items():

@@ -14,7 +14,7 @@ from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.block import DraftAttention, KeysValues
 from slime_spec.draft.build import load_network
-from slime_spec.draft.unroll import Unroll
+from slime_spec.draft.unroll import Unroll, make_unroll
 from tests.support.reference_drafts import ReferenceDraft
 from tests.support.tiny_drafts import BLOCK, random_tensors, some_target_ids
 
@@ -23,6 +23,7 @@ LLAMA = replace(TARGET, num_layers=1)
 EAGLE3 = DraftSpec("eagle3", LLAMA, 48, 61, capture_layers=(0, 1, 2), has_own_head=True)
 MTP = DraftSpec("mtp", LLAMA, 48, 131, hidden_first=True, recurrent_norm=True, zero_first_embedding=True)
 EAGLE = DraftSpec("eagle", LLAMA, 48, 131, fc_bias=True, logits_norm=False)
+DFLASH = DraftSpec("dflash", replace(LLAMA, num_layers=2, qk_norm=True), 48, 131, (0, 2), block_size=6, mask_token_id=7)
 SPECS = {
     "eagle": EAGLE,
     "eagle with a qwen2 block and no bias": replace(
@@ -33,6 +34,7 @@ SPECS = {
     "eagle3, one norm before fc": replace(EAGLE3, norm_before_fc=True),
     "eagle3, recurrence after the norm": replace(EAGLE3, recurrent_norm=True),
     "eagle3, logits before the norm": replace(EAGLE3, logits_norm=False),
+    "dflash": DFLASH,
     "mtp": MTP,
     "mtp with a qwen2 block": replace(MTP, block=replace(LLAMA, architecture="Qwen2ForCausalLM", qkv_bias=True)),
 }
@@ -57,9 +59,11 @@ def test_every_step_of_every_row_is_what_a_round_computes(spec: DraftSpec) -> No
     reference = reference_of(spec, tensors, embedding)
     network = load_network(spec, tensors).double()
     # In double as well: EAGLE's logits, of no norm, reach a hundred, and float32's angles would move them.
-    network.attention.inv_freq = spec.block.rope_theta ** (-torch.arange(0, 16, 2).double() / 16)
+    for module in network.modules():
+        if isinstance(module, DraftAttention):
+            module.inv_freq = spec.block.rope_theta ** (-torch.arange(0, 16, 2).double() / 16)
     num_rows = 6
-    unroll = Unroll(network, partial(F.embedding, weight=embedding), torch.tensor(starts), num_rows)
+    unroll = make_unroll(network, partial(F.embedding, weight=embedding), torch.tensor(starts), num_rows)
     compared = 0
     for step in range(NUM_STEPS):
         if step == 0:

@@ -18,7 +18,7 @@ from slime_spec.config.tree import Config
 from slime_spec.speculation.controller import Controller, RoundPlan, RowState
 from slime_spec.speculation.round_costs import PassCurve, RoundCosts
 from slime_spec.types import GroupRequest, SamplingParams
-from tests.support.draft_formats import FORMATS, TinyDraft, make_format
+from tests.support.draft_formats import BLOCK_FORMATS, FORMATS, TinyDraft, make_format
 from tests.support.embedded_harness import Samples, continuation, make_core, random_prompt, run
 from tests.support.recording_drafter import RecordingDrafter
 
@@ -49,7 +49,7 @@ def requests(temperature: float = 0.8) -> list[GroupRequest]:
     return [GroupRequest(str(i), prompt, tuple(range(1 + i % 3)), params) for i, prompt in enumerate(PROMPTS)]
 
 
-@pytest.fixture(params=[*FORMATS], scope="module")
+@pytest.fixture(params=[*FORMATS, *BLOCK_FORMATS], scope="module")
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyDraft:
     return make_format(tmp_path_factory.mktemp("format"), request.param)
 

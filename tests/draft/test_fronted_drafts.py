@@ -18,7 +18,7 @@ from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.speculation.controller import Controller, RoundPlan, RowState
 from slime_spec.speculation.round_costs import PassCurve, RoundCosts
 from slime_spec.types import EarlierReply, GroupRequest, SamplingParams
-from tests.support.draft_formats import FORMATS, TinyDraft, make_format
+from tests.support.draft_formats import BLOCK_FORMATS, FORMATS, TinyDraft, make_format
 from tests.support.embedded_harness import (
     Samples,
     ScriptedDrafter,
@@ -69,7 +69,7 @@ def put_front(config: Config, samples: Samples) -> tuple[Samples, Front, Recordi
     return run(core, requests()), front, network
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *BLOCK_FORMATS])
 def test_a_networks_drafts_are_those_of_one_that_always_drafted(tmp_path: Path, name: str) -> None:
     tiny = make_format(tmp_path, name)
     plain = run(make_core(tiny.plain), requests())

@@ -16,7 +16,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
 from tests.support.reference_drafts import ReferenceDraft
-from tests.support.tiny_drafts import EAGLE, EAGLE3, NEXTN, make_tiny_draft, make_tiny_mimo
+from tests.support.tiny_drafts import DFLASH, EAGLE, EAGLE3, NEXTN, make_tiny_draft, make_tiny_mimo
 from tests.support.tiny_models import load_reference, make_tiny_checkpoint
 
 NUM_LAYERS = 4
@@ -43,6 +43,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "nextn in a folder of its own": ("NEXTN", NEXTN),
     "mimo": ("NEXTN", None),
 }
+# Drafts of one pass are no trees; they have no step to take beyond their block.
+BLOCK_FORMATS: dict[str, tuple[str, dict[str, Any] | None]] = {"dflash": ("DFLASH", DFLASH)}
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,16 @@ class TinyDraft:
         speculative = SpeculativeConfig(
             algorithm=self.algorithm,
             draft_model_path=None if self.draft == self.target else str(self.draft),
-            num_steps=num_steps,
-            eagle_topk=topk,
-            num_draft_tokens=num_draft_tokens,
+            **self._numbers(num_steps, topk, num_draft_tokens),
             **settings,
         )
         model = ModelConfig(hf_checkpoint=str(self.target))
         return Config(model=model, speculative=speculative, engine=EngineConfig(**engine))
+
+    def _numbers(self, num_steps: int, topk: int, num_draft_tokens: int | None) -> dict[str, Any]:
+        if self.algorithm == "DFLASH":
+            return {"num_draft_tokens": num_steps + 1}
+        return {"num_steps": num_steps, "eagle_topk": topk, "num_draft_tokens": num_draft_tokens}
 
     @property
     def plain(self) -> Config:
@@ -74,7 +79,7 @@ class TinyDraft:
 
 
 def make_format(folder: Path, name: str) -> TinyDraft:
-    algorithm, config = FORMATS[name]
+    algorithm, config = (FORMATS | BLOCK_FORMATS)[name]
     if config is None:
         target = make_tiny_mimo(folder / "target", num_hidden_layers=NUM_LAYERS)
         twin = make_tiny_checkpoint(folder / "twin", "Qwen2ForCausalLM", num_hidden_layers=NUM_LAYERS)

@@ -100,6 +100,30 @@ def mtp(spec: DraftSpec, tensors: Tensors, e: torch.Tensor, h: torch.Tensor) -> 
     return y, y
 
 
+def dflash(spec: DraftSpec, tensors: Tensors, block: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """What the head reads of a block's embeddings [block, hidden] behind features [tokens, width] of all tokens."""
+    eps, num_context = spec.block.rms_norm_eps, len(features)
+    context = norm(features @ tensors["fc.weight"].T, tensors["hidden_norm.weight"], eps)
+    y, group = block, spec.block.num_heads // spec.block.num_kv_heads
+    for layer in range(spec.block.num_layers):
+        prefix = f"layers.{layer}."
+        x = norm(y, tensors[prefix + "input_layernorm.weight"], eps)
+        read = torch.cat([context, x])  # the context itself, in every layer
+
+        def heads(name: str, prefix: str = prefix, read: torch.Tensor = read) -> torch.Tensor:
+            each = (read @ tensors[f"{prefix}self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, spec.block.head_dim))
+            if name == "v":
+                return each
+            return rotated(norm(each, tensors[f"{prefix}self_attn.{name}_norm.weight"], eps), spec.block.rope_theta)
+
+        query = heads("q")[num_context:]
+        keys, values = (heads(name).repeat_interleave(group, dim=1) for name in "kv")
+        scores = torch.einsum("qhd,khd->hqk", query, keys) / spec.block.head_dim**0.5  # no mask: all see all
+        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).flatten(1)
+        y = after_attention(y + out @ tensors[f"{prefix}self_attn.o_proj.weight"].T, tensors, prefix, eps)
+    return norm(y, tensors["norm.weight"], eps)
+
+
 FORWARD: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"eagle3": eagle3, "eagle": eagle, "mtp": mtp}
 
 
@@ -133,6 +157,8 @@ class ReferenceDraft:
         ``features`` [len(token_ids) - 1, width] are the target's of all tokens but the root. Tokens that the draft has
         no row for have -inf.
         """
+        if self.spec.block_size:
+            return self._in_block(token_ids[-1], features.double(), len(path))
         e = self.embedding[torch.tensor(token_ids[1:])]
         x = self.projected(features.double())
         forward = FORWARD[self.spec.family]
@@ -141,6 +167,15 @@ class ReferenceDraft:
             e = torch.cat([e, self.embedding[token_id][None]])
             x = torch.cat([x, recurrent[-1:]])
             read, recurrent = forward(self.spec, self.tensors, e, x)
+        return self._spread(read[-1])
+
+    def _in_block(self, root: int, features: torch.Tensor, num_drafted: int) -> torch.Tensor:
+        """A block's tokens do not depend on each other: of a path only its length counts."""
+        masks = [self.spec.mask_token_id] * (self.spec.block_size - 1)
+        read = dflash(self.spec, self.tensors, self.embedding[torch.tensor([root, *masks])], features)
+        return self._spread(read[1 + num_drafted])
+
+    def _spread(self, read: torch.Tensor) -> torch.Tensor:
         distribution = torch.full((self.embedding.shape[0],), float("-inf"), dtype=torch.float64)
-        distribution[self.target_ids] = (read[-1] @ self.head.T).log_softmax(-1)
+        distribution[self.target_ids] = (read @ self.head.T).log_softmax(-1)
         return distribution

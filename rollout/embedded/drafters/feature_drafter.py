@@ -16,8 +16,7 @@ is owed is computed when one of its sequences drafts: where none does, the promp
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 
 from rollout.embedded.drafters.growth import graphed_drafts, grow_drafts
 from rollout.embedded.drafters.network import DraftNetwork
-from rollout.embedded.drafters.network_weights import NetworkBuilder
+from rollout.embedded.drafters.network_weights import NetworkWeights
 from rollout.embedded.drafters.step import (
     DrafterSetup,
     DraftRows,
@@ -40,15 +39,12 @@ from rollout.embedded.kv_cache import KvCache, KvStore
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import AttentionPlan, RowSpan
-from rollout.embedded.rope import RopeTable
 from rollout.embedded.unread import UnreadDraft
 from slime_spec.checkpoints.draft_spec import DraftSpec
-from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
 
 if TYPE_CHECKING:
     from rollout.embedded.cuda.device_pass import DevicePass
 
-logger = logging.getLogger(__name__)
 MOST_OWED_BYTES = 256 << 20  # of features of prompts that no draft was made for
 
 
@@ -224,7 +220,9 @@ class FeatureDrafter:
 
     @property
     def _network(self) -> DraftNetwork:
-        return self.weights.network
+        network = self.weights.network
+        assert isinstance(network, DraftNetwork), "the draft drafts by steps"
+        return network
 
     def _step(self, token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]) -> Heads:
         residual = self._forward(self.cache.own, token_ids, hidden, spans)
@@ -252,13 +250,9 @@ class FeatureDrafter:
         return Track(0, ()) if prefill.start == 0 else self._track(prefill.key, prefill.prompt_key)
 
     def _read(self) -> None:
-        checkpoint = load_draft(self._setup.draft.folder, self.spec, [self._setup.dtype])
-        stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
-        if stored != {self._setup.dtype}:
-            logger.info("cast the draft folder=%s to=%s", self._setup.draft.folder, self._setup.dtype)
-        self.weights.build(checkpoint.tensors)()
-        if checkpoint.hot_token_ids is not None:
-            self._vocab = DraftVocab(self._vocab.target_size, checkpoint.hot_token_ids.to(self._setup.device))
+        hot_token_ids = self.weights.read(self._setup)
+        if hot_token_ids is not None:
+            self._vocab = DraftVocab(self._vocab.target_size, hot_token_ids)
 
     def _head_of(self, decoder: Decoder) -> PackedLinear:
         return decoder.head
@@ -294,39 +288,3 @@ def _owners(contexts: Sequence[DraftContext]) -> list[tuple[int, KvRow]]:
 def shared_positions(num_prompt_tokens: int) -> int:
     """Return the number of a shared prompt's draft positions that are the same for all its samples."""
     return max(0, num_prompt_tokens - 1)
-
-
-class NetworkWeights:
-    """Holds the draft's own weights (see DraftWeights); a push builds a second network and swaps the two."""
-
-    def __init__(self, spec: DraftSpec, setup: DrafterSetup) -> None:
-        rope = RopeTable(spec.block, setup.context_length + setup.shape.headroom, setup.dtype, setup.device)
-        self._builder = NetworkBuilder(spec, rope, setup.dtype, setup.device, setup.quantization)
-        self._network: DraftNetwork | None = None
-
-    @property
-    def network(self) -> DraftNetwork:
-        assert self._network is not None, "a drafter reads its weights when it is first bound"
-        return self._network
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return draft_shapes(self._builder.spec)
-
-    @property
-    def exact(self) -> bool:
-        return self._builder.quantization is None
-
-    def build(self, tensors: Mapping[str, torch.Tensor]) -> Swap:
-        network = self._builder.build(tensors)
-
-        def swap() -> None:
-            self._network = network
-
-        return swap
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self._builder.tensors(self.network)
-
-    def move(self, device: torch.device) -> None:
-        self.network.move(device)

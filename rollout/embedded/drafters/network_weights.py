@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 
+from rollout.embedded.drafters.block_network import BlockNetwork
 from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.quantized import make_linear
+from rollout.embedded.drafters.step import DrafterSetup
+from rollout.embedded.drafting import Swap
 from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.rope import RopeTable
 from rollout.embedded.weights import Slot
 from slime_spec.checkpoints.draft_spec import DraftSpec
-from slime_spec.checkpoints.draft_tensors import draft_shapes
+from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
 
+logger = logging.getLogger(__name__)
+Network = DraftNetwork | BlockNetwork
 FC_NORMS = "fc_norms."
 
 
@@ -28,6 +34,8 @@ def draft_slots(spec: DraftSpec) -> list[Slot]:
         top |= {"embedding_norm": "midlayer.input_layernorm.weight", "hidden_norm": "midlayer.hidden_norm.weight"}
         top |= {"input_norm": "input_norm.weight"}
         top |= {f"{FC_NORMS}{index}": f"fc_norm.{index}.weight" for index in range(len(spec.capture_layers))}
+    elif spec.family == "dflash":
+        top |= {"hidden_norm": "hidden_norm.weight"}
     elif spec.family == "mtp":
         family = spec.mtp_layer
         blocks = [family.prefix + family.block]
@@ -54,6 +62,8 @@ def _block_slots(layer: int, block: str, spec: DraftSpec, shapes: Mapping[str, t
         Slot(layer, "gate_up", (block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight")),
         Slot(layer, "down", (block + "mlp.down_proj.weight",)),
     ]
+    if spec.block.qk_norm:
+        slots += [Slot(layer, f"{x}_norm", (f"{block}self_attn.{x}_norm.weight",), linear=False) for x in "qk"]
     # EAGLE-3's first block has two norms, of the two halves it reads; its further ones call theirs hidden_norm.
     norm = block + ("hidden_norm.weight" if spec.family == "eagle3" else "input_layernorm.weight")
     if norm in shapes and (spec.family, layer) != ("eagle3", 0):
@@ -71,7 +81,7 @@ class NetworkBuilder:
         self._rope, self._dtype, self._device = rope, dtype, device
         self._slots = draft_slots(spec)
 
-    def build(self, tensors: Mapping[str, torch.Tensor]) -> DraftNetwork:
+    def build(self, tensors: Mapping[str, torch.Tensor]) -> Network:
         """Return the network; shares no memory with ``tensors``, which are those of ``draft_shapes``."""
         top: dict[str, PackedLinear | torch.Tensor] = {}
         # A first block whose attention is given its input never reads its norm.
@@ -86,9 +96,11 @@ class NetworkBuilder:
             (top if slot.layer < 0 else blocks[slot.layer])[slot.attribute] = module
         norms = [top.pop(attribute) for attribute in list(top) if attribute.startswith(FC_NORMS)]
         layers = [Layer(**block) for block in blocks]  # type: ignore[arg-type]
+        if self.spec.block_size:
+            return BlockNetwork(self.spec, self._rope, layers, **top)  # type: ignore[arg-type]
         return DraftNetwork(self.spec, self._rope, layers, fc_norms=norms, **top)  # type: ignore[arg-type]
 
-    def tensors(self, network: DraftNetwork) -> dict[str, torch.Tensor]:
+    def tensors(self, network: Network) -> dict[str, torch.Tensor]:
         """Return the weights that ``network`` computes with, under the names of ``draft_shapes``, in its order."""
         shapes = draft_shapes(self.spec)
         read: dict[str, torch.Tensor] = {}
@@ -108,8 +120,55 @@ class NetworkBuilder:
         return torch.cat([tensors[name].detach().to(self._device, self._dtype) for name in names])
 
 
-def _module(network: DraftNetwork, slot: Slot) -> PackedLinear | torch.Tensor:
+class NetworkWeights:
+    """Holds the draft's own weights (see DraftWeights); a push builds a second network and swaps the two."""
+
+    def __init__(self, spec: DraftSpec, setup: DrafterSetup) -> None:
+        num_positions = setup.context_length + max(setup.shape.headroom, spec.block_size)
+        rope = RopeTable(spec.block, num_positions, setup.dtype, setup.device)
+        self._builder = NetworkBuilder(spec, rope, setup.dtype, setup.device, setup.quantization)
+        self._network: Network | None = None
+
+    def read(self, setup: DrafterSetup) -> torch.Tensor | None:
+        """Take the checkpoint's weights into use; returns its hot token ids, None where it names every token."""
+        checkpoint = load_draft(setup.draft.folder, self._builder.spec, [setup.dtype])
+        if {tensor.dtype for tensor in checkpoint.tensors.values()} != {setup.dtype}:
+            logger.info("cast the draft folder=%s to=%s", setup.draft.folder, setup.dtype)
+        self.build(checkpoint.tensors)()
+        ids = checkpoint.hot_token_ids
+        return None if ids is None else ids.to(setup.device)
+
+    @property
+    def network(self) -> Network:
+        assert self._network is not None, "a drafter reads its weights when it is first bound"
+        return self._network
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return draft_shapes(self._builder.spec)
+
+    @property
+    def exact(self) -> bool:
+        return self._builder.quantization is None
+
+    def build(self, tensors: Mapping[str, torch.Tensor]) -> Swap:
+        network = self._builder.build(tensors)
+
+        def swap() -> None:
+            self._network = network
+
+        return swap
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._builder.tensors(self.network)
+
+    def move(self, device: torch.device) -> None:
+        self.network.move(device)
+
+
+def _module(network: Network, slot: Slot) -> PackedLinear | torch.Tensor:
     if slot.attribute.startswith(FC_NORMS):
+        assert isinstance(network, DraftNetwork), "a block drafter has no such norms"
         return network.fc_norms[int(slot.attribute.removeprefix(FC_NORMS))]
     holder = network if slot.layer < 0 else network.layers[slot.layer]
     module: PackedLinear | torch.Tensor = getattr(holder, slot.attribute)

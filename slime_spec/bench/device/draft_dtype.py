@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rollout.embedded.cuda.graphs import CudaCapturer
+from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.network_weights import NetworkBuilder
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.rope import RopeTable
@@ -113,6 +114,7 @@ def _linears(target: ModelSpec, form: str | None, device: torch.device, dtype: t
     spec = random_draft_spec(target)
     builder = NetworkBuilder(spec, RopeTable(spec.block, 1, dtype, device), dtype, device, form)
     network = builder.build(dict(random_draft(spec, dtype, device, seed=0)))
+    assert isinstance(network, DraftNetwork), "the draft drafts by steps"
     assert network.head is not None, "the draft has a head of its own"
     (layer,) = network.layers
     return [layer.qkv, layer.out, layer.gate_up, layer.down, network.head]

@@ -12,7 +12,7 @@ from slime_spec.draft.training.loss import total_variation
 from slime_spec.draft.training.model import DraftModel
 from slime_spec.draft.training.served import RULES, Rule, ServedTally, standing
 from slime_spec.draft.training.unrolled import Objective, unrolled_loss
-from slime_spec.draft.unroll import Unroll
+from slime_spec.draft.unroll import make_unroll
 
 
 @dataclass
@@ -116,7 +116,7 @@ def _count_rounds(tally: Tally, accepted_lengths: Sequence[int], reply_len: int)
 
 def _accepted_lengths(model: DraftModel, batch: TrainBatch, num_positions: int) -> torch.Tensor:
     """Return [batch, rows]: how many of the ``num_positions`` chained drafts of every possible round are accepted."""
-    unroll = Unroll(model.network, model.embed, batch.starts, batch.num_rows)
+    unroll = make_unroll(model.network, model.embed, batch.starts, batch.num_rows)
     head_input = unroll.first(batch.features, batch.token_ids)
     standing = torch.ones_like(batch.valid(0))
     lengths = torch.zeros_like(standing, dtype=torch.int64)

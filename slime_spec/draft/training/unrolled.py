@@ -9,7 +9,7 @@ import torch
 from slime_spec.draft.training.batch import TrainBatch
 from slime_spec.draft.training.loss import Loss, StepTarget, acceptance, token_log_ratios
 from slime_spec.draft.training.model import DraftModel
-from slime_spec.draft.unroll import Unroll
+from slime_spec.draft.unroll import make_unroll
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def unrolled_loss(
         logits_of_replies = model.target_logits(batch.final)
         known = model.vocabulary.t2d.to(batch.argmax.device)[batch.argmax]
         draft_ids = model.vocabulary.draft_ids.to(batch.token_ids.device)
-    unroll = Unroll(model.network, model.embed, batch.starts, batch.num_rows)
+    unroll = make_unroll(model.network, model.embed, batch.starts, batch.num_rows)
     loss = torch.zeros((), device=batch.token_ids.device)
     quality = Quality.none(batch, objective.num_steps)
     for step in range(objective.num_steps):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.draft.dflash import DFlashLayer, DFlashNetwork
 from slime_spec.draft.eagle import EagleLayer, EagleNetwork
 from slime_spec.draft.eagle3 import Eagle3Layer, Eagle3Network
 from slime_spec.draft.mtp import MtpNetwork
@@ -44,6 +45,8 @@ def warm_start(
         _mtp(network, last, tensors, target)
     elif isinstance(network, EagleNetwork):
         _eagle(network, last, target)
+    elif isinstance(network, DFlashNetwork):
+        _dflash(network, tensors, target)
 
 
 def _eagle3(
@@ -86,7 +89,22 @@ def _eagle(network: EagleNetwork, last: Mapping[str, torch.Tensor], target: Mode
     _block(network.layer, last)
 
 
-def _block(layer: Eagle3Layer | EagleLayer | MtpNetwork, last: Mapping[str, torch.Tensor]) -> None:
+def _dflash(network: DFlashNetwork, tensors: Mapping[str, torch.Tensor], target: ModelSpec) -> None:
+    """Fill the layers from the target's last ones, the context from its highest captured layer."""
+    network.fc.weight[:, -target.hidden_size :] = torch.eye(target.hidden_size)
+    network.norm.weight.copy_(tensors["model.norm.weight"])
+    first = max(0, target.num_layers - len(network.layers))
+    for index, layer in enumerate(network.layers):
+        assert isinstance(layer, DFlashLayer), "a DFlash draft has such layers"
+        prefix = f"model.layers.{min(first + index, target.num_layers - 1)}."
+        block = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+        layer.input_layernorm.weight.copy_(block["input_layernorm.weight"])
+        for x in "qkv":
+            getattr(layer.self_attn, f"{x}_proj").weight.copy_(block[f"self_attn.{x}_proj.weight"])
+        _block(layer, block)
+
+
+def _block(layer: Eagle3Layer | EagleLayer | MtpNetwork | DFlashLayer, last: Mapping[str, torch.Tensor]) -> None:
     """Fill the tensors that every family's block shares with the target's block."""
     layer.self_attn.o_proj.weight.copy_(last["self_attn.o_proj.weight"])
     layer.post_attention_layernorm.weight.copy_(last["post_attention_layernorm.weight"])

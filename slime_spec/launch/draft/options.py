@@ -13,7 +13,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
 
 PROG = "slime-spec draft train"
-KINDS = ("eagle3", "eagle", "mtp")
+KINDS = ("eagle3", "eagle", "mtp", "dflash")
 DTYPES = ("float32", "bfloat16", "float16")
 FETCH = "Pass a model's folder, or make one with: slime-spec models fetch smollm2-135m"
 DESCRIPTION = """\
@@ -35,12 +35,15 @@ class DraftOptions:
     out: Path
     corpus: CorpusSettings
     draft: str | None
-    kind: Literal["eagle3", "eagle", "mtp"] | None
+    kind: Literal["eagle3", "eagle", "mtp", "dflash"] | None
     capture_layers: tuple[int, ...] | None
     draft_vocab_size: int | None
     intermediate_size: int | None
+    num_layers: int | None
+    block_size: int | None
+    mask_token_id: int | None
     held_out_percent: int
-    num_steps: int
+    num_steps: int | None
     epochs: int
     batch_size: int
     lr: float
@@ -104,7 +107,10 @@ RANGES: tuple[tuple[str, str, float, float], ...] = (
     ("--held-out-percent", "held_out_percent", 1, 50),
     ("--draft-vocab-size", "draft_vocab_size", 1, INF),
     ("--intermediate-size", "intermediate_size", 1, INF),
-    ("--num-steps", "num_steps", 1, 16),
+    ("--num-layers", "num_layers", 1, 64),
+    ("--block-size", "block_size", 2, 128),
+    ("--mask-token-id", "mask_token_id", 0, INF),
+    ("--num-steps", "num_steps", 1, 127),
     ("--epochs", "epochs", 1, INF),
     ("--batch-size", "batch_size", 1, INF),
     ("--minutes", "minutes", 0, INF),
@@ -115,6 +121,9 @@ SAME_NAME = (
     "kind",
     "draft_vocab_size",
     "intermediate_size",
+    "num_layers",
+    "block_size",
+    "mask_token_id",
     "held_out_percent",
     "num_steps",
     "epochs",
@@ -131,6 +140,7 @@ SAME_NAME = (
 )
 
 
+OF_BLOCKS = ("num_layers", "block_size", "mask_token_id")
 # The shape of a new draft: the flags, and what they are where they are not given.
 DRAFT_VOCAB_SIZE = 4096
 SHAPE: dict[str, str | int | None] = {
@@ -138,6 +148,7 @@ SHAPE: dict[str, str | int | None] = {
     "draft_vocab_size": DRAFT_VOCAB_SIZE,
     "intermediate_size": None,
     "capture_layers": None,
+    **dict.fromkeys(OF_BLOCKS),
 }
 
 
@@ -150,6 +161,9 @@ def _fill_shape(given: argparse.Namespace) -> None:
         elif value is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(flag, "is that of the draft to train on", value, f"Drop {flag}, or --draft.")
+        if name in OF_BLOCKS and given.draft is None and given.kind != "dflash" and value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(flag, "is of block drafters alone", value, f"Drop {flag}, or pass --kind dflash.")
 
 
 def _check_folders(out: Path, json: Path | None, resume: bool) -> None:
@@ -176,7 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder of the corpus, the training's state and the checkpoint")
     add("--resume", action="store_true", help="go on with the training that --out holds")
     add("--draft", help="folder of a draft, or builtin:NAME, to train on (default: begin from the target's last block)")
-    add("--kind", choices=KINDS, help="draft to train (eagle3); eagle has no head of its own, mtp is MiMo's format")
+    add(
+        "--kind",
+        choices=KINDS,
+        help="draft to train (eagle3); eagle has no head of its own, mtp is MiMo's format, "
+        "dflash drafts a block in one pass",
+    )
     corpus = parser.add_argument_group("corpus")
     add = corpus.add_argument
     add("--task", nargs="+", default=list(settings.tasks), help="tasks in turn, as in train (arithmetic_sentences)")
@@ -199,10 +218,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="target layers read (default: SGLang's choice; spread out in a target of fewer than 7)",
     )
+    add("--num-layers", type=int, help="layers of a block drafter (2)")
+    add("--block-size", type=int, help="tokens of its block, the root included (8)")
+    add("--mask-token-id", type=int, help="token whose embedding stands where it drafts (the vocabulary's last)")
     add("--draft-dtype", choices=DTYPES, default="bfloat16", help="dtype of the checkpoint (bfloat16)")
     training = parser.add_argument_group("training")
     add = training.add_argument
-    add("--num-steps", type=int, default=5, help="unrolled steps (5)")
+    add("--num-steps", type=int, help="unrolled steps (5; all of a block)")
     add("--epochs", type=int, default=8, help="passes over the corpus (8)")
     add("--batch-size", type=int, default=8, help="sequences an update (8)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (1e-3)")

@@ -11,7 +11,9 @@ import torch
 from slime_spec.checkpoints.draft_location import BUILTIN, builtin_folder
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config, is_trainable
 from slime_spec.checkpoints.draft_tensors import DraftCheckpoint, load_draft, with_stored_embedding
+from slime_spec.checkpoints.families import dflash
 from slime_spec.checkpoints.families.eagle3 import default_capture_layers
+from slime_spec.checkpoints.families.qwen3 import QWEN3
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.build import load_network, make_network
 from slime_spec.draft.training.model import DraftModel
@@ -22,6 +24,9 @@ from slime_spec.draft.training.warm_start import warm_start
 from slime_spec.errors import ConfigError
 from slime_spec.launch.draft.options import DRAFT_VOCAB_SIZE, DraftOptions
 from slime_spec.launch.draft.provenance import tensors_checksum
+
+# What a new draft has where no option says it.
+BLOCK_LAYERS, BLOCK_SIZE, NUM_STEPS = 2, 8, 5
 
 
 def load_start(options: DraftOptions, target: ModelSpec) -> DraftCheckpoint | None:
@@ -55,6 +60,8 @@ def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
     if options.kind == "mtp":
         spec = DraftSpec("mtp", block, target.hidden_size, target.vocab_size, hidden_first=True, recurrent_norm=True)
         spec = replace(spec, zero_first_embedding=True)
+    elif options.kind == "dflash":
+        spec = _block_spec(options, target, block)
     elif options.kind == "eagle":
         spec = DraftSpec("eagle", block, target.hidden_size, target.vocab_size, logits_norm=False)
     else:
@@ -63,6 +70,31 @@ def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
             "eagle3", block, target.hidden_size, options.draft_vocab_size, capture_layers=layers, has_own_head=True
         )
     return DraftSpec.from_dict(draft_config(spec), target, source="the draft")
+
+
+def _block_spec(options: DraftOptions, target: ModelSpec, block: ModelSpec) -> DraftSpec:
+    num_layers = options.num_layers or BLOCK_LAYERS
+    layers = dflash.default_capture_layers(target.num_layers, num_layers)
+    is_deep_enough = min(layers) >= 0 and len(set(layers)) == len(layers)
+    return DraftSpec(
+        "dflash",
+        replace(block, architecture=QWEN3.architecture, num_layers=num_layers, qk_norm=True, qkv_bias=False),
+        target.hidden_size,
+        target.vocab_size,
+        capture_layers=options.capture_layers or (layers if is_deep_enough else capture_layers_of(target.num_layers)),
+        block_size=options.block_size or BLOCK_SIZE,
+        mask_token_id=target.vocab_size - 1 if options.mask_token_id is None else options.mask_token_id,
+        num_target_layers=target.num_layers,
+    )
+
+
+def num_steps_of(options: DraftOptions, spec: DraftSpec) -> int:
+    """Return the draft positions that the training unrolls; raises ConfigError for more than a block has."""
+    most = spec.block_size - 1 if spec.block_size else options.num_steps or NUM_STEPS
+    if options.num_steps is not None and options.num_steps > most:
+        rule = f"must be at most {most}, what blocks of {spec.block_size} tokens draft"
+        raise ConfigError("--num-steps", rule, options.num_steps, "Leave it out.")
+    return options.num_steps or most
 
 
 def capture_layers_of(num_target_layers: int) -> tuple[int, ...]:

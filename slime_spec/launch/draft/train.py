@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from time import monotonic
 
 import torch
@@ -29,7 +29,7 @@ from slime_spec.launch.draft.corpus import PlannedReply, generate_corpus, plan_c
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
 from slime_spec.launch.draft.options import DraftOptions
 from slime_spec.launch.draft.provenance import DraftStart, tensors_checksum, write_provenance
-from slime_spec.launch.draft.start import draft_checksum, draft_spec, first_model, load_start
+from slime_spec.launch.draft.start import draft_checksum, draft_spec, first_model, load_start, num_steps_of
 from slime_spec.launch.draft.started import check_started
 
 # The number of judged positions: the chain that engines draft by default.
@@ -43,6 +43,7 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
     target = ModelSpec.from_folder(options.target)
     start = load_start(options, target)
     spec = draft_spec(options, target) if start is None else start.spec
+    num_steps = num_steps_of(options, spec)
     _check_device(options.device)
     planned = plan_corpus(options.target, options.corpus)
     _check_split(planned, options.held_out_percent)
@@ -57,7 +58,7 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
         learned, held_out = split(sequences, options.held_out_percent)
         frozen, store = _features(options, spec, target, checksum, [*learned, *held_out], progress)
         model = first_model(start, spec, tensors, target, learned, frozen, options)
-        trainer = _trained(options, model, learned, store, progress)
+        trainer = _trained(options, num_steps, model, learned, store, progress)
         tallies = _judged(options, trainer, frozen, held_out, store, progress)
     report = {kind: tally.summary() for kind, tally in sorted(tallies.items())}
     _write_checkpoint(options, model)
@@ -105,13 +106,14 @@ def _features(
 
 def _trained(
     options: DraftOptions,
+    num_steps: int,
     model: DraftModel,
     learned: Sequence[DraftSequence],
     store: FeatureStore,
     progress: Progress,
 ) -> DraftTrainer:
     settings = TrainSettings(
-        num_steps=options.num_steps,
+        num_steps=num_steps,
         epochs=options.epochs,
         batch_size=options.batch_size,
         lr=options.lr,
@@ -131,10 +133,11 @@ def _judged(
     store: FeatureStore,
     progress: Progress,
 ) -> dict[str, Tally]:
+    num_positions = max(NUM_POSITIONS, trainer.model.network.spec.block_size - 1)
     served = trainer.model.over_all_tokens(frozen.head)
     # Without a draft vocabulary logits are wide: smaller batches bound the memory.
     batch_size = options.batch_size if served is trainer.model else max(1, options.batch_size // 4)
-    return judge_draft(served, held_out, store, batch_size, NUM_POSITIONS, progress)
+    return judge_draft(served, held_out, store, batch_size, num_positions, progress)
 
 
 def _write_checkpoint(options: DraftOptions, model: DraftModel) -> None:
