@@ -279,6 +279,7 @@ DFLASH = Algorithm(
     families=("dflash",),
     sglang="DFLASH",
     drafter="rollout.embedded.drafters.block_drafter:BlockDrafter",
+    beside_dp_attention=False,
     reads=(*_EVERY_ROUND, "history"),
     likely_causes=(
         "captured layer ids or a mask token that are not those it was trained with; another target's draft; a draft as "

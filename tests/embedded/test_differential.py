@@ -31,7 +31,7 @@ from slime_spec.preflight.requests import check_request
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from tests.support.fp64_sampler import LOGIT_ERROR, Position, logits_after, position
 from tests.support.pushes import disturbed
-from tests.support.tiny_drafts import EAGLE, EAGLE3, make_tiny_draft, make_tiny_mimo
+from tests.support.tiny_drafts import DFLASH, EAGLE, EAGLE3, make_tiny_draft, make_tiny_mimo
 from tests.support.tiny_models import load_reference, make_tiny_checkpoint
 
 VOCAB, EOS, NUM_LAYERS = 131, 7, 4
@@ -54,6 +54,15 @@ CASES = {
     "eagle3 tree": ("EAGLE3", "eagle3", TREE),
     "eagle3 by rejection": ("EAGLE3", "eagle3", {**CHAIN, "use_rejection_sampling": True}),
     "eagle3 by races": ("EAGLE3", "eagle3", {**CHAIN, "use_gumbel_coupling": True}),
+    "dflash": ("DFLASH", "dflash", {"num_draft_tokens": 5}),
+    "dflash by rejection": ("DFLASH", "dflash", {"num_draft_tokens": 5, "use_rejection_sampling": True}),
+    "dflash by blocks": ("DFLASH", "dflash", {"num_draft_tokens": 6, "use_block_verification": True}),
+    "dflash by races": ("DFLASH", "dflash", {"num_draft_tokens": 6, "use_gumbel_coupling": True}),
+    "dflash by rejection behind texts": (
+        "DFLASH",
+        "dflash",
+        {"num_draft_tokens": 6, "use_rejection_sampling": True, "history": True},
+    ),
     "eagle chain": ("EAGLE", "eagle", CHAIN),
     "mtp tree": ("NEXTN", None, TREE),
     "standalone chain behind texts": ("STANDALONE", "near", {**CHAIN, "history": True}),
@@ -139,6 +148,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "near": changed_copy(folder / "near", target),
         "eagle3": make_tiny_draft(folder / "eagle3", target, EAGLE3),
         "eagle": make_tiny_draft(folder / "eagle", target, EAGLE),
+        "dflash": make_tiny_draft(folder / "dflash", target, DFLASH),
     }
 
 

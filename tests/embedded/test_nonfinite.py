@@ -38,6 +38,7 @@ from tests.support.tiny_models import make_tiny_checkpoint
 # The tensor of each format with which all that comes out overflows, although its numbers are finite.
 OVERFLOWS = {
     "eagle3": "fc.weight",
+    "dflash": "fc.weight",
     "eagle": "fc.weight",
     "mimo": "final_layernorm.weight",
     "standalone": "lm_head.weight",
@@ -238,7 +239,7 @@ def test_the_rows_that_such_a_request_leaves_are_clean_for_the_next(
     assert {key: sample.token_ids for key, sample in run(core, sound).items()} == expected
 
 
-@pytest.mark.parametrize("name", ["eagle3", "standalone"])
+@pytest.mark.parametrize("name", ["eagle3", "standalone", "dflash"])
 def test_a_sound_draft_that_is_pushed_over_an_overflowing_one_drafts_at_once(tmp_path: Path, name: str) -> None:
     config = drafting(tmp_path, name, num_steps=3)
     core = make_core(config)

@@ -19,7 +19,7 @@ from rollout.embedded.target import PassOutput
 from slime_spec.launch.compose import compose
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.embedded_harness import Samples, engine_config, make_core, random_prompt, run
-from tests.support.tiny_drafts import EAGLE3, make_tiny_draft
+from tests.support.tiny_drafts import DFLASH, EAGLE3, make_tiny_draft
 
 PARAMS = SamplingParams(max_new_tokens=12)
 TEMPLATE = random_prompt(40, seed=99)
@@ -157,14 +157,16 @@ def drafts(samples: Samples) -> dict[tuple[str, int], Any]:
     return {key: (sample.spec.num_drafted, sample.spec.histogram) for key, sample in samples.items()}
 
 
+@pytest.mark.parametrize(("algorithm", "draft_config"), [("EAGLE3", EAGLE3), ("DFLASH", DFLASH)])
 def test_a_draft_network_is_shown_the_copied_tokens_with_their_features(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, draft_config: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft = make_tiny_draft(tmp_path / "eagle3", tiny_llama, EAGLE3)
+    draft = make_tiny_draft(tmp_path / "draft", tiny_llama, draft_config)
+    steps = {"num_steps": 3, "eagle_topk": 1} if algorithm == "EAGLE3" else {}
     for num_samples in (1, 3):
         requests = requests_of([task(i, length=3 + i) for i in range(4)], num_samples)
-        plain = engine_config(tiny_llama, "EAGLE3", num_draft_tokens=4)
-        speculative = replace(plain.speculative, draft_model_path=str(draft), num_steps=3, eagle_topk=1)
+        plain = engine_config(tiny_llama, algorithm, num_draft_tokens=4)
+        speculative = replace(plain.speculative, draft_model_path=str(draft), **steps)
         config = replace(plain, speculative=speculative)
         whole = replace(config, engine=replace(config.engine, disable_radix_cache=True))
         expected = run(make_core(whole), requests)

@@ -19,11 +19,21 @@ EAGLE3_TREE = (*SERVERS, "--speculative-algorithm", "EAGLE3", *TREE)
 MTP = (*SERVERS, "--speculative-algorithm", "EAGLE", *CHAIN)
 DFLASH = (*SERVERS, "--speculative-algorithm", "DFLASH")
 DSPARK = (*SERVERS, "--speculative-algorithm", "DSPARK")
+EMBEDDED_DFLASH = ("--speculative-algorithm", "DFLASH")
 NGRAM = (*SERVERS, "--speculative-algorithm", "NGRAM")
 PLAIN = SERVERS
 ROLLOUTS = "--debug-rollout-only"
 LEARNING = "--enable-draft-training"
 HEAD: dict[str, Any] = {"draft": EAGLE3_HEAD}
+BLOCKS: dict[str, Any] = {
+    "draft": {
+        **TARGET,
+        "architectures": ["DFlashDraftModel"],
+        "num_hidden_layers": 5,
+        "block_size": 16,
+        "dflash_config": {"mask_token_id": 128255, "target_layer_ids": [1, 8, 15]},
+    }
+}
 FP16_HEAD: dict[str, Any] = {"draft": {**EAGLE3_HEAD, "torch_dtype": "float16"}}
 SHORT_HEAD: dict[str, Any] = {"draft": {**EAGLE3_HEAD, "max_position_embeddings": 2048}}
 FULL_HEAD: dict[str, Any] = {"draft": {**EAGLE3_HEAD, "draft_vocab_size": None}}
@@ -320,6 +330,12 @@ CASES = (
     case("auto-shape", EAGLE3, **HEAD),
     case("chain-tokens", (*EAGLE3, "--speculative-num-draft-tokens", "8"), INFO, **HEAD),
     case("chain-tokens", EAGLE3, **HEAD),
+    case("block-size", (*DFLASH, "--speculative-num-draft-tokens", "8"), WARNING, **BLOCKS),
+    case("block-size", (*DFLASH, "--speculative-num-draft-tokens", "16"), **BLOCKS),
+    case("block-size", DFLASH, **BLOCKS),
+    case("block-size", (*EAGLE3, "--speculative-num-draft-tokens", "4"), **HEAD),
+    case("block-size", (*EMBEDDED_DFLASH, "--speculative-num-draft-tokens", "17"), INFO, **BLOCKS),
+    case("block-size", (*EMBEDDED_DFLASH, "--speculative-num-draft-tokens", "8"), **BLOCKS),
     case("adaptive", (*EAGLE3_TREE, "--speculative-adaptive"), WARNING, **HEAD),
     case("adaptive", (*EAGLE3, "--speculative-adaptive"), WARNING, **HEAD, version="0.5.10.post1"),
     case("adaptive", (*EAGLE3, "--speculative-adaptive"), **HEAD),

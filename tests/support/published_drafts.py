@@ -82,6 +82,19 @@ DRAFTS: Mapping[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 131072,
         },
     ),
+    "SpecForge's qwen3-8b-dflash": (
+        "Qwen/Qwen3-8B",
+        {
+            **QWEN3,
+            **sizes(4096, 12288, 5, 32, 8),
+            "architectures": ["DFlashDraftModel"],
+            "block_size": 16,
+            "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
+            "layer_types": ["full_attention"] * 5,
+            "max_window_layers": 5,
+            "num_target_layers": 36,
+        },
+    ),
     # As SpecForge's qwq-32B-eagle3 and gemma3-1b-eagle3: a window shorter than the context, and switched off.
     "an EAGLE-3 draft with Qwen2's keys of windows": (
         "Qwen/Qwen2.5-7B",

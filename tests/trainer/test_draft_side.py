@@ -49,7 +49,19 @@ EAGLE3 = {
 }
 NEXTN = {**SIZES, "architectures": ["LlamaForCausalLMNextN"], "num_nextn_predict_layers": 1}
 EAGLE = {**SIZES, "architectures": ["LlamaForCausalLMEagle"], "bias": True}
-DRAFTS = {"eagle3": ("EAGLE3", EAGLE3), "mtp": ("NEXTN", NEXTN), "eagle": ("EAGLE", EAGLE)}
+DFLASH = {
+    **SIZES,
+    "architectures": ["DFlashDraftModel"],
+    "num_hidden_layers": 2,
+    "block_size": 4,  # as many positions as SETTINGS unroll of the others
+    "dflash_config": {"mask_token_id": 150, "target_layer_ids": [0, 2]},
+}
+DRAFTS = {
+    "eagle3": ("EAGLE3", EAGLE3),
+    "mtp": ("NEXTN", NEXTN),
+    "eagle": ("EAGLE", EAGLE),
+    "dflash": ("DFLASH", DFLASH),
+}
 LAYOUTS = {
     "1x1": {},
     "TP2": {"world_size": 2, "tensor_model_parallel_size": 2},

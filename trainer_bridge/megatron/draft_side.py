@@ -50,6 +50,8 @@ class DraftSide:
         assert isinstance(chosen.spec, DraftSpec), "a whole model is not trained"
         self.config, self.spec, self._settings = config, chosen.spec, config.draft_training
         self._model, self._temperature = model, temperature
+        # A block is computed in one pass, and learned from in all its positions.
+        self._num_steps = self.spec.block_size - 1 if self.spec.block_size else self._settings.num_steps
         self._num_layers = target.num_layers
         checkpoint = load_draft(chosen.folder, self.spec)
         self._file_dtype = next(iter(checkpoint.tensors.values())).dtype
@@ -63,7 +65,7 @@ class DraftSide:
 
     def _online(self, checkpoint: DraftCheckpoint) -> OnlineDraft:
         settings = TrainSettings(
-            num_steps=self._settings.num_steps,
+            num_steps=self._num_steps,
             batch_size=self._settings.batch_size,
             lr=self._settings.lr,
             clip_grad=self._settings.clip_grad,
@@ -76,7 +78,7 @@ class DraftSide:
         return OnlineDraft(checkpoint, settings, self._temperature, policy_device(), sum_over_ranks)
 
     def _begin_step(self) -> None:
-        self._sums = DraftSums(torch.zeros(3, self._settings.num_steps, dtype=torch.float64))
+        self._sums = DraftSums(torch.zeros(3, self._num_steps, dtype=torch.float64))
         self._grad_norms: list[float] = []
         self._num_skipped, self._seconds = 0, 0.0
 
@@ -195,13 +197,14 @@ class DraftSide:
     def _learn(self, kept: Sequence[KeptRows | None], replies: Sequence[Sequence[ReplyRows]], num_updates: int) -> None:
         present = [(rows, of_mb) for rows, of_mb in zip(kept, replies, strict=True) if rows is not None]
         self._bring_to_last_stage([rows for rows, _ in present])
+        mask = self._mask_embedding() if self.spec.block_size else None
         if not mpu.is_pipeline_last_stage():
             return
         head = self._head_rows()
         if self.draft is None:
             return
         seen = [reply for rows, of_mb in present for reply in self._seen(rows, of_mb)]
-        learned = self.draft.learn(seen, num_updates, head)
+        learned = self.draft.learn(seen, num_updates, head, mask)
         self._sums = DraftSums.unpacked(self._sums.packed() + learned.sums.packed())
         self._grad_norms += learned.grad_norms
         self._num_skipped += learned.num_skipped
@@ -233,19 +236,31 @@ class DraftSide:
         captured = [layer_name(layer) for layer in self.spec.capture_layers if layer in own]
         return [EMBEDDING, *captured] if stage == 0 else captured
 
-    @torch.no_grad()
     def _head_rows(self) -> torch.Tensor:
         """Return the head's rows of the draft's tokens, fp32 [draft vocab, hidden]; collective over tensor ranks."""
-        model, num_ranks = self._model, mpu.get_tensor_model_parallel_world_size()
+        model = self._model
         tied = model.share_embeddings_and_output_weights
-        weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-        ids = self.token_ids.to(weight.device) - mpu.get_tensor_model_parallel_rank() * len(weight)
-        if num_ranks == 1:
-            return weight[ids].float()
-        is_own = (ids >= 0) & (ids < len(weight))
-        rows = torch.where(is_own[:, None], weight[ids.clamp(0, len(weight) - 1)].float(), 0.0)
-        dist.all_reduce(rows, group=mpu.get_tensor_model_parallel_group())
-        return rows
+        return _rows(model.shared_embedding_or_output_weight() if tied else model.output_layer.weight, self.token_ids)
+
+    def _mask_embedding(self) -> torch.Tensor | None:
+        """Return the policy's embedding of a block's masks, fp32 [1, hidden], on the ranks of the last stage.
+
+        Collective over the ranks of a replica of the model; on other stages what is returned is of no use.
+        """
+        mask = None
+        if self._model.pre_process:
+            weight = self._model.embedding.word_embeddings.weight
+            mask = _rows(weight, torch.tensor([self.spec.mask_token_id]))
+        if mpu.get_pipeline_model_parallel_world_size() == 1 or mpu.get_tensor_model_parallel_rank():
+            return mask
+        group = mpu.get_pipeline_model_parallel_group()
+        members = dist.get_process_group_ranks(group)
+        if mask is not None:
+            dist.send(mask, members[-1], group=group)
+        elif mpu.is_pipeline_last_stage():
+            mask = torch.empty(1, self.spec.target_hidden_size, device=policy_device())
+            dist.recv(mask, members[0], group=group)
+        return mask
 
     def _seen(self, rows: KeptRows, replies: Iterable[ReplyRows]) -> Iterator[SeenReply]:
         """Yield the replies of a microbatch with what was kept of them."""
@@ -264,6 +279,18 @@ class DraftSide:
                 argmax=rows.kept[ARGMAX][own],
                 logsumexp=rows.kept[LOGSUMEXP][own],
             )
+
+
+@torch.no_grad()
+def _rows(weight: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return rows of a table whose vocabulary is split over tensor ranks, fp32; collective over these."""
+    ids = token_ids.to(weight.device) - mpu.get_tensor_model_parallel_rank() * len(weight)
+    if mpu.get_tensor_model_parallel_world_size() == 1:
+        return weight[ids].float()
+    is_own = (ids >= 0) & (ids < len(weight))
+    rows = torch.where(is_own[:, None], weight[ids.clamp(0, len(weight) - 1)].float(), 0.0)
+    dist.all_reduce(rows, group=mpu.get_tensor_model_parallel_group())
+    return rows
 
 
 def _sum_over_data_ranks(tensors: Sequence[torch.Tensor]) -> None:

@@ -87,6 +87,12 @@ def _number(read: DraftReading, nested: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def block_size_of(config: Mapping[str, Any]) -> int | None:
+    """Return the size of a draft's blocks, None for a draft that has none."""
+    size: int | None = (config.get(NESTED) or {}).get(BLOCK, config.get(BLOCK))
+    return size
+
+
 NAME_IT = "Name what the draft was trained with, or choose a draft made for this target."
 
 

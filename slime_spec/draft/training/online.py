@@ -125,17 +125,25 @@ class OnlineDraft:
         self._sum_over_ranks = sum_over_ranks
         self.trainer = DraftTrainer(model, settings, None, **options)
 
-    def learn(self, replies: Sequence[SeenReply], num_updates: int, target_head: torch.Tensor) -> LearnedStep:
+    def learn(
+        self,
+        replies: Sequence[SeenReply],
+        num_updates: int,
+        target_head: torch.Tensor,
+        mask_embedding: torch.Tensor | None = None,
+    ) -> LearnedStep:
         """Make the updates; an update whose gradient is not finite is left out, and the draft stays as it was.
 
-        ``replies`` are this rank's; ``target_head`` [draft vocab, hidden] are the head's rows of ``token_ids``.
+        ``replies`` are this rank's; ``target_head`` [draft vocab, hidden] are the head's rows of ``token_ids``;
+        ``mask_embedding`` [1, hidden] is what a block drafter's masks are.
         """
         settings = self.trainer.settings
+        assert mask_embedding is not None or not self.trainer.model.network.spec.block_size, "a block has masks"
         sums = DraftSums(torch.zeros(3, settings.num_steps, dtype=torch.float64))
         grad_norms: list[float] = []
         for update in range(num_updates):
             mine = [reply for reply in replies if update in {slot // settings.batch_size for slot in reply.slots}]
-            batch = self._batch(mine, target_head) if mine else None
+            batch = self._batch(mine, target_head, mask_embedding) if mine else None
             num_rows = torch.zeros(settings.num_steps, dtype=torch.int64, device=self._device)
             if batch is not None:
                 num_rows += num_learned(self.trainer.model, batch, settings.num_steps)
@@ -164,15 +172,21 @@ class OnlineDraft:
     def load_state(self, state: dict[str, Any]) -> None:
         self.trainer.load_state(state)
 
-    def _batch(self, replies: Sequence[SeenReply], target_head: torch.Tensor) -> TrainBatch:
+    def _batch(
+        self, replies: Sequence[SeenReply], target_head: torch.Tensor, mask_embedding: torch.Tensor | None
+    ) -> TrainBatch:
         """Pad the replies, and have the model know the embeddings of their tokens alone."""
         model = self.trainer.model
         token_ids = [reply.token_ids for reply in replies]
         own = model.network.own_embedding
         if own is None:
-            known = torch.cat([reply.embeddings for reply in replies]).float()
+            embeddings, ids = [reply.embeddings for reply in replies], [ids[:-1] for ids in token_ids]
+            if mask_embedding is not None:
+                embeddings.append(mask_embedding)
+                ids.append(torch.tensor([model.network.spec.mask_token_id], device=self._device))
+            known = torch.cat([each.float() for each in embeddings])
             rows = torch.zeros(model.vocabulary.vocab_size, dtype=torch.int64, device=self._device)
-            rows[torch.cat([ids[:-1] for ids in token_ids])] = torch.arange(len(known), device=self._device)
+            rows[torch.cat(ids)] = torch.arange(len(known), device=self._device)
             model = replace(model, embedding=known, embedding_rows=rows)
         else:
             model = replace(model, embedding=own)

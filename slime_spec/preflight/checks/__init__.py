@@ -73,6 +73,7 @@ TRAPS: tuple[Trap, ...] = (
     weights.torch_versions,
     shape.auto_shape,
     shape.chain_tokens,
+    shape.block_size,
     shape.adaptive,
     shape.adaptive_steps,
     shape.adaptive_on_cpu,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from slime_spec.algorithms import EAGLE, EAGLE3, NONE, STANDALONE
+from slime_spec.checkpoints.families.dflash import block_size_of
 from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
 from slime_spec.sglang.draft_shape import forced_draft_tokens
 
+NAME_SIZE = "Pass --speculative-num-draft-tokens {}, or leave it out."
 DOCS = "https://docs.sglang.ai/advanced_features/speculative_decoding.html"
 
 
@@ -51,6 +53,27 @@ def chain_tokens(facts: Facts) -> Sighting | None:
         f"Pass --speculative-num-draft-tokens {forced}, or --speculative-eagle-topk 2 for a tree.",
         ("--speculative-num-draft-tokens", str(forced)),
     )
+
+
+@trap(
+    "block-size",
+    "A block drafter learned blocks of one size; SGLang runs it over blocks of another with a log line, and drafts are "
+    "accepted less.",
+    DOCS,
+    applies=speculating,
+)
+def block_size(facts: Facts) -> Sighting | None:
+    asked = facts.config.speculative.num_draft_tokens
+    size = None if facts.draft is None else block_size_of(facts.draft.config)
+    if size is None or asked is None or asked == size or "dflash" not in facts.config.speculative.record.families:
+        return None
+    if facts.on_sglang:
+        rule = f"the draft's blocks have {size} tokens and the servers run {asked}"
+        return Sighting(Severity.WARNING, rule, NAME_SIZE.format(size), ("--speculative-num-draft-tokens", str(size)))
+    if asked < size:
+        return None  # the embedded engine runs whole blocks, and verifies as many tokens as it is asked for
+    rule = f"a round verifies {size} tokens at most, the draft's block, and not {asked}"
+    return Sighting(Severity.INFO, rule, NAME_SIZE.format(size), ("--speculative-num-draft-tokens", str(size)))
 
 
 @trap(
