@@ -29,8 +29,9 @@ def write_arm(folder: Path, name: str, served: list[float], reward: float = 0.5,
     rows = [
         {
             "step": step,
-            "rollout/spec_accept_length": length,
-            "train/draft_accept_length/rejection": length / 2,
+            **({} if name == "plain" else {"rollout/spec_accept_length": length}),
+            **({} if name == "plain" else {"train/draft_accept_length/rejection": length / 2}),
+            "perf/tokens_per_s": 100.0 * length,
             "rollout/reward_mean": reward,
             "perf/rollout_time": rollout_s,
             "perf/train_time": 10.0,
@@ -48,6 +49,7 @@ def by_id(rows: list[Row]) -> dict[str, Row]:
 
 
 def test_arms_of_one_seed_are_compared_step_by_step(tmp_path: Path) -> None:
+    write_arm(tmp_path, "plain", [1.0] * 10)
     write_arm(tmp_path, "frozen", [1.0] * 5 + [2.0] * 5)
     write_arm(tmp_path, "online", [1.0] * 5 + [2.5] * 4 + [3.0])
     rows = by_id(measure_main_job(BenchOptions(runs=(tmp_path,))))
@@ -56,18 +58,24 @@ def test_arms_of_one_seed_are_compared_step_by_step(tmp_path: Path) -> None:
     assert rows["online_over_frozen.served"].value == pytest.approx((4 * 1.25 + 1.5) / 5)
     assert rows["online.train_share"].value == pytest.approx(0.1)
     assert rows["online.step_share"].value == pytest.approx(0.075)
-    assert rows["online.reward_difference"].holds is True
+    assert rows["online.reward_difference"].holds is rows["plain.reward_difference"].holds is True
+    assert rows["online.tokens_per_s.last"].value == pytest.approx(260.0)
+    assert rows["plain.tokens_per_s.last"].value == rows["plain.step_time.last"].value * 5 == 100.0
+    assert not [name for name in rows if name.startswith(("plain.served", "plain.train_share"))]
     assert "learning with each step" in (tmp_path / "main-job.svg").read_text()
 
 
 def test_arms_whose_rewards_differ_by_anything_are_not_the_same_policy(tmp_path: Path) -> None:
+    write_arm(tmp_path, "plain", [1.0] * 5, reward=0.5 - 1e-9)
     write_arm(tmp_path, "frozen", [1.0] * 5, reward=0.5)
     write_arm(tmp_path, "online", [1.0] * 5, reward=0.5 + 1e-9)
-    assert by_id(measure_main_job(BenchOptions(runs=(tmp_path,))))["online.reward_difference"].holds is False
+    rows = by_id(measure_main_job(BenchOptions(runs=(tmp_path,))))
+    assert rows["online.reward_difference"].holds is rows["plain.reward_difference"].holds is False
 
 
 def test_steps_in_which_a_draft_did_not_learn_are_compared_with_none(tmp_path: Path) -> None:
     """Its acceptance is known at the steps at which it learned: those alone are set against the same steps."""
+    write_arm(tmp_path, "plain", [1.0] * 6)
     write_arm(tmp_path, "frozen", [2.0, 2.0, 2.0, 2.0, 1.0, 2.0])
     write_arm(tmp_path, "online", [4.0, 4.0, 4.0, 4.0, 3.0, 4.0])
     path = tmp_path / "online" / "metrics.jsonl"

@@ -1,9 +1,9 @@
 """Run the main job once per arm, with the same seed, and read what each step's metrics say of its draft.
 
 All arms draw tokens by races whose noise drafts share (Gumbel coupling), so that no draft changes a token: the policies
-of all arms are the same, bit for bit, and so are the replies that their drafts are judged on. A draft that stays as it
-is has a learning rate of 0: it takes the same passes, and its acceptance is known by the same sums. Drafts have three
-tokens in every round, whether that pays or not.
+of all arms are the same, bit for bit, with a draft and without, and so are the replies that their drafts are judged
+on. A draft that stays as it is has a learning rate of 0: it takes the same passes, and its acceptance is known by the
+same sums. Drafts have three tokens in every round, whether that pays or not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from slime_spec.algorithms import NONE
 from slime_spec.bench.online_drafts.drift import CURRICULUM, STEPS_OF_STAGE
 from slime_spec.bench.rows import BenchOptions
 from slime_spec.checkpoints.draft_location import builtin_folder
@@ -32,24 +33,28 @@ from slime_spec.metrics.jsonl import FILE as METRICS
 from slime_spec.metrics.jsonl import read_metrics
 
 DEPTH = 3
-COMMON = (
-    *("--config", "smollm2-135m", "--no-console", "--enable-draft-training", "--draft-ttt-length", str(DEPTH)),
+JOB = ("--config", "smollm2-135m", "--no-console")
+PLAIN = (*JOB, "--speculative-algorithm", NONE.name, "--no-speculative-history")
+DRAFTING = (
+    *(*JOB, "--enable-draft-training", "--draft-ttt-length", str(DEPTH)),
     *("--no-speculative-use-rejection-sampling", "--speculative-use-gumbel-coupling"),
     *("--speculative-num-steps", str(DEPTH), "--speculative-draft-temperature", "1.0"),
 )
-UNTRAINED = ("--draft-loss", "soft_ce", "--draft-lr", "1e-3", "--draft-optimizer-steps", "16")
-FROZEN = ("--draft-lr", "0")
+UNTRAINED = (*DRAFTING, "--draft-loss", "soft_ce", "--draft-lr", "1e-3", "--draft-optimizer-steps", "16")
+FROZEN = (*DRAFTING, "--draft-lr", "0")
 WHEN_IT_PAYS = ("--draft-update-policy", "when_it_pays")
 DRIFT = (
+    *DRAFTING,
     *("--task", "slime_spec.bench.online_drafts.drift:CURRICULUM"),
     *("--num-rollout", str(STEPS_OF_STAGE * len(CURRICULUM.stages))),
 )
-# By name: what the arm's flags are beside the common ones, and what is said of it.
+# By name: the arm's flags, and what is said of it.
 ARMS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "plain": (PLAIN, "no speculation"),
     "frozen": (FROZEN, "the shipped draft, as it is"),
-    "online": ((), "the shipped draft, learning with each step"),
+    "online": (DRAFTING, "the shipped draft, learning with each step"),
     "untrained": (UNTRAINED, "a draft of the target's last block, learning with each step"),
-    "drift_frozen": ((*DRIFT, *FROZEN), "changing tasks, the shipped draft, as it is"),
+    "drift_frozen": ((*DRIFT, "--draft-lr", "0"), "changing tasks, the shipped draft, as it is"),
     "drift_online": (DRIFT, "changing tasks, the shipped draft, learning with each step"),
     "drift_paying": ((*DRIFT, *WHEN_IT_PAYS), "changing tasks, the shipped draft, learning when it pays"),
 }
@@ -95,9 +100,10 @@ def _run(name: str, folder: Path, options: BenchOptions) -> None:
     if name == "untrained":
         draft = str(folder.parent / "untrained-draft")
         write_untrained(Path(draft), options)
-    own, _ = ARMS[name]
-    command = [sys.executable, "-m", "slime_spec", "train", *COMMON, *own, "--hf-checkpoint", str(options.model)]
-    command += ["--speculative-draft-model-path", draft]
+    flags, _ = ARMS[name]
+    command = [sys.executable, "-m", "slime_spec", "train", *flags, "--hf-checkpoint", str(options.model)]
+    if flags != PLAIN:
+        command += ["--speculative-draft-model-path", draft]
     command += ["--seed", str(options.seeds[0]), "--output-dir", str(folder)]
     Console(stderr=True).print(f"running {name}: {folder}", markup=False, highlight=False, soft_wrap=True)
     subprocess.run(command, check=True)

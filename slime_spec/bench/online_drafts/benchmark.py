@@ -20,16 +20,21 @@ NUM_PROMPTS = 32
 SERVED, REWARD = "rollout/spec_accept_length", "rollout/reward_mean"
 CLOSED = "train/draft_accept_length/rejection"
 ROLLOUT_TIME, TRAIN_TIME, SYNC_TIME = "perf/rollout_time", "perf/draft_train_time", "perf/draft_sync_time"
+TIMES = (
+    ("perf/tokens_per_s", "tokens_per_s", "tokens/s", "tokens of replies over the rollouts' time"),
+    ("perf/step_time", "step_time", "s", "a step"),
+)
 FEW_STEPS = 6
 CAUGHT_UP = 3
 mean = statistics.fmean
 
 
 def measure_main_job(options: BenchOptions) -> list[Row]:
-    """Compare a draft that learns with one that stays, on the same replies of the main job."""
-    frozen, online = finished_arm("frozen", options), finished_arm("online", options)
-    draw(folder_of(options) / "main-job.svg", [frozen, online])
-    return [*arm_rows(frozen), *arm_rows(online), *against_frozen(frozen, online)]
+    """Compare a draft that learns, one that stays and none, on the same replies of the main job."""
+    plain, frozen, online = (finished_arm(name, options) for name in ("plain", "frozen", "online"))
+    draw(folder_of(options) / "main-job.svg", [plain, frozen, online])
+    rows = [row for arm in (plain, frozen, online) for row in arm_rows(arm)]
+    return [*rows, *against_frozen(frozen, online), reward_row(frozen, plain)]
 
 
 def measure_untrained(options: BenchOptions) -> list[Row]:
@@ -87,8 +92,13 @@ def arm_rows(arm: Arm) -> list[Row]:
             what = f"tokens a round {how}, {arm.what}, in the {part} {LAST} steps"
             if lengths := values_of(steps, metric):  # a draft that did not learn in any of them was not judged
                 rows.append(Row(f"{prefix}.{name}.{part}", what, mean(lengths), "tokens/round"))
+    for metric, name, unit, what in TIMES:
+        values = arm.values(metric)[-LAST:]
+        rows.append(Row(f"{prefix}.{name}.last", f"{what}, {arm.what}, in the last {LAST} steps", mean(values), unit))
     rewards = arm.values(REWARD)[-LAST:]
     rows.append(Row(f"{prefix}.reward.last", f"mean reward of the last {LAST} steps", mean(rewards), "reward"))
+    if arm.name == "plain":
+        return rows
     rows.append(Row(f"{prefix}.train_share", "training the draft, of the trainer's time", draft_s / train_s, "share"))
     share = (draft_s + sync_s) / step_s
     rows.append(Row(f"{prefix}.step_share", "training and pushing the draft, of the steps' time", share, "share"))
@@ -105,10 +115,29 @@ def against_frozen(frozen: Arm, online: Arm) -> list[Row]:
         what = f"tokens a round over those of the draft as it is, the last {LAST} steps, {name}, {online.what}"
         if ratios:
             rows.append(Row(f"drafts.{online.name}_over_frozen.{name}", what, mean(ratios), "x"))
-    steps = zip(online.values(REWARD), frozen.values(REWARD), strict=True)
+    return [*rows, reward_row(frozen, online)]
+
+
+def reward_row(frozen: Arm, other: Arm) -> Row:
+    """Compare the rewards of two runs of one seed, which draw the same tokens: nothing may differ."""
+    steps = zip(other.values(REWARD), frozen.values(REWARD), strict=True)
     differing = max(abs(ours - theirs) for ours, theirs in steps)
-    what = "largest difference of a step's mean reward between the arms, which draw the same tokens"
-    return [*rows, at_most(f"drafts.{online.name}.reward_difference", what, differing, "reward", 0.0)]
+    what = f"largest difference of a step's mean reward from that of the draft as it is, {other.what}"
+    return at_most(f"drafts.{other.name}.reward_difference", what, differing, "reward", 0.0)
+
+
+def measure_base(options: BenchOptions) -> list[Row]:
+    """Judge the draft on the policy that training starts from, whose replies differ most."""
+    judge = Judge(options.model, options, NUM_PROMPTS, DEPTH)
+    of_mean = f"of {len(judge.sequences)} replies, {judge.mean_len:.1f} tokens in the mean"
+    what = f"tokens a round where every draft stands, {of_mean}"
+    rows = [Row("drafts.base.ceiling", what, judge.ceiling, "tokens/round")]
+    judged = judge(options.draft)
+    for (rule, temperature), length in judged.items():
+        what = f"tokens a round by {rule}, draft temperature {temperature:g}, the policy before training"
+        rows.append(Row(f"drafts.base.{rule}.t{temperature:g}", what, length, "tokens/round"))
+    what = "block verification at draft temperature 1, the policy before training"
+    return [*rows, at_least("drafts.base.own", what, judged["block", 1.0], "tokens/round", 2.2)]
 
 
 def measure_judged(options: BenchOptions) -> list[Row]:
@@ -154,6 +183,7 @@ def draw(path: Path, arms: Sequence[Arm]) -> None:
 
 PARTS = {
     "main_job": f"{HERE}:measure_main_job",
+    "base": f"{HERE}:measure_base",
     "judged": f"{HERE}:measure_judged",
     "untrained": f"{HERE}:measure_untrained",
     "drift": f"{HERE}:measure_drift",
