@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, save_draft_checkpoint
-from slime_spec.checkpoints.families import eagle, eagle3, nextn
+from slime_spec.checkpoints.families import dflash, eagle, eagle3, nextn
 from slime_spec.checkpoints.families.draft_format import DraftFamily
 from slime_spec.checkpoints.families.family import Family
 from slime_spec.checkpoints.families.mimo import MIMO
@@ -51,6 +51,13 @@ DRAFTS: Mapping[DraftFamily, dict[str, Any]] = {
     },
     "eagle": {**BLOCK, "architectures": [eagle.ON_LLAMA], "bias": True},
     "mtp": {**BLOCK, "architectures": [nextn.ARCHITECTURE], "num_nextn_predict_layers": 1},
+    "dflash": {
+        **BLOCK,
+        "architectures": [dflash.ARCHITECTURE],
+        "num_hidden_layers": 2,
+        dflash.BLOCK: 4,
+        dflash.NESTED: {dflash.MASK: 271, dflash.LAYERS: [0, 2]},
+    },
 }
 
 

@@ -88,9 +88,15 @@ def _number(read: DraftReading, nested: Mapping[str, Any], name: str) -> int:
 
 
 def block_size_of(config: Mapping[str, Any]) -> int | None:
-    """Return the size of a draft's blocks, None for a draft that has none."""
-    size: int | None = (config.get(NESTED) or {}).get(BLOCK, config.get(BLOCK))
-    return size
+    """Return the size of a draft's blocks; None for a draft that has none, or does not say it in a number."""
+    size = _nested(config).get(BLOCK, config.get(BLOCK))
+    return size if type(size) is int else None
+
+
+def _nested(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the object that the config.json may have for what is DFlash's own; nothing of one that is damaged."""
+    nested = config.get(NESTED)
+    return nested if isinstance(nested, dict) else {}
 
 
 NAME_IT = "Name what the draft was trained with, or choose a draft made for this target."
@@ -133,8 +139,8 @@ def _is_unread(name: str, spec: DraftSpec) -> bool:
 
 
 def _num_own_parameters(config: Mapping[str, Any]) -> int:
-    nested = config.get(NESTED) or {}
-    num_captured = len(nested.get(LAYERS) or config.get(LAYERS) or ()) or config["num_hidden_layers"]
+    named = _nested(config).get(LAYERS) or config.get(LAYERS)
+    num_captured = len(named) if isinstance(named, list) else config["num_hidden_layers"]
     return int(num_captured * config["hidden_size"] ** 2 + 2 * config["hidden_size"])
 
 
