@@ -13,7 +13,7 @@ from slime_spec.draft.training.loss import LOSSES, StepTarget, acceptance
 def test_acceptance_is_the_overlap_of_both_distributions_over_all_tokens() -> None:
     logits_p, logits_q = torch.tensor([2.0, 1.0, 0.0, 3.0]), torch.tensor([[0.5, 2.0]])
     kept = torch.tensor([0, 2])  # the draft knows tokens 0 and 2
-    target = StepTarget(logits_p[kept][None], logits_p.logsumexp(0)[None], torch.tensor([True]))
+    target = StepTarget(logits_p[kept][None], logits_p.logsumexp(0)[None], torch.tensor([0]))
     p, q = logits_p.softmax(0), logits_q.softmax(-1)[0]
     assert float(acceptance(logits_q, target)) == pytest.approx(float(min(p[0], q[0]) + min(p[2], q[1])))
 
@@ -22,7 +22,7 @@ def test_acceptance_is_the_overlap_of_both_distributions_over_all_tokens() -> No
 def test_every_loss_is_least_where_the_draft_is_the_target(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 7, generator=generator)
-    target = StepTarget(logits, logits.logsumexp(-1), torch.ones(5, dtype=torch.bool))
+    target = StepTarget(logits, logits.logsumexp(-1), torch.arange(5))
     least = LOSSES[name](logits, target)
     for seed in range(20):
         noise = 0.5 * torch.randn(5, 7, generator=torch.Generator().manual_seed(seed + 1))
@@ -51,7 +51,7 @@ def test_a_loss_is_what_its_definition_says_of_the_probabilities(name: str) -> N
     logits_p = 2.0 * torch.randn(6, 9, dtype=torch.float64, generator=generator)
     logits_q = 2.0 * torch.randn(6, 4, dtype=torch.float64, generator=generator)
     kept = torch.tensor([0, 2, 3, 7])
-    target = StepTarget(logits_p[:, kept], logits_p.logsumexp(-1), torch.ones(6, dtype=torch.bool))
+    target = StepTarget(logits_p[:, kept], logits_p.logsumexp(-1), torch.tensor([0, 1, 2, 3, 0, 1]))
     p, q = logits_p.softmax(-1)[:, kept].tolist(), logits_q.softmax(-1).tolist()
     expected = [by_hand(name, *each) for each in zip(p, q, strict=True)]
     assert LOSSES[name](logits_q, target).tolist() == pytest.approx(expected)
@@ -62,7 +62,7 @@ def test_the_draft_follows_what_the_loss_says_and_never_its_weights(name: str) -
     """Gradients by differences; the hybrid's weight counts as a number."""
     generator = torch.Generator().manual_seed(4)
     logits_p, logits_q = (torch.randn(1, 5, dtype=torch.float64, generator=generator) for _ in range(2))
-    target = StepTarget(logits_p, logits_p.logsumexp(-1) + 0.2, torch.tensor([True]))
+    target = StepTarget(logits_p, logits_p.logsumexp(-1) + 0.2, torch.tensor([2]))
     logits_q.requires_grad_()
     LOSSES[name](logits_q, target).sum().backward()
 

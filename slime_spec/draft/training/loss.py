@@ -12,12 +12,16 @@ import torch
 class StepTarget:
     """Holds the target's distribution at n rows: ``logits`` [n, draft vocab], ``logsumexp`` [n] over all tokens, fp32.
 
-    ``counts`` [n] says that the target's argmax is in the draft vocabulary; the other rows are not learned from.
+    ``drafted`` [n] are the draft's ids of the reply's own tokens, -1 where it has none.
     """
 
     logits: torch.Tensor
     logsumexp: torch.Tensor
-    counts: torch.Tensor
+    drafted: torch.Tensor
+
+    def of(self, rows: torch.Tensor) -> StepTarget:
+        """Return the target of some rows, bool [n]."""
+        return StepTarget(self.logits[rows], self.logsumexp[rows], self.drafted[rows])
 
     @property
     def p_target(self) -> torch.Tensor:
@@ -74,9 +78,9 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def token_log_ratios(draft_logits: torch.Tensor, target: StepTarget, draft_ids: torch.Tensor) -> torch.Tensor:
-    """Return [n]: log(q_draft / p_target) of one token a row; -inf where its id is -1, which the draft cannot name."""
-    column = draft_ids.clamp(min=0)[:, None]
+def token_log_ratios(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
+    """Return [n]: log(q_draft / p_target) of the reply's own token; -inf where the draft cannot name it."""
+    column = target.drafted.clamp(min=0)[:, None]
     log_q = draft_logits.log_softmax(-1).gather(1, column)[:, 0]
     log_p = target.logits.gather(1, column)[:, 0] - target.logsumexp
-    return (log_q - log_p).masked_fill(draft_ids < 0, -torch.inf)
+    return (log_q - log_p).masked_fill(target.drafted < 0, -torch.inf)

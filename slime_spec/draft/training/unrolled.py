@@ -7,39 +7,24 @@ from dataclasses import dataclass
 import torch
 
 from slime_spec.draft.training.batch import TrainBatch
-from slime_spec.draft.training.loss import Loss, StepTarget, acceptance, token_log_ratios
+from slime_spec.draft.training.chunks import MAX_LOGITS_BYTES, Positions, losses_of_steps
+from slime_spec.draft.training.loss import Loss
 from slime_spec.draft.training.model import DraftModel
+from slime_spec.draft.training.quality import Quality
 from slime_spec.draft.unroll import Unroll
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Says what is minimised: Σ ``step_decay``^i · the mean of ``loss`` over the rows of step i, of ``num_steps``."""
+    """Says what is minimised: Σ ``step_decay``^i · the mean of ``loss`` over the rows of step i, of ``num_steps``.
+
+    No tensor of logits has more than ``max_logits_bytes``.
+    """
 
     loss: Loss
     num_steps: int
     step_decay: float
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Says of every row and step [batch, rows, steps], teacher-forced, what a draft was like; zero where not ``valid``.
-
-    ``valid``: the token that the row's step predicts is in the reply. ``overlap`` is Σ min(p, q), ``hits`` whether the
-    argmax is the target's. ``log_ratios`` are log(q / p) of the reply's own token, -inf where the draft cannot name it.
-    """
-
-    valid: torch.Tensor
-    overlap: torch.Tensor
-    hits: torch.Tensor
-    log_ratios: torch.Tensor
-
-    @classmethod
-    def none(cls, batch: TrainBatch, num_steps: int) -> Quality:
-        """Return the quality of steps that are still to be run."""
-        shape = (*batch.valid(0).shape, num_steps)
-        zeros = torch.zeros(shape, device=batch.starts.device)
-        return cls(zeros.bool(), zeros, zeros.bool(), torch.full_like(zeros, -torch.inf))
+    max_logits_bytes: int = MAX_LOGITS_BYTES
 
 
 @dataclass(frozen=True)
@@ -52,12 +37,8 @@ class Unrolled:
 
 def num_learned(model: DraftModel, batch: TrainBatch, num_steps: int) -> torch.Tensor:
     """Return [steps]: the rows that a step's mean is over, whose token is in the reply and argmax in the vocabulary."""
-    known = model.vocabulary.t2d.to(batch.argmax.device)[batch.argmax]
-    counts = []
-    for step in range(num_steps):
-        sequence, row = batch.valid(step).nonzero(as_tuple=True)
-        counts.append(known[sequence, row + step].sum())
-    return torch.stack(counts)
+    positions = Positions.of(model, batch)
+    return torch.stack([positions.known[positions.of_step(step)].sum() for step in range(num_steps)])
 
 
 def unrolled_loss(
@@ -69,33 +50,24 @@ def unrolled_loss(
     default the batch's own ``num_learned``.
     """
     num_rows = num_learned(model, batch, objective.num_steps) if num_rows is None else num_rows
-    # In float32, also where the network computes in bfloat16: the policy's own logsumexp belongs to these logits.
-    with torch.no_grad(), torch.autocast(batch.token_ids.device.type, enabled=False):
-        logits_of_replies = model.target_logits(batch.final)
-        known = model.vocabulary.t2d.to(batch.argmax.device)[batch.argmax]
-        draft_ids = model.vocabulary.draft_ids.to(batch.token_ids.device)
-    unroll = Unroll(model.network, model.embed, batch.starts, batch.num_rows)
-    loss = torch.zeros((), device=batch.token_ids.device)
     quality = Quality.none(batch, objective.num_steps)
-    for step in range(objective.num_steps):
+    states = _head_inputs(model, batch, objective.num_steps)
+    positions = Positions.of(model, batch)
+    losses = losses_of_steps(model, objective.loss, positions, states, quality, objective.max_logits_bytes)
+    total = torch.zeros((), device=batch.token_ids.device)
+    for step, of_rows in enumerate(losses):
+        counts = positions.known[positions.of_step(step)]
+        total = total + objective.step_decay**step * (of_rows * counts).sum() / num_rows[step].clamp_min(1)
+    return Unrolled(total, quality)
+
+
+def _head_inputs(model: DraftModel, batch: TrainBatch, num_steps: int) -> list[torch.Tensor]:
+    """Return [batch, rows, hidden] by step, of the steps that predict a token of the longest reply."""
+    unroll = Unroll(model.network, model.embed, batch.starts, batch.num_rows)
+    states = []
+    for step in range(min(num_steps, batch.num_rows)):
         if step == 0:
-            head_input = unroll.first(batch.features, batch.token_ids)
+            states.append(unroll.first(batch.features, batch.token_ids))
         else:
-            head_input = unroll.next(batch.replies_from(step))
-        sequence, row = batch.valid(step).nonzero(as_tuple=True)
-        if len(row) == 0:
-            break
-        # Root reply[row]; step i predicts reply[row + 1 + i], which the target draws at reply position row + i.
-        at = (sequence, row + step)
-        target = StepTarget(logits_of_replies[at], batch.logsumexp[at], known[at])
-        draft_logits = model.logits(head_input[sequence, row])
-        learned = (objective.loss(draft_logits, target) * target.counts).sum() / num_rows[step].clamp_min(1)
-        loss = loss + objective.step_decay**step * learned
-        with torch.no_grad():
-            here = (sequence, row, step)
-            quality.valid[here] = True
-            quality.overlap[here] = acceptance(draft_logits, target)
-            quality.hits[here] = model.target_ids(draft_logits.argmax(-1)) == batch.argmax[at]
-            drafted = draft_ids[batch.replies_from(step + 1)[sequence, row]]
-            quality.log_ratios[here] = token_log_ratios(draft_logits, target, drafted)
-    return Unrolled(loss, quality)
+            states.append(unroll.next(batch.replies_from(step)))
+    return states
