@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slime_spec.config.setting import DRAFTS, INT32, SAMPLES, setting
+from slime_spec.errors import ConfigError
 
-LOSSES = ("total_variation", "log_acceptance", "reverse_kl", "lk_hybrid", "soft_ce")
+TOP_K_LOSS, REPLY_LOSS = "top_k_soft_ce", "cross_entropy"
+LOSSES = ("total_variation", "log_acceptance", "reverse_kl", "lk_hybrid", "soft_ce", TOP_K_LOSS, REPLY_LOSS)
+TOP_K = 256
+# An MTP layer ranges over the target's whole vocabulary, of which few tokens are nearly all that is ever drawn.
+LOSS_OF_FAMILY = {"mtp": TOP_K_LOSS, "eagle": "total_variation", "eagle3": "total_variation"}
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,21 @@ class DraftTrainingConfig:
         "step's rollout, and push it beside the policy.",
         flags=("--enable-draft-training", "--enable-mtp-training"),
     )
-    loss: str = setting(
-        "total_variation",
+    loss: str | None = setting(
+        None,
         "What a row's loss is: 1 - acceptance (total_variation), -log acceptance, reverse KL, the LK hybrid "
-        "(arXiv 2602.23881), or soft cross-entropy, with which an untrained draft begins best.",
+        "(arXiv 2602.23881), soft cross-entropy, with which an untrained draft begins best, the same to the target's "
+        "likeliest tokens alone (top_k_soft_ce), or cross-entropy to the reply's own tokens, slime's loss of MTP "
+        "layers; default: top_k_soft_ce for an MTP layer, else total_variation.",
         flags=("--draft-loss",),
         choices=LOSSES,
+    )
+    loss_top_k: int = setting(
+        TOP_K,
+        "Tokens of the target's distribution that top_k_soft_ce learns from, the likeliest.",
+        flags=("--draft-loss-top-k",),
+        minimum=1,
+        maximum=INT32,
     )
     lr: float = setting(3e-4, "Learning rate of the draft, constant.", flags=("--draft-lr",), minimum=0.0, maximum=1.0)
     clip_grad: float = setting(
@@ -96,3 +110,20 @@ class DraftTrainingConfig:
         flags=("--draft-train-dtype",),
         choices=("bfloat16", "float32"),
     )
+
+
+def loss_for(settings: DraftTrainingConfig, family: str) -> str:
+    """Return the loss with which a draft of a family learns."""
+    return settings.loss or LOSS_OF_FAMILY[family]
+
+
+def check_loss(settings: DraftTrainingConfig, family: str) -> None:
+    """Raise ConfigError for a setting that the loss of a draft of this family does not read."""
+    loss = loss_for(settings, family)
+    if loss != TOP_K_LOSS and settings.loss_top_k != TOP_K:
+        raise ConfigError(
+            "draft_training.loss_top_k",
+            f"has no effect on the loss {loss}",
+            settings.loss_top_k,
+            f"Pass --draft-loss {TOP_K_LOSS}, or leave it out.",
+        )

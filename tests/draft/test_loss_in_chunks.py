@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.draft_training import REPLY_LOSS
 from slime_spec.draft.build import make_network
 from slime_spec.draft.network import DraftNetwork
 from slime_spec.draft.training.batch import TrainBatch
-from slime_spec.draft.training.loss import LOSSES
+from slime_spec.draft.training.loss import LOSSES, loss_of
 from slime_spec.draft.training.model import DraftModel
 from slime_spec.draft.training.unrolled import Objective, Unrolled, unrolled_loss
 from slime_spec.draft.training.vocabulary import DraftVocabulary
@@ -79,6 +80,10 @@ def learned(
     return unrolled, {name: each.grad.clone() for name, each in network.named_parameters() if each.grad is not None}
 
 
+def objective_of(name: str, **options: Any) -> Objective:
+    return Objective(loss_of(name, 7), STEPS, 0.8, learns_replies=name == REPLY_LOSS, **options)
+
+
 def bytes_of_rows(model: DraftModel, rows: int) -> int:
     return 4 * rows * len(model.vocabulary.target_ids)
 
@@ -89,7 +94,7 @@ def bytes_of_rows(model: DraftModel, rows: int) -> int:
 def test_chunks_make_the_same_loss_quality_and_gradients(
     rows: int, name: str, autocast: bool, model: DraftModel, batch: TrainBatch
 ) -> None:
-    objective = Objective(LOSSES[name], STEPS, 0.8)
+    objective = objective_of(name)
     whole, expected = learned(model, batch, objective, autocast)
     chunked, found = learned(model, batch, replace(objective, max_logits_bytes=bytes_of_rows(model, rows)), autocast)
     # A product of other shapes may sum in another order; in bfloat16 that may round once more.
@@ -101,6 +106,7 @@ def test_chunks_make_the_same_loss_quality_and_gradients(
     assert found.keys() == expected.keys()
     for each, gradient in found.items():
         scale = float(expected[each].abs().max())
+        assert scale > 0.0
         torch.testing.assert_close(gradient / scale, expected[each] / scale, **tolerance)
 
 
@@ -136,7 +142,7 @@ def test_no_tensor_over_the_vocabulary_has_more_rows_than_the_bound(
     name: str, model: DraftModel, batch: TrainBatch
 ) -> None:
     width = len(model.vocabulary.target_ids)
-    objective = Objective(LOSSES[name], STEPS, 0.8, max_logits_bytes=bytes_of_rows(model, 5))
+    objective = objective_of(name, max_logits_bytes=bytes_of_rows(model, 5))
     with Largest(width) as bounded:
         learned(model, batch, objective)
     with Largest(width) as unbounded:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+from slime_spec.config.draft_training import REPLY_LOSS, TOP_K, TOP_K_LOSS
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,23 @@ def acceptance(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
 def soft_cross_entropy(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
     """Return [n]: cross-entropy to the target's distribution renormalised over the draft vocabulary (SpecForge)."""
     return -(target.logits.softmax(-1) * draft_logits.log_softmax(-1)).sum(-1)
+
+
+def top_k_soft_cross_entropy(draft_logits: torch.Tensor, target: StepTarget, top_k: int = TOP_K) -> torch.Tensor:
+    """Return [n]: cross-entropy to the target's ``top_k`` likeliest tokens, renormalised over these.
+
+    The draft's probabilities are over its whole vocabulary. With as many tokens as that has it is the soft one.
+    """
+    likeliest, ids = target.logits.topk(min(top_k, target.logits.shape[-1]), dim=-1, sorted=False)
+    log_q = draft_logits.gather(-1, ids) - draft_logits.logsumexp(-1, keepdim=True)
+    return -(likeliest.softmax(-1) * log_q).sum(-1)
+
+
+def cross_entropy(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
+    """Return [n]: -log of the draft's probability of the reply's own token, as slime's MTP layers learn; 0 without."""
+    column = target.drafted.clamp(min=0)[:, None]
+    log_q = draft_logits.gather(-1, column)[:, 0] - draft_logits.logsumexp(-1)
+    return -log_q.masked_fill(target.drafted < 0, 0.0)
 
 
 def total_variation(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
@@ -75,7 +95,14 @@ LOSSES: dict[str, Loss] = {
     "log_acceptance": log_acceptance,
     "reverse_kl": reverse_kl,
     "lk_hybrid": lk_hybrid,
+    TOP_K_LOSS: top_k_soft_cross_entropy,
+    REPLY_LOSS: cross_entropy,
 }
+
+
+def loss_of(name: str, top_k: int) -> Loss:
+    """Return the loss of a name, with so many tokens where it has a number of them."""
+    return partial(top_k_soft_cross_entropy, top_k=top_k) if name == TOP_K_LOSS else LOSSES[name]
 
 
 def token_log_ratios(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:

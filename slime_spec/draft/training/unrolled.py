@@ -18,13 +18,19 @@ from slime_spec.draft.unroll import Unroll
 class Objective:
     """Says what is minimised: Σ ``step_decay``^i · the mean of ``loss`` over the rows of step i, of ``num_steps``.
 
-    No tensor of logits has more than ``max_logits_bytes``.
+    The mean is over the rows that the draft can learn from: of a loss that ``learns_replies`` it can name the reply's
+    own token, else the target's argmax. No tensor of logits has more than ``max_logits_bytes``.
     """
 
     loss: Loss
     num_steps: int
     step_decay: float
     max_logits_bytes: int = MAX_LOGITS_BYTES
+    learns_replies: bool = False
+
+    def counts(self, positions: Positions) -> torch.Tensor:
+        """Return bool [n]: the mean counts what is predicted at the position."""
+        return positions.drafted >= 0 if self.learns_replies else positions.known
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,11 @@ class Unrolled:
     quality: Quality
 
 
-def num_learned(model: DraftModel, batch: TrainBatch, num_steps: int) -> torch.Tensor:
-    """Return [steps]: the rows that a step's mean is over, whose token is in the reply and argmax in the vocabulary."""
+def num_learned(model: DraftModel, batch: TrainBatch, objective: Objective) -> torch.Tensor:
+    """Return [steps]: the rows that a step's mean is over."""
     positions = Positions.of(model, batch)
-    return torch.stack([positions.known[positions.of_step(step)].sum() for step in range(num_steps)])
+    counts = objective.counts(positions)
+    return torch.stack([counts[positions.of_step(step)].sum() for step in range(objective.num_steps)])
 
 
 def unrolled_loss(
@@ -49,15 +56,16 @@ def unrolled_loss(
     ``num_rows`` [steps] is what the sums of the steps are divided by, where the batch is a part of a larger batch; by
     default the batch's own ``num_learned``.
     """
-    num_rows = num_learned(model, batch, objective.num_steps) if num_rows is None else num_rows
+    num_rows = num_learned(model, batch, objective) if num_rows is None else num_rows
     quality = Quality.none(batch, objective.num_steps)
     states = _head_inputs(model, batch, objective.num_steps)
     positions = Positions.of(model, batch)
     losses = losses_of_steps(model, objective.loss, positions, states, quality, objective.max_logits_bytes)
+    counts = objective.counts(positions)
     total = torch.zeros((), device=batch.token_ids.device)
     for step, of_rows in enumerate(losses):
-        counts = positions.known[positions.of_step(step)]
-        total = total + objective.step_decay**step * (of_rows * counts).sum() / num_rows[step].clamp_min(1)
+        learned = (of_rows * counts[positions.of_step(step)]).sum() / num_rows[step].clamp_min(1)
+        total = total + objective.step_decay**step * learned
     return Unrolled(total, quality)
 
 
