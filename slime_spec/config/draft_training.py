@@ -10,6 +10,9 @@ from slime_spec.errors import ConfigError
 TOP_K_LOSS, REPLY_LOSS = "top_k_soft_ce", "cross_entropy"
 LOSSES = ("total_variation", "log_acceptance", "reverse_kl", "lk_hybrid", "soft_ce", TOP_K_LOSS, REPLY_LOSS)
 TOP_K = 256
+STEP_DECAY = 0.8
+D_PACE = "d_pace"
+POSITION_WEIGHTS = ("decay", D_PACE)
 # An MTP layer ranges over the target's whole vocabulary, of which few tokens are nearly all that is ever drawn.
 LOSS_OF_FAMILY = {"mtp": TOP_K_LOSS, "eagle": "total_variation", "eagle3": "total_variation"}
 
@@ -83,11 +86,18 @@ class DraftTrainingConfig:
         maximum=DRAFTS,
     )
     step_decay: float = setting(
-        0.8,
+        STEP_DECAY,
         "Weight of a position's loss over that of the position before.",
         flags=("--draft-step-decay",),
         above=0.0,
         maximum=1.0,
+    )
+    position_weights: str = setting(
+        "decay",
+        "How a position's loss weighs: decay (step_decay), or d_pace (arXiv 2605.18810), of the loss cross_entropy: by "
+        "how much longer the accepted drafts of a round would be, as the draft's own confidence says.",
+        flags=("--draft-position-weights",),
+        choices=POSITION_WEIGHTS,
     )
     max_rows: int = setting(
         512,
@@ -127,3 +137,12 @@ def check_loss(settings: DraftTrainingConfig, family: str) -> None:
             settings.loss_top_k,
             f"Pass --draft-loss {TOP_K_LOSS}, or leave it out.",
         )
+    if settings.position_weights != D_PACE:
+        return
+    if loss != REPLY_LOSS:
+        rule = f"are of the loss {REPLY_LOSS}, and this draft learns by {loss}"
+        remedy = f"Pass --draft-loss {REPLY_LOSS}, or leave it out."
+        raise ConfigError("draft_training.position_weights", rule, D_PACE, remedy)
+    if settings.step_decay != STEP_DECAY:
+        rule = f"has no effect beside position_weights {D_PACE}"
+        raise ConfigError("draft_training.step_decay", rule, settings.step_decay, "Leave one of them out.")

@@ -110,6 +110,15 @@ def test_chunks_make_the_same_loss_quality_and_gradients(
         torch.testing.assert_close(gradient / scale, expected[each] / scale, **tolerance)
 
 
+def test_chunks_make_the_same_gradients_of_paced_positions(model: DraftModel, batch: TrainBatch) -> None:
+    objective = objective_of(REPLY_LOSS, paces=True)
+    whole, expected = learned(model, batch, objective)
+    chunked, found = learned(model, batch, replace(objective, max_logits_bytes=bytes_of_rows(model, 5)))
+    torch.testing.assert_close(chunked.loss, whole.loss)
+    for each, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[each], rtol=1e-4, atol=1e-5)
+
+
 def test_under_no_grad_chunks_judge_alike(model: DraftModel, batch: TrainBatch) -> None:
     objective = Objective(LOSSES["total_variation"], STEPS, 1.0)
     with torch.no_grad():

@@ -71,6 +71,7 @@ class DraftSide:
             step_decay=self._settings.step_decay,
             loss=loss_for(self._settings, self.spec.family),
             loss_top_k=self._settings.loss_top_k,
+            position_weights=self._settings.position_weights,
             autocast=self._settings.dtype == "bfloat16",
         )
         is_alone = mpu.get_data_parallel_world_size() == 1

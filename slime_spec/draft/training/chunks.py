@@ -67,6 +67,11 @@ class Positions:
         """Return bool [n]: a row's ``step`` predicts the position; nothing is drafted behind a row before the first."""
         return self.place >= step
 
+    def rows_of(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (sequence, row), each [m], of the rows whose ``step`` predicts one of the positions."""
+        here = self.of_step(step)
+        return self.sequence[here], self.place[here] - step
+
     def target(self, model: DraftModel) -> StepTarget:
         """Compute the target's distribution; in fp32, for the policy's own logsumexp belongs to these logits."""
         with torch.no_grad(), torch.autocast(self.final.device.type, enabled=False):
@@ -95,7 +100,7 @@ class Chunk:
         losses = self.loss(draft_logits, target)
         with torch.no_grad():
             is_hit = self.model.target_ids(draft_logits.argmax(-1)) == positions.argmax[here]
-            at = (positions.sequence[here], positions.place[here] - step, step)
+            at = (*positions.rows_of(step), step)
             self.quality.note(at, acceptance(draft_logits, target), is_hit, token_log_ratios(draft_logits, target))
         return losses
 
@@ -151,10 +156,7 @@ def losses_of_steps(
 
     ``head_inputs`` [batch, rows, hidden] are by step. A tensor of logits has at most ``max_bytes``, or one row.
     """
-    of_steps = []
-    for step, states in enumerate(head_inputs):
-        here = positions.of_step(step)
-        of_steps.append(states[positions.sequence[here], positions.place[here] - step])
+    of_steps = [states[positions.rows_of(step)] for step, states in enumerate(head_inputs)]
     size = max(1, max_bytes // (FLOAT32_BYTES * len(model.vocabulary.target_ids)))
     if len(positions) <= size:
         return list(Chunk(model, loss, positions, quality).losses(of_steps))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slime_spec.config.draft_training import REPLY_LOSS, TOP_K
+from slime_spec.config.draft_training import D_PACE, REPLY_LOSS, TOP_K
 from slime_spec.draft.training.batch import TrainBatch
 from slime_spec.draft.training.loss import loss_of
 from slime_spec.draft.training.model import DraftModel
@@ -35,11 +35,17 @@ class TrainSettings:
     seed: int = 0
     autocast: bool = False
     loss_top_k: int = TOP_K
+    position_weights: str = "decay"
 
     @property
     def objective(self) -> Objective:
-        loss = loss_of(self.loss, self.loss_top_k)
-        return Objective(loss, self.num_steps, self.step_decay, learns_replies=self.loss == REPLY_LOSS)
+        return Objective(
+            loss_of(self.loss, self.loss_top_k),
+            self.num_steps,
+            self.step_decay,
+            learns_replies=self.loss == REPLY_LOSS,
+            paces=self.position_weights == D_PACE,
+        )
 
 
 @dataclass(frozen=True)
