@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slime_spec.config.setting import DRAFTS, INT32, SAMPLES, setting
+from slime_spec.errors import ConfigError
 
-LOSSES = ("total_variation", "log_acceptance", "reverse_kl", "lk_hybrid", "soft_ce")
+TOP_K_LOSS, REPLY_LOSS = "top_k_soft_ce", "cross_entropy"
+LOSSES = ("total_variation", "log_acceptance", "reverse_kl", "lk_hybrid", "soft_ce", TOP_K_LOSS, REPLY_LOSS)
+TOP_K = 256
+STEP_DECAY = 0.8
+D_PACE = "d_pace"
+POSITION_WEIGHTS = ("decay", D_PACE)
+# An MTP layer ranges over the target's whole vocabulary, of which few tokens are nearly all that is ever drawn.
+LOSS_OF_FAMILY = {"mtp": TOP_K_LOSS, "eagle": "total_variation", "eagle3": "total_variation"}
 
 
 @dataclass(frozen=True)
@@ -19,12 +27,21 @@ class DraftTrainingConfig:
         "step's rollout, and push it beside the policy.",
         flags=("--enable-draft-training", "--enable-mtp-training"),
     )
-    loss: str = setting(
-        "total_variation",
+    loss: str | None = setting(
+        None,
         "What a row's loss is: 1 - acceptance (total_variation), -log acceptance, reverse KL, the LK hybrid "
-        "(arXiv 2602.23881), or soft cross-entropy, with which an untrained draft begins best.",
+        "(arXiv 2602.23881), soft cross-entropy, with which an untrained draft begins best, the same to the target's "
+        "likeliest tokens alone (top_k_soft_ce), or cross-entropy to the reply's own tokens, slime's loss of MTP "
+        "layers; default: top_k_soft_ce for an MTP layer, else total_variation.",
         flags=("--draft-loss",),
         choices=LOSSES,
+    )
+    loss_top_k: int = setting(
+        TOP_K,
+        "Tokens of the target's distribution that top_k_soft_ce learns from, the likeliest.",
+        flags=("--draft-loss-top-k",),
+        minimum=1,
+        maximum=INT32,
     )
     lr: float = setting(3e-4, "Learning rate of the draft, constant.", flags=("--draft-lr",), minimum=0.0, maximum=1.0)
     clip_grad: float = setting(
@@ -69,11 +86,18 @@ class DraftTrainingConfig:
         maximum=DRAFTS,
     )
     step_decay: float = setting(
-        0.8,
+        STEP_DECAY,
         "Weight of a position's loss over that of the position before.",
         flags=("--draft-step-decay",),
         above=0.0,
         maximum=1.0,
+    )
+    position_weights: str = setting(
+        "decay",
+        "How a position's loss weighs: decay (step_decay), or d_pace (arXiv 2605.18810), of the loss cross_entropy: by "
+        "how much longer the accepted drafts of a round would be, as the draft's own confidence says.",
+        flags=("--draft-position-weights",),
+        choices=POSITION_WEIGHTS,
     )
     max_rows: int = setting(
         512,
@@ -96,3 +120,29 @@ class DraftTrainingConfig:
         flags=("--draft-train-dtype",),
         choices=("bfloat16", "float32"),
     )
+
+
+def loss_for(settings: DraftTrainingConfig, family: str) -> str:
+    """Return the loss with which a draft of a family learns."""
+    return settings.loss or LOSS_OF_FAMILY[family]
+
+
+def check_loss(settings: DraftTrainingConfig, family: str) -> None:
+    """Raise ConfigError for a setting that the loss of a draft of this family does not read."""
+    loss = loss_for(settings, family)
+    if loss != TOP_K_LOSS and settings.loss_top_k != TOP_K:
+        raise ConfigError(
+            "draft_training.loss_top_k",
+            f"has no effect on the loss {loss}",
+            settings.loss_top_k,
+            f"Pass --draft-loss {TOP_K_LOSS}, or leave it out.",
+        )
+    if settings.position_weights != D_PACE:
+        return
+    if loss != REPLY_LOSS:
+        rule = f"are of the loss {REPLY_LOSS}, and this draft learns by {loss}"
+        remedy = f"Pass --draft-loss {REPLY_LOSS}, or leave it out."
+        raise ConfigError("draft_training.position_weights", rule, D_PACE, remedy)
+    if settings.step_decay != STEP_DECAY:
+        rule = f"has no effect beside position_weights {D_PACE}"
+        raise ConfigError("draft_training.step_decay", rule, settings.step_decay, "Leave one of them out.")

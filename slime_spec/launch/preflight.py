@@ -18,11 +18,13 @@ import torch
 
 from rollout.embedded.validate import check_kv_cache
 from slime_spec.checkpoints.draft_choice import choose_draft, trainable_draft
+from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import verify_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
+from slime_spec.config.draft_training import check_loss
 from slime_spec.config.speculation import check_fp8
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
@@ -173,13 +175,19 @@ def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
         refusals.of(_check_draft, config, spec, dtypes)
         refusals.of(_check_fp8, config)
     if config.draft_training.enable:
-        refusals.of(trainable_draft, config, spec)
+        refusals.of(_check_draft_in_training, config, spec)
 
 
 def _check_draft(config: Config, spec: ModelSpec, dtypes: Sequence[torch.dtype]) -> None:
     draft = choose_draft(config, spec)
     if draft is not None:
         draft.verify(dtypes)
+
+
+def _check_draft_in_training(config: Config, spec: ModelSpec) -> None:
+    draft = trainable_draft(config, spec).spec
+    assert isinstance(draft, DraftSpec), "a whole model is not trained"
+    check_loss(config.draft_training, draft.family)
 
 
 def _check_fp8(config: Config) -> None:

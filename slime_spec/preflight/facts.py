@@ -8,6 +8,8 @@ from typing import Literal
 
 from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.end_of_text import ReplyEnds
+from slime_spec.checkpoints.families import FORMAT_OF
+from slime_spec.checkpoints.families.draft_format import DraftFormat
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
@@ -77,6 +79,11 @@ class Facts:
         """Return the kind of draft: a head over the target's features, an MTP layer, or a whole model."""
         draft = locate_draft(self.config.speculative, self.target.folder)
         return "none" if draft is None else draft.kind
+
+    @property
+    def draft_format(self) -> DraftFormat | None:
+        """Return the format of a draft that reads the target's hidden states; None for others, and where unknown."""
+        return None if self.draft is None else FORMAT_OF.get(self.draft.architecture)
 
     @property
     def shape(self) -> DraftShape:

@@ -15,10 +15,10 @@ from slime_spec.config.tree import Config, ModelConfig, SpeculativeConfig
 from slime_spec.draft.build import network_tensors
 from slime_spec.draft.training.batch import TrainBatch, collate, epoch_batches
 from slime_spec.draft.training.loss import StepTarget
-from slime_spec.draft.training.run import Limits, judge_draft, train_draft
+from slime_spec.draft.training.run import STATE_FILE, Limits, judge_draft, load_state, save_state, train_draft
 from slime_spec.draft.training.sequence import DraftSequence, is_held_out
 from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings, learning_rate
-from slime_spec.draft.training.unrolled import unrolled_loss
+from slime_spec.draft.training.unrolled import num_learned, unrolled_loss
 from slime_spec.draft.training.vocabulary import DraftVocabulary
 from slime_spec.draft.unroll import Unroll
 from slime_spec.errors import ConfigError
@@ -277,6 +277,33 @@ def test_rows_whose_target_is_outside_the_draft_vocabulary_do_not_count(lesson: 
     assert unrolled_loss(model, replace(batch, argmax=argmax), SETTINGS.objective).loss == 0
     argmax[0, 0] = int(model.vocabulary.target_ids[0])
     assert unrolled_loss(model, replace(batch, argmax=argmax), SETTINGS.objective).loss > 0
+
+
+def test_a_loss_of_replies_counts_the_rows_whose_token_the_draft_can_name(lesson: Lesson) -> None:
+    batch, model = one_batch(lesson), lesson.new_model()
+    objective = replace(SETTINGS, loss="cross_entropy", num_steps=1).objective
+    outside = int((~model.vocabulary.t2d).nonzero()[0])
+    batch.token_ids[0, lesson.learned[0].prompt_len + 1] = outside
+    # The target's argmax is no matter.
+    found = unrolled_loss(model, replace(batch, argmax=torch.full_like(batch.argmax, outside)), objective)
+    sequence, row = batch.valid(0).nonzero(as_tuple=True)
+    tokens = batch.replies_from(1)[sequence, row]
+    log_p = (batch.final[sequence, row] @ lesson.target.head.T).log_softmax(-1)
+    log_q = found.quality.log_ratios[sequence, row, 0] + log_p.gather(1, tokens[:, None])[:, 0]
+    named = model.vocabulary.t2d[tokens]
+    assert int(num_learned(model, batch, objective)) == int(named.sum()) < len(named)
+    torch.testing.assert_close(found.loss, -log_q[named].mean())
+
+
+def test_a_training_from_before_a_setting_goes_on_with_its_default(lesson: Lesson, tmp_path: Path) -> None:
+    trainer = DraftTrainer(lesson.new_model(), SETTINGS, 10)
+    save_state(trainer, tmp_path)
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    del state["settings"]["loss_top_k"]
+    torch.save(state, tmp_path / STATE_FILE)
+    load_state(trainer, tmp_path)
+    with pytest.raises(ConfigError, match="--loss-top-k"):
+        load_state(DraftTrainer(lesson.new_model(), replace(SETTINGS, loss_top_k=3), 10), tmp_path)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:

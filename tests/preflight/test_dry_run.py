@@ -19,6 +19,7 @@ from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import composed
 from slime_spec.launch.dry_run.plan import make_plan
+from slime_spec.launch.dry_run.show import sections
 from slime_spec.launch.preflight import look
 from slime_spec.preflight.gpu_memory import CACHE
 from slime_spec.preflight.memory import draft_parameters, plan_memory
@@ -279,3 +280,14 @@ def test_a_family_whose_sizes_have_other_names_or_vary_is_planned_without_its_me
 ) -> None:
     memory = plan_memory(make_facts(tmp_path, (*SERVERS, "--debug-rollout-only"), target={**TARGET, **changed}))
     assert memory.engine is None
+
+
+def test_a_dry_run_says_with_which_loss_a_draft_learns(tmp_path: Path) -> None:
+    given = RECIPES["mimo-7b-rl-mtp"].arguments(tmp_path)
+
+    def loss(*argv: str) -> list[str]:
+        lines = sections(make_plan(look(composed([*given, *argv]))))["run"]
+        return [line for line in lines if line.startswith("draft in training")]
+
+    assert loss("--enable-mtp-training") == ["draft in training: loss top_k_soft_ce"]
+    assert loss("--enable-mtp-training", "--draft-loss", "cross_entropy") == ["draft in training: loss cross_entropy"]

@@ -13,7 +13,7 @@ from slime_spec.bench.reference_trainer import near_policy, tiny_samples
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.config.draft_training import DraftTrainingConfig
+from slime_spec.config.draft_training import DraftTrainingConfig, loss_for
 from slime_spec.config.tree import Config, RolloutConfig, SpeculativeConfig
 from slime_spec.draft.build import load_network, network_tensors
 from slime_spec.draft.training.batch import TrainBatch, padded
@@ -121,7 +121,8 @@ def reference(
     vocabulary = DraftVocabulary(hot_token_ids(checkpoint), target_spec.vocab_size)
     model = DraftModel.of(load_network(spec, checkpoint.tensors), target.embedding, target.head, vocabulary)
     wanted = config.draft_training
-    settings = TrainSettings(num_steps=wanted.num_steps, lr=wanted.lr, loss=wanted.loss, clip_grad=wanted.clip_grad)
+    loss = loss_for(wanted, spec.family)
+    settings = TrainSettings(num_steps=wanted.num_steps, lr=wanted.lr, loss=loss, clip_grad=wanted.clip_grad)
     trainer = DraftTrainer(replace(model, temperature=temperature), settings, None)
     count = wanted.num_optimizer_steps * wanted.batch_size
     chosen = choose_replies(samples, count, wanted.max_rows, f"{config.run.seed}/draft/0")

@@ -24,6 +24,7 @@ from slime_spec.checkpoints.draft_choice import trainable_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import DraftCheckpoint, draft_shapes, load_draft, save_draft_checkpoint
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.draft_training import loss_for
 from slime_spec.config.tree import Config
 from slime_spec.draft.training.online import DraftSums, OnlineDraft, SeenReply, hot_token_ids
 from slime_spec.draft.training.served import RULES
@@ -70,7 +71,9 @@ class DraftSide:
             lr=self._settings.lr,
             clip_grad=self._settings.clip_grad,
             step_decay=self._settings.step_decay,
-            loss=self._settings.loss,
+            loss=loss_for(self._settings, self.spec.family),
+            loss_top_k=self._settings.loss_top_k,
+            position_weights=self._settings.position_weights,
             autocast=self._settings.dtype == "bfloat16",
         )
         is_alone = mpu.get_data_parallel_world_size() == 1

@@ -9,6 +9,7 @@ come through the driver.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
+from slime_spec.config.draft_training import loss_for
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError, TrainingError
 from slime_spec.interfaces import RunState
@@ -44,6 +46,7 @@ from trainer_bridge.checkpoint_folder import resolve_checkpoint
 from trainer_bridge.layout import check_layout
 from trainer_bridge.megatron.actor import RankActor
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
@@ -59,10 +62,12 @@ class MegatronGroup:
         self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
         self.layout = check_layout(config, self.spec)
         self._draft_shapes: Mapping[str, tuple[int, ...]] = {}
-        if config.draft_training.enable:
+        settings = config.draft_training
+        if settings.enable:
             draft = trainable_draft(config, self.spec).spec
             assert isinstance(draft, DraftSpec), "a whole model is not trained"
             self._draft_shapes = draft_shapes(draft)
+            logger.info("chose the draft's loss family=%s loss=%s", draft.family, loss_for(settings, draft.family))
         if config.trainer.load is not None:
             resolve_checkpoint(config.trainer.load)
         self._pushed_version = 0

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+from slime_spec.config.draft_training import REPLY_LOSS, TOP_K, TOP_K_LOSS
 
 
 @dataclass(frozen=True)
 class StepTarget:
     """Holds the target's distribution at n rows: ``logits`` [n, draft vocab], ``logsumexp`` [n] over all tokens, fp32.
 
-    ``counts`` [n] says that the target's argmax is in the draft vocabulary; the other rows are not learned from.
+    ``drafted`` [n] are the draft's ids of the reply's own tokens, -1 where it has none.
     """
 
     logits: torch.Tensor
     logsumexp: torch.Tensor
-    counts: torch.Tensor
+    drafted: torch.Tensor
+
+    def of(self, rows: torch.Tensor) -> StepTarget:
+        """Return the target of some rows, bool [n]."""
+        return StepTarget(self.logits[rows], self.logsumexp[rows], self.drafted[rows])
 
     @property
     def p_target(self) -> torch.Tensor:
@@ -33,6 +40,23 @@ def acceptance(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
 def soft_cross_entropy(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
     """Return [n]: cross-entropy to the target's distribution renormalised over the draft vocabulary (SpecForge)."""
     return -(target.logits.softmax(-1) * draft_logits.log_softmax(-1)).sum(-1)
+
+
+def top_k_soft_cross_entropy(draft_logits: torch.Tensor, target: StepTarget, top_k: int = TOP_K) -> torch.Tensor:
+    """Return [n]: cross-entropy to the target's ``top_k`` likeliest tokens, renormalised over these.
+
+    The draft's probabilities are over its whole vocabulary. With as many tokens as that has it is the soft one.
+    """
+    likeliest, ids = target.logits.topk(min(top_k, target.logits.shape[-1]), dim=-1, sorted=False)
+    log_q = draft_logits.gather(-1, ids) - draft_logits.logsumexp(-1, keepdim=True)
+    return -(likeliest.softmax(-1) * log_q).sum(-1)
+
+
+def cross_entropy(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
+    """Return [n]: -log of the draft's probability of the reply's own token, as slime's MTP layers learn; 0 without."""
+    column = target.drafted.clamp(min=0)[:, None]
+    log_q = draft_logits.gather(-1, column)[:, 0] - draft_logits.logsumexp(-1)
+    return -log_q.masked_fill(target.drafted < 0, 0.0)
 
 
 def total_variation(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
@@ -71,12 +95,19 @@ LOSSES: dict[str, Loss] = {
     "log_acceptance": log_acceptance,
     "reverse_kl": reverse_kl,
     "lk_hybrid": lk_hybrid,
+    TOP_K_LOSS: top_k_soft_cross_entropy,
+    REPLY_LOSS: cross_entropy,
 }
 
 
-def token_log_ratios(draft_logits: torch.Tensor, target: StepTarget, draft_ids: torch.Tensor) -> torch.Tensor:
-    """Return [n]: log(q_draft / p_target) of one token a row; -inf where its id is -1, which the draft cannot name."""
-    column = draft_ids.clamp(min=0)[:, None]
+def loss_of(name: str, top_k: int) -> Loss:
+    """Return the loss of a name, with so many tokens where it has a number of them."""
+    return partial(top_k_soft_cross_entropy, top_k=top_k) if name == TOP_K_LOSS else LOSSES[name]
+
+
+def token_log_ratios(draft_logits: torch.Tensor, target: StepTarget) -> torch.Tensor:
+    """Return [n]: log(q_draft / p_target) of the reply's own token; -inf where the draft cannot name it."""
+    column = target.drafted.clamp(min=0)[:, None]
     log_q = draft_logits.log_softmax(-1).gather(1, column)[:, 0]
     log_p = target.logits.gather(1, column)[:, 0] - target.logsumexp
-    return (log_q - log_p).masked_fill(draft_ids < 0, -torch.inf)
+    return (log_q - log_p).masked_fill(target.drafted < 0, -torch.inf)

@@ -146,7 +146,7 @@ class OnlineDraft:
             batch = self._batch(mine, target_head, mask_embedding) if mine else None
             num_rows = torch.zeros(settings.num_steps, dtype=torch.int64, device=self._device)
             if batch is not None:
-                num_rows += num_learned(self.trainer.model, batch, settings.num_steps)
+                num_rows += num_learned(self.trainer.model, batch, settings.objective)
             if self._sum_over_ranks is not None:
                 self._sum_over_ranks([num_rows])
             try:

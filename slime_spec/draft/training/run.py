@@ -107,7 +107,8 @@ def load_state(trainer: DraftTrainer, folder: Path) -> None:
         return
     state = torch.load(path, map_location=trainer.model.embedding.device, weights_only=True)
     now = {**asdict(trainer.settings), "num_updates": trainer.num_updates}
-    started = {**state["settings"], "num_updates": state["num_updates"]}
+    # A training that began before a setting existed did what its default does.
+    started = {**asdict(TrainSettings()), **state["settings"], "num_updates": state["num_updates"]}
     if changed := [name for name in now if now[name] != started.get(name)]:
         name = changed[0]
         raise ConfigError(

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from slime_spec.config.draft_training import D_PACE, REPLY_LOSS, TOP_K
 from slime_spec.draft.training.batch import TrainBatch
-from slime_spec.draft.training.loss import LOSSES
+from slime_spec.draft.training.loss import loss_of
 from slime_spec.draft.training.model import DraftModel
 from slime_spec.draft.training.unrolled import Objective, Unrolled, unrolled_loss
 from slime_spec.errors import TrainingError
@@ -33,10 +34,18 @@ class TrainSettings:
     loss: str = "soft_ce"
     seed: int = 0
     autocast: bool = False
+    loss_top_k: int = TOP_K
+    position_weights: str = "decay"
 
     @property
     def objective(self) -> Objective:
-        return Objective(LOSSES[self.loss], self.num_steps, self.step_decay)
+        return Objective(
+            loss_of(self.loss, self.loss_top_k),
+            self.num_steps,
+            self.step_decay,
+            learns_replies=self.loss == REPLY_LOSS,
+            paces=self.position_weights == D_PACE,
+        )
 
 
 @dataclass(frozen=True)

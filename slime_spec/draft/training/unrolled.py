@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from slime_spec.draft.training.batch import TrainBatch
-from slime_spec.draft.training.loss import Loss, StepTarget, acceptance, token_log_ratios
+from slime_spec.draft.training.chunks import MAX_LOGITS_BYTES, Positions, losses_of_steps
+from slime_spec.draft.training.loss import Loss
 from slime_spec.draft.training.model import DraftModel
+from slime_spec.draft.training.quality import Quality
 from slime_spec.draft.unroll import make_unroll
+
+D_PACE_ALPHA = 0.5  # the paper's
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Says what is minimised: Σ ``step_decay``^i · the mean of ``loss`` over the rows of step i, of ``num_steps``."""
+    """Says what is minimised: Σ ``step_decay``^i · the mean of ``loss`` over the rows of step i, of ``num_steps``.
+
+    With ``paces`` it is the mean over rounds of Σ w_i · ``loss``, w the weights of D-PACE, the loss cross-entropy.
+    The mean is over the rows that the draft can learn from: of a loss that ``learns_replies`` it can name the reply's
+    own token, else the target's argmax. No tensor of logits has more than ``max_logits_bytes``.
+    """
 
     loss: Loss
     num_steps: int
     step_decay: float
+    max_logits_bytes: int = MAX_LOGITS_BYTES
+    learns_replies: bool = False
+    paces: bool = False
 
+    def __post_init__(self) -> None:
+        assert self.learns_replies or not self.paces, "the draft's confidence is its probability of the reply's tokens"
 
-@dataclass(frozen=True)
-class Quality:
-    """Says of every row and step [batch, rows, steps], teacher-forced, what a draft was like; zero where not ``valid``.
-
-    ``valid``: the token that the row's step predicts is in the reply. ``overlap`` is Σ min(p, q), ``hits`` whether the
-    argmax is the target's. ``log_ratios`` are log(q / p) of the reply's own token, -inf where the draft cannot name it.
-    """
-
-    valid: torch.Tensor
-    overlap: torch.Tensor
-    hits: torch.Tensor
-    log_ratios: torch.Tensor
-
-    @classmethod
-    def none(cls, batch: TrainBatch, num_steps: int) -> Quality:
-        """Return the quality of steps that are still to be run."""
-        shape = (*batch.valid(0).shape, num_steps)
-        zeros = torch.zeros(shape, device=batch.starts.device)
-        return cls(zeros.bool(), zeros, zeros.bool(), torch.full_like(zeros, -torch.inf))
+    def counts(self, positions: Positions) -> torch.Tensor:
+        """Return bool [n]: the mean counts what is predicted at the position."""
+        return positions.drafted >= 0 if self.learns_replies else positions.known
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,13 @@ class Unrolled:
     quality: Quality
 
 
-def num_learned(model: DraftModel, batch: TrainBatch, num_steps: int) -> torch.Tensor:
-    """Return [steps]: the rows that a step's mean is over, whose token is in the reply and argmax in the vocabulary."""
-    known = model.vocabulary.t2d.to(batch.argmax.device)[batch.argmax]
-    counts = []
-    for step in range(num_steps):
-        sequence, row = batch.valid(step).nonzero(as_tuple=True)
-        counts.append(known[sequence, row + step].sum())
-    return torch.stack(counts)
+def num_learned(model: DraftModel, batch: TrainBatch, objective: Objective) -> torch.Tensor:
+    """Return [steps]: the rows that a step's mean is over; with ``paces`` the rounds, for each step."""
+    positions = Positions.of(model, batch)
+    if objective.paces:
+        return torch.full((objective.num_steps,), len(positions), device=batch.starts.device)
+    counts = objective.counts(positions)
+    return torch.stack([counts[positions.of_step(step)].sum() for step in range(objective.num_steps)])
 
 
 def unrolled_loss(
@@ -68,34 +66,59 @@ def unrolled_loss(
     ``num_rows`` [steps] is what the sums of the steps are divided by, where the batch is a part of a larger batch; by
     default the batch's own ``num_learned``.
     """
-    num_rows = num_learned(model, batch, objective.num_steps) if num_rows is None else num_rows
-    # In float32, also where the network computes in bfloat16: the policy's own logsumexp belongs to these logits.
-    with torch.no_grad(), torch.autocast(batch.token_ids.device.type, enabled=False):
-        logits_of_replies = model.target_logits(batch.final)
-        known = model.vocabulary.t2d.to(batch.argmax.device)[batch.argmax]
-        draft_ids = model.vocabulary.draft_ids.to(batch.token_ids.device)
-    unroll = make_unroll(model.network, model.embed, batch.starts, batch.num_rows)
-    loss = torch.zeros((), device=batch.token_ids.device)
+    num_rows = num_learned(model, batch, objective) if num_rows is None else num_rows
     quality = Quality.none(batch, objective.num_steps)
-    for step in range(objective.num_steps):
+    states = _head_inputs(model, batch, objective.num_steps)
+    positions = Positions.of(model, batch)
+    losses = losses_of_steps(model, objective.loss, positions, states, quality, objective.max_logits_bytes)
+    total = torch.zeros((), device=batch.token_ids.device)
+    for step, weighted in enumerate(_weighted(objective, positions, losses, quality)):
+        total = total + weighted.sum() / num_rows[step].clamp_min(1)
+    return Unrolled(total, quality)
+
+
+def _weighted(
+    objective: Objective, positions: Positions, losses: Sequence[torch.Tensor], quality: Quality
+) -> Iterator[torch.Tensor]:
+    """Yield by step the rows' losses, each times what it weighs."""
+    counts = objective.counts(positions)
+    rows = [positions.rows_of(step) for step in range(len(losses))]
+    weights = _paces(rows, [loss.detach() for loss in losses], quality) if objective.paces else None
+    for step, of_rows in enumerate(losses):
+        own = of_rows * counts[positions.of_step(step)]
+        yield own * (objective.step_decay**step if weights is None else weights[(*rows[step], step)])
+
+
+def _paces(
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]], losses: Sequence[torch.Tensor], quality: Quality
+) -> torch.Tensor:
+    """Return [batch, rows, steps]: D-PACE's weights from the rows' losses, which are -log of the draft's confidence."""
+    confidence = torch.zeros_like(quality.overlap)
+    for step, of_rows in enumerate(losses):
+        confidence[(*rows[step], step)] = (-of_rows).exp()
+    # A token that the draft cannot name it drafts with probability 0; its row's loss says nothing.
+    return d_pace_weights(confidence.masked_fill(quality.log_ratios.isinf(), 0.0), quality.valid)
+
+
+def d_pace_weights(confidence: torch.Tensor, inside: torch.Tensor, alpha: float = D_PACE_ALPHA) -> torch.Tensor:
+    """Return [..., steps]: w_j = Σ_{m ≥ j} Π_{i ≤ m} ((1 - α) q_i + α) over the steps of a round.
+
+    That is D-PACE (arXiv 2605.18810, equations 7 and 8). ``confidence`` q is the draft's probability of the reply's
+    token at each step, ``inside`` says which steps are in the reply, the first ones. Π q is the chance that the drafts
+    up to a step stand, their sum the expected accepted length, and w_j its derivative by log q_j; α keeps weight on
+    steps behind a token of which the draft is not sure.
+    """
+    reached = ((1 - alpha) * confidence + alpha).cumprod(-1) * inside
+    return reached.flip(-1).cumsum(-1).flip(-1)
+
+
+def _head_inputs(model: DraftModel, batch: TrainBatch, num_steps: int) -> list[torch.Tensor]:
+    """Return [batch, rows, hidden] by step, of the steps that predict a token of the longest reply."""
+    unroll = make_unroll(model.network, model.embed, batch.starts, batch.num_rows)
+    states = []
+    for step in range(min(num_steps, batch.num_rows)):
         if step == 0:
-            head_input = unroll.first(batch.features, batch.token_ids)
+            states.append(unroll.first(batch.features, batch.token_ids))
         else:
-            head_input = unroll.next(batch.replies_from(step))
-        sequence, row = batch.valid(step).nonzero(as_tuple=True)
-        if len(row) == 0:
-            break
-        # Root reply[row]; step i predicts reply[row + 1 + i], which the target draws at reply position row + i.
-        at = (sequence, row + step)
-        target = StepTarget(logits_of_replies[at], batch.logsumexp[at], known[at])
-        draft_logits = model.logits(head_input[sequence, row])
-        learned = (objective.loss(draft_logits, target) * target.counts).sum() / num_rows[step].clamp_min(1)
-        loss = loss + objective.step_decay**step * learned
-        with torch.no_grad():
-            here = (sequence, row, step)
-            quality.valid[here] = True
-            quality.overlap[here] = acceptance(draft_logits, target)
-            quality.hits[here] = model.target_ids(draft_logits.argmax(-1)) == batch.argmax[at]
-            drafted = draft_ids[batch.replies_from(step + 1)[sequence, row]]
-            quality.log_ratios[here] = token_log_ratios(draft_logits, target, drafted)
-    return Unrolled(loss, quality)
+            states.append(unroll.next(batch.replies_from(step)))
+    return states

@@ -9,6 +9,7 @@ from itertools import pairwise
 from rich.console import Console
 from rich.text import Text
 
+from slime_spec.config.draft_training import loss_for
 from slime_spec.launch.dry_run.placement import counted, placement_lines
 from slime_spec.launch.dry_run.plan import Plan, PlannedServer
 from slime_spec.launch.preflight import ONLY_THE_START_KNOWS
@@ -72,6 +73,8 @@ def _run(plan: Plan) -> Iterator[str]:
         draft, kind = plan.facts.draft, plan.facts.draft_kind
         what = "its own MTP layer" if kind == "in_target" else f"{draft.folder}: {draft.architecture}, {draft.dtype}"
         yield f"draft {what}, context {draft.context_length}"
+        if config.draft_training.enable and (draft_format := plan.facts.draft_format) is not None:
+            yield f"draft in training: loss {loss_for(config.draft_training, draft_format.family)}"
 
 
 def _placement(plan: Plan) -> Iterator[str]:
