@@ -34,7 +34,10 @@ _OF_THE_TRIE = (
     *("ngram_min_bfs_breadth", "ngram_max_bfs_breadth", "ngram_match_type", "ngram_max_trie_depth", "ngram_capacity"),
     *("ngram_external_corpus_path", "ngram_external_sam_budget", "ngram_external_corpus_max_tokens"),
 )
-_STALE = "another target's draft; a draft as old as an earlier target"
+_BLOCKS = (
+    "captured layer ids or a mask token that are not those it was trained with; another target's draft; a draft as old "
+    "as an earlier target"
+)
 
 
 @dataclass(frozen=True)
@@ -281,19 +284,19 @@ DFLASH = Algorithm(
     drafter="rollout.embedded.drafters.block_drafter:BlockDrafter",
     beside_dp_attention=False,
     reads=(*_EVERY_ROUND, "history"),
-    likely_causes=(
-        "captured layer ids or a mask token that are not those it was trained with; another target's draft; a draft as "
-        "old as an earlier target"
-    ),
+    likely_causes=_BLOCKS,
 )
 DSPARK = Algorithm(
     "DSPARK",
     _block_chain,
     sources=("head", "target"),
+    families=("dspark",),
     sglang="DSPARK",
     rtp_llm="dspark",
-    reads=_EVERY_ROUND,
-    likely_causes=_STALE,
+    drafter="rollout.embedded.drafters.block_drafter:BlockDrafter",
+    reads=(*_EVERY_ROUND, "history"),
+    likely_causes=_BLOCKS,
+    beside_dp_attention=False,
 )
 ALGORITHMS: Mapping[str, Algorithm] = {
     each.name: each for each in (NONE, LOOKUP, HISTORY, NGRAM, STANDALONE, EAGLE, EAGLE3, NEXTN, DFLASH, DSPARK)

@@ -50,6 +50,8 @@ class DraftSpec:
     residual_norm: bool = False  # the first block's residual stream begins after its hidden_norm
     zero_first_embedding: bool = False  # the token embedding at position 0 is zero (MiMo)
     block_size: int = 0  # tokens that one pass of a block drafter runs over, the root and masks; 0: it drafts by steps
+    drafts_from_root: bool = False  # the root's own row of a block drafts, too
+    markov_rank: int = 0  # of the bias that the token before makes to a block's logits; 0: none
     mask_token_id: int = 0  # whose embedding a block drafter reads where it drafts
     num_target_layers: int = 0  # where the config.json must say it
     in_target: bool = False  # the draft's tensors are part of the target's checkpoint
@@ -58,6 +60,11 @@ class DraftSpec:
     def feature_size(self) -> int:
         """Return the width of the target features of one token."""
         return max(1, len(self.capture_layers)) * self.target_hidden_size
+
+    @property
+    def num_block_drafts(self) -> int:
+        """Return the number of tokens that a block drafts; 0 for a draft that drafts by steps."""
+        return self.block_size - (0 if self.drafts_from_root or not self.block_size else 1)
 
     @property
     def format(self) -> DraftFormat:
@@ -117,7 +124,7 @@ class DraftSpec:
 
 def is_trainable(spec: DraftSpec) -> bool:
     """Return whether ``slime_spec.draft`` has a network of the draft's format and size."""
-    if spec.family == "dflash":
+    if spec.block_size:
         return True
     if spec.block.num_layers != 1:
         return False

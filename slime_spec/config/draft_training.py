@@ -14,7 +14,10 @@ STEP_DECAY = 0.8
 D_PACE = "d_pace"
 POSITION_WEIGHTS = ("decay", D_PACE)
 # An MTP layer ranges over the target's whole vocabulary, of which few tokens are nearly all that is ever drawn.
-LOSS_OF_FAMILY = {"mtp": TOP_K_LOSS, "eagle": "total_variation", "eagle3": "total_variation"}
+LOSS_OF_FAMILY = {
+    "mtp": TOP_K_LOSS,
+    **dict.fromkeys(("eagle", "eagle3", "dflash", "dspark"), "total_variation"),
+}
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,9 @@ class SpeculativeConfig:
 
     @property
     def is_automatic(self) -> bool:
-        """Return whether the engine decides, round by round, how much to draft: no number of a draft is set."""
-        return self.record.speculates and self.num_steps is None and self.num_draft_tokens is None
+        """Return whether the engine decides, round by round, how much to draft: no number that it reads is set."""
+        numbers = [name for name in ("num_steps", "num_draft_tokens") if name in self.record.reads]
+        return self.record.speculates and all(getattr(self, name) is None for name in numbers)
 
     @property
     def samples_drafts(self) -> bool:

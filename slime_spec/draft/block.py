@@ -108,6 +108,37 @@ class DraftAttention(nn.Module):
         projected: torch.Tensor = self.o_proj(out)
         return projected
 
+    def in_blocks(
+        self, x: torch.Tensor, positions: torch.Tensor, context: KeysValues, visible: torch.Tensor
+    ) -> torch.Tensor:
+        """Return attention output [batch, rows, size, hidden] of blocks [batch, rows, size, input_size].
+
+        ``positions`` are [batch, rows, size]. A token of row r sees ``context`` [batch, tokens, ...] where
+        ``visible[b, r]`` [tokens] says so, and all of its own block.
+        """
+        batch, rows, size = x.shape[:3]
+        flat, places = x.flatten(1, 2), positions.flatten(1)
+        own = self.keys_values(flat, places)
+        queries = self.q_proj(flat).unflatten(-1, (self.heads, self.head_dim))
+        if self.has_qk_norm:
+            queries = self.q_norm(queries)
+        queries = self._rotated(queries, places) * self.head_dim**-0.5
+        group = self.heads // self.kv_heads
+        # [batch, kv_heads, rows, size · group, head_dim]: the query heads of one kv head are more rows of it.
+        queries = queries.view(batch, rows, size, self.kv_heads, group, self.head_dim).permute(0, 3, 1, 2, 4, 5)
+        queries = queries.flatten(3, 4)
+        own_keys, own_values = (
+            each.unflatten(1, (rows, size)).permute(0, 3, 1, 2, 4) for each in (own.keys, own.values)
+        )
+        scores = (queries.flatten(2, 3) @ context.keys.permute(0, 2, 3, 1)).unflatten(2, (rows, size * group))
+        scores = scores.masked_fill(~visible[:, None, :, None], float("-inf"))
+        weights = torch.cat([scores, queries @ own_keys.transpose(-1, -2)], dim=-1).softmax(-1)
+        on_context, on_own = weights.split([scores.shape[-1], size], dim=-1)
+        out = (on_context.flatten(2, 3) @ context.values.transpose(1, 2)).unflatten(2, (rows, size * group))
+        out = (out + on_own @ own_values).unflatten(3, (size, group)).permute(0, 2, 3, 1, 4, 5)
+        projected: torch.Tensor = self.o_proj(out.reshape(batch, rows, size, -1))
+        return projected
+
     def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Apply rotary embedding to [batch, tokens, heads, head_dim], pairing the halves of a head as Llama does."""
         angles = positions[..., None].float() * self.inv_freq

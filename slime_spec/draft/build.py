@@ -22,6 +22,7 @@ def make_network(spec: DraftSpec) -> DraftNetwork:
         "eagle": EagleNetwork,
         "mtp": MtpNetwork,
         "dflash": DFlashNetwork,
+        "dspark": DFlashNetwork,
     }
     return networks[spec.family](spec)
 

@@ -1,4 +1,7 @@
-"""DFlashNetwork drafts a block in one pass (arXiv 2602.06036), DFlashDraftModel in SpecForge and SGLang."""
+"""DFlashNetwork drafts a block in one pass: DFlashDraftModel and DSparkDraftModel in SpecForge and SGLang.
+
+DFlash is arXiv 2602.06036, DSpark 2607.05147.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import nn
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.draft.block import DraftAttention, KeysValues, RmsNorm, SwiGlu
+from slime_spec.draft.block import DraftAttention, RmsNorm, SwiGlu
 from slime_spec.draft.network import DraftNetwork
 
 
@@ -18,7 +21,7 @@ from slime_spec.draft.network import DraftNetwork
 class Context:
     """Holds ``states`` [batch, tokens, hidden] of committed tokens at ``positions`` [batch, tokens].
 
-    ``visible`` [batch, rows · size, tokens] says which of them a block's token sees.
+    ``visible`` [batch, rows, tokens] says which of them the blocks of a row see.
     """
 
     states: torch.Tensor
@@ -36,20 +39,28 @@ class DFlashLayer(nn.Module):
         self.post_attention_layernorm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
         self.mlp = SwiGlu(spec)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, context: Context, size: int) -> torch.Tensor:
-        """Return the blocks [batch, rows · size, hidden] behind this one, of rows' blocks x at ``positions``."""
-        normed = self.input_layernorm(x)
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
+        """Return the blocks behind this layer, of rows' blocks x [batch, rows, size, hidden] at ``positions``."""
         known = self.self_attn.keys_values(context.states, context.positions)
-        own = _in_every_place(self.self_attn.keys_values(normed, positions), size)
-        x = x + self.self_attn(normed, positions, known, context.visible, own)
+        x = x + self.self_attn.in_blocks(self.input_layernorm(x), positions, known, context.visible)
         y: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return y
+
+
+class MarkovHead(nn.Module):
+    """Makes the bias w2(w1(token before)) of DSpark's logits."""
+
+    def __init__(self, vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
 
 
 class DFlashNetwork(DraftNetwork):
     """Applies its layers to [embedding of the root, of masks], over what ``fc`` makes of the target's features.
 
-    Features are [..., captured layers · target hidden]. The target's head reads the states of the masks.
+    Features are [..., captured layers · target hidden]. The target's head reads the states of the masks. Of a DSpark
+    draft what the head reads is [state, w1 of the token before]: [..., hidden + rank].
     """
 
     def __init__(self, spec: DraftSpec) -> None:
@@ -60,12 +71,24 @@ class DFlashNetwork(DraftNetwork):
         self.hidden_norm = RmsNorm(block.hidden_size, block.rms_norm_eps)
         self.layers = nn.ModuleList(DFlashLayer(block) for _ in range(block.num_layers))
         self.norm = RmsNorm(block.hidden_size, block.rms_norm_eps)
+        if spec.markov_rank:
+            self.markov_head = MarkovHead(block.vocab_size, spec.markov_rank)
         if spec.has_own_embedding:
             self.embed_tokens = nn.Embedding(block.vocab_size, block.hidden_size)
 
     @property
     def own_embedding(self) -> torch.Tensor | None:
         return self.embed_tokens.weight if self.spec.has_own_embedding else None
+
+    @property
+    def head_weight(self) -> torch.Tensor | None:
+        return self.markov_head.markov_w2.weight if self.spec.markov_rank else None
+
+    def behind(self, states: torch.Tensor, previous_ids: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads of states [..., hidden] behind tokens [...]."""
+        if not self.spec.markov_rank:
+            return states
+        return torch.cat([states, self.markov_head.markov_w1(previous_ids).to(states.dtype)], dim=-1)
 
     def context(self, features: torch.Tensor) -> torch.Tensor:
         """Return what every layer's keys and values of committed tokens are made of, [..., hidden]."""
@@ -77,8 +100,8 @@ class BlockUnroll:
     """Runs the blocks of rows, as ``Unroll`` runs their steps: one pass, of which ``next`` returns the next position.
 
     Row t stands for the round whose root is token t + 1: its block is that token and masks, at positions t + 1 and
-    further, and sees the features of tokens to t and all of itself. What a step predicts does not depend on the tokens
-    before it in the block.
+    further, and sees the features of tokens to t and all of itself. Of the tokens before it in the block a step depends
+    on the last, and in DFlash on none.
     """
 
     def __init__(
@@ -101,27 +124,18 @@ class BlockUnroll:
         roots = token_ids.gather(1, (self._rows + 1).clamp(max=tokens - 1))
         ids = roots.new_full((batch, num_rows, size), network.spec.mask_token_id)
         ids[:, :, 0] = roots
-        x = self._embed(ids.flatten(1))
+        x = self._embed(ids)
         in_context = torch.arange(tokens, device=x.device).expand(batch, -1)
-        positions = (self._rows[:, :, None] + 1 + torch.arange(size, device=x.device)).flatten(1)
-        visible = (in_context[:, None, :] <= self._rows[:, :, None]).repeat_interleave(size, dim=1)
+        positions = self._rows[:, :, None] + 1 + torch.arange(size, device=x.device)
+        visible = in_context[:, None, :] <= self._rows[:, :, None]
         context = Context(network.context(features), in_context, visible)
         for layer in network.layers:
-            x = layer(x, positions, context, size)
-        self._read = network.norm(x).unflatten(1, (num_rows, size))
-        self._position = 1
-        return self._read[:, :, 1]
+            x = layer(x, positions, context)
+        self._read = network.norm(x)
+        self._position = size - network.spec.num_block_drafts
+        return network.behind(self._read[:, :, self._position], roots)
 
     def next(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return what the head reads of the next position, whatever ``ids`` [batch, rows] precede it."""
+        """Return what the head reads of the next position, behind the token ids [batch, rows]."""
         self._position += 1
-        return self._read[:, :, self._position]
-
-
-def _in_every_place(own: KeysValues, size: int) -> list[KeysValues]:
-    """Return, for each position of a block, its keys and values in the place of every token of that block."""
-    keys, values = (each.unflatten(1, (-1, size)) for each in (own.keys, own.values))
-    return [
-        KeysValues(keys[:, :, index].repeat_interleave(size, dim=1), values[:, :, index].repeat_interleave(size, dim=1))
-        for index in range(size)
-    ]
+        return self._network.behind(self._read[:, :, self._position], ids)

@@ -22,6 +22,11 @@ class DraftNetwork(nn.Module):
         return None
 
     @property
+    def head_weight(self) -> torch.Tensor | None:
+        """Return the network's own matrix that logits are made with: its head, or a bias beside the target's head."""
+        return self.own_head
+
+    @property
     def own_embedding(self) -> torch.Tensor | None:
         """Return the network's own embedding [vocab, hidden]; None for a network that uses the target's."""
         return None

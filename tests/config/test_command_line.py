@@ -290,12 +290,6 @@ def test_a_wrong_value_is_refused_in_words(argv: list[str], words: str) -> None:
     assert words in str(refusal(*argv))
 
 
-def test_an_algorithm_of_sglang_is_known_and_not_available_on_the_embedded_engine() -> None:
-    error = refusal("--sglang-speculative-algorithm", "DSPARK")
-    assert "known but not available on the embedded engine" in error.rule
-    assert "NONE, LOOKUP, HISTORY, NGRAM, STANDALONE, EAGLE, EAGLE3, NEXTN, DFLASH" in error.rule
-
-
 def test_an_unknown_algorithm_lists_the_known_ones() -> None:
     rule = refusal("--speculative-algorithm", "MEDUSA").rule
     assert all(name in rule for name in ("NONE", "LOOKUP", "EAGLE3"))

@@ -1,20 +1,25 @@
 """Drafts of a block a round (DFlash): what their config.json says, and rounds longer and shorter than a block."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from slime_spec.bench.tune.candidates import with_depth
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
 from slime_spec.checkpoints.families.dflash import default_capture_layers
+from slime_spec.checkpoints.families.draft_format import DraftFamily
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.draft_training import LOSSES, DraftTrainingConfig, loss_for
+from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.errors import CheckpointError, NotComputedError
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.draft_formats import TinyDraft, make_format
 from tests.support.embedded_harness import greedy, make_core, random_prompt, run
 from tests.support.recording_drafter import RecordingDrafter
-from tests.support.tiny_drafts import BLOCK, DFLASH, edit_tensors
+from tests.support.tiny_drafts import BLOCK, DFLASH, DSPARK, edit_tensors
 
 TARGET = ModelSpec.from_dict({**BLOCK, "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 12})
 BLOCK_SIZE = DFLASH["block_size"]
@@ -54,6 +59,8 @@ def test_a_blocks_size_and_mask_stand_in_either_place() -> None:
         dflash_config={"block_size": 6, "mask_token_id": None, "target_layer_ids": None},
     )
     assert DraftSpec.from_dict(elsewhere, TARGET) == expected
+    null = changed(block_size=6) | {"dflash_config": {**DFLASH["dflash_config"], "block_size": None}}
+    assert DraftSpec.from_dict(null, TARGET) == expected
     unnamed = DraftSpec.from_dict(changed(dflash_config={"target_layer_ids": None}), TARGET)
     assert unnamed.capture_layers == (1, 9)
 
@@ -82,6 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "layers the target lacks": ({"dflash_config": {"target_layer_ids": [0, 12]}}, "ascending order, 0 to 11"),
     "causal blocks": ({"is_causal": True}, "is_causal: must be false"),
+    "another target's depth": ({"num_target_layers": 36}, "num_target_layers: must be the target's .*12"),
     "another vocabulary": ({"vocab_size": 130}, "vocab_size: must be the target's"),
     "another width": ({"hidden_size": 32}, "must be the target's hidden_size"),
 }
@@ -117,6 +125,51 @@ def test_a_round_drafts_what_is_asked_for_as_far_as_the_block_reaches(tiny: Tiny
         len(each.draft.token_ids) for each in recorder.proposals if each.context.max_depth >= num_draft_tokens - 1
     }
     assert lengths == {min(num_draft_tokens, BLOCK_SIZE) - 1}
+
+
+def test_contexts_that_have_no_room_together_are_gathered_one_by_one(
+    tiny: TinyDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [GroupRequest(str(i), random_prompt(4 + 3 * i, seed=i), (0, 1), greedy(20)) for i in range(3)]
+    drafts = []
+    for most in (1 << 30, 1):
+        monkeypatch.setattr("rollout.embedded.drafters.block_drafter.MOST_GATHERED_BYTES", most)
+        recorder = RecordingDrafter(make_core(tiny.config(3)).drafter)
+        run(make_core(tiny.config(3), drafter=recorder), requests)
+        drafts.append([each.draft.token_ids for each in recorder.proposals])
+    assert drafts[0] == drafts[1]
+
+
+def test_numbers_that_block_drafters_do_not_read_change_nothing() -> None:
+    settings = SpeculativeConfig(algorithm="DFLASH", draft_model_path="d")
+    assert settings.is_automatic
+    assert replace(settings, num_steps=4, eagle_topk=1).is_automatic
+    assert not replace(settings, num_draft_tokens=4).is_automatic
+    assert with_depth(settings, 3).num_draft_tokens == 4
+    assert with_depth(settings, 3).num_steps is None
+
+
+@pytest.mark.parametrize("family", get_args(DraftFamily))
+def test_every_family_has_a_loss_to_learn_by_in_a_run(family: str) -> None:
+    assert loss_for(DraftTrainingConfig(), family) in LOSSES
+
+
+def test_dspark_counts_its_drafts_and_writes_what_both_engines_read() -> None:
+    spec = DraftSpec.from_dict(DSPARK, TARGET)
+    assert (spec.block_size, spec.num_block_drafts, spec.drafts_from_root, spec.markov_rank) == (5, 5, True, 8)
+    of_masks = DraftSpec.from_dict({**DSPARK, "sample_from_anchor": False}, TARGET)
+    assert (of_masks.block_size, of_masks.num_block_drafts) == (6, 5)
+    for each in (spec, of_masks):
+        written = draft_config(each)
+        assert DraftSpec.from_dict(written, TARGET) == each
+        assert written["block_size"] == 5
+        assert written["dflash_config"]["projector_type"] == "dspark"
+        assert written["markov_rank"] == written["dflash_config"]["markov_rank"] == 8
+    with pytest.raises(CheckpointError, match="markov_rank: must be given"):
+        DraftSpec.from_dict({**DSPARK, "dflash_config": DFLASH["dflash_config"]}, TARGET)
+    for changes in ({"markov_head_type": "gated"}, {"projector_type": "domino"}):
+        with pytest.raises(NotComputedError, match=next(iter(changes))):
+            DraftSpec.from_dict({**DSPARK, "dflash_config": {**DSPARK["dflash_config"], **changes}}, TARGET)
 
 
 def test_an_embedding_of_its_own_serves_root_and_masks(tiny: TinyDraft, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from slime_spec.launch.draft.corpus_settings import CorpusSettings
 from slime_spec.launch.draft.options import read_options
 from slime_spec.launch.draft.provenance import file_sha256
 from slime_spec.launch.draft.start import draft_spec
+from tests.support.tiny_drafts import make_tiny_mimo
 from tests.support.tiny_policy import make_tiny_policy
 
 SMALL = ["--num-prompts", "40", "--max-new-tokens", "8", "--epochs", "2", "--draft-vocab-size", "64"]
@@ -44,6 +45,7 @@ BAD = {
     "task.names must be one of": ["--task", "nope"],
     "task.prompt_data must be a readable file": ["--prompt-data", "nowhere.jsonl"],
     "--block-size is of block drafters alone": ["--block-size", "4"],
+    "--markov-rank is dspark's alone": ["--kind", "dflash", "--markov-rank", "4"],
     "--num-steps must be at most 3, what blocks of 4 tokens draft": [
         "--kind",
         "dflash",
@@ -53,6 +55,7 @@ BAD = {
         "4",
     ],
     "mask_token_id must be a row of the target's embedding": ["--kind", "dflash", "--mask-token-id", "257"],
+    "--capture-layers must be layers before the last": ["--capture-layers", "0", "3"],
     "must be different layers of the target": ["--capture-layers", "0", "1", "4"],
     "--json must lie in a folder that is there": ["--json", "nowhere/report.json"],
     "--resume needs the folder of a training": ["--resume"],
@@ -95,7 +98,7 @@ def test_another_action_is_answered_with_the_known_ones(capsys: pytest.CaptureFi
     assert "--draft-vocab-size" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp", "dflash"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp", "dflash", "dspark"])
 def test_a_whole_training_leaves_a_draft_with_its_table_and_provenance(
     kind: str, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,7 +128,7 @@ def test_a_whole_training_leaves_a_draft_with_its_table_and_provenance(
         assert torch.equal(offsets, tables["t2d"].nonzero().flatten())
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp", "dflash"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle", "mtp", "dflash", "dspark"])
 def test_a_draft_is_trained_on(kind: str, policy: Path, tmp_path: Path) -> None:
     first, again, on = tmp_path / "first", tmp_path / "again", tmp_path / "on"
     same = ["--draft-dtype", "float32", "--kind", kind]
@@ -143,6 +146,25 @@ def test_a_draft_is_trained_on(kind: str, policy: Path, tmp_path: Path) -> None:
     assert "licences of target and draft" in record["licence"]
     with pytest.raises(ConfigError, match=r"^--draft: must be what .* was started with"):
         run_draft([*trained[:-3], str(on), "--draft-dtype", "float32", "--out", str(again), "--resume"])
+
+
+def test_a_small_block_is_judged_as_far_as_it_reaches(policy: Path, tmp_path: Path) -> None:
+    assert run_draft(command(policy, tmp_path / "out", "--kind", "dflash", "--block-size", "2", "--epochs", "1")) == 0
+    record = json.loads((tmp_path / "out" / "held_out.json").read_text())
+    assert {len(each["acceptance_rate"]) for each in record.values()} == {1}
+
+
+def test_a_layer_of_the_targets_checkpoint_is_trained_in_runs_alone(tmp_path: Path) -> None:
+    target = make_tiny_mimo(tmp_path / "mimo")
+    argv = ["train", "--target", str(target), "--out", str(tmp_path / "on"), "--draft", str(target)]
+    with pytest.raises(ConfigError, match=r"--draft: is a draft that no folder of its own can hold.*--enable-draft"):
+        run_draft(argv)
+
+
+def test_a_training_begun_before_steps_had_a_default_of_their_own_is_resumed(policy: Path, tmp_path: Path) -> None:
+    assert run_draft(command(policy, tmp_path / "out", "--minutes", "0")) == 0
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["num_steps"] == 5
+    assert run_draft(command(policy, tmp_path / "out", "--minutes", "0", "--resume", "--num-steps", "5")) == 0
 
 
 def tensors_of(folder: Path) -> dict[str, list[object]]:
@@ -173,7 +195,7 @@ CHANGED = {
     "--kind": "mtp",
     "--draft-vocab-size": "65",
     "--intermediate-size": "32",
-    "--capture-layers": "3",
+    "--capture-layers": "2",
     "--dtype": "float32",
     "--num-steps": "2",
     "--lr": "0.1",

@@ -52,10 +52,12 @@ def spec_of(target: Path, kind: str) -> DraftSpec:
         return DraftSpec("mtp", block, 48, 131, hidden_first=True, recurrent_norm=True, zero_first_embedding=True)
     if kind == "eagle":
         return DraftSpec("eagle", block, 48, 131, logits_norm=False)
-    if kind == "dflash":
+    if kind in ("dflash", "dspark"):
         qwen3 = replace(block, architecture="Qwen3ForCausalLM", num_layers=2, qk_norm=True)
         sizes = {"block_size": 6, "mask_token_id": 130, "num_target_layers": 4}
-        return DraftSpec("dflash", qwen3, 48, 131, capture_layers=(0, 2), **sizes)
+        if kind == "dspark":
+            sizes |= {"block_size": 5, "drafts_from_root": True, "markov_rank": 8}
+        return DraftSpec(kind, qwen3, 48, 131, capture_layers=(0, 2), **sizes)
     return DraftSpec("eagle3", block, 48, DRAFT_VOCAB, capture_layers=(0, 1, 2), has_own_head=True)
 
 
@@ -64,7 +66,7 @@ def lesson(tmp_path_factory: pytest.TempPathFactory, target: Path, corpus: list[
     return make_lesson(tmp_path_factory.mktemp("lesson"), target, spec_of(target, "eagle3"), corpus, DRAFT_VOCAB)
 
 
-@pytest.fixture(scope="module", params=["eagle3", "eagle", "mtp", "dflash"])
+@pytest.fixture(scope="module", params=["eagle3", "eagle", "mtp", "dflash", "dspark"])
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, target: Path, corpus: list[DraftSequence]
 ) -> tuple[Lesson, DraftTrainer]:
@@ -148,8 +150,8 @@ def test_an_engine_accepts_what_held_out_acceptance_promises(
     model = trainer.model
     ids = model.vocabulary.target_ids if lesson.spec.has_own_head else None
     save_draft_checkpoint(tmp_path, lesson.spec, network_tensors(model.network), ids)
-    algorithm = {"eagle3": "EAGLE3", "dflash": "DFLASH"}.get(lesson.spec.family, "NEXTN")
-    steps = {} if algorithm == "DFLASH" else {"num_steps": 3, "eagle_topk": 1}
+    algorithm = {"eagle3": "EAGLE3", "dflash": "DFLASH", "dspark": "DSPARK"}.get(lesson.spec.family, "NEXTN")
+    steps = {} if lesson.spec.block_size else {"num_steps": 3, "eagle_topk": 1}
     config = Config(
         model=ModelConfig(hf_checkpoint=str(target)),
         speculative=SpeculativeConfig(algorithm=algorithm, draft_model_path=str(tmp_path), num_draft_tokens=4, **steps),

@@ -35,6 +35,8 @@ SPECS = {
     "eagle3, recurrence after the norm": replace(EAGLE3, recurrent_norm=True),
     "eagle3, logits before the norm": replace(EAGLE3, logits_norm=False),
     "dflash": DFLASH,
+    "dspark": replace(DFLASH, family="dspark", block_size=5, drafts_from_root=True, markov_rank=8),
+    "dspark of masks alone": replace(DFLASH, family="dspark", block_size=5, markov_rank=8),
     "mtp": MTP,
     "mtp with a qwen2 block": replace(MTP, block=replace(LLAMA, architecture="Qwen2ForCausalLM", qkv_bias=True)),
 }
@@ -71,7 +73,12 @@ def test_every_step_of_every_row_is_what_a_round_computes(spec: DraftSpec) -> No
         else:
             columns = torch.tensor(starts)[:, None] + 1 + step + torch.arange(num_rows)
             head_input = unroll.next(token_ids.gather(1, columns.clamp(max=max(lengths) - 1)))
-        distributions = (head_input @ reference.head.T).log_softmax(-1)
+        if spec.markov_rank:
+            states, behind = head_input.split([48, spec.markov_rank], dim=-1)
+            logits = states @ reference.head.T + behind @ reference.tensors["markov_head.markov_w2.weight"].T
+        else:
+            logits = head_input @ reference.head.T
+        distributions = logits.log_softmax(-1)
         for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             for t in range(start, min(start + num_rows, length - 1 - step)):
                 known, path = token_ids[b, : t + 2].tolist(), token_ids[b, t + 2 : t + 2 + step].tolist()

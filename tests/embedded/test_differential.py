@@ -31,7 +31,7 @@ from slime_spec.preflight.requests import check_request
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from tests.support.fp64_sampler import LOGIT_ERROR, Position, logits_after, position
 from tests.support.pushes import disturbed
-from tests.support.tiny_drafts import DFLASH, EAGLE, EAGLE3, make_tiny_draft, make_tiny_mimo
+from tests.support.tiny_drafts import DFLASH, DSPARK, EAGLE, EAGLE3, make_tiny_draft, make_tiny_mimo
 from tests.support.tiny_models import load_reference, make_tiny_checkpoint
 
 VOCAB, EOS, NUM_LAYERS = 131, 7, 4
@@ -63,6 +63,9 @@ CASES = {
         "dflash",
         {"num_draft_tokens": 6, "use_rejection_sampling": True, "history": True},
     ),
+    "dspark by rejection": ("DSPARK", "dspark", {"num_draft_tokens": 6, "use_rejection_sampling": True}),
+    "dspark by blocks": ("DSPARK", "dspark", {"num_draft_tokens": 6, "use_block_verification": True}),
+    "dspark by races": ("DSPARK", "dspark", {"num_draft_tokens": 6, "use_gumbel_coupling": True}),
     "eagle chain": ("EAGLE", "eagle", CHAIN),
     "mtp tree": ("NEXTN", None, TREE),
     "standalone chain behind texts": ("STANDALONE", "near", {**CHAIN, "history": True}),
@@ -149,6 +152,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "eagle3": make_tiny_draft(folder / "eagle3", target, EAGLE3),
         "eagle": make_tiny_draft(folder / "eagle", target, EAGLE),
         "dflash": make_tiny_draft(folder / "dflash", target, DFLASH),
+        "dspark": make_tiny_draft(folder / "dspark", target, DSPARK),
     }
 
 

@@ -168,7 +168,7 @@ KINDS = [
     SamplingParams(max_new_tokens=9, speculative=False),
 ]
 REQUESTS = [GroupRequest(str(i), prompt, (3 * i, 3 * i + 1), KINDS[i]) for i, prompt in enumerate(PROMPTS)]
-NETWORKS = ["standalone", "eagle3", "eagle", "nextn in a folder of its own", "mimo", "dflash"]
+NETWORKS = ["standalone", "eagle3", "eagle", "nextn in a folder of its own", "mimo", "dflash", "dspark"]
 Configured = Callable[[int, int], Config]
 
 

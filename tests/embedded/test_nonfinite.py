@@ -39,6 +39,7 @@ from tests.support.tiny_models import make_tiny_checkpoint
 OVERFLOWS = {
     "eagle3": "fc.weight",
     "dflash": "fc.weight",
+    "dspark": "fc.weight",
     "eagle": "fc.weight",
     "mimo": "final_layernorm.weight",
     "standalone": "lm_head.weight",
@@ -239,7 +240,7 @@ def test_the_rows_that_such_a_request_leaves_are_clean_for_the_next(
     assert {key: sample.token_ids for key, sample in run(core, sound).items()} == expected
 
 
-@pytest.mark.parametrize("name", ["eagle3", "standalone", "dflash"])
+@pytest.mark.parametrize("name", ["eagle3", "standalone", "dflash", "dspark"])
 def test_a_sound_draft_that_is_pushed_over_an_overflowing_one_drafts_at_once(tmp_path: Path, name: str) -> None:
     config = drafting(tmp_path, name, num_steps=3)
     core = make_core(config)

@@ -338,7 +338,7 @@ def drafts_of(core: GenerationCore) -> list[tuple[int, ...]]:
     return drafts
 
 
-@pytest.mark.parametrize("name", ["eagle3", "eagle", "nextn in a folder of its own", "mimo", "dflash"])
+@pytest.mark.parametrize("name", ["eagle3", "eagle", "nextn in a folder of its own", "mimo", "dflash", "dspark"])
 def test_after_a_push_of_the_target_the_draft_computes_with_the_tensors_it_shares_with_it(
     tmp_path: Path, name: str
 ) -> None:

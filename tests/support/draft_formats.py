@@ -16,7 +16,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
 from tests.support.reference_drafts import ReferenceDraft
-from tests.support.tiny_drafts import DFLASH, EAGLE, EAGLE3, NEXTN, make_tiny_draft, make_tiny_mimo
+from tests.support.tiny_drafts import DFLASH, DSPARK, EAGLE, EAGLE3, NEXTN, make_tiny_draft, make_tiny_mimo
 from tests.support.tiny_models import load_reference, make_tiny_checkpoint
 
 NUM_LAYERS = 4
@@ -44,7 +44,11 @@ FORMATS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "mimo": ("NEXTN", None),
 }
 # Drafts of one pass are no trees; they have no step to take beyond their block.
-BLOCK_FORMATS: dict[str, tuple[str, dict[str, Any] | None]] = {"dflash": ("DFLASH", DFLASH)}
+BLOCK_FORMATS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "dflash": ("DFLASH", DFLASH),
+    "dspark": ("DSPARK", DSPARK),
+    "dspark of masks alone": ("DSPARK", {**DSPARK, "block_size": 4, "sample_from_anchor": False}),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class TinyDraft:
         return Config(model=model, speculative=speculative, engine=EngineConfig(**engine))
 
     def _numbers(self, num_steps: int, topk: int, num_draft_tokens: int | None) -> dict[str, Any]:
-        if self.algorithm == "DFLASH":
+        if self.algorithm in ("DFLASH", "DSPARK"):
             return {"num_draft_tokens": num_steps + 1}
         return {"num_steps": num_steps, "eagle_topk": topk, "num_draft_tokens": num_draft_tokens}
 

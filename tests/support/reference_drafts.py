@@ -158,7 +158,7 @@ class ReferenceDraft:
         no row for have -inf.
         """
         if self.spec.block_size:
-            return self._in_block(token_ids[-1], features.double(), len(path))
+            return self._in_block(token_ids[-1], features.double(), path)
         e = self.embedding[torch.tensor(token_ids[1:])]
         x = self.projected(features.double())
         forward = FORWARD[self.spec.family]
@@ -169,13 +169,17 @@ class ReferenceDraft:
             read, recurrent = forward(self.spec, self.tensors, e, x)
         return self._spread(read[-1])
 
-    def _in_block(self, root: int, features: torch.Tensor, num_drafted: int) -> torch.Tensor:
-        """A block's tokens do not depend on each other: of a path only its length counts."""
+    def _in_block(self, root: int, features: torch.Tensor, path: Sequence[int]) -> torch.Tensor:
+        """A block's tokens do not depend on each other, or (DSpark) on the one before."""
         masks = [self.spec.mask_token_id] * (self.spec.block_size - 1)
         read = dflash(self.spec, self.tensors, self.embedding[torch.tensor([root, *masks])], features)
-        return self._spread(read[1 + num_drafted])
+        row = len(path) + (0 if self.spec.drafts_from_root else 1)
+        if not self.spec.markov_rank:
+            return self._spread(read[row])
+        before = self.tensors["markov_head.markov_w1.weight"][path[-1] if path else root]
+        return self._spread(read[row], self.tensors["markov_head.markov_w2.weight"] @ before)
 
-    def _spread(self, read: torch.Tensor) -> torch.Tensor:
+    def _spread(self, read: torch.Tensor, bias: torch.Tensor | float = 0.0) -> torch.Tensor:
         distribution = torch.full((self.embedding.shape[0],), float("-inf"), dtype=torch.float64)
-        distribution[self.target_ids] = (read @ self.head.T).log_softmax(-1)
+        distribution[self.target_ids] = (read @ self.head.T + bias).log_softmax(-1)
         return distribution

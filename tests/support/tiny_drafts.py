@@ -33,12 +33,23 @@ EAGLE3 = {
     "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "use_aux_hidden_state": True},
 }
 EAGLE = {**BLOCK, "architectures": ["LlamaForCausalLMEagle"], "bias": True}
-DFLASH = {
+DFLASH: dict[str, Any] = {
     **BLOCK,
     "architectures": ["DFlashDraftModel"],
     "num_hidden_layers": 2,
     "block_size": 6,
     "dflash_config": {"mask_token_id": 130, "target_layer_ids": [0, 2]},
+}
+DSPARK = {
+    **DFLASH,
+    "architectures": ["DSparkDraftModel"],
+    "block_size": 5,
+    "dflash_config": {
+        **DFLASH["dflash_config"],
+        "projector_type": "dspark",
+        "markov_rank": 8,
+        "markov_head_type": "vanilla",
+    },
 }
 NEXTN = {**BLOCK, "architectures": ["LlamaForCausalLMNextN"], "num_nextn_predict_layers": 1}
 

@@ -49,18 +49,25 @@ EAGLE3 = {
 }
 NEXTN = {**SIZES, "architectures": ["LlamaForCausalLMNextN"], "num_nextn_predict_layers": 1}
 EAGLE = {**SIZES, "architectures": ["LlamaForCausalLMEagle"], "bias": True}
-DFLASH = {
+DFLASH: dict[str, Any] = {
     **SIZES,
     "architectures": ["DFlashDraftModel"],
     "num_hidden_layers": 2,
     "block_size": 4,  # as many positions as SETTINGS unroll of the others
     "dflash_config": {"mask_token_id": 150, "target_layer_ids": [0, 2]},
 }
+DSPARK = {
+    **DFLASH,
+    "architectures": ["DSparkDraftModel"],
+    "block_size": 3,
+    "dflash_config": {**DFLASH["dflash_config"], "projector_type": "dspark", "markov_rank": 8},
+}
 DRAFTS = {
     "eagle3": ("EAGLE3", EAGLE3),
     "mtp": ("NEXTN", NEXTN),
     "eagle": ("EAGLE", EAGLE),
     "dflash": ("DFLASH", DFLASH),
+    "dspark": ("DSPARK", DSPARK),
 }
 LAYOUTS = {
     "1x1": {},
@@ -125,7 +132,8 @@ def reference(
     settings = TrainSettings(num_steps=wanted.num_steps, lr=wanted.lr, loss=loss, clip_grad=wanted.clip_grad)
     trainer = DraftTrainer(replace(model, temperature=temperature), settings, None)
     count = wanted.num_optimizer_steps * wanted.batch_size
-    chosen = choose_replies(samples, count, wanted.max_rows, f"{config.run.seed}/draft/0")
+    max_rows = wanted.max_rows // spec.num_block_drafts if spec.block_size else wanted.max_rows
+    chosen = choose_replies(samples, count, max_rows, f"{config.run.seed}/draft/0")
     for start in range(0, count, wanted.batch_size):
         sequences = []
         for reply in [each for each in chosen if set(each.slots) & set(range(start, start + wanted.batch_size))]:

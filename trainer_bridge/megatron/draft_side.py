@@ -52,7 +52,7 @@ class DraftSide:
         self.config, self.spec, self._settings = config, chosen.spec, config.draft_training
         self._model, self._temperature = model, temperature
         # A block is computed in one pass, and learned from in all its positions.
-        self._num_steps = self.spec.block_size - 1 if self.spec.block_size else self._settings.num_steps
+        self._num_steps = self.spec.num_block_drafts or self._settings.num_steps
         self._num_layers = target.num_layers
         checkpoint = load_draft(chosen.folder, self.spec)
         self._file_dtype = next(iter(checkpoint.tensors.values())).dtype
@@ -96,7 +96,8 @@ class DraftSide:
         settings = self._settings
         seed = f"{self.config.run.seed}/draft/{self._num_lessons}"
         self._num_lessons += 1
-        chosen = choose_replies(samples, num_updates * settings.batch_size, settings.max_rows, seed)
+        max_rows = max(1, settings.max_rows // max(1, self.spec.num_block_drafts))  # a row is a block
+        chosen = choose_replies(samples, num_updates * settings.batch_size, max_rows, seed)
         replies = [reply_rows(samples, plan, chosen, settings.max_length) for plan in plans]
         with self._capture.of(replies) as kept:
             yield

@@ -1,4 +1,4 @@
-"""A block drafter (DFlash) drafts all tokens of a round in one pass over the target's features.
+"""A block drafter (DFlash, DSpark) drafts all tokens of a round in one pass over the target's features.
 
 Per sequence, draft position t holds the keys and values of the features of token t. Features wait until their sequence
 drafts:
@@ -8,8 +8,8 @@ drafts:
     observe                       features of what was accepted wait for the next propose
     catch_up                      caches what waits without drafting
 
-The tokens of a block are drawn one by one from their own logits: a token's distribution depends on no token before it
-in the block. That is a chain as any other to verification, whatever its rule.
+The tokens of a block are drawn one by one from their own logits. In DFlash a token's distribution depends on no token
+before it in the block, in DSpark on the last. That is a chain as any other to verification, whatever its rule.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rollout.embedded.plan import RowSpan, make_plan
 from rollout.embedded.unread import UnreadDraft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 
+MOST_GATHERED_BYTES = 256 << 20  # of one layer's keys and values, which are gathered by sequence
 MOST_WAITING_BYTES = 256 << 20  # of features of prompts that no draft was made for
 
 
@@ -88,21 +89,22 @@ class BlockDrafter:
     @torch.inference_mode()
     def propose(self, contexts: Sequence[DraftContext]) -> list[UnreadDraft]:
         self.catch_up(contexts)
-        num_steps = min(chain_steps(contexts, self._setup.shape.num_steps), self.spec.block_size - 1)
+        num_steps = min(chain_steps(contexts, self._setup.shape.num_steps), self.spec.num_block_drafts)
         network, rows = self._network, [_block_row(context) for context in contexts]
-        token_ids = torch.full((len(rows), self.spec.block_size), self.spec.mask_token_id, device=self._setup.device)
-        token_ids[:, 0] = torch.tensor([context.token_ids[-1] for context in contexts])
-        states = network.states(self._embed(token_ids.flatten()).unflatten(0, token_ids.shape), rows, self.cache)
+        blocks = torch.full((len(rows), self.spec.block_size), self.spec.mask_token_id, device=self._setup.device)
+        blocks[:, 0] = torch.tensor([context.token_ids[-1] for context in contexts])
+        states = self._states(self._embed(blocks.flatten()).unflatten(0, blocks.shape), rows)
         states = states[:, :num_steps]
         assert self._target is not None, "a drafter is bound before it drafts"
         logits = self._target.head.wide(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         later = iter(range(1, num_steps))
 
         def step(token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]) -> Heads:
-            index = next(later)  # the block's tokens do not depend on those drawn before them
-            return Heads(logits[:, index], states[:, index])
+            index = next(later)
+            return Heads(network.biased(logits[:, index], token_ids), states[:, index])
 
-        first, slots = Heads(logits[:, 0], states[:, 0]), [RowSpan(row.row, row.own_len, 1) for row in rows]
+        first = Heads(network.biased(logits[:, 0], blocks[:, 0]), states[:, 0])
+        slots = [RowSpan(row.row, row.own_len, 1) for row in rows]
         return grow_chains(first, step, slots, contexts, num_steps, self._vocab, self._setup.drawing)
 
     @torch.inference_mode()
@@ -122,6 +124,17 @@ class BlockDrafter:
     def forget(self, request_key: int) -> None:
         self._known.pop(request_key, None)
         self._waiting.pop(request_key, None)
+
+    def _states(self, embedded: torch.Tensor, rows: Sequence[BlockRow]) -> torch.Tensor:
+        """Run the blocks, so many at once as their gathered contexts have room in memory."""
+        spec, longest = self.spec, max(row.position for row in rows) + self.spec.block_size
+        width = 2 * spec.block.num_kv_heads * spec.block.head_dim * self._setup.dtype.itemsize  # keys and values
+        at_once = max(1, MOST_GATHERED_BYTES // (longest * width))
+        parts = [
+            self._network.states(embedded[start : start + at_once], rows[start : start + at_once], self.cache)
+            for start in range(0, len(rows), at_once)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _cache_waiting(self, rows: Sequence[tuple[int, KvRow]]) -> None:
         """Cache the features that wait of these prompts and sequences; rows are those of this moment."""

@@ -5,6 +5,7 @@
     block     [embedding of the root, of masks …]          its tokens see the context and all of the block; the keys
               and values of the block are of one round alone and are never cached
     logits    the target's head over norm(y) of the masks: the i-th is that of the i-th token behind the root
+              (DSpark, arXiv 2607.05147: from the root's row on, plus a bias w2(w1(token before)) of low rank)
 
 It runs in torch's operators on every device: the native kernels have no attention in both directions.
 """
@@ -52,6 +53,8 @@ class BlockNetwork:
     hidden_norm: torch.Tensor
     norm: torch.Tensor
     embedding: torch.Tensor | None = None
+    previous: torch.Tensor | None = None  # w1 [vocab, rank]
+    bias: PackedLinear | None = None  # w2 [vocab, rank]
 
     def cache_context(self, features: torch.Tensor, plan: AttentionPlan) -> None:
         """Put the keys and values of committed tokens' features [tokens, feature size] where ``plan`` says."""
@@ -62,7 +65,7 @@ class BlockNetwork:
             plan.store.write(index, plan.write_index, rotate(keys, cos, sin_signed), values)
 
     def states(self, embedded: torch.Tensor, rows: Sequence[BlockRow], cache: KvCache) -> torch.Tensor:
-        """Return the states [rows, block - 1, hidden] that the head reads, of blocks [rows, block, hidden]."""
+        """Return the states [rows, drafts, hidden] that the head reads, of blocks [rows, block, hidden]."""
         num_rows, block, hidden = embedded.shape
         device = embedded.device
         starts = torch.tensor([row.position for row in rows], device=device)
@@ -77,7 +80,14 @@ class BlockNetwork:
             x = x + layer.out(context.attend(index, *blocks))
             gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-        return self._norm(x.view(num_rows, block, hidden)[:, 1:], self.norm)
+        return self._norm(x.view(num_rows, block, hidden)[:, block - self.spec.num_block_drafts :], self.norm)
+
+    def biased(self, logits: torch.Tensor, previous_ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits [rows, vocab] of tokens behind ``previous_ids`` [rows]; a DSpark draft's depend on them."""
+        if self.bias is None:
+            return logits
+        assert self.previous is not None, "the bias has two factors"
+        return logits + self.bias.wide(F.embedding(previous_ids, self.previous))
 
     def move(self, device: torch.device) -> None:
         """Move every weight; only where nothing is packed (CUDA and back)."""

@@ -18,6 +18,7 @@ from rollout.embedded.rope import RopeTable
 from rollout.embedded.weights import Slot
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
+from slime_spec.checkpoints.families.dspark import BIAS, PREVIOUS
 
 logger = logging.getLogger(__name__)
 Network = DraftNetwork | BlockNetwork
@@ -34,8 +35,8 @@ def draft_slots(spec: DraftSpec) -> list[Slot]:
         top |= {"embedding_norm": "midlayer.input_layernorm.weight", "hidden_norm": "midlayer.hidden_norm.weight"}
         top |= {"input_norm": "input_norm.weight"}
         top |= {f"{FC_NORMS}{index}": f"fc_norm.{index}.weight" for index in range(len(spec.capture_layers))}
-    elif spec.family == "dflash":
-        top |= {"hidden_norm": "hidden_norm.weight"}
+    elif spec.block_size:
+        top |= {"hidden_norm": "hidden_norm.weight", "previous": PREVIOUS, "bias": BIAS}
     elif spec.family == "mtp":
         family = spec.mtp_layer
         blocks = [family.prefix + family.block]
@@ -46,7 +47,7 @@ def draft_slots(spec: DraftSpec) -> list[Slot]:
     for attribute, name in top.items():
         if name in shapes:
             bias = ("fc.bias",) if attribute == "fc" and "fc.bias" in shapes else ()
-            slots.append(Slot(-1, attribute, (name,), bias, linear=attribute in ("fc", "head")))
+            slots.append(Slot(-1, attribute, (name,), bias, linear=attribute in ("fc", "head", "bias")))
     for layer, block in enumerate(blocks):
         slots += _block_slots(layer, block, spec, shapes)
     return slots

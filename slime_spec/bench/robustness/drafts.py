@@ -10,13 +10,13 @@ from slime_spec.bench.robustness.damage import Damage, Files, damage
 from slime_spec.bench.robustness.fuzzer import Case, Kind
 from slime_spec.bench.robustness.launched import Scratch, config_of, files_of, launched
 from slime_spec.bench.robustness.tiny import DRAFTS, make_draft, make_target
-from slime_spec.checkpoints.families import dflash, eagle3
+from slime_spec.checkpoints.families import dspark, eagle3
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.folder import ANY_FAMILY
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import SpeculativeConfig
 
-KEYS = sorted({*ANY_FAMILY, *LLAMA.keys, *eagle3.KEYS, *dflash.KEYS, "text_config"})
+KEYS = sorted({*ANY_FAMILY, *LLAMA.keys, *eagle3.KEYS, *dspark.KEYS, "text_config"})
 
 
 class Drafts:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, save_draft_checkpoint
-from slime_spec.checkpoints.families import dflash, eagle, eagle3, nextn
+from slime_spec.checkpoints.families import dflash, dspark, eagle, eagle3, nextn
 from slime_spec.checkpoints.families.draft_format import DraftFamily
 from slime_spec.checkpoints.families.family import Family
 from slime_spec.checkpoints.families.mimo import MIMO
@@ -57,6 +57,13 @@ DRAFTS: Mapping[DraftFamily, dict[str, Any]] = {
         "num_hidden_layers": 2,
         dflash.BLOCK: 4,
         dflash.NESTED: {dflash.MASK: 271, dflash.LAYERS: [0, 2]},
+    },
+    "dspark": {
+        **BLOCK,
+        "architectures": [dspark.ARCHITECTURE],
+        "num_hidden_layers": 2,
+        dflash.BLOCK: 4,
+        dflash.NESTED: {dflash.MASK: 271, dflash.LAYERS: [0, 2], dspark.RANK: 6, dspark.KIND: "vanilla"},
     },
 }
 

@@ -61,12 +61,19 @@ class Candidate:
         """Return flags of train; with ``depth`` of a chain as long in every round, of the network alone."""
         chosen = self.settings
         if depth is not None:
-            topk = 1 if chosen.record.has_numbers else chosen.eagle_topk
-            chosen = replace(chosen, num_steps=depth, eagle_topk=topk)
+            chosen = with_depth(chosen, depth)
         if depth is not None and self.has_network:
             rounded = self.quantization or chosen.draft_model_quantization
             chosen = replace(chosen, history=None, draft_model_quantization=rounded)
         return flags_of(chosen)
+
+
+def with_depth(chosen: SpeculativeConfig, depth: int) -> SpeculativeConfig:
+    """Return the settings of a chain as long in every round, by the numbers that the algorithm reads."""
+    if "num_steps" not in chosen.record.reads:
+        return replace(chosen, num_draft_tokens=depth + 1)
+    topk = 1 if chosen.record.has_numbers else chosen.eagle_topk
+    return replace(chosen, num_steps=depth, eagle_topk=topk, num_draft_tokens=None)
 
 
 def flags_of(chosen: SpeculativeConfig) -> tuple[str, ...]:

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
-from slime_spec.bench.tune.candidates import Candidate
+from slime_spec.bench.tune.candidates import Candidate, with_depth
 from slime_spec.bench.tune.workload import Workload
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config
@@ -102,13 +101,7 @@ def _debug_run(config: Config, candidate: Candidate | None) -> Config:
     if candidate is not None and kind_of(config).has_servers:
         speculative = candidate.settings
     elif candidate is not None:
-        has_numbers = candidate.settings.record.has_numbers
-        numbers: dict[str, Any] = {
-            "num_steps": DEPTH,
-            "eagle_topk": 1 if has_numbers else None,
-            "num_draft_tokens": None,
-        }
-        speculative = replace(candidate.settings, **numbers)
+        speculative = with_depth(candidate.settings, DEPTH)
     return replace(
         config,
         run=replace(config.run, mode="train", num_rollout=1),

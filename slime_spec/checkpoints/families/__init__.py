@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from slime_spec.checkpoints.families.deepseek import DEEPSEEK_V3, NEWER_DEEPSEEK
 from slime_spec.checkpoints.families.dflash import DFLASH
 from slime_spec.checkpoints.families.draft_format import DraftFamily, DraftFormat
+from slime_spec.checkpoints.families.dspark import DSPARK
 from slime_spec.checkpoints.families.eagle import EAGLE
 from slime_spec.checkpoints.families.eagle3 import EAGLE3
 from slime_spec.checkpoints.families.family import Family
@@ -24,7 +25,7 @@ FAMILIES = (
     *(LLAMA, QWEN2, QWEN3, MIMO),
     *(DEEPSEEK_V3, NEWER_DEEPSEEK, GLM4_MOE, OTHER_GLM, QWEN3_MOE, QWEN3_NEXT, SERVED_ONLY),
 )
-FORMATS = (EAGLE3, EAGLE, NEXTN, DFLASH)
+FORMATS = (EAGLE3, EAGLE, NEXTN, DFLASH, DSPARK)
 UNKNOWN = Family(())
 
 BY_ARCHITECTURE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.architectures}

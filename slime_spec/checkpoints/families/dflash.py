@@ -1,7 +1,8 @@
 """DFlash (arXiv 2602.06036) drafts a block in one pass: Qwen3 blocks over [target features | root, masks]; no own head.
 
 The layout is SpecForge's and SGLang's ``DFlashDraftModel``. Every token of a block sees all of it. What other
-checkpoints of this architecture add to it (Domino's and DSpark's heads, convolutions, sinks, windows) is refused.
+checkpoints of this architecture add to it (Domino's head, convolutions, sinks, windows) is refused; DSpark's format is
+made of the same parts (dspark.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slime_spec.checkpoints.config_keys import Keys, check_keys, entries, listed, only, whole
 from slime_spec.checkpoints.families.dense import Shapes, block_shapes
-from slime_spec.checkpoints.families.draft_format import DraftFormat, DraftReading
+from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFormat, DraftReading
 from slime_spec.checkpoints.families.family import MtpLayer
 from slime_spec.checkpoints.families.qwen3 import QWEN3
 from slime_spec.errors import CheckpointError
@@ -21,28 +22,34 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "DFlashDraftModel"
 NESTED, LAYERS, MASK, BLOCK = "dflash_config", "target_layer_ids", "mask_token_id", "block_size"
+FROM_ROOT, NUM_TARGET_LAYERS = "sample_from_anchor", "num_target_layers"
 BLOCK_SIZES = whole(2, 128)
 KEYS: Keys = {
     BLOCK: BLOCK_SIZES,
     NESTED: entries(),
     LAYERS: listed(whole(0)),
     MASK: whole(0),
-    "num_target_layers": whole(),
+    NUM_TARGET_LAYERS: whole(),
+    FROM_ROOT: only(True, why="blocks of this kind are not computed"),
 }
 OTHER_HEAD = "another head of the block, or another block"
-NESTED_KEYS: Keys = {
+SHARED_KEYS: Keys = {
     BLOCK: BLOCK_SIZES,
     LAYERS: listed(whole(0)),
     MASK: whole(0),
-    "num_target_layers": whole(),
-    "projector_type": only("dflash", why=OTHER_HEAD),
-    "attention_mode": only("gqa", why=OTHER_HEAD),
-    **dict.fromkeys(("attention_sink_bias", "shift_label", "enable_confidence_head"), only(False, why=OTHER_HEAD)),
+    NUM_TARGET_LAYERS: whole(),
+    **dict.fromkeys(("attention_sink_bias", "shift_label"), only(False, why=OTHER_HEAD)),
     **dict.fromkeys(
         ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"), only(0, why=OTHER_HEAD)
     ),
-    **dict.fromkeys(("markov_rank", "pure_draft_prefix_len", "final_logit_softcapping"), only(0, why=OTHER_HEAD)),
+    **dict.fromkeys(("pure_draft_prefix_len", "final_logit_softcapping"), only(0, why=OTHER_HEAD)),
     **dict.fromkeys(("output_multiplier", "attention_value_scale"), only(1, why=OTHER_HEAD)),
+}
+NESTED_KEYS: Keys = {
+    **SHARED_KEYS,
+    "projector_type": only("dflash", why=OTHER_HEAD),
+    FROM_ROOT: only(True, why=OTHER_HEAD),
+    "markov_rank": only(0, why=OTHER_HEAD),
 }
 
 
@@ -54,7 +61,7 @@ def default_capture_layers(num_target_layers: int, num_layers: int) -> tuple[int
     return tuple(round(1 + index * span / (num_layers - 1)) for index in range(num_layers))
 
 
-def _block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str) -> Mapping[str, Any]:
+def block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str) -> Mapping[str, Any]:
     if config.get("is_causal"):
         raise CheckpointError(
             f"{source}: is_causal", "must be false: a token of a block sees all of it here", True, "Use another draft."
@@ -63,12 +70,21 @@ def _block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str
 
 
 def _fields(read: DraftReading) -> dict[str, Any]:
-    nested = read.config.get(NESTED) or {}
-    check_keys(nested, NESTED_KEYS, read.source, f"{NESTED}.")
+    check_keys(nested_of(read.config), NESTED_KEYS, read.source, f"{NESTED}.")
+    return block_fields(read)
+
+
+def block_fields(read: DraftReading) -> dict[str, Any]:
+    """Return the fields of a draft whose keys were checked; its block is as large as the config.json says."""
+    nested = nested_of(read.config)
     block_size, mask_token_id = (_number(read, nested, name) for name in (BLOCK, MASK))
     if mask_token_id >= read.target.vocab_size:
         rule = f"must be a row of the target's embedding, below {read.target.vocab_size}"
         raise CheckpointError(f"{read.source}: {MASK}", rule, mask_token_id, NAME_IT)
+    made_for = nested.get(NUM_TARGET_LAYERS) or read.config.get(NUM_TARGET_LAYERS)
+    if made_for not in (None, read.target.num_layers):
+        rule = f"must be the target's num_hidden_layers ({read.target.num_layers})"
+        raise CheckpointError(f"{read.source}: {NUM_TARGET_LAYERS}", rule, made_for, ANOTHER_DRAFT)
     return {
         "target_hidden_size": read.block.hidden_size,
         "draft_vocab_size": read.block.vocab_size,
@@ -81,7 +97,7 @@ def _fields(read: DraftReading) -> dict[str, Any]:
 
 def _number(read: DraftReading, nested: Mapping[str, Any], name: str) -> int:
     """Return what the nested object or else the config.json itself says."""
-    value: int | None = nested.get(name, read.config.get(name))
+    value: int | None = read.config.get(name) if nested.get(name) is None else nested[name]
     if value is None:
         raise CheckpointError(f"{read.source}: {name}", "must be given: blocks are made of it", None, NAME_IT)
     return value
@@ -89,11 +105,11 @@ def _number(read: DraftReading, nested: Mapping[str, Any], name: str) -> int:
 
 def block_size_of(config: Mapping[str, Any]) -> int | None:
     """Return the size of a draft's blocks; None for a draft that has none, or does not say it in a number."""
-    size = _nested(config).get(BLOCK, config.get(BLOCK))
+    size = nested_of(config).get(BLOCK, config.get(BLOCK))
     return size if type(size) is int else None
 
 
-def _nested(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def nested_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the object that the config.json may have for what is DFlash's own; nothing of one that is damaged."""
     nested = config.get(NESTED)
     return nested if isinstance(nested, dict) else {}
@@ -111,7 +127,8 @@ def _capture_layers(read: DraftReading, named: list[int] | None) -> tuple[int, .
     return layers
 
 
-def _shapes(spec: DraftSpec) -> Shapes:
+def layer_shapes(spec: DraftSpec) -> Shapes:
+    """Return the shapes of projection, layers and norms."""
     hidden = spec.block.hidden_size
     shapes: Shapes = {"fc.weight": (hidden, spec.feature_size), "hidden_norm.weight": (hidden,)}
     for layer in range(spec.block.num_layers):
@@ -122,11 +139,15 @@ def _shapes(spec: DraftSpec) -> Shapes:
 
 
 def _config(spec: DraftSpec) -> dict[str, Any]:
+    return {"architectures": [ARCHITECTURE], **layer_config(spec, spec.block_size, {})}
+
+
+def layer_config(spec: DraftSpec, block_size: int, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of projection, layers and blocks, with ``more`` in the nested object."""
     return {
-        "architectures": [ARCHITECTURE],
-        BLOCK: spec.block_size,
-        NESTED: {MASK: spec.mask_token_id, LAYERS: list(spec.capture_layers)},
-        "num_target_layers": spec.num_target_layers,
+        BLOCK: block_size,
+        NESTED: {MASK: spec.mask_token_id, LAYERS: list(spec.capture_layers), **more},
+        NUM_TARGET_LAYERS: spec.num_target_layers,
         "layer_types": ["full_attention"] * spec.block.num_layers,
         "use_sliding_window": False,
         "sliding_window": None,
@@ -138,8 +159,9 @@ def _is_unread(name: str, spec: DraftSpec) -> bool:
     return name == "lm_head.weight"
 
 
-def _num_own_parameters(config: Mapping[str, Any]) -> int:
-    named = _nested(config).get(LAYERS) or config.get(LAYERS)
+def num_own_parameters(config: Mapping[str, Any]) -> int:
+    """Count the parameters of the projection and its two norms."""
+    named = nested_of(config).get(LAYERS) or config.get(LAYERS)
     num_captured = len(named) if isinstance(named, list) else config["num_hidden_layers"]
     return int(num_captured * config["hidden_size"] ** 2 + 2 * config["hidden_size"])
 
@@ -147,11 +169,11 @@ def _num_own_parameters(config: Mapping[str, Any]) -> int:
 DFLASH = DraftFormat(
     family="dflash",
     blocks={ARCHITECTURE: QWEN3.architecture},
-    block_config=_block_config,
+    block_config=block_config,
     fields=_fields,
-    shapes=_shapes,
+    shapes=layer_shapes,
     config=_config,
     is_unread=_is_unread,
-    num_own_parameters=_num_own_parameters,
+    num_own_parameters=num_own_parameters,
     keys=KEYS,
 )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slime_spec.checkpoints.draft_spec import DraftSpec
     from slime_spec.checkpoints.model_spec import ModelSpec
 
-DraftFamily = Literal["eagle", "eagle3", "mtp", "dflash"]
+DraftFamily = Literal["eagle", "eagle3", "mtp", "dflash", "dspark"]
 ANOTHER_DRAFT = "Pass --sglang-speculative-draft-model-path with a draft made for this target."
 
 

@@ -107,8 +107,8 @@ class Chunk:
     def gradients(
         self, of_steps: Sequence[torch.Tensor], of_losses: Sequence[torch.Tensor], autocast: AbstractContextManager[Any]
     ) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient of the draft's own head, None where it has none, and of each step's head inputs."""
-        head, whole = self.model.network.own_head, self.positions.target(self.model)
+        """Return the gradients of ``head_weight``, None where the draft has none, and of each step's head inputs."""
+        head, whole = self.model.network.head_weight, self.positions.target(self.model)
         if head is not None and not head.requires_grad:
             head = None
         of_head, found = None, []
@@ -164,7 +164,7 @@ def losses_of_steps(
     sizes = [[int(part.of_step(step).sum()) for part in parts] for step in range(len(of_steps))]
     split = [rows.split(each) for rows, each in zip(of_steps, sizes, strict=True)]
     found = [
-        _Recomputed.apply(Chunk(model, loss, part, quality), model.network.own_head, *rows)
+        _Recomputed.apply(Chunk(model, loss, part, quality), model.network.head_weight, *rows)
         for part, *rows in zip(parts, *split, strict=True)
     ]
     return [torch.cat(each) for each in zip(*found, strict=True)]

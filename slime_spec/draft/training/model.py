@@ -40,7 +40,12 @@ class DraftModel:
 
     def logits(self, head_input: torch.Tensor) -> torch.Tensor:
         """Return the draft's logits [..., draft vocab], fp32."""
-        own = self.network.own_head
+        own, bias = self.network.own_head, self.network.head_weight
+        if own is None and bias is not None:
+            states, behind = head_input.split([self.target_head.shape[1], bias.shape[1]], dim=-1)
+            is_whole = len(self.vocabulary.target_ids) == len(bias)
+            rows = bias if is_whole else bias[self.vocabulary.target_ids.to(bias.device)]
+            return (F.linear(states, self.target_head) + F.linear(behind, rows)).float() / self.temperature
         return F.linear(head_input, self.target_head if own is None else own).float() / self.temperature
 
     def target_logits(self, final: torch.Tensor) -> torch.Tensor:

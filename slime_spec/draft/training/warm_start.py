@@ -102,6 +102,8 @@ def _dflash(network: DFlashNetwork, tensors: Mapping[str, torch.Tensor], target:
         for x in "qkv":
             getattr(layer.self_attn, f"{x}_proj").weight.copy_(block[f"self_attn.{x}_proj.weight"])
         _block(layer, block)
+    if network.spec.markov_rank:
+        network.markov_head.markov_w2.weight.zero_()  # it begins as a DFlash draft
 
 
 def _block(layer: Eagle3Layer | EagleLayer | MtpNetwork | DFlashLayer, last: Mapping[str, torch.Tensor]) -> None:

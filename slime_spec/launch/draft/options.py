@@ -13,7 +13,8 @@ from slime_spec.errors import ConfigError
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
 
 PROG = "slime-spec draft train"
-KINDS = ("eagle3", "eagle", "mtp", "dflash")
+BLOCK_KINDS = ("dflash", "dspark")
+KINDS = ("eagle3", "eagle", "mtp", *BLOCK_KINDS)
 DTYPES = ("float32", "bfloat16", "float16")
 FETCH = "Pass a model's folder, or make one with: slime-spec models fetch smollm2-135m"
 DESCRIPTION = """\
@@ -35,13 +36,15 @@ class DraftOptions:
     out: Path
     corpus: CorpusSettings
     draft: str | None
-    kind: Literal["eagle3", "eagle", "mtp", "dflash"] | None
+    kind: Literal["eagle3", "eagle", "mtp", "dflash", "dspark"] | None
     capture_layers: tuple[int, ...] | None
     draft_vocab_size: int | None
     intermediate_size: int | None
     num_layers: int | None
     block_size: int | None
     mask_token_id: int | None
+    norm_output_convention: str
+    markov_rank: int | None
     held_out_percent: int
     num_steps: int | None
     epochs: int
@@ -110,6 +113,7 @@ RANGES: tuple[tuple[str, str, float, float], ...] = (
     ("--num-layers", "num_layers", 1, 64),
     ("--block-size", "block_size", 2, 128),
     ("--mask-token-id", "mask_token_id", 0, INF),
+    ("--markov-rank", "markov_rank", 1, 4096),
     ("--num-steps", "num_steps", 1, 127),
     ("--epochs", "epochs", 1, INF),
     ("--batch-size", "batch_size", 1, INF),
@@ -124,6 +128,8 @@ SAME_NAME = (
     "num_layers",
     "block_size",
     "mask_token_id",
+    "markov_rank",
+    "norm_output_convention",
     "held_out_percent",
     "num_steps",
     "epochs",
@@ -140,7 +146,7 @@ SAME_NAME = (
 )
 
 
-OF_BLOCKS = ("num_layers", "block_size", "mask_token_id")
+OF_BLOCKS = ("num_layers", "block_size", "mask_token_id", "markov_rank")
 # The shape of a new draft: the flags, and what they are where they are not given.
 DRAFT_VOCAB_SIZE = 4096
 SHAPE: dict[str, str | int | None] = {
@@ -154,16 +160,20 @@ SHAPE: dict[str, str | int | None] = {
 
 def _fill_shape(given: argparse.Namespace) -> None:
     """Fill in the shape of a new draft; raises ConfigError for a shape beside a draft that has its own."""
+    if given.markov_rank is not None and given.kind != "dspark":
+        raise ConfigError("--markov-rank", "is dspark's alone", given.markov_rank, "Drop it, or pass --kind dspark.")
     for name, default in SHAPE.items():
         value = getattr(given, name)
         if given.draft is None:
             setattr(given, name, default if value is None else value)
-        elif value is not None:
+        elif value is not None and name != "draft_vocab_size":  # a draft without a head has no vocabulary of its own
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(flag, "is that of the draft to train on", value, f"Drop {flag}, or --draft.")
-        if name in OF_BLOCKS and given.draft is None and given.kind != "dflash" and value is not None:
+        if name in OF_BLOCKS and given.draft is None and given.kind not in BLOCK_KINDS and value is not None:
             flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(flag, "is of block drafters alone", value, f"Drop {flag}, or pass --kind dflash.")
+            raise ConfigError(
+                flag, "is of block drafters alone", value, f"Drop {flag}, or pass --kind dflash or dspark."
+            )
 
 
 def _check_folders(out: Path, json: Path | None, resume: bool) -> None:
@@ -194,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kind",
         choices=KINDS,
         help="draft to train (eagle3); eagle has no head of its own, mtp is MiMo's format, "
-        "dflash drafts a block in one pass",
+        "dflash and dspark draft a block in one pass",
     )
     corpus = parser.add_argument_group("corpus")
     add = corpus.add_argument
@@ -221,6 +231,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-layers", type=int, help="layers of a block drafter (2)")
     add("--block-size", type=int, help="tokens of its block, the root included (8)")
     add("--mask-token-id", type=int, help="token whose embedding stands where it drafts (the vocabulary's last)")
+    add("--markov-rank", type=int, help="rank of dspark's bias by the token before (64)")
+    add(
+        "--draft-norm-output-convention",
+        dest="norm_output_convention",
+        choices=("sglang", "specforge"),
+        default="sglang",
+        help="what norm_output means in the config.json of --draft, as in train (sglang)",
+    )
     add("--draft-dtype", choices=DTYPES, default="bfloat16", help="dtype of the checkpoint (bfloat16)")
     training = parser.add_argument_group("training")
     add = training.add_argument

@@ -11,7 +11,7 @@ import torch
 from slime_spec.checkpoints.draft_location import BUILTIN, builtin_folder
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config, is_trainable
 from slime_spec.checkpoints.draft_tensors import DraftCheckpoint, load_draft, with_stored_embedding
-from slime_spec.checkpoints.families import dflash
+from slime_spec.checkpoints.families.dflash import default_capture_layers as default_block_layers
 from slime_spec.checkpoints.families.eagle3 import default_capture_layers
 from slime_spec.checkpoints.families.qwen3 import QWEN3
 from slime_spec.checkpoints.model_spec import ModelSpec
@@ -22,11 +22,11 @@ from slime_spec.draft.training.target import FrozenTarget
 from slime_spec.draft.training.vocabulary import DraftVocabulary
 from slime_spec.draft.training.warm_start import warm_start
 from slime_spec.errors import ConfigError
-from slime_spec.launch.draft.options import DRAFT_VOCAB_SIZE, DraftOptions
+from slime_spec.launch.draft.options import BLOCK_KINDS, DRAFT_VOCAB_SIZE, DraftOptions
 from slime_spec.launch.draft.provenance import tensors_checksum
 
 # What a new draft has where no option says it.
-BLOCK_LAYERS, BLOCK_SIZE, NUM_STEPS = 2, 8, 5
+BLOCK_LAYERS, BLOCK_SIZE, MARKOV_RANK, NUM_STEPS = 2, 8, 64, 5
 
 
 def load_start(options: DraftOptions, target: ModelSpec) -> DraftCheckpoint | None:
@@ -34,10 +34,17 @@ def load_start(options: DraftOptions, target: ModelSpec) -> DraftCheckpoint | No
     if options.draft is None:
         return None
     folder = Path(builtin_folder(options.draft) if options.draft.startswith(BUILTIN) else options.draft)
-    spec = DraftSpec.from_folder(folder, target)
+    spec = DraftSpec.from_folder(folder, target, options.norm_output_convention)
     if not is_trainable(spec):
         rule = f"is a draft that cannot be trained: {spec.block.num_layers} layers in the format {spec.family}"
         raise ConfigError("--draft", rule, options.draft, "Pass another draft, or none.")
+    if DraftSpec.from_dict(draft_config(spec), target) != replace(spec, in_target=False, has_own_embedding=False):
+        rule = "is a draft that no folder of its own can hold: its layer is part of the target's checkpoint"
+        raise ConfigError("--draft", rule, options.draft, "Train it in a run: --enable-draft-training.")
+    if spec.has_own_head and options.draft_vocab_size is not None:
+        flag, rule = "--draft-vocab-size", "is that of the draft to train on, whose head has a row for each token"
+        raise ConfigError(flag, rule, options.draft_vocab_size, f"Drop {flag}, or --draft.")
+    _check_layers(spec, target)
     return load_draft(folder, with_stored_embedding(folder, spec, options.target))
 
 
@@ -60,7 +67,7 @@ def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
     if options.kind == "mtp":
         spec = DraftSpec("mtp", block, target.hidden_size, target.vocab_size, hidden_first=True, recurrent_norm=True)
         spec = replace(spec, zero_first_embedding=True)
-    elif options.kind == "dflash":
+    elif options.kind in BLOCK_KINDS:
         spec = _block_spec(options, target, block)
     elif options.kind == "eagle":
         spec = DraftSpec("eagle", block, target.hidden_size, target.vocab_size, logits_norm=False)
@@ -69,20 +76,31 @@ def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
         spec = DraftSpec(
             "eagle3", block, target.hidden_size, options.draft_vocab_size, capture_layers=layers, has_own_head=True
         )
-    return DraftSpec.from_dict(draft_config(spec), target, source="the draft")
+    spec = DraftSpec.from_dict(draft_config(spec), target, source="the draft")
+    _check_layers(spec, target)
+    return spec
+
+
+def _check_layers(spec: DraftSpec, target: ModelSpec) -> None:
+    if target.num_layers - 1 in spec.capture_layers and target.num_layers > 1:
+        rule = "must be layers before the last: SGLang takes a layer's output where the next begins"
+        raise ConfigError("--capture-layers", rule, list(spec.capture_layers), "Leave the last layer out.")
 
 
 def _block_spec(options: DraftOptions, target: ModelSpec, block: ModelSpec) -> DraftSpec:
     num_layers = options.num_layers or BLOCK_LAYERS
-    layers = dflash.default_capture_layers(target.num_layers, num_layers)
-    is_deep_enough = min(layers) >= 0 and len(set(layers)) == len(layers)
+    layers = default_block_layers(target.num_layers, num_layers)
+    is_deep_enough = min(layers) >= 0 and sorted(set(layers)) == list(layers)
+    is_dspark = options.kind == "dspark"
     return DraftSpec(
-        "dflash",
+        "dspark" if is_dspark else "dflash",
         replace(block, architecture=QWEN3.architecture, num_layers=num_layers, qk_norm=True, qkv_bias=False),
         target.hidden_size,
         target.vocab_size,
         capture_layers=options.capture_layers or (layers if is_deep_enough else capture_layers_of(target.num_layers)),
         block_size=options.block_size or BLOCK_SIZE,
+        drafts_from_root=is_dspark,
+        markov_rank=(options.markov_rank or MARKOV_RANK) if is_dspark else 0,
         mask_token_id=target.vocab_size - 1 if options.mask_token_id is None else options.mask_token_id,
         num_target_layers=target.num_layers,
     )
@@ -90,7 +108,7 @@ def _block_spec(options: DraftOptions, target: ModelSpec, block: ModelSpec) -> D
 
 def num_steps_of(options: DraftOptions, spec: DraftSpec) -> int:
     """Return the draft positions that the training unrolls; raises ConfigError for more than a block has."""
-    most = spec.block_size - 1 if spec.block_size else options.num_steps or NUM_STEPS
+    most = spec.num_block_drafts or options.num_steps or NUM_STEPS
     if options.num_steps is not None and options.num_steps > most:
         rule = f"must be at most {most}, what blocks of {spec.block_size} tokens draft"
         raise ConfigError("--num-steps", rule, options.num_steps, "Leave it out.")

@@ -16,12 +16,12 @@ FREE = ("target", "draft", "out", "corpus", "minutes", "resume", "draft_dtype", 
 FLAGS = {"tasks": "--task", "target_checksum": "--target", "draft_checksum": "--draft"}
 
 
-def check_started(options: DraftOptions, target_checksum: str, draft_checksum: str | None) -> None:
+def check_started(options: DraftOptions, num_steps: int, target_checksum: str, draft_checksum: str | None) -> None:
     """Write the settings of a new folder, or compare a resumed command with the settings of its folder.
 
     Raises ConfigError naming the first flag that differs.
     """
-    path, now = options.out / SETTINGS_FILE, _lasting(options, target_checksum, draft_checksum)
+    path, now = options.out / SETTINGS_FILE, _lasting(options, num_steps, target_checksum, draft_checksum)
     if not options.resume:
         options.out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(now, indent=2) + "\n")
@@ -41,9 +41,9 @@ def check_started(options: DraftOptions, target_checksum: str, draft_checksum: s
             )
 
 
-def _lasting(options: DraftOptions, target_checksum: str, draft_checksum: str | None) -> dict[str, Any]:
+def _lasting(options: DraftOptions, num_steps: int, target_checksum: str, draft_checksum: str | None) -> dict[str, Any]:
     given = {name: value for name, value in vars(options).items() if name not in FREE}
     checksums = {"target_checksum": target_checksum, "draft_checksum": draft_checksum}
-    settings = {**asdict(options.corpus), **given, **checksums}
+    settings = {**asdict(options.corpus), **given, "num_steps": num_steps, **checksums}
     loaded: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     return loaded

@@ -50,7 +50,7 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
     tensors = load_tensors(options.target, target)
     checksum = tensors_checksum(tensors)
     begun = None if start is None else DraftStart(str(options.draft), draft_checksum(start))
-    check_started(options, checksum, None if begun is None else begun.checksum)
+    check_started(options, num_steps, checksum, None if begun is None else begun.checksum)
     with ConsoleProgress(console) as progress:
         sequences = generate_corpus(
             options.target, options.dtype, options.device, planned, options.out / CORPUS_FILE, progress
@@ -133,7 +133,7 @@ def _judged(
     store: FeatureStore,
     progress: Progress,
 ) -> dict[str, Tally]:
-    num_positions = max(NUM_POSITIONS, trainer.model.network.spec.block_size - 1)
+    num_positions = trainer.model.network.spec.num_block_drafts or NUM_POSITIONS
     served = trainer.model.over_all_tokens(frozen.head)
     # Without a draft vocabulary logits are wide: smaller batches bound the memory.
     batch_size = options.batch_size if served is trainer.model else max(1, options.batch_size // 4)

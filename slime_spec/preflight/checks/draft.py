@@ -85,7 +85,7 @@ def draft_fit(facts: Facts) -> Sighting | None:
             differences.append(f"it reads {size} hidden features, the target has {target.config.get('hidden_size')}")
         chosen = facts.config.speculative.record
         made_for = _made_for(draft.architecture) or chosen
-        if made_for.has_own_head != chosen.has_own_head:
+        if not {*made_for.families} & {*chosen.families}:
             differences.append(f"it is a {draft.architecture}, for {made_for.name}")
     if not differences:
         return None

@@ -63,9 +63,12 @@ def chain_tokens(facts: Facts) -> Sighting | None:
     applies=speculating,
 )
 def block_size(facts: Facts) -> Sighting | None:
-    asked = facts.config.speculative.num_draft_tokens
+    asked, families = facts.config.speculative.num_draft_tokens, facts.config.speculative.record.families
     size = None if facts.draft is None else block_size_of(facts.draft.config)
-    if size is None or asked is None or asked == size or "dflash" not in facts.config.speculative.record.families:
+    if size is None or asked is None or not {"dflash", "dspark"} & {*families}:
+        return None
+    size += "dspark" in families  # its config.json counts the drafts alone
+    if asked == size:
         return None
     if facts.on_sglang:
         rule = f"the draft's blocks have {size} tokens and the servers run {asked}"

@@ -109,6 +109,13 @@ def draft_refresh(facts: Facts) -> Sighting | None:
     contract, transport = facts.release.weight_contract, _transport(facts)
     told = f"SGLang {facts.release.text} ({contract.name}), transport {transport}"
     refreshes = contract.draft_alone and transport in contract.selective
+    if facts.config.draft_training.enable and {"dflash", "dspark"} & {*facts.config.speculative.record.families}:
+        return Sighting(
+            Severity.ERROR,
+            f"{told}: the draft is trained, and the servers keep a copy of the key and value matrices that a block "
+            "drafter began with, so that a pushed draft would be half old",
+            "Drop --enable-draft-training, or pass --rollout-engine embedded.",
+        )
     if facts.config.draft_training.enable and not refreshes:
         return Sighting(
             Severity.ERROR,

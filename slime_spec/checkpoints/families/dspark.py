@@ -1,0 +1,116 @@
+"""DSpark (arXiv 2607.05147) is DFlash whose drafts know the token before: a low-rank bias of the logits by that token.
+
+The layout is SpecForge's and SGLang's ``DSparkDraftModel`` with the vanilla Markov head. A block of n masks and root
+drafts n tokens, the first from the root's own row, or from the masks alone (``sample_from_anchor`` false). The head
+that predicts acceptance is left aside: it changes no token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from slime_spec.checkpoints.config_keys import Keys, check_keys, entries, flag, harmless, only, whole
+from slime_spec.checkpoints.families.dense import Shapes
+from slime_spec.checkpoints.families.dflash import (
+    FROM_ROOT,
+    NAME_IT,
+    NESTED,
+    OTHER_HEAD,
+    SHARED_KEYS,
+    block_config,
+    block_fields,
+    layer_config,
+    layer_shapes,
+    nested_of,
+)
+from slime_spec.checkpoints.families.dflash import KEYS as DFLASH_KEYS
+from slime_spec.checkpoints.families.dflash import num_own_parameters as num_layer_parameters
+from slime_spec.checkpoints.families.draft_format import DraftFormat, DraftReading
+from slime_spec.checkpoints.families.qwen3 import QWEN3
+from slime_spec.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from slime_spec.checkpoints.draft_spec import DraftSpec
+
+ARCHITECTURE = "DSparkDraftModel"
+OWN, RANK, KIND = "dspark_config", "markov_rank", "markov_head_type"
+PREVIOUS, BIAS = "markov_head.markov_w1.weight", "markov_head.markov_w2.weight"
+MARKOV_KEYS: Keys = {
+    RANK: whole(1, 2**14),
+    KIND: only("vanilla", why=OTHER_HEAD),
+    FROM_ROOT: flag(),
+    **dict.fromkeys(
+        ("enable_confidence_head", "confidence_head_with_markov", "confidence_head_alpha"),
+        harmless("the head that predicts acceptance changes no token, and is left aside"),
+    ),
+}
+KEYS: Keys = {**DFLASH_KEYS, **MARKOV_KEYS, OWN: entries()}
+NESTED_KEYS: Keys = {
+    **SHARED_KEYS,
+    **MARKOV_KEYS,
+    "projector_type": only("dspark", why=OTHER_HEAD),
+    "attention_mode": only("gqa", "mha", why=OTHER_HEAD),
+}
+
+
+def _fields(read: DraftReading) -> dict[str, Any]:
+    nested, own = nested_of(read.config), read.config.get(OWN) or {}
+    check_keys(nested, NESTED_KEYS, read.source, f"{NESTED}.")
+    check_keys(own, MARKOV_KEYS, read.source, f"{OWN}.")
+
+    def named(name: str) -> Any:
+        return next((each[name] for each in (own, nested, read.config) if each.get(name) is not None), None)
+
+    rank = named(RANK)
+    if rank is None:
+        raise CheckpointError(
+            f"{read.source}: {RANK}", "must be given: drafts know the token before by it", None, NAME_IT
+        )
+    from_root = named(FROM_ROOT) is not False
+    fields = block_fields(read)
+    size = fields["block_size"] if from_root else fields["block_size"] + 1
+    return {**fields, "block_size": size, "drafts_from_root": from_root, "markov_rank": rank}
+
+
+def _shapes(spec: DraftSpec) -> Shapes:
+    table = (spec.block.vocab_size, spec.markov_rank)
+    return {**layer_shapes(spec), PREVIOUS: table, BIAS: table}
+
+
+def _config(spec: DraftSpec) -> dict[str, Any]:
+    # SpecForge reads the nested object, SGLang the config.json's own keys.
+    markov = {RANK: spec.markov_rank, KIND: "vanilla", FROM_ROOT: spec.drafts_from_root}
+    attention = "mha" if spec.block.num_heads == spec.block.num_kv_heads else "gqa"
+    more = {**markov, "projector_type": "dspark", "attention_mode": attention, "enable_confidence_head": False}
+    return {
+        "architectures": [ARCHITECTURE],
+        **layer_config(spec, spec.num_block_drafts, more),
+        **markov,
+        "enable_confidence_head": False,
+    }
+
+
+def _is_unread(name: str, spec: DraftSpec) -> bool:
+    return name == "lm_head.weight" or name.startswith("confidence_head.")
+
+
+def _num_own_parameters(config: Mapping[str, Any]) -> int:
+    places = (config.get(OWN), config.get(NESTED), config)
+    ranks = [each.get(RANK) for each in places if isinstance(each, Mapping)]
+    rank = next((each for each in ranks if type(each) is int), 0)
+    return int(num_layer_parameters(config) + 2 * rank * config["vocab_size"])
+
+
+DSPARK = DraftFormat(
+    family="dspark",
+    blocks={ARCHITECTURE: QWEN3.architecture},
+    block_config=block_config,
+    fields=_fields,
+    shapes=_shapes,
+    config=_config,
+    is_unread=_is_unread,
+    renamed={"logit_head.": ""},  # where early files have the heads
+    num_own_parameters=_num_own_parameters,
+    keys=KEYS,
+)
