@@ -38,8 +38,8 @@ def load_start(options: DraftOptions, target: ModelSpec) -> DraftCheckpoint | No
     if not is_trainable(spec):
         rule = f"is a draft that cannot be trained: {spec.block.num_layers} layers in the format {spec.family}"
         raise ConfigError("--draft", rule, options.draft, "Pass another draft, or none.")
-    if DraftSpec.from_dict(draft_config(spec), target) != replace(spec, in_target=False, has_own_embedding=False):
-        rule = "is a draft that no folder of its own can hold: its layer is part of the target's checkpoint"
+    if DraftSpec.from_dict(draft_config(spec), target) != replace(spec, in_target=False):
+        rule = "is a draft that no folder of its own can hold as it is, an MTP layer with biases for instance"
         raise ConfigError("--draft", rule, options.draft, "Train it in a run: --enable-draft-training.")
     if spec.has_own_head and options.draft_vocab_size is not None:
         flag, rule = "--draft-vocab-size", "is that of the draft to train on, whose head has a row for each token"
