@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from slime_spec.placement import num_reserved_gpus
+from slime_spec.preflight.draft_memory import FLOAT32_BYTES
 from slime_spec.preflight.facts import Facts
-from slime_spec.preflight.memory import FLOAT32_BYTES, EngineMemory, MemoryPlan
+from slime_spec.preflight.memory import EngineMemory, MemoryPlan
 from slime_spec.preflight.trainer_memory import FLOAT32_LOGITS, TrainerMemory
 from slime_spec.sglang import memory as sglang
 
@@ -123,11 +124,11 @@ def _trainer_rows(facts: Facts, trainer: TrainerMemory, largest_tensor_bytes: in
     yield MemoryRow("trainer: optimizer", trainer.optimizer_bytes, updated, kept)
     if trainer.reference_bytes:
         yield MemoryRow("trainer: reference", trainer.reference_bytes, f"x {trainer.itemsize}", kept)
-    if trainer.draft_bytes:
-        draft = f"{trainer.draft_parameters:,} parameters x {trainer.draft_bytes // trainer.draft_parameters}"
-        yield MemoryRow("trainer: draft", trainer.draft_bytes, draft, kept)
+    if (draft := trainer.draft) is not None:
+        what = f"{draft.num_parameters:,} parameters x {draft.state_bytes // draft.num_parameters}"
+        yield MemoryRow("trainer: draft", draft.state_bytes, what, kept)
         if config.trainer_leaves:
-            weights = trainer.draft_parameters * FLOAT32_BYTES
+            weights = draft.num_parameters * FLOAT32_BYTES
             yield MemoryRow("trainer: draft's weights", weights, f"x {FLOAT32_BYTES}", frozenset({Phase.PUSH}))
     yield from _step_rows(trainer)
     if facts.trains_with_pushes:
@@ -146,11 +147,22 @@ def _buckets(facts: Facts, largest_tensor_bytes: int, beside: int = 0, what: str
 
 
 def _step_rows(trainer: TrainerMemory) -> Iterator[MemoryRow]:
-    """Yield what a step adds at its peak: a microbatch's passes, or later the update."""
-    train = frozenset({Phase.TRAIN})
-    if trainer.update_bytes > trainer.activation_bytes + trainer.logits_bytes:
+    """Yield what a step adds at its peak: a microbatch's passes, or later the draft's updates, or the policy's."""
+    train, draft = frozenset({Phase.TRAIN}), trainer.draft
+    replies = 0 if draft is None else draft.replies_bytes
+    passes = trainer.activation_bytes + trainer.logits_bytes
+    of_draft = 0 if draft is None else draft.update_bytes
+    if trainer.update_bytes > replies + max(passes, of_draft):
         yield MemoryRow("trainer: update", trainer.update_bytes, "AdamW's float32 copy of what it updates", train)
         return
+    if draft is not None:
+        yield MemoryRow("trainer: draft's replies", replies, f"states of {draft.num_replies:,} replies", train)
+        if of_draft > passes:
+            parts = (
+                f"{_gb(draft.inputs_bytes)} inputs + {_gb(draft.head_bytes)} head + {_gb(draft.logits_bytes)} logits"
+            )
+            yield MemoryRow("trainer: draft's update", of_draft, parts, train)
+            return
     how = "recomputed: a layer's inputs, all of one layer" if trainer.recomputes else "all layers"
     yield MemoryRow("trainer: activations", trainer.activation_bytes, f"{trainer.num_tokens:,} tokens, {how}", train)
     copies = f"1 x {trainer.itemsize} + {FLOAT32_LOGITS} x {FLOAT32_BYTES} bytes each"

@@ -17,14 +17,9 @@ from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.speculation import draft_quantization
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
+from slime_spec.preflight.draft_memory import FLOAT32_BYTES, DraftMemory, DraftSizes, draft_memory
 from slime_spec.preflight.facts import Facts
-from slime_spec.preflight.trainer_memory import (
-    FLOAT32_BYTES,
-    FLOAT32_LOGITS,
-    ITEMSIZES,
-    TrainerMemory,
-    trainer_memory,
-)
+from slime_spec.preflight.trainer_memory import FLOAT32_LOGITS, ITEMSIZES, TrainerMemory, trainer_memory
 
 GB = 10**9
 PASS_TOKENS = 16_384  # of the embedded engine's longest pass on a GPU, padding included
@@ -102,13 +97,14 @@ def plan_memory(facts: Facts) -> MemoryPlan:
     )
 
 
-def _trained_draft(facts: Facts, counted: Parameters) -> int:
-    """Return the parameters of the draft that the trainer trains, 0 for none."""
-    if not facts.config.draft_training.enable:
-        return 0
-    if facts.draft_kind == "in_target":
-        return counted.mtp
-    return 0 if facts.draft is None else draft_parameters(facts.draft)
+def _trained_draft(facts: Facts, counted: Parameters) -> DraftMemory | None:
+    """Return the memory of the draft that the trainer trains; None where there is none that can be trained."""
+    draft, draft_format = facts.draft, facts.draft_format
+    if not facts.config.draft_training.enable or draft is None or draft_format is None:
+        return None
+    num_parameters = counted.mtp if facts.draft_kind == "in_target" else draft_parameters(draft)
+    sizes = DraftSizes.of(draft_format, draft.config, facts.target.config, num_parameters)
+    return draft_memory(facts.config, sizes)
 
 
 def weight_itemsize(checkpoint: Checkpoint, dtype: str) -> int:

@@ -15,10 +15,9 @@ from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.folder import architecture_of
 from slime_spec.checkpoints.parameters import Parameters, head_dim, num_kv_heads
 from slime_spec.config.tree import Config, TrainerConfig
+from slime_spec.preflight.draft_memory import ADAM_STATES, FLOAT32_BYTES, DraftMemory
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-FLOAT32_BYTES = 4
-ADAM_STATES = 2
 # Log-probabilities of logits: the logits, and in float32 the scaled, the shifted and the exponentiated ones.
 FLOAT32_LOGITS = 3
 
@@ -30,8 +29,8 @@ class TrainerMemory:
     ``num_parameters`` are the rank's, of which the optimizer has states for ``num_updated``. ``reference_bytes`` is the
     initial checkpoint, kept where the loss has a KL term. A microbatch of ``num_tokens`` packed tokens has
     ``activation_bytes`` and ``logits_bytes``; later in the step AdamW has a float32 copy of what it updates instead.
-    With ``updates_on_host`` its ``moment_bytes`` are not on the GPU. ``draft_parameters`` are those of a draft in
-    training, which one tensor rank of the last stage holds whole.
+    With ``updates_on_host`` its ``moment_bytes`` are not on the GPU. One tensor rank of the last stage holds a draft in
+    training whole.
     """
 
     num_parameters: int
@@ -47,12 +46,12 @@ class TrainerMemory:
     reference_bytes: int
     activation_bytes: int
     logits_bytes: int
-    draft_parameters: int = 0
+    draft: DraftMemory | None = None
 
     @property
     def draft_bytes(self) -> int:
-        """Return what a draft in training takes: weights, gradients and moments in float32."""
-        return self.draft_parameters * (2 + ADAM_STATES) * FLOAT32_BYTES
+        """Return what a draft in training takes from step to step."""
+        return 0 if self.draft is None else self.draft.state_bytes
 
     @property
     def kept_bytes(self) -> int:
@@ -68,12 +67,12 @@ class TrainerMemory:
     def host_bytes(self) -> int:
         """Return what the host keeps of a rank that leaves its GPU; gradients are not kept."""
         moments = self.moment_bytes if self.updates_on_host else 0
-        draft_bytes = self.draft_parameters * (1 + ADAM_STATES) * FLOAT32_BYTES
+        draft_bytes = 0 if self.draft is None else self.draft.host_bytes
         return self.weights_bytes + self.optimizer_bytes + moments + self.reference_bytes + draft_bytes
 
 
 def trainer_memory(
-    config: Config, target: Mapping[str, Any], counted: Parameters, draft_parameters: int = 0
+    config: Config, target: Mapping[str, Any], counted: Parameters, draft: DraftMemory | None = None
 ) -> TrainerMemory:
     """Return a rank's memory for the target whose config.json is ``target``, and a draft that it trains."""
     trainer = config.trainer
@@ -101,7 +100,7 @@ def trainer_memory(
         reference_bytes=held * itemsize if config.algorithm.kl_loss_coef > 0 else 0,
         activation_bytes=_activation_bytes(trainer, target, num_tokens),
         logits_bytes=num_tokens * target["vocab_size"] // trainer.tensor_model_parallel_size * logit_bytes,
-        draft_parameters=draft_parameters,
+        draft=draft,
     )
 
 

@@ -99,8 +99,23 @@ def test_a_draft_in_training_has_weights_gradients_and_moments_in_float32(tmp_pa
     (learning,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path / "learning", "--enable-mtp-training")
     attention = 4096 * (32 + 2 * 8) * 128 + (32 + 2 * 8) * 128 + 32 * 128 * 4096
     mtp = attention + 3 * 4096 * 11008 + 2 * 4096 + 2 * 4096 * 4096 + 3 * 4096
-    assert rows_of(learning) == {**rows_of(plain), "trainer: draft": 16 * mtp, "trainer: draft's weights": 4 * mtp}
+    # 64 replies on four data parallel ranks: embedding and final state of 2,048 tokens, of 512 the latter once more.
+    replies = 16 * ((2 * 2048 + 512) * 4096 * 2 + 512 * 12)
+    of_draft = {"trainer: draft": 16 * mtp, "trainer: draft's weights": 4 * mtp, "trainer: draft's replies": replies}
+    assert rows_of(learning) == {**rows_of(plain), **of_draft}
     assert learning.total(Phase.ROLLOUT) == plain.total(Phase.ROLLOUT)
+    assert learning.total(Phase.TRAIN) == plain.total(Phase.TRAIN) + 16 * mtp + replies
+
+
+def test_an_update_of_a_draft_counts_where_it_is_more_than_the_policys_passes(tmp_path: Path) -> None:
+    """Short microbatches, of which the target's whole head in float32 is the most; four replies an update and rank."""
+    short = ("--max-tokens-per-gpu", "1024", "--rollout-max-prompt-len", "512", "--rollout-max-response-len", "512")
+    (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path, "--enable-mtp-training", *short)
+    inputs = 4 * ((1024 * 4096 + 1023 * 4096) * 4 + 511 * 4096 * 2)
+    head, row = 151680 * 4096 * 4, 151680 * 4
+    logits = int(6.1 * (2**28 // row) * row)
+    assert rows_of(gpu)["trainer: draft's update"] == inputs + head + logits
+    assert "trainer: activations" not in rows_of(gpu)
 
 
 def test_the_gpus_of_glm_are_what_a_pencil_says(tmp_path: Path) -> None:

@@ -1,17 +1,24 @@
 """What a rank that trains a draft does in a test; see rank_workers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 
 from slime_spec.config.tree import Config
+from slime_spec.draft.training.online import LearnedStep, SeenReply
 from slime_spec.errors import TrainingError
 from slime_spec.interfaces import RunState
 from slime_spec.types import TrainReport, TrainSample
 from tests.trainer.rank_workers import KeepingTransport, weights_of
+from trainer_bridge.draft_rows import ReplyRows
 from trainer_bridge.layout import Layout
+from trainer_bridge.megatron.draft_side import DraftSide
+from trainer_bridge.megatron.pass_capture import KeptRows
 from trainer_bridge.megatron.process_groups import process_groups
 from trainer_bridge.megatron.rank import TrainerRank
 from trainer_bridge.megatron.vocab_parallel import argmax_and_logsumexp
@@ -53,6 +60,57 @@ def train_draft(
     run = DraftRun(weights_of(worker), pushed, reports)
     worker.close()
     return run
+
+
+@dataclass(frozen=True)
+class DraftBytes:
+    """What a step kept of the policy's passes, then of replies, and what one update read."""
+
+    passes: int
+    replies: int
+    inputs: int
+
+
+class Weighing:
+    """Stands before a DraftSide's capture and draft, and adds up the bytes of what goes through."""
+
+    def __init__(self, side: DraftSide) -> None:
+        assert side.draft is not None
+        self.capture, self.draft, self.found = side._capture, side.draft, DraftBytes(0, 0, 0)
+        self.trainer, self.tensors = side.draft.trainer, side.draft.tensors
+
+    @contextmanager
+    def of(self, replies: Sequence[Sequence[ReplyRows]]) -> Iterator[list[KeptRows | None]]:
+        with self.capture.of(replies) as kept:
+            yield kept
+        self.found = replace(self.found, passes=sum(num_bytes(each.kept.values()) for each in kept if each is not None))
+
+    def learn(self, replies: Sequence[SeenReply], num_updates: int, target_head: torch.Tensor) -> LearnedStep:
+        first = [each for each in replies if each.slots[0] < self.draft.trainer.settings.batch_size]
+        batch = self.draft._batch(first, target_head)
+        read = num_bytes([batch.features, batch.final, self.draft.trainer.model.embedding])
+        states = [(each.embeddings, each.features, each.final, each.argmax, each.logsumexp) for each in replies]
+        self.found = replace(self.found, replies=num_bytes(chain.from_iterable(states)), inputs=read)
+        return self.draft.learn(replies, num_updates, target_head)
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """The bytes of the tensors' memory; several may share some."""
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
+
+
+def weigh_draft_step(rank: int, init_method: str, config: Config, samples: Sequence[TrainSample]) -> DraftBytes:
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    assert worker.draft is not None
+    weighing: Any = Weighing(worker.draft)
+    worker.draft._capture = weighing
+    worker.draft.draft = weighing
+    worker.step(samples)
+    worker.close()
+    found: DraftBytes = weighing.found
+    return found
 
 
 def push_draft_everywhere(rank: int, init_method: str, config: Config) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from slime_spec.draft.training.sequence import DraftSequence
 from slime_spec.draft.training.target import FrozenTarget
 from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings
 from slime_spec.draft.training.vocabulary import DraftVocabulary
+from slime_spec.preflight.draft_memory import DraftSizes, draft_memory
 from slime_spec.types import TrainSample
 from tests.support.tiny_drafts import edit_config, make_tiny_draft, make_tiny_mimo
 from tests.trainer.draft_workers import DraftRun
@@ -348,6 +349,23 @@ def test_an_export_has_the_mtp_layer_of_the_policy(
     source = load_draft(inside.model.hf_checkpoint, spec).tensors
     assert_same_drafts(exported, published(ran(laid_out, batches)) if learns else source)
     assert all(torch.equal(tensor, source[name]) for name, tensor in exported.items()) != learns
+
+
+def test_what_a_step_keeps_and_an_update_reads_is_what_the_memory_plan_says(config: Config, policy: Path) -> None:
+    """Prompts of five tokens, all different, and responses of nine: a row more than the draft learns from."""
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, 160, (6, 14), generator=generator).tolist()
+    samples = [TrainSample(tuple(text), 5, (-5.0,) * 9, 1.0 + index) for index, text in enumerate(texts)]
+    rollout = replace(config.rollout, batch_size=6, n_samples_per_prompt=1, max_prompt_len=5, max_response_len=9)
+    settings = replace(SETTINGS, max_rows=8)  # the whole of a reply: a window would see less of what is before it
+    whole = replace(config, rollout=rollout, draft_training=settings)
+    (found,) = run_ranks(1, "weigh_draft_step", whole, near_policy(policy, samples))
+    spec = spec_of(config)
+    sizes = DraftSizes(spec.family, 0, 32, spec.feature_size, 0)
+    planned = draft_memory(whole, sizes)
+    assert planned.num_replies == 6
+    assert planned.replies_bytes == max(found.passes, found.replies)
+    assert planned.inputs_bytes == found.inputs
 
 
 def test_chosen_replies_are_drawn_from_those_with_a_token_to_draft() -> None:

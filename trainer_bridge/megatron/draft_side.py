@@ -207,7 +207,10 @@ class DraftSide:
         head = self._head_rows()
         if self.draft is None:
             return
-        seen = [reply for rows, of_mb in present for reply in self._seen(rows, of_mb)]
+        seen: list[SeenReply] = []
+        for rows, of_mb in present:
+            seen += self._seen(rows, of_mb)
+            rows.kept.clear()  # what is seen of them are copies
         learned = self.draft.learn(seen, num_updates, head, mask)
         self._sums = DraftSums.unpacked(self._sums.packed() + learned.sums.packed())
         self._grad_norms += learned.grad_norms

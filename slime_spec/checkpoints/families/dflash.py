@@ -159,11 +159,20 @@ def _is_unread(name: str, spec: DraftSpec) -> bool:
     return name == "lm_head.weight"
 
 
+def num_captured(config: Mapping[str, Any]) -> int:
+    """Count the target's layers that the projection reads."""
+    named = nested_of(config).get(LAYERS) or config.get(LAYERS)
+    return len(named) if isinstance(named, list) else int(config["num_hidden_layers"])
+
+
 def num_own_parameters(config: Mapping[str, Any]) -> int:
     """Count the parameters of the projection and its two norms."""
-    named = nested_of(config).get(LAYERS) or config.get(LAYERS)
-    num_captured = len(named) if isinstance(named, list) else config["num_hidden_layers"]
-    return int(num_captured * config["hidden_size"] ** 2 + 2 * config["hidden_size"])
+    return int(num_captured(config) * config["hidden_size"] ** 2 + 2 * config["hidden_size"])
+
+
+def _num_block_drafts(config: Mapping[str, Any]) -> int | None:
+    size = block_size_of(config)
+    return None if size is None else size - 1
 
 
 DFLASH = DraftFormat(
@@ -175,5 +184,7 @@ DFLASH = DraftFormat(
     config=_config,
     is_unread=_is_unread,
     num_own_parameters=num_own_parameters,
+    num_block_drafts=_num_block_drafts,
+    num_captured=num_captured,
     keys=KEYS,
 )

@@ -49,7 +49,8 @@ class DraftFormat:
     embedding and head, ``config`` the keys of config.json beyond the block's. ``renamed`` maps beginnings of names that
     some files use to ours. ``optional`` tensors are zero where a file lacks them; those for which ``is_unread`` are
     left aside, as SGLang does. ``num_own_parameters`` counts the draft's parameters beyond its decoder block from
-    config.json alone.
+    config.json alone, ``num_captured`` the target's layers that it reads, and ``num_block_drafts`` the tokens that a block
+    drafter drafts at once, None where a damaged file does not say it.
     """
 
     family: DraftFamily
@@ -65,6 +66,8 @@ class DraftFormat:
     optional: frozenset[str] = frozenset()
     has_tables: bool = False
     num_own_parameters: Callable[[Mapping[str, Any]], int] | None = None
+    num_block_drafts: Callable[[Mapping[str, Any]], int | None] | None = None
+    num_captured: Callable[[Mapping[str, Any]], int] | None = None
     keys: Keys = field(default_factory=dict)
 
     def canonical_name(self, stored: str) -> str:

@@ -20,9 +20,11 @@ from slime_spec.checkpoints.families.dflash import (
     SHARED_KEYS,
     block_config,
     block_fields,
+    block_size_of,
     layer_config,
     layer_shapes,
     nested_of,
+    num_captured,
 )
 from slime_spec.checkpoints.families.dflash import KEYS as DFLASH_KEYS
 from slime_spec.checkpoints.families.dflash import num_own_parameters as num_layer_parameters
@@ -112,5 +114,7 @@ DSPARK = DraftFormat(
     is_unread=_is_unread,
     renamed={"logit_head.": ""},  # where early files have the heads
     num_own_parameters=_num_own_parameters,
+    num_block_drafts=block_size_of,  # its config.json counts the drafts alone
+    num_captured=num_captured,
     keys=KEYS,
 )

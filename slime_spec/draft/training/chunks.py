@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from slime_spec.config.draft_training import MAX_LOGITS_BYTES
 from slime_spec.draft.training.batch import TrainBatch
 from slime_spec.draft.training.loss import Loss, StepTarget, acceptance, token_log_ratios
 from slime_spec.draft.training.model import DraftModel
 from slime_spec.draft.training.quality import Quality
 
 FLOAT32_BYTES = 4
-MAX_LOGITS_BYTES = 256 * 2**20  # of one tensor of logits in fp32
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from slime_spec.config.draft_training import MAX_LOGITS_BYTES
 from slime_spec.draft.training.batch import TrainBatch
-from slime_spec.draft.training.chunks import MAX_LOGITS_BYTES, Positions, losses_of_steps
+from slime_spec.draft.training.chunks import Positions, losses_of_steps
 from slime_spec.draft.training.loss import Loss
 from slime_spec.draft.training.model import DraftModel
 from slime_spec.draft.training.quality import Quality

@@ -163,6 +163,11 @@ def _memory(plan: Plan) -> Iterator[str]:
             f"{_size(trainer.optimizer_bytes)}{reference}{draft}; a microbatch adds activations "
             f"{_size(trainer.activation_bytes)} + logits {_size(trainer.logits_bytes)}"
         )
+        if trainer.draft is not None:
+            yield (
+                f"  of the draft in training a step adds the states of {counted(trainer.draft.num_replies, 'sample')}, "
+                f"{_size(trainer.draft.replies_bytes)}, and an update {_size(trainer.draft.update_bytes)}"
+            )
         if plan.facts.config.trainer_leaves and plan.facts.config.trainer.num_gpus:
             yield f"  in host memory while engines generate: {_size(trainer.host_bytes)} of each rank, pinned"
     if memory.push_bytes is not None:

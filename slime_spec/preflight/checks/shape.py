@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slime_spec.algorithms import EAGLE, EAGLE3, NONE, STANDALONE
-from slime_spec.checkpoints.families.dflash import block_size_of
+from slime_spec.checkpoints.families import head_format
 from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
@@ -63,11 +63,12 @@ def chain_tokens(facts: Facts) -> Sighting | None:
     applies=speculating,
 )
 def block_size(facts: Facts) -> Sighting | None:
-    asked, families = facts.config.speculative.num_draft_tokens, facts.config.speculative.record.families
-    size = None if facts.draft is None else block_size_of(facts.draft.config)
-    if size is None or asked is None or not {"dflash", "dspark"} & {*families}:
+    asked = facts.config.speculative.num_draft_tokens
+    draft_format = None if facts.draft is None else head_format(facts.draft.architecture)
+    if facts.draft is None or draft_format is None or draft_format.num_block_drafts is None or asked is None:
         return None
-    size += "dspark" in families  # its config.json counts the drafts alone
+    num_drafts = draft_format.num_block_drafts(facts.draft.config)
+    size = asked if num_drafts is None else num_drafts + 1
     if asked == size:
         return None
     if facts.on_sglang:
