@@ -34,6 +34,7 @@ BLOCKS: dict[str, Any] = {
         "dflash_config": {"mask_token_id": 128255, "target_layer_ids": [1, 8, 15]},
     }
 }
+SPARKS: dict[str, Any] = {"draft": {**BLOCKS["draft"], "architectures": ["DSparkDraftModel"], "markov_rank": 256}}
 FP16_HEAD: dict[str, Any] = {"draft": {**EAGLE3_HEAD, "torch_dtype": "float16"}}
 SHORT_HEAD: dict[str, Any] = {"draft": {**EAGLE3_HEAD, "max_position_embeddings": 2048}}
 FULL_HEAD: dict[str, Any] = {"draft": {**EAGLE3_HEAD, "draft_vocab_size": None}}
@@ -333,8 +334,8 @@ CASES = (
     case("block-size", (*DFLASH, "--speculative-num-draft-tokens", "8"), WARNING, **BLOCKS),
     case("block-size", (*DFLASH, "--speculative-num-draft-tokens", "16"), **BLOCKS),
     case("block-size", DFLASH, **BLOCKS),
-    case("block-size", (*DSPARK, "--speculative-num-draft-tokens", "16"), WARNING, **BLOCKS),
-    case("block-size", (*DSPARK, "--speculative-num-draft-tokens", "17"), **BLOCKS),
+    case("block-size", (*DSPARK, "--speculative-num-draft-tokens", "16"), WARNING, **SPARKS),
+    case("block-size", (*DSPARK, "--speculative-num-draft-tokens", "17"), **SPARKS),
     case("block-size", (*EAGLE3, "--speculative-num-draft-tokens", "4"), **HEAD),
     case("block-size", (*EMBEDDED_DFLASH, "--speculative-num-draft-tokens", "17"), INFO, **BLOCKS),
     case("block-size", (*EMBEDDED_DFLASH, "--speculative-num-draft-tokens", "8"), **BLOCKS),

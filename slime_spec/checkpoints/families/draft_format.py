@@ -49,8 +49,8 @@ class DraftFormat:
     embedding and head, ``config`` the keys of config.json beyond the block's. ``renamed`` maps beginnings of names that
     some files use to ours. ``optional`` tensors are zero where a file lacks them; those for which ``is_unread`` are
     left aside, as SGLang does. ``num_own_parameters`` counts the draft's parameters beyond its decoder block from
-    config.json alone, ``num_captured`` the target's layers that it reads, and ``num_block_drafts`` the tokens that a block
-    drafter drafts at once, None where a damaged file does not say it.
+    config.json alone, ``num_captured`` the target's layers that it reads, and ``num_block_drafts`` the tokens that a
+    block drafter drafts at once, None where a damaged file does not say it.
     """
 
     family: DraftFamily
