@@ -124,6 +124,17 @@ class DraftTrainingConfig:
     )
 
 
+# A window of fewer blocks than this would say little of the tokens at a block's end, and teach them little.
+LEAST_BLOCKS = 4
+
+
+def rows_of_reply(settings: DraftTrainingConfig, num_block_drafts: int) -> int:
+    """Return the rows of one reply that the draft learns from; each of a block drafter's is a block of drafts."""
+    if not num_block_drafts:
+        return settings.max_rows
+    return min(settings.max_rows, max(settings.max_rows // num_block_drafts, LEAST_BLOCKS * num_block_drafts))
+
+
 def loss_for(settings: DraftTrainingConfig, family: str) -> str:
     """Return the loss with which a draft of a family learns."""
     return settings.loss or LOSS_OF_FAMILY.get(family, LOSS_OF_OTHERS)

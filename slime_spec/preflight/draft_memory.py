@@ -3,8 +3,8 @@
     passes of the policy   the rows that the draft learns from, kept as they are computed
     updates of the draft   these rows, and for one update at a time its inputs, the target's head and logits
 
-Not counted: what the draft's own layers save for the backward pass, and samples that are on one data parallel rank more
-than on another.
+Not counted: what the draft's own layers save for the backward pass (but a block drafter's scores), and samples that are
+on one data parallel rank more than on another.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 from slime_spec.checkpoints.families.draft_format import DraftFormat
 from slime_spec.checkpoints.families.eagle3 import NUM_CAPTURED, named_layers
-from slime_spec.config.draft_training import MAX_LOGITS_BYTES, loss_for
+from slime_spec.config.draft_training import MAX_LOGITS_BYTES, loss_for, rows_of_reply
 from slime_spec.config.tree import Config
 
 FLOAT32_BYTES = 4
 ADAM_STATES = 2
+SCORE_BYTES = 4  # measured: 4 in bfloat16, 6.6 in float32
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 ARGMAX_AND_LOGSUMEXP_BYTES = 8 + FLOAT32_BYTES
 # Tensors of logits that exist at once, in fp32, by loss: where a batch is computed whole at the first draft position,
@@ -45,6 +46,12 @@ class DraftSizes:
     num_features: int
     vocab_size: int
     num_block_drafts: int = 0  # of a block drafter, whose rows are blocks
+    num_heads: int = 0  # of all its layers
+
+    @property
+    def num_scores(self) -> int:
+        """Return the scores that a block has with each token it sees; 0 of a draft that drafts by steps."""
+        return (self.num_block_drafts + 1) * self.num_heads if self.num_block_drafts else 0
 
     @classmethod
     def of(
@@ -58,8 +65,9 @@ class DraftSizes:
             captured = draft_format.num_captured(draft)
         hidden = target["hidden_size"]
         vocab = draft.get("draft_vocab_size") or target["vocab_size"]
+        heads = draft["num_hidden_layers"] * draft["num_attention_heads"]
         block = None if draft_format.num_block_drafts is None else draft_format.num_block_drafts(draft)
-        return cls(draft_format.family, num_parameters, hidden, captured * hidden, vocab, block or 0)
+        return cls(draft_format.family, num_parameters, hidden, captured * hidden, vocab, block or 0, heads)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class DraftMemory:
     inputs_bytes: int
     head_bytes: int
     logits_bytes: int
+    scores_bytes: int = 0  # of a block drafter's attention, which every token of every block has over all it sees
 
     @property
     def state_bytes(self) -> int:
@@ -89,7 +98,7 @@ class DraftMemory:
 
     @property
     def update_bytes(self) -> int:
-        return self.inputs_bytes + self.head_bytes + self.logits_bytes
+        return self.inputs_bytes + self.head_bytes + self.logits_bytes + self.scores_bytes
 
 
 def draft_memory(config: Config, sizes: DraftSizes) -> DraftMemory:
@@ -103,8 +112,7 @@ def draft_memory(config: Config, sizes: DraftSizes) -> DraftMemory:
     num_replies = -(-min(num_updates * settings.batch_size, of_batch) // ranks)
     in_update = min(num_replies, -(-settings.batch_size // ranks))
     num_fed = min(settings.max_length, rollout.longest - 1)
-    max_rows = max(1, settings.max_rows // max(1, sizes.num_block_drafts))
-    num_rows = max(0, min(max_rows, rollout.max_response_len - 1))
+    num_rows = max(0, min(rows_of_reply(settings, sizes.num_block_drafts), rollout.max_response_len - 1))
     num_steps = sizes.num_block_drafts or settings.num_steps
     itemsize, hidden, features = ITEMSIZES[trainer.dtype], sizes.hidden_size, sizes.num_features
     # As the passes leave them; then by reply, and the features side by side.
@@ -112,13 +120,15 @@ def draft_memory(config: Config, sizes: DraftSizes) -> DraftMemory:
     of_passes = num_fed * (2 * hidden + captured) * itemsize
     by_reply = (num_fed * (hidden + features) + num_rows * hidden) * itemsize
     in_fp32 = ((num_fed + 1) * features + num_fed * hidden) * FLOAT32_BYTES
+    mask_bytes = hidden * FLOAT32_BYTES if sizes.num_block_drafts else 0
     return DraftMemory(
         num_parameters=sizes.num_parameters,
         num_replies=num_replies,
         replies_bytes=num_replies * (max(of_passes, by_reply) + num_rows * ARGMAX_AND_LOGSUMEXP_BYTES),
-        inputs_bytes=in_update * (in_fp32 + num_rows * hidden * itemsize),
+        inputs_bytes=in_update * (in_fp32 + num_rows * hidden * itemsize) + mask_bytes,
         head_bytes=sizes.vocab_size * hidden * FLOAT32_BYTES,
         logits_bytes=logits_bytes(loss_for(settings, sizes.family), in_update * num_rows, sizes.vocab_size, num_steps),
+        scores_bytes=in_update * num_rows * sizes.num_scores * num_fed * SCORE_BYTES,
     )
 
 

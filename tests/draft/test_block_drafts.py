@@ -12,7 +12,7 @@ from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
 from slime_spec.checkpoints.families.dflash import default_capture_layers
 from slime_spec.checkpoints.families.draft_format import DraftFamily
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.config.draft_training import LOSSES, DraftTrainingConfig, loss_for
+from slime_spec.config.draft_training import LOSSES, DraftTrainingConfig, loss_for, rows_of_reply
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.errors import CheckpointError, NotComputedError
 from slime_spec.types import GroupRequest, SamplingParams
@@ -147,6 +147,12 @@ def test_numbers_that_block_drafters_do_not_read_change_nothing() -> None:
     assert not replace(settings, num_draft_tokens=4).is_automatic
     assert with_depth(settings, 3).num_draft_tokens == 4
     assert with_depth(settings, 3).num_steps is None
+
+
+def test_a_reply_gives_as_many_fewer_rows_as_a_block_drafts_and_at_least_four_blocks() -> None:
+    settings = DraftTrainingConfig(max_rows=512)
+    assert [rows_of_reply(settings, drafts) for drafts in (0, 7, 15, 31, 127)] == [512, 73, 60, 124, 508]
+    assert rows_of_reply(replace(settings, max_rows=8), 15) == 8
 
 
 @pytest.mark.parametrize("family", get_args(DraftFamily))

@@ -20,7 +20,7 @@ from slime_spec.draft.training.unrolled import Objective, Unrolled, unrolled_los
 from slime_spec.draft.training.vocabulary import DraftVocabulary
 from tests.support.tiny_models import make_tiny_checkpoint
 
-HIDDEN, VOCAB, STEPS = 48, 131, 3
+HIDDEN, VOCAB, STEPS, RANK = 48, 131, 3, 30
 PROMPTS, REPLIES = torch.tensor([3, 1, 4, 2]), torch.tensor([9, 4, 12, 2])
 NUM_POSITIONS = int((REPLIES - 1).sum())
 TEMPERATURE = 0.9
@@ -33,12 +33,20 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     return ModelSpec.from_folder(folder)
 
 
-@pytest.fixture(scope="module", params=[("eagle3", 50), ("mtp", VOCAB)], ids=["own head", "the target's head"])
+@pytest.fixture(
+    scope="module",
+    params=[("eagle3", 50), ("mtp", VOCAB), ("dspark", VOCAB), ("dspark", 50)],
+    ids=["own head", "the target's head", "a bias beside it", "a bias of some tokens"],
+)
 def model(request: pytest.FixtureRequest, target: ModelSpec) -> DraftModel:
     family, size = request.param
     block = replace(target, num_layers=1)
     if family == "mtp":
         spec = DraftSpec("mtp", block, HIDDEN, VOCAB, hidden_first=True, recurrent_norm=True, zero_first_embedding=True)
+    elif family == "dspark":
+        qwen3 = replace(block, architecture="Qwen3ForCausalLM", qk_norm=True)
+        spec = DraftSpec("dspark", qwen3, HIDDEN, VOCAB, capture_layers=(0, 1), block_size=STEPS)
+        spec = replace(spec, mask_token_id=7, drafts_from_root=True, markov_rank=RANK)
     else:
         spec = DraftSpec("eagle3", block, HIDDEN, size, capture_layers=(0, 1, 2), has_own_head=True)
     generator = torch.Generator().manual_seed(1)
@@ -131,7 +139,7 @@ def test_under_no_grad_chunks_judge_alike(model: DraftModel, batch: TrainBatch) 
 
 
 class Largest(TorchDispatchMode):
-    """Records the most rows of all tensors over the vocabulary that are made, but for a head's, [hidden, vocab]."""
+    """Records the most rows of all tensors over the vocabulary, but for those of a head, [hidden or rank, vocab]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -140,7 +148,11 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.shape[1:] == (self.width,) and len(tensor) != HIDDEN:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.shape[1:] == (self.width,)
+                and len(tensor) not in (HIDDEN, RANK)
+            ):
                 self.rows = max(self.rows, len(tensor))
                 self.num_tensors += 1
         return out

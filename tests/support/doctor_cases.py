@@ -343,6 +343,7 @@ CASES = (
     case("draft-fit", DFLASH, **BLOCKS),
     case("draft-fit", DSPARK, ERROR, **BLOCKS),
     case("draft-fit", MTP, ERROR, **BLOCKS),
+    case("draft-fit", MTP, draft={**TARGET, "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}),
     case("adaptive", (*EAGLE3_TREE, "--speculative-adaptive"), WARNING, **HEAD),
     case("adaptive", (*EAGLE3, "--speculative-adaptive"), WARNING, **HEAD, version="0.5.10.post1"),
     case("adaptive", (*EAGLE3, "--speculative-adaptive"), **HEAD),

@@ -85,13 +85,19 @@ class Weighing:
             yield kept
         self.found = replace(self.found, passes=sum(num_bytes(each.kept.values()) for each in kept if each is not None))
 
-    def learn(self, replies: Sequence[SeenReply], num_updates: int, target_head: torch.Tensor) -> LearnedStep:
+    def learn(
+        self,
+        replies: Sequence[SeenReply],
+        num_updates: int,
+        target_head: torch.Tensor,
+        mask_embedding: torch.Tensor | None,
+    ) -> LearnedStep:
         first = [each for each in replies if each.slots[0] < self.draft.trainer.settings.batch_size]
-        batch = self.draft._batch(first, target_head)
+        batch = self.draft._batch(first, target_head, mask_embedding)
         read = num_bytes([batch.features, batch.final, self.draft.trainer.model.embedding])
         states = [(each.embeddings, each.features, each.final, each.argmax, each.logsumexp) for each in replies]
         self.found = replace(self.found, replies=num_bytes(chain.from_iterable(states)), inputs=read)
-        return self.draft.learn(replies, num_updates, target_head)
+        return self.draft.learn(replies, num_updates, target_head, mask_embedding)
 
 
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:

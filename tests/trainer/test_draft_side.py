@@ -13,7 +13,7 @@ from slime_spec.bench.reference_trainer import near_policy, tiny_samples
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.config.draft_training import DraftTrainingConfig, loss_for
+from slime_spec.config.draft_training import DraftTrainingConfig, loss_for, rows_of_reply
 from slime_spec.config.tree import Config, RolloutConfig, SpeculativeConfig
 from slime_spec.draft.build import load_network, network_tensors
 from slime_spec.draft.training.batch import TrainBatch, padded
@@ -133,7 +133,7 @@ def reference(
     settings = TrainSettings(num_steps=wanted.num_steps, lr=wanted.lr, loss=loss, clip_grad=wanted.clip_grad)
     trainer = DraftTrainer(replace(model, temperature=temperature), settings, None)
     count = wanted.num_optimizer_steps * wanted.batch_size
-    max_rows = wanted.max_rows // spec.num_block_drafts if spec.block_size else wanted.max_rows
+    max_rows = rows_of_reply(wanted, spec.num_block_drafts)
     chosen = choose_replies(samples, count, max_rows, f"{config.run.seed}/draft/0")
     for start in range(0, count, wanted.batch_size):
         sequences = []
@@ -361,7 +361,7 @@ def test_what_a_step_keeps_and_an_update_reads_is_what_the_memory_plan_says(conf
     whole = replace(config, rollout=rollout, draft_training=settings)
     (found,) = run_ranks(1, "weigh_draft_step", whole, near_policy(policy, samples))
     spec = spec_of(config)
-    sizes = DraftSizes(spec.family, 0, 32, spec.feature_size, 0)
+    sizes = DraftSizes(spec.family, 0, 32, spec.feature_size, 0, spec.num_block_drafts)
     planned = draft_memory(whole, sizes)
     assert planned.num_replies == 6
     assert planned.replies_bytes == max(found.passes, found.replies)

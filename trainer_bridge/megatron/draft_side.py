@@ -24,7 +24,7 @@ from slime_spec.checkpoints.draft_choice import trainable_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import DraftCheckpoint, draft_shapes, load_draft, save_draft_checkpoint
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.config.draft_training import loss_for
+from slime_spec.config.draft_training import loss_for, rows_of_reply
 from slime_spec.config.tree import Config
 from slime_spec.draft.training.online import DraftSums, OnlineDraft, SeenReply, hot_token_ids
 from slime_spec.draft.training.served import RULES
@@ -96,7 +96,7 @@ class DraftSide:
         settings = self._settings
         seed = f"{self.config.run.seed}/draft/{self._num_lessons}"
         self._num_lessons += 1
-        max_rows = max(1, settings.max_rows // max(1, self.spec.num_block_drafts))  # a row is a block
+        max_rows = rows_of_reply(settings, self.spec.num_block_drafts)
         chosen = choose_replies(samples, num_updates * settings.batch_size, max_rows, seed)
         replies = [reply_rows(samples, plan, chosen, settings.max_length) for plan in plans]
         with self._capture.of(replies) as kept:
@@ -210,7 +210,7 @@ class DraftSide:
         seen: list[SeenReply] = []
         for rows, of_mb in present:
             seen += self._seen(rows, of_mb)
-            rows.kept.clear()  # what is seen of them are copies
+            rows.kept.clear()  # what is seen of the states are copies
         learned = self.draft.learn(seen, num_updates, head, mask)
         self._sums = DraftSums.unpacked(self._sums.packed() + learned.sums.packed())
         self._grad_norms += learned.grad_norms

@@ -70,13 +70,13 @@ def block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str)
 
 
 def _fields(read: DraftReading) -> dict[str, Any]:
-    check_keys(nested_of(read.config), NESTED_KEYS, read.source, f"{NESTED}.")
-    return block_fields(read)
-
-
-def block_fields(read: DraftReading) -> dict[str, Any]:
-    """Return the fields of a draft whose keys were checked; its block is as large as the config.json says."""
     nested = nested_of(read.config)
+    check_keys(nested, NESTED_KEYS, read.source, f"{NESTED}.")
+    return block_fields(read, nested)
+
+
+def block_fields(read: DraftReading, nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a draft whose keys were checked: ``nested`` says them, or else the config.json itself."""
     block_size, mask_token_id = (_number(read, nested, name) for name in (BLOCK, MASK))
     if mask_token_id >= read.target.vocab_size:
         rule = f"must be a row of the target's embedding, below {read.target.vocab_size}"

@@ -14,6 +14,7 @@ from slime_spec.checkpoints.config_keys import Keys, check_keys, entries, flag, 
 from slime_spec.checkpoints.families.dense import Shapes
 from slime_spec.checkpoints.families.dflash import (
     FROM_ROOT,
+    MASK,
     NAME_IT,
     NESTED,
     OTHER_HEAD,
@@ -70,7 +71,9 @@ def _fields(read: DraftReading) -> dict[str, Any]:
             f"{read.source}: {RANK}", "must be given: drafts know the token before by it", None, NAME_IT
         )
     from_root = named(FROM_ROOT) is not False
-    fields = block_fields(read)
+    # SGLang reads the mask in this order.
+    mask = next((each[MASK] for each in (own, read.config, nested) if each.get(MASK) is not None), None)
+    fields = block_fields(read, {**nested, MASK: mask})
     size = fields["block_size"] if from_root else fields["block_size"] + 1
     return {**fields, "block_size": size, "drafts_from_root": from_root, "markov_rank": rank}
 

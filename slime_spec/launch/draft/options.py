@@ -160,6 +160,12 @@ SHAPE: dict[str, str | int | None] = {
 
 def _fill_shape(given: argparse.Namespace) -> None:
     """Fill in the shape of a new draft; raises ConfigError for a shape beside a draft that has its own."""
+    if given.norm_output_convention is not None and given.draft is None:
+        flag = "--draft-norm-output-convention"
+        raise ConfigError(
+            flag, "is of a draft to train on", given.norm_output_convention, f"Drop {flag}, or pass --draft."
+        )
+    given.norm_output_convention = given.norm_output_convention or "sglang"
     if given.markov_rank is not None and given.kind != "dspark":
         raise ConfigError("--markov-rank", "is dspark's alone", given.markov_rank, "Drop it, or pass --kind dspark.")
     for name, default in SHAPE.items():
@@ -236,7 +242,6 @@ def _parser() -> argparse.ArgumentParser:
         "--draft-norm-output-convention",
         dest="norm_output_convention",
         choices=("sglang", "specforge"),
-        default="sglang",
         help="what norm_output means in the config.json of --draft, as in train (sglang)",
     )
     add("--draft-dtype", choices=DTYPES, default="bfloat16", help="dtype of the checkpoint (bfloat16)")

@@ -44,7 +44,7 @@ def load_start(options: DraftOptions, target: ModelSpec) -> DraftCheckpoint | No
     if spec.has_own_head and options.draft_vocab_size is not None:
         flag, rule = "--draft-vocab-size", "is that of the draft to train on, whose head has a row for each token"
         raise ConfigError(flag, rule, options.draft_vocab_size, f"Drop {flag}, or --draft.")
-    _check_layers(spec, target)
+    _check_layers(spec, target, "--draft", "Train it in a run, which reads the state itself: --enable-draft-training.")
     return load_draft(folder, with_stored_embedding(folder, spec, options.target))
 
 
@@ -77,20 +77,21 @@ def draft_spec(options: DraftOptions, target: ModelSpec) -> DraftSpec:
             "eagle3", block, target.hidden_size, options.draft_vocab_size, capture_layers=layers, has_own_head=True
         )
     spec = DraftSpec.from_dict(draft_config(spec), target, source="the draft")
-    _check_layers(spec, target)
+    _check_layers(spec, target, "--capture-layers", "Leave the last layer out.")
     return spec
 
 
-def _check_layers(spec: DraftSpec, target: ModelSpec) -> None:
+def _check_layers(spec: DraftSpec, target: ModelSpec, flag: str, remedy: str) -> None:
+    """Refuse the last layer: what transformers says of it is after the final norm, and engines read it before."""
     if target.num_layers - 1 in spec.capture_layers and target.num_layers > 1:
-        rule = "must be layers before the last: SGLang takes a layer's output where the next begins"
-        raise ConfigError("--capture-layers", rule, list(spec.capture_layers), "Leave the last layer out.")
+        rule = "must read layers before the last: its output is not read alike everywhere, and by SGLang not at all"
+        raise ConfigError(flag, rule, list(spec.capture_layers), remedy)
 
 
 def _block_spec(options: DraftOptions, target: ModelSpec, block: ModelSpec) -> DraftSpec:
     num_layers = options.num_layers or BLOCK_LAYERS
     layers = default_block_layers(target.num_layers, num_layers)
-    is_deep_enough = min(layers) >= 0 and sorted(set(layers)) == list(layers)
+    is_deep_enough = min(layers) >= 0 and max(layers) < target.num_layers - 1 and sorted(set(layers)) == list(layers)
     is_dspark = options.kind == "dspark"
     return DraftSpec(
         "dspark" if is_dspark else "dflash",

@@ -13,7 +13,14 @@ from slime_spec.launch.draft.options import DraftOptions
 SETTINGS_FILE = "settings.json"
 # Settings that may differ between a command and the command that resumes it.
 FREE = ("target", "draft", "out", "corpus", "minutes", "resume", "draft_dtype", "device", "json")
-FLAGS = {"tasks": "--task", "target_checksum": "--target", "draft_checksum": "--draft"}
+# What a training did whose folder is older than a setting; other new settings are None then.
+BEFORE = {"norm_output_convention": "sglang"}
+FLAGS = {
+    "norm_output_convention": "--draft-norm-output-convention",
+    "tasks": "--task",
+    "target_checksum": "--target",
+    "draft_checksum": "--draft",
+}
 
 
 def check_started(options: DraftOptions, num_steps: int, target_checksum: str, draft_checksum: str | None) -> None:
@@ -32,7 +39,7 @@ def check_started(options: DraftOptions, num_steps: int, target_checksum: str, d
         )
     started = read_json_object(path, remedy="Draw up the draft in another --out.")
     for name, value in now.items():
-        if value != started.get(name):
+        if value != started.get(name, BEFORE.get(name)):
             raise ConfigError(
                 FLAGS.get(name, f"--{name.replace('_', '-')}"),
                 f"must be what {options.out} was started with ({started.get(name)!r})",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slime_spec.algorithms import LOOKUP, NGRAM, STANDALONE, Algorithm, algorithm_of_family
-from slime_spec.checkpoints.families import family_of, head_format
+from slime_spec.checkpoints.families import FORMAT_OF, family_of, head_format
 from slime_spec.checkpoints.families.eagle3 import CAPTURED, EAGLE3, default_capture_layers, named_layers
 from slime_spec.config.speculation import feeds_corpus
 from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
@@ -96,7 +96,8 @@ def draft_fit(facts: Facts) -> Sighting | None:
 
 def _made_for(architecture: str) -> Algorithm | None:
     """Return the algorithm that a draft is made for; a head with a plain decoder's architecture was not converted."""
-    if (draft_format := head_format(architecture)) is not None:
+    draft_format = head_format(architecture) or FORMAT_OF.get(architecture)  # or another target's own MTP layer
+    if draft_format is not None:
         return algorithm_of_family(draft_format.family)
     return STANDALONE if family_of(architecture).is_built else None
 
