@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_before_ray_starts(damage, expec
         (("--rollout-max-prompt-len", "600"), "context"),
         (("--sglang-context-length", "100000"), "max_position_embeddings"),
         (("--speculative-algorithm", "EAGLE3"), "--speculative-draft-model-path"),
-        (("--speculative-algorithm", "DSPARK"), "--speculative-draft-model-path"),
+        (("--speculative-algorithm", "DSPARK"), "must name the draft's folder"),
         (("--speculative-algorithm", "LOOKUP", "--speculative-accept-threshold-acc", "0.9"), "lossy"),
         (("--speculative-algorithm", "EGALE"), "EAGLE"),
         (("--tensor-model-parallel-size", "4", "--actor-world-size", "4"), "tensor"),
