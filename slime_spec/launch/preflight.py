@@ -24,7 +24,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import verify_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
-from slime_spec.config.draft_training import check_loss
+from slime_spec.config.draft_training import DraftTrainingConfig, check_loss
 from slime_spec.config.speculation import check_fp8
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
@@ -188,6 +188,10 @@ def _check_draft_in_training(config: Config, spec: ModelSpec) -> None:
     draft = trainable_draft(config, spec).spec
     assert isinstance(draft, DraftSpec), "a whole model is not trained"
     check_loss(config.draft_training, draft.family)
+    num_steps = config.draft_training.num_steps
+    if draft.num_block_drafts and num_steps not in (DraftTrainingConfig().num_steps, draft.num_block_drafts):
+        rule = f"has no effect on a block drafter, which learns all {draft.num_block_drafts} positions of its blocks"
+        raise ConfigError("draft_training.num_steps", rule, num_steps, "Drop --draft-ttt-length.")
 
 
 def _check_fp8(config: Config) -> None:

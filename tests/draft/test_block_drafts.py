@@ -14,7 +14,8 @@ from slime_spec.checkpoints.families.draft_format import DraftFamily
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.draft_training import LOSSES, DraftTrainingConfig, loss_for, rows_of_reply
 from slime_spec.config.tree import SpeculativeConfig
-from slime_spec.errors import CheckpointError, NotComputedError
+from slime_spec.errors import CheckpointError, ConfigError, NotComputedError
+from slime_spec.launch.preflight import _check_draft_in_training
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.draft_formats import TinyDraft, make_format
 from tests.support.embedded_harness import greedy, make_core, random_prompt, run
@@ -153,6 +154,16 @@ def test_a_reply_gives_as_many_fewer_rows_as_a_block_drafts_and_at_least_four_bl
     settings = DraftTrainingConfig(max_rows=512)
     assert [rows_of_reply(settings, drafts) for drafts in (0, 7, 15, 31, 127)] == [512, 73, 60, 124, 508]
     assert rows_of_reply(replace(settings, max_rows=8), 15) == 8
+
+
+def test_a_number_of_positions_that_a_block_does_not_have_is_refused(tiny: TinyDraft) -> None:
+    config, target = tiny.config(3), ModelSpec.from_folder(tiny.target)
+    for num_steps in (DraftTrainingConfig().num_steps, BLOCK_SIZE - 1):
+        settings = DraftTrainingConfig(enable=True, num_steps=num_steps)
+        _check_draft_in_training(replace(config, draft_training=settings), target)
+    settings = DraftTrainingConfig(enable=True, num_steps=2)
+    with pytest.raises(ConfigError, match=r"draft_training.num_steps: has no effect .* all 5 positions.*--draft-ttt"):
+        _check_draft_in_training(replace(config, draft_training=settings), target)
 
 
 @pytest.mark.parametrize("family", get_args(DraftFamily))

@@ -95,6 +95,29 @@ DRAFTS: Mapping[str, tuple[str, dict[str, Any]]] = {
             "num_target_layers": 36,
         },
     ),
+    "SpecForge's qwen3-4b-dspark": (
+        "Qwen/Qwen3-4B",
+        {
+            **QWEN3,
+            **sizes(2560, 9728, 5, 32, 8),
+            "architectures": ["DSparkDraftModel"],
+            "block_size": 7,
+            "dflash_config": {
+                "attention_mode": "gqa",
+                "mask_token_id": 151669,
+                "target_layer_ids": [1, 9, 17, 25, 33],
+                "projector_type": "dspark",
+                "markov_rank": 256,
+                "markov_head_type": "vanilla",
+                "confidence_head_alpha": 1.0,
+                "enable_confidence_head": True,
+                "confidence_head_with_markov": True,
+            },
+            "layer_types": ["full_attention"] * 5,
+            "max_window_layers": 5,
+            "num_target_layers": 36,
+        },
+    ),
     # As SpecForge's qwq-32B-eagle3 and gemma3-1b-eagle3: a window shorter than the context, and switched off.
     "an EAGLE-3 draft with Qwen2's keys of windows": (
         "Qwen/Qwen2.5-7B",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -197,7 +197,6 @@ def _check_folders(out: Path, json: Path | None, resume: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    settings = CorpusSettings()
     parser = _Parser(
         prog=PROG, description=DESCRIPTION, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -212,8 +211,17 @@ def _parser() -> argparse.ArgumentParser:
         help="draft to train (eagle3); eagle has no head of its own, mtp is MiMo's format, "
         "dflash and dspark draft a block in one pass",
     )
-    corpus = parser.add_argument_group("corpus")
-    add = corpus.add_argument
+    _add_corpus(parser.add_argument_group("corpus").add_argument)
+    _add_network(parser.add_argument_group("network").add_argument)
+    _add_training(parser.add_argument_group("training").add_argument)
+    return parser
+
+
+Add = Callable[..., argparse.Action]
+
+
+def _add_corpus(add: Add) -> None:
+    settings = CorpusSettings()
     add("--task", nargs="+", default=list(settings.tasks), help="tasks in turn, as in train (arithmetic_sentences)")
     add("--prompt-data", help="a jsonl file of prompts instead")
     add("--input-key", default=settings.input_key, help="key of the prompt in --prompt-data (prompt)")
@@ -224,8 +232,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--greedy-share", type=float, default=settings.greedy_share, help="prompts with one greedy reply (0.5)")
     add("--chat-share", type=float, default=settings.chat_share, help="prompts that are everyday requests (0.05)")
     add("--held-out-percent", type=int, default=5, help="prompts whose replies only judge the draft (5)")
-    network = parser.add_argument_group("network")
-    add = network.add_argument
+
+
+def _add_network(add: Add) -> None:
     add("--draft-vocab-size", type=int, help="most frequent tokens the draft knows (4096)")
     add("--intermediate-size", type=int, help="width of the MLP (default: the target's)")
     add(
@@ -245,8 +254,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what norm_output means in the config.json of --draft, as in train (sglang)",
     )
     add("--draft-dtype", choices=DTYPES, default="bfloat16", help="dtype of the checkpoint (bfloat16)")
-    training = parser.add_argument_group("training")
-    add = training.add_argument
+
+
+def _add_training(add: Add) -> None:
     add("--num-steps", type=int, help="unrolled steps (5; all of a block)")
     add("--epochs", type=int, default=8, help="passes over the corpus (8)")
     add("--batch-size", type=int, default=8, help="sequences an update (8)")
@@ -258,7 +268,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the target's passes (bfloat16)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to generate and train (cpu)")
     add("--json", type=Path, help="write the held-out acceptance here too")
-    return parser
 
 
 class _Parser(argparse.ArgumentParser):
