@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slime_spec.bench.online_drafts.arms import ARMS
 from slime_spec.bench.online_drafts.benchmark import measure_drift, measure_main_job, measure_untrained
 from slime_spec.bench.online_drafts.drift import CURRICULUM, STEPS_OF_STAGE
 from slime_spec.bench.online_drafts.judged import Judge, _tempered
@@ -63,6 +64,13 @@ def test_arms_of_one_seed_are_compared_step_by_step(tmp_path: Path) -> None:
     assert rows["plain.tokens_per_s.last"].value == rows["plain.step_time.last"].value * 5 == 100.0
     assert not [name for name in rows if name.startswith(("plain.served", "plain.train_share"))]
     assert "learning with each step" in (tmp_path / "main-job.svg").read_text()
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_draws_its_tokens_by_races(name: str) -> None:
+    """Without a draft too: other draws are other tokens for a seed, and other policies soon."""
+    flags, _ = ARMS[name]
+    assert {"--speculative-use-gumbel-coupling", "--no-speculative-use-rejection-sampling"} < {*flags}
 
 
 def test_arms_whose_rewards_differ_by_anything_are_not_the_same_policy(tmp_path: Path) -> None:

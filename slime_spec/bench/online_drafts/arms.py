@@ -33,11 +33,13 @@ from slime_spec.metrics.jsonl import FILE as METRICS
 from slime_spec.metrics.jsonl import read_metrics
 
 DEPTH = 3
-JOB = ("--config", "smollm2-135m", "--no-console")
+JOB = (
+    *("--config", "smollm2-135m", "--no-console"),
+    *("--no-speculative-use-rejection-sampling", "--speculative-use-gumbel-coupling"),
+)
 PLAIN = (*JOB, "--speculative-algorithm", NONE.name, "--no-speculative-history")
 DRAFTING = (
     *(*JOB, "--enable-draft-training", "--draft-ttt-length", str(DEPTH)),
-    *("--no-speculative-use-rejection-sampling", "--speculative-use-gumbel-coupling"),
     *("--speculative-num-steps", str(DEPTH), "--speculative-draft-temperature", "1.0"),
 )
 UNTRAINED = (*DRAFTING, "--draft-loss", "soft_ce", "--draft-lr", "1e-3", "--draft-optimizer-steps", "16")

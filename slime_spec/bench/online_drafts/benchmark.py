@@ -167,7 +167,8 @@ def measure_judged(options: BenchOptions) -> list[Row]:
 
 def draw(path: Path, arms: Sequence[Arm]) -> None:
     """Write the picture of tokens per round over the steps."""
-    lines = [Series(arm.what, tuple(enumerate(arm.values(SERVED)))) for arm in arms]
+    # A step without a draft brings a token.
+    lines = [Series(arm.what, tuple(enumerate(arm.values(SERVED) or [1.0] * len(arm.steps)))) for arm in arms]
     panel = Panel(
         f"tokens a round, chains of {DEPTH}",
         tuple(lines),
