@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from slime_spec.config.setting import DRAFTS, INT32, SAMPLES, setting
 from slime_spec.errors import ConfigError
@@ -15,7 +17,8 @@ STEP_DECAY = 0.8
 D_PACE = "d_pace"
 POSITION_WEIGHTS = ("decay", D_PACE)
 # An MTP layer ranges over the target's whole vocabulary, of which few tokens are nearly all that is ever drawn.
-LOSS_OF_FAMILY = {"mtp": TOP_K_LOSS}
+MTP = "mtp"
+LOSS_OF_FAMILY = {MTP: TOP_K_LOSS}
 LOSS_OF_OTHERS = "total_variation"
 
 
@@ -45,6 +48,14 @@ class DraftTrainingConfig:
         minimum=1,
         maximum=INT32,
     )
+    loss_scale: float = setting(
+        1.0,
+        "Factor of the draft's loss before its gradient is clipped. The draft has an AdamW of its own, whose steps do "
+        "not depend on it where nothing is clipped.",
+        flags=("--mtp-loss-scaling-factor",),
+        above=0.0,
+        maximum=1e6,
+    )
     lr: float = setting(3e-4, "Learning rate of the draft, constant.", flags=("--draft-lr",), minimum=0.0, maximum=1.0)
     clip_grad: float = setting(
         0.5,
@@ -52,6 +63,13 @@ class DraftTrainingConfig:
         flags=("--draft-clip-grad",),
         above=0.0,
         maximum=1e6,
+    )
+    mtp_num_layers: int | None = setting(
+        None,
+        "MTP layers that the run trains: 1, the layer that engines draft with at every position.",
+        flags=("--mtp-num-layers",),
+        minimum=1,
+        maximum=INT32,
     )
     update_policy: str = setting(
         "every",
@@ -142,20 +160,34 @@ def loss_for(settings: DraftTrainingConfig, family: str) -> str:
 
 def check_loss(settings: DraftTrainingConfig, family: str) -> None:
     """Raise ConfigError for a setting that the loss of a draft of this family does not read."""
-    loss = loss_for(settings, family)
+    check_loss_settings(loss_for(settings, family), settings, "draft_training.{}".format, "--draft-loss")
+
+
+class LossSettings(Protocol):
+    """Holds what some losses read beside their name."""
+
+    @property
+    def loss_top_k(self) -> int: ...
+    @property
+    def position_weights(self) -> str: ...
+    @property
+    def step_decay(self) -> float: ...
+
+
+def check_loss_settings(loss: str, settings: LossSettings, named: Callable[[str], str], flag: str) -> None:
+    """Raise ConfigError for a setting that ``loss`` does not read.
+
+    ``named`` is how the user knows a field of ``settings``, ``flag`` what chooses the loss.
+    """
     if loss != TOP_K_LOSS and settings.loss_top_k != TOP_K:
-        raise ConfigError(
-            "draft_training.loss_top_k",
-            f"has no effect on the loss {loss}",
-            settings.loss_top_k,
-            f"Pass --draft-loss {TOP_K_LOSS}, or leave it out.",
-        )
+        rule, remedy = f"has no effect on the loss {loss}", f"Pass {flag} {TOP_K_LOSS}, or leave it out."
+        raise ConfigError(named("loss_top_k"), rule, settings.loss_top_k, remedy)
     if settings.position_weights != D_PACE:
         return
     if loss != REPLY_LOSS:
         rule = f"are of the loss {REPLY_LOSS}, and this draft learns by {loss}"
-        remedy = f"Pass --draft-loss {REPLY_LOSS}, or leave it out."
-        raise ConfigError("draft_training.position_weights", rule, D_PACE, remedy)
+        remedy = f"Pass {flag} {REPLY_LOSS}, or leave it out."
+        raise ConfigError(named("position_weights"), rule, D_PACE, remedy)
     if settings.step_decay != STEP_DECAY:
         rule = f"has no effect beside position_weights {D_PACE}"
-        raise ConfigError("draft_training.step_decay", rule, settings.step_decay, "Leave one of them out.")
+        raise ConfigError(named("step_decay"), rule, settings.step_decay, "Leave one of them out.")

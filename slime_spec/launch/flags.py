@@ -192,14 +192,6 @@ _NO_SUCH_PARALLELISM = (
 )
 # Flags of slime or RTP-LLM that this version cannot honour: each with the reason and the remedy.
 REFUSED: Mapping[str, tuple[str, str]] = {
-    "--mtp-num-layers": (
-        "the checkpoint says how many MTP layers it has",
-        "Leave it out; --enable-mtp-training trains the layer.",
-    ),
-    "--mtp-loss-scaling-factor": (
-        "an MTP layer has an optimizer of its own, so that its loss has no share in the policy's",
-        "Leave it out, or set --draft-lr.",
-    ),
     "--sp-model-type": (
         "the draft's config.json names its architecture, and --sp-type how it drafts",
         "Leave it out, with --sp-type vanilla, mtp, eagle or eagle3.",

@@ -24,7 +24,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import verify_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
-from slime_spec.config.draft_training import DraftTrainingConfig, check_loss
+from slime_spec.config.draft_training import MTP, DraftTrainingConfig, check_loss
 from slime_spec.config.speculation import check_fp8
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
@@ -184,10 +184,22 @@ def _check_draft(config: Config, spec: ModelSpec, dtypes: Sequence[torch.dtype])
         draft.verify(dtypes)
 
 
+def _check_mtp_layers(settings: DraftTrainingConfig, draft: DraftSpec) -> None:
+    if settings.mtp_num_layers is None:
+        return
+    if draft.family != MTP:
+        rule, remedy = f"is of MTP layers, and this draft is in the format {draft.family}", "Leave it out."
+        raise ConfigError("draft_training.mtp_num_layers", rule, settings.mtp_num_layers, remedy)
+    if settings.mtp_num_layers > 1:
+        rule = "must be 1: one layer drafts every position, each from its own states at the position before"
+        raise ConfigError("draft_training.mtp_num_layers", rule, settings.mtp_num_layers, "Pass --mtp-num-layers 1.")
+
+
 def _check_draft_in_training(config: Config, spec: ModelSpec) -> None:
     draft = trainable_draft(config, spec).spec
     assert isinstance(draft, DraftSpec), "a whole model is not trained"
     check_loss(config.draft_training, draft.family)
+    _check_mtp_layers(config.draft_training, draft)
     num_steps = config.draft_training.num_steps
     if draft.num_block_drafts and num_steps not in (DraftTrainingConfig().num_steps, draft.num_block_drafts):
         rule = f"has no effect on a block drafter, which learns all {draft.num_block_drafts} positions of its blocks"

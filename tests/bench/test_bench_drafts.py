@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slime_spec.bench.online_drafts.arms import ARMS
-from slime_spec.bench.online_drafts.benchmark import measure_drift, measure_main_job, measure_untrained
+from slime_spec.bench.online_drafts.benchmark import measure_drift, measure_main_job, measure_mtp, measure_untrained
 from slime_spec.bench.online_drafts.drift import CURRICULUM, STEPS_OF_STAGE
 from slime_spec.bench.online_drafts.judged import Judge, _tempered
 from slime_spec.bench.rows import BenchOptions, Row
@@ -102,6 +102,15 @@ def test_an_untrained_draft_is_judged_after_six_steps_and_at_the_end(tmp_path: P
     rows = by_id(measure_untrained(BenchOptions(runs=(tmp_path,))))
     assert (rows["untrained.few_steps"].value, rows["untrained.few_steps"].holds) == (2.3, True)
     assert (rows["untrained.end"].value, rows["untrained.end"].holds) == (pytest.approx(2.9), True)
+
+
+def test_an_mtp_layer_that_learns_is_compared_with_one_that_stays(tmp_path: Path) -> None:
+    write_arm(tmp_path, "mtp_frozen", [1.5] * 6)
+    write_arm(tmp_path, "mtp_online", [1.5] + [1.8] * 5)
+    rows = by_id(measure_mtp(BenchOptions(runs=(tmp_path,))))
+    assert rows["mtp_online_over_frozen.served"].value == pytest.approx(1.2)
+    assert rows["mtp_online.reward_difference"].holds is True
+    assert "an MTP layer, as it is" in (tmp_path / "mtp.svg").read_text()
 
 
 def test_after_a_change_of_task_it_counts_what_three_steps_bring(tmp_path: Path) -> None:

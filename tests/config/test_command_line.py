@@ -196,8 +196,8 @@ def test_a_flag_of_a_feature_that_is_not_built_is_refused_with_a_way_out(flag: s
 def test_slimes_flag_for_its_mtp_layer_trains_the_draft_whatever_it_is() -> None:
     assert composed("--enable_mtp_training --sp-type mtp --sp-checkpoint-path d").draft_training.enable
     assert composed("--enable-draft-training --sp-type eagle3 --sp-checkpoint-path d").draft_training.enable
-    error = refusal("--mtp-loss-scaling-factor", "0.2")
-    assert "--draft-lr" in error.remedy
+    settings = composed("--enable-mtp-training --mtp-num-layers 1 --mtp-loss-scaling-factor 0.2").draft_training
+    assert (settings.mtp_num_layers, settings.loss_scale) == (1, 0.2)
 
 
 @pytest.mark.parametrize("flag", ["--sp-quantization", "--speculative-draft-model-quantization"])

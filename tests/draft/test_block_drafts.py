@@ -15,7 +15,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.draft_training import LOSSES, DraftTrainingConfig, loss_for, rows_of_reply
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.errors import CheckpointError, ConfigError, NotComputedError
-from slime_spec.launch.preflight import _check_draft_in_training
+from slime_spec.launch.preflight import _check_draft_in_training, _check_mtp_layers
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.draft_formats import TinyDraft, make_format
 from tests.support.embedded_harness import greedy, make_core, random_prompt, run
@@ -164,6 +164,17 @@ def test_a_number_of_positions_that_a_block_does_not_have_is_refused(tiny: TinyD
     settings = DraftTrainingConfig(enable=True, num_steps=2)
     with pytest.raises(ConfigError, match=r"draft_training.num_steps: has no effect .* all 5 positions.*--draft-ttt"):
         _check_draft_in_training(replace(config, draft_training=settings), target)
+
+
+def test_a_number_of_mtp_layers_is_of_mtp_layers_and_is_one(tiny: TinyDraft) -> None:
+    target = ModelSpec.from_folder(tiny.target)
+    asked = DraftTrainingConfig(enable=True, mtp_num_layers=1)
+    with pytest.raises(ConfigError, match="mtp_num_layers: is of MTP layers, and this draft is in the format dflash"):
+        _check_draft_in_training(replace(tiny.config(3), draft_training=asked), target)
+    layer = DraftSpec("mtp", target, target.hidden_size, target.vocab_size, hidden_first=True, recurrent_norm=True)
+    _check_mtp_layers(asked, layer)
+    with pytest.raises(ConfigError, match="mtp_num_layers: must be 1: one layer drafts every position"):
+        _check_mtp_layers(replace(asked, mtp_num_layers=2), layer)
 
 
 @pytest.mark.parametrize("family", get_args(DraftFamily))

@@ -61,6 +61,12 @@ BAD = {
     "--json must lie in a folder that is there": ["--json", "nowhere/report.json"],
     "--resume needs the folder of a training": ["--resume"],
     "invalid choice: 'medusa'": ["--kind", "medusa"],
+    "--loss-top-k has no effect on the loss soft_ce": ["--loss-top-k", "8"],
+    "--position-weights are of the loss cross_entropy": ["--position-weights", "d_pace"],
+    "--step-decay has no effect beside": [
+        *("--loss", "cross_entropy", "--position-weights", "d_pace", "--step-decay", "0.5"),
+    ],
+    "--step-decay must be from": ["--step-decay", "0"],
     "unrecognized arguments: --learning-rate": ["--learning-rate", "1"],
     "--num-prompts must give prompts to learn from": ["--num-prompts", "2"],
 }
@@ -147,6 +153,26 @@ def test_a_draft_is_trained_on(kind: str, policy: Path, tmp_path: Path) -> None:
     assert "licences of target and draft" in record["licence"]
     with pytest.raises(ConfigError, match=r"^--draft: must be what .* was started with"):
         run_draft([*trained[:-3], str(on), "--draft-dtype", "float32", "--out", str(again), "--resume"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"loss": "top_k_soft_ce", "loss_top_k": 8, "step_decay": 0.5},
+        {"loss": "cross_entropy", "position_weights": "d_pace"},
+    ],
+    ids=["top-k", "d-pace"],
+)
+def test_a_loss_is_trained_by_with_what_it_reads(flags: dict[str, object], policy: Path, tmp_path: Path) -> None:
+    """The weights are those of a training without the flags only where a flag never reached the trainer."""
+    given = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    plain = ["--loss", str(flags["loss"])]
+    for out, words in (("plain", plain), ("given", given)):
+        assert run_draft(command(policy, tmp_path / out, *words)) == 0
+    record = json.loads((tmp_path / "given" / "provenance.json").read_text())["training"]
+    assert {name: record[name] for name in flags} == flags
+    ours, theirs = (load_file(tmp_path / out / "model.safetensors") for out in ("given", "plain"))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_small_block_is_judged_as_far_as_it_reaches(policy: Path, tmp_path: Path) -> None:

@@ -308,6 +308,23 @@ def test_a_training_from_before_a_setting_goes_on_with_its_default(lesson: Lesso
         load_state(DraftTrainer(lesson.new_model(), replace(SETTINGS, loss_top_k=3), 10), tmp_path)
 
 
+def test_a_scaled_loss_scales_the_gradient_and_leaves_the_steps_of_adam(lesson: Lesson) -> None:
+    """Where nothing is clipped; the loss that is reported is not scaled."""
+    batch = one_batch(lesson)
+    reports, weights = [], []
+    for scale in (1.0, 0.25):
+        trainer = DraftTrainer(lesson.new_model(), replace(SETTINGS, loss_scale=scale, clip_grad=1e9), None)
+        reports.append(trainer.step(batch))
+        weights.append(network_tensors(trainer.model.network))
+    assert reports[1].loss == reports[0].loss
+    assert reports[1].grad_norm == pytest.approx(0.25 * reports[0].grad_norm, rel=1e-5)
+    before = network_tensors(lesson.new_model().network)
+    for name, tensor in weights[0].items():
+        moved = tensor - before[name]
+        # AdamW's first step is lr times the gradient's sign, where that is well above its epsilon.
+        assert (moved - (weights[1][name] - before[name])).abs().quantile(0.9) <= 1e-3 * SETTINGS.lr
+
+
 def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
     settings = TrainSettings(lr=1.0, warmup_ratio=0.1)
     rates = [learning_rate(step, 100, settings) for step in range(101)]

@@ -73,6 +73,7 @@ class DraftSide:
             step_decay=self._settings.step_decay,
             loss=loss_for(self._settings, self.spec.family),
             loss_top_k=self._settings.loss_top_k,
+            loss_scale=self._settings.loss_scale,
             position_weights=self._settings.position_weights,
             autocast=self._settings.dtype == "bfloat16",
         )

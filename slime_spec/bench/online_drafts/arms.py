@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from slime_spec.algorithms import NONE
+from slime_spec.algorithms import NEXTN, NONE
 from slime_spec.bench.online_drafts.drift import CURRICULUM, STEPS_OF_STAGE
 from slime_spec.bench.rows import BenchOptions
 from slime_spec.checkpoints.draft_location import builtin_folder
@@ -29,6 +29,7 @@ from slime_spec.draft.build import make_network, network_tensors
 from slime_spec.draft.training.online import hot_token_ids
 from slime_spec.draft.training.vocabulary import DraftVocabulary
 from slime_spec.draft.training.warm_start import warm_start
+from slime_spec.launch.draft.provenance import PROVENANCE
 from slime_spec.metrics.jsonl import FILE as METRICS
 from slime_spec.metrics.jsonl import read_metrics
 
@@ -44,6 +45,13 @@ DRAFTING = (
 )
 UNTRAINED = (*DRAFTING, "--draft-loss", "soft_ce", "--draft-lr", "1e-3", "--draft-optimizer-steps", "16")
 FROZEN = (*DRAFTING, "--draft-lr", "0")
+# An MTP layer is made first, from the replies of the policy before training, and learns by its own loss.
+MTP = (*DRAFTING, "--speculative-algorithm", NEXTN.name)
+MTP_TRAINING = (
+    *("--kind", "mtp", "--task", "sum_sentence", "--num-prompts", "400", "--max-new-tokens", "40"),
+    *("--greedy-share", "0", "--chat-share", "0", "--epochs", "3", "--batch-size", "16", "--num-steps", str(DEPTH)),
+    *("--loss", "lk_hybrid", "--autocast"),
+)
 WHEN_IT_PAYS = ("--draft-update-policy", "when_it_pays")
 DRIFT = (
     *DRAFTING,
@@ -56,6 +64,8 @@ ARMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "frozen": (FROZEN, "the shipped draft, as it is"),
     "online": (DRAFTING, "the shipped draft, learning with each step"),
     "untrained": (UNTRAINED, "a draft of the target's last block, learning with each step"),
+    "mtp_frozen": ((*MTP, "--draft-lr", "0"), "an MTP layer, as it is"),
+    "mtp_online": (MTP, "an MTP layer, learning with each step"),
     "drift_frozen": ((*DRIFT, "--draft-lr", "0"), "changing tasks, the shipped draft, as it is"),
     "drift_online": (DRIFT, "changing tasks, the shipped draft, learning with each step"),
     "drift_paying": ((*DRIFT, *WHEN_IT_PAYS), "changing tasks, the shipped draft, learning when it pays"),
@@ -98,10 +108,7 @@ def folder_of(options: BenchOptions) -> Path:
 
 
 def _run(name: str, folder: Path, options: BenchOptions) -> None:
-    draft = options.draft
-    if name == "untrained":
-        draft = str(folder.parent / "untrained-draft")
-        write_untrained(Path(draft), options)
+    draft = _draft_of(name, folder.parent, options)
     flags, _ = ARMS[name]
     command = [sys.executable, "-m", "slime_spec", "train", *flags, "--hf-checkpoint", str(options.model)]
     if flags != PLAIN:
@@ -109,6 +116,22 @@ def _run(name: str, folder: Path, options: BenchOptions) -> None:
     command += ["--seed", str(options.seeds[0]), "--output-dir", str(folder)]
     Console(stderr=True).print(f"running {name}: {folder}", markup=False, highlight=False, soft_wrap=True)
     subprocess.run(command, check=True)
+
+
+def _draft_of(name: str, folder: Path, options: BenchOptions) -> str:
+    """Return the draft that an arm begins with, which is made in ``folder`` if it is not the shipped one."""
+    if name == "untrained":
+        made = folder / "untrained-draft"
+        write_untrained(made, options)
+    elif name.startswith("mtp"):
+        made = folder / "mtp-draft"
+        if not (made / PROVENANCE).is_file():  # the last that a training writes
+            resumed = ["--resume"] if made.exists() else []
+            command = [sys.executable, "-m", "slime_spec", "draft", "train", "--target", str(options.model)]
+            subprocess.run([*command, "--out", str(made), *MTP_TRAINING, *resumed], check=True)
+    else:
+        return options.draft
+    return str(made)
 
 
 def write_untrained(folder: Path, options: BenchOptions) -> None:

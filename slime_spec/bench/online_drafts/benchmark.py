@@ -48,6 +48,14 @@ def measure_untrained(options: BenchOptions) -> list[Row]:
     return [*arm_rows(arm), few, at_least("drafts.untrained.end", what, mean(served[-LAST:]), "tokens/round", 2.9)]
 
 
+def measure_mtp(options: BenchOptions) -> list[Row]:
+    """Compare an MTP layer that learns and one that stays, on the same replies of the main job."""
+    frozen, online = (finished_arm(name, options) for name in ("mtp_frozen", "mtp_online"))
+    draw(folder_of(options) / "mtp.svg", [frozen, online])
+    rows = [row for arm in (frozen, online) for row in arm_rows(arm)]
+    return [*rows, *against_frozen(frozen, online)]
+
+
 def measure_drift(options: BenchOptions) -> list[Row]:
     """Measure how drafts follow tasks that change."""
     arms = [finished_arm(name, options) for name in ("drift_frozen", "drift_online", "drift_paying")]
@@ -187,6 +195,7 @@ PARTS = {
     "base": f"{HERE}:measure_base",
     "judged": f"{HERE}:measure_judged",
     "untrained": f"{HERE}:measure_untrained",
+    "mtp": f"{HERE}:measure_mtp",
     "drift": f"{HERE}:measure_drift",
 }
 

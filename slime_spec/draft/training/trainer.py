@@ -36,6 +36,7 @@ class TrainSettings:
     autocast: bool = False
     loss_top_k: int = TOP_K
     position_weights: str = "decay"
+    loss_scale: float = 1.0
 
     @property
     def objective(self) -> Objective:
@@ -117,7 +118,7 @@ class DraftTrainer:
         if batch is not None:
             with torch.autocast(batch.token_ids.device.type, torch.bfloat16, enabled=self.settings.autocast):
                 unrolled = unrolled_loss(self.model, batch, self.settings.objective, num_rows)
-            unrolled.loss.backward()
+            (self.settings.loss_scale * unrolled.loss).backward()
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from slime_spec.config.draft_training import LOSSES
+from slime_spec.config.draft_training import LOSSES, POSITION_WEIGHTS, STEP_DECAY, TOP_K, check_loss_settings
 from slime_spec.errors import ConfigError
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
 
@@ -51,6 +51,9 @@ class DraftOptions:
     batch_size: int
     lr: float
     loss: str
+    loss_top_k: int
+    step_decay: float
+    position_weights: str
     autocast: bool
     minutes: float | None
     resume: bool
@@ -76,6 +79,7 @@ def read_options(argv: Sequence[str]) -> DraftOptions:
         raise ConfigError("--lr", "must be above 0 and below 1", given.lr, "Start from the default, 1e-3.")
     if not (given.target / "config.json").is_file():
         raise ConfigError("--target", "must be a checkpoint folder with a config.json", str(given.target), FETCH)
+    check_loss_settings(given.loss, given, lambda name: f"--{name.replace('_', '-')}", "--loss")
     _check_folders(given.out, given.json, given.resume)
     _fill_shape(given)
     return DraftOptions(
@@ -117,6 +121,8 @@ RANGES: tuple[tuple[str, str, float, float], ...] = (
     ("--num-steps", "num_steps", 1, 127),
     ("--epochs", "epochs", 1, INF),
     ("--batch-size", "batch_size", 1, INF),
+    ("--loss-top-k", "loss_top_k", 1, INF),
+    ("--step-decay", "step_decay", 1e-6, 1),
     ("--minutes", "minutes", 0, INF),
     ("--seed", "seed", 0, INF),
 )
@@ -136,6 +142,9 @@ SAME_NAME = (
     "batch_size",
     "lr",
     "loss",
+    "loss_top_k",
+    "step_decay",
+    "position_weights",
     "autocast",
     "minutes",
     "resume",
@@ -262,6 +271,19 @@ def _add_training(add: Add) -> None:
     add("--batch-size", type=int, default=8, help="sequences an update (8)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (1e-3)")
     add("--loss", choices=LOSSES, default="soft_ce", help="loss of a step (soft_ce)")
+    add("--loss-top-k", type=int, default=TOP_K, help="tokens of the target that top_k_soft_ce learns from (256)")
+    add(
+        "--step-decay",
+        type=float,
+        default=STEP_DECAY,
+        help="weight of a step's loss over that of the step before (0.8)",
+    )
+    add(
+        "--position-weights",
+        choices=POSITION_WEIGHTS,
+        default=POSITION_WEIGHTS[0],
+        help="decay, by --step-decay, or d_pace (arXiv 2605.18810) with the loss cross_entropy (decay)",
+    )
     add("--autocast", action="store_true", help="compute the network in bfloat16; its weights stay fp32")
     add("--minutes", type=float, help="stop training after this long; --resume goes on")
     add("--seed", type=int, default=0, help="seed of prompts, replies, first weights and order (0)")

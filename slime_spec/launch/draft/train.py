@@ -118,6 +118,9 @@ def _trained(
         batch_size=options.batch_size,
         lr=options.lr,
         loss=options.loss,
+        loss_top_k=options.loss_top_k,
+        step_decay=options.step_decay,
+        position_weights=options.position_weights,
         seed=options.seed,
         autocast=options.autocast,
     )
