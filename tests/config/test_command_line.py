@@ -194,6 +194,7 @@ def test_a_flag_of_a_feature_that_is_not_built_is_refused_with_a_way_out(flag: s
 
 
 def test_slimes_flag_for_its_mtp_layer_trains_the_draft_whatever_it_is() -> None:
+    """Case flags-of-slime: with the two flags that its scripts pass beside it."""
     assert composed("--enable_mtp_training --sp-type mtp --sp-checkpoint-path d").draft_training.enable
     assert composed("--enable-draft-training --sp-type eagle3 --sp-checkpoint-path d").draft_training.enable
     settings = composed("--enable-mtp-training --mtp-num-layers 1 --mtp-loss-scaling-factor 0.2").draft_training
