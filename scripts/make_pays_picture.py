@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,18 @@ from slime_spec.bench.pays.scenarios import LONGEST_IN_JOB, Scenario, scenarios
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENT, PICTURE = DOCS / "measurements.md", DOCS / "pays.svg"
 BEGIN, END = "<!-- made by scripts/make_pays_picture.py -->\n", "<!-- end -->\n"
-HEAD = "| scenario | policy | rule | over no speculation | each repetition | bound |\n|---|---|---|---:|---|---|\n"
+HEAD = (
+    "| scenario | policy | rule | over no speculation | each repetition | bound | the reply itself as its draft |\n"
+    "|---|---|---|---:|---|---|---:|\n"
+)
 ABOUT = "![Speed-up over no speculation by scenario, before and after training](pays.svg)\n"
 
 SCENARIOS: Mapping[str, Scenario] = scenarios(LONGEST_IN_JOB)
 NAMES = {"64": "64 at once", "64_tail": "64, long tail", "longtail": "the long-tail job"}
 POLICIES = {"untrained": "before training", "trained": "after training"}
 ID = re.compile(
-    rf"pays\.(?P<policy>{'|'.join(POLICIES)})(\.(?P<rule>[a-z_]+))?\.(?P<scenario>{'|'.join(SCENARIOS)})\.auto\.speedup"
+    rf"pays\.(?P<policy>{'|'.join(POLICIES)})(\.(?P<rule>[a-z_]+))?\.(?P<scenario>{'|'.join(SCENARIOS)})"
+    r"\.(?P<side>auto|perfect)\.speedup"
 )
 
 WIDTH, HEIGHT = 860, 420
@@ -42,10 +46,10 @@ LABEL_HEIGHT = 16  # of a number, pixels
 
 @dataclass(frozen=True)
 class Figure:
-    """Holds a row of the table: ``Figure("64_tail", "trained", "target_only", 1.21, (1.19, 1.21, 1.24), 1.15)``.
+    """Holds a row of the table: ``Figure("64_tail", "trained", "target_only", 1.21, (1.19, 1.21, 1.24), 1.15, 1.4)``.
 
     ``median`` and ``each`` are speed-ups over no speculation, of all repetitions and of each; ``bound`` is the least
-    median that is promised.
+    median that is promised, ``perfect`` the median where every draft is right and costs nothing.
     """
 
     scenario: str
@@ -54,6 +58,7 @@ class Figure:
     median: float
     each: tuple[float, ...]
     bound: float | None
+    perfect: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -66,9 +71,13 @@ def figures_of(reports: Sequence[Mapping[str, Any]]) -> list[Figure]:
     Raises ValueError for reports without any, and for a scenario that was measured twice with the same policy.
     """
     found: dict[tuple[str, str], Figure] = {}
+    perfect: dict[tuple[str, str], float] = {}
     for row in (row for report in reports for row in report["rows"]):
         if named := ID.fullmatch(row["id"]):
             key = (named["scenario"], named["policy"])
+            if named["side"] == "perfect":
+                perfect[key] = float(f"{row['value']:.4g}")
+                continue
             if key in found:
                 raise ValueError(f"scenario {key[0]} of the {key[1]} policy was measured twice: give one of the files")
             each = tuple(float(value) for value in row["what"].rpartition("each ")[2].split(", "))
@@ -77,7 +86,8 @@ def figures_of(reports: Sequence[Mapping[str, Any]]) -> list[Figure]:
             found[key] = Figure(*key, rule, float(f"{row['value']:.4g}"), each, bound)
     if not found:
         raise ValueError("no file has a row pays.POLICY.SCENARIO.auto.speedup: give the JSON of slime-spec bench pays")
-    return [found[name, policy] for name in SCENARIOS for policy in POLICIES if (name, policy) in found]
+    places = ((name, policy) for name in SCENARIOS for policy in POLICIES)
+    return [replace(found[place], perfect=perfect.get(place)) for place in places if place in found]
 
 
 def block(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -85,7 +95,7 @@ def block(reports: Sequence[Mapping[str, Any]]) -> str:
     origins = map(_origin, reports)
     rows = (
         f"| {each.scenario} | {each.policy} | {each.rule} | {each.median:g}x "
-        f"| {', '.join(f'{value:.3f}' for value in each.each)} | {_bound(each)} |\n"
+        f"| {', '.join(f'{value:.3f}' for value in each.each)} | {_bound(each)} | {_perfect(each)} |\n"
         for each in figures_of(reports)
     )
     return f"{ABOUT}\n{''.join(origins)}\n{HEAD}{''.join(rows)}"
@@ -111,6 +121,10 @@ def _bound(figure: Figure) -> str:
     return "" if figure.bound is None else f">= {figure.bound:g}: {'holds' if figure.holds else 'misses'}"
 
 
+def _perfect(figure: Figure) -> str:
+    return "" if figure.perfect is None else f"{figure.perfect:g}x"
+
+
 def with_block(document: str, made: str) -> str:
     before, _, rest = document.partition(BEGIN)
     _, found, after = rest.partition(END)
@@ -125,17 +139,20 @@ def read_figures(document: str) -> list[Figure]:
     table = rest.partition(END)[0].partition(HEAD)[2]
     figures = []
     for line in table.splitlines():
-        scenario, policy, rule, median, each, bound = (cell.strip() for cell in line.strip("|").split("|"))
+        cells = (cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|"))
+        scenario, policy, rule, median, each, bound, perfect = cells
         values = tuple(float(value) for value in each.split(", "))
         least = float(bound.removeprefix(">= ").partition(":")[0]) if bound else None
-        figures.append(Figure(scenario, policy, rule, float(median.rstrip("x")), values, least))
+        ceiling = float(perfect.rstrip("x")) if perfect else None
+        figures.append(Figure(scenario, policy, rule, float(median.rstrip("x")), values, least, ceiling))
     return figures
 
 
 def picture(document: str) -> str:
     """Draw the figures of the document's table, as SVG."""
     figures = read_figures(document)
-    axis = Axis.around([value for each in figures for value in (each.median, *each.each, each.bound or 1.0)])
+    shown = ((each.median, *each.each, each.bound or 1.0, each.perfect or 1.0) for each in figures)
+    axis = Axis.around([value for each in shown for value in each])
     by_place = {(each.scenario, each.policy): each for each in figures}
     parts = [*_frame(axis), *_legend()]
     for column, (name, scenario) in enumerate(SCENARIOS.items()):
@@ -197,12 +214,20 @@ def _legend() -> Iterator[str]:
     x += 112
     yield f'<path d="{_mark(x + 11, y)}" fill="none" stroke="#111111" stroke-width="1.5"/>'
     yield f'<text x="{x + 32:g}" y="{y + 4}">its bound</text>'
-    yield f'<text x="{x + 112:g}" y="{y + 4}" fill="{MISSES}" font-weight="bold">a median that misses it</text>'
+    yield f'<text x="{x + 104:g}" y="{y + 4}" fill="{MISSES}" font-weight="bold">a median that misses it</text>'
+    x += 284
+    yield f'<path d="{_ceiling(x + 11, y)}" stroke="#111111" stroke-dasharray="3 2"/>'
+    yield f'<text x="{x + 32:g}" y="{y + 4}">perfect drafts, free</text>'
 
 
 def _mark(x: float, y: float) -> str:
     """Return the path of a bound: a line with its ends turned up, for what must lie above it."""
     return f"M{x - 15:.1f},{y - 5:.1f} v5 h30 v-5"
+
+
+def _ceiling(x: float, y: float) -> str:
+    """Return the path of what no draft can exceed."""
+    return f"M{x - 15:.1f},{y:.1f} h30"
 
 
 def _labels(column: int, scenario: Scenario) -> Iterator[str]:
@@ -227,6 +252,8 @@ def _drawn(figure: Figure, x: float, axis: Axis) -> Iterator[str]:
     y = axis.y(figure.median)
     yield f'<line x1="{x - 20:.1f}" x2="{x + 20:.1f}" y1="{y:.2f}" y2="{y:.2f}" stroke="{colour}" stroke-width="4"/>'
     base = min(axis.y(value) for value in (*figure.each, figure.median)) - 9
+    if figure.perfect is not None:
+        yield f'<path d="{_ceiling(x, axis.y(figure.perfect))}" stroke="#111111" stroke-dasharray="3 2"/>'
     if figure.bound is not None:
         bound_y = axis.y(figure.bound)
         yield f'<path d="{_mark(x, bound_y)}" fill="none" stroke="#111111" stroke-width="1.5"/>'

@@ -14,7 +14,15 @@ import pytest
 from slime_spec.bench import run_bench
 from slime_spec.bench.pays.benchmark import DEFAULTS, measure_scenario
 from slime_spec.bench.pays.scenarios import LONGEST_IN_JOB, Scenario, Waves, fixed, requests, scenarios
-from slime_spec.bench.pays.sides import Result, drawn_order, generate, side_configs, started_cores
+from slime_spec.bench.pays.sides import (
+    Result,
+    drawn_order,
+    generate,
+    knowing,
+    repeat,
+    side_configs,
+    started_cores,
+)
 from slime_spec.bench.pays.verdict import Where, rows_of
 from slime_spec.bench.rows import BenchOptions, Row
 from slime_spec.bench.timing import Timed
@@ -86,22 +94,48 @@ def test_sides_take_turns_in_an_order_that_is_drawn_anew() -> None:
     assert all(sorted(order) == sorted(names) for order in orders)
     assert {order[0] for order in orders} == set(names)
     assert drawn_order(names, 0, 7) == orders[7]
+    knowing = [drawn_order([*names, "perfect"], 0, repetition) for repetition in range(30)]
+    assert {order.index("perfect") for order in knowing} == {4}
+    assert {order[0] for order in knowing} == set(names)
+
+
+def test_the_side_that_knows_what_is_said_drafts_nothing_else(options: BenchOptions) -> None:
+    cores = started_cores(side_configs(options, str(options.model), ()))
+    times = repeat(FOUR, cores, PROMPTS, seed=0, num_repetitions=1)
+    perfect, plain = times["perfect"][0].result, times["off"][0].result
+    assert perfect.replies == plain.replies
+    counters = [sample.spec for sample in perfect.samples]
+    num_drafted = sum(each.num_drafted for each in counters)
+    assert num_drafted > 0
+    assert sum(each.num_correct for each in counters) == num_drafted
+    told = knowing(requests(FOUR, PROMPTS, 0, 1), plain)
+    assert {reply.token_ids for wave in told for request in wave for reply in request.earlier} == {
+        *plain.replies.values()
+    }
 
 
 def test_the_sides_are_off_automatic_and_fixed_depths_with_everything_else_as_shipped(options: BenchOptions) -> None:
     block = BenchOptions(model=options.model, draft=options.draft, rule="block")
     configs = side_configs(block, str(options.model), depths=(1, 3))
-    assert list(configs) == ["off", "auto", "depth1", "depth3", "history"]
-    assert list(side_configs(block, "x", depths=(1, 3, 7))) == ["off", "auto", "depth1", "depth3", "depth7", "history"]
+    assert list(configs) == ["off", "auto", "depth1", "depth3", "history", "perfect"]
+    assert [name for name in side_configs(block, "x", depths=(1, 3, 7)) if "depth" in name] == [
+        "depth1",
+        "depth3",
+        "depth7",
+    ]
     sections = {name: config.speculative for name, config in configs.items()}
-    assert [each.algorithm for each in sections.values()] == ["NONE", "EAGLE3", "EAGLE3", "EAGLE3", "HISTORY"]
-    assert [name for name, each in sections.items() if each.is_automatic] == ["auto", "history"]
+    assert [each.algorithm for each in sections.values()] == [
+        *("NONE", "EAGLE3", "EAGLE3", "EAGLE3", "HISTORY", "HISTORY"),
+    ]
+    assert [name for name, each in sections.items() if each.is_automatic] == ["auto", "history", "perfect"]
     assert [name for name, each in sections.items() if each.use_block_verification] == ["auto", "depth1", "depth3"]
     depth3 = sections["depth3"]
     assert (depth3.num_steps, depth3.eagle_topk, depth3.num_draft_tokens) == (3, 1, 4)
     assert {config.engine.cost_probe_interval for config in configs.values()} == {EngineConfig.cost_probe_interval}
     cores = started_cores(configs)
-    assert [name for name, core in cores.items() if core.speculation.controller is not None] == ["auto", "history"]
+    assert [name for name, core in cores.items() if core.speculation.controller is not None] == [
+        *("auto", "history", "perfect"),
+    ]
     assert len({id(core.decoder) for core in cores.values()}) == 1, "no side may be slower for where its weights lie"
 
 
@@ -118,12 +152,12 @@ def test_waves_come_one_after_another(options: BenchOptions) -> None:
 def test_a_scenario_on_tiny_models_has_every_row_and_no_reply_that_differs(options: BenchOptions) -> None:
     rows = by_id(measure_scenario(options, FOUR, PROMPTS))
     assert rows["pays.untrained.4.same_replies"].value == 1.0
-    assert "32 replies of auto, depth1, depth3, history" in rows["pays.untrained.4.same_replies"].what
+    assert "40 replies of auto, depth1, depth3, history, perfect" in rows["pays.untrained.4.same_replies"].what
     assert rows["pays.untrained.4.auto.speedup"].reach == ">= 1.3"
     assert [id for id, row in rows.items() if id.endswith(".speedup") and row.reach] == [
         "pays.untrained.4.auto.speedup"
     ]
-    for name in ("off", "auto", "depth1", "depth3", "history"):
+    for name in ("off", "auto", "depth1", "depth3", "history", "perfect"):
         assert rows[f"pays.untrained.4.{name}.tokens_per_cpu_s"].value > 0.0
     for name in ("auto", "history"):
         assert 0.0 <= rows[f"pays.untrained.4.{name}.plain_steps"].value <= 1.0
@@ -134,7 +168,7 @@ def test_a_scenario_on_tiny_models_has_every_row_and_no_reply_that_differs(optio
 def test_with_races_every_side_draws_by_them_and_no_reply_differs(options: BenchOptions) -> None:
     rows = by_id(measure_scenario(replace(options, rule="gumbel", num_rounds=1), FOUR, PROMPTS))
     assert rows["pays.untrained.gumbel.4.same_replies"].value == 1.0
-    assert "16 replies of auto, depth1, depth3, history" in rows["pays.untrained.gumbel.4.same_replies"].what
+    assert "20 replies of auto, depth1, depth3, history, perfect" in rows["pays.untrained.gumbel.4.same_replies"].what
 
 
 def by_id(rows: list[Row]) -> dict[str, Row]:
@@ -162,6 +196,7 @@ MADE_UP = {
     "depth1": [result(5.0), result(8.0), result(10.0)],
     "depth3": [result(11.0), result(11.0), result(11.0)],
     "history": [result(10.0), result(10.0), result(10.0, reply=1)],
+    "perfect": [result(2.0), result(3.0), result(4.0)],
 }
 BATCHES = {"auto": 4, "history": None}
 
@@ -176,6 +211,8 @@ def test_rows_are_ratios_of_tokens_per_cpu_second_repetition_by_repetition() -> 
     assert (least.value, least.reach, least.holds) == (pytest.approx(0.8), ">= 0.98", False)
     assert rows[f"{prefix}.depth3.speedup"].value == pytest.approx(12 / 11)
     assert rows[f"{prefix}.depth3.speedup"].holds is None
+    perfect = rows[f"{prefix}.perfect.speedup"]
+    assert (perfect.value, perfect.holds) == (pytest.approx(5.0), None)
     assert rows[f"{prefix}.history.least"].holds is True
     assert rows[f"{prefix}.off.tokens_per_cpu_s"].value == pytest.approx(10 / 12)
 
@@ -203,11 +240,11 @@ def test_the_engines_estimate_is_compared_with_the_prefill_put_in() -> None:
 def test_a_reply_that_speculation_changed_is_found_except_where_the_rule_changes_replies() -> None:
     changed = {**MADE_UP, "depth1": [result(5.0), result(8.0, reply=2), result(10.0)]}
     same = by_id(rows_of(Where("untrained", "4"), changed, BATCHES, None))["pays.untrained.4.same_replies"]
-    assert (same.value, same.holds) == (pytest.approx(10 / 12), False)
+    assert (same.value, same.holds) == (pytest.approx(13 / 15), False)
     block = by_id(rows_of(Where("trained", "4", "block"), changed, BATCHES, None))
     same = block["pays.trained.block.4.same_replies"]
-    assert (same.value, same.holds) == (pytest.approx(2 / 3), False)
-    assert same.what.endswith("3 replies of history")
+    assert (same.value, same.holds) == (pytest.approx(5 / 6), False)
+    assert same.what.endswith("6 replies of history, perfect")
 
 
 def test_the_command_measures_a_trained_policy_by_the_bounds_of_one(options: BenchOptions, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 Nothing but the core computes, so this process's CPU time is the core's, and the core's own clock is the same one. An
 engine starts and times its passes before the first repetition, off the clock, as it does before a run's first request.
+
+One side knows what will be said: its drafts are the replies of the side without speculation. They cost nothing and are
+right, so that what it gains over none is more than any draft as deep can bring.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from slime_spec.bench.rows import BenchOptions
 from slime_spec.bench.timing import Clock, Timed, tell, timed
 from slime_spec.config.tree import Config, EngineConfig
 from slime_spec.speculation.net_benefit import NetBenefit
-from slime_spec.types import GeneratedSample
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest
 
-OFF, AUTO, FROM_HISTORY = "off", "auto", "history"
+OFF, AUTO, FROM_HISTORY, PERFECT = "off", "auto", "history", "perfect"
 AUTOMATIC = (AUTO, FROM_HISTORY)
 KV_CACHE_GB = 2.0  # the long tail's 64 sequences
 
@@ -75,6 +78,7 @@ def side_configs(options: BenchOptions, model_path: str, depths: Sequence[int]) 
         AUTO: eagle3(),
         **{fixed_name(each): eagle3(num_steps=each, eagle_topk=1, num_draft_tokens=each + 1) for each in depths},
         FROM_HISTORY: speculating(HISTORY.name),
+        PERFECT: speculating(HISTORY.name),
     }
 
 
@@ -109,14 +113,32 @@ def repeat(
     for repetition in range(num_repetitions + 1):
         tell(f"{scenario.name} at once: {f'repetition {repetition} of {num_repetitions}' if repetition else 'warm-up'}")
         gc.collect()  # not while a side is timed
+        plain: Result | None = None
         for name in drawn_order(list(cores), seed, repetition):
             waves = requests(scenario, prompts, seed, repetition)
+            if name == PERFECT:
+                assert plain is not None, "it comes last"
+                waves = knowing(waves, plain)
             one = timed(partial(generate, cores[name], waves))
+            plain = one.result if name == OFF else plain
             if repetition:
                 times[name].append(one)
     return times
 
 
+def knowing(waves: Waves, plain: Result) -> Waves:
+    """Return the requests with their own replies, as if a sample of each group had ended with it before."""
+    replies = plain.replies
+
+    def told(request: GroupRequest) -> GroupRequest:
+        numbers = range(len(request.seeds))
+        own = (EarlierReply(replies[request.group_id, number], 0, number) for number in numbers)
+        return replace(request, earlier=tuple(own))
+
+    return [[told(request) for request in wave] for wave in waves]
+
+
 def drawn_order(names: Sequence[str], seed: int, repetition: int) -> list[str]:
-    """Return the order in which the sides take their turns in a repetition."""
-    return random.Random(f"{seed} order {repetition}").sample(names, len(names))
+    """Return the order in which the sides take their turns in a repetition; what knows the replies comes last."""
+    drawn = random.Random(f"{seed} order {repetition}").sample(names, len(names))
+    return sorted(drawn, key=PERFECT.__eq__)

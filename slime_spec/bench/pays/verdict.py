@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from slime_spec.algorithms import HISTORY
 from slime_spec.bench.eagle3 import ON_CPU
-from slime_spec.bench.pays.sides import AUTO, AUTOMATIC, FROM_HISTORY, OFF, Result, Times
+from slime_spec.bench.pays.sides import AUTO, AUTOMATIC, FROM_HISTORY, OFF, PERFECT, Result, Times
 from slime_spec.bench.race import maybe_at_least
 from slime_spec.bench.rows import Row, at_least
 from slime_spec.bench.timing import Timed
@@ -18,6 +18,7 @@ WORDS = {
     OFF: "no speculation",
     AUTO: "EAGLE-3, automatic depth",
     FROM_HISTORY: f"{HISTORY.name}, automatic depth",
+    PERFECT: "the reply itself as its draft",
 }
 
 
@@ -82,7 +83,7 @@ def _speed(where: Where, name: str, rates: Sequence[float]) -> Row:
 
 def _over_best_fixed(where: Where, rates: Mapping[str, Sequence[float]]) -> Row:
     """Hold the automatic depth to the setting that was fastest here, off included, which nobody knows beforehand."""
-    fixed = [name for name in rates if name not in AUTOMATIC]
+    fixed = [name for name in rates if name not in (*AUTOMATIC, PERFECT)]
     best = max(fixed, key=lambda name: statistics.median(rates[name]))
     ratios = over(rates[AUTO], rates[best])
     text = f"{words(AUTO)} over the best fixed setting, {words(best)}, {where.words}; each {listed(ratios)}"
@@ -121,7 +122,9 @@ def _choices(where: Where, name: str, times: Sequence[Timed[Result]], pays_up_to
 def _same_replies(where: Where, times: Times) -> Row:
     """Compare every side's tokens with those without speculation, where the rule changes no token for a seed."""
     changing = (
-        () if where.rule in ("target_only", ON_CPU) else [name for name in times if name not in (OFF, FROM_HISTORY)]
+        ()
+        if where.rule in ("target_only", ON_CPU)
+        else [name for name in times if name not in (OFF, FROM_HISTORY, PERFECT)]
     )
     sides = [name for name in times if name != OFF and name not in changing]
     num_same = num_replies = 0
