@@ -28,9 +28,10 @@ from slime_spec.sglang.draft_shape import embedded_shape
 from slime_spec.speculation.draft_temperature import draft_temperatures
 
 
-def make_graphs(config: Config, device: torch.device) -> Graphs | None:
-    """Return what passes are captured with, None where they run operator by operator or on a CPU."""
-    return Graphs(CudaCapturer()) if device.type == "cuda" and config.engine.cuda_graphs else None
+def make_graphs(config: Config, spec: ModelSpec, device: torch.device) -> Graphs | None:
+    """Return what passes are captured with; None on a CPU, and where they run operator by operator, as mixed blocks."""
+    captures = config.engine.cuda_graphs and spec.has_plain_blocks
+    return Graphs(CudaCapturer()) if device.type == "cuda" and captures else None
 
 
 def share_target(core: GenerationCore, first: GenerationCore) -> None:
@@ -53,7 +54,7 @@ class Assembly:
         self.dtype: torch.dtype = getattr(torch, config.engine.dtype)
         ends = end_token_ids(config.model.hf_checkpoint)
         self.limits = replace(limits_of(config, self.spec), eos_token_ids=ends)
-        self.graphs = make_graphs(config, self.device)
+        self.graphs = make_graphs(config, self.spec, self.device)
         self._drafter = make_drafter(config, self.spec, self.device, self.dtype, self.limits, self.graphs)
         self._rope: RopeTable | None = None
         self._tokenizer: Tokenizer | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from rollout.embedded.kernels.library import (
 )
 from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.layer import Layer
-from rollout.embedded.linear import Packing
+from rollout.embedded.linear import PackedLinear, Packing
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable, rotate
 from slime_spec.checkpoints.model_spec import ModelSpec
@@ -40,8 +40,49 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+class GroupedWeights(Protocol):
+    """Is what ``grouped_attention`` reads."""
+
+    qkv: PackedLinear
+    out: PackedLinear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+
+
+class GatedWeights(Protocol):
+    """Is what ``gated_mlp`` reads."""
+
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+def grouped_attention(
+    inputs: torch.Tensor,
+    part: GroupedWeights,
+    spec: ModelSpec,
+    index: int,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    plan: AttentionPlan,
+) -> torch.Tensor:
+    """Return grouped-query attention [tokens, hidden] over ``inputs``, in torch's operators; writes layer ``index``."""
+    heads, kv_heads, eps = spec.num_heads, spec.num_kv_heads, spec.rms_norm_eps
+    qkv = part.qkv(inputs).view(-1, heads + 2 * kv_heads, spec.head_dim)
+    qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if part.q_norm is not None and part.k_norm is not None:
+        query, keys = rms_norm(qk[:, :heads], part.q_norm, eps), rms_norm(qk[:, heads:], part.k_norm, eps)
+        qk = torch.cat([query, keys], dim=1)
+    qk = rotate(qk, *angles)
+    return part.out(attend(index, qk[:, :heads], qk[:, heads:], values, plan))
+
+
+def gated_mlp(x: torch.Tensor, part: GatedWeights) -> torch.Tensor:
+    """Return the SwiGLU MLP of x [tokens, hidden], in torch's operators."""
+    gate, up = part.gate_up(x).chunk(2, dim=-1)
+    return part.down(F.silu(gate) * up)
+
+
 class BlockStack:
-    """Runs successive blocks, all packed alike; block i keeps its keys and values in layer i of the plan's store.
+    """Runs successive plain blocks, all packed alike; block i keeps its keys and values in layer i of the plan's store.
 
     Example::
 
@@ -76,28 +117,15 @@ class BlockStack:
         if self._native is not None:
             return self._native.run(x, plan, capture, attention_input)
         captured: dict[int, torch.Tensor] = {}
-        cos, sin_signed = self.rope.at(plan.positions)
+        angles = self.rope.at(plan.positions)
         for index, layer in enumerate(self.layers):
             ready = attention_input if index == 0 else None
             inputs = self._norm(x, layer.input_norm) if ready is None else ready
-            x = x + self._attention(inputs, layer, index, cos, sin_signed, plan)
-            gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = x + grouped_attention(inputs, layer, self._spec, index, angles, plan)
+            x = x + gated_mlp(self._norm(x, layer.post_norm), layer)
             if index in capture:
                 captured[index] = x
         return x, [captured[index] for index in capture]
-
-    def _attention(
-        self, inputs: torch.Tensor, layer: Layer, index: int, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan
-    ) -> torch.Tensor:
-        heads, kv_heads = self._spec.num_heads, self._spec.num_kv_heads
-        qkv = layer.qkv(inputs).view(-1, heads + 2 * kv_heads, self._spec.head_dim)
-        qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            query, keys = self._norm(qk[:, :heads], layer.q_norm), self._norm(qk[:, heads:], layer.k_norm)
-            qk = torch.cat([query, keys], dim=1)
-        qk = rotate(qk, cos, sin)
-        return layer.out(attend(index, qk[:, :heads], qk[:, heads:], values, plan))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight, self._spec.rms_norm_eps)

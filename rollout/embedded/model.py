@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from rollout.embedded.blocks import BlockStack, rms_norm
 from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear, Packing
+from rollout.embedded.mixed_blocks import AnyLayer, MixedBlocks, stack_of
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable
 from slime_spec.checkpoints.model_spec import ModelSpec
@@ -37,7 +38,7 @@ class Decoder:
     spec: ModelSpec
     rope: RopeTable
     embedding: torch.Tensor | None
-    layers: list[Layer]
+    layers: list[AnyLayer]
     norm: torch.Tensor
     head: PackedLinear
     memory: Memory = field(default_factory=Memory)
@@ -47,8 +48,8 @@ class Decoder:
         return self.norm.device
 
     @cached_property
-    def blocks(self) -> BlockStack:
-        return BlockStack(self.spec, self.rope, self.layers)
+    def blocks(self) -> BlockStack | MixedBlocks:
+        return stack_of(self.spec, self.rope, self.layers)
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -80,7 +81,7 @@ class Decoder:
     def tensors(self) -> list[torch.Tensor]:
         """Return every tensor of plain weights once, in an order that two decoders of one model share."""
         modules = [self.embedding, self.norm, self.head]
-        modules += [getattr(layer, each.name) for layer in self.layers for each in fields(layer)]
+        modules += [weight for layer in self.layers for weight in layer.weights()]
         found: dict[int, torch.Tensor] = {}
         for module in modules:
             for tensor in module.plain_tensors() if isinstance(module, PackedLinear) else [module]:

@@ -6,31 +6,16 @@ packed as soon as its last part is there, so that parts never pile up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear, Packing, best_packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable
+from rollout.embedded.slots import Slot, block_slots, make_layer, module_at
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Names one module of the decoder and its tensors, stacked by rows; layer -1 is outside the blocks."""
-
-    layer: int
-    attribute: str
-    weights: tuple[str, ...]
-    biases: tuple[str, ...] = ()
-    linear: bool = True
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.weights + self.biases
 
 
 def slots_of(spec: ModelSpec) -> list[Slot]:
@@ -42,18 +27,8 @@ def slots_of(spec: ModelSpec) -> list[Slot]:
         slots.append(Slot(-1, "head", ("lm_head.weight",)))
     for layer in range(spec.num_layers):
         block = f"model.layers.{layer}."
-        qkv = tuple(f"{block}self_attn.{x}_proj." for x in "qkv")
-        biases = tuple(name + "bias" for name in qkv) if spec.qkv_bias else ()
-        slots += [
-            Slot(layer, "input_norm", (block + "input_layernorm.weight",), linear=False),
-            Slot(layer, "qkv", tuple(name + "weight" for name in qkv), biases),
-            Slot(layer, "out", (block + "self_attn.o_proj.weight",)),
-            Slot(layer, "post_norm", (block + "post_attention_layernorm.weight",), linear=False),
-            Slot(layer, "gate_up", (block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight")),
-            Slot(layer, "down", (block + "mlp.down_proj.weight",)),
-        ]
-        if spec.qk_norm:
-            slots += [Slot(layer, f"{x}_norm", (f"{block}self_attn.{x}_norm.weight",), linear=False) for x in "qk"]
+        slots.append(Slot(layer, "input_norm", (block + "input_layernorm.weight",), linear=False))
+        slots += block_slots(layer, block, spec)
     return slots
 
 
@@ -92,8 +67,9 @@ class DecoderBuilder:
         self._parts[name] = tensor
         slot = self._slot_of[name]
         if all(part in self._parts for part in slot.parts):
-            bias = self._stacked(slot.biases).clone() if slot.biases else None
-            weight = self._stacked(slot.weights)
+            dtype = torch.float32 if slot.wide else self._dtype
+            bias = self._stacked(slot.biases, dtype).clone() if slot.biases else None
+            weight = self._stacked(slot.weights, dtype)
             is_packed = slot.linear and self._packing is not Packing.PLAIN
             # Packing copies; anything else must not share memory that belongs to a push's transport.
             weight = weight if is_packed else weight.clone()
@@ -119,11 +95,12 @@ class DecoderBuilder:
         for (layer, attribute), module in self._modules.items():
             if layer >= 0:
                 blocks[layer][attribute] = module
-        return Decoder(spec=self._spec, rope=self._rope, layers=[Layer(**block) for block in blocks], **top)  # type: ignore[arg-type]
+        layers = [make_layer(block, self._spec) for block in blocks]
+        return Decoder(spec=self._spec, rope=self._rope, layers=layers, **top)  # type: ignore[arg-type]
 
-    def _stacked(self, names: tuple[str, ...]) -> torch.Tensor:
+    def _stacked(self, names: tuple[str, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return the parts as one tensor; a single part may still be the caller's memory."""
-        tensors = [self._parts.pop(name).detach().to(self._device, self._dtype) for name in names]
+        tensors = [self._parts.pop(name).detach().to(self._device, dtype) for name in names]
         return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
@@ -133,7 +110,7 @@ def named_tensors(decoder: Decoder) -> dict[str, torch.Tensor]:
     shapes = expected_shapes(spec)
     read: dict[str, torch.Tensor] = {}
     for slot in slots_of(spec):
-        module = getattr(decoder if slot.layer < 0 else decoder.layers[slot.layer], slot.attribute)
+        module = module_at(decoder if slot.layer < 0 else decoder.layers[slot.layer], slot.attribute)
         if module is None:  # the embedding, which lies in the tied head
             module = decoder.head
         weight = module.unpacked() if isinstance(module, PackedLinear) else module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class DraftSpec:
     drafts_from_root: bool = False  # the root's own row of a block drafts, too
     markov_rank: int = 0  # of the bias that the token before makes to a block's logits; 0: none
     mask_token_id: int = 0  # whose embedding a block drafter reads where it drafts
-    num_target_layers: int = 0  # where the config.json must say it
+    num_target_layers: int = 0  # where the config.json, or the name of an MTP layer, must say it
     in_target: bool = False  # the draft's tensors are part of the target's checkpoint
 
     @property
@@ -74,7 +74,8 @@ class DraftSpec:
     @property
     def mtp_layer(self) -> MtpLayer:
         """Return the tensor names of an MTP draft: the target's own layer's, or those of the layer trained here."""
-        return family_of(self.block.architecture).mtp or OWN_LAYER
+        layer = family_of(self.block.architecture).mtp or OWN_LAYER
+        return replace(layer, prefix=layer.prefix_in(self.num_target_layers))
 
     @classmethod
     def from_folder(cls, folder: str | Path, target: ModelSpec, norm_output_convention: str = "sglang") -> DraftSpec:

@@ -71,6 +71,21 @@ def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
     return Parameters(decoder, num_mtp * layer, num_mtp * copies, tables, attention)
 
 
+def has_latent_attention(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("kv_lora_rank"))
+
+
+def expanded_kv_elements(config: Mapping[str, Any], num_layers: int | None = None) -> int | None:
+    """Count numbers cached per position where every head has a key and a value as wide, as the embedded engine's."""
+    if not has_latent_attention(config):
+        return kv_elements_per_token(config, num_layers)
+    if not _has_sizes(config):
+        return None
+    layers = config["num_hidden_layers"] if num_layers is None else num_layers
+    width = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    return int(layers * 2 * config["num_attention_heads"] * width)
+
+
 def kv_elements_per_token(config: Mapping[str, Any], num_layers: int | None = None) -> int | None:
     """Count numbers cached per position in all layers: keys and values per head, or the latent and its rotary part."""
     if not _has_sizes(config):

@@ -6,6 +6,7 @@ or another where two disagree, so that a file in which they disagree is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from slime_spec.checkpoints.config_keys import (
 from slime_spec.errors import CheckpointError
 
 DEFAULT_THETA = 10000.0
+DEFAULT_KINDS = ("default", "llama3")
 OF_OTHER_KINDS = harmless("read for the kinds of scaling that are refused")
 # Keys of config.json, and those within its rope_scaling or rope_parameters.
 ROPE_KEYS: Keys = {
@@ -37,7 +39,7 @@ ROPE_KEYS: Keys = {
 }
 NESTED_KEYS: Keys = {
     "rope_theta": real(1, 1e15),
-    "rope_type": only("default", "llama3"),
+    "rope_type": text(),
     "type": text(),
     "partial_rotary_factor": only(1),
     "factor": real(1e-3, 1e6),
@@ -47,6 +49,13 @@ NESTED_KEYS: Keys = {
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor"), OF_OTHER_KINDS),
     # Kinds of layers, each with an embedding of its own.
     **dict.fromkeys(("full_attention", "sliding_attention", "linear_attention"), only()),
+}
+
+
+YARN_KEYS: Keys = {
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), real(0, 1e3)),
+    **dict.fromkeys(("beta_fast", "beta_slow"), real(1e-3, 1e6)),
+    "truncate": only(True),
 }
 
 
@@ -60,20 +69,69 @@ class RopeScaling:
     original_max_position_embeddings: int
 
 
-def read_rope(config: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
-    """Return the base of the angles and their scaling; raises CheckpointError naming the key that stands against it."""
-    check_keys(config, ROPE_KEYS, source)
+@dataclass(frozen=True)
+class Yarn:
+    """Holds the parameters of YaRN (arXiv 2309.00071, ``rope_type: yarn``) as transformers reads them.
+
+    Angles that turn fewer than ``beta_slow`` times within the original context are slowed by ``factor``, those beyond
+    ``beta_fast`` kept. ``magnitude`` multiplies cosines and sines, ``score_factor`` the attention's scores.
+    """
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
+    magnitude: float = 1.0
+    score_factor: float = 1.0
+
+
+def read_rope(
+    config: Mapping[str, Any], source: str, kinds: tuple[str, ...] = DEFAULT_KINDS, share: float = 1
+) -> tuple[float, RopeScaling | Yarn | None]:
+    """Return the base of the angles and their scaling; raises CheckpointError naming the key that stands against it.
+
+    ``kinds`` are the scalings that the family's decoder computes, ``share`` what it rotates of a head.
+    """
+    of_share = {"partial_rotary_factor": only(share), "rotary_pct": only(share)}
+    check_keys(config, {**ROPE_KEYS, **of_share}, source)
     scaling, parameters = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     if scaling and parameters and scaling != parameters:
         raise _disagreeing(f"{source}: rope_scaling", "rope_parameters", shown(scaling))
     rope, place = (scaling, "rope_scaling.") if scaling else (parameters, "rope_parameters.")
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    check_keys({**rope, "rope_type": kind}, NESTED_KEYS, source, place)
+    nested = {**NESTED_KEYS, "rope_type": only(*kinds), "partial_rotary_factor": only(share)}
+    check_keys({**rope, "rope_type": kind}, {**nested, **(YARN_KEYS if kind == "yarn" else {})}, source, place)
     thetas = [each for each in (rope.get("rope_theta"), config.get("rope_theta")) if each is not None]
     if len(set(thetas)) > 1:
         raise _disagreeing(f"{source}: rope_theta", f"{place}rope_theta", thetas[1])
     theta = float(thetas[0]) if thetas else DEFAULT_THETA
-    return theta, _llama3(config, rope, f"{source}: {place}") if kind == "llama3" else None
+    match kind:
+        case "llama3":
+            return theta, _llama3(config, rope, f"{source}: {place}")
+        case "yarn":
+            return theta, _yarn(config, rope, f"{source}: {place}")
+    return theta, None
+
+
+def _yarn(config: Mapping[str, Any], rope: Mapping[str, Any], prefix: str) -> Yarn:
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if original is None:
+        rule = "must be given for yarn"
+        raise CheckpointError(f"{prefix}original_max_position_embeddings", rule, None, CORRECT)
+    factor = float(config["max_position_embeddings"] / original if factor is None else factor)
+    fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
+    if slow >= fast:
+        raise CheckpointError(f"{prefix}beta_slow", f"must be less than beta_fast ({fast:g})", slow, CORRECT)
+    mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    magnitude = rope.get("attention_factor")
+    if magnitude is None:
+        magnitude = _mscale(factor, mscale) / _mscale(factor, of_all) if mscale and of_all else _mscale(factor, 1.0)
+    score_factor = _mscale(factor, of_all) ** 2 if of_all else 1.0
+    return Yarn(factor, fast, slow, original, float(magnitude), score_factor)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _llama3(config: Mapping[str, Any], rope: Mapping[str, Any], prefix: str) -> RopeScaling:

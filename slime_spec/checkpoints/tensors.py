@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slime_spec.checkpoints.families.dense import block_shapes
+from slime_spec.checkpoints.families.blocks import block_shapes
 from slime_spec.checkpoints.folder import AGAIN, CONFIG, SINGLE, TARGET_PATH, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError
@@ -35,7 +35,7 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for layer in range(spec.num_layers):
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes |= block_shapes(prefix, spec, hidden)
+        shapes |= block_shapes(prefix, spec, hidden, layer)
     shapes["model.norm.weight"] = (hidden,)
     if not spec.tie_word_embeddings:
         shapes[HEAD] = (spec.vocab_size, hidden)

@@ -12,7 +12,13 @@ from typing import Any
 from slime_spec.checkpoints.draft_spec import OWN_EMBEDDING
 from slime_spec.checkpoints.families import FORMAT_OF
 from slime_spec.checkpoints.families.eagle3 import TABLES
-from slime_spec.checkpoints.parameters import Parameters, count_parameters, kv_elements_per_token, num_kv_heads
+from slime_spec.checkpoints.parameters import (
+    Parameters,
+    count_parameters,
+    expanded_kv_elements,
+    kv_elements_per_token,
+    num_kv_heads,
+)
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.speculation import draft_quantization
 from slime_spec.config.tree import Config
@@ -116,14 +122,15 @@ def weight_itemsize(checkpoint: Checkpoint, dtype: str) -> int:
 def _engine(facts: Facts, itemsize: int, counted: Parameters) -> EngineMemory:
     config = facts.config
     kv_itemsize = 1 if str(facts.flags.get("kv_cache_dtype", "")).startswith("fp8") else ITEMSIZES[config.engine.dtype]
-    elements = kv_elements_per_token(facts.target.config) or 0
+    cached = expanded_kv_elements if kind_of(config).runs_built_decoders else kv_elements_per_token
+    elements = cached(facts.target.config) or 0
     draft_bytes = 0
     if facts.draft_kind == "in_target":
         draft_bytes = counted.mtp * (1 if _is_rounded(facts) else itemsize)
-        elements += kv_elements_per_token(facts.target.config, facts.target.num_mtp_layers) or 0
+        elements += cached(facts.target.config, facts.target.num_mtp_layers) or 0
     elif facts.draft is not None:
         draft_bytes = _draft_bytes(facts, facts.draft)
-        elements += kv_elements_per_token(facts.draft.config) or 0
+        elements += cached(facts.draft.config) or 0
     num_sequences = min(config.engine.max_running_requests, facts.samples_per_engine)
     num_tokens = num_sequences * (facts.config.rollout.longest + (facts.shape.headroom if facts.speculates else 0))
     if config.engine.max_total_tokens is not None:

@@ -174,9 +174,8 @@ def test_the_table_knows_every_familys_halves_and_names() -> None:
     assert MTP_LAYERS["Qwen3NextForCausalLM"].embedding_norm == "pre_fc_norm_embedding.weight"
 
 
-@pytest.mark.parametrize("architecture", ["DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "Qwen3NextForCausalLM"])
-def test_families_with_other_blocks_are_refused_with_the_reason(target: Path, architecture: str) -> None:
-    error = refusal({**NEXTN, "architectures": [architecture]}, target)
+def test_a_family_with_other_blocks_is_refused_with_the_reason(target: Path) -> None:
+    error = refusal({**NEXTN, "architectures": ["Qwen3NextForCausalLM"]}, target)
     assert "experts" in error.rule
     assert "SGLang engine" in error.rule
 

@@ -14,14 +14,16 @@ import pytest
 from transformers import AutoConfig
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.parameters import count_parameters
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.errors import CheckpointError, NotComputedError
 from slime_spec.launch.cli import main
 from tests.support.chat_templates import QWEN2_5, save_tokenizer
 from tests.support.published_configs import BUILT, PARAMETERS
 from tests.support.published_drafts import DRAFTS, REFUSED_DRAFTS
-from tests.support.published_served import SERVED
+from tests.support.published_served import MIXED, SERVED
 
 MODELOPT = "nvidia/Llama-3.1-8B-Instruct-FP8"  # its config.json is the unquantised model's
 
@@ -37,9 +39,9 @@ def saved_by_transformers_5(config: dict[str, Any], folder: Path, model_type: st
     return saved
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", {**BUILT, **MIXED})
 def test_a_published_model_is_computed_from_either_spelling_of_its_keys(name: str, tmp_path: Path) -> None:
-    config = BUILT[name]
+    config = {**BUILT, **MIXED}[name]
     spec = ModelSpec.from_dict(config)
     assert ModelSpec.from_dict(saved_by_transformers_5(config, tmp_path)) == spec
     if name in PARAMETERS:
@@ -47,6 +49,32 @@ def test_a_published_model_is_computed_from_either_spelling_of_its_keys(name: st
     scaling = config.get("rope_scaling") or {}
     assert (spec.rope_scaling.factor if spec.rope_scaling else None) == scaling.get("factor")
     assert spec.rope_theta == config["rope_theta"]
+
+
+# As their authors count them: the decoder, without the MTP layer.
+COUNTED = {"Qwen/Qwen3-235B-A22B": 235_093_634_560, "Qwen/Qwen3-30B-A3B": 30_532_122_624}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_model_with_experts_has_as_many_numbers_as_its_authors_say(name: str) -> None:
+    counted = count_parameters(MIXED[name])
+    assert counted is not None
+    shapes = expected_shapes(ModelSpec.from_dict(MIXED[name]))
+    assert sum(map(prod, shapes.values())) == counted.decoder
+    assert counted.decoder == COUNTED.get(name, counted.decoder)
+
+
+@pytest.mark.parametrize("name", [name for name, config in MIXED.items() if config.get("num_nextn_predict_layers")])
+def test_the_mtp_layer_behind_the_last_is_a_draft_of_its_target(name: str) -> None:
+    config = MIXED[name]
+    target, counted = ModelSpec.from_dict(config), count_parameters(config)
+    draft = DraftSpec.from_dict(config, target)
+    assert (draft.family, draft.in_target, draft.hidden_first) == ("mtp", True, False)
+    shapes = draft_shapes(draft)
+    own = f"model.layers.{target.num_layers}."
+    assert all(name.startswith(own) for name in shapes)
+    assert counted is not None
+    assert sum(map(prod, shapes.values())) == counted.mtp
 
 
 def test_mimos_mtp_layer_is_a_draft_of_its_target() -> None:
@@ -71,7 +99,7 @@ def test_a_published_model_that_sglang_alone_computes_is_refused_with_the_way_to
         ModelSpec.from_dict(SERVED[name])
 
 
-@pytest.mark.parametrize("name", ["deepseek-ai/DeepSeek-R1", "zai-org/GLM-4.5-Air", "Qwen/Qwen3-8B-FP8", MODELOPT])
+@pytest.mark.parametrize("name", ["deepseek-ai/DeepSeek-R1", "Qwen/Qwen3-8B-FP8", MODELOPT])
 def test_a_dry_run_lets_sglang_serve_it_from_its_json_files(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,11 @@ GLM = {**TARGET, "architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 16
 STANDALONE: dict[str, Any] = {"draft": {**TARGET, "hidden_size": 576}}
 ALONE = (*SERVERS, "--speculative-algorithm", "STANDALONE", *CHAIN)
 UNSET = SERVERS[:6]  # the engine, no flag of its own
+LATENT = {
+    **{**TARGET, "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 61, "num_attention_heads": 128},
+    **{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    **{"n_routed_experts": 256, "moe_intermediate_size": 2048},
+}
 CODED_MIMO = {**TARGET, "model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}}
 ERNIE = {**TARGET, "architectures": ["Ernie4_5_MoeForCausalLM"], "num_nextn_predict_layers": 1}
 FLASHINFER = ("--sglang-attention-backend", "flashinfer")
@@ -79,7 +84,10 @@ CASES = (
     case("trainer-architecture", MTP, ERROR, target=GLM),
     case("trainer-architecture", (*MTP, ROLLOUTS), INFO, target=GLM),
     case("trainer-architecture", MTP, target=MIMO),
-    case("engine-architecture", (ROLLOUTS,), ERROR, target=GLM),
+    case("engine-architecture", (ROLLOUTS,), ERROR, target={**TARGET, "architectures": ["Qwen3NextForCausalLM"]}),
+    case("engine-architecture", (ROLLOUTS,), ERROR, target=LATENT),
+    case("engine-architecture", (ROLLOUTS,), target={**LATENT, "num_hidden_layers": 2}),
+    case("engine-architecture", (ROLLOUTS,), target=GLM),
     case("engine-architecture", (*MTP, ROLLOUTS), target=GLM),
     case("sglang-version", PLAIN, ERROR, is_installed=False),
     case("sglang-version", (*PLAIN, "--rollout-external-engine-addrs", "10.0.0.1:30000"), is_installed=False),

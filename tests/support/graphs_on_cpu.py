@@ -74,7 +74,7 @@ def graphs_on_cpu() -> Iterator[CpuCapturer]:
 
     capturer = CpuCapturer()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assemble, "make_graphs", lambda config, device: Graphs(capturer))
+        patch.setattr(assemble, "make_graphs", lambda config, spec, device: Graphs(capturer))
         for name in KERNELS:
             patch.setattr(operators, name, getattr(reference_operators, name))
         patch.setattr(products, "choose_on", lambda device: lambda runs: list(runs)[-1])  # not the library's

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.tiny_drafts import BLOCK, EAGLE3, edit_config, make_tiny_draft, make_tiny_mimo
-from tests.support.tiny_models import LLAMA3_ROPE
+from tests.support.tiny_models import LLAMA3_ROPE, add_mtp_layer
 from tests.support.tiny_policy import make_tiny_policy
 
 VOCAB = 257  # bytes and an end token
@@ -56,7 +56,7 @@ R1_KEYS = {
     **{"scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5, "ep_size": 1},
 }
 LATENT = {
-    **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    **{"q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12},
     **{"num_key_value_heads": 6, "head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 4},
     **{"n_shared_experts": 1, "n_group": 2, "topk_group": 1},
 }
@@ -166,21 +166,6 @@ def make_moe(folder: Path, model_type: str, **settings: Any) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
-
-
-def add_mtp_layer(folder: Path) -> None:
-    """The MTP layer of GLM and DeepSeek: a copy of the last decoder layer under the next number, with its own parts."""
-    config = json.loads((folder / "config.json").read_text())
-    num_layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    tensors: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
-    last, added = f"model.layers.{num_layers - 1}.", f"model.layers.{num_layers}."
-    tensors |= {name.replace(last, added): each.clone() for name, each in tensors.items() if name.startswith(last)}
-    tensors |= {f"{added}{name}.weight": torch.ones(hidden) for name in ("enorm", "hnorm", "shared_head.norm")}
-    tensors[f"{added}eh_proj.weight"] = torch.randn(hidden, 2 * hidden) / hidden**0.5
-    tensors[f"{added}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors[f"{added}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    edit_config(folder, num_nextn_predict_layers=1)
 
 
 def in_dtype(folder: Path, dtype: torch.dtype) -> Path:

@@ -1,4 +1,4 @@
-"""Published models that SGLang alone computes: see ``tests.support.published_configs``."""
+"""Published models with experts, and those that SGLang alone computes: see ``tests.support.published_configs``."""
 
 from __future__ import annotations
 
@@ -94,10 +94,11 @@ _QWEN3_MOE = {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
-# What SGLang alone computes.
-SERVED: Published = {
-    "deepseek-ai/DeepSeek-V3": _DEEPSEEK,
-    "deepseek-ai/DeepSeek-R1": _DEEPSEEK,
+# Models with experts that are computed here, too.
+MIXED: Published = {
+    "deepseek-ai/DeepSeek-R1, with weights in bfloat16": {
+        name: value for name, value in _DEEPSEEK.items() if name != "quantization_config"
+    },
     "zai-org/GLM-4.5": _GLM45,
     "zai-org/GLM-4.6": {**_GLM45, "max_position_embeddings": 202752},
     "zai-org/GLM-4.5-Air": {
@@ -114,6 +115,11 @@ SERVED: Published = {
         **_QWEN3_MOE,
         **sizes(2048, 6144, 48, 32, 4, max_window_layers=48, moe_intermediate_size=768),
     },
+}
+# What SGLang alone computes.
+SERVED: Published = {
+    "deepseek-ai/DeepSeek-V3": _DEEPSEEK,
+    "deepseek-ai/DeepSeek-R1": _DEEPSEEK,
     "Qwen/Qwen3-8B-FP8": {
         **BUILT["Qwen/Qwen3-8B"],
         "quantization_config": {

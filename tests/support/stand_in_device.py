@@ -242,7 +242,7 @@ def stand_in_device() -> Iterator[StandIn]:
             patched.enter_context(patch.object(torch.cuda, name, value))
         patched.enter_context(patch.object(torch.Tensor, "pin_memory", lambda self: self))
         # It has no addresses for kernels to read: passes run operator by operator.
-        patched.enter_context(patch.object(assemble, "make_graphs", lambda config, device: None))
+        patched.enter_context(patch.object(assemble, "make_graphs", lambda config, spec, device: None))
         patched.enter_context(patch.object(fp8, "product", product))
         yield _active
 

@@ -13,14 +13,14 @@ It runs in torch's operators on every device: the native kernels have no attenti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from rollout.embedded.blocks import rms_norm
+from rollout.embedded.blocks import gated_mlp, rms_norm
 from rollout.embedded.kv_cache import KvCache, KvStore
-from rollout.embedded.layer import Layer
+from rollout.embedded.layer import Layer, Weights
 from rollout.embedded.linear import PackedLinear
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable, rotate
@@ -43,7 +43,7 @@ class BlockRow:
 
 
 @dataclass
-class BlockNetwork:
+class BlockNetwork(Weights):
     """Holds the weights of one version of a block drafter; ``embedding`` is None where the target's serves."""
 
     spec: DraftSpec
@@ -78,8 +78,7 @@ class BlockNetwork:
             query, keys = rotate(query, cos, sin_signed), rotate(keys, cos, sin_signed)
             blocks = [each.unflatten(0, (num_rows, block)).transpose(1, 2) for each in (query, keys, values)]
             x = x + layer.out(context.attend(index, *blocks))
-            gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = x + gated_mlp(self._norm(x, layer.post_norm), layer)
         return self._norm(x.view(num_rows, block, hidden)[:, block - self.spec.num_block_drafts :], self.norm)
 
     def biased(self, logits: torch.Tensor, previous_ids: torch.Tensor) -> torch.Tensor:
@@ -88,17 +87,6 @@ class BlockNetwork:
             return logits
         assert self.previous is not None, "the bias has two factors"
         return logits + self.bias.wide(F.embedding(previous_ids, self.previous))
-
-    def move(self, device: torch.device) -> None:
-        """Move every weight; only where nothing is packed (CUDA and back)."""
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, PackedLinear):
-                value.move(device)
-            elif isinstance(value, torch.Tensor):
-                setattr(self, each.name, value.to(device))
-        for layer in self.layers:
-            layer.move(device)
 
     def _heads(self, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries, keys (both normed) and values [tokens, heads, head_dim] of x [tokens, hidden]."""

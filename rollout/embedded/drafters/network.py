@@ -10,7 +10,7 @@ token t + 2. Beyond the committed tokens it reads its own hidden state in the fe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ import torch
 
 from rollout.embedded.blocks import BlockStack, rms_norm
 from rollout.embedded.drafters.step import Heads
-from rollout.embedded.layer import Layer
+from rollout.embedded.layer import Weights
 from rollout.embedded.linear import PackedLinear, Packing
+from rollout.embedded.mixed_blocks import AnyLayer, MixedBlocks, stack_of
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable
 from slime_spec.checkpoints.draft_spec import DraftSpec
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DraftNetwork:
+class DraftNetwork(Weights):
     """Holds the weights of one version of a draft and runs the forward pass over them.
 
     ``embedding`` and ``head`` are the draft's own; where they are None the target's serve.
@@ -37,7 +38,7 @@ class DraftNetwork:
 
     spec: DraftSpec
     rope: RopeTable
-    layers: list[Layer]
+    layers: list[AnyLayer]
     fc: PackedLinear
     norm: torch.Tensor | None = None
     embedding_norm: torch.Tensor | None = None
@@ -48,8 +49,8 @@ class DraftNetwork:
     head: PackedLinear | None = None
 
     @cached_property
-    def blocks(self) -> BlockStack:
-        return BlockStack(self.spec.block, self.rope, self.layers)
+    def blocks(self) -> BlockStack | MixedBlocks:
+        return stack_of(self.spec.block, self.rope, self.layers)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Return the target's features [tokens, feature size] as what ``forward`` reads [tokens, hidden]."""
@@ -83,18 +84,6 @@ class DraftNetwork:
         assert head is not None, "a draft without a head is bound to a target before it drafts"
         logits = head.wide(normed if self.spec.logits_norm else residual)
         return Heads(logits, normed if self.spec.recurrent_norm else residual)
-
-    def move(self, device: torch.device) -> None:
-        """Move every weight; only where nothing is packed (CUDA and back)."""
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, PackedLinear):
-                value.move(device)
-            elif isinstance(value, torch.Tensor):
-                setattr(self, each.name, value.to(device))
-        self.fc_norms = [norm.to(device) for norm in self.fc_norms]
-        for layer in self.layers:
-            layer.move(device)
 
     def _enter(self, embedded: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (the first block's residual stream, its attention's input, None where that is the stream's norm)."""

@@ -12,10 +12,10 @@ from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.quantized import make_linear
 from rollout.embedded.drafters.step import DrafterSetup
 from rollout.embedded.drafting import Swap
-from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear
+from rollout.embedded.mixed_blocks import plain
 from rollout.embedded.rope import RopeTable
-from rollout.embedded.weights import Slot
+from rollout.embedded.slots import Slot, block_slots, make_layer, module_at
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
 from slime_spec.checkpoints.families.dspark import BIAS, PREVIOUS
@@ -54,17 +54,7 @@ def draft_slots(spec: DraftSpec) -> list[Slot]:
 
 
 def _block_slots(layer: int, block: str, spec: DraftSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
-    qkv = tuple(f"{block}self_attn.{x}_proj." for x in "qkv")
-    biases = tuple(name + "bias" for name in qkv) if spec.block.qkv_bias else ()
-    slots = [
-        Slot(layer, "qkv", tuple(name + "weight" for name in qkv), biases),
-        Slot(layer, "out", (block + "self_attn.o_proj.weight",)),
-        Slot(layer, "post_norm", (block + "post_attention_layernorm.weight",), linear=False),
-        Slot(layer, "gate_up", (block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight")),
-        Slot(layer, "down", (block + "mlp.down_proj.weight",)),
-    ]
-    if spec.block.qk_norm:
-        slots += [Slot(layer, f"{x}_norm", (f"{block}self_attn.{x}_norm.weight",), linear=False) for x in "qk"]
+    slots = block_slots(layer, block, spec.block)
     # EAGLE-3's first block has two norms, of the two halves it reads; its further ones call theirs hidden_norm.
     norm = block + ("hidden_norm.weight" if spec.family == "eagle3" else "input_layernorm.weight")
     if norm in shapes and (spec.family, layer) != ("eagle3", 0):
@@ -91,14 +81,14 @@ class NetworkBuilder:
             {"input_norm": unread} for _ in range(self.spec.block.num_layers)
         ]
         for slot in self._slots:
-            weight = self._stacked(slot.weights, tensors)
-            bias = self._stacked(slot.biases, tensors) if slot.biases else None
+            weight = self._stacked(slot.weights, tensors, torch.float32 if slot.wide else self._dtype)
+            bias = self._stacked(slot.biases, tensors, self._dtype) if slot.biases else None
             module = make_linear(weight, bias, self.quantization) if slot.linear else weight
             (top if slot.layer < 0 else blocks[slot.layer])[slot.attribute] = module
         norms = [top.pop(attribute) for attribute in list(top) if attribute.startswith(FC_NORMS)]
-        layers = [Layer(**block) for block in blocks]  # type: ignore[arg-type]
+        layers = [make_layer(block, self.spec.block) for block in blocks]
         if self.spec.block_size:
-            return BlockNetwork(self.spec, self._rope, layers, **top)  # type: ignore[arg-type]
+            return BlockNetwork(self.spec, self._rope, plain(layers), **top)  # type: ignore[arg-type]
         return DraftNetwork(self.spec, self._rope, layers, fc_norms=norms, **top)  # type: ignore[arg-type]
 
     def tensors(self, network: Network) -> dict[str, torch.Tensor]:
@@ -116,9 +106,9 @@ class NetworkBuilder:
                 read.update(zip(slot.biases, module.bias.split(rows), strict=True))
         return {name: read[name] for name in shapes}
 
-    def _stacked(self, names: tuple[str, ...], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _stacked(self, names: tuple[str, ...], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return the parts as one tensor, always a copy: a push's memory is not ours to keep."""
-        return torch.cat([tensors[name].detach().to(self._device, self._dtype) for name in names])
+        return torch.cat([tensors[name].detach().to(self._device, dtype) for name in names])
 
 
 class NetworkWeights:
@@ -172,5 +162,5 @@ def _module(network: Network, slot: Slot) -> PackedLinear | torch.Tensor:
         assert isinstance(network, DraftNetwork), "a block drafter has no such norms"
         return network.fc_norms[int(slot.attribute.removeprefix(FC_NORMS))]
     holder = network if slot.layer < 0 else network.layers[slot.layer]
-    module: PackedLinear | torch.Tensor = getattr(holder, slot.attribute)
+    module: PackedLinear | torch.Tensor = module_at(holder, slot.attribute)
     return module

@@ -9,15 +9,13 @@ import torch
 from rollout.embedded.drafters.quantized import make_linear
 from rollout.embedded.drafters.step import DrafterSetup
 from rollout.embedded.drafting import Swap
-from rollout.embedded.layer import Layer
 from rollout.embedded.linear import PackedLinear, best_packing
 from rollout.embedded.model import Decoder
 from rollout.embedded.rope import RopeTable
-from rollout.embedded.weights import DecoderBuilder, named_tensors
+from rollout.embedded.slots import holder_of
+from rollout.embedded.weights import DecoderBuilder, named_tensors, slots_of
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
-
-LINEARS = ("qkv", "out", "gate_up", "down")
 
 
 class ModelWeights:
@@ -74,10 +72,8 @@ class ModelWeights:
 
     def _round(self, decoder: Decoder) -> None:
         """Quantise the blocks' matrices; embedding and head, often one table, stay as they are."""
-        for layer in decoder.layers:
-            for attribute in LINEARS:
-                self._round_linear(layer, attribute)
-
-    def _round_linear(self, layer: Layer, attribute: str) -> None:
-        linear: PackedLinear = getattr(layer, attribute)
-        setattr(layer, attribute, make_linear(linear.unpacked(), linear.bias, self._quantization))
+        for slot in slots_of(self._spec):
+            if slot.layer >= 0 and slot.linear:
+                holder, name = holder_of(decoder.layers[slot.layer], slot.attribute)
+                linear: PackedLinear = getattr(holder, name)
+                setattr(holder, name, make_linear(linear.unpacked(), linear.bias, self._quantization))

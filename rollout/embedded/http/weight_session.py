@@ -32,6 +32,11 @@ from slime_spec.weights.run import manifest_of, push_messages, run_push
 ANEW = "Restart the server with this draft."
 ONE_BUCKET = sys.maxsize  # bytes: nothing travels, so nothing is gained by sending parts
 SELECTORS = ("target", "draft", "all")
+# Of a ModelSpec, what shapes do not show.
+SAME_IN_A_MODEL = (
+    *("architecture", "num_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling"),
+    *("rotary_dim", "latent", "experts"),
+)
 SIDES: Mapping[str, tuple[Side, ...]] = {"target": ("target",), "draft": ("draft",), "all": ("target", "draft")}
 Tensors = dict[str, torch.Tensor]
 
@@ -224,7 +229,7 @@ class WeightUpdates:
     def _check_same_model(self, folder: str) -> None:
         """Refuse another model: shapes show by name, but another rope or norm would load and compute other results."""
         found = ModelSpec.from_folder(folder)
-        for name in ("architecture", "num_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling"):
+        for name in SAME_IN_A_MODEL:
             if (theirs := getattr(found, name)) != (ours := getattr(self._spec, name)):
                 raise CheckpointError(
                     f"{folder}: {name}", f"must be {ours!r} as in the model being served", theirs, "Serve it anew."

@@ -16,6 +16,7 @@ from rollout.embedded.cuda.graphs import CudaCapturer
 from rollout.embedded.drafters.network import DraftNetwork
 from rollout.embedded.drafters.network_weights import NetworkBuilder
 from rollout.embedded.linear import PackedLinear
+from rollout.embedded.mixed_blocks import plain
 from rollout.embedded.rope import RopeTable
 from slime_spec.bench.device.ceilings import copy_bytes_per_s, sizes_on
 from slime_spec.bench.device.random_model import SHAPES
@@ -116,7 +117,7 @@ def _linears(target: ModelSpec, form: str | None, device: torch.device, dtype: t
     network = builder.build(dict(random_draft(spec, dtype, device, seed=0)))
     assert isinstance(network, DraftNetwork), "the draft drafts by steps"
     assert network.head is not None, "the draft has a head of its own"
-    (layer,) = network.layers
+    (layer,) = plain(network.layers)
     return [layer.qkv, layer.out, layer.gate_up, layer.down, network.head]
 
 

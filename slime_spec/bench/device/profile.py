@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rollout.embedded.cuda.graphs import CudaCapturer, Graphs
 from rollout.embedded.linear import Packing
+from rollout.embedded.mixed_blocks import plain
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.target import Target
@@ -85,7 +86,7 @@ def _product_rows(name: str, decoder: Decoder, num_rounds: int) -> list[Row]:
 
     rows, on_gpu = [], decoder.device.type == "cuda"
     for tokens, stage in product((1, products.MOST_TOKENS) if on_gpu else (1,), products.Stage):
-        runs = products.stage_runs(decoder.layers, stage, tokens, decoder.spec.rms_norm_eps)
+        runs = products.stage_runs(plain(decoder.layers), stage, tokens, decoder.spec.rms_norm_eps)
         words = f"{name}, {tokens} tokens, {stage.value} with what lies around it, a block"
         timers = {way: products.replays(run) if on_gpu else run for way, run in runs.items()}
         sides = {str(number): partial(_in_turn, timer) for number, timer in enumerate(timers.values())}

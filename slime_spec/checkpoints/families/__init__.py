@@ -29,8 +29,8 @@ FORMATS = (EAGLE3, EAGLE, NEXTN, DFLASH, DSPARK)
 UNKNOWN = Family(())
 
 BY_ARCHITECTURE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
-# What the embedded engine and the trainer build.
 BUILT_ARCHITECTURES = tuple(name for name, family in BY_ARCHITECTURE.items() if family.is_built)
+TRAINED_ARCHITECTURES = tuple(name for name, family in BY_ARCHITECTURE.items() if family.is_trained)
 # What a draft's config.json may name: a format's own names, and a target whose own MTP layer drafts.
 FORMAT_OF: Mapping[str, DraftFormat] = {
     **{name: draft_format for draft_format in FORMATS for name in draft_format.blocks},

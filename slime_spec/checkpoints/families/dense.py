@@ -79,6 +79,14 @@ WINDOW_DEFAULTS: Mapping[str, Any] = {"num_key_value_heads": 32, "sliding_window
 
 def check_decoder(config: Mapping[str, Any], keys: Keys, source: str) -> None:
     """Raise CheckpointError for keys of config.json that contradict each other, or limit which tokens a layer sees."""
+    if config.get("kv_lora_rank") is None:
+        _check_heads(config, source)
+    if key := _key_of_short_windows(config, keys):
+        rule = f"must let every layer attend to the whole context of {config['max_position_embeddings']} tokens"
+        raise NotComputedError(f"{source}: {key}", rule, shown(config.get(key)), ANOTHER)
+
+
+def _check_heads(config: Mapping[str, Any], source: str) -> None:
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if kv_heads is not None and heads % kv_heads:
         raise CheckpointError(
@@ -90,9 +98,6 @@ def check_decoder(config: Mapping[str, Any], keys: Keys, source: str) -> None:
         raise CheckpointError(f"{source}: hidden_size", rule, config["hidden_size"], CORRECT)
     if (dim or config["hidden_size"] // heads) % 2:
         raise CheckpointError(f"{source}: head_dim", "must be even: its halves are rotated", dim, CORRECT)
-    if key := _key_of_short_windows(config, keys):
-        rule = f"must let every layer attend to the whole context of {config['max_position_embeddings']} tokens"
-        raise NotComputedError(f"{source}: {key}", rule, shown(config.get(key)), ANOTHER)
 
 
 def _key_of_short_windows(config: Mapping[str, Any], keys: Keys) -> str:
@@ -110,18 +115,14 @@ def _key_of_short_windows(config: Mapping[str, Any], keys: Keys) -> str:
     return ("use_sliding_window" if switched else "sliding_window") if is_short else ""
 
 
-def block_shapes(prefix: str, spec: ModelSpec, input_size: int) -> Shapes:
-    """Return the shapes of a decoder layer's attention (over ``input_size`` columns), the norm after it and the MLP."""
-    hidden, inter, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
+def grouped_attention_shapes(prefix: str, spec: ModelSpec, input_size: int) -> Shapes:
+    """Return the shapes of a layer's grouped-query attention over ``input_size`` columns."""
+    dim = spec.head_dim
     rows = {"q": spec.num_heads * dim, "k": spec.num_kv_heads * dim, "v": spec.num_kv_heads * dim}
     shapes: Shapes = {f"{prefix}self_attn.{x}_proj.weight": (n, input_size) for x, n in rows.items()}
     if spec.qkv_bias:
         shapes |= {f"{prefix}self_attn.{x}_proj.bias": (n,) for x, n in rows.items()}
     if spec.qk_norm:
         shapes |= {f"{prefix}self_attn.{x}_norm.weight": (dim,) for x in "qk"}
-    shapes[prefix + "self_attn.o_proj.weight"] = (hidden, rows["q"])
-    shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-    shapes[prefix + "mlp.gate_proj.weight"] = (inter, hidden)
-    shapes[prefix + "mlp.up_proj.weight"] = (inter, hidden)
-    shapes[prefix + "mlp.down_proj.weight"] = (hidden, inter)
+    shapes[prefix + "self_attn.o_proj.weight"] = (spec.hidden_size, rows["q"])
     return shapes

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from slime_spec.checkpoints.config_keys import Keys, check_keys, entries, listed, only, whole
-from slime_spec.checkpoints.families.dense import Shapes, block_shapes
+from slime_spec.checkpoints.families.blocks import block_shapes
+from slime_spec.checkpoints.families.dense import Shapes
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFormat, DraftReading
 from slime_spec.checkpoints.families.family import MtpLayer
 from slime_spec.checkpoints.families.qwen3 import QWEN3

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from slime_spec.checkpoints.config_keys import flag
-from slime_spec.checkpoints.families.dense import Shapes, block_shapes
+from slime_spec.checkpoints.families.blocks import block_shapes
+from slime_spec.checkpoints.families.dense import Shapes
 from slime_spec.checkpoints.families.draft_format import DraftFormat, DraftReading
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.families.qwen2 import QWEN2

@@ -14,7 +14,8 @@ from slime_spec.checkpoints.config_keys import (
     only,
     whole,
 )
-from slime_spec.checkpoints.families.dense import Shapes, block_shapes
+from slime_spec.checkpoints.families.blocks import block_shapes
+from slime_spec.checkpoints.families.dense import Shapes
 from slime_spec.checkpoints.families.draft_format import DraftFormat, DraftReading
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.errors import CheckpointError

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from slime_spec.algorithms import LOOKUP
 from slime_spec.checkpoints.config_keys import Keys
+from slime_spec.checkpoints.rope_settings import DEFAULT_KINDS
 
 OTHER_ENGINE = f"draft with it through the SGLang engine, or pass --sglang-speculative-algorithm {LOOKUP.name}"
 NOT_EMBEDDED = f"which the embedded engine does not have; {OTHER_ENGINE}"
@@ -42,29 +43,32 @@ class MtpLayer:
         return self.prefix.replace("{layers}", str(num_layers))
 
 
-def layer_behind_the_last(refused: str) -> MtpLayer:
-    """Return the layout that DeepSeek-V3 introduced and GLM-4.5 took over: one more decoder layer, behind the last.
+# The layout that DeepSeek-V3 introduced and GLM-4.5 took over: one more decoder layer, behind the last. Names as in the
+# shards of deepseek-ai/DeepSeek-V3 (its README_WEIGHTS.md).
+BEHIND_THE_LAST = MtpLayer(
+    prefix="model.layers.{layers}.",
+    projection="eh_proj.weight",
+    hidden_first=False,
+    embedding_norm="enorm.weight",
+    hidden_norm="hnorm.weight",
+    final_norm="shared_head.norm.weight",
+    copies=("embed_tokens.weight", "shared_head.head.weight"),
+)
 
-    Names as in the shards of deepseek-ai/DeepSeek-V3 (its README_WEIGHTS.md); ``refused`` as in MtpLayer.
-    """
-    return MtpLayer(
-        prefix="model.layers.{layers}.",
-        projection="eh_proj.weight",
-        hidden_first=False,
-        embedding_norm="enorm.weight",
-        hidden_norm="hnorm.weight",
-        final_norm="shared_head.norm.weight",
-        copies=("embed_tokens.weight", "shared_head.head.weight"),
-        refused=refused,
-    )
+
+def _no_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
 class Family:
     """Describes the models that config.json calls by one of ``architectures``.
 
-    ``is_built`` says that the embedded engine and the trainer build the decoder (GQA, RoPE, RMSNorm and SwiGLU);
-    SGLang alone serves the others. ``qkv_bias`` and ``qk_norm`` are the decoder's. ``keys`` are all keys of config.json
+    ``is_built`` says that the embedded engine builds the decoder, ``is_trained`` that the trainer does; SGLang alone
+    serves the others. ``qkv_bias`` and ``qk_norm`` are the decoder's; ``fields`` reads, after ``keys`` were checked,
+    the fields of a ModelSpec in which the family differs from a dense decoder (from config.json and its path).
+    ``rope_kinds`` are the scalings of the rotary embedding that it computes, ``rotary_share`` what it rotates of a
+    head. ``keys`` are all keys of config.json
     that transformers' class of the family acts on, ``defaults`` what that class takes for a key that is left out, where
     the decoder would take another value. ``overflows_float16``: activations beyond its 65504 are common.
     ``sglang_finds_mtp``: SGLang takes the target's folder for the draft's without being given a path.
@@ -77,10 +81,14 @@ class Family:
         ""  # of transformers' own configuration that the family's extends, for a checkpoint without code
     )
     is_built: bool = False
+    is_trained: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
     keys: Keys = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    fields: Callable[[Mapping[str, Any], str], dict[str, Any]] = _no_fields
+    rope_kinds: tuple[str, ...] = DEFAULT_KINDS
+    rotary_share: float = 1
     mtp: MtpLayer | None = None
     overflows_float16: bool = False
     sglang_finds_mtp: bool = False

@@ -3,4 +3,4 @@
 from slime_spec.checkpoints.families.dense import DENSE_KEYS
 from slime_spec.checkpoints.families.family import Family
 
-LLAMA = Family(("LlamaForCausalLM",), model_type="llama", is_built=True, keys=DENSE_KEYS)
+LLAMA = Family(("LlamaForCausalLM",), model_type="llama", is_built=True, is_trained=True, keys=DENSE_KEYS)

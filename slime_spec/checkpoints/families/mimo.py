@@ -18,6 +18,7 @@ MIMO = Family(
     model_type="mimo",
     base_model_type="qwen2",
     is_built=True,
+    is_trained=True,
     qkv_bias=True,
     keys={
         **QWEN2.keys,

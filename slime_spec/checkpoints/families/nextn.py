@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from slime_spec.checkpoints.config_keys import whole
-from slime_spec.checkpoints.families.dense import Shapes, block_shapes
+from slime_spec.checkpoints.families.blocks import block_shapes
+from slime_spec.checkpoints.families.dense import Shapes
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFormat, DraftReading
 from slime_spec.checkpoints.families.family import MtpLayer
 from slime_spec.checkpoints.families.llama import LLAMA
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "LlamaForCausalLMNextN"
 OWN_LAYER = MIMO_LAYER
+OF_THE_LAST = {"first_k_dense_replace": 0, "mlp_only_layers": []}  # where the target has experts, so has the layer
 
 
 def _block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str) -> Mapping[str, Any]:
@@ -33,7 +35,7 @@ def _block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str
             config.get("num_nextn_predict_layers"),
             ANOTHER_DRAFT,
         )
-    return {**config, "num_hidden_layers": 1}
+    return {**config, "num_hidden_layers": 1, **OF_THE_LAST}
 
 
 def _fields(read: DraftReading) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def _fields(read: DraftReading) -> dict[str, Any]:
         "hidden_first": layer.hidden_first,
         "recurrent_norm": True,
         "zero_first_embedding": layer.zero_first_embedding,
+        "num_target_layers": read.target.num_layers if read.layer is not None else 0,
         "in_target": read.layer is not None,
     }
 
@@ -67,7 +70,8 @@ def _config(spec: DraftSpec) -> dict[str, Any]:
 
 def _is_unread(name: str, spec: DraftSpec) -> bool:
     """Return whether the tensor is a copy of the target's embedding or head."""
-    return name.removeprefix(spec.mtp_layer.prefix) in ("embed_tokens.weight", "lm_head.weight")
+    layer = spec.mtp_layer
+    return name.removeprefix(layer.prefix) in ("embed_tokens.weight", "lm_head.weight", *layer.copies)
 
 
 NEXTN = DraftFormat(

@@ -8,6 +8,7 @@ QWEN2 = Family(
     ("Qwen2ForCausalLM",),
     model_type="qwen2",
     is_built=True,
+    is_trained=True,
     qkv_bias=True,
     keys={
         **DENSE_KEYS,

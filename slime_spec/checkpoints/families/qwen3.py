@@ -8,6 +8,7 @@ QWEN3 = Family(
     ("Qwen3ForCausalLM",),
     model_type="qwen3",
     is_built=True,
+    is_trained=True,
     qk_norm=True,
     keys={**DENSE_KEYS, **WINDOW_KEYS, "use_qk_norm": only(True)},
     defaults={**WINDOW_DEFAULTS, "head_dim": 128},

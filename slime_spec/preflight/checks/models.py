@@ -5,9 +5,11 @@ from __future__ import annotations
 from shutil import which
 
 from slime_spec.checkpoints.families import BUILT_ARCHITECTURES, family_of, model_type_comes_as_code
+from slime_spec.checkpoints.parameters import expanded_kv_elements, has_latent_attention
 from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, always, on_sglang, trap
+from slime_spec.preflight.trainer_memory import ITEMSIZES
 
 REPOSITORY = "https://github.com/sgl-project/sglang"
 
@@ -49,15 +51,27 @@ def trainer_architecture(facts: Facts) -> Sighting | None:
     )
 
 
+MOST_EXPANDED_BYTES = 1 << 20  # of a token's keys and values: a context of 16,384 fills 16 GB
+
+
 @trap(
     "engine-architecture",
-    "The embedded engine runs the same dense decoders; everything that SGLang runs, runs on the sglang engine.",
+    "The embedded engine runs the decoders that this project builds, latent attention with a key and a value for every "
+    "head in its cache, which only small models can afford; everything that SGLang runs, runs on the sglang engine.",
     REPOSITORY,
     applies=always,
 )
 def engine_architecture(facts: Facts) -> Sighting | None:
     generates = facts.config.run.mode != "train_only"
-    if not (generates and kind_of(facts.config).runs_built_decoders) or not (reason := lacking(facts)):
+    if not (generates and kind_of(facts.config).runs_built_decoders):
+        return None
+    reason, config = lacking(facts), facts.target.config
+    if not reason and has_latent_attention(config):
+        num_bytes = (expanded_kv_elements(config) or 0) * ITEMSIZES[facts.config.engine.dtype]
+        if num_bytes > MOST_EXPANDED_BYTES:
+            told = f"{facts.target.architecture}'s latent attention would take {num_bytes:,} bytes of cache for a token"
+            reason = f"{told} (at most {MOST_EXPANDED_BYTES:,})"
+    if not reason:
         return None
     return Sighting(
         Severity.ERROR,
