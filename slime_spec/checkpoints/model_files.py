@@ -18,7 +18,10 @@ UNBOUNDED = 2**31
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """Describes the policy's checkpoint. ``mtp_shapes`` are its MTP layers' tensors, the draft inside the target."""
+    """Describes the policy's checkpoint. ``mtp_shapes`` are its MTP layers' tensors, the draft inside the target.
+
+    Copies of the target's own tensors are in neither: servers do not read them.
+    """
 
     architecture: str
     vocab_size: int
@@ -33,17 +36,18 @@ class TargetFiles:
         stored = CheckpointFolder(Path(folder))
         config = stored.config
         require(config, ("vocab_size", "num_hidden_layers"), stored.source)
-        layer = family_of(stored.architecture).mtp
-        prefix = None if layer is None else layer.prefix_in(config["num_hidden_layers"])
-        shapes = _shapes(stored.tensors)
-        mtp = {name: shape for name, shape in shapes.items() if prefix is not None and name.startswith(prefix)}
-        tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+        shapes, mtp = _shapes(stored.tensors), {}
+        unread = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+        if (layer := family_of(stored.architecture).mtp) is not None:
+            prefix = layer.prefix_in(config["num_hidden_layers"])
+            unread |= {prefix + name for name in layer.copies}  # servers have the target's own in their place
+            mtp = {name: each for name, each in shapes.items() if name.startswith(prefix) and name not in unread}
         return cls(
             architecture=stored.architecture,
             vocab_size=config["vocab_size"],
             context_length=config.get("max_position_embeddings", UNBOUNDED),
             num_layers=config["num_hidden_layers"],
-            shapes={name: shape for name, shape in shapes.items() if name not in mtp.keys() | tied},
+            shapes={name: shape for name, shape in shapes.items() if name not in mtp.keys() | unread},
             mtp_shapes=mtp,
         )
 

@@ -31,6 +31,7 @@ from slime_spec.weights.messages import (
     TensorMeta,
     VerifyPush,
 )
+from slime_spec.weights.together import check_together
 
 # Weights are sent as the numbers they are: codes of a quantised checkpoint would be loaded without their scales.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -223,7 +224,7 @@ class PushReceiver:
         check_part(manifest.tensors, expected)
         if len(sent) < len(manifest.tensors):
             raise PushError("the push announces a tensor twice")
-        self._pending = sent
+        self._pending, self._names = sent, frozenset(sent)
         self._checksums: dict[str, int] = {}
 
     @property
@@ -254,6 +255,7 @@ class PushReceiver:
     def _check_announced(self, bucket: PushBucket) -> None:
         if bucket.version != self.manifest.version:
             raise PushError(f"bucket of version {bucket.version} inside the push of {self.manifest.version}")
+        check_together([meta.name for meta in bucket.tensors], self._names)
         for meta in bucket.tensors:
             if self._pending.pop(meta.name, None) != meta:
                 raise PushError(f"{meta.name} was not announced, came twice or changed shape")

@@ -32,6 +32,7 @@ from slime_spec.weights.messages import (
     VerifyPush,
     meta_of,
 )
+from slime_spec.weights.together import units
 
 LOOPBACK = "127.0.0.1"
 logger = logging.getLogger(__name__)
@@ -202,15 +203,18 @@ def bucket_of(named: NamedTensors, version: int, index: int, transport: WeightTr
 def bucketed(
     tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Group tensors, in order, into buckets of at most ``bucket_bytes`` (a larger tensor travels alone)."""
+    """Group tensors, in order, into buckets of at most ``bucket_bytes``.
+
+    A larger tensor travels alone, and tensors that travel together are never parted.
+    """
     bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
+    for unit in units(tensors):
+        nbytes = sum(tensor.numel() * tensor.element_size() for _, tensor in unit)
         if bucket and size + nbytes > bucket_bytes:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, tensor))
+        bucket += unit
         size += nbytes
     if bucket:
         yield bucket

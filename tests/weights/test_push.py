@@ -20,10 +20,11 @@ from slime_spec.weights.messages import (
     PushBucket,
     PushMessage,
     PushReply,
+    TensorMeta,
     VerifyPush,
 )
 from slime_spec.weights.receive import PushReceiver
-from slime_spec.weights.run import bucketed, push_messages, run_push
+from slime_spec.weights.run import bucketed, manifest_of, push_messages, run_push
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(1)}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
@@ -189,6 +190,39 @@ def test_buckets_keep_the_order_and_never_exceed_their_size_unless_one_tensor_do
     assert [pair for bucket in buckets for pair in bucket] == tensors
     for bucket in buckets:
         assert len(bucket) == 1 or sum(tensor.numel() for _, tensor in bucket) <= limit
+
+
+LATENT = ("q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+
+
+def latent_layers(names=LATENT):
+    return [(f"model.layers.{i}.self_attn.{name}.weight", torch.ones(3 + i)) for i in range(4) for name in names]
+
+
+@pytest.mark.parametrize("limit", [1, 13, 40, 100, 10_000])
+def test_tensors_that_a_server_makes_one_matrix_of_travel_in_one_bucket(limit):
+    buckets = list(bucketed(latent_layers(), limit))
+    assert [name for bucket in buckets for name, _ in bucket] == [name for name, _ in latent_layers()]
+    for layer in range(4):
+        halves = {f"model.layers.{layer}.self_attn.{name}.weight" for name in ("q_a_proj", "kv_a_proj_with_mqa")}
+        assert [len(halves & {name for name, _ in bucket}) for bucket in buckets if halves & dict(bucket).keys()] == [2]
+    assert max(map(len, bucketed(latent_layers(), 1))) == 4, "what lies between the halves travels with them, no more"
+
+
+def test_a_model_without_a_latent_of_queries_has_no_halves():
+    assert all(len(bucket) == 1 for bucket in bucketed(latent_layers(LATENT[2:]), 1))
+
+
+def test_a_half_that_comes_alone_is_refused_by_its_name():
+    tensors = dict(latent_layers())
+    manifest = manifest_of("target", 1, tensors)
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for half, other in (("q_a_proj", "kv_a_proj_with_mqa"), ("kv_a_proj_with_mqa", "q_a_proj")):
+        name = f"model.layers.2.self_attn.{half}.weight"
+        meta = TensorMeta(name, tuple(tensors[name].shape), "float32")
+        bucket = PushBucket(1, 0, (meta,), (tensor_checksum(tensors[name]),), ())
+        with pytest.raises(PushError, match=rf"layers\.2\.self_attn\.{half}\.weight came .* without .*\.{other}"):
+            PushReceiver(manifest, expected).take(bucket, [tensors[name]])
 
 
 def test_the_checksum_sees_one_bit_and_not_the_order_of_arrival():

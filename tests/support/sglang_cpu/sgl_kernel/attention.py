@@ -37,7 +37,11 @@ def extend(  # type: ignore[no-untyped-def]
     extend_lens, extend_starts, longest, scale, logit_cap, cross, window, encoder_lens, sinks, tree_mask=None,
     is_causal=True,
 ):  # fmt: skip
-    """Several new tokens per request, causal or by a tree mask [requests, count, count]; the cache holds them."""
+    """Several new tokens per request, causal or by a tree mask [requests, count, count].
+
+    New tokens are attended to as they are given, where they are, and earlier ones as the cache holds them: of latent
+    attention's prompts keys and values are given for every head, and the cache holds latents.
+    """
     lengths = zip(
         req_pool_indices.tolist(), seq_lens.tolist(), extend_lens.tolist(), extend_starts.tolist(), strict=True
     )
@@ -52,7 +56,19 @@ def extend(  # type: ignore[no-untyped-def]
             mask[:, length - count :] = among_new if tree_mask is None else tree_mask.view(-1, count, count)[index]
             if window > 0:
                 mask &= torch.arange(length) > torch.arange(length - count, length).unsqueeze(1) - window
-        out[start : start + count] = attend(q[start : start + count], keys[seen], values[seen], scale, mask)
+        new = slice(start, start + count)
+        seen_keys, seen_values = keys[seen], values[seen]
+        if new_keys is not None:
+            earlier = seen[: length - count]
+            seen_keys = joined(keys[earlier], new_keys[new])
+            seen_values = joined(values[earlier], new_values[new])
+        out[new] = attend(q[new], seen_keys, seen_values, scale, mask)
+
+
+def joined(earlier, new):  # type: ignore[no-untyped-def]
+    """[positions, heads, dim] of both; nothing earlier may have another shape."""
+    new = new.view(new.shape[0], -1, new.shape[-1])
+    return torch.cat([earlier.to(new.dtype), new]) if len(earlier) else new
 
 
 def attend(q, keys, values, scale, mask):  # type: ignore[no-untyped-def]
