@@ -11,6 +11,21 @@ decoder.layers.N.input_layernorm.weight     model.layers.N.input_layernorm.weigh
   .mlp.linear_fc2.weight                      .mlp.down_proj.weight
 decoder.final_layernorm.weight              model.norm.weight
 output_layer.weight                         lm_head.weight (the embedding, where tied)
+
+Latent attention has, in place of linear_qkv and its norms:
+  .self_attention.linear_q_down_proj.weight   .self_attn.q_a_proj.weight
+  .self_attention.q_layernorm.weight          .self_attn.q_a_layernorm.weight
+  .self_attention.linear_q_up_proj.weight     .self_attn.q_b_proj.weight
+  .self_attention.linear_q_proj.weight        .self_attn.q_proj.weight (where queries have no latent)
+  .self_attention.linear_kv_down_proj.weight  .self_attn.kv_a_proj_with_mqa.weight
+  .self_attention.kv_layernorm.weight         .self_attn.kv_a_layernorm.weight
+  .self_attention.linear_kv_up_proj.weight    .self_attn.kv_b_proj.weight
+
+A layer with experts has, in place of mlp.linear_fc{1,2}:
+  .mlp.router.weight                          .mlp.gate.weight
+  .mlp.router.expert_bias (a buffer)          .mlp.gate.e_score_correction_bias
+  .mlp.experts.local_experts.E.linear_fc{1,2} .mlp.experts.E.{[gate_proj; up_proj], down_proj}
+  .mlp.shared_experts.linear_fc{1,2}          .mlp.shared_experts.{[gate_proj; up_proj], down_proj}
 """
 
 from __future__ import annotations
@@ -38,32 +53,83 @@ LAYER_NAMES = {
     "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
-# Dimension along which tensor-parallel ranks hold slices; parameters not named here are whole on every rank.
+LATENT_NAMES = {
+    "self_attention.linear_q_down_proj.weight": ("self_attn.q_a_proj.weight",),
+    "self_attention.q_layernorm.weight": ("self_attn.q_a_layernorm.weight",),
+    "self_attention.linear_q_up_proj.weight": ("self_attn.q_b_proj.weight",),
+    "self_attention.linear_q_proj.weight": ("self_attn.q_proj.weight",),
+    "self_attention.linear_kv_down_proj.weight": ("self_attn.kv_a_proj_with_mqa.weight",),
+    "self_attention.kv_layernorm.weight": ("self_attn.kv_a_layernorm.weight",),
+    "self_attention.linear_kv_up_proj.weight": ("self_attn.kv_b_proj.weight",),
+}
+ROUTER_BIAS = "mlp.router.expert_bias"
+EXPERT_NAMES = {
+    "mlp.router.weight": ("mlp.gate.weight",),
+    ROUTER_BIAS: ("mlp.gate.e_score_correction_bias",),
+    "mlp.experts.linear_fc1.weight": ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
+    "mlp.experts.linear_fc2.weight": ("mlp.experts.{expert}.down_proj.weight",),
+    "mlp.shared_experts.linear_fc1.weight": (
+        "mlp.shared_experts.gate_proj.weight",
+        "mlp.shared_experts.up_proj.weight",
+    ),
+    "mlp.shared_experts.linear_fc2.weight": ("mlp.shared_experts.down_proj.weight",),
+}
+# Dimension along which tensor-parallel ranks hold slices, of experts those of expert tensor parallelism; parameters not
+# named here are whole on every rank.
 SHARD_DIMS = {
     "embedding.word_embeddings.weight": 0,
     "output_layer.weight": 0,
     "self_attention.linear_qkv.weight": 0,
     "self_attention.linear_qkv.bias": 0,
+    "self_attention.linear_q_down_proj.weight": 0,
+    "self_attention.linear_q_up_proj.weight": 0,
+    "self_attention.linear_q_proj.weight": 0,
+    "self_attention.linear_kv_down_proj.weight": 0,
+    "self_attention.linear_kv_up_proj.weight": 0,
     "self_attention.linear_proj.weight": 1,
     "mlp.linear_fc1.weight": 0,
     "mlp.linear_fc2.weight": 1,
+    "mlp.experts.linear_fc1.weight": 0,
+    "mlp.experts.linear_fc2.weight": 1,
+    "mlp.shared_experts.linear_fc1.weight": 0,
+    "mlp.shared_experts.linear_fc2.weight": 1,
 }
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(.*mlp\.experts\.)local_experts\.(\d+)\.(.+)")
 
 
-def global_name(local_name: str, layer_offset: int) -> str:
-    """Return the whole model's name of a stage's parameter; ``layer_offset`` counts the layers before the stage."""
+def global_name(local_name: str, layer_offset: int, expert_offset: int = 0) -> str:
+    """Return the whole model's name of a rank's parameter; offsets count the layers and the experts before the rank's.
+
+    Layers are split over pipeline stages, the experts of each layer over expert parallel ranks.
+    """
     match = _LAYER.fullmatch(local_name)
     if match is None:
         return local_name
-    return f"decoder.layers.{int(match[1]) + layer_offset}.{match[2]}"
+    name = f"decoder.layers.{int(match[1]) + layer_offset}.{match[2]}"
+    return of_peer(name, expert_offset) if is_expert(name) else name
+
+
+def of_peer(name: str, num_experts: int) -> str:
+    """Return the name of the same parameter of the expert ``num_experts`` further on."""
+    match = _EXPERT.fullmatch(name)
+    assert match is not None, f"{name} is of no expert"
+    return f"{match[1]}local_experts.{int(match[2]) + num_experts}.{match[3]}"
+
+
+def is_expert(name: str) -> bool:
+    """Return whether the parameter is of one of several experts, between which a router chooses."""
+    return _EXPERT.fullmatch(name) is not None
 
 
 def hf_names(name: str, spec: ModelSpec) -> tuple[str, ...]:
     """Return the Hugging Face tensors that one Megatron parameter (global name) is made of."""
     match = _LAYER.fullmatch(name)
     if match is not None:
-        return tuple(f"model.layers.{match[1]}.{hf_name}" for hf_name in LAYER_NAMES[match[2]])
+        expert = _EXPERT.fullmatch(name)
+        table = {**LAYER_NAMES, **EXPERT_NAMES, **(LATENT_NAMES if spec.latent is not None else {})}
+        parts = (each.format(expert=expert[2] if expert else "") for each in table[_kind(name)])
+        return tuple(f"model.layers.{match[1]}.{part}" for part in parts)
     if name == "output_layer.weight" and spec.tie_word_embeddings:
         return ("model.embed_tokens.weight",)
     return (GLOBAL_NAMES[name],)
@@ -89,22 +155,22 @@ def to_hf(name: str, whole: torch.Tensor, spec: ModelSpec) -> list[tuple[str, to
 
 
 def shard(name: str, whole: torch.Tensor, rank: int, num_ranks: int) -> torch.Tensor:
-    """Return tensor-parallel rank ``rank``'s slice of a whole parameter."""
+    """Return the slice of a whole parameter that rank ``rank`` of those that share the parameter has."""
     kind = _kind(name)
     if kind not in SHARD_DIMS:
         return whole
-    if kind == "mlp.linear_fc1.weight":
+    if kind.endswith("linear_fc1.weight"):
         # Gate and up are sliced one by one, so that each rank can multiply its gate with its up.
         return torch.cat([half.chunk(num_ranks)[rank] for half in whole.chunk(2)])
     return whole.chunk(num_ranks, dim=SHARD_DIMS[kind])[rank]
 
 
 def unshard(name: str, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the whole parameter from every tensor-parallel rank's slice, in rank order."""
+    """Return the whole parameter from the slices of all ranks that share the parameter, in rank order."""
     kind = _kind(name)
     if kind not in SHARD_DIMS or len(shards) == 1:
         return shards[0]
-    if kind == "mlp.linear_fc1.weight":
+    if kind.endswith("linear_fc1.weight"):
         gates, ups = zip(*(part.chunk(2) for part in shards), strict=True)
         return torch.cat([*gates, *ups])
     return torch.cat(list(shards), dim=SHARD_DIMS[kind])
@@ -115,8 +181,9 @@ def is_sharded(name: str) -> bool:
 
 
 def _kind(name: str) -> str:
+    """Return the name within the layer, without an expert's number."""
     match = _LAYER.fullmatch(name)
-    return match[2] if match is not None else name
+    return name if match is None else _EXPERT.sub(r"\1\3", match[2])
 
 
 def _fuse_qkv(parts: Sequence[torch.Tensor], spec: ModelSpec) -> torch.Tensor:
