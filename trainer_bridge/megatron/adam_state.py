@@ -40,15 +40,17 @@ class _Shard:
 
 def to_save(model_state: dict[str, Any], optimizer: Any, on_host: OnHost) -> dict[int, dict[str, Place]]:
     """Return the state to save; empty on ranks whose shards another has joined. Collective over data parallel ranks."""
-    only = _only(optimizer)
-    is_split = isinstance(only, DistributedOptimizer)
     saved = {}
     for index, place in enumerate(_places(model_state)):
-        shard, names = _shard(only, place.data), _names(place.data)
-        parts = {} if shard is None else {name: on_host(_tensor(only, shard.main, name)) for name in names}
-        if is_split:
-            parts = {name: _joined(parts.get(name), shard, place.data.shape) for name in names}
-        if not is_split or mpu.get_data_parallel_rank() == 0:
+        owner = _owner(optimizer, place.data)
+        shard, names = _shard(owner, place.data), _names(place.data)
+        parts = {} if shard is None else {name: on_host(_tensor(owner, shard.main, name)) for name in names}
+        is_first = True
+        if isinstance(owner, DistributedOptimizer):
+            group = _copies(place.data)
+            parts = {name: _joined(parts.get(name), shard, place.data.shape, group) for name in names}
+            is_first = group.rank() == 0
+        if is_first:
             saved[index] = {name: _at(place, name, part) for name, part in parts.items()}
     return saved
 
@@ -67,38 +69,47 @@ def take(
     model_state: dict[str, Any], optimizer: Any, loaded: dict[int, dict[str, torch.Tensor]], num_steps: int
 ) -> None:
     """Fill the optimizer with a checkpoint's state; hyperparameters stay those of this run's configuration."""
-    only = _only(optimizer)
     for index, place in enumerate(_places(model_state)):
-        shard = _shard(only, place.data)
+        owner = _owner(optimizer, place.data)
+        shard = _shard(owner, place.data)
         if shard is None:
             continue
         parts = {name: whole.flatten()[shard.start : shard.stop] for name, whole in loaded[index].items()}
         if MASTER in parts:
             shard.main.data.copy_(parts[MASTER].view_as(shard.main))
-        device = "cpu" if isinstance(only.optimizer, HostAdamW) else shard.main.device
-        only.optimizer.state[shard.main] = {
+        device = "cpu" if isinstance(owner.optimizer, HostAdamW) else shard.main.device
+        owner.optimizer.state[shard.main] = {
             "step": torch.tensor(float(num_steps)),
             **{name: parts[name].view_as(shard.main).to(device, copy=True) for name in MOMENTS},
         }
 
 
 @torch.no_grad()
-def fill_masters(optimizer: Any, parameters: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+def fill_masters(optimizer: Any, weights: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Give the float32 masters of bfloat16 parameters, each beside its exact values, what rounding has taken from them.
 
     Megatron makes masters of the rounded parameters, in the middle of what rounds to them: a weight of 0.13 would then
     stay as it is until its updates add up to 5e-4, which may be all that a run moves it. Parameters are left alone.
     """
-    only = _only(optimizer)
-    for parameter, exact in parameters:
-        shard = None if parameter.dtype == torch.float32 else _shard(only, parameter)
+    for weight, exact in weights:
+        shard = None if weight.dtype == torch.float32 else _shard(_owner(optimizer, weight), weight)
         if shard is not None:
             shard.main.copy_(exact.flatten()[shard.start : shard.stop].view_as(shard.main))
 
 
-def _only(optimizer: Any) -> Any:
-    (only,) = optimizer.chained_optimizers
-    return only
+def _owner(optimizer: Any, parameter: torch.Tensor) -> Any:
+    """Return the optimizer that updates the parameter: of several the last one has the experts."""
+    return optimizer.chained_optimizers[-1 if _is_spread(parameter) else 0]
+
+
+def _copies(parameter: torch.Tensor) -> dist.ProcessGroup:
+    """Return the ranks that hold the same part of the model as this one, as far as the parameter goes."""
+    return mpu.get_expert_data_parallel_group() if _is_spread(parameter) else mpu.get_data_parallel_group()
+
+
+def _is_spread(parameter: torch.Tensor) -> bool:
+    """Return whether the parameter is of experts that are spread over ranks; Megatron marks them for the others."""
+    return not getattr(parameter, "allreduce", True)
 
 
 def _places(model_state: dict[str, Any]) -> Iterator[Place]:
@@ -130,12 +141,13 @@ def _tensor(optimizer: Any, main: torch.Tensor, name: str) -> torch.Tensor:
     return tensor
 
 
-def _joined(part: torch.Tensor | None, shard: _Shard | None, shape: torch.Size) -> torch.Tensor:
-    """Return the whole tensor on the first data parallel rank, where each rank has put its own elements."""
+def _joined(
+    part: torch.Tensor | None, shard: _Shard | None, shape: torch.Size, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Return the whole tensor on the group's first rank, where each rank has put its own elements."""
     whole = torch.zeros(shape, dtype=torch.float32)
     if part is not None and shard is not None:
         whole.view(-1)[shard.start : shard.stop] = part.cpu().flatten()
-    group = mpu.get_data_parallel_group()
     dist.reduce(whole, dist.get_global_rank(group, 0), group=group)
     return whole
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from slime_spec.config.tree import TrainerConfig
 from trainer_bridge.megatron.host_adamw import HostAdamW
@@ -63,7 +65,7 @@ def build_optimizer(ddp: DistributedDataParallel, trainer: TrainerConfig) -> Meg
 
 
 def gradient_buffers(ddp: DistributedDataParallel) -> Iterator[torch.Tensor]:
-    return (buffer.grad_data for buffer in ddp.buffers)
+    return (buffer.grad_data for buffer in chain(ddp.buffers, ddp.expert_parallel_buffers))
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
@@ -82,10 +84,14 @@ def clip_gradients(optimizer: MegatronOptimizer) -> float:
     """Ready the gradients for ``step_with_ready_grads`` and clip them; returns their norm before, same on all ranks.
 
     This is the first half of Megatron's ``step``, which gives no chance to look at the norm before weights change.
+    Experts that are spread over ranks have an optimizer of their own: the norm is of all gradients together.
     """
-    (only,) = optimizer.chained_optimizers
-    only.prepare_grads()
-    return float(only.clip_grad_norm(only.config.clip_grad))
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    for each in optimizer.chained_optimizers:
+        if parameters := each.get_parameters():
+            clip_grad_by_total_norm_fp32(parameters, each.config.clip_grad, norm)
+    return norm
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
