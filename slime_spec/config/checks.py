@@ -265,12 +265,34 @@ def check_ranks(trainer: TrainerConfig) -> None:
             trainer.world_size,
             f"Pass --actor-world-size {model_parallel}, or lower the parallel sizes.",
         )
+    _check_expert_ranks(trainer)
     if trainer.num_gpus not in (0, trainer.world_size):
         raise ConfigError(
             "trainer.num_gpus",
             f"each of the {trainer.world_size} ranks has one GPU, or all run on the CPU",
             trainer.num_gpus,
             f"Pass --actor-world-size {trainer.num_gpus} with --actor-num-gpus {trainer.num_gpus}.",
+        )
+
+
+def _check_expert_ranks(trainer: TrainerConfig) -> None:
+    """Raise ConfigError where a stage's ranks do not divide into groups that share its experts."""
+    tensor, experts = trainer.tensor_model_parallel_size, trainer.expert_model_parallel_size
+    per_expert = trainer.expert_tensor_parallel_size or tensor
+    if tensor % per_expert:
+        raise ConfigError(
+            "trainer.expert_tensor_parallel_size",
+            f"must divide tensor_model_parallel_size ({tensor})",
+            per_expert,
+            "Pass --expert-tensor-parallel-size 1.",
+        )
+    per_stage = trainer.world_size // trainer.pipeline_model_parallel_size
+    if per_stage % (experts * per_expert):
+        raise ConfigError(
+            "trainer.expert_model_parallel_size",
+            f"times expert_tensor_parallel_size ({per_expert}) must divide the TP x DP = {per_stage} ranks of a stage",
+            experts,
+            "Choose a smaller --expert-model-parallel-size, or pass --expert-tensor-parallel-size 1.",
         )
 
 

@@ -231,6 +231,15 @@ class TrainerConfig:
     num_cpus_per_rank: int = setting(2, "CPU cores, and compute threads, of one rank.", minimum=1, maximum=CORES)
     tensor_model_parallel_size: int = setting(1, "Tensor parallel ranks.", minimum=1, maximum=MACHINES)
     pipeline_model_parallel_size: int = setting(1, "Pipeline parallel ranks.", minimum=1, maximum=MACHINES)
+    expert_model_parallel_size: int = setting(
+        1, "Ranks over which a layer's experts are spread.", minimum=1, maximum=MACHINES
+    )
+    expert_tensor_parallel_size: int | None = setting(
+        None,
+        "Tensor parallel ranks of each expert; default: tensor_model_parallel_size.",
+        minimum=1,
+        maximum=MACHINES,
+    )
     dtype: str = setting(
         "float32", "Parameter dtype of the trainer.", flags=("--train-dtype",), choices=("float32", "bfloat16")
     )

@@ -186,10 +186,6 @@ def _quantization(name: str) -> object:
 
 
 _ONE_DISTRIBUTION = ("every token is drawn by its request's own uniform, batched or not", "Leave it out.")
-_NO_SUCH_PARALLELISM = (
-    "this version's trainer is parallel over tensors, pipeline stages and data only",
-    "Use --tensor-model-parallel-size, --pipeline-model-parallel-size and --actor-world-size.",
-)
 # Flags of slime or RTP-LLM that this version cannot honour: each with the reason and the remedy.
 REFUSED: Mapping[str, tuple[str, str]] = {
     "--sp-model-type": (
@@ -210,9 +206,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         "accepting every draft gives samples that have no target's distribution",
         "Leave it out.",
     ),
-    "--context-parallel-size": _NO_SUCH_PARALLELISM,
-    "--expert-model-parallel-size": _NO_SUCH_PARALLELISM,
-    "--expert-tensor-parallel-size": _NO_SUCH_PARALLELISM,
+    "--context-parallel-size": (
+        "this version's trainer is parallel over tensors, pipeline stages, experts and data, not within a sequence",
+        "Use --tensor-model-parallel-size, --pipeline-model-parallel-size and --actor-world-size.",
+    ),
     "--use-kl-loss": ("the KL loss is on exactly when its weight is above 0", "Pass --kl-loss-coef 0.001."),
     "--rollout-num-gpus": (
         "the engines' GPUs are counted per engine",

@@ -126,6 +126,8 @@ SLIME_FLAGS = [
     "--wandb-mode",
     "--tensor-model-parallel-size",
     "--pipeline-model-parallel-size",
+    "--expert-model-parallel-size",
+    "--expert-tensor-parallel-size",
     "--lr",
     "--lr-warmup-iters",
     "--adam-beta1",

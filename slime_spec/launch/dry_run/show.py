@@ -88,7 +88,10 @@ def _placement(plan: Plan) -> Iterator[str]:
     if bundles.rank_bundles:
         trainer = config.trainer
         tensor, pipeline = trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size
-        yield f"trainer: TP {tensor} x PP {pipeline} x DP {trainer.world_size // (tensor * pipeline)}"
+        spread = trainer.expert_model_parallel_size
+        yield f"trainer: TP {tensor} x PP {pipeline} x DP {trainer.world_size // (tensor * pipeline)}" + (
+            f", experts over {spread} ranks of a stage" if spread > 1 else ""
+        )
 
 
 def _engine(plan: Plan) -> Iterator[str]:

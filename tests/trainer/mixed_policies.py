@@ -1,0 +1,79 @@
+"""Tiny policies with experts, latent attention or partial rotation, their layouts, and what transformers computes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from slime_spec.bench.reference_trainer import hf_logprobs, near_policy, tiny_samples
+from slime_spec.types import TrainSample
+from tests.support.tiny_models import MIXED, load_reference
+from tests.trainer.trainer_support import make_policy
+
+TP2: Mapping[str, Any] = {"world_size": 2, "tensor_model_parallel_size": 2}
+TP2_EP2: Mapping[str, Any] = {**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+DP2_EP2: Mapping[str, Any] = {"world_size": 2, "expert_model_parallel_size": 2}
+LAYOUTS: Mapping[str, Mapping[str, Any]] = {
+    "one rank": {},
+    "TP2 EP2": TP2_EP2,
+    "TP2 ETP2": TP2,
+    "PP2": {"world_size": 2, "pipeline_model_parallel_size": 2},
+    "DP2": {"world_size": 2},
+    "DP2 EP2": DP2_EP2,
+    "TP2 PP2 EP2": {**TP2_EP2, "world_size": 4, "pipeline_model_parallel_size": 2},
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers and autograd make of one step's samples, under the checkpoint's names."""
+
+    folder: Path
+    samples: Sequence[TrainSample]
+    logits: Sequence[torch.Tensor]
+    gradients: Mapping[str, torch.Tensor]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "model.safetensors")
+
+
+def mixed_policy(folder: Path, architecture: str, **overrides: Any) -> Path:
+    """A tiny checkpoint whose sizes two ranks of every kind can share."""
+    kv_heads = 4 if "kv_lora_rank" in MIXED[architecture] else 2
+    return make_policy(folder, architecture, tied=False, num_key_value_heads=kv_heads, **overrides)
+
+
+def reference_pass(folder: Path) -> Reference:
+    samples = near_policy(folder, tiny_samples(seed=3))
+    model = load_reference(folder)
+    logits, total, num_tokens = [], torch.zeros(()), 0
+    for sample in samples:
+        with torch.no_grad():
+            logits.append(model(torch.tensor([sample.token_ids])).logits[0, sample.prompt_len - 1 : -1])
+        logprobs, _ = hf_logprobs(model, sample)
+        ratio = (logprobs - torch.tensor(sample.rollout_logprobs)).exp()
+        held = ratio.clamp(0.8, 1.2)
+        total = total - torch.minimum(ratio * sample.advantage, held * sample.advantage).sum()
+        num_tokens += len(sample.rollout_logprobs)
+    (total / num_tokens).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return Reference(folder, samples, logits, by_expert(gradients))
+
+
+def by_expert(stacked: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Name each expert's tensors, which transformers has stacked, as checkpoints do."""
+    named = {}
+    for name, tensor in stacked.items():
+        prefix, _, part = name.rpartition(".")
+        if not prefix.endswith("mlp.experts"):
+            named[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+        for expert, of_expert in enumerate(tensor):
+            for own, rows in zip(parts, of_expert.chunk(len(parts)), strict=True):
+                named[f"{prefix}.{expert}.{own}.weight"] = rows
+    return named
