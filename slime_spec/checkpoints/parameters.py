@@ -32,7 +32,8 @@ MOE_MTP_NORMS = 3  # enorm, hnorm, shared_head.norm
 class Parameters:
     """Counts parameters: ``decoder`` without MTP layers, ``mtp`` of those, ``mtp_copies`` repeated in a file.
 
-    ``tables`` are the decoder's embedding and head, ``attention`` is the attention of all its layers.
+    ``tables`` are the decoder's embedding and head, ``attention`` is the attention of all its layers, ``experts`` are
+    those that its routers choose from.
     """
 
     decoder: int
@@ -40,6 +41,7 @@ class Parameters:
     mtp_copies: int
     tables: int
     attention: int
+    experts: int = 0
 
     @property
     def stored(self) -> int:
@@ -68,7 +70,8 @@ def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
     mlp = _expert_mlp(config) if _num_experts(config) else _dense_mlp(config)
     layer = _attention(config, family) + 2 * hidden + mlp + 2 * hidden * hidden + norms * hidden
     copies = len(family.mtp.copies) * vocab * hidden if family.mtp else 0
-    return Parameters(decoder, num_mtp * layer, num_mtp * copies, tables, attention)
+    experts = (layers - dense) * _num_experts(config) * _one_expert(config)
+    return Parameters(decoder, num_mtp * layer, num_mtp * copies, tables, attention, experts)
 
 
 def has_latent_attention(config: Mapping[str, Any]) -> bool:
@@ -163,7 +166,12 @@ def _expert_mlp(config: Mapping[str, Any]) -> int:
     experts = _num_experts(config)
     if not experts:
         return 0
-    hidden, width = config["hidden_size"], _mlp_width(config)
+    hidden = config["hidden_size"]
     # DeepSeek's and GLM's router also has a bias per expert that corrects its scores.
     correction = experts if config.get("n_routed_experts") else 0
-    return int((experts + (config.get("n_shared_experts") or 0)) * 3 * hidden * width + experts * hidden + correction)
+    num_mlps = experts + (config.get("n_shared_experts") or 0)
+    return int(num_mlps * _one_expert(config) + experts * hidden + correction)
+
+
+def _one_expert(config: Mapping[str, Any]) -> int:
+    return int(3 * config["hidden_size"] * _mlp_width(config))

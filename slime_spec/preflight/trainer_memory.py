@@ -76,10 +76,13 @@ def trainer_memory(
 ) -> TrainerMemory:
     """Return a rank's memory for the target whose config.json is ``target``, and a draft that it trains."""
     trainer = config.trainer
-    held = _parameters_of_a_rank(trainer, target, counted)
-    # A distributed optimizer splits what it updates over the ranks that hold the same parameters.
-    ranks = trainer.world_size // (trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size)
-    updated = -(-held // ranks) if trainer.use_distributed_optimizer else held
+    shared, experts = _parameters_of_a_rank(trainer, target, counted)
+    held = updated = shared + experts
+    if trainer.use_distributed_optimizer:
+        # It splits what it updates over the ranks that hold the same parameters.
+        per_stage = trainer.world_size // trainer.pipeline_model_parallel_size
+        copies, of_experts = per_stage // trainer.tensor_model_parallel_size, per_stage // _expert_ranks(trainer)
+        updated = -(-shared // copies) - (-experts // of_experts)
     itemsize = ITEMSIZES[trainer.dtype]
     moments = ADAM_STATES * FLOAT32_BYTES
     masters = FLOAT32_BYTES if trainer.dtype != "float32" else 0
@@ -104,13 +107,22 @@ def trainer_memory(
     )
 
 
-def _parameters_of_a_rank(trainer: TrainerConfig, target: Mapping[str, Any], counted: Parameters) -> int:
-    """Return the parameters of a rank of the first or the last stage, which hold embedding and head beside layers."""
+def _parameters_of_a_rank(trainer: TrainerConfig, target: Mapping[str, Any], counted: Parameters) -> tuple[int, int]:
+    """Return the parameters of a rank of the first or the last stage, which hold embedding and head beside layers.
+
+    The second number are those of experts, which ranks share another way.
+    """
     stages = trainer.pipeline_model_parallel_size
-    layers = (counted.decoder - counted.tables) // stages
+    layers = (counted.decoder - counted.tables - counted.experts) // stages
     # The last of several stages has a copy of a tied embedding.
     tables = counted.tables if stages == 1 else target["vocab_size"] * target["hidden_size"]
-    return (layers + tables) // trainer.tensor_model_parallel_size
+    return (layers + tables) // trainer.tensor_model_parallel_size, counted.experts // stages // _expert_ranks(trainer)
+
+
+def _expert_ranks(trainer: TrainerConfig) -> int:
+    """Return over how many ranks of a stage a layer's experts are spread and sliced."""
+    per_expert = trainer.expert_tensor_parallel_size or trainer.tensor_model_parallel_size
+    return trainer.expert_model_parallel_size * per_expert
 
 
 def _activation_bytes(trainer: TrainerConfig, target: Mapping[str, Any], num_tokens: int) -> int:
