@@ -42,10 +42,12 @@ class Microbatch:
     num_flat_tokens: int = 0
 
 
-def build_microbatch(samples: Sequence[TrainSample], plan: MicrobatchPlan, device: torch.device) -> Microbatch:
-    """Lay the plan's segments side by side."""
+def build_microbatch(
+    samples: Sequence[TrainSample], plan: MicrobatchPlan, device: torch.device, multiple: int = 1
+) -> Microbatch:
+    """Lay the plan's segments side by side; T is padded to a ``multiple``, by a segment whose rows predict nothing."""
     if not plan:
-        return _empty_microbatch(device)
+        return _empty_microbatch(device, multiple)
     token_ids: list[int] = []
     position_ids: list[int] = []
     rows: list[int] = []
@@ -68,6 +70,10 @@ def build_microbatch(samples: Sequence[TrainSample], plan: MicrobatchPlan, devic
             advantages += [sample.advantage] * len(response)
             token_ids += response[:-1]
             position_ids += range(prompt_len, prompt_len + len(response) - 1)
+    if padding := -len(token_ids) % multiple:
+        spans.append(SegmentSpan(len(token_ids), padding, ()))
+        token_ids += [0] * padding
+        position_ids += range(padding)
     return Microbatch(
         token_ids=torch.tensor([token_ids], device=device),
         position_ids=torch.tensor([position_ids], device=device),
@@ -80,14 +86,14 @@ def build_microbatch(samples: Sequence[TrainSample], plan: MicrobatchPlan, devic
     )
 
 
-def _empty_microbatch(device: torch.device) -> Microbatch:
-    """Return one token that counts for nothing: the smallest input that takes part in every collective."""
+def _empty_microbatch(device: torch.device, num_tokens: int) -> Microbatch:
+    """Return tokens of which one counts, for nothing: the smallest input that takes part in every collective."""
     zero = torch.zeros(1, dtype=torch.long, device=device)
     nothing = torch.zeros(1, device=device)
     return Microbatch(
-        token_ids=zero[None],
-        position_ids=zero[None],
-        spans=(SegmentSpan(0, 1, ()),),
+        token_ids=zero.expand(1, num_tokens),
+        position_ids=zero.expand(1, num_tokens),
+        spans=(SegmentSpan(0, num_tokens, ()),),
         rows=zero,
         targets=zero,
         rollout_logprobs=nothing,

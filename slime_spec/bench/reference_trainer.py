@@ -74,7 +74,9 @@ def reference_steps(
         {"params": [each for each in model.parameters() if each.dim() > 1], "weight_decay": trainer.weight_decay},
         {"params": [each for each in model.parameters() if each.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=trainer.lr, betas=(trainer.adam_beta1, trainer.adam_beta2))
+    optimizer = torch.optim.AdamW(
+        groups, lr=trainer.lr, betas=(trainer.adam_beta1, trainer.adam_beta2), eps=trainer.adam_eps
+    )
     reports = []
     for batch in batches:
         size = trainer.global_batch_size or len(batch)
@@ -139,5 +141,7 @@ def _report(sums: _Sums, grad_norms: list[float]) -> TrainReport:
 
 
 def _loaded(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
     return model.eval()

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slime_spec.checkpoints.families.blocks import block_shapes
+from slime_spec.checkpoints.families.experts import CORRECTION
 from slime_spec.checkpoints.folder import AGAIN, CONFIG, SINGLE, TARGET_PATH, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError
@@ -40,6 +41,11 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if not spec.tie_word_embeddings:
         shapes[HEAD] = (spec.vocab_size, hidden)
     return shapes
+
+
+def served_dtype(name: str, dtype: str) -> str:
+    """Return the dtype in which engines of ``dtype`` are sent the tensor: rounded, a router's bias chooses others."""
+    return "float32" if name.endswith(CORRECTION) else dtype
 
 
 def load_tensors(folder: str | Path, spec: ModelSpec, dtypes: Dtypes = ()) -> dict[str, torch.Tensor]:

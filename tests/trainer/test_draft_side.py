@@ -1,7 +1,7 @@
 """A draft learns beside the policy from the policy's own passes, in every layout, and changes nothing of the policy."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from slime_spec.preflight.draft_memory import DraftSizes, draft_memory
 from slime_spec.types import TrainSample
 from tests.support.tiny_drafts import edit_config, make_tiny_draft, make_tiny_mimo
 from tests.trainer.draft_workers import DraftRun
+from tests.trainer.mixed_policies import DP2_EP2, TP2_EP2, mixed_policy
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
 from trainer_bridge.draft_rows import choose_replies
 
@@ -168,6 +169,19 @@ def test_a_step_is_what_training_on_features_of_whole_passes_gives(
     report = runs[0].reports[0].draft
     assert report is not None
     assert (report.num_updates, report.num_skipped) == (2, 0)
+
+
+@pytest.mark.parametrize("layout", [{}, TP2_EP2, DP2_EP2], ids=["1x1", "TP2 EP2", "DP2 EP2"])
+def test_a_draft_of_a_policy_with_experts_learns_though_each_tensor_rank_has_other_rows_of_the_states(
+    layout: Mapping[str, Any], tmp_path: Path
+) -> None:
+    policy = mixed_policy(tmp_path / "policy", "Qwen3MoeForCausalLM")
+    draft = make_tiny_draft(tmp_path / "draft", policy, EAGLE3)
+    speculative = SpeculativeConfig(algorithm="EAGLE3", draft_model_path=str(draft))
+    config = replace(tiny_config(policy), speculative=speculative, draft_training=SETTINGS)
+    samples = near_policy(policy, tiny_samples(0))
+    runs = ran(in_layout(config, dict(layout)), [samples])
+    assert_learned_alike(published(runs), reference(config, samples), config)
 
 
 def test_every_rank_and_layout_reports_the_same(config: Config, batches: Batches) -> None:

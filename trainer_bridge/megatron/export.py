@@ -22,6 +22,7 @@ from slime_spec.errors import ConfigError
 from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
 from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space
 from trainer_bridge.megatron.model import PolicyModel, hf_tensors
+from trainer_bridge.megatron.process_groups import is_first_of_stage
 
 ReadDraft = Callable[[], Mapping[str, torch.Tensor]]
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
@@ -93,10 +94,11 @@ def _write_stage(model: PolicyModel, spec: ModelSpec, folder: Path, draft: ReadD
     stage, num_stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
     file_name = SINGLE if num_stages == 1 else f"model-{stage + 1:05d}-of-{num_stages:05d}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
-    if mpu.get_data_parallel_rank() == 0:
-        gathered = {name: tensor.cpu() for name, tensor in hf_tensors(model, spec)}
-        if mpu.get_tensor_model_parallel_rank() == 0:
-            tensors = gathered
+    # Experts may be spread over all ranks of the stage.
+    if mpu.get_data_parallel_rank() == 0 or mpu.get_expert_model_parallel_world_size() > 1:
+        for name, tensor in hf_tensors(model, spec):
+            if is_first_of_stage():
+                tensors[name] = tensor.cpu()
     has_draft = bool(tensors) and mpu.is_pipeline_last_stage()
 
     def write() -> None:

@@ -23,7 +23,7 @@ from slime_spec.checkpoints.draft_choice import trainable_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import expected_shapes
+from slime_spec.checkpoints.tensors import expected_shapes, served_dtype
 from slime_spec.config.draft_training import loss_for
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError, TrainingError
@@ -150,10 +150,11 @@ class MegatronGroup:
         """List the tensors in the model's order, in the engines' dtype: the engines' weights can then be compared."""
         dtype = self.config.engine.dtype
         shapes = expected_shapes(self.spec) if side == "target" else self._draft_shapes
-        return Manifest(side, version, tuple(TensorMeta(name, shape, dtype) for name, shape in shapes.items()))
+        metas = (TensorMeta(name, shape, served_dtype(name, dtype)) for name, shape in shapes.items())
+        return Manifest(side, version, tuple(metas))
 
     def _stage_buckets(self, stage: int, version: int, side: Side) -> Iterator[PushBucket]:
-        """Yield the stage's buckets, which its tensor ranks gather together.
+        """Yield the stage's buckets, which its holders gather together.
 
         While the engines take a bucket the ranks make the next, and no more: a transport has room for two.
         """

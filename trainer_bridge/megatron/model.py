@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.rope import inverse_frequencies
-from slime_spec.config.tree import TrainerConfig
 from trainer_bridge.megatron import names
-from trainer_bridge.megatron.attention import PackedSegments, SegmentAttention
-
-
-def transformer_config(spec: ModelSpec, trainer: TrainerConfig) -> TransformerConfig:
-    """Return Megatron's description of the model and of how its ranks share it."""
-    dtype = getattr(torch, trainer.dtype)
-    recompute: dict[str, Any] = {}
-    if trainer.recompute:
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        ffn_hidden_size=spec.intermediate_size,
-        num_attention_heads=spec.num_heads,
-        num_query_groups=spec.num_kv_heads,
-        kv_channels=spec.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=spec.rms_norm_eps,
-        qk_layernorm=spec.qk_norm,
-        add_qkv_bias=spec.qkv_bias,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=trainer.tensor_model_parallel_size,
-        pipeline_model_parallel_size=trainer.pipeline_model_parallel_size,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        # Every weight must come from a checkpoint: one that does not stays NaN and shows at once.
-        init_method=_fill_with_nan,
-        output_layer_init_method=_fill_with_nan,
-        # The loss is a sum over tokens; Megatron divides gradients by the token count of all ranks and microbatches.
-        calculate_per_token_loss=True,
-        batch_p2p_comm=False,
-        variable_seq_lengths=True,
-        # Megatron refuses variable_seq_lengths with its default dispatcher, even for dense models.
-        moe_token_dispatcher_type="alltoall",
-        # Fusions that need CUDA extensions.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        **recompute,
-    )
-
-
-def _fill_with_nan(weight: torch.Tensor) -> torch.Tensor:
-    return torch.nn.init.constant_(weight, math.nan)
+from trainer_bridge.megatron.attention import PackedSegments
+from trainer_bridge.megatron.layers import stage_layers
 
 
 class PolicyModel(GPTModel):
@@ -80,11 +30,9 @@ class PolicyModel(GPTModel):
     """
 
     def __init__(self, spec: ModelSpec, config: TransformerConfig) -> None:
-        layer_spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=spec.qk_norm)
-        layer_spec.submodules.self_attention.submodules.core_attention = SegmentAttention
         super().__init__(
             config=config,
-            transformer_layer_spec=layer_spec,
+            transformer_layer_spec=stage_layers(spec, config),
             vocab_size=spec.vocab_size,
             max_sequence_length=spec.max_position_embeddings,
             pre_process=mpu.is_pipeline_first_stage(),
@@ -95,6 +43,10 @@ class PolicyModel(GPTModel):
         )
         # Megatron's own scaling fixes three of llama3's four parameters: it cannot represent every checkpoint.
         self.inv_freq = inverse_frequencies(spec)
+        if self.post_process and config.sequence_parallel:
+            # The head is given rows that were picked from all ranks' rows, not its own rank's.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = True
 
     def _preprocess(
         self,
@@ -116,8 +68,21 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden_states.index_select(0, packed_seq_params.rows), weight=weight)
+        logits, _ = self.output_layer(
+            all_rows(hidden_states, self).index_select(0, packed_seq_params.rows), weight=weight
+        )
         return logits[:, 0]
+
+
+def all_rows(states: torch.Tensor, model: PolicyModel) -> torch.Tensor:
+    """Return the states [T, 1, width] of all rows, of which a sequence-parallel rank has its own; then a collective.
+
+    The gradient of the result must be the same on every tensor rank, each of which keeps its own rows' part.
+    """
+    if not model.config.sequence_parallel:
+        return states
+    gathered: torch.Tensor = gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
+    return gathered
 
 
 def build_model(spec: ModelSpec, config: TransformerConfig) -> PolicyModel:
@@ -125,7 +90,17 @@ def build_model(spec: ModelSpec, config: TransformerConfig) -> PolicyModel:
     model = PolicyModel(spec, config)
     if config.bf16:
         model.bfloat16()
+        for router in _routers_with_bias(model):
+            # Rounded, a bias would choose other experts.
+            router.expert_bias = router.expert_bias.float()
+    for router in _routers_with_bias(model):
+        router.expert_bias.fill_(torch.nan)
     return model.to(policy_device())
+
+
+def _routers_with_bias(model: PolicyModel) -> Iterator[TopKRouter]:
+    routers = (module for module in model.modules() if isinstance(module, TopKRouter))
+    return (router for router in routers if router.expert_bias is not None)
 
 
 def policy_device() -> torch.device:
@@ -134,42 +109,70 @@ def policy_device() -> torch.device:
 
 @torch.no_grad()
 def load_weights(model: PolicyModel, tensors: Mapping[str, torch.Tensor], spec: ModelSpec) -> None:
-    """Fill this rank's part from Hugging Face tensors, casting to the parameters' dtype."""
-    for param, exact in exact_values(model, tensors, spec):
-        param.copy_(exact)
+    """Fill this rank's part from Hugging Face tensors, casting to the weights' dtypes."""
+    for weight, exact in exact_values(model, tensors, spec):
+        weight.copy_(exact)
 
 
 def exact_values(
     model: PolicyModel, tensors: Mapping[str, torch.Tensor], spec: ModelSpec
-) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Yield each parameter of this rank's part and its values of Hugging Face tensors, in their dtype."""
-    rank, num_ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-    for name, param in _named(model):
-        yield param, names.shard(name, names.from_hf(name, tensors, spec), rank, num_ranks)
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield each weight of this rank's part and its values of Hugging Face tensors, in their dtype."""
+    for name, weight in named_weights(model):
+        group = _sharing_group(name)
+        yield weight, names.shard(name, names.from_hf(name, tensors, spec), group.rank(), group.size())
 
 
 def hf_tensors(model: PolicyModel, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield this stage's weights as whole, contiguous Hugging Face tensors; a collective over its tensor ranks.
+    """Yield this stage's weights as whole, contiguous Hugging Face tensors.
 
-    The copy of a tied embedding on the last stage of several is left out: the first stage holds it.
+    A collective over the stage's tensor ranks, with experts over its expert parallel ranks, too. The copy of a tied
+    embedding on the last stage of several is left out: the first stage holds it.
     """
-    for name, param in _named(model):
+    for name, weight in named_weights(model):
         if name == "output_layer.weight" and spec.tie_word_embeddings:
             continue
-        for hf_name, tensor in names.to_hf(name, names.unshard(name, _gathered(name, param.detach())), spec):
-            yield hf_name, tensor.contiguous()
+        part = weight.detach()
+        shards = _gathered(part, _sharing_group(name)) if names.is_sharded(name) else [part]
+        for whole_name, whole in _of_all_experts(name, names.unshard(name, shards), spec):
+            for hf_name, tensor in names.to_hf(whole_name, whole, spec):
+                yield hf_name, tensor.contiguous()
 
 
-def _named(model: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    offset = get_transformer_layer_offset(model.config)
-    for name, param in model.named_parameters():
-        yield names.global_name(name, offset), param
+def named_weights(model: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield this rank's part of the checkpoint's tensors by global names: parameters, and the routers' biases.
+
+    The biases are buffers, as no gradient reaches them; they choose experts, and belong to the weights all the same.
+    """
+    layers = get_transformer_layer_offset(model.config)
+    experts = 0
+    if model.config.num_moe_experts is not None:
+        experts = model.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
+    biases = ((name, bias) for name, bias in model.named_buffers() if name.endswith(names.ROUTER_BIAS))
+    for name, weight in chain(model.named_parameters(), biases):
+        yield names.global_name(name, layers, experts * mpu.get_expert_model_parallel_rank()), weight
 
 
-def _gathered(name: str, param: torch.Tensor) -> list[torch.Tensor]:
-    num_ranks = mpu.get_tensor_model_parallel_world_size()
-    if num_ranks == 1 or not names.is_sharded(name):
-        return [param]
-    shards = [torch.empty_like(param) for _ in range(num_ranks)]
-    dist.all_gather(shards, param.contiguous(), group=mpu.get_tensor_model_parallel_group())
-    return shards
+def _of_all_experts(name: str, whole: torch.Tensor, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weight, of an expert those of all expert parallel ranks: each has others of the experts."""
+    if spec.experts is None or not names.is_expert(name):
+        yield name, whole
+        return
+    group = mpu.get_expert_model_parallel_group()
+    per_rank = spec.experts.num_experts // group.size()
+    for rank, of_rank in enumerate(_gathered(whole, group)):
+        yield names.of_peer(name, (rank - group.rank()) * per_rank), of_rank
+
+
+def _sharing_group(name: str) -> dist.ProcessGroup:
+    """Return the ranks that hold a sharded weight's slices."""
+    of_experts = names.is_expert(name)
+    return mpu.get_expert_tensor_parallel_group() if of_experts else mpu.get_tensor_model_parallel_group()
+
+
+def _gathered(part: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    if group.size() == 1:
+        return [part]
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return parts

@@ -16,7 +16,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from trainer_bridge.draft_rows import ReplyRows
-from trainer_bridge.megatron.model import PolicyModel
+from trainer_bridge.megatron.model import PolicyModel, all_rows
 from trainer_bridge.megatron.vocab_parallel import argmax_and_logsumexp
 
 EMBEDDING, FINAL, ARGMAX, LOGSUMEXP = "embedding", "final", "argmax", "logsumexp"
@@ -41,7 +41,8 @@ class PassCapture:
     """Keeps of fed tokens the embedding, the outputs of ``layers`` (0-based, of the whole model) and the final state.
 
     Of a reply's logits it keeps the argmax and logsumexp. Without ``keeps_states`` it keeps these alone: every tensor
-    rank takes part in them, and has the same states.
+    rank takes part in them, and has the same states. Where each has its own rows of the states, all take part in these,
+    too.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class PassCapture:
         model = self._model
         if model.post_process:
             yield model.output_layer, self._keep_logits
-        if not self._keeps_states:
+        if not (self._keeps_states or model.config.sequence_parallel):
             return
         if model.pre_process:
             yield model.embedding, partial(self._keep, EMBEDDING)
@@ -87,7 +88,7 @@ class PassCapture:
     def _keep(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
         rows, states = self._current, output[0] if isinstance(output, tuple) else output
         if rows is not None and name not in rows.kept:
-            rows.kept[name] = states[:, 0].index_select(0, rows.fed)
+            rows.kept[name] = all_rows(states, self._model)[:, 0].index_select(0, rows.fed)
 
     @torch.no_grad()
     def _keep_logits(self, module: torch.nn.Module, args: Any, output: Any) -> None:

@@ -23,10 +23,20 @@ def join_process_groups(layout: Layout, rank: int, init_method: str, seed: int) 
         "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=init_method, rank=rank, world_size=layout.world_size
     )
     with cpu_shim():
-        mpu.initialize_model_parallel(layout.tensor, layout.pipeline)
+        mpu.initialize_model_parallel(
+            layout.tensor,
+            layout.pipeline,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+        )
         torch.manual_seed(seed)
         # Without CUDA there is no device generator to fork; Megatron's inference tracker forks nothing.
         tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=not cuda, force_reset_rng=True)
+
+
+def is_first_of_stage() -> bool:
+    """Return whether this rank is its pipeline stage's first: it speaks for the stage where one must."""
+    return bool(mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0)
 
 
 def leave_process_groups() -> None:

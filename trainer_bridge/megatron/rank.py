@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import load_tensors
+from slime_spec.checkpoints.tensors import load_tensors, served_dtype
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.interfaces import RunState, WeightTransport
@@ -38,8 +38,8 @@ from trainer_bridge.megatron.model import (
     hf_tensors,
     load_weights,
     policy_device,
-    transformer_config,
 )
+from trainer_bridge.megatron.model_config import transformer_config
 from trainer_bridge.megatron.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -49,7 +49,7 @@ from trainer_bridge.megatron.optimizer import (
     wrap_model,
 )
 from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients, observe, with_reference_logprobs
-from trainer_bridge.megatron.process_groups import join_process_groups, leave_process_groups
+from trainer_bridge.megatron.process_groups import is_first_of_stage, join_process_groups, leave_process_groups
 from trainer_bridge.megatron.residency import Part, Residency, Tensors
 from trainer_bridge.microbatch import Microbatch, build_microbatch
 from trainer_bridge.packing import MicrobatchPlan, plan_microbatches
@@ -148,7 +148,7 @@ class TrainerRank:
     ) -> Iterator[PushBucket | None]:
         """Yield this pipeline stage's weights of a side in the engines' dtype, numbered from 0 within the stage.
 
-        Collective over the stage's tensor ranks; tensor rank 0 publishes, or ``every_rank``, and the others yield None.
+        Collective over the stage's holders; the first publishes, or ``every_rank``, and the others yield None.
         The parameters stay on the device until ``end_push``.
         """
         self.residency.hold(Part.PARAMETERS)
@@ -156,9 +156,12 @@ class TrainerRank:
             assert self.draft is not None, "a draft is pushed that is trained"
             yield from self.draft.buckets(version, transport, every_rank)
             return
-        publishes = every_rank or mpu.get_tensor_model_parallel_rank() == 0
-        dtype = getattr(torch, self.config.engine.dtype)
-        weights = ((name, tensor.to(dtype)) for name, tensor in hf_tensors(self.model, self.spec))
+        publishes = every_rank or is_first_of_stage()
+        dtype = self.config.engine.dtype
+        weights = (
+            (name, tensor.to(getattr(torch, served_dtype(name, dtype))))
+            for name, tensor in hf_tensors(self.model, self.spec)
+        )
         for index, named in enumerate(bucketed(weights, self.config.push.bucket_bytes)):
             yield bucket_of(named, version, index, transport) if publishes else None
 
@@ -245,9 +248,11 @@ class TrainerRank:
         )
         return plans[mpu.get_data_parallel_rank()]
 
-    @staticmethod
-    def _microbatches(samples: Sequence[TrainSample], plans: Sequence[MicrobatchPlan]) -> list[Microbatch]:
-        return [build_microbatch(samples, plan, policy_device()) for plan in plans]
+    def _microbatches(self, samples: Sequence[TrainSample], plans: Sequence[MicrobatchPlan]) -> list[Microbatch]:
+        model_config = self.model.config
+        # Sequence-parallel ranks have as many rows each.
+        multiple = model_config.tensor_model_parallel_size if model_config.sequence_parallel else 1
+        return [build_microbatch(samples, plan, policy_device(), multiple) for plan in plans]
 
     @staticmethod
     def _counting(num_flat_tokens: int, microbatches: list[Microbatch]) -> list[Microbatch]:

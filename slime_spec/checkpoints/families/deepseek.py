@@ -26,6 +26,7 @@ DEEPSEEK_V3 = Family(
     ("DeepseekV3ForCausalLM",),
     model_type="deepseek_v3",
     is_built=True,
+    is_trained=True,
     keys={**DENSE_KEYS, **SIGMOID_KEYS, **LATENT_KEYS},
     defaults={
         **{

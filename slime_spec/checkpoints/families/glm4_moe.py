@@ -25,6 +25,7 @@ GLM4_MOE = Family(
     ("Glm4MoeForCausalLM",),
     model_type="glm4_moe",
     is_built=True,
+    is_trained=True,
     keys={
         **{**DENSE_KEYS, **SIGMOID_KEYS, "attention_bias": flag(), "use_qk_norm": flag()},
         **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), only(ROTARY_SHARE)),

@@ -18,6 +18,7 @@ QWEN3_MOE = Family(
     ("Qwen3MoeForCausalLM",),
     model_type="qwen3_moe",
     is_built=True,
+    is_trained=True,
     qk_norm=True,
     keys={**QWEN3.keys, **SOFTMAX_KEYS},
     defaults={"sliding_window": 4096, "num_experts_per_tok": 8, "moe_intermediate_size": 768},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shutil import which
 
-from slime_spec.checkpoints.families import BUILT_ARCHITECTURES, family_of, model_type_comes_as_code
+from slime_spec.checkpoints.families import TRAINED_ARCHITECTURES, family_of, model_type_comes_as_code
 from slime_spec.checkpoints.parameters import expanded_kv_elements, has_latent_attention
 from slime_spec.engines import kind_of
 from slime_spec.preflight.facts import Facts
@@ -15,13 +15,8 @@ REPOSITORY = "https://github.com/sgl-project/sglang"
 
 
 def lacking(facts: Facts) -> str:
-    """Return what the target has and this project's decoder lacks, in words.
-
-    "" where the decoder can run the target.
-    """
+    """Return what the target has that keeps it from being computed here, in words."""
     config, architecture = facts.target.config, facts.target.architecture
-    if family_of(architecture).is_built:
-        return ""
     experts = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts")
     parts = []
     if experts:
@@ -33,14 +28,14 @@ def lacking(facts: Facts) -> str:
 
 @trap(
     "trainer-architecture",
-    "The Megatron bridge of this version builds dense decoders: Llama, Qwen2, Qwen3, MiMo without its MTP layer.",
+    "The Megatron bridge of this version builds the decoders of some families, each without its MTP layers.",
     "https://github.com/NVIDIA/Megatron-LM",
     applies=always,
 )
 def trainer_architecture(facts: Facts) -> Sighting | None:
-    if not (reason := lacking(facts)):
+    if family_of(facts.target.architecture).is_trained:
         return None
-    told = f"{reason}, which the trainer cannot build; it trains {', '.join(BUILT_ARCHITECTURES)}"
+    told = f"{lacking(facts)}, which the trainer cannot build; it trains {', '.join(TRAINED_ARCHITECTURES)}"
     if facts.config.run.mode == "rollout_only":
         return Sighting(Severity.INFO, told, "Nothing to do: this run only generates.")
     return Sighting(
@@ -56,8 +51,8 @@ MOST_EXPANDED_BYTES = 1 << 20  # of a token's keys and values: a context of 16,3
 
 @trap(
     "engine-architecture",
-    "The embedded engine runs the decoders that this project builds, latent attention with a key and a value for every "
-    "head in its cache, which only small models can afford; everything that SGLang runs, runs on the sglang engine.",
+    "The embedded engine runs the same decoders, latent attention with a key and a value for every head in its cache, "
+    "which only small models can afford; everything that SGLang runs, runs on the sglang engine.",
     REPOSITORY,
     applies=always,
 )
@@ -65,11 +60,12 @@ def engine_architecture(facts: Facts) -> Sighting | None:
     generates = facts.config.run.mode != "train_only"
     if not (generates and kind_of(facts.config).runs_built_decoders):
         return None
-    reason, config = lacking(facts), facts.target.config
+    config, architecture = facts.target.config, facts.target.architecture
+    reason = "" if family_of(architecture).is_built else lacking(facts)
     if not reason and has_latent_attention(config):
         num_bytes = (expanded_kv_elements(config) or 0) * ITEMSIZES[facts.config.engine.dtype]
         if num_bytes > MOST_EXPANDED_BYTES:
-            told = f"{facts.target.architecture}'s latent attention would take {num_bytes:,} bytes of cache for a token"
+            told = f"{architecture}'s latent attention would take {num_bytes:,} bytes of cache for a token"
             reason = f"{told} (at most {MOST_EXPANDED_BYTES:,})"
     if not reason:
         return None

@@ -1,0 +1,138 @@
+"""Policies with experts, latent attention or partial rotation, in every layout against transformers and autograd."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slime_spec.bench.reference_trainer import near_policy, reference_steps, tiny_samples
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
+from slime_spec.types import TrainReport, TrainSample
+from tests.support.tiny_models import MIXED, YARN
+from tests.trainer.mixed_policies import LAYOUTS, Reference, by_expert, mixed_policy, reference_pass
+from tests.trainer.trainer_support import run_ranks, tiny_config
+
+BIAS = "e_score_correction_bias"
+NUM_STEPS = 3
+OF_FOUR_RANKS = pytest.param("TP2 PP2 EP2", marks=pytest.mark.long)
+IN_EVERY_LAYOUT = pytest.mark.parametrize(
+    "layout", [name for name in LAYOUTS if name != "TP2 PP2 EP2"] + [OF_FOUR_RANKS]
+)
+
+
+@pytest.fixture(params=MIXED)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return reference_of(request.param, tmp_path_factory.getbasetemp())
+
+
+@cache
+def reference_of(architecture: str, folder: Path) -> Reference:
+    return reference_pass(mixed_policy(folder / architecture, architecture))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the ranks of a layout have made of one step's samples, each entry of every rank that has one."""
+
+    weights: Sequence[dict[str, torch.Tensor]]
+    logits: dict[int, torch.Tensor]
+    gradients: Sequence[dict[str, torch.Tensor]]
+    bias_dtypes: set[str]
+
+
+def passed(reference: Reference, trainer: dict[str, object]) -> Pass:
+    config = tiny_config(reference.folder, trainer)
+    answers = run_ranks(config.trainer.world_size, "mixed_pass", config, reference.samples)
+    weights, logits, gradients, dtypes = zip(*answers, strict=True)
+    whole = {index: each for of_rank in logits for index, each in of_rank.items()}
+    return Pass(weights, whole, gradients, {dtype for each in dtypes for dtype in each.split()})
+
+
+def assert_is_transformers(got: Pass, reference: Reference) -> None:
+    """Weights come back bit for bit, logits agree, and so does the gradient of every weight, on every rank."""
+    saved = reference.weights
+    assert saved.keys() == expected_shapes(ModelSpec.from_folder(reference.folder)).keys()
+    assert {name for of_rank in got.weights for name in of_rank} == saved.keys()
+    for of_rank in got.weights:
+        assert not [name for name, tensor in of_rank.items() if not torch.equal(tensor, saved[name])]
+    for index, expected in enumerate(reference.logits):
+        torch.testing.assert_close(got.logits[index], expected, atol=2e-5, rtol=0.0)
+    assert {name for of_rank in got.gradients for name in of_rank} == saved.keys()
+    for of_rank in got.gradients:
+        for name in of_rank.keys() & reference.gradients.keys():
+            expected = reference.gradients[name]
+            error = (of_rank[name] - expected).abs().max().item()
+            assert error <= 1e-5 * expected.abs().max().item(), name
+    assert {name for name in saved if name not in reference.gradients} == {name for name in saved if BIAS in name}
+
+
+@IN_EVERY_LAYOUT
+def test_a_pass_is_transformers(layout: str, reference: Reference) -> None:
+    assert_is_transformers(passed(reference, dict(LAYOUTS[layout])), reference)
+
+
+VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "weights of experts that are not renormalised": ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}),
+    "experts in every other layer": ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2, "mlp_only_layers": []}),
+    "neither norms nor biases of queries": ("Glm4MoeForCausalLM", {"use_qk_norm": False, "attention_bias": False}),
+    "two shared experts": ("Glm4MoeForCausalLM", {"n_shared_experts": 2}),
+    "groups of experts that are all chosen": ("DeepseekV3ForCausalLM", {"n_group": 2, "topk_group": 2}),
+    "queries without a latent": ("DeepseekV3ForCausalLM", {"q_lora_rank": None}),
+    "halves in place of pairs": ("DeepseekV3ForCausalLM", {"rope_interleave": False}),
+    "no YaRN": ("DeepseekV3ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "YaRN that scales cosines": ("DeepseekV3ForCausalLM", {"rope_parameters": {**YARN, "mscale": 0.5}}),
+    "a large epsilon of all norms but the latents'": ("DeepseekV3ForCausalLM", {"rms_norm_eps": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP2 EP2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_pass_of_a_variant_is_transformers(variant: str, layout: str, tmp_path: Path) -> None:
+    architecture, overrides = VARIANTS[variant]
+    reference = reference_pass(mixed_policy(tmp_path, architecture, **overrides))
+    assert_is_transformers(passed(reference, dict(LAYOUTS[layout])), reference)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Three steps of Hugging Face with AdamW: what they are of, what they report, and the weights they leave."""
+
+    batches: Sequence[Sequence[TrainSample]]
+    reports: Sequence[TrainReport]
+    weights: Mapping[str, torch.Tensor]
+
+
+# Adam's epsilon is that large so that a gradient of zero, but for rounding, moves a weight by nothing.
+SETTINGS = {"weight_decay": 0.1, "clip_grad": 0.5, "adam_eps": 1e-4}
+
+
+@cache
+def steps_of(folder: Path) -> Steps:
+    batches = [near_policy(folder, tiny_samples(seed)) for seed in range(NUM_STEPS)]
+    reports, stacked = reference_steps(tiny_config(folder, SETTINGS), batches)
+    return Steps(batches, reports, by_expert(stacked))
+
+
+@IN_EVERY_LAYOUT
+def test_three_steps_are_those_of_hugging_face_with_adamw(layout: str, reference: Reference) -> None:
+    steps = steps_of(reference.folder)
+    config = tiny_config(reference.folder, {**LAYOUTS[layout], **SETTINGS})
+    answers = run_ranks(config.trainer.world_size, "train", config, steps.batches)
+    assert {name for _, _, after in answers for name in after} == steps.weights.keys()
+    for before, reports, after in answers:
+        for got, expected in zip(reports, steps.reports, strict=True):
+            assert got.loss == pytest.approx(expected.loss, abs=1e-4)
+            assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
+            assert got.grad_norm > config.trainer.clip_grad
+            assert got.entropy == pytest.approx(expected.entropy, abs=1e-4)
+        for name, tensor in after.items():
+            torch.testing.assert_close(tensor, steps.weights[name], atol=1e-3, rtol=0.0)
+            if BIAS in name:
+                assert torch.equal(tensor, before[name]), "a step moves no router's bias"
+            elif "experts." not in name:
+                assert (tensor - before[name]).abs().max() > 5e-3, f"{name} hardly moved"
