@@ -154,11 +154,12 @@ class MegatronGroup:
         return Manifest(side, version, tuple(metas))
 
     def _stage_buckets(self, stage: int, version: int, side: Side) -> Iterator[PushBucket]:
-        """Yield the stage's buckets, which its holders gather together.
+        """Yield the stage's buckets, which its holders gather together; every replica has the draft whole.
 
         While the engines take a bucket the ranks make the next, and no more: a transport has room for two.
         """
-        ranks = self.layout.ranks(stage) if every_rank_publishes(self.config) else self.layout.holders(stage)
+        holders = self.layout.holders(stage) if side == "target" else self.layout.first_replica(stage)
+        ranks = self.layout.ranks(stage) if every_rank_publishes(self.config) else holders
         actors = [self.actors[rank] for rank in ranks]
         coming = [actor.next_bucket.remote(version, side) for actor in actors]
         while made := [bucket for bucket in all_results(coming) if bucket is not None]:
