@@ -16,6 +16,7 @@ from tests.trainer.trainer_support import make_policy
 TP2: Mapping[str, Any] = {"world_size": 2, "tensor_model_parallel_size": 2}
 TP2_EP2: Mapping[str, Any] = {**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 DP2_EP2: Mapping[str, Any] = {"world_size": 2, "expert_model_parallel_size": 2}
+SPLIT: Mapping[str, Any] = {**DP2_EP2, "use_distributed_optimizer": True}
 LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "one rank": {},
     "TP2 EP2": TP2_EP2,
@@ -23,6 +24,7 @@ LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "PP2": {"world_size": 2, "pipeline_model_parallel_size": 2},
     "DP2": {"world_size": 2},
     "DP2 EP2": DP2_EP2,
+    "DP2 EP2 with the distributed optimizer": SPLIT,
     "TP2 PP2 EP2": {**TP2_EP2, "world_size": 4, "pipeline_model_parallel_size": 2},
 }
 

@@ -19,10 +19,11 @@ from tests.trainer.trainer_support import run_ranks, tiny_config
 
 BIAS = "e_score_correction_bias"
 NUM_STEPS = 3
-OF_FOUR_RANKS = pytest.param("TP2 PP2 EP2", marks=pytest.mark.long)
-IN_EVERY_LAYOUT = pytest.mark.parametrize(
-    "layout", [name for name in LAYOUTS if name != "TP2 PP2 EP2"] + [OF_FOUR_RANKS]
-)
+SPLIT_GRADIENTS = "DP2 EP2 with the distributed optimizer"  # of which no rank has the sum of all
+OF_FOUR_RANKS = "TP2 PP2 EP2"
+QUICK = [name for name in LAYOUTS if name not in (SPLIT_GRADIENTS, OF_FOUR_RANKS)]
+LAYOUTS_OF_PASSES = [*QUICK, pytest.param(OF_FOUR_RANKS, marks=pytest.mark.long)]
+LAYOUTS_OF_STEPS = [*LAYOUTS_OF_PASSES, SPLIT_GRADIENTS]
 
 
 @pytest.fixture(params=MIXED)
@@ -71,7 +72,7 @@ def assert_is_transformers(got: Pass, reference: Reference) -> None:
     assert {name for name in saved if name not in reference.gradients} == {name for name in saved if BIAS in name}
 
 
-@IN_EVERY_LAYOUT
+@pytest.mark.parametrize("layout", LAYOUTS_OF_PASSES)
 def test_a_pass_is_transformers(layout: str, reference: Reference) -> None:
     assert_is_transformers(passed(reference, dict(LAYOUTS[layout])), reference)
 
@@ -98,6 +99,13 @@ def test_a_pass_of_a_variant_is_transformers(variant: str, layout: str, tmp_path
     assert_is_transformers(passed(reference, dict(LAYOUTS[layout])), reference)
 
 
+@pytest.mark.long
+def test_a_stage_without_experts_passes_on_to_one_whose_experts_are_spread(tmp_path: Path) -> None:
+    reference = reference_pass(mixed_policy(tmp_path, "Glm4MoeForCausalLM", first_k_dense_replace=2))
+    trainer = {"world_size": 4, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    assert_is_transformers(passed(reference, trainer), reference)
+
+
 @dataclass(frozen=True)
 class Steps:
     """Three steps of Hugging Face with AdamW: what they are of, what they report, and the weights they leave."""
@@ -118,7 +126,7 @@ def steps_of(folder: Path) -> Steps:
     return Steps(batches, reports, by_expert(stacked))
 
 
-@IN_EVERY_LAYOUT
+@pytest.mark.parametrize("layout", LAYOUTS_OF_STEPS)
 def test_three_steps_are_those_of_hugging_face_with_adamw(layout: str, reference: Reference) -> None:
     steps = steps_of(reference.folder)
     config = tiny_config(reference.folder, {**LAYOUTS[layout], **SETTINGS})

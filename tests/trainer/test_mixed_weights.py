@@ -17,7 +17,7 @@ from slime_spec.config.tree import Config, EngineConfig
 from slime_spec.interfaces import RunState
 from slime_spec.preflight.trainer_memory import trainer_memory
 from tests.support.tiny_models import MIXED, load_reference
-from tests.trainer.mixed_policies import DP2_EP2, LAYOUTS, TP2_EP2, mixed_policy
+from tests.trainer.mixed_policies import DP2_EP2, LAYOUTS, SPLIT, TP2_EP2, mixed_policy
 from tests.trainer.test_offload_train import ENGINE_DTYPE
 from tests.trainer.trainer_support import run_ranks, tiny_config, tiny_samples
 from trainer_bridge.microbatch import SegmentSpan, build_microbatch
@@ -26,7 +26,6 @@ from trainer_bridge.packing import plan_microbatches
 BIAS = "e_score_correction_bias"
 STATE = RunState(rollout_id=7, next_prompt_id=56, weight_version=6)
 BEFORE, AFTER = ([tiny_samples(seed) for seed in seeds] for seeds in ((1, 2), (3, 4)))
-SPLIT: Mapping[str, Any] = {**DP2_EP2, "use_distributed_optimizer": True}
 
 
 @pytest.fixture(scope="module")
