@@ -44,7 +44,7 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def served_dtype(name: str, dtype: str) -> str:
-    """Return the dtype in which engines of ``dtype`` are sent the tensor: rounded, a router's bias chooses others."""
+    """Return the dtype that a model of ``dtype`` has the tensor in: rounded, a router's bias chooses other experts."""
     return "float32" if name.endswith(CORRECTION) else dtype
 
 

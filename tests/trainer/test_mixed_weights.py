@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.parameters import count_parameters
-from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
+from slime_spec.checkpoints.tensors import expected_shapes, load_tensors, stored_tensors
 from slime_spec.config.tree import Config, EngineConfig
 from slime_spec.interfaces import RunState
 from slime_spec.preflight.trainer_memory import trainer_memory
-from tests.support.tiny_models import MIXED, load_reference
+from tests.support.tiny_models import MIXED, add_mtp_layer, load_reference
 from tests.trainer.mixed_policies import DP2_EP2, LAYOUTS, SPLIT, TP2_EP2, mixed_policy
 from tests.trainer.test_offload_train import ENGINE_DTYPE
 from tests.trainer.trainer_support import run_ranks, tiny_config, tiny_samples
@@ -65,6 +65,17 @@ def test_an_export_has_every_expert_once_and_transformers_loads_it(
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(load_reference(target)(tokens).logits, load_reference(source)(tokens).logits)
+
+
+def test_a_bfloat16_export_has_the_mtp_layer_and_every_routers_bias_unrounded(tmp_path: Path) -> None:
+    source = add_mtp_layer(mixed_policy(tmp_path / "policy", "Glm4MoeForCausalLM"))
+    run_ranks(2, "export", tiny_config(source, {**LAYOUTS["PP2"], "dtype": "bfloat16"}), str(tmp_path / "export"))
+    original = load_file(source / "model.safetensors")
+    exported = dict(stored_tensors(tmp_path / "export", lambda name: True))
+    assert exported.keys() == original.keys()
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, original[name] if BIAS in name else original[name].bfloat16()), name
+    assert sum(BIAS in name for name in exported) == 4
 
 
 @pytest.mark.parametrize("layout", [TP2_EP2, DP2_EP2], ids=["TP2 EP2", "DP2 EP2"])

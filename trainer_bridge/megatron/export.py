@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from slime_spec.checkpoints.families import family_of
 from slime_spec.checkpoints.folder import CONFIG, INDEX, SINGLE, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import stored_tensors
+from slime_spec.checkpoints.tensors import served_dtype, stored_tensors
 from slime_spec.errors import ConfigError
 from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
 from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space
@@ -103,8 +103,9 @@ def _write_stage(model: PolicyModel, spec: ModelSpec, folder: Path, draft: ReadD
 
     def write() -> None:
         if has_draft:
-            dtype = next(model.parameters()).dtype
-            tensors.update((name, tensor.to(dtype).cpu()) for name, tensor in draft().items())
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            for name, tensor in draft().items():
+                tensors[name] = tensor.to("cpu", getattr(torch, served_dtype(name, dtype)))
         if tensors:
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
 
