@@ -20,6 +20,7 @@ SPLIT: Mapping[str, Any] = {**DP2_EP2, "use_distributed_optimizer": True}
 LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "one rank": {},
     "TP2 EP2": TP2_EP2,
+    "TP2 EP2 with recomputed activations": {**TP2_EP2, "recompute": True},
     "TP2 ETP2": TP2,
     "PP2": {"world_size": 2, "pipeline_model_parallel_size": 2},
     "DP2": {"world_size": 2},
