@@ -203,10 +203,12 @@ def test_a_dry_run_tries_a_reward_of_ones_own_once(
 
 
 def test_a_dry_run_says_what_the_trainer_cannot_train(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(GLM_355B))
+    config = {**GLM_355B, "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     argv = [*SERVERS, "--hf-checkpoint", str(tmp_path), "--skip-check", "sglang-version", "gpus", "--dry-run"]
     assert main(["train", *argv]) == 2
-    assert "Glm4MoeForCausalLM has a mixture of 160 experts, which the trainer cannot build" in capsys.readouterr().out
+    told = "Qwen3NextForCausalLM has a mixture of 160 experts, which the trainer cannot build"
+    assert told in capsys.readouterr().out
     assert main(["train", *argv, "--debug-rollout-only"]) == 2
     told = capsys.readouterr().out
     assert "must hold a tokenizer.json" in told

@@ -42,6 +42,7 @@ GLM = {**TARGET, "architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 16
 STANDALONE: dict[str, Any] = {"draft": {**TARGET, "hidden_size": 576}}
 ALONE = (*SERVERS, "--speculative-algorithm", "STANDALONE", *CHAIN)
 UNSET = SERVERS[:6]  # the engine, no flag of its own
+NEXT = {**GLM, "architectures": ["Qwen3NextForCausalLM"]}
 LATENT = {
     **{**TARGET, "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 61, "num_attention_heads": 128},
     **{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
@@ -81,10 +82,11 @@ def reading(*layers: int) -> dict[str, Any]:
 
 
 CASES = (
-    case("trainer-architecture", MTP, ERROR, target=GLM),
-    case("trainer-architecture", (*MTP, ROLLOUTS), INFO, target=GLM),
+    case("trainer-architecture", MTP, ERROR, target=NEXT),
+    case("trainer-architecture", (*MTP, ROLLOUTS), INFO, target=NEXT),
+    case("trainer-architecture", MTP, target=GLM),
     case("trainer-architecture", MTP, target=MIMO),
-    case("engine-architecture", (ROLLOUTS,), ERROR, target={**TARGET, "architectures": ["Qwen3NextForCausalLM"]}),
+    case("engine-architecture", (ROLLOUTS,), ERROR, target=NEXT),
     case("engine-architecture", (ROLLOUTS,), ERROR, target=LATENT),
     case("engine-architecture", (ROLLOUTS,), target={**LATENT, "num_hidden_layers": 2}),
     case("engine-architecture", (ROLLOUTS,), target=GLM),
