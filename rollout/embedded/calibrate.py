@@ -11,9 +11,11 @@ from slime_spec.speculation.cost_table import TABLE_BATCHES, TABLE_CONTEXTS, Cos
 from slime_spec.speculation.round_costs import PassCurve, RoundCosts
 from slime_spec.types import SamplingParams
 
-ROW_COUNTS = (1, 2, 4, 8, 12, 16, 32, 64, 128)
+# Close together where passes are nearly free and where that ends, and where a batch without drafts never tells what
+# one with drafts would cost: a disturbed point there is never corrected. Larger ones bound each from above.
+ROW_COUNTS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 64, 128)
 MOST_SECONDS = 1.5  # what larger row counts cost is continued from the smaller ones
-NUM_TIMES = 2
+NUM_TIMES = 3
 SMALL_ROWS = 16  # passes over more rows are timed once: they last longer than most disturbances
 LONG_CONTEXT = 256
 
