@@ -208,14 +208,14 @@ def _legend() -> Iterator[str]:
         colour = COLOURS[policy]
         yield f'<line x1="{x:g}" x2="{x + 22:g}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="4"/>'
         yield f'<text x="{x + 28:g}" y="{y + 4}">{words}</text>'
-        x += 140
+        x += 126
     yield f'<circle cx="{x + 4:g}" cy="{y}" r="4" fill="#555555" fill-opacity="0.55"/>'
     yield f'<text x="{x + 14:g}" y="{y + 4}">a repetition</text>'
-    x += 112
+    x += 102
     yield f'<path d="{_mark(x + 11, y)}" fill="none" stroke="#111111" stroke-width="1.5"/>'
     yield f'<text x="{x + 32:g}" y="{y + 4}">its bound</text>'
-    yield f'<text x="{x + 104:g}" y="{y + 4}" fill="{MISSES}" font-weight="bold">a median that misses it</text>'
-    x += 284
+    yield f'<text x="{x + 98:g}" y="{y + 4}" fill="{MISSES}" font-weight="bold">a median that misses it</text>'
+    x += 268
     yield f'<path d="{_ceiling(x + 11, y)}" stroke="#111111" stroke-dasharray="3 2"/>'
     yield f'<text x="{x + 32:g}" y="{y + 4}">perfect drafts, free</text>'
 

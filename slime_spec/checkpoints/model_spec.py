@@ -40,13 +40,14 @@ class ModelSpec:
     qkv_bias: bool
     qk_norm: bool
     rope_scaling: RopeScaling | Yarn | None
-    rotary_dim: int = 0  # 0: all of head_dim
+    rotary_columns: int | None = None  # of a head, where they are not all
     latent: LatentAttention | None = None
     experts: Experts | None = None
 
-    def __post_init__(self) -> None:
-        if not self.rotary_dim:
-            object.__setattr__(self, "rotary_dim", self.head_dim)
+    @property
+    def rotary_dim(self) -> int:
+        """Return the number of a head's columns that are rotated."""
+        return self.head_dim if self.rotary_columns is None else self.rotary_columns
 
     @property
     def has_plain_blocks(self) -> bool:
@@ -98,7 +99,7 @@ class ModelSpec:
             "qkv_bias": family.qkv_bias,
             "qk_norm": family.qk_norm,
             "rope_scaling": rope_scaling,
-            "rotary_dim": int(head_dim * family.rotary_share),
+            "rotary_columns": None if family.rotary_share == 1 else int(head_dim * family.rotary_share),
         }
         return cls(**{**dense, **family.fields(config, source)})
 

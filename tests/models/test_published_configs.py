@@ -6,6 +6,7 @@ The tables of them are ``tests.support.published_configs`` and its neighbours.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ def test_the_mtp_layer_behind_the_last_is_a_draft_of_its_target(name: str) -> No
     assert all(name.startswith(own) for name in shapes)
     assert counted is not None
     assert sum(map(prod, shapes.values())) == counted.mtp
+
+
+def test_a_spec_that_is_given_other_heads_rotates_them_whole() -> None:
+    spec = replace(ModelSpec.from_dict(BUILT["meta-llama/Llama-3.2-1B-Instruct"]), head_dim=16)
+    assert (spec.rotary_dim, spec.has_plain_blocks) == (16, True)
+    glm = ModelSpec.from_dict(MIXED["zai-org/GLM-4.5"])
+    assert (glm.head_dim, glm.rotary_dim, replace(glm, experts=None).has_plain_blocks) == (128, 64, False)
 
 
 def test_mimos_mtp_layer_is_a_draft_of_its_target() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes, load_tensors
-from slime_spec.config.tree import Config, EngineConfig, RunConfig
+from slime_spec.config.tree import Config, RunConfig
 from slime_spec.errors import ConfigError, PushError, TrainingError
 from slime_spec.interfaces import RunState
 from slime_spec.launch.cluster import Cluster, cluster
@@ -20,7 +20,6 @@ from slime_spec.transports.choice import make_transport
 from slime_spec.types import TrainSample
 from slime_spec.weights.messages import BeginPush, CommitPush, PushBucket, TensorMeta
 from slime_spec.weights.receive import PushReceiver
-from tests.trainer.mixed_policies import DP2_EP2, mixed_policy
 from tests.trainer.trainer_support import make_policy, tiny_config, tiny_samples
 from trainer_bridge.megatron.group import MegatronGroup, all_results, joined
 
@@ -94,25 +93,6 @@ def test_a_push_before_any_step_is_the_checkpoint(group: MegatronGroup, config: 
     pushed = received(group, spec, 1)
     original = load_tensors(config.model.hf_checkpoint, spec)
     assert all(torch.equal(pushed[name], tensor) for name, tensor in original.items())
-
-
-LATER = [pytest.param(transport, marks=pytest.mark.long) for transport in ("ipc", "collective")]
-
-
-@pytest.mark.parametrize("transport", ["object_store", *LATER])
-def test_a_push_of_experts_that_two_replicas_share_is_the_checkpoint(transport: str, tmp_path: Path) -> None:
-    config = tiny_config(mixed_policy(tmp_path, "DeepseekV3ForCausalLM"), dict(DP2_EP2))
-    engine, push = EngineConfig(dtype="bfloat16"), replace(config.push, transport=transport)
-    config = replace(config, run=RunConfig(mode="train_only"), engine=engine, push=push)
-    spec = ModelSpec.from_folder(config.model.hf_checkpoint)
-    with cluster(config, spec) as reserved:
-        group = MegatronGroup(config, reserved.ranks)
-        group.load()
-        pushed = received(group, spec, 1)
-        group.stop()
-    for name, tensor in load_tensors(config.model.hf_checkpoint, spec).items():
-        dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
-        assert torch.equal(pushed[name], tensor.to(dtype)), name
 
 
 def test_a_step_changes_what_the_next_push_sends(group: MegatronGroup, spec: ModelSpec) -> None:

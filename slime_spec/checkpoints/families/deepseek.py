@@ -18,7 +18,7 @@ def _fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "latent": latent,
         "num_kv_heads": config["num_attention_heads"],
         "head_dim": latent.key_dim,
-        "rotary_dim": latent.rope_dim,
+        "rotary_columns": latent.rope_dim,
     }
 
 
