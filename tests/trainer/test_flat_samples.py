@@ -23,7 +23,7 @@ GROUP = 4
 FLAT = ((4, 5, 6, 7), tuple(range(11)), tuple(range(12)), (1, 2, 9), ())
 DECAYING = {"weight_decay": 0.5, "lr_warmup_steps": 4}
 # Gradients far below epsilon hardly move a weight, so that the order of a sum's terms, which differs, cannot either:
-# with an epsilon of 1e-4 it moved one weight in 5,120 by 1.4e-6 on a processor whose products add up in another order.
+# with an epsilon of 1e-4 it moved one weight in 5,120 by 1.4e-6 where two threads computed products.
 CALM = {**DECAYING, "adam_eps": 1e-3}
 CASES = {
     "1x1": CALM,
