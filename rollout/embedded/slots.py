@@ -56,17 +56,14 @@ def holder_of(holder: Any, attribute: str) -> tuple[Any, str]:
     return holder, name
 
 
-def block_slots(layer: int, prefix: str, spec: ModelSpec, number: int | None = None) -> list[Slot]:
-    """Return the slots of a block whose tensors' names begin with ``prefix``, but its first norm's.
-
-    ``number`` is the layer's in the checkpoint, where it is not ``layer``.
-    """
+def block_slots(layer: int, prefix: str, spec: ModelSpec) -> list[Slot]:
+    """Return the slots of a block whose tensors' names begin with ``prefix``, but its first norm's."""
     in_attention, in_mlp = ("", "") if spec.has_plain_blocks else ("attention.", "mlp.")
     norm = Slot(layer, "post_norm", (prefix + "post_attention_layernorm.weight",), linear=False)
     attention = _grouped_slots if spec.latent is None else _latent_slots
     slots = [*attention(layer, in_attention, prefix, spec), norm]
     experts = spec.experts
-    if experts is not None and experts.serve(layer if number is None else number):
+    if experts is not None and experts.serve(layer):
         return [*slots, *_expert_slots(layer, in_mlp, prefix, experts)]
     return [*slots, *_mlp_slots(layer, in_mlp, prefix + "mlp.")]
 

@@ -18,6 +18,7 @@ from slime_spec.checkpoints.families.qwen2 import QWEN2
 from slime_spec.checkpoints.families.qwen3 import QWEN3
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder, architecture_of
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.rope_settings import YARN
 from slime_spec.errors import CheckpointError
 
 OWN_EMBEDDING = "embed_tokens.weight"  # a draft's, where it does not share its target's
@@ -116,7 +117,8 @@ class DraftSpec:
             "model_type": family_of(of_block).model_type,
             "tie_word_embeddings": False,
         }
-        block = ModelSpec.from_dict({**draft_format.block_config(config, layer, source), **as_model}, source)
+        # Engine and training rotate a draft's heads themselves: they compute a scaling that Megatron is not told of.
+        block = ModelSpec.from_dict({**draft_format.block_config(config, layer, source), **as_model}, source, (YARN,))
         reading = DraftReading(config, block, target, layer, norm_output_convention, source)
         spec = cls(family=draft_format.family, block=block, **draft_format.fields(reading))
         _check_against_target(spec, target, source)
@@ -155,7 +157,7 @@ def draft_config(spec: DraftSpec) -> dict[str, Any]:
         "tie_word_embeddings": False,
     }
     if block.rope_scaling is not None:
-        config["rope_scaling"] = {"rope_type": "llama3", **vars(block.rope_scaling)}
+        config["rope_scaling"] = block.rope_scaling.as_config()
     return {**config, **spec.format.config(spec)}
 
 

@@ -64,8 +64,13 @@ class ModelSpec:
         return cls.from_dict(stored.config, stored.source)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any], source: str = "config.json") -> ModelSpec:
-        """Return the decoder that ``config`` describes; raises NotComputedError naming the key of another decoder."""
+    def from_dict(
+        cls, config: Mapping[str, Any], source: str = "config.json", rope_kinds: tuple[str, ...] = ()
+    ) -> ModelSpec:
+        """Return the decoder that ``config`` describes; raises NotComputedError naming the key of another decoder.
+
+        ``rope_kinds`` are further scalings of the rotary embedding that are computed, beside the family's.
+        """
         architecture = architecture_of(config)
         family = family_of(architecture)
         if not family.is_built:
@@ -80,7 +85,8 @@ class ModelSpec:
         model_types = filter(None, (family.model_type, family.base_model_type))
         check_keys(config, {**family.keys, "model_type": only(*model_types)}, source)
         check_decoder(config, family.keys, source)
-        rope_theta, rope_scaling = read_rope(config, source, family.rope_kinds, family.rotary_share)
+        kinds = tuple(dict.fromkeys((*family.rope_kinds, *rope_kinds)))
+        rope_theta, rope_scaling = read_rope(config, source, kinds, family.rotary_share)
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         dense = {

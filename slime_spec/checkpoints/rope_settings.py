@@ -26,7 +26,8 @@ from slime_spec.checkpoints.config_keys import (
 from slime_spec.errors import CheckpointError
 
 DEFAULT_THETA = 10000.0
-DEFAULT_KINDS = ("default", "llama3")
+LLAMA3, YARN = "llama3", "yarn"
+DEFAULT_KINDS = ("default", LLAMA3)
 OF_OTHER_KINDS = harmless("read for the kinds of scaling that are refused")
 # Keys of config.json, and those within its rope_scaling or rope_parameters.
 ROPE_KEYS: Keys = {
@@ -68,6 +69,10 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    def as_config(self) -> dict[str, Any]:
+        """Return the ``rope_scaling`` of a config.json."""
+        return {"rope_type": LLAMA3, **vars(self)}
+
 
 @dataclass(frozen=True)
 class Yarn:
@@ -83,6 +88,11 @@ class Yarn:
     original_max_position_embeddings: int
     magnitude: float = 1.0
     score_factor: float = 1.0
+
+    def as_config(self) -> dict[str, Any]:
+        """Return the ``rope_scaling`` of a config.json of grouped-query attention, which reads no ``score_factor``."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("magnitude", "score_factor")}
+        return {"rope_type": YARN, **kept, "attention_factor": self.magnitude}
 
 
 def read_rope(
@@ -100,17 +110,14 @@ def read_rope(
     rope, place = (scaling, "rope_scaling.") if scaling else (parameters, "rope_parameters.")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     nested = {**NESTED_KEYS, "rope_type": only(*kinds), "partial_rotary_factor": only(share)}
-    check_keys({**rope, "rope_type": kind}, {**nested, **(YARN_KEYS if kind == "yarn" else {})}, source, place)
+    check_keys({**rope, "rope_type": kind}, {**nested, **(YARN_KEYS if kind == YARN else {})}, source, place)
     thetas = [each for each in (rope.get("rope_theta"), config.get("rope_theta")) if each is not None]
     if len(set(thetas)) > 1:
         raise _disagreeing(f"{source}: rope_theta", f"{place}rope_theta", thetas[1])
     theta = float(thetas[0]) if thetas else DEFAULT_THETA
-    match kind:
-        case "llama3":
-            return theta, _llama3(config, rope, f"{source}: {place}")
-        case "yarn":
-            return theta, _yarn(config, rope, f"{source}: {place}")
-    return theta, None
+    if kind == LLAMA3:
+        return theta, _llama3(config, rope, f"{source}: {place}")
+    return theta, _yarn(config, rope, f"{source}: {place}") if kind == YARN else None
 
 
 def _yarn(config: Mapping[str, Any], rope: Mapping[str, Any], prefix: str) -> Yarn:

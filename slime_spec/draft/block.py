@@ -11,6 +11,7 @@ from torch import nn
 
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.rope import inverse_frequencies
+from slime_spec.checkpoints.rope_settings import Yarn
 
 
 class RmsNorm(nn.Module):
@@ -65,6 +66,7 @@ class DraftAttention(nn.Module):
             self.k_norm = RmsNorm(self.head_dim, spec.rms_norm_eps)
         self.has_qk_norm = spec.qk_norm
         self.register_buffer("inv_freq", inverse_frequencies(spec), persistent=False)
+        self.magnitude = spec.rope_scaling.magnitude if isinstance(spec.rope_scaling, Yarn) else 1.0
 
     def keys_values(self, x: torch.Tensor, positions: torch.Tensor) -> KeysValues:
         """Compute the keys and values of inputs [batch, tokens, input_size] at ``positions`` [batch, tokens]."""
@@ -142,6 +144,6 @@ class DraftAttention(nn.Module):
     def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Apply rotary embedding to [batch, tokens, heads, head_dim], pairing the halves of a head as Llama does."""
         angles = positions[..., None].float() * self.inv_freq
-        cos, sin = angles.cos()[..., None, :].to(heads.dtype), angles.sin()[..., None, :].to(heads.dtype)
+        cos, sin = ((turn(angles) * self.magnitude)[..., None, :].to(heads.dtype) for turn in (torch.cos, torch.sin))
         first, second = heads.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
+from rollout.embedded.rope import RopeTable, rotate
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
 from slime_spec.checkpoints.families import BY_ARCHITECTURE, nextn
 from slime_spec.checkpoints.families.eagle3 import default_capture_layers
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
+from slime_spec.draft.block import DraftAttention
 from slime_spec.errors import CheckpointError, ConfigError
 from tests.support.tiny_drafts import EAGLE, EAGLE3, NEXTN, edit_config, make_tiny_draft, make_tiny_mimo
 from tests.support.tiny_models import make_tiny_checkpoint
@@ -328,3 +333,27 @@ def test_a_draft_that_ships_with_the_package_goes_by_its_name(
     with pytest.raises(ConfigError, match="must be one of builtin:tiny") as caught:
         chosen(target, Path("builtin:tyni"))
     assert "Did you mean 'builtin:tiny'" in caught.value.remedy
+
+
+def test_a_draft_with_yarn_rotates_as_transformers_does_when_it_is_served_trained_and_written(target: Path) -> None:
+    """Case draft-varieties: YaRN was refused. transformers multiplies cosines and sines by attention_factor."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
+    config = {**EAGLE3, "vocab_size": 131, "rope_theta": 10000.0, "rope_scaling": scaling}
+    spec = DraftSpec.from_dict(config, ModelSpec.from_folder(target))
+    block = spec.block
+    theirs = LlamaConfig(
+        hidden_size=block.hidden_size,
+        num_attention_heads=block.num_heads,
+        head_dim=block.head_dim,
+        max_position_embeddings=block.max_position_embeddings,
+        rope_parameters={**scaling, "rope_theta": 10000.0},
+    )
+    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.arange(100)[None])
+    assert float(cos[0, 0, 0]) > 1.1, "the magnitude is in them"
+    heads = torch.randn(100, 1, block.head_dim, generator=torch.Generator().manual_seed(0))
+    expected = heads * cos[0, :, None] + rotate_half(heads) * sin[0, :, None]
+    table = RopeTable(block, 100, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(rotate(heads, *table.at(torch.arange(100))), expected, atol=1e-5, rtol=1e-5)
+    trained = DraftAttention(block, block.hidden_size)._rotated(heads[None], torch.arange(100)[None])[0]
+    torch.testing.assert_close(trained, expected, atol=1e-5, rtol=1e-5)
+    assert DraftSpec.from_dict(draft_config(spec), ModelSpec.from_folder(target)).block == block

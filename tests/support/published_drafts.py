@@ -28,6 +28,14 @@ _EAGLE3_QWEN3 = {
 }
 # Drafts that the embedded engine computes -> (their target, their config.json).
 DRAFTS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "an EAGLE-3 draft with YaRN": (
+        "Qwen/Qwen3-8B",
+        {
+            **_EAGLE3_QWEN3,
+            **sizes(4096, 12288, 1, 32, 8),
+            "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 40960, "rope_type": "yarn"},
+        },
+    ),
     "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B": ("meta-llama/Llama-3.1-8B-Instruct", _EAGLE3_LLAMA),
     "jamesliu1/sglang-EAGLE3-Llama-3.1-Instruct-8B": ("meta-llama/Llama-3.1-8B-Instruct", _EAGLE3_LLAMA),
     "yuhuili/EAGLE3-DeepSeek-R1-Distill-LLaMA-8B": ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", _EAGLE3_LLAMA),
@@ -157,15 +165,5 @@ REFUSED_DRAFTS: Mapping[str, tuple[str, str, str, dict[str, Any]]] = {
         "architectures",
         "must name a draft: LlamaForCausalLMEagle3, ",
         {**_EAGLE3_QWEN3, **sizes(4096, 12288, 1, 32, 8), "architectures": ["Eagle3LlamaForCausalLM"]},
-    ),
-    "an EAGLE-3 draft with YaRN": (
-        "Qwen/Qwen3-8B",
-        "rope_scaling.rope_type",
-        "must be default or llama3: .*--rollout-engine sglang",
-        {
-            **_EAGLE3_QWEN3,
-            **sizes(4096, 12288, 1, 32, 8),
-            "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 40960, "rope_type": "yarn"},
-        },
     ),
 }

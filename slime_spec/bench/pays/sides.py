@@ -4,7 +4,7 @@ Nothing but the core computes, so this process's CPU time is the core's, and the
 engine starts and times its passes before the first repetition, off the clock, as it does before a run's first request.
 
 One side knows what will be said: its drafts are the replies of the side without speculation. They cost nothing and are
-right, so that what it gains over none is more than any draft as deep can bring.
+right but where replies of a group part, so that what it gains over none is more than drafts as deep bring.
 """
 
 from __future__ import annotations
