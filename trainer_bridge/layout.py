@@ -54,10 +54,6 @@ class Layout:
         per_stage = self.tensor * self.data
         return tuple(range(stage * per_stage, (stage + 1) * per_stage))
 
-    def first_replica(self, stage: int) -> tuple[int, ...]:
-        """Return the tensor ranks of one pipeline stage's first data parallel replica."""
-        return self.holders(stage)[: self.tensor]
-
     def holders(self, stage: int) -> tuple[int, ...]:
         """Return the ranks whose shards together are one pipeline stage's weights, tensor rank 0 first.
 

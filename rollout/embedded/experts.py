@@ -1,12 +1,7 @@
-"""A router chooses for each token the experts that compute its MLP, and weighs what they return, in fp32.
-
-Scores, choice and weights are those of transformers and SGLang: of Qwen3-MoE a softmax over all experts, of GLM-4.5 and
-DeepSeek-V3 (arXiv 2412.19437, equations 12 to 16) a sigmoid per expert, whose choice a stored correction moves.
-"""
+"""A router chooses for each token the experts that compute its MLP, and weighs what they return."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +11,7 @@ from rollout.embedded.blocks import gated_mlp
 from rollout.embedded.layer import Weights
 from rollout.embedded.linear import PackedLinear
 from slime_spec.checkpoints.block_parts import Experts
-
-LEAST_SUM = 1e-20  # of a token's weights, before they are divided by it
+from slime_spec.checkpoints.routing import route
 
 
 @dataclass
@@ -50,26 +44,3 @@ class ExpertMlps(Weights):
             returned = gated_mlp(x[rows], self.experts[expert])
             out.index_add_(0, rows, returned * weights[rows, places, None].to(x.dtype))
         return out if self.shared is None else out + gated_mlp(x, self.shared)
-
-
-def route(
-    logits: torch.Tensor, kind: Experts, correction: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's experts and their weights, both [tokens, chosen], of fp32 ``logits`` [tokens, experts]."""
-    scores = logits.softmax(dim=-1) if kind.score == "softmax" else logits.sigmoid()
-    preference = scores if correction is None else scores + correction
-    if kind.num_groups > 1:
-        preference = _within_best_groups(preference, kind)
-    chosen = preference.topk(kind.num_per_token, dim=-1).indices
-    weights = scores.gather(-1, chosen)
-    if kind.renormalises:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + LEAST_SUM)
-    return chosen, weights * kind.scaling
-
-
-def _within_best_groups(preference: torch.Tensor, kind: Experts) -> torch.Tensor:
-    """Leave the groups whose best two experts together are preferred; the others' experts cannot be chosen."""
-    grouped = preference.unflatten(-1, (kind.num_groups, -1))
-    best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(kind.num_groups_per_token, dim=-1).indices
-    is_open = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=grouped.device).scatter_(-1, best, True)
-    return grouped.masked_fill(~is_open.unsqueeze(-1), -math.inf).flatten(-2)

@@ -131,7 +131,7 @@ def is_trainable(spec: DraftSpec) -> bool:
         return True
     if spec.block.num_layers != 1:
         return False
-    return spec.family in ("eagle3", "eagle") or (spec.family == "mtp" and spec.hidden_first)
+    return spec.family in ("eagle3", "eagle", "mtp")
 
 
 def draft_config(spec: DraftSpec) -> dict[str, Any]:

@@ -29,11 +29,11 @@ class RmsNorm(nn.Module):
 class SwiGlu(nn.Module):
     """Computes down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         down: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -65,6 +65,7 @@ class DraftAttention(nn.Module):
             self.q_norm = RmsNorm(self.head_dim, spec.rms_norm_eps)
             self.k_norm = RmsNorm(self.head_dim, spec.rms_norm_eps)
         self.has_qk_norm = spec.qk_norm
+        self.rotary_dim = spec.rotary_dim
         self.register_buffer("inv_freq", inverse_frequencies(spec), persistent=False)
         self.magnitude = spec.rope_scaling.magnitude if isinstance(spec.rope_scaling, Yarn) else 1.0
 
@@ -89,25 +90,11 @@ class DraftAttention(nn.Module):
         Row r of sequence b sees ``context`` [batch, tokens, ...] where ``visible[b, r]`` [tokens] says so, and of each
         of ``own`` [batch, rows, ...] its own row only: the keys of its round's earlier steps.
         """
-        batch, rows = x.shape[:2]
         queries = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         if self.has_qk_norm:
             queries = self.q_norm(queries)
         queries = self._rotated(queries, positions) * self.head_dim**-0.5
-        # [batch, kv_heads, rows · group, head_dim]: the query heads of one kv head are more rows of it.
-        group = self.heads // self.kv_heads
-        queries = queries.view(batch, rows, self.kv_heads, group, self.head_dim).permute(0, 2, 1, 3, 4)
-        keys = context.keys.permute(0, 2, 3, 1)
-        scores = (queries.flatten(2, 3) @ keys).view(batch, self.kv_heads, rows, group, -1)
-        scores = scores.masked_fill(~visible[:, None, :, None], float("-inf"))
-        diagonal = [(queries * each.keys.transpose(1, 2)[:, :, :, None]).sum(-1, keepdim=True) for each in own]
-        weights = torch.cat([scores, *diagonal], dim=-1).softmax(-1)
-        on_context = weights[..., : keys.shape[-1]].reshape(batch, self.kv_heads, rows * group, -1)
-        out = (on_context @ context.values.transpose(1, 2)).view(batch, self.kv_heads, rows, group, -1)
-        for index, each in enumerate(own, start=keys.shape[-1]):
-            out = out + weights[..., index : index + 1] * each.values.transpose(1, 2)[:, :, :, None]
-        out = out.permute(0, 2, 1, 3, 4).reshape(batch, rows, -1)
-        projected: torch.Tensor = self.o_proj(out)
+        projected: torch.Tensor = self.o_proj(attend(queries, context, visible, own))
         return projected
 
     def in_blocks(
@@ -142,8 +129,40 @@ class DraftAttention(nn.Module):
         return projected
 
     def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Apply rotary embedding to [batch, tokens, heads, head_dim], pairing the halves of a head as Llama does."""
-        angles = positions[..., None].float() * self.inv_freq
-        cos, sin = ((turn(angles) * self.magnitude)[..., None, :].to(heads.dtype) for turn in (torch.cos, torch.sin))
-        first, second = heads.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        """Apply rotary embedding to the first columns of [batch, tokens, heads, head_dim], pairing their halves."""
+        turned, still = heads.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        return torch.cat([rotated(turned, positions, self.inv_freq, self.magnitude), still], dim=-1)
+
+
+def rotated(heads: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, magnitude: float) -> torch.Tensor:
+    """Apply rotary embedding to [batch, tokens, heads, columns], pairing the halves of a head as Llama does."""
+    angles = positions[..., None].float() * inv_freq
+    cos, sin = ((turn(angles) * magnitude)[..., None, :].to(heads.dtype) for turn in (torch.cos, torch.sin))
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attend(
+    queries: torch.Tensor, context: KeysValues, visible: torch.Tensor, own: Sequence[KeysValues]
+) -> torch.Tensor:
+    """Return [batch, rows, heads · value width] of scaled and rotated queries [batch, rows, heads, key width].
+
+    Row r of sequence b sees ``context`` where ``visible[b, r]`` says so, and of each of ``own`` its own row only.
+    """
+    batch, rows, heads, width = queries.shape
+    kv_heads = context.keys.shape[2]
+    group = heads // kv_heads
+    # [batch, kv_heads, rows · group, width]: the query heads of one kv head are more rows of it.
+    queries = queries.view(batch, rows, kv_heads, group, width).permute(0, 2, 1, 3, 4)
+    keys = context.keys.permute(0, 2, 3, 1)
+    tokens = keys.shape[-1]
+    scores = (queries.flatten(2, 3) @ keys).view(batch, kv_heads, rows, group, tokens)
+    scores = scores.masked_fill(~visible[:, None, :, None], float("-inf"))
+    diagonal = [(queries * each.keys.transpose(1, 2)[:, :, :, None]).sum(-1, keepdim=True) for each in own]
+    weights = torch.cat([scores, *diagonal], dim=-1).softmax(-1)
+    on_context = weights[..., :tokens].reshape(batch, kv_heads, rows * group, tokens)
+    values = context.values.transpose(1, 2)
+    out = (on_context @ values).view(batch, kv_heads, rows, group, values.shape[-1])
+    for index, each in enumerate(own, start=tokens):
+        out = out + weights[..., index : index + 1] * each.values.transpose(1, 2)[:, :, :, None]
+    return out.permute(0, 2, 1, 3, 4).reshape(batch, rows, heads * values.shape[-1])

@@ -37,7 +37,7 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
         self.self_attn = DraftAttention(spec, spec.hidden_size)
         self.post_attention_layernorm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = SwiGlu(spec)
+        self.mlp = SwiGlu(spec.hidden_size, spec.intermediate_size)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
         """Return the blocks behind this layer, of rows' blocks x [batch, rows, size, hidden] at ``positions``."""

@@ -18,7 +18,7 @@ class EagleLayer(nn.Module):
         super().__init__()
         self.self_attn = DraftAttention(spec, spec.hidden_size)
         self.post_attention_layernorm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = SwiGlu(spec)
+        self.mlp = SwiGlu(spec.hidden_size, spec.intermediate_size)
 
 
 class EagleNetwork(StepNetwork):

@@ -20,7 +20,7 @@ class Eagle3Layer(nn.Module):
         self.hidden_norm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
         self.self_attn = DraftAttention(spec, 2 * spec.hidden_size)
         self.post_attention_layernorm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = SwiGlu(spec)
+        self.mlp = SwiGlu(spec.hidden_size, spec.intermediate_size)
 
 
 class Eagle3Network(StepNetwork):

@@ -9,12 +9,17 @@ from torch import nn
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.draft.block import DraftAttention
+from slime_spec.draft.latent import DraftLatentAttention
 
 
 class DraftNetwork(nn.Module):
-    """Is a draft's own network; parameters have their names in checkpoints."""
+    """Is a draft's own network.
+
+    ``is_spread``: several ranks hold parts of the network, and compute every step of a batch together.
+    """
 
     spec: DraftSpec
+    is_spread: bool = False
 
     @property
     def own_head(self) -> torch.Tensor | None:
@@ -44,7 +49,7 @@ class StepNetwork(DraftNetwork, ABC):
 
     @property
     @abstractmethod
-    def attention(self) -> DraftAttention: ...
+    def attention(self) -> DraftAttention | DraftLatentAttention: ...
 
     @abstractmethod
     def inputs(self, hidden: torch.Tensor, embedding: torch.Tensor, first: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from slime_spec.checkpoints.block_parts import Experts, LatentAttention
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.block import DraftAttention, KeysValues
 from slime_spec.draft.build import load_network
+from slime_spec.draft.latent import DraftLatentAttention
 from slime_spec.draft.unroll import Unroll, make_unroll
 from tests.support.reference_drafts import ReferenceDraft
 from tests.support.tiny_drafts import BLOCK, random_tensors, some_target_ids
@@ -23,6 +25,15 @@ LLAMA = replace(TARGET, num_layers=1)
 EAGLE3 = DraftSpec("eagle3", LLAMA, 48, 61, capture_layers=(0, 1, 2), has_own_head=True)
 MTP = DraftSpec("mtp", LLAMA, 48, 131, hidden_first=True, recurrent_norm=True, zero_first_embedding=True)
 EAGLE = DraftSpec("eagle", LLAMA, 48, 131, fc_bias=True, logits_norm=False)
+EXPERTS = Experts(6, 2, 20, num_shared=1, score="sigmoid", has_correction=True, scaling=2.5)
+GLM_BLOCK = replace(LLAMA, architecture="Glm4MoeForCausalLM", rotary_columns=8, qk_norm=True, experts=EXPERTS)
+LATENT = LatentAttention(24, 20, 16, 8, 12)
+DEEPSEEK_BLOCK = replace(
+    replace(LLAMA, architecture="DeepseekV3ForCausalLM", num_kv_heads=6, head_dim=24, rotary_columns=8),
+    experts=EXPERTS,
+    latent=LATENT,
+)
+BEHIND_THE_LAST = DraftSpec("mtp", GLM_BLOCK, 48, 131, recurrent_norm=True, num_target_layers=4, in_target=True)
 DFLASH = DraftSpec("dflash", replace(LLAMA, num_layers=2, qk_norm=True), 48, 131, (0, 2), block_size=6, mask_token_id=7)
 SPECS = {
     "eagle": EAGLE,
@@ -38,6 +49,8 @@ SPECS = {
     "dspark": replace(DFLASH, family="dspark", block_size=5, drafts_from_root=True, markov_rank=8),
     "dspark of masks alone": replace(DFLASH, family="dspark", block_size=5, markov_rank=8),
     "mtp": MTP,
+    "mtp of glm": BEHIND_THE_LAST,
+    "mtp of deepseek": replace(BEHIND_THE_LAST, block=DEEPSEEK_BLOCK),
     "mtp with a qwen2 block": replace(MTP, block=replace(LLAMA, architecture="Qwen2ForCausalLM", qkv_bias=True)),
 }
 NUM_STEPS = 4
@@ -62,8 +75,9 @@ def test_every_step_of_every_row_is_what_a_round_computes(spec: DraftSpec) -> No
     network = load_network(spec, tensors).double()
     # In double as well: EAGLE's logits, of no norm, reach a hundred, and float32's angles would move them.
     for module in network.modules():
-        if isinstance(module, DraftAttention):
-            module.inv_freq = spec.block.rope_theta ** (-torch.arange(0, 16, 2).double() / 16)
+        if isinstance(module, DraftAttention | DraftLatentAttention):
+            width = spec.block.rotary_dim
+            module.inv_freq = spec.block.rope_theta ** (-torch.arange(0, width, 2).double() / width)
     num_rows = 6
     unroll = make_unroll(network, partial(F.embedding, weight=embedding), torch.tensor(starts), num_rows)
     compared = 0

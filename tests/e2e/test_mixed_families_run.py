@@ -42,6 +42,7 @@ def test_a_family_learns_while_it_speculates(
         *("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--rollout-max-response-len", "16"),
         *("--speculative-algorithm", "HISTORY" if architecture == QWEN3_MOE else "NEXTN"),
         *("--speculative-num-steps", "3", "trainer.metrics_of_all_samples=true"),
+        *(() if architecture == QWEN3_MOE else ("--enable-mtp-training", "--draft-lr", "3e-3")),
     )
     rows = read_metrics(folder / "metrics.jsonl")
     rewards = [row["rollout/reward_mean"] or 0.0 for row in rows]
@@ -52,18 +53,25 @@ def test_a_family_learns_while_it_speculates(
     assert sum(row["spec/proposed_drafts"] or 0.0 for row in rows) > 0
     if architecture != QWEN3_MOE:
         assert sum(row["spec/correct_drafts"] or 0.0 for row in rows) > 0
+        accepted = [row["train/draft_accept_pos_1"] or 0.0 for row in rows]
+        assert mean(accepted[-3:]) > mean(accepted[:3]) + 0.05
+        assert [row["spec/draft_version_lag"] for row in rows] == [0.0] * STEPS
     check_export(policy, folder / "hf")
 
 
 def check_export(policy: Path, exported: Path) -> None:
-    """Every tensor comes back: those that are trained changed, corrections and the MTP layer as they were."""
+    """Every tensor comes back: those that are trained changed, corrections as they were, copies as what they copy."""
     before, after = load_file(policy / "model.safetensors"), load_file(exported / "model.safetensors")
     assert {name: each.shape for name, each in before.items()} == {name: each.shape for name, each in after.items()}
     spec = ModelSpec.from_folder(policy)
-    trained = expected_shapes(spec).keys()
-    kept = {name for name in trained if name.endswith(CORRECTION)} | (before.keys() - trained)
-    assert all(before[name].equal(after[name]) for name in kept)
+    trained = set(expected_shapes(spec))
     if spec.experts is not None and spec.experts.has_correction:
-        assert draft_shapes(DraftSpec.from_folder(policy, spec)).keys() <= kept
-        assert any(name in trained for name in kept)
-    assert not any(before[name].equal(after[name]) for name in trained - kept)
+        draft = DraftSpec.from_folder(policy, spec)
+        trained |= draft_shapes(draft).keys()
+        layer = draft.mtp_layer
+        copies = {layer.prefix + name: original for name, original in layer.copies.items()}
+        assert copies.keys() <= after.keys()
+        assert all(after[name].equal(after[original]) for name, original in copies.items())
+        assert after.keys() == trained | copies.keys()
+    for name in trained:
+        assert before[name].equal(after[name]) == name.endswith(CORRECTION), name

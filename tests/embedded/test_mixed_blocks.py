@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,6 @@ from time import perf_counter
 
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -19,7 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.drafting import DraftContext
-from rollout.embedded.experts import ExpertMlps, route
+from rollout.embedded.experts import ExpertMlps
 from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.linear import Packing
 from rollout.embedded.mixed_blocks import MixedBlocks, MixedLayer
@@ -31,10 +28,12 @@ from rollout.embedded.weights import DecoderBuilder, named_tensors
 from slime_spec.checkpoints.block_parts import Experts
 from slime_spec.checkpoints.families.experts import CORRECTION
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.routing import route
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
 from slime_spec.types import GroupRequest
 from tests.support.embedded_harness import greedy, random_prompt, run
+from tests.support.mixed_reference import fused, mtp_logits
 from tests.support.tiny_models import MIXED, add_mtp_layer, load_reference, make_tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -143,43 +142,6 @@ def test_an_engine_says_greedily_what_transformers_says(
         torch.testing.assert_close(torch.tensor(samples[str(index), 0].logprobs), logprobs, atol=5e-5, rtol=1e-5)
 
 
-def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The experts of a layer as transformers 5 keeps them: [experts, 2 width, hidden] and [experts, hidden, width]."""
-    found: dict[str, dict[int, torch.Tensor]] = {"gate": {}, "up": {}, "down": {}}
-    rest = {}
-    for name, tensor in tensors.items():
-        if match := re.fullmatch(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight", name):
-            found[match[2]][int(match[1])] = tensor
-        else:
-            rest[name] = tensor
-    gate, up, down = (torch.stack([each[index] for index in sorted(each)]) for each in found.values())
-    return {**rest, "mlp.experts.gate_up_proj": torch.cat([gate, up], dim=1), "mlp.experts.down_proj": down}
-
-
-@torch.inference_mode()
-def mtp_logits(folder: Path, model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor:
-    """What the MTP layer says of the token after the last, by transformers' decoder layer over [token; hidden]."""
-    config, inner = model.config, model.model
-    own = f"model.layers.{config.num_hidden_layers}."
-    tensors = {name.removeprefix(own): each for name, each in load_file(folder / "model.safetensors").items()}
-    layer = type(inner.layers[-1])(config, config.num_hidden_layers - 1)
-    parts = {name: each for name, each in fused(tensors).items() if name in layer.state_dict()}
-    layer.load_state_dict(parts)
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], tensors[name + ".weight"], config.rms_norm_eps)
-
-    ids = torch.tensor([list(token_ids)])
-    hidden, embedded = inner(ids).last_hidden_state[:, :-1], inner.embed_tokens(ids[:, 1:])
-    x = torch.cat([norm(embedded, "enorm"), norm(hidden, "hnorm")], dim=-1) @ tensors["eh_proj.weight"].T
-    positions = torch.arange(x.shape[1])[None]
-    mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min).triu(1)[None, None]
-    angles = inner.rotary_emb(x, positions)
-    y = layer(x, attention_mask=mask, position_ids=positions, position_embeddings=angles)
-    logits: torch.Tensor = model.lm_head(norm(y if torch.is_tensor(y) else y[0], "shared_head.norm"))[0, -1]
-    return logits
-
-
 @pytest.mark.parametrize("name", WITH_MTP)
 def test_the_mtp_layer_drafts_what_transformers_layer_would(
     name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -201,7 +163,7 @@ def test_the_mtp_layer_drafts_what_transformers_layer_would(
     assert len(asked) > 5
     assert len({draft for _, draft in asked}) > 1
     for token_ids, draft in asked:
-        assert int(mtp_logits(folders[name], model, token_ids).argmax()) == draft
+        assert int(mtp_logits(folders[name], model, token_ids)[-1].argmax()) == draft
 
 
 def test_a_router_chooses_and_weighs_as_transformers_does() -> None:

@@ -40,9 +40,16 @@ def attention(x: torch.Tensor, tensors: Tensors, prefix: str, block: ModelSpec) 
         )
         return y.view(length, count, block.head_dim)
 
-    query = rotated(heads("q", block.num_heads), block.rope_theta)
+    def turned(name: str, count: int) -> torch.Tensor:
+        own = heads(name, count)
+        if block.qk_norm:
+            own = norm(own, tensors[f"{prefix}self_attn.{name}_norm.weight"], block.rms_norm_eps)
+        first, rest = own[..., : block.rotary_dim], own[..., block.rotary_dim :]
+        return torch.cat([rotated(first, block.rope_theta), rest], dim=-1)
+
+    query = turned("q", block.num_heads)
     group = block.num_heads // block.num_kv_heads
-    keys = rotated(heads("k", block.num_kv_heads), block.rope_theta).repeat_interleave(group, dim=1)
+    keys = turned("k", block.num_kv_heads).repeat_interleave(group, dim=1)
     values = heads("v", block.num_kv_heads).repeat_interleave(group, dim=1)
     scores = torch.einsum("qhd,khd->hqk", query, keys) / block.head_dim**0.5
     scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
@@ -50,13 +57,13 @@ def attention(x: torch.Tensor, tensors: Tensors, prefix: str, block: ModelSpec) 
     return out @ tensors[f"{prefix}self_attn.o_proj.weight"].T
 
 
-def mlp(x: torch.Tensor, tensors: Tensors, prefix: str) -> torch.Tensor:
-    gate, up = (x @ tensors[f"{prefix}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-    return (F.silu(gate) * up) @ tensors[prefix + "mlp.down_proj.weight"].T
+def gated(x: torch.Tensor, tensors: Tensors, prefix: str) -> torch.Tensor:
+    gate, up = (x @ tensors[f"{prefix}{name}_proj.weight"].T for name in ("gate", "up"))
+    return (F.silu(gate) * up) @ tensors[prefix + "down_proj.weight"].T
 
 
 def after_attention(x: torch.Tensor, tensors: Tensors, prefix: str, eps: float) -> torch.Tensor:
-    return x + mlp(norm(x, tensors[prefix + "post_attention_layernorm.weight"], eps), tensors, prefix)
+    return x + gated(norm(x, tensors[prefix + "post_attention_layernorm.weight"], eps), tensors, prefix + "mlp.")
 
 
 def eagle3(spec: DraftSpec, tensors: Tensors, e: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +105,60 @@ def mtp(spec: DraftSpec, tensors: Tensors, e: torch.Tensor, h: torch.Tensor) -> 
     x = x + attention(norm(x, tensors[prefix + "input_layernorm.weight"], eps), tensors, prefix, spec.block)
     y = norm(after_attention(x, tensors, prefix, eps), tensors[prefix + "final_layernorm.weight"], eps)
     return y, y
+
+
+def behind_the_last(
+    spec: DraftSpec, tensors: Tensors, e: torch.Tensor, h: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The MTP layer of GLM-4.5 and DeepSeek-V3, with experts."""
+    prefix, eps = f"model.layers.{spec.num_target_layers}.", spec.block.rms_norm_eps
+    halves = [norm(e, tensors[prefix + "enorm.weight"], eps), norm(h, tensors[prefix + "hnorm.weight"], eps)]
+    x = torch.cat(halves, dim=-1) @ tensors[prefix + "eh_proj.weight"].T
+    attend = attention if spec.block.latent is None else latent_attention
+    x = x + attend(norm(x, tensors[prefix + "input_layernorm.weight"], eps), tensors, prefix, spec.block)
+    normed = norm(x, tensors[prefix + "post_attention_layernorm.weight"], eps)
+    routed = torch.stack([routed_mlp(row, tensors, prefix, spec.block) for row in normed])
+    y = norm(x + routed, tensors[prefix + "shared_head.norm.weight"], eps)
+    return y, y
+
+
+def latent_attention(x: torch.Tensor, tensors: Tensors, prefix: str, block: ModelSpec) -> torch.Tensor:
+    """Causal latent attention (arXiv 2405.04434, equations 37 to 47), whose rotated columns are neighbours."""
+    latent, length, heads = block.latent, x.shape[0], block.num_heads
+    assert latent is not None
+    own = prefix + "self_attn."
+
+    def turned(y: torch.Tensor) -> torch.Tensor:
+        pairs = torch.cat([y[..., 0::2], y[..., 1::2]], dim=-1)
+        return rotated(pairs, block.rope_theta)
+
+    low = norm(x @ tensors[own + "q_a_proj.weight"].T, tensors[own + "q_a_layernorm.weight"], 1e-6)
+    query = (low @ tensors[own + "q_b_proj.weight"].T).view(length, heads, -1)
+    kv = x @ tensors[own + "kv_a_proj_with_mqa.weight"].T
+    small = norm(kv[:, : latent.latent_rank], tensors[own + "kv_a_layernorm.weight"], 1e-6)
+    raised = (small @ tensors[own + "kv_b_proj.weight"].T).view(length, heads, -1)
+    shared = turned(kv[:, None, latent.latent_rank :]).expand(-1, heads, -1)
+    keys = torch.cat([raised[..., : latent.nope_dim], shared], dim=-1)
+    query = torch.cat([query[..., : latent.nope_dim], turned(query[..., latent.nope_dim :])], dim=-1)
+    scores = torch.einsum("qhd,khd->hqk", query, keys) / (latent.nope_dim + latent.rope_dim) ** 0.5
+    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), raised[..., latent.nope_dim :]).reshape(length, -1)
+    return out @ tensors[own + "o_proj.weight"].T
+
+
+def routed_mlp(x: torch.Tensor, tensors: Tensors, prefix: str, block: ModelSpec) -> torch.Tensor:
+    """One token's experts (arXiv 2412.19437, equations 12 to 16), without groups."""
+    kind = block.experts
+    assert kind is not None
+    scores = (x @ tensors[prefix + "mlp.gate.weight"].T).sigmoid()
+    preferred = scores + tensors[prefix + "mlp.gate.e_score_correction_bias"]
+    chosen = sorted(range(kind.num_experts), key=lambda expert: -float(preferred[expert]))[: kind.num_per_token]
+    total = sum(float(scores[expert]) for expert in chosen)
+    out = gated(x, tensors, prefix + "mlp.shared_experts.")
+    for expert in chosen:
+        weight = float(scores[expert]) / total * kind.scaling
+        out = out + weight * gated(x, tensors, f"{prefix}mlp.experts.{expert}.")
+    return out
 
 
 def dflash(spec: DraftSpec, tensors: Tensors, block: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -161,7 +222,7 @@ class ReferenceDraft:
             return self._in_block(token_ids[-1], features.double(), path)
         e = self.embedding[torch.tensor(token_ids[1:])]
         x = self.projected(features.double())
-        forward = FORWARD[self.spec.family]
+        forward = behind_the_last if self.spec.block.experts else FORWARD[self.spec.family]
         read, recurrent = forward(self.spec, self.tensors, e, x)
         for token_id in path:
             e = torch.cat([e, self.embedding[token_id][None]])

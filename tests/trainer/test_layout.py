@@ -138,7 +138,6 @@ def test_holders_of_a_stage_with_experts_are_whole_groups_of_every_kind() -> Non
     assert Layout(tensor=2, pipeline=2, data=3, expert=3, expert_tensor=1).holders(1) == (6, 7, 8, 9, 10, 11)
     assert Layout(tensor=4, pipeline=1, data=2, expert=2, expert_tensor=1).holders(0) == (0, 1, 2, 3)
     assert Layout(tensor=2, pipeline=1, data=2, expert=2).holders(0) == (0, 1, 2, 3)
-    assert Layout(tensor=2, pipeline=2, data=2, expert=2).first_replica(1) == (4, 5)
 
 
 def test_what_is_left_of_the_world_is_data_parallel(folder: Path) -> None:

@@ -82,7 +82,8 @@ def save_checkpoint(
         agree(lambda: begin_checkpoint(folder, name) if first else None)
         agree(lambda: dist_checkpointing.save(_to_save(model, optimizer, state, on_host), str(unfinished)))
         if draft is not None:
-            agree(lambda: draft.save(unfinished, on_host))
+            of_draft = draft.state(on_host)
+            agree(lambda: torch.save(of_draft, unfinished / STATE_FILE) if of_draft else None)
         agree(lambda: sums.update(sums_of(unfinished.glob(f"__{dist.get_rank()}_*"))))
         all_sums: list[Sums] = [{}] * dist.get_world_size()
         dist.all_gather_object(all_sums, sums)

@@ -2,10 +2,10 @@
 
     stage 0    embedding, captured layers ─┐ sent after the passes
     ...        captured layers ────────────┤
-    last stage final state, logits ────────┴─► tensor rank 0 holds the draft: one copy per data parallel rank
+    last stage final state, logits ────────┴─► every rank holds the draft, and learns from replies of its own
 
-The copies make the same updates, of gradients summed over data parallel ranks. Nothing that the policy is trained with
-is touched: neither its gradients nor a random number.
+The copies make the same updates, of gradients summed over the stage's ranks; a draft's experts are spread over these.
+Nothing that the policy is trained with is touched: neither its gradients nor a random number.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from slime_spec.checkpoints.draft_choice import trainable_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import DraftCheckpoint, draft_shapes, load_draft, save_draft_checkpoint
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import served_dtype
 from slime_spec.config.draft_training import loss_for, rows_of_reply
 from slime_spec.config.tree import Config
+from slime_spec.draft.ranks import expert_of, experts_of, holder_of
 from slime_spec.draft.training.online import DraftSums, OnlineDraft, SeenReply, hot_token_ids
 from slime_spec.draft.training.served import RULES
 from slime_spec.draft.training.trainer import TrainSettings
@@ -36,8 +38,10 @@ from slime_spec.weights.run import bucket_of, bucketed
 from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
 from trainer_bridge.draft_rows import ReplyRows, choose_replies, reply_rows
 from trainer_bridge.megatron.adam_state import OnHost
+from trainer_bridge.megatron.draft_ranks import StageRanks
 from trainer_bridge.megatron.model import PolicyModel, policy_device
 from trainer_bridge.megatron.pass_capture import ARGMAX, EMBEDDING, FINAL, LOGSUMEXP, KeptRows, PassCapture, layer_name
+from trainer_bridge.megatron.process_groups import is_first_of_stage
 from trainer_bridge.packing import MicrobatchPlan
 
 STATE_FILE = "draft.pt"
@@ -57,10 +61,10 @@ class DraftSide:
         checkpoint = load_draft(chosen.folder, self.spec)
         self._file_dtype = next(iter(checkpoint.tensors.values())).dtype
         self.token_ids = hot_token_ids(checkpoint)
-        sends = mpu.get_tensor_model_parallel_rank() == 0
-        self.is_owner = sends and mpu.is_pipeline_last_stage()
+        self._ranks = StageRanks()
+        self.is_owner = bool(mpu.is_pipeline_last_stage())
         self.draft = self._online(checkpoint) if self.is_owner else None
-        self._capture = PassCapture(model, self.spec.capture_layers, temperature, keeps_states=sends)
+        self._capture = PassCapture(model, self.spec.capture_layers, temperature)
         self._num_lessons = 0
         self._begin_step()
 
@@ -77,9 +81,7 @@ class DraftSide:
             position_weights=self._settings.position_weights,
             autocast=self._settings.dtype == "bfloat16",
         )
-        is_alone = mpu.get_data_parallel_world_size() == 1
-        sum_over_ranks = None if is_alone else _sum_over_data_ranks
-        return OnlineDraft(checkpoint, settings, self._temperature, policy_device(), sum_over_ranks)
+        return OnlineDraft(checkpoint, settings, self._temperature, policy_device(), self._ranks)
 
     def _begin_step(self) -> None:
         self._sums = DraftSums(torch.zeros(3, self._num_steps, dtype=torch.float64))
@@ -110,8 +112,8 @@ class DraftSide:
     def report(self) -> DraftReport | None:
         """Return, on every rank, what the step's updates were, and begin another step; None where none were made."""
         parts = self._sums.packed().to(policy_device())
-        if self.is_owner and mpu.get_data_parallel_world_size() > 1:
-            dist.all_reduce(parts, group=mpu.get_data_parallel_group())
+        if self.is_owner:
+            self._ranks.add_up([parts])
         own = [sum(self._grad_norms), float(len(self._grad_norms)), float(self._num_skipped), self._seconds]
         values = torch.cat([parts, torch.tensor(own, dtype=parts.dtype, device=parts.device)])
         dist.broadcast(values, self._first_owner)
@@ -135,30 +137,44 @@ class DraftSide:
 
     @property
     def _first_owner(self) -> int:
-        """Return the global rank that holds the draft in the first data parallel rank's replica of the model."""
-        per_stage = mpu.get_tensor_model_parallel_world_size() * mpu.get_data_parallel_world_size()
-        return (mpu.get_pipeline_model_parallel_world_size() - 1) * per_stage
+        """Return the first rank of the last stage."""
+        return (mpu.get_pipeline_model_parallel_world_size() - 1) * self._ranks.size
 
     def buckets(self, version: int, transport: WeightTransport, every_rank: bool) -> Iterator[PushBucket | None]:
-        """Yield the draft's buckets on the last stage's first tensor rank, or ``every_rank`` of it; None elsewhere."""
-        publishes = every_rank or self.is_owner
-        weights = self._tensors_to_push(getattr(torch, self.config.engine.dtype), every_rank)
+        """Yield the draft's buckets on the last stage's first rank, or ``every_rank`` of it; None on its others.
+
+        Collective over the ranks of the last stage; the other stages yield nothing.
+        """
+        if not self.is_owner:
+            return
+        publishes = every_rank or is_first_of_stage()
+        dtype = self.config.engine.dtype
+        weights = ((name, tensor.to(getattr(torch, served_dtype(name, dtype)))) for name, tensor in self._whole())
         for index, named in enumerate(bucketed(weights, self.config.push.bucket_bytes)):
             yield bucket_of(named, version, index, transport) if publishes else None
 
-    def _tensors_to_push(self, dtype: torch.dtype, every_rank: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        own = self.tensors()
-        shares = every_rank and mpu.get_tensor_model_parallel_world_size() > 1
+    def _whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the draft's weights by their names in its checkpoint, on every rank of the last stage, together."""
+        assert self.draft is not None, "the last stage has the draft"
+        own, experts = self.draft.tensors(), self.spec.block.experts
         for name, shape in draft_shapes(self.spec).items():
-            tensor = own[name].to(dtype) if own else torch.empty(shape, dtype=dtype, device=policy_device())
-            if shares:
-                source = mpu.get_tensor_model_parallel_src_rank()
-                dist.broadcast(tensor, source, group=mpu.get_tensor_model_parallel_group())
+            expert = expert_of(name)
+            if experts is None or expert is None or self._ranks.size == 1:
+                yield name, own[name]
+                continue
+            tensor = own[name].contiguous() if name in own else torch.empty(shape, device=policy_device())
+            holder = holder_of(expert, self._ranks.size, experts.num_experts)
+            dist.broadcast(tensor, group_src=holder, group=self._ranks.group)
             yield name, tensor
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the draft's weights by their names in its checkpoint, empty on ranks that do not hold the draft."""
-        return {} if self.draft is None else self.draft.tensors()
+    def gathered(self) -> dict[str, torch.Tensor]:
+        """Return the draft's weights in host memory on the last stage's first rank, nothing elsewhere.
+
+        Collective over the ranks of the last stage.
+        """
+        if not self.is_owner:
+            return {}
+        return {name: tensor.cpu() for name, tensor in self._whole() if self._writes}
 
     def parameters(self) -> Iterator[torch.Tensor]:
         return iter(()) if self.draft is None else self.draft.trainer.model.network.parameters()
@@ -168,13 +184,35 @@ class DraftSide:
 
     @property
     def _writes(self) -> bool:
-        return self.is_owner and mpu.get_data_parallel_rank() == 0
+        return self.is_owner and is_first_of_stage()
 
-    def save(self, folder: Path, on_host: OnHost) -> None:
-        """Write the state into a checkpoint's folder, on one rank."""
-        if self._writes and self.draft is not None:
-            state = {"lessons": self._num_lessons, **self.draft.state()}
-            torch.save(_mapped(state, on_host), folder / STATE_FILE)
+    def state(self, on_host: OnHost) -> dict[str, Any]:
+        """Return on one rank, in host memory, what a checkpoint has; nothing elsewhere.
+
+        Collective over the ranks of the last stage.
+        """
+        if self.draft is None:
+            return {}
+        state: dict[str, Any] = _mapped(self.draft.state(), on_host)
+        experts = self.spec.block.experts
+        if self.draft.trainer.model.network.is_spread and experts is not None:
+            for part in ("network", "optimizer"):
+                state[part] |= self._of_other_ranks(state[part], experts.num_experts)
+        return {"lessons": self._num_lessons, **state} if self._writes else {}
+
+    def _of_other_ranks(self, named: dict[str, Any], num_experts: int) -> dict[str, Any]:
+        """Return on the rank that writes what all ranks' experts have, of each rank one expert at a time."""
+        size = self._ranks.size
+        found: dict[str, Any] = {}
+        own = experts_of(self._ranks.rank, size, num_experts)
+        for index in range(-(-num_experts // size)):
+            expert = own[index] if index < len(own) else None
+            part = {name: each for name, each in named.items() if expert is not None and expert_of(name) == expert}
+            parts: list[Any] = [None] * size
+            dist.gather_object(part, parts if self._writes else None, group_dst=0, group=self._ranks.group)
+            for each in parts if self._writes else ():
+                found |= each
+        return found
 
     def load(self, folder: Path) -> bool:
         """Resume from a checkpoint's folder; False where it has no draft. Raises what torch does for another draft."""
@@ -187,14 +225,14 @@ class DraftSide:
             self.draft.load_state(state)
         return True
 
-    def export(self, folder: str) -> None:
-        """Write the draft as a checkpoint folder of its own, in place of an earlier one."""
-        if not self._writes or self.draft is None:
+    def export(self, folder: str, weights: dict[str, torch.Tensor]) -> None:
+        """Write what was ``gathered`` as a checkpoint folder of its own, in place of an earlier one, on one rank."""
+        if not weights:
             return
         target = Path(folder)
         tidy(target.parent, target.name)
         unfinished = unfinished_folder(target.parent, target.name)
-        tensors = {name: tensor.to(self._file_dtype).cpu() for name, tensor in self.draft.tensors().items()}
+        tensors = {name: tensor.to(self._file_dtype) for name, tensor in weights.items()}
         ids = self.token_ids if self.spec.has_own_head else None
         save_draft_checkpoint(unfinished, self.spec, tensors, ids)
         publish_folder(target.parent, target.name)
@@ -218,9 +256,9 @@ class DraftSide:
         self._num_skipped += learned.num_skipped
 
     def _bring_to_last_stage(self, kept: Sequence[KeptRows]) -> None:
-        """Send what earlier stages have kept to the last stage's first tensor rank, which adds it to its own."""
+        """Send what earlier stages have kept to the last stage, whose ranks add it to their own."""
         num_stages = mpu.get_pipeline_model_parallel_world_size()
-        if num_stages == 1 or mpu.get_tensor_model_parallel_rank() or not kept:
+        if num_stages == 1 or not kept:
             return
         group = mpu.get_pipeline_model_parallel_group()
         members = dist.get_process_group_ranks(group)
@@ -259,7 +297,7 @@ class DraftSide:
         if self._model.pre_process:
             weight = self._model.embedding.word_embeddings.weight
             mask = _rows(weight, torch.tensor([self.spec.mask_token_id]))
-        if mpu.get_pipeline_model_parallel_world_size() == 1 or mpu.get_tensor_model_parallel_rank():
+        if mpu.get_pipeline_model_parallel_world_size() == 1:
             return mask
         group = mpu.get_pipeline_model_parallel_group()
         members = dist.get_process_group_ranks(group)
@@ -271,13 +309,16 @@ class DraftSide:
         return mask
 
     def _seen(self, rows: KeptRows, replies: Iterable[ReplyRows]) -> Iterator[SeenReply]:
-        """Yield the replies of a microbatch with what was kept of them."""
+        """Yield those replies of a microbatch that this tensor rank learns from, with what was kept of them."""
+        num_ranks, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
         names = [layer_name(layer) for layer in self.spec.capture_layers] or [FINAL]
         features = torch.cat([rows.kept[name] for name in names], dim=-1)
         first = 0
         for reply, places in zip(replies, rows.places, strict=True):
             own = slice(first, first + len(reply.logits))
             first = own.stop
+            if reply.slots[0] % num_ranks != rank:
+                continue
             yield SeenReply(
                 slots=reply.slots,
                 token_ids=torch.tensor(reply.token_ids, device=places.device),
@@ -299,11 +340,6 @@ def _rows(weight: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     rows = torch.where(is_own[:, None], weight[ids.clamp(0, len(weight) - 1)].float(), 0.0)
     dist.all_reduce(rows, group=mpu.get_tensor_model_parallel_group())
     return rows
-
-
-def _sum_over_data_ranks(tensors: Sequence[torch.Tensor]) -> None:
-    for tensor in tensors:
-        dist.all_reduce(tensor, group=mpu.get_data_parallel_group())
 
 
 def _mapped(value: Any, on_host: OnHost) -> Any:

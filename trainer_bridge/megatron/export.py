@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
 
@@ -24,17 +24,18 @@ from trainer_bridge.megatron.collective_write import WriteFailedError, agree, fr
 from trainer_bridge.megatron.model import PolicyModel, hf_tensors
 from trainer_bridge.megatron.process_groups import is_first_of_stage
 
-ReadDraft = Callable[[], Mapping[str, torch.Tensor]]
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
-def export_hf(model: PolicyModel, spec: ModelSpec, source: str, folder: str, draft: ReadDraft | None = None) -> None:
+def export_hf(
+    model: PolicyModel, spec: ModelSpec, source: str, folder: str, trained: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Write the folder, all ranks together; ``source`` gives config.json (its dtype is corrected) and the tokenizer.
 
-    ``draft`` gives the tensors of the MTP layer inside the checkpoint, where the layer was trained, and is asked on the
-    last stage's first rank; else the layer is the source's. Written beside, then moved into place, where it replaces an
-    earlier export and nothing else. Raises ConfigError naming the folder when that holds something else, or if any rank
-    could not write.
+    ``trained`` has on the last stage's first rank the tensors of the MTP layer inside the checkpoint, where the layer
+    was trained; the rest of the layer is the source's, and its copies of the policy's tables are the policy's. Written
+    beside, then moved into place, where it replaces an earlier export and nothing else. Raises ConfigError naming the
+    folder when that holds something else, or if any rank could not write.
     """
     target = Path(folder)
     _refuse_other_content(target)
@@ -43,7 +44,7 @@ def export_hf(model: PolicyModel, spec: ModelSpec, source: str, folder: str, dra
         first = dist.get_rank() == 0
         agree(lambda: _begin(Path(source), target, next(model.parameters()).dtype) if first else None)
         unfinished = unfinished_folder(target.parent, target.name)
-        weight_map = _write_stage(model, spec, unfinished, partial(_mtp_tensors, source) if draft is None else draft)
+        weight_map = _write_stage(model, spec, unfinished, StoredLayer.of(Path(source), trained or {}))
         agree(lambda: _publish(target, weight_map) if first else None)
 
     write_export(folder, write)
@@ -79,18 +80,38 @@ def _begin(source: Path, target: Path, dtype: torch.dtype) -> None:
     _copy_companions(source, unfinished, dtype)
 
 
-def _mtp_tensors(source: str) -> dict[str, torch.Tensor]:
-    """Read the MTP layers that a checkpoint has beside its policy; empty for a family that has none."""
-    stored = CheckpointFolder(Path(source))
-    layer = family_of(stored.architecture).mtp
-    if layer is None:
-        return {}
-    prefix = layer.prefix_in(stored.config["num_hidden_layers"])
-    return dict(stored_tensors(Path(source), lambda name: name.startswith(prefix)))
+@dataclass(frozen=True)
+class StoredLayer:
+    """Names the MTP layer that a checkpoint has beside its policy: ``names`` are none of a family that has no layer.
+
+    ``copies`` are of the policy's tables, by their names in the policy.
+    """
+
+    source: Path
+    trained: Mapping[str, torch.Tensor]
+    names: frozenset[str] = frozenset()
+    copies: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Path, trained: Mapping[str, torch.Tensor]) -> StoredLayer:
+        stored = CheckpointFolder(source)
+        layer = family_of(stored.architecture).mtp
+        if layer is None:
+            return cls(source, trained)
+        prefix = layer.prefix_in(stored.config["num_hidden_layers"])
+        names = {name for name in stored.tensors if name.startswith(prefix)}
+        copies = {prefix + name: original for name, original in layer.copies.items() if prefix + name in names}
+        return cls(source, trained, frozenset(names - copies.keys()), copies)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the layer's own tensors, as they were trained or else stored."""
+        yield from self.trained.items()
+        wanted = self.names - self.trained.keys()
+        yield from stored_tensors(self.source, wanted.__contains__)
 
 
-def _write_stage(model: PolicyModel, spec: ModelSpec, folder: Path, draft: ReadDraft) -> dict[str, str]:
-    """Write this pipeline stage's file, the draft with the last; returns the file of every tensor of every stage."""
+def _write_stage(model: PolicyModel, spec: ModelSpec, folder: Path, layer: StoredLayer) -> dict[str, str]:
+    """Write this stage's file, the MTP layer with the last; returns the file of every tensor of every stage."""
     stage, num_stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
     file_name = SINGLE if num_stages == 1 else f"model-{stage + 1:05d}-of-{num_stages:05d}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
@@ -99,12 +120,13 @@ def _write_stage(model: PolicyModel, spec: ModelSpec, folder: Path, draft: ReadD
         for name, tensor in hf_tensors(model, spec):
             if is_first_of_stage():
                 tensors[name] = tensor.cpu()
+    tensors |= {copy: tensors[name].clone() for copy, name in layer.copies.items() if name in tensors}
     has_draft = bool(tensors) and mpu.is_pipeline_last_stage()
 
     def write() -> None:
         if has_draft:
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            for name, tensor in draft().items():
+            for name, tensor in layer.tensors():
                 tensors[name] = tensor.to("cpu", getattr(torch, served_dtype(name, dtype)))
         if tensors:
             save_file(tensors, folder / file_name, metadata={"format": "pt"})

@@ -154,12 +154,12 @@ class MegatronGroup:
         return Manifest(side, version, tuple(metas))
 
     def _stage_buckets(self, stage: int, version: int, side: Side) -> Iterator[PushBucket]:
-        """Yield the stage's buckets, which its holders gather together; every replica has the draft whole.
+        """Yield the stage's buckets, which its holders gather together; of the draft these are all its ranks.
 
         While the engines take a bucket the ranks make the next, and no more: a transport has room for two.
         """
-        holders = self.layout.holders(stage) if side == "target" else self.layout.first_replica(stage)
-        ranks = self.layout.ranks(stage) if every_rank_publishes(self.config) else holders
+        is_of_all = side == "draft" or every_rank_publishes(self.config)
+        ranks = self.layout.ranks(stage) if is_of_all else self.layout.holders(stage)
         actors = [self.actors[rank] for rank in ranks]
         coming = [actor.next_bucket.remote(version, side) for actor in actors]
         while made := [bucket for bucket in all_results(coming) if bucket is not None]:

@@ -40,15 +40,11 @@ class KeptRows:
 class PassCapture:
     """Keeps of fed tokens the embedding, the outputs of ``layers`` (0-based, of the whole model) and the final state.
 
-    Of a reply's logits it keeps the argmax and logsumexp. Without ``keeps_states`` it keeps these alone: every tensor
-    rank takes part in them, and has the same states. Where each has its own rows of the states, all take part in these,
-    too.
+    Of a reply's logits it keeps the argmax and logsumexp. Every tensor rank keeps all of these.
     """
 
-    def __init__(
-        self, model: PolicyModel, layers: Sequence[int], temperature: float, keeps_states: bool = True
-    ) -> None:
-        self._model, self._temperature, self._keeps_states = model, temperature, keeps_states
+    def __init__(self, model: PolicyModel, layers: Sequence[int], temperature: float) -> None:
+        self._model, self._temperature = model, temperature
         offset = get_transformer_layer_offset(model.config)
         own = {offset + index: module for index, module in enumerate(model.decoder.layers)}
         self._layers = {layer: own[layer] for layer in layers if layer in own}
@@ -72,8 +68,6 @@ class PassCapture:
         model = self._model
         if model.post_process:
             yield model.output_layer, self._keep_logits
-        if not (self._keeps_states or model.config.sequence_parallel):
-            return
         if model.pre_process:
             yield model.embedding, partial(self._keep, EMBEDDING)
         for layer, module in self._layers.items():

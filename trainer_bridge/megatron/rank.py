@@ -182,10 +182,11 @@ class TrainerRank:
         """
         self.residency.hold(Part.PARAMETERS)
         draft = self.draft
-        inside = draft.tensors if draft is not None and draft.spec.in_target else None
-        export_hf(self.model, self.spec, self.config.model.hf_checkpoint, folder, inside)
-        if draft is not None and draft_folder is not None and inside is None:
-            write_export(draft_folder, lambda: agree(lambda: draft.export(draft_folder)))
+        weights = {} if draft is None else draft.gathered()
+        is_inside = draft is not None and draft.spec.in_target
+        export_hf(self.model, self.spec, self.config.model.hf_checkpoint, folder, weights if is_inside else None)
+        if draft is not None and draft_folder is not None and not is_inside:
+            write_export(draft_folder, lambda: agree(lambda: draft.export(draft_folder, weights)))
         self.residency.hold()
 
     def close(self) -> None:

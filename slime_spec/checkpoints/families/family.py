@@ -22,7 +22,8 @@ class MtpLayer:
     ``hidden_first`` says that the projection's columns are [hidden; embedding], else [embedding; hidden]. The order is
     a property of the weights: swapped halves load without complaint and draft nonsense.
     ``block`` precedes the names of the decoder block (a Llama or Qwen2 block where the family is supported).
-    ``copies`` are repeated tensors of the target, of its vocabulary's size, which servers drop.
+    ``copies`` are repeated tensors of the target, of its vocabulary's size, by their names in the target; servers drop
+    them.
     ``zero_first_embedding``: position 0 reads a zero embedding. ``refused`` says why the embedded engine cannot draft
     with the layer.
     """
@@ -34,7 +35,7 @@ class MtpLayer:
     hidden_norm: str
     final_norm: str
     block: str = ""
-    copies: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     zero_first_embedding: bool = False
     refused: str = ""
 
@@ -52,7 +53,7 @@ BEHIND_THE_LAST = MtpLayer(
     embedding_norm="enorm.weight",
     hidden_norm="hnorm.weight",
     final_norm="shared_head.norm.weight",
-    copies=("embed_tokens.weight", "shared_head.head.weight"),
+    copies={"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"},
 )
 
 

@@ -7,7 +7,7 @@ have several. Ranks that hold the same draft may hold different replies: they ma
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from slime_spec.checkpoints.draft_tensors import DraftCheckpoint
 from slime_spec.draft.build import load_network, network_tensors
+from slime_spec.draft.ranks import ONE_RANK, DraftRanks
 from slime_spec.draft.training.batch import TrainBatch, padded
 from slime_spec.draft.training.model import DraftModel
 from slime_spec.draft.training.served import RULES, ServedTally, standing
@@ -24,8 +25,6 @@ from slime_spec.draft.training.vocabulary import DraftVocabulary
 from slime_spec.errors import TrainingError
 
 logger = logging.getLogger(__name__)
-
-Sum = Callable[[Sequence[torch.Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class OnlineDraft:
         draft = OnlineDraft(load_draft(folder, spec), settings, temperature=1.0, device=torch.device("cpu"))
         learned = draft.learn(replies, num_updates=4, target_head=head[draft.token_ids])
 
-    ``sum_over_ranks`` is as of a DraftTrainer.
+    ``ranks`` train it together; each calls ``learn`` with replies of its own, or none.
     """
 
     def __init__(
@@ -113,17 +112,16 @@ class OnlineDraft:
         settings: TrainSettings,
         temperature: float,
         device: torch.device,
-        sum_over_ranks: Sum | None = None,
+        ranks: DraftRanks = ONE_RANK,
     ) -> None:
-        network = load_network(checkpoint.spec, checkpoint.tensors).to(device)
+        network = load_network(checkpoint.spec, checkpoint.tensors, ranks).to(device)
         self._device = device
         self.token_ids = hot_token_ids(checkpoint)
         empty = torch.empty(0, checkpoint.spec.block.hidden_size, device=device)
         vocabulary = DraftVocabulary(self.token_ids, checkpoint.spec.block.vocab_size)
         model = self._idle = DraftModel(network, empty, empty, vocabulary, temperature)
-        options = {} if sum_over_ranks is None else {"sum_over_ranks": sum_over_ranks}
-        self._sum_over_ranks = sum_over_ranks
-        self.trainer = DraftTrainer(model, settings, None, **options)
+        self._ranks = ranks
+        self.trainer = DraftTrainer(model, settings, None, ranks)
 
     def learn(
         self,
@@ -143,12 +141,13 @@ class OnlineDraft:
         grad_norms: list[float] = []
         for update in range(num_updates):
             mine = [reply for reply in replies if update in {slot // settings.batch_size for slot in reply.slots}]
+            if not mine and self.trainer.model.network.is_spread:
+                mine = [self._nothing()]
             batch = self._batch(mine, target_head, mask_embedding) if mine else None
             num_rows = torch.zeros(settings.num_steps, dtype=torch.int64, device=self._device)
             if batch is not None:
                 num_rows += num_learned(self.trainer.model, batch, settings.objective)
-            if self._sum_over_ranks is not None:
-                self._sum_over_ranks([num_rows])
+            self._ranks.add_up([num_rows])
             try:
                 made = self.trainer.update(batch, num_rows)
             except TrainingError as error:
@@ -156,13 +155,29 @@ class OnlineDraft:
                 continue
             grad_norms.append(made.grad_norm)
             if made.unrolled is not None and batch is not None:
-                sums.add(made.unrolled, batch, [reply.slots[0] // settings.batch_size == update for reply in mine])
+                firsts = [min(reply.slots, default=-1) // settings.batch_size for reply in mine]
+                sums.add(made.unrolled, batch, [first == update for first in firsts])
         self.trainer.model = self._idle  # the policy's tensors are of one step
         self.trainer.drop_gradients()
         return LearnedStep(sums, tuple(grad_norms), num_updates - len(grad_norms))
 
+    def _nothing(self) -> SeenReply:
+        """Return a reply of which nothing is learned, for a rank that computes other ranks' rows alone."""
+        spec = self.trainer.model.network.spec
+        empty = torch.zeros(0, dtype=torch.int64, device=self._device)
+        states = torch.zeros(1, spec.feature_size, device=self._device)
+        return SeenReply(
+            slots=(),
+            token_ids=torch.zeros(2, dtype=torch.int64, device=self._device),
+            embeddings=torch.zeros(1, spec.block.hidden_size, device=self._device),
+            features=states,
+            final=states[:0, : spec.target_hidden_size],
+            argmax=empty,
+            logsumexp=empty.float(),
+        )
+
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the draft's weights by the names of ``draft_shapes``; they share the network's memory."""
+        """Return the weights that this rank has by the names of ``draft_shapes``; they share the network's memory."""
         return network_tensors(self.trainer.model.network)
 
     def state(self) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from slime_spec.config.draft_training import D_PACE, REPLY_LOSS, TOP_K
+from slime_spec.draft.ranks import ONE_RANK, DraftRanks, expert_of
 from slime_spec.draft.training.batch import TrainBatch
 from slime_spec.draft.training.loss import loss_of
 from slime_spec.draft.training.model import DraftModel
@@ -69,10 +70,6 @@ class Update:
     lr: float
 
 
-def _of_one_rank(tensors: Sequence[torch.Tensor]) -> None:
-    """Leave gradients as they are, where no other rank has a part of a batch."""
-
-
 class DraftTrainer:
     """Owns a draft's parameters and their moments. Example::
 
@@ -81,7 +78,7 @@ class DraftTrainer:
         torch.save(trainer.state(), path)
 
     ``num_updates`` is where the learning rate ends; None is a training without an end, at a constant rate.
-    ``sum_over_ranks`` adds up tensors in place, over the ranks that hold the same draft and other parts of a batch.
+    ``ranks`` have other parts of a batch each.
     """
 
     def __init__(
@@ -89,14 +86,15 @@ class DraftTrainer:
         model: DraftModel,
         settings: TrainSettings,
         num_updates: int | None,
-        sum_over_ranks: Callable[[Sequence[torch.Tensor]], None] = _of_one_rank,
+        ranks: DraftRanks = ONE_RANK,
     ) -> None:
         self.model, self.settings, self.num_updates, self.step_number = model, settings, num_updates, 0
-        self._sum_over_ranks = sum_over_ranks
+        self._ranks = ranks
         # The draft's own embedding, if there is one, is a copy of the target's and is not trained.
         for name, parameter in model.network.named_parameters():
             parameter.requires_grad_("embed_tokens" not in name)
-        self._parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+        self._named = {name: each for name, each in model.network.named_parameters() if each.requires_grad}
+        self._parameters = list(self._named.values())
         self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, batch: TrainBatch) -> StepReport:
@@ -122,13 +120,32 @@ class DraftTrainer:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._sum_over_ranks([parameter.grad for parameter in self._parameters if parameter.grad is not None])
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.clip_grad))
+        grad_norm = self._summed_and_clipped()
         if not math.isfinite(grad_norm):
             raise TrainingError(f"the draft's gradient is not finite at update {self.step_number}: lower its lr")
         self._optimizer.step()
         self.step_number += 1
         return Update(unrolled, grad_norm, lr)
+
+    def _summed_and_clipped(self) -> float:
+        """Add up the ranks' gradients and clip them; returns their norm before, the same on every rank.
+
+        An expert's gradients are whole where the expert is.
+        """
+        of_all: list[torch.Tensor] = []
+        of_own: list[torch.Tensor] = []
+        for name, parameter in self._named.items():
+            is_own = self.model.network.is_spread and expert_of(name) is not None
+            assert parameter.grad is not None, "update gives every parameter a gradient"
+            (of_own if is_own else of_all).append(parameter.grad)
+        self._ranks.add_up(of_all)
+        norm = torch.nn.utils.get_total_norm(of_all)
+        if self.model.network.is_spread:
+            square = torch.nn.utils.get_total_norm(of_own).to(norm.device) ** 2
+            self._ranks.add_up([square])
+            norm = (norm**2 + square).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, self.settings.clip_grad, norm)
+        return float(norm)
 
     def drop_gradients(self) -> None:
         """Free the gradients' memory until the next update."""
@@ -145,13 +162,21 @@ class DraftTrainer:
             "step_number": self.step_number,
             "num_updates": self.num_updates,
             "network": self.model.network.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": {name: self._optimizer.state[each] for name, each in self._named.items() if self.step_number},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state, of which a rank with some experts leaves the others' aside."""
         self.step_number = state["step_number"]
-        self.model.network.load_state_dict(state["network"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        own = self.model.network.state_dict()
+        network = {name: each for name, each in state["network"].items() if name in own or expert_of(name) is None}
+        self.model.network.load_state_dict(network)
+        stored = state["optimizer"]
+        if "param_groups" in stored:  # as earlier versions wrote it, in the order of the parameters
+            stored = dict(zip(self._named, stored["state"].values(), strict=False))
+        moments = {index: stored[name] for index, name in enumerate(self._named) if stored}
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def learning_rate(step: int, num_updates: int | None, settings: TrainSettings) -> float:

@@ -75,6 +75,9 @@ def unrolled_loss(
     total = torch.zeros((), device=batch.token_ids.device)
     for step, weighted in enumerate(_weighted(objective, positions, losses, quality)):
         total = total + weighted.sum() / num_rows[step].clamp_min(1)
+    if model.network.is_spread:
+        # A rank whose replies are shorter than others', or that has none, goes the whole way back with them.
+        total = total + 0.0 * sum(each.sum() for each in states)
     return Unrolled(total, quality)
 
 
@@ -114,10 +117,13 @@ def d_pace_weights(confidence: torch.Tensor, inside: torch.Tensor, alpha: float 
 
 
 def _head_inputs(model: DraftModel, batch: TrainBatch, num_steps: int) -> list[torch.Tensor]:
-    """Return [batch, rows, hidden] by step, of the steps that predict a token of the longest reply."""
+    """Return [batch, rows, hidden] by step, of the steps that predict a token of the longest reply.
+
+    Ranks that compute them together go through all.
+    """
     unroll = make_unroll(model.network, model.embed, batch.starts, batch.num_rows)
-    states = []
-    for step in range(min(num_steps, batch.num_rows)):
+    states: list[torch.Tensor] = []
+    for step in range(num_steps if model.network.is_spread else min(num_steps, batch.num_rows)):
         if step == 0:
             states.append(unroll.first(batch.features, batch.token_ids))
         else:
