@@ -23,6 +23,7 @@ class FakeWeights(FakeHttp):
         self.session: str | None = None
         self.sums = {"target": 0, "draft": 0}
         self.rows: Mapping[str, Any] = {}
+        self.target_sums: Mapping[str, str] | None = None  # of single tensors, as a server may have them
         self.memory_released = False
 
     def posts(self) -> Handlers:
@@ -89,6 +90,8 @@ class FakeWeights(FakeHttp):
         body = await self._body(request)
         sides = ("target", "draft") if body.get("selector", "all") == "all" else (body["selector"],)
         checksums = {f"{side}.model.norm.weight": f"{side}-{self.sums[side]:x}" for side in sides}
+        if self.target_sums is not None and "target" in sides:
+            checksums |= self.target_sums
         return web.json_response({"success": True, "message": "Success", "ranks": [{"checksums": checksums}]})
 
     async def _rename(self, request: web.Request) -> web.Response:

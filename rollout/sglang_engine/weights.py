@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
@@ -13,6 +13,7 @@ from rollout.sglang_engine.delivery import NUM_ROWS, Delivery, Sums, Weights, pi
 from rollout.sglang_engine.direct import Direct, DirectStaging
 from rollout.sglang_engine.kept_server import KeptServer, ServerUnfit
 from rollout.sglang_engine.staging import ServerStaging, expected_shapes
+from rollout.sglang_engine.stale import Served, stale_tensors
 from slime_spec.checkpoints.model_files import DraftFiles, TargetFiles
 from slime_spec.config.tree import Config
 from slime_spec.errors import PushError
@@ -57,6 +58,8 @@ class ServerWeights:
         self._target, self._draft = files
         self._current: dict[Side, Weights] = {}
         self._checksums: dict[Side, str] = {}
+        self._pushed: Mapping[str, int] = {}  # the target's
+        self._served: Served | None = None  # as it was when it was last looked at
         self._draft_sums: Sums = {}
         self._paused: PauseMode | None = None
         # A server that outlives its run keeps what it has cached, and the next run has the same version numbers.
@@ -190,10 +193,24 @@ class ServerWeights:
         side = stage.manifest.side
         self._checksums[side] = stage.checksum
         if side == "target":
+            self._pushed = dict(stage.checksums)
             self._check_version()
         has_mtp = bool(self._target.mtp_shapes.keys() & stage.staging.tensors.keys())
         if self._server.speculates and (side == "draft" or has_mtp):
             self.remember_draft()
+
+    def _moved(self) -> str:
+        """Return the target's pushed checksum where the server's tensors moved with it; see ``checksum``."""
+        before, self._served = self._served, None
+        if self._server.info.flags.get("quantization") or not (
+            sums := self._server.loop.call(self.delivery.checksums("target"))
+        ):
+            return NOT_COMPARABLE  # what is rounded may stay as it was
+        self._served = Served(self._pushed, sums)
+        stale = None if before is None else stale_tensors(before, self._served)
+        if stale:
+            return f"the server has the old values of {', '.join(sorted(stale)[:3])} ({len(stale)} tensors)"
+        return NOT_COMPARABLE if stale is None else self._checksums["target"]
 
     def _deliver(self, weights: Weights) -> None:
         if weights.side == "draft" and not self._server.speculates:
@@ -214,7 +231,8 @@ class ServerWeights:
         """Return the pushed checksum where the server has the pushed weights, else what is wrong, or NOT_COMPARABLE.
 
         SGLang keeps projections fused and has no way to read all of them back: the first rows of some tensors are
-        compared as numbers, and the server's checksums of the draft are compared with those right after the push.
+        compared as numbers. Of most families it shows nothing: the server's checksums must then differ, from the second
+        push on, where the push does. Those of the draft are compared with those right after the push.
         """
         weights = self._current.get(side)
         if weights is None:
@@ -227,7 +245,7 @@ class ServerWeights:
                 tensors = {name: heads[name] for name in picked_names(heads)}
             judged = self._server.loop.call(read_back(self._server.client, tensors, dtype))
             if not judged:
-                return NOT_COMPARABLE
+                return self._moved()
             if wrong := [name for name, is_same in judged.items() if not is_same]:
                 return f"the server has other values of {', '.join(wrong)}"
         else:

@@ -258,7 +258,7 @@ TABLE = (
         "sync/checksum_ok",
         "0 or 1",
         "1: the weights every engine computes with, read back after the commit, have the trainer's checksum (a push "
-        "that differs fails the run); absent with push.verify=false.",
+        "that differs fails the run); absent with push.verify=false, and where a server shows nothing to compare.",
     ),
     Metric("sync/verify_seconds", "s", "Reading the engines' weights back and comparing, after the push."),
     Metric(

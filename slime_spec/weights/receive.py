@@ -85,6 +85,11 @@ class PushStage(Generic[S]):
         """Return the combined checksum of what has been staged so far."""
         return self._receiver.checksum
 
+    @property
+    def checksums(self) -> Mapping[str, int]:
+        """Return the checksum of each tensor that has been staged so far."""
+        return self._receiver.checksums
+
     def take(self, bucket: PushBucket, transport: WeightTransport) -> None:
         if isinstance(self.staging, Forwards):
             self._receiver.pass_on(bucket)
@@ -225,11 +230,11 @@ class PushReceiver:
         if len(sent) < len(manifest.tensors):
             raise PushError("the push announces a tensor twice")
         self._pending, self._names = sent, frozenset(sent)
-        self._checksums: dict[str, int] = {}
+        self.checksums: dict[str, int] = {}
 
     @property
     def checksum(self) -> str:
-        return combined_checksum(self._checksums.items())
+        return combined_checksum(self.checksums.items())
 
     @property
     def has_all(self) -> bool:
@@ -244,13 +249,13 @@ class PushReceiver:
         for meta, sent, arrived in zip(bucket.tensors, bucket.checksums, tensor_checksums(tensors), strict=True):
             if arrived != sent:
                 raise PushError(f"{meta.name} arrived damaged: checksum {arrived:016x}, sent {sent:016x}")
-            self._checksums[meta.name] = arrived
+            self.checksums[meta.name] = arrived
 
     def pass_on(self, bucket: PushBucket) -> None:
         """Verify a bucket, of which only its sender has the tensors, against the manifest."""
         self._check_announced(bucket)
         for meta, sent in zip(bucket.tensors, bucket.checksums, strict=True):
-            self._checksums[meta.name] = sent
+            self.checksums[meta.name] = sent
 
     def _check_announced(self, bucket: PushBucket) -> None:
         if bucket.version != self.manifest.version:

@@ -22,6 +22,20 @@ RUN_TIMEOUT_S = 500
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
 
 
+SERVER = (
+    *("--rollout-engine", "sglang", "--sglang-python", sglang_python(), "--sglang-attention-backend", "intel_amx"),
+    *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096", "--sglang-sleep-on-idle"),
+    *("--sglang-max-running-requests", "8", "--sglang-start-timeout", str(START_TIMEOUT_S)),
+)
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{CPU}{os.pathsep}{ROOT}",
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
 def _drafting(algorithm: str, policy: Path) -> tuple[str, ...]:
     draft = policy if algorithm == "STANDALONE" else make_draft(policy.parent / "draft", policy, algorithm)
     return ("--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(draft), *CHAIN)
@@ -34,23 +48,14 @@ def run(folder: Path, *arguments: str, algorithm: str | None = "STANDALONE") -> 
     data.write_text("".join(f'{{"prompt": "say {i}", "label": "{i}"}}\n' for i in range(6)))
     command = [
         *(sys.executable, "-m", "slime_spec", "train", "--config", "tiny", "--hf-checkpoint", str(policy)),
-        *("--rollout-engine", "sglang", "--sglang-python", sglang_python(), "--sglang-attention-backend", "intel_amx"),
-        *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096", "--sglang-sleep-on-idle"),
-        *("--sglang-max-running-requests", "8", "--sglang-start-timeout", str(START_TIMEOUT_S)),
+        *SERVER,
         *(() if algorithm is None else _drafting(algorithm, policy)),
         *("--prompt-data", str(data), "--custom-rm-path", "tests.support.rewards:variety"),
         *("--rollout-max-response-len", "24", "--num-rollout", str(STEPS), "--output-dir", str(folder / "run")),
         "trainer.metrics_of_all_samples=true",  # where SGLang verifies greedily, all rewards of a group are equal
         *arguments,
     ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{CPU}{os.pathsep}{ROOT}",
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return read_metrics(folder / "run" / "metrics.jsonl")
 

@@ -191,11 +191,11 @@ class DraftSide:
 
         Collective over the ranks of the last stage.
         """
-        if self.draft is None:
+        experts, is_spread = self.spec.block.experts, self.draft is not None and self.draft.is_spread
+        if self.draft is None or not (self._writes or is_spread):
             return {}
         state: dict[str, Any] = _mapped(self.draft.state(), on_host)
-        experts = self.spec.block.experts
-        if self.draft.trainer.model.network.is_spread and experts is not None:
+        if is_spread and experts is not None:
             for part in ("network", "optimizer"):
                 state[part] |= self._of_other_ranks(state[part], experts.num_experts)
         return {"lessons": self._num_lessons, **state} if self._writes else {}

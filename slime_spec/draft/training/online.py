@@ -123,6 +123,11 @@ class OnlineDraft:
         self._ranks = ranks
         self.trainer = DraftTrainer(model, settings, None, ranks)
 
+    @property
+    def is_spread(self) -> bool:
+        """Return whether this rank has a part of the draft alone."""
+        return self.trainer.model.network.is_spread
+
     def learn(
         self,
         replies: Sequence[SeenReply],
@@ -141,7 +146,7 @@ class OnlineDraft:
         grad_norms: list[float] = []
         for update in range(num_updates):
             mine = [reply for reply in replies if update in {slot // settings.batch_size for slot in reply.slots}]
-            if not mine and self.trainer.model.network.is_spread:
+            if not mine and self.is_spread:
                 mine = [self._nothing()]
             batch = self._batch(mine, target_head, mask_embedding) if mine else None
             num_rows = torch.zeros(settings.num_steps, dtype=torch.int64, device=self._device)
