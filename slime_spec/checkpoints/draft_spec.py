@@ -131,7 +131,10 @@ def is_trainable(spec: DraftSpec) -> bool:
         return True
     if spec.block.num_layers != 1:
         return False
-    return spec.family in ("eagle3", "eagle", "mtp")
+    if spec.family == "mtp":
+        # A layer of another kind has no config.json of ours: it is trained where its target is.
+        return spec.in_target or spec.block.has_plain_blocks
+    return spec.family in ("eagle3", "eagle")
 
 
 def draft_config(spec: DraftSpec) -> dict[str, Any]:

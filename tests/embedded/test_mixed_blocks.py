@@ -26,15 +26,17 @@ from rollout.embedded.rope import RopeTable
 from rollout.embedded.unread import AnyDraft
 from rollout.embedded.weights import DecoderBuilder, named_tensors
 from slime_spec.checkpoints.block_parts import Experts
+from slime_spec.checkpoints.draft_choice import trainable_draft
 from slime_spec.checkpoints.families.experts import CORRECTION
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.routing import route
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
+from slime_spec.errors import ConfigError
 from slime_spec.types import GroupRequest
 from tests.support.embedded_harness import greedy, random_prompt, run
 from tests.support.mixed_reference import fused, mtp_logits
-from tests.support.tiny_models import MIXED, add_mtp_layer, load_reference, make_tiny_checkpoint
+from tests.support.tiny_models import MIXED, add_mtp_layer, load_reference, make_tiny_checkpoint, mtp_layer_alone
 
 CPU = torch.device("cpu")
 WITH_MTP = ("Glm4MoeForCausalLM", "DeepseekV3ForCausalLM")
@@ -164,6 +166,30 @@ def test_the_mtp_layer_drafts_what_transformers_layer_would(
     assert len({draft for _, draft in asked}) > 1
     for token_ids, draft in asked:
         assert int(mtp_logits(folders[name], model, token_ids)[-1].argmax()) == draft
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+def test_the_layer_in_a_folder_of_its_own_drafts_the_same(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    inside = config_of(folders[name], "NEXTN", **CHAIN)
+    alone = mtp_layer_alone(tmp_path / "alone", folders[name])
+    apart = replace(inside, speculative=replace(inside.speculative, draft_model_path=str(alone)))
+    requests = [GroupRequest("0", PROMPTS[0], seeds=(0,), params=greedy(24))]
+    one, other = (run(core_of(config), requests)["0", 0] for config in (inside, apart))
+    assert other.token_ids == one.token_ids
+    assert other.spec == one.spec
+    assert one.spec.num_proposed > 0
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+def test_the_layer_in_a_folder_of_its_own_is_trained_where_its_target_is(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_of(folders[name], "NEXTN", **CHAIN)
+    alone = mtp_layer_alone(tmp_path / "alone", folders[name])
+    apart = replace(config, speculative=replace(config.speculative, draft_model_path=str(alone)))
+    with pytest.raises(ConfigError, match="cannot train this draft"):
+        trainable_draft(apart, ModelSpec.from_folder(folders[name]))
+    assert trainable_draft(config, ModelSpec.from_folder(folders[name])).folder == folders[name]
 
 
 def test_a_router_chooses_and_weighs_as_transformers_does() -> None:

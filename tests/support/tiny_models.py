@@ -112,3 +112,16 @@ def add_mtp_layer(folder: Path) -> Path:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
     return folder
+
+
+def mtp_layer_alone(folder: Path, target: Path) -> Path:
+    """The MTP layer of a target in a folder of its own, as layer 0: what lmsys publishes for SGLang."""
+    config = json.loads((target / "config.json").read_text())
+    own = f"model.layers.{config['num_hidden_layers']}."
+    stored = load_file(target / "model.safetensors")
+    tensors = {name.replace(own, "model.layers.0."): each for name, each in stored.items() if name.startswith(own)}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config |= {"architectures": [config["architectures"][0] + "NextN"], "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

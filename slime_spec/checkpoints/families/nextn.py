@@ -1,6 +1,8 @@
-"""MTP layers serve as drafts: the target's own inside its checkpoint, or a layer that we train, in MiMo's format.
+"""MTP layers serve as drafts: the target's own inside its checkpoint, or a layer in a folder of its own.
 
-A draft of our own (``NextN``) is for a target without an MTP layer: MiMo's layer around a Llama block.
+LlamaForCausalLMNextN        a layer that we train for a target without one, MiMo's around a Llama block
+DeepseekV3ForCausalLMNextN,  the target's own layer alone, as layer 0, as lmsys publishes them for SGLang
+Glm4MoeForCausalLMNextN
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from slime_spec.checkpoints.config_keys import whole
 from slime_spec.checkpoints.families.blocks import block_shapes
+from slime_spec.checkpoints.families.deepseek import DEEPSEEK_V3
 from slime_spec.checkpoints.families.dense import Shapes
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFormat, DraftReading
 from slime_spec.checkpoints.families.family import MtpLayer
+from slime_spec.checkpoints.families.glm4_moe import GLM4_MOE
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.families.mimo import MIMO_LAYER
 from slime_spec.errors import CheckpointError
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "LlamaForCausalLMNextN"
 OWN_LAYER = MIMO_LAYER
+# The decoders whose own layer comes in such folders.
+ALONE = {"DeepseekV3ForCausalLMNextN": DEEPSEEK_V3, "Glm4MoeForCausalLMNextN": GLM4_MOE}
 OF_THE_LAST = {"first_k_dense_replace": 0, "mlp_only_layers": []}  # where the target has experts, so has the layer
 
 
@@ -39,7 +45,7 @@ def _block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str
 
 
 def _fields(read: DraftReading) -> dict[str, Any]:
-    layer = read.layer or OWN_LAYER
+    layer = read.layer or _layer_in_folder(read.config["architectures"][0])
     return {
         "target_hidden_size": read.block.hidden_size,
         "draft_vocab_size": read.block.vocab_size,
@@ -49,6 +55,11 @@ def _fields(read: DraftReading) -> dict[str, Any]:
         "num_target_layers": read.target.num_layers if read.layer is not None else 0,
         "in_target": read.layer is not None,
     }
+
+
+def _layer_in_folder(architecture: str) -> MtpLayer:
+    family = ALONE.get(architecture)
+    return OWN_LAYER if family is None or family.mtp is None else family.mtp
 
 
 def _shapes(spec: DraftSpec) -> Shapes:
@@ -76,7 +87,7 @@ def _is_unread(name: str, spec: DraftSpec) -> bool:
 
 NEXTN = DraftFormat(
     family="mtp",
-    blocks={ARCHITECTURE: LLAMA.architecture},
+    blocks={ARCHITECTURE: LLAMA.architecture, **{name: family.architecture for name, family in ALONE.items()}},
     block_config=_block_config,
     fields=_fields,
     shapes=_shapes,
