@@ -4,7 +4,8 @@ A round over B sequences of which some draft brings B tokens and what is accepte
 Tokens per second is the measure: a draft pays as long as its chance of being accepted buys more than its share. Off
 is preferred where the difference is within the noise, and so is what was done in the round before. While off, one
 sequence drafts now and then, where a gain is possible at all, so that acceptance stays known; all probes together take
-less than PROBE_SHARE of the time.
+less than PROBE_SHARE of the time, which until FIRST_DRAFTS were seen they take in advance: a controller that begins
+knows nothing, and one probe a second would teach it too late.
 
     plan     before drafts are made: which sequences a network drafts for, and how deep, by what recent drafts promised
     keep     once they are made: which of their nodes are worth a row of the pass, by what each draft says of itself
@@ -33,6 +34,7 @@ FOR_OFF = 1.03  # a round with drafts must promise this much more than a plain s
 FOR_STAYING = 1.02
 PROBE_GAIN = 1.10  # drafts that are all accepted must promise this much, or nothing is probed
 PROBE_SHARE = 0.008
+FIRST_DRAFTS = 12
 PROBE_DEPTH = 3
 MOST_LEARNED = 8  # drafts of a round
 TEXTS_AGAIN = 4  # plans
@@ -101,8 +103,8 @@ class Controller:
         self._depths = [depth for depth in DEPTHS if depth < max_depth] + [max_depth]
         self._drafts_are_free, self._cuts_network = drafts_are_free, cuts_network
         self._last_depth = 0
-        self._since_probe_s = 0.0
-        self._num_probes = 0
+        self._probe_s_left = 0.0  # below zero what was taken in advance
+        self._num_cut_probes = 0
         self._num_silent = 0  # plans since texts paid
         self._plan, self._num_rows, self._rounds_left = RoundPlan(()), 0, 0
         self._worth = 0.0  # of a node's chance, to draft on and verify it
@@ -189,11 +191,11 @@ class Controller:
         kept = self._best_cut(rows, candidates, 1.0 if self._cuts_network and drawn else FOR_OFF)
         cut = [row for row, count in enumerate(kept) if count < min(PROBE_DEPTH, whole[row])]
         if cut:
-            row = cut[self._num_probes % len(cut)]
+            row = cut[self._num_cut_probes % len(cut)]
             depth, before = min(PROBE_DEPTH, whole[row]), len(rows) + sum(kept)
             probed_s = self.costs.pass_s(before + depth - kept[row], 0) - self.costs.pass_s(before, 0)
             if self._may_probe(rows, cut, probed_s):
-                kept[row], self._num_probes = depth, self._num_probes + 1
+                kept[row], self._num_cut_probes = depth, self._num_cut_probes + 1
         return kept
 
     def _best_cut(self, rows: Sequence[RowState], candidates: Sequence[Candidate], for_none: float) -> list[int]:
@@ -234,7 +236,7 @@ class Controller:
 
     def note_round(self, seconds: float) -> None:
         """Count the time of a round, of which probes may take their share."""
-        self._since_probe_s += seconds
+        self._probe_s_left += seconds * PROBE_SHARE
 
     def _weighed(self, option: Option) -> float:
         return option.rate * (FOR_STAYING if option.depth == self._last_depth else 1.0)
@@ -306,10 +308,12 @@ class Controller:
         return pass_s - self.costs.pass_s(len(rows), context) + self.costs.draft_s(1, depth, row.backlog)
 
     def _may_probe(self, rows: Sequence[RowState], order: Sequence[int], cost_s: float) -> bool:
-        """Return whether it is time to learn at this cost, and perfect drafts would pay; the time then counts anew."""
-        if self._since_probe_s * PROBE_SHARE <= cost_s or not self._probe_could_pay(rows, order):
+        """Return whether it is time to learn at this cost, and perfect drafts would pay; the cost is then taken."""
+        is_due = self._probe_s_left > cost_s or self.acceptance.num_observed < FIRST_DRAFTS
+        if not is_due or not self._probe_could_pay(rows, order):
             return False
-        self._since_probe_s = 0.0
+        # What was left over is given up: probes that could not pay for long must not come all at once.
+        self._probe_s_left = min(self._probe_s_left, cost_s) - cost_s
         return True
 
     def _probe_could_pay(self, rows: Sequence[RowState], order: Sequence[int]) -> bool:

@@ -8,7 +8,7 @@ from operator import mul
 
 import pytest
 
-from slime_spec.speculation.controller import FOR_OFF, PROBE_SHARE, Controller, RowState
+from slime_spec.speculation.controller import FIRST_DRAFTS, FOR_OFF, PROBE_SHARE, Controller, RowState
 from slime_spec.speculation.exhaustive import best_cut, best_depths, tokens_per_s
 from slime_spec.speculation.recent_drafts import Candidate
 from slime_spec.speculation.round_costs import DraftTimes, PassCurve, RoundCosts
@@ -246,6 +246,23 @@ def test_probes_take_less_than_their_share_of_the_time() -> None:
             probed_s += seconds - controller.costs.pass_s(4, 320)
         spent_s += seconds
     assert 0.0 < probed_s <= PROBE_SHARE * spent_s
+
+
+def test_a_controller_that_begins_learns_in_its_first_rounds_and_pays_the_time_back() -> None:
+    """Drafts are better than the guess with which it begins, and pay where the guess would not."""
+    costs = RoundCosts(PassCurve(((1, 0.02), (101, 0.04))), draft_guess=DRAFTING)
+    controller, rng = Controller(costs, 7), random.Random(2)
+    rates, num_rounds, num_probes = (0.95,) * 7, 0, 0
+    while num_rounds < 60:
+        plan = controller.plan(rows(24))
+        num_rounds, num_probes = num_rounds + 1, num_probes + plan.is_probe
+        if plan.drafts and not plan.is_probe:
+            break
+        controller.note_round(controller.costs.pass_s(24, 1920))
+        for depth in filter(None, plan.depths):
+            controller.acceptance.observe(range(-1, depth - 1), drawn_path(rates, depth, rng))
+    assert 0 < num_probes <= FIRST_DRAFTS
+    assert num_rounds <= FIRST_DRAFTS + 1
 
 
 def test_it_turns_on_again_once_probes_say_that_the_draft_has_learned() -> None:
