@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_spec.algorithms import STANDALONE
-from slime_spec.checkpoints.config_keys import check_keys
+from slime_spec.checkpoints.config_keys import check_keys, shown
 from slime_spec.checkpoints.families import FORMAT_OF, family_of, format_of_family
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFamily, DraftFormat, DraftReading
 from slime_spec.checkpoints.families.family import MtpLayer
@@ -18,8 +18,9 @@ from slime_spec.checkpoints.families.qwen2 import QWEN2
 from slime_spec.checkpoints.families.qwen3 import QWEN3
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder, architecture_of
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.quantization import KEY, scheme_of
 from slime_spec.checkpoints.rope_settings import YARN
-from slime_spec.errors import CheckpointError
+from slime_spec.errors import CheckpointError, NotComputedError
 
 OWN_EMBEDDING = "embed_tokens.weight"  # a draft's, where it does not share its target's
 NORM_OUTPUT_CONVENTIONS = ("sglang", "specforge")
@@ -118,6 +119,9 @@ class DraftSpec:
             "tie_word_embeddings": False,
         }
         # Engine and training rotate a draft's heads themselves: they compute a scaling that Megatron is not told of.
+        if layer is None and scheme_of(config, source) is not None:
+            rule = "must be left out: of drafts only the MTP layers of a target in fp8 are computed"
+            raise NotComputedError(f"{source}: {KEY}", rule, shown(config[KEY]), ANOTHER_DRAFT)
         block = ModelSpec.from_dict({**draft_format.block_config(config, layer, source), **as_model}, source, (YARN,))
         reading = DraftReading(config, block, target, layer, norm_output_convention, source)
         spec = cls(family=draft_format.family, block=block, **draft_format.fields(reading))

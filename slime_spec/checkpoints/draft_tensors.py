@@ -15,7 +15,8 @@ import torch
 from slime_spec.checkpoints.draft_spec import OWN_EMBEDDING, DraftSpec, draft_config
 from slime_spec.checkpoints.families.eagle3 import D2T, T2D, TABLES
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder
-from slime_spec.checkpoints.tensors import EMBEDDING, Dtypes, check_tensor, save_checkpoint, stored_tensors
+from slime_spec.checkpoints.fp8 import Fp8Weight
+from slime_spec.checkpoints.tensors import EMBEDDING, Dtypes, check_tensor, save_checkpoint, stored_tensors, weights
 from slime_spec.errors import CheckpointError
 
 MEND = "Copy the draft again, or correct its config.json."
@@ -160,7 +161,7 @@ def _are_token_ids(ids: torch.Tensor, vocab_size: int) -> bool:
 
 
 def _checked_tensors(folder: Path, spec: DraftSpec, dtypes: Dtypes) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the draft's tensors and its tables one by one, under their canonical names.
+    """Yield the draft's tensors and its tables one by one, under their canonical names; from fp8 in fp32.
 
     Raises after the last tensor.
     """
@@ -168,7 +169,8 @@ def _checked_tensors(folder: Path, spec: DraftSpec, dtypes: Dtypes) -> Iterator[
     seen: set[str] = set()
     unknown: list[str] = []
     prefix = spec.mtp_layer.prefix if spec.in_target else ""
-    for stored, tensor in stored_tensors(folder, lambda name: name.startswith(prefix), DRAFT_PATH):
+    for stored, read in weights(folder, lambda name: name.startswith(prefix), DRAFT_PATH):
+        tensor = read.dequantised() if isinstance(read, Fp8Weight) else read
         name = spec.format.canonical_name(stored)
         if name in TABLES and spec.format.has_tables:
             yield name, tensor

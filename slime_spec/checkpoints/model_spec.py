@@ -12,6 +12,7 @@ from slime_spec.checkpoints.config_keys import ANOTHER, check_keys, only
 from slime_spec.checkpoints.families import BUILT_ARCHITECTURES, family_of
 from slime_spec.checkpoints.families.dense import check_decoder
 from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, architecture_of, require
+from slime_spec.checkpoints.quantization import scheme_of
 from slime_spec.checkpoints.rope_settings import RopeScaling, Yarn, read_rope
 from slime_spec.errors import NotComputedError
 
@@ -85,6 +86,7 @@ class ModelSpec:
         model_types = filter(None, (family.model_type, family.base_model_type))
         check_keys(config, {**family.keys, "model_type": only(*model_types)}, source)
         check_decoder(config, family.keys, source)
+        scheme_of(config, source)  # for its error
         kinds = tuple(dict.fromkeys((*family.rope_kinds, *rope_kinds)))
         rope_theta, rope_scaling = read_rope(config, source, kinds, family.rotary_share)
         heads = config["num_attention_heads"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, StoredTensor, architecture_of
+from slime_spec.checkpoints.quantization import CODES, SCALE
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str | None:
-        """Return the dtype that config.json names, else that of most bytes of the weights.
+        """Return the dtype that config.json names, else that of most bytes of the weights that are no codes in fp8.
 
         None where neither is known.
         """
@@ -44,9 +45,10 @@ class Checkpoint:
         if not self.tensors:
             return None
         num_bytes: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            num_bytes[tensor.dtype] += tensor.num_bytes
-        return num_bytes.most_common(1)[0][0]
+        for name, tensor in self.tensors.items():
+            if tensor.dtype != CODES and not name.endswith(SCALE):
+                num_bytes[tensor.dtype] += tensor.num_bytes
+        return num_bytes.most_common(1)[0][0] if num_bytes else CODES
 
     @property
     def context_length(self) -> int | None:

@@ -11,22 +11,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slime_spec.checkpoints.families.blocks import block_shapes
-from slime_spec.checkpoints.families.experts import CORRECTION
-from slime_spec.checkpoints.folder import AGAIN, CONFIG, SINGLE, TARGET_PATH, CheckpointFolder
+from slime_spec.checkpoints.folder import AGAIN, CONFIG, SINGLE, TARGET_PATH, CheckpointFolder, StoredTensor
+from slime_spec.checkpoints.fp8 import LARGEST, Fp8Weight, LoadedTensors, has_nan
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.quantization import MEND, SCALE, UNQUANTIZED, check_stored, scheme_of, scheme_of_folder
 from slime_spec.errors import CheckpointError
 
-MEND = "Copy the checkpoint again, or correct its config.json."
-UNQUANTIZED = "Choose the checkpoint of the unquantised weights, or let SGLang compute with these in rollouts alone."
 COMPUTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_WEIGHT = 1e15  # a flipped bit of an exponent makes 1e36; the largest weights of models are some hundreds
 Dtypes = Sequence[torch.dtype]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Ends of the names by which quantised checkpoints store the parts of a weight.
-QUANTIZED = (
-    *(".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_zero_point", ".weight_packed", ".weight_shape"),
-    *(".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_format"),
-)
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -43,25 +37,39 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def served_dtype(name: str, dtype: str) -> str:
-    """Return the dtype that a model of ``dtype`` has the tensor in: rounded, a router's bias chooses other experts."""
-    return "float32" if name.endswith(CORRECTION) else dtype
-
-
-def load_tensors(folder: str | Path, spec: ModelSpec, dtypes: Dtypes = ()) -> dict[str, torch.Tensor]:
-    """Return every tensor of ``expected_shapes(spec)``, in that order and in the file's dtype.
+def load_tensors(folder: str | Path, spec: ModelSpec, dtypes: Dtypes = ()) -> LoadedTensors:
+    """Return every tensor of ``expected_shapes(spec)``, in that order and in the file's dtype; from fp8 in fp32.
 
     Raises CheckpointError naming the file or tensor when one is missing, truncated, misshapen or not finite, in the
     file's dtype and in ``dtypes``, to which the caller casts.
     """
     tensors = dict(_checked_tensors(Path(folder), spec, TARGET_PATH, dtypes))
-    return {name: tensors[name] for name in expected_shapes(spec)}
+    loaded = LoadedTensors()
+    for name in expected_shapes(spec):
+        loaded[name] = tensors.pop(name)
+    return loaded
 
 
 def verify_tensors(folder: str | Path, spec: ModelSpec, setting: str = TARGET_PATH, dtypes: Dtypes = ()) -> None:
     """Check as ``load_tensors`` does, with one tensor in memory at a time; ``setting`` named the folder."""
     for _ in _checked_tensors(Path(folder), spec, setting, dtypes):
         pass
+
+
+def verify_headers(folder: str | Path, spec: ModelSpec, setting: str = TARGET_PATH) -> None:
+    """Check names, shapes and dtypes of the weights that are there, by the files' headers alone.
+
+    ``setting`` named the folder, which may have no weights yet. Raises CheckpointError naming the tensor.
+    """
+    there = CheckpointFolder(Path(folder), setting)
+    stored = there.tensors_there
+    if stored is None:
+        return
+    check_stored(stored, scheme_of(there.config, there.source), str(folder))
+    for name, shape in expected_shapes(spec).items():
+        if name in stored and stored[name].shape != shape:
+            raise CheckpointError(f"{folder}: {name}", f"must have shape {shape}", stored[name].shape, MEND)
+    _check_there(Path(folder), spec, stored)
 
 
 def save_checkpoint(
@@ -78,7 +86,7 @@ def save_checkpoint(
 def stored_tensors(
     folder: str | Path, wants: Callable[[str], bool], setting: str = TARGET_PATH
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of a checkpoint folder whose name ``wants`` accepts, one at a time, in the file's dtype.
+    """Yield every tensor of a checkpoint folder whose name ``wants`` accepts, one at a time, as it is stored.
 
     Raises CheckpointError naming ``setting`` for a folder without weights, and the file for a damaged one.
     """
@@ -93,19 +101,43 @@ def stored_tensors(
             raise CheckpointError(str(path), f"must be a whole safetensors file: {error}", path.name, AGAIN) from None
 
 
+def weights(
+    folder: str | Path, wants: Callable[[str], bool], setting: str = TARGET_PATH
+) -> Iterator[tuple[str, torch.Tensor | Fp8Weight]]:
+    """Yield what ``stored_tensors`` does, weights in fp8 with their scales, which are no tensors of their own here.
+
+    Raises CheckpointError naming the tensor where codes and scales do not fit each other, before any is read.
+    """
+    stored = CheckpointFolder(Path(folder), setting)
+    scheme = scheme_of_folder(stored)
+    if scheme is None:
+        yield from stored_tensors(folder, wants, setting)
+        return
+    # Scales may be in another file than their weight; they are a 4,096th of the weights' bytes.
+    belongs = {name + SCALE for name in stored.tensors if wants(name)}
+    scales = dict(stored_tensors(folder, belongs.__contains__, setting))
+    for name, tensor in stored_tensors(folder, lambda name: wants(name) and not name.endswith(SCALE), setting):
+        of_codes = scales.pop(name + SCALE, None)
+        yield name, tensor if of_codes is None else Fp8Weight(tensor, of_codes, scheme)
+
+
 def check_tensor(
-    folder: str | Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: Dtypes = ()
+    folder: str | Path, name: str, stored: torch.Tensor | Fp8Weight, shape: tuple[int, ...], dtypes: Dtypes = ()
 ) -> None:
     """Raise CheckpointError for a tensor of another shape or dtype, or of numbers that nothing can be computed with.
 
     These are NaN, infinity (in the tensor's dtype or one of ``dtypes``), and numbers whose products overflow.
     """
+    tensor = stored.codes if isinstance(stored, Fp8Weight) else stored
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"{folder}: {name}", f"must have shape {shape}", tuple(tensor.shape), MEND)
-    if tensor.dtype not in COMPUTED_DTYPES:
+    if isinstance(stored, Fp8Weight):
+        extremes = _extremes_of_codes(stored)
+    elif tensor.dtype not in COMPUTED_DTYPES:
         rule = "must be float32, float16 or bfloat16: other codes mean nothing without the scales that belong to them"
         raise CheckpointError(f"{folder}: {name}", rule, str(tensor.dtype).removeprefix("torch."), UNQUANTIZED)
-    extremes = torch.stack(tensor.aminmax())  # NaN where the tensor holds NaN; a cast keeps their order
+    else:
+        extremes = torch.stack(tensor.aminmax())  # NaN where the tensor holds NaN; a cast keeps their order
     if not bool(extremes.isfinite().all()):
         raise CheckpointError(f"{folder}: {name}", "must be finite", "NaN or infinity", MEND)
     largest = float(extremes.abs().max())
@@ -118,26 +150,43 @@ def check_tensor(
             raise CheckpointError(f"{folder}: {name}", rule, largest, "Pass --sglang-dtype bfloat16 or float32.")
 
 
-def _checked_tensors(folder: Path, spec: ModelSpec, setting: str, dtypes: Dtypes) -> Iterator[tuple[str, torch.Tensor]]:
+def _extremes_of_codes(weight: Fp8Weight) -> torch.Tensor:
+    """Return bounds of a weight's numbers, the least and the largest; NaN where it holds NaN.
+
+    They are the numbers that the largest code would stand for: the numbers themselves are computed where those are
+    beyond float16, and else nobody needs them.
+    """
+    largest = weight.scales.abs().max() * LARGEST
+    if has_nan(weight.codes) or bool(largest.isnan()):
+        return torch.full((2,), torch.nan)
+    if largest > torch.finfo(torch.float16).max:
+        return torch.stack(weight.dequantised().aminmax())
+    return torch.stack([-largest, largest])
+
+
+def _checked_tensors(
+    folder: Path, spec: ModelSpec, setting: str, dtypes: Dtypes
+) -> Iterator[tuple[str, torch.Tensor | Fp8Weight]]:
     wanted = expected_shapes(spec)
     stored = CheckpointFolder(folder, setting).tensors
-    for name in wanted:
-        if name not in stored:
-            raise CheckpointError(f"{folder}: {name}", "must be in the checkpoint", "missing", MEND)
-    for name in stored:
-        if name.endswith(QUANTIZED):
-            rule = "belongs to quantised weights, which are not computed here"
-            raise CheckpointError(f"{folder}: {name}", rule, stored[name].dtype, UNQUANTIZED)
+    _check_there(folder, spec, stored)
     if spec.tie_word_embeddings and HEAD in stored:
         _check_tied(folder, setting)
-    for name, tensor in stored_tensors(folder, wanted.__contains__, setting):
+    for name, tensor in weights(folder, wanted.__contains__, setting):
         check_tensor(folder, name, tensor, wanted[name], dtypes)
         yield name, tensor
 
 
+def _check_there(folder: Path, spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> None:
+    for name in expected_shapes(spec):
+        if name not in stored:
+            raise CheckpointError(f"{folder}: {name}", "must be in the checkpoint", "missing", MEND)
+
+
 def _check_tied(folder: Path, setting: str) -> None:
     """Raise CheckpointError for a head beside a tied embedding that is another: transformers would compute with it."""
-    tables = dict(stored_tensors(folder, (EMBEDDING, HEAD).__contains__, setting))
+    read = weights(folder, (EMBEDDING, HEAD).__contains__, setting)
+    tables = {name: each.dequantised() if isinstance(each, Fp8Weight) else each for name, each in read}
     if not torch.equal(tables[EMBEDDING], tables[HEAD]):
         rule = f"must be {EMBEDDING} where tie_word_embeddings is true, or left out"
         raise CheckpointError(f"{folder}: {HEAD}", rule, "another tensor", "Set tie_word_embeddings to false.")

@@ -21,7 +21,8 @@ from slime_spec.checkpoints.draft_choice import choose_draft, trainable_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import verify_tensors
+from slime_spec.checkpoints.quantization import scheme_of
+from slime_spec.checkpoints.tensors import verify_headers, verify_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
 from slime_spec.config.draft_training import MTP, DraftTrainingConfig, check_loss
@@ -170,7 +171,11 @@ def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
     # A damaged file must be refused here, not in an actor a minute later.
     generates = config.run.mode != "train_only"
     dtypes = [getattr(torch, config.engine.dtype)] if generates else []
-    refusals.of(verify_tensors, config.model.hf_checkpoint, spec, dtypes=dtypes)
+    if _is_served_only(config) and scheme_of(CheckpointFolder(Path(config.model.hf_checkpoint)).config, "") is not None:
+        # R1's 690 GB would be read twice, and are computed with by the server alone, which reads them itself.
+        refusals.of(verify_headers, config.model.hf_checkpoint, spec)
+    else:
+        refusals.of(verify_tensors, config.model.hf_checkpoint, spec, dtypes=dtypes)
     if generates and kind_of(config).runs_built_decoders:
         refusals.of(_check_draft, config, spec, dtypes)
         refusals.of(_check_fp8, config)
@@ -224,14 +229,18 @@ def _check_saved_rollouts(config: Config, load: str | None) -> None:
     check_rollout_data(config.run, 0 if load is None else saved_step(resolve_checkpoint(load)))
 
 
+def _is_served_only(config: Config) -> bool:
+    """Return whether the policy is computed by servers alone."""
+    return kind_of(config).has_servers and config.run.mode == "rollout_only"
+
+
 def _target_spec(config: Config) -> ModelSpec | None:
     """Return the policy's spec; raises NotComputedError for a model that this project must compute and cannot."""
-    is_served_only = kind_of(config).has_servers and config.run.mode == "rollout_only"
     stored = CheckpointFolder(Path(config.model.hf_checkpoint))
     try:
         return ModelSpec.from_dict(stored.config, stored.source)
     except NotComputedError:
-        if is_served_only:  # SGLang computes it: experts, quantised weights, windows of attention
+        if _is_served_only(config):  # SGLang computes it: experts, quantised weights, windows of attention
             return None
         raise
 

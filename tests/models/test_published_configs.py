@@ -18,13 +18,14 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.parameters import count_parameters
+from slime_spec.checkpoints.quantization import BlockScheme, scheme_of
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.errors import CheckpointError, NotComputedError
 from slime_spec.launch.cli import main
 from tests.support.chat_templates import QWEN2_5, save_tokenizer
 from tests.support.published_configs import BUILT, PARAMETERS
 from tests.support.published_drafts import DRAFTS, REFUSED_DRAFTS
-from tests.support.published_served import MIXED, SERVED
+from tests.support.published_served import FP8, MIXED, SERVED
 
 MODELOPT = "nvidia/Llama-3.1-8B-Instruct-FP8"  # its config.json is the unquantised model's
 
@@ -107,12 +108,23 @@ def test_a_published_model_that_sglang_alone_computes_is_refused_with_the_way_to
         ModelSpec.from_dict(SERVED[name])
 
 
-@pytest.mark.parametrize("name", ["deepseek-ai/DeepSeek-R1", "Qwen/Qwen3-8B-FP8", MODELOPT])
+@pytest.mark.parametrize("name", FP8)
+def test_a_published_model_in_fp8_is_computed_as_the_same_model_of_numbers(name: str) -> None:
+    numbers = {key: value for key, value in FP8[name].items() if key != "quantization_config"}
+    assert ModelSpec.from_dict(FP8[name]) == ModelSpec.from_dict(numbers)
+    assert scheme_of(FP8[name], "config.json") == BlockScheme(128, 128)
+    assert scheme_of(numbers, "config.json") is None
+
+
+OTHER_FP8 = "neuralmagic/Meta-Llama-3.1-8B-Instruct-FP8"
+
+
+@pytest.mark.parametrize("name", [*FP8, OTHER_FP8, MODELOPT])
 def test_a_dry_run_lets_sglang_serve_it_from_its_json_files(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_tokenizer(tmp_path / "model", QWEN2_5, eos_token="<|im_end|>")
-    (folder / "config.json").write_text(json.dumps(SERVED.get(name) or BUILT["meta-llama/Llama-3.1-8B-Instruct"]))
+    (folder / "config.json").write_text(json.dumps({**SERVED, **FP8}.get(name) or BUILT["meta-llama/Llama-3.1-8B-Instruct"]))
     if name == MODELOPT:
         described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": []}}
         (folder / "hf_quant_config.json").write_text(json.dumps(described))
@@ -121,6 +133,9 @@ def test_a_dry_run_lets_sglang_serve_it_from_its_json_files(
     assert main([*words.split(), "8", "--rollout-engine", "sglang"]) == 0
     assert "a launch would go on" in capsys.readouterr().out
     assert main([*words.split(), "0", "--rollout-engine", "embedded"]) == 2
+    if name in FP8:  # whose weights are loaded here, and are not there
+        assert "must hold model.safetensors" in " ".join(capsys.readouterr().out.split())
+        return
     assert "serve this one with --rollout-engine sglang --debug-rollout-only" in " ".join(capsys.readouterr().out.split())
 
 

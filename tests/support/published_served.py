@@ -96,6 +96,8 @@ _QWEN3_MOE = {
 }
 # Models with experts that are computed here, too.
 MIXED: Published = {
+    "deepseek-ai/DeepSeek-V3": _DEEPSEEK,
+    "deepseek-ai/DeepSeek-R1": _DEEPSEEK,
     "deepseek-ai/DeepSeek-R1, with weights in bfloat16": {
         name: value for name, value in _DEEPSEEK.items() if name != "quantization_config"
     },
@@ -116,9 +118,8 @@ MIXED: Published = {
         **sizes(2048, 6144, 48, 32, 4, max_window_layers=48, moe_intermediate_size=768),
     },
 }
-# What SGLang alone computes.
-SERVED: Published = {
-    "deepseek-ai/DeepSeek-V3": _DEEPSEEK,
+# Weights in fp8 with a scale for each block, which are computed here, too.
+FP8: Published = {
     "deepseek-ai/DeepSeek-R1": _DEEPSEEK,
     "Qwen/Qwen3-8B-FP8": {
         **BUILT["Qwen/Qwen3-8B"],
@@ -128,6 +129,13 @@ SERVED: Published = {
             "quant_method": "fp8",
             "weight_block_size": [128, 128],
         },
+    },
+}
+# What SGLang alone computes.
+SERVED: Published = {
+    "neuralmagic/Meta-Llama-3.1-8B-Instruct-FP8": {
+        **BUILT["meta-llama/Llama-3.1-8B-Instruct"],
+        "quantization_config": {"activation_scheme": "static", "ignored_layers": ["lm_head"], "quant_method": "fp8"},
     },
     "Qwen/Qwen2.5-7B-Instruct, with YaRN as its card says": {
         **BUILT["Qwen/Qwen2.5-7B-Instruct"],

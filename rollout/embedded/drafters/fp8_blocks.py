@@ -6,12 +6,13 @@ Scales are powers of two, as DeepSeek-V3.1's: a weight times its scale is a numb
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from slime_spec.checkpoints.fp8 import FP32_TINY, LARGEST, dequantised, quantised
+from slime_spec.checkpoints.quantization import BlockScheme
 
 BLOCK = 128  # rows and columns of weights that share a scale
-ROWS_AT_ONCE = 16 * BLOCK  # so that the copies in fp32 are small
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
-FP32_TINY, FP32_MANTISSA = torch.finfo(torch.float32).tiny, 0x7FFFFF
+SCHEME = BlockScheme(BLOCK, BLOCK)
+FP32_MANTISSA = 0x7FFFFF
 
 
 def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,16 +20,7 @@ def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     A scale is the least power of two that brings its block into e4m3's range.
     """
-    codes, scales = [], []
-    for rows in weight.split(ROWS_AT_ONCE):
-        outputs, inputs = rows.shape
-        padded = F.pad(rows.float(), (0, -inputs % BLOCK, 0, -outputs % BLOCK))
-        blocks = padded.view(-1, BLOCK, padded.shape[1] // BLOCK, BLOCK)
-        scale = _power_of_two(blocks.abs().amax(dim=(1, 3)) / LARGEST)
-        rounded = (blocks / scale[:, None, :, None]).view_as(padded)[:outputs, :inputs]
-        codes.append(rounded.to(torch.float8_e4m3fn))
-        scales.append(scale)
-    return torch.cat(codes), torch.cat(scales)
+    return quantised(weight, SCHEME, lambda largest: _power_of_two(largest / LARGEST))
 
 
 def _power_of_two(least: torch.Tensor) -> torch.Tensor:
@@ -39,6 +31,4 @@ def _power_of_two(least: torch.Tensor) -> torch.Tensor:
 
 def from_fp8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return the weights [out, in] in fp32 that ``to_fp8`` has rounded."""
-    outputs, inputs = codes.shape
-    wide = scales.repeat_interleave(BLOCK, 0)[:outputs].repeat_interleave(BLOCK, 1)[:, :inputs]
-    return codes.float() * wide
+    return dequantised(codes, scales, SCHEME)

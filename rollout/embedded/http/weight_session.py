@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -38,7 +38,7 @@ SAME_IN_A_MODEL = (
     *("rotary_dim", "latent", "experts"),
 )
 SIDES: Mapping[str, tuple[Side, ...]] = {"target": ("target",), "draft": ("draft",), "all": ("target", "draft")}
-Tensors = dict[str, torch.Tensor]
+Tensors = MutableMapping[str, torch.Tensor]
 
 
 class DraftFolders:
@@ -49,7 +49,7 @@ class DraftFolders:
         self._served = choose_draft(config, target)
         self._hot_token_ids = None if self._served is None else _read(self._served)[1]
 
-    def read(self, folder: str) -> dict[str, torch.Tensor]:
+    def read(self, folder: str) -> Tensors:
         """Return the draft's weights; raises CheckpointError for a draft of another kind, naming what differs."""
         speculative = replace(self._config.speculative, draft_model_path=folder)
         draft = choose_draft(replace(self._config, speculative=speculative), self._target)
@@ -67,7 +67,7 @@ class DraftFolders:
         return tensors
 
 
-def _read(draft: ChosenDraft) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+def _read(draft: ChosenDraft) -> tuple[Tensors, torch.Tensor | None]:
     """Return the weights under the names of a push, and the target ids of a reduced vocabulary."""
     if isinstance(draft.spec, ModelSpec):
         return load_tensors(draft.folder, draft.spec), None

@@ -9,6 +9,7 @@ from slime_spec.checkpoints.config_keys import (
     ANOTHER,
     CORRECT,
     Keys,
+    entries,
     flag,
     harmless,
     listed,
@@ -48,7 +49,7 @@ DENSE_KEYS: Keys = {
     "is_causal": only(True),
     "sliding_window": whole(0),
     "layer_types": listed(text()),
-    "quantization_config": only(why="SGLang computes with quantised weights, in rollouts alone"),
+    "quantization_config": entries(),  # which of them are computed: quantization.py
     "compression_config": only(why="SGLang computes with quantised weights, in rollouts alone"),
     **dict.fromkeys(("attention_chunk_size", "num_kv_shared_layers", "clip_qkv"), only(why=OTHER_DECODER)),
     **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_depth"), only(why=OTHER_DECODER)),

@@ -52,6 +52,11 @@ SIGMOID_KEYS: Keys = {
 }
 
 
+def served_dtype(name: str, dtype: str) -> str:
+    """Return the dtype that a model of ``dtype`` has the tensor in: rounded, a router's bias chooses other experts."""
+    return "float32" if name.endswith(CORRECTION) else dtype
+
+
 def softmax_experts(config: Mapping[str, Any], source: str) -> Experts:
     """Return the experts of Qwen3's kind; raises CheckpointError for numbers that contradict each other."""
     layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step") or 1
