@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,22 +16,28 @@ from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
 from slime_spec.checkpoints.families import family_of
+from slime_spec.checkpoints.families.experts import served_dtype
 from slime_spec.checkpoints.folder import CONFIG, INDEX, SINGLE, CheckpointFolder
+from slime_spec.checkpoints.fp8 import Fp8Weight
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import served_dtype, stored_tensors
+from slime_spec.checkpoints.quantization import KEY
+from slime_spec.checkpoints.tensors import weights
 from slime_spec.errors import ConfigError
 from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
 from trainer_bridge.megatron.collective_write import WriteFailedError, agree, free_space
 from trainer_bridge.megatron.model import PolicyModel, hf_tensors
 from trainer_bridge.megatron.process_groups import is_first_of_stage
 
+logger = logging.getLogger(__name__)
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
 def export_hf(
     model: PolicyModel, spec: ModelSpec, source: str, folder: str, trained: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write the folder, all ranks together; ``source`` gives config.json (its dtype is corrected) and the tokenizer.
+    """Write the folder, all ranks together; ``source`` gives config.json and the tokenizer.
+
+    Weights have the model's dtype, which config.json then names, also where those of ``source`` are in fp8.
 
     ``trained`` has on the last stage's first rank the tensors of the MTP layer inside the checkpoint, where the layer
     was trained; the rest of the layer is the source's, and its copies of the policy's tables are the policy's. Written
@@ -107,7 +114,8 @@ class StoredLayer:
         """Yield the layer's own tensors, as they were trained or else stored."""
         yield from self.trained.items()
         wanted = self.names - self.trained.keys()
-        yield from stored_tensors(self.source, wanted.__contains__)
+        for name, each in weights(self.source, wanted.__contains__):
+            yield name, each.dequantised() if isinstance(each, Fp8Weight) else each
 
 
 def _write_stage(model: PolicyModel, spec: ModelSpec, folder: Path, layer: StoredLayer) -> dict[str, str]:
@@ -151,4 +159,6 @@ def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
     config = CheckpointFolder(source).json(CONFIG)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")
+    if config.pop(KEY, None) is not None:
+        logger.info("exported weights that were loaded in fp8 path=%s dtype=%s left_out=%s", target, config[key], KEY)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
