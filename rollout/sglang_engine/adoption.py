@@ -25,6 +25,7 @@ from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError
 from slime_spec.sglang.labels import UNNAMED, label_suffix
+from slime_spec.weights.together import in_order
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Adoption:
             if any(theirs.shape != policy[name][:2].shape for theirs in replicas):
                 raise self._other_model(f"{name} has rows of {tuple(replicas[0].shape[1:])} numbers there")
         names = {*self._target.shapes, *(self._target.mtp_shapes if self._draft_is_inside else ())}
-        whole = dict(stored_tensors(self._config.model.hf_checkpoint, names.__contains__))
+        whole = in_order(dict(stored_tensors(self._config.model.hf_checkpoint, names.__contains__)))
         self._weights.send_checkpoint(Weights("target", 0, whole))
 
     def _prove_target(self) -> None:
@@ -120,7 +121,7 @@ class Adoption:
             logger.warning("the draft of an external server is what that has loaded server=%s: %s", self._url, error)
             return
         wants = self._target.mtp_shapes.__contains__ if inside else lambda name: name not in TABLES
-        tensors = dict(stored_tensors(draft.folder, wants))
+        tensors = in_order(dict(stored_tensors(draft.folder, wants)))
         self._weights.send_checkpoint(Weights("draft", 0, tensors))
 
     @property

@@ -52,9 +52,9 @@ def quantised(
     return torch.cat(codes), torch.cat(scales)
 
 
-def has_nan(codes: torch.Tensor) -> bool:
-    """Return whether any code stands for no number."""
-    return bool(((codes.view(torch.uint8) & NAN_CODE) == NAN_CODE).any())
+def has_nan(codes: torch.Tensor) -> torch.Tensor:
+    """Return whether any code stands for no number, as a tensor where the codes are: a GPU is not waited for."""
+    return ((codes.view(torch.uint8) & NAN_CODE) == NAN_CODE).any()
 
 
 @dataclass(frozen=True)

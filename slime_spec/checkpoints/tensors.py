@@ -157,7 +157,7 @@ def _extremes_of_codes(weight: Fp8Weight) -> torch.Tensor:
     beyond float16, and else nobody needs them.
     """
     largest = weight.scales.abs().max() * LARGEST
-    if has_nan(weight.codes) or bool(largest.isnan()):
+    if bool(has_nan(weight.codes)) or bool(largest.isnan()):
         return torch.full((2,), torch.nan)
     if largest > torch.finfo(torch.float16).max:
         return torch.stack(weight.dequantised().aminmax())

@@ -25,6 +25,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.launch.ray_environment import LOGS
 from slime_spec.launch.waiting import limited, told
 from slime_spec.placement import Bundle, BundlePlan, Placement, plan_bundles
+from slime_spec.weights.served import ServedForm
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +113,7 @@ def _init_ray(address: str, **settings: Any) -> None:
 def _object_store_bytes(spec: ModelSpec | None, config: Config) -> int:
     if spec is None:  # without a trainer nothing is pushed
         return OBJECT_STORE_SLACK_BYTES
-    itemsize = 4 if config.engine.dtype == "float32" else 2
-    total = 0
-    for shape in expected_shapes(spec).values():
-        size = itemsize
-        for dim in shape:
-            size *= dim
-        total += size
+    total = sum(meta.nbytes for meta in ServedForm.of(config).metas(expected_shapes(spec)))
     return kind_of(config).num_weight_copies * (total + total // 8) + OBJECT_STORE_SLACK_BYTES
 
 

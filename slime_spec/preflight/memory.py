@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime_spec.checkpoints.draft_spec import OWN_EMBEDDING
-from slime_spec.checkpoints.families import FORMAT_OF
+from slime_spec.checkpoints.families import FORMAT_OF, family_of
 from slime_spec.checkpoints.families.eagle3 import TABLES
+from slime_spec.checkpoints.families.experts import served_dtype
+from slime_spec.checkpoints.folder import StoredTensor
 from slime_spec.checkpoints.parameters import (
     Parameters,
     count_parameters,
@@ -19,6 +21,7 @@ from slime_spec.checkpoints.parameters import (
     kv_elements_per_token,
     num_kv_heads,
 )
+from slime_spec.checkpoints.quantization import CODES, SCALE, coded_names
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.speculation import draft_quantization
 from slime_spec.config.tree import Config
@@ -90,16 +93,18 @@ def plan_memory(facts: Facts) -> MemoryPlan:
     counted = count_parameters(target)
     source = "config.json" if facts.target.tensors is None else "config.json and the weights' headers"
     runs_engines, trains = config.run.mode != "train_only", config.run.mode != "rollout_only"
-    itemsize = weight_itemsize(facts.target, config.engine.dtype)
+    itemsize = _weight_itemsize(facts)
     return MemoryPlan(
         source,
         engine=_engine(facts, itemsize, counted) if runs_engines and counted is not None else None,
         trainer=trainer_memory(config, target, counted, _trained_draft(facts, counted))
         if trains and counted is not None
         else None,
-        push_bytes=counted.decoder * itemsize if runs_engines and trains and counted is not None else None,
+        push_bytes=_target_bytes(facts, counted, itemsize) if runs_engines and trains and counted is not None else None,
         push_copies=kind_of(config).num_weight_copies,
-        largest_tensor_bytes=0 if counted is None else target["vocab_size"] * target["hidden_size"] * itemsize,
+        largest_tensor_bytes=0
+        if counted is None
+        else target["vocab_size"] * target["hidden_size"] * ITEMSIZES[config.engine.dtype],
     )
 
 
@@ -113,10 +118,11 @@ def _trained_draft(facts: Facts, counted: Parameters) -> DraftMemory | None:
     return draft_memory(facts.config, sizes)
 
 
-def weight_itemsize(checkpoint: Checkpoint, dtype: str) -> int:
-    """Return the bytes of a weight in a server: a checkpoint quantised to 8 bits stays so, others become ``dtype``."""
-    quantization = checkpoint.config.get("quantization_config") or {}
-    return 1 if quantization.get("quant_method") == "fp8" else ITEMSIZES[dtype]
+def _weight_itemsize(facts: Facts) -> int:
+    """Return the bytes of a weight in an engine: a server keeps fp8 as codes, all else becomes the engine's dtype."""
+    quantization = facts.target.config.get("quantization_config") or {}
+    is_kept = facts.on_sglang and quantization.get("quant_method") == "fp8"
+    return 1 if is_kept else ITEMSIZES[facts.config.engine.dtype]
 
 
 def _engine(facts: Facts, itemsize: int, counted: Parameters) -> EngineMemory:
@@ -126,7 +132,7 @@ def _engine(facts: Facts, itemsize: int, counted: Parameters) -> EngineMemory:
     elements = cached(facts.target.config) or 0
     draft_bytes = 0
     if facts.draft_kind == "in_target":
-        draft_bytes = counted.mtp * (1 if _is_rounded(facts) else itemsize)
+        draft_bytes = _mtp_bytes(facts, counted, itemsize)
         elements += cached(facts.target.config, facts.target.num_mtp_layers) or 0
     elif facts.draft is not None:
         draft_bytes = _draft_bytes(facts, facts.draft)
@@ -136,7 +142,7 @@ def _engine(facts: Facts, itemsize: int, counted: Parameters) -> EngineMemory:
     if config.engine.max_total_tokens is not None:
         num_tokens = min(num_tokens, config.engine.max_total_tokens)
     return EngineMemory(
-        target_bytes=_target_bytes(facts, counted, itemsize),
+        target_bytes=_target_bytes(facts, counted, itemsize) + _replicated_bytes(facts, counted, itemsize),
         draft_bytes=draft_bytes,
         kv_bytes_per_token=elements * kv_itemsize,
         num_sequences=num_sequences,
@@ -179,14 +185,46 @@ def _width(target: Mapping[str, Any]) -> int:
 
 
 def _target_bytes(facts: Facts, counted: Parameters, itemsize: int) -> int:
-    """Return the target's bytes over all GPUs.
-
-    Each replica of data parallel attention has its own attention and embedding.
-    """
+    """Return the target's bytes in an engine, once."""
+    if (stored := _coded_bytes(facts)) is not None:
+        return stored[0]
     # A checkpoint quantised to 8 bits leaves its embedding and head as they are.
-    wider = counted.tables * (max(itemsize, ITEMSIZES[facts.config.engine.dtype]) - itemsize)
+    return counted.decoder * itemsize + counted.tables * (ITEMSIZES[facts.config.engine.dtype] - itemsize)
+
+
+def _mtp_bytes(facts: Facts, counted: Parameters, itemsize: int) -> int:
+    """Return the bytes of the target's MTP layers in an engine that drafts with them."""
+    if (stored := _coded_bytes(facts)) is not None:
+        return stored[1]
+    return counted.mtp * (1 if _is_rounded(facts) else itemsize)
+
+
+def _coded_bytes(facts: Facts) -> tuple[int, int] | None:
+    """Return the bytes of target and MTP layers in a server of fp8, as the headers say; None for all other engines."""
+    tensors, dtype = facts.target.tensors, facts.config.engine.dtype
+    if not facts.on_sglang or tensors is None or not coded_names(tensors):
+        return None
+    layer = family_of(facts.target.architecture).mtp
+    prefix = layer.prefix_in(facts.target.config["num_hidden_layers"]) if layer is not None else "-"
+    sizes = {True: 0, False: 0}
+    for name, each in tensors.items():
+        if layer is not None and name.removeprefix(prefix) in layer.copies:
+            continue  # the target's own, which servers have once
+        sizes[name.startswith(prefix)] += _served_bytes(name, each, dtype)
+    return sizes[False], sizes[True]
+
+
+def _served_bytes(name: str, stored: StoredTensor, dtype: str) -> int:
+    """Return the bytes of a tensor in a server of ``dtype``, which keeps fp8 as it is stored."""
+    is_kept = stored.dtype == CODES or name.endswith(SCALE)
+    return stored.num_bytes if is_kept else stored.num_elements * ITEMSIZES[served_dtype(name, dtype)]
+
+
+def _replicated_bytes(facts: Facts, counted: Parameters, itemsize: int) -> int:
+    """Return what more replicas of data parallel attention have: their own attention and embedding."""
     replicas = _integer(facts, "dp_size") if facts.flags.get("enable_dp_attention") else 1
-    return counted.decoder * itemsize + wider + (replicas - 1) * (counted.attention + counted.tables // 2) * itemsize
+    tables = counted.tables // 2 * ITEMSIZES[facts.config.engine.dtype]
+    return (replicas - 1) * (counted.attention * itemsize + tables)
 
 
 def _integer(facts: Facts, flag: str) -> int:
@@ -214,7 +252,10 @@ def _draft_bytes(facts: Facts, draft: Checkpoint) -> int:
 
     Rounding leaves a head's embedding and a whole model's tables as they are.
     """
-    total, itemsize = draft_parameters(draft), ITEMSIZES[facts.config.engine.dtype]
+    dtype = facts.config.engine.dtype
+    if facts.on_sglang and draft.tensors is not None and coded_names(draft.tensors):
+        return sum(_served_bytes(name, each, dtype) for name, each in draft.tensors.items())
+    total, itemsize = draft_parameters(draft), ITEMSIZES[dtype]
     if not _is_rounded(facts):
         return total * itemsize
     if facts.draft_kind == "whole":
@@ -227,9 +268,10 @@ def _draft_bytes(facts: Facts, draft: Checkpoint) -> int:
 
 
 def draft_parameters(draft: Checkpoint) -> int:
-    """Count parameters by the file's headers, without tables of ids; without a file, by SpecForge's export format."""
+    """Count parameters by the headers, without tables and scales; without a file, by SpecForge's export format."""
     if draft.tensors is not None:
-        return sum(each.num_elements for name, each in draft.tensors.items() if name not in TABLES)
+        parameters = (each for name, each in draft.tensors.items() if name not in TABLES and not name.endswith(SCALE))
+        return sum(each.num_elements for each in parameters)
     counted, config = count_parameters(draft.config), draft.config
     if counted is None:
         return 0

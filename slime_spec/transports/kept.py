@@ -13,7 +13,8 @@ from uuid import uuid4
 import torch
 
 from slime_spec.errors import PushError
-from slime_spec.weights.messages import NamedTensors
+from slime_spec.weights.checksums import as_bytes
+from slime_spec.weights.messages import NamedTensors, TensorMeta, meta_of
 
 NUM_KEPT = 2  # pushes of the same tensors: the last that every engine took, and a push in progress
 
@@ -26,6 +27,19 @@ class Source(Protocol):
 
         Raises PushError where the rank no longer keeps the push.
         """
+
+
+Packed = dict[str, tuple[TensorMeta, torch.Tensor]]
+
+
+def packed_for_ray(tensors: Mapping[str, torch.Tensor]) -> Packed:
+    """Return tensors as bytes and what they are: torch cannot unpickle tensors in fp8."""
+    return {name: (meta_of(name, tensor), as_bytes(tensor)) for name, tensor in tensors.items()}
+
+
+def unpacked_from_ray(packed: Packed) -> dict[str, torch.Tensor]:
+    """Return the tensors that ``packed_for_ray`` has packed."""
+    return {name: flat.view(meta.torch_dtype).view(meta.shape) for name, (meta, flat) in packed.items()}
 
 
 class KeptWeights:

@@ -12,6 +12,8 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from slime_spec.checkpoints.fp8 import LARGEST, has_nan
+from slime_spec.checkpoints.quantization import CODES, SCALE, SCALES
 from slime_spec.errors import PushError
 from slime_spec.interfaces import WeightTransport
 from slime_spec.weights.checksums import combined_checksum, tensor_checksums
@@ -33,7 +35,7 @@ from slime_spec.weights.messages import (
 )
 from slime_spec.weights.together import check_together
 
-# Weights are sent as the numbers they are: codes of a quantised checkpoint would be loaded without their scales.
+# Weights are sent as the numbers they are; codes only where the engine expects their scales as well.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -279,8 +281,20 @@ def check_part(tensors: Sequence[TensorMeta], expected: Mapping[str, tuple[int, 
     for meta in tensors:
         if meta.shape != expected[meta.name]:
             raise PushError(f"{meta.name} has shape {meta.shape}, the engine expects {expected[meta.name]}")
-        if meta.dtype not in WEIGHT_DTYPES:
+        if (dtype := _dtype_of_fp8(meta.name, expected)) is not None:
+            if meta.dtype != dtype:
+                raise PushError(
+                    f"{meta.name} is {meta.dtype}, and the engine has this weight in fp8: it must be {dtype}"
+                )
+        elif meta.dtype not in WEIGHT_DTYPES:
             raise PushError(f"{meta.name} is {meta.dtype}: weights must be one of {', '.join(WEIGHT_DTYPES)}")
+
+
+def _dtype_of_fp8(name: str, expected: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return the dtype of codes, or of their scales; None for a tensor that is neither in the engine."""
+    if name.endswith(SCALE):
+        return SCALES
+    return CODES if name + SCALE in expected else None
 
 
 def check_values(names: Sequence[str], tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
@@ -293,14 +307,21 @@ def check_values(names: Sequence[str], tensors: Sequence[torch.Tensor], dtype: t
     if not full:
         return
     # NaN where the tensor holds NaN; a cast keeps their order, and float64 holds them as they are.
-    extremes = torch.stack([torch.stack(tensor.aminmax()).double() for _, tensor in full]).cpu()
+    extremes = torch.stack([_extremes(name, tensor) for name, tensor in full]).cpu()
     for (name, tensor), of_tensor in zip(full, extremes, strict=True):
         sent, kept = (str(each).removeprefix("torch.") for each in (tensor.dtype, dtype))
         if not bool(of_tensor.isfinite().all()):
             raise PushError(f"{name} ({sent}) holds NaN or infinity: weights must be finite numbers")
-        if not bool(of_tensor.to(dtype).isfinite().all()):
+        if tensor.dtype != getattr(torch, CODES) and not bool(of_tensor.to(dtype).isfinite().all()):
             largest = float(of_tensor.abs().max())
             raise PushError(f"{name} ({sent}) holds {largest:.3g}, which is infinite in the engine's {kept}")
+
+
+def _extremes(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the least and the largest number; of codes whether they are any, of scales what the largest code is."""
+    if tensor.dtype == getattr(torch, CODES):
+        return torch.where(has_nan(tensor), torch.nan, 0.0).double().expand(2)
+    return torch.stack(tensor.aminmax()).double() * (LARGEST if name.endswith(SCALE) else 1)
 
 
 def _some(names: Iterable[str]) -> str:

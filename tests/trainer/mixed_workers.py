@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from slime_spec.config.tree import Config
+from slime_spec.transports.kept import Packed, packed_for_ray
 from slime_spec.types import TrainSample
 from tests.trainer.rank_workers import KeepingTransport
 from trainer_bridge.megatron.cpu_shim import cpu_shim
@@ -67,3 +68,15 @@ def pushed_dtypes(rank: int, init_method: str, config: Config) -> dict[str, str]
             dtypes[meta.name] = meta.dtype
     worker.close()
     return dtypes
+
+
+def pushed_tensors(rank: int, init_method: str, config: Config) -> Packed:
+    """The tensors that this rank publishes, by name."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    pushed: Tensors = {}
+    for bucket in worker.push_buckets(1, KeepingTransport()):
+        if bucket is not None:
+            pushed |= zip((meta.name for meta in bucket.tensors), bucket.handle, strict=True)
+    worker.close()
+    return packed_for_ray(pushed)

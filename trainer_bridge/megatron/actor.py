@@ -18,6 +18,7 @@ from slime_spec.interfaces import RunState
 from slime_spec.ports import free_port
 from slime_spec.ray_errors import result_of
 from slime_spec.transports.choice import every_rank_publishes, make_transport
+from slime_spec.transports.kept import Packed, packed_for_ray, unpacked_from_ray
 from slime_spec.transports.to_servers import ServerRoute, ToServers
 from slime_spec.types import TrainReport, TrainSample
 from slime_spec.weights.messages import PushBucket, Side
@@ -37,10 +38,10 @@ class RankSource:
 
     def fetch(self, push: str, names: Sequence[str], num_rows: int | None) -> dict[str, torch.Tensor]:
         try:
-            kept: dict[str, torch.Tensor] = result_of(self._rank.kept.remote(push, names, num_rows), KEPT_TIMEOUT_S)
+            kept: Packed = result_of(self._rank.kept.remote(push, names, num_rows), KEPT_TIMEOUT_S)
         except (GetTimeoutError, RayActorError) as error:
             raise PushError(f"the trainer's rank does not give out the weights that it has kept: {error}") from error
-        return kept
+        return unpacked_from_ray(kept)
 
 
 class RankActor:
@@ -73,10 +74,10 @@ class RankActor:
             return replace(route, source=RankSource(ray.get_runtime_context().current_actor))
         return route
 
-    def kept(self, push: str, names: Sequence[str], num_rows: int | None) -> dict[str, torch.Tensor]:
-        """Do what Source says of ``fetch``."""
+    def kept(self, push: str, names: Sequence[str], num_rows: int | None) -> Packed:
+        """Do what Source says of ``fetch``, for RankSource to unpack."""
         assert isinstance(self.transport, ToServers), "named by a route to servers"
-        return self.transport.kept.fetch(push, names, num_rows)
+        return packed_for_ray(self.transport.kept.fetch(push, names, num_rows))
 
     def next_bucket(self, version: int, side: Side) -> PushBucket | None:
         """Make the next bucket of the push; None where there are no more, or another rank publishes them."""

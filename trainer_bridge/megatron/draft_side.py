@@ -24,7 +24,6 @@ from slime_spec.checkpoints.draft_choice import trainable_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import DraftCheckpoint, draft_shapes, load_draft, save_draft_checkpoint
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import served_dtype
 from slime_spec.config.draft_training import loss_for, rows_of_reply
 from slime_spec.config.tree import Config
 from slime_spec.draft.ranks import expert_of, experts_of, holder_of
@@ -35,6 +34,7 @@ from slime_spec.interfaces import WeightTransport
 from slime_spec.types import DraftReport, TrainSample
 from slime_spec.weights.messages import PushBucket
 from slime_spec.weights.run import bucket_of, bucketed
+from slime_spec.weights.served import ServedForm
 from trainer_bridge.checkpoint_folder import publish_folder, tidy, unfinished_folder
 from trainer_bridge.draft_rows import ReplyRows, choose_replies, reply_rows
 from trainer_bridge.megatron.adam_state import OnHost
@@ -59,6 +59,7 @@ class DraftSide:
         self._num_steps = self.spec.num_block_drafts or self._settings.num_steps
         self._num_layers = target.num_layers
         checkpoint = load_draft(chosen.folder, self.spec)
+        self._form = ServedForm.of(config, self.spec.in_target)
         self._file_dtype = next(iter(checkpoint.tensors.values())).dtype
         self.token_ids = hot_token_ids(checkpoint)
         self._ranks = StageRanks()
@@ -148,8 +149,7 @@ class DraftSide:
         if not self.is_owner:
             return
         publishes = every_rank or is_first_of_stage()
-        dtype = self.config.engine.dtype
-        weights = ((name, tensor.to(getattr(torch, served_dtype(name, dtype)))) for name, tensor in self._whole())
+        weights = self._form.tensors(self._whole())
         for index, named in enumerate(bucketed(weights, self.config.push.bucket_bytes)):
             yield bucket_of(named, version, index, transport) if publishes else None
 

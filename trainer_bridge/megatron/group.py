@@ -23,7 +23,7 @@ from slime_spec.checkpoints.draft_choice import trainable_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import expected_shapes, served_dtype
+from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.draft_training import loss_for
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, PushError, TrainingError
@@ -39,9 +39,9 @@ from slime_spec.weights.messages import (
     PushBucket,
     PushMessage,
     Side,
-    TensorMeta,
 )
 from slime_spec.weights.run import begin_of
+from slime_spec.weights.served import ServedForm
 from trainer_bridge.checkpoint_folder import resolve_checkpoint
 from trainer_bridge.layout import check_layout
 from trainer_bridge.megatron.actor import RankActor
@@ -62,11 +62,12 @@ class MegatronGroup:
         self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
         self.layout = check_layout(config, self.spec)
         self._draft_shapes: Mapping[str, tuple[int, ...]] = {}
+        self._draft_in_target = False
         settings = config.draft_training
         if settings.enable:
             draft = trainable_draft(config, self.spec).spec
             assert isinstance(draft, DraftSpec), "a whole model is not trained"
-            self._draft_shapes = draft_shapes(draft)
+            self._draft_shapes, self._draft_in_target = draft_shapes(draft), draft.in_target
             logger.info("chose the draft's loss family=%s loss=%s", draft.family, loss_for(settings, draft.family))
         if config.trainer.load is not None:
             resolve_checkpoint(config.trainer.load)
@@ -147,11 +148,10 @@ class MegatronGroup:
         yield CommitPush(version, combined_checksum(checksums))
 
     def _manifest(self, version: int, side: Side) -> Manifest:
-        """List the tensors in the model's order, in the engines' dtype: the engines' weights can then be compared."""
-        dtype = self.config.engine.dtype
-        shapes = expected_shapes(self.spec) if side == "target" else self._draft_shapes
-        metas = (TensorMeta(name, shape, served_dtype(name, dtype)) for name, shape in shapes.items())
-        return Manifest(side, version, tuple(metas))
+        """List the tensors in the model's order, as engines have them: the engines' weights can then be compared."""
+        if side == "target":
+            return Manifest(side, version, ServedForm.of(self.config).metas(expected_shapes(self.spec)))
+        return Manifest(side, version, ServedForm.of(self.config, self._draft_in_target).metas(self._draft_shapes))
 
     def _stage_buckets(self, stage: int, version: int, side: Side) -> Iterator[PushBucket]:
         """Yield the stage's buckets, which its holders gather together; of the draft these are all its ranks.

@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import load_tensors, served_dtype
+from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.interfaces import RunState, WeightTransport
@@ -22,6 +22,7 @@ from slime_spec.memory import release_freed_memory
 from slime_spec.types import TrainReport, TrainSample, is_greedy
 from slime_spec.weights.messages import PushBucket, Side
 from slime_spec.weights.run import bucket_of, bucketed
+from slime_spec.weights.served import ServedForm
 from trainer_bridge.flat_samples import SplitBatch, split_batch
 from trainer_bridge.grpo import GrpoLoss
 from trainer_bridge.layout import check_layout
@@ -78,6 +79,7 @@ class TrainerRank:
         temperature = config.rollout.temperature
         self.temperature = 1.0 if is_greedy(temperature) else temperature
         self.optimizer_step = 0
+        self.form = ServedForm.of(config)
         torch.set_num_threads(config.trainer.num_cpus_per_rank)
         join_process_groups(layout, rank, init_method, config.run.seed)
 
@@ -146,7 +148,7 @@ class TrainerRank:
     def push_buckets(
         self, version: int, transport: WeightTransport, every_rank: bool = False, side: Side = "target"
     ) -> Iterator[PushBucket | None]:
-        """Yield this pipeline stage's weights of a side in the engines' dtype, numbered from 0 within the stage.
+        """Yield this pipeline stage's weights of a side as the engines have them, numbered from 0 within the stage.
 
         Collective over the stage's holders; the first publishes, or ``every_rank``, and the others yield None.
         The parameters stay on the device until ``end_push``.
@@ -157,11 +159,7 @@ class TrainerRank:
             yield from self.draft.buckets(version, transport, every_rank)
             return
         publishes = every_rank or is_first_of_stage()
-        dtype = self.config.engine.dtype
-        weights = (
-            (name, tensor.to(getattr(torch, served_dtype(name, dtype))))
-            for name, tensor in hf_tensors(self.model, self.spec)
-        )
+        weights = self.form.tensors(hf_tensors(self.model, self.spec))
         for index, named in enumerate(bucketed(weights, self.config.push.bucket_bytes)):
             yield bucket_of(named, version, index, transport) if publishes else None
 
