@@ -10,6 +10,7 @@ from typing import Any
 from rollout.sglang_engine.client import ServerRefused, SglangClient
 from slime_spec.checkpoints.folder import CONFIG, CheckpointFolder
 from slime_spec.checkpoints.model_files import TargetFiles
+from slime_spec.checkpoints.quantization import KEY
 from slime_spec.config.server_checks import ADDRESSES
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
@@ -54,6 +55,8 @@ def check_served(url: str, config: Config, target: TargetFiles, model_info: Mapp
         "num_hidden_layers": target.num_layers,
     }
     theirs = _told(model_info)
+    if config.run.mode != "rollout_only":
+        _check_form(url, config, model_info, theirs)
     for name, value in ours.items():
         if theirs.get(name, value) != value:
             raise ConfigError(
@@ -62,6 +65,25 @@ def check_served(url: str, config: Config, target: TargetFiles, model_info: Mapp
                 model_info.get("model_path"),
                 f"Start that server with --model-path {config.model.hf_checkpoint}, or name another.",
             )
+
+
+def _check_form(url: str, config: Config, model_info: Mapping[str, Any], theirs: Mapping[str, object]) -> None:
+    """Raise ConfigError where a push would not send weights in the form in which the server has them.
+
+    That is the form of the folder that the server has loaded: codes where its config.json describes them.
+    """
+    ours = CheckpointFolder(Path(config.model.hf_checkpoint)).config.get(KEY) or None
+    if theirs.get(KEY, ours) == ours and (KEY in theirs or ours is None):
+        return
+    told = (
+        f"has loaded {KEY} {theirs[KEY]}" if KEY in theirs else f"has loaded a folder that is not here, with any {KEY}"
+    )
+    raise ConfigError(
+        ADDRESSES,
+        f"must have loaded weights in the form of --hf-checkpoint ({KEY} {ours}), and {url} {told}",
+        model_info.get("model_path"),
+        f"Start that server with --model-path {config.model.hf_checkpoint}, a folder that this machine has too.",
+    )
 
 
 def check_flags(url: str, config: Config, engine_index: int, server_info: Mapping[str, Any]) -> None:
@@ -78,6 +100,7 @@ def _told(model_info: Mapping[str, Any]) -> dict[str, object]:
     if (folder / CONFIG).is_file():
         config = CheckpointFolder(folder).config
         told = {name: config[name] for name in ("vocab_size", "num_hidden_layers") if name in config}
+        told[KEY] = config.get(KEY) or None
         told |= _architecture(config)
     return told | _architecture(model_info)
 

@@ -26,7 +26,7 @@ from slime_spec.checkpoints.tensors import verify_headers, verify_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
 from slime_spec.config.draft_training import MTP, DraftTrainingConfig, check_loss
-from slime_spec.config.speculation import check_fp8
+from slime_spec.config.speculation import FP8_CAPABILITY, check_fp8
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError, NotComputedError
@@ -48,6 +48,7 @@ ONLY_THE_START_KNOWS = (
     "whether ports are free, the cluster of --ray-address answers and has the cores and GPUs, servers load and stay "
     "healthy, servers that run already hold this model's weights, another run holds the folder, disks have room"
 )
+LATER_THAN_HOPPER = (10, 0)  # from which SGLang rounds scales to powers of two and packs them
 logger = logging.getLogger(__name__)
 Checked = ParamSpec("Checked")
 Result = TypeVar("Result")
@@ -181,6 +182,8 @@ def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
         refusals.of(_check_fp8, config)
     if config.draft_training.enable:
         refusals.of(_check_draft_in_training, config, spec)
+    if config.run.mode == "train" and kind_of(config).has_servers:
+        refusals.of(_check_fp8_pushes, config)
 
 
 def _check_draft(config: Config, spec: ModelSpec, dtypes: Sequence[torch.dtype]) -> None:
@@ -216,6 +219,24 @@ def _check_fp8(config: Config) -> None:
     if config.speculative.draft_model_quantization == "fp8" and config.cluster.ray_address is None:
         for capability in visible_gpu_capabilities(os.environ):
             check_fp8(capability)
+
+
+def _check_fp8_pushes(config: Config) -> None:
+    """Refuse GPUs of this machine on which servers keep fp8 in another layout than they load."""
+    folder = CheckpointFolder(Path(config.model.hf_checkpoint))
+    is_elsewhere = config.cluster.ray_address is not None or kind_of(config).uses_external_servers(config)
+    if is_elsewhere or not config.rollout.num_gpus_per_engine or scheme_of(folder.config, folder.source) is None:
+        return
+    for capability in visible_gpu_capabilities(os.environ):
+        if not FP8_CAPABILITY <= capability < LATER_THAN_HOPPER:
+            raise ConfigError(
+                "model.hf_checkpoint",
+                "with weights in fp8 is pushed to servers on Ada and Hopper alone (compute capability 8.9 and 9.0): on "
+                "others they lay codes and scales out anew, and cannot load a second time",
+                "a GPU of {}.{}".format(*capability),
+                "Choose the same model with weights in bfloat16, such as what a run exports, or pass "
+                "--debug-rollout-only.",
+            )
 
 
 def _check_corpus(config: Config) -> None:

@@ -9,6 +9,7 @@ import pytest
 from slime_spec.launch.compose import composed
 from slime_spec.launch.preflight import look
 from slime_spec.preflight.gpus import MIB, visible_gpu_bytes, visible_gpu_capabilities
+from tests.support.fp8_checkpoints import store_in_fp8
 from tests.support.tiny_drafts import EAGLE3, make_tiny_draft
 from tests.support.tiny_policy import make_tiny_policy
 
@@ -89,3 +90,23 @@ def test_a_draft_in_fp8_is_refused_where_this_machines_gpus_have_none(
     refused = [str(each) for each in look(composed(argv)).refusals]
     assert [says in each for each in refused] == ([True] if says else []), refused
     assert look(composed([*argv, "--ray-address", "10.0.0.1:6379"])).refusals == ()
+
+
+@pytest.mark.parametrize(
+    ("capability", "says"), [("8.0", "a GPU of 8.0"), ("8.9", None), ("9.0", None), ("10.0", "a GPU of 10.0")]
+)
+def test_pushes_of_fp8_are_refused_on_gpus_whose_servers_keep_another_layout(
+    capability: str, says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(two_gpus_of(capability))
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    policy = store_in_fp8(make_tiny_policy(tmp_path / "policy", max_position_embeddings=4096))
+    argv = ["--hf-checkpoint", str(policy), "--rollout-num-gpus-per-engine", "1", "--actor-num-gpus", "1"]
+    argv += ["--rollout-engine", "sglang", "--skip-check", "sglang-version"]
+    refused = [str(each) for each in look(composed(argv)).refusals]
+    assert [says in each for each in refused] == ([True] if says else []), refused
+    for other in (["--ray-address", "10.0.0.1:6379"], ["--debug-rollout-only"], ["--rollout-engine", "embedded"]):
+        assert look(composed([*argv, *other])).refusals == ()

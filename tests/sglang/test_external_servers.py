@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from rollout.sglang_engine.engine import SglangEngine
+from rollout.sglang_engine.external import check_served
 from rollout.sglang_engine.fake import FakeServer, serving
+from slime_spec.checkpoints.model_files import TargetFiles
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.ports import free_port
@@ -21,6 +23,7 @@ from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.messages import BeginPush, PauseGeneration, PushMessage, PushReply
 from slime_spec.weights.run import run_push
 from tests.sglang.conftest import Checkpoints, Connect, OnFake, rows_of
+from tests.support.fp8_checkpoints import PUBLISHED, store_in_fp8
 from tests.support.pushes import DirectTransport, other_weights, push_of
 from tests.support.sglang_checkpoints import make_target
 from tests.support.tiny_drafts import edit_config
@@ -194,6 +197,43 @@ def adopted(server: FakeServer, config: Config, address: str) -> SglangEngine:
     engine = SglangEngine(replace(config, sglang_server=settings), 0, DirectTransport())
     engine.start()
     return engine
+
+
+HERE, ELSEWHERE = "here", "/a/folder/of/another/machine"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        (True, None, "has loaded quantization_config None"),
+        (False, [128, 128], "has loaded quantization_config {"),
+        (True, [64, 64], "has loaded quantization_config {"),
+        (True, ELSEWHERE, "has loaded a folder that is not here"),
+        (True, HERE, None),
+        (False, ELSEWHERE, None),
+    ],
+)
+def test_a_server_that_has_loaded_another_form_of_the_weights_is_not_pushed_to(
+    ours: bool, theirs: object, says: str | None, config: Config, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    target = shutil.copytree(checkpoints.target, tmp_path / "target")
+    model = Path(ELSEWHERE)
+    if theirs is None or isinstance(theirs, list):
+        model = shutil.copytree(target, tmp_path / "theirs")
+        described = None if theirs is None else {**PUBLISHED, "weight_block_size": theirs}
+        edit_config(model, quantization_config=described)
+    if ours:
+        store_in_fp8(target, (128, 128))
+    model = target if theirs == HERE else model
+    of_run = replace(config, model=replace(config.model, hf_checkpoint=str(target)))
+    files, told_by_server = TargetFiles.read(str(target)), {"model_path": str(model)}
+    check_served("http://server", of_run, files, told_by_server)  # serves rollouts alone, whatever its form
+    if says is None:
+        check_served("http://server", training(of_run), files, told_by_server)
+        return
+    with pytest.raises(ConfigError, match="must have loaded weights in the form of --hf-checkpoint") as refused:
+        check_served("http://server", training(of_run), files, told_by_server)
+    assert says in refused.value.rule
 
 
 def test_a_run_that_trains_pushes_policy_and_draft_before_the_first_sample(config: Config) -> None:

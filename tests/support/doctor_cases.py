@@ -12,6 +12,7 @@ from slime_spec.preflight.facts import DENSE_GRAPH_SIZES
 from slime_spec.preflight.finding import Severity
 from slime_spec.sglang.served import Difference
 from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, TREE
+from tests.support.fp8_checkpoints import PUBLISHED
 
 ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
 EAGLE3 = (*SERVERS, "--speculative-algorithm", "EAGLE3", *CHAIN)
@@ -49,6 +50,9 @@ LATENT = {
     **{"n_routed_experts": 256, "moe_intermediate_size": 2048},
 }
 CODED_MIMO = {**TARGET, "model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}}
+IN_FP8 = {**TARGET, "quantization_config": PUBLISHED}
+DROPPED = '{"quantization_config": null}'
+ROUNDED = ("--speculative-draft-model-quantization", "fp8")
 ERNIE = {**TARGET, "architectures": ["Ernie4_5_MoeForCausalLM"], "num_nextn_predict_layers": 1}
 FLASHINFER = ("--sglang-attention-backend", "flashinfer")
 FIVE_STEPS = ("--speculative-num-steps", "5", "--speculative-num-draft-tokens", "6")
@@ -333,6 +337,21 @@ CASES = (
     case("draft-lost-on-resume", (*EAGLE3, "--no-offload"), **HEAD),
     case("ngram-update", (*NGRAM, *DISK), WARNING),
     case("ngram-update", NGRAM),
+    case("push-quantization", (*PLAIN, "--sglang-quantization", "fp8"), ERROR),
+    case("push-quantization", (*PLAIN, "--sglang-quantization", "fp8", ROLLOUTS)),
+    case("push-quantization", (*PLAIN, "--sglang-quantization", "fp8"), target=IN_FP8),
+    case("push-quantization", (*PLAIN, "--sglang-quantization", "w8a8_fp8"), ERROR, target=IN_FP8),
+    case("push-quantization", (*PLAIN, "--sglang-quantization", "unquant")),
+    case("push-quantization", (*PLAIN, "--sglang-rl-quant-profile", "profile.pt"), ERROR),
+    case("push-quantization", (*PLAIN, "--sglang-json-model-override-args", DROPPED), ERROR, target=IN_FP8),
+    case("push-quantization", (*PLAIN, "--sglang-json-model-override-args", '{"rope_theta": 1}'), target=IN_FP8),
+    case("push-quantization", (*PLAIN, "--sglang-moe-runner-backend", "marlin"), ERROR, target=IN_FP8),
+    case("push-quantization", (*PLAIN, "--sglang-moe-runner-backend", "triton"), target=IN_FP8),
+    case("push-quantization", (*PLAIN, "--sglang-moe-runner-backend", "marlin")),
+    case("push-quantization", PLAIN, ERROR, target=IN_FP8, environ={"SGLANG_FORCE_FP8_MARLIN": "1"}),
+    case("push-quantization", PLAIN, environ={"SGLANG_FORCE_FP8_MARLIN": "1"}),
+    case("push-quantization", (*MTP, LEARNING, *ROUNDED), ERROR, target=MIMO),
+    case("push-quantization", (*MTP, *ROUNDED), target=MIMO),
     case("torch-versions", PLAIN, ERROR, torch="2.9.1+cu128"),
     case("torch-versions", PLAIN, torch=version("torch").partition("+")[0] + "+cu130"),
     case("torch-versions", (*PLAIN, *BY_GROUP), torch="2.9.1"),
