@@ -16,6 +16,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.metrics.jsonl import read_metrics
 from tests.e2e.conftest import Run
+from tests.support.fp8_checkpoints import store_in_fp8, store_numbers
 from tests.support.tiny_models import MIXED, add_mtp_layer, make_tiny_checkpoint
 from tests.support.tiny_policy import make_tiny_policy
 
@@ -57,6 +58,28 @@ def test_a_family_learns_while_it_speculates(
         assert mean(accepted[-3:]) > mean(accepted[:3]) + 0.05
         assert [row["spec/draft_version_lag"] for row in rows] == [0.0] * STEPS
     check_export(policy, folder / "hf")
+
+
+def test_a_policy_in_fp8_learns_from_its_numbers_and_is_exported_as_numbers(
+    slime_spec: Run, graded: tuple[str, ...], tmp_path: Path
+) -> None:
+    """DeepSeek-R1's format: the embedded engine serves it and its MTP layer, and takes pushes of numbers."""
+    policy, folder = store_in_fp8(make_policy(tmp_path / "policy", "DeepseekV3ForCausalLM")), tmp_path / "run"
+    steps = 3
+    slime_spec(
+        "train",
+        *graded,
+        *("--hf-checkpoint", str(policy), "--output-dir", str(folder), "--num-rollout", str(steps), "--lr", "3e-3"),
+        *("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--rollout-max-response-len", "16"),
+        *("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "3", "trainer.metrics_of_all_samples=true"),
+    )
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert all((row["train/train_rollout_logprob_abs_diff"] or 1.0) < 1e-4 for row in rows)
+    assert [row["sync/weight_version"] for row in rows] == list(range(1, steps + 1))
+    assert all(row["sync/checksum_ok"] == 1 for row in rows)
+    assert sum(row["spec/correct_drafts"] or 0.0 for row in rows) > 0
+    check_export(store_numbers(policy, tmp_path / "numbers"), folder / "hf")
+    assert "quantization_config" not in json.loads((folder / "hf" / "config.json").read_text())
 
 
 def check_export(policy: Path, exported: Path) -> None:
