@@ -69,6 +69,11 @@ class BlockScheme:
         return shape[0] * shape[1] + 4 * rows * columns
 
 
+def is_fp8(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json says that weights are in fp8, in blocks or otherwise."""
+    return (config.get(KEY) or {}).get("quant_method") == "fp8"
+
+
 def scheme_of(config: Mapping[str, Any], source: str) -> BlockScheme | None:
     """Return how the config.json at ``source`` says that weights are stored in fp8; None for weights that are numbers.
 

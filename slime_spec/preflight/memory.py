@@ -21,7 +21,7 @@ from slime_spec.checkpoints.parameters import (
     kv_elements_per_token,
     num_kv_heads,
 )
-from slime_spec.checkpoints.quantization import CODES, SCALE, coded_names
+from slime_spec.checkpoints.quantization import CODES, SCALE, coded_names, is_fp8
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.speculation import draft_quantization
 from slime_spec.config.tree import Config
@@ -120,8 +120,7 @@ def _trained_draft(facts: Facts, counted: Parameters) -> DraftMemory | None:
 
 def _weight_itemsize(facts: Facts) -> int:
     """Return the bytes of a weight in an engine: a server keeps fp8 as codes, all else becomes the engine's dtype."""
-    quantization = facts.target.config.get("quantization_config") or {}
-    is_kept = facts.on_sglang and quantization.get("quant_method") == "fp8"
+    is_kept = facts.on_sglang and is_fp8(facts.target.config)
     return 1 if is_kept else ITEMSIZES[facts.config.engine.dtype]
 
 

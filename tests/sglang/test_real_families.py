@@ -48,9 +48,9 @@ OF_SERVERS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(folder: Path, architecture: str) -> Path:
+def make_model(folder: Path, architecture: str, **sizes: Any) -> Path:
     tokens = make_tiny_policy(folder / "tokens")
-    sizes: dict[str, Any] = {"vocab_size": 257, "eos_token_id": 256, "num_hidden_layers": 4}
+    sizes = {"vocab_size": 257, "eos_token_id": 256, "num_hidden_layers": 4, **sizes}
     if architecture == "Qwen3MoeForCausalLM":
         sizes["mlp_only_layers"] = []  # SGLang gives every layer of this family experts
     model = make_tiny_checkpoint(folder / "model", architecture, **sizes)

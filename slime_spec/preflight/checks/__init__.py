@@ -33,6 +33,7 @@ TRAPS: tuple[Trap, ...] = (
     dtype.draft_dtype,
     dtype.float32_attention,
     dtype.float16_range,
+    quantization.fp8_dtype,
     context.draft_context,
     context.draft_length,
     context.context_length,

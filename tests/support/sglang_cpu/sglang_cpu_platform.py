@@ -5,6 +5,7 @@ two attention kernels come from the stand-in ``sgl_kernel`` beside this file, wh
 """
 
 import multiprocessing
+import os
 
 import torch
 from sglang.srt.runtime_context import _PLATFORM
@@ -17,3 +18,7 @@ def activate() -> None:
     # A server's processes are forked from its first one, which has a single thread then and has imported SGLang: for
     # each that is spawned this takes some 8 s of a core.
     multiprocessing.set_start_method = lambda method, force=False: None
+    if os.environ.get("SGLANG_STAND_IN_FP8"):
+        import fp8_in_torch  # of this folder; it takes imports that other servers do not need here
+
+        fp8_in_torch.activate()
