@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from slime_spec.metrics.jsonl import read_metrics
+from tests.support.fp8_checkpoints import store_in_fp8
 from tests.support.launched import run_in_process
 from tests.support.make_stand_ins import SCRIPTS, STAND_INS, StandIn
 from tests.support.tiny_drafts import edit_config
@@ -131,6 +132,15 @@ def test_the_deepseek_recipe_drafts_a_chain_of_three(stand_ins: dict[str, StandI
     config = yaml.safe_load(planned("run-deepseek-r1-mtp.sh", stand_ins["deepseek-r1"], SLIME_SPEC_COMMAND="config"))
     shape = [config["speculative"][name] for name in ("algorithm", "num_steps", "eagle_topk", "num_draft_tokens")]
     assert shape == ["EAGLE", 3, 1, 4]
+
+
+def test_the_deepseek_recipe_plans_with_weights_in_fp8_which_it_is_for(tmp_path: Path) -> None:
+    made = StandIn(store_in_fp8(STAND_INS["deepseek-r1"](tmp_path).target), None)
+    told = planned("run-deepseek-r1-mtp.sh", made, "--dry-run", *ELSEWHERE)
+    assert "warning" not in told
+    assert told.rstrip().endswith("a launch would go on")
+    embedded = planned("run-deepseek-r1-mtp.sh", made, "--dry-run", *EMBEDDED, *ELSEWHERE)
+    assert embedded.rstrip().endswith("a launch would go on")
 
 
 OWN_STAND_INS = sorted(set(SCRIPTS) - {"run-glm4.6-355B-A32B-mtp.sh"})  # GLM-4.6 has GLM-4.5's
