@@ -16,7 +16,8 @@ BEGIN, END = "<!-- flags: scripts/make_slime_doc.py -->\n", "<!-- /flags -->"
 # What slime's launch scripts and examples pass, besides --sglang-*; the code says which of them are accepted.
 SLIMES = """
 --actor-num-gpus-per-node --actor-num-nodes --adam-beta1 --adam-beta2 --advantage-estimator --apply-chat-template
---colocate --context-parallel-size --custom-rm-path --debug-rollout-only --debug-train-only --enable-mtp-training
+--colocate --context-parallel-size --custom-rm-path --debug-rollout-only
+--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --debug-train-only --enable-mtp-training
 --eps-clip --eps-clip-high --expert-model-parallel-size --expert-tensor-parallel-size --global-batch-size
 --hf-checkpoint --input-key --kl-loss-coef --label-key --load --lr --max-tokens-per-gpu --mtp-loss-scaling-factor
 --mtp-num-layers --n-samples-per-prompt --no-offload-rollout --no-offload-train --num-rollout
@@ -67,7 +68,6 @@ UNKNOWN: Mapping[str, str] = {
 --disable-compute-advantages-and-returns""",
     "Not in this version: these ways to spare the trainer's memory or time.": """
 --sequence-parallel --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer
---decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
 --moe-token-dispatcher-type --moe-enable-deepep""",
 }
 

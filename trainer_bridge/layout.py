@@ -9,6 +9,7 @@ from slime_spec.checkpoints.block_parts import Experts
 from slime_spec.checkpoints.folder import TARGET_PATH
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.checks import check_ranks
+from slime_spec.config.pipeline_stages import stage_layers
 from slime_spec.config.tree import Config, TrainerConfig
 from slime_spec.errors import ConfigError
 
@@ -79,13 +80,7 @@ def check_layout(config: Config, spec: ModelSpec) -> Layout:
                 tensor,
                 "Choose a smaller --tensor-model-parallel-size.",
             )
-    if spec.num_layers % pipeline:
-        raise ConfigError(
-            "trainer.pipeline_model_parallel_size",
-            f"must divide the model's layers ({spec.num_layers})",
-            pipeline,
-            "Choose another --pipeline-model-parallel-size.",
-        )
+    stage_layers(spec.num_layers, trainer)  # called only for its errors
     data = trainer.world_size // (tensor * pipeline)
     if spec.experts is None:
         _check_without_experts(trainer)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from slime_spec.algorithms import LOOKUP
+from slime_spec.config.cluster import ClusterConfig
 from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.push import PushConfig
 from slime_spec.config.setting import CORES, INT32, MACHINES, MAX_WAIT_S, SAMPLES, setting
@@ -231,6 +232,20 @@ class TrainerConfig:
     num_cpus_per_rank: int = setting(2, "CPU cores, and compute threads, of one rank.", minimum=1, maximum=CORES)
     tensor_model_parallel_size: int = setting(1, "Tensor parallel ranks.", minimum=1, maximum=MACHINES)
     pipeline_model_parallel_size: int = setting(1, "Pipeline parallel ranks.", minimum=1, maximum=MACHINES)
+    num_layers_in_first_pipeline_stage: int | None = setting(
+        None,
+        "Layers of the first pipeline stage; default: as many as the others.",
+        flags=("--decoder-first-pipeline-num-layers",),
+        minimum=1,
+        maximum=INT32,
+    )
+    num_layers_in_last_pipeline_stage: int | None = setting(
+        None,
+        "Layers of the last pipeline stage, which has the head too; default: as many as the others.",
+        flags=("--decoder-last-pipeline-num-layers",),
+        minimum=1,
+        maximum=INT32,
+    )
     expert_model_parallel_size: int = setting(
         1, "Ranks over which a layer's experts are spread.", minimum=1, maximum=MACHINES
     )
@@ -308,34 +323,6 @@ class AlgorithmConfig:
         minimum=0.0,
         maximum=1000.0,
     )
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """These settings say how the run uses Ray, and how trainer and engines share the machines."""
-
-    ray_address: str | None = setting(None, "Join this Ray cluster (host:port or auto) instead of starting one.")
-    num_gpus_per_node: int = setting(
-        8,
-        "GPUs of one node; an engine with more spans several.",
-        flags=("--num-gpus-per-node",),
-        minimum=1,
-        maximum=MACHINES,
-    )
-    colocate: bool = setting(True, "Trainer and engines share the same cores or GPUs and take turns.")
-    offload: bool = setting(
-        True, "In colocate mode, free engine memory while training.", flags=("--offload", "--offload-rollout")
-    )
-    offload_train: bool = setting(
-        True, "In colocate mode, keep the trainer's GPU memory (weights, gradients, optimizer) on the host in rollouts."
-    )
-    gpu_memory_gb: float | None = setting(
-        None,
-        "Memory of each GPU (GB of 10^9 bytes) for the memory plan, where this machine's driver does not say it.",
-        above=0.0,
-        maximum=10_000.0,
-    )
-    actor_start_timeout_s: float = setting(300.0, "Longest wait for an actor to start.", above=0.0, maximum=MAX_WAIT_S)
 
 
 @dataclass(frozen=True)

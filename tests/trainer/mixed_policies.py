@@ -17,12 +17,18 @@ TP2: Mapping[str, Any] = {"world_size": 2, "tensor_model_parallel_size": 2}
 TP2_EP2: Mapping[str, Any] = {**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 DP2_EP2: Mapping[str, Any] = {"world_size": 2, "expert_model_parallel_size": 2}
 SPLIT: Mapping[str, Any] = {**DP2_EP2, "use_distributed_optimizer": True}
+UNEVEN: Mapping[str, Any] = {
+    "world_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "num_layers_in_last_pipeline_stage": 1,
+}
 LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "one rank": {},
     "TP2 EP2": TP2_EP2,
     "TP2 EP2 with recomputed activations": {**TP2_EP2, "recompute": True},
     "TP2 ETP2": TP2,
     "PP2": {"world_size": 2, "pipeline_model_parallel_size": 2},
+    "PP2 of three layers and one": UNEVEN,
     "DP2": {"world_size": 2},
     "DP2 EP2": DP2_EP2,
     "DP2 EP2 with the distributed optimizer": SPLIT,

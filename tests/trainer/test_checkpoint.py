@@ -24,6 +24,7 @@ BEFORE = [tiny_samples(seed) for seed in (1, 2)]
 AFTER = [tiny_samples(seed) for seed in (3, 4)]
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
 PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
+UNEVEN = {**PP2, "num_layers_in_first_pipeline_stage": 3}
 SPLIT = {"world_size": 2, "use_distributed_optimizer": True}
 
 
@@ -54,8 +55,14 @@ def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps_exactly(
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(TP2, {}), (SPLIT, {}), (TP2, SPLIT)],
-    ids=["two tensor ranks on one", "a distributed optimizer on one rank", "tensor ranks on a distributed optimizer"],
+    [(TP2, {}), (SPLIT, {}), (TP2, SPLIT), (UNEVEN, PP2), (TP2, UNEVEN)],
+    ids=[
+        "two tensor ranks on one",
+        "a distributed optimizer on one rank",
+        "tensor ranks on a distributed optimizer",
+        "uneven stages on even ones",
+        "tensor ranks on uneven stages",
+    ],
 )
 def test_a_checkpoint_resumes_with_another_layout(
     before: dict[str, object], after: dict[str, object], folder: Path, tmp_path: Path

@@ -185,6 +185,16 @@ def test_a_draft_of_a_policy_with_experts_learns_though_each_tensor_rank_has_oth
     assert_learned_alike(published(runs), reference(config, samples), config)
 
 
+@pytest.mark.parametrize("num_first", [1, 3], ids=["one captured layer sent", "three captured layers sent"])
+def test_a_draft_learns_from_uneven_stages(num_first: int, policy: Path, batches: Batches, tmp_path: Path) -> None:
+    """Of the captured layers 0, 1 and 2 the first stage has so many as it has layers, and sends them."""
+    draft = make_tiny_draft(tmp_path / "draft", policy, EAGLE3)
+    speculative = SpeculativeConfig(algorithm="EAGLE3", draft_model_path=str(draft))
+    config = replace(tiny_config(policy), speculative=speculative, draft_training=SETTINGS)
+    uneven = in_layout(config, {**LAYOUTS["PP2"], "num_layers_in_first_pipeline_stage": num_first})
+    assert_learned_alike(published(ran(uneven, batches[:1])), reference(config, batches[0]), config)
+
+
 def test_every_rank_and_layout_reports_the_same(config: Config, batches: Batches) -> None:
     """Of a draft before its first update: rounding then moves nothing that Adam could amplify."""
     config = replace(config, draft_training=replace(config.draft_training, num_optimizer_steps=1, batch_size=7))

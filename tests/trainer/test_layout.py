@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.config.pipeline_stages import stage_layers
+from slime_spec.config.tree import TrainerConfig
 from slime_spec.errors import ConfigError
 from tests.trainer.mixed_policies import mixed_policy
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
@@ -58,6 +60,65 @@ def test_sizes_that_do_not_fit_are_refused_by_setting_and_value(
         check_layout(tiny_config(folder, trainer), spec)
     assert (refused.value.setting, refused.value.value) == (setting, value)
     assert refused.value.remedy
+
+
+def staged(num_stages: int, first: int | None = None, last: int | None = None) -> TrainerConfig:
+    return TrainerConfig(
+        pipeline_model_parallel_size=num_stages,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "trainer", "sizes"),
+    [
+        (92, staged(4), [23, 23, 23, 23]),
+        (61, staged(4, last=13), [16, 16, 16, 13]),  # as slime splits DeepSeek-R1
+        (61, staged(8, first=7, last=6), [7, 8, 8, 8, 8, 8, 8, 6]),
+        (94, staged(4, last=22), [24, 24, 24, 22]),
+        (4, staged(2, first=1), [1, 3]),
+        (4, staged(2, first=1, last=3), [1, 3]),
+        (4, staged(1), [4]),
+    ],
+)
+def test_stages_have_the_layers_that_are_given_and_share_the_others(
+    num_layers: int, trainer: TrainerConfig, sizes: list[int]
+) -> None:
+    stages = stage_layers(num_layers, trainer)
+    assert [len(stage) for stage in stages] == sizes
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "trainer", "setting", "value", "told"),
+    [
+        (61, staged(4), "trainer.pipeline_model_parallel_size", 4, ("layers (61)", "num-layers 13.")),
+        (5, staged(4), "trainer.pipeline_model_parallel_size", 4, ("layers (5)", "num-layers 2.")),
+        (61, staged(4, last=12), "trainer.num_layers_in_last_pipeline_stage", 12, ("3 of 4 stages", "49 are left")),
+        (61, staged(4, first=13, last=13), "trainer.num_layers_in_last_pipeline_stage", 13, ("2 of 4", "35 are left")),
+        (4, staged(2, first=4), "trainer.num_layers_in_first_pipeline_stage", 4, ("1 of 2 stages", "0 are left")),
+        (4, staged(2, first=9), "trainer.num_layers_in_first_pipeline_stage", 9, ("4 layers", "-5 are left")),
+        (4, staged(2, first=1, last=2), "trainer.num_layers_in_last_pipeline_stage", 2, ("(1) must make up all 4",)),
+        (4, staged(1, last=4), "trainer.num_layers_in_last_pipeline_stage", 4, ("there is one", "Leave it out")),
+    ],
+)
+def test_stages_that_do_not_add_up_are_refused_with_the_numbers(
+    num_layers: int, trainer: TrainerConfig, setting: str, value: int, told: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        stage_layers(num_layers, trainer)
+    assert (refused.value.setting, refused.value.value) == (setting, value)
+    for words in told:
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(("num_layers", "num_stages"), [(61, 4), (61, 8), (61, 16), (5, 4), (94, 4), (94, 8), (92, 8)])
+def test_the_last_stage_that_a_refusal_names_is_one_that_is_taken(num_layers: int, num_stages: int) -> None:
+    with pytest.raises(ConfigError) as refused:
+        stage_layers(num_layers, staged(num_stages))
+    named = int(refused.value.remedy.rpartition(" ")[2].rstrip("."))
+    assert len(stage_layers(num_layers, staged(num_stages, last=named))[-1]) == named
 
 
 EP2 = {"expert_model_parallel_size": 2}

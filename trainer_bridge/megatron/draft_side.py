@@ -25,6 +25,7 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import DraftCheckpoint, draft_shapes, load_draft, save_draft_checkpoint
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.draft_training import loss_for, rows_of_reply
+from slime_spec.config.pipeline_stages import stage_layers
 from slime_spec.config.tree import Config
 from slime_spec.draft.ranks import expert_of, experts_of, holder_of
 from slime_spec.draft.training.online import DraftSums, OnlineDraft, SeenReply, hot_token_ids
@@ -277,8 +278,7 @@ class DraftSide:
 
     def _names_of(self, stage: int) -> list[str]:
         """Return what a stage before the last keeps, in the order in which it is sent."""
-        per_stage = self._num_layers // mpu.get_pipeline_model_parallel_world_size()
-        own = range(stage * per_stage, (stage + 1) * per_stage)
+        own = stage_layers(self._num_layers, self.config.trainer)[stage]
         captured = [layer_name(layer) for layer in self.spec.capture_layers if layer in own]
         return [EMBEDDING, *captured] if stage == 0 else captured
 

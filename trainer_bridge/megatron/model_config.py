@@ -43,6 +43,8 @@ def transformer_config(spec: ModelSpec, trainer: TrainerConfig) -> TransformerCo
         attention_dropout=0.0,
         tensor_model_parallel_size=trainer.tensor_model_parallel_size,
         pipeline_model_parallel_size=trainer.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=trainer.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=trainer.num_layers_in_last_pipeline_stage,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
