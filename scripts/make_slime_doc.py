@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slime_spec.config.schema import settings
 from slime_spec.errors import ConfigError
-from slime_spec.launch.flags import ONE_VALUE, REFUSED, find_flag
+from slime_spec.launch.flags import ONE_VALUE, REFUSED, WHY_ONE_VALUE, find_flag
 from slime_spec.sglang.flags import sglang_flags, sglang_version
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "coming-from-slime.md"
@@ -86,7 +86,9 @@ def _accepted() -> Iterator[str]:
         if name in REFUSED or not _is_known(name):
             continue
         if name in ONE_VALUE:
-            yield f"| `{name}` | | {ONE_VALUE[name]} | The one choice here: accepted; any other value is refused. |"
+            why = WHY_ONE_VALUE.get(name, ("", ""))[0]
+            told = f"The one choice here: accepted; any other value is refused{why}."
+            yield f"| `{name}` | | {ONE_VALUE[name]} | {told} |"
             continue
         flag, is_on = find_flag(name)
         setting = settings()[flag.path]

@@ -20,7 +20,12 @@ from slime_spec.suggest import did_you_mean
 # A token that is an override ends a flag's list of values; a value that looks like one is written --flag=VALUE.
 OVERRIDE = re.compile(rf"[a-z_]+\.[a-z0-9_.]+=|({'|'.join(GROUPS)})=")
 # slime's choices that have one value here: they have no setting, and a script that names the value keeps running.
-ONE_VALUE = {"--advantage-estimator": "grpo", "--train-backend": "megatron", "--update-weight-transport": "ray"}
+ONE_VALUE = {
+    "--advantage-estimator": "grpo",
+    "--train-backend": "megatron",
+    "--update-weight-transport": "ray",
+    "--context-parallel-size": "1",
+}
 SP_TYPES = {each.rtp_llm: each.name for each in ALGORITHMS.values() if each.rtp_llm is not None}
 
 
@@ -152,7 +157,8 @@ def _the_one_value(name: str, texts: Sequence[str]) -> str:
     """Return the note that the flag has no effect; raises ConfigError for any other value than the one there is."""
     known = ONE_VALUE[name]
     if texts[0] != known:
-        raise ConfigError(name, f"must be {known}, the one choice here", texts[0], f"Pass {name} {known}, or nothing.")
+        why, remedy = WHY_ONE_VALUE.get(name, ("", f"Pass {name} {known}, or nothing."))
+        raise ConfigError(name, f"must be {known}, the one choice here{why}", texts[0], remedy)
     return f"{name} {known} has no effect: it is the one choice here."
 
 
@@ -186,6 +192,14 @@ def _quantization(name: str) -> object:
 
 
 _ONE_DISTRIBUTION = ("every token is drawn by its request's own uniform, batched or not", "Leave it out.")
+# Why any other value is refused, and what to do instead, where that is not plain.
+WHY_ONE_VALUE: Mapping[str, tuple[str, str]] = {
+    "--context-parallel-size": (
+        ": a rank attends to the keys and values that it has, and ranks that share a sequence would need each other's",
+        "Split long samples' memory by --tensor-model-parallel-size and --recompute-activations; docs/launch.md says "
+        "what ranks within a sequence would need.",
+    ),
+}
 # Flags of slime or RTP-LLM that this version cannot honour: each with the reason and the remedy.
 REFUSED: Mapping[str, tuple[str, str]] = {
     "--sp-model-type": (
@@ -205,10 +219,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "--force-sp-accept": (
         "accepting every draft gives samples that have no target's distribution",
         "Leave it out.",
-    ),
-    "--context-parallel-size": (
-        "this version's trainer is parallel over tensors, pipeline stages, experts and data, not within a sequence",
-        "Use --tensor-model-parallel-size, --pipeline-model-parallel-size and --actor-world-size.",
     ),
     "--use-kl-loss": ("the KL loss is on exactly when its weight is above 0", "Pass --kl-loss-coef 0.001."),
     "--rollout-num-gpus": (

@@ -178,7 +178,16 @@ def test_a_choice_of_slimes_with_one_value_here_is_accepted_with_a_note(flag: st
 def test_another_value_of_it_is_refused_with_the_one_that_there_is(flag: str, value: str) -> None:
     error = refusal(flag, "another")
     assert (error.setting, error.value) == (flag, "another")
-    assert error.rule == f"must be {value}, the one choice here"
+    assert error.rule.startswith(f"must be {value}, the one choice here")
+    assert error.remedy
+
+
+def test_several_ranks_within_a_sequence_are_refused_with_the_reason() -> None:
+    error = refusal("--context-parallel-size", "2")
+    assert (error.setting, error.value) == ("--context-parallel-size", "2")
+    assert "ranks that share a sequence would need each other's" in error.rule
+    assert "--recompute-activations" in error.remedy
+    assert compose(["--context-parallel-size", "1"]) == compose([])
 
 
 @pytest.mark.parametrize("path", ["algorithm.advantage_estimator", "trainer.backend"])
