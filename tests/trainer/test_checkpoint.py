@@ -39,8 +39,14 @@ def resumed_from(config: Config, checkpoints: Path) -> Config:
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, PP2, SPLIT, {**SPLIT, "dtype": "bfloat16", "optimizer_cpu_offload": True}, {"dtype": "bfloat16"}],
-    ids=["1x1", "PP2", "distributed optimizer", "distributed optimizer of bfloat16 on the host", "bfloat16"],
+    [
+        *({}, PP2, SPLIT, {**SPLIT, "optimizer_cpu_offload": True}),
+        *({**SPLIT, "dtype": "bfloat16", "optimizer_cpu_offload": True}, {"dtype": "bfloat16"}),
+    ],
+    ids=[
+        *("1x1", "PP2", "distributed optimizer", "distributed optimizer on the host"),
+        *("distributed optimizer of bfloat16 on the host", "bfloat16"),
+    ],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_ones_next_steps_exactly(
     layout: dict[str, object], folder: Path, tmp_path: Path

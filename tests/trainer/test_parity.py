@@ -39,6 +39,12 @@ CASES = {
         {"world_size": 2, "use_distributed_optimizer": True, "weight_decay": 0.5},
         {"kl_loss_coef": 0.1},
     ),
+    "DP2 with the distributed optimizer and AdamW on the host": (
+        "LlamaForCausalLM",
+        False,
+        {"world_size": 2, "use_distributed_optimizer": True, "optimizer_cpu_offload": True, "weight_decay": 0.5},
+        {},
+    ),
     "1x1 with AdamW on the host": ("Qwen2ForCausalLM", True, {"optimizer_cpu_offload": True, "weight_decay": 0.5}, {}),
 }
 

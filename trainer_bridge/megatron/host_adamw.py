@@ -16,7 +16,9 @@ class HostAdamW(torch.optim.Optimizer):
     """Updates parameters of any device, one after the other: two copies of one parameter pass between the devices."""
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__(groups, defaults={})
+        super().__init__([{"params": []}], defaults={})
+        # torch takes no views, and a distributed optimizer's shards of float32 parameters are views of these.
+        self.param_groups = list(groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
