@@ -29,11 +29,37 @@ MOE_MTP_NORMS = 3  # enorm, hnorm, shared_head.norm
 
 
 @dataclass(frozen=True)
+class LayerParameters:
+    """Counts a layer's parameters by who has them in training.
+
+    Tensor parallel ranks split ``split``; each has ``whole`` (norms, a router). Experts that a router chooses from are
+    spread in another way. ``corrections`` are a router's biases, which are stored and not trained.
+    """
+
+    split: int
+    whole: int
+    experts: int = 0
+    corrections: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.split + self.whole + self.experts + self.corrections
+
+    def __add__(self, other: LayerParameters) -> LayerParameters:
+        return LayerParameters(
+            self.split + other.split,
+            self.whole + other.whole,
+            self.experts + other.experts,
+            self.corrections + other.corrections,
+        )
+
+
+@dataclass(frozen=True)
 class Parameters:
     """Counts parameters: ``decoder`` without MTP layers, ``mtp`` of those, ``mtp_copies`` repeated in a file.
 
-    ``tables`` are the decoder's embedding and head, ``attention`` is the attention of all its layers, ``experts`` are
-    those that its routers choose from.
+    ``tables`` are the decoder's embedding and head, ``attention`` is the attention of all its layers. ``layers`` are
+    the decoder's, and ``mtp_experts`` the experts of its MTP layers.
     """
 
     decoder: int
@@ -41,7 +67,8 @@ class Parameters:
     mtp_copies: int
     tables: int
     attention: int
-    experts: int = 0
+    layers: tuple[LayerParameters, ...]
+    mtp_experts: int = 0
 
     @property
     def stored(self) -> int:
@@ -52,26 +79,27 @@ def count_parameters(config: Mapping[str, Any]) -> Parameters | None:
     """Return the parameters of the model; None for a config.json that does not give the sizes of a decoder."""
     if not _has_sizes(config) or not isinstance(_mlp_width(config), int):
         return None
-    hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
     family = family_of(architecture_of(config))
-    dense = _num_dense_layers(config)
     tables = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    attention = layers * _attention(config, family)
-    decoder = (
-        tables
-        + hidden
-        + attention
-        + layers * 2 * hidden
-        + dense * _dense_mlp(config)
-        + (layers - dense) * _expert_mlp(config)
+    attention = _attention(config, family) + LayerParameters(0, 2 * hidden)  # and the layer's two norms
+    dense, experts = attention + _dense_mlp(config), attention + _expert_mlp(config)
+    layers = tuple(
+        experts if layer_has_experts(config, layer) else dense for layer in range(config["num_hidden_layers"])
     )
     num_mtp = int(config.get("num_nextn_predict_layers") or 0)
-    norms = MOE_MTP_NORMS if _num_experts(config) else DENSE_MTP_NORMS
-    mlp = _expert_mlp(config) if _num_experts(config) else _dense_mlp(config)
-    layer = _attention(config, family) + 2 * hidden + mlp + 2 * hidden * hidden + norms * hidden
+    norms = MOE_MTP_NORMS if num_experts(config) else DENSE_MTP_NORMS
+    mtp = experts if num_experts(config) else dense
     copies = len(family.mtp.copies) * vocab * hidden if family.mtp else 0
-    experts = (layers - dense) * _num_experts(config) * _one_expert(config)
-    return Parameters(decoder, num_mtp * layer, num_mtp * copies, tables, attention, experts)
+    return Parameters(
+        decoder=tables + hidden + sum(layer.total for layer in layers),
+        mtp=num_mtp * (mtp.total + 2 * hidden * hidden + norms * hidden),
+        mtp_copies=num_mtp * copies,
+        tables=tables,
+        attention=len(layers) * _attention(config, family).total,
+        layers=layers,
+        mtp_experts=num_mtp * mtp.experts,
+    )
 
 
 def has_latent_attention(config: Mapping[str, Any]) -> bool:
@@ -109,7 +137,7 @@ def _has_sizes(config: Mapping[str, Any]) -> bool:
 def _mlp_width(config: Mapping[str, Any]) -> Any:
     """Return the width of an expert, if there are experts; Mixtral names it as others name a dense layer's width."""
     dense = _dense_width(config)
-    width = config.get("moe_intermediate_size") or dense if _num_experts(config) else dense
+    width = config.get("moe_intermediate_size") or dense if num_experts(config) else dense
     return width or None
 
 
@@ -125,17 +153,27 @@ def head_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _num_experts(config: Mapping[str, Any]) -> int:
+def num_experts(config: Mapping[str, Any]) -> int:
+    """Return how many experts a router chooses from; 0 of a model without experts."""
     return int(next((config[name] for name in EXPERTS if config.get(name)), 0))
 
 
-def _num_dense_layers(config: Mapping[str, Any]) -> int:
-    if not _num_experts(config):
-        return int(config["num_hidden_layers"])
-    return int(config.get("first_k_dense_replace") or len(config.get("mlp_only_layers") or ()))
+def expert_width(config: Mapping[str, Any]) -> int:
+    """Return the columns of an expert."""
+    return int(_mlp_width(config))
 
 
-def _attention(config: Mapping[str, Any], family: Family) -> int:
+def layer_has_experts(config: Mapping[str, Any], layer: int) -> bool:
+    """Return whether a layer (0-based) has experts in place of an MLP."""
+    if not num_experts(config):
+        return False
+    is_left_out = layer < int(config.get("first_k_dense_replace") or 0) or layer in (
+        config.get("mlp_only_layers") or ()
+    )
+    return not is_left_out and not (layer + 1) % int(config.get("decoder_sparse_step") or 1)
+
+
+def _attention(config: Mapping[str, Any], family: Family) -> LayerParameters:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if config.get("kv_lora_rank"):
         return _latent_attention(config)
@@ -143,35 +181,29 @@ def _attention(config: Mapping[str, Any], family: Family) -> int:
     rows = (heads + 2 * kv_heads) * dim
     biases = rows if family.qkv_bias or config.get("attention_bias") else 0
     norms = 2 * dim if family.qk_norm or config.get("use_qk_norm") else 0
-    return int(rows * hidden + heads * dim * hidden + biases + norms)
+    return LayerParameters(rows * hidden + heads * dim * hidden + biases, norms)
 
 
-def _latent_attention(config: Mapping[str, Any]) -> int:
+def _latent_attention(config: Mapping[str, Any]) -> LayerParameters:
     hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    query_rank = config.get("q_lora_rank")
-    if query_rank:
-        queries = hidden * query_rank + query_rank + query_rank * heads * (nope + rope)
-    else:
-        queries = hidden * heads * (nope + rope)
-    keys = hidden * (rank + rope) + rank + rank * heads * (nope + value)
-    return int(queries + keys + heads * value * hidden)
+    query_rank = config.get("q_lora_rank") or 0
+    queries = (query_rank or hidden) * heads * (nope + rope) + hidden * query_rank
+    keys = hidden * (rank + rope) + rank * heads * (nope + value)
+    return LayerParameters(queries + keys + heads * value * hidden, query_rank + rank)
 
 
-def _dense_mlp(config: Mapping[str, Any]) -> int:
-    return int(3 * config["hidden_size"] * _dense_width(config))
+def _dense_mlp(config: Mapping[str, Any]) -> LayerParameters:
+    return LayerParameters(3 * config["hidden_size"] * _dense_width(config), 0)
 
 
-def _expert_mlp(config: Mapping[str, Any]) -> int:
-    experts = _num_experts(config)
+def _expert_mlp(config: Mapping[str, Any]) -> LayerParameters:
+    hidden, experts = config["hidden_size"], num_experts(config)
     if not experts:
-        return 0
-    hidden = config["hidden_size"]
+        return LayerParameters(0, 0)
+    of_one = 3 * hidden * _mlp_width(config)
     # DeepSeek's and GLM's router also has a bias per expert that corrects its scores.
-    correction = experts if config.get("n_routed_experts") else 0
-    num_mlps = experts + (config.get("n_shared_experts") or 0)
-    return int(num_mlps * _one_expert(config) + experts * hidden + correction)
-
-
-def _one_expert(config: Mapping[str, Any]) -> int:
-    return int(3 * config["hidden_size"] * _mlp_width(config))
+    corrections = experts if config.get("n_routed_experts") else 0
+    return LayerParameters(
+        (config.get("n_shared_experts") or 0) * of_one, experts * hidden, experts * of_one, corrections
+    )

@@ -67,6 +67,11 @@ class GpuMemory:
         return next((row.num_bytes for row in self.rows if row.name == name), None)
 
     @property
+    def peak(self) -> int:
+        """Return the most that a GPU has in any phase."""
+        return max(map(self.total, self.phases))
+
+    @property
     def overfull(self) -> tuple[Phase, ...]:
         """Return the phases for which a GPU is too small."""
         return tuple(phase for phase in self.phases if self.total(phase) > self.capacity_bytes)
@@ -82,14 +87,23 @@ def gpu_capacity(facts: Facts) -> int | None:
 
 def plan_gpus(facts: Facts, plan: MemoryPlan) -> tuple[GpuMemory, ...]:
     """Return the memory of the GPUs that are used alike; none where sizes are unknown, or where there are no GPUs."""
-    config, capacity = facts.config, gpu_capacity(facts)
+    capacity = gpu_capacity(facts)
     if capacity is None:
         return ()
+    # Of several pipeline stages the one that takes most of a GPU, in whichever phase: where it fits, all do.
+    each = [_gpus_of_stage(facts, plan, stage, capacity) for stage in plan.stages or (None,)]
+    return max(each, key=lambda gpus: max((gpu.peak for gpu in gpus), default=0))
+
+
+def _gpus_of_stage(
+    facts: Facts, plan: MemoryPlan, trainer: TrainerMemory | None, capacity: int
+) -> tuple[GpuMemory, ...]:
+    config = facts.config
     num_engine_gpus = config.rollout.num_engines * num_reserved_gpus(config) if plan.engine is not None else 0
-    num_trainer_gpus = config.trainer.num_gpus if plan.trainer is not None else 0
+    num_trainer_gpus = config.trainer.num_gpus if trainer is not None else 0
     trainer_rows: tuple[MemoryRow, ...] = ()
-    if plan.trainer is not None and num_trainer_gpus:
-        trainer_rows = tuple(_trainer_rows(facts, plan.trainer, plan.largest_tensor_bytes))
+    if trainer is not None and num_trainer_gpus:
+        trainer_rows = tuple(_trainer_rows(facts, trainer, plan.largest_tensor_bytes))
     phases = {
         "train": tuple(Phase),
         "rollout_only": (Phase.START, Phase.ROLLOUT),
@@ -115,7 +129,11 @@ def _trainer_rows(facts: Facts, trainer: TrainerMemory, largest_tensor_bytes: in
     kept = TRAINER_PHASES if config.trainer_leaves else always
     settings = config.trainer
     tensor, pipeline = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    count = f"{trainer.num_parameters:,} parameters (TP {tensor}, PP {pipeline})"
+    where = f"TP {tensor}, PP {pipeline}" + (
+        f", EP {spread}" if (spread := settings.expert_model_parallel_size) > 1 else ""
+    )
+    stage = f" of stage {trainer.stage}" if trainer.num_stages > 1 else ""
+    count = f"{trainer.num_parameters:,} parameters{stage} ({where})"
     yield MemoryRow("trainer: context", CONTEXT_BYTES, "CUDA and its libraries", always)
     yield MemoryRow("trainer: weights", trainer.weights_bytes, f"{count} x {trainer.itemsize}", kept | {Phase.PUSH})
     yield MemoryRow("trainer: gradients", trainer.gradient_bytes, f"x {FLOAT32_BYTES}", kept)

@@ -23,12 +23,15 @@ from slime_spec.checkpoints.parameters import (
 )
 from slime_spec.checkpoints.quantization import CODES, SCALE, coded_names, is_fp8
 from slime_spec.checkpoints.stored import Checkpoint
+from slime_spec.config.checks import check_ranks
 from slime_spec.config.speculation import draft_quantization
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
+from slime_spec.errors import ConfigError
+from slime_spec.preflight.activation_memory import ITEMSIZES
 from slime_spec.preflight.draft_memory import FLOAT32_BYTES, DraftMemory, DraftSizes, draft_memory
 from slime_spec.preflight.facts import Facts
-from slime_spec.preflight.trainer_memory import FLOAT32_LOGITS, ITEMSIZES, TrainerMemory, trainer_memory
+from slime_spec.preflight.trainer_memory import FLOAT32_LOGITS, TrainerMemory, trainer_memory
 
 GB = 10**9
 PASS_TOKENS = 16_384  # of the embedded engine's longest pass on a GPU, padding included
@@ -75,16 +78,22 @@ class EngineMemory:
 class MemoryPlan:
     """Holds the memory of a whole run; a part is None where config.json does not give the sizes.
 
-    ``push_copies`` of a push's ``push_bytes`` are in shared memory: a server that dies is started again with the one
-    before while the next arrives. ``largest_tensor_bytes`` is its largest tensor's.
+    ``stages`` is a trainer rank's memory in each pipeline stage. ``push_copies`` of a push's ``push_bytes`` are in
+    shared memory where it goes through Ray's object store: a server that dies is started again with the one before
+    while the next arrives. ``largest_tensor_bytes`` is its largest tensor's.
     """
 
     source: str
     engine: EngineMemory | None
-    trainer: TrainerMemory | None
+    stages: tuple[TrainerMemory, ...]
     push_bytes: int | None
     push_copies: int
     largest_tensor_bytes: int
+
+    @property
+    def trainer(self) -> TrainerMemory | None:
+        """Return a rank's memory in the stage whose step takes most; None where there is no trainer."""
+        return max(self.stages, key=lambda stage: stage.peak_bytes, default=None)
 
 
 def plan_memory(facts: Facts) -> MemoryPlan:
@@ -97,9 +106,7 @@ def plan_memory(facts: Facts) -> MemoryPlan:
     return MemoryPlan(
         source,
         engine=_engine(facts, itemsize, counted) if runs_engines and counted is not None else None,
-        trainer=trainer_memory(config, target, counted, _trained_draft(facts, counted))
-        if trains and counted is not None
-        else None,
+        stages=_stages(facts, counted) if trains and counted is not None else (),
         push_bytes=_target_bytes(facts, counted, itemsize) if runs_engines and trains and counted is not None else None,
         push_copies=kind_of(config).num_weight_copies,
         largest_tensor_bytes=0
@@ -108,12 +115,26 @@ def plan_memory(facts: Facts) -> MemoryPlan:
     )
 
 
+def _stages(facts: Facts, counted: Parameters) -> tuple[TrainerMemory, ...]:
+    try:
+        check_ranks(facts.config.trainer)
+        return trainer_memory(facts.config, facts.target.config, counted, _trained_draft(facts, counted))
+    except ConfigError:
+        return ()  # the layout's check refuses these sizes, with the reason
+
+
 def _trained_draft(facts: Facts, counted: Parameters) -> DraftMemory | None:
     """Return the memory of the draft that the trainer trains; None where there is none that can be trained."""
     draft, draft_format = facts.draft, facts.draft_format
     if not facts.config.draft_training.enable or draft is None or draft_format is None:
         return None
-    num_parameters = counted.mtp if facts.draft_kind == "in_target" else draft_parameters(draft)
+    if facts.draft_kind == "in_target":
+        # The ranks of the last stage each have the layer, and spread its experts over all of them.
+        trainer = facts.config.trainer
+        per_stage = trainer.world_size // trainer.pipeline_model_parallel_size
+        num_parameters = counted.mtp - counted.mtp_experts - (-counted.mtp_experts // per_stage)
+    else:
+        num_parameters = draft_parameters(draft)
     sizes = DraftSizes.of(draft_format, draft.config, facts.target.config, num_parameters)
     return draft_memory(facts.config, sizes)
 

@@ -1,8 +1,8 @@
 """One trainer rank's memory: what it keeps from step to step, and what a step adds at its peak.
 
-Activations are those that PyTorch saves for the backward pass of the layers that the trainer builds, with RMSNorm
-written out in float32 (a fused kernel saves less). A tensor-parallel rank has whole hidden states and its share of the
-rest.
+Ranks of a stage split a layer over tensor parallel ranks, its experts over EP x ETP; each has norms and routers whole.
+The stages differ: the first has the embedding and the most microbatches in flight, the last the head, logits and a
+draft in training. Not counted: what earlier stages keep of replies until the last one has them.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slime_spec.checkpoints.families import family_of
-from slime_spec.checkpoints.folder import architecture_of
-from slime_spec.checkpoints.parameters import Parameters, head_dim, num_kv_heads
+from slime_spec.checkpoints.parameters import LayerParameters, Parameters
+from slime_spec.config.pipeline_stages import stage_layers
 from slime_spec.config.tree import Config, TrainerConfig
+from slime_spec.preflight.activation_memory import ITEMSIZES, microbatch_bytes_per_token, row_ranks
 from slime_spec.preflight.draft_memory import ADAM_STATES, FLOAT32_BYTES, DraftMemory
 
-ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 # Log-probabilities of logits: the logits, and in float32 the scaled, the shifted and the exponentiated ones.
 FLOAT32_LOGITS = 3
 
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Holds one rank's memory, of the pipeline stage with the most parameters.
+    """Holds the memory of one rank of a pipeline stage.
 
     ``num_parameters`` are the rank's, of which the optimizer has states for ``num_updated``. ``reference_bytes`` is the
     initial checkpoint, kept where the loss has a KL term. A microbatch of ``num_tokens`` packed tokens has
     ``activation_bytes`` and ``logits_bytes``; later in the step AdamW has a float32 copy of what it updates instead.
-    With ``updates_on_host`` its ``moment_bytes`` are not on the GPU. One tensor rank of the last stage holds a draft in
-    training whole.
+    With ``updates_on_host`` its ``moment_bytes`` are not on the GPU. Ranks of the last stage hold a draft in training.
     """
 
+    stage: int
+    num_stages: int
     num_parameters: int
     num_updated: int
     updates_on_host: bool
@@ -64,6 +64,13 @@ class TrainerMemory:
         return 0 if self.updates_on_host else self.num_updated * FLOAT32_BYTES
 
     @property
+    def peak_bytes(self) -> int:
+        """Return the most that the rank has at once, in a step."""
+        replies, update = (0, 0) if self.draft is None else (self.draft.replies_bytes, self.draft.update_bytes)
+        step = max(self.activation_bytes + self.logits_bytes, update)
+        return self.kept_bytes + max(self.update_bytes, replies + step)
+
+    @property
     def host_bytes(self) -> int:
         """Return what the host keeps of a rank that leaves its GPU; gradients are not kept."""
         moments = self.moment_bytes if self.updates_on_host else 0
@@ -73,50 +80,86 @@ class TrainerMemory:
 
 def trainer_memory(
     config: Config, target: Mapping[str, Any], counted: Parameters, draft: DraftMemory | None = None
+) -> tuple[TrainerMemory, ...]:
+    """Return the memory of a rank of each stage, for the target whose config.json is ``target``.
+
+    ``draft`` is what a rank of the last stage holds of a draft in training. Raises ConfigError where layers cannot be
+    split over stages as asked.
+    """
+    stages = stage_layers(len(counted.layers), config.trainer)
+    return tuple(
+        _of_stage(config, target, counted, number, layers, draft if number == len(stages) - 1 else None)
+        for number, layers in enumerate(stages)
+    )
+
+
+def _of_stage(
+    config: Config,
+    target: Mapping[str, Any],
+    counted: Parameters,
+    stage: int,
+    layers: range,
+    draft: DraftMemory | None,
 ) -> TrainerMemory:
-    """Return a rank's memory for the target whose config.json is ``target``, and a draft that it trains."""
-    trainer = config.trainer
-    shared, experts = _parameters_of_a_rank(trainer, target, counted)
-    held = updated = shared + experts
+    trainer, num_stages = config.trainer, config.trainer.pipeline_model_parallel_size
+    held = parameters_of_a_rank(trainer, target, counted, stage)
+    num_parameters = held.split + held.whole + held.experts
+    num_updated = num_parameters
     if trainer.use_distributed_optimizer:
         # It splits what it updates over the ranks that hold the same parameters.
-        per_stage = trainer.world_size // trainer.pipeline_model_parallel_size
+        per_stage = trainer.world_size // num_stages
         copies, of_experts = per_stage // trainer.tensor_model_parallel_size, per_stage // _expert_ranks(trainer)
-        updated = -(-shared // copies) - (-experts // of_experts)
+        num_updated = -(-(held.split + held.whole) // copies) - (-held.experts // of_experts)
     itemsize = ITEMSIZES[trainer.dtype]
     moments = ADAM_STATES * FLOAT32_BYTES
     masters = FLOAT32_BYTES if trainer.dtype != "float32" else 0
+    weights_bytes = num_parameters * itemsize + held.corrections * FLOAT32_BYTES
     # A sample that is longer than a microbatch has one of its own; its last token is not fed.
     num_tokens = max(trainer.max_tokens_per_microbatch, config.rollout.longest - 1)
-    logit_bytes = itemsize + FLOAT32_LOGITS * FLOAT32_BYTES
+    is_last = stage == num_stages - 1
     return TrainerMemory(
-        num_parameters=held,
-        num_updated=updated,
+        stage=stage,
+        num_stages=num_stages,
+        num_parameters=num_parameters,
+        num_updated=num_updated,
         updates_on_host=trainer.optimizer_cpu_offload,
         itemsize=itemsize,
         num_tokens=num_tokens,
         recomputes=trainer.recompute,
-        weights_bytes=held * itemsize,
-        gradient_bytes=held * FLOAT32_BYTES,
-        optimizer_bytes=updated * (masters if trainer.optimizer_cpu_offload else moments + masters),
-        moment_bytes=updated * moments,
-        reference_bytes=held * itemsize if config.algorithm.kl_loss_coef > 0 else 0,
-        activation_bytes=_activation_bytes(trainer, target, num_tokens),
-        logits_bytes=num_tokens * target["vocab_size"] // trainer.tensor_model_parallel_size * logit_bytes,
+        weights_bytes=weights_bytes,
+        gradient_bytes=num_parameters * FLOAT32_BYTES,
+        optimizer_bytes=num_updated * (masters if trainer.optimizer_cpu_offload else moments + masters),
+        moment_bytes=num_updated * moments,
+        reference_bytes=weights_bytes if config.algorithm.kl_loss_coef > 0 else 0,
+        # A stage has as many microbatches in flight as there are stages from it on.
+        activation_bytes=num_tokens
+        * (
+            microbatch_bytes_per_token(trainer, target, layers, num_stages - stage)
+            + (_last_bytes_per_token(trainer, target) if is_last else 0)
+        ),
+        logits_bytes=_logits_bytes(trainer, target, num_tokens) if is_last else 0,
         draft=draft,
     )
 
 
-def _parameters_of_a_rank(trainer: TrainerConfig, target: Mapping[str, Any], counted: Parameters) -> tuple[int, int]:
-    """Return the parameters of a rank of the first or the last stage, which hold embedding and head beside layers.
+def parameters_of_a_rank(
+    trainer: TrainerConfig, target: Mapping[str, Any], counted: Parameters, stage: int
+) -> LayerParameters:
+    """Return the parameters of a rank of the stage: the first has the embedding, the last the final norm and the head.
 
-    The second number are those of experts, which ranks share another way.
+    The last of several stages has a copy of a tied embedding in the head's place.
     """
-    stages = trainer.pipeline_model_parallel_size
-    layers = (counted.decoder - counted.tables - counted.experts) // stages
-    # The last of several stages has a copy of a tied embedding.
-    tables = counted.tables if stages == 1 else target["vocab_size"] * target["hidden_size"]
-    return (layers + tables) // trainer.tensor_model_parallel_size, counted.experts // stages // _expert_ranks(trainer)
+    layers = stage_layers(len(counted.layers), trainer)
+    held = sum((counted.layers[layer] for layer in layers[stage]), LayerParameters(0, 0))
+    table = target["vocab_size"] * target["hidden_size"]
+    is_first, is_last = stage == 0, stage == len(layers) - 1
+    tables = counted.tables if is_first and is_last else table * (is_first + is_last)
+    return LayerParameters(
+        split=(held.split + tables) // trainer.tensor_model_parallel_size,
+        whole=held.whole + (target["hidden_size"] if is_last else 0),
+        experts=held.experts // _expert_ranks(trainer),
+        corrections=held.corrections,
+    )
 
 
 def _expert_ranks(trainer: TrainerConfig) -> int:
@@ -125,38 +168,13 @@ def _expert_ranks(trainer: TrainerConfig) -> int:
     return trainer.expert_model_parallel_size * per_expert
 
 
-def _activation_bytes(trainer: TrainerConfig, target: Mapping[str, Any], num_tokens: int) -> int:
-    """Return what the microbatches in flight keep for their backward passes.
-
-    With recomputation a layer keeps its input; all that it saves, and the gradients of that, exist for one at a time.
-    """
+def _last_bytes_per_token(trainer: TrainerConfig, target: Mapping[str, Any]) -> int:
+    """Return what the last norm saves, and the rows of the head."""
     hidden, itemsize = target["hidden_size"], ITEMSIZES[trainer.dtype]
-    # The first of several stages has as many microbatches in flight as there are stages, each of its share of layers.
-    num_layers = target["num_hidden_layers"]
-    layer = layer_bytes_per_token(trainer, target)
-    last = (2 * FLOAT32_BYTES + 2 * itemsize) * hidden  # the last norm and the rows of the head
-    per_token = num_layers * hidden * itemsize + 2 * layer if trainer.recompute else num_layers * layer
-    return num_tokens * (per_token + last)
+    norm = (2 * FLOAT32_BYTES + itemsize) * hidden // row_ranks(trainer, target)
+    return int(norm + itemsize * hidden)
 
 
-def layer_bytes_per_token(trainer: TrainerConfig, target: Mapping[str, Any]) -> int:
-    """Return what one layer saves for the backward pass, for each of a microbatch's tokens."""
-    itemsize, ranks = ITEMSIZES[trainer.dtype], trainer.tensor_model_parallel_size
-    heads, dim, hidden = target["num_attention_heads"], head_dim(target), target["hidden_size"]
-    queries, keys = heads * dim // ranks, num_kv_heads(target) * dim // ranks
-    norm = 2 * FLOAT32_BYTES + itemsize  # its input and the normalised in float32, its output; and a root a token
-    norms = 2 * (norm * hidden + FLOAT32_BYTES)
-    if family_of(architecture_of(target)).qk_norm:
-        norms += norm * (queries + keys) + FLOAT32_BYTES * (queries + keys) // dim
-    angles = 4 * dim * itemsize
-    # Before and after the rotation, the output and the input of the projection; a logarithm a head.
-    attention = (4 * queries + 3 * keys) * itemsize + FLOAT32_BYTES * heads // ranks
-    attends_in = itemsize
-    if trainer.num_gpus == 0 and trainer.dtype == "bfloat16":
-        # A CPU attends in float32, to copies; the projection has the output rounded.
-        attends_in = FLOAT32_BYTES
-        attention = 2 * (queries + keys) * attends_in + queries * itemsize + FLOAT32_BYTES * heads // ranks
-    # Responses that share a prompt have copies of its keys and values, and their outputs are joined.
-    shared = (queries + 4 * keys) * attends_in
-    mlp = 5 * target["intermediate_size"] // ranks * itemsize  # gate, up, the gate twice more, the product
-    return norms + angles + attention + shared + mlp
+def _logits_bytes(trainer: TrainerConfig, target: Mapping[str, Any], num_tokens: int) -> int:
+    of_each = ITEMSIZES[trainer.dtype] + FLOAT32_LOGITS * FLOAT32_BYTES
+    return int(num_tokens * target["vocab_size"] // trainer.tensor_model_parallel_size * of_each)

@@ -66,6 +66,25 @@ def test_a_model_with_experts_has_as_many_numbers_as_its_authors_say(name: str) 
     assert counted.decoder == COUNTED.get(name, counted.decoder)
 
 
+@pytest.mark.parametrize("name", {**BUILT, **MIXED})
+def test_each_layer_is_counted_with_its_experts_and_what_every_tensor_rank_has_whole(name: str) -> None:
+    config = {**BUILT, **MIXED}[name]
+    counted, shapes = count_parameters(config), expected_shapes(ModelSpec.from_dict(config))
+    assert counted is not None
+    by_layer: dict[int, dict[str, int]] = {}
+    for each, shape in shapes.items():
+        if each.startswith("model.layers."):
+            by_layer.setdefault(int(each.split(".")[2]), {})[each] = prod(shape)
+    assert sorted(by_layer) == list(range(len(counted.layers)))
+    for number, layer in enumerate(counted.layers):
+        own = by_layer[number]
+        assert layer.total == sum(own.values())
+        assert layer.experts == sum(size for each, size in own.items() if ".mlp.experts." in each)
+        whole = ("norm.weight", ".mlp.gate.weight")
+        assert layer.whole == sum(size for each, size in own.items() if each.endswith(whole))
+        assert layer.corrections == sum(size for each, size in own.items() if each.endswith("e_score_correction_bias"))
+
+
 @pytest.mark.parametrize("name", [name for name, config in MIXED.items() if config.get("num_nextn_predict_layers")])
 def test_the_mtp_layer_behind_the_last_is_a_draft_of_its_target(name: str) -> None:
     config = MIXED[name]

@@ -58,7 +58,8 @@ def test_the_gpus_of_mimo_are_what_a_pencil_says(tmp_path: Path) -> None:
     layer = attention + 3 * 4096 * 11008 + 2 * 4096
     decoder = 36 * layer + 2 * 151680 * 4096 + 4096
     mtp = layer + 2 * 4096 * 4096 + 3 * 4096
-    rank, tokens = decoder // 2, 9216
+    norms_of_all = 36 * 2 * 4096 + 4096  # which each tensor rank has whole
+    rank, tokens = (decoder - norms_of_all) // 2 + norms_of_all, 9216
     share_of_rank = -(-rank // 4)
     queries, keys, mlp = 32 * 128 // 2, 8 * 128 // 2, 11008 // 2
     norms = 2 * ((4 + 4 + 2) * 4096 + 4)
@@ -236,9 +237,10 @@ def test_stages_hold_the_embedding_or_the_head_beside_their_layers(tmp_path: Pat
     wide = ("--rollout-num-engines", "2", "--actor-num-gpus", "2", "--actor-world-size", "2")
     argv = (*SERVERS, *wide, "--pipeline-model-parallel-size", "2", "--train-dtype", "bfloat16")
     plan = plan_memory(make_facts(tmp_path, argv))
-    assert plan.trainer is not None
     table = 128256 * 4096
-    assert plan.trainer.num_parameters == (8_030_261_248 - 2 * table) // 2 + table
+    first = (8_030_261_248 - 2 * table - 4096) // 2 + table
+    assert [stage.num_parameters for stage in plan.stages] == [first, first + 4096]  # and the last norm
+    assert [bool(stage.logits_bytes) for stage in plan.stages] == [False, True]
 
 
 def gpus_for(folder: Path, *argv: str, target: dict[str, Any] | None = None) -> tuple[GpuMemory, ...]:

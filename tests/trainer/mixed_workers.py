@@ -80,3 +80,15 @@ def pushed_tensors(rank: int, init_method: str, config: Config) -> Packed:
             pushed |= zip((meta.name for meta in bucket.tensors), bucket.handle, strict=True)
     worker.close()
     return packed_for_ray(pushed)
+
+
+def held_bytes(rank: int, init_method: str, config: Config) -> dict[str, int]:
+    """The bytes of a rank's weights (routers' biases among them) and gradients, and how many its optimizer updates."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    biases = [bias for name, bias in worker.model.named_buffers() if name.endswith("expert_bias")]
+    weights = [*worker.model.parameters(), *biases]
+    updated = sum(each.numel() for group in worker.optimizer.param_groups for each in group["params"])
+    gradients = sum(parameter.main_grad.nbytes for parameter in worker.model.parameters())
+    worker.close()
+    return {"weights": sum(each.nbytes for each in weights), "gradients": gradients, "updated": updated}

@@ -366,7 +366,7 @@ def saved_for_backward(
             if isinstance(module, SegmentAttention):
                 module.attend = attend_segments
     (plan,) = plan_microbatches(samples, config.trainer.max_tokens_per_microbatch, 1)[0]
-    microbatch = build_microbatch(samples, plan, torch.device("cpu"))
+    (microbatch,) = worker._microbatches(samples, [plan])
     weights = {parameter.untyped_storage()._cdata for parameter in worker.model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 

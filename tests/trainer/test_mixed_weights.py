@@ -164,12 +164,11 @@ def test_experts_leave_the_device_with_the_rest_and_the_memory_plan_counts_them(
     target = json.loads((folder / "config.json").read_text())
     counted = count_parameters(target)
     assert counted is not None
-    plan = trainer_memory(config, target, counted)
+    (plan,) = trainer_memory(config, target, counted)
     for (resident, reports, pushed), (_, expected, weights) in zip(left, stayed, strict=True):
         assert reports == expected
         assert all(torch.equal(tensor, weights[name].half()) for name, tensor in pushed.items())
         assert not any(num_bytes for phase in ("rollout", "between", "end") for num_bytes in resident[phase].values())
-        # The plan divides norms and routers by the tensor ranks, which have them whole; buffers are padded.
-        assert resident["counted"]["parameters"] == pytest.approx(plan.num_parameters, rel=0.02)
-        assert resident["step"]["gradients"] == pytest.approx(plan.gradient_bytes, rel=0.05)
+        assert resident["counted"]["parameters"] == plan.num_parameters
+        assert resident["step"]["gradients"] == pytest.approx(plan.gradient_bytes, rel=0.05)  # buffers are padded
     assert left[0][2].keys() == expected_shapes(ModelSpec.from_folder(folder)).keys()

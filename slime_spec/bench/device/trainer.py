@@ -208,7 +208,7 @@ def _plan_rows(rank: TrainerRank, folder: Path, device: torch.device, prefix: st
     target = read_json(folder / "config.json")
     counted = count_parameters(target)
     assert counted is not None, "the shape is a decoder's"
-    plan = trainer_memory(rank.config, target, counted)
+    (plan,) = trainer_memory(rank.config, target, counted)
     planned = plan.kept_bytes + max(plan.activation_bytes + plan.logits_bytes, plan.update_bytes)
     rows = [Row(f"{prefix}.memory_planned", f"{words}: memory of a step, by the memory plan", planned / 1e9, "GB")]
     if device.type == "cuda":

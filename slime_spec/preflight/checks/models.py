@@ -7,9 +7,9 @@ from shutil import which
 from slime_spec.checkpoints.families import TRAINED_ARCHITECTURES, family_of, model_type_comes_as_code
 from slime_spec.checkpoints.parameters import expanded_kv_elements, has_latent_attention
 from slime_spec.engines import kind_of
+from slime_spec.preflight.activation_memory import ITEMSIZES
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Severity, Sighting, always, on_sglang, trap
-from slime_spec.preflight.trainer_memory import ITEMSIZES
 
 REPOSITORY = "https://github.com/sgl-project/sglang"
 
