@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# GRPO on Llama-3.1-8B-Instruct with an external EAGLE-3 draft, on eight GPUs that engines and trainer share.
-# Trailing arguments pass through and win; --dry-run prints the whole plan and starts nothing.
-# MODEL_DIR and DRAFT_DIR name the checkpoint folders; lib.sh has what else the environment sets.
+# GRPO on Llama-3.1-8B-Instruct with an external EAGLE-3 draft, on eight 80 GB GPUs that engines and trainer share.
+# Trailing arguments pass through and win; --dry-run prints the whole plan and starts nothing; --debug-rollout-only generates
+# without a trainer.
+# MODEL_DIR and DRAFT_DIR name the checkpoint folders, PROMPT_DATA a file of prompts; lib.sh has what else the environment sets.
+# Not run on a GPU: on CPUs with a tiny checkpoint of the same format; the plan is of the real config.json.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Rollouts of GLM-4.6 (355B, 32B active) with its own MTP layer, one engine of eight 141 GB GPUs.
-# Trailing arguments pass through and win; --dry-run prints the whole plan and starts nothing.
-# MODEL_DIR names the checkpoint folder; lib.sh has what else the environment sets.
+# GRPO on GLM-4.6 (355B, 32B active) with its own MTP layer, on eight nodes of eight 141 GB GPUs.
+# Trailing arguments pass through and win; --dry-run prints the whole plan and starts nothing; --debug-rollout-only generates
+# without a trainer. On one node of eight 141 GB GPUs: cluster=gpus8_one_engine --debug-rollout-only.
+# MODEL_DIR names the checkpoint folder, PROMPT_DATA a file of prompts; lib.sh has what else the environment sets.
+# Not run on a GPU: on CPUs with a tiny checkpoint of the same format; the plan is of the real config.json.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

@@ -47,6 +47,8 @@ def notes(config: Config) -> Iterator[str]:
     if config.sglang and not has_servers:
         names = ", ".join(f"--sglang-{dest.replace('_', '-')}" for dest in config.sglang)
         yield f"The {config.rollout.engine} engine has no use for {names}."
+    if config.draft_training.enable and not config.trains_draft:
+        yield "A run of rollouts alone trains no draft, and --enable-draft-training has no effect."
     if config.run.mode != "train_only" and not has_servers:
         yield from unused_server_settings(config)
     if config.run.mode != "train_only":
@@ -169,9 +171,6 @@ def _check_saving(config: Config) -> None:
 
 def _check_draft_training(config: Config) -> None:
     settings = config.draft_training
-    if settings.enable and config.run.mode == "rollout_only":
-        rule = "trains the draft beside the policy, and rollout_only has no trainer"
-        raise ConfigError("draft_training.enable", rule, True, "Drop --enable-draft-training or --debug-rollout-only.")
     if settings.max_rows >= settings.max_length:
         raise ConfigError(
             "draft_training.max_rows",

@@ -369,6 +369,11 @@ class Config:
         return self.run.mode == "train" and self.cluster.colocate and self.cluster.offload_train
 
     @property
+    def trains_draft(self) -> bool:
+        """Return whether the run trains its draft: what generates alone trains nothing, whatever a recipe sets."""
+        return self.draft_training.enable and self.run.mode != "rollout_only"
+
+    @property
     def save_interval(self) -> int | None:
         """Return the steps from one checkpoint to the next; None where the run saves none.
 

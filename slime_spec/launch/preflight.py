@@ -180,7 +180,7 @@ def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
     if generates and kind_of(config).runs_built_decoders:
         refusals.of(_check_draft, config, spec, dtypes)
         refusals.of(_check_fp8, config)
-    if config.draft_training.enable:
+    if config.trains_draft:
         refusals.of(_check_draft_in_training, config, spec)
     if config.run.mode == "train" and kind_of(config).has_servers:
         refusals.of(_check_fp8_pushes, config)

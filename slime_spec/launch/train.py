@@ -69,7 +69,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             prepare_ray_environment(joining=config.cluster.ray_address is not None)
             engines, trainer, loaded = parts.enter_context(_parts(config, inputs.spec, stop))
             draft = None
-            if config.draft_training.enable and trainer is not None:
+            if config.trains_draft and trainer is not None:
                 draft = DraftInTraining(config, trainer, engines)
             state = first_state(config, loaded, trainer, engines, draft)
             folder.begin_at(state.rollout_id)

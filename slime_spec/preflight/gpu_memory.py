@@ -184,7 +184,8 @@ def _step_rows(trainer: TrainerMemory) -> Iterator[MemoryRow]:
     how = "recomputed: a layer's inputs, all of one layer" if trainer.recomputes else "all layers"
     yield MemoryRow("trainer: activations", trainer.activation_bytes, f"{trainer.num_tokens:,} tokens, {how}", train)
     copies = f"1 x {trainer.itemsize} + {FLOAT32_LOGITS} x {FLOAT32_BYTES} bytes each"
-    yield MemoryRow("trainer: logits", trainer.logits_bytes, copies, train)
+    if trainer.logits_bytes:
+        yield MemoryRow("trainer: logits", trainer.logits_bytes, copies, train)
 
 
 def _engine_rows(facts: Facts, engine: EngineMemory, capacity: int, beside: int) -> Iterator[MemoryRow]:

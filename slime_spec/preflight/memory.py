@@ -126,7 +126,7 @@ def _stages(facts: Facts, counted: Parameters) -> tuple[TrainerMemory, ...]:
 def _trained_draft(facts: Facts, counted: Parameters) -> DraftMemory | None:
     """Return the memory of the draft that the trainer trains; None where there is none that can be trained."""
     draft, draft_format = facts.draft, facts.draft_format
-    if not facts.config.draft_training.enable or draft is None or draft_format is None:
+    if not facts.config.trains_draft or draft is None or draft_format is None:
         return None
     if facts.draft_kind == "in_target":
         # The ranks of the last stage each have the layer, and spread its experts over all of them.

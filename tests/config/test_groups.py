@@ -54,9 +54,9 @@ def test_a_choice_on_the_command_line_replaces_the_experiments_wherever_it_stand
 
 
 def test_what_an_experiment_itself_sets_stands_above_groups_and_below_settings() -> None:
-    argv = ["--config", "qwen3-235b-a22b-eagle3", "cluster=gpus8_colocate"]
+    argv = ["--config", "qwen3-30b-a3b-eagle3", "cluster=gpus8_colocate"]
     config = compose(argv)
-    assert (config.rollout.num_engines, config.rollout.batch_size) == (8, 16)
+    assert (config.rollout.num_engines, config.rollout.batch_size) == (2, 32)  # the cluster says eight engines
     assert config.engine.max_running_requests == 128  # the cluster says 48
     assert compose([*argv, "--sglang-max-running-requests", "7"]).engine.max_running_requests == 7
 

@@ -15,7 +15,7 @@ from slime_spec.launch.preflight import look
 from slime_spec.preflight.gpu_memory import GpuMemory, Phase, plan_gpus
 from slime_spec.preflight.memory import PASS_TOKENS, plan_memory
 from tests.support.doctor_facts import SERVERS, TARGET, make_facts
-from tests.support.recipes import RECIPES, Recipe
+from tests.support.recipes import RECIPES, ROLLOUTS, STAGED, Recipe
 from tests.support.tiny_policy import make_tiny_policy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,18 +42,35 @@ def test_every_script_is_a_recipe_that_is_planned_here() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_fits_its_gpus_in_every_phase(name: str, tmp_path: Path) -> None:
     recipe = RECIPES[name]
-    gpus = gpus_of(recipe, tmp_path)
-    assert sum(each.num_gpus for each in gpus) == 8
+    assert_fits(gpus_of(recipe, tmp_path), recipe, ALL)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_recipe_in_slimes_stages_fits_its_gpus_in_every_phase(name: str, tmp_path: Path) -> None:
+    recipe = RECIPES[name]
+    made = make_plan(look(composed([*recipe.arguments(tmp_path), *STAGED[name]])))
+    assert [stage.num_stages for stage in made.memory.stages] == [4, 4, 4, 4]
+    assert_fits(made.gpus, recipe, ALL)
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_rollouts_alone_fit_one_node(name: str, tmp_path: Path) -> None:
+    recipe = ROLLOUTS[name]
+    assert_fits(gpus_of(recipe, tmp_path), recipe, (Phase.START, Phase.ROLLOUT))
+
+
+def assert_fits(gpus: tuple[GpuMemory, ...], recipe: Recipe, phases: tuple[Phase, ...]) -> None:
+    assert sum(each.num_gpus for each in gpus) == recipe.num_gpus
     for each in gpus:
         assert each.capacity_bytes == recipe.gpu_gb * 10**9
-        assert each.phases == (ALL if recipe.trains else (Phase.START, Phase.ROLLOUT))
+        assert each.phases == phases
         for phase in each.phases:
             assert 0 < each.total(phase) <= each.capacity_bytes, phase
 
 
 def test_the_gpus_of_mimo_are_what_a_pencil_says(tmp_path: Path) -> None:
     """36 layers with biases of queries, keys and values; two tensor ranks, bfloat16, AdamW split in four."""
-    (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path)
+    (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path, "--no-enable-mtp-training")
     attention = 4096 * (32 + 2 * 8) * 128 + (32 + 2 * 8) * 128 + 32 * 128 * 4096
     layer = attention + 3 * 4096 * 11008 + 2 * 4096
     decoder = 36 * layer + 2 * 151680 * 4096 + 4096
@@ -96,8 +113,8 @@ def test_the_gpus_of_mimo_are_what_a_pencil_says(tmp_path: Path) -> None:
 def test_a_draft_in_training_has_weights_gradients_and_moments_in_float32(tmp_path: Path) -> None:
     for name in ("plain", "learning"):
         (tmp_path / name).mkdir()
-    (plain,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path / "plain")
-    (learning,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path / "learning", "--enable-mtp-training")
+    (plain,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path / "plain", "--no-enable-mtp-training")
+    (learning,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path / "learning")
     attention = 4096 * (32 + 2 * 8) * 128 + (32 + 2 * 8) * 128 + 32 * 128 * 4096
     mtp = attention + 3 * 4096 * 11008 + 2 * 4096 + 2 * 4096 * 4096 + 3 * 4096
     # 64 replies on four data parallel ranks: embedding and final state of 2,048 tokens, of 512 the latter once more.
@@ -111,7 +128,7 @@ def test_a_draft_in_training_has_weights_gradients_and_moments_in_float32(tmp_pa
 def test_an_update_of_a_draft_counts_where_it_is_more_than_the_policys_passes(tmp_path: Path) -> None:
     """Short microbatches, of which the target's whole head in float32 is the most; four replies an update and rank."""
     short = ("--max-tokens-per-gpu", "1024", "--rollout-max-prompt-len", "512", "--rollout-max-response-len", "512")
-    (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path, "--enable-mtp-training", *short)
+    (gpu,) = gpus_of(RECIPES["mimo-7b-rl-mtp"], tmp_path, *short)
     inputs = 4 * ((1024 * 4096 + 1023 * 4096) * 4 + 511 * 4096 * 2)
     head, row = 151680 * 4096 * 4, 151680 * 4
     logits = int(6.1 * (2**28 // row) * row)
@@ -121,7 +138,7 @@ def test_an_update_of_a_draft_counts_where_it_is_more_than_the_policys_passes(tm
 
 def test_the_gpus_of_glm_are_what_a_pencil_says(tmp_path: Path) -> None:
     """Rollouts alone on one engine of eight GPUs: weights and cache within 0.85 of each, and what SGLang adds."""
-    (gpu,) = gpus_of(RECIPES["glm4.5-355b-a32b-mtp"], tmp_path)
+    (gpu,) = gpus_of(ROLLOUTS["glm4.5-355b-a32b-mtp"], tmp_path)
     attention = 5120 * (96 + 2 * 8) * 128 + (96 + 2 * 8) * 128 + 96 * 128 * 5120 + 2 * 128
     experts = (160 + 1) * 3 * 5120 * 1536 + 160 * 5120 + 160
     layer = attention + 2 * 5120 + experts
@@ -141,7 +158,7 @@ def test_the_gpus_of_glm_are_what_a_pencil_says(tmp_path: Path) -> None:
 
 def test_a_trainer_that_stays_takes_its_memory_from_the_engines(tmp_path: Path) -> None:
     recipe = RECIPES["mimo-7b-rl-mtp"]
-    (gpu,) = gpus_of(recipe, tmp_path, "--no-offload-train")
+    (gpu,) = gpus_of(recipe, tmp_path, "--no-offload-train", "--no-enable-mtp-training")
     rows = rows_of(gpu)
     kept = sum(rows[f"trainer: {part}"] for part in ("context", "weights", "gradients", "optimizer"))
     assert rows["engine: KV cache"] == int(0.8 * (80 * 10**9 - kept - CONTEXT)) - rows["engine: weights"]

@@ -26,6 +26,7 @@ SERVER_TIMEOUT_S = 900
 # Any machine, and one small step: what a test changes of a recipe for eight GPUs.
 EMBEDDED = (
     *("--debug-rollout-only", "--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "0"),
+    "cluster.ray_address=null",
     *("--rollout-num-engines", "1", "--rollout-num-cpus-per-engine", "1", "--sglang-dtype", "float32"),
     *("--num-rollout", "2", "--rollout-batch-size", "2", "--n-samples-per-prompt", "2"),
     *("--rollout-max-prompt-len", "128", "--rollout-max-response-len", "12", "--no-console"),
@@ -33,6 +34,7 @@ EMBEDDED = (
 # The same on a real SGLang server, as small as its pure-torch stand-in kernels want it.
 ON_SGLANGS_CPU = (
     *("--debug-rollout-only", "--rollout-num-gpus-per-engine", "0", "--rollout-num-engines", "1"),
+    "cluster.ray_address=null",
     *("--rollout-num-cpus-per-engine", "1", "--sglang-dtype", "float32", "--sglang-attention-backend", "intel_amx"),
     *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096", "--sglang-sleep-on-idle"),
     *("--actor-start-timeout-s", "600"),
@@ -43,7 +45,19 @@ ON_SGLANGS_CPU = (
 ON_THE_CPU_TOO = {"run-deepseek-r1-mtp.sh": ("--no-sglang-enable-dp-attention", "--sglang-dp-size", "1")}
 # The plan for another machine: this one need not have eight GPUs, nor sglang.
 # Stand-ins cannot be split over ranks: they know 257 tokens.
-ELSEWHERE = ("--skip-check", "gpus", "sglang-version", "--tensor-model-parallel-size", "1")
+UNSPLIT = (
+    *("--tensor-model-parallel-size", "1"),
+    *("--expert-model-parallel-size", "1", "--expert-tensor-parallel-size", "1"),
+)
+ELSEWHERE = ("--skip-check", "gpus", "sglang-version", *UNSPLIT)
+# What a test changes of a recipe to train without a GPU: a Ray and a rank of its own, and the embedded engine.
+TRAINING = (
+    *("--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "0", "--rollout-num-engines", "1"),
+    *("--rollout-num-cpus-per-engine", "1", "--sglang-dtype", "float32", "cluster.ray_address=null"),
+    *("--actor-num-gpus", "0", "--actor-world-size", "1", "trainer.num_cpus_per_rank=1", *UNSPLIT),
+    *("--train-dtype", "float32", "--num-rollout", "1", "--rollout-batch-size", "2", "--n-samples-per-prompt", "2"),
+    *("--rollout-max-prompt-len", "128", "--rollout-max-response-len", "12", "--no-console"),
+)
 
 
 GUIDE = {
@@ -143,7 +157,8 @@ def test_the_deepseek_recipe_plans_with_weights_in_fp8_which_it_is_for(tmp_path:
     assert embedded.rstrip().endswith("a launch would go on")
 
 
-OWN_STAND_INS = sorted(set(SCRIPTS) - {"run-glm4.6-355B-A32B-mtp.sh"})  # GLM-4.6 has GLM-4.5's
+# GLM-4.6 has GLM-4.5's, and the smaller Qwen3 the larger one's.
+OWN_STAND_INS = sorted(set(SCRIPTS) - {"run-glm4.6-355B-A32B-mtp.sh", "run-qwen3-30B-A3B-eagle3.sh"})
 
 
 @pytest.mark.parametrize("script", OWN_STAND_INS)
@@ -160,6 +175,16 @@ def test_a_recipe_runs_without_a_gpu_on_the_embedded_engine(
     told = run_doctor_on(tmp_path / "run")
     (bar,) = (each for each in told["findings"] if each["id"] == "acceptance-bar")
     assert f"finished run: {steps_rate(steps):.0%}" in bar["read"]
+
+
+@pytest.mark.parametrize("script", OWN_STAND_INS)
+def test_a_recipe_trains_without_a_gpu(script: str, stand_ins: dict[str, StandIn], tmp_path: Path) -> None:
+    """One step, with the recipe's optimizer: its states split and in host memory where the recipe has them so."""
+    run_script(script, stand_ins[SCRIPTS[script]], *TRAINING, "--output-dir", str(tmp_path / "run"))
+    (step,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert step["rollout/num_samples"] == 4
+    assert step["train/num_optimizer_steps"] == 1
+    assert (tmp_path / "run" / "hf" / "config.json").is_file()
 
 
 def run_doctor_on(run: Path) -> dict[str, Any]:
@@ -217,7 +242,7 @@ def test_without_gpus_and_sglang_a_script_names_both_and_starts_nothing(
 
 
 @pytest.mark.sglang_server
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "run-glm4.6-355B-A32B-mtp.sh"])  # as GLM-4.5
+@pytest.mark.parametrize("script", OWN_STAND_INS)
 def test_a_recipe_runs_without_a_gpu_on_a_real_sglang_server(
     script: str, stand_ins: dict[str, StandIn], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,18 @@ def make_mimo(folder: Path) -> StandIn:
     return StandIn(in_dtype(target, torch.bfloat16), None)
 
 
-def make_glm(folder: Path) -> StandIn:
-    """GLM-4.5/4.6: grouped-query attention, experts, and an MTP layer after the last."""
+def make_glm(folder: Path, use_qk_norm: bool = True) -> StandIn:
+    """GLM-4.5/4.6: grouped-query attention, experts, and an MTP layer after the last; Air has no norms of queries."""
     target = make_moe(
         folder / "target",
         "glm4_moe",
-        **{**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "use_qk_norm": True},
+        **{
+            **EXPERTS,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": use_qk_norm,
+        },
         attention_bias=True,
         max_position_embeddings=131072,
     )
@@ -135,6 +142,7 @@ STAND_INS: Mapping[str, Callable[[Path], StandIn]] = {
     "llama3.1-8b": make_llama,
     "mimo-7b-rl": make_mimo,
     "glm4": make_glm,
+    "glm4.5-air": partial(make_glm, use_qk_norm=False),
     "deepseek-r1": make_deepseek,
     "qwen3-235b-a22b": make_qwen3_moe,
 }
@@ -144,8 +152,10 @@ SCRIPTS = {
     "run-mimo-7B-rl-mtp.sh": "mimo-7b-rl",
     "run-glm4.5-355B-A32B-mtp.sh": "glm4",
     "run-glm4.6-355B-A32B-mtp.sh": "glm4",
+    "run-glm4.5-air-mtp.sh": "glm4.5-air",
     "run-deepseek-r1-mtp.sh": "deepseek-r1",
     "run-qwen3-235B-A22B-eagle3.sh": "qwen3-235b-a22b",
+    "run-qwen3-30B-A3B-eagle3.sh": "qwen3-235b-a22b",
 }
 
 

@@ -1,56 +1,45 @@
-"""The configurations that the launch scripts run, with the sizes of the models that they name and of their GPUs."""
+"""The configurations that the launch scripts run, with the config.json of the models that they name and their GPUs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.support.doctor_facts import EAGLE3_HEAD, TARGET
+from tests.support.published_configs import BUILT
+from tests.support.published_served import MIXED, SERVED
 
-GLM_355B: dict[str, Any] = {
-    **{"architectures": ["Glm4MoeForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 92, "vocab_size": 151552},
-    **{"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288},
-    **{"moe_intermediate_size": 1536, "n_routed_experts": 160, "n_shared_experts": 1, "first_k_dense_replace": 3},
-    **{"attention_bias": True, "use_qk_norm": True, "num_nextn_predict_layers": 1, "model_type": "glm4_moe"},
-}
-DEEPSEEK_R1: dict[str, Any] = {
-    **{"architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "num_hidden_layers": 61, "vocab_size": 129280},
-    **{"num_attention_heads": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256},
-    **{"n_shared_experts": 1, "first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512},
-    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_nextn_predict_layers": 1},
-}
-QWEN3_235B: dict[str, Any] = {
-    **{"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 94, "vocab_size": 151936},
-    **{"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 12288},
-    **{"moe_intermediate_size": 1536, "num_experts": 128},
-}
+GLM_355B, GLM_AIR = MIXED["zai-org/GLM-4.5"], MIXED["zai-org/GLM-4.5-Air"]
+DEEPSEEK_R1 = MIXED["deepseek-ai/DeepSeek-R1, with weights in bfloat16"]
+QWEN3_235B, QWEN3_30B = MIXED["Qwen/Qwen3-235B-A22B"], MIXED["Qwen/Qwen3-30B-A3B"]
+MIMO_7B = BUILT["XiaomiMiMo/MiMo-7B-RL"]
 LLAMA_DRAFT: dict[str, Any] = {**EAGLE3_HEAD, "torch_dtype": "float16", "max_position_embeddings": 2048}
-MIMO_7B: dict[str, Any] = {
-    **{"architectures": ["MiMoForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151680},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008, "num_nextn_predict_layers": 1},
-    **{"model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}},
+QWEN3_DRAFT: dict[str, Any] = {
+    **{**EAGLE3_HEAD, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128},
+    **{"vocab_size": 151936, "max_position_embeddings": 40960},
 }
-QWEN3_DRAFT: dict[str, Any] = {**EAGLE3_HEAD, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named configuration, the config.json of its models, and the size of the GPUs that it is for."""
+    """A named configuration, the config.json of its models, and the number and size of the GPUs that it is for."""
 
     experiment: str
     target: dict[str, Any]
     draft: dict[str, Any] | None
+    num_gpus: int
     gpu_gb: int
-    trains: bool = False
+    more: tuple[str, ...] = ()
 
     def arguments(self, folder: Path) -> list[str]:
         """Flags of train, with both checkpoints as config.json alone."""
         argv = ["--config", self.experiment, "--hf-checkpoint", str(write_config(folder / "target", self.target))]
         if self.draft is not None:
             argv += ["--speculative-draft-model-path", str(write_config(folder / "draft", self.draft))]
-        return argv
+        return [*argv, *self.more]
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> Path:
@@ -59,15 +48,44 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-FP8 = {"quantization_config": {"quant_method": "fp8"}}
-RECIPES = {
+RECIPES: Mapping[str, Recipe] = {
     each.experiment: each
     for each in (
-        Recipe("eagle3-llama3.1-8b", TARGET, LLAMA_DRAFT, 80, trains=True),
-        Recipe("mimo-7b-rl-mtp", MIMO_7B, None, 80, trains=True),
-        Recipe("glm4.5-355b-a32b-mtp", GLM_355B, None, 141),
-        Recipe("glm4.6-355b-a32b-mtp", GLM_355B, None, 141),
-        Recipe("deepseek-r1-mtp", {**DEEPSEEK_R1, **FP8}, None, 141),
-        Recipe("qwen3-235b-a22b-eagle3", QWEN3_235B, QWEN3_DRAFT, 141),
+        Recipe("eagle3-llama3.1-8b", TARGET, LLAMA_DRAFT, 8, 80),
+        Recipe("mimo-7b-rl-mtp", MIMO_7B, None, 8, 80),
+        Recipe(
+            "qwen3-30b-a3b-eagle3", QWEN3_30B, {**QWEN3_DRAFT, "hidden_size": 2048, "num_attention_heads": 32}, 8, 80
+        ),
+        Recipe("glm4.5-air-mtp", GLM_AIR, None, 32, 80),
+        Recipe("glm4.5-355b-a32b-mtp", GLM_355B, None, 64, 141),
+        Recipe("glm4.6-355b-a32b-mtp", MIXED["zai-org/GLM-4.6"], None, 64, 141),
+        Recipe("qwen3-235b-a22b-eagle3", QWEN3_235B, QWEN3_DRAFT, 64, 141),
+        Recipe("deepseek-r1-mtp", DEEPSEEK_R1, None, 128, 141),
     )
+}
+ONE_NODE = ("cluster=gpus8_one_engine", "--debug-rollout-only")
+# Rollouts alone of the models that a node of eight GPUs holds.
+ROLLOUTS: Mapping[str, Recipe] = {
+    each.experiment: each
+    for each in (
+        Recipe("glm4.5-355b-a32b-mtp", GLM_355B, None, 8, 141, ONE_NODE),
+        Recipe("glm4.6-355b-a32b-mtp", MIXED["zai-org/GLM-4.6"], None, 8, 141, ONE_NODE),
+        Recipe("qwen3-235b-a22b-eagle3", QWEN3_235B, QWEN3_DRAFT, 8, 141, ONE_NODE),
+        Recipe("deepseek-r1-mtp", SERVED["deepseek-ai/DeepSeek-R1"], None, 8, 141, ONE_NODE),
+    )
+}
+# Megatron's stages in place of experts over all ranks, as slime's scripts have them.
+STAGED: Mapping[str, tuple[str, ...]] = {
+    "glm4.5-355b-a32b-mtp": (
+        *("--pipeline-model-parallel-size", "4", "--decoder-last-pipeline-num-layers", "20"),
+        *("--expert-model-parallel-size", "16", "--expert-tensor-parallel-size", "1"),
+    ),
+    "qwen3-235b-a22b-eagle3": (
+        *("--pipeline-model-parallel-size", "4", "--decoder-last-pipeline-num-layers", "22"),
+        *("--expert-model-parallel-size", "16", "--expert-tensor-parallel-size", "1"),
+    ),
+    "deepseek-r1-mtp": (
+        *("--pipeline-model-parallel-size", "4", "--decoder-last-pipeline-num-layers", "13"),
+        *("--expert-model-parallel-size", "32", "--expert-tensor-parallel-size", "1"),
+    ),
 }

@@ -34,7 +34,6 @@ CONTRADICTIONS = (
     ("--actor-num-gpus 2 --no-colocate", "trainer.num_gpus"),
     ("--debug-rollout-only --load checkpoints", "trainer.load"),
     ("--rm-type exact", "task.reward"),
-    (f"{EAGLE3} --debug-rollout-only --enable-draft-training", "draft_training.enable"),
     (f"{EAGLE3} --draft-lr 1e-4", "draft_training.lr"),
     (f"{EAGLE3} --enable-draft-training --draft-max-rows 64 --draft-max-length 64", "draft_training.max_rows"),
     ("--label-key answer", "task.label_key"),

@@ -16,6 +16,7 @@ from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding
 from slime_spec.preflight.gate import not_skipped, refused
 from slime_spec.preflight.gpu_memory import GpuMemory, plan_gpus
+from slime_spec.preflight.host_memory import HostMemory, plan_host
 from slime_spec.preflight.memory import MemoryPlan, plan_memory
 from slime_spec.sglang.arguments import command_line, planned_places, server_flags
 from slime_spec.sglang.interpreter import checked_in
@@ -50,6 +51,7 @@ class Plan:
     transport: str
     memory: MemoryPlan
     gpus: tuple[GpuMemory, ...]
+    host: HostMemory | None
     findings: tuple[Finding, ...]
 
     @property
@@ -80,6 +82,7 @@ def make_plan(looked: Preflight) -> Plan:
         transport=transport_text(config),
         memory=memory,
         gpus=plan_gpus(facts, memory),
+        host=plan_host(config, memory),
         findings=findings,
     )
 

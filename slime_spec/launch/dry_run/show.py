@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from slime_spec.config.draft_training import loss_for
+from slime_spec.config.pipeline_stages import stage_layers
 from slime_spec.launch.dry_run.placement import counted, placement_lines
 from slime_spec.launch.dry_run.plan import Plan, PlannedServer
 from slime_spec.launch.preflight import ONLY_THE_START_KNOWS
@@ -17,6 +18,7 @@ from slime_spec.preflight.finding import Severity
 from slime_spec.preflight.memory import EngineMemory
 from slime_spec.preflight.memory_table import table_lines
 from slime_spec.preflight.report import as_flags, brief, headline, width
+from slime_spec.transports.choice import OBJECT_STORE, transport_name
 
 FOLD_AT = 96  # columns
 # The flags in which equal servers differ.
@@ -73,7 +75,7 @@ def _run(plan: Plan) -> Iterator[str]:
         draft, kind = plan.facts.draft, plan.facts.draft_kind
         what = "its own MTP layer" if kind == "in_target" else f"{draft.folder}: {draft.architecture}, {draft.dtype}"
         yield f"draft {what}, context {draft.context_length}"
-        if config.draft_training.enable and (draft_format := plan.facts.draft_format) is not None:
+        if config.trains_draft and (draft_format := plan.facts.draft_format) is not None:
             yield f"draft in training: loss {loss_for(config.draft_training, draft_format.family)}"
 
 
@@ -87,11 +89,16 @@ def _placement(plan: Plan) -> Iterator[str]:
     yield from placement_lines(bundles)
     if bundles.rank_bundles:
         trainer = config.trainer
+        if plan.host is not None and plan.host.num_nodes > 1:
+            yield f"{plan.host.num_nodes} nodes of {plan.host.num_ranks} GPUs"
         tensor, pipeline = trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size
         spread = trainer.expert_model_parallel_size
         yield f"trainer: TP {tensor} x PP {pipeline} x DP {trainer.world_size // (tensor * pipeline)}" + (
             f", experts over {spread} ranks of a stage" if spread > 1 else ""
         )
+        if len(plan.memory.stages) > 1:
+            layers = stage_layers(plan.facts.target.config["num_hidden_layers"], trainer)
+            yield f"  layers of the stages: {', '.join(str(len(each)) for each in layers)}"
 
 
 def _engine(plan: Plan) -> Iterator[str]:
@@ -175,7 +182,13 @@ def _memory(plan: Plan) -> Iterator[str]:
             yield f"  in host memory while engines generate: {_size(trainer.host_bytes)} of each rank, pinned"
     if memory.push_bytes is not None:
         copies = f", {memory.push_copies} of them at a time" if memory.push_copies > 1 else ""
-        yield f"one push: {_size(memory.push_bytes)} in shared memory{copies}"
+        shared = f" in shared memory{copies}" if transport_name(plan.facts.config) == OBJECT_STORE else ""
+        yield f"one push: {_size(memory.push_bytes)}{shared}"
+    if plan.host is not None:
+        yield (
+            f"host memory of a node: {_size(plan.host.total_bytes)} = {counted(plan.host.num_ranks, 'rank')} "
+            f"{_size(plan.host.trainer_bytes)} + pushes {_size(plan.host.push_bytes)}"
+        )
     yield from table_lines(plan.gpus)
     if plan.facts.gpu_bytes:
         yield f"this machine: {counted(len(plan.facts.gpu_bytes), 'GPU')} of {_size(min(plan.facts.gpu_bytes))}"

@@ -109,14 +109,14 @@ def draft_refresh(facts: Facts) -> Sighting | None:
     contract, transport = facts.release.weight_contract, _transport(facts)
     told = f"SGLang {facts.release.text} ({contract.name}), transport {transport}"
     refreshes = contract.draft_alone and transport in contract.selective
-    if facts.config.draft_training.enable and {"dflash", "dspark"} & {*facts.config.speculative.record.families}:
+    if facts.config.trains_draft and {"dflash", "dspark"} & {*facts.config.speculative.record.families}:
         return Sighting(
             Severity.ERROR,
             f"{told}: the draft is trained, and the servers keep a copy of the key and value matrices that a block "
             "drafter began with, so that a pushed draft would be half old",
             "Drop --enable-draft-training, or pass --rollout-engine embedded.",
         )
-    if facts.config.draft_training.enable and not refreshes:
+    if facts.config.trains_draft and not refreshes:
         return Sighting(
             Severity.ERROR,
             f"{told}: the draft is trained, and no update reaches the draft alone",
@@ -151,7 +151,7 @@ def draft_refresh(facts: Facts) -> Sighting | None:
         Severity.INFO,
         f"{told}: the draft can be refreshed {how}",
         "Nothing to do: the trainer trains the draft and pushes it."
-        if facts.config.draft_training.enable
+        if facts.config.trains_draft
         else "It stays as loaded without --enable-draft-training: watch rollout/spec_accept_length.",
     )
 
