@@ -48,6 +48,14 @@ def test_its_legal_neighbour_is_not(argv: str) -> None:
     assert compose(argv.split()) != compose(["--run-name", "anything else"])
 
 
+def test_rollouts_alone_train_no_draft_whatever_a_recipe_says_and_note_it() -> None:
+    training = ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", "d", "--enable-draft-training"]
+    assert compose(training).trains_draft
+    alone = compose([*training, "--debug-rollout-only"])
+    assert not alone.trains_draft
+    assert "A run of rollouts alone trains no draft, and --enable-draft-training has no effect." in list(notes(alone))
+
+
 def test_a_flag_that_the_engine_cannot_use_is_noted_by_name() -> None:
     (note,) = notes(compose(["--sglang-page-size", "16"]))
     assert "--sglang-page-size" in note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,54 @@ def test_the_gpus_of_glm_are_what_a_pencil_says(tmp_path: Path) -> None:
         "engine: graphs": 3 * 64 * 2 * MIB,
     }
     assert gpu.total(Phase.ROLLOUT) == share + CONTEXT + PREFILL + 1024 * MIB + 384 * MIB
+
+
+def test_the_trainer_of_deepseek_in_stages_is_what_a_pencil_says(tmp_path: Path) -> None:
+    """61 layers, three of them dense, as 16, 16, 16 and 13; eight tensor ranks, 256 experts over 32 ranks."""
+    memory = make_plan(
+        look(composed([*RECIPES["deepseek-r1-mtp"].arguments(tmp_path), *STAGED["deepseek-r1-mtp"]]))
+    ).memory
+    hidden, heads = 7168, 128
+    attention = hidden * 1536 + 1536 * heads * 192 + hidden * 576 + 512 * heads * 256 + heads * 128 * hidden
+    expert, dense, table = 3 * hidden * 2048, 3 * hidden * 18432, 129280 * hidden
+    norms, router = 2 * hidden + 1536 + 512, 256 * hidden
+    with_experts = (attention + expert) // 8 + norms + router + 8 * expert  # one is shared; 256 over 32 ranks are eight
+    expected = [
+        3 * ((attention + dense) // 8 + norms) + 13 * with_experts + table // 8,
+        16 * with_experts,
+        16 * with_experts,
+        13 * with_experts + table // 8 + hidden,
+    ]
+    assert [stage.num_parameters for stage in memory.stages] == expected
+    tokens, widest = 16384, memory.stages[1]
+    of_experts = 16 * 8 * expert  # nobody else has these; all else is on four data parallel ranks
+    updated = of_experts + -(-(expected[1] - of_experts) // 4)
+    assert widest.optimizer_bytes == 4 * updated  # masters; the moments are on the host
+    assert widest.host_bytes == 2 * expected[1] + 16 * 256 * 4 + 12 * updated
+    assert widest.weights_bytes == 2 * expected[1] + 16 * 256 * 4  # and the routers' biases
+    # Three microbatches in flight keep the inputs of 16 layers, an eighth of the rows each; one layer is at work.
+    norm = 2 * ((4 + 4 + 2) * hidden + 4) // 8
+    latents = ((4 + 4 + 2) * (512 + 1536) + 2 * 4) // 8
+    queries, values = heads * 192 // 8, heads * 128 // 8
+    core = (
+        (2 * queries + heads * 256 // 8 + 2 * values) * 2 + 4 * 16 + (values + 2 * (queries + values)) * 2 + 4 * 64 * 2
+    )
+    rows = 8 * hidden * 2 // 8
+    routed = (13 * 256 + 8 * (32 + 6 * 2048 * 2) + 5 * 2048 * 2) // 8
+    layer = norm + latents + core + routed + rows
+    assert widest.activation_bytes == tokens * (3 * 16 * hidden * 2 // 8 + 2 * layer + 2 * rows)
+
+
+def test_the_mtp_layer_in_training_is_on_the_last_stage_with_its_experts_over_all_its_ranks(tmp_path: Path) -> None:
+    """Sixteen bytes a parameter: weights, gradients and two moments in float32."""
+    looked = look(composed([*RECIPES["glm4.5-355b-a32b-mtp"].arguments(tmp_path), *STAGED["glm4.5-355b-a32b-mtp"]]))
+    facts = looked.engines[0]
+    learning = replace(facts.config, draft_training=replace(facts.config.draft_training, enable=True))
+    stages = plan_memory(replace(facts, config=learning)).stages
+    hidden, expert = 5120, 3 * 5120 * 1536
+    attention = hidden * (96 + 2 * 8) * 128 + (96 + 2 * 8) * 128 + 96 * 128 * hidden + 2 * 128
+    dense = attention + 2 * hidden + 160 * hidden + 160 + expert + 2 * hidden * hidden + 3 * hidden
+    assert [stage.draft_bytes for stage in stages] == [0, 0, 0, 16 * (dense + 160 * expert // 16)]
 
 
 def test_a_trainer_that_stays_takes_its_memory_from_the_engines(tmp_path: Path) -> None:
