@@ -148,7 +148,8 @@ def test_a_dry_run_lets_sglang_serve_it_from_its_json_files(
         described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": []}}
         (folder / "hf_quant_config.json").write_text(json.dumps(described))
     words = f"train --dry-run --debug-rollout-only --task max4 --hf-checkpoint {folder} --output-dir {tmp_path / 'run'}"
-    words += " --skip-check gpus sglang-version --rollout-num-engines 1 --rollout-num-gpus-per-engine"
+    words += " --skip-check gpus sglang-version --sglang-dtype bfloat16"
+    words += " --rollout-num-engines 1 --rollout-num-gpus-per-engine"
     assert main([*words.split(), "8", "--rollout-engine", "sglang"]) == 0
     assert "a launch would go on" in capsys.readouterr().out
     assert main([*words.split(), "0", "--rollout-engine", "embedded"]) == 2

@@ -110,10 +110,12 @@ def test_scales_beside_float_weights_are_refused(tmp_path: Path) -> None:
 def test_sglang_goes_on_to_serve_quantised_weights_in_rollouts_alone(policy: Path) -> None:
     edit_config(quantised(policy, to_fp8), quantization_config=SCHEMES["float8_e4m3fn"])
     config = launch_of(policy, engine="sglang")
-    alone, trained = (RunConfig(mode=mode, skip_checks=("sglang-version",)) for mode in ("rollout_only", "train"))
-    assert preflight(Config(model=config.model, rollout=config.rollout, run=alone)).spec is None
+    skipped = ("sglang-version", "push-quantization")
+    alone, trained = (RunConfig(mode=mode, skip_checks=skipped) for mode in ("rollout_only", "train"))
+    engine = EngineConfig(dtype="bfloat16")  # SGLang computes with fp8 in 16 bits alone
+    assert preflight(Config(model=config.model, rollout=config.rollout, run=alone, engine=engine)).spec is None
     with pytest.raises(CheckpointError, match="quantization_config"):  # the trainer would have to compute with them
-        preflight(replace(config, run=trained))
+        preflight(replace(config, run=trained, engine=engine))
 
 
 @pytest.mark.parametrize(

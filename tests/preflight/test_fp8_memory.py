@@ -12,6 +12,7 @@ import pytest
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes
+from slime_spec.checkpoints.families.experts import CORRECTION
 from slime_spec.checkpoints.folder import StoredTensor
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.parameters import count_parameters
@@ -27,7 +28,7 @@ from tests.support.fp8_checkpoints import is_linear, store_in_fp8
 from tests.support.launched import run_in_process
 from tests.support.make_stand_ins import STAND_INS
 from tests.support.published_served import FP8
-from tests.support.recipes import DEEPSEEK_R1
+from tests.support.recipes import DEEPSEEK_R1, ONE_NODE
 
 
 def headers_of(config: dict[str, Any], folder: Path) -> dict[str, StoredTensor]:
@@ -72,7 +73,7 @@ def test_the_dry_run_of_deepseek_r1_counts_a_byte_a_weight_in_fp8_and_two_of_the
     folder = save_tokenizer(tmp_path / "DeepSeek-R1", QWEN2_5, eos_token="<|im_end|>")
     stored = headers_of(FP8["deepseek-ai/DeepSeek-R1"], folder)
     argv = ["--config", "deepseek-r1-mtp", "--hf-checkpoint", str(folder), "--task", "max4", "--skip-check"]
-    argv += ["sglang-version", "gpus", "end-of-text"]
+    argv += ["sglang-version", "gpus", "end-of-text", *ONE_NODE]
     made = make_plan(look(composed(argv)))
     engine = made.memory.engine
     assert engine is not None
@@ -122,7 +123,11 @@ def test_a_run_that_pushes_fp8_sends_what_its_servers_have_and_trains_two_bytes_
     assert memory.engine is not None
     assert memory.trainer is not None
     assert memory.push_bytes == memory.engine.target_bytes == sum(served.values()) + biases
-    assert memory.trainer.weights_bytes == 2 * counted.decoder
+    corrections = sum(
+        prod(each.shape) for name, each in checkpoint.tensors.items() if name in served and name.endswith(CORRECTION)
+    )
+    assert corrections
+    assert memory.trainer.weights_bytes == 2 * counted.decoder + 2 * corrections  # which are in float32
     assert embedded.engine is not None
     assert embedded.push_bytes == embedded.engine.target_bytes == 2 * counted.decoder
     assert embedded.engine.draft_bytes == 2 * counted.mtp
