@@ -30,7 +30,7 @@ SLIMES = """
 --tensor-model-parallel-size --train-backend --update-weight-buffer-size --update-weight-transport
 --update-weights-interval --use-distributed-optimizer --use-kl-loss --use-wandb --wandb-group --wandb-project
 --weight-decay --num-gpus-per-node
---disable-grpo-std-normalization --check-weight-update-equal --seed
+--disable-grpo-std-normalization --check-weight-update-equal --seed --use-rollout-routing-replay
 """
 # Remedy -> the flags of slime that are unknown here.
 UNKNOWN: Mapping[str, str] = {
@@ -47,7 +47,7 @@ UNKNOWN: Mapping[str, str] = {
     "Leave it out: it is always so (AdamW, constant rate after warm-up, no dropout, loss per token, k3 KL).": """
 --optimizer --lr-decay-style --min-lr --attention-dropout --hidden-dropout --calculate-per-token-loss --kl-loss-type""",
     "Leave it out: the importance ratio is always against the rollout's own logprobs.": """
---use-rollout-logprobs --use-tis --tis-clip --tis-clip-low""",
+--use-rollout-logprobs --use-routing-replay --use-tis --tis-clip --tis-clip-low""",
     "Leave it out: these details of Megatron-Core are no settings here.": """
 --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --attention-backend --no-gradient-accumulation-fusion
 --no-check-for-nan-in-loss-and-grad --deterministic-mode --log-probs-chunk-size""",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from slime_spec.routed_experts import RoutedExperts
 from slime_spec.speculation.cost_table import CostTable
 from slime_spec.speculation.net_benefit import NetBenefit
 
@@ -161,6 +162,7 @@ class GeneratedSample:
     arrival to its admission and to its first token, None where nobody measured them. ``num_preemptions`` counts how
     often its KV was freed for lack of room, and recomputed. A resumed sample
     (GroupRequest.partials) sums the times of both; ``spec`` is empty where either part's rounds are unknown.
+    ``routed_experts`` are there for routing replay, of a partial sample perhaps of its first tokens only.
     """
 
     group_id: str
@@ -181,6 +183,7 @@ class GeneratedSample:
     wait_s: float | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0
+    routed_experts: RoutedExperts | None = None
 
     @property
     def spans(self) -> tuple[VersionSpan, ...]:
@@ -201,12 +204,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainSample:
-    """Holds one sequence for the policy loss: logprobs and advantage apply to the tokens from ``prompt_len`` on."""
+    """Holds one sequence for the policy loss: logprobs and advantage apply to the tokens from ``prompt_len`` on.
+
+    ``routed_experts`` are those that the trainer's routers shall choose, None where the routers choose.
+    """
 
     token_ids: tuple[int, ...]
     prompt_len: int
     rollout_logprobs: tuple[float, ...]
     advantage: float
+    routed_experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True)
@@ -237,6 +244,8 @@ class TrainReport:
     advantage 0. ``loss``, ``pg_loss``, ``clip_fraction`` and ``kl`` are means over all. ``entropy`` and
     ``train_rollout_logprob_abs_diff`` are means over the trained tokens, or over all with
     trainer.metrics_of_all_samples; None where that is none. ``draft`` is None where no draft learned.
+    ``routing_disagreement`` is the share of replayed choices that the trainer's routers would have made otherwise, None
+    without routing replay.
     """
 
     loss: float
@@ -251,6 +260,7 @@ class TrainReport:
     num_optimizer_steps: int
     num_microbatches: int
     draft: DraftReport | None = None
+    routing_disagreement: float | None = None
 
 
 @dataclass(frozen=True)

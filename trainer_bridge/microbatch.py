@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from slime_spec.types import TrainSample
 from trainer_bridge.packing import MicrobatchPlan
+
+OWN_CHOICE = -1  # of experts: the router's
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class Microbatch:
     ``token_ids`` and ``position_ids`` are [1, T]; ``rows``, ``targets``, ``rollout_logprobs``, ``advantages``,
     ``weights`` and ``ref_logprobs`` are [N]: row ``rows[i]`` of the model predicts token ``targets[i]``. ``weights`` is
     1, or 0 in a microbatch that only keeps a rank in step with the others. ``num_flat_tokens`` tokens of the step are
-    in no microbatch and count in the loss's mean beside this microbatch's own.
+    in no microbatch and count in the loss's mean beside this microbatch's own. ``experts`` [T, layers, chosen] are the
+    choices to replay of each layer with experts, in int16; OWN_CHOICE where a row has none, such as one of padding.
+    None where no sample of the microbatch has any.
     """
 
     token_ids: torch.Tensor
@@ -40,6 +45,7 @@ class Microbatch:
     weights: torch.Tensor
     ref_logprobs: torch.Tensor | None = None
     num_flat_tokens: int = 0
+    experts: torch.Tensor | None = None
 
 
 def build_microbatch(
@@ -83,7 +89,30 @@ def build_microbatch(
         rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32, device=device),
         advantages=torch.tensor(advantages, dtype=torch.float32, device=device),
         weights=torch.ones(len(rows), device=device),
+        experts=_experts(samples, plan, len(token_ids), device),
     )
+
+
+def _experts(
+    samples: Sequence[TrainSample], plan: MicrobatchPlan, num_rows: int, device: torch.device
+) -> torch.Tensor | None:
+    """Return Microbatch.experts: a segment's prompt has those of any of its samples, which agree."""
+    held = [samples[index].routed_experts for segment in plan for index in segment.sample_indices]
+    first = next((each for each in held if each is not None), None)
+    if first is None:
+        return None
+    experts = np.full((num_rows, first.num_layers, first.num_per_token), OWN_CHOICE, dtype=np.int16)
+    start = 0
+    for segment in plan:
+        own = start + segment.prompt_len
+        for index, length in zip(segment.sample_indices, segment.response_lens, strict=True):
+            if (routed := samples[index].routed_experts) is not None:
+                of_prompt, of_response = np.split(routed.ids, [segment.prompt_len])
+                experts[start : start + len(of_prompt)] = of_prompt
+                experts[own : own + len(of_response)] = of_response
+            own += length - 1
+        start = own
+    return torch.from_numpy(experts).to(device)
 
 
 def _empty_microbatch(device: torch.device, num_tokens: int) -> Microbatch:

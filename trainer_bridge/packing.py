@@ -6,6 +6,9 @@ Samples with the same prompt share its tokens:
     positions          0..P-1   P..          P..
     attention          each response sees the prompt and itself
 
+Where the engine's choices of experts are replayed, only samples for which the engine chose the same experts at every
+token of the prompt share it: a row has one choice, and every sample is replayed exactly.
+
 A response's last token predicts nothing and is not fed; its first token is predicted by the prompt's last row. So a
 segment of P prompt tokens and responses of R_i tokens costs P + sum(R_i - 1) rows of the model.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slime_spec.routed_experts import RoutedExperts
 from slime_spec.types import TrainSample
 
 
@@ -57,11 +61,11 @@ def plan_microbatches(
 
 
 def form_segments(samples: Sequence[TrainSample], max_tokens: int, share_prompts: bool = True) -> list[Segment]:
-    """Group samples by their prompt, starting a new segment where ``max_tokens`` would be exceeded."""
+    """Group samples by their prompt and its routing, starting a new segment where ``max_tokens`` would be exceeded."""
     groups: dict[object, list[int]] = {}
     for index, sample in enumerate(samples):
         if len(sample.token_ids) > sample.prompt_len:
-            key = sample.token_ids[: sample.prompt_len] if share_prompts else index
+            key = _prompt(sample) if share_prompts else index
             groups.setdefault(key, []).append(index)
     segments = []
     for indices in groups.values():
@@ -77,6 +81,12 @@ def form_segments(samples: Sequence[TrainSample], max_tokens: int, share_prompts
             num_tokens += added
         segments.append(_segment(samples, prompt_len, members))
     return segments
+
+
+def _prompt(sample: TrainSample) -> tuple[tuple[int, ...], RoutedExperts | None]:
+    experts = sample.routed_experts
+    of_prompt = None if experts is None else experts.first(sample.prompt_len)
+    return sample.token_ids[: sample.prompt_len], of_prompt
 
 
 def _response_len(sample: TrainSample) -> int:

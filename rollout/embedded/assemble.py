@@ -24,6 +24,7 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
+from slime_spec.preflight.routing import replayed_experts
 from slime_spec.sglang.draft_shape import embedded_shape
 from slime_spec.speculation.draft_temperature import draft_temperatures
 
@@ -53,6 +54,7 @@ class Assembly:
         self.device = torch.device("cuda" if config.rollout.num_gpus_per_engine > 0 else "cpu")
         self.dtype: torch.dtype = getattr(torch, config.engine.dtype)
         ends = end_token_ids(config.model.hf_checkpoint)
+        self._routing = replayed_experts(config, self.spec)
         self.limits = replace(limits_of(config, self.spec), eos_token_ids=ends)
         self.graphs = make_graphs(config, self.spec, self.device)
         self._drafter = make_drafter(config, self.spec, self.device, self.dtype, self.limits, self.graphs)
@@ -99,7 +101,7 @@ class Assembly:
             keeps_prompts=not self.config.engine.disable_radix_cache,
             max_positions=min(self.limits.context_length, self.limits.max_total_tokens),
         )
-        cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens)
+        cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens, self._routing)
         stop_ids = self.limits.eos_token_ids
         stop_rule = StopRule(stop_ids, self.decode)
         verifier = verifier or make_verifier(speculative, stop_ids, self.device)

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from rollout.embedded.draft import Draft
 from rollout.embedded.drafting import KvRow
 from rollout.embedded.kv_cache import KvCache, Shape
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.request import Group, SampleState
 from rollout.embedded.unread import AnyDraft
+from slime_spec.routed_experts import RoutedExperts
 
 # A sequence is let in only if all could grow this much: otherwise it might be preempted in the very next round.
 ADMISSION_SLACK_TOKENS = 32
@@ -80,8 +83,10 @@ class Batch:
         return self.sequences[self.num_running - 1]
 
     def remove(self, row: int) -> SampleState:
-        """Free a row; others move so that rows stay dense."""
+        """Free a row; others move so that rows stay dense. The sample keeps the experts that made its tokens."""
         removed = self.sequences[row]
+        if removed.logprobs:
+            removed.note_routing(self.routed_experts(row))
         self._clear(row)
         if row < self.num_running:
             self.num_running -= 1
@@ -122,6 +127,18 @@ class Batch:
             parents = (-1, *(parent + 1 for parent in draft.parents))
         count = 1 + draft.num_tokens
         return RowSpan(row, sequence.own_len, count, group.prefix_row, group.prefix_tokens, parents)
+
+    def routed_experts(self, row: int) -> RoutedExperts | None:
+        """Return the experts of the tokens whose KV a row and its shared prompt hold; None where none are recorded."""
+        sequence, own, prefixes = self.sequences[row], self._cache.own, self._cache.prefixes
+        if not own.experts:
+            return None
+        group = sequence.group
+        parts = [prefixes.experts_of(group.prefix_row, group.num_prefilled)] if group.shares_prompt else []
+        if group.prefix_ready:
+            length = sequence.own_len if row < self.num_running else sequence.num_prefilled
+            parts.append(own.experts_of(row, length))
+        return RoutedExperts.of(torch.cat(parts).numpy())
 
     def compact(self, spans: Sequence[RowSpan], paths: Sequence[tuple[int, ...]]) -> None:
         """Move the accepted nodes' keys and values to the front of their rows, where those of a chain lie already."""

@@ -35,12 +35,15 @@ class ExpertMlps(Weights):
     correction: torch.Tensor | None = None
     shared: GatedMlp | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum [tokens, hidden] of what each token's experts return for x [tokens, hidden]."""
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weighted sum [tokens, hidden] of what each token's experts return for x [tokens, hidden].
+
+        Beside it those experts [tokens, chosen], the preferred first.
+        """
         chosen, weights = route(F.linear(x.float(), self.router.float()), self.kind, self.correction)
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             rows, places = (chosen == expert).nonzero(as_tuple=True)
             returned = gated_mlp(x[rows], self.experts[expert])
             out.index_add_(0, rows, returned * weights[rows, places, None].to(x.dtype))
-        return out if self.shared is None else out + gated_mlp(x, self.shared)
+        return out if self.shared is None else out + gated_mlp(x, self.shared), chosen

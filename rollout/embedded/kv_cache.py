@@ -7,7 +7,9 @@ from typing import Protocol
 
 import torch
 
+from slime_spec.checkpoints.block_parts import Experts
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.routed_experts import id_dtype
 
 Shape = tuple[int, int]  # rows, capacity
 Move = tuple[int, int, int]  # row, slot, the slot it is copied to
@@ -29,11 +31,17 @@ class KvStore:
 
     Attention reads ``[:n, :, :length]`` as a view, so nothing is gathered. Memory starts as zeros: masked positions
     get weight 0, and 0 times uninitialised memory could be NaN. A row is cleared when it is left.
+
+    With ``routing`` the experts that a slot's token was given lie beside its keys and values, [rows, capacity, chosen]
+    for each layer with experts, and go along wherever these are copied or moved.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, routing: Experts | None = None
+    ) -> None:
         self._layers, self._heads, self._head_dim = spec.num_layers, spec.num_kv_heads, spec.head_dim
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._routing = dtype, device, routing
+        self._expert_layers = () if routing is None else routing.layers(spec.num_layers)
         self.generation = 0  # counts the changes of where the memory lies
         self.kernels: StoreKernels | None = None  # do it in one launch for all layers, on a GPU
         self.release()
@@ -44,6 +52,7 @@ class KvStore:
         self.generation += 1
         self.keys = [self._zeros(0, 0) for _ in range(self._layers)]
         self.values = [self._zeros(0, 0) for _ in range(self._layers)]
+        self.experts = {layer: self._no_experts(0, 0) for layer in self._expert_layers}
 
     def resize(self, rows: int, capacity: int) -> None:
         """Change the allocation, keeping what fits; layer by layer, so that only one layer exists twice."""
@@ -53,6 +62,9 @@ class KvStore:
                 new = self._zeros(rows, capacity)
                 new[:keep_rows, :, :keep] = old[:keep_rows, :, :keep]
                 tensors[layer] = new
+        for layer, chosen in self.experts.items():
+            self.experts[layer] = self._no_experts(rows, capacity)
+            self.experts[layer][:keep_rows, :keep] = chosen[:keep_rows, :keep]
         self.rows, self.capacity = rows, capacity
         self.generation += 1
 
@@ -67,6 +79,14 @@ class KvStore:
         self.keys[layer].view(-1, self._head_dim).index_copy_(0, index, keys.reshape(-1, self._head_dim))
         self.values[layer].view(-1, self._head_dim).index_copy_(0, index, values.reshape(-1, self._head_dim))
 
+    def write_experts(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Store the experts [tokens, chosen] of one layer that compute the tokens at these rows and positions."""
+        self.experts[layer][rows, positions] = chosen.to(self.experts[layer].dtype)
+
+    def experts_of(self, row: int, length: int) -> torch.Tensor:
+        """Return a copy of the experts [length, layers, chosen] of a row's first slots, on the host."""
+        return torch.stack([chosen[row, :length] for chosen in self.experts.values()], dim=1).cpu()
+
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of row ``source`` over row ``target``."""
         if self.kernels is not None:
@@ -74,11 +94,15 @@ class KvStore:
             return
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
+        for chosen in self.experts.values():
+            chosen[target, :length] = chosen[source, :length]
 
     def copy_from(self, other: KvStore, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of row ``source`` of another store over row ``target``."""
         for mine, its in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
             mine[target, :, :length] = its[source, :, :length]
+        for layer, chosen in self.experts.items():
+            chosen[target, :length] = other.experts[layer][source, :length]
 
     def clear_row(self, row: int, length: int) -> None:
         """Make the first ``length`` positions of a row zeros, as fresh memory is, as far as there is memory."""
@@ -98,6 +122,8 @@ class KvStore:
         for tensor in (*self.keys, *self.values):
             flat = tensor.view(-1, self._head_dim)
             flat.index_copy_(0, target_index, flat.index_select(0, source_index))
+        for chosen in self.experts.values():
+            chosen[rows, targets] = chosen[rows, sources]
 
     @property
     def num_tokens(self) -> int:
@@ -106,10 +132,15 @@ class KvStore:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, *self.experts.values()))
 
     def _zeros(self, rows: int, capacity: int) -> torch.Tensor:
         return torch.zeros(rows, self._heads, capacity, self._head_dim, dtype=self._dtype, device=self._device)
+
+    def _no_experts(self, rows: int, capacity: int) -> torch.Tensor:
+        assert self._routing is not None, "a layer with experts routes"
+        dtype = getattr(torch, id_dtype(self._routing.num_experts).name)
+        return torch.zeros(rows, capacity, self._routing.num_per_token, dtype=dtype, device=self._device)
 
 
 class KvCache:
@@ -118,10 +149,17 @@ class KvCache:
     Prompts in ``kept`` have room that nothing else needs, and lose it when something does.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_total_tokens: int) -> None:
-        self.own = KvStore(spec, dtype, device)
-        self.prefixes = KvStore(spec, dtype, device)
-        self.kept = KvStore(spec, dtype, device)
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_total_tokens: int,
+        routing: Experts | None = None,
+    ) -> None:
+        self.own = KvStore(spec, dtype, device, routing)
+        self.prefixes = KvStore(spec, dtype, device, routing)
+        self.kept = KvStore(spec, dtype, device, routing)
         self.max_total_tokens, self.device = max_total_tokens, device
 
     def fits(self, own: Shape, prefixes: Shape) -> bool:
@@ -178,6 +216,13 @@ class KvCache:
     def release(self) -> None:
         for store in (self.own, self.prefixes, self.kept):
             store.release()
+
+
+def routing_bytes_per_token(spec: ModelSpec, routing: Experts | None) -> int:
+    """Return the bytes of a token's routed experts in a store that records them."""
+    if routing is None:
+        return 0
+    return len(routing.layers(spec.num_layers)) * routing.num_per_token * id_dtype(routing.num_experts).itemsize
 
 
 def bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:

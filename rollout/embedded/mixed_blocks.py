@@ -90,7 +90,7 @@ class MixedBlocks:
             ready = attention_input if index == 0 else None
             inputs = self._norm(x, layer.input_norm) if ready is None else ready
             x = x + self._attention(inputs, layer.attention, index, angles, plan)
-            x = x + self._mlp(self._norm(x, layer.post_norm), layer.mlp)
+            x = x + self._mlp(self._norm(x, layer.post_norm), layer.mlp, index, plan)
             if index in capture:
                 captured[index] = x
         return x, [captured[index] for index in capture]
@@ -107,8 +107,13 @@ class MixedBlocks:
             return grouped_attention(inputs, part, self._spec, index, angles, plan)
         return self._latent_attention(inputs, part, index, angles, plan)
 
-    def _mlp(self, x: torch.Tensor, part: GatedMlp | ExpertMlps) -> torch.Tensor:
-        return gated_mlp(x, part) if isinstance(part, GatedMlp) else part(x)
+    def _mlp(self, x: torch.Tensor, part: GatedMlp | ExpertMlps, index: int, plan: AttentionPlan) -> torch.Tensor:
+        if isinstance(part, GatedMlp):
+            return gated_mlp(x, part)
+        out, chosen = part(x)
+        if index in plan.store.experts:
+            plan.store.write_experts(index, *plan.places, chosen)
+        return out
 
     def _latent_attention(
         self,

@@ -115,9 +115,14 @@ class AttentionPlan:
     @cached_property
     def write_index(self) -> torch.Tensor:
         """Return the index by which ``KvStore.write`` places each token's keys and values."""
+        return self.store.write_index(*self.places)
+
+    @cached_property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each token's row and slot, both [tokens]."""
         rows = np.repeat(np.array([span.row for span in self.spans]), self._counts)
         slots = np.concatenate([np.arange(span.start, span.end) for span in self.spans])
-        return self.store.write_index(self._tensor(rows), self._tensor(slots))
+        return self._tensor(rows), self._tensor(slots)
 
     @cached_property
     def mask(self) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ from rollout.embedded.stop import Ending
 from rollout.embedded.uniforms import Uniforms
 from slime_spec.errors import GenerationError
 from slime_spec.partial_samples import earlier_part, note_version, reported_spans, rounds_are_known
+from slime_spec.routed_experts import RoutedExperts
 from slime_spec.sglang.draft_shape import DraftShape
 from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters, VersionSpan
 
@@ -125,6 +126,7 @@ class SampleState:
     wait_s: float | None = None  # from arrival to a row
     first_token_s: float | None = None  # from arrival to the first token
     version_spans: list[VersionSpan] = field(default_factory=list)
+    routed_experts: RoutedExperts | None = None  # as far as its KV was given up, or an earlier part had them
 
     @classmethod
     def of(cls, group: Group, position: int, key: int, speculates: bool) -> SampleState:
@@ -184,6 +186,11 @@ class SampleState:
         known = version if self.oldest_version is None else self.oldest_version
         self.oldest_version = min(known, self.kv_version, version)
 
+    def note_routing(self, of_kv: RoutedExperts | None) -> None:
+        """Note the experts that computed its KV; of recomputed KV the first ones count, which made the logprobs."""
+        known = self.routed_experts
+        self.routed_experts = of_kv if known is None or of_kv is None else known.completed(of_kv)
+
     def append(self, token_id: int, logprob: float) -> None:
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
@@ -239,6 +246,7 @@ class SampleState:
             first_token_s=self.first_token_s,
             engine=stamp.engine,
             lossy=stamp.lossy or self.lossy,
+            routed_experts=self.routed_experts,
         )
 
     def _counters(self, stamp: Stamp) -> SpecCounters:
@@ -264,6 +272,7 @@ class SampleState:
             self.token_ids = [*self.group.prompt, *part.token_ids]
         self.logprobs += part.logprobs
         self.version_spans += part.spans
+        self.routed_experts = part.routed_experts
         self.oldest_version = part.weight_version if part.token_ids else None
         self.draft_version, self.lossy = part.draft_version, part.lossy
         self.rounds_known = not speculates or rounds_are_known(len(part.token_ids), part.spec)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from rollout.embedded.drafters import draft_kv_spec
-from rollout.embedded.kv_cache import bytes_per_token
+from rollout.embedded.kv_cache import bytes_per_token, routing_bytes_per_token
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.requests import RequestLimits
+from slime_spec.preflight.routing import replayed_experts
 from slime_spec.sglang.draft_shape import embedded_shape
 
 
@@ -63,7 +64,11 @@ def check_kv_cache(config: Config, spec: ModelSpec) -> RequestLimits:
 
 
 def _kv_bytes(config: Config, spec: ModelSpec) -> int:
-    """Return the bytes of one position in the target's cache and the drafter's, which has the same positions."""
+    """Return the bytes of one position in the target's cache and the drafter's, which has the same positions.
+
+    Where routing is replayed, the target's has the position's experts, too.
+    """
     dtype: torch.dtype = getattr(torch, config.engine.dtype)
     draft = draft_kv_spec(config, spec)
-    return bytes_per_token(spec, dtype) + (0 if draft is None else bytes_per_token(draft, dtype))
+    of_target = bytes_per_token(spec, dtype) + routing_bytes_per_token(spec, replayed_experts(config, spec))
+    return of_target + (0 if draft is None else bytes_per_token(draft, dtype))

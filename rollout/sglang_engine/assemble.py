@@ -14,13 +14,16 @@ from rollout.sglang_engine.draft_watch import DraftWatch
 from rollout.sglang_engine.kept_server import KeptServer
 from rollout.sglang_engine.reply_corpus import ReplyCorpus
 from rollout.sglang_engine.reply_texts import MAX_CORPUS_TOKENS, ReplyTexts
+from rollout.sglang_engine.returned_experts import ReturnedExperts
 from rollout.sglang_engine.transports.bucket import ServerTransport
 from slime_spec.checkpoints.model_files import DraftFiles, TargetFiles
+from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.speculation import feeds_corpus
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import WeightTransport
+from slime_spec.preflight.routing import replayed_experts
 from slime_spec.sglang.labels import label_suffix
 from slime_spec.transports.server_ipc import ServerIpcTransport
 from slime_spec.transports.to_servers import ToServers
@@ -37,6 +40,15 @@ def make_watch(config: Config, target: TargetFiles, draft: DraftFiles | None) ->
     longest = (config.engine.context_length or target.context_length) - settings.canary_tokens - CANARY_MARGIN
     canary = Canary(settings.canary_prompts, settings.canary_tokens, settings.canary_drop, longest)
     return DraftWatch(canary, has_weights=draft is not None)
+
+
+def make_experts_reader(config: Config) -> ReturnedExperts | None:
+    """Make what reads the experts that servers return, None for a run that does not replay them."""
+    if not config.rollout.routing_replay:
+        return None
+    spec = ModelSpec.from_folder(config.model.hf_checkpoint)
+    experts = replayed_experts(config, spec)
+    return None if experts is None else ReturnedExperts(experts, spec.num_layers)
 
 
 def make_corpus(config: Config, server: KeptServer) -> ReplyCorpus | None:

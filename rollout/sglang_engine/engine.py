@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from rollout.sglang_engine.adoption import Adoption
-from rollout.sglang_engine.assemble import make_corpus, make_delivery, make_direct, make_watch
+from rollout.sglang_engine.assemble import make_corpus, make_delivery, make_direct, make_experts_reader, make_watch
 from rollout.sglang_engine.client import SglangClient
 from rollout.sglang_engine.generation import SglangGeneration
 from rollout.sglang_engine.kept_server import KeptServer
@@ -69,7 +69,8 @@ class SglangEngine:
         self._upkeep = Upkeep(self.server, self.weights, self._watch, self._after_push)
         self._pushes = PushDesk(engine_index, transport, self._upkeep, getattr(torch, config.engine.dtype))
         fills_rounds = config.speculative.record.fills_rounds
-        reading = Reading(engine_index, 0, fills_rounds, self._target.vocab_size, ends)
+        experts = make_experts_reader(config)
+        reading = Reading(engine_index, 0, fills_rounds, self._target.vocab_size, ends, experts=experts)
         corpus = make_corpus(config, self.server)
         self.samples = SampleRuns(self.server, self.weights, reading, self._speculation, corpus)
 

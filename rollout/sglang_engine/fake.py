@@ -15,10 +15,12 @@ import json
 import os
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from aiohttp import web
 
 from rollout.sglang_engine.fake_corpora import FakeCorpora
@@ -74,6 +76,7 @@ class FakeServer(FakeWeights, FakeCorpora):
         self.switch: RequestSwitch | None = None
         self.step_s = self.slept_s = 0.0
         self.only_counts = False
+        self.num_layers, self.num_chosen, self.num_experts = 0, 0, 0  # of the experts that it returns, if it does
         self._running: dict[str, asyncio.Event] = {}
         self._going = asyncio.Event()
         self._going.set()
@@ -187,7 +190,16 @@ class FakeServer(FakeWeights, FakeCorpora):
                     meta[key] = counts[key]
         if reason is None:
             meta.pop("weight_versions", None)
+        elif self.num_layers and body.get("return_routed_experts"):
+            meta["routed_experts"] = self._routed_experts([*body["input_ids"], *ids][:-1])
         return {"text": "", "output_ids": list(ids[sent:]), "meta_info": meta}
+
+    def _routed_experts(self, token_ids: Sequence[int]) -> str:
+        """Return the experts of tokens, a function of each token and its position, as SGLang encodes them."""
+        shape = len(token_ids), self.num_layers, self.num_chosen
+        ids = np.fromfunction(lambda token, layer, place: 7 * token + 3 * layer + place, shape, dtype=np.int32)
+        ids = (ids + np.array(token_ids, dtype=np.int32)[:, None, None]) % self.num_experts
+        return b64encode(ids.astype("<i4").tobytes()).decode()
 
     def _spec_keys(self, accepted: Sequence[int], num_tokens: int) -> Body:
         rounds, correct = len(accepted), sum(accepted)

@@ -12,7 +12,9 @@ from typing import Any
 
 from rollout.sglang_engine.chunk import Chunk, optional_count
 from rollout.sglang_engine.client import ProtocolError
+from rollout.sglang_engine.returned_experts import ASKED, ReturnedExperts
 from slime_spec.partial_samples import can_join_prompt, earlier_part, note_version, reported_spans, rounds_are_known
+from slime_spec.routed_experts import RoutedExperts
 from slime_spec.sglang.labels import engine_number, version_number
 from slime_spec.sglang.metadata import spec_counters
 from slime_spec.sglang.speculation_control import RequestSwitch
@@ -25,7 +27,8 @@ class Reading:
     """Says how an engine reads metadata: ``num_steps`` and ``fills_rounds`` for spec_counters, ``engine`` its number.
 
     ``eos_token_ids`` end a response whose params do not say ignore_eos; ``vocab_size`` bounds the ids of its tokens.
-    ``off_switch`` is the field by which its requests ask not to speculate, None where they do.
+    ``off_switch`` is the field by which its requests ask not to speculate, None where they do. ``experts`` reads those
+    that the server chose, None where nobody asks for them.
     """
 
     engine: int
@@ -34,11 +37,12 @@ class Reading:
     vocab_size: int
     eos_token_ids: frozenset[int] = frozenset()
     off_switch: RequestSwitch | None = None
+    experts: ReturnedExperts | None = None
 
 
 @dataclass
 class Part:
-    """Holds what one request has brought, of ``max_new_tokens`` at most."""
+    """Holds what one request with ``num_input`` tokens has brought, of ``max_new_tokens`` at most."""
 
     rid: str
     vocab_size: int
@@ -47,6 +51,9 @@ class Part:
     logprobs: list[float] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
     meta_info: Mapping[str, Any] = field(default_factory=dict)
+    num_input: int = 0
+    reader: ReturnedExperts | None = None
+    routed_experts: RoutedExperts | None = None
 
     def take(self, data: object) -> None:
         """Add one chunk; raises ProtocolError for a chunk that cannot be true, of which nothing is kept."""
@@ -57,6 +64,8 @@ class Part:
         total = had + len(chunk.token_ids)
         if total > self.max_new_tokens and not chunk.is_abort:  # an abort may end beyond the budget
             raise ProtocolError(f"{total} tokens came where {self.max_new_tokens} were asked for")
+        if self.reader is not None and chunk.meta_info.get("finish_reason") is not None:
+            self.routed_experts = self.reader.read(chunk.meta_info, self.num_input + total - 1, chunk.is_abort)
         self.meta_info = chunk.meta_info
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
@@ -92,6 +101,7 @@ class GrowingSample:
             list(earlier.spans),
         )
         self._counters, self._rounds_known = [earlier.spec], rounds_are_known(len(earlier.token_ids), earlier.spec)
+        self._routed = earlier.routed_experts
         self._cached_tokens, self._num_retractions = earlier.cached_tokens, earlier.num_preemptions
         self.part = self._new_part("")
 
@@ -116,6 +126,8 @@ class GrowingSample:
             "logprob_start_len": -1,
             "extra_key": extra_key,
         }
+        if self._reading.experts is not None:
+            body |= ASKED
         return body if self._reading.off_switch is None else self._reading.off_switch.put(body)
 
     def break_off(self) -> None:
@@ -124,7 +136,7 @@ class GrowingSample:
             self._keep()
         else:
             self._token_ids, self._logprobs, self._spans, self._counters = [], [], [], []
-            self._rounds_known = True
+            self._rounds_known, self._routed = True, None
         self.part = self._new_part("")
 
     @property
@@ -163,6 +175,7 @@ class GrowingSample:
             draft_version=self._earlier.draft_version if self._earlier.token_ids else draft_version,
             lossy=self._earlier.lossy,
             num_preemptions=self._num_retractions,
+            routed_experts=self._all_routed(),
         )
 
     def _end(self) -> tuple[FinishReason, int | None, int]:
@@ -181,7 +194,16 @@ class GrowingSample:
         return "abort", None, num_tokens
 
     def _new_part(self, rid: str) -> Part:
-        return Part(rid, self._reading.vocab_size, self.request.params.max_new_tokens - len(self._token_ids))
+        num_input = len(self.request.prompt_token_ids) + len(self._token_ids)
+        num_left = self.request.params.max_new_tokens - len(self._token_ids)
+        return Part(rid, self._reading.vocab_size, num_left, num_input=num_input, reader=self._reading.experts)
+
+    def _all_routed(self) -> RoutedExperts | None:
+        """Return the experts of the sample's tokens but the last, as far as they came; a broken part brings none."""
+        if self._reading.experts is None:
+            return self._routed
+        num_fed = len(self.request.prompt_token_ids) + len(self._token_ids) - 1
+        return (self._routed or self._reading.experts.none()).first(num_fed)
 
     def _cut(self, num_tokens: int) -> None:
         del self._token_ids[num_tokens:], self._logprobs[num_tokens:]
@@ -204,6 +226,9 @@ class GrowingSample:
                 counters = SpecCounters(num_off_steps=max(0, len(part.token_ids) - 1))
             self._cached_tokens += optional_count(meta, "cached_tokens")
             self._num_retractions += optional_count(meta, "num_retractions")
+        if part.routed_experts is not None and self._token_ids:
+            known = self._routed  # the first ones made the logprobs
+            self._routed = part.routed_experts if known is None else known.completed(part.routed_experts)
         self._counters.append(counters)
         self._rounds_known &= rounds_are_known(len(part.token_ids), counters)
 

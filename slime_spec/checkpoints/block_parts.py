@@ -59,3 +59,7 @@ class Experts:
     def serve(self, layer: int) -> bool:
         """Return whether this layer (0-based) has experts."""
         return layer not in self.dense_layers
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers with experts of a model of so many, in order."""
+        return tuple(filter(self.serve, range(num_layers)))

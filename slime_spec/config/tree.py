@@ -138,6 +138,11 @@ class RolloutConfig:
     partial_rollout: bool = setting(
         False, "Keep what over-sampling leaves unfinished; the next step goes on with it, under its newer weights."
     )
+    routing_replay: bool = setting(
+        False,
+        "Train with the experts that the engine chose for each token (R3): engines return them, routers replay them.",
+        flags=("--use-rollout-routing-replay",),
+    )
     n_samples_per_prompt: int = setting(8, "Samples per prompt (the GRPO group).", minimum=1, maximum=SAMPLES)
     max_prompt_len: int = setting(
         512, "Longest prompt, tokens.", flags=("--rollout-max-prompt-len",), minimum=1, maximum=INT32

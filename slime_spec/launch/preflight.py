@@ -37,6 +37,7 @@ from slime_spec.preflight.finding import Finding
 from slime_spec.preflight.gate import check_skipped, examine, log_findings, not_skipped, refusal, refused
 from slime_spec.preflight.gather import gather
 from slime_spec.preflight.gpus import visible_gpu_capabilities
+from slime_spec.preflight.routing import check_routing_replay
 from slime_spec.rl.rollout_data import check_rollout_data
 from slime_spec.run_folder import CHECKPOINTS, check_run_folder, folder_of
 from slime_spec.speculation.corpus import corpus_lines
@@ -167,6 +168,7 @@ def _inputs(config: Config, refusals: _Refusals) -> Inputs | None:
 
 def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
     refusals.of(_check_context, config, spec)
+    refusals.of(check_routing_replay, config, spec)
     if config.run.mode != "rollout_only":
         refusals.of(check_layout, config, spec)
     # A damaged file must be refused here, not in an actor a minute later.
@@ -261,8 +263,9 @@ def _target_spec(config: Config) -> ModelSpec | None:
     try:
         return ModelSpec.from_dict(stored.config, stored.source)
     except NotComputedError:
-        if _is_served_only(config):  # SGLang computes it: experts, quantised weights, windows of attention
-            return None
+        # Which of its layers have experts is known of decoders that are built here.
+        if _is_served_only(config) and not config.rollout.routing_replay:
+            return None  # SGLang computes it: quantised weights, windows of attention
         raise
 
 

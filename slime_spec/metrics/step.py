@@ -14,6 +14,7 @@ def train_metrics(report: TrainReport) -> dict[str, float]:
     of_passes = {
         "train/entropy": report.entropy,
         "train/train_rollout_logprob_abs_diff": report.train_rollout_logprob_abs_diff,
+        "train/routing_disagreement": report.routing_disagreement,
     }
     return {
         "train/loss": report.loss,

@@ -201,6 +201,12 @@ TABLE = (
         "nats/token",
         "Mean |trainer's logprob - rollout's logprob| before the step, at the same tokens as train/entropy.",
     ),
+    Metric(
+        "train/routing_disagreement",
+        "share",
+        "Choices (a token's experts in a layer) of --use-rollout-routing-replay that are not the set which the "
+        "trainer's router would have chosen, over all replayed ones; prompts count.",
+    ),
     Metric("train/num_tokens", "tokens", "Response tokens that the loss is a mean over."),
     Metric(
         "train/trained_token_share",

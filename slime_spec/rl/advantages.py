@@ -23,10 +23,11 @@ def group_advantages(rewards: Sequence[float], normalize_std: bool) -> list[floa
     return [(reward - mean) / scale for reward in rewards]
 
 
-def train_batch(samples: Sequence[Sample], normalize_std: bool) -> list[TrainSample]:
+def train_batch(samples: Sequence[Sample], normalize_std: bool, replays_routing: bool = False) -> list[TrainSample]:
     """Return every scored sample with its advantage, groups together, in a fixed order whatever order samples came in.
 
-    Samples without a reward are excluded, from their group's mean too; so are empty responses.
+    Samples without a reward are excluded, from their group's mean too; so are empty responses. With
+    ``replays_routing`` the experts that the engine chose go with each sample.
     """
     groups: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -43,6 +44,7 @@ def train_batch(samples: Sequence[Sample], normalize_std: bool) -> list[TrainSam
                     prompt_len=len(sample.prompt.token_ids),
                     rollout_logprobs=sample.response.logprobs,
                     advantage=advantage,
+                    routed_experts=sample.response.routed_experts if replays_routing else None,
                 )
             )
     return batch

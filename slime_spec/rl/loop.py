@@ -155,7 +155,7 @@ def _train(
     clock: PhaseClock,
 ) -> dict[str, float]:
     """Make a step's policy update; ``rolled_out`` are the metrics of its rollout."""
-    batch = train_batch(samples, job.config.algorithm.normalize_std)
+    batch = train_batch(samples, job.config.algorithm.normalize_std, job.config.rollout.routing_replay)
     if not batch:
         logger.warning("step trained on nothing: every scored response is empty samples=%d", len(samples))
         return {}

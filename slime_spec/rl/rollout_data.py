@@ -19,6 +19,7 @@ import torch
 
 from slime_spec.config.tree import RunConfig
 from slime_spec.errors import ConfigError
+from slime_spec.routed_experts import RoutedExperts
 from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters
 
 PLACEHOLDER = "{rollout_id}"
@@ -87,6 +88,13 @@ def _sample(fields: Mapping[str, Any]) -> Sample:
         **{
             **fields,
             "prompt": Prompt(**fields["prompt"]),
-            "response": GeneratedSample(**{**response, "spec": SpecCounters(**response["spec"])}),
+            "response": GeneratedSample(
+                **{**response, "spec": SpecCounters(**response["spec"]), "routed_experts": _routed(response)}
+            ),
         }
     )
+
+
+def _routed(response: Mapping[str, Any]) -> RoutedExperts | None:
+    routed = response.get("routed_experts")
+    return None if routed is None else RoutedExperts(**routed)

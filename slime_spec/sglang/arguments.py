@@ -91,6 +91,7 @@ def server_flags(config: Config, engine_index: int, place: Place, speculate: boo
         "disable_radix_cache": config.engine.disable_radix_cache or None,
         "skip_server_warmup": True,
         "incremental_streaming_output": True,
+        "enable_return_routed_experts": config.rollout.routing_replay or None,
         **_device_flags(config),
     }
     if place.num_nodes > 1:

@@ -8,6 +8,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +19,7 @@ from slime_spec.config.tree import RunConfig
 from slime_spec.errors import ConfigError
 from slime_spec.rl.rollout_data import check_rollout_data, load_rollout, save_rollout
 from slime_spec.rl.samples_file import append_samples
+from slime_spec.routed_experts import RoutedExperts
 from slime_spec.types import Sample
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -46,11 +48,14 @@ def test_samples_come_back_exactly_as_they_were(
 @pytest.mark.parametrize("matched_stop", [None, 151645, "</answer>"])
 def test_what_ended_a_response_and_what_was_drafted_come_back(tmp_path: Path, matched_stop: int | str | None) -> None:
     one = sample(histogram=(2, 1), num_empty_rounds=2)
-    response = replace(one.response, matched_stop=matched_stop, cached_tokens=5)
+    routed = RoutedExperts.of(np.arange(8 * 2 * 3, dtype=np.uint8).reshape(8, 2, 3))
+    response = replace(one.response, matched_stop=matched_stop, cached_tokens=5, routed_experts=routed)
     template = str(tmp_path / "step_{rollout_id}.pt")
     save_rollout(template, 0, [replace(one, response=response)])
     loaded = load_rollout(template, 0)[0].response
     assert loaded == response
+    assert loaded.routed_experts is not None
+    assert loaded.routed_experts.ids[7, 1, 2] == 47
     assert (loaded.matched_stop, loaded.cached_tokens) == (matched_stop, 5)
     assert (loaded.spec.num_drafted, loaded.spec.num_empty_rounds) == (3, 2)
 

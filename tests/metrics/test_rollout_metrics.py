@@ -150,7 +150,7 @@ def said_by_engines() -> dict[str, float]:
 
 def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
     draft = DraftReport(0.5, 1.0, (0.7,), (0.6,), {"rejection": 2.5, "block": 2.6}, 4, 1, 1.5)
-    report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 75, 1, 4, draft)
+    report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 75, 1, 4, draft, 0.01)
     push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True, verify_s=0.2)
     push = replace(push, paused_s=0.8)
     made = {
@@ -163,8 +163,9 @@ def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
         **said_by_engines(),
     }
     assert made["train/trained_token_share"] == 0.75
-    nothing_trained = train_metrics(replace(report, entropy=None, train_rollout_logprob_abs_diff=None))
-    assert {"train/entropy", "train/train_rollout_logprob_abs_diff"}.isdisjoint(nothing_trained)
+    of_passes = {"entropy": None, "train_rollout_logprob_abs_diff": None, "routing_disagreement": None}
+    nothing_trained = train_metrics(replace(report, **of_passes))
+    assert {f"train/{name}" for name in of_passes}.isdisjoint(nothing_trained)
     rows = {metric(name).name for name in made}
     assert made["sync/bytes_per_s"] == 2000
     assert made["train/train_rollout_logprob_abs_diff"] == 1e-6

@@ -1,18 +1,23 @@
 """Tiny policies with experts, latent attention or partial rotation, their layouts, and what transformers computes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from slime_spec.bench.reference_trainer import hf_logprobs, near_policy, tiny_samples
+from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.types import TrainSample
+from tests.support.forced_experts import Routing
 from tests.support.tiny_models import MIXED, load_reference
-from tests.trainer.trainer_support import make_policy
+from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
 
+BIAS = "e_score_correction_bias"
 TP2: Mapping[str, Any] = {"world_size": 2, "tensor_model_parallel_size": 2}
 TP2_EP2: Mapping[str, Any] = {**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 DP2_EP2: Mapping[str, Any] = {"world_size": 2, "expert_model_parallel_size": 2}
@@ -56,11 +61,21 @@ def mixed_policy(folder: Path, architecture: str, **overrides: Any) -> Path:
     return make_policy(folder, architecture, tied=False, num_key_value_heads=kv_heads, **overrides)
 
 
-def reference_pass(folder: Path) -> Reference:
-    samples = near_policy(folder, tiny_samples(seed=3))
+def reference_pass(folder: Path, samples: Sequence[TrainSample] = ()) -> Reference:
+    """A pass over the samples, whose routed experts are forced upon the model where they have any."""
+    samples = samples or near_policy(folder, tiny_samples(seed=3))
     model = load_reference(folder)
+    if any(sample.routed_experts for sample in samples):
+        with Routing(model, ModelSpec.from_folder(folder)).watched() as routing:
+            return _pass(folder, model, samples, routing)
+    return _pass(folder, model, samples, None)
+
+
+def _pass(folder: Path, model: PreTrainedModel, samples: Sequence[TrainSample], routing: Routing | None) -> Reference:
     logits, total, num_tokens = [], torch.zeros(()), 0
     for sample in samples:
+        if routing is not None:
+            routing.forced = None if sample.routed_experts is None else sample.routed_experts.ids
         with torch.no_grad():
             logits.append(model(torch.tensor([sample.token_ids])).logits[0, sample.prompt_len - 1 : -1])
         logprobs, _ = hf_logprobs(model, sample)
@@ -86,3 +101,41 @@ def by_expert(stacked: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             for own, rows in zip(parts, of_expert.chunk(len(parts)), strict=True):
                 named[f"{prefix}.{expert}.{own}.weight"] = rows
     return named
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the ranks of a layout have made of one step's samples, each entry of every rank that has one."""
+
+    weights: Sequence[dict[str, torch.Tensor]]
+    logits: dict[int, torch.Tensor]
+    gradients: Sequence[dict[str, torch.Tensor]]
+    bias_dtypes: set[str]
+
+
+def passed(reference: Reference, trainer: dict[str, object]) -> Pass:
+    config = tiny_config(reference.folder, trainer)
+    replays = any(sample.routed_experts for sample in reference.samples)
+    config = replace(config, rollout=replace(config.rollout, routing_replay=replays))
+    answers = run_ranks(config.trainer.world_size, "mixed_pass", config, reference.samples)
+    weights, logits, gradients, dtypes = zip(*answers, strict=True)
+    whole = {index: each for of_rank in logits for index, each in of_rank.items()}
+    return Pass(weights, whole, gradients, {dtype for each in dtypes for dtype in each.split()})
+
+
+def assert_is_transformers(got: Pass, reference: Reference) -> None:
+    """Weights come back bit for bit, logits agree, and so does the gradient of every weight, on every rank."""
+    saved = reference.weights
+    assert saved.keys() == expected_shapes(ModelSpec.from_folder(reference.folder)).keys()
+    assert {name for of_rank in got.weights for name in of_rank} == saved.keys()
+    for of_rank in got.weights:
+        assert not [name for name, tensor in of_rank.items() if not torch.equal(tensor, saved[name])]
+    for index, expected in enumerate(reference.logits):
+        torch.testing.assert_close(got.logits[index], expected, atol=2e-5, rtol=0.0)
+    assert {name for of_rank in got.gradients for name in of_rank} == saved.keys()
+    for of_rank in got.gradients:
+        for name in of_rank.keys() & reference.gradients.keys():
+            expected = reference.gradients[name]
+            error = (of_rank[name] - expected).abs().max().item()
+            assert error <= 1e-5 * expected.abs().max().item(), name
+    assert {name for name in saved if name not in reference.gradients} == {name for name in saved if BIAS in name}

@@ -10,14 +10,20 @@ import pytest
 import torch
 
 from slime_spec.bench.reference_trainer import near_policy, reference_steps, tiny_samples
-from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.types import TrainReport, TrainSample
 from tests.support.tiny_models import MIXED, YARN
-from tests.trainer.mixed_policies import LAYOUTS, Reference, by_expert, mixed_policy, reference_pass
+from tests.trainer.mixed_policies import (
+    BIAS,
+    LAYOUTS,
+    Reference,
+    assert_is_transformers,
+    by_expert,
+    mixed_policy,
+    passed,
+    reference_pass,
+)
 from tests.trainer.trainer_support import run_ranks, tiny_config
 
-BIAS = "e_score_correction_bias"
 NUM_STEPS = 3
 SPLIT_GRADIENTS = "DP2 EP2 with the distributed optimizer"  # of which no rank has the sum of all
 OF_FOUR_RANKS = "TP2 PP2 EP2"
@@ -34,42 +40,6 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @cache
 def reference_of(architecture: str, folder: Path) -> Reference:
     return reference_pass(mixed_policy(folder / architecture, architecture))
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What the ranks of a layout have made of one step's samples, each entry of every rank that has one."""
-
-    weights: Sequence[dict[str, torch.Tensor]]
-    logits: dict[int, torch.Tensor]
-    gradients: Sequence[dict[str, torch.Tensor]]
-    bias_dtypes: set[str]
-
-
-def passed(reference: Reference, trainer: dict[str, object]) -> Pass:
-    config = tiny_config(reference.folder, trainer)
-    answers = run_ranks(config.trainer.world_size, "mixed_pass", config, reference.samples)
-    weights, logits, gradients, dtypes = zip(*answers, strict=True)
-    whole = {index: each for of_rank in logits for index, each in of_rank.items()}
-    return Pass(weights, whole, gradients, {dtype for each in dtypes for dtype in each.split()})
-
-
-def assert_is_transformers(got: Pass, reference: Reference) -> None:
-    """Weights come back bit for bit, logits agree, and so does the gradient of every weight, on every rank."""
-    saved = reference.weights
-    assert saved.keys() == expected_shapes(ModelSpec.from_folder(reference.folder)).keys()
-    assert {name for of_rank in got.weights for name in of_rank} == saved.keys()
-    for of_rank in got.weights:
-        assert not [name for name, tensor in of_rank.items() if not torch.equal(tensor, saved[name])]
-    for index, expected in enumerate(reference.logits):
-        torch.testing.assert_close(got.logits[index], expected, atol=2e-5, rtol=0.0)
-    assert {name for of_rank in got.gradients for name in of_rank} == saved.keys()
-    for of_rank in got.gradients:
-        for name in of_rank.keys() & reference.gradients.keys():
-            expected = reference.gradients[name]
-            error = (of_rank[name] - expected).abs().max().item()
-            assert error <= 1e-5 * expected.abs().max().item(), name
-    assert {name for name in saved if name not in reference.gradients} == {name for name in saved if BIAS in name}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF_PASSES)

@@ -25,11 +25,12 @@ class PackedSegments:
     """Holds the spans and rows that Megatron hands through to the core attention in place of its PackedSeqParams.
 
     The format name keeps Megatron from applying its own packed ("thd") RoPE and reshaping; ``rows`` are the rows whose
-    logits the model computes.
+    logits the model computes, ``experts`` the choices that its routers replay (Microbatch.experts).
     """
 
     spans: tuple[SegmentSpan, ...]
     rows: torch.Tensor
+    experts: torch.Tensor | None = None
     qkv_format: str = "segments"
 
 

@@ -87,7 +87,7 @@ def _run(
 
     def forward_step(pending: Iterator[Microbatch], part: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         microbatch = next(pending)
-        packed = PackedSegments(microbatch.spans, microbatch.rows)
+        packed = PackedSegments(microbatch.spans, microbatch.rows, microbatch.experts)
         output = part(microbatch.token_ids, microbatch.position_ids, None, packed_seq_params=packed)
         return output, partial(finish, microbatch=microbatch)
 

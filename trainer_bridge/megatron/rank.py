@@ -19,6 +19,7 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.interfaces import RunState, WeightTransport
 from slime_spec.memory import release_freed_memory
+from slime_spec.preflight.routing import check_routed, replayed_experts
 from slime_spec.types import TrainReport, TrainSample, is_greedy
 from slime_spec.weights.messages import PushBucket, Side
 from slime_spec.weights.run import bucket_of, bucketed
@@ -52,6 +53,7 @@ from trainer_bridge.megatron.optimizer import (
 from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients, observe, with_reference_logprobs
 from trainer_bridge.megatron.process_groups import is_first_of_stage, join_process_groups, leave_process_groups
 from trainer_bridge.megatron.residency import Part, Residency, Tensors
+from trainer_bridge.megatron.routing_replay import RoutingReplay
 from trainer_bridge.microbatch import Microbatch, build_microbatch
 from trainer_bridge.packing import MicrobatchPlan, plan_microbatches
 
@@ -72,6 +74,7 @@ class TrainerRank:
         self.config = config
         self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
         layout = check_layout(config, self.spec)
+        self.experts = replayed_experts(config, self.spec)
         algorithm = config.algorithm
         self.loss = GrpoLoss(algorithm.eps_clip, algorithm.eps_clip_high or algorithm.eps_clip, algorithm.kl_loss_coef)
         # A KL to the reference pulls at every sample, whatever its advantage.
@@ -94,6 +97,8 @@ class TrainerRank:
                 load_weights(self.reference, tensors, self.spec)
             self.model = build_model(self.spec, transformer_config(self.spec, trainer))
             load_weights(self.model, tensors, self.spec)
+            # The policy's routers alone: the reference is another model, and routes by itself.
+            self.replay = None if self.experts is None else RoutingReplay(self.model, self.experts)
             self.ddp = wrap_model(self.model, trainer)
             self.optimizer = build_optimizer(self.ddp, trainer)
             fill_masters(self.optimizer, exact_values(self.model, tensors, self.spec))
@@ -121,6 +126,8 @@ class TrainerRank:
         Raises TrainingError, on every rank, before a loss or gradient that is not finite reaches the weights.
         """
         self._check_lengths(samples)
+        if self.experts is not None:
+            check_routed(samples, self.experts, self.spec.num_layers)
         batch_size = self.config.trainer.global_batch_size or len(samples)
         sums = TokenSums()
         grad_norms: list[float] = []
@@ -140,10 +147,11 @@ class TrainerRank:
                 grad_norms.append(self._update(batch_sums.loss / batch.num_tokens))
                 sums += batch_sums
             of_draft = None if self.draft is None else self.draft.report()
+            of_routing = None if self.replay is None else self.replay.disagreement()
         if self.config.cluster.colocate:
             release_freed_memory()
         report = _report(sums, split_batch(samples, self.leaves_out_flat), grad_norms, num_microbatches)
-        return replace(report, draft=of_draft)
+        return replace(report, draft=of_draft, routing_disagreement=of_routing)
 
     def push_buckets(
         self, version: int, transport: WeightTransport, every_rank: bool = False, side: Side = "target"
