@@ -23,7 +23,7 @@ from slime_spec.config.speculation import feeds_corpus
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import WeightTransport
-from slime_spec.preflight.routing import replayed_experts
+from slime_spec.preflight.routing import check_servers_return_experts, replayed_experts
 from slime_spec.sglang.labels import label_suffix
 from slime_spec.transports.server_ipc import ServerIpcTransport
 from slime_spec.transports.to_servers import ToServers
@@ -43,10 +43,14 @@ def make_watch(config: Config, target: TargetFiles, draft: DraftFiles | None) ->
 
 
 def make_experts_reader(config: Config) -> ReturnedExperts | None:
-    """Make what reads the experts that servers return, None for a run that does not replay them."""
+    """Make what reads the experts that servers return, None for a run that does not replay them.
+
+    Raises ConfigError where this engine's server would return others.
+    """
     if not config.rollout.routing_replay:
         return None
     spec = ModelSpec.from_folder(config.model.hf_checkpoint)
+    check_servers_return_experts(config, spec)
     experts = replayed_experts(config, spec)
     return None if experts is None else ReturnedExperts(experts, spec.num_layers)
 

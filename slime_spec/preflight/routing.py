@@ -52,10 +52,27 @@ def check_routed(samples: Sequence[TrainSample], experts: Experts, num_layers: i
 
 def check_routing_replay(config: Config, spec: ModelSpec) -> None:
     """Raise ConfigError for a model, or for servers, whose choices cannot be replayed."""
-    if replayed_experts(config, spec) is None or config.run.mode == "train_only" or not kind_of(config).has_servers:
+    if replayed_experts(config, spec) is None or config.run.mode == "train_only":
         return
-    for rule, remedy in _against_servers(config, spec):
-        raise ConfigError(SETTING, rule, True, f"{remedy}, or {DROP[0].lower()}{DROP[1:]}.")
+    kind = kind_of(config)
+    if kind.has_servers and not config.rollout.num_gpus_per_engine and not kind.uses_external_servers(config):
+        raise _refusal(
+            "SGLang registers the memory of returned experts with CUDA: without a GPU a server ends at its start",
+            "Pass --rollout-engine embedded",
+        )
+    if kind.has_servers:
+        check_servers_return_experts(config, spec)
+
+
+def check_servers_return_experts(config: Config, spec: ModelSpec) -> None:
+    """Raise ConfigError where the servers of this configuration would return other experts than they choose."""
+    if config.rollout.routing_replay:
+        for rule, remedy in _against_servers(config, spec):
+            raise _refusal(rule, remedy)
+
+
+def _refusal(rule: str, remedy: str) -> ConfigError:
+    return ConfigError(SETTING, rule, True, f"{remedy}, or {DROP[0].lower()}{DROP[1:]}.")
 
 
 def _against_servers(config: Config, spec: ModelSpec) -> Iterator[tuple[str, str]]:

@@ -30,6 +30,7 @@ DECISIVE = (
     "speculative_accept_threshold_single",
     "speculative_accept_threshold_acc",
 )
+RETURNS_EXPERTS = "enable_return_routed_experts"  # decisive where they are replayed
 ALGORITHM, DRAFT = "speculative_algorithm", "speculative_draft_model_path"
 DTYPES = {"half": "float16", "float": "float32", "bf16": "bfloat16"}  # SGLang's other names
 # Keys of a checkpoint's config.json that say nothing of its tensors.
@@ -78,7 +79,7 @@ def differences(config: Config, engine_index: int, reported: Mapping[str, Any]) 
         if dest not in reported or (theirs is None and dest not in (ALGORITHM, "quantization")):
             continue
         if not SAME.get(dest, _same)(value, theirs):
-            is_decisive = dest in DECISIVE or dest.startswith("speculative_")
+            is_decisive = dest in (*DECISIVE, RETURNS_EXPERTS) or dest.startswith("speculative_")
             yield Difference(dest, value, NONE.name if dest == ALGORITHM and theirs is None else theirs, is_decisive)
 
 
@@ -93,6 +94,8 @@ def expected_flags(config: Config) -> dict[str, object]:
         "context_length": config.engine.context_length or config.rollout.longest,
         **{dest: value for dest, value in config.sglang.items() if value is not None},
     }
+    if config.rollout.routing_replay:
+        flags[RETURNS_EXPERTS] = True
     if "quantization" not in config.sglang and _is_quantized(config.model.hf_checkpoint):
         del flags["quantization"]  # the server finds the checkpoint's own scheme by itself
     return flags

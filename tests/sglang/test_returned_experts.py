@@ -167,6 +167,32 @@ def test_a_server_that_returns_none_ends_the_sample_by_its_flags_name(connect: C
         connect(FakeServer(), replaying).generate(4)
 
 
+def on_gpu(config: Config) -> Config:
+    return replace(config, rollout=replace(config.rollout, num_gpus_per_engine=1))
+
+
+def test_a_server_without_a_gpu_is_refused_before_it_ends_at_its_start(replaying: Config) -> None:
+    with pytest.raises(ConfigError, match="without a GPU a server ends at its start") as refusal:
+        check_routing_replay(replaying, ModelSpec.from_folder(replaying.model.hf_checkpoint))
+    assert refusal.value.remedy.startswith("Pass --rollout-engine embedded, or drop --use-rollout-routing-replay")
+
+
+def test_a_running_server_that_does_not_return_them_is_refused(connect: Connect, replaying: Config) -> None:
+    server = returning()
+    server.server_args = {"enable_return_routed_experts": False}
+    with pytest.raises(ConfigError, match="was started with --enable-return-routed-experts False"):
+        connect(server, replaying)
+
+
+def test_what_one_engine_overrides_is_refused_at_that_engine(
+    connect: Connect, replaying: Config, tmp_path: Path
+) -> None:
+    overrides = tmp_path / "engines.yaml"
+    overrides.write_text("0: {enable_hierarchical_cache: true}\n")
+    with pytest.raises(ConfigError, match="lost its experts"):
+        connect(returning(), replaying, overrides=str(overrides))
+
+
 CHAIN: Edit = {"num_steps": 3, "eagle_topk": 1, "num_draft_tokens": 4}
 TREE: Edit = {"num_steps": 3, "eagle_topk": 2, "num_draft_tokens": 6}
 
@@ -191,7 +217,7 @@ TREE: Edit = {"num_steps": 3, "eagle_topk": 2, "num_draft_tokens": 6}
 def test_servers_that_would_return_other_experts_are_refused(
     replaying: Config, speculative: Edit, flags: Edit, rule: str, remedy: str
 ) -> None:
-    config = replace(replaying, speculative=SpeculativeConfig(**speculative), sglang=dict(flags))
+    config = on_gpu(replace(replaying, speculative=SpeculativeConfig(**speculative), sglang=dict(flags)))
     spec = ModelSpec.from_folder(config.model.hf_checkpoint)
     with pytest.raises(ConfigError) as refusal:
         check_routing_replay(config, spec)
@@ -203,7 +229,7 @@ def test_servers_that_would_return_other_experts_are_refused(
 
 
 def test_chains_of_a_draft_network_are_served_and_the_flag_is_implied(replaying: Config) -> None:
-    config = replace(replaying, speculative=SpeculativeConfig(algorithm="NEXTN", **CHAIN))
+    config = on_gpu(replace(replaying, speculative=SpeculativeConfig(algorithm="NEXTN", **CHAIN)))
     check_routing_replay(config, ModelSpec.from_folder(config.model.hf_checkpoint))
     (place,) = planned_places(replaying, 0)
     assert server_flags(replaying, 0, place)["enable_return_routed_experts"] is True
