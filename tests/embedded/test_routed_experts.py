@@ -74,6 +74,25 @@ def test_they_are_transformers_token_by_token_for_siblings_and_for_a_lone_sample
         assert len(np.unique(ids)) == 8, "every expert was chosen somewhere"
 
 
+def test_they_go_along_when_rows_move_and_memory_grows(folders: dict[str, Path]) -> None:
+    """The first group ends first, so that the others' rows move; the last outgrows what was allocated for it."""
+    name = "Glm4MoeForCausalLM"
+    prompts = [*PROMPTS, random_prompt(9, seed=3)]
+    mixed = [
+        GroupRequest(str(index), prompt, (index, 7, 8)[:size], SamplingParams(max_new_tokens=length))
+        for index, (prompt, size, length) in enumerate(zip(prompts, (2, 1, 3), (5, 40, 150), strict=True))
+    ]
+    core = make_core(recording(folders[name]))
+    moved, grown = [], []
+    move_row, resize = core.cache.own.move_row, core.cache.own.resize
+    core.cache.own.move_row = lambda *row: (moved.append(row), move_row(*row))  # type: ignore[method-assign, func-returns-value]
+    core.cache.own.resize = lambda *shape: (grown.append(shape), resize(*shape))  # type: ignore[method-assign, func-returns-value]
+    samples = list(run(core, mixed).values())
+    assert moved
+    assert len({capacity for _, capacity in grown}) > 1
+    assert_are_transformers(samples, prompts, folders[name])
+
+
 @pytest.mark.parametrize("name", MIXED)
 @pytest.mark.parametrize("num_siblings", [1, 3])
 def test_of_speculation_they_are_those_of_accepted_tokens(

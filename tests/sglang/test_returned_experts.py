@@ -141,6 +141,18 @@ def test_an_aborted_sample_has_those_that_came(folder: Path, num_rows: int | Non
     assert finished.routed_experts.num_tokens == num_read
 
 
+def test_tokens_behind_the_end_of_an_aborted_reply_take_their_experts_along(folder: Path) -> None:
+    """SGLang ends an aborted request before it looks for the token that ends the reply, here 2."""
+    reader = replace(reading(folder), eos_token_ids=frozenset({2}))
+    sample = GrowingSample(GroupRequest("g", PROMPT, (1,), SamplingParams(max_new_tokens=5)), 0, reader)
+    sample.body("rid", "key")
+    sample.part.take(chunk([9, 2, 10], ABORT, routed_experts=encoded(np.ones((5, LAYERS, CHOSEN)))))
+    finished = sample.finished(1.0, None)
+    assert (finished.finish_reason, finished.token_ids) == ("stop", (9, 2))
+    assert finished.routed_experts is not None
+    assert finished.routed_experts.num_tokens == len(PROMPT) + 1
+
+
 @pytest.mark.parametrize(
     ("came", "told"),
     [
