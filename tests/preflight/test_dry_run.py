@@ -241,7 +241,7 @@ def test_ranks_that_cannot_split_a_cache_keep_copies_of_it(tmp_path: Path) -> No
     assert memory.engine.kv_copies == 1
     counted = count_parameters(DEEPSEEK_R1)
     assert counted is not None
-    assert memory.engine.target_bytes > 2 * (counted.decoder + 7 * counted.attention)
+    assert memory.engine.target_bytes > counted.decoder + 7 * counted.attention  # a byte a weight
 
 
 def test_the_plan_of_llama_on_eight_gpus_is_what_a_pencil_says(tmp_path: Path) -> None:

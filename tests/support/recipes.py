@@ -13,7 +13,7 @@ from tests.support.published_configs import BUILT
 from tests.support.published_served import FP8, MIXED
 
 GLM_355B, GLM_AIR = MIXED["zai-org/GLM-4.5"], MIXED["zai-org/GLM-4.5-Air"]
-DEEPSEEK_R1 = MIXED["deepseek-ai/DeepSeek-R1, with weights in bfloat16"]
+DEEPSEEK_R1 = FP8["deepseek-ai/DeepSeek-R1"]
 QWEN3_235B, QWEN3_30B = MIXED["Qwen/Qwen3-235B-A22B"], MIXED["Qwen/Qwen3-30B-A3B"]
 MIMO_7B = BUILT["XiaomiMiMo/MiMo-7B-RL"]
 LLAMA_DRAFT: dict[str, Any] = {**EAGLE3_HEAD, "torch_dtype": "float16", "max_position_embeddings": 2048}
@@ -71,7 +71,7 @@ ROLLOUTS: Mapping[str, Recipe] = {
         Recipe("glm4.5-355b-a32b-mtp", GLM_355B, None, 8, 141, ONE_NODE),
         Recipe("glm4.6-355b-a32b-mtp", MIXED["zai-org/GLM-4.6"], None, 8, 141, ONE_NODE),
         Recipe("qwen3-235b-a22b-eagle3", QWEN3_235B, QWEN3_DRAFT, 8, 141, ONE_NODE),
-        Recipe("deepseek-r1-mtp", FP8["deepseek-ai/DeepSeek-R1"], None, 8, 141, ONE_NODE),
+        Recipe("deepseek-r1-mtp", DEEPSEEK_R1, None, 8, 141, ONE_NODE),
     )
 }
 # Megatron's stages in place of experts over all ranks, as slime's scripts have them.
