@@ -44,6 +44,8 @@ def test_a_family_learns_while_it_speculates(
         *("--speculative-algorithm", "HISTORY" if architecture == QWEN3_MOE else "NEXTN"),
         *("--speculative-num-steps", "3", "trainer.metrics_of_all_samples=true"),
         *(() if architecture == QWEN3_MOE else ("--enable-mtp-training", "--draft-lr", "3e-3")),
+        # With MTP training in one family, so that what a draft learns of is a pass with replayed experts, too.
+        *(("--use-rollout-routing-replay",) if architecture == "DeepseekV3ForCausalLM" else ()),
     )
     rows = read_metrics(folder / "metrics.jsonl")
     rewards = [row["rollout/reward_mean"] or 0.0 for row in rows]
