@@ -74,6 +74,7 @@ def test_a_policy_in_fp8_learns_from_its_numbers_and_is_exported_as_numbers(
         *("--hf-checkpoint", str(policy), "--output-dir", str(folder), "--num-rollout", str(steps), "--lr", "3e-3"),
         *("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--rollout-max-response-len", "16"),
         *("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "3", "trainer.metrics_of_all_samples=true"),
+        *("--enable-mtp-training", "--draft-lr", "3e-3"),
     )
     rows = read_metrics(folder / "metrics.jsonl")
     assert all((row["train/train_rollout_logprob_abs_diff"] or 1.0) < 1e-4 for row in rows)
