@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,16 +37,20 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_tensors(folder: str | Path, spec: ModelSpec, dtypes: Dtypes = ()) -> LoadedTensors:
+def load_tensors(
+    folder: str | Path, spec: ModelSpec, dtypes: Dtypes = (), names: Collection[str] | None = None
+) -> LoadedTensors:
     """Return every tensor of ``expected_shapes(spec)``, in that order and in the file's dtype; from fp8 in fp32.
 
-    Raises CheckpointError naming the file or tensor when one is missing, truncated, misshapen or not finite, in the
-    file's dtype and in ``dtypes``, to which the caller casts.
+    ``names`` are those that are read, by default all. Raises CheckpointError naming the file or tensor when one of all
+    is missing, or one that is read truncated, misshapen or not finite, in the file's dtype and in ``dtypes``, to which
+    the caller casts.
     """
-    tensors = dict(_checked_tensors(Path(folder), spec, TARGET_PATH, dtypes))
+    tensors = dict(_checked_tensors(Path(folder), spec, TARGET_PATH, dtypes, names))
     loaded = LoadedTensors()
     for name in expected_shapes(spec):
-        loaded[name] = tensors.pop(name)
+        if name in tensors:
+            loaded[name] = tensors.pop(name)
     return loaded
 
 
@@ -165,14 +169,15 @@ def _extremes_of_codes(weight: Fp8Weight) -> torch.Tensor:
 
 
 def _checked_tensors(
-    folder: Path, spec: ModelSpec, setting: str, dtypes: Dtypes
+    folder: Path, spec: ModelSpec, setting: str, dtypes: Dtypes, names: Collection[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor | Fp8Weight]]:
     wanted = expected_shapes(spec)
+    read = wanted.keys() if names is None else names
     stored = CheckpointFolder(folder, setting).tensors
     _check_there(folder, spec, stored)
     if spec.tie_word_embeddings and HEAD in stored:
         _check_tied(folder, setting)
-    for name, tensor in weights(folder, wanted.__contains__, setting):
+    for name, tensor in weights(folder, read.__contains__, setting):
         check_tensor(folder, name, tensor, wanted[name], dtypes)
         yield name, tensor
 

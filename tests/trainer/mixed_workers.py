@@ -11,7 +11,7 @@ from slime_spec.transports.kept import Packed, packed_for_ray
 from slime_spec.types import TrainSample
 from tests.trainer.rank_workers import KeepingTransport
 from trainer_bridge.megatron.cpu_shim import cpu_shim
-from trainer_bridge.megatron.model import hf_tensors
+from trainer_bridge.megatron.model import hf_names, hf_tensors
 from trainer_bridge.megatron.policy_step import accumulate_gradients
 from trainer_bridge.megatron.rank import TrainerRank
 
@@ -55,6 +55,15 @@ def _whole(logits: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(logits) for _ in range(mpu.get_tensor_model_parallel_world_size())]
     dist.all_gather(parts, logits.detach().contiguous(), group=mpu.get_tensor_model_parallel_group())
     return torch.cat(parts, dim=-1)
+
+
+def names_read(rank: int, init_method: str, config: Config) -> list[str]:
+    """The checkpoint's tensors that this rank reads."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    names = sorted(hf_names(worker.model, worker.spec))
+    worker.close()
+    return names
 
 
 def pushed_dtypes(rank: int, init_method: str, config: Config) -> dict[str, str]:

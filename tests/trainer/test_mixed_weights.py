@@ -52,6 +52,22 @@ def test_a_bfloat16_policy_keeps_its_routers_biases_unrounded(folder: Path) -> N
     assert any(not torch.equal(saved[name], saved[name].bfloat16().float()) for name in saved if BIAS in name)
 
 
+@pytest.mark.parametrize("layout", ["one rank", "TP2 EP2", "PP2", "DP2 EP2"])
+def test_a_rank_reads_what_it_has_a_part_of_and_all_ranks_read_everything(layout: str, folder: Path) -> None:
+    """Of R1's 690 GB each of 128 ranks would read all."""
+    config = tiny_config(folder, dict(LAYOUTS[layout]))
+    of_ranks = [set(names) for names in run_ranks(config.trainer.world_size, "names_read", config)]
+    assert set.union(*of_ranks) == load_file(folder / "model.safetensors").keys()
+    if "EP2" in layout:
+        experts = [{int(name.split(".")[5]) for name in names if ".experts." in name} for names in of_ranks]
+        assert experts == [set(range(4)), set(range(4, 8))]
+    if layout == "PP2":
+        layers = [{int(name.split(".")[2]) for name in names if ".layers." in name} for names in of_ranks]
+        assert layers == [{0, 1}, {2, 3}]
+        tables = [{name for name in names if ".layers." not in name} for names in of_ranks]
+        assert tables == [{"model.embed_tokens.weight"}, {"model.norm.weight", "lm_head.weight"}]
+
+
 @pytest.mark.parametrize("architecture", MIXED)
 @pytest.mark.parametrize("layout", ["TP2 EP2", "TP2 ETP2", "PP2", "DP2 EP2"])
 def test_an_export_has_every_expert_once_and_transformers_loads_it(

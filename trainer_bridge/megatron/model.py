@@ -123,6 +123,11 @@ def exact_values(
         yield weight, names.shard(name, names.from_hf(name, tensors, spec), group.rank(), group.size())
 
 
+def hf_names(model: PolicyModel, spec: ModelSpec) -> frozenset[str]:
+    """Return the Hugging Face tensors that this rank's part is made of."""
+    return frozenset(hf_name for name, _ in named_weights(model) for hf_name in names.hf_names(name, spec))
+
+
 def hf_tensors(model: PolicyModel, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield this stage's weights as whole, contiguous Hugging Face tensors.
 

@@ -37,6 +37,7 @@ from trainer_bridge.megatron.export import export_hf, write_export
 from trainer_bridge.megatron.model import (
     build_model,
     exact_values,
+    hf_names,
     hf_tensors,
     load_weights,
     policy_device,
@@ -90,13 +91,15 @@ class TrainerRank:
         """Build the model from the HF checkpoint; with trainer.load, resume and say where the run was."""
         trainer = self.config.trainer
         with cpu_shim():
-            tensors = load_tensors(self.config.model.hf_checkpoint, self.spec)
+            self.model = build_model(self.spec, transformer_config(self.spec, trainer))
+            # Of hundreds of gigabytes a rank reads what it has a part of.
+            own = hf_names(self.model, self.spec)
+            tensors = load_tensors(self.config.model.hf_checkpoint, self.spec, names=own)
+            load_weights(self.model, tensors, self.spec)
             self.reference = None
             if self.config.algorithm.kl_loss_coef > 0:
                 self.reference = build_model(self.spec, transformer_config(self.spec, trainer)).requires_grad_(False)
                 load_weights(self.reference, tensors, self.spec)
-            self.model = build_model(self.spec, transformer_config(self.spec, trainer))
-            load_weights(self.model, tensors, self.spec)
             # The policy's routers alone: the reference is another model, and routes by itself.
             self.replay = None if self.experts is None else RoutingReplay(self.model, self.experts)
             self.ddp = wrap_model(self.model, trainer)
