@@ -27,7 +27,9 @@ def unpack_packages(load: Path) -> None:
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", *choice, *wheels], check=True, stdout=sys.stderr)
     for archive in load.glob("*.tar.xz"):
         with tarfile.open(archive) as tar:
-            tar.extractall(SITE if archive.name == "ray.tar.xz" else SGLANG, filter="tar")
+            # Python 3.11.0 to 3.11.3 have no filters; the archives are this project's own.
+            tar.extraction_filter = getattr(tarfile, "tar_filter", None)
+            tar.extractall(SITE if archive.name == "ray.tar.xz" else SGLANG)
 
 
 def join_halves() -> None:

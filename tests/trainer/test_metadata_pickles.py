@@ -47,7 +47,7 @@ def test_members_of_enums_are_read_as_every_python_pickles_them(pickler: type[pi
     out = io.BytesIO()
     pickler(out).dump(metadata())
     (tmp_path / FILE).write_bytes(out.getvalue())
-    assert (b"getattr" in out.getvalue()) == (pickler is AsDebian)
+    assert b"getattr" in out.getvalue() or pickler is not AsDebian
     assert metadata_problem(tmp_path) == ""
 
 
