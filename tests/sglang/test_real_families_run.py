@@ -69,7 +69,7 @@ def test_a_family_trains_on_what_its_server_samples_and_its_layer_is_accepted_af
 
 def test_qwen3_with_experts_trains_on_what_its_server_samples_with_an_eagle3_draft_that_learns(tmp_path: Path) -> None:
     policy = make_model(tmp_path, "Qwen3MoeForCausalLM")
-    draft = make_tiny_draft(tmp_path / "draft", policy, {**EAGLE3, "vocab_size": 257})
+    draft = make_tiny_draft(tmp_path / "draft", policy, {**EAGLE3, "vocab_size": 257, "model_type": "llama"})
     drafting = ("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(draft), *CHAIN)
     metrics = train(
         policy,
