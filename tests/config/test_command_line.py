@@ -183,6 +183,7 @@ def test_another_value_of_it_is_refused_with_the_one_that_there_is(flag: str, va
 
 
 def test_several_ranks_within_a_sequence_are_refused_with_the_reason() -> None:
+    """Case flags-of-slime: 23 scripts pass the flag, 1 among its values."""
     error = refusal("--context-parallel-size", "2")
     assert (error.setting, error.value) == ("--context-parallel-size", "2")
     assert "ranks that share a sequence would need each other's" in error.rule

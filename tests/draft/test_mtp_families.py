@@ -76,7 +76,7 @@ def test_every_gradient_is_autograds_through_transformers_layer(folder: Path) ->
         assert (mine - gradient).norm() <= 1e-5 * max(float(gradient.norm()), 1e-4), name
 
 
-def test_a_router_learns_and_its_correction_stays(folder: Path) -> None:
+def test_a_routers_correction_is_loaded_and_is_no_parameter(folder: Path) -> None:
     network: DraftNetwork = network_of(folder)
     corrections = [name for name in network_tensors(network) if name.endswith(CORRECTION)]
     assert len(corrections) == 1

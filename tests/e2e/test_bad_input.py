@@ -12,8 +12,8 @@ from slime_spec.launch.cli import main
 from slime_spec.launch.flags import REFUSED
 from slime_spec.rl.rollout_data import save_rollout
 from slime_spec.sglang.flags import sglang_version
-from tests.support.doctor_cases import CASES, Case
-from tests.support.doctor_facts import TARGET, python_with
+from tests.support.doctor_cases import CASES
+from tests.support.doctor_facts import TARGET, Case, python_with
 from tests.support.refused_launches import BROKEN_FILES, CONTRADICTIONS, SPECULATIVE_CONTRADICTIONS
 
 

@@ -170,6 +170,7 @@ def test_the_mtp_layer_drafts_what_transformers_layer_would(
 
 @pytest.mark.parametrize("name", WITH_MTP)
 def test_the_layer_in_a_folder_of_its_own_drafts_the_same(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Case draft-varieties: DeepseekV3ForCausalLMNextN and Glm4MoeForCausalLMNextN were refused."""
     inside = config_of(folders[name], "NEXTN", **CHAIN)
     alone = mtp_layer_alone(tmp_path / "alone", folders[name])
     apart = replace(inside, speculative=replace(inside.speculative, draft_model_path=str(alone)))

@@ -12,8 +12,8 @@ from slime_spec.launch.flags import find_flag, flags
 from slime_spec.preflight.finding import Severity
 from slime_spec.preflight.gate import examine
 from slime_spec.preflight.report import flags_to_add
-from tests.support.doctor_cases import CASES, Case
-from tests.support.doctor_facts import make_facts
+from tests.support.doctor_cases import CASES
+from tests.support.doctor_facts import Case, make_facts
 
 SEEN = tuple(each for each in CASES if each.sees)
 MENDABLE = tuple(each for each in SEEN if each.sees is not Severity.INFO)

@@ -72,16 +72,21 @@ def test_capabilities_are_those_that_the_driver_tells(
     assert visible_gpu_capabilities(environ) == expected
 
 
+def with_gpus_of(capability: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this machine have two GPUs, by a driver in ``folder``."""
+    driver = folder / "nvidia-smi"
+    driver.write_text(two_gpus_of(capability))
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 @pytest.mark.parametrize(("capability", "says"), [("8.0", "fp8 on a GPU of 8.0"), ("9.0", None)])
 def test_a_draft_in_fp8_is_refused_where_this_machines_gpus_have_none(
     capability: str, says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the preflight, which the launch, the dry run and the doctor share; a cluster's GPUs are judged there."""
-    driver = tmp_path / "nvidia-smi"
-    driver.write_text(two_gpus_of(capability))
-    driver.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with_gpus_of(capability, tmp_path, monkeypatch)
     policy = make_tiny_policy(tmp_path / "policy", max_position_embeddings=4096)
     draft = make_tiny_draft(tmp_path / "draft", policy, {**EAGLE3, "vocab_size": 257, "max_position_embeddings": 4096})
     argv = ["--hf-checkpoint", str(policy), "--rollout-num-gpus-per-engine", "1", "--actor-num-gpus", "1"]
@@ -98,11 +103,7 @@ def test_a_draft_in_fp8_is_refused_where_this_machines_gpus_have_none(
 def test_pushes_of_fp8_are_refused_on_gpus_whose_servers_keep_another_layout(
     capability: str, says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = tmp_path / "nvidia-smi"
-    driver.write_text(two_gpus_of(capability))
-    driver.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with_gpus_of(capability, tmp_path, monkeypatch)
     policy = store_in_fp8(make_tiny_policy(tmp_path / "policy", max_position_embeddings=4096))
     argv = ["--hf-checkpoint", str(policy), "--rollout-num-gpus-per-engine", "1", "--actor-num-gpus", "1"]
     argv += ["--rollout-engine", "sglang", "--skip-check", "sglang-version"]

@@ -10,8 +10,8 @@ import pytest
 from slime_spec.preflight.checks import TRAPS
 from slime_spec.preflight.finding import Severity
 from slime_spec.preflight.gate import examine
-from tests.support.doctor_cases import CASES, EAGLE3, EAGLE3_TREE, HEAD, MTP, PLAIN, Case
-from tests.support.doctor_facts import MIMO, make_facts
+from tests.support.doctor_cases import CASES, EAGLE3, EAGLE3_TREE, HEAD
+from tests.support.doctor_facts import MIMO, MTP, PLAIN, Case, make_facts
 
 
 def named(each: Case) -> str:

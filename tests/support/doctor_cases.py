@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -11,20 +10,29 @@ from slime_spec.checkpoints.end_of_text import ReplyEnds, TurnEnd
 from slime_spec.preflight.facts import DENSE_GRAPH_SIZES
 from slime_spec.preflight.finding import Severity
 from slime_spec.sglang.served import Difference
-from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, SERVERS, TARGET, TREE
-from tests.support.fp8_checkpoints import PUBLISHED
+from tests.support.doctor_facts import (
+    CHAIN,
+    EAGLE3_HEAD,
+    LEARNING,
+    MIMO,
+    MTP,
+    ON_CPU,
+    PLAIN,
+    ROLLOUTS,
+    SERVERS,
+    TARGET,
+    TREE,
+    case,
+)
+from tests.support.quantized_cases import QUANTIZED
 
 ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
 EAGLE3 = (*SERVERS, "--speculative-algorithm", "EAGLE3", *CHAIN)
 EAGLE3_TREE = (*SERVERS, "--speculative-algorithm", "EAGLE3", *TREE)
-MTP = (*SERVERS, "--speculative-algorithm", "EAGLE", *CHAIN)
 DFLASH = (*SERVERS, "--speculative-algorithm", "DFLASH")
 DSPARK = (*SERVERS, "--speculative-algorithm", "DSPARK")
 EMBEDDED_DFLASH = ("--speculative-algorithm", "DFLASH")
 NGRAM = (*SERVERS, "--speculative-algorithm", "NGRAM")
-PLAIN = SERVERS
-ROLLOUTS = "--debug-rollout-only"
-LEARNING = "--enable-draft-training"
 HEAD: dict[str, Any] = {"draft": EAGLE3_HEAD}
 BLOCKS: dict[str, Any] = {
     "draft": {
@@ -50,14 +58,10 @@ LATENT = {
     **{"n_routed_experts": 256, "moe_intermediate_size": 2048},
 }
 CODED_MIMO = {**TARGET, "model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}}
-IN_FP8 = {**TARGET, "quantization_config": PUBLISHED}
-DROPPED = '{"quantization_config": null}'
-ROUNDED = ("--speculative-draft-model-quantization", "fp8")
 ERNIE = {**TARGET, "architectures": ["Ernie4_5_MoeForCausalLM"], "num_nextn_predict_layers": 1}
 FLASHINFER = ("--sglang-attention-backend", "flashinfer")
 FIVE_STEPS = ("--speculative-num-steps", "5", "--speculative-num-draft-tokens", "6")
 EXTERNAL = ("--rollout-external-engine-addrs", "10.0.0.1:30000")
-ON_CPU = ("--rollout-num-gpus-per-engine", "0", "--actor-num-gpus", "0")
 DENSE = ("--sglang-cuda-graph-bs", *map(str, DENSE_GRAPH_SIZES))
 ALLOWED = {"environ": {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}}
 CHATML = TurnEnd("<|im_end|>\n", (7, 11), {7: "<|im_end|>"}, is_closed=True)
@@ -65,20 +69,6 @@ PLAIN_TURNS = TurnEnd("\n\nUser: ", (11, 11, 12), {}, is_closed=False)
 OTHER_BACKEND = Difference("attention_backend", "fa3", "triton", is_decisive=False)
 DISK = ("--sglang-weight-transport", "disk")
 BY_GROUP = ("--push-transport", "object_store", "--sglang-weight-transport", "distributed")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A command line (and config.json keys); ``sees`` is None where the trap must be silent."""
-
-    trap: str
-    argv: tuple[str, ...]
-    sees: Severity | None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-def case(trap: str, argv: tuple[str, ...], sees: Severity | None = None, **facts: Any) -> Case:
-    return Case(trap, argv, sees, facts)
 
 
 def reading(*layers: int) -> dict[str, Any]:
@@ -337,26 +327,7 @@ CASES = (
     case("draft-lost-on-resume", (*EAGLE3, "--no-offload"), **HEAD),
     case("ngram-update", (*NGRAM, *DISK), WARNING),
     case("ngram-update", NGRAM),
-    case("fp8-dtype", (*PLAIN, "--sglang-dtype", "float32"), ERROR, target=IN_FP8),
-    case("fp8-dtype", (*PLAIN, "--sglang-dtype", "float32")),
-    case("fp8-dtype", PLAIN, target=IN_FP8),
-    case("push-quantization", (*PLAIN, *ON_CPU), ERROR, target=IN_FP8),
-    case("push-quantization", (*PLAIN, *ON_CPU)),
-    case("push-quantization", (*PLAIN, "--sglang-quantization", "fp8"), ERROR),
-    case("push-quantization", (*PLAIN, "--sglang-quantization", "fp8", ROLLOUTS)),
-    case("push-quantization", (*PLAIN, "--sglang-quantization", "fp8"), target=IN_FP8),
-    case("push-quantization", (*PLAIN, "--sglang-quantization", "w8a8_fp8"), ERROR, target=IN_FP8),
-    case("push-quantization", (*PLAIN, "--sglang-quantization", "unquant")),
-    case("push-quantization", (*PLAIN, "--sglang-rl-quant-profile", "profile.pt"), ERROR),
-    case("push-quantization", (*PLAIN, "--sglang-json-model-override-args", DROPPED), ERROR, target=IN_FP8),
-    case("push-quantization", (*PLAIN, "--sglang-json-model-override-args", '{"rope_theta": 1}'), target=IN_FP8),
-    case("push-quantization", (*PLAIN, "--sglang-moe-runner-backend", "marlin"), ERROR, target=IN_FP8),
-    case("push-quantization", (*PLAIN, "--sglang-moe-runner-backend", "triton"), target=IN_FP8),
-    case("push-quantization", (*PLAIN, "--sglang-moe-runner-backend", "marlin")),
-    case("push-quantization", PLAIN, ERROR, target=IN_FP8, environ={"SGLANG_FORCE_FP8_MARLIN": "1"}),
-    case("push-quantization", PLAIN, environ={"SGLANG_FORCE_FP8_MARLIN": "1"}),
-    case("push-quantization", (*MTP, LEARNING, *ROUNDED), ERROR, target=MIMO),
-    case("push-quantization", (*MTP, *ROUNDED), target=MIMO),
+    *QUANTIZED,
     case("torch-versions", PLAIN, ERROR, torch="2.9.1+cu128"),
     case("torch-versions", PLAIN, torch=version("torch").partition("+")[0] + "+cu130"),
     case("torch-versions", (*PLAIN, *BY_GROUP), torch="2.9.1"),

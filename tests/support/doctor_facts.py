@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from slime_spec.checkpoints.folder import StoredTensor
 from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.launch.compose import Composed, composed
 from slime_spec.preflight.facts import Facts
+from slime_spec.preflight.finding import Severity
 from slime_spec.sglang.arguments import Place, server_flags
 from slime_spec.sglang.interpreter import checked_in
 from slime_spec.sglang.releases import release_of
@@ -39,6 +40,11 @@ SERVERS = (
 )
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
 TREE = ("--speculative-num-steps", "5", "--speculative-eagle-topk", "8", "--speculative-num-draft-tokens", "32")
+PLAIN = SERVERS
+ON_CPU = ("--rollout-num-gpus-per-engine", "0", "--actor-num-gpus", "0")
+ROLLOUTS = "--debug-rollout-only"
+MTP = (*SERVERS, "--speculative-algorithm", "EAGLE", *CHAIN)
+LEARNING = "--enable-draft-training"
 
 
 DRAFT = "draft"  # stands for the folder in what is composed, so that a command line is composed once
@@ -118,3 +124,17 @@ def python_with(folder: Path, **versions: str) -> Path:
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{site}" exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     return python
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line (and config.json keys); ``sees`` is None where the trap must be silent."""
+
+    trap: str
+    argv: tuple[str, ...]
+    sees: Severity | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def case(trap: str, argv: tuple[str, ...], sees: Severity | None = None, **facts: Any) -> Case:
+    return Case(trap, argv, sees, facts)
