@@ -20,11 +20,12 @@ from slime_spec.checkpoints.folder import CheckpointFolder
 from slime_spec.config.addresses import address_of
 from slime_spec.config.api_key import refuse_literal_keys
 from slime_spec.config.build import from_dict, to_dict
+from slime_spec.config.engine import DTYPES
 from slime_spec.config.schema import SGLANG
 from slime_spec.config.server_checks import check_servers
 from slime_spec.config.sglang_server import size_of
 from slime_spec.config.speculation import check_speculation, corpus_nodes
-from slime_spec.config.tree import DTYPES, Config, SpeculativeConfig
+from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.config.yaml_file import read_yaml_file
 from slime_spec.errors import ConfigError
 from slime_spec.placement import num_engine_nodes
