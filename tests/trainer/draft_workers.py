@@ -1,6 +1,6 @@
 """What a rank that trains a draft does in a test; see rank_workers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -10,7 +10,8 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from slime_spec.config.tree import Config
-from slime_spec.draft.training.online import LearnedStep, SeenReply
+from slime_spec.draft.training.online import DraftSums, LearnedStep, SeenReply
+from slime_spec.draft.unroll import make_unroll
 from slime_spec.errors import TrainingError
 from slime_spec.interfaces import RunState
 from slime_spec.types import TrainReport, TrainSample
@@ -98,6 +99,75 @@ class Weighing:
         states = [(each.embeddings, each.features, each.final, each.argmax, each.logsumexp) for each in replies]
         self.found = replace(self.found, replies=num_bytes(chain.from_iterable(states)), inputs=read)
         return self.draft.learn(replies, num_updates, target_head, mask_embedding)
+
+
+@dataclass(frozen=True)
+class DraftLogits:
+    """A reply [tokens], whose first ``prompt_len`` are the prompt, and the draft's first logits [rows, vocab]."""
+
+    slots: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    logits: torch.Tensor
+
+
+class Logits:
+    """Stands in for a DraftSide's draft, and keeps what it says of a step's replies instead of learning."""
+
+    def __init__(self, side: DraftSide) -> None:
+        assert side.draft is not None
+        self.draft, self.found = side.draft, list[DraftLogits]()
+        self.trainer, self.tensors = side.draft.trainer, side.draft.tensors
+
+    @torch.no_grad()
+    def learn(
+        self,
+        replies: Sequence[SeenReply],
+        num_updates: int,
+        target_head: torch.Tensor,
+        mask_embedding: torch.Tensor | None,
+    ) -> LearnedStep:
+        # A rank without a reply computes its experts for the others'.
+        batch = self.draft._batch(replies or [self.draft._nothing()], target_head, mask_embedding)
+        model = self.draft.trainer.model
+        unroll = make_unroll(model.network, model.embed, batch.starts, batch.num_rows)
+        logits = model.logits(unroll.first(batch.features, batch.token_ids))
+        for reply, of_reply in zip(replies, logits, strict=bool(replies)):
+            rows = of_reply[: len(reply.final)].clone()
+            self.found.append(DraftLogits(reply.slots, tuple(reply.token_ids.tolist()), reply.prompt_len, rows))
+        return LearnedStep(DraftSums(torch.zeros(3, self.trainer.settings.num_steps, dtype=torch.float64)), (), 0)
+
+
+def draft_logits(rank: int, init_method: str, config: Config, samples: Sequence[TrainSample]) -> list[DraftLogits]:
+    """What the draft says of the replies that this rank learns from in a step of the policy."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    assert worker.draft is not None
+    found: list[DraftLogits] = []
+    if worker.draft.draft is not None:
+        keeping: Any = Logits(worker.draft)
+        worker.draft.draft, found = keeping, keeping.found
+    worker.step(samples)
+    worker.close()
+    return found
+
+
+def draft_gradients(
+    rank: int, init_method: str, config: Config, samples: Sequence[TrainSample]
+) -> dict[str, torch.Tensor]:
+    """The gradients of the draft's first update, by the network's names; none on ranks that save no draft."""
+    worker = TrainerRank(config, rank, init_method)
+    worker.load()
+    worker.step(samples)
+    assert worker.draft is not None
+    gradients = first_gradients(worker.draft.state(on_host=lambda tensor: tensor))
+    worker.close()
+    return gradients
+
+
+def first_gradients(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The gradients of a draft's first update, by its moments: Adam's beta of 0.9 keeps a tenth of a gradient."""
+    return {name: each["exp_avg"] / 0.1 for name, each in state["optimizer"].items()} if state else {}
 
 
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:

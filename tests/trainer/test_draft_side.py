@@ -120,7 +120,14 @@ def published(runs: Sequence[DraftRun]) -> dict[str, torch.Tensor]:
 def reference(
     config: Config, samples: Sequence[TrainSample], temperature: float = 1.0, passes_of: Path | None = None
 ) -> dict[str, torch.Tensor]:
-    """The draft after one step, trained as ``slime-spec draft train`` does, on features of transformers' own passes."""
+    """The draft after one step of the policy, as reference_trainer trains it."""
+    return network_tensors(reference_trainer(config, samples, temperature, passes_of).model.network)
+
+
+def reference_trainer(
+    config: Config, samples: Sequence[TrainSample], temperature: float = 1.0, passes_of: Path | None = None
+) -> DraftTrainer:
+    """Train the draft for a step as ``slime-spec draft train`` does, on features of transformers' own passes."""
     folder = passes_of or Path(config.model.hf_checkpoint)
     target_spec = ModelSpec.from_folder(config.model.hf_checkpoint)
     draft_folder = Path(config.speculative.draft_model_path or config.model.hf_checkpoint)
@@ -143,7 +150,7 @@ def reference(
             prompt_len = sample.prompt_len + reply.first
             sequences.append(DraftSequence(0, sample.token_ids[: prompt_len + reply.num_rows + 1], prompt_len, ""))
         trainer.step(whole_batch(sequences, target, temperature))
-    return network_tensors(trainer.model.network)
+    return trainer
 
 
 def whole_batch(sequences: Sequence[DraftSequence], target: FrozenTarget, temperature: float) -> TrainBatch:

@@ -13,7 +13,9 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.draft.ranks import experts_of, holder_of
-from tests.support.tiny_models import add_mtp_layer
+from tests.support.mixed_reference import mtp_logits
+from tests.support.tiny_models import add_mtp_layer, load_reference
+from tests.trainer.draft_workers import DraftLogits, first_gradients
 from tests.trainer.mixed_policies import LAYOUTS, TP2_EP2, mixed_policy
 from tests.trainer.test_draft_side import (
     SETTINGS,
@@ -24,6 +26,7 @@ from tests.trainer.test_draft_side import (
     published,
     ran,
     reference,
+    reference_trainer,
     spec_of,
 )
 from tests.trainer.trainer_support import run_ranks, tiny_config
@@ -59,6 +62,34 @@ def test_a_step_is_what_training_on_features_of_whole_passes_gives(
     report = runs[0].reports[0].draft
     assert report is not None
     assert (report.num_updates, report.num_skipped) == (2, 0)
+
+
+@pytest.mark.parametrize("layout", NAMES)
+def test_the_layers_logits_are_those_of_transformers_layer(layout: str, config: Config, batches: Batches) -> None:
+    folder = Path(config.model.hf_checkpoint)
+    laid_out = in_layout(config, dict(LAYOUTS[layout]))
+    ranks: list[list[DraftLogits]] = run_ranks(laid_out.trainer.world_size, "draft_logits", laid_out, batches[0])
+    found = [each for of_rank in ranks for each in of_rank]
+    num_slots = SETTINGS.num_optimizer_steps * SETTINGS.batch_size
+    assert sorted(slot for each in found for slot in each.slots) == list(range(num_slots))
+    model = load_reference(folder)
+    for reply in found:
+        assert any(sample.token_ids[: len(reply.token_ids)] == reply.token_ids for sample in batches[0])
+        whole = mtp_logits(folder, model, reply.token_ids)[reply.prompt_len - 1 :][: len(reply.logits)]
+        torch.testing.assert_close(reply.logits, whole, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", NAMES)
+def test_every_gradient_is_that_of_features_of_whole_passes(layout: str, config: Config, batches: Batches) -> None:
+    """What tests/draft/test_mtp_families.py holds to autograd's gradients through transformers' layer."""
+    config = replace(config, draft_training=replace(SETTINGS, num_optimizer_steps=1, batch_size=7, clip_grad=1e9))
+    laid_out = in_layout(config, dict(LAYOUTS[layout]))
+    ranks = run_ranks(laid_out.trainer.world_size, "draft_gradients", laid_out, batches[0])
+    (found,) = [gradients for gradients in ranks if gradients]
+    wanted = first_gradients(reference_trainer(config, batches[0]).state())
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * max(float(gradient.norm()), 1e-4), name
 
 
 def test_every_layout_reports_the_same(config: Config, batches: Batches) -> None:
