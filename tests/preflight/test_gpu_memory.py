@@ -205,6 +205,19 @@ def test_the_mtp_layer_in_training_is_on_the_last_stage_with_its_experts_over_al
     assert [stage.draft_bytes for stage in stages] == [0, 0, 0, 16 * (dense + 160 * expert // 16)]
 
 
+def test_replayed_experts_are_in_the_host_memory_of_each_rank_the_object_store_and_the_driver(tmp_path: Path) -> None:
+    sizes = ("--rollout-batch-size", "16", "--n-samples-per-prompt", "4", "--rollout-max-prompt-len", "1000")
+    argv = [*RECIPES["deepseek-r1-mtp"].arguments(tmp_path), *sizes, "--rollout-max-response-len", "3001"]
+    without = make_plan(look(composed(argv))).host
+    replaying = make_plan(look(composed([*argv, "--use-rollout-routing-replay"]))).host
+    assert without is not None
+    assert replaying is not None
+    assert without.replay_bytes == 0
+    # 58 of 61 layers have experts, of whose 256 a token goes to eight; a node has eight ranks.
+    assert replaying.replay_bytes == (8 + 1 + 1) * 16 * 4 * 4000 * 58 * 8
+    assert replaying.total_bytes == without.total_bytes + replaying.replay_bytes
+
+
 def test_a_trainer_that_stays_takes_its_memory_from_the_engines(tmp_path: Path) -> None:
     recipe = RECIPES["mimo-7b-rl-mtp"]
     (gpu,) = gpus_of(recipe, tmp_path, "--no-offload-train", "--no-enable-mtp-training")

@@ -82,7 +82,7 @@ def make_plan(looked: Preflight) -> Plan:
         transport=transport_text(config),
         memory=memory,
         gpus=plan_gpus(facts, memory),
-        host=plan_host(config, memory),
+        host=plan_host(config, memory, facts.target.config),
         findings=findings,
     )
 

@@ -185,9 +185,10 @@ def _memory(plan: Plan) -> Iterator[str]:
         shared = f" in shared memory{copies}" if transport_name(plan.facts.config) == OBJECT_STORE else ""
         yield f"one push: {_size(memory.push_bytes)}{shared}"
     if plan.host is not None:
+        replayed = f" + replayed experts {_size(plan.host.replay_bytes)}" if plan.host.replay_bytes else ""
         yield (
             f"host memory of a node: {_size(plan.host.total_bytes)} = {counted(plan.host.num_ranks, 'rank')} "
-            f"{_size(plan.host.trainer_bytes)} + pushes {_size(plan.host.push_bytes)}"
+            f"{_size(plan.host.trainer_bytes)} + pushes {_size(plan.host.push_bytes)}{replayed}"
         )
     yield from table_lines(plan.gpus)
     if plan.facts.gpu_bytes:
