@@ -14,6 +14,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.garbage import no_collection
 from slime_spec.suggest import did_you_mean
 from slime_spec.types import (
+    DraftUpdateRecord,
     EarlierReply,
     EngineStats,
     GeneratedSample,
@@ -180,7 +181,7 @@ class RunState:
 
     ``unfinished_prompt_ids`` were drawn and not trained on yet: the next step begins with them, and resumes their
     partial samples as long as the run's process lives. ``is_ahead`` says that the trainer's weights are newer than
-    those that were pushed as ``weight_version``.
+    those that were pushed as ``weight_version``. ``draft_updates`` is None where no draft is trained.
     """
 
     rollout_id: int
@@ -188,11 +189,14 @@ class RunState:
     weight_version: int
     unfinished_prompt_ids: tuple[int, ...] = ()
     is_ahead: bool = False
+    draft_updates: DraftUpdateRecord | None = None
 
     @classmethod
     def of_checkpoint(cls, saved: Mapping[str, Any]) -> RunState:
         """Return the state that a checkpoint holds; the weights of one that does not say so count as never pushed."""
-        return cls(**{"is_ahead": True, **saved})
+        updates = saved.get("draft_updates")
+        record = None if updates is None else DraftUpdateRecord(**updates)
+        return cls(**{"is_ahead": True, **saved, "draft_updates": record})
 
 
 class MetricSink(Protocol):

@@ -237,6 +237,29 @@ class DraftReport:
 
 
 @dataclass(frozen=True)
+class DraftUpdateRecord:
+    """Records what a run's updates of its draft took and brought (slime_spec.rl.draft_updates).
+
+    ``accept_length`` are the last rollout's tokens per round and ``drafting_s`` the seconds of its rounds; ``fresh`` is
+    averaged, ``newest_fresh`` the last, of rollouts right after an update, ``gain`` what an update added to that.
+    ``num_measured`` updates were made since a sudden loss, ``num_left_out`` steps have passed since the last.
+    """
+
+    num_updates: int = 0
+    num_measured: int = 0
+    num_left_out: int = 0
+    accept_length: float | None = None
+    drafting_s: float = 0.0
+    is_sudden: bool = False
+    follows_update: bool = False
+    fresh: float | None = None
+    newest_fresh: float | None = None
+    gain: float | None = None
+    lost_per_step: float = 0.0
+    cost_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """Reports what one training step did on all ranks.
 

@@ -13,7 +13,7 @@ from slime_spec.metrics.step import draft_push_metrics, draft_update_metrics
 from slime_spec.rl.clock import PhaseClock
 from slime_spec.rl.draft_updates import DraftUpdates
 from slime_spec.speculation.net_benefit import NetBenefit
-from slime_spec.types import EngineStats
+from slime_spec.types import DraftUpdateRecord, EngineStats
 from slime_spec.weights.messages import NOT_COMPARABLE, VerifyPush
 from slime_spec.weights.run import run_push
 
@@ -89,10 +89,17 @@ class DraftInTraining:
         self._updates.pushed(report.seconds)
         return draft_push_metrics(report)
 
-    def resume(self, version: int) -> None:
-        """Bring the draft of a resumed trainer to every engine."""
+    @property
+    def record(self) -> DraftUpdateRecord:
+        """Return what updates took and brought so far, from which ``resume`` goes on."""
+        return self._updates.record
+
+    def resume(self, version: int, record: DraftUpdateRecord | None) -> None:
+        """Bring the draft of a resumed trainer to every engine; ``record`` is None where the checkpoint has none."""
         self._is_ahead = True
         self.push(version, PhaseClock())
+        if record is not None:
+            self._updates.record = record
 
     def _check_engines(self) -> None:
         """Have the draft pushed again where an engine drafts with another than was pushed."""

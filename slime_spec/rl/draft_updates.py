@@ -15,7 +15,10 @@ measured anew, for a task may have changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slime_spec.types import DraftUpdateRecord
 
 EVERY, WHEN_IT_PAYS = "every", "when_it_pays"
 NUM_MEASURED = 2  # updates that are made to learn what an update costs and brings
@@ -45,76 +48,68 @@ class DraftUpdates:
 
     def __init__(self, policy: str, interval: int, horizon: int) -> None:
         self._policy, self._interval, self._horizon = policy, interval, horizon
-        self._num_updates = self._num_measured = self._num_left_out = 0
-        self._now: float | None = None
-        self._drafting_s = 0.0
-        self._is_sudden = self._follows_update = False
-        self._fresh: float | None = None  # averaged, of the rollouts right after an update; and the last of them
-        self._newest_fresh: float | None = None
-        self._gain: float | None = None
-        self._lost_per_step = 0.0
-        self._cost_s = 0.0
+        self.record = DraftUpdateRecord()  # what a checkpoint keeps of the run so far
 
     def saw_rollout(self, accept_length: float | None, drafting_s: float) -> None:
         """Note a rollout's tokens per round, None where nothing was drafted, and the time of its rounds with drafts."""
-        before, self._now, self._drafting_s = self._now, accept_length, drafting_s
-        self._is_sudden = False
+        was = self.record
+        self.record = replace(was, accept_length=accept_length, drafting_s=drafting_s, is_sudden=False)
         if accept_length is None:
             return
-        if before is not None and accept_length < (1.0 - SUDDEN) * before:
-            self._is_sudden = True
-            self._forget()
-            return
-        if self._follows_update:
-            if self._newest_fresh is not None:
-                self._gain = _averaged(self._gain, accept_length - self._newest_fresh)
-            self._newest_fresh = accept_length
-            self._fresh = _averaged(self._fresh, accept_length)
-        elif before is not None:
-            self._lost_per_step = max(0.0, _averaged(self._lost_per_step, before - accept_length))
+        if was.accept_length is not None and accept_length < (1.0 - SUDDEN) * was.accept_length:
+            # Measure anew what updates bring: of other tasks, or a draft that was damaged, it is something else.
+            self._note(is_sudden=True, fresh=None, newest_fresh=None, gain=None, lost_per_step=0.0, num_measured=0)
+        elif was.follows_update:
+            if was.newest_fresh is not None:
+                self._note(gain=_averaged(was.gain, accept_length - was.newest_fresh))
+            self._note(newest_fresh=accept_length, fresh=_averaged(was.fresh, accept_length))
+        elif was.accept_length is not None:
+            self._note(lost_per_step=max(0.0, _averaged(was.lost_per_step, was.accept_length - accept_length)))
 
     def decide(self, step: int) -> Decision:
         """Return whether the step that has just been rolled out, the run's ``step`` from 0, updates the draft."""
+        record = self.record
         if self._policy == EVERY:
             is_due = (step + 1) % self._interval == 0
-            return Decision(is_due, cost_s=self._cost_s, suspects_fault=self._is_sudden)
-        is_due = self._num_measured < NUM_MEASURED or self._num_left_out >= self._horizon
-        if is_due or self._is_sudden:
-            return Decision(True, cost_s=self._cost_s, suspects_fault=self._is_sudden)
+            return Decision(is_due, cost_s=record.cost_s, suspects_fault=record.is_sudden)
+        is_due = record.num_measured < NUM_MEASURED or record.num_left_out >= self._horizon
+        if is_due or record.is_sudden:
+            return Decision(True, cost_s=record.cost_s, suspects_fault=record.is_sudden)
         saving_s = self._saving_s()
-        return Decision(saving_s > self._cost_s, saving_s, self._cost_s)
+        return Decision(saving_s > record.cost_s, saving_s, record.cost_s)
 
     def made(self, cost_s: float) -> None:
         """Note an update and the seconds of its training."""
-        self._num_updates += 1
-        self._num_measured += 1
-        self._num_left_out = 0
-        self._follows_update = False
-        self._cost_s = cost_s if self._num_updates == 1 else _averaged(self._cost_s, cost_s)
+        was = self.record
+        self._note(
+            num_updates=was.num_updates + 1,
+            num_measured=was.num_measured + 1,
+            num_left_out=0,
+            follows_update=False,
+            cost_s=_averaged(was.cost_s, cost_s) if was.num_updates else cost_s,
+        )
 
     def pushed(self, push_s: float) -> None:
         """Note the seconds of the push of what was made last: the next rollout drafts with it."""
-        self._follows_update = True
-        self._cost_s += WEIGHT_OF_NEWEST * push_s if self._num_updates > 1 else push_s
+        was = self.record
+        added = WEIGHT_OF_NEWEST * push_s if was.num_updates > 1 else push_s
+        self._note(follows_update=True, cost_s=was.cost_s + added)
 
     def left_out(self) -> None:
-        self._num_left_out += 1
-        self._follows_update = False
+        self._note(num_left_out=self.record.num_left_out + 1, follows_update=False)
 
-    def _forget(self) -> None:
-        """Measure anew what updates bring: of other tasks, or a draft that was damaged, it is something else."""
-        self._fresh = self._newest_fresh = self._gain = None
-        self._lost_per_step = 0.0
-        self._num_measured = 0
+    def _note(self, **changed: Any) -> None:
+        self.record = replace(self.record, **changed)
 
     def _saving_s(self) -> float:
-        if self._now is None or self._fresh is None:
+        record = self.record
+        if record.accept_length is None or record.fresh is None:
             return 0.0
-        new, saved = max(self._fresh, self._now) + max(0.0, self._gain or 0.0), 0.0
+        new, saved = max(record.fresh, record.accept_length) + max(0.0, record.gain or 0.0), 0.0
         for step in range(1, self._horizon + 1):
-            lost = self._lost_per_step * step
+            lost = record.lost_per_step * step
             # A round brings a token whatever its draft is.
-            saved += self._drafting_s * (1.0 - max(1.0, self._now - lost) / max(1.0, new - lost))
+            saved += record.drafting_s * (1.0 - max(1.0, record.accept_length - lost) / max(1.0, new - lost))
         return saved
 
 

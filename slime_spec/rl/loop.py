@@ -65,7 +65,7 @@ def first_state(
         state = replace(state, weight_version=state.weight_version + state.is_ahead, is_ahead=False)
         push_weights(config, trainer, engines, state.weight_version, PhaseClock())
         if draft is not None:
-            draft.resume(state.weight_version)
+            draft.resume(state.weight_version, state.draft_updates)
     logger.info("resumed rollout_id=%d version=%d", state.rollout_id, state.weight_version)
     if state.rollout_id >= config.run.num_rollout:
         logger.warning("nothing to do: the checkpoint is at step %d of %d", state.rollout_id, config.run.num_rollout)
@@ -136,7 +136,8 @@ def _train_and_push(
         metrics |= engine_metrics(before, after, speculates) | benefit_metrics(before, after)
     metrics |= perf_metrics(samples, clock.seconds, clock.total_s)
     unfinished = rollout.unfinished_prompt_ids
-    return metrics, RunState(state.rollout_id + 1, rollout.next_prompt_id, version, unfinished, is_ahead)
+    updates = None if job.draft is None else job.draft.record
+    return metrics, RunState(state.rollout_id + 1, rollout.next_prompt_id, version, unfinished, is_ahead, updates)
 
 
 def _check_rewards(rollout_id: int, samples: list[Sample]) -> None:

@@ -151,8 +151,8 @@ def test_what_was_learned_and_not_pushed_says_nothing_of_what_updates_bring() ->
     pushed.pushed(0.0)
     for updates in (pushed, kept):
         updates.saw_rollout(2.9, 10.0)
-    assert (pushed._fresh, pushed._lost_per_step) == (2.9, 0.0)
-    assert (kept._fresh, kept._lost_per_step) == (None, pytest.approx(0.05))
+    assert (pushed.record.fresh, pushed.record.lost_per_step) == (2.9, 0.0)
+    assert (kept.record.fresh, kept.record.lost_per_step) == (None, pytest.approx(0.05))
 
 
 class Engines:

@@ -1,11 +1,12 @@
 """The loop of a run that trains its draft: what is pushed, when, and what a push that fails leaves."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
 from slime_spec.config.draft_training import DraftTrainingConfig
-from slime_spec.config.tree import Config
+from slime_spec.config.tree import Config, RunConfig
 from slime_spec.interfaces import RunState
 from slime_spec.rl.draft_in_training import DraftInTraining
 from slime_spec.rl.loop import first_state, run_loop
@@ -43,6 +44,20 @@ def test_a_resumed_run_pushes_its_draft_before_engines_serve():
     draft = DraftInTraining(resumed, recorder, recorder)  # type: ignore[arg-type]
     first_state(resumed, recorder.resumed, recorder, recorder, draft)  # type: ignore[arg-type]
     assert recorder.events == ["push 4", "push draft 4"]
+
+
+def test_a_resumed_run_knows_what_its_updates_took_and_brought():
+    """It decides as the run that went on would: the record comes back from what a checkpoint keeps."""
+    recorder, settings = Recorder(), DraftTrainingConfig(enable=True, update_policy="when_it_pays")
+    learning = replace(config(9), draft_training=settings)
+    end = run_loop(job(recorder, replace(learning, run=RunConfig(num_rollout=5))), START)
+    assert end.draft_updates is not None
+    assert end.draft_updates.num_updates >= 2
+    assert end.draft_updates.cost_s > 0
+    saved = RunState.of_checkpoint(json.loads(json.dumps(asdict(end))))
+    resumed = DraftInTraining(learning, recorder, recorder)  # type: ignore[arg-type]
+    state = first_state(learning, saved, recorder, recorder, resumed)  # type: ignore[arg-type]
+    assert resumed.record == end.draft_updates == state.draft_updates
 
 
 def test_a_draft_that_did_not_learn_is_not_pushed():

@@ -9,6 +9,7 @@ import pytest
 from slime_spec.config.tree import Config
 from slime_spec.errors import CheckpointError
 from slime_spec.interfaces import RunState
+from slime_spec.types import DraftUpdateRecord
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples
 from trainer_bridge.checkpoint_folder import (
     begin_checkpoint,
@@ -19,7 +20,12 @@ from trainer_bridge.checkpoint_folder import (
     tidy,
 )
 
-STATE = RunState(rollout_id=7, next_prompt_id=56, weight_version=6, unfinished_prompt_ids=(51, 54), is_ahead=True)
+STATE = RunState(
+    *(7, 56, 6),
+    unfinished_prompt_ids=(51, 54),
+    is_ahead=True,
+    draft_updates=DraftUpdateRecord(num_updates=3, accept_length=2.5, fresh=2.6, cost_s=1.25),
+)
 BEFORE = [tiny_samples(seed) for seed in (1, 2)]
 AFTER = [tiny_samples(seed) for seed in (3, 4)]
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
