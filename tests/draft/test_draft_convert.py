@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3Config
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import load_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.speculators import QWEN3_DEFAULTS
 from slime_spec.errors import CheckpointError, ConfigError
 from slime_spec.launch.draft.command import run_draft
 from slime_spec.launch.draft.convert import read_any
 from tests.support.published_drafts import REFUSED_DRAFTS
-from tests.support.tiny_drafts import EAGLE, EAGLE3, edit_config, edit_tensors, make_tiny_draft
+from tests.support.tiny_drafts import DFLASH, DSPARK, EAGLE, EAGLE3, edit_config, edit_tensors, make_tiny_draft
 from tests.support.tiny_models import make_tiny_checkpoint
 
 NESTED = EAGLE3["eagle_config"]
@@ -82,6 +84,87 @@ def test_speculators_layout_counts_inputs_of_layers_and_nests_the_block(target: 
     assert torch.equal(names["d2t"] + torch.arange(61), names["t2d"].nonzero().flatten())
 
 
+BLOCKS: dict[str, dict[str, Any]] = {
+    "dflash": DFLASH,
+    "dspark": DSPARK,
+    "dspark of masks alone": {**DSPARK, "block_size": 4, "sample_from_anchor": False},
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_block_drafter_comes_back_from_the_other_layout_as_it_was(kind: str, target: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, BLOCKS[kind])
+    theirs = converted(draft, target, tmp_path / "theirs", "speculators")
+    ours = converted(theirs, target, tmp_path / "ours", "sglang")
+    spec = DraftSpec.from_folder(draft, ModelSpec.from_folder(target))
+    assert DraftSpec.from_folder(ours, ModelSpec.from_folder(target)) == spec
+    before, after = (load_file(folder / "model.safetensors") for folder in (draft, ours))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_speculators_count_a_block_with_its_root_and_have_copies_of_the_targets_tables(
+    target: Path, tmp_path: Path
+) -> None:
+    tables = load_file(target / "model.safetensors")
+    sizes = {"dflash": (6, False, 5), "dspark": (5, True, 5), "dspark of masks alone": (5, False, 4)}
+    for kind, config in BLOCKS.items():
+        draft = make_tiny_draft(tmp_path / kind / "draft", target, config)
+        theirs = converted(draft, target, tmp_path / kind / "theirs", "speculators")
+        written = json.loads((theirs / "config.json").read_text())
+        counted = written["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+        assert (written["block_size"], written["sample_from_anchor"], counted) == sizes[kind]
+        assert written["aux_hidden_state_layer_ids"] == [1, 3]  # outputs of 0 and 2
+        assert (written["mask_token_id"], written["draft_vocab_size"]) == (130, 131)
+        assert (written["transformer_layer_config"]["model_type"], written.get("markov_rank")) == (
+            *("qwen3", 8 if kind != "dflash" else None),
+        )
+        tensors = load_file(theirs / "model.safetensors")
+        for name in ("embed_tokens.weight", "lm_head.weight"):
+            stored = tables.get(name, tables["model.embed_tokens.weight"])
+            assert torch.equal(tensors[name], stored.to(tensors[name].dtype)), name
+
+
+def test_what_speculators_leaves_out_is_transformers_default() -> None:
+    theirs = Qwen3Config().to_dict()
+    assert {name: theirs[name] for name in QWEN3_DEFAULTS} == QWEN3_DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sample_from_anchor": True}, "sample_from_anchor: must be false"),
+        ({"aux_hidden_state_layer_ids": None}, "must name inputs of layers"),
+        ({"aux_hidden_state_layer_ids": [0, 3]}, "must name inputs of layers"),
+        ({"transformer_layer_config": {"model_type": "llama"}}, "must be qwen3"),
+    ],
+)
+def test_a_block_that_is_not_computed_is_refused_by_its_key(
+    changes: dict[str, Any], said: str, target: Path, tmp_path: Path
+) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, DFLASH)
+    theirs = edit_config(converted(draft, target, tmp_path / "theirs", "speculators"), **changes)
+    with pytest.raises(CheckpointError, match=said):
+        converted(theirs, target, tmp_path / "ours", "sglang")
+
+
+def test_a_block_drafter_of_fewer_tokens_is_read_and_one_of_another_head_refused(target: Path, tmp_path: Path) -> None:
+    """Their draft vocabulary is rows of the target's head: a block drafts from all of them here."""
+    draft = make_tiny_draft(tmp_path / "draft", target, DFLASH)
+    theirs = converted(draft, target, tmp_path / "theirs", "speculators")
+    kept = torch.arange(0, 131, 2)
+    edit_config(theirs, draft_vocab_size=len(kept))
+    head = load_file(theirs / "model.safetensors")["lm_head.weight"]
+    in_draft = torch.zeros(131, dtype=torch.bool).index_fill(0, kept, True)
+    edit_tensors(theirs, lm_head__weight=head[kept].clone(), d2t=kept - torch.arange(len(kept)), t2d=in_draft)
+    assert read_any(theirs, target, ModelSpec.from_folder(target)).spec == DraftSpec.from_folder(
+        draft, ModelSpec.from_folder(target)
+    )
+    edit_tensors(theirs, lm_head__weight=head[kept] + 1)
+    with pytest.raises(CheckpointError, match="must be a copy of the target's"):
+        read_any(theirs, target, ModelSpec.from_folder(target))
+
+
 def test_a_draft_that_its_writer_has_named_otherwise_is_known_by_what_it_is(target: Path, tmp_path: Path) -> None:
     """Cases of draft-varieties: AngelSlim's name of EAGLE-3, and an EAGLE draft that is named as its target."""
     for number, (config, other) in enumerate(((EAGLE3, "Eagle3LlamaForCausalLM"), (EAGLE, "LlamaForCausalLM"))):
@@ -129,7 +212,7 @@ def test_published_configs_of_speculators_are_read(target: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"speculators_model_type": "dflash"}, "must be eagle3"),
+        ({"speculators_model_type": "mlp"}, "must be eagle3, dflash or dspark"),
         ({"transformer_layer_config": {"model_type": "qwen3"}}, "must be llama"),
     ],
 )

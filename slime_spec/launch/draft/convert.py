@@ -15,19 +15,29 @@ from safetensors.torch import save_file
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import (
+    OWN_EMBEDDING,
     DraftCheckpoint,
+    hot_ids_of_d2t,
     load_draft,
     save_draft_checkpoint,
     vocabulary_tables,
     with_stored_embedding,
 )
 from slime_spec.checkpoints.families.eagle import ON_LLAMA
-from slime_spec.checkpoints.families.eagle3 import ARCHITECTURE
+from slime_spec.checkpoints.families.eagle3 import ARCHITECTURE, D2T, T2D
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.folder import AGAIN, CONFIG, SINGLE, CheckpointFolder, architecture_of
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.speculators import as_sglang, as_speculators, is_of_speculators, their_names
-from slime_spec.checkpoints.tensors import save_checkpoint, stored_tensors
+from slime_spec.checkpoints.speculators import (
+    BLOCK_DRAFTERS,
+    MODEL_TYPE,
+    UNREAD,
+    as_sglang,
+    as_speculators,
+    is_of_speculators,
+    their_names,
+)
+from slime_spec.checkpoints.tensors import EMBEDDING, HEAD, save_checkpoint, stored_tensors
 from slime_spec.errors import CheckpointError
 from slime_spec.launch.draft.convert_options import ConvertOptions
 
@@ -59,6 +69,8 @@ def read_any(folder: Path, target_folder: Path, target: ModelSpec) -> DraftCheck
         uniform = Path(name)
         tensors = _tensors(folder)
         if is_of_speculators(config):
+            if config.get(MODEL_TYPE) in BLOCK_DRAFTERS:
+                tensors = _without_copies(tensors, target_folder, folder)
             config = as_sglang(config, str(folder / CONFIG))
         (uniform / CONFIG).write_text(json.dumps({**config, "architectures": [_architecture(config, tensors)]}))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, uniform / SINGLE)
@@ -68,6 +80,31 @@ def read_any(folder: Path, target_folder: Path, target: ModelSpec) -> DraftCheck
         except CheckpointError as error:  # the copy is nobody's: the draft's own folder has the fault
             setting = error.setting.replace(str(uniform), str(folder))
             raise CheckpointError(setting, error.rule, error.value, error.remedy) from None
+
+
+def _without_copies(tensors: Mapping[str, torch.Tensor], target: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Leave out what speculators keeps of the target; raises CheckpointError for another head than the target's."""
+    stored = tensors.get(HEAD)
+    if stored is not None:
+        shared = _table(target, HEAD)
+        if D2T in tensors:
+            shared = shared[hot_ids_of_d2t(tensors[D2T], tensors.get(T2D), len(shared), str(folder))]
+        if not torch.equal(stored, shared.to(stored.dtype)):
+            raise CheckpointError(
+                f"{folder}: {HEAD}",
+                "must be a copy of the target's: a block drafts from it",
+                "another",
+                "Check --target.",
+            )
+    return {name: tensor for name, tensor in tensors.items() if name not in UNREAD | {HEAD}}
+
+
+def _table(target: Path, name: str) -> torch.Tensor:
+    """Return the target's embedding or head, which is its embedding where these are tied."""
+    if name == HEAD and ModelSpec.from_folder(target).tie_word_embeddings:
+        name = EMBEDDING
+    ((_, table),) = stored_tensors(target, name.__eq__)
+    return table
 
 
 def _architecture(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
@@ -98,7 +135,12 @@ def _write_speculators(draft: DraftCheckpoint, options: ConvertOptions) -> None:
     architecture = CheckpointFolder(options.target).architecture
     config = as_speculators(spec, options.target_name or str(options.target), architecture, dtype)
     tables = vocabulary_tables(spec, draft.hot_token_ids)
-    save_checkpoint(options.out, [*their_names(draft.tensors).items(), *tables], config)
+    named = {**their_names(draft.tensors), **dict(tables)}
+    if spec.family in BLOCK_DRAFTERS:  # whose engines read copies of what is the target's
+        like = draft.tensors[PROJECTION].dtype
+        named[HEAD] = _table(options.target, HEAD).to(like)
+        named.setdefault(OWN_EMBEDDING, _table(options.target, EMBEDDING).to(like).clone())
+    save_checkpoint(options.out, [*named.items()], config)
 
 
 def _compare(before: DraftCheckpoint, after: DraftCheckpoint, out: Path) -> None:
