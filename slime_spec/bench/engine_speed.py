@@ -11,7 +11,7 @@ from slime_spec.bench.device.random_model import SHAPES as MODEL_SHAPES
 from slime_spec.bench.drafts import CHAINS, SHAPES, chosen_shapes, eagle3_config
 from slime_spec.bench.local_engine import check_num_gpus
 from slime_spec.bench.peers.catalogue import PEERS
-from slime_spec.bench.peers.install import install
+from slime_spec.bench.peers.install import add_peer_flags, install
 from slime_spec.bench.rows import Benchmark, BenchOptions
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.model_spec import ModelSpec
@@ -101,10 +101,7 @@ def add_flags(parser: ArgumentParser) -> None:
         help="of parts plain, eagle3, exactness: then begin no measurement more (no limit)",
     )
     parser.add_argument("--draft", metavar="DRAFT", help=f"the EAGLE-3 draft that is measured ({BenchOptions.draft})")
-    parser.add_argument("--peers", metavar="DIR", type=Path, help=f"where the peers are ({BenchOptions.peers})")
-    parser.add_argument(
-        "--install-peers", action="store_true", help="first install those that are not there (minutes, gigabytes)"
-    )
+    add_peer_flags(parser)
     parser.add_argument("--chart", type=Path, help="draw speed-up over batch size into this SVG file (part cost)")
 
 

@@ -1,6 +1,7 @@
 """What the benchmark of drafts in RL makes of finished runs, and of a policy's replies."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from slime_spec.bench.online_drafts.arms import ARMS
 from slime_spec.bench.online_drafts.benchmark import measure_drift, measure_main_job, measure_mtp, measure_untrained
 from slime_spec.bench.online_drafts.drift import CURRICULUM, STEPS_OF_STAGE
+from slime_spec.bench.online_drafts.elsewhere import measure_elsewhere, rows_of
 from slime_spec.bench.online_drafts.judged import Judge, _tempered
+from slime_spec.bench.race import Answer
 from slime_spec.bench.rows import BenchOptions, Row
 from slime_spec.draft.training.batch import collate
 from slime_spec.draft.training.loss import LOSSES
@@ -175,3 +178,19 @@ def test_a_judge_never_promises_more_than_its_ceiling(tmp_path: Path) -> None:
         assert 1.0 <= length <= judge.ceiling
         if rule == "rejection":
             assert length <= judged["block", temperature] + 1e-9
+
+
+def test_engines_of_others_are_compared_by_replies_and_passes() -> None:
+    """Two replies of 4 and 7 tokens: 9 behind the prefills' own, in 3 of our passes and in 4 of theirs."""
+    ours = Answer([(1, 2, 3, 4), (5, 6, 7, 8, 9, 10, 11)], 3)
+    theirs = Answer([(1, 2, 3, 4), (5, 6, 7, 8, 9, 10, 12)], 4)
+    rows = {row.id.removeprefix("drafts.elsewhere."): row for row in rows_of(ours, theirs)}
+    assert (rows["same"].value, rows["ours"].value, rows["vllm"].value) == (1, 3.0, 2.25)
+    assert rows["vllm_over_ours"].value == 0.75
+    assert not rows["vllm_over_ours"].holds
+
+
+def test_without_vllm_one_row_says_so(tmp_path: Path) -> None:
+    (row,) = measure_elsewhere(BenchOptions(peers=tmp_path, runs=(tmp_path,)))
+    assert math.isnan(row.value)
+    assert "not installed" in row.what

@@ -45,6 +45,8 @@ DRAFTING = (
 )
 UNTRAINED = (*DRAFTING, "--draft-loss", "soft_ce", "--draft-lr", "1e-3", "--draft-optimizer-steps", "16")
 FROZEN = (*DRAFTING, "--draft-lr", "0")
+# The finished policy stays as it is, and the shipped draft learns from one rollout of it.
+ONE_STEP = (*DRAFTING, "--lr", "0", "--num-rollout", "1")
 # An MTP layer is made first, from the replies of the policy before training, and learns by its own loss.
 MTP = (*DRAFTING, "--speculative-algorithm", NEXTN.name)
 MTP_TRAINING = (
@@ -63,6 +65,7 @@ ARMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "plain": (PLAIN, "no speculation"),
     "frozen": (FROZEN, "the shipped draft, as it is"),
     "online": (DRAFTING, "the shipped draft, learning with each step"),
+    "one_step": (ONE_STEP, "the shipped draft, after one step of learning"),
     "untrained": (UNTRAINED, "a draft of the target's last block, learning with each step"),
     "mtp_frozen": ((*MTP, "--draft-lr", "0"), "an MTP layer, as it is"),
     "mtp_online": (MTP, "an MTP layer, learning with each step"),
@@ -110,7 +113,8 @@ def folder_of(options: BenchOptions) -> Path:
 def _run(name: str, folder: Path, options: BenchOptions) -> None:
     draft = _draft_of(name, folder.parent, options)
     flags, _ = ARMS[name]
-    command = [sys.executable, "-m", "slime_spec", "train", *flags, "--hf-checkpoint", str(options.model)]
+    policy = finished_arm("online", options).folder / "hf" if name == "one_step" else options.model
+    command = [sys.executable, "-m", "slime_spec", "train", *flags, "--hf-checkpoint", str(policy)]
     if flags != PLAIN:
         command += ["--speculative-draft-model-path", draft]
     command += ["--seed", str(options.seeds[0]), "--output-dir", str(folder)]

@@ -11,6 +11,8 @@ from slime_spec.bench.chart import Panel, Series, write_panels
 from slime_spec.bench.online_drafts.arms import ARMS, DEPTH, Arm, finished_arm, folder_of, values_of
 from slime_spec.bench.online_drafts.drift import CURRICULUM, STEPS_OF_STAGE
 from slime_spec.bench.online_drafts.judged import Judge
+from slime_spec.bench.peers.catalogue import PEERS
+from slime_spec.bench.peers.install import add_peer_flags, install
 from slime_spec.bench.rows import Benchmark, BenchOptions, Row, at_least, at_most
 from slime_spec.checkpoints.model_spec import ModelSpec
 
@@ -150,25 +152,30 @@ def measure_base(options: BenchOptions) -> list[Row]:
 
 def measure_judged(options: BenchOptions) -> list[Row]:
     """Judge the shipped draft and those that learned on the finished policy's replies to held-out prompts."""
-    online = finished_arm("online", options)
+    online, one_step = finished_arm("online", options), finished_arm("one_step", options)
+    folders = {
+        "frozen": options.draft,
+        "one_step": str(one_step.folder / "draft"),
+        "online": str(online.folder / "draft"),
+    }
     judge = Judge(online.folder / "hf", options, NUM_PROMPTS, DEPTH)
     ceiling, of_mean = judge.ceiling, f"of {len(judge.sequences)} replies, {judge.mean_len:.1f} tokens in the mean"
     rows = [
         Row("drafts.judged.ceiling", f"tokens a round where every draft stands, {of_mean}", ceiling, "tokens/round")
     ]
     best: dict[str, float] = {}
-    for name in ("frozen", "online"):
-        judged = judge(options.draft if name == "frozen" else str(online.folder / "draft"))
+    for name, draft in folders.items():
+        judged = judge(draft)
         for (rule, temperature), length in judged.items():
             what = f"tokens a round by {rule}, draft temperature {temperature:g}, {ARMS[name][1]}, the finished policy"
             rows.append(Row(f"drafts.judged.{name}.{rule}.t{temperature:g}", what, length, "tokens/round"))
         best[name] = max(judged.values())
-        own = judged["rejection", 1.0]
         if name == "online":
-            what = "rejection sampling at draft temperature 1, learning"
+            what, own = "rejection sampling at draft temperature 1, learning", judged["rejection", 1.0]
             rows.append(at_least("drafts.judged.own", what, own, "tokens/round", 3.25))
-    what = "the best rule and temperature, learning"
-    rows.append(at_least("drafts.judged.best", what, best["online"], "tokens/round", 3.30))
+    for name, part, bound in (("online", "best", 3.30), ("one_step", "one_step", 3.15)):
+        what = f"the best rule and temperature, {ARMS[name][1]}"
+        rows.append(at_least(f"drafts.judged.{part}", what, best[name], "tokens/round", bound))
     what = "the best rule and temperature, learning over as it is"
     return [*rows, Row("drafts.judged.best_over_frozen", what, best["online"] / best["frozen"], "x")]
 
@@ -197,12 +204,15 @@ PARTS = {
     "untrained": f"{HERE}:measure_untrained",
     "mtp": f"{HERE}:measure_mtp",
     "drift": f"{HERE}:measure_drift",
+    "elsewhere": "slime_spec.bench.online_drafts.elsewhere:measure_elsewhere",
 }
 
 
 def prepare(options: BenchOptions) -> None:
     """See Benchmark."""
     ModelSpec.from_folder(options.model)
+    if options.install_peers:
+        install(PEERS["vllm"], options.peers.expanduser())
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -210,6 +220,7 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--runs", metavar="FOLDER", nargs=1, type=Path, help="folder of the arms' runs: those that are there are read"
     )
+    add_peer_flags(parser)
 
 
 DRAFTS = Benchmark(

@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from slime_spec.bench.peers.catalogue import STAMP, Peer
+from slime_spec.bench.rows import BenchOptions
 from slime_spec.errors import ConfigError
 
 Run = Callable[[Sequence[str], Mapping[str, str], Path], int]
@@ -51,3 +53,11 @@ def install(peer: Peer, folder: Path, run: Run = run_logged) -> None:
             raise ConfigError("--install-peers", f"a step of {peer.title} ended with code {code}", step, f"Read {log}.")
     (home / STAMP).write_text(json.dumps(peer.stamp))
     console.print(f"installed {peer.title} in {home}")
+
+
+def add_peer_flags(parser: ArgumentParser) -> None:
+    """Add the flags of a benchmark that runs peers."""
+    parser.add_argument("--peers", metavar="DIR", type=Path, help=f"where the peers are ({BenchOptions.peers})")
+    parser.add_argument(
+        "--install-peers", action="store_true", help="first install those that are not there (minutes, gigabytes)"
+    )
