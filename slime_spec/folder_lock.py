@@ -45,3 +45,18 @@ class FolderLock:
 
     def close(self) -> None:
         self._file.close()
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process of this machine and user holds the folder's lock; the lock itself is not touched.
+
+    A process that died has no open files, and another process that got its number has not this one.
+    """
+    path = folder / FILE
+    try:
+        words = path.read_text(encoding="utf-8", errors="replace").split()
+        if len(words) != 4 or words[0] != "pid" or not words[1].isdecimal() or words[3] != socket.gethostname():
+            return False
+        return any(os.path.samefile(link, path) for link in Path(f"/proc/{words[1]}/fd").iterdir() if link.exists())
+    except OSError:
+        return False

@@ -265,6 +265,8 @@ SINKS = {
     "jsonl": "slime_spec.metrics.jsonl:JsonlSink",
     "console": "slime_spec.metrics.console:ConsoleSink",
     "wandb": "slime_spec.metrics.wandb:WandbSink",
+    "report": "slime_spec.metrics.report:ReportSink",
+    "tensorboard": "slime_spec.metrics.tensorboard:TensorBoardSink",
     "null": "slime_spec.metrics.null:NullSink",
     "alarm": "slime_spec.metrics.alarm:AcceptanceAlarm",
 }

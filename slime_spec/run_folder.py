@@ -22,6 +22,7 @@ from slime_spec.files import parse_json_object, read_text, write_whole
 from slime_spec.folder_lock import FolderLock
 from slime_spec.metrics.jsonl import FILE as METRICS
 from slime_spec.metrics.wandb import ID_FILE as WANDB_ID
+from slime_spec.metrics.wandb import note_repeated
 
 CHECKPOINTS = "checkpoints"  # the trainer's folder in a run's, where trainer.save names no other
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class RunFolder:
     command.txt       the command, and the folder that it was given in
     run.log           what the command logged
     metrics.jsonl     one line per step
+    report.html       the page of slime-spec report, unless metrics.report_interval=0
+    tensorboard/      event files, with --use-tensorboard
     samples.jsonl     one line per sample, with --save-samples
     checkpoints/      the trainer's
     hf/               the policy at the end, as a Hugging Face checkpoint
@@ -92,10 +95,18 @@ class RunFolder:
                 if aside is not None:
                     logger.info("set aside earlier rows from_step=%d file=%s to=%s", rollout_id, name, aside)
                 if aside is not None and name == METRICS and (self.path / WANDB_ID).exists():
-                    _set_aside(self.path / WANDB_ID)
-                    logger.warning("began a new wandb run: a step's earlier values stay in the earlier wandb run")
+                    self._go_on_in_wandb(rollout_id, aside)
         except OSError as error:
             raise _unwritable(self.setting, self.path, error) from None
+
+    def _go_on_in_wandb(self, rollout_id: int, aside: Path) -> None:
+        """Let a resumed run go on in its wandb run, which has the rows ``aside``; a run from the start has its own."""
+        if rollout_id == 0:
+            _set_aside(self.path / WANDB_ID)
+            return
+        num_steps = aside.read_bytes().count(b"\n")
+        note_repeated(self.path / WANDB_ID, num_steps)
+        logger.info("steps come a second time in the wandb run steps=%d from_step=%d", num_steps, rollout_id)
 
     def close(self) -> None:
         """Let other runs use the folders."""

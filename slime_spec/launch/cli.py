@@ -13,6 +13,7 @@ from pathlib import Path
 from slime_spec.errors import ConfigError, RewardError
 from slime_spec.garbage import no_collection
 from slime_spec.launch.help import BENCH, COMMANDS, train_help
+from slime_spec.launch.wandb_key import without_wandb_key
 from slime_spec.suggest import did_you_mean
 
 HELP = (["-h"], ["--help"])
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in HANDLERS:
             hint = did_you_mean(command, HANDLERS)
             raise ConfigError("command", f"must be one of {', '.join(HANDLERS)}", command, f"{hint}\n\n{COMMANDS}")
-        return HANDLERS[command](rest)
+        return HANDLERS[command](without_wandb_key(rest, os.environ))
     except ConfigError as error:
         print(error_block(error), file=sys.stderr)
         return 2
@@ -157,6 +158,12 @@ def _doctor(argv: list[str]) -> int:
     return run_doctor(argv, _show)
 
 
+def _report(argv: list[str]) -> int:
+    from slime_spec.launch.report import run_report
+
+    return run_report(argv, _show)
+
+
 def _tune(argv: list[str]) -> int:
     from slime_spec.launch.tune import run_tune_command
 
@@ -184,6 +191,7 @@ HANDLERS: Mapping[str, Callable[[list[str]], int]] = {
     "config": _config,
     "doctor": _doctor,
     "tune": _tune,
+    "report": _report,
     "models": _models,
     "bench": _bench,
     "draft": _draft,

@@ -20,6 +20,7 @@ slime-spec: speculative decoding that pays in RL rollouts
   slime-spec config [flags]                         print the resolved configuration and exit
   slime-spec doctor [flags] [--json] [--fix]        check a configuration against every known trap, starting nothing
   slime-spec tune [flags] [--draft DIR] [--quick]   measure what speculation pays with your model, drafts and prompts
+  slime-spec report RUN [RUN ...] [--out FILE] [--watch]   write one HTML page of runs: charts, samples, settings
   slime-spec serve [flags]                          answer SGLang's HTTP API with one embedded engine
   slime-spec models fetch NAME [--output DIR]       make a model's Hugging Face checkpoint folder (smollm2-135m)
   slime-spec draft train --target DIR --out DIR     train a draft on the target's own replies

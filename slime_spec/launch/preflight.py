@@ -31,6 +31,7 @@ from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError, NotComputedError
 from slime_spec.launch.compose import Composed
+from slime_spec.metrics.tensorboard import event_writer
 from slime_spec.metrics.wandb import mode as wandb_mode
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding
@@ -149,7 +150,9 @@ def _inputs(config: Config, refusals: _Refusals) -> Inputs | None:
     refusals.of(_check_saved_rollouts, config, load)
     refusals.of(check_run_folder, config, to_yaml(config), load)
     if config.metrics.use_wandb:
-        refusals.of(wandb_mode, config.metrics.wandb_mode, os.environ)
+        refusals.of(wandb_mode, config.metrics.wandb_mode, os.environ, config.metrics.wandb_host)
+    if config.metrics.use_tensorboard:
+        refusals.of(event_writer)
     spec = refusals.of(_target_spec, config)
     tokenizer = None
     if Path(config.model.hf_checkpoint).is_dir():  # or its absence, told above, would be told once more

@@ -36,8 +36,10 @@ class MetricLog:
         asked = {
             "jsonl": True,
             "wandb": config.metrics.use_wandb,
+            "tensorboard": config.metrics.use_tensorboard,
             "console": config.metrics.console,
             "alarm": config.speculative.record.speculates,
+            "report": config.metrics.report_interval > 0,  # after jsonl, which it reads
         }
         with ExitStack() as opened:
             sinks = []

@@ -22,6 +22,7 @@ HOMES = {
     "megatron": ("trainer_bridge.megatron",),
     "sglang": ("rollout.sglang_engine", "slime_spec.sglang.answers"),
     "wandb": ("slime_spec.metrics.wandb",),
+    "tensorboard": ("slime_spec.metrics.tensorboard",),
     "aiohttp": ("rollout.embedded.http", "rollout.sglang_engine"),
     "triton": ("rollout.embedded.cuda", "slime_spec.weights.xxh3_kernel"),
     "hydra": (LAUNCH,),
