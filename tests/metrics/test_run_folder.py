@@ -17,6 +17,7 @@ import pytest
 from slime_spec.config.tree import Config, RunConfig
 from slime_spec.errors import ConfigError
 from slime_spec.folder_lock import FolderLock
+from slime_spec.metrics.wandb import read_id
 from slime_spec.run_folder import RunFolder, git_state
 from slime_spec.run_log import RunLog
 
@@ -131,8 +132,7 @@ def test_rows_past_the_checkpoint_are_set_aside_and_no_line_is_lost(tmp_path: Pa
     assert steps_in(tmp_path / "samples.1.jsonl", "rollout_id") == [2, 2]
     aside = (tmp_path / "metrics.1.jsonl").read_bytes().splitlines()
     assert sorted([*folder.metrics.read_bytes().splitlines(), *aside]) == before
-    assert (tmp_path / "wandb_id.1.txt").read_text() == "abc\n", "wandb takes no second value of a step"
-    assert not (tmp_path / "wandb_id.txt").exists()
+    assert read_id(tmp_path / "wandb_id.txt") == ("abc", 6), "as many steps, at most, does wandb have already"
 
 
 def test_a_run_that_resumes_where_its_rows_end_goes_on_in_its_wandb_run(tmp_path: Path) -> None:
@@ -141,6 +141,15 @@ def test_a_run_that_resumes_where_its_rows_end_goes_on_in_its_wandb_run(tmp_path
     (tmp_path / "wandb_id.txt").write_text("abc\n")
     folder.begin_at(2)
     assert (tmp_path / "wandb_id.txt").exists()
+
+
+def test_a_run_that_starts_anew_begins_a_wandb_run_of_its_own(tmp_path: Path) -> None:
+    folder = ended(config(tmp_path), ["x"], "a: 1\n")
+    write_steps(folder.metrics, 0, 1)
+    (tmp_path / "wandb_id.txt").write_text("abc\n")
+    folder.begin_at(0)
+    assert (tmp_path / "wandb_id.1.txt").read_text() == "abc\n"
+    assert not (tmp_path / "wandb_id.txt").exists()
 
 
 def test_a_folder_that_is_no_run_and_a_path_that_is_a_file_are_refused(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from wandb.proto import wandb_internal_pb2
 
 from slime_spec.config.tree import Config, MetricsConfig, RunConfig
 from slime_spec.errors import ConfigError
+from slime_spec.launch.wandb_key import without_wandb_key
 from slime_spec.metrics.jsonl import read_metrics
 from slime_spec.metrics.log import MetricLog
 from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
-from slime_spec.metrics.wandb import mode
+from slime_spec.metrics.wandb import mode, server_url
+from slime_spec.run_folder import RunFolder
 from slime_spec.types import TrainReport
 from slime_spec.weights.run import PushReport
 
@@ -95,8 +97,9 @@ def test_an_offline_run_says_what_metrics_jsonl_says_under_the_same_names_and_re
     for file in files:
         wait_until_written(file)
     logged = {step: row for file in files for step, row in history(file).items()}
-    kept = {row.pop("step"): row for row in read_metrics(tmp_path / "metrics.jsonl")}
-    assert logged == kept
+    kept = {int(row["step"] or 0): row for row in read_metrics(tmp_path / "metrics.jsonl")}
+    panels = {name for row in logged.values() for name in row if name.startswith("panels/")}
+    assert {step: {name: row[name] for name in row.keys() - panels} for step, row in logged.items()} == kept
     assert sorted(logged) == [0, 1, 2, 3, 4]
     assert {"rollout/spec_accept_rate", "spec/accept_rate_pos_0", "sync/checksum_ok"} <= logged[0].keys()
 
@@ -106,6 +109,85 @@ def test_an_offline_run_says_what_metrics_jsonl_says_under_the_same_names_and_re
     told = {item.key: json.loads(item.value_json) for item in runs[0].config.update if item.key}
     assert told["trainer"]["lr"] == config.trainer.lr
     assert told["metrics"]["use_wandb"] is True
+
+
+def test_a_run_that_resumes_from_an_earlier_step_goes_on_in_its_wandb_run_on_the_axis_of_its_own_steps(
+    tmp_path: Path,
+) -> None:
+    config = Config(
+        run=RunConfig(output_dir=str(tmp_path)),
+        metrics=MetricsConfig(console=False, use_wandb=True, wandb_team="blue", report_interval=0),
+    )
+    for load, steps in ((None, range(4)), ("checkpoints", range(2, 5)), ("checkpoints", range(4, 6))):
+        with RunFolder.create(config, ["x"], "a: 1\n", load) as folder:
+            folder.begin_at(steps[0])
+            with MetricLog.open(config, tmp_path) as log:
+                for step in steps:
+                    log.log(step, step_metrics(step))
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.parent.name)
+    for file in files:
+        wait_until_written(file)
+    everything = [record for file in files for record in records(file)]
+    runs = [record.run for record in everything if record.WhichOneof("record_type") == "run"]
+    assert len(files) == 3
+    assert len({run.run_id for run in runs}) == 1
+    assert {run.entity for run in runs} == {"blue"}
+    logged = [(own, row["step"]) for file in files for own, row in sorted(history(file).items())]
+    assert logged == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 2), (5, 3), (6, 4), (7, 4), (8, 5)]
+    axes = {each.glob_name or each.name: each.step_metric for each in metrics_defined(everything)}
+    assert axes["*"] == axes["rollout/spec_accept_length"] == "step"
+
+
+def metrics_defined(everything: list[wandb_internal_pb2.Record]) -> list[wandb_internal_pb2.MetricRecord]:
+    return [record.metric for record in everything if record.WhichOneof("record_type") == "metric"]
+
+
+def test_the_panels_of_several_metrics_have_the_values_of_metrics_jsonl(tmp_path: Path) -> None:
+    config = Config(metrics=MetricsConfig(console=False, use_wandb=True, report_interval=0))
+    with MetricLog.open(config, tmp_path) as log:
+        for step in range(3):
+            log.log(step, step_metrics(step))
+    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/panels/acceptance_by_position_table_*.json")
+    table = json.loads(file.read_text())
+    shown = {
+        (row[columns["lineKey"]], row[columns["step"]]): row[columns["lineVal"]]
+        for columns in [{name: at for at, name in enumerate(table["columns"])}]
+        for row in table["data"]
+    }
+    kept = {
+        (f"spec/accept_rate_cum_pos_{position}", row["step"]): row[f"spec/accept_rate_cum_pos_{position}"]
+        for row in read_metrics(tmp_path / "metrics.jsonl")
+        for position in range(3)
+    }
+    assert shown == kept
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [(None, None), ("https://wandb.ai/", "https://api.wandb.ai"), ("https://wandb.me.org/", "https://wandb.me.org")],
+)
+def test_the_site_that_a_browser_opens_stands_for_the_server(host: str | None, url: str | None) -> None:
+    assert server_url(host) == url
+
+
+def test_a_host_that_is_no_address_is_refused_and_a_servers_own_key_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be the URL of a wandb server"):
+        server_url("wandb.me.org")
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine wandb.me.org login user password " + "0" * 40 + "\n")
+    assert mode(None, {"NETRC": str(netrc)}, "https://wandb.me.org") == "online"
+    assert mode(None, {"NETRC": str(netrc)}, "https://wandb.ai/") == "offline"
+
+
+def test_slimes_flag_of_the_key_reaches_the_environment_and_no_word_of_the_command() -> None:
+    environment: dict[str, str] = {}
+    argv = ["--use-wandb", "--wandb-key", "secret", "--wandb-team", "blue"]
+    assert without_wandb_key(argv, environment) == ["--use-wandb", "--wandb-team", "blue"]
+    assert environment == {"WANDB_API_KEY": "secret"}
+    assert without_wandb_key(["--wandb_key=other"], environment) == []
+    assert environment == {"WANDB_API_KEY": "other"}
+    with pytest.raises(ConfigError, match="needs a key"):
+        without_wandb_key(["--wandb-key", "--use-wandb"], environment)
 
 
 def test_the_mode_follows_the_setting_then_the_environment_then_the_key(tmp_path: Path) -> None:

@@ -60,8 +60,9 @@
     return [steps, { ...look, ticks: { show: false }, size: 56, values: (_, values) => ticks(values) }];
   }
 
-  function scales(chart) {
-    const wide = (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]);
+  function scales(chart, xs) {
+    const [first, last] = [xs[0], xs[xs.length - 1]];
+    const wide = (plot, low, high) => (first === last ? [first - 1, last + 1] : low == null ? [first, last] : [low, high]);
     const y = { auto: true };
     if (chart.log) y.distr = 3;
     else
@@ -102,7 +103,7 @@
       const few = line.y.length < 40;
       series.push({
         label: nameOf(chart, line), stroke, width: 2, show, dash: line.dashed ? [6, 5] : undefined,
-        points: { show: few, size: 4, fill: stroke }, value: (_, value) => shown(value),
+        points: { show: few, size: line.y.length < 5 ? 8 : 4, fill: stroke }, value: (_, value) => shown(value),
       });
       if (line.errors.length) {
         const edge = { stroke: "transparent", width: 0, show, points: { show: false }, isEdge: true };
@@ -146,7 +147,7 @@
     const plot = new uPlot(
       {
         width: Math.max(200, element.clientWidth), height: HEIGHT, series: made.series, bands: made.bands,
-        scales: scales(chart), axes: axes(chart), hooks: { draw: [marks(chart)] },
+        scales: scales(chart, made.table[0]), axes: axes(chart), hooks: { draw: [marks(chart)] },
         cursor: { sync: { key: chart.xLabel }, points: { size: 6 } }, legend: { markers: { width: 2 } },
       },
       made.table,
