@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from slime_spec.config.tree import Config
+from slime_spec.metrics.summary import WINDOW, mean_of
 
 logger = logging.getLogger(__name__)
 
+WIDEST = 120  # columns of a line, also where a pipe has none
 SHOWN = {"is_shown": True}  # marks log lines that the terminal has already: they are for the run's log
 # (metric, short name, format) of what a step's line shows, in this order, where the step has it.
 LINE = (
@@ -37,7 +40,10 @@ LINE = (
 
 
 class ConsoleSink:
-    """Implements MetricSink and ShowsProgress; without a terminal it writes the plain lines only."""
+    """Implements MetricSink and ShowsProgress; without a terminal it writes the plain lines only.
+
+    A step's line is wrapped to the terminal, and stands in the run's log in one piece.
+    """
 
     def __init__(self, num_steps: int, console: Console) -> None:
         self._num_steps = num_steps
@@ -59,7 +65,8 @@ class ConsoleSink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._rows[step] = dict(values)
         line = step_line(step, self._num_steps, values)
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        for part in wrapped(line, min(self._console.width, WIDEST) if self._console.is_terminal else WIDEST):
+            self._console.print(part, soft_wrap=True, markup=False, highlight=False)
         logger.info(line, extra=SHOWN)
         self._bars.update(self._steps, completed=step + 1)
 
@@ -75,7 +82,12 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     return f"finished step={step + 1}/{num_steps} " + " ".join(facts)
 
 
-def summary(rows: Mapping[int, Mapping[str, float]], window: int = 5) -> Table:
+def wrapped(line: str, width: int) -> list[str]:
+    """Return a line of facts as lines of at most ``width`` columns, the later ones indented; no fact is broken."""
+    return textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def summary(rows: Mapping[int, Mapping[str, float]], window: int = WINDOW) -> Table:
     """Return the mean of each shown metric over the first and the last ``window`` steps."""
     steps = sorted(rows)
     first, last = steps[:window], steps[-window:]
@@ -84,7 +96,7 @@ def summary(rows: Mapping[int, Mapping[str, float]], window: int = 5) -> Table:
     table.add_column(f"first {len(first)}", justify="right")
     table.add_column(f"last {len(last)}", justify="right")
     for name, _, form in LINE:
-        means = [_mean([rows[step][name] for step in part if name in rows[step]]) for part in (first, last)]
+        means = [mean_of(name, [rows[step] for step in part]) for part in (first, last)]
         if any(mean is not None for mean in means):
             table.add_row(name, *("" if mean is None else form.format(mean) for mean in means))
     return table
@@ -92,7 +104,3 @@ def summary(rows: Mapping[int, Mapping[str, float]], window: int = 5) -> Table:
 
 def _worth_showing(name: str, values: Mapping[str, float]) -> bool:
     return name in values and not (name == "rollout/num_excluded" and values[name] == 0)
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None

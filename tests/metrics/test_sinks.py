@@ -7,20 +7,23 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from samples import disk_of
+from samples import disk_of, sample
 
 from slime_spec.config.tree import Config, MetricsConfig
 from slime_spec.errors import ConfigError
 from slime_spec.interfaces import SINKS, load_choice
 from slime_spec.launch.cli import StderrHandler
-from slime_spec.metrics.console import ConsoleSink, step_line, summary
+from slime_spec.metrics.console import LINE, ConsoleSink, step_line, summary
+from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.jsonl import JsonlSink, read_metrics
 from slime_spec.metrics.log import MetricLog
 from slime_spec.run_log import RunLog
@@ -141,7 +144,7 @@ def test_without_a_terminal_the_console_writes_plain_lines_and_a_table_at_the_en
         sink.write(step, {**STEP, "rollout/reward_mean": 0.25 + step})
     lines = written.getvalue().splitlines()
     assert lines[0].startswith("finished step=1/2 reward=0.250 ")
-    assert len(lines) == 2, "progress and line wrapping are for terminals"
+    assert len(lines) == 4, "progress is for terminals; a step takes two lines of 120 columns"
     assert "\x1b" not in written.getvalue()
     sink.close()
     assert "rollout/reward_mean" in written.getvalue()
@@ -165,6 +168,38 @@ def test_the_runs_log_has_the_line_of_a_step_and_the_terminal_has_it_once(
         root.removeHandler(terminal)
     assert "finished step=1/2 reward=0.312" in (tmp_path / "run.log").read_text()
     assert capsys.readouterr().err.count("finished step=1/2") == 1
+
+
+EVERY_FACT = {name: 12345.678 for name, _, _ in LINE}
+
+
+@pytest.mark.parametrize(("columns", "is_terminal"), [(80, True), (120, True), (200, True), (60, False)])
+def test_lines_fit_the_terminal_and_120_columns_and_break_no_fact(columns: int, is_terminal: bool) -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=columns, force_terminal=is_terminal, color_system=None)
+    sink = ConsoleSink(99_999, console)
+    sink.write(99_998, EVERY_FACT)
+    said = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", written.getvalue()).splitlines()]
+    start = next(number for number, line in enumerate(said) if line.startswith("finished "))
+    parts = [line for line in said[start:] if "=" in line]
+    assert max(map(len, parts)) <= (min(columns, 120) if is_terminal else 120)
+    assert " ".join(part.strip() for part in parts) == step_line(99_998, 99_999, EVERY_FACT)
+    assert all(part.startswith("  ") for part in parts[1:])
+    sink.close()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_tables_at_the_end_of_a_run_fit_the_terminal(columns: int) -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=columns, force_terminal=True, color_system=None)
+    console.print(summary({step: EVERY_FACT for step in range(10)}))
+    samples = [sample(prompt_id, reward=0.5) for prompt_id in range(3)]
+    with Examples(True, console) as examples:
+        examples.see(0, samples)
+        examples.see(9, [replace(each, text="a long reply " * 40) for each in samples])
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    assert [name for name, _, _ in LINE if not any(name in line for line in lines)] == []
 
 
 def test_on_a_terminal_the_console_shows_the_steps_and_the_phase_that_runs() -> None:
