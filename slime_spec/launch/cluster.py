@@ -24,6 +24,7 @@ from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.launch.ray_environment import LOGS
 from slime_spec.launch.waiting import limited, told
+from slime_spec.launch.worker_lines import worker_lines_logged
 from slime_spec.placement import Bundle, BundlePlan, Placement, plan_bundles
 from slime_spec.weights.served import ServedForm
 
@@ -65,7 +66,7 @@ def cluster(config: Config, spec: ModelSpec | None) -> Iterator[Cluster]:
             _start_ray(plan, spec, config)
         else:
             _join_ray(str(config.cluster.ray_address))
-        with _reserved(plan) as reserved:
+        with worker_lines_logged(), _reserved(plan) as reserved:
             yield reserved
     finally:
         ray.shutdown()  # this only disconnects from a joined cluster

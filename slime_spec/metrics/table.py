@@ -304,7 +304,7 @@ def markdown() -> str:
         "# Metrics",
         "",
         "Written by `python scripts/make_metrics_doc.py` from `slime_spec/metrics/table.py`. The console, "
-        "`metrics.jsonl` and wandb use these names and say the same.",
+        "`metrics.jsonl`, `report.html`, wandb and TensorBoard use these names and say the same.",
         "A metric that has no value in a step (an acceptance rate without speculation) is absent, not zero. Ratios are "
         "pooled: a sum over a sum, never a mean of ratios.",
     ]

@@ -1,5 +1,6 @@
 """A run starts and stops only its own Ray."""
 
+import logging
 import os
 import signal
 import socket
@@ -18,8 +19,10 @@ import ray
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import ClusterConfig, Config, RunConfig, SglangServerConfig, TrainerConfig
 from slime_spec.errors import ConfigError
+from slime_spec.launch.cli import StderrHandler
 from slime_spec.launch.cluster import cluster
 from slime_spec.placement import plan_bundles
+from slime_spec.run_log import RunLog
 from slime_spec.stop import StopSignals
 from tests.support.fake_config import fake_engine_config
 from tests.support.proofs import ROOT
@@ -49,6 +52,35 @@ def test_a_private_ray_ends_with_its_run(config, spec):
     host, _, port = address.rpartition(":")
     with pytest.raises(OSError, match="refused"):
         socket.create_connection((host, int(port)), timeout=2)
+
+
+def test_the_runs_log_has_what_actors_write_and_the_terminal_has_it_once(config, spec, tmp_path, capfd):
+    @ray.remote
+    class Talker:
+        def talk(self):
+            logging.getLogger("talker").warning("an actor's warning")
+            sys.stdout.write("an actor's print\n")
+            sys.stdout.flush()
+
+    terminal = StderrHandler()
+    logging.getLogger().addHandler(terminal)
+    before = logging.getLogger().level
+    try:
+        logging.getLogger().setLevel(logging.INFO)
+        with RunLog() as log, cluster(config, spec):
+            log.write_to(tmp_path / "run.log")
+            ray.get(Talker.remote().talk.remote())
+            end = time.monotonic() + 30  # Ray hands lines on as it finds them in its files
+            while "actor's print" not in (tmp_path / "run.log").read_text() and time.monotonic() < end:
+                time.sleep(0.1)
+    finally:
+        logging.getLogger().setLevel(before)
+        logging.getLogger().removeHandler(terminal)
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert any(line.endswith("an actor's warning") and "Talker pid=" in line for line in lines)
+    assert any(line.endswith("an actor's print") for line in lines)
+    shown = capfd.readouterr()
+    assert (shown.out + shown.err).count("an actor's print") == 1
 
 
 def is_signalled(folder: Path) -> None:

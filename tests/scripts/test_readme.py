@@ -37,6 +37,7 @@ REDUCTIONS = {
     "slime-spec bench sglang": "--help",
     "slime-spec bench pays": "--help",
     "slime-spec bench drafts": "--help",
+    "slime-spec report": "--help",
     "slime-spec tune": "--help",
     "slime-spec bench coordinator": "--help",
     "slime-spec bench robustness": "--count 5 --kind commands",
