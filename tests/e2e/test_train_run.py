@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slime_spec.launch.compose import compose
 from slime_spec.metrics.jsonl import read_metrics
@@ -32,7 +33,7 @@ def finished(slime_spec, graded, tmp_path_factory) -> Path:
         *graded,
         *("--num-rollout", str(STEPS), "--rollout-num-engines", "2", "--save-interval", "1", "--save-samples"),
         *("--push-transport", "ipc"),
-        *("--use-wandb", "--save-debug-rollout-data", str(data), "--output-dir", str(folder)),
+        *("--use-wandb", "--use-tensorboard", "--save-debug-rollout-data", str(data), "--output-dir", str(folder)),
     )
     return folder
 
@@ -51,6 +52,17 @@ def test_every_step_trains_and_brings_the_engines_to_the_next_version(finished):
         assert row["sync/checksum_ok"] == 1
         assert row["train/num_optimizer_steps"] == 1
         assert row["perf/rollout_time"] + row["perf/train_time"] + row["perf/sync_time"] <= row["perf/step_time"]
+
+
+def test_the_runs_page_and_its_event_files_have_the_rows_of_metrics_jsonl(finished):
+    page = (finished / "report.html").read_text()
+    assert f"{STEPS} of {STEPS} steps, finished" in page
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    for name in ("rollout/reward_mean", "rollout/spec_accept_length", "perf/step_time"):
+        values = [row[name] for row in rows(finished) if name in row]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(values, rel=1e-6)
+        assert f'<data value="{values[-1]}">' in page
 
 
 def test_the_trainers_logprobs_are_the_rollouts_on_every_step(finished):

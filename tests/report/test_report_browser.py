@@ -147,6 +147,21 @@ def test_the_cursor_shows_the_values_of_metrics_jsonl(browser: Browser, written:
     }
 
 
+def test_smoothing_shows_the_mean_of_the_last_values_and_outlives_a_reload(browser: Browser, written: Path) -> None:
+    opened = Opened(browser, written)
+    opened.page.locator("#smooth").select_option("5")
+    opened.page.reload()
+    figure = opened.page.locator("figure", has=opened.page.get_by_text("Reward", exact=True))
+    figure.scroll_into_view_if_needed()
+    box = figure.locator(".u-over").bounding_box()
+    assert box is not None
+    opened.page.mouse.move(box["x"] + box["width"] - 1, box["y"] + box["height"] / 2)
+    values = figure.locator(".u-legend .u-value").all_inner_texts()
+    # Rewards of the run "learning" are 1/4 + step/8 at the steps 0, 1, 2, 3, 4 and 9: its last five.
+    assert (values[0], values[3]) == ("9", "0.725")
+    assert opened.wrong == []
+
+
 def test_samples_are_read_as_they_were_said(browser: Browser, written: Path) -> None:
     opened = Opened(browser, written)
     assert opened.page.locator("#samples pre.reply").all_inner_texts() == [HOSTILE, "the last reply"]

@@ -6,6 +6,7 @@
   const STATE = "slime_spec report";
   const hidden = new Set();
   const drawn = new Map(); // element of a chart -> its uPlot
+  const smooth = document.getElementById("smooth") || { value: "1", addEventListener: () => {} };
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const faded = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
@@ -31,7 +32,18 @@
   }
 
   /* The points of a line; a value that was not finite is null, and interrupts the line. */
-  const tableOf = (line) => [line.x || line.y.map((_, index) => line.start + index * line.every), line.y];
+  const xsOf = (line) => line.x || line.y.map((_, index) => line.start + index * line.every);
+  const tableOf = (line) => [xsOf(line), line.y];
+
+  /* Each value as the mean of the last ones, itself among them: as many as the reader chose. */
+  function smoothed(chart, values) {
+    const count = chart.xLabel === "step" ? Number(smooth.value) : 1;
+    return values.map((value, at) => {
+      if (count === 1 || value == null) return value;
+      const known = values.slice(Math.max(0, at + 1 - count), at + 1).filter((each) => each != null);
+      return known.reduce((sum, each) => sum + each, 0) / known.length;
+    });
+  }
 
   /* uPlot takes one list of x for all lines. Where a line has no value at another's x, it goes on (undefined). */
   function aligned(lines, columnsOf) {
@@ -112,9 +124,10 @@
       }
     });
     const columns = (line) => {
-      const [x, y] = tableOf(line);
+      const [x, y] = [xsOf(line), smoothed(chart, line.y)];
       if (!line.errors.length) return [x, y];
-      const edge = (sign) => y.map((value, at) => (value == null || line.errors[at] == null ? null : value + sign * line.errors[at]));
+      const errors = smoothed(chart, line.errors);
+      const edge = (sign) => y.map((value, at) => (value == null || errors[at] == null ? null : value + sign * errors[at]));
       return [x, y, edge(1), edge(-1)];
     };
     return { series, bands, table: aligned(chart.lines, columns) };
@@ -194,7 +207,7 @@
 
   function store() {
     try {
-      sessionStorage.setItem(STATE, JSON.stringify({ hidden: [...hidden], live: live ? live.checked : true, at: scrollY }));
+      sessionStorage.setItem(STATE, JSON.stringify({ hidden: [...hidden], smooth: smooth.value, live: live ? live.checked : true, at: scrollY }));
     } catch {
       return; // a browser that keeps nothing for files shows the page all the same
     }
@@ -214,6 +227,11 @@
       redraw();
       store();
     });
+  });
+  smooth.value = before.smooth || "1";
+  smooth.addEventListener("change", () => {
+    redraw();
+    store();
   });
   if (live) {
     live.checked = before.live !== false;
