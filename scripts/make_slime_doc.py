@@ -52,7 +52,7 @@ UNKNOWN: Mapping[str, str] = {
     "Leave it out: these details of Megatron-Core are no settings here.": """
 --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --attention-backend --no-gradient-accumulation-fusion
 --no-check-for-nan-in-loss-and-grad --deterministic-mode --log-probs-chunk-size""",
-    "Goes into `WANDB_API_KEY`, and into no file of the run; better set that.": "--wandb-key",
+    "Set `WANDB_API_KEY`.": "--wandb-key",
     "Leave it out: a run has the name that `--run-name` gives it.": "--disable-wandb-random-suffix",
     "Write a task (`--task module:attribute`) or a reward (`--custom-rm-path module:function`).": """
 --custom-generate-function-path --custom-reward-post-process-path --rollout-function-path --rm-url

@@ -13,7 +13,6 @@ from pathlib import Path
 from slime_spec.errors import ConfigError, RewardError
 from slime_spec.garbage import no_collection
 from slime_spec.launch.help import BENCH, COMMANDS, train_help
-from slime_spec.launch.wandb_key import without_wandb_key
 from slime_spec.suggest import did_you_mean
 
 HELP = (["-h"], ["--help"])
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in HANDLERS:
             hint = did_you_mean(command, HANDLERS)
             raise ConfigError("command", f"must be one of {', '.join(HANDLERS)}", command, f"{hint}\n\n{COMMANDS}")
-        return HANDLERS[command](without_wandb_key(rest, os.environ))
+        return HANDLERS[command](rest)
     except ConfigError as error:
         print(error_block(error), file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from slime_spec.report.evaluation import evaluation_charts
 from slime_spec.report.folder import NO_DRAFT, ReportedRun
 from slime_spec.report.series import ChartData, Line, by_position, line_of, phase_lines, staleness_lines
 
@@ -68,10 +69,7 @@ SECTIONS = (
             Chart("Prompts with a gradient", ("rollout/mixed_group_ratio",), "share", "Groups whose rewards differ."),
         ),
     ),
-    Section(
-        "Evaluation",
-        (Chart("Evaluation", ("eval/*",), "value"),),
-    ),
+    Section("Evaluation", ()),
     Section(
         "Speculation",
         (
@@ -169,6 +167,7 @@ def charts_of(runs: Sequence[ReportedRun]) -> list[tuple[str, list[ChartData]]]:
     """Return the sections that have values, each with its charts; metrics in no chart come last, a chart each."""
     sections = [(section.title, list(_filled(section, runs))) for section in SECTIONS]
     by_title = dict(sections)
+    by_title["Evaluation"] = list(evaluation_charts(runs))
     by_title["Speculation"][:0] = _of_draft_kinds(runs)
     by_title["Speculation"] += [*by_position(runs), *_per_run("Acceptance by age of the weights", runs)]
     by_title["Time"][:0] = _per_run("Phases of a step", runs)
@@ -193,7 +192,7 @@ def _lines(chart: Chart, index: int, run: ReportedRun) -> Iterator[Line]:
     for shade, name in enumerate([*solid, *dashed]):
         label = _short(name) if name in dashed or name not in chart.metrics else ""
         error = chart.error if name in chart.metrics else None
-        yield line_of(run, index, name, label, name in dashed, error, shade)
+        yield line_of(run, index, name, label, name in dashed, error, shade=shade)
 
 
 def _matching(pattern: str, run: ReportedRun) -> list[str]:
@@ -241,7 +240,13 @@ def _per_run(title: str, runs: Sequence[ReportedRun]) -> Iterator[ChartData]:
 
 def _others(runs: Sequence[ReportedRun]) -> Iterator[ChartData]:
     drawn = [pattern for section in SECTIONS for chart in section.charts for pattern in (*chart.metrics, *chart.dashed)]
-    drawn += ["spec/net_speedup_err", "spec/accept_rate_pos_*", "spec/accept_length_by_version/*", "perf/*_time"]
+    drawn += [
+        "eval/*",
+        "spec/net_speedup_err",
+        "spec/accept_rate_pos_*",
+        "spec/accept_length_by_version/*",
+        "perf/*_time",
+    ]
     patterns = re.compile("|".join(re.escape(each).replace(r"\*", ".*") for each in drawn))
     for name in dict.fromkeys(name for run in runs for name in run.names):
         if not patterns.fullmatch(name):

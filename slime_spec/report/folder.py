@@ -61,8 +61,9 @@ class ReportedRun:
     @property
     def status(self) -> str:
         """Return how far the run is: ``17 of 25 steps, running``."""
-        done = self.steps[-1] + 1 if self.steps else 0
-        wanted = self.num_steps_wanted
+        done, wanted = self.steps[-1] + 1 if self.steps else 0, self.num_steps_wanted
+        if wanted is not None:  # a row after the last step has the evaluation of the end
+            done = min(done, wanted)
         text = f"{done} steps" if wanted is None else f"{done} of {wanted} steps"
         if self.is_running:
             return f"{text}, running"

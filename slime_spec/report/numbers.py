@@ -10,7 +10,7 @@ from typing import Any
 from slime_spec.config.schema import settings
 from slime_spec.errors import ConfigError
 from slime_spec.metrics.console import LINE
-from slime_spec.metrics.summary import WINDOW, mean_of
+from slime_spec.metrics.summary import WINDOW, mean
 from slime_spec.metrics.table import Metric, metric
 from slime_spec.report.folder import ReportedRun
 
@@ -29,7 +29,7 @@ class Number:
 
 @dataclass(frozen=True)
 class NumberRow:
-    """Holds a metric's figures of each run: the means of the first and of the last steps, and the last value."""
+    """Holds a metric's figures of each run: the means of its first and of its last values, and the last."""
 
     name: str
     unit: str
@@ -76,10 +76,9 @@ def _number_row(name: str, runs: Sequence[ReportedRun]) -> NumberRow:
     known = about(name)
     cells = []
     for run in runs:
-        last = next((row[name] for row in reversed(run.rows) if name in row), None)
-        has_it = name in run.names
-        ends = (mean_of(name, run.rows[:WINDOW]), mean_of(name, run.rows[-WINDOW:]), last)
-        first, late, at_end = (_number(value, has_it) for value in ends)
+        values = [value for _, value in run.points(name)]
+        ends = (mean(values[:WINDOW]), mean(values[-WINDOW:]), values[-1] if values else None)
+        first, late, at_end = (_number(value, bool(values)) for value in ends)
         cells.append((first, late, at_end))
     return NumberRow(name, known.unit if known else "", known.meaning if known else "", tuple(cells))
 

@@ -59,7 +59,7 @@ def html(page: Page, now: datetime) -> str:
     """Return the text of the page, written at ``now``."""
     sections = charts_of(page.runs)
     charts = [chart for _, charts in sections for chart in charts]
-    num_values = sum(len(line.points) * (2 if line.errors else 1) for chart in charts for line in chart.lines)
+    num_values = sum(len(line.points) + 2 * len(line.band) for chart in charts for line in chart.lines)
     step_width = max(1, ceil(num_values / MOST_VALUES))
     numbered = {id(chart): number for number, chart in enumerate(charts)}
     data = {
@@ -105,7 +105,8 @@ def chart_json(chart: ChartData, step_width: int) -> dict[str, Any]:
                 "shade": line.shade,
                 **_xs([x for x, _ in line.points]),
                 "y": [_rounded(value) for _, value in line.points],
-                "errors": [_rounded(error) for error in line.errors],
+                "low": [_rounded(low) for low, _ in line.band],
+                "high": [_rounded(high) for _, high in line.band],
             }
             for line in lines
         ],

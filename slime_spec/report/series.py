@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import fsum
 
-from slime_spec.metrics.summary import WINDOW, Row, mean, pooled_by_position
+from slime_spec.metrics.summary import CUMULATIVE, WINDOW, Row, mean, pooled_by_position
 from slime_spec.report.folder import ReportedRun
 
 # (phase, its metric, the metric of the part of it that is a phase of its own).
@@ -21,13 +21,14 @@ PHASES = (
 WHOLE = "perf/step_time"
 BY_VERSION = "spec/accept_length_by_version/"
 Point = tuple[int, float | None]
+Interval = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
 class Line:
     """Holds the (x, value) points of one line of the run with this index; None is a value that was not finite.
 
-    ``errors`` are what each value may be off by, empty where that is not known. ``shade`` numbers the colours of lines
+    ``band`` has the interval of each value, and is empty where none is known. ``shade`` numbers the colours of lines
     that have one each.
     """
 
@@ -35,7 +36,7 @@ class Line:
     label: str
     points: tuple[Point, ...]
     dashed: bool = False
-    errors: tuple[float | None, ...] = ()
+    band: tuple[Interval, ...] = ()
     shade: int = 0
 
 
@@ -60,13 +61,26 @@ def line_of(
     label: str = "",
     dashed: bool = False,
     error: str | None = None,
+    ends: tuple[str, str] | None = None,
     shade: int = 0,
 ) -> Line:
-    """Return a metric's line; with ``error``, the metric of what its values may be off by."""
+    """Return a metric's line.
+
+    ``error`` is the metric of what its values may be off by, ``ends`` are the metrics of an interval's ends.
+    """
     points = tuple(run.points(name))
-    errors = dict(run.points(error)) if error else {}
-    of_points = tuple(errors.get(step) for step, _ in points) if errors else ()
-    return Line(index, label, points, dashed, of_points, shade)
+    band: tuple[Interval, ...] = ()
+    if error in run.names:
+        errors = dict(run.points(error or ""))
+        band = tuple(_around(value, errors.get(step)) for step, value in points)
+    elif ends is not None and set(ends) <= set(run.names):
+        low, high = (dict(run.points(end)) for end in ends)
+        band = tuple((low.get(step), high.get(step)) for step, _ in points)
+    return Line(index, label, points, dashed, band, shade)
+
+
+def _around(value: float | None, error: float | None) -> Interval:
+    return (None, None) if value is None or error is None else (value - error, value + error)
 
 
 def phase_lines(run: ReportedRun, index: int) -> tuple[Line, ...]:
@@ -106,10 +120,11 @@ def by_position(runs: Sequence[ReportedRun]) -> Iterator[ChartData]:
     """Yield the acceptance by draft position of each run's last steps, and dashed of its first ones."""
     lines = []
     for index, run in enumerate(runs):
-        ends = {f"last {WINDOW} steps": run.rows[-WINDOW:], f"first {WINDOW} steps": run.rows[:WINDOW]}
+        counted = [row for row in run.rows if CUMULATIVE.format(0) in row]
+        ends = {f"last {WINDOW} steps": counted[-WINDOW:], f"first {WINDOW} steps": counted[:WINDOW]}
         for label, rows in ends.items():
             shares = pooled_by_position(rows)
-            if shares and (label.startswith("last") or len(run.rows) > WINDOW):
+            if shares and (label.startswith("last") or len(counted) > WINDOW):
                 lines.append(Line(index, label, tuple(enumerate(shares)), dashed=label.startswith("first")))
     if lines:
         note = "Rounds that accepted this position and all before it, pooled over the steps."
@@ -122,11 +137,11 @@ def thinned(line: Line, num_steps: int) -> Line:
         return line
     starts = range(0, len(line.points), num_steps)
     parts = [line.points[start : start + num_steps] for start in starts]
-    errors = [line.errors[start : start + num_steps] for start in starts] if line.errors else []
+    bands = [line.band[start : start + num_steps] for start in starts] if line.band else []
     return replace(
         line,
         points=tuple((part[0][0], mean([value for _, value in part])) for part in parts),
-        errors=tuple(mean(part) for part in errors),
+        band=tuple((mean([low for low, _ in part]), mean([high for _, high in part])) for part in bands),
     )
 
 

@@ -14,7 +14,6 @@ from wandb.proto import wandb_internal_pb2
 
 from slime_spec.config.tree import Config, MetricsConfig, RunConfig
 from slime_spec.errors import ConfigError
-from slime_spec.launch.wandb_key import without_wandb_key
 from slime_spec.metrics.jsonl import read_metrics
 from slime_spec.metrics.log import MetricLog
 from slime_spec.metrics.rollout import rollout_metrics
@@ -177,17 +176,6 @@ def test_a_host_that_is_no_address_is_refused_and_a_servers_own_key_is_looked_fo
     netrc.write_text("machine wandb.me.org login user password " + "0" * 40 + "\n")
     assert mode(None, {"NETRC": str(netrc)}, "https://wandb.me.org") == "online"
     assert mode(None, {"NETRC": str(netrc)}, "https://wandb.ai/") == "offline"
-
-
-def test_slimes_flag_of_the_key_reaches_the_environment_and_no_word_of_the_command() -> None:
-    environment: dict[str, str] = {}
-    argv = ["--use-wandb", "--wandb-key", "secret", "--wandb-team", "blue"]
-    assert without_wandb_key(argv, environment) == ["--use-wandb", "--wandb-team", "blue"]
-    assert environment == {"WANDB_API_KEY": "secret"}
-    assert without_wandb_key(["--wandb_key=other"], environment) == []
-    assert environment == {"WANDB_API_KEY": "other"}
-    with pytest.raises(ConfigError, match="needs a key"):
-        without_wandb_key(["--wandb-key", "--use-wandb"], environment)
 
 
 def test_the_mode_follows_the_setting_then_the_environment_then_the_key(tmp_path: Path) -> None:

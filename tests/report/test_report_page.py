@@ -81,7 +81,16 @@ def test_charts_and_tables_have_the_values_of_metrics_jsonl(tmp_path: Path) -> N
     accepted, break_even = chart(text, "Accepted length and break-even")["lines"]
     assert (accepted["dashed"], break_even["dashed"]) == (False, True)
     assert break_even["y"] == [2.5] * 8
-    assert chart(text, "Net speed-up of decoding")["lines"][0]["errors"] == [0.05] * 8
+    assert chart(text, "Net speed-up of decoding")["lines"][0]["low"] == [
+        0.85,
+        0.95,
+        1.05,
+        1.15,
+        1.25,
+        1.35,
+        1.45,
+        1.55,
+    ]
     # The first five steps, the last five, the last.
     assert cells(text, "rollout/reward_mean") == [0.5, 0.875, 1.125]
     assert cells(text, "rollout/response_len_mean") == [28.0, 25.0, 23.0]
@@ -135,6 +144,22 @@ def test_three_runs_are_drawn_by_what_drafts_in_them(tmp_path: Path) -> None:
     assert "Accepted length: " not in page_of(folders[1])
 
 
+def test_an_evaluation_has_its_interval_and_pass_at_k_and_no_step_of_its_own(tmp_path: Path) -> None:
+    def evaluated(step: int) -> dict[str, float | None]:
+        accuracy = {"eval/aime/accuracy": 0.5, "eval/aime/accuracy_low": 0.25, "eval/aime/accuracy_high": 0.75}
+        passed = {"eval/aime/pass@1": 0.5, "eval/aime/pass@16": 0.9, "eval/aime/pass@2": 0.6}
+        return {"step": step, "eval/aime": 0.5, **accuracy, **passed}
+
+    rows = [{**row(0), **evaluated(0)}, *(row(step) for step in range(1, 4)), evaluated(4)]
+    text = page_of(run_folder(tmp_path / "mine", rows))
+    (line,) = chart(text, "aime: accuracy")["lines"]
+    assert (line["every"], line["y"], line["low"], line["high"]) == (4, [0.5, 0.5], [0.25, 0.25], [0.75, 0.75])
+    lines = chart(text, "aime: pass@k")["lines"]
+    assert [(line["label"], line["y"][0]) for line in lines] == [("pass@1", 0.5), ("pass@2", 0.6), ("pass@16", 0.9)]
+    assert "4 of 4 steps, finished" in text, "the row after the last step is no step"
+    assert cells(text, "rollout/reward_mean") == [0.4375, 0.4375, 0.625], "and counts in no mean"
+
+
 def test_runs_of_other_lengths_and_metrics_keep_their_own_steps(tmp_path: Path) -> None:
     evaluated = [row(0, **{"eval__gsm8k/accuracy": 0.5}), row(1), row(2, **{"eval__gsm8k/accuracy": None})]
     first = run_folder(tmp_path / "first", evaluated)
@@ -144,7 +169,7 @@ def test_runs_of_other_lengths_and_metrics_keep_their_own_steps(tmp_path: Path) 
         (0, 0, 3),
         (1, 5, 1),
     ]
-    (line,) = chart(text, "Evaluation")["lines"]
+    (line,) = chart(text, "gsm8k: accuracy")["lines"]
     assert (line["start"], line["every"], line["y"]) == (0, 2, [0.5, None])
     assert "not finite" in text
 
@@ -261,16 +286,17 @@ def test_a_long_run_is_drawn_with_fewer_points_and_its_tables_stay_exact(tmp_pat
     num_steps = MOST_VALUES // 15
     text = page_of(run_folder(tmp_path / "long", [row(step) for step in range(num_steps)], FROZEN))
     data = data_of(text)
-    num_values = sum(len(line["y"]) + len(line["errors"]) for each in data["charts"] for line in each["lines"])
+    num_values = sum(len(line["y"]) + 2 * len(line["low"]) for each in data["charts"] for line in each["lines"])
     assert num_values <= MOST_VALUES * 1.01
     assert len(text) < 2_000_000
     assert cells(text, "rollout/reward_mean")[2] == 0.25 + (num_steps - 1) / 8
 
 
 def test_a_thinned_line_has_the_means_of_its_finite_values() -> None:
-    line = Line(0, "", ((0, 1.0), (1, 3.0), (2, None), (3, 5.0), (4, None)), errors=(1.0, 2.0, None, 4.0, 5.0))
+    band = ((0.0, 2.0), (2.0, 4.0), (None, None), (4.0, 6.0), (None, None))
+    line = Line(0, "", ((0, 1.0), (1, 3.0), (2, None), (3, 5.0), (4, None)), band=band)
     assert thinned(line, 2).points == ((0, 2.0), (2, 5.0), (4, None))
-    assert thinned(line, 2).errors == (1.5, 4.0, 5.0)
+    assert thinned(line, 2).band == ((1.0, 3.0), (4.0, 6.0), (None, None))
     assert thinned(line, 1) == line
 
 

@@ -117,7 +117,7 @@
         label: nameOf(chart, line), stroke, width: 2, show, dash: line.dashed ? [6, 5] : undefined,
         points: { show: few, size: line.y.length < 5 ? 8 : 4, fill: stroke }, value: (_, value) => shown(value),
       });
-      if (line.errors.length) {
+      if (line.low.length) {
         const edge = { stroke: "transparent", width: 0, show, points: { show: false }, isEdge: true };
         series.push({ ...edge, label: "upper" }, { ...edge, label: "lower" });
         bands.push({ series: [series.length - 2, series.length - 1], fill: faded(stroke, 0.18) });
@@ -125,10 +125,7 @@
     });
     const columns = (line) => {
       const [x, y] = [xsOf(line), smoothed(chart, line.y)];
-      if (!line.errors.length) return [x, y];
-      const errors = smoothed(chart, line.errors);
-      const edge = (sign) => y.map((value, at) => (value == null || errors[at] == null ? null : value + sign * errors[at]));
-      return [x, y, edge(1), edge(-1)];
+      return line.low.length ? [x, y, smoothed(chart, line.high), smoothed(chart, line.low)] : [x, y];
     };
     return { series, bands, table: aligned(chart.lines, columns) };
   }
