@@ -1,4 +1,4 @@
-"""This module makes the charts of evaluations: for each set its reward, accuracy with its interval, pass@k and others."""
+"""This module makes charts of evaluations: for each set its reward, accuracy with its interval, pass@k and others."""
 
 from __future__ import annotations
 
