@@ -20,6 +20,7 @@ from slime_spec.metrics.jsonl import read_metrics
 from slime_spec.metrics.summary import Row
 from slime_spec.report.samples import ShownSample, ends_of_samples
 
+PACKAGES = ("torch", "megatron-core", "ray", "sglang", "transformers")  # that a run's numbers depend on
 NO_DRAFT, FROZEN, ONLINE, TEXT_DRAFT = "no draft", "frozen draft", "online draft", "draft of text"
 
 
@@ -68,6 +69,17 @@ class ReportedRun:
         if self.is_running:
             return f"{text}, running"
         return f"{text}, finished" if wanted is not None and done >= wanted else f"{text}, not running"
+
+    @property
+    def environment(self) -> list[str]:
+        """Return what the run ran with, of what versions.json tells: ``["Python 3.11.2", "torch 2.13.0"]``."""
+        packages, git = self.versions.get("packages"), self.versions.get("git")
+        facts = [f"Python {self.versions['python']}"] if "python" in self.versions else []
+        if isinstance(packages, dict):
+            facts += [f"{name} {packages[name]}" for name in PACKAGES if name in packages]
+        if isinstance(git, dict):
+            facts.append(f"revision {git.get('revision')}{' with local changes' if git.get('dirty') else ''}")
+        return facts
 
     @property
     def draft_kind(self) -> str | None:

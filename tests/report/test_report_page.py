@@ -96,6 +96,14 @@ def test_charts_and_tables_have_the_values_of_metrics_jsonl(tmp_path: Path) -> N
     assert cells(text, "rollout/response_len_mean") == [28.0, 25.0, 23.0]
 
 
+def test_who_cannot_see_a_chart_hears_what_it_shows(tmp_path: Path) -> None:
+    rows = [row(0, train__grad_norm=None), row(1), row(2)]
+    text = page_of(run_folder(tmp_path / "mine", rows[:1]), run_folder(tmp_path / "more", rows))
+    labels = [each["aria-label"] for _, each in Elements(text).tags if each.get("role") == "img"]
+    assert "Reward: mine, 0.25 at 0; more, from 0.25 at 0 to 0.5 at 2, between 0.25 and 0.5" in labels
+    assert "Gradient norm: mine, no finite value; more, from 1.5 at 1 to 1.5 at 2, between 1.5 and 1.5" in labels
+
+
 def test_every_metric_is_drawn_and_in_a_table_also_one_that_this_version_does_not_know(tmp_path: Path) -> None:
     text = page_of(run_folder(tmp_path / "mine", [row(0, new__metric=3.25, train__num_tokens=758.0)], FROZEN))
     assert chart(text, "new/metric")["lines"][0]["y"] == [3.25]
@@ -332,6 +340,25 @@ def test_settings_of_another_version_are_shown_as_they_are(tmp_path: Path) -> No
         r'data-setting="trainer.gone"[^>]*><th[^>]*>trainer.gone</th><td>–</td><td class="set">\[1,2\]<', text
     )
     assert re.search(r'data-setting="trainer.lr"[^>]*><th[^>]*>trainer.lr</th><td>1e-05</td><td class="set">0.5<', text)
+
+
+def test_the_page_says_what_a_run_ran_with_as_far_as_that_is_known(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "mine", [row(0)])
+    git = {"revision": "4f0c", "dirty": True}
+    (folder / "versions.json").write_text(json.dumps({"python": "3.11.2", "packages": {"torch": "2.13"}, "git": git}))
+    assert f"{folder} · Python 3.11.2 · torch 2.13 · revision 4f0c with local changes<" in page_of(folder)
+    (folder / "versions.json").write_text('{"packages": 3}')
+    assert f'<p class="quiet">{folder}</p>' in page_of(folder)
+
+
+def test_a_page_of_measurements_alone_has_no_section_of_runs(tmp_path: Path) -> None:
+    (tmp_path / "speed.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
+    text = html(Page((), (read_measured(tmp_path / "speed.svg"),)), NOW)
+    page = Elements(text)
+    (picture,) = [each["src"] or "" for tag, each in page.tags if tag == "img"]
+    assert picture.startswith("data:image/svg+xml;base64,")
+    assert "Measurements – slime_spec" in page.texts
+    assert not [each for tag, each in page.tags if tag == "section" and "id" in each]
 
 
 def test_rows_of_a_benchmark_and_speed_ups_of_tune_become_tables(tmp_path: Path) -> None:
