@@ -151,6 +151,22 @@ class SpecCounters:
 
 
 @dataclass(frozen=True)
+class TurnCounts:
+    """Counts the turns of a sample that a function of the user's own made (slime_spec.agents), all of them together.
+
+    Turns whose tokens the sample does not keep count too. ``num_verified_tokens`` are the generated tokens of the turns
+    with a verify round, their plain steps left out; ``num_prompt_tokens`` what the turns were asked with, of which
+    GeneratedSample.cached_tokens had their KV; ``outside_s`` the function's time without an unanswered turn.
+    """
+
+    num_turns: int
+    num_generated_tokens: int
+    num_verified_tokens: int
+    num_prompt_tokens: int
+    outside_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class GeneratedSample:
     """Holds a finished response. ``logprobs[i]`` is the target's log softmax(logits / temperature) at ``token_ids[i]``.
 
@@ -163,6 +179,8 @@ class GeneratedSample:
     often its KV was freed for lack of room, and recomputed. A resumed sample
     (GroupRequest.partials) sums the times of both; ``spec`` is empty where either part's rounds are unknown.
     ``routed_experts`` are there for routing replay, of a partial sample perhaps of its first tokens only.
+    ``loss_mask`` has 1 for each token that counts in the loss and 0 for any other, such as a tool's result, whose
+    logprob is 0; it is empty where all count. ``turns`` are those of a function of the user's own, if one made them.
     """
 
     group_id: str
@@ -184,11 +202,28 @@ class GeneratedSample:
     first_token_s: float | None = None
     num_preemptions: int = 0
     routed_experts: RoutedExperts | None = None
+    loss_mask: tuple[int, ...] = ()
+    turns: TurnCounts | None = None
 
     @property
     def spans(self) -> tuple[VersionSpan, ...]:
         """Return the version spans, also where one version generated all tokens; empty without tokens."""
         return self.version_spans or (((0, self.weight_version),) if self.token_ids else ())
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Return how many tokens count in the loss: slime's effective response length."""
+        return sum(self.loss_mask) if self.loss_mask else len(self.token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Return how many tokens the engines generated for the sample."""
+        return len(self.token_ids) if self.turns is None else self.turns.num_generated_tokens
+
+    @property
+    def num_verified_tokens(self) -> int:
+        """Return how many of these came out of verify rounds; for samples with a round."""
+        return len(self.token_ids) - self.spec.num_off_steps if self.turns is None else self.turns.num_verified_tokens
 
 
 @dataclass(frozen=True)
@@ -206,7 +241,9 @@ class Sample:
 class TrainSample:
     """Holds one sequence for the policy loss: logprobs and advantage apply to the tokens from ``prompt_len`` on.
 
-    ``routed_experts`` are those that the trainer's routers shall choose, None where the routers choose.
+    ``routed_experts`` are those that the trainer's routers shall choose, None where the routers choose. ``loss_mask``
+    has a 1 or a 0 for each of these tokens, one 1 at least, and is empty where all count: the loss and its means know
+    nothing of the others.
     """
 
     token_ids: tuple[int, ...]
@@ -214,6 +251,11 @@ class TrainSample:
     rollout_logprobs: tuple[float, ...]
     advantage: float
     routed_experts: RoutedExperts | None = None
+    loss_mask: tuple[int, ...] = ()
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(self.loss_mask) if self.loss_mask else len(self.token_ids) - self.prompt_len
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,10 @@ as far as the draft sees, is then its prompt:
 
     [ prompt | reply ................................ ]
     [ not seen | prompt' ..... | window | not fed     ]
+
+A draft learns from a run of tokens that count in the loss (TrainSample.loss_mask), as from a reply: an engine drafts no
+tool's result, so that there is nothing to learn for it, and acceptance on its tokens would be no engine's. What comes
+before the run, results included, is its prompt: an engine's draft sees it as well.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -51,8 +56,8 @@ def choose_replies(samples: Sequence[TrainSample], count: int, max_rows: int, se
     None comes twice before all have come as often.
     """
     rng = random.Random(seed)
-    fed = {index: len(sample.token_ids) - sample.prompt_len - 1 for index, sample in enumerate(samples)}
-    able = [index for index, num_rows in fed.items() if num_rows > 0]
+    runs = {index: _run(sample, rng) for index, sample in enumerate(samples)}
+    able = [index for index, run in runs.items() if len(run) > 1]
     slots: dict[int, list[int]] = {}
     for slot in range(count if able else 0):
         if slot % len(able) == 0:
@@ -60,9 +65,24 @@ def choose_replies(samples: Sequence[TrainSample], count: int, max_rows: int, se
         slots.setdefault(order[slot % len(able)], []).append(slot)
     chosen = []
     for index, places in slots.items():
-        num_rows = min(fed[index], max_rows)
-        chosen.append(ChosenReply(tuple(places), index, rng.randint(0, fed[index] - num_rows), num_rows))
+        run, num_fed = runs[index], len(runs[index]) - 1
+        num_rows = min(num_fed, max_rows)
+        chosen.append(ChosenReply(tuple(places), index, run.start + rng.randint(0, num_fed - num_rows), num_rows))
     return chosen
+
+
+def _run(sample: TrainSample, rng: random.Random) -> range:
+    """Return the whole reply, or one of its runs of tokens that count, drawn by the rows that they would give."""
+    if not sample.loss_mask:
+        return range(len(sample.token_ids) - sample.prompt_len)
+    runs, start = [], 0
+    for counts, tokens in groupby(sample.loss_mask):
+        stop = start + len(list(tokens))
+        if counts:
+            runs.append(range(start, stop))
+        start = stop
+    rows = [len(run) - 1 for run in runs]
+    return rng.choices(runs, rows)[0] if sum(rows) else runs[0]
 
 
 def reply_rows(

@@ -1,7 +1,7 @@
 """A flat sample is a sample whose advantage is zero: the clipped policy loss has no gradient at its tokens.
 
 A group whose rewards are all equal is flat as a whole. Flat samples need neither a forward nor a backward pass, but
-they stay part of their optimizer step: the loss is a mean over all response tokens, theirs included.
+they stay part of their optimizer step: the loss is a mean over all response tokens that count, theirs included.
 
     rollout        [ A A A A | B B B B | C C C C | D D D D ]     B and D: equal rewards, advantage 0
     passes           A A A A             C C C C
@@ -26,11 +26,11 @@ class SplitBatch:
 
     @property
     def num_trained_tokens(self) -> int:
-        return _num_response_tokens(self.trained)
+        return _num_loss_tokens(self.trained)
 
     @property
     def num_flat_tokens(self) -> int:
-        return _num_response_tokens(self.flat)
+        return _num_loss_tokens(self.flat)
 
     @property
     def num_tokens(self) -> int:
@@ -55,5 +55,5 @@ def is_flat(sample: TrainSample) -> bool:
     return sample.advantage == 0.0 and all(map(math.isfinite, sample.rollout_logprobs))
 
 
-def _num_response_tokens(samples: Sequence[TrainSample]) -> int:
-    return sum(len(sample.token_ids) - sample.prompt_len for sample in samples)
+def _num_loss_tokens(samples: Sequence[TrainSample]) -> int:
+    return sum(sample.num_loss_tokens for sample in samples)

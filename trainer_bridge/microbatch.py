@@ -29,10 +29,10 @@ class Microbatch:
 
     ``token_ids`` and ``position_ids`` are [1, T]; ``rows``, ``targets``, ``rollout_logprobs``, ``advantages``,
     ``weights`` and ``ref_logprobs`` are [N]: row ``rows[i]`` of the model predicts token ``targets[i]``. ``weights`` is
-    1, or 0 in a microbatch that only keeps a rank in step with the others. ``num_flat_tokens`` tokens of the step are
-    in no microbatch and count in the loss's mean beside this microbatch's own. ``experts`` [T, layers, chosen] are the
-    choices to replay of each layer with experts, in int16; OWN_CHOICE where a row has none, such as one of padding.
-    None where no sample of the microbatch has any.
+    1, or 0 for a token that does not count (TrainSample.loss_mask) or that only keeps a rank in step with the others.
+    ``num_flat_tokens`` tokens of the step are in no microbatch and count in the loss's mean beside this microbatch's
+    own. ``experts`` [T, layers, chosen] are the choices to replay of each layer with experts, in int16; OWN_CHOICE
+    where a row has none, such as one of padding. None where no sample of the microbatch has any.
     """
 
     token_ids: torch.Tensor
@@ -60,6 +60,7 @@ def build_microbatch(
     targets: list[int] = []
     logprobs: list[float] = []
     advantages: list[float] = []
+    weights: list[int] = []
     spans: list[SegmentSpan] = []
     for segment in plan:
         prompt_len = segment.prompt_len
@@ -74,6 +75,7 @@ def build_microbatch(
             targets += response
             logprobs += sample.rollout_logprobs
             advantages += [sample.advantage] * len(response)
+            weights += sample.loss_mask or [1] * len(response)
             token_ids += response[:-1]
             position_ids += range(prompt_len, prompt_len + len(response) - 1)
     if padding := -len(token_ids) % multiple:
@@ -88,7 +90,7 @@ def build_microbatch(
         targets=torch.tensor(targets, device=device),
         rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32, device=device),
         advantages=torch.tensor(advantages, dtype=torch.float32, device=device),
-        weights=torch.ones(len(rows), device=device),
+        weights=torch.tensor(weights, dtype=torch.float32, device=device),
         experts=_experts(samples, plan, len(token_ids), device),
     )
 

@@ -83,7 +83,7 @@ def reference_steps(
         sums, norms = _Sums(), []
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
-            num_tokens = sum(len(sample.rollout_logprobs) for sample in part)
+            num_tokens = sum(sample.num_loss_tokens for sample in part)
             optimizer.zero_grad()
             total = torch.zeros(())
             for sample in part:
@@ -110,6 +110,8 @@ def _sample_loss(
         ref_logprobs, _ = hf_logprobs(reference, sample)
     total = torch.zeros(())
     for t, old in enumerate(sample.rollout_logprobs):
+        if sample.loss_mask and not sample.loss_mask[t]:
+            continue
         ratio = (logprobs[t] - old).exp()
         held = ratio.clamp(1 - algorithm.eps_clip, 1 + algorithm.eps_clip)
         pg = -torch.minimum(ratio * sample.advantage, held * sample.advantage)
@@ -120,7 +122,7 @@ def _sample_loss(
         sums.kl += kl.item()
         sums.clipped += float(held * sample.advantage < ratio * sample.advantage)
         sums.diff += abs(logprobs[t].item() - old)
-    sums.entropy += entropy.sum().item()
+        sums.entropy += entropy[t].item()
     return total
 
 

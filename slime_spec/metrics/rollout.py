@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 from slime_spec.speculation.counters import accepted_per_position
@@ -15,23 +15,45 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Return the metrics ``rollout/*`` and ``spec/*`` of a step; a metric without a value is absent."""
     if not samples:
         return {"rollout/num_samples": 0.0}
-    lengths = [len(sample.response.token_ids) for sample in samples]
+    lengths = [sample.response.num_loss_tokens for sample in samples]
     versions = [sample.response.weight_version for sample in samples]
     truncated = sum(sample.response.finish_reason == "length" for sample in samples)
     return {
         "rollout/num_samples": float(len(samples)),
         "rollout/num_excluded": float(sum(sample.reward is None for sample in samples)),
-        "rollout/num_tokens": float(sum(lengths)),
+        "rollout/num_tokens": float(sum(sample.response.num_generated_tokens for sample in samples)),
         "rollout/response_len_mean": statistics.fmean(lengths),
         "rollout/response_len_max": float(max(lengths)),
         "rollout/prompt_len_mean": statistics.fmean(len(sample.prompt.token_ids) for sample in samples),
         "rollout/truncated_ratio": truncated / len(samples),
         "rollout/weight_version_min": float(min(versions)),
         "rollout/weight_version_max": float(max(versions)),
+        **_turn_metrics([sample.response for sample in samples]),
         **_reward_metrics(samples),
         **_acceptance(samples),
         **_acceptance_by_position([sample.response.spec for sample in samples]),
     }
+
+
+def _turn_metrics(responses: Sequence[GeneratedSample]) -> dict[str, float]:
+    """Return the metrics of turns, where functions of the user's own made them."""
+    counts = [(response.turns, response) for response in responses if response.turns is not None]
+    if not counts:
+        return {}
+    num_prompt_tokens = sum(turns.num_prompt_tokens for turns, _ in counts)
+    of_kv = sum(response.cached_tokens for _, response in counts) / num_prompt_tokens if num_prompt_tokens else None
+    return {
+        "rollout/turns_mean": statistics.fmean(turns.num_turns for turns, _ in counts),
+        "rollout/loss_token_share": sum(response.num_loss_tokens for _, response in counts)
+        / max(1, sum(len(response.token_ids) for _, response in counts)),
+        "rollout/outside_time_mean": statistics.fmean(turns.outside_s for turns, _ in counts),
+        **({} if of_kv is None else {"rollout/cached_prompt_share": of_kv}),
+    }
+
+
+def filter_metrics(dropped: Mapping[str, int]) -> dict[str, float]:
+    """Return the metrics of a step's groups that a filter dropped, by reason; a reason is shown without its slashes."""
+    return {f"rollout/dynamic_filter/drop_{reason.replace('/', '_')}": float(num) for reason, num in dropped.items()}
 
 
 def _reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -86,7 +108,7 @@ def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
 def accept_length(verified: Sequence[GeneratedSample]) -> float:
     """Return response tokens per verify round of samples that each had a round; plain steps and theirs are left out."""
     num_rounds = sum(response.spec.num_rounds for response in verified)
-    return sum(len(response.token_ids) - response.spec.num_off_steps for response in verified) / num_rounds
+    return sum(response.num_verified_tokens for response in verified) / num_rounds
 
 
 def _acceptance_by_version(verified: Sequence[GeneratedSample]) -> dict[str, float]:

@@ -89,7 +89,7 @@ def perf_metrics(samples: Sequence[Sample], phase_s: Mapping[str, float], total_
     metrics["perf/request_latency_mean"] = statistics.fmean(latencies_s)
     metrics["perf/request_latency_max"] = max(latencies_s)
     if rollout_s := phase_s.get("rollout"):
-        metrics["perf/tokens_per_s"] = sum(len(sample.response.token_ids) for sample in samples) / rollout_s
+        metrics["perf/tokens_per_s"] = sum(sample.response.num_generated_tokens for sample in samples) / rollout_s
     if train_s := phase_s.get("train"):
         scored = [sample for sample in samples if sample.reward is not None]
         num_tokens = sum(len(sample.prompt.token_ids) + len(sample.response.token_ids) for sample in scored)

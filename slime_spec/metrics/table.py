@@ -15,7 +15,7 @@ class Metric:
     """Describes one metric, a row of the table of metrics.
 
     ``{i}`` in a name stands for a draft position (0 is the first drafted token), ``{task}`` for a task,
-    ``{version}`` for a version of the weights, ``{rule}`` for a rule of verification.
+    ``{version}`` for a version of the weights, ``{rule}`` for a rule of verification, ``{reason}`` for a filter's.
     """
 
     name: str
@@ -32,13 +32,43 @@ TABLE = (
         "share",
         "Prompts whose samples' rewards differ, over prompts with a scored sample; the others give no GRPO gradient.",
     ),
-    Metric("rollout/response_len_mean", "tokens", "Mean response length of all samples."),
-    Metric("rollout/response_len_max", "tokens", "Longest response."),
+    Metric(
+        "rollout/response_len_mean",
+        "tokens",
+        "Mean response length of all samples; a token that does not count in the loss, such as a tool's result, does "
+        "not count here (slime's effective length).",
+    ),
+    Metric("rollout/response_len_max", "tokens", "Longest response, counted in the same way."),
     Metric("rollout/prompt_len_mean", "tokens", "Mean prompt length of all samples."),
     Metric("rollout/truncated_ratio", "share", "Responses cut at max_response_len, over all responses."),
     Metric("rollout/num_samples", "samples", "Samples generated."),
-    Metric("rollout/num_excluded", "samples", "Samples without a reward (it failed, or the response was aborted)."),
-    Metric("rollout/num_tokens", "tokens", "Response tokens generated."),
+    Metric(
+        "rollout/num_excluded",
+        "samples",
+        "Samples without a reward (it failed, or the function that generates did, or the response was aborted).",
+    ),
+    Metric("rollout/num_tokens", "tokens", "Response tokens that the engines generated."),
+    Metric("rollout/turns_mean", "turns", "Mean turns of a sample; with --custom-generate-function-path."),
+    Metric(
+        "rollout/loss_token_share",
+        "share",
+        "Response tokens that count in the loss; with --custom-generate-function-path.",
+    ),
+    Metric(
+        "rollout/outside_time_mean",
+        "s",
+        "Mean time of a sample's function without a turn that it waits for, such as a tool's.",
+    ),
+    Metric(
+        "rollout/cached_prompt_share",
+        "share",
+        "Tokens that turns were asked with whose KV the engine had, over all of them: of the prompt and earlier turns.",
+    ),
+    Metric(
+        "rollout/dynamic_filter/drop_{reason}",
+        "groups",
+        "Groups that --dynamic-sampling-filter-path dropped, by the reason that the filter gave.",
+    ),
     Metric("rollout/weight_version_min", "version", "Oldest weights that generated one of the step's samples."),
     Metric("rollout/weight_version_max", "version", "Newest weights that generated one of the step's samples."),
     Metric(
@@ -167,7 +197,7 @@ TABLE = (
     Metric("perf/train_time", "s", "Policy training, from the batch to the last optimizer step."),
     Metric("perf/sync_time", "s", "Pushing the weights to every engine."),
     Metric("perf/step_time", "s", "The whole step."),
-    Metric("perf/tokens_per_s", "tokens/s", "Response tokens over rollout time."),
+    Metric("perf/tokens_per_s", "tokens/s", "Response tokens that the engines generated over rollout time."),
     Metric(
         "perf/train_tokens_per_s",
         "tokens/s",
@@ -207,7 +237,11 @@ TABLE = (
         "Choices (a token's experts in a layer) of --use-rollout-routing-replay that are not the set which the "
         "trainer's router would have chosen, over all replayed ones; prompts count.",
     ),
-    Metric("train/num_tokens", "tokens", "Response tokens that the loss is a mean over."),
+    Metric(
+        "train/num_tokens",
+        "tokens",
+        "Response tokens that the loss is a mean over: those with loss_mask 0 do not count.",
+    ),
     Metric(
         "train/trained_token_share",
         "share",
@@ -277,7 +311,13 @@ TABLE = (
     Metric("sync/paused_s", "s", "Time the engines paused generation for the push; absent without push.pause_mode."),
     Metric("sync/weight_version", "version", "Version of the weights that every engine now serves."),
 )
-PLACEHOLDERS = {r"\{i\}": r"\d+", r"\{task\}": r"[^/]+", r"\{rule\}": r"[a-z]+", r"\{version\}": r"\d+"}
+PLACEHOLDERS = {
+    r"\{reason\}": r"[^/]+",
+    r"\{i\}": r"\d+",
+    r"\{task\}": r"[^/]+",
+    r"\{rule\}": r"[a-z]+",
+    r"\{version\}": r"\d+",
+}
 
 
 @lru_cache(maxsize=1024)

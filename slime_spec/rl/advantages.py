@@ -26,8 +26,9 @@ def group_advantages(rewards: Sequence[float], normalize_std: bool) -> list[floa
 def train_batch(samples: Sequence[Sample], normalize_std: bool, replays_routing: bool = False) -> list[TrainSample]:
     """Return every scored sample with its advantage, groups together, in a fixed order whatever order samples came in.
 
-    Samples without a reward are excluded, from their group's mean too; so are empty responses. With
-    ``replays_routing`` the experts that the engine chose go with each sample.
+    Samples without a reward are excluded, from their group's mean too; so are empty responses. Samples of which no
+    token counts in the loss are part of their group's mean alone. With ``replays_routing`` the experts that the engine
+    chose go with each sample.
     """
     groups: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -38,16 +39,26 @@ def train_batch(samples: Sequence[Sample], normalize_std: bool, replays_routing:
         group = sorted(groups[prompt_id], key=lambda sample: sample.response.sample_index)
         advantages = group_advantages([_reward(sample) for sample in group], normalize_std)
         for sample, advantage in zip(group, advantages, strict=True):
-            batch.append(
-                TrainSample(
-                    token_ids=sample.prompt.token_ids + sample.response.token_ids,
-                    prompt_len=len(sample.prompt.token_ids),
-                    rollout_logprobs=sample.response.logprobs,
-                    advantage=advantage,
-                    routed_experts=sample.response.routed_experts if replays_routing else None,
-                )
-            )
+            if sample.response.num_loss_tokens:
+                batch.append(_train_sample(sample, advantage, replays_routing))
     return batch
+
+
+def _train_sample(sample: Sample, advantage: float, replays_routing: bool) -> TrainSample:
+    """Return a sample up to its last token that counts in the loss: nothing that counts depends on those after it."""
+    response, prompt_len = sample.response, len(sample.prompt.token_ids)
+    mask, experts = response.loss_mask, response.routed_experts if replays_routing else None
+    end = len(response.token_ids)
+    if mask:
+        end -= mask[::-1].index(1)
+    return TrainSample(
+        token_ids=sample.prompt.token_ids + response.token_ids[:end],
+        prompt_len=prompt_len,
+        rollout_logprobs=response.logprobs[:end],
+        advantage=advantage,
+        routed_experts=experts if experts is None else experts.first(prompt_len + end - 1),
+        loss_mask=mask[:end],
+    )
 
 
 def _reward(sample: Sample) -> float:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from samples import sample
 
 from slime_spec.metrics.engines import benefit_metrics, canary_metrics, engine_metrics
-from slime_spec.metrics.rollout import rollout_metrics
+from slime_spec.metrics.rollout import filter_metrics, rollout_metrics
 from slime_spec.metrics.step import draft_push_metrics, draft_update_metrics, perf_metrics, push_metrics, train_metrics
 from slime_spec.metrics.table import TABLE, metric
 from slime_spec.speculation.net_benefit import NetBenefit
-from slime_spec.types import DraftReport, EngineStats, Sample, SpecCounters, TrainReport
+from slime_spec.types import DraftReport, EngineStats, Sample, SpecCounters, TrainReport, TurnCounts
 from slime_spec.weights.run import PushReport
 
 
@@ -148,13 +148,38 @@ def said_by_engines() -> dict[str, float]:
     }
 
 
+def of_turns() -> Sample:
+    """Two turns of 4 and 3 generated tokens with 2 of a tool between, of which the second turn had no verify round."""
+    given = sample(length=9, histogram=(1, 1))
+    turns = TurnCounts(2, num_generated_tokens=7, num_verified_tokens=4, num_prompt_tokens=5 + 11, outside_s=0.25)
+    mask = (1, 1, 1, 1, 0, 0, 1, 1, 1)
+    return replace(given, response=replace(given.response, loss_mask=mask, turns=turns, cached_tokens=4))
+
+
+def test_a_sample_of_several_turns_counts_what_was_generated_and_verified() -> None:
+    metrics = rollout_metrics([of_turns(), sample(length=5, histogram=())])
+    assert (metrics["rollout/response_len_mean"], metrics["rollout/response_len_max"]) == ((7 + 5) / 2, 7)
+    assert metrics["rollout/num_tokens"] == 7 + 5
+    assert metrics["rollout/spec_accept_length"] == 4 / 2
+    assert (metrics["rollout/turns_mean"], metrics["rollout/loss_token_share"]) == (2, 7 / 9)
+    assert (metrics["rollout/cached_prompt_share"], metrics["rollout/outside_time_mean"]) == (4 / 16, 0.25)
+
+
+def test_dropped_groups_are_counted_by_reason() -> None:
+    assert filter_metrics({"zero_std_1.0": 3, "a/b": 1}) == {
+        "rollout/dynamic_filter/drop_zero_std_1.0": 3,
+        "rollout/dynamic_filter/drop_a_b": 1,
+    }
+
+
 def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
     draft = DraftReport(0.5, 1.0, (0.7,), (0.6,), {"rejection": 2.5, "block": 2.6}, 4, 1, 1.5)
     report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 75, 1, 4, draft, 0.01)
     push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True, verify_s=0.2)
     push = replace(push, paused_s=0.8)
     made = {
-        **rollout_metrics([drafted_by(1, (1, 2, 1)), controlled((1,), (1,), 3, 9, version=8)]),
+        **rollout_metrics([drafted_by(1, (1, 2, 1)), controlled((1,), (1,), 3, 9, version=8), of_turns()]),
+        **filter_metrics({"zero_std_1.0": 1}),
         **train_metrics(report),
         **push_metrics(push),
         **draft_push_metrics(push),

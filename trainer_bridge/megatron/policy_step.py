@@ -108,8 +108,10 @@ def _policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return, by Megatron's per-token contract: the loss summed over tokens, their number, and what to report."""
     logprobs, entropy = token_logprobs(logits, microbatch.targets, temperature, _tensor_group())
-    terms = loss(logprobs, microbatch.rollout_logprobs, microbatch.advantages, microbatch.ref_logprobs)
     weights = microbatch.weights
+    # A token that does not count has no ratio and no gradient: 0 times an overflow would be no number.
+    logprobs = torch.where(weights > 0, logprobs, microbatch.rollout_logprobs)
+    terms = loss(logprobs, microbatch.rollout_logprobs, microbatch.advantages, microbatch.ref_logprobs)
     loss_sum = (terms.loss * weights).sum()
     abs_diff = (logprobs - microbatch.rollout_logprobs).abs()
     reported = torch.stack([terms.loss, terms.pg_loss, entropy, terms.clipped.float(), terms.kl, abs_diff])
