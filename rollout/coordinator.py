@@ -20,12 +20,15 @@ from typing import Protocol
 from rollout.dispatch import Dispatcher
 from rollout.in_flight import InFlightGroup, InFlightGroups
 from rollout.split import LEAST_PART
+from slime_spec.request_feed import RequestFeed
 from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest
 
 logger = logging.getLogger(__name__)
 
 # How long an abort from another thread may go unnoticed while nothing arrives.
 ABORT_POLL_S = 0.2
+# How long a request that comes while the generation runs may go unnoticed while nothing arrives.
+FEED_POLL_S = 0.005
 
 Call = Hashable
 """A call to an engine whose results come later: a stream of samples, or a watch."""
@@ -107,28 +110,34 @@ class Coordinator:
         self._numbers = count()
         self._num_aborts = 0
 
-    def generate(self, requests: Sequence[GroupRequest]) -> Iterator[GeneratedSample]:
-        """Give out every sample as it finishes.
+    def generate(self, requests: Sequence[GroupRequest] | RequestFeed) -> Iterator[GeneratedSample]:
+        """Give out every sample as it finishes; of a feed, until it is closed. An abort closes it.
 
         Raises what ended an engine for good (EngineFailed), and EngineProcessDied once no engine's process is left.
         """
         dispatcher = Dispatcher(self._serving, self._samples_per_engine)
-        groups = InFlightGroups(requests, dispatcher, self._numbers, self._least_part, self._shares_replies)
-        return self._samples(groups, self._num_aborts)
+        feed = requests if isinstance(requests, RequestFeed) else None
+        known = () if isinstance(requests, RequestFeed) else requests
+        groups = InFlightGroups(known, dispatcher, self._numbers, self._least_part, self._shares_replies)
+        return self._samples(groups, feed, self._num_aborts)
 
     def abort(self) -> None:
         """End the generation in progress, if there is one, as Engines says; may be called from any thread."""
         self._num_aborts += 1
 
-    def _samples(self, groups: InFlightGroups, num_aborts: int) -> Iterator[GeneratedSample]:
+    def _samples(self, groups: InFlightGroups, feed: RequestFeed | None, num_aborts: int) -> Iterator[GeneratedSample]:
         self._streams = {}
         self._hear_all()
-        while groups.has_unfinished:
+        while groups.has_unfinished or (feed is not None and feed.has_more):
+            if feed is not None:
+                if self._num_aborts > num_aborts:
+                    feed.close()
+                groups.add(feed.taken())
             if self._num_aborts > num_aborts and not groups.is_aborted:
                 self._abort(groups.on_engines)
                 yield from groups.abort()
             self._launch(groups)
-            for call in self._ready(ABORT_POLL_S):
+            for call in self._ready(ABORT_POLL_S if feed is None else FEED_POLL_S):
                 if call in self._watches:
                     self._hear(call)
                     self._abort(groups.recall())

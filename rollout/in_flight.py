@@ -77,6 +77,10 @@ class InFlightGroups:
     def on_engines(self) -> list[InFlightGroup]:
         return list(self._on_engines)
 
+    def add(self, requests: Iterable[GroupRequest]) -> None:
+        """Have groups wait that have come since; none may come after an abort."""
+        self._waiting.extend(requests)
+
     def launch(self) -> list[InFlightGroup]:
         """Give waiting groups, in their order, to engines that have room.
 

@@ -22,6 +22,7 @@ from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.placement import Placement
 from slime_spec.ray_errors import result_of
+from slime_spec.request_feed import RequestFeed
 from slime_spec.types import EarlierReply, EngineStats, GeneratedSample, GroupRequest
 from slime_spec.weights.messages import CancelPush, ContinueGeneration, PushMessage, PushReply
 
@@ -116,7 +117,7 @@ class EnginePool:
                 "Raise it, or give Ray the resources the engines ask for.",
             ) from None
 
-    def generate(self, requests: Sequence[GroupRequest]) -> Iterator[GeneratedSample]:
+    def generate(self, requests: Sequence[GroupRequest] | RequestFeed) -> Iterator[GeneratedSample]:
         """Generate every group, one call at a time; samples come as they finish, whichever engine they ran on.
 
         Raises what ended an engine for good (EngineFailed), and EngineProcessDied once no engine's process is left.

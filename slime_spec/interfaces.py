@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from slime_spec.errors import ConfigError
 from slime_spec.garbage import no_collection
+from slime_spec.request_feed import RequestFeed
 from slime_spec.suggest import did_you_mean
 from slime_spec.types import (
     DraftUpdateRecord,
@@ -80,8 +81,11 @@ class MayStopServing(Protocol):
 class Engines(Protocol):
     """Runs all engines of a run as one: the RL loop sees nothing else of the rollout side."""
 
-    def generate(self, requests: Sequence[GroupRequest]) -> Iterator[GeneratedSample]:
-        """Yield every group's samples in the order in which they finish, whichever engine they ran on."""
+    def generate(self, requests: Sequence[GroupRequest] | RequestFeed) -> Iterator[GeneratedSample]:
+        """Yield every group's samples in the order in which they finish, whichever engine they ran on.
+
+        The groups of a feed may come while it runs, until the feed is closed.
+        """
 
     def broadcast(self, message: PushMessage) -> list[PushReply]:
         """Deliver one push message to every engine; raises if any refuses."""
