@@ -31,6 +31,8 @@ SLIMES = """
 --update-weights-interval --use-distributed-optimizer --use-kl-loss --use-tensorboard --use-wandb --wandb-group
 --wandb-host --wandb-project --wandb-team
 --weight-decay --num-gpus-per-node
+--custom-generate-function-path --custom-reward-post-process-path --custom-rollout-log-function-path
+--dynamic-sampling-filter-path --rollout-function-path --rollout-max-context-len --rollout-sample-filter-path
 --disable-grpo-std-normalization --check-weight-update-equal --seed --use-rollout-routing-replay
 """
 # Remedy -> the flags of slime that are unknown here.
@@ -55,8 +57,7 @@ UNKNOWN: Mapping[str, str] = {
     "Set `WANDB_API_KEY`.": "--wandb-key",
     "Leave it out: a run has the name that `--run-name` gives it.": "--disable-wandb-random-suffix",
     "Write a task (`--task module:attribute`) or a reward (`--custom-rm-path module:function`).": """
---custom-generate-function-path --custom-reward-post-process-path --rollout-function-path --rm-url
---metadata-key --multimodal-keys""",
+--rm-url --metadata-key --multimodal-keys""",
     "Pass `--recompute-activations`; how is not a choice here.": """
 --recompute-granularity --recompute-method --recompute-num-layers""",
     "Pass `--global-batch-size` alone.": "--num-steps-per-rollout",
@@ -64,8 +65,8 @@ UNKNOWN: Mapping[str, str] = {
     "Not in this version: evaluation during the run.": """
 --eval-prompt-data --eval-interval --eval-max-response-len --eval-top-p --eval-top-k --eval-temperature
 --n-samples-per-eval-prompt --eval-config""",
-    "Not in this version: objectives and filters beyond GRPO.": """
---entropy-coef --kl-coef --dynamic-sampling-filter-path --use-opd --loss-type
+    "Not in this version: objectives beyond GRPO.": """
+--entropy-coef --kl-coef --use-opd --loss-type
 --disable-compute-advantages-and-returns""",
     "Not in this version: these ways to spare the trainer's memory or time.": """
 --sequence-parallel --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer

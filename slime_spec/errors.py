@@ -41,6 +41,10 @@ class RewardError(RuntimeError):
     """No sample of a whole step has a reward; the text has the last error and its traceback."""
 
 
+class CustomFunctionError(RuntimeError):
+    """A function of the user's own has failed in a way that no single sample can pay for."""
+
+
 class TrainingError(RuntimeError):
     """An optimizer step would have ruined the weights, which are as they were before the step."""
 

@@ -48,7 +48,7 @@ def check_kv_cache(config: Config, spec: ModelSpec) -> RequestLimits:
     longest = config.rollout.longest + limits.headroom
     if longest <= limits.max_total_tokens:
         return limits
-    rule = f"must hold one sequence: max_prompt_len + max_response_len{limits.drafted} = {longest} tokens"
+    rule = f"must hold one sequence: {config.rollout.longest_is}{limits.drafted} = {longest} tokens"
     lower = "lower --rollout-max-prompt-len or --rollout-max-response-len."
     if config.engine.max_total_tokens is not None:
         raise ConfigError(

@@ -24,6 +24,7 @@ WITHOUT_CODE = "Remove auto_map where tokenizer.json is the whole tokenizer, or 
 PUT_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 # What a template that asks for today's date is told, so that a prompt is the same every day: Llama 3's own fallback.
 DEFAULT_DATE = "2024-07-26"
+SAID = "\u2042said\u2042"  # stands for an assistant's text in a template
 # SGLang ends a reply at these added tokens too, whatever the checkpoint names: common.py of its hf_transformers.
 TURN_FINAL = ("<|eom_id|>", "<|content_model_end_sampling|>", "<|ifm|im_end|>")
 # A chat template is a program: what it may raise, on messages that it was not written for.
@@ -156,6 +157,32 @@ class Tokenizer:
             return None
         assert isinstance(text, str), "tokenize=False"
         return text
+
+    def after_assistant(self, messages: Sequence[Mapping[str, Any]], ended: bool) -> str:
+        """Return what the chat template writes after an assistant's text: its end, ``messages``, the next opening.
+
+        ``ended``: the assistant's text has its end token already. Raises CheckpointError for a template that writes a
+        conversation otherwise once it goes on.
+        """
+        start: list[Mapping[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SAID}]
+        try:
+            text = self._hf.apply_chat_template(
+                [*start, *messages], tokenize=False, add_generation_prompt=True, **self._template_values
+            )
+        except OF_TEMPLATES as error:
+            raise self._template_error("render these messages", error) from None
+        before, said, after = str(text).partition(SAID)
+        if not said or (self.rendered(start) or "").partition(SAID)[0] != before:
+            rule = "write what came before as it did before the messages"
+            raise self._template_error(rule, ValueError("it writes something else"))
+        if ended:
+            end = next((each for each in self._end_texts if after.startswith(each)), "")
+            return after[len(end) :]
+        return after
+
+    @cached_property
+    def _end_texts(self) -> list[str]:
+        return [self.decode([each], skip_special=False) for each in sorted(self.end_token_ids)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         text: str = self._hf.decode(list(ids), skip_special_tokens=skip_special)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import date
 
 from slime_spec.config.api_key import refuse_literal_keys
+from slime_spec.config.custom_checks import check_custom
 from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.server_checks import check_servers, server_notes, unused_server_settings
 from slime_spec.config.speculation import check_speculation, speculation_notes
@@ -26,7 +27,8 @@ def check(config: Config) -> None:
     _check_lengths(config)
     if config.run.mode != "train_only":
         _check_sampling(config)
-        _check_over_sampling(config.rollout)
+        check_custom(config)
+        _check_over_sampling(config)
         _check_engine_gpus(config)
         if kind_of(config).has_servers:
             check_servers(config)
@@ -49,6 +51,8 @@ def notes(config: Config) -> Iterator[str]:
         yield f"The {config.rollout.engine} engine has no use for {names}."
     if config.draft_training.enable and not config.trains_draft:
         yield "A run of rollouts alone trains no draft, and --enable-draft-training has no effect."
+    if config.run.mode == "train_only" and any((config.custom.generate, config.custom.rollout)):
+        yield "Saved rollouts are trained on as they are, and functions that generate have no effect."
     if config.run.mode != "train_only" and not has_servers:
         yield from unused_server_settings(config)
     if config.run.mode != "train_only":
@@ -140,14 +144,14 @@ def _check_lengths(config: Config) -> None:
     if engine.context_length is not None and longest > engine.context_length:
         raise ConfigError(
             "engine.context_length",
-            f"must hold max_prompt_len + max_response_len = {longest} tokens",
+            f"must hold {rollout.longest_is} = {longest} tokens",
             engine.context_length,
             f"{remedy}--sglang-context-length.",
         )
     if engine.max_total_tokens is not None and longest > engine.max_total_tokens:
         raise ConfigError(
             "engine.max_total_tokens",
-            f"must hold one sequence: max_prompt_len + max_response_len = {longest} tokens",
+            f"must hold one sequence: {rollout.longest_is} = {longest} tokens",
             engine.max_total_tokens,
             f"{remedy}--sglang-max-total-tokens.",
         )
@@ -236,7 +240,8 @@ def _num_in_progress(rollout: RolloutConfig) -> int:
     return rollout.over_sampling_batch_size or rollout.batch_size
 
 
-def _check_over_sampling(rollout: RolloutConfig) -> None:
+def _check_over_sampling(config: Config) -> None:
+    rollout = config.rollout
     in_progress = _num_in_progress(rollout)
     if in_progress < rollout.batch_size:
         raise ConfigError(
@@ -245,12 +250,13 @@ def _check_over_sampling(rollout: RolloutConfig) -> None:
             in_progress,
             "Raise it, or leave it out.",
         )
-    if in_progress > rollout.batch_size and not rollout.partial_rollout:
+    if in_progress > rollout.batch_size and not rollout.partial_rollout and config.custom.dynamic_filter is None:
         raise ConfigError(
             "rollout.over_sampling_batch_size",
             "begins prompts that a step does not finish; throwing them away would train on short responses only",
             in_progress,
-            "Add --partial-rollout, so that the next step goes on with them.",
+            "Add --partial-rollout, so that the next step goes on with them, or --dynamic-sampling-filter-path "
+            "nonzero_std, which takes the others' place.",
         )
 
 

@@ -58,6 +58,13 @@ class RolloutConfig:
     max_response_len: int = setting(
         64, "Longest response, tokens.", flags=("--rollout-max-response-len",), minimum=1, maximum=INT32
     )
+    max_context_len: int | None = setting(
+        None,
+        "Longest sequence over all turns of a sample, tokens; default: max_prompt_len + max_response_len.",
+        flags=("--rollout-max-context-len",),
+        minimum=1,
+        maximum=INT32,
+    )
     temperature: float = setting(
         1.0,
         "Sampling temperature; 0 is greedy.",
@@ -80,4 +87,9 @@ class RolloutConfig:
     @property
     def longest(self) -> int:
         """Return the number of tokens of the longest sequence that a rollout may make: prompt and response."""
-        return self.max_prompt_len + self.max_response_len
+        return self.max_context_len or self.max_prompt_len + self.max_response_len
+
+    @property
+    def longest_is(self) -> str:
+        """Return how an error names ``longest``."""
+        return "max_prompt_len + max_response_len" if self.max_context_len is None else "max_context_len"

@@ -12,6 +12,7 @@ from math import ceil
 
 from slime_spec.config.algorithm import AlgorithmConfig
 from slime_spec.config.cluster import ClusterConfig
+from slime_spec.config.custom import CustomConfig
 from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.engine import EngineConfig
 from slime_spec.config.metrics import MetricsConfig
@@ -65,6 +66,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    custom: CustomConfig = field(default_factory=CustomConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     sglang_server: SglangServerConfig = field(default_factory=SglangServerConfig)

@@ -220,6 +220,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         "accepting every draft gives samples that have no target's distribution",
         "Leave it out.",
     ),
+    "--buffer-filter-path": (
+        "there is no buffer to choose from: what partial rollout left unfinished goes on in the next step, all of it",
+        "Leave it out; --dynamic-sampling-filter-path drops complete groups.",
+    ),
     "--use-kl-loss": ("the KL loss is on exactly when its weight is above 0", "Pass --kl-loss-coef 0.001."),
     "--rollout-num-gpus": (
         "the engines' GPUs are counted per engine",

@@ -17,6 +17,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from rollout.embedded.validate import check_kv_cache
+from slime_spec.agents.own import check_own_functions
 from slime_spec.checkpoints.draft_choice import choose_draft, trainable_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.folder import CheckpointFolder
@@ -162,6 +163,7 @@ def _inputs(config: Config, refusals: _Refusals) -> Inputs | None:
     if spec is not None and tokenizer is not None:
         refusals.of(check_vocabulary, tokenizer, spec)
     refusals.of(_check_corpus, config)
+    refusals.of(check_own_functions, config)
     if tokenizer is None:
         refusals.of(load_tasks, config.task)  # their errors can be told all the same
         return None

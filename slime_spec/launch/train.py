@@ -22,19 +22,18 @@ from slime_spec.interfaces import Engines, RunState, Trainer
 from slime_spec.launch.compose import Composed
 from slime_spec.launch.preflight import checkpoints_of, look
 from slime_spec.launch.ray_environment import LOGS, prepare_ray_environment
+from slime_spec.launch.rollout_source import rollout_source
 from slime_spec.launch.waiting import told
 from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
 from slime_spec.placement import Placement
 from slime_spec.rl.draft_in_training import DraftInTraining
 from slime_spec.rl.loop import Job, first_state, run_loop
-from slime_spec.rl.rollout_data import load_rollout, save_rollout
-from slime_spec.rl.rollouts import GeneratedRollouts, RolloutSource, SavedRollouts
+from slime_spec.rl.rollout_data import save_rollout
 from slime_spec.rl.samples_file import append_samples
 from slime_spec.run_folder import RunFolder, folder_of
 from slime_spec.run_log import RunLog
 from slime_spec.stop import StopSignals
-from slime_spec.tasks.source import PromptSource
 from slime_spec.types import EngineStats, Sample
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
 
@@ -78,7 +77,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
         checkpoints = checkpoints_of(config, folder.path)
         job = Job(
             config=config,
-            rollouts=_rollout_source(config, inputs.prompts, engines),
+            rollouts=parts.enter_context(rollout_source(config, inputs.prompts, inputs.tokenizer, engines)),
             trainer=trainer,
             engines=engines,
             log=log.log,
@@ -191,14 +190,6 @@ def _trainer(config: Config, placement: Placement) -> Trainer:
     from trainer_bridge.megatron.group import MegatronGroup
 
     return MegatronGroup(config, placement)
-
-
-def _rollout_source(config: Config, prompts: PromptSource, engines: Engines | None) -> RolloutSource:
-    if engines is not None:
-        return GeneratedRollouts(config, engines, prompts.take, prompts.score)
-    template = config.run.load_debug_rollout_data
-    assert template is not None, "checks.py refuses train_only without saved rollouts"
-    return SavedRollouts(partial(load_rollout, template))
 
 
 def _keep_samples(

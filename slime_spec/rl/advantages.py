@@ -23,13 +23,19 @@ def group_advantages(rewards: Sequence[float], normalize_std: bool) -> list[floa
     return [(reward - mean) / scale for reward in rewards]
 
 
-def train_batch(samples: Sequence[Sample], normalize_std: bool, replays_routing: bool = False) -> list[TrainSample]:
+def train_batch(
+    samples: Sequence[Sample],
+    normalize_std: bool,
+    replays_routing: bool = False,
+    given: Sequence[float | None] | None = None,
+) -> list[TrainSample]:
     """Return every scored sample with its advantage, groups together, in a fixed order whatever order samples came in.
 
     Samples without a reward are excluded, from their group's mean too; so are empty responses. Samples of which no
     token counts in the loss are part of their group's mean alone. With ``replays_routing`` the experts that the engine
-    chose go with each sample.
+    chose go with each sample. ``given`` are advantages in place of the groups', one for each of ``samples``.
     """
+    own = {} if given is None else {id(sample): each for sample, each in zip(samples, given, strict=True)}
     groups: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         if sample.reward is not None and sample.response.token_ids:
@@ -38,8 +44,9 @@ def train_batch(samples: Sequence[Sample], normalize_std: bool, replays_routing:
     for prompt_id in sorted(groups):
         group = sorted(groups[prompt_id], key=lambda sample: sample.response.sample_index)
         advantages = group_advantages([_reward(sample) for sample in group], normalize_std)
-        for sample, advantage in zip(group, advantages, strict=True):
-            if sample.response.num_loss_tokens:
+        for sample, of_group in zip(group, advantages, strict=True):
+            advantage = own.get(id(sample), of_group) if own else of_group
+            if advantage is not None and sample.response.num_loss_tokens:
                 batch.append(_train_sample(sample, advantage, replays_routing))
     return batch
 

@@ -118,10 +118,10 @@ def _train_and_push(
 ) -> tuple[dict[str, float], RunState]:
     """Make one policy step and one push of a step's samples."""
     samples = rollout.samples
-    metrics = rollout_metrics(samples)
+    metrics = {**rollout_metrics(samples), **rollout.metrics}
     version, is_ahead = state.weight_version, state.is_ahead
     if job.trainer is not None:
-        metrics |= _train(job, job.trainer, state.rollout_id, samples, metrics, before, clock)
+        metrics |= _train(job, job.trainer, state.rollout_id, rollout, metrics, before, clock)
         is_ahead = True
         due = (state.rollout_id + 1) % job.config.push.interval == 0
         if job.engines is not None and due and not job.stop.asked:
@@ -150,15 +150,20 @@ def _train(
     job: Job,
     trainer: Trainer,
     step: int,
-    samples: list[Sample],
+    rollout: Rollout,
     rolled_out: Mapping[str, float],
     before: Sequence[EngineStats],
     clock: PhaseClock,
 ) -> dict[str, float]:
     """Make a step's policy update; ``rolled_out`` are the metrics of its rollout."""
-    batch = train_batch(samples, job.config.algorithm.normalize_std, job.config.rollout.routing_replay)
+    config = job.config
+    batch = train_batch(
+        rollout.samples, config.algorithm.normalize_std, config.rollout.routing_replay, rollout.advantages
+    )
     if not batch:
-        logger.warning("step trained on nothing: every scored response is empty samples=%d", len(samples))
+        logger.warning(
+            "step trained on nothing: no scored response has a token that counts samples=%d", len(rollout.samples)
+        )
         return {}
     learns_draft = False
     metrics: dict[str, float] = {}

@@ -16,6 +16,13 @@ def sample_seed(run_seed: int, prompt_id: int, sample_index: int) -> int:
     return xxhash.xxh3_64_intdigest(f"{run_seed}/{prompt_id}/{sample_index}".encode()) >> 1
 
 
+def turn_seed(run_seed: int, prompt_id: int, sample_index: int, turn: int) -> int:
+    """Return the seed of a sample's turn; the first turn's is the sample's."""
+    if turn == 0:
+        return sample_seed(run_seed, prompt_id, sample_index)
+    return xxhash.xxh3_64_intdigest(f"{run_seed}/{prompt_id}/{sample_index}/{turn}".encode()) >> 1
+
+
 def sampling_params(config: RolloutConfig) -> SamplingParams:
     return SamplingParams(
         max_new_tokens=config.max_response_len,

@@ -20,7 +20,7 @@ import torch
 from slime_spec.config.tree import RunConfig
 from slime_spec.errors import ConfigError
 from slime_spec.routed_experts import RoutedExperts
-from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters
+from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters, TurnCounts
 
 PLACEHOLDER = "{rollout_id}"
 SAVE = "run.save_debug_rollout_data"
@@ -89,7 +89,12 @@ def _sample(fields: Mapping[str, Any]) -> Sample:
             **fields,
             "prompt": Prompt(**fields["prompt"]),
             "response": GeneratedSample(
-                **{**response, "spec": SpecCounters(**response["spec"]), "routed_experts": _routed(response)}
+                **{
+                    **response,
+                    "spec": SpecCounters(**response["spec"]),
+                    "routed_experts": _routed(response),
+                    "turns": _turns(response),
+                }
             ),
         }
     )
@@ -98,3 +103,8 @@ def _sample(fields: Mapping[str, Any]) -> Sample:
 def _routed(response: Mapping[str, Any]) -> RoutedExperts | None:
     routed = response.get("routed_experts")
     return None if routed is None else RoutedExperts(**routed)
+
+
+def _turns(response: Mapping[str, Any]) -> TurnCounts | None:
+    turns = response.get("turns")
+    return None if turns is None else TurnCounts(**turns)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from slime_spec.config.speculation import reads_replies
 from slime_spec.config.tree import Config
@@ -22,11 +22,18 @@ Progress = Callable[[int, int], None]  # (samples finished, samples wanted)
 
 @dataclass(frozen=True)
 class Rollout:
-    """Holds one step's samples, in (prompt, sample) order, and where the run's prompts stand after the step."""
+    """Holds one step's samples, in (prompt, sample) order, and where the run's prompts stand after the step.
+
+    ``owns`` are the samples as functions of the user's own see them, or nothing; ``advantages`` are what such a
+    function gave, one for each sample (None without a reward), or None.
+    """
 
     samples: list[Sample]
     next_prompt_id: int
     unfinished_prompt_ids: tuple[int, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    owns: tuple[Any, ...] = ()
+    advantages: tuple[float | None, ...] | None = None
 
 
 class RolloutSource(Protocol):

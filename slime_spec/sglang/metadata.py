@@ -94,8 +94,12 @@ def meta_info(sample: GeneratedSample) -> dict[str, Any]:
         "output_token_logprobs": [
             (logprob, token_id, None) for logprob, token_id in zip(sample.logprobs, sample.token_ids, strict=True)
         ],
-        **speculative_keys(sample.spec, num_tokens),
+        **speculative_keys(sample.spec, sample.num_verified_tokens + sample.spec.num_off_steps),
     }
+    if sample.loss_mask:
+        info["loss_mask"] = list(sample.loss_mask)
+    if sample.turns is not None:
+        info["num_turns"] = sample.turns.num_turns
     if sample.version_spans:
         info["weight_version_spans"] = [list(span) for span in sample.version_spans]
     if sample.draft_version is not None:

@@ -10,7 +10,6 @@ Each may be a coroutine function, and may give a dict, of which ``--reward-key``
 from __future__ import annotations
 
 import asyncio
-import enum
 import inspect
 import math
 import traceback
@@ -22,6 +21,8 @@ from typing import Any
 
 from slime_spec.errors import ConfigError, shown
 from slime_spec.files import shortened
+from slime_spec.slime_sample import Sample as SlimeSample
+from slime_spec.slime_sample import Status
 from slime_spec.tasks.rewards import load_attribute, load_reward
 from slime_spec.types import GeneratedSample, Prompt
 
@@ -30,43 +31,32 @@ DEFAULT_KEY = "score"
 LARGEST = 1e30  # a group's sums, in 64 bits, and its advantages, in the trainer's 32, are finite
 
 
-class Status(enum.Enum):
-    """Says how a slime sample ended; the names are slime's."""
-
-    COMPLETED = "completed"
-    TRUNCATED = "truncated"
-
-
-@dataclass
-class SlimeSample:
-    """Has the fields of slime's ``Sample`` that its rewards read. E.g. ``sample.response``, ``sample.label``"""
-
-    group_index: int
-    index: int
-    prompt: str
-    tokens: list[int]
-    response: str
-    response_length: int
-    label: str
-    status: Status
-    reward: Any = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Reply:
-    """Holds a finished response and its text, as a reward gets it."""
+    """Holds a finished response and its text, as a reward gets it; ``own`` is the sample of a user's own function."""
 
     prompt: Prompt
     response: GeneratedSample
     text: str
+    own: Any = None
 
-    def for_slime(self) -> SlimeSample:
+    def for_slime(self) -> Any:
+        if self.own is not None:
+            return self.own
         ids = [*self.prompt.token_ids, *self.response.token_ids]
         status = Status.TRUNCATED if self.response.finish_reason == "length" else Status.COMPLETED
         index, length = self.response.sample_index, len(self.response.token_ids)
         prompt = self.prompt
-        return SlimeSample(prompt.prompt_id, index, prompt.text, ids, self.text, length, prompt.answer, status)
+        return SlimeSample(
+            group_index=prompt.prompt_id,
+            index=index,
+            prompt=prompt.text,
+            tokens=ids,
+            response=self.text,
+            response_length=length,
+            label=prompt.answer,
+            status=status,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,8 +115,10 @@ class Judge:
             if not isinstance(given, Sequence) or len(given) != len(replies):
                 text = f"the reward must be a list of {len(replies)} rewards, it was {shown(given)}"
                 return [Verdict(None, text)] * len(replies)
-            return [self._verdict(each) for each in given]
-        return [self._verdict(self._given(reply.for_slime() if self.form == ONE else reply)) for reply in replies]
+            return [verdict_of(each, self.key) for each in given]
+        return [
+            verdict_of(self._given(reply.for_slime() if self.form == ONE else reply), self.key) for reply in replies
+        ]
 
     def _given(self, judged: Any) -> Any:
         """Return what the function gives, awaited; a Verdict where it raises (or exits: SystemExit is no reward)."""
@@ -135,28 +127,30 @@ class Judge:
             given = self.function(*arguments)
             return self._loop.run_until_complete(given) if inspect.isawaitable(given) else given
         except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - it is a user's function
-            text = f"the reward raised {type(error).__name__}: {error}\n{_users_traceback(error)}"
+            text = f"the reward raised {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
             return Verdict(None, text, is_answer=False)
-
-    def _verdict(self, given: Any) -> Verdict:
-        if isinstance(given, Verdict):
-            return given
-        key = self.key or DEFAULT_KEY
-        if isinstance(given, Mapping):
-            if key not in given:
-                keys = ", ".join(map(repr, given)) or "none"
-                return Verdict(None, f"the reward must have the key {key!r} (--reward-key), it has {shortened(keys)}")
-            given = given[key]
-        number = _finite(given)
-        if number is not None and abs(number) <= LARGEST:
-            return Verdict(number)
-        rule = "a finite number" if number is None else f"a number between -{LARGEST:g} and {LARGEST:g}"
-        return Verdict(None, f"the reward must be {rule}, it was {shown(given)}")
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:
         """Return the loop of all calls: what a coroutine keeps open (an HTTP session) belongs to its loop."""
         return asyncio.new_event_loop()
+
+
+def verdict_of(given: Any, key: str | None = None) -> Verdict:
+    """Return the verdict of what a reward gave; of a dict, of what ``key`` names."""
+    if isinstance(given, Verdict):
+        return given
+    key = key or DEFAULT_KEY
+    if isinstance(given, Mapping):
+        if key not in given:
+            keys = ", ".join(map(repr, given)) or "none"
+            return Verdict(None, f"the reward must have the key {key!r} (--reward-key), it has {shortened(keys)}")
+        given = given[key]
+    number = _finite(given)
+    if number is not None and abs(number) <= LARGEST:
+        return Verdict(number)
+    rule = "a finite number" if number is None else f"a number between -{LARGEST:g} and {LARGEST:g}"
+    return Verdict(None, f"the reward must be {rule}, it was {shown(given)}")
 
 
 def form_of(function: Callable[..., Any], setting: str, name: str) -> str:
@@ -196,9 +190,10 @@ def _finite(given: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _users_traceback(error: BaseException) -> str:
-    """Format the traceback from the user's first frame on."""
+def users_traceback(error: BaseException, *callers: str) -> str:
+    """Format the traceback from the user's first frame on: after those of the files that call, and of asyncio."""
+    ours = {*callers, asyncio.base_events.__file__}
     frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename in (__file__, asyncio.base_events.__file__):
+    while frames is not None and frames.tb_frame.f_code.co_filename in ours:
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from slime_spec.errors import ConfigError
 from slime_spec.tasks.judge import GROUP, Judge, Reply, RewardName, Verdict
@@ -17,9 +17,14 @@ PendingSamples = Callable[[], list[Sample]]  # waits for the rewards
 
 
 class Scorer(Protocol):
-    """Scores a prompt's finished responses, of which ``texts`` are the texts."""
+    """Scores a prompt's finished responses, of which ``texts`` are the texts.
 
-    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str]) -> PendingSamples:
+    ``owns`` are the samples that a function of the user's own made of them, if it did.
+    """
+
+    def score(
+        self, prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str], owns: Sequence[Any] = ()
+    ) -> PendingSamples:
         """Begin to score; what is returned waits for a sample of each response, in order.
 
         Excluded samples have ``reward=None`` and the reason.
@@ -34,8 +39,10 @@ class DirectScorer:
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
 
-    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str]) -> PendingSamples:
-        replies = [Reply(prompt, *each) for each in zip(responses, texts, strict=True)]
+    def score(
+        self, prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str], owns: Sequence[Any] = ()
+    ) -> PendingSamples:
+        replies = _replies(prompt, responses, texts, owns)
         samples = _samples(replies, self._judge.verdicts([reply for reply in replies if _is_judged(reply)]))
         return lambda: samples
 
@@ -68,8 +75,10 @@ class ProcessScorer:
             )
         logger.warning("reward failed on an empty reply name=%s error=%s", self._reward.name, verdict.error)
 
-    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str]) -> PendingSamples:
-        replies = [Reply(prompt, *each) for each in zip(responses, texts, strict=True)]
+    def score(
+        self, prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str], owns: Sequence[Any] = ()
+    ) -> PendingSamples:
+        replies = _replies(prompt, responses, texts, owns)
         judged = [reply for reply in replies if _is_judged(reply)]
         calls = [judged] if self._by_group and judged else [[reply] for reply in judged]
         answers = [self._processes.verdicts(call) for call in calls]
@@ -77,6 +86,12 @@ class ProcessScorer:
 
     def close(self) -> None:
         self._processes.close()
+
+
+def _replies(
+    prompt: Prompt, responses: Sequence[GeneratedSample], texts: Sequence[str], owns: Sequence[Any]
+) -> list[Reply]:
+    return [Reply(prompt, *each) for each in zip(responses, texts, owns or [None] * len(texts), strict=True)]
 
 
 def _is_judged(reply: Reply) -> bool:

@@ -61,10 +61,13 @@ class PromptSource:
         """Return the prompts ``start_prompt_id`` to ``start_prompt_id + n - 1``; tasks take turns."""
         return tuple(self._prompt(start_prompt_id + i) for i in range(n))
 
-    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample]) -> PendingSamples:
-        """Begin to score a prompt's responses by its task's reward; call what is returned to wait for the samples."""
-        texts = [self._tokenizer.decode(response.token_ids) for response in responses]
-        return self._scorers[prompt.task].score(prompt, responses, texts)
+    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample], owns: Sequence[Any] = ()) -> PendingSamples:
+        """Begin to score a prompt's responses by its task's reward; call what is returned to wait for the samples.
+
+        ``owns`` are the samples that a function of the user's own made of the responses, with their texts.
+        """
+        texts = [own.response for own in owns] or [self._tokenizer.decode(each.token_ids) for each in responses]
+        return self._scorers[prompt.task].score(prompt, responses, texts, owns)
 
     def close(self) -> None:
         """End the processes of rewards."""

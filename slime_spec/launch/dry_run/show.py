@@ -9,6 +9,7 @@ from itertools import pairwise
 from rich.console import Console
 from rich.text import Text
 
+from slime_spec.agents.own import POSITIONAL
 from slime_spec.config.draft_training import loss_for
 from slime_spec.config.pipeline_stages import stage_layers
 from slime_spec.launch.dry_run.placement import counted, placement_lines
@@ -70,6 +71,10 @@ def _run(plan: Plan) -> Iterator[str]:
         f"{rollout.n_samples_per_prompt} samples, at most {rollout.max_prompt_len} + {rollout.max_response_len} "
         f"tokens, temperature {rollout.temperature:g}"
     )
+    own = [f"{name} {path}" for name in POSITIONAL if (path := getattr(config.custom, name)) is not None]
+    if own:
+        context = f", at most {rollout.longest} tokens over all turns" if config.custom.generate else ""
+        yield f"functions: {', '.join(own)}{context}"
     yield f"target {target.folder}: {target.architecture}, {target.dtype}, context {target.context_length}"
     if plan.facts.draft is not None:
         draft, kind = plan.facts.draft, plan.facts.draft_kind

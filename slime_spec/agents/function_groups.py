@@ -1,0 +1,127 @@
+"""FunctionGroups makes a prompt's group of samples by calling the user's function once for each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from slime_spec.agents.client import Client, TurnSettings
+from slime_spec.agents.function_thread import FunctionThread, Turns
+from slime_spec.agents.own import OwnFunction, takes
+from slime_spec.agents.returned import Asked, Made, failed, made_of, sample_of
+from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.config.schema import by_flag
+from slime_spec.config.tree import Config
+from slime_spec.preflight.requests import RequestLimits
+from slime_spec.request_feed import RequestFeed
+from slime_spec.rl.requests import sampling_params
+from slime_spec.slime_sample import Args, Sample
+from slime_spec.tasks.judge import users_traceback
+from slime_spec.types import GeneratedSample, Prompt
+
+
+class FunctionGroups:
+    """Implements Groups by ``function(args, sample, sampling_params)``; each call costs at most its own sample.
+
+    A function that has a parameter ``client`` gets its sample's Client by that name.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        function: OwnFunction,
+        tokenizer: Tokenizer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        custom = config.custom
+        assert custom.generate is not None, "it names the function"
+        self._config, self._function, self._tokenizer, self._clock = config, function, tokenizer, clock
+        self._args = Args(**by_flag(config))
+        self._thread = FunctionThread(custom.generate, custom.generate_timeout_s, clock)
+        self._at_once = asyncio.Semaphore(custom.generate_concurrency)
+        self._tasks: list[Future[list[Made]]] = []
+
+    def begin_step(self, feed: RequestFeed, weight_version: int) -> None:
+        self._turns = Turns(feed)
+        self._weight_version = weight_version
+
+    def begin(self, prompt: Prompt) -> Future[list[Made]]:
+        task = self._thread.start(self._group(prompt, self._turns))
+        self._tasks.append(task)
+        return task
+
+    def arrived(self, response: GeneratedSample) -> None:
+        self._turns.arrived(response)
+
+    def check(self) -> None:
+        self._thread.check()
+
+    def end_step(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+
+    def close(self) -> None:
+        self.end_step()
+        self._thread.close()
+
+    async def _group(self, prompt: Prompt, turns: Turns) -> list[Made]:
+        settings = turn_settings(self._config, self._tokenizer, turns, self._clock)
+        count = self._config.rollout.n_samples_per_prompt
+        of_samples = await asyncio.gather(
+            *(self._one(prompt, Client(settings, prompt, index)) for index in range(count))
+        )
+        return [made for each in of_samples for made in each]
+
+    async def _one(self, prompt: Prompt, client: Client) -> list[Made]:
+        """Return the samples of one call; where it fails, one without a response, and why."""
+        custom = self._config.custom
+        asked = Asked(prompt, client.sample_index, self._weight_version)
+        async with self._at_once:
+            begun, timeout = self._clock(), asyncio.timeout(custom.generate_timeout_s)
+            try:
+                async with timeout:
+                    returned = await self._call(prompt, client)
+                passed_s = self._clock() - begun
+                asked = replace(asked, e2e_latency_s=passed_s, outside_s=max(0.0, passed_s - client.waited_s))
+                return made_of(returned, client.turns, asked)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - it is a user's function
+                asked = replace(asked, e2e_latency_s=self._clock() - begun)
+                if timeout.expired():
+                    limit = f"{custom.generate_timeout_s:g} s (--custom-generate-timeout)"
+                    return [failed(asked, f"{custom.generate} gave no sample within {limit}")]
+                text = f"{custom.generate}: {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
+                return [failed(asked, text)]
+
+    async def _call(self, prompt: Prompt, client: Client) -> Any:
+        rollout = self._config.rollout
+        rendered = self._config.task.apply_chat_template
+        text = self._tokenizer.decode(prompt.token_ids, skip_special=False) if rendered else prompt.text
+        sample = Sample(**sample_of(prompt, client.sample_index, text))
+        params = {
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "top_k": rollout.top_k,
+            "min_p": rollout.min_p,
+            "max_new_tokens": rollout.max_response_len,
+            "stop": list(rollout.stop),
+            "stop_token_ids": list(rollout.stop_token_ids),
+        }
+        besides: dict[str, Any] = {}
+        if takes(self._function, "client"):
+            besides["client"] = client
+        if takes(self._function, "evaluation"):
+            besides["evaluation"] = False
+        return await self._function(self._args, sample, params, **besides)
+
+
+def turn_settings(config: Config, tokenizer: Tokenizer, turns: Turns, clock: Callable[[], float]) -> TurnSettings:
+    limits = RequestLimits(tokenizer.vocab_size, config.rollout.longest, config.speculative.algorithm)
+    speculative = config.speculative
+    edit = speculative.edit and speculative.record.takes_advice
+    params = replace(sampling_params(config.rollout), edit=edit)
+    return TurnSettings(tokenizer, params, limits, config.run.seed, turns.submit, clock)

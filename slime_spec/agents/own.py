@@ -1,0 +1,101 @@
+"""Functions of a user's own are loaded by name and looked at before anything heavy starts."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from slime_spec.config.tree import Config, CustomConfig
+from slime_spec.errors import ConfigError
+from slime_spec.tasks.rewards import load_attribute
+
+OwnFunction = Callable[..., Any]
+
+# Functions that slime ships, under the names that its scripts give: what each is here, None where it is the default.
+NONZERO_STD, WITH_FALLBACK = "nonzero_std", "nonzero_std_with_fallback"
+SLIMES_FILTERS = "slime.rollout.filter_hub.dynamic_sampling_filters"
+FILTERS = {
+    NONZERO_STD: NONZERO_STD,
+    WITH_FALLBACK: WITH_FALLBACK,
+    f"{SLIMES_FILTERS}.check_reward_nonzero_std": NONZERO_STD,
+    f"{SLIMES_FILTERS}.check_reward_nonzero_std_with_fallback": WITH_FALLBACK,
+}
+SLIMES_ROLLOUT = "slime.rollout.sglang_rollout.generate_rollout"
+ABSENT_SLIME = re.compile(r"No module named 'slime['.]")
+WITHOUT_SLIME = (
+    "Write `from slime_spec.agents import Sample`, which has the attributes of slime's, and ask the client for turns "
+    "in place of GenerateState and post (docs/agents.md); or install slime beside this project."
+)
+# Setting of CustomConfig -> what its function is called with, and what an error shows.
+POSITIONAL = {
+    "generate": ("args", "sample", "sampling_params"),
+    "dynamic_filter": ("args", "samples"),
+    "sample_filter": ("args", "groups"),
+    "reward_post_process": ("args", "samples"),
+    "rollout": ("args", "rollout_id", "data_source"),
+    "rollout_log": ("rollout_id", "args", "samples", "rollout_extra_metrics", "rollout_time"),
+}
+# What a function may ask for besides, by the parameter's name.
+BY_NAME = ("client", "evaluation")
+
+
+def check_own_functions(config: Config) -> None:
+    """Raise ConfigError for a function that cannot be called; importing it runs the user's module."""
+    for name in POSITIONAL:
+        own_function(config.custom, name)
+
+
+def own_function(custom: CustomConfig, name: str) -> OwnFunction | None:
+    """Return the function that a setting of ``custom`` names; None for none, and for what this project does itself."""
+    path: str | None = getattr(custom, name)
+    if path is None or (name == "dynamic_filter" and path in FILTERS) or (name == "rollout" and path == SLIMES_ROLLOUT):
+        return None
+    setting, arguments = f"custom.{name}", POSITIONAL[name]
+    function = _loaded(setting, path)
+    form = f"{name}({', '.join(arguments)})"
+    if not callable(function):
+        raise ConfigError(setting, f"must name a function {form}", path, "Check the attribute.")
+    if name == "generate" and not _is_async(function):
+        rule, remedy = f"must name an async function {form}", "Write `async def`, and await the client's turns."
+        raise ConfigError(setting, rule, path, remedy)
+    _check_arguments(function, setting, path, arguments)
+    return function
+
+
+def takes(function: OwnFunction, argument: str) -> bool:
+    """Return whether a function has a parameter of this name, or takes any."""
+    parameters = inspect.signature(function).parameters
+    return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def _is_async(function: OwnFunction) -> bool:
+    of_object = getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is async
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(of_object)
+
+
+def _check_arguments(function: OwnFunction, setting: str, path: str, arguments: tuple[str, ...]) -> None:
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*arguments, **{each: None for each in BY_NAME if each in signature.parameters})
+    except TypeError as error:
+        rule = f"must name a function that is called with ({', '.join(arguments)}): {error}"
+        raise ConfigError(setting, rule, f"{path}{signature}", "Write these arguments.") from None
+
+
+def _loaded(setting: str, path: str) -> Any:
+    """Import what ``module.function`` or ``module:function`` names, from the current folder too."""
+    if os.getcwd() not in sys.path:  # a console script has its own folder there instead
+        sys.path.append(os.getcwd())
+    module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    if not module or not attribute:
+        raise ConfigError(setting, "must be a function's name", path, "Write module.function or module:function.")
+    try:
+        return load_attribute(setting, f"{module}:{attribute}")
+    except ConfigError as error:
+        if ABSENT_SLIME.search(error.rule):
+            raise ConfigError(setting, "needs slime, which is not installed here", path, WITHOUT_SLIME) from None
+        raise

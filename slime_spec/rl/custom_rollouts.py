@@ -1,0 +1,91 @@
+"""What functions of the user's own do with a step's samples: which count in the loss, with what advantage; a log."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from slime_spec.agents.as_slime import as_slime
+from slime_spec.agents.own import OwnFunction
+from slime_spec.errors import CustomFunctionError, shown
+from slime_spec.interfaces import RunState
+from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource
+from slime_spec.slime_sample import Args
+from slime_spec.types import Sample
+
+
+class CustomRollouts:
+    """Implements RolloutSource by another one, whose samples go through a user's filter, advantages and log.
+
+    What the log function returns changes nothing: the run's own metrics are written in any case.
+    """
+
+    def __init__(
+        self,
+        source: RolloutSource,
+        args: Args,
+        sample_filter: OwnFunction | None = None,
+        reward_post_process: OwnFunction | None = None,
+        rollout_log: OwnFunction | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source, self._args, self._clock = source, args, clock
+        self._filter, self._post_process, self._log = sample_filter, reward_post_process, rollout_log
+
+    def rollout(self, state: RunState, progress: Progress) -> Rollout:
+        """Give one step of the other source; raises CustomFunctionError where a function fails."""
+        begun = self._clock()
+        rollout = self._source.rollout(state, progress)
+        passed_s = self._clock() - begun
+        owns = rollout.owns or tuple(map(as_slime, rollout.samples))
+        samples, advantages = rollout.samples, rollout.advantages
+        if self._filter is not None:
+            samples = self._filtered(samples, owns)
+        if self._post_process is not None:
+            advantages = self._advantages(samples, owns)
+        if self._log is not None:
+            extra = dict(rollout.metrics)
+            _called("custom_rollout_log", self._log, state.rollout_id, self._args, list(owns), extra, passed_s)
+        return replace(rollout, samples=samples, owns=owns, advantages=advantages)
+
+    def _filtered(self, samples: Sequence[Sample], owns: Sequence[Any]) -> list[Sample]:
+        """Return the samples, of which those with remove_sample do not count in the loss."""
+        assert self._filter is not None, "it is asked for where there is one"
+        pairs = list(zip(samples, owns, strict=True))
+        groups = [[own for _, own in group] for _, group in groupby(pairs, lambda pair: pair[0].prompt.prompt_id)]
+        _called("rollout_sample_filter", self._filter, self._args, groups)
+        return [
+            replace(sample, response=replace(sample.response, loss_mask=(0,) * len(sample.response.token_ids)))
+            if own.remove_sample
+            else sample
+            for sample, own in pairs
+        ]
+
+    def _advantages(self, samples: Sequence[Sample], owns: Sequence[Any]) -> tuple[float | None, ...]:
+        """Return an advantage for each scored sample, None for the others."""
+        assert self._post_process is not None, "it is asked for where there is one"
+        scored = [own for sample, own in zip(samples, owns, strict=True) if sample.reward is not None]
+        given = _called("custom_reward_post_process", self._post_process, self._args, scored)
+        try:
+            _, advantages = given
+            numbers = [float(each) for each in advantages]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) != len(scored) or not all(map(math.isfinite, numbers)):
+            raise CustomFunctionError(
+                "custom_reward_post_process must return (raw rewards, advantages), with a finite number for each of "
+                f"{len(scored)} samples; it was {shown(given)}"
+            )
+        left = iter(numbers)
+        return tuple(None if sample.reward is None else next(left) for sample in samples)
+
+
+def _called(name: str, function: OwnFunction, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise CustomFunctionError(f"{name} raised {type(error).__name__}: {error}") from error

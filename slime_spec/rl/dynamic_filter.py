@@ -1,0 +1,64 @@
+"""A dynamic filter drops groups that teach nothing, and others take their place (DAPO, arXiv:2503.14476)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slime_spec.agents.own import FILTERS, WITH_FALLBACK, OwnFunction
+from slime_spec.errors import CustomFunctionError
+from slime_spec.slime_sample import Args
+from slime_spec.types import Sample
+
+NO_REWARD = "no_reward"
+LEAST_STD = 1e-6  # slime's
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Says whether a group is kept, else why not; ``fills``: it is kept all the same where too few others are."""
+
+    keep: bool
+    reason: str = ""
+    fills: bool = False
+
+
+# Judges a group by its samples, and by the same as functions of a user's own see them.
+Filter = Callable[[Sequence[Sample], Sequence[Any]], Judgement]
+
+
+def keep_all(samples: Sequence[Sample], owns: Sequence[Any]) -> Judgement:
+    return Judgement(True)
+
+
+def nonzero_std(rewards: Sequence[float], fills: bool = False) -> Judgement:
+    """Keep groups whose rewards differ: the others have advantage 0 throughout. The reasons are slime's."""
+    keep = len(rewards) > 1 and statistics.stdev(rewards) > LEAST_STD
+    return Judgement(keep, "" if keep else f"zero_std_{round(rewards[0], 1)}", fills)
+
+
+def make_filter(name: str, function: OwnFunction | None, args: Args) -> Filter:
+    """Return the filter that custom.dynamic_filter names; it judges scored samples alone.
+
+    A group without any is dropped, with the reason NO_REWARD.
+    """
+    fills = FILTERS.get(name) == WITH_FALLBACK
+
+    def judge(samples: Sequence[Sample], owns: Sequence[Any]) -> Judgement:
+        rewards = [sample.reward for sample in samples if sample.reward is not None]
+        if not rewards:
+            return Judgement(False, NO_REWARD, fills)
+        if function is None:
+            return nonzero_std(rewards, fills)
+        scored = [own for own, sample in zip(owns, samples, strict=True) if sample.reward is not None]
+        try:
+            given = function(args, scored)
+            keep = bool(getattr(given, "keep", given))
+        except Exception as error:
+            raise CustomFunctionError(f"the filter {name} raised {type(error).__name__}: {error}") from error
+        reason = getattr(given, "reason", None)
+        return Judgement(keep, str(reason or "filter"), bool(getattr(given, "keep_when_insufficient", False)))
+
+    return judge

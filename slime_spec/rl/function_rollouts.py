@@ -1,0 +1,189 @@
+"""A step that a rollout function of the user's own makes as a whole, in slime's signature.
+
+function(args, rollout_id, data_source, evaluation=False)        sync, or async
+    data_source.get_samples(n)      n prompts' groups of samples: list[list[Sample]]
+    data_source.add_samples(groups) groups that a later get_samples gives again
+    data_source.client(sample)      the Client of a sample's turns
+returns groups of samples with rewards, list[list[Sample]], or an object with samples and metrics
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from slime_spec.agents.client import Client, TurnSettings
+from slime_spec.agents.function_groups import turn_settings
+from slime_spec.agents.function_thread import Turns
+from slime_spec.agents.own import OwnFunction, takes
+from slime_spec.agents.returned import Asked, Made, ReturnedError, failed, made_of, sample_of
+from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.config.tree import Config
+from slime_spec.errors import ConfigError, CustomFunctionError, shown
+from slime_spec.interfaces import Engines, RunState
+from slime_spec.metrics.table import metric
+from slime_spec.request_feed import RequestFeed
+from slime_spec.rl.rollouts import Progress, Rollout
+from slime_spec.slime_sample import Args, Sample
+from slime_spec.tasks.judge import users_traceback, verdict_of
+from slime_spec.types import Prompt
+from slime_spec.types import Sample as Scored
+
+logger = logging.getLogger(__name__)
+
+TakePrompts = Callable[[int, int], Sequence[Prompt]]
+Groups = list[list[Any]]
+
+
+class DataSource:
+    """Gives a rollout function prompts, as slime's data source does, and clients for their samples."""
+
+    def __init__(self, take: Callable[[int], Sequence[Prompt]], num_samples: int, settings: TurnSettings) -> None:
+        self._take, self._num_samples, self._settings = take, num_samples, settings
+        self._lock = threading.Lock()
+        self._clients: dict[tuple[int, int], Client] = {}
+        self.prompts: dict[int, Prompt] = {}
+        self.returned: Groups = []
+
+    def get_samples(self, num_samples: int) -> Groups:
+        """Return so many prompts' groups; those that were added before come first."""
+        with self._lock:
+            again, self.returned = self.returned[:num_samples], self.returned[num_samples:]
+            prompts = self._take(num_samples - len(again))
+            self.prompts |= {prompt.prompt_id: prompt for prompt in prompts}
+        return again + [
+            [Sample(**sample_of(prompt, index, prompt.text)) for index in range(self._num_samples)]
+            for prompt in prompts
+        ]
+
+    def add_samples(self, samples: Groups) -> None:
+        """Keep groups for a later step; they live as long as the run's process."""
+        with self._lock:
+            self.returned += samples
+
+    def client(self, sample: Any) -> Client:
+        """Return the client of a sample that came from here; the same at each call."""
+        key = (int(sample.group_index), int(sample.index))
+        with self._lock:
+            return self._clients.setdefault(key, Client(self._settings, self.prompts[key[0]], key[1]))
+
+    def made(self, own: Any, weight_version: int) -> list[Made]:
+        """Return what is trained on of a sample that the function returned."""
+        group, index = getattr(own, "group_index", None), getattr(own, "index", None)
+        prompt = self.prompts.get(group) if isinstance(group, int) else None
+        if prompt is None or not isinstance(index, int):
+            raise CustomFunctionError(
+                f"the rollout function returned a sample of no prompt that it got: {shown(group)}"
+            )
+        asked, client = Asked(prompt, index, weight_version), self._clients.get((prompt.prompt_id, index))
+        try:
+            return made_of(own, [] if client is None else client.turns, asked)
+        except ReturnedError as error:
+            return [failed(asked, str(error))]
+
+
+class FunctionRollouts:
+    """Implements RolloutSource by a user's rollout function, which runs in a thread beside the engines."""
+
+    def __init__(
+        self,
+        config: Config,
+        engines: Engines,
+        take_prompts: TakePrompts,
+        function: OwnFunction,
+        tokenizer: Tokenizer,
+        args: Args,
+    ) -> None:
+        self._config, self._engines, self._take_prompts = config, engines, take_prompts
+        self._function, self._tokenizer, self._args = function, tokenizer, args
+        self._kept: DataSource | None = None
+
+    def rollout(self, state: RunState, progress: Progress) -> Rollout:
+        """Call the function once; raises CustomFunctionError where it fails or returns something else."""
+        next_prompt_id = state.next_prompt_id
+
+        def take(num: int) -> Sequence[Prompt]:
+            nonlocal next_prompt_id
+            next_prompt_id += num
+            return self._take_prompts(num, next_prompt_id - num)
+
+        feed = RequestFeed()
+        turns = Turns(feed)
+        settings = turn_settings(self._config, self._tokenizer, turns, time.monotonic)
+        source = DataSource(take, self._config.rollout.n_samples_per_prompt, settings)
+        if self._kept is not None:
+            source.returned, source.prompts = self._kept.returned, dict(self._kept.prompts)
+        wanted = self._config.rollout.batch_size * self._config.rollout.n_samples_per_prompt
+        progress(0, wanted)
+        threads = ThreadPoolExecutor(1, thread_name_prefix="rollout function")
+        try:
+            returned: Future[Any] = threads.submit(self._call, state.rollout_id, source)
+            returned.add_done_callback(lambda _: feed.close())
+            for response in self._engines.generate(feed):
+                turns.arrived(response)
+            output = returned.result()
+        finally:
+            feed.close()
+            threads.shutdown(wait=False, cancel_futures=True)
+        self._kept = source
+        groups = _groups(getattr(output, "samples", output))
+        samples, owns = self._scored(groups, source, state.weight_version)
+        progress(len(samples), wanted)
+        return Rollout(samples, next_prompt_id, metrics=_metrics(getattr(output, "metrics", None)), owns=tuple(owns))
+
+    def _call(self, rollout_id: int, source: DataSource) -> Any:
+        besides = {"evaluation": False} if takes(self._function, "evaluation") else {}
+        try:
+            output = self._function(self._args, rollout_id, source, **besides)
+            return asyncio.run(_awaited(output)) if inspect.isawaitable(output) else output
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is a user's function
+            name = self._config.custom.rollout
+            text = f"{name}: {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
+            raise CustomFunctionError(text) from None
+
+    def _scored(self, groups: Groups, source: DataSource, version: int) -> tuple[list[Scored], list[Any]]:
+        scored = []
+        for own in (own for group in groups for own in group):
+            for made in source.made(own, version):
+                verdict = verdict_of(own.reward, self._config.task.reward_key)
+                error = made.error or verdict.error
+                reward = None if error else verdict.reward
+                scored.append((Scored(made.prompt, made.response, str(own.response), reward, error), own))
+        scored.sort(key=lambda pair: (pair[0].prompt.prompt_id, pair[0].response.sample_index))
+        for sample, _ in scored:
+            if sample.error:
+                where = (sample.prompt.prompt_id, sample.response.sample_index, sample.error)
+                logger.warning("excluded sample prompt_id=%d sample=%d error=%r", *where)
+        return [sample for sample, _ in scored], [own for _, own in scored]
+
+
+async def _awaited(output: Any) -> Any:
+    return await output
+
+
+def _groups(given: Any) -> Groups:
+    """Return groups of samples, a fanned-out group's in one list; raises CustomFunctionError for anything else."""
+    if not isinstance(given, list) or not given or not all(isinstance(group, list) for group in given):
+        rule = "the rollout function must return groups of samples, list[list[Sample]], or an object that has them"
+        raise CustomFunctionError(f"{rule} as samples; it was {shown(given)}")
+    return [[own for each in group for own in (each if isinstance(each, list) else [each])] for group in given]
+
+
+def _metrics(given: Any) -> dict[str, float]:
+    """Return the metrics that have a row in the table; the others are logged."""
+    known, others = {}, {}
+    for name, value in dict(given or {}).items():
+        try:
+            metric(str(name))
+            known[str(name)] = float(value)
+        except (ConfigError, TypeError, ValueError):
+            others[name] = value
+    if others:
+        logger.info("metrics of the rollout function, which are in no table: %s", others)
+    return known
