@@ -33,6 +33,9 @@ SLIMES = """
 --weight-decay --num-gpus-per-node
 --custom-generate-function-path --custom-reward-post-process-path --custom-rollout-log-function-path
 --dynamic-sampling-filter-path --rollout-function-path --rollout-max-context-len --rollout-sample-filter-path
+--eval-prompt-data --eval-interval --eval-max-response-len --eval-max-prompt-len --eval-top-p --eval-top-k
+--eval-temperature --n-samples-per-eval-prompt --eval-config --eval-input-key --eval-label-key --eval-tool-key
+--eval-reward-key --skip-eval-before-train
 --disable-grpo-std-normalization --check-weight-update-equal --seed --use-rollout-routing-replay
 """
 # Remedy -> the flags of slime that are unknown here.
@@ -62,11 +65,8 @@ UNKNOWN: Mapping[str, str] = {
 --recompute-granularity --recompute-method --recompute-num-layers""",
     "Pass `--global-batch-size` alone.": "--num-steps-per-rollout",
     "Pass `--ray-address` to join a cluster; this project submits no Ray job.": "--runtime-env-json",
-    "Not in this version: evaluation during the run.": """
---eval-prompt-data --eval-interval --eval-max-response-len --eval-top-p --eval-top-k --eval-temperature
---n-samples-per-eval-prompt --eval-config""",
-    "Not in this version: objectives beyond GRPO.": """
---entropy-coef --kl-coef --use-opd --loss-type
+    "Not in this version: objectives and filters beyond GRPO.": """
+--entropy-coef --kl-coef --dynamic-sampling-filter-path --use-opd --loss-type
 --disable-compute-advantages-and-returns""",
     "Not in this version: these ways to spare the trainer's memory or time.": """
 --sequence-parallel --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ OTHER_FOLDER = "Pass another --run-name or --output-dir, or resume with --load C
 
 # The files of rows, with the key that says which step a row is of.
 ROWS = {METRICS: "step", "samples.jsonl": "rollout_id"}
+EVALUATION = re.compile(r"step_(\d+)\.jsonl")
 SOURCE = Path(__file__).resolve().parent.parent
 
 
@@ -46,6 +48,7 @@ class RunFolder:
     report.html       the page of slime-spec report, unless metrics.report_interval=0
     tensorboard/      event files, with --use-tensorboard
     samples.jsonl     one line per sample, with --save-samples
+    eval/step_N.jsonl an evaluation before step N: a line per set, and with --save-samples one per sample
     checkpoints/      the trainer's
     hf/               the policy at the end, as a Hugging Face checkpoint
     """
@@ -86,7 +89,7 @@ class RunFolder:
     def begin_at(self, rollout_id: int) -> None:
         """Set aside, in the first free numbered files, the rows of an earlier run that this run will write again.
 
-        They are the rows of the steps from ``rollout_id`` on: all of them, where the run starts anew. Raises
+        They are the rows and evaluations of the steps from ``rollout_id`` on: all, where the run starts anew. Raises
         ConfigError where the disk is full.
         """
         try:
@@ -96,6 +99,9 @@ class RunFolder:
                     logger.info("set aside earlier rows from_step=%d file=%s to=%s", rollout_id, name, aside)
                 if aside is not None and name == METRICS and (self.path / WANDB_ID).exists():
                     self._go_on_in_wandb(rollout_id, aside)
+            for file in (self.path / "eval").glob("step_*.jsonl"):
+                if (found := EVALUATION.fullmatch(file.name)) and int(found[1]) >= rollout_id:
+                    _set_aside(file)
         except OSError as error:
             raise _unwritable(self.setting, self.path, error) from None
 
@@ -129,6 +135,9 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples.jsonl"
+
+    def evaluation(self, step: int) -> Path:
+        return self.path / "eval" / f"step_{step}.jsonl"
 
     @property
     def log(self) -> Path:

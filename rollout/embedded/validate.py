@@ -45,11 +45,11 @@ def limits_of(config: Config, spec: ModelSpec) -> RequestLimits:
 def check_kv_cache(config: Config, spec: ModelSpec) -> RequestLimits:
     """Return the limits; raises ConfigError where the KV cache does not hold the rollout's longest sequence."""
     limits = limits_of(config, spec)
-    longest = config.rollout.longest + limits.headroom
+    longest = config.longest + limits.headroom
     if longest <= limits.max_total_tokens:
         return limits
-    rule = f"must hold one sequence: {config.rollout.longest_is}{limits.drafted} = {longest} tokens"
-    lower = "lower --rollout-max-prompt-len or --rollout-max-response-len."
+    rule = f"must hold one sequence: {config.longest_is}{limits.drafted} = {longest} tokens"
+    lower = f"lower {config.flags_of_longest}."
     if config.engine.max_total_tokens is not None:
         raise ConfigError(
             "engine.max_total_tokens", rule, limits.max_total_tokens, f"Raise --sglang-max-total-tokens, or {lower}"

@@ -8,6 +8,7 @@ from datetime import date
 from slime_spec.config.api_key import refuse_literal_keys
 from slime_spec.config.custom_checks import check_custom
 from slime_spec.config.draft_training import DraftTrainingConfig
+from slime_spec.config.eval_checks import check_evaluation, evaluation_notes
 from slime_spec.config.server_checks import check_servers, server_notes, unused_server_settings
 from slime_spec.config.speculation import check_speculation, speculation_notes
 from slime_spec.config.tree import Config, RolloutConfig, TaskConfig, TrainerConfig
@@ -25,6 +26,7 @@ def check(config: Config) -> None:
     _check_chat_date(config.task)
     check_speculation(config)
     _check_lengths(config)
+    check_evaluation(config)
     if config.run.mode != "train_only":
         _check_sampling(config)
         check_custom(config)
@@ -53,6 +55,7 @@ def notes(config: Config) -> Iterator[str]:
         yield "A run of rollouts alone trains no draft, and --enable-draft-training has no effect."
     if config.run.mode == "train_only" and any((config.custom.generate, config.custom.rollout)):
         yield "Saved rollouts are trained on as they are, and functions that generate have no effect."
+    yield from evaluation_notes(config)
     if config.run.mode != "train_only" and not has_servers:
         yield from unused_server_settings(config)
     if config.run.mode != "train_only":
@@ -112,7 +115,7 @@ def _check_task(config: Config) -> None:
             task.prompt_data,
             "Drop --task (write task.names=[] where an experiment sets it), or drop --prompt-data.",
         )
-    if task.prompt_data is None:
+    if task.prompt_data is None and not (config.eval.prompt_data or config.eval.config):
         for name in ("reward", "input_key", "label_key", "advice_key", "tool_key", "refuse_overlong_prompts"):
             if getattr(task, name) != getattr(TaskConfig(), name):
                 raise ConfigError(
@@ -138,20 +141,19 @@ def _check_chat_date(task: TaskConfig) -> None:
 
 
 def _check_lengths(config: Config) -> None:
-    rollout, engine = config.rollout, config.engine
-    longest = rollout.longest
-    remedy = "Lower --rollout-max-prompt-len or --rollout-max-response-len, or raise "
+    engine, longest = config.engine, config.longest
+    remedy = f"Lower {config.flags_of_longest}, or raise "
     if engine.context_length is not None and longest > engine.context_length:
         raise ConfigError(
             "engine.context_length",
-            f"must hold {rollout.longest_is} = {longest} tokens",
+            f"must hold {config.longest_is} = {longest} tokens",
             engine.context_length,
             f"{remedy}--sglang-context-length.",
         )
     if engine.max_total_tokens is not None and longest > engine.max_total_tokens:
         raise ConfigError(
             "engine.max_total_tokens",
-            f"must hold one sequence: {rollout.longest_is} = {longest} tokens",
+            f"must hold one sequence: {config.longest_is} = {longest} tokens",
             engine.max_total_tokens,
             f"{remedy}--sglang-max-total-tokens.",
         )

@@ -15,6 +15,7 @@ from slime_spec.config.cluster import ClusterConfig
 from slime_spec.config.custom import CustomConfig
 from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.engine import EngineConfig
+from slime_spec.config.evaluation import EvalConfig
 from slime_spec.config.metrics import MetricsConfig
 from slime_spec.config.push import PushConfig
 from slime_spec.config.rollout import RolloutConfig
@@ -67,6 +68,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     custom: CustomConfig = field(default_factory=CustomConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     sglang_server: SglangServerConfig = field(default_factory=SglangServerConfig)
@@ -78,6 +80,31 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     # Every other ServerArgs flag given as --sglang-<flag>, typed by the checked-in table; for the SGLang engine.
     sglang: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def evaluates(self) -> bool:
+        """Return whether the run is evaluated: a run without engines cannot be."""
+        return self.eval.interval is not None and self.eval.has_sets and self.run.mode != "train_only"
+
+    @property
+    def longest(self) -> int:
+        """Return the number of tokens of the longest sequence that engines may hold: a rollout's or an evaluation's."""
+        if not self.evaluates:
+            return self.rollout.longest
+        prompt = self.eval.max_prompt_len or self.rollout.max_prompt_len
+        return max(self.rollout.longest, prompt + (self.eval.max_response_len or self.rollout.max_response_len))
+
+    @property
+    def longest_is(self) -> str:
+        """Return how an error names ``longest``."""
+        own = self.longest == self.rollout.longest
+        return self.rollout.longest_is if own else "eval.max_prompt_len + eval.max_response_len"
+
+    @property
+    def flags_of_longest(self) -> str:
+        """Return the flags that bound ``longest``, for errors about it."""
+        whose = "rollout" if self.longest == self.rollout.longest else "eval"
+        return f"--{whose}-max-prompt-len or --{whose}-max-response-len"
 
     @property
     def engines_leave(self) -> bool:

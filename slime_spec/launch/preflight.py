@@ -27,6 +27,7 @@ from slime_spec.checkpoints.tensors import verify_headers, verify_tensors
 from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.build import to_yaml
 from slime_spec.config.draft_training import MTP, DraftTrainingConfig, check_loss
+from slime_spec.config.eval_sets import eval_sets
 from slime_spec.config.speculation import FP8_CAPABILITY, check_fp8
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
@@ -43,6 +44,7 @@ from slime_spec.preflight.routing import check_routing_replay
 from slime_spec.rl.rollout_data import check_rollout_data
 from slime_spec.run_folder import CHECKPOINTS, check_run_folder, folder_of
 from slime_spec.speculation.corpus import corpus_lines
+from slime_spec.tasks.eval_prompts import EvalPrompts
 from slime_spec.tasks.source import PromptSource, load_tasks
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
 from trainer_bridge.layout import check_layout
@@ -62,12 +64,20 @@ class Inputs:
     """Holds the inputs that a run reads before heavy parts start.
 
     There is no ``spec`` for a family that only SGLang runs, and no ``load`` for a run that starts anew.
+    ``eval_prompts`` are those of a run that is evaluated.
     """
 
     spec: ModelSpec | None
     tokenizer: Tokenizer
     prompts: PromptSource
     load: str | None
+    eval_prompts: tuple[EvalPrompts, ...] = ()
+
+    def close(self) -> None:
+        """End what scores the prompts."""
+        self.prompts.close()
+        for each in self.eval_prompts:
+            each.close()
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class Preflight:
     def close(self) -> None:
         """End what scores the prompts; for those who do not start the run."""
         if self.inputs is not None:
-            self.inputs.prompts.close()
+            self.inputs.close()
 
 
 class _Refusals:
@@ -168,7 +178,14 @@ def _inputs(config: Config, refusals: _Refusals) -> Inputs | None:
         refusals.of(load_tasks, config.task)  # their errors can be told all the same
         return None
     prompts = refusals.of(PromptSource, config, tokenizer)
-    return None if prompts is None else Inputs(spec, tokenizer, prompts, load)
+    sets = (refusals.of(eval_sets, config) or ()) if config.evaluates else ()
+    of_sets = (refusals.of(EvalPrompts.load, each, tokenizer) for each in sets)
+    eval_prompts = tuple(each for each in of_sets if each is not None)
+    if prompts is not None:
+        return Inputs(spec, tokenizer, prompts, load, eval_prompts)
+    for each in eval_prompts:
+        each.close()
+    return None
 
 
 def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
@@ -275,13 +292,13 @@ def _target_spec(config: Config) -> ModelSpec | None:
 
 
 def _check_context(config: Config, spec: ModelSpec) -> None:
-    longest = config.rollout.longest
+    longest = config.longest
     if longest > spec.max_position_embeddings:
         raise ConfigError(
             "rollout.max_prompt_len",
             f"with max_response_len must fit the model's context of {spec.max_position_embeddings} tokens",
             longest,
-            "Lower --rollout-max-prompt-len or --rollout-max-response-len.",
+            f"Lower {config.flags_of_longest}.",
         )
     if config.run.mode != "train_only" and kind_of(config).runs_built_decoders:
         check_kv_cache(config, spec)

@@ -28,12 +28,15 @@ from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
 from slime_spec.placement import Placement
 from slime_spec.rl.draft_in_training import DraftInTraining
-from slime_spec.rl.loop import Job, first_state, run_loop
+from slime_spec.rl.eval_file import write_evaluation
+from slime_spec.rl.evaluation import Evaluated, Evaluation
+from slime_spec.rl.loop import Job, evaluate_end, first_state, run_loop
 from slime_spec.rl.rollout_data import save_rollout
 from slime_spec.rl.samples_file import append_samples
 from slime_spec.run_folder import RunFolder, folder_of
 from slime_spec.run_log import RunLog
 from slime_spec.stop import StopSignals
+from slime_spec.tasks.eval_prompts import EvalPrompts
 from slime_spec.types import EngineStats, Sample
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
 
@@ -58,7 +61,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
     with ExitStack() as parts, stop.limited_clean_up():
         with stop.interruptible():
             inputs = look(made).checked()
-            parts.enter_context(closing(inputs.prompts))
+            parts.enter_context(closing(inputs))
             logger.info("first prompt %s", inputs.prompts.first_shown())
             folder = parts.enter_context(_run_folder(config, argv, inputs.load))
             run_log.write_to(folder.log)
@@ -86,6 +89,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             progress=lambda phase: partial(log.progress, phase),
             stop=stop,
             draft=draft,
+            evaluation=_evaluation(config, inputs.eval_prompts, engines, folder),
         )
         finish(job, state, partial(_export, trainer, config, folder))
         if stop.asked:
@@ -97,7 +101,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
 
 
 def finish(job: Job, state: RunState, export: Callable[[RunState], None]) -> None:
-    """Run the loop, then export, each until a signal.
+    """Run the loop, then export, then evaluate the end, each until a signal.
 
     A signal to all processes of a job ends the trainer or an engine too: that is an end in order.
     """
@@ -109,6 +113,7 @@ def finish(job: Job, state: RunState, export: Callable[[RunState], None]) -> Non
         state = run_loop(job, state)
         if not job.stop.asked:
             export(state)
+            evaluate_end(job, state)
     except (RayError, EngineProcessDied) as error:
         if not job.stop.asked:
             raise
@@ -190,6 +195,18 @@ def _trainer(config: Config, placement: Placement) -> Trainer:
     from trainer_bridge.megatron.group import MegatronGroup
 
     return MegatronGroup(config, placement)
+
+
+def _evaluation(
+    config: Config, prompts: Sequence[EvalPrompts], engines: Engines | None, folder: RunFolder
+) -> Evaluation | None:
+    if engines is None or not prompts:
+        return None
+
+    def keep(step: int, evaluated: Sequence[Evaluated]) -> None:
+        write_evaluation(folder.evaluation(step), step, evaluated, config.run.save_samples)
+
+    return Evaluation(config.eval, prompts, engines, keep)
 
 
 def _keep_samples(

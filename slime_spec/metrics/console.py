@@ -63,6 +63,9 @@ class ConsoleSink:
         self._bars.update(self._phase, description=phase, completed=done, total=wanted)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Show a step's line; the row after the last step has the evaluation of the end, which the log shows."""
+        if step >= self._num_steps:
+            return
         self._rows[step] = dict(values)
         line = step_line(step, self._num_steps, values)
         for part in wrapped(line, min(self._console.width, WIDEST) if self._console.is_terminal else WIDEST):

@@ -158,7 +158,7 @@ def _engine(facts: Facts, itemsize: int, counted: Parameters) -> EngineMemory:
         draft_bytes = _draft_bytes(facts, facts.draft)
         elements += cached(facts.draft.config) or 0
     num_sequences = min(config.engine.max_running_requests, facts.samples_per_engine)
-    num_tokens = num_sequences * (facts.config.rollout.longest + (facts.shape.headroom if facts.speculates else 0))
+    num_tokens = num_sequences * (facts.config.longest + (facts.shape.headroom if facts.speculates else 0))
     if config.engine.max_total_tokens is not None:
         num_tokens = min(num_tokens, config.engine.max_total_tokens)
     return EngineMemory(

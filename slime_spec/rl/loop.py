@@ -2,7 +2,7 @@
 
     rollouts ─► samples ─► group advantages ─► trainer.step ─► push to every engine ─► metrics
        ▲                        (engines' memory is released meanwhile)     │
-       └───────────────────────── weights, version v+1 ◄───────────────────┘
+       └───────────── evaluation, if due ◄── weights, version v+1 ◄────────┘
 
 Without a trainer it is a rollout-only run; without engines it trains on saved rollouts.
 """
@@ -23,6 +23,7 @@ from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
 from slime_spec.rl.advantages import train_batch
 from slime_spec.rl.clock import PhaseClock
 from slime_spec.rl.draft_in_training import DraftInTraining
+from slime_spec.rl.evaluation import Evaluation
 from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource
 from slime_spec.stop import StopSignals
 from slime_spec.types import EngineStats, Sample
@@ -45,6 +46,7 @@ class Job:
     progress: Callable[[str], Progress]
     stop: StopSignals
     draft: DraftInTraining | None = None
+    evaluation: Evaluation | None = None
 
 
 def first_state(
@@ -80,8 +82,9 @@ def run_loop(job: Job, state: RunState) -> RunState:
     interval = None if job.trainer is None else job.config.save_interval
     saved = state
     while state.rollout_id < job.config.run.num_rollout and not job.stop.asked:
-        clock = PhaseClock()
-        try:  # in a rollout the trainer's weights are those of the step before
+        try:  # until the rollout has ended the trainer's weights are those of the step before
+            evaluated = _evaluate(job, state)
+            clock = PhaseClock()
             before, rollout = _roll_out(job, state, clock)
         except KeyboardInterrupt:
             if not job.stop.asked:
@@ -93,7 +96,7 @@ def run_loop(job: Job, state: RunState) -> RunState:
                 job.save(state)
             raise
         metrics, after = _train_and_push(job, state, rollout, before, clock)
-        job.log(state.rollout_id, metrics)
+        job.log(state.rollout_id, metrics | evaluated)
         state = after
         if interval and state.rollout_id % interval == 0:
             job.save(state)
@@ -101,6 +104,37 @@ def run_loop(job: Job, state: RunState) -> RunState:
     if interval and state != saved:
         job.save(state)
     return state
+
+
+def evaluate_end(job: Job, state: RunState) -> None:
+    """Evaluate the weights at the run's end, where evaluations are due, in a row of metrics after the last step's.
+
+    Weights that no push has brought to the engines are pushed first: the end is evaluated, not the last push.
+    """
+    evaluation, engines = job.evaluation, job.engines
+    if evaluation is None or engines is None or state.rollout_id < job.config.run.num_rollout:
+        return
+    metrics: dict[str, float] = {}
+    if job.trainer is not None and state.is_ahead:
+        state = replace(state, weight_version=state.weight_version + 1, is_ahead=False)
+        metrics = push_weights(job.config, job.trainer, engines, state.weight_version, PhaseClock())
+    try:
+        evaluated = _evaluate(job, state)
+    except KeyboardInterrupt:
+        if not job.stop.asked:
+            raise
+        return
+    if evaluated:
+        job.log(state.rollout_id, metrics | evaluated)
+
+
+def _evaluate(job: Job, state: RunState) -> dict[str, float]:
+    """Return the metrics of the weights that the engines have before a step, where their evaluation is due."""
+    evaluation, num_steps = job.evaluation, job.config.run.num_rollout
+    if evaluation is None or not evaluation.is_due(state.rollout_id, state.weight_version, num_steps):
+        return {}
+    with job.stop.interruptible():
+        return evaluation.evaluate(state.rollout_id, state.weight_version, job.progress("eval"))
 
 
 def _roll_out(job: Job, state: RunState, clock: PhaseClock) -> tuple[Sequence[EngineStats], Rollout]:

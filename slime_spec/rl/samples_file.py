@@ -22,7 +22,7 @@ def append_samples(path: Path, rollout_id: int, samples: Sequence[Sample]) -> No
      "answer": "5", "reward": 1.0, "error": "", "meta_info": {...SGLang's fields...}}
     """
     # A task of the user's own may give any object as the answer, and a reward may raise any text.
-    lines = [json.dumps(_row(rollout_id, sample), ensure_ascii=False, default=repr) for sample in samples]
+    lines = [json.dumps(sample_row(rollout_id, sample), ensure_ascii=False, default=repr) for sample in samples]
     try:
         with LineFile(path) as file:
             file.append(*lines)
@@ -30,7 +30,8 @@ def append_samples(path: Path, rollout_id: int, samples: Sequence[Sample]) -> No
         logger.warning("samples not written path=%s rollout_id=%d samples=%d: %s", path, rollout_id, len(lines), error)
 
 
-def _row(rollout_id: int, sample: Sample) -> dict[str, object]:
+def sample_row(rollout_id: int, sample: Sample) -> dict[str, object]:
+    """Return a sample's line as plain data; see append_samples."""
     return {
         "rollout_id": rollout_id,
         "prompt_id": sample.prompt.prompt_id,

@@ -91,7 +91,7 @@ def expected_flags(config: Config) -> dict[str, object]:
     flags |= {
         ALGORITHM: config.speculative.algorithm,
         "dtype": config.engine.dtype,
-        "context_length": config.engine.context_length or config.rollout.longest,
+        "context_length": config.engine.context_length or config.longest,
         **{dest: value for dest, value in config.sglang.items() if value is not None},
     }
     if config.rollout.routing_replay:

@@ -69,6 +69,12 @@ class PromptSource:
         texts = [own.response for own in owns] or [self._tokenizer.decode(each.token_ids) for each in responses]
         return self._scorers[prompt.task].score(prompt, responses, texts, owns)
 
+    def rows(self) -> tuple[Prompt, ...]:
+        """Return the prompts of the data file's rows, once each and in the file's order, with their places as ids."""
+        (task,) = self._tasks
+        assert isinstance(task, JsonlTask), "built-in tasks have no rows"
+        return tuple(self._made(number, task, *row) for number, row in enumerate(task.rows))
+
     def close(self) -> None:
         """End the processes of rewards."""
         self._opened.close()
@@ -85,7 +91,11 @@ class PromptSource:
         index, turn = divmod(prompt_id, len(self._tasks))
         task = self._tasks[turn]
         where = f"problem {index} of task {task.name}"
-        problem = _checked(task.problem(index, self._config.run.seed), where)
+        return self._made(prompt_id, task, where, task.problem(index, self._config.run.seed))
+
+    def _made(self, prompt_id: int, task: Task, where: str, given: Problem) -> Prompt:
+        """Return the prompt of a task's problem; raises ConfigError that names ``where`` the problem is."""
+        problem = _checked(given, where)
         ids = self._token_ids(problem, where)
         if len(ids) > self._config.rollout.max_prompt_len:
             raise self._overlong(where, len(ids))

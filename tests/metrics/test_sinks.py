@@ -202,6 +202,16 @@ def test_the_tables_at_the_end_of_a_run_fit_the_terminal(columns: int) -> None:
     assert [name for name, _, _ in LINE if not any(name in line for line in lines)] == []
 
 
+def test_the_evaluation_of_the_end_is_no_step_of_the_console() -> None:
+    written = io.StringIO()
+    sink = ConsoleSink(1, Console(file=written, width=60))
+    sink.write(0, STEP)
+    sink.write(1, {"eval/aime": 0.5})
+    sink.close()
+    assert written.getvalue().count("finished") == 1
+    assert "1 steps" in written.getvalue()
+
+
 def test_on_a_terminal_the_console_shows_the_steps_and_the_phase_that_runs() -> None:
     written = io.StringIO()
     sink = ConsoleSink(4, Console(file=written, width=100, force_terminal=True, color_system=None))

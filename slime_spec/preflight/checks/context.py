@@ -71,14 +71,14 @@ def draft_length(facts: Facts) -> Sighting | None:
 )
 def context_length(facts: Facts) -> Sighting | None:
     own, asked = facts.target.context_length, facts.config.engine.context_length
-    if own is None or max(asked or 0, facts.config.rollout.longest) <= own:
+    if own is None or max(asked or 0, facts.config.longest) <= own:
         return None
     if facts.environ.get(OVERWRITE, "").lower() in ("1", "true"):
         return None
     return Sighting(
         Severity.ERROR,
         f"the target has max_position_embeddings {own}; the context is {asked or own}, the longest sequence "
-        f"{facts.config.rollout.longest}",
+        f"{facts.config.longest}",
         f"Pass --sglang-context-length {own}, and prompt and response lengths below it.",
         ("--sglang-context-length", str(own)),
     )

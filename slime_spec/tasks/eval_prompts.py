@@ -1,0 +1,52 @@
+"""EvalPrompts are the prompts of one evaluation set, tokenised once, with what scores their replies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.config.eval_sets import EvalSet, as_of_evaluation
+from slime_spec.config.tree import RolloutConfig
+from slime_spec.errors import ConfigError
+from slime_spec.tasks.scoring import PendingSamples
+from slime_spec.tasks.source import PromptSource
+from slime_spec.types import GeneratedSample, Prompt
+
+
+@dataclass(frozen=True)
+class EvalPrompts:
+    """Holds a set's prompts in order; ``rollout`` says how their replies are sampled, from ``seed`` on. Example::
+
+    prompts = EvalPrompts.load(EvalSet("aime", config), tokenizer)
+    samples = prompts.score(prompts.prompts[0], responses)()
+    """
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    rollout: RolloutConfig
+    seed: int
+    source: PromptSource
+
+    @classmethod
+    def load(cls, eval_set: EvalSet, tokenizer: Tokenizer) -> EvalPrompts:
+        """Read a set; raises ConfigError, in the words of eval.*, for data, a task or a reward that cannot work."""
+        config = eval_set.config
+        try:
+            source = PromptSource(config, tokenizer)
+            try:
+                prompts = source.rows() if eval_set.num_problems is None else source.take(eval_set.num_problems, 0)
+            except BaseException:
+                source.close()
+                raise
+        except ConfigError as error:
+            raise as_of_evaluation(error, eval_set.name) from None
+        return cls(eval_set.name, prompts, config.rollout, config.run.seed, source)
+
+    def score(self, prompt: Prompt, responses: Sequence[GeneratedSample]) -> PendingSamples:
+        """Begin to score a prompt's responses; see PromptSource."""
+        return self.source.score(prompt, responses)
+
+    def close(self) -> None:
+        """End the processes of rewards."""
+        self.source.close()
