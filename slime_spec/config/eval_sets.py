@@ -91,6 +91,7 @@ def as_of_evaluation(error: ConfigError, name: str) -> ConfigError:
     for own, path in run_settings.items():
         for flag in settings()[path].flags:
             remedy = re.sub(rf"{flag}(?![\w-])", settings()[f"eval.{own}"].flags[0], remedy)
+    remedy = remedy.replace("--eval-prompt-data FILE", "--eval-prompt-data NAME FILE")
     return type(error)(paths.get(error.setting, error.setting), f"set {name}: {error.rule}", error.value, remedy)
 
 

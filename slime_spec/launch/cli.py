@@ -145,6 +145,21 @@ def _serve(argv: list[str]) -> int:
     return run_serve(arguments, _show)
 
 
+def _eval(argv: list[str]) -> int:
+    from slime_spec.launch.eval_arguments import eval_parser, read_eval_arguments
+
+    if argv[:1] in HELP:
+        _show(eval_parser().format_help().rstrip())
+        return 0
+    from slime_spec.launch.evaluate import engines_folder, run_eval
+
+    with engines_folder() as folder:
+        arguments = read_eval_arguments(argv, folder)
+        _tell(arguments.made.notes)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
+        return run_eval(arguments, folder)
+
+
 def _draft(argv: list[str]) -> int:
     from slime_spec.launch.draft.command import run_draft
 
@@ -187,6 +202,7 @@ def _bench(argv: list[str]) -> int:
 HANDLERS: Mapping[str, Callable[[list[str]], int]] = {
     "train": _train,
     "rollout": _rollout,
+    "eval": _eval,
     "config": _config,
     "doctor": _doctor,
     "tune": _tune,

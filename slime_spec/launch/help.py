@@ -17,6 +17,7 @@ slime-spec: speculative decoding that pays in RL rollouts
 
   slime-spec train [flags]                          rollout, policy step, weight push, every step
   slime-spec rollout [flags]                        rollouts only, samples to samples.jsonl
+  slime-spec eval CHECKPOINT [flags] [--json FILE]  evaluate a checkpoint: accuracy, pass@k, acceptance
   slime-spec config [flags]                         print the resolved configuration and exit
   slime-spec doctor [flags] [--json] [--fix]        check a configuration against every known trap, starting nothing
   slime-spec tune [flags] [--draft DIR] [--quick]   measure what speculation pays with your model, drafts and prompts

@@ -64,20 +64,20 @@ class Inputs:
     """Holds the inputs that a run reads before heavy parts start.
 
     There is no ``spec`` for a family that only SGLang runs, and no ``load`` for a run that starts anew.
-    ``eval_prompts`` are those of a run that is evaluated.
+    ``prompts`` are None where nothing but an evaluation is asked for; ``eval_prompts`` are those of evaluations.
     """
 
     spec: ModelSpec | None
     tokenizer: Tokenizer
-    prompts: PromptSource
+    prompts: PromptSource | None
     load: str | None
     eval_prompts: tuple[EvalPrompts, ...] = ()
 
     def close(self) -> None:
         """End what scores the prompts."""
-        self.prompts.close()
-        for each in self.eval_prompts:
-            each.close()
+        for each in (self.prompts, *self.eval_prompts):
+            if each is not None:
+                each.close()
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,11 @@ class _Refusals:
                 self.errors.append(error)
 
 
-def look(made: Composed, acceptance: tuple[float, ...] = ()) -> Preflight:
+def look(made: Composed, acceptance: tuple[float, ...] = (), *, takes_prompts: bool = True) -> Preflight:
     """Make every check; raises ConfigError for a check to skip that does not exist.
 
-    ``acceptance`` are a finished run's rates by draft position. Nothing is started: this reads files, asks SGLang's
+    ``acceptance`` are a finished run's rates by draft position. ``takes_prompts`` is False for what takes no step of a
+    run, and needs none of its prompts. Nothing is started: this reads files, asks SGLang's
     interpreter for its version and running servers for their flags.
     """
     config = made.config
@@ -146,7 +147,7 @@ def look(made: Composed, acceptance: tuple[float, ...] = ()) -> Preflight:
     engines = refusals.of(gather, config, made.given, acceptance) or ()
     for facts in engines:
         refusals.add(*(each.refusal(facts.external_url) for each in facts.differing if each.is_decisive))
-    inputs = _inputs(config, refusals)
+    inputs = _inputs(config, refusals, takes_prompts)
     findings = (*map(refused, refusals.errors), *(examine(engines) if engines else ()))
     looked = Preflight(config, engines, findings, tuple(refusals.errors), inputs)
     if not refusals.errors:
@@ -155,7 +156,7 @@ def look(made: Composed, acceptance: tuple[float, ...] = ()) -> Preflight:
     return replace(looked, inputs=None)
 
 
-def _inputs(config: Config, refusals: _Refusals) -> Inputs | None:
+def _inputs(config: Config, refusals: _Refusals, takes_prompts: bool) -> Inputs | None:
     """Read everything that a run reads, past what is refused; None where a part of the inputs is missing."""
     load = refusals.of(checkpoint_to_load, config)
     refusals.of(_check_saved_rollouts, config, load)
@@ -177,15 +178,11 @@ def _inputs(config: Config, refusals: _Refusals) -> Inputs | None:
     if tokenizer is None:
         refusals.of(load_tasks, config.task)  # their errors can be told all the same
         return None
-    prompts = refusals.of(PromptSource, config, tokenizer)
+    prompts = refusals.of(PromptSource, config, tokenizer) if takes_prompts else None
     sets = (refusals.of(eval_sets, config) or ()) if config.evaluates else ()
     of_sets = (refusals.of(EvalPrompts.load, each, tokenizer) for each in sets)
     eval_prompts = tuple(each for each in of_sets if each is not None)
-    if prompts is not None:
-        return Inputs(spec, tokenizer, prompts, load, eval_prompts)
-    for each in eval_prompts:
-        each.close()
-    return None
+    return Inputs(spec, tokenizer, prompts, load, eval_prompts)
 
 
 def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:

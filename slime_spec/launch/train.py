@@ -62,14 +62,16 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
         with stop.interruptible():
             inputs = look(made).checked()
             parts.enter_context(closing(inputs))
-            logger.info("first prompt %s", inputs.prompts.first_shown())
+            prompts = inputs.prompts
+            assert prompts is not None, "a run has prompts"
+            logger.info("first prompt %s", prompts.first_shown())
             folder = parts.enter_context(_run_folder(config, argv, inputs.load))
             run_log.write_to(folder.log)
             config = replace(config, trainer=replace(config.trainer, load=inputs.load))
             config = with_absolute_paths(config, folder.path)
             logger.info("run folder made path=%s mode=%s", folder.path, config.run.mode)
             prepare_ray_environment(joining=config.cluster.ray_address is not None)
-            engines, trainer, loaded = parts.enter_context(_parts(config, inputs.spec, stop))
+            engines, trainer, loaded = parts.enter_context(run_parts(config, inputs.spec, stop))
             draft = None
             if config.trains_draft and trainer is not None:
                 draft = DraftInTraining(config, trainer, engines)
@@ -80,7 +82,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
         checkpoints = checkpoints_of(config, folder.path)
         job = Job(
             config=config,
-            rollouts=parts.enter_context(rollout_source(config, inputs.prompts, inputs.tokenizer, engines)),
+            rollouts=parts.enter_context(rollout_source(config, prompts, inputs.tokenizer, engines)),
             trainer=trainer,
             engines=engines,
             log=log.log,
@@ -154,7 +156,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 @contextmanager
-def _parts(
+def run_parts(
     config: Config, spec: ModelSpec | None, stop: StopSignals
 ) -> Iterator[tuple[Engines | None, Trainer | None, RunState | None]]:
     """Start the trainer and the engines that the mode needs, on Ray; stop them in reverse order.

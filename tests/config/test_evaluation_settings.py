@@ -166,4 +166,4 @@ def test_errors_of_a_sets_own_configuration_name_the_evaluations_settings_and_fl
     )
     error = as_of_evaluation(of_run, "aime")
     assert (error.setting, error.rule) == ("eval.prompt_data", "set aime: must be readable")
-    assert error.remedy == "Pass --eval-prompt-data FILE.jsonl, or --eval-input-key K."
+    assert error.remedy == "Pass --eval-prompt-data NAME FILE.jsonl, or --eval-input-key K."

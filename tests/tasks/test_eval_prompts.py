@@ -69,7 +69,7 @@ def test_a_set_is_scored_by_its_own_reward(tmp_path: Path, tokenizer: Tokenizer)
 @pytest.mark.parametrize(
     ("lines", "settings", "message"),
     [
-        (None, {}, r"eval\.prompt_data: set held: must be a readable file.*Pass --eval-prompt-data FILE\.jsonl"),
+        (None, {}, r"eval\.prompt_data: set held: must be a readable file.*Pass --eval-prompt-data NAME FILE\.jsonl"),
         ([], {}, r"eval\.prompt_data: set held: must hold at least one prompt"),
         ([row("Q", 1)], {"input_key": "q"}, r"held\.jsonl:1: must have the key 'q'.*pass --eval-input-key with"),
         ([row("Q", 1)], {"reward": "exakt"}, r"eval\.reward: set held: must be one of"),

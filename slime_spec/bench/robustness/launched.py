@@ -64,7 +64,7 @@ def launched(config: Config) -> tuple[int, ...] | None:
     folder = config.model.hf_checkpoint
     cores: list[GenerationCore] = []
     steps: tuple[Callable[[], object], ...] = (
-        lambda: look(Composed(config, (), frozenset())).checked().prompts.close(),
+        lambda: look(Composed(config, (), frozenset())).checked().close(),
         lambda: draft_files(config, TargetFiles.read(folder)),
         lambda: ReplyEnds.read(folder),
         lambda: cores.append(Assembly(config).core(0, perf_counter)),

@@ -74,9 +74,10 @@ def make_plan(looked: Preflight) -> Plan:
             # An SGLang that was asked for its flags has its finding; without one the table's version has the word.
             findings = findings if facts.known_flags else (refused(error), *findings)
     memory = plan_memory(facts)
+    prompts = None if looked.inputs is None else looked.inputs.prompts
     return Plan(
         facts=facts,
-        first_prompt=None if looked.inputs is None else looked.inputs.prompts.first_shown(),
+        first_prompt=None if prompts is None else prompts.first_shown(),
         bundles=plan_bundles(config),
         servers=servers,
         transport=transport_text(config),
