@@ -1,5 +1,7 @@
 """These are the errors that a user meets; each error says what to change."""
 
+from collections.abc import Iterable, Sequence
+
 LONGEST_SHOWN = 300  # characters of a bad value that an error repeats
 
 
@@ -27,6 +29,36 @@ class ConfigError(ValueError):
     def __reduce__(self) -> tuple[type, tuple[str, str, object, str]]:
         # Exceptions cross Ray's process boundary by pickling their constructor arguments.
         return type(self), (self.setting, self.rule, self.value, self.remedy)
+
+
+class ConfigErrors(ConfigError):
+    """Several settings cannot work; the error tells all of them, a line each.
+
+    Its own setting, rule, value and remedy are the first error's, for a reader that shows one.
+    """
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        self.errors = tuple(errors)
+        first = self.errors[0]
+        super().__init__(first.setting, first.rule, first.value, first.remedy)
+        self.args = ("\n".join([f"{len(self.errors)} mistakes", *(f"  {error}" for error in self.errors)]),)
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[ConfigError, ...]]]:  # type: ignore[override]
+        return type(self), (self.errors,)
+
+
+def each_of(error: ConfigError) -> tuple[ConfigError, ...]:
+    """Return the errors that an error holds: itself, where it is one."""
+    return error.errors if isinstance(error, ConfigErrors) else (error,)
+
+
+def raise_all(errors: Iterable[ConfigError]) -> None:
+    """Raise the errors: one as it is, several as ConfigErrors, each text once; return where there are none."""
+    told = list({str(each): each for error in errors for each in each_of(error)}.values())
+    if len(told) == 1:
+        raise told[0]
+    if told:
+        raise ConfigErrors(told)
 
 
 class CheckpointError(ConfigError):

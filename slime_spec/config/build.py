@@ -10,33 +10,42 @@ import yaml
 
 from slime_spec.config.schema import SGLANG, nodes, settings
 from slime_spec.config.tree import Config
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, raise_all
 from slime_spec.suggest import did_you_mean
 
 
 def from_dict(data: Mapping[Any, object]) -> Config:
     """Return the Config that nested plain data describes; an absent setting keeps its default.
 
-    Raises ConfigError for an unknown key, a wrong type, a value out of range or not among the choices. The ``sglang``
-    node may hold anything plain; its flags are checked where their table is (slime_spec.launch).
+    Raises ConfigError for unknown keys, wrong types, values out of range or not among the choices, all at once. The
+    ``sglang`` node may hold anything plain; its flags are checked where their table is (slime_spec.launch).
     """
     built: dict[str, Any] = {}
+    errors: list[ConfigError] = []
     for node, values in data.items():
         if node != SGLANG and node not in nodes():
-            raise unknown_setting(str(node))
-        if not isinstance(values, Mapping):
-            raise ConfigError(str(node), "must be a group of settings", values, f"Write {node}.SETTING=VALUE.")
-        built[node] = frozen(values) if node == SGLANG else _node(node, values)
+            errors.append(unknown_setting(str(node)))
+        elif not isinstance(values, Mapping):
+            rule = "must be a group of settings"
+            errors.append(ConfigError(str(node), rule, values, f"Write {node}.SETTING=VALUE."))
+        else:
+            built[node] = frozen(values) if node == SGLANG else _node(node, values, errors)
+    raise_all(errors)
     return Config(**built)
 
 
-def _node(node: str, values: Mapping[Any, object]) -> Any:
+def _node(node: str, values: Mapping[Any, object], errors: list[ConfigError]) -> Any:
+    """Return the node's dataclass of the values that are right; the others are added to ``errors``."""
     checked = {}
     for name, value in values.items():
         path = f"{node}.{name}"
         if path not in settings():
-            raise unknown_setting(path)
-        checked[name] = settings()[path].check(value)
+            errors.append(unknown_setting(path))
+            continue
+        try:
+            checked[name] = settings()[path].check(value)
+        except ConfigError as error:
+            errors.append(error)
     return nodes()[node](**checked)
 
 

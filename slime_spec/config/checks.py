@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 
 from slime_spec.config.api_key import refuse_literal_keys
 from slime_spec.config.custom_checks import check_custom
@@ -13,36 +14,47 @@ from slime_spec.config.server_checks import check_servers, server_notes, unused_
 from slime_spec.config.speculation import check_speculation, speculation_notes
 from slime_spec.config.tree import Config, RolloutConfig, TaskConfig, TrainerConfig
 from slime_spec.engines import kind_of
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, raise_all
 from slime_spec.transports.choice import check_transport
 from slime_spec.types import is_greedy
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError for the first contradiction; looks at nothing but the configuration."""
-    refuse_literal_keys(config)
-    _check_mode(config)
-    _check_task(config)
-    _check_chat_date(config.task)
-    check_speculation(config)
-    _check_lengths(config)
-    check_evaluation(config)
+    """Raise ConfigError for every contradiction, all at once; looks at nothing but the configuration."""
+    errors = []
+    for each in _checks(config):
+        try:
+            each()
+        except ConfigError as error:
+            errors.append(error)
+    raise_all(errors)
+
+
+def _checks(config: Config) -> Iterator[Callable[[], None]]:
+    """Yield the checks that the configuration calls for; each raises the first contradiction of its kind."""
+    yield partial(refuse_literal_keys, config)
+    yield partial(_check_mode, config)
+    yield partial(_check_task, config)
+    yield partial(_check_chat_date, config.task)
+    yield partial(check_speculation, config)
+    yield partial(_check_lengths, config)
+    yield partial(check_evaluation, config)
     if config.run.mode != "train_only":
-        _check_sampling(config)
-        check_custom(config)
-        _check_over_sampling(config)
-        _check_engine_gpus(config)
+        yield partial(_check_sampling, config)
+        yield partial(check_custom, config)
+        yield partial(_check_over_sampling, config)
+        yield partial(_check_engine_gpus, config)
         if kind_of(config).has_servers:
-            check_servers(config)
+            yield partial(check_servers, config)
     if config.run.mode != "rollout_only":
-        check_ranks(config.trainer)
-        _check_saving(config)
-    _check_draft_training(config)
+        yield partial(check_ranks, config.trainer)
+        yield partial(_check_saving, config)
+    yield partial(_check_draft_training, config)
     if config.run.mode == "train":
-        _check_batch(config)
-        _check_learning_signal(config)
-        _check_shared_gpus(config)
-        check_transport(config)
+        yield partial(_check_batch, config)
+        yield partial(_check_learning_signal, config)
+        yield partial(_check_shared_gpus, config)
+        yield partial(check_transport, config)
 
 
 def notes(config: Config) -> Iterator[str]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from slime_spec.config.build import unknown_setting
 from slime_spec.config.schema import SGLANG, settings
-from slime_spec.errors import ConfigError
-from slime_spec.launch.flags import ONE_VALUE, OVERRIDE, Flag, find_flag, flags, is_flag, parse_value
+from slime_spec.errors import ConfigError, raise_all
+from slime_spec.launch.flags import OVERRIDE, Flag, find_flag, flags, is_flag, parse_value
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
 from slime_spec.launch.newer_flags import newer_flag
+from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
 from slime_spec.sglang.flags import sglang_flag
 from slime_spec.suggest import did_you_mean
 
-EXTRA_ARGS = "sglang_server.extra_args"
+EXTRA_ARGS, EXTRA_ARGS_FLAG = "sglang_server.extra_args", "--sglang-extra-args"
 DEBUG_MODES = ("--debug-rollout-only", "--debug-train-only")
 
 
@@ -23,51 +24,102 @@ DEBUG_MODES = ("--debug-rollout-only", "--debug-train-only")
 class Arguments:
     """Holds a command line's settings: files of conf/ by group (an experiment may be a path), and typed values by path.
 
+    ``of_slime`` are slime's flags that are no settings, by their names; slime_spec.launch.slime knows what they mean.
+
     Example: ``Arguments({"experiment": "smollm2-135m"}, {"trainer.lr": 1e-6, "sglang.cuda_graph_bs_decode": (1, 2)})``
     """
 
     groups: Mapping[str, str]
     settings: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
+    of_slime: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Holds the words of one flag, with its values, or of one path=value; what they set, or what is wrong with them.
+
+    Example: ``Reading(("--no-colocate",), "--colocate", "cluster.colocate", False)``
+    """
+
+    words: tuple[str, ...]
+    name: str
+    path: str = ""
+    value: Any = None
+    error: ConfigError | None = None
+
+
+def read_each(argv: Sequence[str]) -> Iterator[Reading]:
+    """Read flag after flag; a wrong one does not end the reading."""
+    position = 0
+    while position < len(argv):
+        reading = _read_at(argv, position)
+        yield reading
+        position += len(reading.words)
+
+
+def _read_at(argv: Sequence[str], position: int) -> Reading:
+    token = argv[position]
+    try:
+        if not token.startswith("-"):
+            path, value = _read_override(token)
+            return Reading((token,), path, path, value)
+        if not is_flag(token) and (newer := newer_flag(argv, position)):
+            return Reading(tuple(argv[position : position + newer.num_tokens]), token, EXTRA_ARGS, newer.words)
+        name, flag, value, used = _read_flag(argv, position)
+        return Reading(tuple(argv[position : position + used]), name, flag.path, value)
+    except ConfigError as error:
+        return Reading((token, *_after_mistake(argv, position)), token.partition("=")[0], error=error)
+
+
+def _after_mistake(argv: Sequence[str], position: int) -> list[str]:
+    """Return the words after a wrong one that belong to it, so that they are not told as further mistakes."""
+    token = argv[position]
+    if not token.startswith("-") or "=" in token:
+        return []
+    num_values = find_flag(token)[0].num_values if is_flag(token) else "*"
+    return [] if num_values == "0" else _values_after(argv, position + 1, num_values)
 
 
 def read_arguments(argv: Sequence[str]) -> Arguments:
-    """Read the command line; raises ConfigError for an unknown flag or key, a wrong type, a value out of range."""
+    """Read the command line; raises ConfigError for unknown flags and keys, wrong types and values, all at once."""
     values: dict[str, Any] = {}
     debug: dict[str, bool] = {}
     servers_own: tuple[str, ...] = ()
-    position = 0
-    while position < len(argv):
-        token = argv[position]
-        if token.startswith("-") and not is_flag(token) and (newer := newer_flag(argv, position)):
-            servers_own += newer.words
-            position += newer.num_tokens
+    errors: list[ConfigError] = []
+    for reading in read_each(argv):
+        path, value = reading.path, reading.value
+        if reading.error is not None:
+            errors.append(reading.error)
             continue
-        if token.startswith("-"):
-            name, flag, value, used = _read_flag(argv, position)
-            path = flag.path
-            if name in DEBUG_MODES:
-                debug[name] = value == flag.on
-                if not debug[name] and values.get(path, flag.on) != flag.on:
-                    value = values[path]  # a mode that is not chosen is off already
-        else:
-            path, value = _read_override(token)
-            used = 1
+        if path == EXTRA_ARGS and reading.name not in (EXTRA_ARGS, EXTRA_ARGS_FLAG):
+            servers_own += value
+            continue
+        if reading.name in DEBUG_MODES:
+            on = flags()[reading.name].on
+            debug[reading.name] = value == on
+            if not debug[reading.name] and values.get(path, on) != on:
+                value = values[path]  # a mode that is not chosen is off already
         values.pop(path, None)
         values[path] = value
-        position += used
     if all(debug.get(name) for name in DEBUG_MODES):
-        raise ConfigError(
-            " and ".join(DEBUG_MODES),
-            "one generates without training, the other the reverse",
-            True,
-            "Pass one of them.",
-        )
+        rule = "one generates without training, the other the reverse"
+        errors.append(ConfigError(" and ".join(DEBUG_MODES), rule, True, "Pass one of them."))
+    of_slime = {name: values.pop(name) for name in list(values) if name.startswith("--")}
+    raise_all([*errors, *_wrong_values(of_slime)])
     if servers_own:
         values[EXTRA_ARGS] = (*values.get(EXTRA_ARGS, ()), *servers_own)
     chosen = {group: values.pop(group) for group in GROUPS if group in values}
-    notes = tuple(values.pop(name) for name in ONE_VALUE if name in values)
-    return Arguments({group: name for group, name in chosen.items() if name is not None}, values, notes)
+    return Arguments({group: name for group, name in chosen.items() if name is not None}, values, of_slime)
+
+
+def _wrong_values(of_slime: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """Yield the errors of flags without effect whose values this project does not do."""
+    for name, texts in of_slime.items():
+        if name in WITHOUT_EFFECT:
+            try:
+                WITHOUT_EFFECT[name].check(name, texts)
+            except ConfigError as error:
+                yield error
 
 
 def _read_flag(argv: Sequence[str], position: int) -> tuple[str, Flag, Any, int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from slime_spec.errors import ConfigError, RewardError
+from slime_spec.errors import ConfigError, ConfigErrors, RewardError
 from slime_spec.garbage import no_collection
 from slime_spec.launch.help import BENCH, COMMANDS, train_help
 from slime_spec.suggest import did_you_mean
@@ -55,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def error_block(error: ConfigError) -> str:
-    """Format the four facts of a ConfigError, one per line; a fact that is a list begins below its name."""
+    """Format the four facts of a ConfigError, one per line; a fact that is a list begins below its name.
+
+    Several errors have a line each.
+    """
+    if isinstance(error, ConfigErrors):
+        return f"error: {error}"
     facts = {"rule": error.rule, "value": repr(error.value), "remedy": error.remedy.strip(" ").rstrip()}
     lines = [
         f"  {f'{name}:':8}{text}" if not text.startswith("\n") else f"  {name}:{text}" for name, text in facts.items()
@@ -69,7 +74,7 @@ def _train(argv: list[str]) -> int:
     from slime_spec.launch.compose import composed
 
     is_dry = DRY_RUN in argv
-    argv = [word for word in argv if word != DRY_RUN]
+    argv = _without_wandb_key([word for word in argv if word != DRY_RUN])
     made = composed(argv)
     _tell(made.notes)
     if is_dry:
@@ -86,6 +91,18 @@ def _train(argv: list[str]) -> int:
         from slime_spec.launch.train import run
 
     return run(made, [sys.executable, "-m", "slime_spec", "train", *argv])
+
+
+def _without_wandb_key(argv: list[str]) -> list[str]:
+    """Return the words without slime's --wandb-key: the run's files keep its command line; wandb reads a variable."""
+    from slime_spec.launch.arguments import read_each
+    from slime_spec.launch.slime.without_effect import WANDB_KEY
+
+    readings = list(read_each(argv))
+    for key in (each.value[0] for each in readings if each.path == WANDB_KEY and any(each.value)):
+        os.environ["WANDB_API_KEY"] = key
+        _tell([f"{WANDB_KEY} is handed on as WANDB_API_KEY. Set that instead: others can read a command line."])
+    return [word for each in readings if each.path != WANDB_KEY for word in each.words]
 
 
 def _rollout(argv: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from slime_spec.config.tree import Config
 from slime_spec.config.yaml_file import read_yaml_file
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
-from slime_spec.launch.arguments import read_arguments
+from slime_spec.launch.arguments import Arguments, read_arguments
 from slime_spec.launch.groups import EXPERIMENT, conf_dir, is_path
+from slime_spec.launch.slime.together import MEANINGS, settings_together
+from slime_spec.launch.slime.without_effect import notes_of_slime
 from slime_spec.sglang.flags import check_sglang
 
 # Keys that only files of conf/ read: a model's drafts, to which a file of the group speculative points.
@@ -39,11 +41,13 @@ class Composed:
     """Holds a configuration; ``notes`` name the settings that were left out or have no effect, one sentence each.
 
     ``given`` are the paths of the settings that the command line or a file of conf/ sets; others have their defaults.
+    ``of_slime`` are slime's flags that are no settings, by their names, to compare with the checkpoint.
     """
 
     config: Config
     notes: tuple[str, ...]
     given: frozenset[str]
+    of_slime: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compose(argv: Sequence[str]) -> Config:
@@ -66,6 +70,7 @@ def composed(argv: Sequence[str]) -> Composed:
         values = {**file_settings(Path(groups.pop(EXPERIMENT))), **values}
     try:
         layers = chosen_files(groups)
+        values = {**values, **together(arguments, laid_over(layers, values))}
         data = laid_over(layers, values)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError("conf", f"must compose: {error}", groups, "Correct the file in conf/.") from None
@@ -80,7 +85,20 @@ def composed(argv: Sequence[str]) -> Composed:
     config = replace(config, speculative=replace(spec, **{name: getattr(default, name) for name in unused}))
     check(config)
     check_environment(os.environ)
-    return Composed(config, (*arguments.notes, *left_out, *notes(config)), frozenset(values) | in_files)
+    told = (*notes_of_slime(arguments.of_slime), *left_out, *notes(config))
+    return Composed(config, told, frozenset(values) | in_files, arguments.of_slime)
+
+
+def together(arguments: Arguments, data: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the settings that flags of slime make together with others; ``data`` is the tree without them."""
+    given = {name: value for name, value in arguments.of_slime.items() if name in MEANINGS}
+
+    def lookup(path: str) -> Any:
+        node, _, leaf = path.partition(".")
+        values = data.get(node)
+        return values.get(leaf) if isinstance(values, Mapping) else None
+
+    return settings_together(given, lookup, frozenset(arguments.settings)) if given else {}
 
 
 def file_settings(path: Path) -> dict[str, Any]:

@@ -10,22 +10,19 @@ from typing import Any
 
 from slime_spec.algorithms import ALGORITHMS
 from slime_spec.config.schema import Setting, settings
-from slime_spec.config.setting import AUTO
+from slime_spec.config.setting import AUTO, INT32
 from slime_spec.config.texts import NULLS, PARSERS, whole_number
 from slime_spec.errors import ConfigError
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
+from slime_spec.launch.slime import model_shape, together
+from slime_spec.launch.slime.refused import REFUSED_OF_SLIME
+from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
 from slime_spec.sglang.flags import SglangFlag, sglang_flags, typed_elsewhere
 from slime_spec.suggest import did_you_mean
 
 # A token that is an override ends a flag's list of values; a value that looks like one is written --flag=VALUE.
 OVERRIDE = re.compile(rf"[a-z_]+\.[a-z0-9_.]+=|({'|'.join(GROUPS)})=")
-# slime's choices that have one value here: they have no setting, and a script that names the value keeps running.
-ONE_VALUE = {
-    "--advantage-estimator": "grpo",
-    "--train-backend": "megatron",
-    "--update-weight-transport": "ray",
-    "--context-parallel-size": "1",
-}
+_DTYPES = {True: "bfloat16", False: "float32"}
 SP_TYPES = {each.rtp_llm: each.name for each in ALGORITHMS.values() if each.rtp_llm is not None}
 
 
@@ -33,7 +30,7 @@ SP_TYPES = {each.rtp_llm: each.name for each in ALGORITHMS.values() if each.rtp_
 class Flag:
     """Describes a flag and the setting that it sets.
 
-    ``path`` is a setting's, or the flag itself where there is no setting: its value is a note for the user then.
+    ``path`` is a setting's, or the flag itself where there is no setting: slime_spec.launch.slime says what it means.
     ``num_values`` is "0" for a switch (``on`` and ``off`` are its two values), "1", "?", "+" or "*";
     ``convert`` makes the setting's value from the texts after the flag and raises ConfigError.
     """
@@ -93,7 +90,7 @@ def find_flag(name: str) -> tuple[Flag, bool]:
         name,
         "is not a flag",
         name,
-        f"{did_you_mean(spelling, [*flags(), *REFUSED])}`slime-spec train --help` lists every flag.",
+        f"{did_you_mean(spelling, flags())}`slime-spec train --help` lists every flag.",
     )
 
 
@@ -144,7 +141,9 @@ def _aliases() -> Mapping[str, Flag]:
         "--disable-grpo-std-normalization": Flag(
             "algorithm.normalize_std", "0", lambda texts: not PARSERS["bool"](texts[0]), on=False, off=True
         ),
-        **{name: Flag(name, "1", partial(_the_one_value, name)) for name in ONE_VALUE},
+        "--bf16": Flag("trainer.dtype", "0", lambda texts: _DTYPES[bool(PARSERS["bool"](texts[0]))], *_DTYPES.values()),
+        "--recompute-granularity": Flag("trainer.recompute", "1", lambda texts: _recompute(texts[0])),
+        **_of_slime(),
         "--sp-type": Flag("speculative.algorithm", "1", lambda texts: _algorithm_of_sp_type(texts[0])),
         "--gen-num-per-cycle": Flag("speculative.num_steps", "1", lambda texts: _steps_of_cycle(texts[0])),
         "--sp-quantization": Flag(
@@ -153,13 +152,41 @@ def _aliases() -> Mapping[str, Flag]:
     }
 
 
-def _the_one_value(name: str, texts: Sequence[str]) -> str:
-    """Return the note that the flag has no effect; raises ConfigError for any other value than the one there is."""
-    known = ONE_VALUE[name]
-    if texts[0] != known:
-        why, remedy = WHY_ONE_VALUE.get(name, ("", f"Pass {name} {known}, or nothing."))
-        raise ConfigError(name, f"must be {known}, the one choice here{why}", texts[0], remedy)
-    return f"{name} {known} has no effect: it is the one choice here."
+def _of_slime() -> Mapping[str, Flag]:
+    """Return the flags that slime_spec.launch.slime treats, whose path is their own name."""
+    table = {
+        name: Flag(name, each.num_values, tuple) for name, each in WITHOUT_EFFECT.items() if each.num_values != "0"
+    }
+    switches = [name for name, each in WITHOUT_EFFECT.items() if each.num_values == "0"]
+    for name in (*switches, *model_shape.SWITCHES):
+        table[name] = Flag(name, "0", lambda texts: (str(PARSERS["bool"](texts[0])).lower(),), ("true",), ("false",))
+    for name in (*model_shape.NUMBERS, *model_shape.VALUES):
+        table[name] = Flag(name, "1", tuple)
+    for name in model_shape.LISTS:
+        table[name] = Flag(name, "+", tuple)
+    for name in together.NUMBERS:
+        table[name] = Flag(name, "1", partial(_number, name))
+    for name in together.TEXTS:
+        table[name] = Flag(name, "1", lambda texts: texts[0])
+    return table
+
+
+def _number(name: str, texts: Sequence[str]) -> int:
+    """Read a count; ``name`` is the flag's, for the error."""
+    try:
+        number = whole_number(texts[0])
+    except ValueError:
+        number = -1
+    if not 0 <= number <= INT32:
+        raise ConfigError(name, "must be a whole number", texts[0], f"Pass {name} N.")
+    return number
+
+
+def _recompute(text: str) -> bool:
+    if text != "full":
+        rule = "must be full, the one choice here: all of a layer is computed again in the backward pass"
+        raise ConfigError("--recompute-granularity", rule, text, "Pass full, or leave it out to keep activations.")
+    return True
 
 
 def _mode_switch(mode: str) -> Flag:
@@ -192,14 +219,6 @@ def _quantization(name: str) -> object:
 
 
 _ONE_DISTRIBUTION = ("every token is drawn by its request's own uniform, batched or not", "Leave it out.")
-# Why any other value is refused, and what to do instead, where that is not plain.
-WHY_ONE_VALUE: Mapping[str, tuple[str, str]] = {
-    "--context-parallel-size": (
-        ": a rank attends to the keys and values that it has, and ranks that share a sequence would need each other's",
-        "Split long samples' memory by --tensor-model-parallel-size and --recompute-activations; docs/launch.md says "
-        "what ranks within a sequence would need.",
-    ),
-}
 # Flags of slime or RTP-LLM that this version cannot honour: each with the reason and the remedy.
 REFUSED: Mapping[str, tuple[str, str]] = {
     "--sp-model-type": (
@@ -225,10 +244,5 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         "Leave it out; --dynamic-sampling-filter-path drops complete groups.",
     ),
     "--use-kl-loss": ("the KL loss is on exactly when its weight is above 0", "Pass --kl-loss-coef 0.001."),
-    "--rollout-num-gpus": (
-        "the engines' GPUs are counted per engine",
-        "Pass --rollout-num-engines N --rollout-num-gpus-per-engine M.",
-    ),
-    "--actor-num-nodes": ("the trainer's GPUs are counted over all nodes", "Pass --actor-num-gpus N."),
-    "--actor-num-gpus-per-node": ("the trainer's GPUs are counted over all nodes", "Pass --actor-num-gpus N."),
+    **REFUSED_OF_SLIME,
 }

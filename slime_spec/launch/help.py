@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 from slime_spec.algorithms import LOOKUP, NEXTN, STANDALONE
 from slime_spec.config.schema import Setting, nodes, settings
-from slime_spec.launch.flags import ONE_VALUE, SP_TYPES
+from slime_spec.launch.flags import SP_TYPES
 from slime_spec.launch.groups import GROUPS, choices
+from slime_spec.launch.slime.model_shape import NAMES
+from slime_spec.launch.slime.together import MEANINGS, TEXTS
+from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
 from slime_spec.sglang.flags import sglang_flags, sglang_version
 
 WIDTH = 116
@@ -71,8 +74,12 @@ def _lines() -> Iterator[str]:
     yield "  --debug-rollout-only    run.mode=rollout_only"
     yield "  --debug-train-only      run.mode=train_only"
     yield "  --dry-run               print placement, servers, transport, memory and preflight; start nothing"
-    yield "slime's choices that have one value here, and no effect"
-    yield f"  {', '.join(f'{name} {value}' for name, value in ONE_VALUE.items())}"
+    yield "slime's flags that set something together"
+    for name, meaning in MEANINGS.items():
+        yield f"  {name} {'TEXT' if name in TEXTS else 'N'}"
+        yield from _wrapped(meaning, indent=" " * 6)
+    yield "slime's flags that are accepted without effect (docs/coming-from-slime.md says why)"
+    yield from _wrapped(" ".join((*WITHOUT_EFFECT, *sorted(NAMES))), indent="  ")
     yield "RTP-LLM's names"
     yield f"  --sp-type {'|'.join(SP_TYPES)}    speculative.algorithm"
     yield from _wrapped(

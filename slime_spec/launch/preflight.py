@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -31,8 +32,9 @@ from slime_spec.config.eval_sets import eval_sets
 from slime_spec.config.speculation import FP8_CAPABILITY, check_fp8
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
-from slime_spec.errors import ConfigError, NotComputedError
+from slime_spec.errors import ConfigError, NotComputedError, each_of
 from slime_spec.launch.compose import Composed
+from slime_spec.launch.slime.model_shape import check_model_shape, check_reference
 from slime_spec.metrics.tensorboard import event_writer
 from slime_spec.metrics.wandb import mode as wandb_mode
 from slime_spec.preflight.facts import Facts
@@ -129,7 +131,7 @@ class _Refusals:
             return None
 
     def add(self, *errors: ConfigError) -> None:
-        for error in errors:
+        for error in chain.from_iterable(map(each_of, errors)):
             if str(error) not in map(str, self.errors):  # two checks may read the same file
                 self.errors.append(error)
 
@@ -144,6 +146,8 @@ def look(made: Composed, acceptance: tuple[float, ...] = (), *, takes_prompts: b
     config = made.config
     check_skipped(config.run.skip_checks)
     refusals = _Refusals()
+    refusals.of(check_model_shape, made.of_slime, config.model.hf_checkpoint)
+    refusals.of(check_reference, made.of_slime, config.model.hf_checkpoint)
     engines = refusals.of(gather, config, made.given, acceptance) or ()
     for facts in engines:
         refusals.add(*(each.refusal(facts.external_url) for each in facts.differing if each.is_decisive))

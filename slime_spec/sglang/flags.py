@@ -13,14 +13,20 @@ from typing import Any
 from slime_spec.config.build import frozen
 from slime_spec.config.schema import SGLANG, Setting, settings
 from slime_spec.config.texts import EXPECTS, NULLS, PARSERS, check_json, is_text
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, raise_all
 from slime_spec.suggest import did_you_mean
 
 TABLE = Path(__file__).with_name("flags.json")
 HIGHEST = 2**63 - 1  # of whole numbers
 PREFIX = "--sglang-"  # begins our spelling of a flag
 # Spellings of older SGLang versions that users' scripts still carry, and what the pinned version calls them.
-RENAMED = {"--cuda-graph-bs": "--cuda-graph-bs-decode", "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode"}
+RENAMED = {
+    "--cuda-graph-bs": "--cuda-graph-bs-decode",
+    "--cuda-graph-max-bs": "--cuda-graph-max-bs-decode",
+    "--mamba-scheduler-strategy": "--mamba-radix-cache-strategy",
+    "--nsa-decode-backend": "--dsa-decode-backend",
+    "--nsa-prefill-backend": "--dsa-prefill-backend",
+}
 PYTHON_TYPES: Mapping[str, type] = {"str": str, "int": int, "suffixed_int": int, "float": float, "bool": bool}
 
 
@@ -190,8 +196,15 @@ def sglang_flag(dest: str) -> SglangFlag:
 
 
 def check_sglang(values: Mapping[str, object]) -> dict[str, object]:
-    """Return the ``sglang`` node, each value checked against the table."""
-    return {dest: sglang_flag(dest).check(value) for dest, value in values.items()}
+    """Return the ``sglang`` node, each value checked against the table; raises ConfigError for all that are wrong."""
+    checked, errors = {}, []
+    for dest, value in values.items():
+        try:
+            checked[dest] = sglang_flag(dest).check(value)
+        except ConfigError as error:
+            errors.append(error)
+    raise_all(errors)
+    return checked
 
 
 @cache

@@ -16,8 +16,7 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
 from slime_spec.launch.compose import compose, laid_over
-from slime_spec.launch.compose import composed as composed_with_notes
-from slime_spec.launch.flags import ONE_VALUE, REFUSED, flags
+from slime_spec.launch.flags import REFUSED, flags
 
 
 def refusal(*argv: str) -> ConfigError:
@@ -164,29 +163,11 @@ def test_slimes_spelling_exists(flag: str) -> None:
     assert flag in flags()
 
 
-@pytest.mark.parametrize(("flag", "value"), ONE_VALUE.items())
-def test_a_choice_of_slimes_with_one_value_here_is_accepted_with_a_note(flag: str, value: str) -> None:
-    made = composed_with_notes([flag, value])
-    assert made.config == compose([])
-    assert made.notes == (f"{flag} {value} has no effect: it is the one choice here.",)
-    assert made.given == composed_with_notes([]).given
-    underscored = f"--{flag[2:].replace('-', '_')}={value}"
-    assert read_arguments([underscored]) == read_arguments([flag, value])
-
-
-@pytest.mark.parametrize(("flag", "value"), ONE_VALUE.items())
-def test_another_value_of_it_is_refused_with_the_one_that_there_is(flag: str, value: str) -> None:
-    error = refusal(flag, "another")
-    assert (error.setting, error.value) == (flag, "another")
-    assert error.rule.startswith(f"must be {value}, the one choice here")
-    assert error.remedy
-
-
 def test_several_ranks_within_a_sequence_are_refused_with_the_reason() -> None:
     """Case flags-of-slime: 23 scripts pass the flag, 1 among its values."""
     error = refusal("--context-parallel-size", "2")
     assert (error.setting, error.value) == ("--context-parallel-size", "2")
-    assert "ranks that share a sequence would need each other's" in error.rule
+    assert "ranks that share a sequence would need each other's" in error.remedy
     assert "--recompute-activations" in error.remedy
     assert compose(["--context-parallel-size", "1"]) == compose([])
 
