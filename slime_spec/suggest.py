@@ -1,8 +1,9 @@
 """This module finds the known name that a mistyped name means; a name that only looks alike is not suggested.
 
 A hyphen, an underscore or a dot ends a word. A known name is near where each of its words is the same word or a word
-with few wrong letters (``--rolout-batch-size``), where the names differ by hyphens alone (``--numrollout``), or where
-it alone has further words in front (``--max-response-len``). ``--eval-interval`` is not near to ``--save-interval``.
+with few wrong letters (``--rolout-batch-size``) or another ending (``accept``, ``acceptance``), where the names differ
+by hyphens alone (``--numrollout``), or where it alone has further words in front (``--max-response-len``).
+``--eval-interval`` is not near to ``--save-interval``, and ``--rollout-top-n`` as near to ``--rollout-top-k`` as to ``--rollout-top-p``: neither is suggested.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-SEPARATORS = re.compile(r"[-_.]+")
+SEPARATORS = re.compile(r"[-_./]+")
+SHORTEST_STEM = 4
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -22,7 +24,8 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     distances = {candidate: _distance(words, theirs) for candidate, theirs in candidates.items()}
     near = {candidate: distance for candidate, distance in distances.items() if distance is not None}
     if near:
-        return min(near, key=lambda candidate: near[candidate])
+        nearest = [candidate for candidate, distance in near.items() if distance == min(near.values())]
+        return nearest[0] if len(nearest) == 1 or near[nearest[0]] == 0 else None
     longer = [candidate for candidate, theirs in candidates.items() if len(words) > 1 and _ends(theirs, words)]
     return longer[0] if len(longer) == 1 else None
 
@@ -53,11 +56,16 @@ def _distance(ours: list[str], theirs: list[str]) -> int | None:
     total = 0
     for our, their in zip(ours, theirs, strict=True):
         if our != their:
-            edits = num_edits(our, their)
-            if edits > (max(len(our), len(their)) + 1) // 3:
+            edits = 1 if _share_a_stem(our, their) else num_edits(our, their)
+            if edits > max(1, (max(len(our), len(their)) + 1) // 3):
                 return None
             total += edits
     return total
+
+
+def _share_a_stem(our: str, their: str) -> bool:
+    short, long = sorted((our, their), key=len)
+    return len(short) >= SHORTEST_STEM and long.startswith(short)
 
 
 def num_edits(ours: str, theirs: str) -> int:
