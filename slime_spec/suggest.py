@@ -3,7 +3,8 @@
 A hyphen, an underscore or a dot ends a word. A known name is near where each of its words is the same word or a word
 with few wrong letters (``--rolout-batch-size``) or another ending (``accept``, ``acceptance``), where the names differ
 by hyphens alone (``--numrollout``), or where it alone has further words in front (``--max-response-len``).
-``--eval-interval`` is not near to ``--save-interval``, and ``--rollout-top-n`` as near to ``--rollout-top-k`` as to ``--rollout-top-p``: neither is suggested.
+``--eval-interval`` is not near to ``--save-interval``, and ``--rollout-top-n`` as near to ``--rollout-top-k`` as to
+``--rollout-top-p``: neither is suggested.
 """
 
 from __future__ import annotations

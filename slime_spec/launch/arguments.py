@@ -66,6 +66,8 @@ def _read_at(argv: Sequence[str], position: int) -> Reading:
         if not is_flag(token) and (newer := newer_flag(argv, position)):
             return Reading(tuple(argv[position : position + newer.num_tokens]), token, EXTRA_ARGS, newer.words)
         name, flag, value, used = _read_flag(argv, position)
+        if name in WITHOUT_EFFECT:
+            WITHOUT_EFFECT[name].check(name, value)
         return Reading(tuple(argv[position : position + used]), name, flag.path, value)
     except ConfigError as error:
         return Reading((token, *_after_mistake(argv, position)), token.partition("=")[0], error=error)
@@ -105,21 +107,11 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
         rule = "one generates without training, the other the reverse"
         errors.append(ConfigError(" and ".join(DEBUG_MODES), rule, True, "Pass one of them."))
     of_slime = {name: values.pop(name) for name in list(values) if name.startswith("--")}
-    raise_all([*errors, *_wrong_values(of_slime)])
+    raise_all(errors)
     if servers_own:
         values[EXTRA_ARGS] = (*values.get(EXTRA_ARGS, ()), *servers_own)
     chosen = {group: values.pop(group) for group in GROUPS if group in values}
     return Arguments({group: name for group, name in chosen.items() if name is not None}, values, of_slime)
-
-
-def _wrong_values(of_slime: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """Yield the errors of flags without effect whose values this project does not do."""
-    for name, texts in of_slime.items():
-        if name in WITHOUT_EFFECT:
-            try:
-                WITHOUT_EFFECT[name].check(name, texts)
-            except ConfigError as error:
-                yield error
 
 
 def _read_flag(argv: Sequence[str], position: int) -> tuple[str, Flag, Any, int]:

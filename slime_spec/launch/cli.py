@@ -201,6 +201,12 @@ def _tune(argv: list[str]) -> int:
     return run_tune_command(argv, _show)
 
 
+def _port(argv: list[str]) -> int:
+    from slime_spec.launch.port.command import run_port
+
+    return run_port(argv, _show, lambda text: print(text, file=sys.stderr), _train)
+
+
 def _bench(argv: list[str]) -> int:
     if argv[:1] in HELP:
         _show(BENCH)
@@ -225,6 +231,7 @@ HANDLERS: Mapping[str, Callable[[list[str]], int]] = {
     "tune": _tune,
     "report": _report,
     "models": _models,
+    "port": _port,
     "bench": _bench,
     "draft": _draft,
     "serve": _serve,

@@ -20,6 +20,7 @@ from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
 from slime_spec.sglang.flags import SglangFlag, sglang_flags, typed_elsewhere
 from slime_spec.suggest import did_you_mean
 
+IS_NO_FLAG = "is not a flag"
 # A token that is an override ends a flag's list of values; a value that looks like one is written --flag=VALUE.
 OVERRIDE = re.compile(rf"[a-z_]+\.[a-z0-9_.]+=|({'|'.join(GROUPS)})=")
 _DTYPES = {True: "bfloat16", False: "float32"}
@@ -88,7 +89,7 @@ def find_flag(name: str) -> tuple[Flag, bool]:
         raise ConfigError(spelling, rule, name, remedy)
     raise ConfigError(
         name,
-        "is not a flag",
+        IS_NO_FLAG,
         name,
         f"{did_you_mean(spelling, flags())}`slime-spec train --help` lists every flag.",
     )

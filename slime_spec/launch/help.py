@@ -26,6 +26,7 @@ slime-spec: speculative decoding that pays in RL rollouts
   slime-spec tune [flags] [--draft DIR] [--quick]   measure what speculation pays with your model, drafts and prompts
   slime-spec report RUN [RUN ...] [--out FILE] [--watch]   write one HTML page of runs: charts, samples, settings
   slime-spec serve [flags]                          answer SGLang's HTTP API with one embedded engine
+  slime-spec port SCRIPT [--run] [-- flags]         print what a launch script of slime's is here, or run it
   slime-spec models fetch NAME [--output DIR]       make a model's Hugging Face checkpoint folder (smollm2-135m)
   slime-spec draft train --target DIR --out DIR     train a draft on the target's own replies
   slime-spec draft convert --draft DIR --target DIR --out DIR --to LAYOUT    write a draft in another layout

@@ -24,6 +24,8 @@ HOMES = {
     "wandb": ("slime_spec.metrics.wandb",),
     "tensorboard": ("slime_spec.metrics.tensorboard",),
     "aiohttp": ("rollout.embedded.http", "rollout.sglang_engine"),
+    "tree_sitter": ("slime_spec.launch.port",),
+    "tree_sitter_bash": ("slime_spec.launch.port",),
     "triton": ("rollout.embedded.cuda", "slime_spec.weights.xxh3_kernel"),
     "hydra": (LAUNCH,),
     "omegaconf": (LAUNCH,),

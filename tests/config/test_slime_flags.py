@@ -68,6 +68,7 @@ def test_no_flag_is_treated_twice() -> None:
     assert not set(REFUSED) & set(flags())
 
 
+NOTHING = composed([])
 WITH_VALUES = [(name, each.values[0] if each.values else "1") for name, each in WITHOUT_EFFECT.items()]
 
 
@@ -75,8 +76,7 @@ WITH_VALUES = [(name, each.values[0] if each.values else "1") for name, each in 
 def test_a_flag_without_effect_is_told_with_its_reason_and_changes_nothing(flag: str, value: str) -> None:
     is_switch = WITHOUT_EFFECT[flag].num_values == "0"
     made = composed([flag] if is_switch else [flag, value])
-    assert made.config == composed([]).config
-    assert made.given == composed([]).given
+    assert (made.config, made.given) == (NOTHING.config, NOTHING.given)
     shown = flag if is_switch or flag == "--wandb-key" else f"{flag} {value}"
     assert made.notes == (f"No effect, as {WITHOUT_EFFECT[flag].reason}: {shown}.",)
 
@@ -215,7 +215,7 @@ def test_all_mistakes_of_a_command_line_are_told_at_once() -> None:
     first, *lines = str(caught.value).splitlines()
     assert first == "7 mistakes"
     named = [line.split(":")[0].strip() for line in lines]
-    assert named == ["--lrr", "run.seed", "--use-opd", "run.num_rollout", "trainer.lr", "loose", "--optimizer"]
+    assert named == ["--lrr", "run.seed", "--use-opd", "run.num_rollout", "trainer.lr", "--optimizer", "loose"]
     assert (caught.value.setting, caught.value.value) == ("--lrr", "--lrr")
 
 

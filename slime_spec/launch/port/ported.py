@@ -1,0 +1,127 @@
+"""Turn the words of a slime launch into the words of this project's, each flag with what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from slime_spec.errors import ConfigError, each_of
+from slime_spec.launch.arguments import Reading, read_each
+from slime_spec.launch.compose import composed
+from slime_spec.launch.flags import IS_NO_FLAG
+from slime_spec.launch.port.script import Launch
+from slime_spec.launch.port.text import open_parts, shown
+from slime_spec.launch.slime.together import MEANINGS
+from slime_spec.launch.slime.without_effect import WANDB_KEY, reason_of
+
+BASE = ("--config", "slime")  # slime's defaults
+ASYNC = "train_async.py"
+UNKNOWN = "is not known here"
+# Flags of the same name whose files are of another form.
+OTHER_FILES: Mapping[str, tuple[str, str]] = {
+    "--sglang-config": (
+        "slime's file describes groups of servers, this project's the flags of single engines",
+        "Write {0: {mem_fraction_static: 0.7}} for each engine that differs.",
+    ),
+}
+# What slime takes where a script says nothing, and no file of conf/ can say for a run without prompts of its own.
+ABSENT: Mapping[str, tuple[str, str]] = {"--input-key": ("input", "slime's key of the prompt")}
+
+
+class Fate(StrEnum):
+    """Says what became of a flag."""
+
+    SAME = "same"
+    MAPPED = "mapped"
+    ADDED = "added"
+    IGNORED = "no effect"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Holds a flag as the script has it, what became of it, and why."""
+
+    fate: Fate
+    flag: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Ported:
+    """Holds the flags of `slime-spec train`, each with its values, and a row for each flag of the script.
+
+    Words may have open parts (slime_spec.launch.port.text).
+    """
+
+    flags: tuple[tuple[str, ...], ...]
+    rows: tuple[Row, ...]
+    not_followed: tuple[str, ...]
+
+    @property
+    def words(self) -> list[str]:
+        return [word for flag in self.flags for word in flag]
+
+    @property
+    def missing(self) -> list[Row]:
+        return [row for row in self.rows if row.fate is Fate.MISSING]
+
+    @property
+    def unset(self) -> list[str]:
+        """Return the variables that somebody must set, in order."""
+        names = [source[2:-1] for word in self.words for source in open_parts(word) if source.startswith("${")]
+        return list(dict.fromkeys(name for name in names if name.isidentifier()))
+
+
+def port(launch: Launch, extra: Sequence[str] = ()) -> Ported:
+    """Return what a launch is here; ``extra`` are flags of this project that come last, and win."""
+    flags: list[tuple[str, ...]] = [BASE]
+    rows: list[Row] = []
+    if launch.program == ASYNC:
+        why = "each step generates, trains and pushes in turn: no sample is older than its weights"
+        rows.append(Row(Fate.IGNORED, ASYNC, why))
+    readings = list(read_each(launch.words))
+    for reading in readings:
+        row = _row(reading)
+        rows.append(row)
+        if row.fate in (Fate.SAME, Fate.MAPPED) and reading.path != WANDB_KEY:
+            flags.append(reading.words)
+    for name, (value, why) in ABSENT.items():
+        if name not in {reading.name for reading in readings}:
+            flags.append((name, value))
+            rows.append(Row(Fate.ADDED, f"{name} {value}", why))
+    flags += [reading.words for reading in read_each(extra)]
+    rows += _contradictions([shown(word) for flag in flags for word in flag])
+    return Ported(tuple(flags), tuple(rows), tuple(launch.not_followed))
+
+
+def _row(reading: Reading) -> Row:
+    flag = " ".join(map(shown, reading.words))
+    sources = [source for word in reading.words[1:] for source in open_parts(word)]
+    if reading.path == WANDB_KEY:
+        return Row(Fate.MAPPED, WANDB_KEY, "set WANDB_API_KEY in the environment")
+    if reason := reason_of(reading.path):
+        return Row(Fate.IGNORED, flag, reason)
+    if reading.name in OTHER_FILES:
+        return Row(Fate.MISSING, flag, "; ".join(OTHER_FILES[reading.name]))
+    commands = [source for source in sources if source.startswith("$(")]
+    if commands:
+        return Row(Fate.MISSING, flag, f"the value is what {commands[0]} prints, which is not run; pass it after --")
+    if reading.error is not None and sources:
+        return Row(Fate.MISSING, flag, f"{sources[0]} is not set: set it before slime-spec port")
+    if reading.error is not None:
+        rule, remedy = reading.error.rule, reading.error.remedy
+        return Row(Fate.MISSING, flag, UNKNOWN if rule == IS_NO_FLAG else f"{rule}; {remedy}")
+    if reading.name in MEANINGS:
+        return Row(Fate.MAPPED, flag, MEANINGS[reading.name])
+    return Row(Fate.SAME, flag, reading.path)
+
+
+def _contradictions(words: Sequence[str]) -> Iterator[Row]:
+    """Yield a row for everything that the flags together are refused for."""
+    try:
+        composed(words)
+    except ConfigError as error:
+        for each in each_of(error):
+            yield Row(Fate.MISSING, each.setting, f"{each.rule} (got {each.value!r}); {each.remedy}")

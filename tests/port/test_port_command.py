@@ -1,0 +1,146 @@
+"""``slime-spec port`` says what each flag of a slime script is here, and its command composes to that."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from slime_spec.launch import cli
+from slime_spec.launch.cli import main
+from slime_spec.launch.compose import compose
+
+Capture = pytest.CaptureFixture[str]
+
+# A script in slime's shape: a model's arguments, variables with defaults, a note, a flag that is refused.
+SCRIPT = """
+BASE=${BASE:-/data}
+MODEL_ARGS=(--num-layers 36 --swiglu --rotary-base 1000000)
+ARGS=(
+   --hf-checkpoint ${BASE}/Qwen3-4B
+   --ref-load ${BASE}/Qwen3-4B_torch_dist
+   --prompt-data ${BASE}/math.jsonl
+   --label-key label
+   --rollout-batch-size 32
+   --n-samples-per-prompt 8
+   --rollout-max-response-len 8192
+   --global-batch-size 256
+   # --micro-batch-size 1
+   --use-dynamic-batch-size
+   --max-tokens-per-gpu 9216
+   --optimizer adam
+   --sglang-server-concurrency 100
+   --rollout-num-gpus-per-engine 2
+   --wandb-key "${WANDB_KEY}"
+   --tensor-model-parallel-size 2
+)
+ray job submit --runtime-env-json='{}' -- python3 train.py --actor-num-nodes 2 --actor-num-gpus-per-node 4 \\
+   --colocate ${MODEL_ARGS[@]} ${ARGS[@]} EXTRA
+"""
+
+
+def script(folder: Path, extra: str = "") -> str:
+    path = folder / "run-qwen3-4B.sh"
+    path.write_text(SCRIPT.replace("EXTRA", extra))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BASE", "WANDB_KEY", "BASE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_script_becomes_a_command_that_composes_to_what_slime_would_do(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["port", script(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    words = shlex.split(printed.out.replace("\\\n", ""), comments=True)
+    assert words[:4] == ["slime-spec", "train", "--config", "slime"]
+    config = compose(words[2:])
+    assert (config.trainer.num_gpus, config.trainer.world_size, config.cluster.num_gpus_per_node) == (8, 8, 4)
+    assert (config.rollout.engine, config.rollout.num_engines, config.rollout.num_gpus_per_engine) == ("sglang", 4, 2)
+    assert (config.cluster.colocate, config.trainer.dtype, config.engine.max_running_requests) == (
+        True,
+        "bfloat16",
+        100,
+    )
+    assert (config.task.input_key, config.task.apply_chat_template) == ("input", False)
+    assert config.model.hf_checkpoint == "/data/Qwen3-4B"
+    assert not {"--optimizer", "--num-layers", "--ref-load", "--wandb-key"} & set(words)
+
+
+def test_the_table_says_what_became_of_every_flag(tmp_path: Path, capsys: Capture) -> None:
+    main(["port", script(tmp_path)])
+    table = capsys.readouterr().err
+    titles = [line for line in table.splitlines() if not line.startswith(" ")]
+    assert titles == ["the same here (11)", "no effect, because (6)", "added (1)", "mapped (4)"]
+    assert "--num-layers 36, --swiglu, --rotary-base 1000000" in table
+    assert "set WANDB_API_KEY" in table
+    assert "--micro-batch-size" not in table
+
+
+def test_what_is_missing_is_told_with_its_reason_and_by_the_exit_code(tmp_path: Path, capsys: Capture) -> None:
+    extra = "--use-opd --context-parallel-size 4 --save $BASE_DIR/out --lr $LR --sglang-config $(mktemp) --made-up 1"
+    assert main(["port", script(tmp_path, extra)]) == 1
+    printed = capsys.readouterr()
+    _, _, missing = printed.err.partition("missing here (5)\n")
+    told = " ".join(missing.split())
+    for words in (
+        "--use-opd no teacher is asked",
+        "--context-parallel-size 4 must be 1",
+        "--lr ${LR} ${LR} is not set",
+        "--sglang-config $(mktemp) slime's file describes groups",
+        "--made-up 1 is not known here",
+        "variables to set: BASE_DIR",
+    ):
+        assert words in told
+    assert ': "${BASE_DIR:?is not set}"' in printed.out
+    assert '--save "${BASE_DIR}"/out' in printed.out
+    assert "--use-opd" not in printed.out
+
+
+def test_what_the_flags_together_are_refused_for_is_missing_too(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["port", script(tmp_path, "--global-batch-size 7 --rollout-top-k 0")]) == 1
+    told = capsys.readouterr().err
+    assert "missing here (2)" in told
+    assert "trainer.global_batch_size" in told
+    assert "rollout.top_k" in told
+
+
+def test_variables_are_taken_from_the_environment(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BASE", "/elsewhere")
+    main(["port", script(tmp_path)])
+    assert "--hf-checkpoint /elsewhere/Qwen3-4B" in capsys.readouterr().out
+
+
+def test_run_trains_with_the_flags_after_the_dashes_last(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(cli, "_train", lambda argv: ran.append(argv) or 0)
+    assert main(["port", script(tmp_path), "--run", "--", "--num-rollout", "2", "--lr", "1e-5"]) == 0
+    assert ran[0][:2] == ["--config", "slime"]
+    assert ran[0][-4:] == ["--num-rollout", "2", "--lr", "1e-5"]
+    assert "slime-spec train" not in capsys.readouterr().out
+    assert main(["port", script(tmp_path, "--use-opd"), "--run"]) == 1
+    assert main(["port", script(tmp_path, "--save $BASE_DIR/out"), "--run"]) == 1
+    assert len(ran) == 1
+
+
+def test_an_asynchronous_launch_is_told_that_steps_take_turns(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text("python train_async.py --colocate --input-key prompt --prompt-data d.jsonl\n")
+    main(["port", str(path)])
+    assert "no sample is older than its weights: train_async.py" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("text", [None, "echo nothing\n"])
+def test_a_script_that_cannot_be_read_is_an_error(text: str | None, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "run.sh"
+    if text is not None:
+        path.write_text(text)
+    assert main(["port", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
