@@ -89,7 +89,7 @@ def test_what_is_missing_is_told_with_its_reason_and_by_the_exit_code(tmp_path: 
     for words in (
         "--use-opd no teacher is asked",
         "--context-parallel-size 4 must be 1",
-        "--lr ${LR} ${LR} is not set",
+        "--lr ${LR} ${LR} is not known",
         "--sglang-config $(mktemp) slime's file describes groups",
         "--made-up 1 is not known here",
         "variables to set: BASE_DIR",
@@ -98,6 +98,13 @@ def test_what_is_missing_is_told_with_its_reason_and_by_the_exit_code(tmp_path: 
     assert ': "${BASE_DIR:?is not set}"' in printed.out
     assert '--save "${BASE_DIR}"/out' in printed.out
     assert "--use-opd" not in printed.out
+
+
+def test_what_a_shell_fills_in_stays_in_the_command_and_is_not_run_without_it(tmp_path: Path, capsys: Capture) -> None:
+    path = script(tmp_path, "--save /out/$(date +%s)")
+    assert main(["port", path]) == 0
+    assert '--save /out/"$(date +%s)"' in capsys.readouterr().out
+    assert main(["port", path, "--run"]) == 1
 
 
 def test_what_the_flags_together_are_refused_for_is_missing_too(tmp_path: Path, capsys: Capture) -> None:

@@ -53,6 +53,7 @@ CASES = [
     ('D="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"; E="$(cd "$D/../.." && pwd)"', '"$D" "$E"'),
     ('source "$(dirname -- "$0")/models/m.sh"', '"${MODEL_ARGS[@]}" "$WHERE"'),
     ('MODEL_LAYERS=5 source "$(dirname -- "$0")/models/m.sh"', '"${MODEL_ARGS[@]}" "[$MODEL_LAYERS]"'),
+    ("D=3 M=${M:-89}; A=(--freq [0]*$D+[1]*${M} --x [1]*62)", '"${A[@]}" --y [2]*$D+$M'),
     ("U=(${U[@]} --a)", "${U[@]} ${NOT_THERE[@]} end"),
 ]
 MODEL = """

@@ -38,7 +38,7 @@ def run_port(
     if not options.run:
         show("\n".join(command_lines(ported, launch.files[0].name)))
     tell("\n".join(table_lines(ported)))
-    if ported.missing or (options.run and ported.unset):
+    if ported.missing or (options.run and ported.is_open):
         if options.run:
             tell("not run, for what is missing or not set; pass it after --")
         return 1

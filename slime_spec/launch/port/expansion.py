@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MOST_NUMBERS = 10_000  # of a seq
 ESCAPES_IN_QUOTES = re.compile(r'\\([$`"\\]|\n)')
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 ESCAPES = re.compile(r"\\(\n|.)", re.DOTALL)
 OPERATORS = frozenset((":-", "-", ":=", "=", ":?", "?", ":+", "+", "%", "%%", "#", "##"))
 
@@ -47,6 +48,27 @@ class Shell:
 def source_of(node: Node) -> str:
     assert node.text is not None, "the tree was made of a text that is kept"
     return node.text.decode()
+
+
+def all_words(nodes: Iterable[Node], shell: Shell) -> list[str]:
+    """Return the words of an array's or a command's nodes.
+
+    Nodes that touch are one word, which the parser cuts in two where a bracket stands before: ``[0]*$DENSE+[1]*$MOE``.
+    """
+    touching: list[list[Node]] = []
+    for node in nodes:
+        if touching and touching[-1][-1].end_byte == node.start_byte:
+            touching[-1].append(node)
+        else:
+            touching.append([node])
+    words: list[str] = []
+    for group in touching:
+        if len(group) == 1:
+            words += words_of(group[0], shell)
+        else:
+            source = "".join(map(source_of, group))
+            words.append(VARIABLE.sub(lambda found: _variable(found[1] or found[2], found[0], shell), source))
+    return words
 
 
 def words_of(node: Node, shell: Shell) -> list[str]:

@@ -15,6 +15,7 @@ from slime_spec.launch.port.text import open_parts, shown
 from slime_spec.launch.slime.together import MEANINGS
 from slime_spec.launch.slime.without_effect import WANDB_KEY, reason_of
 
+PROMPTS = "--prompt-data"
 BASE = ("--config", "slime")  # slime's defaults
 ASYNC = "train_async.py"
 UNKNOWN = "is not known here"
@@ -68,6 +69,11 @@ class Ported:
         return [row for row in self.rows if row.fate is Fate.MISSING]
 
     @property
+    def is_open(self) -> bool:
+        """Return whether only a shell can fill in the words."""
+        return any(map(open_parts, self.words))
+
+    @property
     def unset(self) -> list[str]:
         """Return the variables that somebody must set, in order."""
         names = [source[2:-1] for word in self.words for source in open_parts(word) if source.startswith("${")]
@@ -87,8 +93,9 @@ def port(launch: Launch, extra: Sequence[str] = ()) -> Ported:
         rows.append(row)
         if row.fate in (Fate.SAME, Fate.MAPPED) and reading.path != WANDB_KEY:
             flags.append(reading.words)
+    given = {reading.name for reading in readings}
     for name, (value, why) in ABSENT.items():
-        if name not in {reading.name for reading in readings}:
+        if PROMPTS in given and name not in given:
             flags.append((name, value))
             rows.append(Row(Fate.ADDED, f"{name} {value}", why))
     flags += [reading.words for reading in read_each(extra)]
@@ -105,11 +112,8 @@ def _row(reading: Reading) -> Row:
         return Row(Fate.IGNORED, flag, reason)
     if reading.name in OTHER_FILES:
         return Row(Fate.MISSING, flag, "; ".join(OTHER_FILES[reading.name]))
-    commands = [source for source in sources if source.startswith("$(")]
-    if commands:
-        return Row(Fate.MISSING, flag, f"the value is what {commands[0]} prints, which is not run; pass it after --")
     if reading.error is not None and sources:
-        return Row(Fate.MISSING, flag, f"{sources[0]} is not set: set it before slime-spec port")
+        return Row(Fate.MISSING, flag, f"{sources[0]} is not known: set it in the environment of slime-spec port")
     if reading.error is not None:
         rule, remedy = reading.error.rule, reading.error.remedy
         return Row(Fate.MISSING, flag, UNKNOWN if rule == IS_NO_FLAG else f"{rule}; {remedy}")

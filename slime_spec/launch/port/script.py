@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from slime_spec.errors import ConfigError
 from slime_spec.files import read_text
 from slime_spec.launch.port.condition import decided
-from slime_spec.launch.port.expansion import Shell, source_of, text_of, words_of
+from slime_spec.launch.port.expansion import Shell, all_words, source_of, text_of
 from slime_spec.launch.port.text import open_part, open_parts
 
 if TYPE_CHECKING:
@@ -136,12 +136,7 @@ class _Reader:
         plain, is_added = source_of(name), any(child.type == "+=" for child in node.children)
         before = self.shell.variables.get(plain, [] if is_added else "")
         if value is not None and value.type == "array":
-            words = [
-                word
-                for child in value.named_children
-                if child.type != "comment"
-                for word in words_of(child, self.shell)
-            ]
+            words = all_words((child for child in value.named_children if child.type != "comment"), self.shell)
             was = before if isinstance(before, list) else [before]
             self.shell.variables[plain] = [*was, *words] if is_added else words
         else:
@@ -164,12 +159,8 @@ class _Reader:
         before_it = [each for each in assignments if name is None or each.end_point[0] < name.start_point[0]]
         for assignment in before_it:
             self.assign(assignment)
-        words = [
-            word
-            for child in node.named_children
-            if child.type not in ("variable_assignment", "file_redirect", "comment")
-            for word in words_of(child, self.shell)
-        ]
+        others = ("variable_assignment", "file_redirect", "comment")
+        words = all_words((child for child in node.named_children if child.type not in others), self.shell)
         programs = [index for index, word in enumerate(words) if PROGRAM.fullmatch(word)]
         if programs:
             self.launch.program, self.launch.words = os.path.basename(words[programs[0]]), words[programs[0] + 1 :]
@@ -245,7 +236,7 @@ class _Reader:
 
     def loop(self, node: Node) -> None:
         name, body = node.child_by_field_name("variable"), node.child_by_field_name("body")
-        words = [word for child in node.children_by_field_name("value") for word in words_of(child, self.shell)]
+        words = all_words(node.children_by_field_name("value"), self.shell)
         if name is None or body is None or any(map(open_parts, words)):
             return self.leave_open(node, "is a loop over what is not known here")
         for word in words:

@@ -22,7 +22,8 @@ NODES_OF_SLIME, GPUS_PER_NODE_OF_SLIME = 1, 8
 # Flag -> what it sets, for a reader.
 MEANINGS: Mapping[str, str] = {
     NODES: f"times {GPUS_PER_NODE} (of slime's {GPUS_PER_NODE_OF_SLIME} where absent): --actor-num-gpus and "
-    "--actor-world-size; with --colocate and nothing else about engines, also --rollout-num-engines",
+    "--actor-world-size; with --colocate and nothing else about engines, also --rollout-num-engines; for engines "
+    "that span nodes, also --sglang-weight-transport distributed",
     GPUS_PER_NODE: f"times {NODES} (1 where absent): --actor-num-gpus and --actor-world-size",
     ROLLOUT_GPUS: "over --rollout-num-gpus-per-engine: --rollout-num-engines; without --colocate engines and trainer "
     "have GPUs of their own",
@@ -51,7 +52,7 @@ def settings_together(given: Mapping[str, Any], lookup: Lookup, named: frozenset
 
 
 def _settings(given: Mapping[str, Any], lookup: Lookup, named: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    num_trained_on = None
+    num_trained_on, gpus_of_node = None, lookup("cluster.num_gpus_per_node")
     if NODES in given or GPUS_PER_NODE in given:
         num_nodes = given.get(NODES, NODES_OF_SLIME)
         per_node = given.get(GPUS_PER_NODE, GPUS_PER_NODE_OF_SLIME)
@@ -59,6 +60,7 @@ def _settings(given: Mapping[str, Any], lookup: Lookup, named: frozenset[str]) -
         yield "trainer.num_gpus", num_trained_on
         yield "trainer.world_size", num_trained_on
         if num_nodes > 1:
+            gpus_of_node = per_node
             yield "cluster.num_gpus_per_node", per_node
     per_engine = lookup("rollout.num_gpus_per_engine") or 1
     if ROLLOUT_GPUS in given:
@@ -67,6 +69,9 @@ def _settings(given: Mapping[str, Any], lookup: Lookup, named: frozenset[str]) -
         yield from _engines(ROLLOUT_GPUS, given[ROLLOUT_GPUS], per_engine)
     elif num_trained_on is not None and lookup("cluster.colocate") and "rollout.num_engines" not in named:
         yield from _engines(f"{NODES} x {GPUS_PER_NODE}, which --colocate shares", num_trained_on, per_engine)
+    spans_nodes = bool({NODES, GPUS_PER_NODE, ROLLOUT_GPUS} & set(given)) and per_engine > gpus_of_node
+    if spans_nodes and "sglang_server.transport" not in named:
+        yield "sglang_server.transport", "distributed"  # as slime's: an engine over nodes shares no memory
     if CONCURRENCY in given and "engine.max_running_requests" not in named:
         yield "engine.max_running_requests", given[CONCURRENCY]
     if CONTEXT in given and "engine.context_length" not in named:
