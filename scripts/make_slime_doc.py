@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slime_spec.config.schema import settings
-from slime_spec.launch.flags import REFUSED, find_flag
+from slime_spec.launch.flags import REFUSED, find_flag, is_flag
 from slime_spec.launch.slime.model_shape import NAMES, NUMBERS
 from slime_spec.launch.slime.together import MEANINGS
 from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT, reason_of
@@ -17,25 +17,34 @@ BEGIN, END = "<!-- flags: scripts/make_slime_doc.py -->\n", "<!-- /flags -->"
 
 # slime's arguments that set something here, besides --sglang-*; the code says what.
 SLIMES = """
---adam-beta1 --adam-beta2 --apply-chat-template --bf16 --check-weight-update-equal --colocate --custom-rm-path
---debug-rollout-only --debug-train-only --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
---disable-grpo-std-normalization --enable-mtp-training --eps-clip --eps-clip-high --expert-model-parallel-size
---expert-tensor-parallel-size --global-batch-size --hf-checkpoint --input-key --kl-loss-coef --label-key --load
---load-debug-rollout-data --lr --max-tokens-per-gpu --mtp-loss-scaling-factor --mtp-num-layers --n-samples-per-prompt
---no-offload-rollout --no-offload-train --num-gpus-per-node --num-rollout --offload-rollout --offload-train
---optimizer-cpu-offload --over-sampling-batch-size --partial-rollout --pipeline-model-parallel-size --prompt-data
---recompute-granularity --reward-key --rm-type --rollout-batch-size --rollout-external-engine-addrs
---rollout-max-prompt-len --rollout-max-response-len --rollout-num-gpus-per-engine --rollout-stop
---rollout-stop-token-ids --rollout-temperature --rollout-top-k --rollout-top-p --save --save-debug-rollout-data
---save-interval --seed --sglang-config --tensor-model-parallel-size --tool-key --update-weight-buffer-size
---update-weights-interval --use-distributed-optimizer --use-rollout-routing-replay --use-wandb --wandb-group
---wandb-host --wandb-mode --wandb-project --wandb-team --weight-decay
+--adam-beta1 --adam-beta2 --advantage-estimator --apply-chat-template --apply-chat-template-kwargs --bf16
+--calculate-per-token-loss --check-weight-update-equal --colocate --custom-generate-function-path
+--custom-reward-post-process-path --custom-rm-path --custom-rollout-log-function-path --debug-rollout-only
+--debug-train-only --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
+--disable-grpo-std-normalization --dynamic-sampling-filter-path --enable-mtp-training --entropy-coef --eps-clip
+--eps-clip-c --eps-clip-high --eval-config --eval-input-key --eval-interval --eval-label-key --eval-max-prompt-len
+--eval-max-response-len --eval-prompt-data --eval-reward-key --eval-temperature --eval-tool-key --eval-top-k
+--eval-top-p --expert-model-parallel-size --expert-tensor-parallel-size --gamma --global-batch-size --group-rm
+--hf-checkpoint --input-key --kl-coef --kl-loss-coef --kl-loss-type --label-key --load --load-debug-rollout-data
+--loss-type --lr --lr-decay-style --lr-warmup-fraction --max-tokens-per-gpu --metadata-key --min-lr
+--mtp-loss-scaling-factor --mtp-num-layers --n-samples-per-eval-prompt --n-samples-per-prompt --no-offload-rollout
+--no-offload-train --normalize-advantages --num-epoch --num-gpus-per-node --num-rollout --num-steps-per-rollout
+--offload-rollout --offload-train --optimizer-cpu-offload --over-sampling-batch-size --partial-rollout
+--pipeline-model-parallel-size --prompt-data --recompute-granularity --reward-key --rm-type --rm-url
+--rollout-batch-size --rollout-external-engine-addrs --rollout-function-path --rollout-max-context-len
+--rollout-max-prompt-len --rollout-max-response-len --rollout-num-gpus-per-engine --rollout-sample-filter-path
+--rollout-shuffle --rollout-stop --rollout-stop-token-ids --rollout-temperature --rollout-top-k --rollout-top-p --save
+--save-debug-rollout-data --save-interval --seed --sglang-config --skip-eval-before-train --tensor-model-parallel-size
+--tis-clip --tis-clip-low --tool-key --update-weight-buffer-size --update-weights-interval --use-distributed-optimizer
+--use-kl-loss --use-rollout-routing-replay --use-tensorboard --use-tis --use-wandb --wandb-group --wandb-host
+--wandb-mode --wandb-project --wandb-team --weight-decay
 """
 
 
 def tables() -> str:
     """Return the tables as markdown."""
-    return "\n".join([*_accepted(), "", *_together(), "", *_without_effect(), "", *_refused(), ""])
+    parts = (_accepted(), _together(), _without_effect(), _refused(), _unknown())
+    return "\n".join(line for part in parts for line in (*part, ""))
 
 
 def _accepted() -> Iterator[str]:
@@ -44,6 +53,8 @@ def _accepted() -> Iterator[str]:
     yield "| flag | setting | default | meaning |"
     yield "|---|---|---|---|"
     for name in sorted(SLIMES.split()):
+        if name in REFUSED or not is_flag(name) or name in WITHOUT_EFFECT:
+            continue
         flag, is_on = find_flag(name)
         setting = settings()[flag.path]
         path = flag.path
@@ -93,6 +104,14 @@ def _refused() -> Iterator[str]:
         by_reason.setdefault(told, []).append(f"`{name}`")
     for (why, remedy), names in by_reason.items():
         yield f"| {why} | {remedy} | {', '.join(sorted(names))} |"
+
+
+def _unknown() -> Iterator[str]:
+    unknown = [name for name in sorted(SLIMES.split()) if name not in REFUSED and not is_flag(name)]
+    if unknown:
+        yield "### Unknown here"
+        yield ""
+        yield ", ".join(f"`{name}`" for name in unknown)
 
 
 def _shown(default: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from slime_spec.errors import ConfigError, ConfigErrors, RewardError
 from slime_spec.garbage import no_collection
-from slime_spec.launch.help import BENCH, COMMANDS, train_help
+from slime_spec.launch.help import BENCH, COMMANDS, CONFIG, train_help
 from slime_spec.suggest import did_you_mean
 
 HELP = (["-h"], ["--help"])
@@ -110,7 +110,8 @@ def _rollout(argv: list[str]) -> int:
 
 
 def _config(argv: list[str]) -> int:
-    if _wants_help(argv):
+    if set(argv) & {"-h", "--help"}:
+        _show(CONFIG)
         return 0
     from slime_spec.config.build import to_yaml
     from slime_spec.launch.compose import composed
@@ -207,6 +208,13 @@ def _port(argv: list[str]) -> int:
     return run_port(argv, _show, lambda text: print(text, file=sys.stderr), _train)
 
 
+def _completion(argv: list[str]) -> int:
+    from slime_spec.launch.completion import completion
+
+    _show(completion(argv, (*HANDLERS, "--help")))
+    return 0
+
+
 def _bench(argv: list[str]) -> int:
     if argv[:1] in HELP:
         _show(BENCH)
@@ -235,4 +243,5 @@ HANDLERS: Mapping[str, Callable[[list[str]], int]] = {
     "bench": _bench,
     "draft": _draft,
     "serve": _serve,
+    "completion": _completion,
 }

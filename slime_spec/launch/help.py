@@ -31,8 +31,21 @@ slime-spec: speculative decoding that pays in RL rollouts
   slime-spec draft train --target DIR --out DIR     train a draft on the target's own replies
   slime-spec draft convert --draft DIR --target DIR --out DIR --to LAYOUT    write a draft in another layout
   slime-spec bench NAME [--json FILE]   main-job, engine, device, sglang, pays, drafts, coordinator or robustness
+  slime-spec completion bash|zsh                    print a script that completes commands and flags
 
 `slime-spec train --help` explains every flag."""
+
+CONFIG = """\
+slime-spec config [--config NAME|PATH.yaml] [group=NAME | --flag VALUE | path=value] ...
+
+Prints every setting as train would have it, as a file that --config PATH.yaml reads again, and says in notes which
+settings have no effect. It takes the flags of train (`slime-spec train --help` explains them), reads no checkpoint,
+starts nothing, and refuses what train would refuse of the flags alone. `slime-spec train --dry-run` looks at files and
+machines, too.
+
+  slime-spec config --config smollm2-135m --lr 1e-6 > mine.yaml
+  slime-spec train --config mine.yaml --num-rollout 5
+  slime-spec config --config slime --actor-num-nodes 2 --colocate    slime's flags, and its defaults"""
 
 BENCH = """\
 slime-spec bench NAME [flags]

@@ -14,8 +14,7 @@ from slime_spec.errors import ConfigError
 
 NODES, GPUS_PER_NODE, ROLLOUT_GPUS = "--actor-num-nodes", "--actor-num-gpus-per-node", "--rollout-num-gpus"
 CONCURRENCY, ROUTER_IP, ROUTER_PORT = "--sglang-server-concurrency", "--sglang-router-ip", "--sglang-router-port"
-CONTEXT = "--rollout-max-context-len"
-NUMBERS = (NODES, GPUS_PER_NODE, ROLLOUT_GPUS, CONCURRENCY, ROUTER_PORT, CONTEXT)
+NUMBERS = (NODES, GPUS_PER_NODE, ROLLOUT_GPUS, CONCURRENCY, ROUTER_PORT)
 TEXTS = (ROUTER_IP,)
 # What slime takes where its command line says nothing.
 NODES_OF_SLIME, GPUS_PER_NODE_OF_SLIME = 1, 8
@@ -30,7 +29,6 @@ MEANINGS: Mapping[str, str] = {
     CONCURRENCY: "--sglang-max-running-requests, where that is not given: the requests that an engine has at once",
     ROUTER_IP: f"with {ROUTER_PORT}: --sglang-router-addr",
     ROUTER_PORT: f"with {ROUTER_IP}: --sglang-router-addr",
-    CONTEXT: "--sglang-context-length, where that is not given",
 }
 
 Lookup = Callable[[str], Any]
@@ -74,8 +72,6 @@ def _settings(given: Mapping[str, Any], lookup: Lookup, named: frozenset[str]) -
         yield "sglang_server.transport", "distributed"  # as slime's: an engine over nodes shares no memory
     if CONCURRENCY in given and "engine.max_running_requests" not in named:
         yield "engine.max_running_requests", given[CONCURRENCY]
-    if CONTEXT in given and "engine.context_length" not in named:
-        yield "engine.context_length", given[CONTEXT]
     if ROUTER_IP in given or ROUTER_PORT in given:
         if not (ROUTER_IP in given and ROUTER_PORT in given):
             rule = "needs its other half: a router has an address and a port"
