@@ -12,12 +12,11 @@ from pathlib import Path
 
 from slime_spec.errors import ConfigError, ConfigErrors, RewardError
 from slime_spec.garbage import no_collection
-from slime_spec.launch.help import BENCH, COMMANDS, CONFIG, train_help
+from slime_spec.launch.help import BENCH, COMMANDS, CONFIG, DRY_RUN, train_help
 from slime_spec.suggest import did_you_mean
 
 HELP = (["-h"], ["--help"])
 INTERRUPTED = 130  # as a shell reports Ctrl-C
-DRY_RUN = "--dry-run"  # flag of train and rollout: print the plan and start nothing
 
 # A command imports its modules only when it is chosen, so that `slime-spec config` is fast.
 

@@ -15,6 +15,7 @@ from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
 from slime_spec.sglang.flags import sglang_flags, sglang_version
 
 WIDTH = 116
+DRY_RUN = "--dry-run"  # flag of train and rollout: print the plan and start nothing
 COMMANDS = """\
 slime-spec: speculative decoding that pays in RL rollouts
 

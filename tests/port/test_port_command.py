@@ -131,10 +131,21 @@ def test_run_trains_with_the_flags_after_the_dashes_last(
     assert main(["port", script(tmp_path), "--run", "--", "--num-rollout", "2", "--lr", "1e-5"]) == 0
     assert ran[0][:2] == ["--config", "slime"]
     assert ran[0][-4:] == ["--num-rollout", "2", "--lr", "1e-5"]
+    assert main(["port", script(tmp_path), "--run", "--", "--dry-run"]) == 0
+    assert ran.pop()[-1] == "--dry-run"
     assert "slime-spec train" not in capsys.readouterr().out
     assert main(["port", script(tmp_path, "--use-opd"), "--run"]) == 1
     assert main(["port", script(tmp_path, "--save $BASE_DIR/out"), "--run"]) == 1
     assert len(ran) == 1
+
+
+def test_flags_after_the_dashes_replace_nodes_times_gpus(tmp_path: Path, capsys: Capture) -> None:
+    on_cpu = "--rollout-engine embedded --rollout-num-gpus-per-engine 0 --actor-num-gpus 0 --actor-world-size 2"
+    path = script(tmp_path, "--rollout-num-gpus 8")
+    assert main(["port", path, "--", *on_cpu.split(), "--rollout-num-engines", "2"]) == 0
+    words = shlex.split(capsys.readouterr().out.replace("\\\n", ""), comments=True)
+    config = compose(words[2:])
+    assert (config.trainer.num_gpus, config.trainer.world_size, config.rollout.num_engines) == (0, 2, 2)
 
 
 def test_an_asynchronous_launch_is_told_that_steps_take_turns(tmp_path: Path, capsys: Capture) -> None:

@@ -160,6 +160,25 @@ def test_a_file_that_sources_itself_ends(tmp_path: Path) -> None:
     assert launch.words == ["--x"]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("for a in $(seq 900); do for b in $(seq 900); do X=1; done; done\n", "within 100000 statements"),
+        ("if true; then\n" * 3000 + "X=1\n" + "fi\n" * 3000, "nests its statements too deeply"),
+        ("\x00\xff", "must call"),
+        ("f() { f; f; }\nf\n", "within 100000 statements"),
+    ],
+)
+def test_a_hostile_script_ends_in_one_error(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path, text)
+
+
+def test_a_variable_that_grows_without_end_is_left_open(tmp_path: Path) -> None:
+    launch = read(tmp_path, "X=ab\nfor a in $(seq 40); do X=$X$X; done\npython3 train.py --x $X\n")
+    assert len(" ".join(launch.words)) < 1_100_000
+
+
 def test_text_with_open_parts_is_quoted_so_that_bash_fills_them_in() -> None:
     text = "/a b/" + open_part("${GIVEN}") + "/'c'" + open_part("$(echo 'x  y')")
     done = subprocess.run(

@@ -10,14 +10,16 @@ from slime_spec.errors import ConfigError, each_of
 from slime_spec.launch.arguments import Reading, read_each
 from slime_spec.launch.compose import composed
 from slime_spec.launch.flags import IS_NO_FLAG
+from slime_spec.launch.help import DRY_RUN
 from slime_spec.launch.port.script import Launch
 from slime_spec.launch.port.text import open_parts, shown
-from slime_spec.launch.slime.together import MEANINGS
+from slime_spec.launch.slime.together import MADE_BY, MEANINGS
 from slime_spec.launch.slime.without_effect import WANDB_KEY, reason_of
 
 PROMPTS = "--prompt-data"
 BASE = ("--config", "slime")  # slime's defaults
 ASYNC = "train_async.py"
+AFTER = "flags after -- say it"
 UNKNOWN = "is not known here"
 # Flags of the same name whose files are of another form.
 OTHER_FILES: Mapping[str, tuple[str, str]] = {
@@ -87,9 +89,10 @@ def port(launch: Launch, extra: Sequence[str] = ()) -> Ported:
     if launch.program == ASYNC:
         why = "each step generates, trains and pushes in turn: no sample is older than its weights"
         rows.append(Row(Fate.IGNORED, ASYNC, why))
-    readings = list(read_each(launch.words))
+    readings, own = list(read_each(launch.words)), list(read_each(extra))
+    replaced = {flag for each in own for flag in MADE_BY.get(each.path, ())}
     for reading in readings:
-        row = _row(reading)
+        row = Row(Fate.IGNORED, " ".join(reading.words), AFTER) if reading.name in replaced else _row(reading)
         rows.append(row)
         if row.fate in (Fate.SAME, Fate.MAPPED) and reading.path != WANDB_KEY:
             flags.append(reading.words)
@@ -98,8 +101,8 @@ def port(launch: Launch, extra: Sequence[str] = ()) -> Ported:
         if PROMPTS in given and name not in given:
             flags.append((name, value))
             rows.append(Row(Fate.ADDED, f"{name} {value}", why))
-    flags += [reading.words for reading in read_each(extra)]
-    rows += _contradictions([shown(word) for flag in flags for word in flag])
+    flags += [reading.words for reading in own]
+    rows += _contradictions([shown(word) for flag in flags for word in flag if word != DRY_RUN])
     return Ported(tuple(flags), tuple(rows), tuple(launch.not_followed))
 
 

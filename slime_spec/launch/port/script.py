@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PROGRAM = re.compile(r"(?:.*/)?train(?:_async)?\.py")  # slime's two
 DEEPEST = 20  # files and functions within one another
+MOST_STATEMENTS, LONGEST = 100_000, 1_000_000  # that are followed, with loops' repetitions; characters of a variable
 REMEDY = "Pass slime's launch script, in which `train.py` or `train_async.py` is called."
 
 
@@ -56,7 +57,10 @@ class Launch:
 def read_script(path: Path, environment: Mapping[str, str]) -> Launch:
     """Return what the script launches; raises ConfigError where it cannot be read or launches nothing of slime's."""
     reader = _Reader(path, environment)
-    reader.read_file(path)
+    try:
+        reader.read_file(path)
+    except RecursionError:
+        raise ConfigError("port", "nests its statements too deeply", str(path), REMEDY) from None
     if not reader.launch.program:
         rule = "must call slime's train.py or train_async.py"
         raise ConfigError(
@@ -82,7 +86,7 @@ class _Reader:
         self.shell = Shell(absolute, absolute, environment)
         self.launch = Launch()
         self.functions: dict[str, Node] = {}
-        self.depth, self.is_told = 0, False
+        self.depth, self.is_told, self.num_statements = 0, False, 0
 
     def read_file(self, path: Path) -> None:
         outer, self.shell.file = self.shell.file, Path(os.path.abspath(path))
@@ -107,6 +111,10 @@ class _Reader:
 
     def read(self, node: Node) -> None:
         """Follow one statement."""
+        self.num_statements += 1
+        if self.num_statements > MOST_STATEMENTS:
+            rule = f"must come to its launch within {MOST_STATEMENTS} statements, loops' repetitions counted"
+            raise ConfigError("port", rule, str(self.shell.script), REMEDY)
         match node.type:
             case "variable_assignment":
                 self.assign(node)
@@ -142,7 +150,8 @@ class _Reader:
         else:
             text = "" if value is None else text_of(value, self.shell)
             was_text = before if isinstance(before, str) else "".join(before)
-            self.shell.variables[plain] = was_text + text if is_added else text
+            whole = was_text + text if is_added else text
+            self.shell.variables[plain] = whole if len(whole) <= LONGEST else open_part(f"${{{plain}}}")
 
     def assign_element(self, node: Node, value: Node | None) -> None:
         """Set ``NAME[2]=text`` of an array that has as many elements."""

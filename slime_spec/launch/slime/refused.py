@@ -20,7 +20,7 @@ _WHOLE_POLICY = ("the whole policy is trained", "Leave it out.")
 _OF_SERVER = ("is a flag of sglang.launch_server, which a run starts itself", "Pass --sglang-{0} VALUE.")
 _OF_RAY = (
     "is a flag of Ray's own commands, and this project starts its own Ray",
-    "Leave it out; --ray-address joins a cluster that runs, and variables of the environment reach all processes.",
+    "Leave it out; --ray-address joins a cluster that runs. The command's variables reach the Ray that it starts.",
 )
 _LOOP = ("the loop around a rollout is not replaced by a function here", "Leave it out.")
 _ONE_RUN_FOLDER = ("a run keeps its files in its run folder", "Leave it out; --output-dir names the folder.")
@@ -72,8 +72,8 @@ _GROUPS: Mapping[tuple[str, str], str] = {
     ("is a flag of sglang.launch_server", "Pass --hf-checkpoint DIR."): "--model-path",
     ("is a flag of sglang.launch_server", "Pass --rollout-num-gpus-per-engine N."): "--tp",
     (
-        "variables of the environment reach the trainer as they are",
-        "Set them before the command.",
+        "the trainer has the variables of the environment in which its Ray was started",
+        "Set them before the command, or before the Ray that --ray-address joins.",
     ): "--train-env-vars",
 }
 

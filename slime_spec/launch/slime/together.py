@@ -30,6 +30,12 @@ MEANINGS: Mapping[str, str] = {
     ROUTER_IP: f"with {ROUTER_PORT}: --sglang-router-addr",
     ROUTER_PORT: f"with {ROUTER_IP}: --sglang-router-addr",
 }
+# What they set besides -> the flags, which somebody who sets that otherwise leaves out.
+MADE_BY: Mapping[str, tuple[str, ...]] = {
+    "trainer.num_gpus": (NODES, GPUS_PER_NODE),
+    "trainer.world_size": (NODES, GPUS_PER_NODE),
+    "rollout.num_engines": (ROLLOUT_GPUS,),
+}
 
 Lookup = Callable[[str], Any]
 
