@@ -1,23 +1,42 @@
-"""Packaging: three packages; conf/ is installed as slime_spec.conf so that an installed command finds it."""
+"""Packaging: three packages; conf/ is installed as slime_spec.conf so that an installed command finds it.
 
+docs/install.md says what each extra is for.
+"""
+
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 PORT = ["tree-sitter>=0.25", "tree-sitter-bash>=0.25"]  # reads bash for `slime-spec port`
+ROOT = Path(__file__).parent
 INCLUDE = ["slime_spec*", "rollout*", "trainer_bridge*"]
+# The version has one home, which a build cannot import: it runs without the packages that this one needs.
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "slime_spec" / "__init__.py").read_text(), re.MULTILINE)
 
 setup(
     name="slime_spec",
-    version="0.1.0",
+    version=VERSION,
     description="Speculative decoding that pays in RL rollouts",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=[*find_packages(include=INCLUDE), "slime_spec.conf"],
     package_dir={"slime_spec.conf": "conf"},
     package_data={
+        "slime_spec": ["py.typed"],
+        "rollout": ["py.typed"],
+        "trainer_bridge": ["py.typed"],
         "slime_spec.conf": ["*.yaml", "*/*.yaml"],
         "slime_spec.sglang": ["*.json"],
         "slime_spec.checkpoints": ["builtin/*/*"],
@@ -44,6 +63,8 @@ setup(
         "aiohttp",
     ],
     extras_require={
+        # The embedded engine's kernels. Torch for CUDA brings the release of triton that it needs; other builds do not.
+        "gpu": ["triton"],
         "sglang": ["sglang==0.5.21"],
         "tensorboard": ["tensorboard"],
         "port": PORT,

