@@ -57,13 +57,13 @@ run_slime_spec() {
 
 # launch EXPERIMENT [flags]: `slime-spec train` with a named configuration, its run named after it and the time.
 # SLIME_SPEC_COMMAND chooses another command of the same flags (config, rollout, doctor); SGLANG_PYTHON is the Python of
-# the environment that has sglang, where it is not this one. PROMPT_DATA names a file with the keys "prompt" and "label", as
-# dapo-math-17k.jsonl; without one the run takes the built-in arithmetic. A reward compares the last whole number.
+# the environment that has sglang, where it is not this one. PROMPT_DATA names a file of problems with the keys "prompt" and
+# "label", as dapo-math-17k.jsonl, rewarded as --rm-type math (conf/data/math.yaml); data=arithmetic is the built-in task.
 launch() {
   local experiment="$1" sglang=() data=()
   shift
   if [[ -n "${PROMPT_DATA:-}" ]]; then
-    data=(--prompt-data "$PROMPT_DATA" --input-key prompt --label-key label --rm-type last_integer)
+    data=(data=math --prompt-data "$PROMPT_DATA")
   fi
   if [[ -n "${SGLANG_PYTHON:-}" ]]; then
     sglang=(--sglang-python "$SGLANG_PYTHON")

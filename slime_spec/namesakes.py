@@ -1,4 +1,4 @@
-"""Refuse other packages that have the names of this project's own: ``rollout`` and ``trainer_bridge`` are plain words."""
+"""Refuse other packages that have the names of this project's own, of which ``rollout`` is a plain word."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def check_namesakes() -> None:
             if found != own:
                 raise ConfigError(
                     f"package {name}",
-                    f"must be slime_spec's own, {own.parent}; another of that name comes before it on Python's path, or "
-                    "on that of Ray's processes, which begins with the current folder",
+                    f"must be slime_spec's own, {own.parent}; another of that name comes before it on Python's path, "
+                    "or on that of Ray's processes, which begins with the current folder",
                     str(found.parent if found.name == own.name else found),
                     "Rename the other, start from another folder, or take its folder off PYTHONPATH. Packages that are "
                     "installed need environments of their own.",

@@ -27,9 +27,9 @@ from slime_spec.config.yaml_file import read_yaml_file
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import Arguments, read_arguments
-from slime_spec.launch.groups import EXPERIMENT, conf_dir, is_path
 from slime_spec.launch.slime.together import MEANINGS, settings_together
 from slime_spec.launch.slime.without_effect import notes_of_slime
+from slime_spec.launch.groups import EXPERIMENT, conf_dir, is_path, one_source
 from slime_spec.sglang.flags import check_sglang
 
 # Keys that only files of conf/ read: a model's drafts, to which a file of the group speculative points.
@@ -65,7 +65,7 @@ def composed(argv: Sequence[str]) -> Composed:
     Raises ConfigError, before any heavy import, for every setting that cannot be honoured.
     """
     arguments = read_arguments(argv)
-    groups, values = dict(arguments.groups), arguments.settings
+    groups, values = one_source(arguments.groups, arguments.settings)
     if is_path(groups.get(EXPERIMENT, "")):
         values = {**file_settings(Path(groups.pop(EXPERIMENT))), **values}
     try:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import slime_spec
+from slime_spec.config.task import TaskConfig
 from slime_spec.errors import ConfigError
 from slime_spec.suggest import did_you_mean
 
 EXPERIMENT = "experiment"  # it chooses files of the other groups, and may be a path or absent
-GROUPS = (EXPERIMENT, "model", "speculative", "cluster")
+DATA, TOY = "data", "arithmetic"  # the group of prompts and rewards, and its choice without a file
+GROUPS = (EXPERIMENT, "model", "speculative", "cluster", DATA)
 
 
 def conf_dir() -> Path:
@@ -39,3 +43,17 @@ def check_choice(group: str, name: str) -> str:
 def is_path(experiment: str) -> bool:
     """Return whether ``--config`` names a file of the user's own rather than one of conf/experiment."""
     return experiment.endswith((".yaml", ".yml")) or "/" in experiment
+
+
+def one_source(groups: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Add to a command line that names tasks, or a file of prompts, that an experiment's own source is left out.
+
+    With ``--task max4`` an experiment's file of prompts and its reward are left out, with ``--prompt-data FILE`` its
+    tasks.
+    """
+    names_tasks, names_file = settings.get("task.names"), settings.get("task.prompt_data")
+    if names_tasks and not names_file:
+        return {DATA: TOY, **groups}, dict(settings)
+    if names_file and "task.names" not in settings:
+        return dict(groups), {"task.names": TaskConfig().names, **settings}
+    return dict(groups), dict(settings)

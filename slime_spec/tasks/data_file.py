@@ -26,7 +26,8 @@ def data_rows(setting: str, named: str) -> list[Row]:
     path = Path(named if found is None else found["path"])
     if not os.path.exists(path):
         rule = "must be a readable file: No such file or directory"
-        raise ConfigError(setting, rule, str(path), "Pass --prompt-data FILE.jsonl.")
+        remedy = "Pass --prompt-data FILE.jsonl (a script's PROMPT_DATA), or data=arithmetic for the built-in task."
+        raise ConfigError(setting, rule, str(path), remedy)
     rows = list(_parquet_rows(setting, path) if path.suffix == ".parquet" else json_rows(path))
     if found is None:
         return rows

@@ -23,9 +23,11 @@ from tests.support.tiny_drafts import edit_config
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
 SERVER_TIMEOUT_S = 900
+# The recipes are for a file of problems, which is not here.
+TOY = "data=arithmetic"
 # Any machine, and one small step: what a test changes of a recipe for eight GPUs.
 EMBEDDED = (
-    *("--debug-rollout-only", "--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "0"),
+    *(TOY, "--debug-rollout-only", "--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "0"),
     "cluster.ray_address=null",
     *("--rollout-num-engines", "1", "--rollout-num-cpus-per-engine", "1", "--sglang-dtype", "float32"),
     *("--num-rollout", "2", "--rollout-batch-size", "2", "--n-samples-per-prompt", "2"),
@@ -33,7 +35,7 @@ EMBEDDED = (
 )
 # The same on a real SGLang server, as small as its pure-torch stand-in kernels want it.
 ON_SGLANGS_CPU = (
-    *("--debug-rollout-only", "--rollout-num-gpus-per-engine", "0", "--rollout-num-engines", "1"),
+    *(TOY, "--debug-rollout-only", "--rollout-num-gpus-per-engine", "0", "--rollout-num-engines", "1"),
     "cluster.ray_address=null",
     *("--rollout-num-cpus-per-engine", "1", "--sglang-dtype", "float32", "--sglang-attention-backend", "intel_amx"),
     *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096", "--sglang-sleep-on-idle"),
@@ -49,10 +51,10 @@ UNSPLIT = (
     *("--tensor-model-parallel-size", "1"),
     *("--expert-model-parallel-size", "1", "--expert-tensor-parallel-size", "1"),
 )
-ELSEWHERE = ("--skip-check", "gpus", "sglang-version", *UNSPLIT)
+ELSEWHERE = (TOY, "--skip-check", "gpus", "sglang-version", *UNSPLIT)
 # What a test changes of a recipe to train without a GPU: a Ray and a rank of its own, and the embedded engine.
 TRAINING = (
-    *("--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "0", "--rollout-num-engines", "1"),
+    *(TOY, "--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "0", "--rollout-num-engines", "1"),
     *("--rollout-num-cpus-per-engine", "1", "--sglang-dtype", "float32", "cluster.ray_address=null"),
     *("--actor-num-gpus", "0", "--actor-world-size", "1", "trainer.num_cpus_per_rank=1", *UNSPLIT),
     *("--train-dtype", "float32", "--num-rollout", "1", "--rollout-batch-size", "2", "--n-samples-per-prompt", "2"),
@@ -221,7 +223,7 @@ def test_latent_attention_too_large_for_the_embedded_engine_is_refused_with_the_
 
 
 def test_without_a_model_folder_a_script_says_which_variable_names_it(tmp_path: Path) -> None:
-    done = run_in_process("run-deepseek-r1-mtp.sh", environ={"MODEL_DIR": str(tmp_path / "absent")})
+    done = run_in_process("run-deepseek-r1-mtp.sh", TOY, environ={"MODEL_DIR": str(tmp_path / "absent")})
     assert done.returncode == 2
     assert done.stderr.startswith("error: model.hf_checkpoint\n")
     assert "MODEL_DIR=DIR" in done.stderr
@@ -232,7 +234,7 @@ def test_without_gpus_and_sglang_a_script_names_both_and_starts_nothing(
 ) -> None:
     nothing = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
     done = ended_script(
-        "run-eagle3-llama3.1-8B.sh", stand_ins["llama3.1-8b"], "--output-dir", str(tmp_path / "run"), **nothing
+        "run-eagle3-llama3.1-8B.sh", stand_ins["llama3.1-8b"], TOY, "--output-dir", str(tmp_path / "run"), **nothing
     )
     assert done.returncode == 2
     assert "gpus: the run wants 8 GPUs and this machine has 0" in done.stderr

@@ -35,8 +35,14 @@ class Recipe:
     more: tuple[str, ...] = ()
 
     def arguments(self, folder: Path) -> list[str]:
-        """Flags of train, with both checkpoints as config.json alone."""
-        argv = ["--config", self.experiment, "--hf-checkpoint", str(write_config(folder / "target", self.target))]
+        """Flags of train, with both checkpoints as config.json alone, and the task that needs no file."""
+        argv = [
+            "--config",
+            self.experiment,
+            "data=arithmetic",
+            "--hf-checkpoint",
+            str(write_config(folder / "target", self.target)),
+        ]
         if self.draft is not None:
             argv += ["--speculative-draft-model-path", str(write_config(folder / "draft", self.draft))]
         return [*argv, *self.more]

@@ -12,6 +12,7 @@ from rich.text import Text
 from slime_spec.agents.own import POSITIONAL
 from slime_spec.config.draft_training import loss_for
 from slime_spec.config.pipeline_stages import stage_layers
+from slime_spec.config.tree import TaskConfig
 from slime_spec.launch.dry_run.placement import counted, placement_lines
 from slime_spec.launch.dry_run.plan import Plan, PlannedServer
 from slime_spec.launch.preflight import ONLY_THE_START_KNOWS
@@ -75,6 +76,7 @@ def _run(plan: Plan) -> Iterator[str]:
     if own:
         context = f", at most {rollout.longest} tokens over all turns" if config.custom.generate else ""
         yield f"functions: {', '.join(own)}{context}"
+    yield _source(config.task)
     yield f"target {target.folder}: {target.architecture}, {target.dtype}, context {target.context_length}"
     if plan.facts.draft is not None:
         draft, kind = plan.facts.draft, plan.facts.draft_kind
@@ -82,6 +84,12 @@ def _run(plan: Plan) -> Iterator[str]:
         yield f"draft {what}, context {draft.context_length}"
         if config.trains_draft and (draft_format := plan.facts.draft_format) is not None:
             yield f"draft in training: loss {loss_for(config.draft_training, draft_format.family)}"
+
+
+def _source(task: TaskConfig) -> str:
+    if task.prompt_data is None:
+        return f"prompts and rewards of the tasks {', '.join(task.names)}"
+    return f"prompts of {task.prompt_data}, keys {task.input_key} and {task.label_key}, reward {task.reward}"
 
 
 def _placement(plan: Plan) -> Iterator[str]:
