@@ -14,6 +14,7 @@ from slime_spec.suggest import did_you_mean
 
 EXPERIMENT = "experiment"  # it chooses files of the other groups, and may be a path or absent
 DATA, TOY = "data", "arithmetic"  # the group of prompts and rewards, and its choice without a file
+SOURCES = ("task.names", "task.prompt_data")  # of which a run has one
 GROUPS = (EXPERIMENT, "model", "speculative", "cluster", DATA)
 
 
@@ -51,9 +52,8 @@ def one_source(groups: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[
     With ``--task max4`` an experiment's file of prompts and its reward are left out, with ``--prompt-data FILE`` its
     tasks.
     """
-    names_tasks, names_file = settings.get("task.names"), settings.get("task.prompt_data")
-    if names_tasks and not names_file:
+    named = {name for name in SOURCES if settings.get(name)}
+    if named == {"task.names"}:
         return {DATA: TOY, **groups}, dict(settings)
-    if names_file and "task.names" not in settings:
-        return dict(groups), {"task.names": TaskConfig().names, **settings}
-    return dict(groups), dict(settings)
+    others = {name: getattr(TaskConfig(), name.removeprefix("task.")) for name in SOURCES} if named else {}
+    return dict(groups), {**others, **settings}
