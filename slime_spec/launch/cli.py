@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from slime_spec import __version__
 from slime_spec.errors import ConfigError, ConfigErrors, RewardError
 from slime_spec.garbage import no_collection
 from slime_spec.launch.help import BENCH, COMMANDS, CONFIG, DRY_RUN, train_help
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _show(COMMANDS)
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        _show(f"slime_spec {__version__}")
+        return 0
     command, rest = arguments[0], arguments[1:]
     try:
         check_namesakes()

@@ -34,7 +34,7 @@ slime-spec: speculative decoding that pays in RL rollouts
   slime-spec bench NAME [--json FILE]   main-job, engine, device, sglang, pays, drafts, coordinator or robustness
   slime-spec completion bash|zsh                    print a script that completes commands and flags
 
-`slime-spec train --help` explains every flag."""
+`slime-spec train --help` explains every flag; `slime-spec --version` says which release this is."""
 
 CONFIG = """\
 slime-spec config [--config NAME|PATH.yaml] [group=NAME | --flag VALUE | path=value] ...

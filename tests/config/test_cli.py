@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import slime_spec
 from slime_spec.bench import BENCHES
 from slime_spec.config.build import to_yaml
 from slime_spec.config.schema import settings
@@ -112,3 +113,8 @@ def test_ctrl_c_ends_any_command_without_a_traceback(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cli, "HANDLERS", {"doctor": interrupted})
     assert main(["doctor"]) == 130
+
+
+def test_the_version_is_the_packages_own(capsys: Capture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"slime_spec {slime_spec.__version__}\n"

@@ -122,6 +122,8 @@ def test_an_installed_command_runs_far_from_the_checkout(environment: Environmen
     told = environment.run("slime-spec", "--help", folder=tmp_path)
     assert told.returncode == 0, told.stderr
     assert "slime-spec train" in told.stdout
+    version = environment.run("slime-spec", "--version", folder=tmp_path).stdout
+    assert version == f"slime_spec {slime_spec.__version__}\n"
     model, run = make_tiny_policy(tmp_path / "model"), tmp_path / "run"
     argv = ("--config", "tiny", "--hf-checkpoint", str(model), "--output-dir", str(run), "--num-rollout", "1")
     done = environment.run("slime-spec", "train", *argv, "--no-console", folder=tmp_path)
