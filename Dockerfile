@@ -28,8 +28,11 @@ ARG SGLANG=""
 RUN if [ -n "${SGLANG}" ]; then \
       python -m venv /opt/sglang && /opt/sglang/bin/pip install --no-cache-dir "sglang==${SGLANG}"; \
     fi
+# Of docs/install.md; the recipes' reward needs math.
+ARG EXTRAS=math,datasets,tensorboard
 COPY --from=wheel /dist /opt/slime_spec/dist
-RUN pip install --no-cache-dir --constraint /opt/slime_spec/constraints.txt /opt/slime_spec/dist/*.whl
+RUN pip install --no-cache-dir --constraint /opt/slime_spec/constraints.txt \
+    "$(echo /opt/slime_spec/dist/*.whl)[${EXTRAS}]"
 
 USER 1000
 WORKDIR /home/slime
