@@ -26,7 +26,6 @@ from trainer_bridge.megatron.policy_step import accumulate_gradients, with_refer
 from trainer_bridge.megatron.process_groups import process_groups
 from trainer_bridge.megatron.rank import TrainerRank
 from trainer_bridge.megatron.residency import Residency
-from trainer_bridge.megatron.vocab_parallel import token_logprobs
 from trainer_bridge.microbatch import build_microbatch
 from trainer_bridge.packing import plan_microbatches
 
@@ -297,23 +296,6 @@ def group_coordinates(rank: int, init_method: str, layout: Layout) -> RankCoordi
             data=mpu.get_data_parallel_rank(),
             pipeline=mpu.get_pipeline_model_parallel_rank(),
         )
-
-
-def sliced_vocabulary(
-    rank: int,
-    init_method: str,
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    weights: torch.Tensor,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """This rank's view of logprobs and entropy, and the gradient of its slice of the logits."""
-
-    with process_groups(Layout(tensor=2, pipeline=1, data=1), rank, init_method, seed=0):
-        mine = logits.chunk(2, dim=1)[rank].clone().requires_grad_()
-        logprobs, entropy = token_logprobs(mine, targets, temperature, mpu.get_tensor_model_parallel_group())
-        (logprobs * weights).sum().backward()
-        return logprobs.detach(), entropy, mine.grad
 
 
 def save_two_steps(rank: int, init_method: str, config: Config, folder: str) -> list[str]:

@@ -45,6 +45,28 @@ def test_a_vocabulary_in_two_slices_gives_the_same() -> None:
     torch.testing.assert_close(torch.cat([gradient for _, _, gradient in answers], dim=1), whole.grad)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_differentiable_entropy_has_torchs_gradient_in_one_slice_or_two(temperature: float) -> None:
+    logits, targets, weights = draw()
+    of_entropy = weights.flip(0)
+    whole, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected, expected_entropy = plain(whole, targets, temperature)
+    ((expected * weights).sum() + (expected_entropy * of_entropy).sum()).backward()
+    logprobs, entropy = token_logprobs(ours, targets, temperature, None, entropy_has_gradient=True)
+    ((logprobs * weights).sum() + (entropy * of_entropy).sum()).backward()
+    torch.testing.assert_close(ours.grad, whole.grad)
+    answers = run_ranks(2, "sliced_vocabulary", logits, targets, weights, temperature, of_entropy)
+    torch.testing.assert_close(torch.cat([gradient for _, _, gradient in answers], dim=1), whole.grad)
+
+
+def test_an_entropy_of_a_certain_token_has_no_gradient_and_no_nan() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    _, entropy = token_logprobs(logits, torch.tensor([0]), 1.0, None, entropy_has_gradient=True)
+    entropy.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[0.0, 0.0, 0.0]]
+
+
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
     logprobs, entropy = token_logprobs(logits, torch.tensor([1]), 1.0, None)

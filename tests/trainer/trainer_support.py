@@ -42,7 +42,7 @@ def tiny_config(folder: Path, trainer: dict[str, Any] | None = None, algorithm: 
     )
 
 
-WORKERS = ("tests.trainer.rank_workers", "tests.trainer.draft_workers", "tests.trainer.mixed_workers")
+WORKERS = tuple(f"tests.trainer.{name}_workers" for name in ("rank", "loss", "draft", "mixed"))
 
 
 def run_ranks(world_size: int, worker: str, *args: Any) -> list[Any]:

@@ -9,14 +9,18 @@ import torch.distributed as dist
 
 
 def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, group: dist.ProcessGroup | None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+    entropy_has_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log softmax(logits / temperature) at the targets, differentiable, and the entropy, without gradient.
+    """Return log softmax(logits / temperature) at the targets, differentiable, and the entropy, if asked likewise.
 
     ``logits`` is [N, vocab / ranks] (this rank's slice), ``targets`` [N] global token ids; both results are [N] float32
     and equal on every rank of ``group`` (None: the vocabulary is whole).
     """
-    logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, group)
+    logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, group, entropy_has_gradient)
     return logprobs, entropy
 
 
@@ -42,7 +46,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, group: dist.ProcessGroup | None
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        group: dist.ProcessGroup | None,
+        entropy_has_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
         peak = _reduced(scaled.amax(dim=-1), dist.ReduceOp.MAX, group)
@@ -58,19 +67,27 @@ class _TokenLogprobs(torch.autograd.Function):
             summed = torch.stack([at_target, exp_sum, weighted])
             at_target, exp_sum, weighted = _reduced(summed, dist.ReduceOp.SUM, group)
         log_z = exp_sum.log()
-        ctx.save_for_backward(exp.div_(exp_sum[:, None]), owned, column)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
         entropy = log_z - weighted / exp_sum
-        ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(exp.div_(exp_sum[:, None]), owned, column, entropy if entropy_has_gradient else None)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        if not entropy_has_gradient:
+            ctx.mark_non_differentiable(entropy)
         return at_target - log_z, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        probabilities, owned, column = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        probabilities, owned, column, entropy = ctx.saved_tensors
         grad = grad_logprobs / ctx.temperature
         grad_logits = probabilities.mul(-grad[:, None])
         grad_logits.scatter_add_(-1, column[:, None], torch.where(owned, grad, 0.0)[:, None])
-        return grad_logits.to(ctx.dtype), None, None, None
+        if entropy is not None:
+            # dH/dz = -p (log p + H); a probability that rounds to 0 has none, as p log p goes to 0.
+            log_p = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log_()
+            of_entropy = log_p.add_(entropy[:, None]).mul_(probabilities)
+            grad_logits.sub_(of_entropy.mul_((grad_entropy / ctx.temperature)[:, None]))
+        return grad_logits.to(ctx.dtype), None, None, None, None
 
 
 def _reduced(values: torch.Tensor, op: Any, group: dist.ProcessGroup | None) -> torch.Tensor:
