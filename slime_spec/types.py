@@ -241,21 +241,37 @@ class Sample:
 class TrainSample:
     """Holds one sequence for the policy loss: logprobs and advantage apply to the tokens from ``prompt_len`` on.
 
-    ``routed_experts`` are those that the trainer's routers shall choose, None where the routers choose. ``loss_mask``
-    has a 1 or a 0 for each of these tokens, one 1 at least, and is empty where all count: the loss and its means know
-    nothing of the others.
+    ``advantage`` is a number for all of them, or one for each. ``group`` and ``reward`` are what it was estimated from,
+    for a trainer that estimates it anew with a KL in the reward. ``trainer_logprobs`` are the trainer's own before the
+    rollout's updates, None where nobody asked for them. ``routed_experts`` are those that the trainer's routers shall
+    choose, None where the routers choose. ``loss_mask`` has a 1 or a 0 for each of these tokens, one 1 at least, and is
+    empty where all count: the loss and its means know nothing of the others.
     """
 
     token_ids: tuple[int, ...]
     prompt_len: int
     rollout_logprobs: tuple[float, ...]
-    advantage: float
+    advantage: float | tuple[float, ...]
     routed_experts: RoutedExperts | None = None
     loss_mask: tuple[int, ...] = ()
+    group: int = 0
+    reward: float = 0.0
+    trainer_logprobs: tuple[float, ...] | None = None
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_len
 
     @property
     def num_loss_tokens(self) -> int:
-        return sum(self.loss_mask) if self.loss_mask else len(self.token_ids) - self.prompt_len
+        """Return how many of the response's tokens the loss counts."""
+        return sum(self.loss_mask) if self.loss_mask else self.num_response_tokens
+
+    @property
+    def advantages(self) -> tuple[float, ...]:
+        """Return the advantage of each response token."""
+        one = self.advantage
+        return one if isinstance(one, tuple) else (one,) * self.num_response_tokens
 
 
 @dataclass(frozen=True)
@@ -302,15 +318,28 @@ class DraftUpdateRecord:
 
 
 @dataclass(frozen=True)
+class TisReport:
+    """Reports the weights of truncated importance sampling, ratios of the trainer's to the rollout's probability.
+
+    All are means over tokens: of the ratio before it is truncated, of those that were, of its distance from 1.
+    """
+
+    ratio: float
+    clip_fraction: float
+    abs_distance: float
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """Reports what one training step did on all ranks.
 
     ``num_tokens`` are the step's response tokens and ``num_trained_tokens`` those with a gradient; the others have
-    advantage 0. ``loss``, ``pg_loss``, ``clip_fraction`` and ``kl`` are means over all. ``entropy`` and
-    ``train_rollout_logprob_abs_diff`` are means over the trained tokens, or over all with
-    trainer.metrics_of_all_samples; None where that is none. ``draft`` is None where no draft learned.
-    ``routing_disagreement`` is the share of replayed choices that the trainer's routers would have made otherwise, None
-    without routing replay.
+    advantage 0. ``loss`` and ``pg_loss`` are means by algorithm.loss_mean, ``clip_fraction`` over all tokens.
+    ``entropy``, ``kl``, ``train_rollout_logprob_abs_diff`` and ``tis`` are means over the trained tokens, or over all
+    with trainer.metrics_of_all_samples; None, or a KL of 0, where that is none. ``draft`` is None where no draft
+    learned. ``routing_disagreement`` is the share of replayed choices that the trainer's routers would have made
+    otherwise, None without routing replay. ``lr`` is the rate of the last optimizer step, ``reward_kl`` the mean KL
+    that lowered rewards, None where none did.
     """
 
     loss: float
@@ -326,6 +355,9 @@ class TrainReport:
     num_microbatches: int
     draft: DraftReport | None = None
     routing_disagreement: float | None = None
+    lr: float | None = None
+    tis: TisReport | None = None
+    reward_kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""A flat sample is a sample whose advantage is zero: the clipped policy loss has no gradient at its tokens.
+"""A flat sample is a sample whose advantages are zero: every policy loss has no gradient at its tokens.
 
-A group whose rewards are all equal is flat as a whole. Flat samples need neither a forward nor a backward pass, but
-they stay part of their optimizer step: the loss is a mean over all response tokens that count, theirs included.
+A group whose rewards are all equal is flat as a whole where an estimator compares a prompt's samples. Flat samples need
+neither a forward nor a backward pass, but they stay part of their optimizer step: the loss is a mean over all response
+tokens that count, or samples, theirs included. A KL or an entropy in the loss pulls at them, too, and then none is left
+out.
 
     rollout        [ A A A A | B B B B | C C C C | D D D D ]     B and D: equal rewards, advantage 0
     passes           A A A A             C C C C
@@ -34,7 +36,7 @@ class SplitBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Return the response tokens that the loss is a mean over."""
+        """Return the response tokens that the loss counts."""
         return self.num_trained_tokens + self.num_flat_tokens
 
 
@@ -48,11 +50,11 @@ def split_batch(samples: Sequence[TrainSample], leave_out_flat: bool) -> SplitBa
 
 
 def is_flat(sample: TrainSample) -> bool:
-    """Return whether the sample's policy-gradient loss, clipped or not, is zero whatever the policy is.
+    """Return whether the sample's policy-gradient loss, of whatever estimator, has no gradient whatever the policy is.
 
     A sample with a logprob that is not finite is not: the loss it makes has to stop the step, as ever.
     """
-    return sample.advantage == 0.0 and all(map(math.isfinite, sample.rollout_logprobs))
+    return not any(sample.advantages) and all(map(math.isfinite, sample.rollout_logprobs))
 
 
 def _num_loss_tokens(samples: Sequence[TrainSample]) -> int:

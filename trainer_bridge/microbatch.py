@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
 from slime_spec.types import TrainSample
+from trainer_bridge.loss_mean import TOKEN_MEAN, LossMean
 from trainer_bridge.packing import MicrobatchPlan
 
 OWN_CHOICE = -1  # of experts: the router's
@@ -28,11 +30,13 @@ class Microbatch:
     """Holds T packed tokens and the N response tokens they predict.
 
     ``token_ids`` and ``position_ids`` are [1, T]; ``rows``, ``targets``, ``rollout_logprobs``, ``advantages``,
-    ``weights`` and ``ref_logprobs`` are [N]: row ``rows[i]`` of the model predicts token ``targets[i]``. ``weights`` is
+    ``weights``, ``scales``, ``sample_of_row``, ``trainer_logprobs`` and ``ref_logprobs`` are [N]: row ``rows[i]`` of
+    the model predicts token ``targets[i]`` of sample ``sample_of_row[i]`` of the ``num_samples`` here. ``weights`` is
     1, or 0 for a token that does not count (TrainSample.loss_mask) or that only keeps a rank in step with the others.
-    ``num_flat_tokens`` tokens of the step are in no microbatch and count in the loss's mean beside this microbatch's
-    own. ``experts`` [T, layers, chosen] are the choices to replay of each layer with experts, in int16; OWN_CHOICE
-    where a row has none, such as one of padding. None where no sample of the microbatch has any.
+    ``scales`` and ``num_in_mean`` make the loss's mean (LossMean): tokens' losses times the one, their sum over the
+    other of all microbatches of the step. ``experts`` [T, layers, chosen] are the choices to replay of each layer with
+    experts, in int16; OWN_CHOICE where a row has none, such as one of padding. None where no sample of the microbatch
+    has any.
     """
 
     token_ids: torch.Tensor
@@ -43,13 +47,21 @@ class Microbatch:
     rollout_logprobs: torch.Tensor
     advantages: torch.Tensor
     weights: torch.Tensor
+    scales: torch.Tensor
+    sample_of_row: torch.Tensor
+    num_samples: int
+    num_in_mean: int
+    trainer_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
-    num_flat_tokens: int = 0
     experts: torch.Tensor | None = None
 
 
 def build_microbatch(
-    samples: Sequence[TrainSample], plan: MicrobatchPlan, device: torch.device, multiple: int = 1
+    samples: Sequence[TrainSample],
+    plan: MicrobatchPlan,
+    device: torch.device,
+    multiple: int = 1,
+    mean: LossMean = TOKEN_MEAN,
 ) -> Microbatch:
     """Lay the plan's segments side by side; T is padded to a ``multiple``, by a segment whose rows predict nothing."""
     if not plan:
@@ -58,9 +70,6 @@ def build_microbatch(
     position_ids: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
-    logprobs: list[float] = []
-    advantages: list[float] = []
-    weights: list[int] = []
     spans: list[SegmentSpan] = []
     for segment in plan:
         prompt_len = segment.prompt_len
@@ -73,24 +82,37 @@ def build_microbatch(
             response = sample.token_ids[prompt_len:]
             rows += [last_prompt_row, *range(len(token_ids), len(token_ids) + len(response) - 1)]
             targets += response
-            logprobs += sample.rollout_logprobs
-            advantages += [sample.advantage] * len(response)
-            weights += sample.loss_mask or [1] * len(response)
             token_ids += response[:-1]
             position_ids += range(prompt_len, prompt_len + len(response) - 1)
     if padding := -len(token_ids) % multiple:
         spans.append(SegmentSpan(len(token_ids), padding, ()))
         token_ids += [0] * padding
         position_ids += range(padding)
+    held = [samples[index] for segment in plan for index in segment.sample_indices]
+    lengths = torch.tensor([sample.num_response_tokens for sample in held])
+
+    def of_samples(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths).to(device)
+
+    def of_tokens(values: Iterable[Sequence[float]]) -> torch.Tensor:
+        return torch.tensor(list(chain.from_iterable(values)), dtype=torch.float32, device=device)
+
     return Microbatch(
         token_ids=torch.tensor([token_ids], device=device),
         position_ids=torch.tensor([position_ids], device=device),
         spans=tuple(spans),
         rows=torch.tensor(rows, device=device),
         targets=torch.tensor(targets, device=device),
-        rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32, device=device),
-        advantages=torch.tensor(advantages, dtype=torch.float32, device=device),
-        weights=torch.tensor(weights, dtype=torch.float32, device=device),
+        rollout_logprobs=of_tokens(sample.rollout_logprobs for sample in held),
+        advantages=of_tokens(sample.advantages for sample in held),
+        weights=of_tokens(sample.loss_mask or (1,) * sample.num_response_tokens for sample in held),
+        scales=of_samples([mean.scale(sample) for sample in held]),
+        sample_of_row=torch.arange(len(held)).repeat_interleave(lengths).to(device),
+        num_samples=len(held),
+        num_in_mean=mean.size(held),
+        trainer_logprobs=of_tokens(sample.trainer_logprobs or () for sample in held)
+        if held[0].trainer_logprobs is not None
+        else None,
         experts=_experts(samples, plan, len(token_ids), device),
     )
 
@@ -130,4 +152,8 @@ def _empty_microbatch(device: torch.device, num_tokens: int) -> Microbatch:
         rollout_logprobs=nothing,
         advantages=nothing,
         weights=nothing,
+        scales=nothing,
+        sample_of_row=zero,
+        num_samples=1,
+        num_in_mean=0,
     )

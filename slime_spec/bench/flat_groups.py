@@ -24,7 +24,7 @@ from slime_spec.bench.rows import BenchOptions, Row, at_least, at_most
 from slime_spec.bench.timing import Timed, interleaved
 from slime_spec.config.tree import Config
 from slime_spec.launch.compose import compose
-from slime_spec.rl.advantages import group_advantages
+from slime_spec.rl.estimators import group_advantages
 from slime_spec.rl.requests import sample_seed, sampling_params
 from slime_spec.types import GroupRequest, TrainReport, TrainSample
 from trainer_bridge.flat_samples import split_batch

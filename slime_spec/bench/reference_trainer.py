@@ -109,18 +109,18 @@ def _sample_loss(
     with torch.no_grad():
         ref_logprobs, _ = hf_logprobs(reference, sample)
     total = torch.zeros(())
-    for t, old in enumerate(sample.rollout_logprobs):
+    for t, (old, advantage) in enumerate(zip(sample.rollout_logprobs, sample.advantages, strict=True)):
         if sample.loss_mask and not sample.loss_mask[t]:
             continue
         ratio = (logprobs[t] - old).exp()
         held = ratio.clamp(1 - algorithm.eps_clip, 1 + algorithm.eps_clip)
-        pg = -torch.minimum(ratio * sample.advantage, held * sample.advantage)
+        pg = -torch.minimum(ratio * advantage, held * advantage)
         log_ratio = ref_logprobs[t] - logprobs[t]
         kl = log_ratio.exp() - log_ratio - 1 if algorithm.kl_loss_coef else torch.zeros(())
         total = total + pg + algorithm.kl_loss_coef * kl
         sums.pg += pg.item()
         sums.kl += kl.item()
-        sums.clipped += float(held * sample.advantage < ratio * sample.advantage)
+        sums.clipped += float(held * advantage < ratio * advantage)
         sums.diff += abs(logprobs[t].item() - old)
         sums.entropy += entropy[t].item()
     return total

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 
+from slime_spec.config.algorithm_checks import algorithm_notes, check_algorithm, check_batch, check_learning_signal
 from slime_spec.config.api_key import refuse_literal_keys
 from slime_spec.config.custom_checks import check_custom
 from slime_spec.config.draft_training import DraftTrainingConfig
@@ -16,7 +17,6 @@ from slime_spec.config.tree import Config, RolloutConfig, TaskConfig, TrainerCon
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError, raise_all
 from slime_spec.transports.choice import check_transport
-from slime_spec.types import is_greedy
 
 
 def check(config: Config) -> None:
@@ -48,11 +48,12 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
             yield partial(check_servers, config)
     if config.run.mode != "rollout_only":
         yield partial(check_ranks, config.trainer)
+        yield partial(check_algorithm, config)
         yield partial(_check_saving, config)
     yield partial(_check_draft_training, config)
     if config.run.mode == "train":
-        yield partial(_check_batch, config)
-        yield partial(_check_learning_signal, config)
+        yield partial(check_batch, config)
+        yield partial(check_learning_signal, config)
         yield partial(_check_shared_gpus, config)
         yield partial(check_transport, config)
 
@@ -68,6 +69,8 @@ def notes(config: Config) -> Iterator[str]:
     if config.run.mode == "train_only" and any((config.custom.generate, config.custom.rollout)):
         yield "Saved rollouts are trained on as they are, and functions that generate have no effect."
     yield from evaluation_notes(config)
+    if config.run.mode != "rollout_only":
+        yield from algorithm_notes(config.algorithm, config.trainer)
     if config.run.mode != "train_only" and not has_servers:
         yield from unused_server_settings(config)
     if config.run.mode != "train_only":
@@ -216,36 +219,6 @@ def _check_engine_gpus(config: Config) -> None:
             rollout.num_gpus_per_engine,
             f"Pass --rollout-num-engines {rollout.num_engines * rollout.num_gpus_per_engine} "
             "--rollout-num-gpus-per-engine 1.",
-        )
-
-
-def _check_learning_signal(config: Config) -> None:
-    rollout = config.rollout
-    if rollout.n_samples_per_prompt == 1:
-        raise ConfigError(
-            "rollout.n_samples_per_prompt",
-            "GRPO compares a prompt's samples, and one sample's advantage is always zero",
-            rollout.n_samples_per_prompt,
-            "Pass --n-samples-per-prompt 2 or more, or --debug-rollout-only.",
-        )
-    if is_greedy(rollout.temperature):
-        raise ConfigError(
-            "rollout.temperature",
-            "greedy samples of a prompt are all the same, so every advantage is zero",
-            rollout.temperature,
-            "Pass --rollout-temperature 1.0, or --debug-rollout-only.",
-        )
-
-
-def _check_batch(config: Config) -> None:
-    num_samples = config.rollout.batch_size * config.rollout.n_samples_per_prompt
-    per_step = config.trainer.global_batch_size
-    if per_step is not None and num_samples % per_step:
-        raise ConfigError(
-            "trainer.global_batch_size",
-            f"must divide the rollout's batch_size * n_samples_per_prompt = {num_samples}",
-            per_step,
-            f"Pass --global-batch-size {num_samples}, or leave it out for one optimizer step per rollout.",
         )
 
 

@@ -14,6 +14,13 @@ def check_custom(config: Config) -> None:
     """Raise ConfigError for the first contradiction; functions are not loaded."""
     _check_rollout_function(config)
     _check_partial_rollout(config)
+    if config.custom.reward_post_process is not None and config.algorithm.kl_coef > 0.0:
+        raise ConfigError(
+            "custom.reward_post_process",
+            "gives the advantages, and a KL in the reward is estimated anew by the trainer, which does not know them",
+            config.custom.reward_post_process,
+            "Drop --kl-coef (--kl-loss-coef has the KL in the loss), or the function.",
+        )
     rollout = config.rollout
     least = rollout.max_prompt_len + rollout.max_response_len
     if rollout.max_context_len is not None and rollout.max_context_len < least:

@@ -24,6 +24,8 @@ class MetricsConfig:
     use_wandb: bool = setting(False, "Log to wandb (offline when there is no API key).")
     wandb_project: str = setting("slime_spec", "wandb project.")
     wandb_group: str | None = setting(None, "wandb group.")
+    wandb_team: str | None = setting(None, "wandb team or user (entity); default: that of the API key.")
+    wandb_host: str | None = setting(None, "URL of a wandb server; default: WANDB_BASE_URL, else wandb's own.")
     wandb_mode: str | None = setting(
         None, "online, offline or disabled; default: by the API key.", choices=("online", "offline", "disabled")
     )

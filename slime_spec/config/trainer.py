@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from slime_spec.config.setting import CORES, INT32, MACHINES, setting
 
+LR_DECAY_STYLES = ("constant", "linear", "cosine")
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
@@ -50,10 +52,23 @@ class TrainerConfig:
     dtype: str = setting(
         "float32", "Parameter dtype of the trainer.", flags=("--train-dtype",), choices=("float32", "bfloat16")
     )
-    lr: float = setting(1e-5, "Learning rate (constant after warm-up).", minimum=0.0, maximum=1.0)
+    lr: float = setting(1e-5, "Learning rate, after warm-up and before decay.", minimum=0.0, maximum=1.0)
+    lr_decay_style: str = setting(
+        "constant", "How the rate falls after warm-up, to min_lr at lr_decay_iters.", choices=LR_DECAY_STYLES
+    )
+    lr_decay_iters: int | None = setting(
+        None,
+        "Optimizer steps after which the rate is min_lr; default: all of the run (num_rollout).",
+        minimum=1,
+        maximum=INT32,
+    )
     lr_warmup_steps: int = setting(
         0, "Optimizer steps of linear warm-up.", flags=("--lr-warmup-iters",), minimum=0, maximum=INT32
     )
+    lr_warmup_fraction: float | None = setting(
+        None, "Share of lr_decay_iters that is warm-up, in place of lr_warmup_steps.", minimum=0.0, below=1.0
+    )
+    min_lr: float = setting(0.0, "Learning rate at the end of a decay.", minimum=0.0, maximum=1.0)
     adam_beta1: float = setting(0.9, "Adam beta 1.", minimum=0.0, below=1.0)
     adam_beta2: float = setting(0.95, "Adam beta 2.", minimum=0.0, below=1.0)
     adam_eps: float = setting(1e-8, "Adam epsilon.", minimum=1e-30, maximum=1.0)
@@ -70,6 +85,13 @@ class TrainerConfig:
     )
     global_batch_size: int | None = setting(
         None, "Samples per optimizer step; default: all of one rollout.", minimum=1, maximum=INT32
+    )
+    num_steps_per_rollout: int | None = setting(
+        None,
+        "Optimizer steps per rollout, in place of global_batch_size: that is then batch_size * n_samples_per_prompt "
+        "over this.",
+        minimum=1,
+        maximum=INT32,
     )
     metrics_of_all_samples: bool = setting(
         False,

@@ -122,6 +122,20 @@ class Config:
         return self.draft_training.enable and self.run.mode != "rollout_only"
 
     @property
+    def samples_per_step(self) -> int:
+        """Return the samples of an optimizer step; the last step of a rollout may have fewer."""
+        num_samples = self.rollout.batch_size * self.rollout.n_samples_per_prompt
+        if self.trainer.num_steps_per_rollout is not None:
+            return max(1, num_samples // self.trainer.num_steps_per_rollout)
+        return self.trainer.global_batch_size or num_samples
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Return the optimizer steps after which a decaying learning rate is min_lr: by default all of the run."""
+        num_samples = self.rollout.batch_size * self.rollout.n_samples_per_prompt
+        return self.trainer.lr_decay_iters or self.run.num_rollout * ceil(num_samples / self.samples_per_step)
+
+    @property
     def save_interval(self) -> int | None:
         """Return the steps from one checkpoint to the next; None where the run saves none.
 

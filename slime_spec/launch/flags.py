@@ -142,6 +142,13 @@ def _aliases() -> Mapping[str, Flag]:
         "--disable-grpo-std-normalization": Flag(
             "algorithm.normalize_std", "0", lambda texts: not PARSERS["bool"](texts[0]), on=False, off=True
         ),
+        "--calculate-per-token-loss": Flag(
+            "algorithm.loss_mean",
+            "0",
+            lambda texts: "token" if PARSERS["bool"](texts[0]) else "sample",
+            on="token",
+            off="sample",
+        ),
         "--bf16": Flag("trainer.dtype", "0", lambda texts: _DTYPES[bool(PARSERS["bool"](texts[0]))], *_DTYPES.values()),
         "--recompute-granularity": Flag("trainer.recompute", "1", lambda texts: _recompute(texts[0])),
         **_of_slime(),
@@ -220,6 +227,10 @@ def _quantization(name: str) -> object:
 
 
 _ONE_DISTRIBUTION = ("every token is drawn by its request's own uniform, batched or not", "Leave it out.")
+_NO_LORA = (
+    "Megatron-Core has no low-rank adapters, and every weight is trained",
+    "Leave it out; --optimizer-cpu-offload and --recompute-activations save the trainer's memory.",
+)
 # Flags of slime or RTP-LLM that this version cannot honour: each with the reason and the remedy.
 REFUSED: Mapping[str, tuple[str, str]] = {
     "--sp-model-type": (
@@ -244,6 +255,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         "there is no buffer to choose from: what partial rollout left unfinished goes on in the next step, all of it",
         "Leave it out; --dynamic-sampling-filter-path drops complete groups.",
     ),
-    "--use-kl-loss": ("the KL loss is on exactly when its weight is above 0", "Pass --kl-loss-coef 0.001."),
+    **{name: _NO_LORA for name in ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-target-modules")},
     **REFUSED_OF_SLIME,
 }

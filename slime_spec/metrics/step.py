@@ -5,16 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from slime_spec.types import DraftReport, Sample, TrainReport
+from slime_spec.types import DraftReport, Sample, TisReport, TrainReport
 from slime_spec.weights.run import PushReport
 
 
 def train_metrics(report: TrainReport) -> dict[str, float]:
-    """Return the metrics ``train/*``; those that need a pass are absent where no token had any."""
-    of_passes = {
+    """Return the metrics ``train/*``; those that are not of every step are absent where they are None."""
+    of_some_steps = {
         "train/entropy": report.entropy,
         "train/train_rollout_logprob_abs_diff": report.train_rollout_logprob_abs_diff,
         "train/routing_disagreement": report.routing_disagreement,
+        "train/reward_kl": report.reward_kl,
+        "train/lr": report.lr,
     }
     return {
         "train/loss": report.loss,
@@ -22,12 +24,22 @@ def train_metrics(report: TrainReport) -> dict[str, float]:
         "train/kl_loss": report.kl,
         "train/grad_norm": report.grad_norm,
         "train/clip_fraction": report.clip_fraction,
-        **{name: value for name, value in of_passes.items() if value is not None},
+        **{name: value for name, value in of_some_steps.items() if value is not None},
         "train/num_tokens": float(report.num_tokens),
         "train/trained_token_share": report.num_trained_tokens / report.num_tokens,
         "train/num_optimizer_steps": float(report.num_optimizer_steps),
         "train/num_microbatches": float(report.num_microbatches),
+        **({} if report.tis is None else tis_metrics(report.tis)),
         **({} if report.draft is None else draft_metrics(report.draft)),
+    }
+
+
+def tis_metrics(report: TisReport) -> dict[str, float]:
+    """Return what truncated importance sampling did, under slime's names."""
+    return {
+        "train/tis": report.ratio,
+        "train/tis_clipfrac": report.clip_fraction,
+        "train/tis_abs": report.abs_distance,
     }
 
 

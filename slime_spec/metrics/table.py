@@ -31,7 +31,8 @@ TABLE = (
     Metric(
         "rollout/mixed_group_ratio",
         "share",
-        "Prompts whose samples' rewards differ, over prompts with a scored sample; the others give no GRPO gradient.",
+        "Prompts whose samples' rewards differ, over prompts with a scored sample; the others teach nothing where a "
+        "prompt's samples are compared.",
     ),
     Metric(
         "rollout/response_len_mean",
@@ -245,9 +246,20 @@ TABLE = (
     Metric("perf/engine_draft_share", "share", "Likewise, the time in the drafter."),
     Metric("perf/request_latency_mean", "s", "Mean time of a response, from its request to its last token."),
     Metric("perf/request_latency_max", "s", "Time of the slowest response: the tail that the step waits for."),
-    Metric("train/loss", "loss", "The loss that was minimised, mean over response tokens."),
-    Metric("train/pg_loss", "loss", "Its clipped policy gradient part."),
-    Metric("train/kl_loss", "nats/token", "KL to the reference policy; 0 without a reference."),
+    Metric("train/loss", "loss", "The loss that was minimised, a mean by algorithm.loss_mean."),
+    Metric("train/pg_loss", "loss", "Its policy gradient part."),
+    Metric(
+        "train/kl_loss", "nats/token", "KL to the reference, over the tokens of train/entropy; 0 without reference."
+    ),
+    Metric("train/reward_kl", "nats/token", "KL to the reference that --kl-coef took from rewards, over all tokens."),
+    Metric("train/lr", "rate", "Learning rate of the step's last optimizer step."),
+    Metric(
+        "train/tis",
+        "ratio",
+        "Trainer's over rollout's probability of a token before --use-tis bounds it, over the tokens of train/entropy.",
+    ),
+    Metric("train/tis_clipfrac", "share", "Tokens whose ratio was truncated, or masked, over the same tokens."),
+    Metric("train/tis_abs", "ratio", "Mean |ratio - 1| over the same tokens."),
     Metric("train/grad_norm", "norm", "Gradient norm before clipping."),
     Metric(
         "train/entropy",
@@ -280,7 +292,7 @@ TABLE = (
         "train/trained_token_share",
         "share",
         "Tokens of train/num_tokens that took a forward and backward pass. The others have advantage 0 (a group of "
-        "equal rewards) and no gradient; 1 with algorithm.kl_loss_coef, which pulls at every token.",
+        "equal rewards) and no gradient; 1 with a KL or entropy in the loss, which pull at every token.",
     ),
     Metric("train/num_optimizer_steps", "steps", "Optimizer steps of this rollout."),
     Metric("train/num_microbatches", "microbatches", "Packed microbatches of this rollout that one rank trained on."),

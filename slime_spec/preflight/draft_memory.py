@@ -106,7 +106,7 @@ def draft_memory(config: Config, sizes: DraftSizes) -> DraftMemory:
     settings, rollout, trainer = config.draft_training, config.rollout, config.trainer
     ranks = trainer.world_size // (trainer.tensor_model_parallel_size * trainer.pipeline_model_parallel_size)
     num_samples = rollout.batch_size * rollout.n_samples_per_prompt
-    of_batch = min(trainer.global_batch_size or num_samples, num_samples)
+    of_batch = min(config.samples_per_step, num_samples)
     # A policy's optimizer step is followed by its share of the draft's.
     num_updates = -(-settings.num_optimizer_steps // -(-num_samples // of_batch))
     num_replies = -(-min(num_updates * settings.batch_size, of_batch) // ranks)

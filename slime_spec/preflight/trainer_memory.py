@@ -130,7 +130,7 @@ def _of_stage(
         gradient_bytes=num_parameters * FLOAT32_BYTES,
         optimizer_bytes=num_updated * (masters if trainer.optimizer_cpu_offload else moments + masters),
         moment_bytes=num_updated * moments,
-        reference_bytes=weights_bytes if config.algorithm.kl_loss_coef > 0 else 0,
+        reference_bytes=weights_bytes if config.algorithm.needs_reference else 0,
         # A stage has as many microbatches in flight as there are stages from it on.
         activation_bytes=num_tokens
         * (

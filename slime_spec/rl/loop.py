@@ -191,9 +191,7 @@ def _train(
 ) -> dict[str, float]:
     """Make a step's policy update; ``rolled_out`` are the metrics of its rollout."""
     config = job.config
-    batch = train_batch(
-        rollout.samples, config.algorithm.normalize_std, config.rollout.routing_replay, rollout.advantages
-    )
+    batch = train_batch(rollout.samples, config.algorithm, config.rollout.routing_replay, rollout.advantages)
     if not batch:
         logger.warning(
             "step trained on nothing: no scored response has a token that counts samples=%d", len(rollout.samples)

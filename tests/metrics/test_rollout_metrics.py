@@ -16,7 +16,7 @@ from slime_spec.metrics.rollout import filter_metrics, rollout_metrics
 from slime_spec.metrics.step import draft_push_metrics, draft_update_metrics, perf_metrics, push_metrics, train_metrics
 from slime_spec.metrics.table import TABLE, metric
 from slime_spec.speculation.net_benefit import NetBenefit
-from slime_spec.types import DraftReport, EngineStats, Sample, SpecCounters, TrainReport, TurnCounts
+from slime_spec.types import DraftReport, EngineStats, Sample, SpecCounters, TisReport, TrainReport, TurnCounts
 from slime_spec.weights.run import PushReport
 
 
@@ -176,6 +176,7 @@ def test_dropped_groups_are_counted_by_reason() -> None:
 def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
     draft = DraftReport(0.5, 1.0, (0.7,), (0.6,), {"rejection": 2.5, "block": 2.6}, 4, 1, 1.5)
     report = TrainReport(0.1, 0.2, 1.5, 0.9, 0.01, 0.0, 1e-6, 100, 75, 1, 4, draft, 0.01)
+    report = replace(report, lr=1e-5, tis=TisReport(1.1, 0.2, 0.3), reward_kl=0.4)
     push = PushReport(version=3, seconds=0.5, nbytes=1000, num_tensors=7, checksum="ab", verified=True, verify_s=0.2)
     push = replace(push, paused_s=0.8)
     made = {
@@ -190,9 +191,11 @@ def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
         **said_by_engines(),
     }
     assert made["train/trained_token_share"] == 0.75
-    of_passes = {"entropy": None, "train_rollout_logprob_abs_diff": None, "routing_disagreement": None}
-    nothing_trained = train_metrics(replace(report, **of_passes))
-    assert {f"train/{name}" for name in of_passes}.isdisjoint(nothing_trained)
+    assert (made["train/lr"], made["train/reward_kl"]) == (1e-5, 0.4)
+    assert (made["train/tis"], made["train/tis_clipfrac"], made["train/tis_abs"]) == (1.1, 0.2, 0.3)
+    absent = ("entropy", "train_rollout_logprob_abs_diff", "routing_disagreement", "lr", "reward_kl", "tis")
+    nothing_trained = train_metrics(replace(report, **dict.fromkeys(absent)))
+    assert {f"train/{name}" for name in (*absent, "tis_clipfrac", "tis_abs")}.isdisjoint(nothing_trained)
     rows = {metric(name).name for name in made}
     assert made["sync/bytes_per_s"] == 2000
     assert made["train/train_rollout_logprob_abs_diff"] == 1e-6

@@ -28,6 +28,7 @@ from trainer_bridge.megatron.rank import TrainerRank
 from trainer_bridge.megatron.residency import Residency
 from trainer_bridge.microbatch import build_microbatch
 from trainer_bridge.packing import plan_microbatches
+from trainer_bridge.policy_loss import PolicyLoss, PolicyTerms
 
 
 def weights_of(worker: TrainerRank) -> dict[str, torch.Tensor]:
@@ -205,13 +206,13 @@ def leave_between_phases(
     worker.residency = Residency(worker.parts(), "cpu")
     worker.residency.hold()
     resident["rollout"] = _device_bytes(worker)
-    loss = worker.loss
 
-    def seen_loss(*args: torch.Tensor) -> object:
-        resident["step"] = _device_bytes(worker)
-        return loss(*args)
+    class SeenLoss(PolicyLoss):
+        def __call__(self, *args: object) -> PolicyTerms:
+            resident["step"] = _device_bytes(worker)
+            return super().__call__(*args)
 
-    worker.loss = seen_loss
+    worker.loss = SeenLoss(config.algorithm)
     reports = [worker.step(batch) for batch in batches]
     resident["between"] = _device_bytes(worker)
     pushed = {}

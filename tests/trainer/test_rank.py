@@ -14,7 +14,6 @@ from slime_spec.config.tree import RolloutConfig
 from slime_spec.types import TrainSample
 from tests.support.tiny_models import load_reference
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples
-from trainer_bridge.learning_rate import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +152,3 @@ def test_updates_far_below_the_rounding_of_bfloat16_change_weights_at_once(folde
         coarse = old.abs() * 2.0**-9 > 10 * lr  # less than half of the distance to the next number
         num_changed += int((old != new)[coarse].sum())
     assert num_changed > 0
-
-
-def test_learning_rate_warms_up_linearly_and_stays(folder: Path) -> None:
-    trainer = tiny_config(folder, {"lr": 1.0, "lr_warmup_steps": 4}).trainer
-    assert [learning_rate(trainer, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert learning_rate(tiny_config(folder, {"lr": 1.0}).trainer, 0) == 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,15 +12,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from trainer_bridge.grpo import GrpoLoss
 from trainer_bridge.megatron.attention import PackedSegments
 from trainer_bridge.megatron.vocab_parallel import token_logprobs
 from trainer_bridge.microbatch import Microbatch
+from trainer_bridge.policy_loss import PolicyLoss
 
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Holds sums over the ``num_tokens`` response tokens that had a pass; add them, and divide for means."""
+    """Holds sums over the ``num_tokens`` response tokens that had a pass; add them, and divide for means.
+
+    ``loss`` and ``pg_loss`` are scaled for the loss's mean (LossMean). The last three are of truncated importance
+    sampling.
+    """
 
     loss: float = 0.0
     pg_loss: float = 0.0
@@ -29,20 +33,23 @@ class TokenSums:
     kl: float = 0.0
     logprob_abs_diff: float = 0.0
     num_tokens: float = 0.0
+    tis: float = 0.0
+    tis_bounded: float = 0.0
+    tis_abs: float = 0.0
 
     def __add__(self, other: TokenSums) -> TokenSums:
         return TokenSums(*(a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)))
 
     def as_list(self) -> list[float]:
-        return [self.loss, self.pg_loss, self.entropy, self.clipped, self.kl, self.logprob_abs_diff, self.num_tokens]
+        return list(astuple(self))
 
 
 def accumulate_gradients(
-    model: torch.nn.Module, microbatches: Sequence[Microbatch], loss: GrpoLoss, temperature: float
+    model: torch.nn.Module, microbatches: Sequence[Microbatch], loss: PolicyLoss, temperature: float
 ) -> TokenSums:
-    """Add the gradients of the mean loss over all response tokens; returns the same sums on every rank.
+    """Add the gradients of the mean loss; returns the same sums on every rank.
 
-    The mean is over the microbatches' tokens and their ``num_flat_tokens``, of all ranks. Gradients are reduced over
+    The sum of all ranks' losses is divided by the sum of the microbatches' ``num_in_mean``. Gradients are reduced over
     data parallel ranks when this returns.
     """
     results = _run(model, microbatches, partial(_policy_loss, loss=loss, temperature=temperature), forward_only=False)
@@ -50,7 +57,7 @@ def accumulate_gradients(
 
 
 def observe(
-    model: torch.nn.Module, microbatches: Sequence[Microbatch], loss: GrpoLoss, temperature: float
+    model: torch.nn.Module, microbatches: Sequence[Microbatch], loss: PolicyLoss, temperature: float
 ) -> TokenSums:
     """Return the sums that ``accumulate_gradients`` would, by a forward pass alone; the same on every rank."""
     with torch.no_grad():
@@ -104,25 +111,44 @@ def _run(
 
 
 def _policy_loss(
-    logits: torch.Tensor, microbatch: Microbatch, loss: GrpoLoss, temperature: float
+    logits: torch.Tensor, microbatch: Microbatch, loss: PolicyLoss, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return, by Megatron's per-token contract: the loss summed over tokens, their number, and what to report."""
-    logprobs, entropy = token_logprobs(logits, microbatch.targets, temperature, _tensor_group())
+    logprobs, entropy = token_logprobs(
+        logits, microbatch.targets, temperature, _tensor_group(), entropy_has_gradient=loss.entropy_coef != 0.0
+    )
     weights = microbatch.weights
     # A token that does not count has no ratio and no gradient: 0 times an overflow would be no number.
     logprobs = torch.where(weights > 0, logprobs, microbatch.rollout_logprobs)
-    terms = loss(logprobs, microbatch.rollout_logprobs, microbatch.advantages, microbatch.ref_logprobs)
-    loss_sum = (terms.loss * weights).sum()
+    terms = loss(logprobs, entropy, _of_counted(microbatch))
+    in_loss = weights * microbatch.scales
     abs_diff = (logprobs - microbatch.rollout_logprobs).abs()
-    reported = torch.stack([terms.loss, terms.pg_loss, entropy, terms.clipped.float(), terms.kl, abs_diff])
-    sums = (reported.detach().double() * weights).sum(dim=1)
-    num_tokens = weights.sum()
-    in_mean = num_tokens.int() + microbatch.num_flat_tokens
-    return loss_sum, in_mean, torch.cat([sums, num_tokens.double()[None]])
+    of_loss = _sum_rows([terms.loss, terms.pg_loss], in_loss)
+    of_tokens = _sum_rows([entropy, terms.clipped, terms.kl, abs_diff, torch.ones_like(weights)], weights)
+    of_tis = of_tokens.new_zeros(3)
+    if (weighed := terms.weighed) is not None:
+        of_tis = _sum_rows([weighed.ratio, weighed.was_bounded, (weighed.ratio - 1.0).abs()], weights)
+    in_mean = torch.tensor(microbatch.num_in_mean, dtype=torch.int, device=weights.device)
+    return (terms.loss * in_loss).sum(), in_mean, torch.cat([of_loss, of_tokens, of_tis])
+
+
+def _of_counted(microbatch: Microbatch) -> Microbatch:
+    """Return the microbatch with the rollout's logprobs for all others of tokens that do not count."""
+    counts, rolled_out = microbatch.weights > 0, microbatch.rollout_logprobs
+    trainer, reference = (
+        None if logprobs is None else torch.where(counts, logprobs, rolled_out)
+        for logprobs in (microbatch.trainer_logprobs, microbatch.ref_logprobs)
+    )
+    return replace(microbatch, trainer_logprobs=trainer, ref_logprobs=reference)
+
+
+def _sum_rows(columns: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Return the weighted sum of each, in float64 and without gradient."""
+    return (torch.stack([column.detach().double() for column in columns]) * weights).sum(dim=1)
 
 
 def _sums(
-    logits: torch.Tensor, microbatch: Microbatch, loss: GrpoLoss, temperature: float, non_loss_data: bool = True
+    logits: torch.Tensor, microbatch: Microbatch, loss: PolicyLoss, temperature: float, non_loss_data: bool = True
 ) -> torch.Tensor:
     return _policy_loss(logits, microbatch, loss, temperature)[2]
 

@@ -20,14 +20,16 @@ from slime_spec.errors import ConfigError, TrainingError
 from slime_spec.interfaces import RunState, WeightTransport
 from slime_spec.memory import release_freed_memory
 from slime_spec.preflight.routing import check_routed, replayed_experts
-from slime_spec.types import TrainReport, TrainSample, is_greedy
+from slime_spec.rl.advantages import with_advantages
+from slime_spec.types import TisReport, TrainReport, TrainSample, is_greedy
 from slime_spec.weights.messages import PushBucket, Side
 from slime_spec.weights.run import bucket_of, bucketed
 from slime_spec.weights.served import ServedForm
 from trainer_bridge.flat_samples import SplitBatch, split_batch
-from trainer_bridge.grpo import GrpoLoss
+from trainer_bridge.kl import estimated_kl
 from trainer_bridge.layout import check_layout
-from trainer_bridge.learning_rate import learning_rate
+from trainer_bridge.learning_rate import LearningRate
+from trainer_bridge.loss_mean import LossMean
 from trainer_bridge.megatron.adam_state import fill_masters
 from trainer_bridge.megatron.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from trainer_bridge.megatron.collective_write import agree
@@ -55,8 +57,10 @@ from trainer_bridge.megatron.policy_step import TokenSums, accumulate_gradients,
 from trainer_bridge.megatron.process_groups import is_first_of_stage, join_process_groups, leave_process_groups
 from trainer_bridge.megatron.residency import Part, Residency, Tensors
 from trainer_bridge.megatron.routing_replay import RoutingReplay
+from trainer_bridge.megatron.scoring import response_logprobs
 from trainer_bridge.microbatch import Microbatch, build_microbatch
 from trainer_bridge.packing import MicrobatchPlan, plan_microbatches
+from trainer_bridge.policy_loss import PolicyLoss
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +80,9 @@ class TrainerRank:
         self.spec = ModelSpec.from_folder(config.model.hf_checkpoint)
         layout = check_layout(config, self.spec)
         self.experts = replayed_experts(config, self.spec)
-        algorithm = config.algorithm
-        self.loss = GrpoLoss(algorithm.eps_clip, algorithm.eps_clip_high or algorithm.eps_clip, algorithm.kl_loss_coef)
-        # A KL to the reference pulls at every sample, whatever its advantage.
-        self.leaves_out_flat = algorithm.kl_loss_coef == 0.0
+        self.loss, self.loss_mean = PolicyLoss(config.algorithm), LossMean.of(config)
+        self.learning_rate = LearningRate.of(config)
+        self.leaves_out_flat = not config.algorithm.moves_at_advantage_0
         temperature = config.rollout.temperature
         self.temperature = 1.0 if is_greedy(temperature) else temperature
         self.optimizer_step = 0
@@ -97,7 +100,7 @@ class TrainerRank:
             tensors = load_tensors(self.config.model.hf_checkpoint, self.spec, names=own)
             load_weights(self.model, tensors, self.spec)
             self.reference = None
-            if self.config.algorithm.kl_loss_coef > 0:
+            if self.config.algorithm.needs_reference:
                 self.reference = build_model(self.spec, transformer_config(self.spec, trainer)).requires_grad_(False)
                 load_weights(self.reference, tensors, self.spec)
             # The policy's routers alone: the reference is another model, and routes by itself.
@@ -131,30 +134,36 @@ class TrainerRank:
         self._check_lengths(samples)
         if self.experts is not None:
             check_routed(samples, self.experts, self.spec.num_layers)
-        batch_size = self.config.trainer.global_batch_size or len(samples)
+        batch_size = self._samples_per_step(len(samples))
         sums = TokenSums()
         grad_norms: list[float] = []
         num_microbatches = 0
         with cpu_shim(), self.residency.stepping():
+            samples, reward_kl = self._scored(samples, batch_size)
             for start in range(0, len(samples), batch_size):
-                batch = split_batch(samples[start : start + batch_size], self.leaves_out_flat)
+                of_step = samples[start : start + batch_size]
+                batch = split_batch(of_step, self.leaves_out_flat)
                 if batch.flat and self.config.trainer.metrics_of_all_samples:
-                    flat = self._microbatches(batch.flat, self._plans(batch.flat))
+                    flat = self._with_reference(self._microbatches(batch.flat, self._plans(batch.flat)))
                     sums += observe(self.model, flat, self.loss, self.temperature)
                 plans = self._plans(batch.trained)
-                microbatches = self._counting(batch.num_flat_tokens, self._microbatches(batch.trained, plans))
+                microbatches = self._counting(batch.flat, self._microbatches(batch.trained, plans))
                 num_microbatches += len(microbatches)
                 share = self._share(start // batch_size, -(-len(samples) // batch_size)) if learns_draft else 0
                 with self._draft_learning(batch.trained, plans, share):
                     batch_sums = self._accumulate(microbatches)
-                grad_norms.append(self._update(batch_sums.loss / batch.num_tokens))
+                grad_norms.append(self._update(batch_sums.loss / self.loss_mean.size(of_step)))
                 sums += batch_sums
             of_draft = None if self.draft is None else self.draft.report()
             of_routing = None if self.replay is None else self.replay.disagreement()
         if self.config.cluster.colocate:
             release_freed_memory()
-        report = _report(sums, split_batch(samples, self.leaves_out_flat), grad_norms, num_microbatches)
-        return replace(report, draft=of_draft, routing_disagreement=of_routing)
+        in_mean = self.loss_mean.size(samples)
+        report = _report(sums, in_mean, split_batch(samples, self.leaves_out_flat), grad_norms, num_microbatches)
+        if self.config.algorithm.use_tis and sums.num_tokens:
+            report = replace(report, tis=_tis_report(sums))
+        lr = self.learning_rate(self.optimizer_step - 1)
+        return replace(report, draft=of_draft, routing_disagreement=of_routing, lr=lr, reward_kl=reward_kl)
 
     def push_buckets(
         self, version: int, transport: WeightTransport, every_rank: bool = False, side: Side = "target"
@@ -219,13 +228,46 @@ class TrainerRank:
     def _accumulate(self, microbatches: Sequence[Microbatch]) -> TokenSums:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        if self.reference is not None:
-            microbatches = with_reference_logprobs(self.reference, microbatches, self.temperature)
-        return accumulate_gradients(self.ddp, microbatches, self.loss, self.temperature)
+        return accumulate_gradients(self.ddp, self._with_reference(microbatches), self.loss, self.temperature)
+
+    def _with_reference(self, microbatches: Sequence[Microbatch]) -> Sequence[Microbatch]:
+        if self.reference is None:
+            return microbatches
+        return with_reference_logprobs(self.reference, microbatches, self.temperature)
+
+    def _samples_per_step(self, num_samples: int) -> int:
+        trainer = self.config.trainer
+        is_split = trainer.global_batch_size is not None or trainer.num_steps_per_rollout is not None
+        return self.config.samples_per_step if is_split else num_samples
+
+    def _scored(self, samples: Sequence[TrainSample], batch_size: int) -> tuple[Sequence[TrainSample], float | None]:
+        """Return the samples with what must be known of all before the first update, and the mean KL in rewards.
+
+        That is the KL to the reference where it lowers rewards, and the trainer's own logprobs where an update of the
+        rollout comes before another that needs them.
+        """
+        algorithm, mean_kl = self.config.algorithm, None
+        if algorithm.kl_coef > 0.0:
+            assert self.reference is not None, "a KL needs a reference"
+            kind = algorithm.kl_loss_type or "k1"
+            kl = [
+                tuple(estimated_kl(torch.tensor(sample.rollout_logprobs), torch.tensor(ref), kind).tolist())
+                for sample, ref in zip(samples, self._logprobs_of(self.reference, samples), strict=True)
+            ]
+            samples = with_advantages(samples, algorithm, kl)
+            mean_kl = math.fsum(chain.from_iterable(kl)) / sum(map(len, kl))
+        if algorithm.use_tis and len(samples) > batch_size:
+            own = self._logprobs_of(self.model, samples)
+            samples = [replace(sample, trainer_logprobs=each) for sample, each in zip(samples, own, strict=True)]
+        return samples, mean_kl
+
+    def _logprobs_of(self, model: torch.nn.Module, samples: Sequence[TrainSample]) -> list[tuple[float, ...]]:
+        plans = self._plans(samples)
+        return response_logprobs(model, samples, plans, self._microbatches(samples, plans), self.temperature)
 
     def _update(self, loss: float) -> float:
         """Clip and step; returns the gradient norm before clipping."""
-        set_learning_rate(self.optimizer, learning_rate(self.config.trainer, self.optimizer_step))
+        set_learning_rate(self.optimizer, self.learning_rate(self.optimizer_step))
         grad_norm = clip_gradients(self.optimizer)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingError(
@@ -262,14 +304,14 @@ class TrainerRank:
         model_config = self.model.config
         # Sequence-parallel ranks have as many rows each.
         multiple = model_config.tensor_model_parallel_size if model_config.sequence_parallel else 1
-        return [build_microbatch(samples, plan, policy_device(), multiple) for plan in plans]
+        return [build_microbatch(samples, plan, policy_device(), multiple, self.loss_mean) for plan in plans]
 
-    @staticmethod
-    def _counting(num_flat_tokens: int, microbatches: list[Microbatch]) -> list[Microbatch]:
-        """Let flat tokens count in the mean: once, by the first microbatch of the first data parallel rank."""
+    def _counting(self, flat: Sequence[TrainSample], microbatches: list[Microbatch]) -> list[Microbatch]:
+        """Let flat samples count in the mean: once, by the first microbatch of the first data parallel rank."""
         if mpu.get_data_parallel_rank():
             return microbatches
-        return [replace(microbatches[0], num_flat_tokens=num_flat_tokens), *microbatches[1:]]
+        first, *others = microbatches
+        return [replace(first, num_in_mean=first.num_in_mean + self.loss_mean.size(flat)), *others]
 
     def _check_lengths(self, samples: Sequence[TrainSample]) -> None:
         longest = max(len(sample.token_ids) for sample in samples)
@@ -282,19 +324,25 @@ class TrainerRank:
             )
 
 
-def _report(sums: TokenSums, batch: SplitBatch, grad_norms: Sequence[float], num_microbatches: int) -> TrainReport:
-    """Divide the sums: what is zero at flat tokens by all tokens, what only a pass can tell by those that had one."""
+def _report(
+    sums: TokenSums, in_mean: int, batch: SplitBatch, grad_norms: Sequence[float], num_microbatches: int
+) -> TrainReport:
+    """Divide the sums: the loss's by its mean's size, what only a pass can tell by the tokens that had one."""
     had_pass = sums.num_tokens > 0
     return TrainReport(
-        loss=sums.loss / batch.num_tokens,
-        pg_loss=sums.pg_loss / batch.num_tokens,
+        loss=sums.loss / in_mean,
+        pg_loss=sums.pg_loss / in_mean,
         grad_norm=sum(grad_norms) / len(grad_norms),
         entropy=sums.entropy / sums.num_tokens if had_pass else None,
         clip_fraction=sums.clipped / batch.num_tokens,
-        kl=sums.kl / batch.num_tokens,
+        kl=sums.kl / sums.num_tokens if had_pass else 0.0,
         train_rollout_logprob_abs_diff=sums.logprob_abs_diff / sums.num_tokens if had_pass else None,
         num_tokens=batch.num_tokens,
         num_trained_tokens=batch.num_trained_tokens,
         num_optimizer_steps=len(grad_norms),
         num_microbatches=num_microbatches,
     )
+
+
+def _tis_report(sums: TokenSums) -> TisReport:
+    return TisReport(sums.tis / sums.num_tokens, sums.tis_bounded / sums.num_tokens, sums.tis_abs / sums.num_tokens)

@@ -13,7 +13,7 @@ WANDB_KEY = "--wandb-key"
 # Each reason completes the sentence "No effect, as REASON: --optimizer adam."
 ANYWAY = "it is what this project does anyway"
 PACKED = "microbatches are packed by tokens without padding, and --max-tokens-per-gpu bounds them"
-OWN_LOGPROBS = "the importance ratio is always against the rollout's own logprobs"
+OWN_LOGPROBS = "the importance ratio is against the rollout's own logprobs, or with --use-tis the trainer's"
 KERNELS = "it changes the trainer's memory or time, not what it computes, and is no choice here"
 CONFIG_JSON = "the model's shape is read from its config.json"
 WATCHED = "engines are always watched and replaced; --sglang-stall-timeout says when one hangs"
@@ -57,7 +57,6 @@ _SWITCH_ANYWAY, _SWITCH_KERNELS = WithoutEffect(ANYWAY), WithoutEffect(KERNELS)
 _VALUE_KERNELS = WithoutEffect(KERNELS, "1")
 
 WITHOUT_EFFECT: Mapping[str, WithoutEffect] = {
-    "--advantage-estimator": _one("grpo"),
     "--train-backend": _one("megatron"),
     "--optimizer": _one("adam", remedy="Pass adam: updates are AdamW's."),
     "--attention-dropout": _DROPOUT,
