@@ -17,6 +17,7 @@ from rollout.embedded.rope import RopeTable
 from rollout.embedded.stop import StopRule
 from rollout.embedded.validate import limits_of
 from rollout.embedded.verification import make_verifier
+from rollout.embedded.verification.ranking import RankingVerifier
 from rollout.embedded.verification.verifier import Verifier
 from rollout.embedded.weights import DecoderBuilder
 from slime_spec.checkpoints.end_of_text import end_token_ids
@@ -104,7 +105,7 @@ class Assembly:
         cache = KvCache(self.spec, self.dtype, self.device, self.limits.max_total_tokens, self._routing)
         stop_ids = self.limits.eos_token_ids
         stop_rule = StopRule(stop_ids, self.decode)
-        verifier = verifier or make_verifier(speculative, stop_ids, self.device)
+        verifier = RankingVerifier(verifier or make_verifier(speculative, stop_ids, self.device), stop_ids)
         return GenerationCore(builder.finish(), cache, drafter or self._drafter, stop_rule, settings, clock, verifier)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -27,6 +27,7 @@ from rollout.embedded.cuda.graphs import Graphs
 from rollout.embedded.draft import NO_DRAFT, Draft
 from rollout.embedded.drafting import Drafter, Swap
 from rollout.embedded.kv_cache import KvCache
+from rollout.embedded.logprobs import LogprobRecord
 from rollout.embedded.model import Decoder
 from rollout.embedded.plan import RowSpan
 from rollout.embedded.prefill import Prefiller
@@ -37,7 +38,7 @@ from rollout.embedded.stop import Ending, StopRule
 from rollout.embedded.target import PassOutput, Target, Timing
 from rollout.embedded.tempering import Tempering
 from rollout.embedded.unread import AnyDraft, placement
-from rollout.embedded.verification.verifier import Verified, Verifier, VerifyRow
+from rollout.embedded.verification.verifier import Verified, Verifier
 from slime_spec.errors import GenerationError
 from slime_spec.sglang.draft_shape import DraftShape
 from slime_spec.speculation.draft_temperature import DraftTemperature
@@ -126,12 +127,13 @@ class GenerationCore:
         on_sample: OnSample,
         on_progress: OnProgress | None = None,
         on_failure: OnFailure | None = None,
+        record: LogprobRecord | None = None,
     ) -> Group:
         """Queue a validated group; ``on_progress`` is called after every round of every sample.
 
         What goes wrong in this group alone ends the group, and ``on_failure`` hears it (without it ``step`` raises it).
         """
-        group = Group(request, self._clock(), on_sample, self._new_key(), on_progress, on_failure)
+        group = Group(request, self._clock(), on_sample, self._new_key(), on_progress, on_failure, record)
         speculates = self.speculation.applies_to(group)
         for position in range(len(request.seeds)):
             self.waiting.append(SampleState.of(group, position, self._new_key(), speculates))
@@ -248,7 +250,7 @@ class GenerationCore:
         if not fresh:
             return
         logits = [each.group.first_logits for each in fresh]
-        rows = [self._verify_row(each, NO_DRAFT) for each in fresh]
+        rows = [each.verify_row(NO_DRAFT) for each in fresh]
         first = self.verifier(torch.cat([each for each in logits if each is not None]), rows)
         for sequence in fresh:
             sequence.note_first_token(self._clock())
@@ -291,15 +293,11 @@ class GenerationCore:
             inputs.append(sequence.token_ids[-1])
             inputs.extend(draft.token_ids if isinstance(draft, Draft) else [0] * draft.num_tokens)
         output = self.target.run(self.cache.own, spans, inputs, placement(drafts))
-        rows, logits = list(map(self._verify_row, running, drafts)), self.target.logits(output.hidden)
+        rows, logits = list(map(SampleState.verify_row, running, drafts)), self.target.logits(output.hidden)
         verified = self.verifier(logits, rows)
         if self.speculation.tempering is not None:
             self.speculation.tempering.weigh(logits, rows)
         return output, spans, verified
-
-    def _verify_row(self, sequence: SampleState, draft: AnyDraft) -> VerifyRow:
-        group = sequence.group
-        return VerifyRow(draft, group.request.params, sequence.uniforms, sequence.token_ids, group.num_prompt_tokens)
 
     def _emit_all(
         self, sequences: Sequence[SampleState], verified: Sequence[Verified], versions: Sequence[int]
@@ -331,6 +329,8 @@ class GenerationCore:
             ending = self._stop_rule.ending(sequence.token_ids, group.num_prompt_tokens, group.request.params)
             if ending is not None:
                 break
+        if group.record is not None:
+            group.record.ranked[sequence.sample_index] += verified.ranked[: sequence.num_generated - before]
         if group.on_progress is not None:
             try:
                 group.on_progress(sequence.progress_since(before))

@@ -15,6 +15,7 @@ from rollout.embedded.calibrate import calibrate, costs_of
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.drafting import LearningDrafter
 from rollout.embedded.generation import EmbeddedGeneration
+from rollout.embedded.logprobs import LogprobRecord
 from rollout.embedded.loop_thread import LoopThread, Refused
 from rollout.embedded.push import CoreStaging, CoreWeights
 from rollout.embedded.request import Group, OnProgress
@@ -80,8 +81,13 @@ class EmbeddedEngine:
         self._pushes = PushDesk(self._index, self._transport, self._weights, self._assembly.dtype)
         self._started.callback(self._thread.stop)
 
-    def generate(self, request: GroupRequest, on_progress: OnProgress | None = None) -> Generation:
-        """See RolloutEngine; the engine's thread calls ``on_progress`` with what each round adds: it must not block."""
+    def generate(
+        self, request: GroupRequest, on_progress: OnProgress | None = None, record: LogprobRecord | None = None
+    ) -> Generation:
+        """See RolloutEngine; the engine's thread calls ``on_progress`` with what each round adds: it must not block.
+
+        ``record`` gathers logprobs that samples do not have: they are there when ``on_progress``, or a sample, is.
+        """
         check_request(request, self._assembly.limits)
         if request.params.stop:
             self._assembly.load_tokenizer()
@@ -98,6 +104,7 @@ class EmbeddedEngine:
                     lambda sample: self._deliver(generation, sample),
                     on_progress,
                     lambda error: self._give_up(generation, error),
+                    record,
                 )
             )
         return generation

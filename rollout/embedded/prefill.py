@@ -132,7 +132,7 @@ class Prefiller:
 
     def _copied(self, piece: Piece, version: int) -> Piece:
         """Copy what the piece begins with from a prompt that was kept; what is left to compute, its last token too."""
-        if piece.start or piece.text is None:
+        if piece.start or piece.text is None or piece.sequence.group.scores_prompt:
             return piece
         beginning = self._prompts.longest(piece.token_ids[:-1])
         if beginning is None:
@@ -145,7 +145,9 @@ class Prefiller:
 
     def _begins_alike(self, begun: Piece, piece: Piece) -> bool:
         """Return whether ``piece`` had better wait until what ``begun`` computes can be copied."""
-        if begun.text is None or piece.text is None or not self._will_be_kept(begun):
+        if piece.sequence.group.scores_prompt or begun.text is None or piece.text is None:
+            return False
+        if not self._will_be_kept(begun):
             return False
         return num_common(begun.text, piece.token_ids[:-1]) >= self._prompts.least
 
@@ -176,12 +178,20 @@ class Prefiller:
                 ending.append((group, len(tokens) - 1))
         output = self._target.run(self._store(pieces[0]), spans, tokens)
         features = self._target.features(output)
+        self._score(pieces, output.hidden)
         self._note(pieces, features, version)
         self._show(pieces, features)
         if ending:
             logits = self._target.logits(output.hidden[self._target.tensor([last for _, last in ending])])
             for (group, _), row_logits in zip(ending, logits.split(1), strict=True):
                 group.first_logits, group.prompt_version = row_logits, version
+
+    def _score(self, pieces: Sequence[Piece], hidden: torch.Tensor) -> None:
+        """Record the logprobs of prompt tokens, of which all are computed, for the groups that ask for them."""
+        for piece, states in zip(pieces, hidden.split([len(piece.token_ids) for piece in pieces]), strict=True):
+            group = piece.sequence.group
+            if group.record is not None and group.scores_prompt and piece.text is not None:
+                group.record.read_prompt(piece.start, states, group.request.prompt_token_ids, self._target.logits)
 
     def _note(self, pieces: Sequence[Piece], features: torch.Tensor | None, version: int) -> None:
         """Note what a pass has put into the KV, and keep the prompts that it ended."""

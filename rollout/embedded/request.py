@@ -9,8 +9,11 @@ from functools import cached_property
 import torch
 
 from rollout.embedded.draft import Draft
+from rollout.embedded.logprobs import LogprobRecord
 from rollout.embedded.stop import Ending
 from rollout.embedded.uniforms import Uniforms
+from rollout.embedded.unread import AnyDraft
+from rollout.embedded.verification.verifier import VerifyRow
 from slime_spec.errors import GenerationError
 from slime_spec.partial_samples import earlier_part, note_version, reported_spans, rounds_are_known
 from slime_spec.routed_experts import RoutedExperts
@@ -52,6 +55,7 @@ class Group:
     key: int
     on_progress: OnProgress | None = None
     on_failure: OnFailure | None = None
+    record: LogprobRecord | None = None  # of what its caller wants besides
     num_unfinished: int = 0
     num_in_batch: int = 0
     num_started: int = 0  # samples that have their first token
@@ -81,6 +85,14 @@ class Group:
     def prefix_tokens(self) -> int:
         """Return the number of KV positions that the shared prompt takes."""
         return self.num_prompt_tokens if self.shares_prompt else 0
+
+    @property
+    def num_ranked(self) -> int:
+        return 0 if self.record is None else self.record.num_ranked
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.record is not None and self.record.of_prompt
 
     @property
     def prefix_ready(self) -> bool:
@@ -190,6 +202,18 @@ class SampleState:
         """Note the experts that computed its KV; of recomputed KV the first ones count, which made the logprobs."""
         known = self.routed_experts
         self.routed_experts = of_kv if known is None or of_kv is None else known.completed(of_kv)
+
+    def verify_row(self, draft: AnyDraft) -> VerifyRow:
+        """Return what a verifier must know of the sample to judge its draft."""
+        group = self.group
+        return VerifyRow(
+            draft=draft,
+            params=group.request.params,
+            uniforms=self.uniforms,
+            token_ids=self.token_ids,
+            num_prompt_tokens=group.num_prompt_tokens,
+            num_ranked=group.num_ranked,
+        )
 
     def append(self, token_id: int, logprob: float) -> None:
         self.token_ids.append(token_id)

@@ -34,6 +34,11 @@ class RequestLimits:
     dies_of_unknown_tokens: bool = False
     eos_token_ids: frozenset[int] = frozenset()
 
+    def room(self, num_prompt_tokens: int) -> int:
+        """Return how many tokens may follow a prompt: at least 1, so that a prompt without room is refused as such."""
+        longest = min(self.context_length, self.max_total_tokens - self.headroom)
+        return max(1, longest - num_prompt_tokens)
+
     @property
     def drafted(self) -> str:
         """Return the headroom as the last term of the sum that an error shows."""

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.embedded.http.answers import AnswerWriter, GrowingText, StopMatch, borders, response_text
-from rollout.embedded.http.generate_routes import LARGE_TEXT_BYTES
+from rollout.embedded.http.running import LARGE_TEXT_BYTES
 from rollout.embedded.http.sampling import Sampling
 from rollout.embedded.loop_thread import Refused
 from rollout.embedded.request import OnProgress, Progress
@@ -72,7 +72,7 @@ def test_a_stream_that_the_engine_refuses_to_go_on_with_says_so_and_ends(
 ) -> None:
     generate, first_has_spoken = own_server.engine.generate, Event()
 
-    def once(request: GroupRequest, on_progress: OnProgress) -> Generation:
+    def once(request: GroupRequest, on_progress: OnProgress, record: None) -> Generation:
         if request.group_id == "a_1":
             assert first_has_spoken.wait(TIMEOUT_S)
             raise Refused("the engine is offloaded")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 from rollout.embedded.http.calls import Call, PromptCall
 from rollout.embedded.http.generations import Finished, NewTokens
+from rollout.embedded.http.json_io import finite
 from rollout.embedded.http.sampling import Sampling
 from rollout.embedded.http.serving import VersionNames
 from rollout.embedded.request import Progress
@@ -122,6 +123,7 @@ class AnswerWriter:
 
     def finished(self, call: Call, prompt: PromptCall, sample: GeneratedSample) -> Answer:
         """Return a finished sample."""
+        sample = prompt.shown(sample)
         info = meta_info(sample)
         spans = self._versions.spans(sample)
         info |= {
@@ -132,7 +134,7 @@ class AnswerWriter:
         for name in ("output_token_logprobs", "weight_version_spans"):  # written below, and above
             info.pop(name, None)
         if prompt.return_logprob:
-            info |= self._logprobs(call, sample.logprobs, sample.token_ids)
+            info |= self._logprobs(call, prompt, sample.sample_index, sample.logprobs, sample.token_ids)
         text = response_text(self._tokenizer, sample, prompt.sampling)
         answer = {"text": text, "output_ids": list(sample.token_ids), "meta_info": info}
         if call.aux_info:
@@ -153,21 +155,40 @@ class AnswerWriter:
             "weight_version": self._versions.current(),
         }
         if prompt.return_logprob:
-            info |= self._logprobs(call, grown.logprobs, grown.token_ids)
+            info |= self._logprobs(call, prompt, grown.sample_index, grown.logprobs, grown.token_ids)
         answer = {"text": grown.text, "output_ids": list(grown.token_ids), "meta_info": info}
         return self._with_prompt(call, prompt, answer)
 
-    def _logprobs(self, call: Call, logprobs: Sequence[float], token_ids: Sequence[int]) -> Answer:
-        """Return [logprob, token id, text or null] for each token of the response, none for the prompt's."""
-        texts: Sequence[str | None] = [None] * len(token_ids)
-        if call.logprob_text:
-            texts = [self._tokenizer.decode([token_id], skip_special=False) for token_id in token_ids]
-        triples = [list(triple) for triple in zip(logprobs, token_ids, texts, strict=True)]
-        return {
+    def _logprobs(
+        self, call: Call, prompt: PromptCall, sample_index: int, logprobs: Sequence[float], token_ids: Sequence[int]
+    ) -> Answer:
+        """Return [logprob, token id, text or null] for each token of the response, and of the prompt from its start on.
+
+        The first of the prompt's has no logprob, as with SGLang.
+        """
+        start, prompt_ids, record = prompt.logprob_start, prompt.request.prompt_token_ids, prompt.record
+
+        def triples(pairs: Iterable[tuple[float | None, int]]) -> list[list[Any]]:
+            return [[logprob, token_id, self._text(call, token_id)] for logprob, token_id in pairs]
+
+        of_response = triples(zip(logprobs, token_ids, strict=True))
+        answer: Answer = {
             "input_token_logprobs": [],
-            "output_token_logprobs": triples,
-            "output_token_logprobs_length": len(triples),
+            "output_token_logprobs": of_response,
+            "output_token_logprobs_length": len(of_response),
         }
+        if record is not None and record.of_prompt:
+            of_prompt = [None, *map(finite, record.prompt[start:])]
+            answer["input_token_logprobs"] = triples(zip(of_prompt, prompt_ids[start:], strict=True))
+        if record is not None and record.num_ranked:
+            of_tokens = record.ranked[sample_index][: len(token_ids)]
+            of_prompt_ranked = [None, *map(triples, record.prompt_ranked[start:])] if record.of_prompt else []
+            answer["output_top_logprobs"] = [triples(each) for each in of_tokens]
+            answer["input_top_logprobs"] = of_prompt_ranked
+        return answer
+
+    def _text(self, call: Call, token_id: int) -> str | None:
+        return self._tokenizer.decode([token_id], skip_special=False) if call.logprob_text else None
 
     def _with_prompt(self, call: Call, prompt: PromptCall, answer: Answer) -> Answer:
         if call.prompt_ids:
@@ -208,6 +229,8 @@ class Chunks:
     def gained(self, event: NewTokens) -> Answer | None:
         """Return the chunk for new tokens; None while fewer than ``stream_interval`` of them have gathered."""
         place, prompt = (event.prompt, event.progress.sample_index), self._call.prompts[event.prompt]
+        if prompt.sampling.prefill_only:
+            return None
         if place not in self._grown:
             self._grown[place] = Grown(event.progress.sample_index, self._writer.growing(prompt))
         grown = self._grown[place]
@@ -227,8 +250,8 @@ class Chunks:
         if self._incremental:
             info = answer["meta_info"]
             answer = {**answer, "text": answer["text"][num_chars:], "output_ids": answer["output_ids"][num_tokens:]}
-            if "output_token_logprobs" in info:
-                answer["meta_info"] = {**info, "output_token_logprobs": info["output_token_logprobs"][num_tokens:]}
+            per_token = [name for name in ("output_token_logprobs", "output_top_logprobs") if name in info]
+            answer["meta_info"] = {**info, **{name: info[name][num_tokens:] for name in per_token}}
         if self._call.is_list:
             prompt, sample_index = place
             answer["index"] = prompt * self._call.prompts[0].sampling.num_samples + sample_index

@@ -11,31 +11,48 @@ from uuid import uuid4
 
 from rollout.embedded.http.json_io import LONGEST_NAME, MAX_COUNT, Fields, as_object, is_text, is_whole
 from rollout.embedded.http.sampling import UNSERVED_FIELDS, Sampling, check_unserved, read_sampling
+from rollout.embedded.logprobs import MOST_RANKED, LogprobRecord
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.requests import RequestLimits, check_request
 from slime_spec.rl.requests import sample_seed
 from slime_spec.speculation.request_fields import ADVICE, RTP_OBJECTS, with_rtp_fields
-from slime_spec.types import GroupRequest
+from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
 
-SERVED = ("text", "input_ids", "sampling_params", "rid", "stream", "return_logprob", "logprob_start_len")
+SERVED = ("text", "input_ids", "sampling_params", "rid", "stream")
+LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num")
 SHOWN = ("return_text_in_logprobs", "return_prompt_token_ids")
 # Fields that a client may send and this server does not use: labels, routing, keys of a cache across requests.
 LABELS = ("log_metrics", "no_logs", "session_id", "conversation_id", "custom_labels", "external_trace_header")
 ROUTING = ("routing_key", "priority", "extra_key", "cache_salt", "received_time", "http_worker_ipc")
 AUX_INFO = "aux_info"  # RTP-LLM's; it may stand in one of the objects too
 RTP_PREFIX = "extra_config."
-KNOWN = frozenset((*SERVED, *SHOWN, AUX_INFO, *RTP_OBJECTS, *LABELS, *ROUTING, *UNSERVED_FIELDS))
+KNOWN = frozenset((*SERVED, *LOGPROBS, *SHOWN, AUX_INFO, *RTP_OBJECTS, *LABELS, *ROUTING, *UNSERVED_FIELDS))
 
 
 @dataclass(frozen=True)
 class PromptCall:
-    """Holds one prompt of a call: its request to the engine, and how its answers are written."""
+    """Holds one prompt of a call: its request to the engine, and how its answers are written.
+
+    ``record`` is there where logprobs are wanted that samples do not have: of the prompt from ``logprob_start`` on, or
+    of the likeliest tokens.
+    """
 
     rid: str
     request: GroupRequest
     sampling: Sampling
     return_logprob: bool
+    logprob_start: int
+    record: LogprobRecord | None
+
+    def shown(self, sample: GeneratedSample) -> GeneratedSample:
+        """Return the sample as its client sees it."""
+        if not self.sampling.prefill_only:
+            return sample
+        nothing = replace(sample, token_ids=(), logprobs=(), version_spans=(), spec=SpecCounters())
+        return (
+            nothing if sample.finish_reason == "abort" else replace(nothing, finish_reason="length", matched_stop=None)
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,8 @@ class CallReader:
         rid, rids = _rids(fields.raw("rid"), len(prompts), is_batch or sampling[0].num_samples > 1)
         logprobs = _per_prompt(fields, "return_logprob", len(prompts), False)
         starts = _per_prompt(fields, "logprob_start_len", len(prompts), -1)
-        calls = tuple(map(self._prompt_call, rids, prompts, sampling, logprobs, starts))
+        ranked = _per_prompt(fields, "top_logprobs_num", len(prompts), 0)
+        calls = tuple(map(self._prompt_call, rids, prompts, sampling, logprobs, starts, ranked))
         return Call(
             prompts=calls,
             rid=rid,
@@ -87,24 +105,34 @@ class CallReader:
         )
 
     def _prompt_call(
-        self, rid: str, prompt: tuple[int, ...], sampling: Sampling, return_logprob: object, start: object
+        self,
+        rid: str,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        return_logprob: object,
+        logprob_start: object,
+        top_logprobs_num: object,
     ) -> PromptCall:
         if not isinstance(return_logprob, bool):
             raise ConfigError("return_logprob", "must be true or false", return_logprob, "Correct it or leave it out.")
-        if start not in (-1, len(prompt)):
-            raise ConfigError(
-                "logprob_start_len",
-                f"must be -1 or the prompt's length ({len(prompt)}): this engine has no logprobs of prompt tokens",
-                start,
-                "Leave it out for the logprobs of the response.",
-            )
+        start = _whole("logprob_start_len", logprob_start, -1, len(prompt))
+        num_ranked = _whole("top_logprobs_num", top_logprobs_num, 0, MOST_RANKED)
+        of_prompt = return_logprob and 0 <= start < len(prompt)
+        has_record = of_prompt or (return_logprob and num_ranked > 0)
         seeds = tuple(self._seeds(sampling))
         request = GroupRequest(rid, prompt, seeds, sampling.params)
         try:
             check_request(request, self._limits)
         except ConfigError as error:
             raise _in_clients_words(error) from None
-        return PromptCall(rid, request, sampling, return_logprob)
+        return PromptCall(
+            rid=rid,
+            request=request,
+            sampling=sampling,
+            return_logprob=return_logprob,
+            logprob_start=start if of_prompt else len(prompt),
+            record=LogprobRecord(num_ranked, of_prompt) if has_record else None,
+        )
 
     def _prompts(self, fields: Fields) -> tuple[list[tuple[int, ...]], bool]:
         """Return the prompts' token ids, and whether the client sent a list of prompts."""
@@ -198,6 +226,13 @@ def _per_prompt(fields: Fields, name: str, count: int, default: Any) -> list[Any
     if len(value) != count:
         raise ConfigError(name, f"must have one entry for each of the {count} prompts", value, "Send one for all.")
     return [default if each is None else each for each in value]
+
+
+def _whole(name: str, value: object, minimum: int, maximum: int) -> int:
+    if not (isinstance(value, int) and is_whole(value) and minimum <= value <= maximum):
+        rule = f"must be a whole number from {minimum} to {maximum}"
+        raise ConfigError(name, rule, value, "Correct it or leave it out.")
+    return value
 
 
 def _rids(value: object, count: int, is_list: bool) -> tuple[str, list[str]]:

@@ -17,6 +17,7 @@ from threading import Lock
 
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.http.clients import Busy
+from rollout.embedded.logprobs import LogprobRecord
 from rollout.embedded.loop_thread import Refused
 from rollout.embedded.request import Progress
 from slime_spec.errors import ConfigError, GenerationError
@@ -88,8 +89,16 @@ class Generations:
         """Return the number of prompts under way or waiting."""
         return len(self._jobs)
 
-    async def events(self, rid: str, requests: Sequence[GroupRequest], progress: bool = False) -> AsyncGenerator[Event]:
+    async def events(
+        self,
+        rid: str,
+        requests: Sequence[GroupRequest],
+        progress: bool = False,
+        records: Sequence[LogprobRecord | None] | None = None,
+    ) -> AsyncGenerator[Event]:
         """Generate one call's prompts until every sample is finished; ``progress`` asks for tokens as they come.
+
+        ``records`` has each prompt's record, for logprobs that samples do not have.
 
         Closing the iterator (``contextlib.aclosing``) or cancelling its reader aborts what is unfinished. Raises what
         the engine raised, ConfigError for an id that is in use, and Busy where the queue is full.
@@ -109,8 +118,10 @@ class Generations:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
         jobs = [
-            self._executor.submit(self._generate, index, request, handle, put, progress)
-            for index, (request, handle) in enumerate(zip(requests, handles, strict=True))
+            self._executor.submit(self._generate, index, request, handle, put, progress, record)
+            for index, (request, handle, record) in enumerate(
+                zip(requests, handles, records or [None] * len(requests), strict=True)
+            )
         ]
         self._live |= names
         self._jobs.update(jobs)
@@ -157,11 +168,12 @@ class Generations:
         handle: Handle,
         put: Callable[[Event | BaseException], None],
         progress: bool,
+        record: LogprobRecord | None,
     ) -> None:
         """Generate the samples of one prompt on a thread of its own."""
         on_progress = (lambda gained: put(NewTokens(prompt, gained))) if progress else None
         try:
-            generation = self._engine.generate(request, on_progress)
+            generation = self._engine.generate(request, on_progress, record)
             handle.bind(generation)
             for sample in generation:
                 put(Finished(prompt, sample))

@@ -17,8 +17,8 @@ _FIELDS = {
         input_embeds image_data video_data audio_data mm_hashes mm_content_hashes use_audio_in_video video_config
         modalities max_dynamic_patch min_dynamic_patch image_max_dynamic_patch video_max_dynamic_patch images_config
         return_bytes positional_embed_overrides""",
-    "only the logprobs of generated tokens are kept": """
-        top_logprobs_num token_ids_logprob return_sampling_mask sampling_logprobs_mode return_entropy
+    "logprobs are those of the tokens themselves, and of the likeliest": """
+        token_ids_logprob return_sampling_mask sampling_logprobs_mode return_entropy
         return_flat_raw_top_logprobs return_flat_raw_top_logprobs_b64""",
     "this engine returns tokens, text and logprobs only": """
         return_hidden_states return_routed_experts routed_experts_start_len return_indexer_topk
@@ -72,7 +72,10 @@ def _asks_for_nothing(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Holds one prompt's sampling: ``num_samples`` responses, whose seeds derive from ``seed`` where one is given."""
+    """Holds one prompt's sampling: ``num_samples`` responses, whose seeds derive from ``seed`` where one is given.
+
+    ``prefill_only``: no token is wanted (``max_new_tokens: 0``); the engine makes one, which nobody is shown.
+    """
 
     params: SamplingParams
     num_samples: int
@@ -80,6 +83,7 @@ class Sampling:
     skip_special_tokens: bool
     trim_stop: bool
     stream_interval: int
+    prefill_only: bool = False
 
     @cached_property
     def stop_token_ids(self) -> frozenset[int]:
@@ -96,9 +100,10 @@ def read_sampling(data: Mapping[str, Any], limits: RequestLimits, num_prompt_tok
     fields.check_names(KNOWN)
     check_unserved(data, UNSERVED_PARAMETERS, PREFIX)
     unbounded = "max_new_tokens" in data and data["max_new_tokens"] is None
-    room = max(1, limits.context_length - num_prompt_tokens)
+    room = limits.room(num_prompt_tokens)
+    num_new = room if unbounded else fields.count("max_new_tokens", 128, minimum=0)
     params = SamplingParams(
-        max_new_tokens=room if unbounded else fields.count("max_new_tokens", 128),
+        max_new_tokens=max(1, num_new),
         min_new_tokens=fields.count("min_new_tokens", 0, minimum=0),
         temperature=fields.number("temperature", 1.0),
         top_p=fields.number("top_p", 1.0),
@@ -119,6 +124,7 @@ def read_sampling(data: Mapping[str, Any], limits: RequestLimits, num_prompt_tok
         skip_special_tokens=fields.switch("skip_special_tokens", True),
         trim_stop=not fields.switch("no_stop_trim"),
         stream_interval=fields.count("stream_interval", 1),
+        prefill_only=not num_new,
     )
 
 

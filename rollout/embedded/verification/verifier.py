@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from rollout.embedded.logprobs import Ranked
 from rollout.embedded.uniforms import Uniforms
 from rollout.embedded.unread import AnyDraft
 from slime_spec.types import SamplingParams
@@ -22,6 +23,7 @@ class VerifyRow:
     uniforms: Uniforms
     token_ids: Sequence[int]
     num_prompt_tokens: int
+    num_ranked: int = 0  # likeliest tokens that are wanted beside each emitted one
 
     @property
     def num_generated(self) -> int:
@@ -52,6 +54,7 @@ class Verified(NamedTuple):
     token_ids: list[int]
     logprobs: list[float]
     path: tuple[int, ...]
+    ranked: Sequence[Ranked] = ()  # at each token, where a row asks for them
 
 
 class Verifier(Protocol):
