@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -27,6 +30,7 @@ DEFAULT_DATE = "2024-07-26"
 SAID = "\u2042said\u2042"  # stands for an assistant's text in a template
 # SGLang ends a reply at these added tokens too, whatever the checkpoint names: common.py of its hf_transformers.
 TURN_FINAL = ("<|eom_id|>", "<|content_model_end_sampling|>", "<|ifm|im_end|>")
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # a byte that has no other token, in vocabularies of SentencePiece
 # A chat template is a program: what it may raise, on messages that it was not written for.
 OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
@@ -115,11 +119,13 @@ class Tokenizer:
         messages: str | Sequence[Mapping[str, Any]],
         system: str = "",
         tools: Sequence[Mapping[str, Any]] = (),
+        template_values: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[int, ...]:
         """Return the ids of a chat in the chat template, ending with the opening of the assistant's turn.
 
         A text is one user message. ``system`` is put before messages that do not open with a system message of their
-        own; without either, the template decides whether there is a system turn. ``tools`` are JSON schemas.
+        own; without either, the template decides whether there is a system turn. ``tools`` are JSON schemas,
+        ``template_values`` what else the template may look at, such as ``enable_thinking``.
         """
         if self._hf.chat_template is None:
             raise ConfigError(
@@ -128,6 +134,9 @@ class Tokenizer:
                 self._source,
                 "Pass --no-apply-chat-template, or an instruction-tuned checkpoint.",
             )
+        if taken := sorted(template_values.keys() & self._template_parameters):
+            rule = "must be values that a chat template looks at, not how it is applied"
+            raise ConfigError("chat_template_kwargs", rule, taken[0], "Leave it out.")
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [*messages]
         if system and not (turns and turns[0].get("role") == "system"):
             turns.insert(0, {"role": "system", "content": system})
@@ -138,7 +147,7 @@ class Tokenizer:
                 add_generation_prompt=True,
                 return_dict=False,
                 tokenizer_kwargs={"verbose": False},
-                **self._template_values,
+                **{**self._template_values, **template_values},
             )
         except TemplateSyntaxError as error:
             raise self._template_error("be valid Jinja", error) from None
@@ -187,6 +196,30 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         text: str = self._hf.decode(list(ids), skip_special_tokens=skip_special)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token, which may be part of a character's."""
+        token = self._hf.convert_ids_to_tokens(token_id)
+        text = self.decode([token_id], skip_special=False)
+        if "\N{REPLACEMENT CHARACTER}" not in text or not isinstance(token, str):
+            return text.encode()
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        if all(char in self._byte_of for char in token):
+            return bytes(self._byte_of[char] for char in token)
+        return text.encode()
+
+    @cached_property
+    def _template_parameters(self) -> frozenset[str]:
+        """Return the names that say how a template is applied, a template of the client's own among them."""
+        return frozenset({*signature(self._hf.apply_chat_template).parameters, "messages", "strftime_now"})
+
+    @cached_property
+    def _byte_of(self) -> Mapping[str, int]:
+        """Return the byte that each character stands for in a byte-level vocabulary."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        return {char: byte for byte, char in bytes_to_unicode().items()}
 
     def _template_error(self, rule: str, error: Exception) -> CheckpointError:
         return CheckpointError(self._source, f"its chat template must {rule}: {error}", "chat_template", AGAIN)

@@ -77,7 +77,7 @@ class CallReader:
     def __init__(self, limits: RequestLimits, tokenizer: Tokenizer, server_seed: int, max_samples: int) -> None:
         self._limits, self._tokenizer, self._server_seed = limits, tokenizer, server_seed
         self._max_samples = max_samples
-        self._longest_text_bytes = limits.context_length * tokenizer.longest_token_bytes
+        self.longest_text_bytes = limits.context_length * tokenizer.longest_token_bytes
         self._unseeded = count(1)  # read from two threads
 
     def read(self, body: object) -> Call:
@@ -146,8 +146,8 @@ class CallReader:
             if not (isinstance(texts, list) and texts and all(map(is_text, texts))):
                 raise ConfigError("text", "must be a text or a list of texts", text, "Send at least one prompt.")
             self._check_samples("text", len(texts), 1)
-            if any(len(each.encode()) > self._longest_text_bytes for each in texts):
-                rule = f"must have at most {self._longest_text_bytes} bytes: more cannot fit in the context"
+            if any(len(each.encode()) > self.longest_text_bytes for each in texts):
+                rule = f"must have at most {self.longest_text_bytes} bytes: more cannot fit in the context"
                 raise ConfigError("text", rule, text, "Shorten the prompt.")
             return [self._tokenizer.encode(each) for each in texts], not isinstance(text, str)
         lists = [ids] if isinstance(ids, list) and all(map(is_whole, ids)) else ids

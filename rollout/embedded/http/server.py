@@ -24,6 +24,7 @@ from rollout.embedded.http.generate_routes import GenerateRoutes
 from rollout.embedded.http.generations import Generations
 from rollout.embedded.http.info_routes import InfoRoutes
 from rollout.embedded.http.json_io import api_key_required, errors_as_json
+from rollout.embedded.http.openai.routes import OpenAIRoutes
 from rollout.embedded.http.running import CallRunner
 from rollout.embedded.http.serving import OneThread, Serving, Totals, VersionNames
 from rollout.embedded.http.weight_routes import WeightRoutes
@@ -156,12 +157,14 @@ def make_app(serving: Serving, options: ServerOptions) -> tuple[web.Application,
     writer = AnswerWriter(serving.tokenizer, serving.names, serving.limits.eos_token_ids)
     control = ControlRoutes(serving)
     info = InfoRoutes(serving, can_generate=lambda: not control.paused and not control.released)
-    generate = GenerateRoutes(CallRunner(serving), reader, writer, options.incremental_streaming)
+    runner = CallRunner(serving)
+    generate = GenerateRoutes(runner, reader, writer, options.incremental_streaming)
+    openai = OpenAIRoutes(serving, runner, reader, writer)
     clients = Clients(options.max_request_mb * 10**6, options.client_timeout_s)
     middlewares = [clients.watched, errors_as_json, *([api_key_required(options.api_key)] if options.api_key else [])]
     app = web.Application(middlewares=middlewares)
     app[CLIENTS] = clients
-    for part in (generate, control, WeightRoutes(serving, WeightUpdates(serving)), info):
+    for part in (generate, openai, control, WeightRoutes(serving, WeightUpdates(serving)), info):
         app.add_routes(part.routes())
     return app, info
 
