@@ -24,7 +24,7 @@ NODES = ("model", "engine", "speculative", "sglang")
 SETTINGS = ("run.seed", "rollout.num_gpus_per_engine", "rollout.num_cpus_per_engine")
 # A server takes requests up to its context: a run's own lengths neither bound it nor are checked against the context.
 BASE = ("--debug-rollout-only", "rollout.max_prompt_len=1", "rollout.max_response_len=1")
-DESCRIPTION = "Serve a checkpoint with the embedded engine over SGLang's HTTP API (docs/http.md)."
+DESCRIPTION = "Serve a checkpoint with the embedded engine over SGLang's and OpenAI's HTTP APIs (docs/http.md)."
 EPILOG = """\
 Every other flag is one of `slime-spec train` that concerns the model, the engine or speculation:
   slime-spec serve --hf-checkpoint DIR --sp-type deterministic --sglang-dtype bfloat16 --sglang-context-length 2048
@@ -43,6 +43,7 @@ class ServeArguments:
     incremental_streaming: bool
     max_queued_requests: int | None
     client_timeout_s: int
+    access_log: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -69,6 +70,7 @@ def serve_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--client-timeout-s", default="60", help="longest wait for a client to send or to read (default: 60)"
     )
+    parser.add_argument("--no-access-log", action="store_true", help="log no line for each request")
     parser.add_argument(
         "--incremental-streaming-output", action="store_true", help="stream only what is new in each chunk"
     )
@@ -92,6 +94,7 @@ def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
         incremental_streaming=own.incremental_streaming_output,
         max_queued_requests=None if queued is None else _whole("--max-queued-requests", queued, 1, 1 << 20),
         client_timeout_s=_whole("--client-timeout-s", own.client_timeout_s, 1, 1 << 20),
+        access_log=not own.no_access_log,
         notes=made.notes,
     )
 
@@ -112,6 +115,7 @@ def run_serve(arguments: ServeArguments, announce: Callable[[str], None]) -> int
         incremental_streaming=arguments.incremental_streaming,
         max_queued_requests=arguments.max_queued_requests,
         client_timeout_s=arguments.client_timeout_s,
+        access_log=arguments.access_log,
     )
     server = EngineServer(config, options)
     what = f"model={config.model.hf_checkpoint} speculation={config.speculative.algorithm}"

@@ -44,7 +44,7 @@ class ControlRoutes:
 
     async def _abort(self, request: web.Request) -> web.Response:
         """Abort requests; an unknown id is no error, because its request may just have finished."""
-        fields = await read_fields(request, {"rid", "abort_all", "abort_message", "finished_reason"})
+        fields = await read_fields(request)
         if fields.switch("abort_all"):
             await self._generations.abort_all()
         elif rid := fields.text("rid"):
@@ -52,7 +52,8 @@ class ControlRoutes:
         return web.Response()
 
     async def _pause(self, request: web.Request) -> web.Response:
-        fields = await read_fields(request, {"mode"})
+        """Pause generation; what runs is aborted, recomputed later, or kept as it is."""
+        fields = await read_fields(request)
         mode = fields.choice("mode", PAUSE_MODES, "abort")
         self.paused = True
         await self._control.run(lambda: self._engine.update_weights(PauseGeneration(self._version, mode)))
@@ -61,7 +62,8 @@ class ControlRoutes:
         return json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue(self, request: web.Request) -> web.Response:
-        await read_fields(request, {"torch_empty_cache"})
+        """Let paused generation go on."""
+        await read_fields(request)
         await self._control.run(lambda: self._engine.update_weights(ContinueGeneration(self._version)))
         self.paused = False
         return json_response({"message": "Generation continued successfully.", "status": "ok"})
@@ -85,6 +87,7 @@ class ControlRoutes:
         return json_response(None)
 
     async def _resume(self, request: web.Request) -> web.Response:
+        """Take back the engine's memory with the last of its tags."""
         tags = await _tags(request)
         if beyond := sorted(tags - self._released):
             return refusal(400, f"not released: {', '.join(beyond)}")
@@ -99,7 +102,7 @@ class ControlRoutes:
 
 
 async def _tags(request: web.Request) -> set[str]:
-    tags = (await read_fields(request, {"tags"})).texts("tags")
+    tags = (await read_fields(request)).texts("tags")
     if unknown := [tag for tag in tags if tag not in MEMORY_TAGS]:
         raise ConfigError(
             "tags", f"must be among {', '.join(MEMORY_TAGS)}", unknown[0], "Leave it out for all of them."

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Lock
+from time import monotonic
 
 from rollout.embedded.engine import EmbeddedEngine
 from rollout.embedded.http.clients import Busy
@@ -51,6 +52,31 @@ class EngineEnded(RuntimeError):
     """Says that the engine was stopped, or that an error ended its loop: the engine will not answer again."""
 
 
+class Throughput:
+    """Counts tokens by the second, and says how many came per second lately; any thread may call it."""
+
+    SPAN_S = 10
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock, self._lock = clock, Lock()
+        self._began_s = clock()
+        self._counts: dict[int, int] = {}
+
+    def add(self, num_tokens: int) -> None:
+        second = int(self._clock())
+        with self._lock:
+            self._counts[second] = self._counts.get(second, 0) + num_tokens
+            for old in [each for each in self._counts if each <= second - self.SPAN_S]:
+                del self._counts[old]
+
+    def per_second(self) -> float:
+        """Return the tokens of the last ten seconds by the second, or of all the time that there was."""
+        now_s = self._clock()
+        with self._lock:
+            recent = sum(count for second, count in self._counts.items() if second > int(now_s) - self.SPAN_S)
+        return recent / min(self.SPAN_S, max(1.0, now_s - self._began_s))
+
+
 class Handle:
     """Holds a prompt that is or will be generated; it can be aborted any time, also before its thread has started."""
 
@@ -79,6 +105,7 @@ class Generations:
     def __init__(self, engine: EmbeddedEngine, max_samples: int) -> None:
         self._engine, self.max_samples = engine, max_samples
         self._num_samples = 0  # under way or waiting
+        self.throughput = Throughput()
         self._executor = ThreadPoolExecutor(MAX_PROMPTS_IN_FLIGHT, thread_name_prefix="http-generate")
         # A call's own id stands for all its prompts, each prompt's id for itself.
         self._live: dict[str, tuple[Handle, ...]] = {}
@@ -171,7 +198,12 @@ class Generations:
         record: LogprobRecord | None,
     ) -> None:
         """Generate the samples of one prompt on a thread of its own."""
-        on_progress = (lambda gained: put(NewTokens(prompt, gained))) if progress else None
+
+        def on_progress(gained: Progress) -> None:
+            self.throughput.add(len(gained.token_ids))
+            if progress:
+                put(NewTokens(prompt, gained))
+
         try:
             generation = self._engine.generate(request, on_progress, record)
             handle.bind(generation)

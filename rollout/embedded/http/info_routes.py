@@ -75,6 +75,7 @@ class InfoRoutes:
                 pass
 
     async def _model_info(self, request: web.Request) -> web.Response:
+        """Describe the served model, and name the version of its weights."""
         folder = self._config.model.hf_checkpoint
         return json_response(
             {
@@ -92,6 +93,7 @@ class InfoRoutes:
         )
 
     async def _server_info(self, request: web.Request) -> web.Response:
+        """Answer the server's settings, and its counters since it started."""
         return json_response({**self._settings(), "internal_states": [self._state()]})
 
     def _settings(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from rollout.embedded.http.clients import CLIENTS, MAX_TEXT_BODY_BYTES, Busy
+from rollout.embedded.http.described import FIELDS
 from rollout.embedded.http.generations import EngineEnded
 from rollout.embedded.loop_thread import LoopEnded, Refused
 from slime_spec.errors import ConfigError, GenerationError, PushError
@@ -30,6 +31,8 @@ LONGEST_NAME = 4096  # characters of a name: of a folder, a version, a request
 MOST_TEXTS = 1024
 MAX_COUNT = 2**53  # JSON numbers are whole up to here in every language
 RETRY_AFTER_S = "1"
+OPEN_PATHS = ("/health", "/metrics")  # probes and scrapers have no key
+INVALID = "invalid_request_error"
 FAILED = "the server failed; its log says why"
 # Beyond this a body is parsed on a thread, so that other requests are not kept waiting.
 LARGE_BODY_BYTES = 1 << 20
@@ -158,14 +161,14 @@ def finite(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-async def read_fields(request: web.Request, known: Collection[str], max_bytes: int = MAX_TEXT_BODY_BYTES) -> Fields:
-    """Return the fields of the body, which must be a JSON object of ``known`` names; an empty body has none."""
+async def read_fields(request: web.Request, max_bytes: int = MAX_TEXT_BODY_BYTES) -> Fields:
+    """Return the fields of the body, which must be a JSON object of the route's names; an empty body has none."""
     body = await request.app[CLIENTS].body(request, max_bytes)
     if not body:
         return Fields({})
     data = await asyncio.to_thread(parsed, body) if len(body) > LARGE_BODY_BYTES else parsed(body)
     fields = Fields(as_object(data, "body"))
-    fields.check_names(known)
+    fields.check_names(FIELDS[request.path])
     return fields
 
 
@@ -194,13 +197,14 @@ def busy(message: str) -> web.Response:
     return response
 
 
-def refusal(status: int, message: str, kind: str = "invalid_request_error") -> web.Response:
+def refusal(status: int, message: str, kind: str = INVALID) -> web.Response:
     return json_response(error_body(status, message, kind), status)
 
 
-def error_body(status: int, message: str, kind: str) -> dict[str, Any]:
-    """Return ``{"error": {"message": ...}}``, SGLang's shape."""
-    return {"error": {"message": message, "type": kind, "code": status}}
+def error_body(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    """Return ``{"error": {"message": ...}}``, the shape of OpenAI's errors and SGLang's; ``param`` names the field."""
+    named = {} if param is None else {"param": param}
+    return {"error": {"message": message, "type": kind, **named, "code": status}}
 
 
 @web.middleware
@@ -213,7 +217,9 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except ConnectionError:
         raise  # the client is gone
-    except (ConfigError, PushError) as error:
+    except ConfigError as error:
+        return json_response(error_body(400, str(error), INVALID, error.setting), 400)
+    except PushError as error:
         return refusal(400, str(error))
     except (Busy, Refused) as error:
         return busy(str(error))
@@ -231,13 +237,13 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 def api_key_required(api_key: str) -> Middleware:
-    """Return middleware: 401 without ``Authorization: Bearer KEY``; probes of health need none, as with SGLang."""
+    """Return middleware: 401 without ``Authorization: Bearer KEY``; probes and metrics need none, as with SGLang."""
 
     @web.middleware
     async def checked(request: web.Request, handler: Handler) -> web.StreamResponse:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         allowed = scheme.lower() == "bearer" and compare_digest(_key_bytes(key.strip()), _key_bytes(api_key))
-        if allowed or request.path.startswith("/health"):
+        if allowed or request.path.startswith(OPEN_PATHS):
             return await handler(request)
         return refusal(401, "send Authorization: Bearer KEY with this server's API key", "authentication_error")
 

@@ -15,15 +15,19 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+import slime_spec
 from rollout.embedded.engine import EmbeddedEngine
+from rollout.embedded.http.access_log import access_logged
 from rollout.embedded.http.answers import AnswerWriter
 from rollout.embedded.http.calls import CallReader
 from rollout.embedded.http.clients import CLIENTS, Clients, protocol_logger
 from rollout.embedded.http.control_routes import ControlRoutes
+from rollout.embedded.http.described import Description
 from rollout.embedded.http.generate_routes import GenerateRoutes
 from rollout.embedded.http.generations import Generations
 from rollout.embedded.http.info_routes import InfoRoutes
 from rollout.embedded.http.json_io import api_key_required, errors_as_json
+from rollout.embedded.http.load_routes import LoadRoutes
 from rollout.embedded.http.openai.routes import OpenAIRoutes
 from rollout.embedded.http.running import CallRunner
 from rollout.embedded.http.serving import OneThread, Serving, Totals, VersionNames
@@ -62,6 +66,7 @@ class ServerOptions:
     incremental_streaming: bool = False
     max_queued_requests: int | None = None
     client_timeout_s: float = 60.0
+    access_log: bool = True
 
     def max_samples(self, max_running_requests: int) -> int:
         """Return how many samples may be under way or wait in all."""
@@ -114,7 +119,7 @@ class EngineServer:
             app,
             handler_cancellation=True,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-            access_log=None,
+            access_log=None,  # access_logged writes it, of clients that go too
             lingering_time=LINGER_S,
             keepalive_timeout=self._options.client_timeout_s,
             logger=protocol_logger,
@@ -161,11 +166,16 @@ def make_app(serving: Serving, options: ServerOptions) -> tuple[web.Application,
     generate = GenerateRoutes(runner, reader, writer, options.incremental_streaming)
     openai = OpenAIRoutes(serving, runner, reader, writer)
     clients = Clients(options.max_request_mb * 10**6, options.client_timeout_s)
-    middlewares = [clients.watched, errors_as_json, *([api_key_required(options.api_key)] if options.api_key else [])]
+    keys = [api_key_required(options.api_key)] if options.api_key else []
+    logs = [access_logged] if options.access_log else []
+    middlewares = [*logs, clients.watched, errors_as_json, *keys]
     app = web.Application(middlewares=middlewares)
     app[CLIENTS] = clients
-    for part in (generate, openai, control, WeightRoutes(serving, WeightUpdates(serving)), info):
+    load = LoadRoutes(serving)
+    for part in (generate, openai, load, control, WeightRoutes(serving, WeightUpdates(serving)), info):
         app.add_routes(part.routes())
+    description = Description(app, slime_spec.__version__, openai.bodies(), has_key=bool(options.api_key))
+    app.add_routes(description.routes())
     return app, info
 
 

@@ -64,17 +64,25 @@ class VersionNames:
 
 
 class Totals:
-    """Sums the counters of every answered sample since the server started; ``alarm`` sees every sample too."""
+    """Sums the counters of every answered sample since the server started; ``alarm`` and watchers see every sample."""
 
     def __init__(self, alarm: AcceptanceAlarm | None = None) -> None:
         self._alarm = alarm
-        self.num_samples = self.num_tokens = self.num_rounds = self.num_correct = 0
+        self.watchers: list[Callable[[GeneratedSample], None]] = []
+        self.num_samples = self.num_tokens = self.num_rounds = self.num_correct = self.num_proposed = 0
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_aborted = 0
 
     def count(self, sample: GeneratedSample) -> None:
         self.num_samples += 1
         self.num_tokens += len(sample.token_ids)
         self.num_rounds += sample.spec.num_rounds
         self.num_correct += sample.spec.num_correct
+        self.num_proposed += sample.spec.num_proposed
+        self.num_prompt_tokens += sample.num_prompt_tokens
+        self.num_cached_tokens += sample.cached_tokens
+        self.num_aborted += sample.finish_reason == "abort"
+        for watch in self.watchers:
+            watch(sample)
         if self._alarm is not None:
             spec, when = sample.spec, f"samples={self.num_samples}"
             num_rounds = spec.num_rounds - spec.num_empty_rounds
@@ -84,6 +92,11 @@ class Totals:
     def mean_accept_length(self) -> float | None:
         """Return the mean number of tokens that a round emits, bonus token included; None before the first round."""
         return 1 + self.num_correct / self.num_rounds if self.num_rounds else None
+
+    @property
+    def accept_rate(self) -> float | None:
+        """Return the share of proposed drafts that were accepted; None before the first round."""
+        return self.num_correct / self.num_proposed if self.num_proposed else None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Awaitable, Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from aiohttp import web
@@ -17,8 +17,6 @@ from slime_spec.errors import ConfigError, PushError
 from slime_spec.weights.checksums import combined_checksum
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
-# What SGLang's requests carry that changes nothing here: there is no cache across requests, and no CUDA graph to redo.
-IGNORED = ("flush_cache", "torch_empty_cache", "recapture_cuda_graph", "keep_pause", "is_async", "token_step")
 DISK_FORMATS = ("auto", "safetensors")
 INSTEAD = "Use update_weights_from_disk, or update_weights_from_tensor with load_format safetensors."
 UNSERVED_TRANSPORTS = (
@@ -50,22 +48,21 @@ class WeightRoutes:
         return [*routes, web.get("/weights_checker", _answering_success(self._check))]
 
     async def _begin(self, request: web.Request) -> web.Response:
-        fields = await read_fields(request, {"selector"})
+        """Open a session of weight updates."""
+        fields = await read_fields(request)
         selector = fields.choice("selector", SELECTORS, "all")
         await self._control.run(lambda: self._updates.begin(selector))
         return _success("Success")
 
     async def _end(self, request: web.Request) -> web.Response:
-        await read_fields(request, set())
+        """Use the tensors of the session, all or none."""
+        await read_fields(request)
         await self._control.run(self._updates.end)
         return _success("Success")
 
     async def _from_tensor(self, request: web.Request) -> web.Response:
-        fields = await read_fields(
-            request,
-            {"serialized_named_tensors", "load_format", "selector", "weight_version", "abort_all_requests", *IGNORED},
-            sys.maxsize,  # the server's own bound of a body
-        )
+        """Hold tensors, as safetensors, for the end of the session."""
+        fields = await read_fields(request, sys.maxsize)  # the server's own bound of a body
         selector = None if fields.raw("selector") is None else fields.choice("selector", SELECTORS, "all")
         version_name = fields.text("weight_version") or None
         if fields.text("load_format") != "safetensors":
@@ -81,8 +78,8 @@ class WeightRoutes:
         return _success("Success")
 
     async def _from_disk(self, request: web.Request) -> web.Response:
-        known = {"model_path", "load_format", "selector", "weight_version", "abort_all_requests", *IGNORED}
-        fields = await read_fields(request, known)
+        """Use the weights of a checkpoint folder from the next round on."""
+        fields = await read_fields(request)
         folder, selector = fields.text("model_path"), fields.choice("selector", SELECTORS, "target")
         version_name = fields.text("weight_version") or None
         fields.choice("load_format", DISK_FORMATS, "auto")
@@ -94,7 +91,8 @@ class WeightRoutes:
         return _success(message, num_paused_requests=0)
 
     async def _rename(self, request: web.Request) -> web.Response:
-        fields = await read_fields(request, {"new_version", "abort_all_requests"})
+        """Give the weights in use another version name."""
+        fields = await read_fields(request)
         name = fields.text("new_version")
         if not name:
             raise ConfigError("new_version", "must be a text that is not empty", name, "Send the new version.")
@@ -103,7 +101,8 @@ class WeightRoutes:
         return _success(f"Weight version updated to {name}", new_version=name)
 
     async def _check(self, request: web.Request) -> web.Response:
-        fields = await read_fields(request, {"action", "selector", "skip_tensor_list", "allow_quant_error"})
+        """Answer the checksum of every tensor in use."""
+        fields = await read_fields(request)
         fields.choice("action", ("checksum",), "checksum")
         selector, skipped = fields.choice("selector", SELECTORS, "all"), fields.texts("skip_tensor_list")
         checksums: dict[str, str] = {}
@@ -123,6 +122,7 @@ class WeightRoutes:
 
 
 async def _refuse_transport(request: web.Request) -> web.Response:
+    """Refuse, for this server has no process group to receive through."""
     raise ConfigError(request.path, "this server has no process group to receive through", "?", INSTEAD)
 
 
@@ -138,6 +138,7 @@ def _success(message: str, **more: Any) -> web.Response:
 def _answering_success(handler: Handler) -> Handler:
     """Wrap a handler, so that its refusals also say ``"success": false`` as SGLang's do."""
 
+    @wraps(handler)
     async def answered(request: web.Request) -> web.Response:
         try:
             return await handler(request)

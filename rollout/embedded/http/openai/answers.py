@@ -94,7 +94,8 @@ class CompletionForm:
             return None
         top: dict[str, float] = {}
         for logprob, token_id in (*token.ranked, (token.logprob, token.token_id)):
-            top.setdefault(self._texts.of(token_id), logprob)
+            # One number for the token itself in both lists: clients compare them to see what is greedy.
+            top.setdefault(self._texts.of(token_id), token.logprob if token_id == token.token_id else logprob)
         return top
 
 
@@ -262,7 +263,7 @@ class OpenAIAnswers:
         """Count tokens; a prompt counts once, and drafted tokens are OpenAI's predictions, accepted or not."""
         samples = [(event.prompt, self._shown(event)) for event in finished]
         prompts = {index: sample.num_prompt_tokens for index, sample in samples}
-        cached = {index: sample.cached_tokens for index, sample in samples if not sample.sample_index}
+        cached = {index: min(each.cached_tokens for at, each in samples if at == index) for index in prompts}
         num_prompt, num_new = sum(prompts.values()), sum(len(sample.token_ids) for _, sample in samples)
         num_drafted = sum(sample.spec.num_drafted for _, sample in samples)
         num_accepted = sum(sample.spec.num_correct for _, sample in samples)

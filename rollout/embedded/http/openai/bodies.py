@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rollout.embedded.http.json_io import as_object
 from rollout.embedded.http.sampling import UNSERVED_FIELDS, UNSERVED_PARAMETERS, check_unserved
@@ -94,11 +94,16 @@ class OpenAIBody(BaseModel):
         asked = {name: value for name, value in data.items() if value != NOTHING.get(name)}
         check_unserved(asked, {name: reason for name, reason in UNSERVED.items() if name not in cls.model_fields})
         try:
-            return cls.model_validate(data)
+            made = cls.model_validate(data)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             name = ".".join(map(str, first["loc"][:3])) or "body"
             raise ConfigError(name, first["msg"], first["input"], "Correct it or leave it out.") from None
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Raise ConfigError for fields that do not go together."""
 
     @property
     def ignored(self) -> list[str]:
@@ -139,11 +144,9 @@ class CompletionBody(OpenAIBody):
     logprobs: int | None = Field(None, ge=0, le=MOST_RANKED, description="add this many of the likeliest tokens")
     best_of: int | None = Field(None, description="n, or left out")
 
-    @model_validator(mode="after")
-    def _no_best_of(self) -> Self:
+    def check(self) -> None:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of is not served: every sample is returned")
-        return self
+            raise ConfigError("best_of", "must be n: every sample is returned", self.best_of, "Leave it out.")
 
     @property
     def num_ranked(self) -> int | None:
@@ -170,22 +173,16 @@ class ChatBody(OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_RANKED)
     tools: list[dict[str, Any]] | None = Field(None, description="shown to the chat template; calls are not parsed")
-    tool_choice: Literal["none", "auto"] | None = Field(None, description="none: the template sees no tools")
+    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, or none: the template sees no tools")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further values of the chat template")
     prediction: Prediction | None = Field(None, description="LOOKUP drafts from it, other algorithms do not")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_forced_tool(cls, data: Any) -> Any:
-        if data.get("tool_choice") not in (None, "none", "auto"):
-            raise ValueError(f"tool_choice must be none or auto: {TOOLS_NOT_PARSED}")
-        return data
-
-    @model_validator(mode="after")
-    def _logprobs_for_top(self) -> Self:
+    def check(self) -> None:
+        if self.tool_choice not in (None, "none", "auto"):
+            rule = f"must be none or auto: {TOOLS_NOT_PARSED}"
+            raise ConfigError("tool_choice", rule, self.tool_choice, "Leave it out.")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
+            raise ConfigError("top_logprobs", "needs logprobs", self.top_logprobs, "Send logprobs: true.")
 
     @property
     def num_ranked(self) -> int | None:

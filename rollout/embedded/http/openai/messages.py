@@ -71,9 +71,8 @@ def _tool_call(name: str, call: Mapping[str, Any]) -> dict[str, Any]:
 def _check_text(messages: Sequence[Mapping[str, Any]], longest_bytes: int) -> None:
     try:
         num_bytes = len(json.dumps(messages, ensure_ascii=False).encode())
-    except (UnicodeEncodeError, RecursionError):
-        rule = "must hold whole characters, not half of a surrogate pair, and not be nested deeply"
-        raise ConfigError("messages", rule, "?", SEND) from None
+    except RecursionError:
+        raise ConfigError("messages", "must not be nested deeply", "?", SEND) from None
     if num_bytes > longest_bytes:
         rule = f"must have at most {longest_bytes} bytes: more cannot fit in the context"
         raise ConfigError("messages", rule, num_bytes, "Shorten them.")

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from rollout.embedded.http.answers import AnswerWriter
 from rollout.embedded.http.calls import Call, CallReader
+from rollout.embedded.http.described import SHARED
 from rollout.embedded.http.json_io import error_body, json_response
 from rollout.embedded.http.openai.answers import Asked, ChatForm, CompletionForm, OpenAIAnswers, Texts
 from rollout.embedded.http.openai.bodies import ChatBody, CompletionBody, OpenAIBody, in_clients_words
@@ -52,6 +53,14 @@ class OpenAIRoutes:
             web.post("/v1/completions", self._complete),
             web.post("/v1/chat/completions", self._chat),
         ]
+
+    @staticmethod
+    def bodies() -> dict[str, dict[str, Any]]:
+        """Return the schemas of the bodies, by path."""
+        return {
+            "/v1/completions": CompletionBody.model_json_schema(ref_template=SHARED),
+            "/v1/chat/completions": ChatBody.model_json_schema(ref_template=SHARED),
+        }
 
     async def _models(self, request: web.Request) -> web.Response:
         """List the one model that is served."""
