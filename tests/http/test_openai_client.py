@@ -161,9 +161,8 @@ def test_stops_penalties_and_biases_mean_what_they_mean_to_generate(
         assert choice.text == text[: text.index(stop)]
         assert choice.finish_reason == "stop"
     (letter,) = tokenizer.encode("A")
-    biased = client.completions.create(
-        model="m", prompt="a", max_tokens=4, temperature=0, logit_bias={f"{letter}": 100}
-    )
+    bias = {f"{letter}": 100}
+    biased = client.completions.create(model="m", prompt="a", max_tokens=4, temperature=0, logit_bias=bias)
     assert biased.choices[0].text == "AAAA"
     params = {"temperature": 0, "max_new_tokens": 30, "presence_penalty": 1.5, "frequency_penalty": 0.5}
     penalised = client.completions.create(
