@@ -110,6 +110,10 @@ class Tokenizer:
     def _added_tokens(self) -> dict[int, str]:
         return {token_id: token for token, token_id in self._hf.get_added_vocab().items()}
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._hf.chat_template is not None
+
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
         """Return ids of plain text, with the tokenizer's additions (Llama's BOS; none for SmolLM2) if ``special``."""
         return tuple(self._hf.encode(text, add_special_tokens=special, verbose=False))

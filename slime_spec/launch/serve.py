@@ -44,6 +44,7 @@ class ServeArguments:
     max_queued_requests: int | None
     client_timeout_s: int
     access_log: bool = True
+    served_model_name: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -70,6 +71,7 @@ def serve_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--client-timeout-s", default="60", help="longest wait for a client to send or to read (default: 60)"
     )
+    parser.add_argument("--served-model-name", help="the model's name to clients (default: the checkpoint's folder)")
     parser.add_argument("--no-access-log", action="store_true", help="log no line for each request")
     parser.add_argument(
         "--incremental-streaming-output", action="store_true", help="stream only what is new in each chunk"
@@ -95,6 +97,7 @@ def read_serve_arguments(argv: Sequence[str]) -> ServeArguments:
         max_queued_requests=None if queued is None else _whole("--max-queued-requests", queued, 1, 1 << 20),
         client_timeout_s=_whole("--client-timeout-s", own.client_timeout_s, 1, 1 << 20),
         access_log=not own.no_access_log,
+        served_model_name=own.served_model_name,
         notes=made.notes,
     )
 
@@ -116,6 +119,7 @@ def run_serve(arguments: ServeArguments, announce: Callable[[str], None]) -> int
         max_queued_requests=arguments.max_queued_requests,
         client_timeout_s=arguments.client_timeout_s,
         access_log=arguments.access_log,
+        served_model_name=arguments.served_model_name,
     )
     server = EngineServer(config, options)
     what = f"model={config.model.hf_checkpoint} speculation={config.speculative.algorithm}"

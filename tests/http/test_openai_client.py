@@ -135,6 +135,37 @@ def test_logprobs_of_an_echo_begin_with_the_prompts(client: openai.OpenAI, serve
         assert top[token] >= logprob
 
 
+def test_an_echo_is_the_prompt_as_it_was_sent(tmp_path: Path) -> None:
+    """Also where the tokenizer puts a token before every text."""
+    folder = make_tiny_policy(tmp_path / "policy", max_position_embeddings=100)
+    settings = folder / "tokenizer_config.json"
+    fast = json.loads((folder / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    token = {"<|end|>": {"id": "<|end|>", "ids": [256], "tokens": ["<|end|>"]}}
+    fast["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [text, text],
+        "special_tokens": token,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(fast))
+    bare = {name: value for name, value in json.loads(settings.read_text()).items() if name != "chat_template"}
+    settings.write_text(json.dumps(bare))
+    with served(engine_config(folder), served_model_name="tiny") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        assert client.models.list().data[0].id == client.models.retrieve("tiny").id == "tiny"
+        made = client.completions.create(model="tiny", prompt=["ab", "cd"], echo=True, logprobs=0, max_tokens=0)
+        assert [choice.text for choice in made.choices] == ["ab", "cd"]
+        for choice in made.choices:
+            assert choice.logprobs is not None
+            assert choice.logprobs.tokens == ["<|end|>", *choice.text]
+        ids = client.completions.create(model="tiny", prompt=[256, 1, 2], echo=True, max_tokens=0)
+        assert ids.choices[0].text == Tokenizer.load(folder).decode([1, 2])
+        with pytest.raises(openai.BadRequestError, match="chat template"):
+            client.chat.completions.create(model="tiny", messages=MESSAGES)
+
+
 def test_an_echo_without_new_tokens_scores_the_prompt(client: openai.OpenAI) -> None:
     made = client.completions.create(model="m", prompt="abcabc", echo=True, logprobs=0, max_tokens=0)
     (choice,) = made.choices

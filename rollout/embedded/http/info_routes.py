@@ -33,7 +33,7 @@ class InfoRoutes:
         self._config, self._spec, self._limits = serving.config, serving.spec, serving.limits
         self._engine, self._generations = serving.engine, serving.generations
         self._names, self._totals, self._can_generate = serving.names, serving.totals, can_generate
-        self._started_at_s = time()
+        self._model_name, self._started_at_s = serving.model_name, time()
         self.stopping = False
 
     def routes(self) -> list[web.RouteDef]:
@@ -80,7 +80,7 @@ class InfoRoutes:
         return json_response(
             {
                 "model_path": folder,
-                "served_model_name": folder,
+                "served_model_name": self._model_name,
                 "tokenizer_path": folder,
                 "is_generation": True,
                 "preferred_sampling_params": None,
@@ -112,7 +112,7 @@ class InfoRoutes:
         return {
             "model_path": folder,
             "tokenizer_path": folder,
-            "served_model_name": folder,
+            "served_model_name": self._model_name,
             "device": "cuda" if config.rollout.num_gpus_per_engine else "cpu",
             "dtype": config.engine.dtype,
             "context_length": self._limits.context_length,

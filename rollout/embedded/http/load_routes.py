@@ -108,7 +108,7 @@ class LoadRoutes:
     """Handles /metrics and /v1/loads."""
 
     def __init__(self, serving: Serving) -> None:
-        self._load, name = Load(serving), serving.config.model.hf_checkpoint
+        self._load, name = Load(serving), serving.model_name
         self._max_running = serving.config.engine.max_running_requests
         self._registry = CollectorRegistry()  # of this server alone: a process may have several
         self._registry.register(LoadCollector(self._load, name))

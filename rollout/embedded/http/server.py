@@ -56,7 +56,7 @@ class ServerOptions:
 
     Port 0 takes a free port; with ``incremental_streaming`` a chunk has only what is new. ``max_queued_requests``
     counts samples (default: by what the engine decodes at once); ``client_timeout_s`` is how long a client may keep the
-    server waiting, for a body or before it reads its answer.
+    server waiting, for a body or before it reads its answer. ``served_model_name`` is the checkpoint's folder if None.
     """
 
     host: str = "127.0.0.1"
@@ -67,6 +67,7 @@ class ServerOptions:
     max_queued_requests: int | None = None
     client_timeout_s: float = 60.0
     access_log: bool = True
+    served_model_name: str | None = None
 
     def max_samples(self, max_running_requests: int) -> int:
         """Return how many samples may be under way or wait in all."""
@@ -143,6 +144,7 @@ class EngineServer:
         engine, algorithm = self._engine, self._config.speculative.record
         return Serving(
             config=self._config,
+            model_name=self._options.served_model_name or self._config.model.hf_checkpoint,
             spec=self._spec,
             limits=engine.limits,
             tokenizer=self._tokenizer,

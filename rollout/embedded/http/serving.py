@@ -103,10 +103,12 @@ class Totals:
 class Serving:
     """Holds one started engine, its settings and its helpers.
 
-    ``control`` is the one thread from which the engine takes all but generate; ``reading`` tokenises large texts.
+    ``model_name`` is what clients see. ``control`` is the one thread from which the engine takes all but generate;
+    ``reading`` tokenises large texts.
     """
 
     config: Config
+    model_name: str
     spec: ModelSpec
     limits: RequestLimits
     tokenizer: Tokenizer

@@ -128,13 +128,16 @@ class ChatForm:
 
 @dataclass(frozen=True)
 class Asked:
-    """Holds a call with what its answers need: when it came (seconds of the epoch), and what they shall show."""
+    """Holds a call with what its answers need: when it came (seconds of the epoch), and what they shall show.
+
+    ``echoes`` are the texts with which each prompt's choices begin.
+    """
 
     call: Call
     form: Form
     model: str
     created_s: int
-    echo: bool = False
+    echoes: tuple[str, ...] | None = None
     token_ids: bool = False
     spec_details: bool = False
     usage_in_stream: bool = False
@@ -154,7 +157,7 @@ class OpenAIAnswers:
         choices = []
         for event in finished:
             prompt, sample = self._prompt(event.prompt), self._shown(event)
-            start = self._echo(prompt)
+            start = self._echo(event.prompt)
             choice = self._asked.form.choice(start + response_text(self._tokenizer, sample, prompt.sampling))
             choices.append(self._choice(event.prompt, choice, sample))
         head = self._head(self._asked.form.whole, choices)
@@ -197,7 +200,8 @@ class OpenAIAnswers:
         place = self._place(prompt_index, sample_index)
         is_first = place not in self._sent
         num_chars, num_tokens = self._sent.get(place, (0, 0))
-        added = (self._echo(prompt) if is_first else "") + text[num_chars:]
+        echo = self._echo(prompt_index)
+        added = (echo if is_first else "") + text[num_chars:]
         has_news = added or sample is not None or (prompt.return_logprob and len(token_ids) > num_tokens)
         if not has_news:
             return []
@@ -205,8 +209,8 @@ class OpenAIAnswers:
         fields: Answer = {**form.delta(added, is_first), "index": place, "logprobs": None, "finish_reason": None}
         if prompt.return_logprob:
             tokens = self._scored(prompt, sample_index, token_ids, logprobs)[num_tokens:]
-            offset = len(self._echo(prompt)) + num_chars
-            if is_first and self._asked.echo:
+            offset = len(echo) + num_chars
+            if is_first and self._asked.echoes is not None:
                 tokens, offset = [*self._scored_prompt(prompt), *tokens], 0
             fields["logprobs"] = form.logprobs(tokens, offset)
         if self._asked.token_ids:
@@ -218,7 +222,7 @@ class OpenAIAnswers:
     def _choice(self, prompt_index: int, choice: Answer, sample: GeneratedSample) -> Answer:
         prompt, logprobs = self._prompt(prompt_index), None
         if prompt.return_logprob:
-            of_prompt = self._scored_prompt(prompt) if self._asked.echo else []
+            of_prompt = [] if self._asked.echoes is None else self._scored_prompt(prompt)
             of_sample = self._scored(prompt, sample.sample_index, sample.token_ids, sample.logprobs)
             logprobs = self._asked.form.logprobs([*of_prompt, *of_sample], 0)
         index = self._place(prompt_index, sample.sample_index)
@@ -244,10 +248,8 @@ class OpenAIAnswers:
         scored = map(ScoredToken, rest, map(finite, record.prompt), record.prompt_ranked)
         return [ScoredToken(first, None, ()), *scored]
 
-    def _echo(self, prompt: PromptCall) -> str:
-        if not self._asked.echo:
-            return ""
-        return self._tokenizer.decode(prompt.request.prompt_token_ids, skip_special=False)
+    def _echo(self, prompt: int) -> str:
+        return "" if self._asked.echoes is None else self._asked.echoes[prompt]
 
     def _head(self, kind: str, choices: list[Answer]) -> Answer:
         asked = self._asked

@@ -175,6 +175,7 @@ class ChatBody(OpenAIBody):
     tools: list[dict[str, Any]] | None = Field(None, description="shown to the chat template; calls are not parsed")
     tool_choice: str | dict[str, Any] | None = Field(None, description="auto, or none: the template sees no tools")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further values of the chat template")
+    reasoning_effort: str | float | None = Field(None, description="a value of the chat template")
     prediction: Prediction | None = Field(None, description="the reply will resemble it: to draft from")
 
     def check(self) -> None:
@@ -187,6 +188,11 @@ class ChatBody(OpenAIBody):
     @property
     def num_ranked(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
+    def template_values(self) -> dict[str, Any]:
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
 
     @property
     def shown_tools(self) -> list[dict[str, Any]]:

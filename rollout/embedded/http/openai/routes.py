@@ -40,7 +40,7 @@ class OpenAIRoutes:
     def __init__(self, serving: Serving, runner: CallRunner, reader: CallReader, writer: AnswerWriter) -> None:
         self._runner, self._reader, self._writer = runner, reader, writer
         self._tokenizer, self._limits = serving.tokenizer, serving.limits
-        self._name = serving.config.model.hf_checkpoint
+        self._name = serving.model_name
         self._started_at_s = int(time())
         texts = Texts(serving.tokenizer)
         self._completion_form, self._chat_form = CompletionForm(texts), ChatForm(texts)
@@ -92,11 +92,26 @@ class OpenAIRoutes:
 
     def _completion(self, body: CompletionBody) -> Asked:
         call = self._call(body, body.generate_body())
-        return self._asked(body, call, self._completion_form, echo=body.echoes)
+        return self._asked(body, call, self._completion_form, self._echoes(body, call))
+
+    def _echoes(self, body: CompletionBody, call: Call) -> tuple[str, ...] | None:
+        """Return the text with which the choices of each prompt begin; None where they do not."""
+        if not body.echoes:
+            return None
+        if isinstance(body.prompt, str):
+            return (body.prompt,)
+        decode = self._tokenizer.decode
+        texts = [each if isinstance(each, str) else None for each in body.prompt]
+        if None not in texts:
+            return tuple(body.prompt)
+        return tuple(decode(each.request.prompt_token_ids) for each in call.prompts)
 
     def _chat_turn(self, body: ChatBody) -> Asked:
         messages = template_messages(body.messages, body.shown_tools, self._reader.longest_text_bytes)
-        values = body.chat_template_kwargs or {}
+        if not self._tokenizer.has_chat_template:
+            rule = "need a checkpoint with a chat template, and the served one has none"
+            raise ConfigError("messages", rule, self._name, "Send a prompt to /v1/completions.")
+        values = body.template_values
         prompt = self._tokenizer.chat(messages, tools=body.shown_tools, template_values=values)
         made: dict[str, Any] = {**body.generate_body(), "input_ids": list(prompt)}
         takes_advice = find_algorithm(self._limits.algorithm).takes_advice
@@ -112,13 +127,15 @@ class OpenAIRoutes:
         except ConfigError as error:
             raise in_clients_words(error) from None
 
-    def _asked(self, body: OpenAIBody, call: Call, form: CompletionForm | ChatForm, echo: bool = False) -> Asked:
+    def _asked(
+        self, body: OpenAIBody, call: Call, form: CompletionForm | ChatForm, echoes: tuple[str, ...] | None = None
+    ) -> Asked:
         return Asked(
             call=call,
             form=form,
             model=self._name if body.model is None else body.model,
             created_s=int(time()),
-            echo=echo,
+            echoes=echoes,
             token_ids=bool(body.return_token_ids),
             spec_details=bool(body.return_spec_tokens_details),
             usage_in_stream=bool(body.stream_options and body.stream_options.include_usage),
