@@ -1,5 +1,6 @@
 """OpenAI's own client gets from this server what it gets from OpenAI: choices, streams, logprobs, usage, errors."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -359,3 +360,35 @@ def test_a_key_a_full_queue_and_an_unknown_path_have_openais_errors(config: Conf
             known.completions.create(model="m", prompt="a", n=3)
         with pytest.raises(openai.NotFoundError):
             known.embeddings.create(model="m", input="a")
+
+
+def test_a_stream_never_shows_what_a_stop_string_cuts_off(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "m", "prompt": PROMPT, "max_tokens": 60, "temperature": 0}
+    text = client.completions.create(**asked).choices[0].text
+    stop = text[20:23]
+    chunks = list(client.completions.create(**asked, stop=stop, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text[: text.index(stop)]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_client_that_closes_its_stream_leaves_nothing_running(client: openai.OpenAI, server: Served) -> None:
+    stream = client.completions.create(
+        model="m", prompt=PROMPT, max_tokens=30_000, stream=True, extra_body={"ignore_eos": True}
+    )
+    assert next(iter(stream)).choices
+    stream.close()
+    server.wait_for(lambda state: state["num_running_reqs"] == 0)
+
+
+def test_many_at_once_get_what_they_get_alone(client: openai.OpenAI, server: Served) -> None:
+    def asked(seed: int) -> dict[str, Any]:
+        return {"model": "m", "messages": MESSAGES, "seed": seed, "max_tokens": 20}
+
+    async def together() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as many:
+            made = await asyncio.gather(*(many.chat.completions.create(**asked(seed)) for seed in range(6)))
+        return [each.choices[0].message.content for each in made]
+
+    alone = [client.chat.completions.create(**asked(seed)).choices[0].message.content for seed in range(6)]
+    assert asyncio.run(together()) == alone
+    assert len(set(alone)) == 6
