@@ -10,13 +10,19 @@ from typing import Any, ClassVar
 
 
 class Status(enum.Enum):
-    """Says how a sample stands; the names are slime's."""
+    """Says how a sample stands; names and values are slime's, whose own statuses are equal to these."""
 
     PENDING = "pending"
     COMPLETED = "completed"
     TRUNCATED = "truncated"
     ABORTED = "aborted"
     FAILED = "failed"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, enum.Enum) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
 
 
 @dataclass

@@ -9,17 +9,18 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from slime_spec.agents.as_slime import new_sample
 from slime_spec.agents.client import Client, TurnSettings
 from slime_spec.agents.function_thread import FunctionThread, Turns
 from slime_spec.agents.own import OwnFunction, takes
-from slime_spec.agents.returned import Asked, Made, failed, made_of, sample_of
+from slime_spec.agents.returned import Asked, Made, failed, made_of
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config
 from slime_spec.preflight.requests import RequestLimits
 from slime_spec.request_feed import RequestFeed
 from slime_spec.rl.requests import sampling_params
-from slime_spec.slime_sample import Args, Sample
+from slime_spec.slime_sample import Args
 from slime_spec.tasks.judge import users_traceback
 from slime_spec.types import GeneratedSample, Prompt
 
@@ -99,9 +100,7 @@ class FunctionGroups:
 
     async def _call(self, prompt: Prompt, client: Client) -> Any:
         rollout = self._config.rollout
-        rendered = self._config.task.apply_chat_template
-        text = self._tokenizer.decode(prompt.token_ids, skip_special=False) if rendered else prompt.text
-        sample = Sample(**sample_of(prompt, client.sample_index, text))
+        sample = new_sample(prompt, client.sample_index)
         params = {
             "temperature": rollout.temperature,
             "top_p": rollout.top_p,

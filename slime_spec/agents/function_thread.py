@@ -11,7 +11,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from slime_spec.errors import CustomFunctionError
@@ -19,6 +18,7 @@ from slime_spec.request_feed import RequestFeed
 from slime_spec.types import GeneratedSample, GroupRequest
 
 Result = TypeVar("Result")
+END_LIMIT_S = 1.0  # for what calls do when they are cancelled
 
 
 class Turns:
@@ -68,10 +68,19 @@ class FunctionThread:
             )
 
     def close(self) -> None:
-        """End the loop; a function that blocks it ends with the process."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(1.0)
+        """End all calls, then the loop; a function that blocks the loop ends with the process."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        self._thread.join(2 * END_LIMIT_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def _alive(self) -> None:
         self._asked_at = None
+
+    async def _end(self) -> None:
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        if calls:
+            await asyncio.wait(calls, timeout=END_LIMIT_S)
+        self._loop.stop()

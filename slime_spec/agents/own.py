@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from slime_spec.config.custom_checks import SLIMES_DEFAULT
 from slime_spec.config.tree import Config, CustomConfig
 from slime_spec.errors import ConfigError
 from slime_spec.tasks.rewards import load_attribute
 
 OwnFunction = Callable[..., Any]
 
-# Functions that slime ships, under the names that its scripts give: what each is here, None where it is the default.
+# Filters that slime ships, under the names that its scripts give, and what each is here.
 NONZERO_STD, WITH_FALLBACK = "nonzero_std", "nonzero_std_with_fallback"
 SLIMES_FILTERS = "slime.rollout.filter_hub.dynamic_sampling_filters"
 FILTERS = {
@@ -24,7 +23,6 @@ FILTERS = {
     f"{SLIMES_FILTERS}.check_reward_nonzero_std": NONZERO_STD,
     f"{SLIMES_FILTERS}.check_reward_nonzero_std_with_fallback": WITH_FALLBACK,
 }
-SLIMES_ROLLOUT = "slime.rollout.sglang_rollout.generate_rollout"
 ABSENT_SLIME = re.compile(r"No module named 'slime['.]")
 WITHOUT_SLIME = (
     "Write `from slime_spec.agents import Sample`, which has the attributes of slime's, and ask the client for turns "
@@ -52,7 +50,7 @@ def check_own_functions(config: Config) -> None:
 def own_function(custom: CustomConfig, name: str) -> OwnFunction | None:
     """Return the function that a setting of ``custom`` names; None for none, and for what this project does itself."""
     path: str | None = getattr(custom, name)
-    if path is None or (name == "dynamic_filter" and path in FILTERS) or (name == "rollout" and path == SLIMES_ROLLOUT):
+    if path is None or (name == "dynamic_filter" and path in FILTERS) or (name == "rollout" and path == SLIMES_DEFAULT):
         return None
     setting, arguments = f"custom.{name}", POSITIONAL[name]
     function = _loaded(setting, path)
@@ -87,9 +85,7 @@ def _check_arguments(function: OwnFunction, setting: str, path: str, arguments: 
 
 
 def _loaded(setting: str, path: str) -> Any:
-    """Import what ``module.function`` or ``module:function`` names, from the current folder too."""
-    if os.getcwd() not in sys.path:  # a console script has its own folder there instead
-        sys.path.append(os.getcwd())
+    """Import what ``module.function`` or ``module:function`` names."""
     module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
     if not module or not attribute:
         raise ConfigError(setting, "must be a function's name", path, "Write module.function or module:function.")

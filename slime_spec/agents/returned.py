@@ -11,7 +11,7 @@ tokenised again has other tokens, or the same with other logprobs, and is refuse
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -243,14 +243,3 @@ def _counts(turns: Sequence[MadeTurn], outside_s: float) -> TurnCounts:
         num_prompt_tokens=sum(len(turn.prompt_token_ids) for turn in turns),
         outside_s=outside_s,
     )
-
-
-def sample_of(prompt: Prompt, sample_index: int, text: str) -> Mapping[str, Any]:
-    """Return the attributes of a slime Sample that a function begins with."""
-    return {
-        "group_index": prompt.prompt_id,
-        "index": sample_index,
-        "prompt": text,
-        "tokens": list(prompt.token_ids),
-        "label": prompt.answer,
-    }

@@ -36,6 +36,8 @@ class StderrHandler(logging.StreamHandler):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0 on success, 2 for a mistake in the command line or configuration, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own rewards and tasks lie there; last, so that they hide no library
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _show(COMMANDS)
         return 0 if arguments else 2

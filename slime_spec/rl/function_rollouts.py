@@ -18,11 +18,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from slime_spec.agents.as_slime import new_sample
 from slime_spec.agents.client import Client, TurnSettings
 from slime_spec.agents.function_groups import turn_settings
 from slime_spec.agents.function_thread import Turns
 from slime_spec.agents.own import OwnFunction, takes
-from slime_spec.agents.returned import Asked, Made, ReturnedError, failed, made_of, sample_of
+from slime_spec.agents.returned import Asked, Made, ReturnedError, failed, made_of
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, CustomFunctionError, shown
@@ -30,15 +31,14 @@ from slime_spec.interfaces import Engines, RunState
 from slime_spec.metrics.table import metric
 from slime_spec.request_feed import RequestFeed
 from slime_spec.rl.rollouts import Progress, Rollout
-from slime_spec.slime_sample import Args, Sample
+from slime_spec.slime_sample import Args
 from slime_spec.tasks.judge import users_traceback, verdict_of
-from slime_spec.types import Prompt
-from slime_spec.types import Sample as Scored
+from slime_spec.types import Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
 TakePrompts = Callable[[int, int], Sequence[Prompt]]
-Groups = list[list[Any]]
+SampleGroups = list[list[Any]]
 
 
 class DataSource:
@@ -49,20 +49,17 @@ class DataSource:
         self._lock = threading.Lock()
         self._clients: dict[tuple[int, int], Client] = {}
         self.prompts: dict[int, Prompt] = {}
-        self.returned: Groups = []
+        self.returned: SampleGroups = []
 
-    def get_samples(self, num_samples: int) -> Groups:
+    def get_samples(self, num_samples: int) -> SampleGroups:
         """Return so many prompts' groups; those that were added before come first."""
         with self._lock:
             again, self.returned = self.returned[:num_samples], self.returned[num_samples:]
             prompts = self._take(num_samples - len(again))
             self.prompts |= {prompt.prompt_id: prompt for prompt in prompts}
-        return again + [
-            [Sample(**sample_of(prompt, index, prompt.text)) for index in range(self._num_samples)]
-            for prompt in prompts
-        ]
+        return again + [[new_sample(prompt, index) for index in range(self._num_samples)] for prompt in prompts]
 
-    def add_samples(self, samples: Groups) -> None:
+    def add_samples(self, samples: SampleGroups) -> None:
         """Keep groups for a later step; they live as long as the run's process."""
         with self._lock:
             self.returned += samples
@@ -116,10 +113,11 @@ class FunctionRollouts:
         feed = RequestFeed()
         turns = Turns(feed)
         settings = turn_settings(self._config, self._tokenizer, turns, time.monotonic)
-        source = DataSource(take, self._config.rollout.n_samples_per_prompt, settings)
+        num_samples = self._config.rollout.n_samples_per_prompt
+        source = DataSource(take, num_samples, settings)
         if self._kept is not None:
             source.returned, source.prompts = self._kept.returned, dict(self._kept.prompts)
-        wanted = self._config.rollout.batch_size * self._config.rollout.n_samples_per_prompt
+        wanted = self._config.rollout.batch_size * num_samples
         progress(0, wanted)
         threads = ThreadPoolExecutor(1, thread_name_prefix="rollout function")
         try:
@@ -147,14 +145,14 @@ class FunctionRollouts:
             text = f"{name}: {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
             raise CustomFunctionError(text) from None
 
-    def _scored(self, groups: Groups, source: DataSource, version: int) -> tuple[list[Scored], list[Any]]:
+    def _scored(self, groups: SampleGroups, source: DataSource, version: int) -> tuple[list[Sample], list[Any]]:
         scored = []
         for own in (own for group in groups for own in group):
             for made in source.made(own, version):
                 verdict = verdict_of(own.reward, self._config.task.reward_key)
                 error = made.error or verdict.error
                 reward = None if error else verdict.reward
-                scored.append((Scored(made.prompt, made.response, str(own.response), reward, error), own))
+                scored.append((Sample(made.prompt, made.response, str(own.response), reward, error), own))
         scored.sort(key=lambda pair: (pair[0].prompt.prompt_id, pair[0].response.sample_index))
         for sample, _ in scored:
             if sample.error:
@@ -167,7 +165,7 @@ async def _awaited(output: Any) -> Any:
     return await output
 
 
-def _groups(given: Any) -> Groups:
+def _groups(given: Any) -> SampleGroups:
     """Return groups of samples, a fanned-out group's in one list; raises CustomFunctionError for anything else."""
     if not isinstance(given, list) or not given or not all(isinstance(group, list) for group in given):
         rule = "the rollout function must return groups of samples, list[list[Sample]], or an object that has them"

@@ -34,7 +34,7 @@ def reference_logprobs(folder: Path, token_ids: tuple[int, ...], prompt_len: int
     return logprobs.gather(-1, torch.tensor(token_ids[prompt_len:])[:, None])[:, 0].tolist()
 
 
-@pytest.mark.parametrize("algorithm", ["NONE", "LOOKUP", "NGRAM"])
+@pytest.mark.parametrize("algorithm", ["NONE", "LOOKUP", "NGRAM", "HISTORY"])
 def test_logprobs_of_all_turns_are_those_of_one_forward_pass_over_the_whole_sequence(
     folder: Path, algorithm: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +14,19 @@ import pytest
 
 from rollout.coordinator import Coordinator
 from rollout.fake_calls import FakeCalls
+from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.checks import check
 from slime_spec.config.tree import Config, CustomConfig, RolloutConfig
 from slime_spec.errors import ConfigError, CustomFunctionError
 from slime_spec.request_feed import FeedClosed, RequestFeed
 from slime_spec.rl.dynamic_filter import Judgement, make_filter, nonzero_std
+from slime_spec.rl.groups import EngineGroups
+from slime_spec.rl.ordered_rollouts import OrderedRollouts
 from slime_spec.rl.rollouts import Rollout
 from slime_spec.slime_sample import Args
 from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.types import GeneratedSample, GroupRequest, Prompt, Sample, SamplingParams
-from tests.support.agents_harness import agents_config, one_turn, step_of
+from tests.support.agents_harness import START, agents_config, one_turn, step_of
 from tests.support.tiny_policy import make_tiny_policy
 
 SLIMES = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
@@ -141,6 +145,29 @@ def test_a_generation_takes_requests_until_its_feed_is_closed_and_raises_what_th
     failing.fail(ZeroDivisionError("elsewhere"))
     with pytest.raises(ZeroDivisionError, match="elsewhere"):
         list(coordinator().generate(failing))
+
+
+def test_a_filtered_run_drafts_from_the_replies_that_a_prompt_had_before(folder: Path) -> None:
+    """Every prompt is the same text, so that each group but the first step's has replies to draft from."""
+    config = agents_config(folder, "HISTORY", {"batch_size": 2}, generate=None)
+    tokenizer = Tokenizer.load(folder)
+
+    def take(num: int, start: int) -> list[Prompt]:
+        return [Prompt(start + i, "task", "same", tokenizer.encode("same"), "") for i in range(num)]
+
+    calls = FakeCalls(1, 3, lambda: time.sleep(0.0005))
+    engines: Any = Coordinator(calls, 1, 8)
+    source = OrderedRollouts(
+        config, engines, take, score, EngineGroups(config), make_filter("nonzero_std", None, Args())
+    )
+    first = source.rollout(START, lambda *_: None)
+    num_first = len(calls.sent)
+    source.rollout(replace(START, next_prompt_id=first.next_prompt_id), lambda *_: None)
+    assert calls.sent[0][1].earlier == ()
+    later = [request.earlier for _, request in calls.sent[num_first:]]
+    replies = {each.response.token_ids for each in first.samples}
+    assert later
+    assert all(replies & {each.token_ids for each in earlier} for earlier in later)
 
 
 def test_an_abort_closes_the_feed_and_every_sample_comes_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from slime_spec.rl.custom_rollouts import CustomRollouts
 from slime_spec.rl.function_rollouts import FunctionRollouts
 from slime_spec.rl.rollouts import Rollout
 from slime_spec.slime_sample import Args, Sample, Status
+from slime_spec.tasks.judge import RewardName
+from slime_spec.tasks.scoring import ProcessScorer
+from slime_spec.types import GeneratedSample, Prompt
 from tests.support.agents_harness import START, CoreEngines, agents_config, prompts, step_of, two_turns
 from tests.support.embedded_harness import make_core
 from tests.support.tiny_policy import make_tiny_policy
@@ -26,6 +30,7 @@ async def generate(args, sample, sampling_params, evaluation=False): return samp
 def blocking(args, sample, sampling_params): return sample
 async def other(sample): return sample
 def keep(args, samples, **kwargs): return True
+async def told(args, sample): return sample.metadata["points"] + len(sample.response)
 def post(args, samples): return [1.0] * len(samples), [0.5] * len(samples)
 limit = 3
 """
@@ -33,16 +38,15 @@ limit = 3
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with modules of a user's own."""
+    """A folder on the path, with modules of a user's own."""
     (tmp_path / "my_agents_functions.py").write_text(MODULE)
     (tmp_path / "for_slime_functions.py").write_text("from slime.utils.types import Sample\ndef keep(args, samples): 1")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [each for each in __import__("sys").path if each])
+    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
 @pytest.mark.parametrize("joint", [".", ":"])
-def test_functions_of_the_current_folder_are_found_in_both_spellings(here: Path, joint: str) -> None:
+def test_functions_are_found_in_both_spellings(here: Path, joint: str) -> None:
     named = CustomConfig(
         generate=f"my_agents_functions{joint}generate", dynamic_filter=f"my_agents_functions{joint}keep"
     )
@@ -73,6 +77,14 @@ def test_a_function_that_cannot_be_called_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=f"custom.{setting}: .*{expected}"):
         check_own_functions(Config(custom=CustomConfig(**{setting: name})))
+
+
+def test_a_reward_in_its_process_reads_what_a_function_left_in_the_sample(here: Path) -> None:
+    prompt, response = Prompt(0, "task", "?", (1,), "x"), GeneratedSample("0", 0, (5,), (-1.0,), "stop", 0, 1)
+    with closing(ProcessScorer(RewardName("my_agents_functions:told"), 1, 60.0)) as scorer:
+        own = Sample(tokens=[1, 5], response="abc", response_length=1, metadata={"points": 0.5})
+        (sample,) = scorer.score(prompt, [response], [own.response], [own])()
+    assert (sample.reward, sample.text, sample.error) == (3.5, "abc", "")
 
 
 def test_a_sample_appends_turns_and_results_as_slimes_does() -> None:
