@@ -39,13 +39,21 @@ class Dispatcher:
         num = sum(serves and not owed for serves, owed in zip(self.serving, self.owed, strict=True))
         return num if num > least else 0
 
-    def assign(self, num_samples: int) -> int | None:
-        """Reserve the least loaded engine for a group; None when all serving engines are full. An idle one never is."""
-        engine = self._least_loaded()
-        if engine is None or (self.owed[engine] and self.owed[engine] + num_samples > self.samples_per_engine):
+    def assign(self, num_samples: int, near: int | None = None) -> int | None:
+        """Reserve an engine for a group: the one that it is ``near``, if that serves and has room, or the least loaded.
+
+        None when all serving engines are full. An idle one never is.
+        """
+        engine = near
+        if engine is None or not self.serving[engine] or not self._has_room(engine, num_samples):
+            engine = self._least_loaded()
+        if engine is None or not self._has_room(engine, num_samples):
             return None
         self._change(engine, num_samples)
         return engine
+
+    def _has_room(self, engine: int, num_samples: int) -> bool:
+        return not self.owed[engine] or self.owed[engine] + num_samples <= self.samples_per_engine
 
     def finished(self, engine: int, num_samples: int = 1) -> None:
         self._change(engine, -num_samples)

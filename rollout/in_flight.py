@@ -91,7 +91,11 @@ class InFlightGroups:
         num_waiting = len(self._waiting)
         if self._least_part is not None and num_waiting and (num := self._dispatcher.num_idle_over(num_waiting)):
             self._waiting = deque(divided(self._waiting, num, self._least_part))
-        while self._waiting and (engine := self._dispatcher.assign(len(self._waiting[0].seeds))) is not None:
+        while self._waiting:
+            first = self._waiting[0]
+            engine = self._dispatcher.assign(len(first.seeds), first.near)
+            if engine is None:
+                break
             group = InFlightGroup(next(self._numbers), engine, self._waiting.popleft())
             if self._siblings is not None:
                 group.request = self._siblings.sent(group, group.request)

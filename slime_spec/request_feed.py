@@ -52,8 +52,8 @@ class RequestFeed:
         return requests
 
     def fail(self, error: BaseException) -> None:
-        """Have the generation raise an error, which its own thread does not see."""
-        self._error = error
+        """Have the generation raise an error that its own thread does not see; the first of several."""
+        self._error = self._error or error
 
     def close(self) -> None:
         with self._lock:

@@ -93,7 +93,8 @@ class GroupRequest:
     of a group's samples.
 
     ``earlier`` are replies that an engine may draft from, oldest first; only a run whose algorithm reads them sends any
-    (Algorithm.reads_replies), and they change no sample.
+    (Algorithm.reads_replies), and they change no sample. ``near`` is the engine that has the keys and values of most of
+    the prompt, those of earlier turns; the samples are the same on any other.
 
     Example: ``GroupRequest("step3-prompt17", (1, 4093, 198), seeds=(11, 12, 13, 14), params=SamplingParams())``
     """
@@ -104,6 +105,7 @@ class GroupRequest:
     params: SamplingParams
     partials: tuple[GeneratedSample, ...] = ()
     earlier: tuple[EarlierReply, ...] = ()
+    near: int | None = None
 
     @property
     def sample_indices(self) -> tuple[int, ...]:

@@ -101,7 +101,8 @@ class Client:
         if params.max_new_tokens > room:
             params = replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
         seed = turn_seed(self.settings.run_seed, self.prompt.prompt_id, self.sample_index, number)
-        request = GroupRequest(self._group_id(number), prompt, (seed,), params)
+        near = self.turns[-1].response.engine if self.turns else None
+        request = GroupRequest(self._group_id(number), prompt, (seed,), params, near=near)
         check_request(request, self.settings.limits)
         made = MadeTurn(prompt, await self._answered(request))
         self.turns.append(made)

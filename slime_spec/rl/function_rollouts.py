@@ -32,7 +32,8 @@ from slime_spec.metrics.table import metric
 from slime_spec.request_feed import RequestFeed
 from slime_spec.rl.rollouts import Progress, Rollout
 from slime_spec.slime_sample import Args
-from slime_spec.tasks.judge import users_traceback, verdict_of
+from slime_spec.tasks.judge import Reply, Verdict, users_traceback, verdict_of
+from slime_spec.tasks.scoring import warn_of
 from slime_spec.types import Prompt, Sample
 
 logger = logging.getLogger(__name__)
@@ -149,15 +150,11 @@ class FunctionRollouts:
         scored = []
         for own in (own for group in groups for own in group):
             for made in source.made(own, version):
-                verdict = verdict_of(own.reward, self._config.task.reward_key)
-                error = made.error or verdict.error
-                reward = None if error else verdict.reward
-                scored.append((Sample(made.prompt, made.response, str(own.response), reward, error), own))
+                key, text = self._config.task.reward_key, str(own.response)
+                verdict = Verdict(None, made.error) if made.error else verdict_of(own.reward, key)
+                warn_of(Reply(made.prompt, made.response, text), verdict)
+                scored.append((Sample(made.prompt, made.response, text, verdict.reward, verdict.error), own))
         scored.sort(key=lambda pair: (pair[0].prompt.prompt_id, pair[0].response.sample_index))
-        for sample, _ in scored:
-            if sample.error:
-                where = (sample.prompt.prompt_id, sample.response.sample_index, sample.error)
-                logger.warning("excluded sample prompt_id=%d sample=%d error=%r", *where)
         return [sample for sample, _ in scored], [own for _, own in scored]
 
 

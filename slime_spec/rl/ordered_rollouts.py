@@ -10,7 +10,6 @@ preferred. Everything else that a step needs later happens meanwhile: turns, rew
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,11 +27,9 @@ from slime_spec.request_feed import RequestFeed
 from slime_spec.rl.dynamic_filter import Filter, Judgement, keep_all
 from slime_spec.rl.groups import Groups
 from slime_spec.rl.rollouts import Progress, Rollout
-from slime_spec.tasks.judge import verdict_of
-from slime_spec.tasks.scoring import PendingSamples
+from slime_spec.tasks.judge import Reply, Verdict, verdict_of
+from slime_spec.tasks.scoring import PendingSamples, warn_of
 from slime_spec.types import GeneratedSample, Prompt, Sample
-
-logger = logging.getLogger(__name__)
 
 NUM_WAITING_THREADS = 16  # each waits for one group's rewards
 # Groups that a filter may drop for each that a step needs: beyond it the run would only burn time.
@@ -134,17 +131,11 @@ class OrderedRollouts:
             index: replace(sample, prompt=made[index].prompt) for index, sample in zip(asked, scored, strict=True)
         }
         for index, each in enumerate(made):
-            if index in samples:
-                continue
-            if each.error:
-                samples[index] = Sample(each.prompt, each.response, "", None, each.error)
-                logger.warning(
-                    "excluded sample task=%s prompt_id=%d sample=%d error=%r",
-                    *(prompt.task, prompt.prompt_id, each.response.sample_index, each.error.partition("\n")[0]),
-                )
-            else:
-                verdict = verdict_of(given[index], self._config.task.reward_key)
-                samples[index] = Sample(each.prompt, each.response, each.own.response, verdict.reward, verdict.error)
+            if index not in samples:
+                key, text = self._config.task.reward_key, "" if each.own is None else each.own.response
+                verdict = Verdict(None, each.error) if each.error else verdict_of(given[index], key)
+                warn_of(Reply(each.prompt, each.response, text), verdict)
+                samples[index] = Sample(each.prompt, each.response, text, verdict.reward, verdict.error)
         return [samples[index] for index in range(len(made))]
 
 
@@ -183,6 +174,7 @@ class _Step:
             chosen, num_dropped, num_open = self._look()
             self._report()
             if num_dropped > MOST_DROPPED * self._size:
+                self.is_over = True
                 reasons = ", ".join(f"{reason}: {num}" for reason, num in self._dropped().items())
                 raise CustomFunctionError(
                     f"the filter dropped {num_dropped} groups of one step and kept {len(chosen)} ({reasons})"

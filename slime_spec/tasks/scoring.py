@@ -106,12 +106,13 @@ def _samples(replies: Sequence[Reply], verdicts: Sequence[Verdict]) -> list[Samp
         verdict = Verdict(None, "the response was aborted before it finished")
         if _is_judged(reply):
             verdict = next(waiting)
-            _warn_of(reply, verdict)
+            warn_of(reply, verdict)
         samples.append(Sample(reply.prompt, reply.response, reply.text, verdict.reward, verdict.error))
     return samples
 
 
-def _warn_of(reply: Reply, verdict: Verdict) -> None:
+def warn_of(reply: Reply, verdict: Verdict) -> None:
+    """Log why a sample is excluded, if it is."""
     if verdict.reward is None:
         logger.warning(
             "excluded sample task=%s prompt_id=%d sample=%d error=%r",

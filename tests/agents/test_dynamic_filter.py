@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rollout.coordinator import Coordinator
+from rollout.dispatch import Dispatcher
 from rollout.fake_calls import FakeCalls
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.checks import check
@@ -26,7 +27,7 @@ from slime_spec.rl.rollouts import Rollout
 from slime_spec.slime_sample import Args
 from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.types import GeneratedSample, GroupRequest, Prompt, Sample, SamplingParams
-from tests.support.agents_harness import START, agents_config, one_turn, step_of
+from tests.support.agents_harness import START, agents_config, one_turn, step_of, two_turns
 from tests.support.tiny_policy import make_tiny_policy
 
 SLIMES = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
@@ -168,6 +169,22 @@ def test_a_filtered_run_drafts_from_the_replies_that_a_prompt_had_before(folder:
     replies = {each.response.token_ids for each in first.samples}
     assert later
     assert all(replies & {each.token_ids for each in earlier} for earlier in later)
+
+
+def test_a_turn_goes_to_the_engine_of_the_turn_before_while_it_has_room(folder: Path) -> None:
+    calls = FakeCalls(3, 3, lambda: time.sleep(0.0005))
+    config = agents_config(folder, rollout={"batch_size": 6})
+    engines: Any = Coordinator(calls, 3, 64)
+    rollout, _ = step_of(config, two_turns, engines=engines)
+    of_group = {request.group_id: engine for engine, request in calls.sent}
+    first = {name[:-2]: engine for name, engine in of_group.items() if name.endswith("/0")}
+    assert set(first.values()) == {0, 1, 2}
+    assert {name[:-2]: engine for name, engine in of_group.items() if name.endswith("/1")} == first
+    full = Dispatcher([True, True], samples_per_engine=1)
+    assert [full.assign(1, near=1), full.assign(1, near=1), full.assign(1, near=1)] == [1, 0, None]
+    gone = Dispatcher([True, False], samples_per_engine=1)
+    assert gone.assign(1, near=1) == 0
+    assert len(rollout.samples) == 12
 
 
 def test_an_abort_closes_the_feed_and_every_sample_comes_out() -> None:
