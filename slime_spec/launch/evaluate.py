@@ -22,6 +22,7 @@ from slime_spec.launch.eval_arguments import EvalArguments
 from slime_spec.launch.preflight import look
 from slime_spec.launch.ray_environment import prepare_ray_environment
 from slime_spec.launch.train import run_parts, with_absolute_paths
+from slime_spec.preflight.report import width
 from slime_spec.rl.draft_in_training import DraftInTraining
 from slime_spec.rl.eval_file import write_evaluation
 from slime_spec.rl.evaluation import Evaluated, Evaluation
@@ -31,7 +32,6 @@ from slime_spec.stop import StopSignals
 logger = logging.getLogger(__name__)
 
 SAY_EVERY_S = 10.0
-LEAST_WIDTH = 120  # of the table, where no terminal says how wide it is
 
 
 def run_eval(arguments: EvalArguments, folder: Path) -> int:
@@ -44,8 +44,7 @@ def run_eval(arguments: EvalArguments, folder: Path) -> int:
                 raise
             logger.warning("stopped by %s: the evaluation is not finished", stop.asked.name)
             return stop.exit_code
-    console = Console()
-    console.print(table(arguments.checkpoint, evaluated), width=max(console.width, LEAST_WIDTH))
+    Console(width=width()).print(table(arguments.checkpoint, evaluated))
     return stop.exit_code
 
 

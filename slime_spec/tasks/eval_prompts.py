@@ -43,6 +43,15 @@ class EvalPrompts:
             raise as_of_evaluation(error, eval_set.name) from None
         return cls(eval_set.name, prompts, config.rollout, config.run.seed, source)
 
+    @property
+    def text(self) -> str:
+        """Return the set in words: ``aime, 30 prompts x 16 samples, at most 512 + 8192 tokens, temperature 1``."""
+        rollout = self.rollout
+        return (
+            f"{self.name}, {len(self.prompts)} prompts x {rollout.n_samples_per_prompt} samples, at most "
+            f"{rollout.max_prompt_len} + {rollout.max_response_len} tokens, temperature {rollout.temperature:g}"
+        )
+
     def score(self, prompt: Prompt, responses: Sequence[GeneratedSample]) -> PendingSamples:
         """Begin to score a prompt's responses; see PromptSource."""
         return self.source.score(prompt, responses)

@@ -27,6 +27,10 @@ SERVER = (
     *("--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "4096", "--sglang-sleep-on-idle"),
     *("--sglang-max-running-requests", "8", "--sglang-start-timeout", str(START_TIMEOUT_S)),
 )
+EVALUATION = (
+    *("--eval-interval", "1", "--eval-task", "add10", "--eval-num-prompts", "3"),
+    *("--n-samples-per-eval-prompt", "2", "--eval-max-response-len", "12", "--eval-temperature", "0.5"),
+)
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": f"{CPU}{os.pathsep}{ROOT}",
@@ -68,9 +72,14 @@ def test_the_megatron_trainer_trains_on_what_sglang_samples_and_pushes_to_it(
 
     The draft stays behind a policy that moves fast, and how much a canary of so few tokens falls for it is chance.
     """
-    settings = ("--lr", "1e-3", "--push-transport", transport, "sglang_server.canary_drop=0.01")
-    metrics = run(tmp_path, *settings, algorithm="STANDALONE" if speculates else None)
+    settings = ("--lr", "1e-3", "--push-transport", transport, "sglang_server.canary_drop=0.01", *EVALUATION)
+    *metrics, end = run(tmp_path, *settings, algorithm="STANDALONE" if speculates else None)
     assert len(metrics) == STEPS
+    for step, row in enumerate([*metrics, end]):
+        assert row["eval/add10/num_samples"] == 6
+        assert row["eval/add10/num_excluded"] == 0
+        assert row["eval/add10/weight_version"] == step
+        assert (row.get("eval/add10/spec_accept_length", 0) > 1) == speculates
     for step, row in enumerate(metrics):
         assert row["rollout/weight_version_min"] == row["rollout/weight_version_max"] == step
         assert row["sync/weight_version"] == step + 1

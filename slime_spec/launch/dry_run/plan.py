@@ -41,11 +41,12 @@ class Plan:
     """Holds the plan of a launch.
 
     ``servers`` is empty for engines without servers, and where a finding refuses their flags. There is no
-    ``first_prompt`` where an input of the run is refused.
+    ``first_prompt`` where an input of the run is refused. ``evaluations`` says each set in words.
     """
 
     facts: Facts
     first_prompt: str | None
+    evaluations: tuple[str, ...]
     bundles: BundlePlan
     servers: tuple[PlannedServer, ...]
     transport: str
@@ -75,9 +76,11 @@ def make_plan(looked: Preflight) -> Plan:
             findings = findings if facts.known_flags else (refused(error), *findings)
     memory = plan_memory(facts)
     prompts = None if looked.inputs is None else looked.inputs.prompts
+    sets = () if looked.inputs is None else looked.inputs.eval_prompts
     return Plan(
         facts=facts,
         first_prompt=None if prompts is None else prompts.first_shown(),
+        evaluations=tuple(each.text for each in sets),
         bundles=plan_bundles(config),
         servers=servers,
         transport=transport_text(config),

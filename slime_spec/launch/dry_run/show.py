@@ -77,6 +77,7 @@ def _run(plan: Plan) -> Iterator[str]:
         context = f", at most {rollout.longest} tokens over all turns" if config.custom.generate else ""
         yield f"functions: {', '.join(own)}{context}"
     yield _source(config.task)
+    yield from (f"evaluated every {counted(config.eval.interval or 0, 'step')}: {each}" for each in plan.evaluations)
     yield f"target {target.folder}: {target.architecture}, {target.dtype}, context {target.context_length}"
     if plan.facts.draft is not None:
         draft, kind = plan.facts.draft, plan.facts.draft_kind
