@@ -79,6 +79,8 @@ def read_eval_arguments(argv: Sequence[str], folder: Path) -> EvalArguments:
         is_of_run = section == "run" and path not in OF_RUN
         if is_of_run or section in OF_TRAINING or (section == "trainer" and not loads):
             raise ConfigError(path, "belongs to a training run, and eval only evaluates", value, "Leave it out.")
+        if path == "model.hf_checkpoint" and not loads:
+            raise ConfigError(path, "CHECKPOINT names the model", value, "Leave it out.")
     try:
         made = composed([*of_checkpoint, *rest, *_evaluates(asked), "--output-dir", str(folder)])
     except ConfigError as error:
@@ -123,16 +125,12 @@ def _evaluates(asked: Arguments) -> Iterator[str]:
     """Yield the words that make sets of the prompts of the command line, instead of the run's own sets."""
     given = asked.settings
     yield "eval.interval=1"
-    if "task.prompt_data" in given and "eval.prompt_data" not in given:
-        yield from ("--eval-prompt-data", str(given["task.prompt_data"]))
-    if "task.names" in given and "eval.tasks" not in given:
-        yield from ("--eval-task", *given["task.names"])
-    if any(
-        name in given for name in ("task.prompt_data", "task.names", "eval.prompt_data", "eval.tasks", "eval.config")
-    ):
-        sources = {"eval.prompt_data": "task.prompt_data", "eval.tasks": "task.names", "eval.config": "eval.config"}
-        empty = {"eval.prompt_data": "[]", "eval.tasks": "[]", "eval.config": "null"}
-        yield from (f"{own}={empty[own]}" for own, of_run in sources.items() if not {own, of_run} & set(given))
+    files = given.get("eval.prompt_data", (given["task.prompt_data"],) if "task.prompt_data" in given else ())
+    tasks = given.get("eval.tasks", given.get("task.names", ()))
+    if files or tasks or "eval.config" in given:
+        yield from ("--eval-prompt-data", *files)
+        yield from ("--eval-task", *tasks)
+        yield from ("--eval-config", given.get("eval.config") or "null")
     if "rollout.n_samples_per_prompt" in given and "eval.n_samples_per_prompt" not in given:
         yield f"eval.n_samples_per_prompt={given['rollout.n_samples_per_prompt']}"
     yield "task.prompt_data=null"

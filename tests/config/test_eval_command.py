@@ -84,6 +84,12 @@ def test_tasks_and_named_sets_are_evaluated_on_as_in_a_run(tmp_path: Path, hf: s
     assert {each.config.rollout.n_samples_per_prompt for each in sets} == {2}
 
 
+def test_a_file_of_sets_is_instead_of_the_runs_own(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "sets.yaml").write_text("datasets: {gsm8k: {path: gsm8k.jsonl}}")
+    config = read(tmp_path, str(run), "--eval-config", str(tmp_path / "sets.yaml")).made.config
+    assert [each.name for each in eval_sets(config)] == ["gsm8k"]
+
+
 def test_a_runs_export_is_evaluated_with_the_runs_settings_and_its_own_sets(tmp_path: Path, run: Path) -> None:
     (run / "hf").mkdir()
     (run / "hf" / "config.json").write_text("{}")
@@ -130,6 +136,7 @@ REFUSED = [
     (["model"], "eval: needs prompts to evaluate on.*Pass --prompt-data FILE"),
     (["model", "--task", "add10", "--lr", "1"], r"trainer\.lr: belongs to a training run"),
     (["model", "--task", "add10", "--num-rollout", "1"], r"run\.num_rollout: belongs to a training run"),
+    (["model", "--task", "add10", "--hf-checkpoint", "other"], r"model\.hf_checkpoint: CHECKPOINT names the model"),
     (["model", "--task", "add10", "--use-wandb"], r"metrics\.use_wandb: belongs to a training run"),
     (
         ["model", "--task", "add10", "--json", "nowhere/a.json"],

@@ -106,11 +106,20 @@ def test_engines_must_hold_an_evaluations_longest_sequence() -> None:
                 "Nothing is evaluated without --eval-interval: --eval-prompt-data, --eval-temperature have no effect.",
             ],
         ),
+        (config(temperature=0.0), []),
+        (
+            config(temperature=0.0, n_samples_per_prompt=4),
+            ["Evaluations are greedy, and the 4 samples of each prompt are all the same."],
+        ),
+        (
+            config(top_k=1, n_samples_per_prompt=4),
+            ["Evaluations are greedy, and the 4 samples of each prompt are all the same."],
+        ),
         (config("train_only"), ["A run without engines evaluates nothing, and --eval-interval has no effect."]),
     ],
 )
 def test_settings_without_effect_are_noted(asked: Config, expected: list[str]) -> None:
-    assert [note for note in notes(asked) if "eval" in note] == expected
+    assert [note for note in notes(asked) if "eval" in note.lower()] == expected
 
 
 SETS = """
