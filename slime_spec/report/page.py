@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -46,11 +48,18 @@ class Page:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write the page as a whole file; raises ConfigError where the file cannot be written."""
+    """Write the page as a whole file; raises ConfigError where the file cannot be written.
+
+    Several processes may write it at once: a run writes its own, and a command may watch the run.
+    """
     text = html(page, datetime.now(UTC))
+    own = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write_whole(path, text)
+        write_whole(own, text)
+        os.replace(own, path)
     except OSError as error:
+        with suppress(OSError):
+            own.unlink()
         rule = f"must be a file that can be written: {error.strerror or error}"
         raise ConfigError("--out", rule, str(path), "Make its folder first, or pass another file.") from None
 

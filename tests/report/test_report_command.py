@@ -67,6 +67,21 @@ def test_a_watched_run_is_written_until_it_ends(tmp_path: Path) -> None:
     assert 'id="live"' not in (folder / "report.html").read_text()
 
 
+def test_two_that_write_one_page_leave_it_whole_at_all_times(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "mine", [row(0)])
+    code = (
+        "import sys; from slime_spec.launch.report import run_report\n"
+        "for _ in range(20): run_report(sys.argv[1:], lambda text: None)"
+    )
+    run_report([str(folder)], lambda text: None)
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)]) as other:
+        while other.poll() is None:
+            run_report([str(folder)], lambda text: None)
+            assert (folder / "report.html").read_text().endswith("</html>")
+    assert other.returncode == 0
+    assert list(folder.glob(".report*")) == []
+
+
 @pytest.mark.parametrize(
     ("argv", "rule"),
     [
