@@ -115,7 +115,7 @@
       const few = line.y.length < 40;
       series.push({
         label: nameOf(chart, line), stroke, width: 2, show, dash: line.dashed ? [6, 5] : undefined,
-        points: { show: few, size: line.y.length < 5 ? 8 : 4, fill: stroke }, value: (_, value) => shown(value),
+        points: { show: few && (!line.dashed || line.y.length < 5), size: line.y.length < 5 ? 8 : 4, fill: stroke }, value: (_, value) => shown(value),
       });
       if (line.low.length) {
         const edge = { stroke: "transparent", width: 0, show, points: { show: false }, isEdge: true };
