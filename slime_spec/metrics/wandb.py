@@ -6,8 +6,9 @@ import logging
 import netrc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -16,6 +17,7 @@ from uuid import uuid4
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.metrics.jsonl import FILE, read_metrics
+from slime_spec.metrics.summary import Row
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ PANELS = {
     "panels/accepted_length_and_break_even": r"rollout/spec_accept_length|spec/break_even_length",
     "panels/phases": r"perf/(rollout|train|draft_train|sync|draft_sync|step)_time",
 }
+MOST_POINTS = 10_000  # of a panel: what wandb keeps of a table
 Mode = Literal["online", "offline", "disabled"]
 
 
@@ -97,12 +100,19 @@ class WandbSink:
             return
         for title, pattern in PANELS.items():
             names = sorted({name for row in rows for name in row if re.fullmatch(pattern, name)})
-            points = {name: [(row[STEP], row[name]) for row in rows if row.get(name) is not None] for name in names}
+            shown = rows_of_panel(rows, len(names))
+            points = {name: [(row[STEP], row[name]) for row in shown if row.get(name) is not None] for name in names}
             keys = [name for name in names if points[name]]
             if keys:
                 xs, ys = ([[point[at] for point in points[name]] for name in keys] for at in (0, 1))
                 chart = wandb.plot.line_series(xs=xs, ys=ys, keys=keys, title=title.partition("/")[2], xname=STEP)
                 self._run.log({title: chart}, step=self._last_step + self._num_repeated)
+
+
+def rows_of_panel(rows: Sequence[Row], num_lines: int) -> Sequence[Row]:
+    """Return the rows, or of a long run every second, third, ... of them, the last one always: a panel has a limit."""
+    every = max(1, ceil(len(rows) * num_lines / MOST_POINTS))
+    return rows[::-every][::-1]
 
 
 def read_id(path: Path) -> tuple[str, int]:

@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from slime_spec.metrics.jsonl import read_metrics
 from slime_spec.metrics.log import MetricLog
 from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
-from slime_spec.metrics.wandb import mode, server_url
+from slime_spec.metrics.wandb import mode, rows_of_panel, server_url
 from slime_spec.run_folder import RunFolder
 from slime_spec.types import TrainReport
 from slime_spec.weights.run import PushReport
@@ -159,6 +160,14 @@ def test_the_panels_of_several_metrics_have_the_values_of_metrics_jsonl(tmp_path
         for position in range(3)
     }
     assert shown == kept
+
+
+@pytest.mark.parametrize(("num_rows", "num_lines", "every"), [(3, 2, 1), (5000, 2, 1), (5001, 2, 2), (9000, 4, 4)])
+def test_a_panel_of_a_long_run_has_as_many_points_as_wandb_keeps(num_rows: int, num_lines: int, every: int) -> None:
+    steps = [int(row["step"] or 0) for row in rows_of_panel([{"step": float(n)} for n in range(num_rows)], num_lines)]
+    assert len(steps) * num_lines <= 10_000
+    assert {later - earlier for earlier, later in pairwise(steps)} == {every}
+    assert steps[-1] == num_rows - 1
 
 
 @pytest.mark.parametrize(
