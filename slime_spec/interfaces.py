@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from slime_spec.errors import ConfigError
@@ -217,7 +217,7 @@ class Problem:
 
     ``advice`` is a text that the reply will resemble, empty where nobody knows it. ``messages`` is the whole chat where
     the question is more than one user message, and ``text`` then its last text; ``tools`` are JSON schemas for the
-    chat template.
+    chat template. ``label`` and ``metadata`` are a Prompt's.
     """
 
     text: str
@@ -225,6 +225,8 @@ class Problem:
     advice: str = ""
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    label: Any = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from slime_spec.routed_experts import RoutedExperts
 from slime_spec.speculation.cost_table import CostTable
@@ -55,7 +55,9 @@ class SamplingParams:
 class Prompt:
     """A Prompt asks the policy one question: ``Prompt(prompt_id=17, task="add10", text="What is 2 + 3?", ...)``.
 
-    ``advice_token_ids`` are a text that the reply will resemble (task.advice_key), for LOOKUP to draft from.
+    ``advice_token_ids`` are a text that the reply will resemble (task.advice_key), for LOOKUP to draft from. ``label``
+    is the answer as the data have it, which may be any JSON value, and ``metadata`` what they say besides; ``rendered``
+    is the text that was tokenized, in the chat template.
     """
 
     prompt_id: int
@@ -64,6 +66,9 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str
     advice_token_ids: tuple[int, ...] = ()
+    label: Any = field(default=None, hash=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rendered: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -16,6 +17,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from slime_spec.checkpoints.folder import AGAIN, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,20 +46,32 @@ class Tokenizer:
     tokenizer.decode(ids)
     """
 
-    def __init__(self, transformers_tokenizer: PreTrainedTokenizerFast, source: str, chat_date: str | None = None):
+    def __init__(
+        self,
+        transformers_tokenizer: PreTrainedTokenizerFast,
+        source: str,
+        chat_date: str | None = None,
+        template_values: Mapping[str, Any] | None = None,
+    ) -> None:
         """Render a message on trial; raises CheckpointError for a chat template that cannot be used.
 
-        ``chat_date`` (YYYY-MM-DD) is today for a template that asks for it; ``source`` is named in errors.
+        ``chat_date`` (YYYY-MM-DD) is today for a template that asks for it, ``template_values`` are other names that it
+        may read; ``source`` is named in errors.
         """
         self._hf = transformers_tokenizer
         self._source = source
-        self._template_values = _date_values(chat_date)
+        self._template_values = {**_date_values(chat_date), **(template_values or {})}
+        template = str(self._hf.chat_template)
+        if unread := [name for name in template_values or () if not re.search(rf"\b{re.escape(name)}\b", template)]:
+            logger.warning("the chat template reads none of names=%s checkpoint=%s", ",".join(unread), source)
         self._hf.encode("")  # resets truncation and padding once: doing so later would race with other threads
         if self._hf.chat_template is not None:
             self.chat("x")
 
     @classmethod
-    def load(cls, folder: str | Path, chat_date: str | None = None) -> Tokenizer:
+    def load(
+        cls, folder: str | Path, chat_date: str | None = None, template_values: Mapping[str, Any] | None = None
+    ) -> Tokenizer:
         """Load a checkpoint folder's tokenizer; raises CheckpointError naming the file that is missing or damaged.
 
         tokenizer.json says how text is split, whatever class tokenizer_config.json names.
@@ -79,7 +94,7 @@ class Tokenizer:
             loaded.decode(loaded.encode("", verbose=False))  # settings of wrong types are not looked at before
         except Exception as error:  # noqa: BLE001 - the Rust parser raises bare Exception, and nothing narrower
             raise CheckpointError(str(path), f"must be a tokenizer: {error}", path.name, AGAIN) from None
-        return cls(loaded, str(folder), chat_date)
+        return cls(loaded, str(folder), chat_date, template_values)
 
     @property
     def vocab_size(self) -> int:
@@ -118,6 +133,11 @@ class Tokenizer:
         """Return ids of plain text, with the tokenizer's additions (Llama's BOS; none for SmolLM2) if ``special``."""
         return tuple(self._hf.encode(text, add_special_tokens=special, verbose=False))
 
+    def count_tokens(self, texts: Sequence[str], special: bool = True) -> list[int]:
+        """Return how many ids ``encode`` gives for each text; on all cores at once."""
+        encodings = self._hf.backend_tokenizer.encode_batch_fast([*texts], add_special_tokens=special)
+        return [len(each) for each in encodings]
+
     def chat(
         self,
         messages: str | Sequence[Mapping[str, Any]],
@@ -125,7 +145,17 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] = (),
         template_values: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[int, ...]:
-        """Return the ids of a chat in the chat template, ending with the opening of the assistant's turn.
+        """Return the ids of a chat; see ``chat_text``."""
+        return self.encode(self.chat_text(messages, system, tools, template_values), special=False)
+
+    def chat_text(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        system: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_values: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """Return the text of a chat in the chat template, ending with the opening of the assistant's turn.
 
         A text is one user message. ``system`` is put before messages that do not open with a system message of their
         own; without either, the template decides whether there is a system turn. ``tools`` are JSON schemas,
@@ -145,12 +175,11 @@ class Tokenizer:
         if system and not (turns and turns[0].get("role") == "system"):
             turns.insert(0, {"role": "system", "content": system})
         try:
-            ids = self._hf.apply_chat_template(
+            text = self._hf.apply_chat_template(
                 turns,
                 tools=list(tools) or None,
                 add_generation_prompt=True,
-                return_dict=False,
-                tokenizer_kwargs={"verbose": False},
+                tokenize=False,
                 **{**self._template_values, **template_values},
             )
         except TemplateSyntaxError as error:
@@ -158,7 +187,8 @@ class Tokenizer:
         except OF_TEMPLATES as error:
             what = "a user's message" if isinstance(messages, str) else "these messages"
             raise self._template_error(f"render {what}", error) from None
-        return tuple(ids)
+        assert isinstance(text, str), "tokenize=False"
+        return text
 
     def rendered(self, turns: Sequence[Mapping[str, Any]]) -> str | None:
         """Return the text of a conversation that is over; None without a chat template that renders it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
 
 from slime_spec.config.algorithm_checks import algorithm_notes, check_algorithm, check_batch, check_learning_signal
@@ -13,7 +12,8 @@ from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.eval_checks import check_evaluation, evaluation_notes
 from slime_spec.config.server_checks import check_servers, server_notes, unused_server_settings
 from slime_spec.config.speculation import check_speculation, speculation_notes
-from slime_spec.config.tree import Config, RolloutConfig, TaskConfig, TrainerConfig
+from slime_spec.config.task_checks import check_task
+from slime_spec.config.tree import Config, RolloutConfig, TrainerConfig
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError, raise_all
 from slime_spec.transports.choice import check_transport
@@ -34,8 +34,7 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     """Yield the checks that the configuration calls for; each raises the first contradiction of its kind."""
     yield partial(refuse_literal_keys, config)
     yield partial(_check_mode, config)
-    yield partial(_check_task, config)
-    yield partial(_check_chat_date, config.task)
+    yield partial(check_task, config)
     yield partial(check_speculation, config)
     yield partial(_check_lengths, config)
     yield partial(check_evaluation, config)
@@ -119,40 +118,6 @@ def _check_mode(config: Config) -> None:
             run.save_debug_rollout_data,
             "Pass --save-debug-rollout-data 'PATH_{rollout_id}.pt'.",
         )
-
-
-def _check_task(config: Config) -> None:
-    task = config.task
-    if task.prompt_data is not None and task.names not in ((), TaskConfig().names):
-        raise ConfigError(
-            "task.prompt_data",
-            f"a run has one source of prompts, and task.names is {', '.join(task.names)}",
-            task.prompt_data,
-            "Drop --task (write task.names=[] where an experiment sets it), or drop --prompt-data.",
-        )
-    if task.prompt_data is None and not (config.eval.prompt_data or config.eval.config):
-        for name in ("reward", "input_key", "label_key", "advice_key", "tool_key", "refuse_overlong_prompts"):
-            if getattr(task, name) != getattr(TaskConfig(), name):
-                raise ConfigError(
-                    f"task.{name}",
-                    "belongs to task.prompt_data: built-in tasks have their own prompts and rewards",
-                    getattr(task, name),
-                    "Pass --prompt-data FILE.jsonl, or leave it out.",
-                )
-    if task.prompt_data is None and not task.names:
-        raise ConfigError(
-            "task.names", "needs at least one task", task.names, "Pass --task NAME or --prompt-data FILE.jsonl."
-        )
-
-
-def _check_chat_date(task: TaskConfig) -> None:
-    try:
-        if task.chat_date is not None:
-            date.fromisoformat(task.chat_date)
-    except ValueError:
-        raise ConfigError(
-            "task.chat_date", "must be a date as YYYY-MM-DD", task.chat_date, "Pass --chat-date 2025-01-31."
-        ) from None
 
 
 def _check_lengths(config: Config) -> None:

@@ -105,12 +105,12 @@ def _pairs(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def _of_data(config: Config, name: str, keys: Mapping[str, Any]) -> EvalSet:
-    task = replace(config.task, names=TaskConfig().names, prompt_data=keys["path"], advice_key=None)
+    task = replace(config.task, names=TaskConfig().names, prompt_data=keys["path"], prompt_data_mix=(), advice_key=None)
     return EvalSet(name, _with_own_settings(replace(config, task=task), name, keys))
 
 
 def _of_task(config: Config, name: str) -> EvalSet:
-    task = replace(config.task, names=(name,), prompt_data=None)
+    task = replace(config.task, names=(name,), prompt_data=None, prompt_data_mix=())
     shown = name.rpartition(":")[2]
     return EvalSet(shown, _with_own_settings(replace(config, task=task), shown, {}), config.eval.num_prompts)
 

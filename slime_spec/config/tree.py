@@ -42,6 +42,9 @@ class RunConfig:
         0, "Seed of the run: prompts, sampling and initialisation derive from it.", minimum=0, maximum=INT32
     )
     num_rollout: int = setting(30, "Rollout steps to run, each one policy update.", minimum=1, maximum=INT32)
+    num_epoch: int | None = setting(
+        None, "Passes over prompt_data; num_rollout is then num_epoch x prompts / batch_size.", minimum=1, maximum=INT32
+    )
     save_samples: bool = setting(False, "Write every sample to samples.jsonl in the run folder.")
     save_debug_rollout_data: str | None = setting(None, "Save each step's samples here; {rollout_id} is replaced.")
     load_debug_rollout_data: str | None = setting(

@@ -76,6 +76,7 @@ def composed(argv: Sequence[str]) -> Composed:
         raise ConfigError("conf", f"must compose: {error}", groups, "Correct the file in conf/.") from None
     config = from_dict(data)
     config = replace(config, sglang=check_sglang(config.sglang))
+    config, of_length = _one_length(config, values)
     if kind_of(config).has_servers:
         config = with_key_of_environment(config, os.environ)
     in_files = {f"{node}.{leaf}" for node in layers if node != DRAFTS for leaf in layers[node]}
@@ -85,7 +86,7 @@ def composed(argv: Sequence[str]) -> Composed:
     config = replace(config, speculative=replace(spec, **{name: getattr(default, name) for name in unused}))
     check(config)
     check_environment(os.environ)
-    told = (*notes_of_slime(arguments.of_slime), *left_out, *notes(config))
+    told = (*notes_of_slime(arguments.of_slime), *of_length, *left_out, *notes(config))
     return Composed(config, told, frozenset(values) | in_files, arguments.of_slime)
 
 
@@ -99,6 +100,14 @@ def together(arguments: Arguments, data: Mapping[Any, Any]) -> dict[str, Any]:
         return values.get(leaf) if isinstance(values, Mapping) else None
 
     return settings_together(given, lookup, frozenset(arguments.settings)) if given else {}
+
+
+def _one_length(config: Config, values: Mapping[str, object]) -> tuple[Config, tuple[str, ...]]:
+    """Let the steps that the user asks for win over the epochs, as in slime; an experiment's give way to epochs."""
+    if config.run.num_epoch is None or "run.num_rollout" not in values:
+        return config, ()
+    note = "--num-rollout says how long the run is, and --num-epoch has no effect."
+    return replace(config, run=replace(config.run, num_epoch=None)), (note,)
 
 
 def file_settings(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from slime_spec.suggest import did_you_mean
 
 EXPERIMENT = "experiment"  # it chooses files of the other groups, and may be a path or absent
 DATA, TOY = "data", "arithmetic"  # the group of prompts and rewards, and its choice without a file
-SOURCES = ("task.names", "task.prompt_data")  # of which a run has one
+SOURCES = ("task.names", "task.prompt_data", "task.prompt_data_mix")  # of which a run has one
 GROUPS = (EXPERIMENT, "model", "speculative", "cluster", DATA)
 
 

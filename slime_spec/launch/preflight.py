@@ -152,12 +152,31 @@ def look(made: Composed, acceptance: tuple[float, ...] = (), *, takes_prompts: b
     for facts in engines:
         refusals.add(*(each.refusal(facts.external_url) for each in facts.differing if each.is_decisive))
     inputs = _inputs(config, refusals, takes_prompts)
+    if inputs is not None and inputs.prompts is not None and config.run.num_epoch is not None:
+        config = refusals.of(with_epochs, config, inputs.prompts.num_rows) or config
+        engines = tuple(replace(each, config=config) for each in engines)
     findings = (*map(refused, refusals.errors), *(examine(engines) if engines else ()))
     looked = Preflight(config, engines, findings, tuple(refusals.errors), inputs)
     if not refusals.errors:
         return looked
     looked.close()
     return replace(looked, inputs=None)
+
+
+def with_epochs(config: Config, num_rows: int | None) -> Config:
+    """Return the configuration with as many rollouts as its epochs take, as slime counts them: whole batches.
+
+    Raises ConfigError where the epochs are shorter than one rollout.
+    """
+    if config.run.num_epoch is None:
+        return config
+    assert num_rows is not None, "task_checks.py refuses epochs of tasks"
+    num_rollout = config.run.num_epoch * num_rows // config.rollout.batch_size
+    if num_rollout == 0:
+        rule = f"must give a rollout of {config.rollout.batch_size} prompts, the data have {num_rows}"
+        raise ConfigError("run.num_epoch", rule, config.run.num_epoch, "Pass a smaller --rollout-batch-size.")
+    logger.info("epochs=%d prompts=%d make num_rollout=%d", config.run.num_epoch, num_rows, num_rollout)
+    return replace(config, run=replace(config.run, num_rollout=num_rollout))
 
 
 def _inputs(config: Config, refusals: _Refusals, takes_prompts: bool) -> Inputs | None:
@@ -172,7 +191,8 @@ def _inputs(config: Config, refusals: _Refusals, takes_prompts: bool) -> Inputs 
     spec = refusals.of(_target_spec, config)
     tokenizer = None
     if Path(config.model.hf_checkpoint).is_dir():  # or its absence, told above, would be told once more
-        tokenizer = refusals.of(Tokenizer.load, config.model.hf_checkpoint, config.task.chat_date)
+        names = config.task.template_values
+        tokenizer = refusals.of(Tokenizer.load, config.model.hf_checkpoint, config.task.chat_date, names)
     if spec is not None:
         _check_target(config, spec, refusals)
     if spec is not None and tokenizer is not None:

@@ -57,10 +57,10 @@ def run(made: Composed, argv: Sequence[str]) -> int:
 
 def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog) -> None:
     """Run the configuration to its end or to a signal."""
-    config = made.config
     with ExitStack() as parts, stop.limited_clean_up():
         with stop.interruptible():
-            inputs = look(made).checked()
+            looked = look(made)
+            inputs, config = looked.checked(), looked.config
             parts.enter_context(closing(inputs))
             prompts = inputs.prompts
             assert prompts is not None, "a run has prompts"

@@ -1,13 +1,13 @@
-"""JsonlTask reads prompts from a data file: a row has a prompt (text or chat), and may have answer, advice, tools."""
+"""JsonlTask reads prompts from data: a row has a prompt (text or chat), and may have an answer, tools, metadata."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from slime_spec.config.tree import TaskConfig
@@ -15,57 +15,92 @@ from slime_spec.errors import ConfigError
 from slime_spec.files import parse_json, shortened
 from slime_spec.interfaces import Problem
 from slime_spec.tasks.data_file import data_rows
-from slime_spec.tasks.rewards import REWARDS, Reward, last_integer, load_reward
+from slime_spec.tasks.judge import ROW_REWARD
+from slime_spec.tasks.mix import DataSource
+from slime_spec.tasks.rewards import find_reward, is_named, load_named
 from slime_spec.types import Prompt
 
-SETTING = "task.prompt_data"
+PlacedProblem = tuple[str, Problem]
+Choose = Callable[[DataSource, Iterable[PlacedProblem]], list[Problem]]
+
+
+def every_problem(source: DataSource, placed: Iterable[PlacedProblem]) -> list[Problem]:
+    """Choose every problem of a source."""
+    return [problem for _, problem in placed]
 
 
 class JsonlTask:
-    """Implements Task: every epoch gives each row once, in an order drawn from (seed, epoch)."""
+    """Implements Task: every epoch gives each row once, in an order drawn from (seed, epoch), or in the file's.
 
-    def __init__(self, config: TaskConfig) -> None:
-        """Read the whole file; raises ConfigError naming the file and the line that is broken."""
-        assert config.prompt_data is not None, "JsonlTask is built where prompt_data is set"
-        self.name = Path(config.prompt_data).stem
-        self._reward: Reward = load_reward("task.reward", config.reward)
-        self.rows = _problems(config, integers=self._reward is last_integer)
+    The order is slime's for the same seed; ``problems`` are in the file's.
+    """
+
+    def __init__(self, config: TaskConfig, source: DataSource, choose: Choose = every_problem) -> None:
+        """Read all the data, and keep the problems that ``choose`` takes; raises ConfigError for a row that is broken.
+
+        ``choose`` goes through the problems once, as they are read.
+        """
+        self.name = source.name
+        self.reward_names = set[str]()
+        self._config = config
+        self.problems = choose(source, self._read(source))
+        _check_rewards(config, self.reward_names)
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
-    def keep(self, rows: Sequence[tuple[str, Problem]]) -> None:
-        """Go on with some of ``rows``; called before any problem is taken."""
-        self.rows = list(rows)
+    def __len__(self) -> int:
+        return len(self.problems)
 
     def problem(self, index: int, seed: int) -> Problem:
-        epoch, position = divmod(index, len(self.rows))
-        return self.rows[self._order(seed, epoch)[position]][1]
+        epoch, position = divmod(index, len(self.problems))
+        return self.problems[self._order(seed, epoch)[position] if self._config.shuffle else position]
 
     def reward(self, problem: Prompt, reply: str) -> float:
-        return self._reward(problem, reply)
+        raise NotImplementedError("data are judged by name, in the source of prompts")
 
     def _shuffled(self, seed: int, epoch: int) -> list[int]:
-        order = list(range(len(self.rows)))
-        random.Random(f"{seed}/{self.name}/{epoch}").shuffle(order)
+        order = list(range(len(self.problems)))
+        random.Random(seed + epoch).shuffle(order)
         return order
 
+    def _read(self, source: DataSource) -> Iterator[PlacedProblem]:
+        absent = _optional_keys(self._config)
+        num_rows = 0
+        for place, values in data_rows(source.setting, source.path):
+            num_rows += 1
+            row = _Row(place, values, self._config, source.setting)
+            absent -= {setting for setting in absent if row.value(getattr(self._config, setting)) not in (None, "", [])}
+            problem, reward_name = row.problem()
+            if reward_name:
+                self.reward_names.add(reward_name)
+            yield place, problem
+        if not num_rows:
+            rule = "must hold at least one prompt"
+            raise ConfigError(source.setting, rule, source.path, "Put one JSON object on each line.")
+        for setting in absent:
+            what = {"advice_key": "a text", "tool_key": "tools", "label_key": "a label"}.get(setting, "an object")
+            rule, flag = f"no line of {source.path} has {what} under it", f"--{setting.replace('_', '-')}"
+            raise ConfigError(f"task.{setting}", rule, getattr(self._config, setting), f"Correct {flag}.")
 
-def _problems(config: TaskConfig, integers: bool) -> list[tuple[str, Problem]]:
-    """Return (place, problem) for every row."""
-    path = config.prompt_data
-    assert path is not None, "JsonlTask is built where prompt_data is set"
-    rows = data_rows(SETTING, path)
-    if not rows:
-        raise ConfigError(SETTING, "must hold at least one prompt", path, "Put one JSON object on each line.")
-    has_own_label_key = config.label_key != TaskConfig().label_key
-    for key, setting, what in (
-        (config.advice_key, "advice_key", "a text"),
-        (config.tool_key, "tool_key", "tools"),
-        (config.label_key if has_own_label_key else None, "label_key", "a label"),
-    ):
-        if key is not None and all(row.get(key) in (None, "", []) for _, row in rows):
-            flag = f"--{setting.replace('_', '-')}"
-            raise ConfigError(f"task.{setting}", f"no line of {path} has {what} under it", key, f"Correct {flag}.")
-    return [(place, _Row(place, row, config).problem(integers)) for place, row in rows]
+
+def _optional_keys(config: TaskConfig) -> set[str]:
+    """Return the settings of keys that the user chose, and that not every row must have."""
+    default = TaskConfig()
+    names = ("advice_key", "tool_key", "label_key", "metadata_key")
+    return {name for name in names if getattr(config, name) not in (None, getattr(default, name))}
+
+
+def _check_rewards(config: TaskConfig, names: set[str]) -> None:
+    """Load every named reward that a row asks for; raises ConfigError where a library or the server's address lacks."""
+    for name in sorted(names):
+        load_named("task.reward", name)
+    asking = [name for name in names if find_reward("task.reward", name).needs_url]
+    if asking and config.rm_url is None:
+        raise ConfigError(
+            "task.rm_url", "must be given for the reward remote_rm", None, "Pass --rm-url http://HOST:PORT."
+        )
+    if names and not asking and config.rm_url is not None:
+        rule = f"is asked by the reward remote_rm, and this run's is {', '.join(sorted(names))}"
+        raise ConfigError("task.rm_url", rule, config.rm_url, "Pass --rm-type remote_rm, or drop --rm-url.")
 
 
 @dataclass(frozen=True)
@@ -75,11 +110,28 @@ class _Row:
     place: str
     values: Mapping[str, Any]
     config: TaskConfig
+    setting: str
 
-    def problem(self, integers: bool) -> Problem:
-        text, messages = self._prompt(self.config.input_key)
-        answer = self._answer(self.config.label_key, integers)
-        return Problem(text, answer, self._advice(self.config.advice_key), messages, self._tools(self.config.tool_key))
+    def problem(self) -> tuple[Problem, str]:
+        """Return the row's problem, and the name of its reward where that is a named one, else ""."""
+        config = self.config
+        text, messages = self._prompt(config.input_key)
+        metadata, tools = self._metadata(config.metadata_key), self._tools(config.tool_key)
+        if tools:
+            metadata["tools"] = list(tools)  # where slime's rewards find them
+        reward_name = self._reward_name(metadata)
+        answer, label = self._answer(config.label_key, reward_name)
+        advice = self._advice(config.advice_key)
+        return Problem(text, answer, advice, messages, tools, label, metadata), reward_name
+
+    def value(self, key: str | None) -> Any:
+        """Return what the row has under ``key``, None for nothing; ``a.b`` is under ``b`` in the object under ``a``."""
+        if key is None or key in self.values:
+            return None if key is None else self.values[key]
+        value: Any = self.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
 
     def _prompt(self, key: str) -> tuple[str, tuple[Mapping[str, Any], ...]]:
         """Return the prompt's text; of a chat its last text, with the messages."""
@@ -93,24 +145,53 @@ class _Row:
             raise self._refused(rule, prompt, "Write the user's message.")
         return prompt, ()
 
-    def _answer(self, key: str, integers: bool) -> str:
-        """Return the label as text; a function of the user's own may need no label, and then has ""."""
-        if self.values.get(key) is None and self.config.reward not in REWARDS:
+    def _reward_name(self, metadata: Mapping[str, Any]) -> str:
+        """Return the named reward of the row: its own, else the run's; "" where a function of the user's judges."""
+        if not is_named(self.config.reward):
             return ""
-        label = self._needed(key, "--label-key")
+        name = metadata.get(ROW_REWARD) or self.config.reward
+        if not isinstance(name, str):
+            raise self._refused(f"{ROW_REWARD!r} must be a reward's name", name, "Write a text.")
+        if name == self.config.reward:
+            find_reward("task.reward", name)
+        else:
+            find_reward(self.setting, name, f"{self.place}: {ROW_REWARD!r} ")
+        return name
+
+    def _answer(self, key: str, reward_name: str) -> tuple[str, Any]:
+        """Return the label as text and as it is; a reward that needs no label has "" and None where there is none.
+
+        Such a reward takes any JSON value as the label.
+        """
+        takes_any = not reward_name or not find_reward("task.reward", reward_name).needs_label
+        label = self.value(key) if takes_any else self._needed(key, "--label-key")
+        if takes_any and label is None:
+            return "", None
         is_number = type(label) is int or (isinstance(label, float) and math.isfinite(label))
         if not is_number and not isinstance(label, str):
+            if takes_any:
+                return json.dumps(label, default=str), label
             raise self._refused(f"{key!r} must be a text or a number", label, "Write the expected answer.")
-        if not integers:
-            return str(label)
+        if reward_name != "last_integer":
+            return str(label), label
         if (answer := _integer(label)) is None:
             rule = f"{key!r} must be an integer for the reward last_integer"
             raise self._refused(rule, label, "Pass --rm-type exact, or a function of your own: module:function.")
-        return answer
+        return answer, label
+
+    def _metadata(self, key: str | None) -> dict[str, Any]:
+        """Return the row's metadata, which may be written as the text of a JSON object."""
+        metadata = self.value(key)
+        if isinstance(metadata, str) and metadata.lstrip().startswith("{"):
+            metadata = parse_json(metadata, f"{self.place}: {key}", remedy="Write {...}.")
+        if metadata is not None and not isinstance(metadata, dict):
+            remedy = "Write {...}, or name another --metadata-key (null reads none)."
+            raise self._refused(f"{key!r} must be an object", metadata, remedy)
+        return dict(metadata or {})
 
     def _advice(self, key: str | None) -> str:
         """Return the row's advice; a row without any is generated without."""
-        advice = self.values.get(key) if key is not None else None
+        advice = self.value(key)
         if advice is None:
             return ""
         if not isinstance(advice, str):
@@ -120,7 +201,7 @@ class _Row:
 
     def _tools(self, key: str | None) -> tuple[Mapping[str, Any], ...]:
         """Return the row's tools, which may be written as the text of a JSON list, as slime's data have them."""
-        tools = self.values.get(key) if key is not None else None
+        tools = self.value(key)
         if isinstance(tools, str):
             tools = parse_json(tools, f"{self.place}: {key}", remedy="Write [{...}, ...].")
         if tools is not None and not _are_objects(tools):
@@ -128,16 +209,16 @@ class _Row:
         return tuple(tools or ())
 
     def _needed(self, key: str, flag: str) -> Any:
-        if key not in self.values:
+        if (value := self.value(key)) is None and key not in self.values:
             names = shortened(str(sorted(self.values)), 200)
             raise self._refused(
                 f"must have the key {key!r}", names, f"Add it, or pass {flag} with the file's own name."
             )
-        return self.values[key]
+        return value
 
     def _refused(self, rule: str, value: object, remedy: str) -> ConfigError:
         shown = value if isinstance(value, bool | int | float | None) else shortened(str(value))
-        return ConfigError(SETTING, f"{self.place}: {rule}", shown, remedy)
+        return ConfigError(self.setting, f"{self.place}: {rule}", shown, remedy)
 
 
 def _are_objects(value: Any) -> bool:

@@ -4,7 +4,8 @@
     async custom_rm(args, sample, **kwargs)         slime's, for one sample
     async batched_rm(args, samples, **kwargs)       slime's, for a prompt's whole group; gives a list
 
-Each may be a coroutine function, and may give a dict, of which ``--reward-key`` names the number.
+Each may be a coroutine function, and may give a dict, of which ``--reward-key`` names the number. Coroutines of a
+group's replies run side by side.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ import asyncio
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 from slime_spec.errors import ConfigError, shown
 from slime_spec.files import shortened
 from slime_spec.slime_sample import Sample as SlimeSample
 from slime_spec.slime_sample import Status
-from slime_spec.tasks.rewards import load_attribute, load_reward
+from slime_spec.tasks.named_tasks import load_task
+from slime_spec.tasks.rewards import is_named, load_named, load_reward
 from slime_spec.types import GeneratedSample, Prompt
 
 OURS, ONE, GROUP = "reward(prompt, reply)", "reward(args, sample, **kwargs)", "reward(args, samples, **kwargs)"
 DEFAULT_KEY = "score"
+ROW_REWARD = "rm_type"  # the key of a row's metadata, as in slime
 LARGEST = 1e30  # a group's sums, in 64 bits, and its advantages, in the trainer's 32, are finite
 
 
@@ -41,21 +44,22 @@ class Reply:
     own: Any = None
 
     def for_slime(self) -> Any:
+        """Return the sample as slime's rewards get it."""
         if self.own is not None:
             return self.own
-        ids = [*self.prompt.token_ids, *self.response.token_ids]
-        status = Status.TRUNCATED if self.response.finish_reason == "length" else Status.COMPLETED
-        index, length = self.response.sample_index, len(self.response.token_ids)
-        prompt = self.prompt
+        prompt, response = self.prompt, self.response
         return SlimeSample(
             group_index=prompt.prompt_id,
-            index=index,
-            prompt=prompt.text,
-            tokens=ids,
+            index=response.sample_index,
+            prompt=prompt.rendered or prompt.text,
+            tokens=[*prompt.token_ids, *response.token_ids],
             response=self.text,
-            response_length=length,
-            label=prompt.answer,
-            status=status,
+            response_length=len(response.token_ids),
+            label=prompt.answer if prompt.label is None else prompt.label,
+            status=Status.TRUNCATED if response.finish_reason == "length" else Status.COMPLETED,
+            metadata=dict(prompt.metadata),
+            rollout_log_probs=list(response.logprobs),
+            weight_versions=[str(version) for _, version in response.spans],
         )
 
 
@@ -71,30 +75,81 @@ class Verdict:
     is_answer: bool = True
 
 
+class Judging(Protocol):
+    """Gives verdicts, each of which may take long.
+
+    ``takes_groups`` says that all replies to a prompt shall come in one call; ``num_waits`` how many times the limit of
+    one call such a call may take.
+    """
+
+    @property
+    def takes_groups(self) -> bool: ...
+
+    def num_waits(self, num_replies: int) -> int: ...
+
+    def verdicts(self, replies: Sequence[Reply]) -> list[Verdict]: ...
+
+
 @dataclass(frozen=True)
 class RewardName:
-    """Names a reward of a user's own, so that another process can load it. E.g. ``RewardName("my_rewards:f")``
+    """Names a reward, so that another process can load it. E.g. ``RewardName("my_rewards:f")``, ``RewardName("math")``
 
     ``is_task`` says that ``name`` names a Task, whose method ``reward`` it is. ``args`` are what slime's rewards get as
-    ``args``: the settings by the names of their flags.
+    ``args``: the settings by the names of their flags. With ``is_grouped`` a function of the user's own gets a prompt's
+    whole group. ``limit_s`` is the longest that one coroutine may take.
     """
 
     name: str
     is_task: bool = False
     key: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    is_grouped: bool = False
+    limit_s: float | None = None
 
     @property
     def setting(self) -> str:
         return "task.names" if self.is_task else "task.reward"
 
-    def load(self) -> Judge:
+    def load(self) -> Judging:
         """Import the reward; raises ConfigError for one that is not there or takes other arguments."""
-        if self.is_task:
-            function = load_attribute(self.setting, self.name).reward
-        else:
-            function = load_reward(self.setting, self.name)
-        return Judge(function, form_of(function, self.setting, self.name), self.key, SimpleNamespace(**self.args))
+        if not self.is_task and is_named(self.name):
+            load_named(self.setting, self.name)
+            return JudgeByName(self)
+        return self.judge(load_task(self.name).reward if self.is_task else load_reward(self.setting, self.name))
+
+    def judge(self, function: Callable[..., Any]) -> Judge:
+        """Make the judge of a function that was loaded."""
+        form = form_of(function, self.setting, self.name, self.is_grouped)
+        return Judge(function, form, self.key, SimpleNamespace(**self.args), self.limit_s)
+
+
+class JudgeByName:
+    """Judges each reply by the named reward of its row, ``metadata["rm_type"]``, or by the run's."""
+
+    def __init__(self, reward: RewardName) -> None:
+        self._reward = reward
+        self._judges: dict[str, Judge] = {}
+
+    @property
+    def takes_groups(self) -> bool:
+        return self._judge(self._reward.name).takes_groups
+
+    def num_waits(self, num_replies: int) -> int:
+        return num_replies
+
+    def verdicts(self, replies: Sequence[Reply]) -> list[Verdict]:
+        names = [reply.prompt.metadata.get(ROW_REWARD) or self._reward.name for reply in replies]
+        verdicts: dict[int, Verdict] = {}
+        for name in dict.fromkeys(names):
+            places = [place for place, each in enumerate(names) if each == name]
+            judged = self._judge(name).verdicts([replies[place] for place in places])
+            verdicts |= dict(zip(places, judged, strict=True))
+        return [verdicts[place] for place in range(len(replies))]
+
+    def _judge(self, name: str) -> Judge:
+        if name not in self._judges:
+            self._judges[name] = replace(self._reward, is_grouped=False).judge(load_named(self._reward.setting, name))
+        return self._judges[name]
 
 
 @dataclass(frozen=True)
@@ -105,30 +160,59 @@ class Judge:
     form: str = OURS
     key: str | None = None
     args: SimpleNamespace = field(default_factory=SimpleNamespace)
+    limit_s: float | None = None
+
+    @property
+    def takes_groups(self) -> bool:
+        call = getattr(self.function, "__call__", None)  # noqa: B004 - an object whose call is a coroutine function
+        return self.form == GROUP or inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+
+    def num_waits(self, num_replies: int) -> int:
+        # A coroutine that never gives way holds up the others: each has the limit to itself.
+        return 1 if self.form == GROUP else num_replies
 
     def verdicts(self, replies: Sequence[Reply]) -> list[Verdict]:
         """Return a verdict for each of ``replies``: of one call for a group's form, of a call each otherwise."""
         if self.form == GROUP:
-            given = self._given([reply.for_slime() for reply in replies])
+            (given,) = self._given([[reply.for_slime() for reply in replies]])
             if isinstance(given, Verdict):
                 return [given] * len(replies)
             if not isinstance(given, Sequence) or len(given) != len(replies):
                 text = f"the reward must be a list of {len(replies)} rewards, it was {shown(given)}"
                 return [Verdict(None, text)] * len(replies)
             return [verdict_of(each, self.key) for each in given]
-        return [
-            verdict_of(self._given(reply.for_slime() if self.form == ONE else reply), self.key) for reply in replies
-        ]
+        judged = [reply.for_slime() if self.form == ONE else reply for reply in replies]
+        return [verdict_of(given, self.key) for given in self._given(judged)]
 
-    def _given(self, judged: Any) -> Any:
-        """Return what the function gives, awaited; a Verdict where it raises (or exits: SystemExit is no reward)."""
+    def _given(self, judged: Sequence[Any]) -> list[Any]:
+        """Return what the function gives for each, awaited together; a Verdict where it raises."""
+        called = [self._called(each) for each in judged]
+        waiting = [place for place, given in enumerate(called) if inspect.isawaitable(given)]
+        if waiting:
+            awaited = self._loop.run_until_complete(self._together([called[place] for place in waiting]))
+            for place, given in zip(waiting, awaited, strict=True):
+                called[place] = given
+        return called
+
+    def _called(self, judged: Any) -> Any:
         arguments = (judged.prompt, judged.text) if self.form == OURS else (self.args, judged)
         try:
-            given = self.function(*arguments)
-            return self._loop.run_until_complete(given) if inspect.isawaitable(given) else given
-        except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - it is a user's function
-            text = f"the reward raised {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
-            return Verdict(None, text, is_answer=False)
+            return self.function(*arguments)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is a user's function; an exit is no reward
+            return _raised(error)
+
+    async def _together(self, given: Sequence[Awaitable[Any]]) -> list[Any]:
+        return await asyncio.gather(*map(self._awaited, given))
+
+    async def _awaited(self, given: Awaitable[Any]) -> Any:
+        limit = asyncio.timeout(None if self.form == GROUP else self.limit_s)
+        try:
+            async with limit:
+                return await given
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
+            if limit.expired():
+                return Verdict(None, f"the reward gave no answer within {self.limit_s:g} s (--reward-timeout)", False)
+            return _raised(error)
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -153,8 +237,11 @@ def verdict_of(given: Any, key: str | None = None) -> Verdict:
     return Verdict(None, f"the reward must be {rule}, it was {shown(given)}")
 
 
-def form_of(function: Callable[..., Any], setting: str, name: str) -> str:
-    """Return how ``function`` is called, by its parameters; raises ConfigError for parameters of no known form."""
+def form_of(function: Callable[..., Any], setting: str, name: str, is_grouped: bool = False) -> str:
+    """Return how ``function`` is called, by its parameters; raises ConfigError for parameters of no known form.
+
+    slime's take ``args`` first; what comes next is the group where it is called ``samples``, or by ``is_grouped``.
+    """
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a built-in function that does not say
@@ -164,10 +251,11 @@ def form_of(function: Callable[..., Any], setting: str, name: str) -> str:
         for each in signature.parameters.values()
         if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
     ]
-    if names[:2] == ["args", "sample"]:
-        return ONE
-    if names[:2] == ["args", "samples"]:
-        return GROUP
+    if names[:1] == ["args"] and len(names) > 1:
+        return GROUP if is_grouped or names[1] == "samples" else ONE
+    if is_grouped:
+        rule = f"must name a function {GROUP}, as task.group_rm asks for"
+        raise ConfigError(setting, rule, f"{name}{signature}", "Drop --group-rm, or take args and samples.")
     try:
         signature.bind("prompt", "reply")
     except TypeError:
@@ -190,9 +278,14 @@ def _finite(given: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _raised(error: BaseException) -> Verdict:
+    text = f"the reward raised {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
+    return Verdict(None, text, is_answer=False)
+
+
 def users_traceback(error: BaseException, *callers: str) -> str:
     """Format the traceback from the user's first frame on: after those of the files that call, and of asyncio."""
-    ours = {*callers, asyncio.base_events.__file__}
+    ours = {*callers, asyncio.base_events.__file__, asyncio.tasks.__file__}
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename in ours:
         frames = frames.tb_next

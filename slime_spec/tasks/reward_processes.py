@@ -46,9 +46,9 @@ class RewardProcesses:
         self._lock = threading.Lock()  # of the two above: a process is started before a close, which ends it, or never
         atexit.register(self.close)
 
-    def verdicts(self, replies: Sequence[Reply]) -> Future[list[Verdict]]:
-        """Ask for the verdicts of ``replies`` in one call."""
-        return self._threads.submit(self._ask, list(replies))
+    def verdicts(self, replies: Sequence[Reply], num_waits: int = 1) -> Future[list[Verdict]]:
+        """Ask for the verdicts of ``replies`` in one call, which may take ``num_waits`` times the limit."""
+        return self._threads.submit(self._ask, list(replies), num_waits)
 
     def close(self) -> None:
         """End all processes at once; calls that wait fail."""
@@ -59,7 +59,7 @@ class RewardProcesses:
             for process in self._started:
                 process.end()  # its thread, if one waits, sees the end and closes the pipe
 
-    def _ask(self, replies: list[Reply]) -> list[Verdict]:
+    def _ask(self, replies: list[Reply], num_waits: int) -> list[Verdict]:
         process = self._idle.get()
         try:
             if process is None:
@@ -69,7 +69,8 @@ class RewardProcesses:
             process.ask(replies)
             prompt, index = replies[0].prompt, replies[0].response.sample_index
             doing = f"scoring task={prompt.task} prompt_id={prompt.prompt_id} sample={index}"
-            verdicts: list[Verdict] = process.answer(self._limit_s, self._say_every_s, doing)
+            limit_s = num_waits * self._limit_s
+            verdicts: list[Verdict] = process.answer(limit_s, self._say_every_s, doing)
         except _GoneError as gone:
             if process is not None:
                 with self._lock:

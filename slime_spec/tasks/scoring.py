@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from slime_spec.errors import ConfigError
-from slime_spec.tasks.judge import GROUP, Judge, Reply, RewardName, Verdict
+from slime_spec.tasks.judge import Judging, Reply, RewardName, Verdict
 from slime_spec.tasks.reward_processes import RewardProcesses
 from slime_spec.types import GeneratedSample, Prompt, Sample
 
@@ -36,7 +36,7 @@ class Scorer(Protocol):
 class DirectScorer:
     """Scores here and now: for rewards of this package, which end, and end nothing."""
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judging) -> None:
         self._judge = judge
 
     def score(
@@ -51,11 +51,11 @@ class DirectScorer:
 
 
 class ProcessScorer:
-    """Scores in processes, beside the generation of other groups: for rewards of a user's own."""
+    """Scores in processes, beside the generation of other groups: for a user's own rewards, and slow ones."""
 
     def __init__(self, reward: RewardName, num_processes: int, limit_s: float) -> None:
         """Load the reward; raises ConfigError for one that cannot be called."""
-        self._reward, self._by_group = reward, reward.load().form == GROUP
+        self._reward, self._judge = reward, reward.load()
         self._processes = RewardProcesses(reward, num_processes, limit_s)
 
     def try_on(self, prompt: Prompt) -> None:
@@ -80,8 +80,8 @@ class ProcessScorer:
     ) -> PendingSamples:
         replies = _replies(prompt, responses, texts, owns)
         judged = [reply for reply in replies if _is_judged(reply)]
-        calls = [judged] if self._by_group and judged else [[reply] for reply in judged]
-        answers = [self._processes.verdicts(call) for call in calls]
+        calls = [judged] if self._judge.takes_groups and judged else [[reply] for reply in judged]
+        answers = [self._processes.verdicts(call, self._judge.num_waits(len(call))) for call in calls]
         return lambda: _samples(replies, [verdict for answer in answers for verdict in answer.result()])
 
     def close(self) -> None:

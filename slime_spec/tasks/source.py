@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from fractions import Fraction
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from slime_spec.checkpoints.tokenizer import Tokenizer
@@ -12,16 +16,20 @@ from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config, TaskConfig
 from slime_spec.errors import CheckpointError, ConfigError
 from slime_spec.files import is_encodable, shortened
-from slime_spec.interfaces import Problem, Task, unknown_choice
-from slime_spec.tasks.builtin import SUITES, TASKS
-from slime_spec.tasks.jsonl import JsonlTask
+from slime_spec.interfaces import Problem, Task
+from slime_spec.tasks.jsonl import Choose, JsonlTask, PlacedProblem, every_problem
 from slime_spec.tasks.judge import Judge, RewardName
-from slime_spec.tasks.rewards import REWARDS, load_attribute
+from slime_spec.tasks.mix import DataSource, data_sources
+from slime_spec.tasks.named_tasks import known_tasks, runs_elsewhere, tasks_named
+from slime_spec.tasks.rewards import find_reward, is_named
 from slime_spec.tasks.scoring import DirectScorer, PendingSamples, ProcessScorer, Scorer
+from slime_spec.tasks.turns import Turns
 from slime_spec.types import GeneratedSample, Prompt
 
 logger = logging.getLogger(__name__)
 SHOWN_CHARACTERS, SHOWN_IDS = 600, 24  # of the first prompt, half from each end
+CHUNK = 1_024  # rows whose tokens are counted at once, on all cores
+SAY_EVERY_S = 10.0
 
 
 class PromptSource:
@@ -46,20 +54,29 @@ class PromptSource:
             )
         self._config = config
         self._tokenizer = tokenizer
-        self._tasks = load_tasks(config.task)
-        for task in self._tasks:
-            if isinstance(task, JsonlTask):
-                self._drop_overlong(task)
-        first = self.take(len(self._tasks), start_prompt_id=0)
+        self._tasks = load_tasks(config.task, self._fitting)
+        self._turns = Turns(_weights(config.task, self._tasks))
         self._scorers: dict[str, Scorer] = {}
+        first = [self._prompt(prompt_id) for prompt_id in self._turns.first_of_each()]
         with ExitStack() as opened:
             for task, prompt in zip(self._tasks, first, strict=True) if is_scored else ():
                 self._scorers[task.name] = opened.enter_context(closing(_scorer(config, task, prompt)))
             self._opened = opened.pop_all()
 
+    @property
+    def num_rows(self) -> int | None:
+        """Return the prompts of one epoch, over all sources of data; None for tasks, which never end."""
+        rows = [len(task) for task in self._tasks if isinstance(task, JsonlTask)]
+        return sum(rows) if rows else None
+
     def take(self, n: int, start_prompt_id: int) -> tuple[Prompt, ...]:
-        """Return the prompts ``start_prompt_id`` to ``start_prompt_id + n - 1``; tasks take turns."""
+        """Return the prompts ``start_prompt_id`` to ``start_prompt_id + n - 1``; tasks take turns by their weights."""
         return tuple(self._prompt(start_prompt_id + i) for i in range(n))
+
+    def rows(self) -> tuple[Prompt, ...]:
+        """Return the prompts of all data, each once and in the order of its file, under ids of their own."""
+        placed = [(task, each) for task in self._tasks if isinstance(task, JsonlTask) for each in task.problems]
+        return tuple(self._made(number, task, f"row {number}", each) for number, (task, each) in enumerate(placed))
 
     def score(self, prompt: Prompt, responses: Sequence[GeneratedSample], owns: Sequence[Any] = ()) -> PendingSamples:
         """Begin to score a prompt's responses by its task's reward; call what is returned to wait for the samples.
@@ -68,12 +85,6 @@ class PromptSource:
         """
         texts = [own.response for own in owns] or [self._tokenizer.decode(each.token_ids) for each in responses]
         return self._scorers[prompt.task].score(prompt, responses, texts, owns)
-
-    def rows(self) -> tuple[Prompt, ...]:
-        """Return the prompts of the data file's rows, once each and in the file's order, with their places as ids."""
-        (task,) = self._tasks
-        assert isinstance(task, JsonlTask), "built-in tasks have no rows"
-        return tuple(self._made(number, task, *row) for number, row in enumerate(task.rows))
 
     def close(self) -> None:
         """End the processes of rewards."""
@@ -88,7 +99,7 @@ class PromptSource:
         return f"task={prompt.task} tokens={len(ids)} text={text!r} ids=[{listed}]"
 
     def _prompt(self, prompt_id: int) -> Prompt:
-        index, turn = divmod(prompt_id, len(self._tasks))
+        turn, index = self._turns.at(prompt_id)
         task = self._tasks[turn]
         where = f"problem {index} of task {task.name}"
         return self._made(prompt_id, task, where, task.problem(index, self._config.run.seed))
@@ -96,40 +107,61 @@ class PromptSource:
     def _made(self, prompt_id: int, task: Task, where: str, given: Problem) -> Prompt:
         """Return the prompt of a task's problem; raises ConfigError that names ``where`` the problem is."""
         problem = _checked(given, where)
-        ids = self._token_ids(problem, where)
+        text = self._rendered(problem, where)
+        ids = self._tokenizer.encode(text, special=self._adds_special)
         if len(ids) > self._config.rollout.max_prompt_len:
             raise self._overlong(where, len(ids))
-        # A user's task may give problems of its own class, which know nothing of advice.
-        advice = self._tokenizer.encode(getattr(problem, "advice", ""), special=False)
-        return Prompt(prompt_id, task.name, problem.text, ids, problem.answer, advice)
+        if not ids:
+            raise self._empty(where)
+        # A user's task may give problems of its own class, which know nothing of advice, labels and metadata.
+        return Prompt(
+            prompt_id,
+            task.name,
+            problem.text,
+            ids,
+            problem.answer,
+            advice_token_ids=self._tokenizer.encode(getattr(problem, "advice", ""), special=False),
+            label=getattr(problem, "label", None),
+            metadata=getattr(problem, "metadata", {}),
+            rendered=text,
+        )
 
-    def _drop_overlong(self, task: JsonlTask) -> None:
-        """Leave out rows with more than ``max_prompt_len`` tokens, as slime does; tokenize every row for its errors."""
+    def _fitting(self, source: DataSource, placed: Iterable[PlacedProblem]) -> list[Problem]:
+        """Leave out problems with more than ``max_prompt_len`` tokens, as slime does; render each for its errors."""
         longest, strict = self._config.rollout.max_prompt_len, self._config.task.refuse_overlong_prompts
-        fitting = []
-        for place, problem in task.rows:
-            num_tokens = len(self._token_ids(problem, place))
-            if num_tokens <= longest:
-                fitting.append((place, problem))
-            elif strict:
-                raise self._overlong(place, num_tokens)
-        num_dropped = len(task.rows) - len(fitting)
-        if not fitting:
-            raise ConfigError(
-                "rollout.max_prompt_len",
-                f"must let a prompt of {self._config.task.prompt_data} through: all {num_dropped} are longer",
-                longest,
-                "Pass a larger --rollout-max-prompt-len.",
-            )
-        if num_dropped:
-            logger.warning(
-                "left out overlong prompts file=%s dropped=%d kept=%d max_prompt_len=%d",
-                self._config.task.prompt_data,
-                num_dropped,
-                len(fitting),
-                longest,
-            )
-        task.keep(fitting)
+        fitting: list[Problem] = []
+        num_rows, begun = 0, time.monotonic()
+        said = begun
+        for chunk in _chunks(placed):
+            texts = [self._rendered(_checked(problem, place), place) for place, problem in chunk]
+            counts = self._tokenizer.count_tokens(texts, special=self._adds_special)
+            for (place, problem), num_tokens in zip(chunk, counts, strict=True):
+                if num_tokens == 0:
+                    raise self._empty(place)
+                if num_tokens <= longest:
+                    fitting.append(problem)
+                elif strict:
+                    raise self._overlong(place, num_tokens)
+            num_rows += len(chunk)
+            if time.monotonic() - said >= SAY_EVERY_S:
+                said = time.monotonic()
+                logger.info("reading prompts file=%s rows=%d for_s=%.0f", source.path, num_rows, said - begun)
+        if num_dropped := num_rows - len(fitting):
+            self._tell_dropped(source, num_dropped, len(fitting))
+        return fitting
+
+    def _tell_dropped(self, source: DataSource, num_dropped: int, num_kept: int) -> None:
+        longest = self._config.rollout.max_prompt_len
+        if not num_kept:
+            rule = f"must let a prompt of {source.path} through: all {num_dropped} are longer"
+            raise ConfigError("rollout.max_prompt_len", rule, longest, "Pass a larger --rollout-max-prompt-len.")
+        logger.warning(
+            "left out overlong prompts file=%s dropped=%d kept=%d max_prompt_len=%d",
+            source.path,
+            num_dropped,
+            num_kept,
+            longest,
+        )
 
     def _overlong(self, where: str, num_tokens: int) -> ConfigError:
         return ConfigError(
@@ -139,21 +171,31 @@ class PromptSource:
             "Shorten the prompt, or pass a larger --rollout-max-prompt-len.",
         )
 
-    def _token_ids(self, problem: Problem, where: str) -> tuple[int, ...]:
-        ids = self._chat(problem, where) if self._config.task.apply_chat_template else self._plain(problem, where)
-        if not ids:
-            raise ConfigError(
-                "task.prompt_data", f"{where}: the prompt must have at least one token", 0, "Write a text."
-            )
-        return ids
+    def _empty(self, where: str) -> ConfigError:
+        return ConfigError("task.prompt_data", f"{where}: the prompt must have at least one token", 0, "Write a text.")
 
-    def _chat(self, problem: Problem, where: str) -> tuple[int, ...]:
+    @property
+    def _adds_special(self) -> bool:
+        """Return whether the tokenizer adds its own special tokens: a chat template writes them itself."""
+        return not self._config.task.apply_chat_template
+
+    def _rendered(self, problem: Problem, where: str) -> str:
+        """Return the text of a problem that is tokenized."""
         # A user's task may give problems of its own class, which know nothing of messages.
         messages: tuple[Mapping[str, Any], ...] = getattr(problem, "messages", ())
         tools: tuple[Mapping[str, Any], ...] = getattr(problem, "tools", ())
+        if self._adds_special:
+            if messages or tools:
+                raise ConfigError(
+                    "task.apply_chat_template",
+                    f"{where}: messages and tools need the chat template",
+                    False,
+                    "Drop --no-apply-chat-template, or write texts without tools.",
+                )
+            return problem.text
         system = self._config.task.system_prompt
         try:
-            return self._tokenizer.chat(messages or problem.text, system, tools)
+            return self._tokenizer.chat_text(messages or problem.text, system, tools)
         except CheckpointError as error:
             if not messages and not tools and not system:
                 raise
@@ -162,16 +204,6 @@ class PromptSource:
             )
             remedy = "Drop --system-prompt, or write" if system else "Write"
             raise ConfigError(setting, f"{where}: {error.rule}", value, f"{remedy} messages that it takes.") from None
-
-    def _plain(self, problem: Problem, where: str) -> tuple[int, ...]:
-        if getattr(problem, "messages", ()) or getattr(problem, "tools", ()):
-            raise ConfigError(
-                "task.apply_chat_template",
-                f"{where}: messages and tools need the chat template",
-                False,
-                "Drop --no-apply-chat-template, or write texts without tools.",
-            )
-        return self._tokenizer.encode(problem.text)
 
 
 def _checked(problem: Problem, where: str) -> Problem:
@@ -194,24 +226,38 @@ def _first_and_last(items: Sequence[str], count: int) -> list[str]:
     return [*items] if len(items) <= count else [*items[:half], "...", *items[-half:]]
 
 
-def load_tasks(config: TaskConfig) -> tuple[Task, ...]:
-    """Return the run's tasks in their turn: one jsonl file, or built-in names, suites and ``module:attribute``."""
-    if config.prompt_data is not None:
-        return (JsonlTask(config),)
+def _chunks(placed: Iterable[PlacedProblem]) -> Iterator[list[PlacedProblem]]:
+    rest = iter(placed)
+    while chunk := list(islice(rest, CHUNK)):
+        yield chunk
+
+
+def load_tasks(config: TaskConfig, choose: Choose = every_problem) -> tuple[Task, ...]:
+    """Return the run's tasks in their turn: sources of data, or built-in names, suites and ``module:attribute``."""
+    if config.reads_data:
+        return tuple(JsonlTask(config, source, choose) for source in data_sources(config))
     if not config.names:
-        raise ConfigError("task.names", "must name at least one task", config.names, f"Choose of {_known()}.")
-    tasks = tuple(task for name in config.names for task in _named(name))
+        raise ConfigError("task.names", "must name at least one task", config.names, f"Choose of {known_tasks()}.")
+    tasks = tuple(task for name in config.names for task in tasks_named(name))
     names = [task.name for task in tasks]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError("task.names", f"must be distinct; {', '.join(repeated)} comes twice", names, "Drop one.")
     return tasks
 
 
+def _weights(config: TaskConfig, tasks: Sequence[Task]) -> list[Fraction]:
+    return [source.weight for source in data_sources(config)] if config.reads_data else [Fraction(1)] * len(tasks)
+
+
 def _scorer(config: Config, task: Task, first: Prompt) -> Scorer:
-    """Return the scorer of a task's reward; tries a reward of the user's own once, on the task's first prompt."""
-    name = _own_reward(config, task)
+    """Return the scorer of a task's reward; one that runs in processes is tried once, on the task's first prompt."""
+    name = _reward_name(config, task)
     if name is None:
         return DirectScorer(Judge(task.reward))
+    if isinstance(task, JsonlTask) and is_named(name.name):
+        names = {name.name, *task.reward_names}
+        if all(find_reward(name.setting, each).is_quick for each in names):
+            return DirectScorer(name.load())
     scorer = ProcessScorer(name, config.task.reward_processes, config.task.reward_timeout_s)
     try:
         scorer.try_on(first)
@@ -221,34 +267,11 @@ def _scorer(config: Config, task: Task, first: Prompt) -> Scorer:
     return scorer
 
 
-def _own_reward(config: Config, task: Task) -> RewardName | None:
-    """Return the name of the reward, or of the task, that is a user's own; None for those of this package."""
-    key, args = config.task.reward_key, by_flag(config)
+def _reward_name(config: Config, task: Task) -> RewardName | None:
+    """Return the name of the reward of data, or of a task that is not of this package; None for those that are."""
+    settings = config.task
+    make = partial(RewardName, key=settings.reward_key, args=by_flag(config), limit_s=settings.reward_timeout_s)
     if isinstance(task, JsonlTask):
-        return None if config.task.reward in REWARDS else RewardName(config.task.reward, key=key, args=args)
-    own = (name for name in config.task.names if ":" in name and load_attribute("task.names", name) is task)
-    return next((RewardName(name, is_task=True, key=key, args=args) for name in own), None)
-
-
-def _named(name: str) -> tuple[Task, ...]:
-    if name in SUITES:
-        return tuple(TASKS[member] for member in SUITES[name])
-    if name in TASKS:
-        return (TASKS[name],)
-    if ":" not in name:
-        raise unknown_choice("task.names", [*TASKS, *SUITES], name)
-    task = load_attribute("task.names", name)
-    absent = [part for part in ("name", "problem", "reward") if not hasattr(task, part)]
-    if absent or isinstance(task, type):
-        raise ConfigError(
-            "task.names",
-            "must name an object with name, problem(index, seed) and reward(prompt, reply)",
-            name,
-            "Name an instance, not its class." if isinstance(task, type) else f"It lacks {', '.join(absent)}.",
-        )
-    own: Task = task
-    return (own,)
-
-
-def _known() -> str:
-    return ", ".join([*TASKS, *SUITES])
+        return make(settings.reward, is_grouped=settings.group_rm and not is_named(settings.reward))
+    own = (name for name in settings.names if runs_elsewhere(name) and task in tasks_named(name))
+    return next((make(name, is_task=True) for name in own), None)

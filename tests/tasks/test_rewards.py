@@ -71,7 +71,7 @@ def test_an_unknown_reward_is_answered_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'last_integer'"):
         load_reward("task.reward", "last_interger")
     with pytest.raises(ConfigError, match="or a function of your own as module:function"):
-        load_reward("task.reward", "deepscaler")
+        load_reward("task.reward", "judge_of_mine")
 
 
 def test_a_reward_of_ones_own_is_found_by_module_and_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

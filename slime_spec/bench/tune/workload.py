@@ -72,7 +72,8 @@ class Workload:
 
 def read_workload(config: Config, path: Path | None, num_new_tokens: int, key: str = "prompt") -> Workload:
     """Read and tokenize the prompts, which a jsonl has under ``key``; raises ConfigError where none fits."""
-    tokenizer = Tokenizer.load(config.model.hf_checkpoint, config.task.chat_date)
+    task = config.task
+    tokenizer = Tokenizer.load(config.model.hf_checkpoint, task.chat_date, task.template_values)
     prompts = _of_task(config, tokenizer) if path is None else _of_file(config, tokenizer, path, key)
     params = sampling_params(config.rollout)
     params = replace(params, max_new_tokens=min(params.max_new_tokens, num_new_tokens))
@@ -90,7 +91,7 @@ def _of_file(config: Config, tokenizer: Tokenizer, path: Path, key: str) -> tupl
     if not file.exists():
         rule = "must be a run's folder with samples.jsonl, such a file, or a jsonl of prompts"
         raise ConfigError(FLAG, rule, str(path), "Pass a file that is there; slime-spec rollout writes samples.jsonl.")
-    rows, is_samples = data_rows(FLAG, str(file)), file.name == SAMPLES
+    rows, is_samples = list(data_rows(FLAG, str(file))), file.name == SAMPLES
     key = "prompt" if is_samples else key
     longest = config.rollout.max_prompt_len
     replies: dict[tuple[int, ...], list[EarlierReply]] = {}
