@@ -110,7 +110,12 @@ class AlgorithmConfig:
     @property
     def needs_reference(self) -> bool:
         """Return whether the trainer keeps the reference model beside the policy."""
-        return self.use_kl_loss or self.kl_loss_coef > 0.0 or self.kl_coef > 0.0
+        return self.kl_coef > 0.0 or self.measures_kl
+
+    @property
+    def measures_kl(self) -> bool:
+        """Return whether each pass of the policy has the reference's beside it."""
+        return self.use_kl_loss or self.kl_loss_coef > 0.0
 
     @property
     def moves_at_advantage_0(self) -> bool:

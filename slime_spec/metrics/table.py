@@ -249,7 +249,9 @@ TABLE = (
     Metric("train/loss", "loss", "The loss that was minimised, a mean by algorithm.loss_mean."),
     Metric("train/pg_loss", "loss", "Its policy gradient part."),
     Metric(
-        "train/kl_loss", "nats/token", "KL to the reference, over the tokens of train/entropy; 0 without reference."
+        "train/kl_loss",
+        "nats/token",
+        "KL to the reference, over the tokens of train/entropy; 0 unless in the loss or --use-kl-loss.",
     ),
     Metric("train/reward_kl", "nats/token", "KL to the reference that --kl-coef took from rewards, over all tokens."),
     Metric("train/lr", "rate", "Learning rate of the step's last optimizer step."),

@@ -231,7 +231,7 @@ class TrainerRank:
         return accumulate_gradients(self.ddp, self._with_reference(microbatches), self.loss, self.temperature)
 
     def _with_reference(self, microbatches: Sequence[Microbatch]) -> Sequence[Microbatch]:
-        if self.reference is None:
+        if self.reference is None or not self.config.algorithm.measures_kl:
             return microbatches
         return with_reference_logprobs(self.reference, microbatches, self.temperature)
 
