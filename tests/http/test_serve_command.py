@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -48,6 +49,7 @@ def test_the_command_serves_until_it_is_told_to_end(policy: Path) -> None:
     assert "Traceback" not in err
     assert "note: The embedded engine has no use for --sglang-enable-metrics." in err
     assert f"loading address={url} model={policy}" in err
+    assert len(re.findall(r"request method=POST path=/generate status=200 seconds=[\d.]+ client=127.0.0.1\n", err)) == 1
 
 
 def test_a_port_in_use_is_found_before_the_model_is_loaded(policy: Path, capsys: Capture) -> None:

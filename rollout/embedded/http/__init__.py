@@ -1,1 +1,1 @@
-"""The HTTP server of one embedded engine offers SGLang's endpoints and wire format to clients written for SGLang."""
+"""The HTTP server of one embedded engine offers SGLang's and OpenAI's endpoints to clients written for either."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slime_spec.errors import ConfigError
+from slime_spec.files import parse_json_object
 
 FRAME_BYTES = 256  # of the JSON around a text
 SEND = "Send {'role': ..., 'content': ...}."
@@ -58,13 +59,8 @@ def _tool_call(name: str, call: Mapping[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return dict(call)
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        shown = function["arguments"]
-        raise ConfigError(f"{name}.function.arguments", "must be a JSON object as a text", shown, "Send '{...}'.")
+    where, remedy = f"{name}.function.arguments", "Send a JSON object as a text: '{...}'."
+    arguments = parse_json_object(function["arguments"], where, remedy=remedy)
     return {**call, "function": {**function, "arguments": arguments}}
 
 
