@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # How long an abort from another thread may go unnoticed while nothing arrives.
 ABORT_POLL_S = 0.2
 # How long a request that comes while the generation runs may go unnoticed while nothing arrives.
-FEED_POLL_S = 0.005
+FEED_POLL_S = 0.01
 
 Call = Hashable
 """A call to an engine whose results come later: a stream of samples, or a watch."""
