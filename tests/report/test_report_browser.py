@@ -93,6 +93,15 @@ def test_every_chart_is_drawn_without_an_error_and_nothing_is_wider_than_the_scr
         assert len(colours) > 10, "axes, grid and lines"
 
 
+def test_a_long_name_without_a_space_makes_no_page_wider(browser: Browser, tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / ("long_name_" * 12 + kind), [row(0), row(1)], FROZEN) for kind in "ab"]
+    file = tmp_path / "report.html"
+    write_page(file, ReportPage(read_runs(folders)))
+    opened = Opened(browser, file, width=400)
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert opened.wrong == []
+
+
 def test_the_lines_of_all_runs_are_in_the_picture_and_leave_it_with_their_run(browser: Browser, written: Path) -> None:
     opened = Opened(browser, written)
     title = "Accepted length: no draft, frozen draft, online draft"
