@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, each_of
 from slime_spec.launch.compose import composed
 from slime_spec.preflight import report
 from slime_spec.preflight.facts import Facts
@@ -86,7 +86,7 @@ def _examine(options: Options) -> Examined:
         looked = look(made, acceptance)
         looked.close()
     except ConfigError as error:
-        return Examined([refused(error)], "a configuration that is refused", None, ())
+        return Examined([refused(each) for each in each_of(error)], "a configuration that is refused", None, ())
     config = made.config
     if not looked.engines:
         return Examined([*looked.findings], "a configuration that is refused", None, ())

@@ -220,6 +220,13 @@ def test_all_mistakes_of_a_command_line_are_told_at_once() -> None:
     assert (caught.value.setting, caught.value.value) == ("--lrr", "--lrr")
 
 
+def test_the_doctor_tells_each_mistake_as_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--lrr", "1", "--seed", "x", "--json"]) == 2
+    told = capsys.readouterr().out
+    assert "--lrr" in told
+    assert "run.seed" in told
+
+
 def test_all_contradictions_of_a_configuration_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         made_of("--rollout-top-k 0 --global-batch-size 7 --chat-date yesterday")
