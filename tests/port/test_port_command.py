@@ -115,6 +115,13 @@ def test_what_the_flags_together_are_refused_for_is_missing_too(tmp_path: Path, 
     assert "rollout.top_k" in told
 
 
+def test_a_script_of_another_model_than_its_checkpoint_is_told(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 28, "rope_theta": 1000000.0}')
+    assert main(["port", script(tmp_path, f"--hf-checkpoint {tmp_path}")]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "missing here (1) --num-layers must be 28" in told
+
+
 def test_variables_are_taken_from_the_environment(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
