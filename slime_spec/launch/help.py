@@ -30,6 +30,7 @@ slime-spec: speculative decoding that pays in RL rollouts
   slime-spec port SCRIPT [--run] [-- flags]         print what a launch script of slime's is here, or run it
   slime-spec models fetch NAME [--output DIR]       make a model's Hugging Face checkpoint folder (smollm2-135m)
   slime-spec draft train --target DIR --out DIR     train a draft on the target's own replies
+  slime-spec draft eval --target DIR --draft DIR    measure its acceptance by position, on replies of the target
   slime-spec draft convert --draft DIR --target DIR --out DIR --to LAYOUT    write a draft in another layout
   slime-spec bench NAME [--json FILE]   main-job, engine, device, sglang, pays, drafts, coordinator or robustness
   slime-spec completion bash|zsh                    print a script that completes commands and flags

@@ -31,6 +31,10 @@ class DraftSequence:
     kind: str
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.token_ids[: self.prompt_len]
+
+    @property
     def reply(self) -> tuple[int, ...]:
         return self.token_ids[self.prompt_len :]
 
@@ -49,8 +53,7 @@ def split(
     held_out: list[DraftSequence] = []
     for sequence in sorted(sequences, key=lambda each: each.index):
         if len(sequence.reply) >= 2:
-            prompt = sequence.token_ids[: sequence.prompt_len]
-            (held_out if is_held_out(prompt, held_out_percent) else train).append(sequence)
+            (held_out if is_held_out(sequence.prompt, held_out_percent) else train).append(sequence)
     return tuple(train), tuple(held_out)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from slime_spec.interfaces import unknown_choice
 from slime_spec.launch.draft.convert_options import read_convert_options
+from slime_spec.launch.draft.eval_options import read_eval_options
 from slime_spec.launch.draft.options import read_options
 
 
@@ -17,8 +18,13 @@ def run_draft(argv: Sequence[str]) -> int:
         from slime_spec.launch.draft.convert import convert
 
         return convert(convert_options)
+    if action == "eval":
+        eval_options = read_eval_options(rest)
+        from slime_spec.launch.draft.evaluate import evaluate
+
+        return evaluate(eval_options)
     if action != "train":
-        raise unknown_choice("draft", ["convert", "train"], action)
+        raise unknown_choice("draft", ["convert", "eval", "train"], action)
     options = read_options(rest)
     from slime_spec.launch.draft.train import train
 

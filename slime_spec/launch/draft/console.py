@@ -54,12 +54,12 @@ class ConsoleProgress:
             self._console.print(f"{phase} {done}/{wanted} {note}".rstrip(), markup=False, highlight=False)
 
 
-def held_out_table(tallies: Mapping[str, Tally]) -> Table:
+def held_out_table(tallies: Mapping[str, Tally], title: str = "held-out replies") -> Table:
     """Make a row per kind of reply: by position, the share of drafts accepted, given that all earlier ones were.
 
     Tokens per verify are of drafts that name the likeliest token, and of sampled ones by either rule.
     """
-    table = Table(title="held-out replies")
+    table = Table(title=title)
     table.add_column("kind")
     table.add_column("replies", justify="right")
     table.add_column("tokens per verify", justify="right")

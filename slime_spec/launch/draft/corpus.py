@@ -12,7 +12,7 @@ import xxhash
 
 from rollout.embedded.engine import EmbeddedEngine
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.checkpoints.tokenizer import Tokenizer, check_vocabulary
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, RolloutConfig, RunConfig, TaskConfig
 from slime_spec.draft.training.progress import Progress
 from slime_spec.draft.training.sequence import DraftSequence, as_line, read_corpus
@@ -20,7 +20,8 @@ from slime_spec.errors import ConfigError
 from slime_spec.files import LineFile
 from slime_spec.interfaces import Generation
 from slime_spec.launch.draft.chat_prompts import chat_prompts
-from slime_spec.launch.draft.corpus_settings import CorpusSettings
+from slime_spec.launch.draft.conversations import read_conversations
+from slime_spec.launch.draft.corpus_settings import MAX_LENGTH, CorpusSettings
 from slime_spec.tasks.source import PromptSource
 from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GroupRequest, Prompt, SamplingParams
@@ -65,6 +66,15 @@ def plan_corpus(model: Path, settings: CorpusSettings) -> list[PlannedReply]:
             seed = xxhash.xxh3_64_intdigest(f"{settings.seed}/corpus/{k}/{i}".encode()) >> 1
             planned.append(PlannedReply(len(planned), ids, kind, seed, params))
     return planned
+
+
+def imported_corpus(model: Path, settings: CorpusSettings) -> list[DraftSequence] | None:
+    """Return the replies of the settings' file of conversations; None where the target shall generate them."""
+    if settings.conversations is None:
+        return None
+    tokenizer = Tokenizer.load(model)
+    check_vocabulary(tokenizer, ModelSpec.from_folder(model))
+    return read_conversations(Path(settings.conversations), tokenizer, settings.max_length or MAX_LENGTH)
 
 
 def _prompt_config(model: Path, settings: CorpusSettings) -> Config:

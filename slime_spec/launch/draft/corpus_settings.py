@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_LENGTH = 2048  # of a sequence of conversations, where no option says it
 CORPUS_FILE = "corpus.jsonl"  # file in the folder of the draft
 
 
@@ -13,7 +14,8 @@ class CorpusSettings:
 
     Every prompt is a task's, or with probability ``chat_share`` an everyday request. With probability
     ``greedy_share`` it gets one greedy reply, otherwise ``samples_per_prompt`` replies at ``temperature``. Replies end
-    where they end, as rollouts do, or after ``max_new_tokens``.
+    where they end, as rollouts do, or after ``max_new_tokens``. With a file of ``conversations`` its replies are the
+    corpus instead, each with its prompt cut after ``max_length`` tokens.
     """
 
     tasks: tuple[str, ...] = ("arithmetic_sentences",)
@@ -26,3 +28,5 @@ class CorpusSettings:
     greedy_share: float = 0.5
     chat_share: float = 0.05
     seed: int = 0
+    conversations: str | None = None
+    max_length: int | None = None

@@ -70,11 +70,8 @@ class DraftOptions:
 def read_options(argv: Sequence[str]) -> DraftOptions:
     """Read the options; raises ConfigError for a flag, a value or a folder that cannot work."""
     given = _parser().parse_args(argv)
-    for flag, name, least, most in RANGES:
-        value = getattr(given, name)
-        if value is not None and not least <= value <= most:
-            bounds = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
-            raise ConfigError(flag, f"must be {bounds}", value, f"See {PROG} --help.")
+    check_ranges(given, PROG)
+    check_corpus(given)
     if not 0 < given.lr < 1:
         raise ConfigError("--lr", "must be above 0 and below 1", given.lr, "Start from the default, 1e-3.")
     if not (given.target / "config.json").is_file():
@@ -85,21 +82,47 @@ def read_options(argv: Sequence[str]) -> DraftOptions:
     return DraftOptions(
         target=given.target,
         out=given.out,
-        corpus=CorpusSettings(
-            tasks=tuple(given.task),
-            prompt_data=given.prompt_data,
-            input_key=given.input_key,
-            num_prompts=given.num_prompts,
-            samples_per_prompt=given.samples_per_prompt,
-            max_new_tokens=given.max_new_tokens,
-            temperature=given.temperature,
-            greedy_share=given.greedy_share,
-            chat_share=given.chat_share,
-            seed=given.seed,
-        ),
+        corpus=corpus_of(given),
         capture_layers=None if given.capture_layers is None else tuple(sorted(given.capture_layers)),
         **{name: getattr(given, name) for name in SAME_NAME},
     )
+
+
+def corpus_of(given: argparse.Namespace) -> CorpusSettings:
+    """Return the settings of the corpus that a command line gives."""
+    return CorpusSettings(
+        tasks=tuple(given.task),
+        prompt_data=given.prompt_data,
+        input_key=given.input_key,
+        num_prompts=given.num_prompts,
+        samples_per_prompt=given.samples_per_prompt,
+        max_new_tokens=given.max_new_tokens,
+        temperature=given.temperature,
+        greedy_share=given.greedy_share,
+        chat_share=given.chat_share,
+        seed=given.seed,
+        conversations=given.conversations,
+        max_length=given.max_length,
+    )
+
+
+def check_ranges(given: argparse.Namespace, prog: str) -> None:
+    """Raise ConfigError for a number out of its bounds, of the flags that the command has."""
+    for flag, name, least, most in RANGES:
+        value = getattr(given, name, None)
+        if value is not None and not least <= value <= most:
+            bounds = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
+            raise ConfigError(flag, f"must be {bounds}", value, f"See {prog} --help.")
+
+
+def check_corpus(given: argparse.Namespace) -> None:
+    """Raise ConfigError for two sources of a corpus, and for a length that no conversation has."""
+    if given.conversations is not None and given.prompt_data is not None:
+        rule = "a corpus has one source, and --prompt-data names prompts to generate replies to"
+        raise ConfigError("--conversations", rule, given.conversations, "Drop one of the two.")
+    if given.conversations is None and given.max_length is not None:
+        rule = "is of --conversations; generated replies end after --max-new-tokens"
+        raise ConfigError("--max-length", rule, given.max_length, "Drop it.")
 
 
 # (flag, attribute, least, most)
@@ -108,6 +131,8 @@ RANGES: tuple[tuple[str, str, float, float], ...] = (
     ("--num-prompts", "num_prompts", 2, INF),
     ("--samples-per-prompt", "samples_per_prompt", 1, INF),
     ("--max-new-tokens", "max_new_tokens", 4, INF),
+    ("--max-length", "max_length", 4, INF),
+    ("--num-positions", "num_positions", 1, 127),
     ("--temperature", "temperature", 0.01, INF),
     ("--greedy-share", "greedy_share", 0, 1),
     ("--chat-share", "chat_share", 0, 1),
@@ -206,7 +231,7 @@ def _check_folders(out: Path, json: Path | None, resume: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROG, description=DESCRIPTION, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -220,7 +245,10 @@ def _parser() -> argparse.ArgumentParser:
         help="draft to train (eagle3); eagle has no head of its own, mtp is MiMo's format, "
         "dflash and dspark draft a block in one pass",
     )
-    _add_corpus(parser.add_argument_group("corpus").add_argument)
+    add_conventions(add)
+    of_corpus = parser.add_argument_group("corpus").add_argument
+    add_corpus(of_corpus)
+    of_corpus("--held-out-percent", type=int, default=5, help="prompts whose replies only judge the draft (5)")
     _add_network(parser.add_argument_group("network").add_argument)
     _add_training(parser.add_argument_group("training").add_argument)
     return parser
@@ -229,18 +257,30 @@ def _parser() -> argparse.ArgumentParser:
 Add = Callable[..., argparse.Action]
 
 
-def _add_corpus(add: Add) -> None:
+def add_conventions(add: Add) -> None:
+    """Add the flag that says how the config.json of a draft is meant."""
+    add(
+        "--draft-norm-output-convention",
+        dest="norm_output_convention",
+        choices=("sglang", "specforge"),
+        help="what norm_output means in the config.json of --draft, as in train (sglang)",
+    )
+
+
+def add_corpus(add: Add, num_prompts: int = CorpusSettings.num_prompts) -> None:
+    """Add the flags of a corpus; ``num_prompts`` are asked by default."""
     settings = CorpusSettings()
     add("--task", nargs="+", default=list(settings.tasks), help="tasks in turn, as in train (arithmetic_sentences)")
-    add("--prompt-data", help="a jsonl file of prompts instead")
+    add("--prompt-data", help="a file of prompts instead, as in train")
     add("--input-key", default=settings.input_key, help="key of the prompt in --prompt-data (prompt)")
-    add("--num-prompts", type=int, default=settings.num_prompts, help="prompts asked (2000)")
+    add("--conversations", help="a jsonl file of conversations (SpecForge's) whose replies are the corpus")
+    add("--max-length", type=int, help="tokens of a conversation up to a reply's end (2048)")
+    add("--num-prompts", type=int, default=num_prompts, help=f"prompts asked ({num_prompts})")
     add("--samples-per-prompt", type=int, default=settings.samples_per_prompt, help="sampled replies a prompt (1)")
     add("--max-new-tokens", type=int, default=settings.max_new_tokens, help="longest reply (64)")
     add("--temperature", type=float, default=settings.temperature, help="of sampled replies (1.0)")
     add("--greedy-share", type=float, default=settings.greedy_share, help="prompts with one greedy reply (0.5)")
     add("--chat-share", type=float, default=settings.chat_share, help="prompts that are everyday requests (0.05)")
-    add("--held-out-percent", type=int, default=5, help="prompts whose replies only judge the draft (5)")
 
 
 def _add_network(add: Add) -> None:
@@ -256,12 +296,6 @@ def _add_network(add: Add) -> None:
     add("--block-size", type=int, help="tokens of its block, the root included (8)")
     add("--mask-token-id", type=int, help="token whose embedding stands where it drafts (the vocabulary's last)")
     add("--markov-rank", type=int, help="rank of dspark's bias by the token before (64)")
-    add(
-        "--draft-norm-output-convention",
-        dest="norm_output_convention",
-        choices=("sglang", "specforge"),
-        help="what norm_output means in the config.json of --draft, as in train (sglang)",
-    )
     add("--draft-dtype", choices=DTYPES, default="bfloat16", help="dtype of the checkpoint (bfloat16)")
 
 
@@ -292,8 +326,8 @@ def _add_training(add: Add) -> None:
     add("--json", type=Path, help="write the held-out acceptance here too")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Parses with argparse, whose complaints become ConfigErrors, as everywhere on this command line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(PROG, message, "", f"See {PROG} --help.")
+        raise ConfigError(self.prog, message, "", f"See {self.prog} --help.")

@@ -25,12 +25,8 @@ from slime_spec.weights.checksums import combined_checksum, tensor_checksum
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("slime_spec", "torch", "transformers", "safetensors", "tokenizers")
-LICENCE = (
-    "Trained on the target's own replies, from first weights taken from the target: use it under the target's licence."
-)
-LICENCE_OF_BOTH = (
-    "Trained on the target's own replies, from the weights of a draft: use it under the licences of target and draft."
-)
+OWN_REPLIES = "the target's own replies"
+FILES_REPLIES = "the replies of a file of conversations, whose licence counts too"
 
 
 @dataclass(frozen=True)
@@ -69,9 +65,16 @@ def write_provenance(
         },
         "held_out": held_out,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "licence": LICENCE if start is None else LICENCE_OF_BOTH,
+        "licence": _licence(options, start),
     }
     write_whole(options.out / PROVENANCE, json.dumps(record, indent=2) + "\n")
+
+
+def _licence(options: DraftOptions, start: DraftStart | None) -> str:
+    replies = OWN_REPLIES if options.corpus.conversations is None else FILES_REPLIES
+    if start is None:
+        return f"Trained on {replies}, from first weights taken from the target: use it under the target's licence."
+    return f"Trained on {replies}, from the weights of a draft: use it under the licences of target and draft."
 
 
 def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -29,7 +30,23 @@ from slime_spec.launch.draft.provenance import tensors_checksum
 BLOCK_LAYERS, BLOCK_SIZE, MARKOV_RANK, NUM_STEPS = 2, 8, 64, 5
 
 
-def load_start(options: DraftOptions, target: ModelSpec) -> DraftCheckpoint | None:
+class StartOptions(Protocol):
+    """Names a draft to begin with, and how it is read."""
+
+    @property
+    def target(self) -> Path: ...
+
+    @property
+    def draft(self) -> str | None: ...
+
+    @property
+    def norm_output_convention(self) -> str: ...
+
+    @property
+    def draft_vocab_size(self) -> int | None: ...
+
+
+def load_start(options: StartOptions, target: ModelSpec) -> DraftCheckpoint | None:
     """Read the draft of ``--draft``; None for a new one. Raises ConfigError for what cannot be trained."""
     if options.draft is None:
         return None
@@ -135,7 +152,8 @@ def first_model(
     target: ModelSpec,
     learned: Sequence[DraftSequence],
     frozen: FrozenTarget,
-    options: DraftOptions,
+    draft_vocab_size: int | None,
+    seed: int,
 ) -> DraftModel:
     """Return the draft of ``spec`` before its first update, on the device of ``frozen``.
 
@@ -144,11 +162,11 @@ def first_model(
     if start is not None and start.hot_token_ids is not None:
         vocabulary = DraftVocabulary(start.hot_token_ids, target.vocab_size)
     else:
-        size = spec.draft_vocab_size if spec.has_own_head else options.draft_vocab_size or DRAFT_VOCAB_SIZE
+        size = spec.draft_vocab_size if spec.has_own_head else draft_vocab_size or DRAFT_VOCAB_SIZE
         vocabulary = DraftVocabulary.most_frequent(learned, target.vocab_size, size)
     if start is None:
         network = make_network(spec)
-        warm_start(network, tensors, target, vocabulary, options.seed)
+        warm_start(network, tensors, target, vocabulary, seed)
     else:
         network = load_network(spec, start.tensors)
     return DraftModel.of(network.to(frozen.device), frozen.embedding, frozen.head, vocabulary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from time import monotonic
 
 import torch
@@ -20,12 +20,13 @@ from slime_spec.draft.training.held_out import Tally
 from slime_spec.draft.training.model import DraftModel
 from slime_spec.draft.training.progress import Progress
 from slime_spec.draft.training.run import Limits, judge_draft, train_draft
-from slime_spec.draft.training.sequence import DraftSequence, is_held_out, split
+from slime_spec.draft.training.sequence import DraftSequence, as_line, is_held_out, split
 from slime_spec.draft.training.target import FrozenTarget
 from slime_spec.draft.training.trainer import DraftTrainer, TrainSettings
 from slime_spec.errors import ConfigError
+from slime_spec.files import write_whole
 from slime_spec.launch.draft.console import ConsoleProgress, held_out_table
-from slime_spec.launch.draft.corpus import PlannedReply, generate_corpus, plan_corpus
+from slime_spec.launch.draft.corpus import PlannedReply, generate_corpus, imported_corpus, plan_corpus
 from slime_spec.launch.draft.corpus_settings import CORPUS_FILE
 from slime_spec.launch.draft.options import DraftOptions
 from slime_spec.launch.draft.provenance import DraftStart, tensors_checksum, write_provenance
@@ -44,20 +45,20 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
     start = load_start(options, target)
     spec = draft_spec(options, target) if start is None else start.spec
     num_steps = num_steps_of(options, spec)
-    _check_device(options.device)
-    planned = plan_corpus(options.target, options.corpus)
-    _check_split(planned, options.held_out_percent)
+    check_device(options.device)
+    imported = imported_corpus(options.target, options.corpus)
+    planned = plan_corpus(options.target, options.corpus) if imported is None else []
+    prompts = {each.prompt_token_ids for each in planned} | {each.prompt for each in imported or ()}
+    _check_split(prompts, options)
     tensors = load_tensors(options.target, target)
     checksum = tensors_checksum(tensors)
     begun = None if start is None else DraftStart(str(options.draft), draft_checksum(start))
     check_started(options, num_steps, checksum, None if begun is None else begun.checksum)
     with ConsoleProgress(console) as progress:
-        sequences = generate_corpus(
-            options.target, options.dtype, options.device, planned, options.out / CORPUS_FILE, progress
-        )
+        sequences = _corpus(options, planned, imported, progress)
         learned, held_out = split(sequences, options.held_out_percent)
         frozen, store = _features(options, spec, target, checksum, [*learned, *held_out], progress)
-        model = first_model(start, spec, tensors, target, learned, frozen, options)
+        model = first_model(start, spec, tensors, target, learned, frozen, options.draft_vocab_size, options.seed)
         trainer = _trained(options, num_steps, model, learned, store, progress)
         tallies = _judged(options, trainer, frozen, held_out, store, progress)
     report = {kind: tally.summary() for kind, tally in sorted(tallies.items())}
@@ -71,20 +72,34 @@ def train(options: DraftOptions, command: Sequence[str]) -> int:
     return 0
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise ConfigError for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device", "cuda needs a GPU that torch can use", device, "Pass --device cpu.")
 
 
-def _check_split(planned: Sequence[PlannedReply], held_out_percent: int) -> None:
-    sides = {is_held_out(each.prompt_token_ids, held_out_percent) for each in planned}
-    if sides != {True, False}:
+def _check_split(prompts: Collection[tuple[int, ...]], options: DraftOptions) -> None:
+    if {is_held_out(each, options.held_out_percent) for each in prompts} != {True, False}:
         raise ConfigError(
-            "--num-prompts",
-            f"must give prompts to learn from and, of {held_out_percent} percent, prompts to judge by",
-            len({each.prompt_token_ids for each in planned}),
-            "Pass more --num-prompts, or another --held-out-percent.",
+            "--num-prompts" if options.corpus.conversations is None else "--conversations",
+            f"must give prompts to learn from and, of {options.held_out_percent} percent, prompts to judge by",
+            len(prompts),
+            "Pass more prompts, or another --held-out-percent.",
         )
+
+
+def _corpus(
+    options: DraftOptions,
+    planned: Sequence[PlannedReply],
+    imported: list[DraftSequence] | None,
+    progress: Progress,
+) -> list[DraftSequence]:
+    """Return the corpus, which OUT keeps as a file."""
+    path = options.out / CORPUS_FILE
+    if imported is None:
+        return generate_corpus(options.target, options.dtype, options.device, planned, path, progress)
+    write_whole(path, "".join(f"{as_line(each)}\n" for each in imported))
+    return imported
 
 
 def _features(
