@@ -140,8 +140,9 @@ def test_eval_judges_the_replies_that_the_target_gives(
         (["--conversations", "c.jsonl", "--prompt-data", "d.jsonl"], "--conversations: a corpus has one source"),
         (["--max-length", "64"], "--max-length: is of --conversations"),
         (["--num-positions", "0"], "--num-positions: must be from 1 to 127"),
-        (["--conversations", "nowhere.jsonl"], "nowhere.jsonl: .*No such file"),
+        (["--conversations", "nowhere.jsonl"], "--conversations: must be a file that is there"),
         (["--draft", "builtin:nothing"], "nothing"),
+        ([], "choose a draft made for this target"),
         (["--epochs", "3"], "unrecognized arguments: --epochs"),
     ],
 )

@@ -116,10 +116,12 @@ def check_ranges(given: argparse.Namespace, prog: str) -> None:
 
 
 def check_corpus(given: argparse.Namespace) -> None:
-    """Raise ConfigError for two sources of a corpus, and for a length that no conversation has."""
+    """Raise ConfigError for two sources of a corpus, an absent file, and a length that no conversation has."""
     if given.conversations is not None and given.prompt_data is not None:
         rule = "a corpus has one source, and --prompt-data names prompts to generate replies to"
         raise ConfigError("--conversations", rule, given.conversations, "Drop one of the two.")
+    if given.conversations is not None and not Path(given.conversations).is_file():
+        raise ConfigError("--conversations", "must be a file that is there", given.conversations, "Check the path.")
     if given.conversations is None and given.max_length is not None:
         rule = "is of --conversations; generated replies end after --max-new-tokens"
         raise ConfigError("--max-length", rule, given.max_length, "Drop it.")
