@@ -91,9 +91,18 @@ def test_the_choices_of_several_prompts_and_samples_come_in_order(
 
 
 def test_a_stream_of_completions_adds_up_to_the_whole(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": "m", "prompt": PROMPT, "n": 2, "seed": 3, "max_tokens": 20, "logprobs": 1}
+    asked: dict[str, Any] = {
+        "model": "m",
+        "prompt": PROMPT,
+        "n": 2,
+        "seed": 3,
+        "max_tokens": 20,
+        "logprobs": 1,
+        "echo": True,
+    }
     whole = client.completions.create(**asked)
     texts, logprobs, reasons = {0: "", 1: ""}, {0: list[float](), 1: list[float]()}, {}
+    offsets: dict[int, list[int]] = {0: [], 1: []}
     *chunks, last = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     for chunk in chunks:
         (choice,) = chunk.choices
@@ -101,6 +110,7 @@ def test_a_stream_of_completions_adds_up_to_the_whole(client: openai.OpenAI) -> 
         texts[choice.index] += choice.text
         if choice.logprobs is not None:
             logprobs[choice.index] += choice.logprobs.token_logprobs or []
+            offsets[choice.index] += choice.logprobs.text_offset or []
         reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
     assert last.choices == []
     assert last.usage is not None
@@ -110,6 +120,7 @@ def test_a_stream_of_completions_adds_up_to_the_whole(client: openai.OpenAI) -> 
         assert texts[choice.index] == choice.text
         assert choice.logprobs is not None
         assert logprobs[choice.index] == choice.logprobs.token_logprobs
+        assert offsets[choice.index] == choice.logprobs.text_offset
         assert reasons[choice.index] == choice.finish_reason
 
 

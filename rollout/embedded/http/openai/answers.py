@@ -59,6 +59,7 @@ class Form(Protocol):
     def choice(self, text: str) -> Answer: ...
     def delta(self, text: str, is_first: bool) -> Answer: ...
     def logprobs(self, tokens: Sequence[ScoredToken], offset: int) -> Answer: ...
+    def width(self, tokens: Sequence[ScoredToken]) -> int: ...
 
 
 class CompletionForm:
@@ -89,6 +90,10 @@ class CompletionForm:
             "text_offset": starts[:-1],
         }
 
+    def width(self, tokens: Sequence[ScoredToken]) -> int:
+        """Return the characters that the tokens' offsets advance by."""
+        return sum(len(self._texts.of(token.token_id)) for token in tokens)
+
     def _top(self, token: ScoredToken) -> dict[str, float] | None:
         if token.logprob is None:
             return None
@@ -116,6 +121,7 @@ class ChatForm:
         return {"delta": {"role": "assistant", "content": text} if is_first else {"content": text} if text else {}}
 
     def logprobs(self, tokens: Sequence[ScoredToken], offset: int) -> Answer:
+        """Return the list of tokens; ``offset`` is no part of it."""
         content = [
             {
                 **self._texts.with_bytes(token.token_id, token.logprob),
@@ -124,6 +130,9 @@ class ChatForm:
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+    def width(self, tokens: Sequence[ScoredToken]) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,8 @@ class OpenAIAnswers:
     def __init__(self, asked: Asked, tokenizer: Tokenizer, writer: AnswerWriter) -> None:
         self._asked, self._tokenizer, self._writer = asked, tokenizer, writer
         self._grown: dict[int, Grown] = {}
-        self._sent: dict[int, tuple[int, int]] = {}  # characters and tokens that each choice's client has
+        # Of each choice, what its client has: characters, tokens, and characters of tokens with logprobs.
+        self._sent: dict[int, tuple[int, int, int]] = {}
         self._finished: list[Finished] = []
 
     def whole(self, finished: Sequence[Finished]) -> Answer:
@@ -199,20 +209,20 @@ class OpenAIAnswers:
         form, prompt = self._asked.form, self._prompt(prompt_index)
         place = self._place(prompt_index, sample_index)
         is_first = place not in self._sent
-        num_chars, num_tokens = self._sent.get(place, (0, 0))
+        num_chars, num_tokens, offset = self._sent.get(place, (0, 0, 0))
         echo = self._echo(prompt_index)
         added = (echo if is_first else "") + text[num_chars:]
         has_news = added or sample is not None or (prompt.return_logprob and len(token_ids) > num_tokens)
         if not has_news:
             return []
-        self._sent[place] = len(text), len(token_ids)
         fields: Answer = {**form.delta(added, is_first), "index": place, "logprobs": None, "finish_reason": None}
         if prompt.return_logprob:
-            tokens = self._scored(prompt, sample_index, token_ids, logprobs)[num_tokens:]
-            offset = len(echo) + num_chars
+            tokens = self._scored(prompt, sample_index, token_ids, logprobs, num_tokens)
             if is_first and self._asked.echoes is not None:
-                tokens, offset = [*self._scored_prompt(prompt), *tokens], 0
+                tokens = [*self._scored_prompt(prompt), *tokens]
             fields["logprobs"] = form.logprobs(tokens, offset)
+            offset += form.width(tokens)
+        self._sent[place] = len(text), len(token_ids), offset
         if self._asked.token_ids:
             fields["token_ids"] = list(token_ids[num_tokens:])
         if sample is not None:
@@ -223,7 +233,7 @@ class OpenAIAnswers:
         prompt, logprobs = self._prompt(prompt_index), None
         if prompt.return_logprob:
             of_prompt = [] if self._asked.echoes is None else self._scored_prompt(prompt)
-            of_sample = self._scored(prompt, sample.sample_index, sample.token_ids, sample.logprobs)
+            of_sample = self._scored(prompt, sample.sample_index, sample.token_ids, sample.logprobs, 0)
             logprobs = self._asked.form.logprobs([*of_prompt, *of_sample], 0)
         index = self._place(prompt_index, sample.sample_index)
         made = {"index": index, **choice, "logprobs": logprobs, **_ending(sample)}
@@ -233,13 +243,14 @@ class OpenAIAnswers:
         return made
 
     def _scored(
-        self, prompt: PromptCall, sample_index: int, token_ids: Sequence[int], logprobs: Sequence[float]
+        self, prompt: PromptCall, sample_index: int, token_ids: Sequence[int], logprobs: Sequence[float], start: int
     ) -> list[ScoredToken]:
-        record = prompt.record
-        ranked: Sequence[Ranked] = [()] * len(token_ids)
+        """Return the response's tokens from ``start`` on."""
+        record, new = prompt.record, slice(start, len(token_ids))
+        ranked: Sequence[Ranked] = [()] * len(token_ids[new])
         if record is not None and record.num_ranked:
-            ranked = record.ranked[sample_index][: len(token_ids)]
-        return list(map(ScoredToken, token_ids, logprobs, ranked))
+            ranked = record.ranked[sample_index][new]
+        return list(map(ScoredToken, token_ids[new], logprobs[new], ranked))
 
     def _scored_prompt(self, prompt: PromptCall) -> list[ScoredToken]:
         first, *rest = prompt.request.prompt_token_ids
