@@ -99,7 +99,7 @@ def _parquet_rows(setting: str, paths: Iterable[Path]) -> Iterator[Row]:
             for batch in parquet.ParquetFile(path).iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:{number}", _without_nulls(row)
+                    yield f"{path}:{number}", _plain(row)
         except (OSError, ValueError, NotImplementedError, LookupError) as error:  # what pyarrow's errors derive from
             raise ConfigError(setting, f"must be a parquet file: {error}", str(path), "Write the file again.") from None
 
@@ -109,7 +109,7 @@ def _dataset_rows(setting: str, path: Path) -> Iterator[Row]:
     try:
         dataset = datasets.load_from_disk(str(path)).with_format(None)
         for number, row in enumerate(dataset, start=1):
-            yield f"{path}:{number}", _without_nulls(row)
+            yield f"{path}:{number}", _plain(row)
     except (OSError, ValueError, NotImplementedError, LookupError, TypeError) as error:
         raise ConfigError(setting, f"must be a dataset: {error}", str(path), "Save it again.") from None
 
@@ -122,8 +122,13 @@ def _library(setting: str, module: str, rule: str, path: Path) -> Any:
         raise ConfigError(setting, rule, str(path), remedy) from None
 
 
-def _without_nulls(value: Any) -> Any:
-    """Leave out the keys that are null: a column of parquet has the keys of all rows in each."""
+def _plain(value: Any) -> Any:
+    """Return a value of a column as JSON would have it: dates and decimals are texts, and null keys are left out.
+
+    A column has the keys of all rows in each.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+        return {key: _plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, str | int | float | bytes) else str(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from data_files import config
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import TaskConfig
 from slime_spec.errors import ConfigError
+from slime_spec.rl.rollout_data import load_rollout, save_rollout
 from slime_spec.tasks.source import PromptSource
+from slime_spec.types import GeneratedSample, Sample
 
 datasets = pytest.importorskip("datasets")
 
@@ -95,3 +99,21 @@ def test_a_label_that_is_no_text_is_refused_with_its_row_unless_the_reward_is_on
         PromptSource(config(task), tokenizer)
     (prompt,) = PromptSource(config(replace(task, reward="random")), tokenizer).take(1, 0)
     assert (prompt.label, prompt.answer) == (["1", "2"], '["1", "2"]')
+
+
+def test_dates_and_decimals_are_texts_so_that_saved_samples_can_be_read_again(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    seen = {"day": date(2025, 1, 31), "price": Decimal("1.50"), "level": 3}
+    table = pyarrow.Table.from_pylist([{"prompt": "a", "label": Decimal("12.50"), "metadata": seen}])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    task = TaskConfig(prompt_data=str(tmp_path / "rows.parquet"), reward="exact")
+    (prompt,) = PromptSource(config(task), tokenizer).take(1, 0)
+    assert (prompt.answer, prompt.metadata) == ("12.50", {"day": "2025-01-31", "price": "1.50", "level": 3})
+    sample = Sample(prompt, GeneratedSample("0", 0, (1,), (-0.5,), "stop", 0, 1), "a", 1.0)
+    template = str(tmp_path / "{rollout_id}.pt")
+    save_rollout(template, 0, [sample])
+    assert load_rollout(template, 0) == [sample]
