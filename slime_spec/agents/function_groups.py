@@ -28,7 +28,8 @@ from slime_spec.types import GeneratedSample, Prompt
 class FunctionGroups:
     """Implements Groups by ``function(args, sample, sampling_params)``; each call costs at most its own sample.
 
-    A function that has a parameter ``client`` gets its sample's Client by that name.
+    A function that has a parameter ``client`` gets its sample's Client by that name, one that has ``evaluation`` whether
+    the sample is evaluated.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class FunctionGroups:
         function: OwnFunction,
         tokenizer: Tokenizer,
         clock: Callable[[], float] = time.monotonic,
+        evaluates: bool = False,
     ) -> None:
         custom = config.custom
         assert custom.generate is not None, "it names the function"
         self._config, self._function, self._tokenizer, self._clock = config, function, tokenizer, clock
-        self._args = Args(**by_flag(config))
+        self._args, self._evaluates = Args(**by_flag(config)), evaluates
         self._thread = FunctionThread(custom.generate, custom.generate_timeout_s, clock)
         self._at_once = asyncio.Semaphore(custom.generate_concurrency)
         self._tasks: list[Future[list[Made]]] = []
@@ -114,7 +116,7 @@ class FunctionGroups:
         if takes(self._function, "client"):
             besides["client"] = client
         if takes(self._function, "evaluation"):
-            besides["evaluation"] = False
+            besides["evaluation"] = self._evaluates
         return await self._function(self._args, sample, params, **besides)
 
 

@@ -21,6 +21,7 @@ from slime_spec.files import write_whole
 from slime_spec.launch.eval_arguments import EvalArguments
 from slime_spec.launch.preflight import look
 from slime_spec.launch.ray_environment import prepare_ray_environment
+from slime_spec.launch.rollout_source import own_evaluation_sources
 from slime_spec.launch.train import run_parts, with_absolute_paths
 from slime_spec.preflight.report import width
 from slime_spec.rl.draft_in_training import DraftInTraining
@@ -68,7 +69,9 @@ def _evaluated(arguments: EvalArguments, folder: Path, stop: StopSignals) -> Seq
         assert engines is not None, "eval has no mode without engines"
         draft = DraftInTraining(config, trainer, engines) if config.trains_draft and trainer is not None else None
         state = first_state(config, loaded, trainer, engines, draft)
-        evaluation = Evaluation(config.eval, inputs.eval_prompts, engines, keep)
+        sets = inputs.eval_prompts
+        sources = parts.enter_context(own_evaluation_sources(config, sets, inputs.tokenizer, engines))
+        evaluation = Evaluation(config.eval, sets, engines, keep, sources)
         with shown_progress() as progress:
             evaluation.evaluate(state.rollout_id, state.weight_version, progress)
     return kept

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 
 from slime_spec.agents.function_groups import FunctionGroups
@@ -20,6 +21,7 @@ from slime_spec.rl.ordered_rollouts import OrderedRollouts
 from slime_spec.rl.rollout_data import load_rollout
 from slime_spec.rl.rollouts import GeneratedRollouts, RolloutSource, SavedRollouts
 from slime_spec.slime_sample import Args
+from slime_spec.tasks.eval_prompts import EvalPrompts
 from slime_spec.tasks.source import PromptSource
 
 
@@ -42,6 +44,25 @@ def rollout_source(
         if any(each is not None for each in (sample_filter, post_process, rollout_log)):
             source = CustomRollouts(source, args, sample_filter, post_process, rollout_log)
         yield source
+
+
+@contextmanager
+def own_evaluation_sources(
+    config: Config, sets: Sequence[EvalPrompts], tokenizer: Tokenizer, engines: Engines
+) -> Iterator[Mapping[str, RolloutSource]]:
+    """Yield what makes each set's samples by the user's function; nothing where the settings name none."""
+    generate = own_function(config.custom, "generate")
+    with ExitStack() as parts:
+        sources: dict[str, RolloutSource] = {}
+        for each in sets:
+            if generate is None:
+                break
+            rollout = replace(each.rollout, batch_size=len(each.prompts), over_sampling_batch_size=None)
+            of_set = replace(config, rollout=rollout, run=replace(config.run, seed=each.seed))
+            groups = FunctionGroups(of_set, generate, tokenizer, evaluates=True)
+            source = OrderedRollouts(of_set, engines, each.take, each.source.score, groups)
+            sources[each.name] = parts.enter_context(closing(source))
+        yield sources
 
 
 def _generating(

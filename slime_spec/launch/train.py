@@ -20,9 +20,9 @@ from slime_spec.config.build import to_yaml
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import Engines, RunState, Trainer
 from slime_spec.launch.compose import Composed
-from slime_spec.launch.preflight import checkpoints_of, look
+from slime_spec.launch.preflight import Inputs, checkpoints_of, look
 from slime_spec.launch.ray_environment import LOGS, prepare_ray_environment
-from slime_spec.launch.rollout_source import rollout_source
+from slime_spec.launch.rollout_source import own_evaluation_sources, rollout_source
 from slime_spec.launch.waiting import told
 from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
@@ -36,7 +36,6 @@ from slime_spec.rl.samples_file import append_samples
 from slime_spec.run_folder import RunFolder, folder_of
 from slime_spec.run_log import RunLog
 from slime_spec.stop import StopSignals
-from slime_spec.tasks.eval_prompts import EvalPrompts
 from slime_spec.types import EngineStats, Sample
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
 
@@ -91,7 +90,7 @@ def _run(made: Composed, argv: Sequence[str], stop: StopSignals, run_log: RunLog
             progress=lambda phase: partial(log.progress, phase),
             stop=stop,
             draft=draft,
-            evaluation=_evaluation(config, inputs.eval_prompts, engines, folder),
+            evaluation=parts.enter_context(_evaluation(config, inputs, engines, folder)),
         )
         finish(job, state, partial(_export, trainer, config, folder))
         if stop.asked:
@@ -199,16 +198,20 @@ def _trainer(config: Config, placement: Placement) -> Trainer:
     return MegatronGroup(config, placement)
 
 
+@contextmanager
 def _evaluation(
-    config: Config, prompts: Sequence[EvalPrompts], engines: Engines | None, folder: RunFolder
-) -> Evaluation | None:
-    if engines is None or not prompts:
-        return None
+    config: Config, inputs: Inputs, engines: Engines | None, folder: RunFolder
+) -> Iterator[Evaluation | None]:
+    sets = inputs.eval_prompts
+    if engines is None or not sets:
+        yield None
+        return
 
     def keep(step: int, evaluated: Sequence[Evaluated]) -> None:
         write_evaluation(folder.evaluation(step), step, evaluated, config.run.save_samples)
 
-    return Evaluation(config.eval, prompts, engines, keep)
+    with own_evaluation_sources(config, sets, inputs.tokenizer, engines) as own_sources:
+        yield Evaluation(config.eval, sets, engines, keep, own_sources)
 
 
 def _keep_samples(

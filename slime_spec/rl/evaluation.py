@@ -14,16 +14,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from slime_spec.config.evaluation import EvalConfig
 from slime_spec.errors import RewardError
-from slime_spec.interfaces import Engines
+from slime_spec.interfaces import Engines, RunState
 from slime_spec.metrics.evaluation import evaluation_metrics, facts
 from slime_spec.rl.clock import PhaseClock
 from slime_spec.rl.expected_length import ExpectedLengths
 from slime_spec.rl.open_group import OpenGroup
 from slime_spec.rl.requests import group_requests
-from slime_spec.rl.rollouts import Progress
+from slime_spec.rl.rollouts import Progress, RolloutSource
 from slime_spec.tasks.eval_prompts import EvalPrompts
 from slime_spec.types import Sample
 
@@ -46,7 +47,8 @@ class Evaluation:
     if evaluation.is_due(state.rollout_id, state.weight_version, num_steps=30):
         metrics = evaluation.evaluate(state.rollout_id, state.weight_version, progress)
 
-    ``keep(step, evaluated)`` keeps the samples and the metrics for readers.
+    ``keep(step, evaluated)`` keeps the samples and the metrics for readers. ``own_sources`` make the samples of a set,
+    by its name, where a function of the user's own makes them; each gives a set's prompts as one step.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Evaluation:
         sets: Sequence[EvalPrompts],
         engines: Engines,
         keep: Callable[[int, Sequence[Evaluated]], None],
+        own_sources: Mapping[str, RolloutSource] = MappingProxyType({}),
     ) -> None:
         self._settings, self._sets, self._engines, self._keep = settings, sets, engines, keep
+        self._own_sources = own_sources
         self._lengths = ExpectedLengths()
         self._last: tuple[int, int] | None = None  # step and version of the last evaluation
 
@@ -74,7 +78,7 @@ class Evaluation:
         """Evaluate every set and return the metrics; raises RewardError for a set of which no sample has a reward."""
         clock = PhaseClock()
         with clock.phase("eval"):
-            results = self.run(progress)
+            results = self._of_functions(version, progress) if self._own_sources else self.run(progress)
         self._last = (step, version)
         self._keep(step, results)
         for each in results:
@@ -101,7 +105,16 @@ class Evaluation:
                 self._lengths.note(group.prompt, group.finished)
                 group.scored = prompts.score(group.prompt, group.finished)
             progress(number, wanted)
-        return [_evaluated(prompts, of_set) for prompts, of_set in zip(self._sets, of_sets, strict=True)]
+        return [_evaluated(prompts, _scored(of_set)) for prompts, of_set in zip(self._sets, of_sets, strict=True)]
+
+    def _of_functions(self, version: int, progress: Progress) -> list[Evaluated]:
+        """Have a function of the user's own make the samples, a set after the other."""
+        results = []
+        for prompts in self._sets:
+            state = RunState(rollout_id=0, next_prompt_id=0, weight_version=version)
+            samples = self._own_sources[prompts.name].rollout(state, progress).samples
+            results.append(_evaluated(prompts, samples))
+        return results
 
 
 def _groups(prompts: EvalPrompts) -> list[OpenGroup]:
@@ -113,11 +126,15 @@ def _groups(prompts: EvalPrompts) -> list[OpenGroup]:
     ]
 
 
-def _evaluated(prompts: EvalPrompts, groups: Sequence[OpenGroup]) -> Evaluated:
+def _scored(groups: Sequence[OpenGroup]) -> list[Sample]:
     samples = []
     for group in groups:
         assert group.scored is not None, "every group is complete when the generation ends"
         samples += sorted(group.scored(), key=lambda sample: sample.response.sample_index)
+    return samples
+
+
+def _evaluated(prompts: EvalPrompts, samples: Sequence[Sample]) -> Evaluated:
     metrics = evaluation_metrics(prompts.name, samples, prompts.rollout.n_samples_per_prompt)
     return Evaluated(prompts.name, metrics, samples)
 

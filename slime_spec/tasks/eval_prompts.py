@@ -43,6 +43,10 @@ class EvalPrompts:
             raise as_of_evaluation(error, eval_set.name) from None
         return cls(eval_set.name, prompts, config.rollout, config.run.seed, source)
 
+    def take(self, n: int, start_prompt_id: int) -> tuple[Prompt, ...]:
+        """Return n of the set's prompts, from one on; see PromptSource."""
+        return self.prompts[start_prompt_id : start_prompt_id + n]
+
     @property
     def text(self) -> str:
         """Return the set in words: ``aime, 30 prompts x 16 samples, at most 512 + 8192 tokens, temperature 1``."""

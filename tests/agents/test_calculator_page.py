@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -36,22 +37,27 @@ def block(language: str) -> str:
 
 def follow(folder: Path, *arguments: str, **environment: str) -> Path:
     """Write the page's files, run its command with other ``arguments`` after it; the run's folder."""
+    saved = ("--save-debug-rollout-data", str(folder / "step_{rollout_id}.pt"))
+    run_command(folder, block("bash"), *saved, *arguments, **environment)
+    return folder / "calculator-run"
+
+
+def run_command(folder: Path, command: str, *arguments: str, **environment: str) -> None:
+    """Run a command of the page in a folder with the page's files, other ``arguments`` after it."""
     (folder / "calculator.py").write_text(block("python"))
     (folder / "sums.jsonl").write_text(block("json"))
-    command = shlex.split(block("bash").replace("\\\n", " "))
-    assert command[0] == "slime-spec"
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    rest = [*command[1:], "--save-debug-rollout-data", str(folder / "step_{rollout_id}.pt"), *arguments]
+    (folder / "chats.jsonl").write_text(block("jsonl"))
+    name, *rest = shlex.split(command.replace("\\\n", " "))
+    assert name == "slime-spec"
     done = subprocess.run(
-        [str(Path(sys.executable).parent / "slime-spec"), *rest],
+        [str(Path(sys.executable).parent / "slime-spec"), *rest, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=RUN_TIMEOUT_S,
-        env=environ,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return folder / "calculator-run"
 
 
 def check_first_step(folder: Path, policy: Path, tolerance: float) -> None:
@@ -114,6 +120,54 @@ def test_the_pages_run_on_a_tiny_policy_trains_on_two_turns(tmp_path: Path) -> N
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert all("I see no calculation" in row["reply"] or "The calculator says" in row["reply"] for row in rows)
     assert all(row["meta_info"]["num_turns"] == 2 for row in rows)
+
+
+def check_whole_run(folder: Path) -> None:
+    """Two steps of filtered groups, three evaluations by the same function, and a page that shows them."""
+    *steps, end = read_metrics(folder / "whole-run" / "metrics.jsonl")
+    assert len(steps) == 2
+    assert [row["eval/held_out/weight_version"] for row in (*steps, end)] == [0, 1, 2]
+    for row in (*steps, end):
+        assert (row["eval/held_out/num_samples"], row["eval/held_out/num_excluded"]) == (8, 0)
+        assert row["eval/held_out/pass@1"] <= row["eval/held_out/pass@4"]
+    for step, row in enumerate(steps):
+        assert row["rollout/turns_mean"] == 2
+        samples = [each for each in saved_samples(folder) if each["rollout_id"] == step]
+        groups: dict[int, set[float]] = {}
+        for each in samples:
+            groups.setdefault(each["prompt_id"], set()).add(each["reward"])
+        assert len(groups) == 2
+        assert all(len(rewards) > 1 for rewards in groups.values())
+    page = (folder / "whole-run.html").read_text()
+    assert "eval/held_out" in page
+    assert any(each["prompt"] in page for each in saved_samples(folder))
+
+
+def saved_samples(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "whole-run" / "samples.jsonl").read_text().splitlines()]
+
+
+def whole_run(folder: Path, *arguments: str) -> None:
+    """Run the two commands of the page's second example."""
+    training, report = block("sh").replace("\\\n", " ").strip().splitlines()
+    run_command(folder, training, *arguments)
+    run_command(folder, report)
+    check_whole_run(folder)
+
+
+def test_the_whole_run_on_a_tiny_policy(tmp_path: Path) -> None:
+    """Messages, an evaluation by the function, a filter, a report; its replies are noise, which another judges."""
+    policy = make_tiny_policy(tmp_path / "policy")
+    tiny = ("--config", "tiny", "--hf-checkpoint", str(policy), "--speculative-algorithm", "LOOKUP")
+    sizes = ("--rollout-max-prompt-len", "256", "--rollout-max-context-len", "480")
+    whole_run(tmp_path, *tiny, *sizes, "--custom-rm-path", "tests.support.rewards:variety")
+
+
+@pytest.mark.long
+@pytest.mark.real_model
+def test_the_whole_run_as_it_stands_on_the_real_model(tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    whole_run(tmp_path, "--no-save-final")
 
 
 @pytest.mark.long

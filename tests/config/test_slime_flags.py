@@ -24,18 +24,6 @@ from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
 
 # Facts: the flags that slime's scripts and examples pass (THUDM/slime, 2026), with values that they pass.
 LINES = (Path(__file__).parent / "flags_of_slime.txt").read_text(encoding="utf-8").splitlines()
-# Flags whose settings are made elsewhere.
-TO_COME = """
---calculate-per-token-loss --entropy-coef --kl-coef --kl-loss-type --loss-type --lr-decay-style --lr-warmup-fraction
---min-lr --num-steps-per-rollout --tis-clip --tis-clip-low --use-tis
---metadata-key --num-epoch --rm-url --rollout-shuffle
---eval-config --eval-input-key --eval-interval --eval-label-key --eval-max-response-len --eval-prompt-data
---eval-temperature --eval-top-k --eval-top-p --n-samples-per-eval-prompt
---custom-generate-function-path --custom-reward-post-process-path --dynamic-sampling-filter-path
---rollout-function-path --rollout-max-context-len
---use-tensorboard --wandb-host --wandb-team
-"""
-IS_TO_COME = frozenset(TO_COME.split())
 
 
 def made_of(command_line: str) -> Composed:
@@ -48,12 +36,12 @@ def reading(line: str) -> Reading:
 
 
 def test_no_flag_of_slimes_scripts_is_unknown() -> None:
-    unknown = {line.split()[0] for line in LINES} - set(flags()) - set(REFUSED) - IS_TO_COME
+    unknown = {line.split()[0] for line in LINES} - set(flags()) - set(REFUSED)
     negated = {name for name in unknown if name.startswith("--no-") and name.replace("--no-", "--", 1) in flags()}
     assert unknown - negated == set()
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.split()[0] not in IS_TO_COME])
+@pytest.mark.parametrize("line", LINES)
 def test_a_flag_of_slimes_is_read_with_its_values_or_refused_with_a_remedy(line: str) -> None:
     """Case flags-of-slime."""
     read = reading(line)

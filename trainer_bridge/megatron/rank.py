@@ -255,7 +255,13 @@ class TrainerRank:
                 for sample, ref in zip(samples, self._logprobs_of(self.reference, samples), strict=True)
             ]
             samples = with_advantages(samples, algorithm, kl)
-            mean_kl = math.fsum(chain.from_iterable(kl)) / sum(map(len, kl))
+            counted = [
+                each
+                for sample, of_sample in zip(samples, kl, strict=True)
+                for each, counts in zip(of_sample, sample.loss_mask or (1,) * len(of_sample), strict=True)
+                if counts
+            ]
+            mean_kl = math.fsum(counted) / len(counted)
         if algorithm.use_tis and len(samples) > batch_size:
             own = self._logprobs_of(self.model, samples)
             samples = [replace(sample, trainer_logprobs=each) for sample, each in zip(samples, own, strict=True)]

@@ -88,9 +88,10 @@ def _run(plan: Plan) -> Iterator[str]:
 
 
 def _source(task: TaskConfig) -> str:
-    if task.prompt_data is None:
+    data = ", ".join(task.prompt_data_mix) or task.prompt_data
+    if data is None:
         return f"prompts and rewards of the tasks {', '.join(task.names)}"
-    return f"prompts of {task.prompt_data}, keys {task.input_key} and {task.label_key}, reward {task.reward}"
+    return f"prompts of {data}, keys {task.input_key} and {task.label_key}, reward {task.reward}"
 
 
 def _placement(plan: Plan) -> Iterator[str]:

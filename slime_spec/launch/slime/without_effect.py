@@ -58,6 +58,7 @@ _VALUE_KERNELS = WithoutEffect(KERNELS, "1")
 
 WITHOUT_EFFECT: Mapping[str, WithoutEffect] = {
     "--train-backend": _one("megatron"),
+    "--loss-type": _one("policy_loss", remedy="Pass policy_loss: a policy learns from its own replies here, no SFT."),
     "--optimizer": _one("adam", remedy="Pass adam: updates are AdamW's."),
     "--attention-dropout": _DROPOUT,
     "--hidden-dropout": _DROPOUT,
