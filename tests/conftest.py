@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.support.proofs import ROOT, Recorder, digest_of, recorded
 from tests.support.slowest import Slowest
@@ -18,6 +19,10 @@ from tests.support.slowest import Slowest
 # Triton asks when it is imported, and torch imports it. Where there is no GPU its interpreter runs the kernels.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# How long an example takes decides no test: on a busy machine the first one of all takes seconds.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # No test on a running server takes a tenth of it; those that start servers in processes have deadlines of their own.
 LONGEST_S = 600

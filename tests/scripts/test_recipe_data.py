@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import compose
 from slime_spec.launch.groups import choices
 from tests.support.launched import Ended, run_in_process
@@ -64,7 +65,12 @@ def test_flags_behind_the_script_win_over_its_data(script: str) -> None:
     assert named == ["mine.jsonl", "question", "answer", "exact"]
 
 
-@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_slimes_defaults_need_a_file_of_prompts() -> None:
+    with pytest.raises(ConfigError, match=r"task\.names.*--prompt-data"):
+        compose(["--config", "slime"])
+
+
+@pytest.mark.parametrize("experiment", sorted({*choices("experiment")} - {"slime"}))
 def test_an_experiment_has_the_built_in_task_only_where_it_is_small(experiment: str) -> None:
     task = compose(["--config", experiment]).task
     assert (task.prompt_data is None) == (experiment in ON_THE_TOY)
