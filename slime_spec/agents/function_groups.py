@@ -28,8 +28,8 @@ from slime_spec.types import GeneratedSample, Prompt
 class FunctionGroups:
     """Implements Groups by ``function(args, sample, sampling_params)``; each call costs at most its own sample.
 
-    A function that has a parameter ``client`` gets its sample's Client by that name, one that has ``evaluation`` whether
-    the sample is evaluated.
+    A function that has a parameter ``client`` gets its sample's Client by that name, and one that has ``evaluation``
+    whether the sample is evaluated.
     """
 
     def __init__(
