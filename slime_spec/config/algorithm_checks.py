@@ -99,6 +99,8 @@ def algorithm_notes(algorithm: AlgorithmConfig, trainer: TrainerConfig) -> Itera
             f"GSPO clips the ratio of a whole sequence, which hardly leaves 1 ± {algorithm.eps_clip:g}: its paper has "
             "--eps-clip 3e-4 --eps-clip-high 4e-4."
         )
+    if name == "cispo" and algorithm.eps_clip_c is not None:
+        yield "CISPO clips a weight that has no gradient, and --eps-clip-c has no effect."
     if name == "cispo" and algorithm.eps_clip < 1.0:
         yield "CISPO's paper has no lower bound of the ratio: pass --eps-clip 1.0 and choose --eps-clip-high."
     no_decay = trainer.lr_decay_style == "constant"

@@ -7,7 +7,7 @@ from functools import partial
 
 from slime_spec.config.algorithm_checks import algorithm_notes, check_algorithm, check_batch, check_learning_signal
 from slime_spec.config.api_key import refuse_literal_keys
-from slime_spec.config.custom_checks import check_custom
+from slime_spec.config.custom_checks import check_custom, check_post_process
 from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.eval_checks import check_evaluation, evaluation_notes
 from slime_spec.config.server_checks import check_servers, server_notes, unused_server_settings
@@ -48,6 +48,7 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     if config.run.mode != "rollout_only":
         yield partial(check_ranks, config.trainer)
         yield partial(check_algorithm, config)
+        yield partial(check_post_process, config)
         yield partial(_check_saving, config)
     yield partial(_check_draft_training, config)
     if config.run.mode == "train":
@@ -65,8 +66,10 @@ def notes(config: Config) -> Iterator[str]:
         yield f"The {config.rollout.engine} engine has no use for {names}."
     if config.draft_training.enable and not config.trains_draft:
         yield "A run of rollouts alone trains no draft, and --enable-draft-training has no effect."
-    if config.run.mode == "train_only" and any((config.custom.generate, config.custom.rollout)):
-        yield "Saved rollouts are trained on as they are, and functions that generate have no effect."
+    custom = config.custom
+    unused = (custom.generate, custom.rollout, custom.dynamic_filter, custom.sample_filter, custom.rollout_log)
+    if config.run.mode == "train_only" and any(unused):
+        yield "Saved rollouts are trained on as they are, and functions that generate, filter or log have no effect."
     yield from evaluation_notes(config)
     if config.run.mode != "rollout_only":
         yield from algorithm_notes(config.algorithm, config.trainer)

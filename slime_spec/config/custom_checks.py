@@ -14,13 +14,6 @@ def check_custom(config: Config) -> None:
     """Raise ConfigError for the first contradiction; functions are not loaded."""
     _check_rollout_function(config)
     _check_partial_rollout(config)
-    if config.custom.reward_post_process is not None and config.algorithm.kl_coef > 0.0:
-        raise ConfigError(
-            "custom.reward_post_process",
-            "gives the advantages, and a KL in the reward is estimated anew by the trainer, which does not know them",
-            config.custom.reward_post_process,
-            "Drop --kl-coef (--kl-loss-coef has the KL in the loss), or the function.",
-        )
     rollout = config.rollout
     least = rollout.max_prompt_len + rollout.max_response_len
     if rollout.max_context_len is not None and rollout.max_context_len < least:
@@ -29,6 +22,17 @@ def check_custom(config: Config) -> None:
             f"must hold a prompt and a response: max_prompt_len + max_response_len = {least} tokens",
             rollout.max_context_len,
             "Raise --rollout-max-context-len, or lower --rollout-max-prompt-len or --rollout-max-response-len.",
+        )
+
+
+def check_post_process(config: Config) -> None:
+    """Raise ConfigError where the trainer would estimate anew the advantages that a function gives."""
+    if config.custom.reward_post_process is not None and config.algorithm.kl_coef > 0.0:
+        raise ConfigError(
+            "custom.reward_post_process",
+            "gives the advantages, and a KL in the reward is estimated anew by the trainer, which does not know them",
+            config.custom.reward_post_process,
+            "Drop --kl-coef (--kl-loss-coef has the KL in the loss), or the function.",
         )
 
 

@@ -126,6 +126,9 @@ def _with_own_settings(config: Config, name: str, keys: Mapping[str, Any]) -> Co
     rollout = replace(
         config.rollout, **values["rollout"], over_sampling_batch_size=None, partial_rollout=False, routing_replay=False
     )
+    if rollout.max_context_len is not None:  # of a function's turns: of the run's, unless the set asks for more
+        least = rollout.max_prompt_len + rollout.max_response_len
+        rollout = replace(rollout, max_context_len=max(rollout.max_context_len, least))
     return replace(
         config,
         run=replace(config.run, seed=eval_seed(config.run.seed, name)),

@@ -47,6 +47,10 @@ def _check_sources(task: TaskConfig, evaluates_data: bool) -> None:
             task.prompt_data or task.prompt_data_mix,
             "Drop --task (write task.names=[] where an experiment sets it), or drop --prompt-data.",
         )
+    if not task.reads_data and not task.names:
+        raise ConfigError(
+            "task.names", "needs at least one task", task.names, "Pass --task NAME or --prompt-data FILE.jsonl."
+        )
     if not task.reads_data and not evaluates_data:  # whose prompts and rewards default to the run's
         for name in OF_DATA:
             if getattr(task, name) != getattr(TaskConfig(), name):
@@ -56,10 +60,6 @@ def _check_sources(task: TaskConfig, evaluates_data: bool) -> None:
                     getattr(task, name),
                     "Pass --prompt-data FILE.jsonl, or leave it out.",
                 )
-    if not task.reads_data and not task.names:
-        raise ConfigError(
-            "task.names", "needs at least one task", task.names, "Pass --task NAME or --prompt-data FILE.jsonl."
-        )
 
 
 def _check_template_values(task: TaskConfig) -> None:

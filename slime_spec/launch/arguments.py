@@ -18,6 +18,8 @@ from slime_spec.suggest import did_you_mean
 
 EXTRA_ARGS, EXTRA_ARGS_FLAG = "sglang_server.extra_args", "--sglang-extra-args"
 DEBUG_MODES = ("--debug-rollout-only", "--debug-train-only")
+OWN_REWARD = "--custom-rm-path"
+REWARD_FLAGS = ("--rm-type", OWN_REWARD)  # two flags of one setting
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Arguments:
     """Holds a command line's settings: files of conf/ by group (an experiment may be a path), and typed values by path.
 
     ``of_slime`` are slime's flags that are no settings, by their names; slime_spec.launch.slime knows what they mean.
+    ``notes`` say which of the flags have no effect beside others.
 
     Example: ``Arguments({"experiment": "smollm2-135m"}, {"trainer.lr": 1e-6, "sglang.cuda_graph_bs_decode": (1, 2)})``
     """
@@ -32,6 +35,7 @@ class Arguments:
     groups: Mapping[str, str]
     settings: Mapping[str, Any]
     of_slime: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     debug: dict[str, bool] = {}
     servers_own: tuple[str, ...] = ()
     errors: list[ConfigError] = []
+    rewards: dict[str, Any] = {}
     for reading in read_each(argv):
         path, value = reading.path, reading.value
         if reading.error is not None:
@@ -103,6 +108,12 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
                 value = values[path]  # a mode that is not chosen is off already
         values.pop(path, None)
         values[path] = value
+        if reading.name in REWARD_FLAGS:
+            rewards[reading.name] = value
+    told: tuple[str, ...] = ()
+    if len(rewards) > 1:  # as in slime, whatever their order
+        values["task.reward"] = rewards[OWN_REWARD]
+        told = (f"{OWN_REWARD} {rewards[OWN_REWARD]} is the reward, and --rm-type has no effect.",)
     if all(debug.get(name) for name in DEBUG_MODES):
         rule = "one generates without training, the other the reverse"
         errors.append(ConfigError(" and ".join(DEBUG_MODES), rule, True, "Pass one of them."))
@@ -111,7 +122,7 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     if servers_own:
         values[EXTRA_ARGS] = (*values.get(EXTRA_ARGS, ()), *servers_own)
     chosen = {group: values.pop(group) for group in GROUPS if group in values}
-    return Arguments({group: name for group, name in chosen.items() if name is not None}, values, of_slime)
+    return Arguments({group: name for group, name in chosen.items() if name is not None}, values, of_slime, told)
 
 
 def _read_flag(argv: Sequence[str], position: int) -> tuple[str, Flag, Any, int]:

@@ -179,7 +179,7 @@ def _eval(argv: list[str]) -> int:
     from slime_spec.launch.evaluate import engines_folder, run_eval
 
     with engines_folder() as folder:
-        arguments = read_eval_arguments(argv, folder)
+        arguments = read_eval_arguments(_without_wandb_key(argv), folder)
         _tell(arguments.made.notes)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
         return run_eval(arguments, folder)
@@ -206,7 +206,7 @@ def _report(argv: list[str]) -> int:
 def _tune(argv: list[str]) -> int:
     from slime_spec.launch.tune import run_tune_command
 
-    return run_tune_command(argv, _show)
+    return run_tune_command(_without_wandb_key(argv), _show)
 
 
 def _port(argv: list[str]) -> int:

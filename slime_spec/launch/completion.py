@@ -41,7 +41,7 @@ _slime_spec() {{
 complete -o default -F _slime_spec slime-spec
 """
 ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
-OF_TRAIN = ("train", "rollout", "config", "doctor", "tune")  # commands that take train's flags
+OF_TRAIN = ("train", "rollout", "config", "doctor", "tune", "eval")  # commands that take train's flags
 
 
 def completion(argv: Sequence[str], commands: Sequence[str]) -> str:

@@ -70,13 +70,13 @@ def composed(argv: Sequence[str]) -> Composed:
         values = {**file_settings(Path(groups.pop(EXPERIMENT))), **values}
     try:
         layers = chosen_files(groups)
-        values = {**values, **together(arguments, laid_over(layers, values))}
+        values = {**values, **together(arguments, laid_over(layers, values), frozenset(values))}
         data = laid_over(layers, values)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError("conf", f"must compose: {error}", groups, "Correct the file in conf/.") from None
     config = from_dict(data)
     config = replace(config, sglang=check_sglang(config.sglang))
-    config, of_length = _one_length(config, values)
+    config, of_length = _one_length(config, arguments.settings)
     if kind_of(config).has_servers:
         config = with_key_of_environment(config, os.environ)
     in_files = {f"{node}.{leaf}" for node in layers if node != DRAFTS for leaf in layers[node]}
@@ -86,12 +86,15 @@ def composed(argv: Sequence[str]) -> Composed:
     config = replace(config, speculative=replace(spec, **{name: getattr(default, name) for name in unused}))
     check(config)
     check_environment(os.environ)
-    told = (*notes_of_slime(arguments.of_slime), *of_length, *left_out, *notes(config))
+    told = (*arguments.notes, *notes_of_slime(arguments.of_slime), *of_length, *left_out, *notes(config))
     return Composed(config, told, frozenset(values) | in_files, arguments.of_slime)
 
 
-def together(arguments: Arguments, data: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the settings that flags of slime make together with others; ``data`` is the tree without them."""
+def together(arguments: Arguments, data: Mapping[Any, Any], named: frozenset[str]) -> dict[str, Any]:
+    """Return the settings that flags of slime make together with others; ``data`` is the tree without them.
+
+    ``named`` are the settings of the command line and of the user's file.
+    """
     given = {name: value for name, value in arguments.of_slime.items() if name in MEANINGS}
 
     def lookup(path: str) -> Any:
@@ -99,12 +102,12 @@ def together(arguments: Arguments, data: Mapping[Any, Any]) -> dict[str, Any]:
         values = data.get(node)
         return values.get(leaf) if isinstance(values, Mapping) else None
 
-    return settings_together(given, lookup, frozenset(arguments.settings)) if given else {}
+    return settings_together(given, lookup, named) if given else {}
 
 
-def _one_length(config: Config, values: Mapping[str, object]) -> tuple[Config, tuple[str, ...]]:
-    """Let the steps that the user asks for win over the epochs, as in slime; an experiment's give way to epochs."""
-    if config.run.num_epoch is None or "run.num_rollout" not in values:
+def _one_length(config: Config, asked: Mapping[str, object]) -> tuple[Config, tuple[str, ...]]:
+    """Let the command line's steps win over the epochs, as in slime; those of a file give way to epochs."""
+    if config.run.num_epoch is None or "run.num_rollout" not in asked:
         return config, ()
     note = "--num-rollout says how long the run is, and --num-epoch has no effect."
     return replace(config, run=replace(config.run, num_epoch=None)), (note,)

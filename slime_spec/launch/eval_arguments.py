@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slime_spec.config.task_checks import OF_DATA
 from slime_spec.config.tree import TaskConfig
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import Arguments, read_arguments
@@ -81,6 +82,9 @@ def read_eval_arguments(argv: Sequence[str], folder: Path) -> EvalArguments:
             raise ConfigError(path, "belongs to a training run, and eval only evaluates", value, "Leave it out.")
         if path == "model.hf_checkpoint" and not loads:
             raise ConfigError(path, "CHECKPOINT names the model", value, "Leave it out.")
+    if mixed := asked.settings.get("task.prompt_data_mix"):
+        rule, remedy = "is of a training run: an evaluation has sets, each with a name", SETS
+        raise ConfigError("task.prompt_data_mix", rule, mixed, remedy)
     try:
         made = composed([*of_checkpoint, *rest, *_evaluates(asked), "--output-dir", str(folder)])
     except ConfigError as error:
@@ -117,7 +121,9 @@ def _generating(step: int) -> list[str]:
         *("run.mode=rollout_only", f"run.num_rollout={step + 1}", "run.save_samples=false"),
         *("run.save_debug_rollout_data=null", "run.load_debug_rollout_data=null"),
         *("trainer.load=null", "trainer.save=null", "trainer.save_interval=null"),
-        *("metrics.use_wandb=false", "metrics.console=false"),
+        *("run.num_epoch=null", "metrics.use_wandb=false", "metrics.use_tensorboard=false", "metrics.console=false"),
+        # What a step of training needs says nothing of an evaluation.
+        *("trainer.lr_decay_style=constant", "trainer.lr_warmup_steps=0", "trainer.lr_warmup_fraction=null"),
     ]
 
 
@@ -133,8 +139,18 @@ def _evaluates(asked: Arguments) -> Iterator[str]:
         yield from ("--eval-config", given.get("eval.config") or "null")
     if "rollout.n_samples_per_prompt" in given and "eval.n_samples_per_prompt" not in given:
         yield f"eval.n_samples_per_prompt={given['rollout.n_samples_per_prompt']}"
+    if not files and "eval.config" not in given:  # tasks have their own prompts and rewards, whatever a run's data had
+        for name in OF_DATA:
+            if f"task.{name}" not in given:
+                yield f"task.{name}={_word(getattr(TaskConfig(), name))}"
     yield "task.prompt_data=null"
+    yield "task.prompt_data_mix=[]"
     yield f"task.names=[{','.join(TaskConfig().names)}]"
+
+
+def _word(value: object) -> str:
+    """Return a setting's value as a command line has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_writable(flag: str, path: Path | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import slime_spec
 from slime_spec.config.task import TaskConfig
+from slime_spec.config.task_checks import OF_DATA
 from slime_spec.errors import ConfigError
 from slime_spec.suggest import did_you_mean
 
@@ -54,6 +55,8 @@ def one_source(groups: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[
     """
     named = {name for name in SOURCES if settings.get(name)}
     if named == {"task.names"}:
-        return {DATA: TOY, **groups}, dict(settings)
+        # Of a user's own file, too, which stands in an experiment's place.
+        of_data = {f"task.{name}": getattr(TaskConfig(), name) for name in ("prompt_data", "prompt_data_mix", *OF_DATA)}
+        return {DATA: TOY, **groups}, {**of_data, **settings}
     others = {name: getattr(TaskConfig(), name.removeprefix("task.")) for name in SOURCES} if named else {}
     return dict(groups), {**others, **settings}

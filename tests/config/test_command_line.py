@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from config_strategies import names, texts
@@ -11,11 +12,13 @@ from hypothesis import given
 from hypothesis import settings as run_with
 from omegaconf import OmegaConf
 
+from slime_spec.config.build import to_yaml
 from slime_spec.config.schema import settings
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
 from slime_spec.launch.compose import compose, laid_over
+from slime_spec.launch.compose import composed as all_composed
 from slime_spec.launch.flags import REFUSED, flags
 
 
@@ -331,3 +334,36 @@ def test_quotes_around_a_hydra_value_are_not_part_of_it() -> None:
 def test_a_setting_changes_nothing_but_itself() -> None:
     base = compose([])
     assert compose(["--lr", "0.5"]) == replace(base, trainer=replace(base.trainer, lr=0.5))
+
+
+def test_epochs_of_a_file_stay_though_the_file_has_steps_too_and_the_command_lines_steps_win(tmp_path: Path) -> None:
+    """A printed configuration has every setting: its number of steps was nobody's wish."""
+    printed = tmp_path / "mine.yaml"
+    printed.write_text(to_yaml(composed("--prompt-data x.jsonl --num-epoch 3")))
+    assert compose([f"experiment={printed}"]).run.num_epoch == 3
+    assert compose([f"experiment={printed}", "--num-epoch", "5"]).run.num_epoch == 5
+    assert compose([f"experiment={printed}", "--num-rollout", "7"]).run == replace(
+        compose([f"experiment={printed}"]).run, num_epoch=None, num_rollout=7
+    )
+
+
+@pytest.mark.parametrize("order", ["--custom-rm-path mod:fn --rm-type math", "--rm-type math --custom-rm-path mod:fn"])
+def test_of_two_rewards_the_function_is_it_as_in_slime_and_a_note_says_so(order: str) -> None:
+    made = all_composed(["--prompt-data", "x.jsonl", *order.split()])
+    assert made.config.task.reward == "mod:fn"
+    assert "--custom-rm-path mod:fn is the reward, and --rm-type has no effect." in made.notes
+
+
+def test_a_file_and_slimes_numbers_of_gpus_that_say_otherwise_are_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("rollout: {num_engines: 3, engine: sglang}\ncluster: {colocate: false}\n")
+    error = refusal(f"experiment={mine}", "--rollout-num-gpus", "8")
+    assert (error.setting, error.value) == ("rollout.num_engines", 3)
+    mine.write_text("engine: {max_running_requests: 32}\nrollout: {engine: sglang}\n")
+    assert compose([f"experiment={mine}", "--sglang-server-concurrency", "512"]).engine.max_running_requests == 32
+
+
+def test_a_task_replaces_the_data_of_a_users_own_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("task: {prompt_data: x.jsonl, reward: math, input_key: question}\n")
+    assert compose([f"experiment={mine}", "--task", "max4"]).task == compose(["--task", "max4"]).task

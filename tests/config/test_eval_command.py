@@ -21,6 +21,7 @@ from slime_spec.config.tree import (
     RolloutConfig,
     RunConfig,
     SpeculativeConfig,
+    TaskConfig,
     TrainerConfig,
 )
 from slime_spec.errors import ConfigError
@@ -129,7 +130,28 @@ def test_a_runs_checkpoint_is_loaded_by_a_trainer(tmp_path: Path, run: Path, giv
     assert (config.save_interval, config.rollout.max_response_len) == (None, 99)
 
 
+def test_a_task_is_evaluated_whatever_data_and_logs_the_run_had(tmp_path: Path, run: Path) -> None:
+    (run / "hf").mkdir()
+    (run / "hf" / "config.json").write_text("{}")
+    data = TaskConfig(prompt_data="x.jsonl", input_key="question", reward="math", shuffle=False)
+    base = Config(run=RunConfig(num_epoch=3), task=data, metrics=MetricsConfig(use_tensorboard=True))
+    (run / "config.yaml").write_text(to_yaml(base))
+    made = read(tmp_path, str(run), "--task", "add10").made
+    assert made.config.task == TaskConfig()
+    assert (made.config.metrics.use_tensorboard, made.config.run.num_epoch) == (False, None)
+    assert not any("--num-epoch" in note for note in made.notes)
+
+
+def test_an_early_checkpoint_of_a_run_whose_rate_warms_up_and_decays_is_evaluated(tmp_path: Path, run: Path) -> None:
+    (run / "checkpoints" / "latest").write_text("step-000005\n")
+    rate = TrainerConfig(lr_decay_style="cosine", lr_warmup_steps=50)
+    base = Config(run=RunConfig(num_rollout=400), trainer=rate, eval=EvalConfig(interval=1, tasks=("add10",)))
+    (run / "config.yaml").write_text(to_yaml(base))
+    assert read(tmp_path, str(run)).made.config.run.num_rollout == 6
+
+
 REFUSED = [
+    (["model", "--prompt-data-mix", "a=1:x.jsonl"], r"task\.prompt_data_mix: is of a training run.*NAME FILE"),
     ([], "CHECKPOINT: must come first"),
     (["--task", "add10"], "CHECKPOINT: must come first"),
     (["nowhere", "--task", "add10"], "CHECKPOINT: must be a Hugging Face checkpoint folder"),

@@ -176,3 +176,11 @@ def test_errors_of_a_sets_own_configuration_name_the_evaluations_settings_and_fl
     error = as_of_evaluation(of_run, "aime")
     assert (error.setting, error.rule) == ("eval.prompt_data", "set aime: must be readable")
     assert error.remedy == "Pass --eval-prompt-data NAME FILE.jsonl, or --eval-input-key K."
+
+
+def test_turns_of_an_evaluation_have_room_for_its_prompt_and_response() -> None:
+    rollout = RolloutConfig(max_context_len=1000)
+    (asked,) = eval_sets(Config(rollout=rollout, eval=EvalConfig(interval=1, tasks=("add10",), max_response_len=4000)))
+    assert asked.config.rollout.max_context_len == 512 + 4000
+    (own,) = eval_sets(Config(rollout=rollout, eval=EvalConfig(interval=1, tasks=("add10",))))
+    assert own.config.rollout.max_context_len == 1000

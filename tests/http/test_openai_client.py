@@ -330,6 +330,20 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+def test_messages_that_a_template_refuses_are_the_clients_mistake(tmp_path: Path) -> None:
+    """The checkpoint is whole: neither its folder nor a copy of it is of any use to a client."""
+    folder = make_tiny_policy(tmp_path / "policy", max_position_embeddings=1000)
+    settings = folder / "tokenizer_config.json"
+    first = "{% if messages[0].role == 'assistant' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    strict = first + "{% for message in messages %}{{ message.content }}{% endfor %}"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": strict}))
+    with served(engine_config(folder, "LOOKUP")) as running:
+        status, answer = running.post("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]})
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "roles must alternate" in answer["error"]["message"]
+    assert str(folder) not in json.dumps(answer)
+
+
 @pytest.mark.parametrize(("body", "param", "says"), REFUSED, ids=lambda value: str(value)[:50])
 def test_what_is_not_served_is_refused_by_field_in_openais_form(
     server: Served, body: dict[str, Any], param: str, says: str

@@ -122,6 +122,12 @@ def test_a_script_of_another_model_than_its_checkpoint_is_told(tmp_path: Path, c
     assert "missing here (1) --num-layers must be 28" in told
 
 
+def test_a_reference_of_its_own_is_missing(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["port", script(tmp_path, f"--ref-load {tmp_path}")]) == 1
+    assert "--ref-load must be the policy's own checkpoint" in " ".join(capsys.readouterr().err.split())
+
+
 def test_variables_are_taken_from_the_environment(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def test_flags_behind_the_script_win_over_its_data(script: str) -> None:
 
 def test_slimes_defaults_need_a_file_of_prompts() -> None:
     with pytest.raises(ConfigError, match=r"task\.names.*--prompt-data"):
-        compose(["--config", "slime"])
+        compose(["--config", "slime", "--n-samples-per-prompt", "8"])
 
 
 @pytest.mark.parametrize("experiment", sorted({*choices("experiment")} - {"slime"}))

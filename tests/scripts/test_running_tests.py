@@ -195,3 +195,8 @@ def test_the_record_names_the_files_of_proofs_and_a_proof_sees_the_engine_and_wh
         judge = "tests/support/statistics.py" if proof in sampled else "rollout/embedded/verification/race.py"
         needed = {"rollout/embedded/verification/walk.py", "rollout/embedded/uniforms.py", judge}
         assert needed <= set(sources_of(proof))
+
+
+def test_no_package_is_pinned_twice() -> None:
+    names = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    assert sorted(set(names)) == sorted(names)

@@ -13,7 +13,7 @@ from slime_spec.launch.flags import IS_NO_FLAG
 from slime_spec.launch.help import DRY_RUN
 from slime_spec.launch.port.script import Launch
 from slime_spec.launch.port.text import open_parts, shown
-from slime_spec.launch.slime.model_shape import NAMES, check_model_shape
+from slime_spec.launch.slime.model_shape import NAMES, REF_LOAD, check_model_shape, check_reference
 from slime_spec.launch.slime.together import MADE_BY, MEANINGS
 from slime_spec.launch.slime.without_effect import WANDB_KEY, reason_of
 
@@ -103,7 +103,7 @@ def port(launch: Launch, extra: Sequence[str] = ()) -> Ported:
             flags.append((name, value))
             rows.append(Row(Fate.ADDED, f"{name} {value}", why))
     flags += [reading.words for reading in own]
-    shape = {each.path: each.value for each in readings if each.path in NAMES}
+    shape = {each.path: each.value for each in readings if each.path in NAMES or each.path == REF_LOAD}
     rows += _contradictions([shown(word) for flag in flags for word in flag if word != DRY_RUN], shape)
     return Ported(tuple(flags), tuple(rows), tuple(launch.not_followed))
 
@@ -130,7 +130,9 @@ def _row(reading: Reading) -> Row:
 def _contradictions(words: Sequence[str], shape: Mapping[str, Sequence[str]]) -> Iterator[Row]:
     """Yield a row for everything that the flags together are refused for, or that a checkpoint's shape contradicts."""
     try:
-        check_model_shape(shape, composed(words).config.model.hf_checkpoint)
+        checkpoint = composed(words).config.model.hf_checkpoint
+        check_model_shape(shape, checkpoint)
+        check_reference(shape, checkpoint)
     except ConfigError as error:
         for each in each_of(error):
             yield Row(Fate.MISSING, each.setting, f"{each.rule} (got {each.value!r}); {each.remedy}")

@@ -81,6 +81,7 @@ WITHOUT_EFFECT: Mapping[str, WithoutEffect] = {
     "--balance-by-flops": WithoutEffect(PACKED),
     "--use-rollout-logprobs": WithoutEffect(OWN_LOGPROBS),
     "--use-routing-replay": WithoutEffect(f"{OWN_LOGPROBS}; --use-rollout-routing-replay replays the engine's experts"),
+    "--log-passrate": WithoutEffect("pass@k is always among eval/NAME/*"),
     "--use-fault-tolerance": WithoutEffect(WATCHED),
     "--rollout-health-check-interval": WithoutEffect(WATCHED, "1"),
     "--rollout-health-check-timeout": WithoutEffect(WATCHED, "1"),

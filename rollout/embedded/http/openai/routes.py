@@ -19,7 +19,7 @@ from rollout.embedded.http.openai.messages import template_messages, text_of
 from rollout.embedded.http.running import CallRunner
 from rollout.embedded.http.serving import Serving
 from slime_spec.algorithms import find_algorithm
-from slime_spec.errors import ConfigError
+from slime_spec.errors import CheckpointError, ConfigError
 from slime_spec.files import shortened
 from slime_spec.speculation.request_fields import ADVICE
 
@@ -112,7 +112,10 @@ class OpenAIRoutes:
             rule = "need a checkpoint with a chat template, and the served one has none"
             raise ConfigError("messages", rule, self._name, "Send a prompt to /v1/completions.")
         values = body.template_values
-        prompt = self._tokenizer.chat(messages, tools=body.shown_tools, template_values=values)
+        try:
+            prompt = self._tokenizer.chat(messages, tools=body.shown_tools, template_values=values)
+        except CheckpointError as error:  # of a template that says no to these messages
+            raise ConfigError("messages", error.rule, len(messages), "Send messages that the template takes.") from None
         made: dict[str, Any] = {**body.generate_body(), "input_ids": list(prompt)}
         takes_advice = find_algorithm(self._limits.algorithm).takes_advice
         if body.prediction is not None and takes_advice:  # a hint: where nothing drafts from it, nothing is lost
