@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RUN_TIMEOUT_S
 
 from slime_spec.metrics.jsonl import read_metrics
+from tests.e2e.conftest import ROOT, RUN_TIMEOUT_S
 
 STEPS = 3
 SETTINGS = (
