@@ -159,17 +159,27 @@ Placed = tuple[int, int, MadeTurn]  # a turn's first token in the sample, how ma
 
 
 def _placed(tokens: tuple[int, ...], turns: Sequence[MadeTurn]) -> list[Placed]:
-    """Return the turns that are in a sample: asked with the tokens that stand before theirs, in their order there."""
-    placed = []
+    """Return the turns that are in a sample: asked with the tokens that stand before theirs, in their order there.
+
+    Of turns that were asked with the same tokens (tried again, or the best of several) only one is in a sample: that of
+    which most stands there. A reply that stands there whole goes before a longer one that begins like it.
+    """
+    placed: dict[int, Placed] = {}
     for turn in turns:
         start, ids = len(turn.prompt_token_ids), turn.response.token_ids
         if tokens[:start] != turn.prompt_token_ids:
             continue
         count = next((i for i, (a, b) in enumerate(zip(ids, tokens[start:], strict=False)) if a != b), None)
         count = min(len(ids), len(tokens) - start) if count is None else count
-        if count:
-            placed.append((start, count, turn))
-    return sorted(placed, key=lambda each: each[0])
+        if count and (start not in placed or _fit(placed[start]) < _fit((start, count, turn))):
+            placed[start] = (start, count, turn)
+    return [placed[start] for start in sorted(placed)]
+
+
+def _fit(placed: Placed) -> tuple[int, bool]:
+    """Return what of several turns of the same start tells the one that is in a sample: the largest."""
+    _, count, turn = placed
+    return count, count == len(turn.response.token_ids)
 
 
 def _logprobs(

@@ -78,6 +78,22 @@ def test_a_turn_that_was_cut_counts_as_far_as_it_stands_and_one_that_was_left_ou
     assert removed.response.num_loss_tokens == 0
 
 
+def test_of_turns_that_were_tried_again_the_one_that_is_in_the_sample_counts() -> None:
+    """A reply 10 99 was discarded for 10 11 12, another that goes on after them was too; in either order."""
+    first, second = TURNS
+    discarded = MadeTurn((1, 2, 3), replace(response(10, 99), logprobs=(-7.0, -7.0), weight_version=8))
+    longer = MadeTurn((1, 2, 3), replace(response(10, 11, 12, 60), logprobs=(-7.0,) * 4, finish_reason="length"))
+    expected = made_of(WHOLE, TURNS, ASKED)[0].response
+    alone = made_of(own([1, 2, 3, 10, 11, 12], None), [first], ASKED)[0].response
+    for others in ([discarded], [longer], [discarded, longer]):
+        for turns in ([*others, first, second], [first, *others, second]):
+            (made,) = made_of(WHOLE, turns, ASKED)
+            assert made.response.logprobs == expected.logprobs
+            assert made.response.version_spans == expected.version_spans
+            (made,) = made_of(own([1, 2, 3, 10, 11, 12], None), turns, ASKED)
+            assert (made.response.logprobs, made.response.finish_reason) == (alone.logprobs, "stop")
+
+
 def test_a_prompt_of_the_functions_own_takes_the_prompts_place() -> None:
     turn = MadeTurn((8, 9), response(10, 11))
     (made,) = made_of(SlimeSample(tokens=[8, 9, 10, 11], response_length=2), [turn], ASKED)
