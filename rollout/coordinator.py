@@ -129,11 +129,12 @@ class Coordinator:
         self._streams = {}
         self._hear_all()
         while groups.has_unfinished or (feed is not None and feed.has_more):
+            is_aborted = self._num_aborts > num_aborts  # read once: no group may come after an abort
             if feed is not None:
-                if self._num_aborts > num_aborts:
+                if is_aborted:
                     feed.close()
                 groups.add(feed.taken())
-            if self._num_aborts > num_aborts and not groups.is_aborted:
+            if is_aborted and not groups.is_aborted:
                 self._abort(groups.on_engines)
                 yield from groups.abort()
             self._launch(groups)

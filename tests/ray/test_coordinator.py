@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from rollout.coordinator import Call, Coordinator, EngineProcessDied, PendingCalls
 from rollout.fake import FakeGeneration
 from rollout.fake_calls import FakeCalls
+from slime_spec.request_feed import FeedClosed, RequestFeed
 from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest, SamplingParams
 
 Key = tuple[str, int]
@@ -174,6 +176,23 @@ def test_an_abort_is_noticed_among_the_samples_of_one_wait_and_every_sample_come
     assert all(tokens[: len(parts[key])] == parts[key] for key, tokens in whole(asked).items())
     assert sum(bool(tokens) for tokens in parts.values()) > 2, "samples in progress come out with their tokens"
     assert tokens_of(list(coordinator.generate(asked))) == whole(asked)
+
+
+def test_no_request_of_a_feed_is_generated_after_an_abort_however_the_two_fall_together() -> None:
+    """The abort comes while requests are taken; the reader asks for another turn as soon as a sample arrives."""
+    first, second = requests(2, num_samples=1)
+    aborts = [lambda: coordinator.abort()]
+    feed = RequestFeed(lambda: aborts.pop()() if aborts else None)
+    coordinator = Coordinator(FakeCalls(1), 1, 8)
+    feed.put(first)
+    reasons = []
+    for sample in coordinator.generate(feed):
+        reasons.append((sample.group_id, sample.finish_reason))
+        with suppress(FeedClosed):
+            if sample.group_id == first.group_id:
+                feed.put(second)
+    assert ("1", "stop") not in reasons
+    assert not feed.has_more
 
 
 def test_engines_that_stop_serve_again_and_die_are_told_once_each(caplog: pytest.LogCaptureFixture) -> None:
