@@ -41,6 +41,18 @@ class Turns:
         if answer is not None and answer.set_running_or_notify_cancel():
             answer.set_result(response)
 
+    @property
+    def has_waiting(self) -> bool:
+        """Return whether the engines owe a turn, be it one that nobody waits for any more."""
+        return bool(self._waiting)
+
+    def fail(self, error: Exception) -> None:
+        """Raise ``error`` where a turn is waited for; the feed is closed before, so that no other turn can come."""
+        while self._waiting:
+            _, answer = self._waiting.popitem()
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(error)
+
 
 class FunctionThread:
     """Runs coroutines of a user's functions; one that never awaits keeps all others waiting, and is found by check."""

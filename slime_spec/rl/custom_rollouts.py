@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,15 +14,17 @@ from slime_spec.agents.as_slime import as_slime
 from slime_spec.agents.own import OwnFunction
 from slime_spec.errors import CustomFunctionError, shown
 from slime_spec.interfaces import RunState
-from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource
+from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource, SamplesRefused
 from slime_spec.slime_sample import Args
 from slime_spec.types import Sample
+
+logger = logging.getLogger(__name__)
 
 
 class CustomRollouts:
     """Implements RolloutSource by another one, whose samples go through a user's filter, advantages and log.
 
-    What the log function returns changes nothing: the run's own metrics are written in any case.
+    The log function changes nothing, also where it fails: the run's own metrics are written in any case.
     """
 
     def __init__(
@@ -37,26 +40,36 @@ class CustomRollouts:
         self._filter, self._post_process, self._log = sample_filter, reward_post_process, rollout_log
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout:
-        """Give one step of the other source; raises CustomFunctionError where a function fails."""
+        """Give one step of the other source; raises SamplesRefused where a filter or advantages fail."""
         begun = self._clock()
         rollout = self._source.rollout(state, progress)
         passed_s = self._clock() - begun
         owns = rollout.owns or tuple(map(as_slime, rollout.samples))
         samples, advantages = rollout.samples, rollout.advantages
-        if self._filter is not None:
-            samples = self._filtered(samples, owns)
-        if self._post_process is not None:
-            advantages = self._advantages(samples, owns)
+        try:
+            if self._filter is not None:
+                samples = self._filtered(samples, owns)
+            if self._post_process is not None:
+                advantages = self._advantages(samples, owns)
+        except CustomFunctionError as error:
+            raise SamplesRefused(str(error), rollout.samples) from error
         if self._log is not None:
             extra = dict(rollout.metrics)
-            _called("custom_rollout_log", self._log, state.rollout_id, self._args, list(owns), extra, passed_s)
+            try:
+                _called("custom_rollout_log", self._log, state.rollout_id, self._args, list(owns), extra, passed_s)
+            except CustomFunctionError as error:
+                logger.warning("step %d was not logged: %s", state.rollout_id, error)
         return replace(rollout, samples=samples, owns=owns, advantages=advantages)
 
     def _filtered(self, samples: Sequence[Sample], owns: Sequence[Any]) -> list[Sample]:
-        """Return the samples, of which those with remove_sample do not count in the loss."""
+        """Return the samples, of which those with remove_sample do not count in the loss.
+
+        The filter sees those with a reward: one that failed has nothing to be judged by.
+        """
         assert self._filter is not None, "it is asked for where there is one"
         pairs = list(zip(samples, owns, strict=True))
-        groups = [[own for _, own in group] for _, group in groupby(pairs, lambda pair: pair[0].prompt.prompt_id)]
+        scored = [pair for pair in pairs if pair[0].reward is not None]
+        groups = [[own for _, own in group] for _, group in groupby(scored, lambda pair: pair[0].prompt.prompt_id)]
         _called("rollout_sample_filter", self._filter, self._args, groups)
         return [
             replace(sample, response=replace(sample.response, loss_mask=(0,) * len(sample.response.token_ids)))

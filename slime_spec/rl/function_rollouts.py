@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from slime_spec.agents.as_slime import new_sample
@@ -29,8 +30,8 @@ from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError, CustomFunctionError, shown
 from slime_spec.interfaces import Engines, RunState
 from slime_spec.metrics.table import metric
-from slime_spec.request_feed import RequestFeed
-from slime_spec.rl.rollouts import Progress, Rollout
+from slime_spec.request_feed import FeedClosed, RequestFeed
+from slime_spec.rl.rollouts import Progress, Rollout, warn_of_unfinished
 from slime_spec.slime_sample import Args
 from slime_spec.tasks.judge import Reply, Verdict, users_traceback, verdict_of
 from slime_spec.tasks.scoring import warn_of
@@ -61,7 +62,7 @@ class DataSource:
         return again + [[new_sample(prompt, index) for index in range(self._num_samples)] for prompt in prompts]
 
     def add_samples(self, samples: SampleGroups) -> None:
-        """Keep groups for a later step; they live as long as the run's process."""
+        """Keep groups for a later step, with their turns so far; they live as long as the run's process."""
         with self._lock:
             self.returned += samples
 
@@ -71,9 +72,22 @@ class DataSource:
         with self._lock:
             return self._clients.setdefault(key, Client(self._settings, self.prompts[key[0]], key[1]))
 
+    def resume(self, before: DataSource) -> None:
+        """Take over the groups that were added to the step ``before``, their prompts, and their turns so far."""
+        with before._lock:
+            self.returned = before.returned
+            keys = {_key(own) for group in self.returned for own in _flat(group)}
+            ids = {prompt_id for prompt_id, _ in keys}
+            self.prompts = {each: prompt for each, prompt in before.prompts.items() if each in ids}
+            self._clients = {
+                key: replace(client, settings=self._settings, turns=list(client.turns), _num_waiting=0)
+                for key, client in before._clients.items()
+                if key in keys
+            }
+
     def made(self, own: Any, weight_version: int) -> list[Made]:
         """Return what is trained on of a sample that the function returned."""
-        group, index = getattr(own, "group_index", None), getattr(own, "index", None)
+        group, index = _key(own)
         prompt = self.prompts.get(group) if isinstance(group, int) else None
         if prompt is None or not isinstance(index, int):
             raise CustomFunctionError(
@@ -104,6 +118,7 @@ class FunctionRollouts:
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout:
         """Call the function once; raises CustomFunctionError where it fails or returns something else."""
+        warn_of_unfinished(state)
         next_prompt_id = state.next_prompt_id
 
         def take(num: int) -> Sequence[Prompt]:
@@ -117,24 +132,32 @@ class FunctionRollouts:
         num_samples = self._config.rollout.n_samples_per_prompt
         source = DataSource(take, num_samples, settings)
         if self._kept is not None:
-            source.returned, source.prompts = self._kept.returned, dict(self._kept.prompts)
+            source.resume(self._kept)
         wanted = self._config.rollout.batch_size * num_samples
         progress(0, wanted)
         threads = ThreadPoolExecutor(1, thread_name_prefix="rollout function")
         try:
+            responses = self._engines.generate(feed)  # before the function can return: its end aborts this generation
             returned: Future[Any] = threads.submit(self._call, state.rollout_id, source)
-            returned.add_done_callback(lambda _: feed.close())
-            for response in self._engines.generate(feed):
+            returned.add_done_callback(lambda _: self._end(feed, turns))
+            for response in responses:
                 turns.arrived(response)
             output = returned.result()
         finally:
             feed.close()
+            turns.fail(FeedClosed("the step has ended"))  # the process waits at its end for the function's thread
             threads.shutdown(wait=False, cancel_futures=True)
         self._kept = source
         groups = _groups(getattr(output, "samples", output))
         samples, owns = self._scored(groups, source, state.weight_version)
         progress(len(samples), wanted)
         return Rollout(samples, next_prompt_id, metrics=_metrics(getattr(output, "metrics", None)), owns=tuple(owns))
+
+    def _end(self, feed: RequestFeed, turns: Turns) -> None:
+        """End the generation; turns that the function left behind are aborted."""
+        if turns.has_waiting:
+            self._engines.abort()
+        feed.close()
 
     def _call(self, rollout_id: int, source: DataSource) -> Any:
         besides = {"evaluation": False} if takes(self._function, "evaluation") else {}
@@ -167,7 +190,16 @@ def _groups(given: Any) -> SampleGroups:
     if not isinstance(given, list) or not given or not all(isinstance(group, list) for group in given):
         rule = "the rollout function must return groups of samples, list[list[Sample]], or an object that has them"
         raise CustomFunctionError(f"{rule} as samples; it was {shown(given)}")
-    return [[own for each in group for own in (each if isinstance(each, list) else [each])] for group in given]
+    return [_flat(group) for group in given]
+
+
+def _flat(group: list[Any]) -> list[Any]:
+    return [own for each in group for own in (each if isinstance(each, list) else [each])]
+
+
+def _key(own: Any) -> tuple[Any, Any]:
+    """Return the prompt and the place in its group of a sample, as far as it says."""
+    return getattr(own, "group_index", None), getattr(own, "index", None)
 
 
 def _metrics(given: Any) -> dict[str, float]:

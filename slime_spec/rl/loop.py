@@ -24,7 +24,7 @@ from slime_spec.rl.advantages import train_batch
 from slime_spec.rl.clock import PhaseClock
 from slime_spec.rl.draft_in_training import DraftInTraining
 from slime_spec.rl.evaluation import Evaluation
-from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource
+from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource, SamplesRefused
 from slime_spec.stop import StopSignals
 from slime_spec.types import EngineStats, Sample
 from slime_spec.weights.run import run_push
@@ -140,8 +140,12 @@ def _evaluate(job: Job, state: RunState) -> dict[str, float]:
 def _roll_out(job: Job, state: RunState, clock: PhaseClock) -> tuple[Sequence[EngineStats], Rollout]:
     """Return a step's samples, kept and with rewards, and what the engines said before."""
     before = [] if job.engines is None else job.engines.stats()
-    with job.stop.interruptible(), clock.phase("rollout"):
-        rollout = job.rollouts.rollout(state, job.progress("rollout"))
+    try:
+        with job.stop.interruptible(), clock.phase("rollout"):
+            rollout = job.rollouts.rollout(state, job.progress("rollout"))
+    except SamplesRefused as error:
+        job.keep_samples(state.rollout_id, error.samples)
+        raise
     job.keep_samples(state.rollout_id, rollout.samples)
     _check_rewards(state.rollout_id, rollout.samples)
     return before, rollout

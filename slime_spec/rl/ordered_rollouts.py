@@ -26,7 +26,7 @@ from slime_spec.metrics.rollout import filter_metrics
 from slime_spec.request_feed import RequestFeed
 from slime_spec.rl.dynamic_filter import Filter, Judgement, keep_all
 from slime_spec.rl.groups import Groups
-from slime_spec.rl.rollouts import Progress, Rollout
+from slime_spec.rl.rollouts import Progress, Rollout, warn_of_unfinished
 from slime_spec.tasks.judge import Reply, Verdict, verdict_of
 from slime_spec.tasks.scoring import PendingSamples, warn_of
 from slime_spec.types import GeneratedSample, Prompt, Sample
@@ -65,6 +65,7 @@ class OrderedRollouts:
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout:
         """Generate, score and filter one step."""
+        warn_of_unfinished(state)
         feed = RequestFeed(self._groups.check)
         self._groups.begin_step(feed, state.weight_version)
         threads = ThreadPoolExecutor(NUM_WAITING_THREADS, thread_name_prefix="rollout")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from slime_spec.config.speculation import reads_replies
 from slime_spec.config.tree import Config
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, CustomFunctionError
 from slime_spec.interfaces import Engines, RunState
 from slime_spec.rl.expected_length import ExpectedLengths
 from slime_spec.rl.open_group import OpenGroup
@@ -16,6 +17,8 @@ from slime_spec.rl.reply_history import ReplyHistory
 from slime_spec.rl.requests import group_requests
 from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.types import GeneratedSample, Prompt, Sample
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (samples finished, samples wanted)
 
@@ -36,10 +39,28 @@ class Rollout:
     advantages: tuple[float | None, ...] | None = None
 
 
+class SamplesRefused(CustomFunctionError):
+    """A function of the user's own failed on samples that were made; ``samples`` are kept before the run ends."""
+
+    def __init__(self, message: str, samples: list[Sample]) -> None:
+        super().__init__(message)
+        self.samples = samples
+
+
 class RolloutSource(Protocol):
-    """Gives one step's scored samples."""
+    """Gives one step's scored samples; raises SamplesRefused where it has samples that cannot be trained on."""
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout: ...
+
+
+def warn_of_unfinished(state: RunState) -> None:
+    """Tell of groups of a partial rollout that a source resumes from a checkpoint and does not go on with."""
+    if num := len(state.unfinished_prompt_ids):
+        logger.warning(
+            "prompts of unfinished groups are skipped: a dynamic filter and functions go on with no group that a "
+            "checkpoint of a partial rollout left num_prompts=%d",
+            num,
+        )
 
 
 class GeneratedRollouts:

@@ -16,7 +16,7 @@ from slime_spec.errors import ConfigError, CustomFunctionError
 from slime_spec.rl.advantages import train_batch
 from slime_spec.rl.custom_rollouts import CustomRollouts
 from slime_spec.rl.function_rollouts import FunctionRollouts
-from slime_spec.rl.rollouts import Rollout
+from slime_spec.rl.rollouts import Rollout, SamplesRefused
 from slime_spec.slime_sample import Args, Sample, Status
 from slime_spec.tasks.judge import RewardName
 from slime_spec.tasks.scoring import ProcessScorer
@@ -130,6 +130,45 @@ def test_a_sample_filter_takes_samples_out_of_the_loss_and_leaves_them_in_their_
     whole, rest = train_batch(made.samples, False), train_batch(filtered.samples, False)
     assert [each.advantage for each in rest] == [each.advantage for each in whole[1::2]]
     assert [each.token_ids for each in rest] == [each.token_ids for each in whole[1::2]]
+
+
+def test_a_sample_filter_sees_the_samples_that_have_a_reward(folder: Path) -> None:
+    made, _ = step_of(agents_config(folder), two_turns)
+    lost = [replace(each, reward=None, error="failed") for each in (made.samples[1], *made.samples[2:])]
+    seen: list[list[float]] = []
+
+    def below_three(args: Any, groups: list[list[Any]]) -> None:
+        seen.extend([sample.reward for sample in group] for group in groups)
+        for sample in (sample for group in groups for sample in group):
+            sample.remove_sample = sample.reward < 3
+
+    source = Given(replace(made, samples=[made.samples[0], *lost], owns=()))
+    filtered = CustomRollouts(source, Args(), sample_filter=below_three).rollout(START, lambda *_: None)
+    assert seen == [[made.samples[0].reward]]
+    assert [each.error for each in filtered.samples] == ["", "failed", "failed", "failed"]
+
+
+def failing(*_: Any) -> Any:
+    raise KeyError("length")
+
+
+def test_a_filter_or_advantages_that_fail_leave_the_samples_to_be_kept(folder: Path) -> None:
+    made, _ = step_of(agents_config(folder), two_turns)
+    for name, functions in (
+        ("rollout_sample_filter", {"sample_filter": failing}),
+        ("custom_reward_post_process", {"reward_post_process": failing}),
+    ):
+        source = CustomRollouts(Given(made), Args(), **functions)
+        with pytest.raises(SamplesRefused, match=f"{name} raised KeyError: 'length'") as caught:
+            source.rollout(START, lambda *_: None)
+        assert caught.value.samples == made.samples
+
+
+def test_a_log_function_that_fails_costs_no_step(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made, _ = step_of(agents_config(folder), two_turns)
+    rollout = CustomRollouts(Given(made), Args(), rollout_log=failing).rollout(START, lambda *_: None)
+    assert rollout.samples == made.samples
+    assert "step 0 was not logged: custom_rollout_log raised KeyError: 'length'" in caplog.text
 
 
 def test_advantages_of_a_post_process_are_those_that_are_trained_with(folder: Path) -> None:

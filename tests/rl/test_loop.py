@@ -9,7 +9,7 @@ from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.errors import PushError, RewardError
 from slime_spec.interfaces import RunState
 from slime_spec.rl.loop import first_state, run_loop
-from slime_spec.rl.rollouts import Rollout
+from slime_spec.rl.rollouts import Rollout, SamplesRefused
 from slime_spec.types import TrainReport
 from slime_spec.weights.messages import (
     CommitPush,
@@ -50,6 +50,21 @@ def test_a_step_without_any_reward_ends_the_run_with_the_last_error(trainer: boo
     with pytest.raises(RewardError, match=r"no sample of step 0 has a reward \(2 samples\): the reward raised"):
         run_loop(job(recorder, config(num_rollout=1), trainer=trainer), START)
     assert recorder.events == ["generate@0"]
+
+
+def test_samples_that_a_function_failed_on_are_kept_before_the_run_ends():
+    recorder = Recorder()
+    made = recorder.rollout(START, None).samples
+
+    class Refuses:
+        def rollout(self, state, progress):
+            raise SamplesRefused("the filter raised X", made)
+
+    kept = []
+    loop = replace(job(recorder, config()), rollouts=Refuses(), keep_samples=lambda *given: kept.append(given))
+    with pytest.raises(SamplesRefused, match="the filter raised X"):
+        run_loop(loop, START)
+    assert kept == [(0, made)]
 
 
 @pytest.mark.parametrize(("save_interval", "expected"), [(None, []), (2, ["save 2", "save 3"]), (3, ["save 3"])])

@@ -1,0 +1,152 @@
+"""A rollout function's step ends: turns that it waits for or leaves behind, groups that it keeps for the next step."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.config.tree import CustomConfig
+from slime_spec.errors import CustomFunctionError
+from slime_spec.request_feed import FeedClosed, RequestFeed
+from slime_spec.rl.function_rollouts import FunctionRollouts
+from slime_spec.slime_sample import Args
+from slime_spec.types import FinishReason, GeneratedSample, GroupRequest
+from tests.support.agents_harness import START, CoreEngines, agents_config, prompts, step_of, two_turns
+from tests.support.embedded_harness import make_core
+from tests.support.tiny_policy import make_tiny_policy
+
+LIMIT_S = 20.0  # for what happens at once, or never
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+def rollouts_of(folder: Path, function: Any, engines: Any = None) -> FunctionRollouts:
+    config = replace(agents_config(folder), custom=CustomConfig(rollout="mine:f"))
+    tokenizer = Tokenizer.load(folder)
+    engines = engines or CoreEngines(make_core(config))
+    return FunctionRollouts(config, engines, prompts(tokenizer), function, tokenizer, Args())
+
+
+class TwoTurnEngines:
+    """Has two turns before it answers the first; the other's answer comes with an abort, or the engines fail."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error, self.aborted = error, threading.Event()
+
+    def generate(self, feed: RequestFeed) -> Iterator[GeneratedSample]:
+        asked: list[GroupRequest] = []
+        until = time.monotonic() + LIMIT_S
+        while len(asked) < 2 and time.monotonic() < until:
+            asked += feed.taken()
+            time.sleep(0.001)
+        if self.error is not None:
+            raise self.error
+        yield self._answer(asked[0], "stop")
+        assert self.aborted.wait(LIMIT_S), "the turn that is left is waited for"
+        yield self._answer(asked[1], "abort")
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def _answer(self, asked: GroupRequest, reason: FinishReason) -> GeneratedSample:
+        return GeneratedSample(asked.group_id, 0, (5,), (-1.0,), reason, 0, len(asked.prompt_token_ids))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no engine is left"), KeyboardInterrupt()])
+def test_a_function_that_waits_for_a_turn_ends_with_its_step(folder: Path, error: BaseException) -> None:
+    """Its thread would keep the process, which waits for it, from ending."""
+    ended: list[Any] = []
+    is_over = threading.Event()
+
+    async def waits(args: Any, rollout_id: int, data_source: Any) -> Any:
+        ((first, second),) = data_source.get_samples(1)
+        turns = [data_source.client(each).turn(each) for each in (first, second)]
+        ended.extend(await asyncio.gather(*turns, return_exceptions=True))
+        is_over.set()
+        return [[first, second]]
+
+    with pytest.raises(type(error)):
+        rollouts_of(folder, waits, TwoTurnEngines(error)).rollout(START, lambda *_: None)
+    assert is_over.wait(LIMIT_S), "the function waits for ever"
+    assert [type(each) for each in ended] == [FeedClosed, FeedClosed]
+
+
+def test_turns_that_a_function_leaves_behind_are_aborted(folder: Path) -> None:
+    async def over_samples(args: Any, rollout_id: int, data_source: Any) -> Any:
+        (group,) = data_source.get_samples(1)
+        turns = [asyncio.create_task(data_source.client(each).turn(each)) for each in group]
+        await asyncio.wait(turns, return_when=asyncio.FIRST_COMPLETED)
+        group[0].reward = 1.0
+        return [group[:1]]
+
+    step = rollouts_of(folder, over_samples, TwoTurnEngines()).rollout(START, lambda *_: None)
+    assert [(each.response.token_ids, each.reward) for each in step.samples] == [((5,), 1.0)]
+
+
+def test_groups_that_were_added_go_on_with_their_turns_in_the_next_step(folder: Path) -> None:
+    """A turn in a step, another in the next: the same as both in one step."""
+    first_step: list[Any] = []
+
+    async def half(args: Any, rollout_id: int, data_source: Any) -> Any:
+        if rollout_id == 0:
+            begun, whole = data_source.get_samples(2)
+            first_step.extend(whole)
+            for sample in begun:
+                await data_source.client(sample).turn(sample)
+                data_source.client(sample).insert(sample, f"<{len(set(sample.tokens))}>")
+            for sample in whole:
+                await two_turns(args, sample, {}, data_source.client(sample))
+                sample.reward = 1.0
+            data_source.add_samples([begun])
+            return [whole]
+        if rollout_id == 2:
+            return [first_step]
+        (group,) = data_source.get_samples(1)
+        for sample in group:
+            await data_source.client(sample).turn(sample, {"max_new_tokens": 12})
+            sample.reward = 1.0
+        return [group]
+
+    source = rollouts_of(folder, half)
+    source.rollout(START, lambda *_: None)
+    step = source.rollout(replace(START, rollout_id=1, next_prompt_id=2), lambda *_: None)
+    expected, _ = step_of(agents_config(folder), two_turns)
+    of_first = [each for each in expected.samples if each.prompt.prompt_id == 0]
+    assert [each.error for each in step.samples] == ["", ""]
+    assert [each.response.token_ids for each in step.samples] == [each.response.token_ids for each in of_first]
+    assert [each.response.loss_mask for each in step.samples] == [each.response.loss_mask for each in of_first]
+    assert [each.response.turns and each.response.turns.num_turns for each in step.samples] == [2, 2]
+    with pytest.raises(CustomFunctionError, match="a sample of no prompt that it got"):
+        source.rollout(replace(START, rollout_id=2, next_prompt_id=2), lambda *_: None)
+
+
+async def one_group(args: Any, rollout_id: int, data_source: Any) -> Any:
+    groups = data_source.get_samples(1)
+    for sample in groups[0]:
+        await two_turns(args, sample, {}, data_source.client(sample))
+        sample.reward = 1.0
+    return groups
+
+
+@pytest.mark.parametrize("makes", ["a step", "a group"])
+def test_a_partial_rollouts_checkpoint_is_told_of_what_is_not_gone_on_with(
+    folder: Path, makes: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    resumed = replace(START, rollout_id=3, next_prompt_id=9, unfinished_prompt_ids=(4, 6, 8))
+    if makes == "a step":
+        step = rollouts_of(folder, one_group).rollout(resumed, lambda *_: None)
+    else:
+        step, _ = step_of(agents_config(folder), two_turns, resumed)
+    assert min(each.prompt.prompt_id for each in step.samples) == 9
+    assert [record.levelname for record in caplog.records if "num_prompts=3" in record.getMessage()] == ["WARNING"]
