@@ -21,7 +21,8 @@ def train_batch(
     Samples without a reward are excluded, from their group's mean too; so are empty responses. Samples of which no
     token counts in the loss are part of their group's mean alone. With ``replays_routing`` the experts that the engine
     chose go with each sample. ``given`` are advantages in place of the estimated ones, one for each of ``samples``.
-    A KL in the reward is not in these advantages: the trainer, which has the reference, estimates them anew.
+    A KL in the reward is not in these advantages: the trainer, which has the reference, estimates them anew, of the
+    samples that it gets: those of which no token counts are then not in their group's mean.
     """
     own = {} if given is None else {id(sample): each for sample, each in zip(samples, given, strict=True)}
     scored = [sample for sample in samples if sample.reward is not None and sample.response.token_ids]
