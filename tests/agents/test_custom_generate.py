@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.config.algorithm import AlgorithmConfig
 from slime_spec.errors import CustomFunctionError
 from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.rl.advantages import train_batch
@@ -69,7 +70,7 @@ def test_what_was_generated_comes_back_token_for_token_and_a_tools_result_does_n
     metrics = rollout_metrics(rollout.samples)
     assert metrics["rollout/turns_mean"] == 2
     assert metrics["rollout/response_len_mean"] == sum(sum(s.response.loss_mask) for s in rollout.samples) / 4
-    batch = train_batch(rollout.samples, normalize_std=True)
+    batch = train_batch(rollout.samples, AlgorithmConfig(normalize_std=True))
     assert all(each.loss_mask and each.loss_mask[-1] == 1 for each in batch)
 
 
@@ -200,7 +201,12 @@ def test_a_functions_own_reward_stands_and_a_list_of_samples_is_one_group(folder
         assert part.response.token_ids == whole.response.token_ids[:-1]
         assert part.response.logprobs == whole.response.logprobs[:-1], "taken from the turn where none were given"
         assert (whole.response.turns.num_turns, part.response.turns.num_turns) == (1, 0), "each turn counts once"
-    assert [each.advantage for each in train_batch(rollout.samples[:4], normalize_std=False)] == [1.0, -1.0, 1.0, -1.0]
+    assert [each.advantage for each in train_batch(rollout.samples[:4], AlgorithmConfig(normalize_std=False))] == [
+        1.0,
+        -1.0,
+        1.0,
+        -1.0,
+    ]
 
 
 def test_turns_end_where_the_context_does(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from slime_spec.agents.own import check_own_functions, own_function
 from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.config.algorithm import AlgorithmConfig
 from slime_spec.config.tree import Config, CustomConfig
 from slime_spec.errors import ConfigError, CustomFunctionError
 from slime_spec.rl.advantages import train_batch
@@ -127,7 +128,10 @@ def test_a_sample_filter_takes_samples_out_of_the_loss_and_leaves_them_in_their_
             group[0].remove_sample = True
 
     filtered = CustomRollouts(Given(made), Args(), sample_filter=first_of_each).rollout(START, lambda *_: None)
-    whole, rest = train_batch(made.samples, False), train_batch(filtered.samples, False)
+    whole, rest = (
+        train_batch(made.samples, AlgorithmConfig(normalize_std=False)),
+        train_batch(filtered.samples, AlgorithmConfig(normalize_std=False)),
+    )
     assert [each.advantage for each in rest] == [each.advantage for each in whole[1::2]]
     assert [each.token_ids for each in rest] == [each.token_ids for each in whole[1::2]]
 
@@ -181,7 +185,7 @@ def test_advantages_of_a_post_process_are_those_that_are_trained_with(folder: Pa
 
     rollout = CustomRollouts(Given(made), Args(), reward_post_process=numbered).rollout(START, lambda *_: None)
     assert rollout.advantages == (0.0, None, 10.0, 11.0)
-    batch = train_batch(rollout.samples, True, given=rollout.advantages)
+    batch = train_batch(rollout.samples, AlgorithmConfig(), given=rollout.advantages)
     assert [each.advantage for each in batch] == [0.0, 10.0, 11.0]
     short = CustomRollouts(Given(made), Args(), reward_post_process=lambda args, samples: ([], [1.0]))
     with pytest.raises(CustomFunctionError, match="a finite number for each of 3 samples"):

@@ -14,6 +14,7 @@ from slime_spec.agents.client import MadeTurn, params_of
 from slime_spec.agents.returned import Asked, ReturnedError, made_of
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tokenizer import Tokenizer
+from slime_spec.config.algorithm import AlgorithmConfig
 from slime_spec.errors import ConfigError
 from slime_spec.rl.advantages import train_batch
 from slime_spec.rl.rollout_data import load_rollout, save_rollout
@@ -98,7 +99,7 @@ def test_a_prompt_of_the_functions_own_takes_the_prompts_place() -> None:
     turn = MadeTurn((8, 9), response(10, 11))
     (made,) = made_of(SlimeSample(tokens=[8, 9, 10, 11], response_length=2), [turn], ASKED)
     assert made.prompt == replace(PROMPT, token_ids=(8, 9))
-    batch = train_batch([Sample(made.prompt, made.response, "", 1.0)], normalize_std=False)
+    batch = train_batch([Sample(made.prompt, made.response, "", 1.0)], AlgorithmConfig(normalize_std=False))
     assert (batch[0].token_ids, batch[0].prompt_len) == ((8, 9, 10, 11), 2)
 
 
@@ -167,7 +168,7 @@ def test_a_tokens_experts_are_those_that_transformers_chooses_over_the_whole_seq
     config = agents_config(folder, rollout={"routing_replay": True})
     rollout, _ = step_of(config, two_turns)
     model = load_reference(folder)
-    for each in train_batch(rollout.samples, normalize_std=True, replays_routing=True):
+    for each in train_batch(rollout.samples, AlgorithmConfig(normalize_std=True), replays_routing=True):
         with Routing(model, ModelSpec.from_folder(folder)).watched() as routing, torch.no_grad():
             model(torch.tensor([each.token_ids[:-1]]))
         assert each.routed_experts is not None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slime_spec.bench.reference_trainer import hf_logprobs, near_policy, reference_steps, tiny_samples
+from slime_spec.config.algorithm import AlgorithmConfig
 from slime_spec.rl.advantages import train_batch
 from slime_spec.types import GeneratedSample, Prompt, Sample, TrainSample
 from tests.support.tiny_models import load_reference
@@ -80,8 +81,10 @@ def test_a_sample_is_trained_on_up_to_its_last_token_that_counts(folder: Path) -
     """What comes after has no part in the loss: the logprobs before it are those of the whole sequence."""
     prompt = Prompt(0, "task", "?", (1, 2, 3), "")
     cut, none = response((7, 8, 9, 10, 11), (1, 0, 1, 0, 0)), response((7, 8), (0, 0), 1)
-    batch = train_batch([Sample(prompt, cut, "", 1.0), Sample(prompt, none, "", 0.0)], normalize_std=False)
-    assert batch == [TrainSample((1, 2, 3, 7, 8, 9), 3, (-0.5, 0.0, -0.5), 0.5, loss_mask=(1, 0, 1))]
+    batch = train_batch(
+        [Sample(prompt, cut, "", 1.0), Sample(prompt, none, "", 0.0)], AlgorithmConfig(normalize_std=False)
+    )
+    assert batch == [TrainSample((1, 2, 3, 7, 8, 9), 3, (-0.5, 0.0, -0.5), 0.5, loss_mask=(1, 0, 1), reward=1.0)]
     model = load_reference(folder)
     with torch.no_grad():
         whole, _ = hf_logprobs(model, replace(batch[0], token_ids=(1, 2, 3, 7, 8, 9, 10, 11)))
