@@ -48,8 +48,8 @@ class Turns:
 
     def fail(self, error: Exception) -> None:
         """Raise ``error`` where a turn is waited for; the feed is closed before, so that no other turn can come."""
-        while self._waiting:
-            _, answer = self._waiting.popitem()
+        waiting, self._waiting = self._waiting, {}  # at once: the first that fails may ask what is waited for
+        for answer in list(waiting.values()):
             if answer.set_running_or_notify_cancel():
                 answer.set_exception(error)
 
