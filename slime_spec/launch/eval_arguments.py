@@ -139,7 +139,9 @@ def _evaluates(asked: Arguments) -> Iterator[str]:
         yield from ("--eval-config", given.get("eval.config") or "null")
     if "rollout.n_samples_per_prompt" in given and "eval.n_samples_per_prompt" not in given:
         yield f"eval.n_samples_per_prompt={given['rollout.n_samples_per_prompt']}"
-    if tasks and not files and "eval.config" not in given:  # tasks have their own prompts and rewards, whatever a run's data had
+    if (
+        tasks and not files and "eval.config" not in given
+    ):  # tasks have their own prompts and rewards, whatever a run's data had
         for name in OF_DATA:
             if f"task.{name}" not in given:
                 yield f"task.{name}={_word(getattr(TaskConfig(), name))}"

@@ -224,7 +224,7 @@ def test_what_only_the_start_can_know_is_refused_by_the_start(policy, capsys, tm
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (("--rm-type", "math"), "task.reward"),
+        (("--rm-type", "maths"), "task.reward"),
         (("--rm-type", "no.such.module:reward"), "no.such.module"),
         (("--input-key", "question"), "question"),
         (("--label-key", "answer"), "answer"),
