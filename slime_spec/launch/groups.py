@@ -55,8 +55,9 @@ def one_source(groups: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[
     """
     named = {name for name in SOURCES if settings.get(name)}
     if named == {"task.names"}:
-        # Of a user's own file, too, which stands in an experiment's place.
-        of_data = {f"task.{name}": getattr(TaskConfig(), name) for name in ("prompt_data", "prompt_data_mix", *OF_DATA)}
+        # Of a user's own file, too, which stands in an experiment's place; who says there is no file says what else.
+        names = () if "task.prompt_data" in settings else ("prompt_data", "prompt_data_mix", *OF_DATA)
+        of_data = {f"task.{name}": getattr(TaskConfig(), name) for name in names}
         return {DATA: TOY, **groups}, {**of_data, **settings}
     others = {name: getattr(TaskConfig(), name.removeprefix("task.")) for name in SOURCES} if named else {}
     return dict(groups), {**others, **settings}
