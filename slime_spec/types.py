@@ -305,9 +305,8 @@ class DraftReport:
 class DraftUpdateRecord:
     """Records what a run's updates of its draft took and brought (slime_spec.rl.draft_updates).
 
-    ``accept_length`` are the last rollout's tokens per round and ``drafting_s`` the seconds of its rounds; ``fresh`` is
-    averaged, ``newest_fresh`` the last, of rollouts right after an update, ``gain`` what an update added to that.
-    ``num_measured`` updates were made since a sudden loss, ``num_left_out`` steps have passed since the last.
+    ``accept_length`` and ``drafting_s`` are the last rollout's; ``fresh`` is averaged, ``newest_fresh`` the last, of
+    rollouts right after an update. ``num_measured`` counts from a sudden loss on, ``num_left_out`` from an update on.
     """
 
     num_updates: int = 0
@@ -326,9 +325,9 @@ class DraftUpdateRecord:
 
 @dataclass(frozen=True)
 class TisReport:
-    """Reports the weights of truncated importance sampling, ratios of the trainer's to the rollout's probability.
+    """Reports truncated importance sampling by the trainer's probability over the rollout's; all are token means.
 
-    All are means over tokens: of the ratio before it is truncated, of those that were, of its distance from 1.
+    ``ratio`` is before it is truncated, ``clip_fraction`` of those that were, ``abs_distance`` from 1.
     """
 
     ratio: float

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 
 from slime_spec.errors import ConfigError
+from slime_spec.metrics.evaluation_table import EVALUATION_ROWS
+from slime_spec.metrics.metric import Metric
 from slime_spec.suggest import did_you_mean
-
-
-@dataclass(frozen=True)
-class Metric:
-    """Describes one metric, a row of the table of metrics.
-
-    ``{i}`` in a name stands for a draft position (0 is the first drafted token), ``{task}`` for a task,
-    ``{version}`` for a version of the weights, ``{rule}`` for a rule of verification, ``{reason}`` for a filter's,
-    ``{set}`` for an evaluation set, ``{k}`` for a number of samples.
-    """
-
-    name: str
-    unit: str
-    meaning: str
-
 
 TABLE = (
     Metric("rollout/reward_mean", "reward", "Mean reward of the step's scored samples."),
@@ -195,38 +181,7 @@ TABLE = (
         "times",
         "Sequences whose KV the embedded engine gave up for lack of room, since the start.",
     ),
-    Metric(
-        "eval/{set}",
-        "reward",
-        "Mean reward of an evaluation set's scored samples, by the weights that the step generates with: before its "
-        "update. The row after the last step's has the evaluation at the end.",
-    ),
-    Metric("eval/{set}/accuracy", "share", "Samples with a reward of 1, over scored samples."),
-    Metric(
-        "eval/{set}/accuracy_low",
-        "share",
-        "Lower end of the 95 % interval of accuracy over prompts like these: Wilson's, at the effective number of "
-        "samples where a prompt has several, which are alike (evaluation.md).",
-    ),
-    Metric("eval/{set}/accuracy_high", "share", "Its upper end."),
-    Metric(
-        "eval/{set}/pass@{k}",
-        "share",
-        "Probability that one of k samples of a prompt is right: the unbiased estimate of all its samples, mean over "
-        "the prompts with k scored samples; for powers of two up to --n-samples-per-eval-prompt.",
-    ),
-    Metric("eval/{set}/response_len_mean", "tokens", "Mean response length of the set's samples."),
-    Metric("eval/{set}/response_len_max", "tokens", "Longest response."),
-    Metric("eval/{set}/truncated_ratio", "share", "Responses cut at their longest length, over all responses."),
-    Metric("eval/{set}/num_samples", "samples", "Samples generated for the set."),
-    Metric("eval/{set}/num_excluded", "samples", "Samples without a reward, which count in no mean."),
-    Metric("eval/{set}/weight_version", "version", "Weights that were evaluated."),
-    Metric(
-        "eval/{set}/spec_accept_rate",
-        "share",
-        "rollout/spec_accept_rate of the set's samples alone; an evaluation counts in no rollout/* and no spec/*.",
-    ),
-    Metric("eval/{set}/spec_accept_length", "tokens/round", "rollout/spec_accept_length of the set's samples alone."),
+    *EVALUATION_ROWS,
     Metric("perf/eval_time", "s", "Generating and scoring the evaluation's samples; not in perf/step_time."),
     Metric("perf/rollout_time", "s", "Generating and scoring the step's samples."),
     Metric("perf/train_time", "s", "Policy training, from the batch to the last optimizer step."),

@@ -10,8 +10,9 @@ from typing import Any
 from slime_spec.config.schema import settings
 from slime_spec.errors import ConfigError
 from slime_spec.metrics.console import LINE
+from slime_spec.metrics.metric import Metric
 from slime_spec.metrics.summary import WINDOW, mean
-from slime_spec.metrics.table import Metric, metric
+from slime_spec.metrics.table import metric
 from slime_spec.report.folder import ReportedRun
 
 # What the table of final numbers has beside the metrics of a step's line on the terminal.

@@ -15,6 +15,7 @@ from slime_spec.config.tree import Config, SpeculativeConfig
 from slime_spec.draft.ranks import experts_of, holder_of
 from tests.support.mixed_reference import mtp_logits
 from tests.support.tiny_models import add_mtp_layer, load_reference
+from tests.trainer.draft_reference import reference, reference_trainer
 from tests.trainer.draft_workers import DraftLogits, first_gradients
 from tests.trainer.mixed_policies import LAYOUTS, TP2_EP2, mixed_policy
 from tests.trainer.test_draft_side import (
@@ -25,8 +26,6 @@ from tests.trainer.test_draft_side import (
     in_layout,
     published,
     ran,
-    reference,
-    reference_trainer,
     spec_of,
 )
 from tests.trainer.trainer_support import run_ranks, tiny_config
