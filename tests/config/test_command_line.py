@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from slime_spec.config.schema import settings
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import read_arguments
+from slime_spec.launch.cli import main
 from slime_spec.launch.compose import compose, laid_over
 from slime_spec.launch.compose import composed as all_composed
 from slime_spec.launch.flags import REFUSED, flags
@@ -367,3 +369,31 @@ def test_a_task_replaces_the_data_of_a_users_own_file(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("task: {prompt_data: x.jsonl, reward: math, input_key: question}\n")
     assert compose([f"experiment={mine}", "--task", "max4"]).task == compose(["--task", "max4"]).task
+
+
+def test_tune_and_eval_hand_a_key_of_wandb_on_and_keep_it_out_of_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tune measured has its command line in it, which a report shows."""
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    seen: list[list[str]] = []
+
+    def tuned(argv: list[str], show: object) -> int:
+        seen.append(argv)
+        return 0
+
+    monkeypatch.setattr("slime_spec.launch.tune.run_tune_command", tuned)
+    assert main(["tune", "--quick", "--wandb-key", "secret", "--lr", "1e-6"]) == 0
+    assert seen == [["--quick", "--lr", "1e-6"]]
+    assert os.environ["WANDB_API_KEY"] == "secret"
+
+
+def test_functions_that_saved_rollouts_have_no_use_for_are_told_and_advantages_under_a_kl_refused() -> None:
+    saved = ("--debug-train-only", "--load-debug-rollout-data", "{rollout_id}.pt")
+    made = all_composed([*saved, "--dynamic-sampling-filter-path", "nonzero_std"])
+    assert any("functions that generate, filter or log have no effect" in note for note in made.notes)
+    error = refusal(*saved, "--custom-reward-post-process-path", "mod:f", "--kl-coef", "0.1")
+    assert error.setting == "custom.reward_post_process"
+
+
+def test_a_dual_clip_beside_cispo_is_told_to_have_no_effect() -> None:
+    words = ["--advantage-estimator", "cispo", "--eps-clip", "1.0", "--eps-clip-c", "3.0"]
+    assert any("--eps-clip-c has no effect" in note for note in all_composed(words).notes)
