@@ -164,6 +164,7 @@ def test_the_whole_run_on_a_tiny_policy(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.proves("slime_spec", "rollout", "trainer_bridge", "conf", "docs/agents.md")
 @pytest.mark.real_model
 def test_the_whole_run_as_it_stands_on_the_real_model(tmp_path: Path) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")
@@ -171,6 +172,7 @@ def test_the_whole_run_as_it_stands_on_the_real_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.proves("slime_spec", "rollout", "trainer_bridge", "conf", "docs/agents.md")
 @pytest.mark.real_model
 def test_the_pages_command_runs_as_it_stands_on_the_real_model(tmp_path: Path) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")
@@ -180,6 +182,7 @@ def test_the_pages_command_runs_as_it_stands_on_the_real_model(tmp_path: Path) -
 
 
 @pytest.mark.long
+@pytest.mark.proves("slime_spec", "rollout", "trainer_bridge", "conf", "docs/agents.md")
 @pytest.mark.sglang_server
 @pytest.mark.parametrize("algorithm", ["NONE", "STANDALONE"])
 def test_the_pages_run_on_a_real_server_reuses_the_first_turns_prefix(tmp_path: Path, algorithm: str) -> None:

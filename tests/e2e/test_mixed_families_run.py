@@ -31,7 +31,11 @@ def make_policy(folder: Path, architecture: str) -> Path:
     return folder if architecture == QWEN3_MOE else add_mtp_layer(folder)
 
 
-@pytest.mark.parametrize("architecture", MIXED)
+QUICK, *LONG = MIXED
+WHOLE_RUN = pytest.mark.proves("slime_spec", "rollout", "trainer_bridge", "conf")
+
+
+@pytest.mark.parametrize("architecture", [QUICK, *(pytest.param(name, marks=WHOLE_RUN) for name in LONG)])
 def test_a_family_learns_while_it_speculates(
     architecture: str, slime_spec: Run, graded: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -62,6 +66,7 @@ def test_a_family_learns_while_it_speculates(
     check_export(policy, folder / "hf")
 
 
+@WHOLE_RUN
 def test_a_policy_in_fp8_learns_from_its_numbers_and_is_exported_as_numbers(
     slime_spec: Run, graded: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -20,9 +20,10 @@ REPLAY = "--use-rollout-routing-replay"
 
 
 QUICK, *LONG = MIXED
+WHOLE_RUN = [pytest.mark.long, pytest.mark.proves("slime_spec", "rollout", "trainer_bridge", "conf")]
 
 
-@pytest.mark.parametrize("architecture", [QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+@pytest.mark.parametrize("architecture", [QUICK, *(pytest.param(name, marks=WHOLE_RUN) for name in LONG)])
 def test_replay_takes_the_router_out_of_the_difference_between_engine_and_trainer(
     architecture: str, slime_spec: Run, graded: tuple[str, ...], tmp_path: Path
 ) -> None:

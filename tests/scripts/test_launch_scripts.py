@@ -170,7 +170,12 @@ def test_rollouts_alone_of_a_recipe_that_trains_its_draft_run_without_a_gpu(
     assert len(speculating_steps(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize("script", OWN_STAND_INS)
+QUICK, *LONG = OWN_STAND_INS
+WHOLE_RUN = pytest.mark.proves("slime_spec", "rollout", "trainer_bridge", "conf", "scripts")
+SHORTENED = [QUICK, *(pytest.param(name, marks=WHOLE_RUN) for name in LONG)]
+
+
+@pytest.mark.parametrize("script", SHORTENED)
 def test_a_recipe_trains_without_a_gpu(script: str, stand_ins: dict[str, StandIn], tmp_path: Path) -> None:
     """One step, with the recipe's optimizer: its states split and in host memory where the recipe has them so."""
     run_script(script, stand_ins[SCRIPTS[script]], *TRAINING, "--output-dir", str(tmp_path / "run"))
@@ -247,7 +252,7 @@ def test_without_gpus_and_sglang_a_script_names_both_and_starts_nothing(
 
 
 @pytest.mark.sglang_server
-@pytest.mark.parametrize("script", OWN_STAND_INS)
+@pytest.mark.parametrize("script", SHORTENED)
 def test_a_recipe_runs_without_a_gpu_on_a_real_sglang_server(
     script: str, stand_ins: dict[str, StandIn], tmp_path: Path
 ) -> None:

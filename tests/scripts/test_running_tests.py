@@ -118,6 +118,7 @@ def test_where_a_proof_stands_neither_it_runs_nor_what_says_the_same_of_fewer_sa
             "a.loaded",
             ["a/__init__.py", "a/deep/__init__.py", "a/deep/one.py", "a/deep/two.py", "a/loaded/far/three.py"],
         ),
+        ("a/page.md", ["a/page.md"]),
     ],
 )
 def test_a_proof_depends_on_what_it_names_and_imports_nowhere(name: str, found: list[str], tmp_path: Path) -> None:
@@ -134,17 +135,20 @@ def test_a_proof_depends_on_what_it_names_and_imports_nowhere(name: str, found: 
         "a/loaded/__init__.py": "",
         "a/loaded/far/__init__.py": "",
         "a/loaded/far/three.py": "import a.deep.one",
+        "a/page.md": "a page that a test follows",
     }
     for each, text in sources.items():
         (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / each).write_text(text)
     assert set(found) <= set(sources_of("test_proof.py", tmp_path))
-    assert ("a/loaded/far/three.py" in found) == ("a/other.py" not in sources_of("test_proof.py", tmp_path))
+    assert ("a/other.py" in found) == ("a/other.py" in sources_of("test_proof.py", tmp_path))
 
 
 def test_a_proof_of_what_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test_proof.py").write_text("import pytest\n@pytest.mark.proves('a.gone')\ndef test_a(): pass")
-    with pytest.raises(LookupError, match=r"test_proof\.py proves 'a\.gone', which is no module and no package"):
+    with pytest.raises(
+        LookupError, match=r"test_proof\.py proves 'a\.gone', which is no module, no package and no file"
+    ):
         sources_of("test_proof.py", tmp_path)
 
 
@@ -187,7 +191,17 @@ def test_the_record_names_the_files_of_proofs_and_a_proof_sees_the_engine_and_wh
         "tests/bench/test_bench_robustness.py",
         "tests/scripts/test_gpu_kit.py",
     }
-    assert marked == sampled | raced | drafting | others
+    trained = {
+        f"tests/trainer/test_{name}.py" for name in ("draft_side", "mixed_families", "mixed_weights", "mtp_of_families")
+    }
+    served = {f"tests/sglang/test_real_{name}.py" for name in ("families", "fp8", "nodes", "older", "routed_experts")}
+    runs = {f"tests/e2e/test_{name}_run.py" for name in ("mixed_families", "routing_replay")}
+    runs |= {
+        "tests/agents/test_calculator_page.py",
+        "tests/scripts/test_launch_scripts.py",
+        "tests/sglang/test_real_families_run.py",
+    }
+    assert marked == sampled | raced | drafting | trained | served | runs | others
     drafters = (ROOT / "rollout" / "embedded" / "drafters").glob("*.py")
     for proof in drafting:  # a core loads a drafter by the name in a table
         assert {file.relative_to(ROOT).as_posix() for file in drafters} <= set(sources_of(proof))

@@ -31,7 +31,7 @@ from tests.support.tiny_drafts import edit_config
 from tests.support.tiny_models import YARN, add_mtp_layer, make_tiny_checkpoint
 from tests.support.tiny_policy import make_tiny_policy
 
-pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
+pytestmark = [pytest.mark.long, pytest.mark.sglang_server, pytest.mark.proves("rollout.sglang_engine")]
 
 NUM_TOKENS = 24
 FEW_BYTES = 20_000  # of a bucket: most of a layer's tensors travel apart

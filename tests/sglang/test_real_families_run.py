@@ -15,7 +15,11 @@ from tests.sglang.test_real_sglang_run import CHAIN, ENVIRONMENT, SERVER
 from tests.support.sglang_real import ROOT
 from tests.support.tiny_drafts import EAGLE3, make_tiny_draft
 
-pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.sglang_server,
+    pytest.mark.proves("slime_spec", "rollout", "trainer_bridge", "conf"),
+]
 
 LEARNING_STEPS, STEPS = 30, 3
 OF_A_RANDOM_LAYER = 1.09  # tokens a round, at most, as measured

@@ -24,7 +24,7 @@ from tests.support.fp8_checkpoints import dequantised_by_loop, numbers_of, store
 from tests.support.pushes import disturbed, push_of
 from tests.support.sglang_real import cpu_environment, generate, greedy, started
 
-pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
+pytestmark = [pytest.mark.long, pytest.mark.sglang_server, pytest.mark.proves("rollout.sglang_engine")]
 
 BLOCK = (128, 128)
 # SGLang joins gate and up projections, and the two a projections: the first of two must end with a block. And its

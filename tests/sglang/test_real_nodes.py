@@ -19,6 +19,7 @@ NUM_TOKENS = 24
 
 
 @pytest.mark.long
+@pytest.mark.proves("rollout.sglang_engine")
 @pytest.mark.sglang_server
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="SGLang binds each rank to a core of its own")
 def test_an_engine_on_two_nodes_decodes_like_one_and_takes_pushes_on_both(

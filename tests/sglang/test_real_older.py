@@ -12,7 +12,7 @@ from slime_spec.sglang.metadata import GENERATIONS, spec_counters
 from tests.support.sglang_real import Models, Real, cpu_environment, greedy, sglang_python, started
 from tests.support.sglang_recording import recording
 
-pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
+pytestmark = [pytest.mark.long, pytest.mark.sglang_server, pytest.mark.proves("rollout.sglang_engine")]
 
 RELEASE, ALGORITHM = "0.5.20", "EAGLE3"
 NUM_TOKENS = 40

@@ -22,7 +22,7 @@ from tests.support.forced_experts import Routing, same_sets
 from tests.support.sglang_real import cpu_environment, started
 from tests.support.tiny_models import load_reference
 
-pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
+pytestmark = [pytest.mark.long, pytest.mark.sglang_server, pytest.mark.proves("rollout.sglang_engine")]
 
 PROMPTS = (random_prompt(40, seed=1), random_prompt(50, seed=2))
 

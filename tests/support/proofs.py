@@ -5,9 +5,9 @@
 
 ``tests/proven.json`` holds, for each file with such tests, a digest of all that the file imports of this repository,
 as it was when its proofs last passed. The marker names what is used and imported nowhere: what a table of settings
-names in a string, what another process runs. A proof whose digest is the recorded one is skipped; ``--all`` runs every
-proof, ``--record-proofs`` as well, and writes what has passed. A record that is out of date costs time, and never a
-proof.
+names in a string, what another process runs (a module, a folder, or one file by its path). A proof whose digest is
+the recorded one is skipped; ``--all`` runs every proof, ``--record-proofs`` as well, and writes what has passed. A
+record that is out of date costs time, and never a proof.
 What says the same of fewer samples (``proven_by_more``) is skipped with its file's proofs.
 """
 
@@ -26,14 +26,14 @@ from tests.support.imports import imported
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests" / "proven.json"
-NAMED = (".py", ".json", ".yaml", ".jsonl")  # what counts of a folder that a proof names
+NAMED = (".py", ".json", ".yaml", ".jsonl", ".sh")  # what counts of a folder that a proof names
 PINS = "constraints.txt"  # another release of torch is another thing to prove
 
 
 def sources_of(proof: str, root: Path = ROOT) -> list[str]:
     """The proof's file, all that it imports or names below ``root``, through others too, and C sources beside those.
 
-    Raises LookupError for a name of the marker that is no module and no package.
+    Raises LookupError for a name of the marker that is no module, no package and no file.
     """
     found: set[Path] = set()
     waiting = [root / proof, *_named_files(root / proof, root)]
@@ -47,7 +47,7 @@ def sources_of(proof: str, root: Path = ROOT) -> list[str]:
 
 
 def _named_files(proof: Path, root: Path) -> list[Path]:
-    """The modules that the file's ``proves(...)`` name; of a package or a folder the modules and the data in it."""
+    """What the file's ``proves(...)`` name: modules, of a package or a folder what is in it, a file by its path."""
     calls = (node for node in ast.walk(ast.parse(proof.read_text())) if isinstance(node, ast.Call))
     marks = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "proves")
     files: list[Path] = []
@@ -55,8 +55,9 @@ def _named_files(proof: Path, root: Path) -> list[Path]:
         place = root / name.replace(".", "/")
         named = [place.with_suffix(".py"), *place.rglob("*")]
         found = [each for each in named if each.suffix in NAMED and each.is_file()]
+        found += [root / name] if (root / name).is_file() else []
         if not found:
-            raise LookupError(f"{proof.name} proves {name!r}, which is no module and no package")
+            raise LookupError(f"{proof.name} proves {name!r}, which is no module, no package and no file")
         files += found
     return files
 

@@ -26,6 +26,8 @@ from tests.trainer.draft_workers import DraftRun
 from tests.trainer.mixed_policies import DP2_EP2, TP2_EP2, mixed_policy
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config
 
+pytestmark = pytest.mark.proves("trainer_bridge")
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 24,

@@ -27,6 +27,8 @@ from tests.trainer.trainer_support import run_ranks, tiny_config
 NUM_STEPS = 3
 SPLIT_GRADIENTS = "DP2 EP2 with the distributed optimizer"  # of which no rank has the sum of all
 OF_FOUR_RANKS = "TP2 PP2 EP2"
+pytestmark = pytest.mark.proves("trainer_bridge")
+
 QUICK = [name for name in LAYOUTS if name not in (SPLIT_GRADIENTS, OF_FOUR_RANKS)]
 LAYOUTS_OF_PASSES = [*QUICK, pytest.param(OF_FOUR_RANKS, marks=pytest.mark.long)]
 LAYOUTS_OF_STEPS = [*LAYOUTS_OF_PASSES, SPLIT_GRADIENTS]

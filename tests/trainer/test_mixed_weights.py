@@ -23,6 +23,8 @@ from tests.trainer.trainer_support import run_ranks, tiny_config, tiny_samples
 from trainer_bridge.microbatch import SegmentSpan, build_microbatch
 from trainer_bridge.packing import plan_microbatches
 
+pytestmark = pytest.mark.proves("trainer_bridge")
+
 BIAS = "e_score_correction_bias"
 STATE = RunState(rollout_id=7, next_prompt_id=56, weight_version=6)
 BEFORE, AFTER = ([tiny_samples(seed) for seed in seeds] for seeds in ((1, 2), (3, 4)))

@@ -30,6 +30,8 @@ from tests.trainer.test_draft_side import (
 )
 from tests.trainer.trainer_support import run_ranks, tiny_config
 
+pytestmark = pytest.mark.proves("trainer_bridge")
+
 FOUR_RANKS = "TP2 PP2 EP2"
 NAMES = [pytest.param(name, marks=[pytest.mark.long] if name == FOUR_RANKS else []) for name in LAYOUTS]
 
