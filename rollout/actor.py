@@ -24,7 +24,7 @@ from slime_spec.weights.messages import PushMessage, PushReply
 # Every in-flight group holds one thread, which sleeps until the engine's own loop finishes a sample.
 MAX_GROUPS_IN_FLIGHT = 512
 # Each kind of call has its own threads: a push must not delay an abort, and replies and a watch must delay neither.
-CONCURRENCY = {"generate": MAX_GROUPS_IN_FLIGHT, "control": 1, "abort": 1, "share": 1, "watch": 1}
+CONCURRENCY = {"generate": MAX_GROUPS_IN_FLIGHT, "control": 1, "abort": 1, "share": 1, "watch": 1, "ping": 1}
 
 
 class EngineWorker:
@@ -91,6 +91,10 @@ class EngineWorker:
         if known:
             self._stopped.wait()
         return True
+
+    @ray.method(concurrency_group="ping")
+    def ping(self) -> None:
+        """Answer, whatever else goes on: this process lives and does not hang."""
 
     @ray.method(concurrency_group="control")
     def update_weights(self, message: PushMessage) -> PushReply:

@@ -3,6 +3,7 @@
     requests ─► InFlightGroups.launch ─► EngineCalls.generate ─► EngineCalls.ready: every call with something to read
                       ▲                                                               │
                       ├── room, partial samples ◄── a sample, a stream's end, an engine that serves or not, or died
+                      ├── EngineCalls.replace ─► another process in place of one that died, which joins once it started
                       └── InFlightGroups.news ─► EngineCalls.share: what a group's finished samples said, elsewhere
 
 What happens at one engine touches this engine's books alone: a sample costs the same whatever the number of engines.
@@ -35,7 +36,7 @@ Call = Hashable
 
 
 class EngineProcessDied(RuntimeError):
-    """An engine's own process has ended and is not restarted: its weights and its part in pushes are gone."""
+    """An engine's own process has ended: its weights and its part in pushes are gone, until another is made."""
 
 
 class EngineCalls(Protocol):
@@ -62,6 +63,15 @@ class EngineCalls(Protocol):
     def serves(self, watch: Call) -> bool:
         """Return what a ready watch reports."""
 
+    def replace(self, engine: int) -> Call | None:
+        """Have another process start in place of a dead one; None where no further one may."""
+
+    def join(self, engine: int, start: Call) -> bool:
+        """Bring an engine whose ready ``start`` is over to the weights that the others serve; False: not yet.
+
+        Raises EngineProcessDied where it did not start or did not take them.
+        """
+
 
 class PendingCalls:
     """Keeps the calls that are waited for in one list, which no event copies: the last takes a removed call's place."""
@@ -85,8 +95,9 @@ class Coordinator:
     """Runs generations over all engines, one at a time, and knows which engines serve.
 
     An engine that does not serve gets no group until it serves again, and other engines that serve resume its partial
-    samples; where no engine serves, samples wait in their engine. An engine whose process dies is lost: other engines
-    take its samples as they were when it got them, and an ERROR is logged. ``samples_per_engine`` is what an engine may
+    samples; where no engine serves, samples wait in their engine. Where an engine's process dies, other engines take
+    its samples as they were when it got them, an ERROR is logged, and another process is started in its place
+    (EngineCalls.replace), which gets groups once it has joined. ``samples_per_engine`` is what an engine may
     owe at once; ``least_part`` what a split group gives each engine at least (rollout.split), None to split none.
     ``shares_replies``: engines draft from the finished samples of a group, those of other engines too: these go with
     the requests for the group's other samples, and to engines that already run some of them.
@@ -104,6 +115,9 @@ class Coordinator:
         self._calls, self._samples_per_engine, self._least_part = calls, samples_per_engine, least_part
         self._serving = [True] * num_engines
         self._dead: dict[int, EngineProcessDied] = {}
+        self._unreplaced: set[int] = set()  # dead, and nothing starts in their place
+        self._starts: dict[Call, int] = {}  # of processes in place of dead ones
+        self._started: dict[int, Call] = {}  # ready, and waiting for weights
         self._watches: dict[Call, int] = {}
         self._streams: dict[Call, InFlightGroup] = {}
         self._pending = PendingCalls()
@@ -113,7 +127,8 @@ class Coordinator:
     def generate(self, requests: Sequence[GroupRequest] | RequestFeed) -> Iterator[GeneratedSample]:
         """Give out every sample as it finishes; of a feed, until it is closed. An abort closes it.
 
-        Raises what ended an engine for good (EngineFailed), and EngineProcessDied once no engine's process is left.
+        Raises what ended an engine for good (EngineFailed), and EngineProcessDied once no engine's process is left, and
+        at the beginning where a dead one may not be replaced.
         """
         dispatcher = Dispatcher(self._serving, self._samples_per_engine)
         feed = requests if isinstance(requests, RequestFeed) else None
@@ -125,8 +140,26 @@ class Coordinator:
         """End the generation in progress, if there is one, as Engines says; may be called from any thread."""
         self._num_aborts += 1
 
+    def bury(self, engine: int, error: EngineProcessDied) -> None:
+        """Go on without an engine whose process has died, until the next generation replaces it."""
+        if engine in self._dead:
+            return
+        self._dead[engine] = error
+        self._unreplaced.add(engine)
+        self._serving[engine] = False
+        self._forget(self._watches, engine)
+        logger.error("engine process died, others take over its samples engine=%d error=%s", engine, error)
+
+    @property
+    def living(self) -> list[int]:
+        return [engine for engine in range(len(self._serving)) if engine not in self._dead]
+
     def _samples(self, groups: InFlightGroups, feed: RequestFeed | None, num_aborts: int) -> Iterator[GeneratedSample]:
         self._streams = {}
+        self._replace_dead()
+        if self._unreplaced:
+            *_, last = self._dead.values()
+            raise EngineProcessDied(f"engines may not be replaced so often, the last one died so: {last}") from last
         self._hear_all()
         while groups.has_unfinished or (feed is not None and feed.has_more):
             is_aborted = self._num_aborts > num_aborts  # read once: no group may come after an abort
@@ -139,19 +172,23 @@ class Coordinator:
                 yield from groups.abort()
             self._launch(groups)
             for call in self._ready(ABORT_POLL_S if feed is None else FEED_POLL_S):
-                if call in self._watches:
+                if call in self._streams:
+                    yield from self._next(call, groups)
+                else:
                     self._hear(call)
                     self._abort(groups.recall())
-                else:
-                    yield from self._next(call, groups)
+                if self._unreplaced:
+                    yield from self._lost(groups)
                 self._launch(groups)
                 if self._num_aborts > num_aborts and not groups.is_aborted:
                     break  # the rest stays ready
             self._share(groups)
 
     def _ready(self, timeout_s: float) -> Sequence[Call]:
-        """Return the calls with something to read; raises EngineProcessDied where no engine is left."""
-        if len(self._dead) == len(self._serving):
+        """Return the calls with something to read; raises EngineProcessDied where no engine is left or coming."""
+        if self._unreplaced:
+            self._replace_dead()
+        if len(self._dead) == len(self._serving) and not self._starts:
             *_, last = self._dead.values()
             raise EngineProcessDied(f"no engine is left: their processes have died, the last so: {last}") from last
         return self._calls.ready(self._pending.calls, timeout_s)
@@ -168,16 +205,33 @@ class Coordinator:
         try:
             sample = self._calls.next_sample(stream)
         except EngineProcessDied as error:
-            self._close(stream)
-            self._bury(group.engine, error)
-            samples = groups.lost(group)
-            self._abort(groups.recall())
-            return samples
+            self.bury(group.engine, error)
+            return []
         if sample is None:
             self._close(stream)
             return groups.ended(group)
         arrived = groups.arrived(group, sample)
         return [] if arrived is None else [arrived]
+
+    def _lost(self, groups: InFlightGroups) -> list[GeneratedSample]:
+        """Close what dead engines had, for others; returns the caller's samples, where it has aborted."""
+        samples = []
+        for stream, group in [(stream, group) for stream, group in self._streams.items() if group.engine in self._dead]:
+            self._close(stream)
+            samples += groups.lost(group)
+        self._abort(groups.recall())
+        self._replace_dead()
+        return samples
+
+    def _replace_dead(self) -> None:
+        """Have a process start in place of each dead one that may be replaced."""
+        for engine in list(self._unreplaced):
+            start = self._calls.replace(engine)
+            if start is not None:
+                logger.warning("engine is started anew engine=%d", engine)
+                self._unreplaced.remove(engine)
+                self._starts[start] = engine
+                self._pending.add(start)
 
     def _close(self, stream: Call) -> None:
         del self._streams[stream]
@@ -200,13 +254,15 @@ class Coordinator:
 
     def _hear_all(self) -> None:
         """Note what has changed since the last generation; a server that was lost and replaced reports twice."""
-        self._pending = PendingCalls(self._watches)
-        for engine in set(range(len(self._serving))) - self._dead.keys() - set(self._watches.values()):
+        self._pending = PendingCalls([*self._watches, *self._starts])
+        for engine, start in list(self._started.items()):
+            self._join(engine, start)
+        for engine in set(self.living) - set(self._watches.values()):
             self._watch(engine)
         timeout_s = 0.0
         while heard := self._ready(timeout_s):
-            for watch in heard:
-                self._hear(watch)
+            for call in heard:
+                self._hear(call)
             timeout_s = ABORT_POLL_S
 
     def _watch(self, engine: int) -> None:
@@ -215,25 +271,42 @@ class Coordinator:
         self._watches[watch] = engine
         self._pending.add(watch)
 
-    def _hear(self, watch: Call) -> None:
-        """Note what an engine reports, and have it report again."""
-        engine = self._watches.pop(watch)
-        self._pending.remove(watch)
+    def _hear(self, call: Call) -> None:
+        """Note what an engine reports: that it serves or not, and reports again, or that its process has started."""
+        if call in self._starts:
+            self._pending.remove(call)
+            self._join(self._starts.pop(call), call)
+        elif call in self._watches:  # and not of an engine that has died meanwhile
+            engine = self._watches.pop(call)
+            self._pending.remove(call)
+            try:
+                self._serving[engine] = self._calls.serves(call)
+            except EngineProcessDied as error:
+                self.bury(engine, error)
+                return
+            again = "serves again" if self._serving[engine] else "lost its server"
+            logger.warning("engine %s engine=%d", again, engine)
+            self._watch(engine)
+
+    def _join(self, engine: int, start: Call) -> None:
+        """Bring an engine whose process was replaced among the others, or see to it later."""
+        self._started[engine] = start
         try:
-            serves = self._calls.serves(watch)
+            if not self._calls.join(engine, start):
+                return
         except EngineProcessDied as error:
-            self._bury(engine, error)
+            logger.error("engine did not start anew engine=%d error=%s", engine, error)
+            del self._started[engine]
+            self._dead[engine] = error
+            self._unreplaced.add(engine)
             return
-        if engine in self._dead:
-            return  # the report is older than the death
-        self._serving[engine] = serves
-        logger.warning("engine %s engine=%d", "serves again" if self._serving[engine] else "lost its server", engine)
+        del self._started[engine], self._dead[engine]
+        self._serving[engine] = True
+        logger.warning("engine was replaced engine=%d", engine)
         self._watch(engine)
 
-    def _bury(self, engine: int, error: EngineProcessDied) -> None:
-        """Go on without an engine whose process has died."""
-        if engine in self._dead:
-            return
-        self._dead[engine] = error
-        self._serving[engine] = False
-        logger.error("engine process died, others take over its samples engine=%d error=%s", engine, error)
+    def _forget(self, calls: dict[Call, int], engine: int) -> None:
+        """Wait no longer for an engine's calls."""
+        for call in [call for call, of_engine in calls.items() if of_engine == engine]:
+            del calls[call]
+            self._pending.remove(call)

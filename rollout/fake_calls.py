@@ -33,6 +33,13 @@ class FakeStream:
 
 
 @dataclass(eq=False)
+class FakeStart:
+    """Records a call of replace."""
+
+    engine: int
+
+
+@dataclass(eq=False)
 class FakeWatch:
     """Records a call of watch."""
 
@@ -44,8 +51,8 @@ class FakeCalls:
     """Implements EngineCalls without processes or time: each ready stream has its next sample at once.
 
     At most ``num_at_once`` streams are ready at a time, in turn. Streams of an engine that does not serve have nothing
-    to read until they are aborted or it serves again. ``on_wait`` is called before every wait, and may call
-    ``set_serving`` and ``kill``.
+    to read until they are aborted or it serves again. A dead engine is replaced ``num_replacements`` times in all, each
+    time at once. ``on_wait`` is called before every wait, and may call ``set_serving`` and ``kill``.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class FakeCalls:
         num_at_once: int = 1,
         on_wait: Callable[[], None] = lambda: None,
         make_generation: MakeGeneration = FakeGeneration,
+        num_replacements: int = 0,
     ) -> None:
         self.sent: list[tuple[int, GroupRequest]] = []
         self.shared: list[tuple[int, Mapping[int, Sequence[EarlierReply]]]] = []
@@ -61,6 +69,7 @@ class FakeCalls:
         self._num_at_once, self._on_wait, self._make_generation = num_at_once, on_wait, make_generation
         self._serving = [True] * num_engines
         self._dead: set[int] = set()
+        self._num_replacements = num_replacements
         self._ready: dict[Call, None] = {}  # in the order of their turns
         self._held: dict[int, list[FakeStream]] = {}
         self._open: dict[tuple[int, int], FakeStream] = {}
@@ -140,6 +149,32 @@ class FakeCalls:
         del self._ready[watch]
         self._check_alive(watch.engine)
         return self._serving[watch.engine]
+
+    def replace(self, engine: int) -> Call | None:
+        assert engine in self._dead, "only the dead are replaced"
+        if not self._num_replacements:
+            return None
+        self._num_replacements -= 1
+        self._forget(engine)
+        start = FakeStart(engine)
+        self._ready[start] = None
+        return start
+
+    def join(self, engine: int, start: Call) -> bool:
+        self._ready.pop(start, None)
+        self._dead.discard(engine)
+        self._serving[engine] = True
+        return True
+
+    def _forget(self, engine: int) -> None:
+        """Drop what was asked of a process that is no more."""
+        gone = [stream for stream in self._open.values() if stream.engine == engine]
+        for stream in gone:
+            del self._open[engine, stream.number]
+            self._ready.pop(stream, None)
+        if (watch := self._watches.pop(engine, None)) is not None:
+            self._ready.pop(watch, None)
+        self._held.pop(engine, None)
 
     def _check_alive(self, engine: int) -> None:
         if engine in self._dead:

@@ -6,7 +6,7 @@ An implementation is imported only when its name is chosen, so that a run loads 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 
 Choice = TypeVar("Choice")
+BringUp = Callable[[int, Callable[["PushMessage"], Sequence["PushReply"]]], bool]
+"""Brings an engine, which its broadcast alone reaches, to the weights that the others serve; False: not yet."""
 
 
 class Generation(Protocol):
@@ -87,8 +89,21 @@ class Engines(Protocol):
         The groups of a feed may come while it runs, until the feed is closed.
         """
 
+    def receivers(self) -> tuple[int, ...]:
+        """Begin a push, and return the engines that it reaches: those that live."""
+
     def broadcast(self, message: PushMessage) -> list[PushReply]:
-        """Deliver one push message to every engine; raises if any refuses."""
+        """Deliver one push message to every engine that lives; raises if any refuses."""
+
+    def leave_out_failed(self, refusing: bool) -> bool:
+        """After a push that failed, give up the engines that died in it; False where there are none.
+
+        If ``refusing``, also those that refused it, or did not answer, while others did not. Another engine will be
+        made in the place of each, so it may be the last.
+        """
+
+    def bring_up_with(self, bring_up: BringUp) -> None:
+        """From now on bring engines that are made in place of dead ones to the others' weights with this."""
 
     def set_resident(self, resident: bool) -> list[EngineStats]: ...
 
@@ -130,10 +145,13 @@ class Trainer(Protocol):
     def step(self, samples: Sequence[TrainSample], learns_draft: bool = True) -> TrainReport:
         """Run the policy step(s) for one rollout's samples; a draft in training learns from them, or not this time."""
 
-    def push(self, version: int, side: Side = "target") -> Generator[PushMessage, None, None]:
+    def push(
+        self, version: int, side: Side = "target", receivers: Sequence[int] = ()
+    ) -> Generator[PushMessage, None, None]:
         """Yield a side's weights as one push's messages: begin, buckets, commit (slime_spec.weights.messages).
 
-        The side draft only where the trainer trains it. Closing the generator gives the push up.
+        ``receivers`` are the engines that take part, without them all. The side draft only where the trainer trains it.
+        Closing the generator gives the push up.
         """
 
     def save(self, folder: str, state: RunState) -> None:
@@ -166,8 +184,11 @@ class WeightTransport(Protocol):
         Returns the handle that a PushBucket carries; handles of ranks that publish the same bucket may be joined.
         """
 
-    def join(self, routes: Sequence[Any], engine_index: int) -> None:
-        """Note what the ranks' ``open`` have returned, on the engine's side; nothing is waited for."""
+    def join(self, routes: Sequence[Any], place: int) -> None:
+        """Note what the ranks' ``open`` have returned, on the engine's side; nothing is waited for.
+
+        ``place`` is the engine's among those that take part.
+        """
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
         """Return the bucket's tensors, on the engine's side, read-only; raises PushError where it cannot."""

@@ -48,8 +48,8 @@ class ByGroup:
 
     uses_group = True
 
-    def __init__(self, transport: ToServers, first_member: int) -> None:
-        self._transport, self._first = transport, first_member
+    def __init__(self, transport: ToServers, num_ranks: int) -> None:
+        self._transport, self._num_ranks = transport, num_ranks
         self._joined: dict[str, ServerRoute] = {}
         self._spoilt: set[str] = set()  # groups that the server is yet to leave
 
@@ -79,7 +79,7 @@ class ByGroup:
         request = {
             "master_address": route.host,
             "master_port": route.port,
-            "rank_offset": self._first,
+            "rank_offset": 1 + self._transport.place * self._num_ranks,
             "world_size": route.world_size,
             "group_name": group,
             "backend": backend,
@@ -126,7 +126,7 @@ class Direct:
         num_ranks = server.info.num_ranks
         self.transport, self.delivery, self.server = transport, delivery, server
         self.way: Way = (
-            ByGroup(transport, 1 + engine_index * num_ranks)
+            ByGroup(transport, num_ranks)
             if isinstance(transport, ServerGroupTransport)
             else ByHandles(engine_index, num_ranks)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime_spec.config.setting import CORES, INT32, MACHINES, SAMPLES, setting
+from slime_spec.config.setting import CORES, INT32, MACHINES, MAX_WAIT_S, SAMPLES, setting
 from slime_spec.engines import ENGINES
 from slime_spec.sampling_bounds import MAX_TEMPERATURE
 
@@ -20,6 +20,27 @@ class RolloutConfig:
         choices=tuple(ENGINES),
     )
     num_engines: int = setting(1, "Engine actors.", flags=("--rollout-num-engines",), minimum=1, maximum=MACHINES)
+    max_engine_restarts_per_hour: int = setting(
+        6,
+        "Engine processes started anew within an hour in place of those that died or hung; at the next the run ends.",
+        minimum=0,
+        maximum=MACHINES,
+    )
+    health_check_interval_s: float = setting(
+        10.0,
+        "Ask every engine's process this often (s) whether it lives.",
+        flags=("--rollout-health-check-interval",),
+        above=0.0,
+        maximum=MAX_WAIT_S,
+    )
+    health_check_timeout_s: float = setting(
+        120.0,
+        "End an engine's process that has not answered for so long (s), and replace it. A long prefill does not delay "
+        "an answer.",
+        flags=("--rollout-health-check-timeout",),
+        above=0.0,
+        maximum=MAX_WAIT_S,
+    )
     num_gpus_per_engine: int = setting(
         0,
         "GPUs of one engine; 0 runs it on the CPU.",

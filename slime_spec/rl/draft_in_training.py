@@ -15,7 +15,7 @@ from slime_spec.rl.draft_updates import DraftUpdates
 from slime_spec.speculation.net_benefit import NetBenefit
 from slime_spec.types import DraftUpdateRecord, EngineStats
 from slime_spec.weights.messages import NOT_COMPARABLE, VerifyPush
-from slime_spec.weights.run import run_push
+from slime_spec.weights.run import Broadcast, push_to_living, run_push
 
 logger = logging.getLogger(__name__)
 ACCEPT_LENGTH, TRAIN_TIME = "rollout/spec_accept_length", "perf/draft_train_time"
@@ -77,17 +77,38 @@ class DraftInTraining:
         push = self._config.push
         with clock.phase("draft_sync"):
             try:
-                # Closed whatever happens: what the ranks hold for a push must not stay while engines generate.
-                with closing(self._trainer.push(version, "draft")) as messages:
-                    report = run_push(messages, self._engines.broadcast, push.verify, push.pause_mode)
+                report = push_to_living(
+                    lambda receivers: self._trainer.push(version, "draft", receivers),
+                    self._engines,
+                    "draft",
+                    push.verify,
+                    push.pause_mode,
+                )
             except PushError as error:
                 logger.error(
                     "the draft was not pushed, engines go on with the one before version=%d: %s", version, error
                 )
                 return draft_push_metrics(None)
+        if report is None:  # no engine is left, and those to come are brought what the next push brings
+            return draft_push_metrics(None)
         self._is_ahead, self._pushed = False, (version, report.checksum)
         self._updates.pushed(report.seconds)
         return draft_push_metrics(report)
+
+    def bring_up(self, engine: int, broadcast: Broadcast) -> None:
+        """Bring the draft to an engine that is new, where one was pushed; without it, it drafts with the checkpoint's.
+
+        Only of a draft that has learned since its last push, which failed, the engine has a newer one than the others.
+        """
+        if self._pushed is None:
+            return
+        version, _ = self._pushed
+        try:
+            with closing(self._trainer.push(version, "draft", (engine,))) as messages:
+                run_push(messages, broadcast, self._config.push.verify)
+        except PushError as error:
+            logger.error("a new engine has not the draft that was pushed engine=%d error=%s", engine, error)
+            self._is_ahead = True
 
     @property
     def record(self) -> DraftUpdateRecord:

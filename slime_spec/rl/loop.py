@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from slime_spec.config.tree import Config
 from slime_spec.errors import RewardError
@@ -27,7 +28,7 @@ from slime_spec.rl.evaluation import Evaluation
 from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource, SamplesRefused
 from slime_spec.stop import StopSignals
 from slime_spec.types import EngineStats, Sample
-from slime_spec.weights.run import run_push
+from slime_spec.weights.run import Broadcast, push_to_living, run_push
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ def _evaluate(job: Job, state: RunState) -> dict[str, float]:
     evaluation, num_steps = job.evaluation, job.config.run.num_rollout
     if evaluation is None or not evaluation.is_due(state.rollout_id, state.weight_version, num_steps):
         return {}
+    _bring_up_to(job, state)
     with job.stop.interruptible():
         return evaluation.evaluate(state.rollout_id, state.weight_version, job.progress("eval"))
 
@@ -140,6 +142,7 @@ def _evaluate(job: Job, state: RunState) -> dict[str, float]:
 def _roll_out(job: Job, state: RunState, clock: PhaseClock) -> tuple[Sequence[EngineStats], Rollout]:
     """Return a step's samples, kept and with rewards, and what the engines said before."""
     before = [] if job.engines is None else job.engines.stats()
+    _bring_up_to(job, state)
     try:
         with job.stop.interruptible(), clock.phase("rollout"):
             rollout = job.rollouts.rollout(state, job.progress("rollout"))
@@ -232,5 +235,32 @@ def push_weights(
 ) -> dict[str, float]:
     """Bring every engine to ``version``; whatever is raised instead, every engine goes on (see run_push)."""
     with clock.phase("sync"):
-        push = run_push(trainer.push(version), engines.broadcast, config.push.verify, config.push.pause_mode)
-    return push_metrics(push) | canary_metrics(engines.stats())
+        push = push_to_living(
+            lambda receivers: trainer.push(version, "target", receivers),
+            engines,
+            "target",
+            config.push.verify,
+            config.push.pause_mode,
+        )
+    return {} if push is None else push_metrics(push) | canary_metrics(engines.stats())
+
+
+def _bring_up_to(job: Job, state: RunState) -> None:
+    """Have engines that are made in place of dead ones begin with the weights of ``state``."""
+    if job.engines is not None:
+        job.engines.bring_up_with(partial(_bring_up, job, state))
+
+
+def _bring_up(job: Job, state: RunState, engine: int, broadcast: Broadcast) -> bool:
+    """See BringUp: by a push of its own. An engine starts with the checkpoint's weights, which are version 0.
+
+    Where the trainer is ahead of what was pushed nobody has those weights any more, and the next push is waited for.
+    """
+    if job.trainer is None or not state.weight_version:
+        return True
+    if state.is_ahead:
+        return False
+    run_push(job.trainer.push(state.weight_version, "target", (engine,)), broadcast, job.config.push.verify)
+    if job.draft is not None:
+        job.draft.bring_up(engine, broadcast)
+    return True

@@ -102,8 +102,8 @@ class CollectiveTransport:
         assert self._sender is not None, "opened before it publishes"
         return (self._sender.send([tensor for _, tensor in named]),)
 
-    def join(self, routes: Sequence[Route], engine_index: int) -> None:
-        self._rank = 1 + engine_index
+    def join(self, routes: Sequence[Route], place: int) -> None:
+        self._rank = 1 + place
         self._routes = {route.name: route for route in routes}
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:

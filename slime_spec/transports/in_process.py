@@ -20,7 +20,7 @@ class InProcessTransport:
     def publish(self, named: NamedTensors) -> tuple[torch.Tensor, ...]:
         return tuple(tensor for _, tensor in named)
 
-    def join(self, routes: Sequence[None], engine_index: int) -> None:
+    def join(self, routes: Sequence[None], place: int) -> None:
         pass
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:

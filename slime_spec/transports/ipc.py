@@ -134,7 +134,7 @@ class IpcTransport:
         _settle(slot.memory.device)
         return (Lent(slot.handle, starts),)
 
-    def join(self, routes: Sequence[None], engine_index: int) -> None:
+    def join(self, routes: Sequence[None], place: int) -> None:
         pass
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ class RayObjectStoreTransport:
         self._published.append(ray.put([as_bytes(tensor.cpu()).numpy() for _, tensor in named]))
         return (self._published[-1],)
 
-    def join(self, routes: Sequence[None], engine_index: int) -> None:
+    def join(self, routes: Sequence[None], place: int) -> None:
         pass
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:

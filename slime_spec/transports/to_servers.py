@@ -40,6 +40,7 @@ class ToServers:
         self.ranks_per_server = ranks_per_server
         self.kept = KeptWeights()
         self.routes: tuple[ServerRoute, ...] = ()
+        self.place = 0  # of the engine among those that take part in the push
 
     def publish(self, named: NamedTensors) -> tuple[Any, ...]:
         dtypes = {tensor.dtype for _, tensor in named}
@@ -49,8 +50,8 @@ class ToServers:
         self.kept.add(named)
         return (self._send(named),)
 
-    def join(self, routes: Sequence[ServerRoute], engine_index: int) -> None:
-        self.routes = tuple(routes)
+    def join(self, routes: Sequence[ServerRoute], place: int) -> None:
+        self.routes, self.place = tuple(routes), place
 
     def receive(self, bucket: PushBucket) -> list[torch.Tensor]:
         raise AssertionError("the server has the tensors, and the engine does not")

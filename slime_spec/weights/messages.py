@@ -67,11 +67,17 @@ class Manifest:
 class BeginPush:
     """Opens a push; the engine checks every name, shape and dtype before a byte is sent.
 
-    ``routes`` are the transport's own: what an engine needs to receive from the ranks that will publish.
+    ``routes`` are the transport's own: what an engine needs to receive from the ranks that will publish. ``receivers``
+    are the engines that take part, in the order of their places beside those ranks; without them all do.
     """
 
     manifest: Manifest
     routes: tuple[Any, ...] = ()
+    receivers: tuple[int, ...] = ()
+
+    def place_of(self, engine: int) -> int:
+        """Return an engine's place among those that take part."""
+        return self.receivers.index(engine) if self.receivers else engine
 
 
 @dataclass(frozen=True)

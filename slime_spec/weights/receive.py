@@ -189,7 +189,7 @@ class PushDesk(Generic[S]):
                 if stage is not None:
                     stage.drop("another push begins")
                 stage = PushStage(manifest, self._weights.staging(manifest), self._dtype)
-                self._transport.join(routes, self._index)
+                self._transport.join(routes, message.place_of(self._index))
             case PushBucket() if stage is not None:
                 stage.take(message, self._transport)
             case PreparePush(version, checksum) if stage is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 import torch
 
@@ -84,6 +84,40 @@ def run_push(
         report = _push(begin, pending, broadcast, verify, begin_s)
         broadcast(ContinueGeneration(version))
     return replace(report, paused_s=perf_counter() - start)
+
+
+class Receiving(Protocol):
+    """Is of Engines what pushes need."""
+
+    def receivers(self) -> tuple[int, ...]: ...
+
+    def broadcast(self, message: PushMessage) -> Sequence[PushReply]: ...
+
+    def leave_out_failed(self, refusing: bool) -> bool: ...
+
+
+def push_to_living(
+    make: Callable[[tuple[int, ...]], Generator[PushMessage, None, None]],
+    engines: Receiving,
+    side: Side,
+    verify: bool = False,
+    pause_mode: str = "none",
+) -> PushReport | None:
+    """Run the push that ``make`` makes for the engines that live; where some of them fail, again without those.
+
+    An engine fails that dies, and one that alone does not take the target's weights: it must not go on with others
+    than the rest. Returns None where none is left: what is made in their place is brought to the same weights. Raises
+    PushError where a push failed for another reason.
+    """
+    while receivers := engines.receivers():
+        with closing(make(receivers)) as messages:
+            try:
+                return run_push(messages, engines.broadcast, verify, pause_mode)
+            except PushError as error:
+                if not engines.leave_out_failed(refusing=side == "target"):
+                    raise
+                logger.warning("the push is repeated without the engines at which it failed error=%s", error)
+    return None
 
 
 def _push(
@@ -165,11 +199,16 @@ def push_messages(
     bucket_bytes: int,
     transport: WeightTransport,
     num_engines: int = 1,
+    receivers: tuple[int, ...] = (),
 ) -> Generator[PushMessage, None, None]:
-    """Yield the messages of a push of given weights to engines on this machine, for ``run_push``."""
+    """Yield the messages of a push of given weights to engines on this machine, for ``run_push``.
+
+    ``receivers`` as in BeginPush, where not all of ``num_engines`` take part.
+    """
     checksums: list[tuple[str, int]] = []
     try:
-        yield begin_of(manifest_of(side, version, weights), [transport.open(LOOPBACK, num_engines)])
+        route = transport.open(LOOPBACK, len(receivers) or num_engines)
+        yield begin_of(manifest_of(side, version, weights), [route], receivers)
         for index, named in enumerate(bucketed(weights.items(), bucket_bytes)):
             bucket = bucket_of(named, version, index, transport)
             checksums += zip((name for name, _ in named), bucket.checksums, strict=True)
@@ -179,9 +218,9 @@ def push_messages(
     yield CommitPush(version, combined_checksum(checksums))
 
 
-def begin_of(manifest: Manifest, routes: Sequence[Any]) -> BeginPush:
+def begin_of(manifest: Manifest, routes: Sequence[Any], receivers: tuple[int, ...] = ()) -> BeginPush:
     """Return the message that opens a push; ``routes`` are what ``open`` has returned at each rank that publishes."""
-    return BeginPush(manifest, tuple(route for route in routes if route is not None))
+    return BeginPush(manifest, tuple(route for route in routes if route is not None), receivers)
 
 
 def manifest_of(side: Side, version: int, weights: Mapping[str, torch.Tensor]) -> Manifest:

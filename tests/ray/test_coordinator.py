@@ -85,7 +85,8 @@ class CheckedCalls(FakeCalls):
 @given(data=st.data())
 def test_whatever_engines_do_and_whenever_every_sample_comes_out_once_and_whole(data: st.DataObject) -> None:
     num_engines, num_groups = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 8))
-    num_events = 0
+    num_events, num_replacements = 0, data.draw(st.integers(0, 1))
+    killed: list[int] = []
 
     def happen() -> None:
         nonlocal num_events
@@ -98,13 +99,18 @@ def test_whatever_engines_do_and_whenever_every_sample_comes_out_once_and_whole(
         engine = data.draw(st.integers(0, num_engines - 1))
         if engine and engine not in calls._dead:  # the first always serves
             happens = data.draw(st.sampled_from(["nothing", "serves", "does not serve", "dies"]))
-            if happens == "dies" and len(calls._dead) < 2:  # three times without a token are an error
+            if happens == "dies" and len(killed) < (
+                1 if num_replacements else 2
+            ):  # three times without a token are an error
+                killed.append(engine)
                 calls.kill(engine)
             elif "serve" in happens:
                 calls.set_serving(engine, happens == "serves")
 
     asked = requests(num_groups)
-    calls = CheckedCalls(num_engines, data.draw(st.integers(1, 6)), happen, asked=asked)
+    calls = CheckedCalls(
+        num_engines, data.draw(st.integers(1, 6)), happen, FakeGeneration, num_replacements, asked=asked
+    )
     coordinator = Coordinator(
         calls,
         num_engines,
@@ -113,7 +119,8 @@ def test_whatever_engines_do_and_whenever_every_sample_comes_out_once_and_whole(
         data.draw(st.booleans()),
     )
     assert tokens_of(list(coordinator.generate(asked))) == whole(asked)
-    assert tokens_of(list(coordinator.generate(asked[:2]))) == whole(asked[:2])
+    if len(killed) <= num_replacements:
+        assert tokens_of(list(coordinator.generate(asked[:2]))) == whole(asked[:2])
 
 
 def test_a_sample_that_finishes_reaches_the_engines_that_run_others_of_its_group_once_a_wait_and_no_others() -> None:
@@ -217,8 +224,67 @@ def test_without_an_engine_left_the_generation_ends_with_the_last_death() -> Non
     coordinator = Coordinator(calls, 2, 6)
     with pytest.raises(EngineProcessDied, match=r"no engine is left.*engine [01] was killed"):
         list(coordinator.generate(requests(4)))
-    with pytest.raises(EngineProcessDied, match="no engine is left"):
+    with pytest.raises(EngineProcessDied, match=r"may not be replaced so often.*engine [01] was killed"):
         list(coordinator.generate(requests(1)))
+
+
+def test_a_lone_engine_that_dies_is_replaced_and_the_generation_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    waits = {4: lambda: calls.kill(0), 9: lambda: calls.kill(0)}
+    calls = FakeCalls(1, on_wait=lambda: waits.pop(calls.num_waits, lambda: None)(), num_replacements=2)
+    asked = requests(6)
+    with caplog.at_level(logging.WARNING):
+        assert tokens_of(list(Coordinator(calls, 1, 6).generate(asked))) == whole(asked)
+    told = [record.getMessage().partition(" error=")[0] for record in caplog.records]
+    died = "engine process died, others take over its samples engine=0"
+    assert told == [died, "engine is started anew engine=0", "engine was replaced engine=0"] * 2
+
+
+class SlowCalls(FakeCalls):
+    """Replaced engines take the weights only when they may; ``refusals`` of them do not take them at all."""
+
+    may_join = False
+    refusals = 0
+
+    def join(self, engine: int, start: Call) -> bool:
+        if self.refusals:
+            self.refusals -= 1
+            raise EngineProcessDied("it did not take the weights")
+        return self.may_join and super().join(engine, start)
+
+
+def test_a_replaced_engine_gets_groups_once_it_has_the_weights_that_others_serve() -> None:
+    calls = SlowCalls(2, on_wait=lambda: calls.kill(0) if calls.num_waits == 4 else None, num_replacements=1)
+    coordinator = Coordinator(calls, 2, 6)
+    for may_join in (False, False, True):
+        calls.may_join, calls.sent = may_join, []
+        asked = requests(8)
+        assert tokens_of(list(coordinator.generate(asked))) == whole(asked)
+        assert coordinator.living == ([0, 1] if may_join else [1])
+        if calls.num_waits > 40:
+            assert {engine for engine, _ in calls.sent} == set(coordinator.living)
+
+
+def test_where_the_last_engine_waits_for_weights_the_generation_ends() -> None:
+    calls = SlowCalls(1, on_wait=lambda: calls.kill(0) if calls.num_waits == 4 else None, num_replacements=1)
+    with pytest.raises(EngineProcessDied, match="no engine is left"):
+        list(Coordinator(calls, 1, 6).generate(requests(8)))
+
+
+def test_a_process_that_does_not_take_the_weights_is_replaced_as_well() -> None:
+    calls = SlowCalls(1, on_wait=lambda: calls.kill(0) if calls.num_waits == 4 else None, num_replacements=3)
+    calls.refusals, calls.may_join = 2, True
+    asked = requests(8)
+    assert tokens_of(list(Coordinator(calls, 1, 6).generate(asked))) == whole(asked)
+
+
+def test_an_engine_that_died_between_generations_is_replaced_when_the_next_begins() -> None:
+    calls = FakeCalls(2, num_replacements=1)
+    coordinator = Coordinator(calls, 2, 6)
+    calls.kill(1)
+    coordinator.bury(1, EngineProcessDied("in a push"))
+    assert coordinator.living == [0]
+    assert tokens_of(list(coordinator.generate(requests(8)))) == whole(requests(8))
+    assert coordinator.living == [0, 1]
 
 
 def test_what_an_abandoned_generation_left_on_engines_is_not_waited_for_by_the_next() -> None:

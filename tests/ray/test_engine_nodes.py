@@ -94,7 +94,7 @@ def test_an_engine_spans_two_nodes_and_outlives_the_death_of_either_server(confi
         assert [len(sample.token_ids) for sample in pool.generate([request])] == [40, 40]
         assert not {process.pid for process in servers(config).values()} & {process.pid for process in first.values()}
         # Its owner's death is the server's too, though Ray starts another owner.
-        ray.kill(pool._node_actors[0], no_restart=False)
+        ray.kill(pool._members._actors[0].nodes[0], no_restart=False)
         wait_for_restart(pool, 2)
         assert [len(sample.token_ids) for sample in pool.generate([request])] == [40, 40]
     deadline = time.monotonic() + 30

@@ -7,7 +7,6 @@ from dataclasses import replace
 from threading import Timer
 
 import pytest
-import ray
 import torch
 
 from rollout.pool import EnginePool
@@ -20,6 +19,7 @@ from slime_spec.transports.ray_object_store import RayObjectStoreTransport
 from slime_spec.types import GroupRequest, SamplingParams
 from slime_spec.weights.messages import PreparePush, PushBucket, PushMessage
 from slime_spec.weights.run import push_messages, run_push
+from tests.support.engine_processes import process_of
 from tests.support.fake_config import fake_engine_config
 
 
@@ -101,7 +101,7 @@ def test_ctrl_c_in_a_push_that_a_hung_engine_holds_up_ends_it_and_the_engines_go
     """Case audit/70, over real processes: the hung engine is told to cancel as well, and does when it comes back."""
     monkeypatch.setattr("rollout.pool.UNDO_TIMEOUT_S", 0.5)
     before = [stats.weight_version for stats in pool.stats()]
-    hung = ray.get(pool._actors[1].__ray_call__.remote(lambda worker: os.getpid()))
+    hung = process_of(pool, 1)
 
     def broadcast(message: PushMessage) -> list:
         if isinstance(message, PushBucket) and message.index == 1:

@@ -1,27 +1,27 @@
-"""Pushes beside Ray's object store reach engines in Ray's actors, and an engine's death ends them as any push."""
+"""Pushes reach engines in Ray's actors by each transport, whichever of them live."""
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-import ray
 import torch
 
 from rollout.pool import EnginePool
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config
-from slime_spec.errors import PushError
 from slime_spec.launch.cluster import cluster
-from slime_spec.transports.choice import COLLECTIVE, IPC, make_transport
-from slime_spec.weights.messages import PushBucket, PushMessage
-from slime_spec.weights.run import push_messages, run_push
+from slime_spec.transports.choice import COLLECTIVE, IPC, OBJECT_STORE, make_transport
+from slime_spec.weights.messages import PushBucket, PushMessage, PushReply
+from slime_spec.weights.run import Broadcast, push_messages, push_to_living, run_push
+from tests.ray.test_pool import requests
+from tests.support.engine_processes import process_of
 from tests.support.fake_config import fake_engine_config
 
 
-@pytest.fixture(scope="module", params=[IPC, COLLECTIVE])
+@pytest.fixture(scope="module", params=[IPC, COLLECTIVE, OBJECT_STORE])
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = fake_engine_config(tmp_path_factory.mktemp("model"))
     return replace(config, push=replace(config.push, transport=request.param))
@@ -35,11 +35,12 @@ def pool(config: Config) -> Iterator[EnginePool]:
         yield engines
 
 
-def messages(config: Config, version: int) -> Iterator[PushMessage]:
+def messages(config: Config, version: int, receivers: tuple[int, ...] = ()) -> Generator[PushMessage, None, None]:
     generator = torch.Generator().manual_seed(version)
     shapes = expected_shapes(ModelSpec.from_folder(config.model.hf_checkpoint))
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return push_messages(weights, version, "target", 4096, make_transport(config), config.rollout.num_engines)
+    num_engines = config.rollout.num_engines
+    return push_messages(weights, version, "target", 4096, make_transport(config), num_engines, receivers)
 
 
 def test_every_engine_computes_with_what_was_sent(pool: EnginePool, config: Config) -> None:
@@ -49,18 +50,46 @@ def test_every_engine_computes_with_what_was_sent(pool: EnginePool, config: Conf
         assert [stats.weight_version for stats in pool.stats()] == [version, version]
 
 
-def test_an_engine_whose_process_dies_ends_the_push_and_the_other_keeps_its_version(
-    pool: EnginePool, config: Config
+class Killing:
+    """Engines of which one is killed once the buckets of a push travel."""
+
+    def __init__(self, pool: EnginePool, engine: int) -> None:
+        self.receivers, self.leave_out_failed, self.pool = pool.receivers, pool.leave_out_failed, pool
+        self.process = process_of(pool, engine)
+
+    def broadcast(self, message: PushMessage) -> Sequence[PushReply]:
+        if isinstance(message, PushBucket) and message.index == 1 and self.process:
+            os.kill(self.process, signal.SIGKILL)
+            self.process = 0
+        return self.pool.broadcast(message)
+
+
+@pytest.mark.parametrize("killed", [1, 0])
+def test_where_an_engine_dies_in_a_push_the_other_has_it_and_the_one_in_its_place_is_brought_to_it(
+    killed: int, pool: EnginePool, config: Config
 ) -> None:
-    """Killed once the buckets travel: the last test of its pool."""
-    sound, dying = pool._actors
-    process = ray.get(dying.__ray_call__.remote(lambda worker: os.getpid()))
+    version, asked = 9 + killed, requests(12)
+    pushed: list[tuple[int, ...]] = []
 
-    def broadcast(message: PushMessage) -> list:
-        if isinstance(message, PushBucket) and message.index == 1:
-            os.kill(process, signal.SIGKILL)
-        return pool.broadcast(message)
+    def make(receivers: tuple[int, ...]) -> Generator[PushMessage, None, None]:
+        pushed.append(receivers)
+        return messages(config, version, receivers)
 
-    with pytest.raises(PushError, match="an engine's process died"):
-        run_push(messages(config, 9), broadcast)
-    assert ray.get(sound.stats.remote()).weight_version == 2
+    def bring_up(engine: int, broadcast: Broadcast) -> bool:
+        report = run_push(make((engine,)), broadcast, verify=True)
+        assert report.verified
+        return True
+
+    pool.bring_up_with(bring_up)
+    report = push_to_living(make, Killing(pool, killed), "target", verify=True)
+    assert report is not None
+    assert report.verified
+    assert pool.receivers() == (1 - killed,)
+    while len(pool.receivers()) == 1:
+        assert {sample.weight_version for sample in pool.generate(asked)} == {version}
+    assert pushed == [(0, 1), (1 - killed,), (killed,)]
+    samples = list(pool.generate(asked))
+    assert {(sample.engine, sample.weight_version) for sample in samples} == {(0, version), (1, version)}
+    assert [stats.weight_version for stats in pool.stats()] == [version, version]
+    assert pool.stats()[killed].num_restarts == 1
+    run_push(messages(config, version + 10), pool.broadcast, verify=True)

@@ -29,8 +29,8 @@ from slime_spec.config.tree import (
 from slime_spec.launch.cluster import Cluster, cluster
 from slime_spec.ports import free_port
 from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
-from slime_spec.weights.messages import CancelPush
 from tests.sglang.conftest import Checkpoints
+from tests.support.engine_processes import process_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = ROOT / "tests" / "support" / "sglang_fake"
@@ -190,23 +190,20 @@ def test_a_server_that_dies_too_often_ends_the_generation_though_another_serves(
         generate(pool, requests(8), lambda: kill_server(pool, 0))
 
 
-def test_an_engine_whose_process_dies_leaves_its_samples_to_the_other_and_fails_the_next_push(
+def test_an_engine_whose_process_dies_leaves_its_samples_to_the_other_and_another_is_started(
     config: Config, ray_cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = requests(8)
-    with started(config, ray_cluster) as pool:
-        samples = generate(pool, asked, lambda: ray.kill(pool._actors[0]))
+    with started(replace(config, rollout=replace(config.rollout, max_engine_restarts_per_hour=1)), ray_cluster) as pool:
+        samples = generate(pool, asked, lambda: os.kill(process_of(pool, 0), signal.SIGKILL))
         check_complete(samples, asked)
-        assert {sample.engine for sample in samples} == {1}
         died = [each for each in caplog.records if "engine process died" in each.message]
         assert [each.levelname for each in died] == ["ERROR"]
-        with pytest.raises(EngineProcessDied, match="no other is made"):
-            pool.broadcast(CancelPush(1))
-        check_complete(list(pool.generate(requests(2))), requests(2))
-        rest = pool.generate(requests(20))
-        next(rest)
-        ray.kill(pool._actors[1])
-        with pytest.raises(EngineProcessDied, match="no engine is left"):
-            list(rest)
-        with pytest.raises(EngineProcessDied, match="no engine is left"):
-            list(pool.generate(requests(1)))
+        while pool.receivers() != (0, 1):
+            check_complete(list(pool.generate(asked)), asked)
+        assert {sample.engine for sample in pool.generate(asked)} == {0, 1}
+        assert pool.stats()[0].num_restarts == 1
+        os.kill(process_of(pool, 1), signal.SIGKILL)
+        check_complete(list(pool.generate(asked)), asked)
+        with pytest.raises(EngineProcessDied, match="may not be replaced so often"):
+            list(pool.generate(asked))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from slime_spec.config.tree import Config, PushConfig, RolloutConfig, RunConfig, TrainerConfig
@@ -79,9 +80,18 @@ class Recorder:
         report = TrainReport(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, len(samples), len(samples), 1, 1)
         return replace(report, draft=DRAFT_REPORT) if learns_draft else report
 
-    def push(self, version: int, side: Side = "target"):
+    def push(self, version: int, side: Side = "target", receivers: Sequence[int] = ()):
         yield BeginPush(Manifest(side, version, ()))
         yield CommitPush(version, combined_checksum([]))
+
+    def receivers(self) -> tuple[int, ...]:
+        return (0,)
+
+    def leave_out_failed(self, refusing: bool) -> bool:
+        return False
+
+    def bring_up_with(self, bring_up) -> None:
+        self.bring_up = bring_up
 
     def broadcast(self, message) -> list[PushReply]:
         if isinstance(message, BeginPush):

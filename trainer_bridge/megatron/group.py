@@ -91,7 +91,9 @@ class MegatronGroup:
             raise TrainingError(f"after weight version {self._pushed_version}: {error}") from None
         return reports[0]
 
-    def push(self, version: int, side: Side = "target") -> Generator[PushMessage, None, None]:
+    def push(
+        self, version: int, side: Side = "target", receivers: Sequence[int] = ()
+    ) -> Generator[PushMessage, None, None]:
         """Return the messages: the begin, then every stage's buckets in order as they are published, then the commit.
 
         The last stage has the draft.
@@ -100,7 +102,7 @@ class MegatronGroup:
         """
         self._end_push()
         self._pushed_version = version
-        self._open_push = self._messages(version, side)
+        self._open_push = self._messages(version, side, tuple(receivers))
         return self._open_push
 
     def save(self, folder: str, state: RunState) -> None:
@@ -127,15 +129,16 @@ class MegatronGroup:
             self._open_push.close()
             self._open_push = None
 
-    def _messages(self, version: int, side: Side) -> Generator[PushMessage, None, None]:
+    def _messages(self, version: int, side: Side, receivers: tuple[int, ...]) -> Generator[PushMessage, None, None]:
         checksums: list[tuple[str, int]] = []
         num_buckets = 0
         last = self.layout.pipeline - 1
         stages = range(last, last + 1) if side == "draft" else range(last + 1)
         try:
             firsts = [self.actors[self.layout.holders(stage)[0]] for stage in stages]
-            routes = all_results([first.open_push.remote(self.config.rollout.num_engines) for first in firsts])
-            yield begin_of(self._manifest(version, side), routes)
+            num_engines = len(receivers) or self.config.rollout.num_engines
+            routes = all_results([first.open_push.remote(num_engines) for first in firsts])
+            yield begin_of(self._manifest(version, side), routes, receivers)
             for stage in stages:
                 for bucket in self._stage_buckets(stage, version, side):
                     checksums += zip((meta.name for meta in bucket.tensors), bucket.checksums, strict=True)

@@ -83,8 +83,6 @@ WITHOUT_EFFECT: Mapping[str, WithoutEffect] = {
     "--use-routing-replay": WithoutEffect(f"{OWN_LOGPROBS}; --use-rollout-routing-replay replays the engine's experts"),
     "--log-passrate": WithoutEffect("pass@k is always among eval/NAME/*"),
     "--use-fault-tolerance": WithoutEffect(WATCHED),
-    "--rollout-health-check-interval": WithoutEffect(WATCHED, "1"),
-    "--rollout-health-check-timeout": WithoutEffect(WATCHED, "1"),
     "--rollout-health-check-first-wait": WithoutEffect(WATCHED, "1"),
     "--update-weight-mode": _one("full", why=PUSHED, remedy="Pass full: a push carries whole tensors."),
     "--update-weight-transport": _one(
