@@ -76,13 +76,13 @@ class RayCalls:
         except StopIteration:
             return None
         except RayActorError as error:
-            raise EngineProcessDied(str(error)) from error
+            raise EngineProcessDied(first_line(error)) from error
 
     def serves(self, watch: Call) -> bool:
         try:
             return bool(result_of(watch))
         except RayActorError as error:
-            raise EngineProcessDied(str(error)) from error
+            raise EngineProcessDied(first_line(error)) from error
 
     def replace(self, engine: int) -> Call | None:
         if not self._members.may_make():
@@ -97,7 +97,7 @@ class RayCalls:
             self.heartbeats.expect(engine, self._answer_timeout_s)
             return self.bring_up(engine, lambda message: [self._updated(engine, message)])
         except (RayActorError, ConfigError, PushError) as error:
-            raise EngineProcessDied(str(error)) from error
+            raise EngineProcessDied(first_line(error)) from error
 
     def ping(self, engine: int) -> Call:
         return cast(Call, self._members.engine(engine).ping.remote())
@@ -110,6 +110,11 @@ class RayCalls:
 
     def _updated(self, engine: int, message: PushMessage) -> PushReply:
         return cast(PushReply, result_of(self._members.engine(engine).update_weights.remote(message)))
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of Ray says, without the identifiers below it."""
+    return str(error).partition("\n")[0]
 
 
 class EnginePool:
@@ -173,15 +178,16 @@ class EnginePool:
         return tuple(self._coordinator.living)
 
     def broadcast(self, message: PushMessage) -> list[PushReply]:
-        """Deliver one push message to every living engine; raises if any of them refuses, or has died.
+        """Deliver one push message to every living engine; raises if one refuses, or has died, that had not failed yet.
 
         The others get it all the same. After a failure nothing waits long for engines to undo a push: one may hang.
         """
         undoes = self._failed and isinstance(message, CancelPush | ContinueGeneration)
         replies, failed = self._ask("update_weights", message, timeout_s=UNDO_TIMEOUT_S if undoes else None)
+        newly_failed = [error for engine, error in failed.items() if engine not in self._failed]
         self._failed = failed | self._failed
-        if failed:
-            raise next(iter(failed.values()))
+        if newly_failed:
+            raise newly_failed[0]
         return list(replies.values())
 
     def leave_out_failed(self, refusing: bool) -> bool:
@@ -230,7 +236,7 @@ class EnginePool:
             try:
                 results[engine] = result_of(call, timeout_s and 0.0)
             except RayActorError as error:
-                errors[engine] = EngineProcessDied(f"an engine's process died ({error})")
+                errors[engine] = EngineProcessDied(f"an engine's process died: {first_line(error)}")
             except Exception as error:  # noqa: BLE001 - broadcast and _stats raise it
                 errors[engine] = error
         return results, errors

@@ -164,7 +164,9 @@ TABLE = (
         "Engines that speculate, over all engines; it falls where a canary's alarm has disabled speculation.",
     ),
     Metric(
-        "engine/restarts", "restarts", "Servers that replaced one that died or had lost its draft, since the start."
+        "engine/restarts",
+        "restarts",
+        "Servers and engine processes that replaced one that died, hung or had lost its draft, since the start.",
     ),
     Metric(
         "engine/draft_resends",
