@@ -116,6 +116,11 @@ def test_what_cannot_be_switched_off_says_so() -> None:
             "trainer.num_gpus=32 trainer.world_size=32 rollout.num_engines=2 rollout.num_gpus_per_engine=16 "
             "sglang_server.transport=distributed",
         ),
+        (
+            "--actor-num-nodes 1 --actor-num-gpus-per-node 0 --rollout-num-gpus-per-engine 0 --rollout-engine embedded "
+            "--colocate",
+            "trainer.num_gpus=0 trainer.world_size=1 rollout.num_gpus_per_engine=0 --rollout-engine embedded",
+        ),
         ("--sglang-server-concurrency 100", "--sglang-max-running-requests 100"),
         ("--sglang-server-concurrency 100 --sglang-max-running-requests 7", "--sglang-max-running-requests 7"),
         ("--sglang-router-ip 10.0.0.1 --sglang-router-port 3000", "--sglang-router-addr 10.0.0.1:3000"),

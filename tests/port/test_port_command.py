@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def script(folder: Path, extra: str = "") -> str:
     return str(path)
 
 
+def words_of(printed: str) -> list[str]:
+    """Return the flags of a printed command, without the name before them and the script's arguments after them."""
+    words = shlex.split(printed.replace("\\\n", ""), comments=True)
+    assert (words[:2], words[-1]) == (["slime-spec", "train"], "$@")
+    return words[2:-1]
+
+
 @pytest.fixture(autouse=True)
 def _outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BASE", "WANDB_KEY", "BASE_DIR"):
@@ -55,9 +63,9 @@ def _outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_script_becomes_a_command_that_composes_to_what_slime_would_do(tmp_path: Path, capsys: Capture) -> None:
     assert main(["port", script(tmp_path)]) == 0
     printed = capsys.readouterr()
-    words = shlex.split(printed.out.replace("\\\n", ""), comments=True)
-    assert words[:4] == ["slime-spec", "train", "--config", "slime"]
-    config = compose(words[2:])
+    words = words_of(printed.out)
+    assert words[:2] == ["--config", "slime"]
+    config = compose(words)
     assert (config.trainer.num_gpus, config.trainer.world_size, config.cluster.num_gpus_per_node) == (8, 8, 4)
     assert (config.rollout.engine, config.rollout.num_engines, config.rollout.num_gpus_per_engine) == ("sglang", 4, 2)
     assert (config.cluster.colocate, config.trainer.dtype, config.engine.max_running_requests) == (
@@ -156,9 +164,44 @@ def test_flags_after_the_dashes_replace_nodes_times_gpus(tmp_path: Path, capsys:
     on_cpu = "--rollout-engine embedded --rollout-num-gpus-per-engine 0 --actor-num-gpus 0 --actor-world-size 2"
     path = script(tmp_path, "--rollout-num-gpus 8")
     assert main(["port", path, "--", *on_cpu.split(), "--rollout-num-engines", "2"]) == 0
-    words = shlex.split(capsys.readouterr().out.replace("\\\n", ""), comments=True)
-    config = compose(words[2:])
+    config = compose(words_of(capsys.readouterr().out))
     assert (config.trainer.num_gpus, config.trainer.world_size, config.rollout.num_engines) == (0, 2, 2)
+
+
+def test_on_cpu_takes_the_place_of_everything_that_a_script_says_about_gpus(tmp_path: Path, capsys: Capture) -> None:
+    """Other checkpoints have other shapes, and what the script says of its own model's is no contradiction."""
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 30}')
+    gpus = (
+        "--context-parallel-size 2 --pipeline-model-parallel-size 2 --expert_model_parallel_size 8 --rollout-num-gpus 8"
+    )
+    path = script(tmp_path, gpus)
+    assert main(["port", path]) == 1
+    capsys.readouterr()
+    assert main(["port", path, "--on-cpu", "--", "--hf-checkpoint", str(tmp_path), "--input-key", "messages"]) == 0
+    printed = capsys.readouterr()
+    config = compose(words_of(printed.out))
+    trainer, rollout = config.trainer, config.rollout
+    assert (trainer.num_gpus, trainer.world_size, rollout.num_engines, rollout.num_gpus_per_engine) == (0, 1, 1, 0)
+    assert (trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size) == (1, 1)
+    assert (trainer.expert_model_parallel_size, rollout.engine, config.cluster.colocate) == (1, "embedded", True)
+    assert (rollout.batch_size, config.task.input_key) == (32, "messages")
+    assert "added" not in printed.err
+    assert "--context-parallel-size 2" in printed.err.partition("flags after -- say it:")[2]
+
+
+def test_flags_after_the_dashes_win_over_on_cpu(tmp_path: Path, capsys: Capture) -> None:
+    flags = ["--actor-world-size", "2", "--tensor-model-parallel-size", "2"]
+    assert main(["port", script(tmp_path), "--on-cpu", "--", *flags]) == 0
+    trainer = compose(words_of(capsys.readouterr().out)).trainer
+    assert (trainer.world_size, trainer.tensor_model_parallel_size) == (2, 2)
+
+
+def test_a_printed_script_hands_on_its_arguments(tmp_path: Path, capsys: Capture) -> None:
+    """Bash itself runs the printed script, with a function in the place of the command."""
+    main(["port", script(tmp_path), "--", "--lr", "1e-5"])
+    text = "slime-spec() { printf '%s\\n' \"$@\"; }\n" + capsys.readouterr().out
+    ran = subprocess.run(["bash", "-c", text, "run.sh", "--num-rollout", "a b"], capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-4:] == ["--lr", "1e-5", "--num-rollout", "a b"]
 
 
 def test_an_asynchronous_launch_is_told_that_steps_take_turns(tmp_path: Path, capsys: Capture) -> None:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from slime_spec.launch.port.ported import Fate, Ported, port
+from slime_spec.launch.port.ported import ON_CPU, Fate, Ported, port
 from slime_spec.launch.port.script import read_script
 from slime_spec.launch.port.text import quoted, shown
 
@@ -34,13 +34,14 @@ def run_port(
     own, extra = _split(argv)
     options = _parser().parse_args(own)
     launch = read_script(options.script, os.environ)
-    ported = port(launch, extra)
+    ported = port(launch, [*(ON_CPU if options.on_cpu else ()), *extra])
     if not options.run:
         show("\n".join(command_lines(ported, launch.files[0].name)))
     tell("\n".join(table_lines(ported)))
     if ported.missing or (options.run and ported.is_open):
         if options.run:
-            tell("not run, for what is missing or not set; pass it after --")
+            tell("not run, for what is missing or not set: pass it after --, or run what is printed without --run,")
+            tell("which leaves out what is missing")
         return 1
     return train([shown(word) for word in ported.words]) if options.run else 0
 
@@ -55,23 +56,29 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="slime-spec port",
-        usage="slime-spec port SCRIPT [--run] [-- FLAGS of slime-spec train, which win]",
+        usage="slime-spec port SCRIPT [--run] [--on-cpu] [-- FLAGS of slime-spec train, which win]",
         description="Print the slime-spec command that a launch script of slime's is equivalent to.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("script", type=Path, help="a bash script that calls slime's train.py or train_async.py")
     parser.add_argument("--run", action="store_true", help="run the command, where nothing is missing")
+    parser.add_argument(
+        "--on-cpu",
+        action="store_true",
+        help="one embedded engine and one trainer rank on this machine's cores, in place of the script's GPUs; "
+        "for a try, with a small checkpoint after --",
+    )
     return parser
 
 
 def command_lines(ported: Ported, name: str) -> Iterator[str]:
-    """Yield a shell script: a line for each flag."""
+    """Yield a shell script: a line for each flag, the script's own arguments last."""
     yield f"# {name}, by slime-spec port"
     for variable in ported.unset:
         yield f': "${{{variable}:?is not set}}"'
     lines = ["slime-spec train", *(" ".join(map(quoted, flag)) for flag in ported.flags)]
-    yield " \\\n    ".join([" ".join(lines[:2]), *lines[2:]])
+    yield " \\\n    ".join([" ".join(lines[:2]), *lines[2:], '"$@"'])
 
 
 def table_lines(ported: Ported) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from slime_spec.errors import ConfigError, each_of
-from slime_spec.launch.arguments import Reading, read_each
+from slime_spec.launch.arguments import EXTRA_ARGS, Reading, read_each
 from slime_spec.launch.compose import composed
 from slime_spec.launch.flags import IS_NO_FLAG
 from slime_spec.launch.help import DRY_RUN
@@ -20,7 +20,15 @@ from slime_spec.launch.slime.without_effect import WANDB_KEY, reason_of
 PROMPTS = "--prompt-data"
 BASE = ("--config", "slime")  # slime's defaults
 ASYNC = "train_async.py"
-AFTER = "flags after -- say it"
+AFTER = "--on-cpu or flags after -- say it"
+CHECKPOINT = "model.hf_checkpoint"
+# One embedded engine and one trainer rank on the machine's cores, in place of what a script says about GPUs.
+ON_CPU = (
+    *("--rollout-engine", "embedded", "--rollout-num-engines", "1", "--rollout-num-gpus-per-engine", "0"),
+    *("--actor-num-gpus", "0", "--actor-world-size", "1", "--colocate"),
+    *("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--context-parallel-size", "1"),
+    *("--expert-model-parallel-size", "1", "--expert-tensor-parallel-size", "1"),
+)
 UNKNOWN = "is not known here"
 # Flags of the same name whose files are of another form.
 OTHER_FILES: Mapping[str, tuple[str, str]] = {
@@ -91,21 +99,39 @@ def port(launch: Launch, extra: Sequence[str] = ()) -> Ported:
         why = "each step generates, trains and pushes in turn: no sample is older than its weights"
         rows.append(Row(Fate.IGNORED, ASYNC, why))
     readings, own = list(read_each(launch.words)), list(read_each(extra))
-    replaced = {flag for each in own for flag in MADE_BY.get(each.path, ())}
+    said = _said(own)
     for reading in readings:
-        row = Row(Fate.IGNORED, " ".join(reading.words), AFTER) if reading.name in replaced else _row(reading)
+        row = Row(Fate.IGNORED, " ".join(map(shown, reading.words)), AFTER) if said(reading) else _row(reading)
         rows.append(row)
         if row.fate in (Fate.SAME, Fate.MAPPED) and reading.path != WANDB_KEY:
             flags.append(reading.words)
-    given = {reading.name for reading in readings}
+    given = {reading.name for reading in (*readings, *own)}
     for name, (value, why) in ABSENT.items():
         if PROMPTS in given and name not in given:
             flags.append((name, value))
             rows.append(Row(Fate.ADDED, f"{name} {value}", why))
     flags += [reading.words for reading in own]
     shape = {each.path: each.value for each in readings if each.path in NAMES or each.path == REF_LOAD}
+    if any(each.path == CHECKPOINT for each in own):
+        shape = {}  # the script's shape is that of its own checkpoint
     rows += _contradictions([shown(word) for flag in flags for word in flag if word != DRY_RUN], shape)
     return Ported(tuple(flags), tuple(rows), tuple(launch.not_followed))
+
+
+def _said(own: Sequence[Reading]) -> Callable[[Reading], bool]:
+    """Return what tells whether a flag of the script sets what ``own`` flags set, which then leave it out.
+
+    A flag of the script that is wrong has no path, and is known by its name. A list that grows flag by flag is kept.
+    """
+    paths = {each.path for each in own} - {"", EXTRA_ARGS}
+    names = {each.name.replace("_", "-") for each in own} | {flag for path in paths for flag in MADE_BY.get(path, ())}
+
+    def is_said(reading: Reading) -> bool:
+        if reading.path == EXTRA_ARGS:
+            return False
+        return reading.path in paths or reading.name.replace("_", "-") in names
+
+    return is_said
 
 
 def _row(reading: Reading) -> Row:

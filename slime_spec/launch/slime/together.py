@@ -62,7 +62,7 @@ def _settings(given: Mapping[str, Any], lookup: Lookup, named: frozenset[str]) -
         per_node = given.get(GPUS_PER_NODE, GPUS_PER_NODE_OF_SLIME)
         num_trained_on = num_nodes * per_node
         yield "trainer.num_gpus", num_trained_on
-        yield "trainer.world_size", num_trained_on
+        yield "trainer.world_size", num_trained_on or num_nodes  # without GPUs a rank on each node's cores
         if num_nodes > 1:
             gpus_of_node = per_node
             yield "cluster.num_gpus_per_node", per_node
@@ -71,7 +71,7 @@ def _settings(given: Mapping[str, Any], lookup: Lookup, named: frozenset[str]) -
         if "cluster.colocate" not in named:
             yield "cluster.colocate", False
         yield from _engines(ROLLOUT_GPUS, given[ROLLOUT_GPUS], per_engine)
-    elif num_trained_on is not None and lookup("cluster.colocate") and "rollout.num_engines" not in named:
+    elif num_trained_on and lookup("cluster.colocate") and "rollout.num_engines" not in named:
         yield from _engines(f"{NODES} x {GPUS_PER_NODE}, which --colocate shares", num_trained_on, per_engine)
     spans_nodes = bool({NODES, GPUS_PER_NODE, ROLLOUT_GPUS} & set(given)) and per_engine > gpus_of_node
     if spans_nodes and "sglang_server.transport" not in named:
