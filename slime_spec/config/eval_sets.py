@@ -20,7 +20,7 @@ import xxhash
 from slime_spec.config.schema import Setting, settings
 from slime_spec.config.tree import Config, TaskConfig
 from slime_spec.config.yaml_file import read_yaml_file
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, ConfigErrors
 from slime_spec.suggest import did_you_mean
 
 PROMPT_DATA = "eval.prompt_data"
@@ -85,6 +85,8 @@ def eval_sets(config: Config) -> tuple[EvalSet, ...]:
 
 def as_of_evaluation(error: ConfigError, name: str) -> ConfigError:
     """Return an error about a set's own configuration in the words of the evaluation's settings and flags."""
+    if isinstance(error, ConfigErrors):
+        return ConfigErrors([as_of_evaluation(each, name) for each in error.errors])
     run_settings = {**COUNTERPARTS, "prompt_data": "task.prompt_data", "tasks": "task.names"}
     paths = {path: f"eval.{own}" for own, path in run_settings.items()}
     remedy = error.remedy

@@ -5,21 +5,35 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from slime_spec.config.tree import TaskConfig
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, raise_all
 from slime_spec.files import parse_json, shortened
 from slime_spec.interfaces import Problem
 from slime_spec.tasks.data_file import data_rows
-from slime_spec.tasks.judge import ROW_REWARD
+from slime_spec.tasks.judge import DATA_SOURCE, ROW_REWARD
 from slime_spec.tasks.mix import DataSource
 from slime_spec.tasks.rewards import find_reward, is_named, load_named
 from slime_spec.types import Prompt
 
+
+@dataclass(frozen=True)
+class UsualKeys:
+    """Names the setting of a key, and what others' data (verl's, TRL's, those of the hub) call it, likeliest first."""
+
+    setting: str
+    names: tuple[str, ...]
+
+
+PROMPT_KEYS = UsualKeys("input_key", ("prompt", "messages", "question", "problem", "input", "instruction", "query"))
+LABEL_KEYS = UsualKeys(
+    "label_key",
+    ("label", "answer", "reward_model.ground_truth", "ground_truth", "solution", "target", "expected_answer"),
+)
 PlacedProblem = tuple[str, Problem]
 Choose = Callable[[DataSource, Iterable[PlacedProblem]], list[Problem]]
 
@@ -115,12 +129,16 @@ class _Row:
     def problem(self) -> tuple[Problem, str]:
         """Return the row's problem, and the name of its reward where that is a named one, else ""."""
         config = self.config
-        text, messages = self._prompt(config.input_key)
         metadata, tools = self._metadata(config.metadata_key), self._tools(config.tool_key)
         if tools:
             metadata["tools"] = list(tools)  # where slime's rewards find them
+        if isinstance(origin := self.values.get(DATA_SOURCE), str):
+            metadata.setdefault(DATA_SOURCE, origin)  # where verl's rewards look
         reward_name = self._reward_name(metadata)
-        answer, label = self._answer(config.label_key, reward_name)
+        needs_label = bool(reward_name) and find_reward("task.reward", reward_name).needs_label
+        raise_all(self._absent([PROMPT_KEYS, LABEL_KEYS] if needs_label else [PROMPT_KEYS]))
+        text, messages = self._prompt(config.input_key)
+        answer, label = self._answer(config.label_key, reward_name, needs_label)
         advice = self._advice(config.advice_key)
         return Problem(text, answer, advice, messages, tools, label, metadata), reward_name
 
@@ -135,7 +153,7 @@ class _Row:
 
     def _prompt(self, key: str) -> tuple[str, tuple[Mapping[str, Any], ...]]:
         """Return the prompt's text; of a chat its last text, with the messages."""
-        prompt = self._needed(key, "--input-key")
+        prompt = self.value(key)
         if prompt and _are_objects(prompt):
             return next((each["content"] for each in reversed(prompt) if isinstance(each.get("content"), str)), ""), (
                 tuple(prompt)
@@ -158,18 +176,17 @@ class _Row:
             find_reward(self.setting, name, f"{self.place}: {ROW_REWARD!r} ")
         return name
 
-    def _answer(self, key: str, reward_name: str) -> tuple[str, Any]:
+    def _answer(self, key: str, reward_name: str, needs_label: bool) -> tuple[str, Any]:
         """Return the label as text and as it is; a reward that needs no label has "" and None where there is none.
 
         Such a reward takes any JSON value as the label.
         """
-        takes_any = not reward_name or not find_reward("task.reward", reward_name).needs_label
-        label = self.value(key) if takes_any else self._needed(key, "--label-key")
-        if takes_any and label is None:
+        label = self.value(key)
+        if label is None and not needs_label:
             return "", None
         is_number = type(label) is int or (isinstance(label, float) and math.isfinite(label))
         if not is_number and not isinstance(label, str):
-            if takes_any:
+            if not needs_label:
                 return json.dumps(label, default=str), label
             raise self._refused(f"{key!r} must be a text or a number", label, "Write the expected answer.")
         if reward_name != "last_integer":
@@ -208,13 +225,17 @@ class _Row:
             raise self._refused(f"{key!r} must be a list of JSON schemas", tools, "Write [{...}, ...].")
         return tuple(tools or ())
 
-    def _needed(self, key: str, flag: str) -> Any:
-        if (value := self.value(key)) is None and key not in self.values:
+    def _absent(self, needed: Sequence[UsualKeys]) -> Iterator[ConfigError]:
+        """Yield an error for each key that the row must have and has not, with one that others' data have there."""
+        for usual in needed:
+            key = getattr(self.config, usual.setting)
+            if self.value(key) is not None or key in self.values:
+                continue
             names = shortened(str(sorted(self.values)), 200)
-            raise self._refused(
-                f"must have the key {key!r}", names, f"Add it, or pass {flag} with the file's own name."
-            )
-        return value
+            perhaps = next((f", perhaps {name}" for name in usual.names if self.value(name) is not None), "")
+            flag = f"--{usual.setting.replace('_', '-')}"
+            remedy = f"Add it, or pass {flag} with the file's own name{perhaps}."
+            yield self._refused(f"must have the key {key!r}", names, remedy)
 
     def _refused(self, rule: str, value: object, remedy: str) -> ConfigError:
         shown = value if isinstance(value, bool | int | float | None) else shortened(str(value))

@@ -3,6 +3,7 @@
     reward(prompt, reply) -> float                  this project's form
     async custom_rm(args, sample, **kwargs)         slime's, for one sample
     async batched_rm(args, samples, **kwargs)       slime's, for a prompt's whole group; gives a list
+    compute_score(data_source, solution_str, ground_truth, extra_info=None)     verl's, called by these names
 
 Each may be a coroutine function, and may give a dict, of which ``--reward-key`` names the number. Coroutines of a
 group's replies run side by side.
@@ -29,6 +30,14 @@ from slime_spec.tasks.rewards import is_named, load_named, load_reward
 from slime_spec.types import GeneratedSample, Prompt
 
 OURS, ONE, GROUP = "reward(prompt, reply)", "reward(args, sample, **kwargs)", "reward(args, samples, **kwargs)"
+VERL = "compute_score(data_source, solution_str, ground_truth, extra_info)"
+KNOWN = f"{OURS} -> float, or slime's {ONE} or {GROUP}, or verl's {VERL}"
+VERLS_OWN = frozenset({"solution_str", "ground_truth"})  # parameters of no other form
+DATA_SOURCE = "data_source"  # verl's column of a row's origin
+TRLS_OWN = "completions"
+TRL_REMEDY = (
+    "Call it from one of them: def reward(args, samples): return {name}({calls}=[each.response for each in samples])"
+)
 DEFAULT_KEY = "score"
 ROW_REWARD = "rm_type"  # the key of a row's metadata, as in slime
 LARGEST = 1e30  # a group's sums, in 64 bits, and its advantages, in the trainer's 32, are finite
@@ -195,9 +204,10 @@ class Judge:
         return called
 
     def _called(self, judged: Any) -> Any:
-        arguments = (judged.prompt, judged.text) if self.form == OURS else (self.args, judged)
         try:
-            return self.function(*arguments)
+            if self.form == VERL:
+                return self.function(**{name: value for name, value in verls(judged).items() if name in self._takes})
+            return self.function(*((judged.prompt, judged.text) if self.form == OURS else (self.args, judged)))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it is a user's function; an exit is no reward
             return _raised(error)
 
@@ -215,9 +225,27 @@ class Judge:
             return _raised(error)
 
     @cached_property
+    def _takes(self) -> frozenset[str]:
+        """Return which of verl's arguments the function takes: all, where it takes any keyword."""
+        parameters = inspect.signature(self.function).parameters
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        return frozenset({*VERLS_OWN, DATA_SOURCE, "extra_info"} if takes_any else parameters)
+
+    @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:
         """Return the loop of all calls: what a coroutine keeps open (an HTTP session) belongs to its loop."""
         return asyncio.new_event_loop()
+
+
+def verls(reply: Reply) -> dict[str, Any]:
+    """Return the arguments of verl's rewards, which has a reply's text without its prompt as ``solution_str``."""
+    prompt = reply.prompt
+    return {
+        DATA_SOURCE: prompt.metadata.get(DATA_SOURCE, prompt.task),
+        "solution_str": reply.text,
+        "ground_truth": prompt.answer if prompt.label is None else prompt.label,
+        "extra_info": dict(prompt.metadata),
+    }
 
 
 def verdict_of(given: Any, key: str | None = None) -> Verdict:
@@ -251,6 +279,13 @@ def form_of(function: Callable[..., Any], setting: str, name: str, is_grouped: b
         for each in signature.parameters.values()
         if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
     ]
+    named = set(signature.parameters)
+    if named >= VERLS_OWN and not is_grouped:
+        return VERL
+    if TRLS_OWN in named:
+        rule = f"must name a function {KNOWN}; TRL's takes columns of its data"
+        remedy = TRL_REMEDY.format(name=name.replace(":", ".").rpartition(".")[2], calls=TRLS_OWN)
+        raise ConfigError(setting, rule, f"{name}{signature}", remedy)
     if names[:1] == ["args"] and len(names) > 1:
         return GROUP if is_grouped or names[1] == "samples" else ONE
     if is_grouped:
@@ -259,7 +294,7 @@ def form_of(function: Callable[..., Any], setting: str, name: str, is_grouped: b
     try:
         signature.bind("prompt", "reply")
     except TypeError:
-        rule = f"must name a function {OURS} -> float, or slime's {ONE} or {GROUP}"
+        rule = f"must name a function {KNOWN}"
         raise ConfigError(setting, rule, f"{name}{signature}", "Write a function of one of these forms.") from None
     return OURS
 

@@ -71,10 +71,10 @@ class Task:
     def __init__(self, name, reward): self.name, self.reward = name, reward
     def problem(self, index, seed): return Problem("What is 2+3?", "5")
 fine, wrong = Task("fine", tells_its_process), Task("wrong", text)
-def verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
+def verl(data_source, solution_str, ground_truth, extra_info=None): return float(solution_str == ground_truth)
 """
 # What each gives more than 1 for the right reply and 0 for another: the group's form shows its group's size.
-RIGHT = {"plain": 0, "awaited": 0, "as_dict": 0, "slime_one": 0, "slime_group": 30, "instance": 0}
+RIGHT = {"plain": 0, "awaited": 0, "as_dict": 0, "slime_one": 0, "slime_group": 30, "instance": 0, "verl": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,6 @@ def test_the_key_of_a_dict_is_a_setting(tokenizer: Tokenizer, tmp_path: Path) ->
         ("wrong_key", r"must have the key 'score' \(--reward-key\), it has 'acc'"),
         ("short_list", r"must be a list of 1 rewards, it was \[1.0, 1.0\]"),
         ("three", r"must name a function reward\(prompt, reply\) -> float, or slime's"),
-        ("verl", r"must name a function reward\(prompt, reply\) -> float, or slime's"),
     ],
 )
 def test_a_reward_that_can_never_count_is_refused_at_the_start(
