@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from slime_spec import __version__
+from slime_spec.columns import columns, fitted
 from slime_spec.errors import ConfigError, ConfigErrors, RewardError
 from slime_spec.garbage import no_collection
 from slime_spec.launch.help import BENCH, COMMANDS, CONFIG, DRY_RUN, train_help
@@ -24,13 +25,28 @@ INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 class StderrHandler(logging.StreamHandler):
-    """Logs to the current sys.stderr, which a progress display replaces to print lines above its bars."""
+    """Logs to the current sys.stderr, which a progress display replaces to print lines above its bars.
+
+    ``width`` are the columns at which a line is wrapped: a run's log has it in one piece. Tracebacks are left alone.
+    """
+
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__()
+        self._width = width
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if self._width is None or record.exc_info else fitted(text, self._width)
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "is_shown", False):
             return
         self.setStream(sys.stderr)
         super().emit(record)
+
+
+def _log_to_terminal(width: int | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler(width)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_namesakes()
         if command not in HANDLERS:
-            hint = did_you_mean(command, HANDLERS)
-            raise ConfigError("command", f"must be one of {', '.join(HANDLERS)}", command, f"{hint}\n\n{COMMANDS}")
+            hint = did_you_mean(command, (*HANDLERS, "--version"))
+            rule = f"must be one of {', '.join(HANDLERS)}"
+            raise ConfigError("command", rule, command, f"{hint}Choose one of these.\n\n{COMMANDS}")
         return HANDLERS[command](rest)
     except ConfigError as error:
         print(error_block(error), file=sys.stderr)
@@ -64,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def error_block(error: ConfigError) -> str:
     """Format the four facts of a ConfigError, one per line; a fact that is a list begins below its name.
 
-    Several errors have a line each.
+    Several errors have a line each. A rule is wrapped; a remedy is not, for it may be a command to copy.
     """
     if isinstance(error, ConfigErrors):
         return f"error: {error}"
@@ -72,6 +89,7 @@ def error_block(error: ConfigError) -> str:
     lines = [
         f"  {f'{name}:':8}{text}" if not text.startswith("\n") else f"  {name}:{text}" for name, text in facts.items()
     ]
+    lines[0] = fitted(lines[0], indent=" " * 10)
     return "\n".join([f"error: {error.setting}", *lines])
 
 
@@ -93,7 +111,7 @@ def _train(argv: list[str]) -> int:
             plan = make_plan(looked)
         show_plan(plan)
         return 2 if plan.stopping else 0
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
+    _log_to_terminal(columns())
     with no_collection():
         from slime_spec.launch.train import run
 
@@ -166,7 +184,7 @@ def _serve(argv: list[str]) -> int:
 
     arguments = read_serve_arguments(argv)
     _tell(arguments.notes)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
+    _log_to_terminal()
     return run_serve(arguments, _show)
 
 
@@ -181,7 +199,7 @@ def _eval(argv: list[str]) -> int:
     with engines_folder() as folder:
         arguments = read_eval_arguments(_without_wandb_key(argv), folder)
         _tell(arguments.made.notes)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=[StderrHandler()])
+        _log_to_terminal(columns())
         return run_eval(arguments, folder)
 
 

@@ -81,7 +81,7 @@ def _lines() -> Iterator[str]:
     )
     for node, cls in nodes().items():
         yield ""
-        yield f"{node}: {cls.__doc__}"
+        yield from _wrapped(f"{node}: {cls.__doc__}")
         for setting in settings().values():
             if setting.node == node:
                 yield from _setting(setting)
@@ -115,8 +115,12 @@ def _lines() -> Iterator[str]:
 
 
 def _setting(setting: Setting) -> Iterator[str]:
-    value = "" if setting.type is bool else " " + _placeholder(setting)
-    yield f"  {', '.join(setting.flags)}{value}    {setting.path}={_shown(setting.default)}"
+    flags, default = ", ".join(setting.flags), f"{setting.path}={_shown(setting.default)}"
+    value = "" if setting.type is bool else f" {_placeholder(setting)}"
+    listed = bool(setting.choices) and len(flags) + len(value) + len(default) > WIDTH - 6  # in lines of their own
+    yield f"  {flags}{' CHOICE' if listed else value}    {default}"
+    if listed:
+        yield from _wrapped(f"CHOICE is {', '.join(setting.choices)}.", indent=" " * 6)
     yield from _wrapped(setting.help, indent=" " * 6)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,12 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from slime_spec.columns import WIDEST, wrapped
 from slime_spec.config.tree import Config
-from slime_spec.metrics.summary import WINDOW, mean_of
+from slime_spec.metrics.summary import mean_of, window_of
 
 logger = logging.getLogger(__name__)
 
-WIDEST = 120  # columns of a line, also where a pipe has none
 SHOWN = {"is_shown": True}  # marks log lines that the terminal has already: they are for the run's log
 # (metric, short name, format) of what a step's line shows, in this order, where the step has it.
 LINE = (
@@ -85,14 +84,10 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     return f"finished step={step + 1}/{num_steps} " + " ".join(facts)
 
 
-def wrapped(line: str, width: int) -> list[str]:
-    """Return a line of facts as lines of at most ``width`` columns, the later ones indented; no fact is broken."""
-    return textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-
-
-def summary(rows: Mapping[int, Mapping[str, float]], window: int = WINDOW) -> Table:
-    """Return the mean of each shown metric over the first and the last ``window`` steps."""
+def summary(rows: Mapping[int, Mapping[str, float]]) -> Table:
+    """Return the mean of each shown metric over the first and the last steps; see ``window_of``."""
     steps = sorted(rows)
+    window = window_of(len(steps))
     first, last = steps[:window], steps[-window:]
     table = Table(title=f"{len(steps)} steps")
     table.add_column("metric")

@@ -13,6 +13,11 @@ CUMULATIVE = "spec/accept_rate_cum_pos_{}"
 ROUNDS = "spec/verify_rounds"
 
 
+def window_of(num_steps: int) -> int:
+    """Return how many steps of either end a figure of a run sums up: fewer in a short run, so that ends differ."""
+    return max(1, min(WINDOW, num_steps // 2))
+
+
 def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that are there; None where none is."""
     known = [value for value in values if value is not None]

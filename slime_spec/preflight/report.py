@@ -11,12 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from slime_spec.columns import WIDEST
 from slime_spec.preflight.checks import TRAPS
 from slime_spec.preflight.finding import Finding, Severity
 
 STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 EXIT_CODES = {Severity.ERROR: 2, Severity.WARNING: 1, Severity.INFO: 0}
-WIDEST = 120
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

@@ -53,16 +53,16 @@ class SettingRow:
         return any(value != self.default for value in self.values)
 
 
-def final_numbers(runs: Sequence[ReportedRun]) -> list[NumberRow]:
+def final_numbers(runs: Sequence[ReportedRun], window: int = WINDOW) -> list[NumberRow]:
     """Return the rows of the table of final numbers: the terminal's metrics and evaluations, where a run has them."""
     evaluated = [name for run in runs for name in run.names if name.startswith("eval/")]
     wanted = [*(name for name, _, _ in LINE), *ALSO, *dict.fromkeys(evaluated)]
-    return [_number_row(name, runs) for name in wanted if any(name in run.names for run in runs)]
+    return [_number_row(name, runs, window) for name in wanted if any(name in run.names for run in runs)]
 
 
-def all_numbers(runs: Sequence[ReportedRun]) -> list[NumberRow]:
+def all_numbers(runs: Sequence[ReportedRun], window: int = WINDOW) -> list[NumberRow]:
     """Return a row for every metric of any run."""
-    return [_number_row(name, runs) for name in sorted({name for run in runs for name in run.names})]
+    return [_number_row(name, runs, window) for name in sorted({name for run in runs for name in run.names})]
 
 
 def about(name: str) -> Metric | None:
@@ -73,12 +73,12 @@ def about(name: str) -> Metric | None:
         return None
 
 
-def _number_row(name: str, runs: Sequence[ReportedRun]) -> NumberRow:
+def _number_row(name: str, runs: Sequence[ReportedRun], window: int) -> NumberRow:
     known = about(name)
     cells = []
     for run in runs:
         values = [value for _, value in run.points(name)]
-        ends = (mean(values[:WINDOW]), mean(values[-WINDOW:]), values[-1] if values else None)
+        ends = (mean(values[:window]), mean(values[-window:]), values[-1] if values else None)
         first, late, at_end = (_number(value, bool(values)) for value in ends)
         cells.append((first, late, at_end))
     return NumberRow(name, known.unit if known else "", known.meaning if known else "", tuple(cells))

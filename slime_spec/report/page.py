@@ -25,7 +25,7 @@ from markupsafe import Markup
 
 from slime_spec.errors import ConfigError
 from slime_spec.files import write_whole
-from slime_spec.metrics.summary import WINDOW
+from slime_spec.metrics.summary import window_of
 from slime_spec.report.charts import charts_of
 from slime_spec.report.folder import ReportedRun
 from slime_spec.report.measured import MeasuredTable
@@ -70,6 +70,7 @@ def html(page: Page, now: datetime) -> str:
     charts = [chart for _, charts in sections for chart in charts]
     num_values = sum(len(line.points) + 2 * len(line.band) for chart in charts for line in chart.lines)
     step_width = max(1, ceil(num_values / MOST_VALUES))
+    window = window_of(max((len(run.steps) for run in page.runs), default=0))
     numbered = {id(chart): number for number, chart in enumerate(charts)}
     data = {
         "runs": [run.name for run in page.runs],
@@ -82,10 +83,10 @@ def html(page: Page, now: datetime) -> str:
         sections=sections,
         number_of=lambda chart: numbered[id(chart)],
         described=described,
-        numbers=final_numbers(page.runs),
-        every_number=all_numbers(page.runs),
+        numbers=final_numbers(page.runs, window),
+        every_number=all_numbers(page.runs, window),
         settings=setting_rows(page.runs),
-        window=WINDOW,
+        window=window,
         step_width=step_width,
         now=now.strftime("%Y-%m-%d %H:%M:%S UTC"),
         data=Markup(json_of(data)),

@@ -91,9 +91,9 @@ def test_charts_and_tables_have_the_values_of_metrics_jsonl(tmp_path: Path) -> N
         1.45,
         1.55,
     ]
-    # The first five steps, the last five, the last.
-    assert cells(text, "rollout/reward_mean") == [0.5, 0.875, 1.125]
-    assert cells(text, "rollout/response_len_mean") == [28.0, 25.0, 23.0]
+    # The first four steps of eight, the last four, the last.
+    assert cells(text, "rollout/reward_mean") == [0.4375, 0.9375, 1.125]
+    assert cells(text, "rollout/response_len_mean") == [28.5, 24.5, 23.0]
 
 
 def test_who_cannot_see_a_chart_hears_what_it_shows(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_an_evaluation_has_its_interval_and_pass_at_k_and_no_step_of_its_own(tmp
     lines = chart(text, "aime: pass@k")["lines"]
     assert [(line["label"], line["y"][0]) for line in lines] == [("pass@1", 0.5), ("pass@2", 0.6), ("pass@16", 0.9)]
     assert "4 of 4 steps, finished" in text, "the row after the last step is no step"
-    assert cells(text, "rollout/reward_mean") == [0.4375, 0.4375, 0.625], "and counts in no mean"
+    assert cells(text, "rollout/reward_mean") == [0.3125, 0.5625, 0.625], "and counts in no mean"
 
 
 def test_runs_of_other_lengths_and_metrics_keep_their_own_steps(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from slime_spec.agents.own import POSITIONAL
+from slime_spec.columns import fitted
 from slime_spec.config.draft_training import loss_for
 from slime_spec.config.pipeline_stages import stage_layers
 from slime_spec.config.tree import TaskConfig
@@ -32,8 +33,9 @@ def show_plan(plan: Plan) -> None:
     console = Console(width=width(), highlight=False)
     for heading, lines in sections(plan).items():
         console.print(heading, style="bold", markup=False)
-        for line in lines:
-            console.print(f"  {line}", markup=False, soft_wrap=True)
+        for line in lines:  # a server's command stays as a shell reads it
+            text = f"  {line}"
+            console.print(text if "\\\n" in text else fitted(text, width(), " " * 6), markup=False, soft_wrap=True)
     console.print("preflight", style="bold")
     skipped = plan.facts.config.run.skip_checks
     for finding in plan.findings:
@@ -41,7 +43,7 @@ def show_plan(plan: Plan) -> None:
             console.print(Text("  ") + headline(finding, skipped))
             remedy = "" if finding.id in skipped else f"\n    -> {finding.remedy}"
             read = finding.read.partition("\n")[0]  # a table of memory stands above
-            console.print(f"    {read}{remedy}", markup=False, soft_wrap=True)
+            console.print(fitted(f"    {read}", width(), " " * 6) + remedy, markup=False, soft_wrap=True)
     if infos := [each for each in plan.findings if each.severity is Severity.INFO]:
         console.print(brief(infos))
     if fix := as_flags(plan.findings):
