@@ -14,11 +14,12 @@ from slime_spec import __version__
 from slime_spec.columns import columns, fitted
 from slime_spec.errors import ConfigError, ConfigErrors, RewardError
 from slime_spec.garbage import no_collection
-from slime_spec.launch.help import BENCH, COMMANDS, CONFIG, DRY_RUN, train_help
+from slime_spec.launch.help import BENCH, COMMANDS, CONFIG, DRY_RUN, draft_help, train_help
 from slime_spec.namesakes import check_namesakes
 from slime_spec.suggest import did_you_mean
 
 HELP = (["-h"], ["--help"])
+HELP_FLAGS = frozenset({"-h", "--help"})
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 # A command imports its modules only when it is chosen, so that `slime-spec config` is fast.
@@ -94,7 +95,8 @@ def error_block(error: ConfigError) -> str:
 
 
 def _train(argv: list[str]) -> int:
-    if _wants_help(argv):
+    if HELP_FLAGS & set(argv):
+        _show(train_help())
         return 0
     from slime_spec.launch.compose import composed
 
@@ -131,11 +133,14 @@ def _without_wandb_key(argv: list[str]) -> list[str]:
 
 
 def _rollout(argv: list[str]) -> int:
+    if HELP_FLAGS & set(argv):
+        _show(train_help("rollout"))
+        return 0
     return _train(["--debug-rollout-only", "--save-samples", *argv])
 
 
 def _config(argv: list[str]) -> int:
-    if set(argv) & {"-h", "--help"}:
+    if HELP_FLAGS & set(argv):
         _show(CONFIG)
         return 0
     from slime_spec.config.build import to_yaml
@@ -150,13 +155,6 @@ def _config(argv: list[str]) -> int:
 def _tell(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-
-
-def _wants_help(argv: Sequence[str]) -> bool:
-    if not {"-h", "--help"} & set(argv):
-        return False
-    _show(train_help())
-    return True
 
 
 def _show(text: str) -> None:
@@ -204,9 +202,12 @@ def _eval(argv: list[str]) -> int:
 
 
 def _draft(argv: list[str]) -> int:
+    if argv[:1] in HELP:
+        _show(draft_help())
+        return 0
     from slime_spec.launch.draft.command import run_draft
 
-    return run_draft(["train", *argv] if argv[:1] in HELP else argv)
+    return run_draft(argv)
 
 
 def _doctor(argv: list[str]) -> int:

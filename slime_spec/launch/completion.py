@@ -8,6 +8,7 @@ from slime_spec.config.schema import settings
 from slime_spec.errors import ConfigError
 from slime_spec.launch.flags import flags
 from slime_spec.launch.groups import EXPERIMENT, choices
+from slime_spec.launch.help import DRY_RUN
 from slime_spec.sglang.flags import sglang_flags
 from slime_spec.suggest import did_you_mean
 
@@ -27,6 +28,11 @@ _slime_spec() {{
         COMPREPLY=($(compgen -W "{commands}" -- "$word"))
         return
     fi
+    if ((COMP_CWORD == 2)); then
+        case "${{COMP_WORDS[1]}}" in
+{actions}
+        esac
+    fi
     case "${{COMP_WORDS[1]}}" in
     {of_train}) ;;
     *) return ;;
@@ -41,6 +47,7 @@ _slime_spec() {{
 complete -o default -F _slime_spec slime-spec
 """
 ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
+ACTIONS = {"draft": ("train", "eval", "convert"), "models": ("fetch",), "completion": SHELLS}  # words after a command
 OF_TRAIN = ("train", "rollout", "config", "doctor", "tune", "eval")  # commands that take train's flags
 
 
@@ -56,7 +63,8 @@ def completion(argv: Sequence[str], commands: Sequence[str]) -> str:
         commands=" ".join(commands),
         of_train="|".join(OF_TRAIN),
         cases="\n".join(_cases()),
-        flags=" ".join(flags()),
+        actions="\n".join(_branch(command, words, "        ") for command, words in ACTIONS.items()),
+        flags=" ".join((*flags(), DRY_RUN)),
     )
     return (ZSH if argv[0] == "zsh" else "") + script.rstrip()
 
@@ -68,7 +76,8 @@ def _cases() -> list[str]:
         for name in flag.flags if flag.choices else ():
             known.setdefault(f"--sglang-{name[2:]}", tuple(map(str, flag.choices)))
     known["--config"] = choices(EXPERIMENT)
-    return [
-        f'    {name}) COMPREPLY=($(compgen -W "{" ".join(values)}" -- "$word")); return ;;'
-        for name, values in known.items()
-    ]
+    return [_branch(name, values) for name, values in known.items()]
+
+
+def _branch(word: str, offered: Sequence[str], indent: str = "    ") -> str:
+    return f'{indent}{word}) COMPREPLY=($(compgen -W "{" ".join(offered)}" -- "$word")); return ;;'

@@ -62,13 +62,21 @@ data: no traceback, no hang, no NaN).
 `slime-spec bench NAME --help` explains its flags."""
 
 
-def train_help() -> str:
-    """Return the help on every flag of train, rollout and config, by node, with defaults and meanings."""
-    return "\n".join(_lines())
+def draft_help() -> str:
+    """Return the help of ``slime-spec draft``: its actions, each of which has a help of its own."""
+    actions = [line for line in COMMANDS.splitlines() if line.startswith("  slime-spec draft ")]
+    return "\n".join(
+        ["slime-spec draft ACTION [flags]", "", *actions, "", "`slime-spec draft train --help` explains its flags."]
+    )
 
 
-def _lines() -> Iterator[str]:
-    yield "slime-spec train [--config NAME|PATH.yaml] [group=NAME | --flag VALUE | path=value] ..."
+def train_help(command: str = "train") -> str:
+    """Return the help on every flag of train and rollout, by node, with defaults and meanings."""
+    return "\n".join(_lines(command))
+
+
+def _lines(command: str) -> Iterator[str]:
+    yield f"slime-spec {command} [--config NAME|PATH.yaml] [group=NAME | --flag VALUE | path=value] ..."
     yield ""
     yield "Groups (--config NAME is experiment=NAME; a choice here replaces the experiment's)"
     for group in GROUPS:

@@ -171,6 +171,15 @@ def test_a_fixed_length_is_chosen_over_the_engine_only_where_it_is_clearly_faste
     assert verdict_of(made_up(4, auto=(1.2, 1.3), fixed3=(1.3, 1.32))).side == "auto"
 
 
+def test_a_side_that_pays_is_chosen_also_where_a_faster_one_does_not_pay_each_time() -> None:
+    """Two repetitions of a measurement in which the engine's own choice was slow once and a fixed length never was."""
+    measured = made_up(4, auto=(0.909, 1.536), fixed2=(1.227, 1.611), fixed7=(0.926, 1.9))
+    assert verdict_of(measured).side == "fixed2"
+    assert verdict_of(made_up(4, auto=(1.1, 1.2), fixed3=(0.9, 9.0))).side == "auto"
+    why = verdict_of(made_up(4, auto=(0.909, 1.536))).why
+    assert why.startswith("the fastest, auto, was 1.22x (0.91 to 1.54) of none, but not faster in every repetition")
+
+
 def test_where_nothing_pays_the_reasons_are_numbers() -> None:
     costs = RoundCosts(
         PassCurve(((1, 0.02), (8, 0.02), (64, 0.16), (128, 0.32))), draft_guess=DraftTimes(0.0, 1e-4, 1e-5, 1e-6)

@@ -28,7 +28,7 @@ def test_bash_completes_commands_flags_and_choices(capsys: Capture) -> None:
     script = capsys.readouterr().out
     assert set(completed(script, "")) == {*HANDLERS, "--help"}
     assert completed(script, "tra") == ["train"]
-    assert set(completed(script, "train", "--")) == set(flags())
+    assert set(completed(script, "train", "--")) == {*flags(), "--dry-run"}
     assert completed(script, "config", "--rollout-batch") == ["--rollout-batch-size"]
     assert completed(script, "train", "--lr", "1", "--config", "smol") == [
         name for name in choices("experiment") if name.startswith("smol")
@@ -36,6 +36,8 @@ def test_bash_completes_commands_flags_and_choices(capsys: Capture) -> None:
     assert completed(script, "train", "--rollout-engine", "") == list(settings()["rollout.engine"].choices)
     assert completed(script, "train", "--hf-checkpoint", "mod") == []  # files are the shell's own
     assert completed(script, "serve", "--po") == []
+    assert completed(script, "draft", "") == ["train", "eval", "convert"]
+    assert completed(script, "models", "f") == ["fetch"]
     assert "fa3" in completed(script, "train", "--sglang-attention-backend", "fa")
 
 
@@ -53,6 +55,11 @@ def test_an_unknown_shell_is_refused_and_help_says_where_the_script_goes(capsys:
     assert "must be one of bash, zsh" in capsys.readouterr().err
     assert main(["completion"]) == 0
     assert "~/.bashrc" in capsys.readouterr().out
+
+
+def test_the_help_of_rollout_names_it(capsys: Capture) -> None:
+    assert main(["rollout", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("slime-spec rollout ")
 
 
 def test_the_help_of_config_is_its_own(capsys: Capture) -> None:

@@ -35,11 +35,10 @@ class Overall:
 
 
 def verdict_of(result: BatchResult) -> Verdict:
-    """Return the fastest side, if it is faster than no speculation in every repetition, and by more than noise."""
+    """Return the fastest of the sides that are faster than none in every repetition, and by more than noise."""
     name = _preferred(result)
-    if name is not None and _pays(speed_up := result.speed_ups[name]):
-        side = result.sides[name]
-        return Verdict(result.batch, name, speed_up, side.flags)
+    if name is not None:
+        return Verdict(result.batch, name, result.speed_ups[name], result.sides[name].flags)
     return Verdict(result.batch, None, None, (), "; ".join(_reasons(result)))
 
 
@@ -64,8 +63,9 @@ def overall(results: Sequence[BatchResult]) -> Overall:
 
 
 def _preferred(result: BatchResult) -> str | None:
-    """Return the fastest side; a fixed length only where it is clearly faster than what the engine decides."""
-    by_median = sorted(result.speed_ups, key=lambda name: -result.speed_ups[name].median)
+    """Return the fastest side that pays; of two a fixed length only where it is clearly faster than the engine's own."""
+    paying = [name for name, speed_up in result.speed_ups.items() if _pays(speed_up)]
+    by_median = sorted(paying, key=lambda name: -result.speed_ups[name].median)
     own = next((name for name in by_median if result.sides[name].depth is None), None)
     fixed = next((name for name in by_median if result.sides[name].depth is not None), None)
     if own is None or fixed is None:
@@ -81,7 +81,9 @@ def _pays(speed_up: SpeedUp) -> bool:
 def _reasons(result: BatchResult) -> list[str]:
     reasons = []
     if result.fastest is not None:
-        reasons.append(f"the fastest, {result.fastest}, was {result.speed_ups[result.fastest].text} of none")
+        speed_up = result.speed_ups[result.fastest]
+        noise = ", but not faster in every repetition" if min(speed_up.each) <= 1.0 < speed_up.median else ""
+        reasons.append(f"the fastest, {result.fastest}, was {speed_up.text} of none{noise}")
         rounds = result.rounds.get(result.fastest)
         if rounds is not None and rounds.accept_length is not None and rounds.break_even is not None:
             reasons.append(

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.columns import columns
 from slime_spec.draft.training.feature_store import FeatureStore
 from slime_spec.draft.training.held_out import Tally
 from slime_spec.draft.training.run import judge_draft
@@ -26,7 +27,7 @@ from slime_spec.launch.draft.train import NUM_POSITIONS, check_device
 
 def evaluate(options: EvalOptions) -> int:
     """Run the command; its table goes to the terminal, and its numbers to ``options.json``."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=columns())
     target = ModelSpec.from_folder(options.target)
     check_device(options.device)
     with TemporaryDirectory(prefix="slime-spec-draft-") as name, ConsoleProgress(console) as progress:

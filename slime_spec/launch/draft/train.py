@@ -14,6 +14,7 @@ from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import load_draft, save_draft_checkpoint
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
+from slime_spec.columns import columns
 from slime_spec.draft.build import network_tensors
 from slime_spec.draft.training.feature_store import FeatureStore
 from slime_spec.draft.training.held_out import Tally
@@ -40,7 +41,7 @@ HELD_OUT_FILE = "held_out.json"
 
 def train(options: DraftOptions, command: Sequence[str]) -> int:
     """Run the command; its tables go to the terminal, everything else to ``options.out``."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=columns())
     target = ModelSpec.from_folder(options.target)
     start = load_start(options, target)
     spec = draft_spec(options, target) if start is None else start.spec
