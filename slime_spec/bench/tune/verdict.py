@@ -63,7 +63,7 @@ def overall(results: Sequence[BatchResult]) -> Overall:
 
 
 def _preferred(result: BatchResult) -> str | None:
-    """Return the fastest side that pays; of two a fixed length only where it is clearly faster than the engine's own."""
+    """Return the fastest side that pays, a fixed length only where it is clearly faster than the engine's choice."""
     paying = [name for name, speed_up in result.speed_ups.items() if _pays(speed_up)]
     by_median = sorted(paying, key=lambda name: -result.speed_ups[name].median)
     own = next((name for name in by_median if result.sides[name].depth is None), None)
