@@ -38,6 +38,7 @@ setup(
         "rollout": ["py.typed"],
         "trainer_bridge": ["py.typed"],
         "slime_spec.conf": ["*.yaml", "*/*.yaml"],
+        "slime_spec.launch.slime": ["*.json"],
         "slime_spec.sglang": ["*.json"],
         "slime_spec.checkpoints": ["builtin/*/*"],
         "slime_spec.report": ["assets/*"],

@@ -8,8 +8,9 @@ from pathlib import Path
 from slime_spec.config.schema import settings
 from slime_spec.launch.flags import REFUSED, find_flag, is_flag
 from slime_spec.launch.slime.model_shape import NAMES, NUMBERS
+from slime_spec.launch.slime.notes import reason_of
 from slime_spec.launch.slime.together import MEANINGS
-from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT, reason_of
+from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
 from slime_spec.sglang.flags import RENAMED, sglang_flags, sglang_version
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "coming-from-slime.md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 from slime_spec.agents.as_slime import new_sample
 from slime_spec.agents.client import Client, TurnSettings
 from slime_spec.agents.function_thread import FunctionThread, Turns
+from slime_spec.agents.hooks import hooked
 from slime_spec.agents.own import OwnFunction, takes
 from slime_spec.agents.returned import Asked, Made, failed, made_of
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config
+from slime_spec.interfaces import RunState
 from slime_spec.preflight.requests import RequestLimits
 from slime_spec.request_feed import RequestFeed
 from slime_spec.rl.requests import sampling_params
@@ -29,7 +31,7 @@ class FunctionGroups:
     """Implements Groups by ``function(args, sample, sampling_params)``; each call costs at most its own sample.
 
     A function that has a parameter ``client`` gets its sample's Client by that name, and one that has ``evaluation``
-    whether the sample is evaluated.
+    whether the sample is evaluated. ``hooks`` change what it returns (slime_spec.agents.hooks).
     """
 
     def __init__(
@@ -39,18 +41,20 @@ class FunctionGroups:
         tokenizer: Tokenizer,
         clock: Callable[[], float] = time.monotonic,
         evaluates: bool = False,
+        hooks: Sequence[OwnFunction] = (),
     ) -> None:
         custom = config.custom
-        assert custom.generate is not None, "it names the function"
+        self._name = custom.generate or " ".join(custom.sample_hooks)
+        assert self._name, "settings name the functions"
         self._config, self._function, self._tokenizer, self._clock = config, function, tokenizer, clock
-        self._args, self._evaluates = Args(**by_flag(config)), evaluates
-        self._thread = FunctionThread(custom.generate, custom.generate_timeout_s, clock)
+        self._args, self._evaluates, self._hooks = Args(**by_flag(config)), evaluates, hooks
+        self._thread = FunctionThread(self._name, custom.generate_timeout_s, clock)
         self._at_once = asyncio.Semaphore(custom.generate_concurrency)
         self._tasks: list[Future[list[Made]]] = []
 
-    def begin_step(self, feed: RequestFeed, weight_version: int) -> None:
+    def begin_step(self, feed: RequestFeed, state: RunState) -> None:
         self._turns = Turns(feed)
-        self._weight_version = weight_version
+        self._state = state
 
     def begin(self, prompt: Prompt) -> Future[list[Made]]:
         task = self._thread.start(self._group(prompt, self._turns))
@@ -83,7 +87,7 @@ class FunctionGroups:
     async def _one(self, prompt: Prompt, client: Client) -> list[Made]:
         """Return the samples of one call; where it fails, one without a response, and why."""
         custom = self._config.custom
-        asked = Asked(prompt, client.sample_index, self._weight_version)
+        asked = Asked(prompt, client.sample_index, self._state.weight_version)
         async with self._at_once:
             begun, timeout = self._clock(), asyncio.timeout(custom.generate_timeout_s)
             try:
@@ -96,8 +100,8 @@ class FunctionGroups:
                 asked = replace(asked, e2e_latency_s=self._clock() - begun)
                 if timeout.expired():
                     limit = f"{custom.generate_timeout_s:g} s (--custom-generate-timeout)"
-                    return [failed(asked, f"{custom.generate} gave no sample within {limit}")]
-                text = f"{custom.generate}: {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
+                    return [failed(asked, f"{self._name} gave no sample within {limit}")]
+                text = f"{self._name}: {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
                 return [failed(asked, text)]
 
     async def _call(self, prompt: Prompt, client: Client) -> Any:
@@ -117,7 +121,8 @@ class FunctionGroups:
             besides["client"] = client
         if takes(self._function, "evaluation"):
             besides["evaluation"] = self._evaluates
-        return await self._function(self._args, sample, params, **besides)
+        made = await self._function(self._args, sample, params, **besides)
+        return await hooked(self._hooks, self._args, made, self._state.rollout_id, self._evaluates)
 
 
 def turn_settings(config: Config, tokenizer: Tokenizer, turns: Turns, clock: Callable[[], float]) -> TurnSettings:

@@ -31,26 +31,40 @@ WITHOUT_SLIME = (
 # Setting of CustomConfig -> what its function is called with, and what an error shows.
 POSITIONAL = {
     "generate": ("args", "sample", "sampling_params"),
+    "sample_hooks": ("args", "sample"),
     "dynamic_filter": ("args", "samples"),
     "sample_filter": ("args", "groups"),
     "reward_post_process": ("args", "samples"),
     "rollout": ("args", "rollout_id", "data_source"),
+    "buffer_filter": ("args", "rollout_id", "buffer", "num_samples"),
     "rollout_log": ("rollout_id", "args", "samples", "rollout_extra_metrics", "rollout_time"),
+    "eval_log": ("rollout_id", "args", "data", "extra_metrics"),
 }
 # What a function may ask for besides, by the parameter's name.
-BY_NAME = ("client", "evaluation")
+BY_NAME = ("client", "evaluation", "rollout_id")
 
 
 def check_own_functions(config: Config) -> None:
     """Raise ConfigError for a function that cannot be called; importing it runs the user's module."""
     for name in POSITIONAL:
-        own_function(config.custom, name)
+        own_functions(config.custom, name)
 
 
 def own_function(custom: CustomConfig, name: str) -> OwnFunction | None:
     """Return the function that a setting of ``custom`` names; None for none, and for what this project does itself."""
-    path: str | None = getattr(custom, name)
-    if path is None or (name == "dynamic_filter" and path in FILTERS) or (name == "rollout" and path == SLIMES_DEFAULT):
+    return next(iter(own_functions(custom, name)), None)
+
+
+def own_functions(custom: CustomConfig, name: str) -> tuple[OwnFunction, ...]:
+    """Return the functions that a setting of ``custom`` names, without those that this project does itself."""
+    named: str | tuple[str, ...] | None = getattr(custom, name)
+    paths = () if named is None else (named,) if isinstance(named, str) else named
+    functions = (_function(name, path) for path in paths)
+    return tuple(each for each in functions if each is not None)
+
+
+def _function(name: str, path: str) -> OwnFunction | None:
+    if (name == "dynamic_filter" and path in FILTERS) or (name == "rollout" and path == SLIMES_DEFAULT):
         return None
     setting, arguments = f"custom.{name}", POSITIONAL[name]
     function = _loaded(setting, path)
@@ -78,7 +92,8 @@ def _is_async(function: OwnFunction) -> bool:
 def _check_arguments(function: OwnFunction, setting: str, path: str, arguments: tuple[str, ...]) -> None:
     signature = inspect.signature(function)
     try:
-        signature.bind(*arguments, **{each: None for each in BY_NAME if each in signature.parameters})
+        besides = [each for each in BY_NAME if each in signature.parameters and each not in arguments]
+        signature.bind(*arguments, **dict.fromkeys(besides))
     except TypeError as error:
         rule = f"must name a function that is called with ({', '.join(arguments)}): {error}"
         raise ConfigError(setting, rule, f"{path}{signature}", "Write these arguments.") from None

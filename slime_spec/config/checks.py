@@ -67,7 +67,7 @@ def notes(config: Config) -> Iterator[str]:
     if config.draft_training.enable and not config.trains_draft:
         yield "A run of rollouts alone trains no draft, and --enable-draft-training has no effect."
     custom = config.custom
-    unused = (custom.generate, custom.rollout, custom.dynamic_filter, custom.sample_filter, custom.rollout_log)
+    unused = (custom.makes_samples, custom.rollout, custom.dynamic_filter, custom.sample_filter, custom.rollout_log)
     if config.run.mode == "train_only" and any(unused):
         yield "Saved rollouts are trained on as they are, and functions that generate, filter or log have no effect."
     yield from evaluation_notes(config)

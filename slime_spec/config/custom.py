@@ -30,6 +30,11 @@ class CustomConfig:
         minimum=1,
         maximum=SAMPLES,
     )
+    sample_hooks: tuple[str, ...] = setting(
+        (),
+        "Functions hook(args, sample) that change each sample before its reward, in turn; the flag may be repeated.",
+        flags=("--rollout-sample-hook-path",),
+    )
     dynamic_filter: str | None = setting(
         None,
         "nonzero_std, or a function filter(args, samples): groups that it drops are replaced by other prompts'.",
@@ -50,8 +55,24 @@ class CustomConfig:
         "Function rollout(args, rollout_id, data_source, evaluation=False) that makes a whole step's samples.",
         flags=("--rollout-function-path",),
     )
+    buffer_filter: str | None = setting(
+        None,
+        "Function filter(args, rollout_id, buffer, num_samples) that takes groups out of those that a rollout function "
+        "added for later. Default: the first.",
+        flags=("--buffer-filter-path",),
+    )
     rollout_log: str | None = setting(
         None,
         "Function log(rollout_id, args, samples, extra_metrics, rollout_time) that sees each step's samples.",
         flags=("--custom-rollout-log-function-path",),
     )
+    eval_log: str | None = setting(
+        None,
+        "Function log(rollout_id, args, data, extra_metrics) that sees each evaluation's samples, by set.",
+        flags=("--custom-eval-rollout-log-function-path",),
+    )
+
+    @property
+    def makes_samples(self) -> bool:
+        """Return whether functions take part in making each sample."""
+        return self.generate is not None or bool(self.sample_hooks)

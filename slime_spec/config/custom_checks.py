@@ -13,6 +13,14 @@ SLIMES_SFT = "slime.rollout.sft_rollout.generate_rollout"
 def check_custom(config: Config) -> None:
     """Raise ConfigError for the first contradiction; functions are not loaded."""
     _check_rollout_function(config)
+    if config.custom.buffer_filter is not None and config.custom.rollout in (None, SLIMES_DEFAULT):
+        raise ConfigError(
+            "custom.buffer_filter",
+            "chooses from the groups that a rollout function adds; without one there is no buffer, and what partial "
+            "rollout left unfinished all goes on in the next step",
+            config.custom.buffer_filter,
+            "Leave it out, or pass --rollout-function-path.",
+        )
     _check_partial_rollout(config)
     rollout = config.rollout
     least = rollout.max_prompt_len + rollout.max_response_len
@@ -49,9 +57,10 @@ def _check_rollout_function(config: Config) -> None:
         raise ConfigError("custom.rollout", rule, name, remedy)
     for other, flag in (
         ("generate", "--custom-generate-function-path"),
+        ("sample_hooks", "--rollout-sample-hook-path"),
         ("dynamic_filter", "--dynamic-sampling-filter-path"),
     ):
-        if getattr(config.custom, other) is not None:
+        if getattr(config.custom, other):
             rule = "makes the samples of a step itself, so that nothing else calls the function of " + flag
             raise ConfigError("custom.rollout", rule, name, f"Drop {flag}, or --rollout-function-path.")
 
@@ -61,11 +70,12 @@ def _check_partial_rollout(config: Config) -> None:
         return
     for name, why in (
         ("generate", "a function cannot go on where an earlier call of it was broken off"),
+        ("sample_hooks", "a hook sees whole samples, and a step may end with some half made"),
         ("rollout", "a rollout function decides itself what it keeps"),
         ("dynamic_filter", "partial rollout trains on the groups that end first, and a filter on the first prompts'"),
     ):
         value = getattr(config.custom, name)
-        if value is not None and value != SLIMES_DEFAULT:
+        if value and value != SLIMES_DEFAULT:
             raise ConfigError(
                 f"custom.{name}", f"is not for --partial-rollout: {why}", value, "Drop --partial-rollout."
             )

@@ -12,13 +12,14 @@ from slime_spec.errors import ConfigError, raise_all
 from slime_spec.launch.flags import OVERRIDE, Flag, find_flag, flags, is_flag, parse_value
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
 from slime_spec.launch.newer_flags import newer_flag
-from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
+from slime_spec.launch.slime.notes import without_effect
 from slime_spec.sglang.flags import sglang_flag
 from slime_spec.suggest import did_you_mean
 
 EXTRA_ARGS, EXTRA_ARGS_FLAG = "sglang_server.extra_args", "--sglang-extra-args"
 DEBUG_MODES = ("--debug-rollout-only", "--debug-train-only")
 OWN_REWARD = "--custom-rm-path"
+REPEATED = ("--rollout-sample-hook-path",)  # each adds to those before it
 REWARD_FLAGS = ("--rm-type", OWN_REWARD)  # two flags of one setting
 
 
@@ -70,8 +71,8 @@ def _read_at(argv: Sequence[str], position: int) -> Reading:
         if not is_flag(token) and (newer := newer_flag(argv, position)):
             return Reading(tuple(argv[position : position + newer.num_tokens]), token, EXTRA_ARGS, newer.words)
         name, flag, value, used = _read_flag(argv, position)
-        if name in WITHOUT_EFFECT:
-            WITHOUT_EFFECT[name].check(name, value)
+        if (told := without_effect(flag.path)) is not None:
+            told.check(name, value)
         return Reading(tuple(argv[position : position + used]), name, flag.path, value)
     except ConfigError as error:
         return Reading((token, *_after_mistake(argv, position)), token.partition("=")[0], error=error)
@@ -106,6 +107,8 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
             debug[reading.name] = value == on
             if not debug[reading.name] and values.get(path, on) != on:
                 value = values[path]  # a mode that is not chosen is off already
+        if reading.name in REPEATED:
+            value = (*values.get(path, ()), *value)
         values.pop(path, None)
         values[path] = value
         if reading.name in REWARD_FLAGS:

@@ -28,8 +28,8 @@ from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import Arguments, read_arguments
 from slime_spec.launch.groups import EXPERIMENT, conf_dir, is_path, one_source
+from slime_spec.launch.slime.notes import notes_of_slime
 from slime_spec.launch.slime.together import MEANINGS, settings_together
-from slime_spec.launch.slime.without_effect import notes_of_slime
 from slime_spec.sglang.flags import check_sglang
 
 # Keys that only files of conf/ read: a model's drafts, to which a file of the group speculative points.

@@ -15,8 +15,10 @@ from slime_spec.config.texts import NULLS, PARSERS, whole_number
 from slime_spec.errors import ConfigError
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
 from slime_spec.launch.slime import model_shape, together
+from slime_spec.launch.slime.megatron import refused_of_megatron, without_effect_of_megatron
+from slime_spec.launch.slime.miles import REFUSED_OF_MILES
 from slime_spec.launch.slime.refused import REFUSED_OF_SLIME
-from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
+from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT, WithoutEffect
 from slime_spec.sglang.flags import SglangFlag, sglang_flags, typed_elsewhere
 from slime_spec.suggest import did_you_mean
 
@@ -84,8 +86,10 @@ def find_flag(name: str) -> tuple[Flag, bool]:
         positive = spelling.replace(negated, plain, 1)
         if spelling.startswith(negated) and positive in flags() and flags()[positive].num_values == "0":
             return flags()[positive], False
-    if spelling in REFUSED:
-        rule, remedy = REFUSED[spelling]
+    if spelling in without_effect_of_megatron():
+        return _without_effect(spelling, without_effect_of_megatron()[spelling]), True
+    if (refusal := refusal_of(spelling)) is not None:
+        rule, remedy = refusal
         raise ConfigError(spelling, rule, name, remedy)
     raise ConfigError(
         name,
@@ -93,6 +97,11 @@ def find_flag(name: str) -> tuple[Flag, bool]:
         name,
         f"{did_you_mean(spelling, flags())}`slime-spec train --help` lists every flag.",
     )
+
+
+def refusal_of(name: str) -> tuple[str, str] | None:
+    """Return why a flag of slime, miles, SGLang's router, Megatron or RTP-LLM is refused, and the remedy."""
+    return REFUSED.get(name) or REFUSED_OF_MILES.get(name) or refused_of_megatron().get(name)
 
 
 def is_flag(token: str) -> bool:
@@ -162,12 +171,9 @@ def _aliases() -> Mapping[str, Flag]:
 
 def _of_slime() -> Mapping[str, Flag]:
     """Return the flags that slime_spec.launch.slime treats, whose path is their own name."""
-    table = {
-        name: Flag(name, each.num_values, tuple) for name, each in WITHOUT_EFFECT.items() if each.num_values != "0"
-    }
-    switches = [name for name, each in WITHOUT_EFFECT.items() if each.num_values == "0"]
-    for name in (*switches, *model_shape.SWITCHES):
-        table[name] = Flag(name, "0", lambda texts: (str(PARSERS["bool"](texts[0])).lower(),), ("true",), ("false",))
+    table = {name: _without_effect(name, each) for name, each in WITHOUT_EFFECT.items()}
+    for name in model_shape.SWITCHES:
+        table[name] = _switch_without_effect(name)
     for name in (*model_shape.NUMBERS, *model_shape.VALUES):
         table[name] = Flag(name, "1", tuple)
     for name in model_shape.LISTS:
@@ -177,6 +183,14 @@ def _of_slime() -> Mapping[str, Flag]:
     for name in together.TEXTS:
         table[name] = Flag(name, "1", lambda texts: texts[0])
     return table
+
+
+def _without_effect(name: str, each: WithoutEffect) -> Flag:
+    return _switch_without_effect(name) if each.num_values == "0" else Flag(name, each.num_values, tuple)
+
+
+def _switch_without_effect(name: str) -> Flag:
+    return Flag(name, "0", lambda texts: (str(PARSERS["bool"](texts[0])).lower(),), ("true",), ("false",))
 
 
 def _number(name: str, texts: Sequence[str]) -> int:
@@ -250,10 +264,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "--force-sp-accept": (
         "accepting every draft gives samples that have no target's distribution",
         "Leave it out.",
-    ),
-    "--buffer-filter-path": (
-        "there is no buffer to choose from: what partial rollout left unfinished goes on in the next step, all of it",
-        "Leave it out; --dynamic-sampling-filter-path drops complete groups.",
     ),
     **{name: _NO_LORA for name in ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-target-modules")},
     **REFUSED_OF_SLIME,

@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 
 from slime_spec.agents.function_groups import FunctionGroups
-from slime_spec.agents.own import own_function
+from slime_spec.agents.hooks import one_turn
+from slime_spec.agents.own import own_function, own_functions
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config
@@ -51,15 +52,12 @@ def own_evaluation_sources(
     config: Config, sets: Sequence[EvalPrompts], tokenizer: Tokenizer, engines: Engines
 ) -> Iterator[Mapping[str, RolloutSource]]:
     """Yield what makes each set's samples by the user's function; nothing where the settings name none."""
-    generate = own_function(config.custom, "generate")
     with ExitStack() as parts:
         sources: dict[str, RolloutSource] = {}
-        for each in sets:
-            if generate is None:
-                break
+        for each in sets if config.custom.makes_samples else ():
             rollout = replace(each.rollout, batch_size=len(each.prompts), over_sampling_batch_size=None)
             of_set = replace(config, rollout=rollout, run=replace(config.run, seed=each.seed))
-            groups = FunctionGroups(of_set, generate, tokenizer, evaluates=True)
+            groups = _function_groups(of_set, tokenizer, evaluates=True)
             source = OrderedRollouts(of_set, engines, each.take, each.source.score, groups)
             sources[each.name] = parts.enter_context(closing(source))
         yield sources
@@ -70,13 +68,19 @@ def _generating(
 ) -> RolloutSource:
     custom = config.custom
     if (rollout := own_function(custom, "rollout")) is not None:
-        return FunctionRollouts(config, engines, prompts.take, rollout, tokenizer, args)
-    generate = own_function(custom, "generate")
-    if generate is None and custom.dynamic_filter is None:
+        choose = own_function(custom, "buffer_filter")
+        return FunctionRollouts(config, engines, prompts.take, rollout, tokenizer, args, choose)
+    if not custom.makes_samples and custom.dynamic_filter is None:
         return GeneratedRollouts(config, engines, prompts.take, prompts.score)
-    groups = EngineGroups(config) if generate is None else FunctionGroups(config, generate, tokenizer)
+    groups = _function_groups(config, tokenizer) if custom.makes_samples else EngineGroups(config)
     name, dynamic_filter = custom.dynamic_filter, None
     if name is not None:
         dynamic_filter = make_filter(name, own_function(custom, "dynamic_filter"), args)
     source = OrderedRollouts(config, engines, prompts.take, prompts.score, groups, dynamic_filter)
     return parts.enter_context(closing(source))
+
+
+def _function_groups(config: Config, tokenizer: Tokenizer, evaluates: bool = False) -> FunctionGroups:
+    generate = own_function(config.custom, "generate") or one_turn
+    hooks = own_functions(config.custom, "sample_hooks")
+    return FunctionGroups(config, generate, tokenizer, evaluates=evaluates, hooks=hooks)

@@ -15,8 +15,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from slime_spec.agents.own import own_function
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.build import to_yaml
+from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import Engines, RunState, Trainer
 from slime_spec.launch.compose import Composed
@@ -27,6 +29,7 @@ from slime_spec.launch.waiting import told
 from slime_spec.metrics.examples import Examples
 from slime_spec.metrics.log import MetricLog
 from slime_spec.placement import Placement
+from slime_spec.rl.custom_rollouts import log_evaluation
 from slime_spec.rl.draft_in_training import DraftInTraining
 from slime_spec.rl.eval_file import write_evaluation
 from slime_spec.rl.evaluation import Evaluated, Evaluation
@@ -35,6 +38,7 @@ from slime_spec.rl.rollout_data import save_rollout
 from slime_spec.rl.samples_file import append_samples
 from slime_spec.run_folder import RunFolder, folder_of
 from slime_spec.run_log import RunLog
+from slime_spec.slime_sample import Args
 from slime_spec.stop import StopSignals
 from slime_spec.types import EngineStats, Sample
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
@@ -207,8 +211,12 @@ def _evaluation(
         yield None
         return
 
+    log = own_function(config.custom, "eval_log")
+
     def keep(step: int, evaluated: Sequence[Evaluated]) -> None:
         write_evaluation(folder.evaluation(step), step, evaluated, config.run.save_samples)
+        if log is not None:
+            log_evaluation(log, Args(**by_flag(config)), step, evaluated)
 
     with own_evaluation_sources(config, sets, inputs.tokenizer, engines) as own_sources:
         yield Evaluation(config.eval, sets, engines, keep, own_sources)

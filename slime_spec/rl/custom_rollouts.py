@@ -14,6 +14,7 @@ from slime_spec.agents.as_slime import as_slime
 from slime_spec.agents.own import OwnFunction
 from slime_spec.errors import CustomFunctionError, shown
 from slime_spec.interfaces import RunState
+from slime_spec.rl.evaluation import Evaluated
 from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource, SamplesRefused
 from slime_spec.slime_sample import Args
 from slime_spec.types import Sample
@@ -95,6 +96,21 @@ class CustomRollouts:
             )
         left = iter(numbers)
         return tuple(None if sample.reward is None else next(left) for sample in samples)
+
+
+def log_evaluation(log: OwnFunction, args: Args, step: int, evaluated: Sequence[Evaluated]) -> None:
+    """Give an evaluation's samples to a user's log function, in slime's form; one that fails changes nothing."""
+    data: dict[str, dict[str, Any]] = {}
+    for each in evaluated:
+        owns = list(map(as_slime, each.samples))
+        rewards = [sample.reward for sample in each.samples]
+        truncated = [sample.response.finish_reason == "length" for sample in each.samples]
+        data[each.name] = {"rewards": rewards, "truncated": truncated, "samples": owns}
+    metrics = {name: value for each in evaluated for name, value in each.metrics.items()}
+    try:
+        _called("custom_eval_rollout_log", log, step, args, data, metrics)
+    except CustomFunctionError as error:
+        logger.warning("the evaluation at step %d was not logged: %s", step, error)
 
 
 def _called(name: str, function: OwnFunction, *arguments: Any) -> Any:

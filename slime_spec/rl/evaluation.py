@@ -78,7 +78,7 @@ class Evaluation:
         """Evaluate every set and return the metrics; raises RewardError for a set of which no sample has a reward."""
         clock = PhaseClock()
         with clock.phase("eval"):
-            results = self._of_functions(version, progress) if self._own_sources else self.run(progress)
+            results = self._of_functions(step, version, progress) if self._own_sources else self.run(progress)
         self._last = (step, version)
         self._keep(step, results)
         for each in results:
@@ -107,11 +107,11 @@ class Evaluation:
             progress(number, wanted)
         return [_evaluated(prompts, _scored(of_set)) for prompts, of_set in zip(self._sets, of_sets, strict=True)]
 
-    def _of_functions(self, version: int, progress: Progress) -> list[Evaluated]:
+    def _of_functions(self, step: int, version: int, progress: Progress) -> list[Evaluated]:
         """Have a function of the user's own make the samples, a set after the other."""
         results = []
         for prompts in self._sets:
-            state = RunState(rollout_id=0, next_prompt_id=0, weight_version=version)
+            state = RunState(rollout_id=step, next_prompt_id=0, weight_version=version)
             samples = self._own_sources[prompts.name].rollout(state, progress).samples
             results.append(_evaluated(prompts, samples))
         return results

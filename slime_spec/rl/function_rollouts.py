@@ -2,7 +2,7 @@
 
 function(args, rollout_id, data_source, evaluation=False)        sync, or async
     data_source.get_samples(n)      n prompts' groups of samples: list[list[Sample]]
-    data_source.add_samples(groups) groups that a later get_samples gives again
+    data_source.add_samples(groups) groups that a later get_samples gives again, first those that a buffer filter takes
     data_source.client(sample)      the Client of a sample's turns
 returns groups of samples with rewards, list[list[Sample]], or an object with samples and metrics
 """
@@ -43,11 +43,23 @@ TakePrompts = Callable[[int, int], Sequence[Prompt]]
 SampleGroups = list[list[Any]]
 
 
+def first_groups(buffer: SampleGroups, num_samples: int) -> SampleGroups:
+    """Take the groups that have waited longest out of the buffer."""
+    taken, buffer[:] = buffer[:num_samples], buffer[num_samples:]
+    return taken
+
+
 class DataSource:
     """Gives a rollout function prompts, as slime's data source does, and clients for their samples."""
 
-    def __init__(self, take: Callable[[int], Sequence[Prompt]], num_samples: int, settings: TurnSettings) -> None:
-        self._take, self._num_samples, self._settings = take, num_samples, settings
+    def __init__(
+        self,
+        take: Callable[[int], Sequence[Prompt]],
+        num_samples: int,
+        settings: TurnSettings,
+        choose: Callable[[SampleGroups, int], SampleGroups] = first_groups,
+    ) -> None:
+        self._take, self._num_samples, self._settings, self._choose = take, num_samples, settings, choose
         self._lock = threading.Lock()
         self._clients: dict[tuple[int, int], Client] = {}
         self.prompts: dict[int, Prompt] = {}
@@ -56,7 +68,7 @@ class DataSource:
     def get_samples(self, num_samples: int) -> SampleGroups:
         """Return so many prompts' groups; those that were added before come first."""
         with self._lock:
-            again, self.returned = self.returned[:num_samples], self.returned[num_samples:]
+            again = self._choose(self.returned, num_samples) if self.returned and num_samples else []
             prompts = self._take(num_samples - len(again))
             self.prompts |= {prompt.prompt_id: prompt for prompt in prompts}
         return again + [[new_sample(prompt, index) for index in range(self._num_samples)] for prompt in prompts]
@@ -111,7 +123,9 @@ class FunctionRollouts:
         function: OwnFunction,
         tokenizer: Tokenizer,
         args: Args,
+        buffer_filter: OwnFunction | None = None,
     ) -> None:
+        self._buffer_filter = buffer_filter
         self._config, self._engines, self._take_prompts = config, engines, take_prompts
         self._function, self._tokenizer, self._args = function, tokenizer, args
         self._kept: DataSource | None = None
@@ -130,7 +144,8 @@ class FunctionRollouts:
         turns = Turns(feed)
         settings = turn_settings(self._config, self._tokenizer, turns, time.monotonic)
         num_samples = self._config.rollout.n_samples_per_prompt
-        source = DataSource(take, num_samples, settings)
+        choose = first_groups if self._buffer_filter is None else self._chosen
+        source = DataSource(take, num_samples, settings, choose)
         if self._kept is not None:
             source.resume(self._kept)
         wanted = self._config.rollout.batch_size * num_samples
@@ -152,6 +167,18 @@ class FunctionRollouts:
         samples, owns = self._scored(groups, source, state.weight_version)
         progress(len(samples), wanted)
         return Rollout(samples, next_prompt_id, metrics=_metrics(getattr(output, "metrics", None)), owns=tuple(owns))
+
+    def _chosen(self, buffer: SampleGroups, num_samples: int) -> SampleGroups:
+        """Return what the user's filter takes out of the buffer, slime's way: it removes it there by itself."""
+        assert self._buffer_filter is not None, "it is asked for where there is one"
+        chosen = self._buffer_filter(self._args, None, buffer, num_samples)
+        if chosen == []:
+            return []
+        num_groups = len(_groups(chosen, "the buffer filter"))
+        if num_groups > num_samples:
+            raise CustomFunctionError(f"the buffer filter took {num_groups} groups, and {num_samples} were asked for")
+        taken: SampleGroups = chosen
+        return taken
 
     def _end(self, feed: RequestFeed, turns: Turns) -> None:
         """End the generation; turns that the function left behind are aborted."""
@@ -185,10 +212,10 @@ async def _awaited(output: Any) -> Any:
     return await output
 
 
-def _groups(given: Any) -> SampleGroups:
+def _groups(given: Any, who: str = "the rollout function") -> SampleGroups:
     """Return groups of samples, a fanned-out group's in one list; raises CustomFunctionError for anything else."""
     if not isinstance(given, list) or not given or not all(isinstance(group, list) for group in given):
-        rule = "the rollout function must return groups of samples, list[list[Sample]], or an object that has them"
+        rule = f"{who} must return groups of samples, list[list[Sample]], or an object that has them"
         raise CustomFunctionError(f"{rule} as samples; it was {shown(given)}")
     return [_flat(group) for group in given]
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from slime_spec.agents.returned import Made
 from slime_spec.config.speculation import reads_replies
 from slime_spec.config.tree import Config
+from slime_spec.interfaces import RunState
 from slime_spec.request_feed import RequestFeed
 from slime_spec.rl.reply_history import ReplyHistory
 from slime_spec.rl.requests import group_requests
@@ -18,8 +19,8 @@ from slime_spec.types import GeneratedSample, Prompt
 class Groups(Protocol):
     """Makes groups of samples; ``begin`` may be called from any thread."""
 
-    def begin_step(self, feed: RequestFeed, weight_version: int) -> None:
-        """Ask through this feed from now on."""
+    def begin_step(self, feed: RequestFeed, state: RunState) -> None:
+        """Ask through this feed from now on, for the step that ``state`` begins."""
 
     def begin(self, prompt: Prompt) -> Future[list[Made]]:
         """Begin a prompt's group."""
@@ -52,7 +53,7 @@ class EngineGroups:
         self._history = ReplyHistory() if reads_replies(config) else None
         self._open: dict[str, _Group] = {}
 
-    def begin_step(self, feed: RequestFeed, weight_version: int) -> None:
+    def begin_step(self, feed: RequestFeed, state: RunState) -> None:
         self._feed = feed
 
     def begin(self, prompt: Prompt) -> Future[list[Made]]:

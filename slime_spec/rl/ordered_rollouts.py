@@ -67,7 +67,7 @@ class OrderedRollouts:
         """Generate, score and filter one step."""
         warn_of_unfinished(state)
         feed = RequestFeed(self._groups.check)
-        self._groups.begin_step(feed, state.weight_version)
+        self._groups.begin_step(feed, state)
         threads = ThreadPoolExecutor(NUM_WAITING_THREADS, thread_name_prefix="rollout")
         step = _Step(self._config, state.next_prompt_id, self._begin(threads, feed), progress)
         step.ended = lambda has_others: self._end(feed, has_others)

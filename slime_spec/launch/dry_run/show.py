@@ -76,7 +76,7 @@ def _run(plan: Plan) -> Iterator[str]:
     )
     own = [f"{name} {path}" for name in POSITIONAL if (path := getattr(config.custom, name)) is not None]
     if own:
-        context = f", at most {rollout.longest} tokens over all turns" if config.custom.generate else ""
+        context = f", at most {rollout.longest} tokens over all turns" if config.custom.makes_samples else ""
         yield f"functions: {', '.join(own)}{context}"
     yield _source(config.task)
     yield from (f"evaluated every {counted(config.eval.interval or 0, 'step')}: {each}" for each in plan.evaluations)

@@ -14,8 +14,9 @@ from slime_spec.launch.help import DRY_RUN
 from slime_spec.launch.port.script import Launch
 from slime_spec.launch.port.text import open_parts, shown
 from slime_spec.launch.slime.model_shape import NAMES, REF_LOAD, check_model_shape, check_reference
+from slime_spec.launch.slime.notes import reason_of
 from slime_spec.launch.slime.together import MADE_BY, MEANINGS
-from slime_spec.launch.slime.without_effect import WANDB_KEY, reason_of
+from slime_spec.launch.slime.without_effect import WANDB_KEY
 
 PROMPTS = "--prompt-data"
 BASE = ("--config", "slime")  # slime's defaults

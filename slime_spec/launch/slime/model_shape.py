@@ -36,7 +36,8 @@ _VALUES = """
 --ffn-hidden-size --kv-channels --normalization --position-embedding-type --moe-layer-freq --moe-router-score-function
 --model-name
 --moe-shared-expert-intermediate-size --moe-router-group-topk --moe-router-num-groups --moe-router-topk-scaling-factor
---mscale --mscale-all-dim --rotary-scaling-factor --make-vocab-size-divisible-by --max-position-embeddings --seq-length
+--mscale --mscale-all-dim --rotary-scaling-factor --make-vocab-size-divisible-by --padded-vocab-size --seq-length
+--max-position-embeddings
 """
 _SWITCHES = """
 --swiglu --disable-bias-linear --add-qkv-bias --qk-layernorm --untie-embeddings-and-output-weights

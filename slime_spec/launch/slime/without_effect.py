@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from slime_spec.errors import ConfigError
 from slime_spec.launch.slime import model_shape
@@ -18,6 +17,8 @@ KERNELS = "it changes the trainer's memory or time, not what it computes, and is
 CONFIG_JSON = "the model's shape is read from its config.json"
 WATCHED = "engines are always watched and replaced; --sglang-stall-timeout says when one hangs"
 PUSHED = "--push-transport says how weights go to the engines"
+NO_CRITIC = "no critic is trained"
+SLIMES_SOURCES = ("RolloutDataSourceWithBuffer", "RolloutDataSource")
 NO_SEQUENCE_RANKS = (
     "a rank attends to the keys and values that it has, and ranks that share a sequence would need each other's; "
     "split long samples' memory by --tensor-model-parallel-size and --recompute-activations"
@@ -91,6 +92,29 @@ WITHOUT_EFFECT: Mapping[str, WithoutEffect] = {
     model_shape.REF_LOAD: WithoutEffect(
         "the reference of a KL is --hf-checkpoint itself, and nothing is converted", "1"
     ),
+    "--keep-old-actor": WithoutEffect(OWN_LOGPROBS),
+    "--use-rollout-entropy": WithoutEffect("the entropy is always measured by the pass that trains (train/entropy)"),
+    "--log-multi-turn": WithoutEffect("turns are always counted where a function makes them (rollout/turns_mean)"),
+    "--wandb-always-use-train-step": _SWITCH_ANYWAY,
+    "--value-clip": WithoutEffect(NO_CRITIC, "1"),
+    "--lambd": WithoutEffect(NO_CRITIC, "1"),
+    "--num-critic-only-steps": _one("0", why=NO_CRITIC, remedy="Pass 0."),
+    "--rollout-skip-special-tokens": WithoutEffect("a reply's text never has special tokens"),
+    "--rollout-data-transport": _one("object-store", remedy="Pass object-store: samples go through Ray."),
+    "--use-distributed-post": WithoutEffect("each engine is asked by a process of its own"),
+    "--eval-function-path": _one(
+        "slime.rollout.sglang_rollout.generate_rollout",
+        remedy="Leave it out: engines, or the function of --custom-generate-function-path, answer evaluations too.",
+    ),
+    "--data-source-path": _one(
+        *(f"slime.rollout.data_source.{name}" for name in SLIMES_SOURCES),
+        remedy="Leave it out: --prompt-data names a file, --task module:object prompts that code makes.",
+    ),
+    "--eval-min-new-tokens": _one("0", remedy="Pass 0: a reply may end at once."),
+    "--async-save": WithoutEffect("a checkpoint is whole before the next step begins"),
+    "--no-save-optim": WithoutEffect("a checkpoint has the optimizer's states, so that a resumed run is the same run"),
+    "--distributed-backend": WithoutEffect("ranks talk by NCCL on GPUs and by gloo on CPUs", "1"),
+    "--distributed-timeout-minutes": WithoutEffect("ranks wait for each other as long as torch does", "1"),
     "--megatron-to-hf-mode": WithoutEffect("checkpoints are read and written as Hugging Face's", "1"),
     WANDB_KEY: WithoutEffect("it is a key, which only a run hands on", "?"),
     "--attention-backend": _VALUE_KERNELS,
@@ -111,20 +135,3 @@ WITHOUT_EFFECT: Mapping[str, WithoutEffect] = {
     "--overlap-cpu-optimizer-d2h-h2d": _SWITCH_KERNELS,
     "--use-precision-aware-optimizer": _SWITCH_KERNELS,
 }
-
-
-def reason_of(name: str) -> str:
-    """Return why a flag of slime changes nothing; empty where it does change something."""
-    if name in WITHOUT_EFFECT:
-        return WITHOUT_EFFECT[name].reason
-    return CONFIG_JSON if name in model_shape.NAMES else ""
-
-
-def notes_of_slime(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a note for each reason, with the flags whose values have no effect for it."""
-    by_reason: dict[str, list[str]] = {}
-    for name, texts in given.items():
-        if reason := reason_of(name):
-            shown = [name] if texts == ("true",) or name == WANDB_KEY else [name, *texts]
-            by_reason.setdefault(reason, []).append(" ".join(shown))
-    return tuple(f"No effect, as {reason}: {', '.join(names)}." for reason, names in by_reason.items())
