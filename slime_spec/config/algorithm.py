@@ -74,7 +74,7 @@ class AlgorithmConfig:
     use_kl_loss: bool = setting(False, "Measure the KL to the reference (train/kl_loss), also where kl_loss_coef is 0.")
     kl_loss_coef: float = setting(
         0.0,
-        "Weight of the KL to the reference (the initial checkpoint) in the loss; 0: not in the loss.",
+        "Weight of the KL to the reference (trainer.ref_load) in the loss; 0: not in the loss.",
         minimum=0.0,
         maximum=1000.0,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from slime_spec.config.algorithm import AlgorithmConfig
 from slime_spec.config.tree import Config, TrainerConfig
 from slime_spec.errors import ConfigError
 from slime_spec.types import is_greedy
 
+SLIMES_KL_TYPE = "k1"  # slime's default, which --config slime sets whether there is a KL or not
 WHITENED = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
 
 
@@ -29,6 +31,15 @@ def check_algorithm(config: Config) -> None:
             f"must not be above tis_clip ({algorithm.tis_clip:g})",
             algorithm.tis_clip_low,
             "Pass --tis-clip-low 0.5 --tis-clip 2.0.",
+        )
+    reference = config.trainer.ref_load
+    begins_elsewhere = reference is not None and Path(reference).resolve() != Path(config.model.hf_checkpoint).resolve()
+    if begins_elsewhere and not algorithm.needs_reference:
+        raise ConfigError(
+            "trainer.ref_load",
+            "is the reference of a KL, which this run does not measure, and the policy begins with model.hf_checkpoint",
+            reference,
+            "Drop --ref-load, or pass --use-kl-loss; pass the weights to begin with as --hf-checkpoint.",
         )
     _check_learning_rate(config)
 
@@ -90,7 +101,7 @@ def algorithm_notes(algorithm: AlgorithmConfig, trainer: TrainerConfig) -> Itera
     tis = ("tis_mode", "tis_clip", "tis_clip_low")
     if not algorithm.use_tis and any(getattr(algorithm, each) != getattr(default, each) for each in tis):
         yield "Without --use-tis, --tis-clip, --tis-clip-low and --tis-mode have no effect."
-    if algorithm.kl_loss_type is not None and not algorithm.needs_reference:
+    if algorithm.kl_loss_type not in (None, SLIMES_KL_TYPE) and not algorithm.needs_reference:
         yield "No KL to the reference is computed, and --kl-loss-type has no effect."
     if algorithm.kl_loss_type == "k1" and algorithm.kl_loss_coef > 0.0:
         yield "The gradient of k1 as a loss is noise around 0: k2, k3 and low_var_kl pull to the reference."

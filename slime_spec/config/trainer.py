@@ -109,6 +109,11 @@ class TrainerConfig:
         False, "Keep Adam's moments in host memory and update there (less GPU memory, more time)."
     )
     save: str | None = setting(None, "Folder for checkpoints; default: checkpoints/ in the run folder.")
+    ref_load: str | None = setting(
+        None,
+        "Hugging Face folder of the KL's reference, of the policy's architecture. Default: model.hf_checkpoint, with "
+        "which the policy begins in any case.",
+    )
     load: str | None = setting(None, "Resume from this checkpoint folder (a run's checkpoints/).")
     save_interval: int | None = setting(
         None,

@@ -29,6 +29,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.launch.arguments import Arguments, read_arguments
 from slime_spec.launch.groups import EXPERIMENT, conf_dir, is_path, one_source
 from slime_spec.launch.slime.notes import notes_of_slime
+from slime_spec.launch.slime.reference import without_converted
 from slime_spec.launch.slime.together import MEANINGS, settings_together
 from slime_spec.sglang.flags import check_sglang
 
@@ -77,6 +78,7 @@ def composed(argv: Sequence[str]) -> Composed:
     config = from_dict(data)
     config = replace(config, sglang=check_sglang(config.sglang))
     config, of_length = _one_length(config, arguments.settings)
+    config, of_reference = without_converted(config)
     if kind_of(config).has_servers:
         config = with_key_of_environment(config, os.environ)
     in_files = {f"{node}.{leaf}" for node in layers if node != DRAFTS for leaf in layers[node]}
@@ -86,7 +88,7 @@ def composed(argv: Sequence[str]) -> Composed:
     config = replace(config, speculative=replace(spec, **{name: getattr(default, name) for name in unused}))
     check(config)
     check_environment(os.environ)
-    told = (*arguments.notes, *notes_of_slime(arguments.of_slime), *of_length, *left_out, *notes(config))
+    told = (*arguments.notes, *notes_of_slime(arguments.of_slime), *of_length, *of_reference, *left_out, *notes(config))
     return Composed(config, told, frozenset(values) | in_files, arguments.of_slime)
 
 

@@ -34,7 +34,7 @@ from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
 from slime_spec.errors import ConfigError, NotComputedError, each_of
 from slime_spec.launch.compose import Composed
-from slime_spec.launch.slime.model_shape import check_model_shape, check_reference
+from slime_spec.launch.slime.model_shape import check_model_shape
 from slime_spec.metrics.tensorboard import event_writer
 from slime_spec.metrics.wandb import mode as wandb_mode
 from slime_spec.preflight.facts import Facts
@@ -42,6 +42,7 @@ from slime_spec.preflight.finding import Finding
 from slime_spec.preflight.gate import check_skipped, examine, log_findings, not_skipped, refusal, refused
 from slime_spec.preflight.gather import gather
 from slime_spec.preflight.gpus import visible_gpu_capabilities
+from slime_spec.preflight.reference import check_reference
 from slime_spec.preflight.routing import check_routing_replay
 from slime_spec.rl.rollout_data import check_rollout_data
 from slime_spec.run_folder import CHECKPOINTS, check_run_folder, folder_of
@@ -147,7 +148,6 @@ def look(made: Composed, acceptance: tuple[float, ...] = (), *, takes_prompts: b
     check_skipped(config.run.skip_checks)
     refusals = _Refusals()
     refusals.of(check_model_shape, made.of_slime, config.model.hf_checkpoint)
-    refusals.of(check_reference, made.of_slime, config.model.hf_checkpoint)
     engines = refusals.of(gather, config, made.given, acceptance) or ()
     for facts in engines:
         refusals.add(*(each.refusal(facts.external_url) for each in facts.differing if each.is_decisive))
@@ -214,6 +214,7 @@ def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
     refusals.of(check_routing_replay, config, spec)
     if config.run.mode != "rollout_only":
         refusals.of(check_layout, config, spec)
+        refusals.of(check_reference, config, spec)
     # A damaged file must be refused here, not in an actor a minute later.
     generates = config.run.mode != "train_only"
     dtypes = [getattr(torch, config.engine.dtype)] if generates else []

@@ -149,7 +149,12 @@ def with_absolute_paths(config: Config, run_folder: Path) -> Config:
             token_map=_absolute(speculative.token_map),
             ngram_external_corpus_path=_absolute(speculative.ngram_external_corpus_path),
         ),
-        trainer=replace(trainer, save=_absolute(trainer.save), load=_absolute(trainer.load)),
+        trainer=replace(
+            trainer,
+            save=_absolute(trainer.save),
+            load=_absolute(trainer.load),
+            ref_load=_absolute(trainer.ref_load),
+        ),
     )
 
 

@@ -96,11 +96,15 @@ class JsonlTask:
             raise ConfigError(f"task.{setting}", rule, getattr(self._config, setting), f"Correct {flag}.")
 
 
+# Keys that --config slime sets, as slime does, whatever the data are.
+SLIMES = {"tool_key": "tools"}
+
+
 def _optional_keys(config: TaskConfig) -> set[str]:
     """Return the settings of keys that the user chose, and that not every row must have."""
     default = TaskConfig()
     names = ("advice_key", "tool_key", "label_key", "metadata_key")
-    return {name for name in names if getattr(config, name) not in (None, getattr(default, name))}
+    return {name for name in names if getattr(config, name) not in (None, getattr(default, name), SLIMES.get(name))}
 
 
 def _check_rewards(config: TaskConfig, names: set[str]) -> None:

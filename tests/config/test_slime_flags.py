@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from slime_spec.launch import train
 from slime_spec.launch.arguments import Reading, read_arguments, read_each
 from slime_spec.launch.cli import main
 from slime_spec.launch.compose import Composed, composed
-from slime_spec.launch.flags import REFUSED, flags
+from slime_spec.launch.flags import REFUSED, find_flag, flags, refusal_of
 from slime_spec.launch.preflight import look
-from slime_spec.launch.slime.model_shape import NAMES, check_model_shape, check_reference
+from slime_spec.launch.slime.miles import REFUSED_OF_MILES
+from slime_spec.launch.slime.model_shape import NAMES, check_model_shape
 from slime_spec.launch.slime.refused import REFUSED_OF_SLIME
 from slime_spec.launch.slime.together import MEANINGS
 from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
@@ -28,6 +30,12 @@ LINES = (Path(__file__).parent / "flags_of_slime.txt").read_text(encoding="utf-8
 
 def made_of(command_line: str) -> Composed:
     return composed(command_line.split())
+
+
+# Every argument that slime itself defines, with its default (None where it has none); of miles those beyond slime's.
+HERE = Path(__file__).parent
+SLIMES = dict(line.split(" ", 1) for line in (HERE / "arguments_of_slime.txt").read_text(encoding="utf-8").splitlines())
+MILES = (HERE / "arguments_of_miles.txt").read_text(encoding="utf-8").split()
 
 
 def reading(line: str) -> Reading:
@@ -41,6 +49,25 @@ def test_no_flag_of_slimes_scripts_is_unknown() -> None:
     assert unknown - negated == set()
 
 
+def is_known(name: str) -> bool:
+    """Whether a flag has a meaning, no effect, or a refusal with a remedy."""
+    refusal = refusal_of(name)
+    if refusal is not None:
+        assert all(refusal), f"{name} is refused without a reason or a remedy"
+        return True
+    try:
+        find_flag(name)
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("names", [SLIMES, MILES], ids=["slime", "miles"])
+def test_every_argument_of_its_parser_is_known(names: Iterable[str]) -> None:
+    assert [name for name in names if not is_known(name)] == []
+    assert not is_known("--made-up")
+
+
 @pytest.mark.parametrize("line", LINES)
 def test_a_flag_of_slimes_is_read_with_its_values_or_refused_with_a_remedy(line: str) -> None:
     """Case flags-of-slime."""
@@ -52,7 +79,7 @@ def test_a_flag_of_slimes_is_read_with_its_values_or_refused_with_a_remedy(line:
 
 
 def test_no_flag_is_treated_twice() -> None:
-    kinds = (set(WITHOUT_EFFECT), set(NAMES), set(MEANINGS), set(REFUSED_OF_SLIME))
+    kinds = (set(WITHOUT_EFFECT), set(NAMES), set(MEANINGS), set(REFUSED_OF_SLIME), set(REFUSED_OF_MILES))
     assert sum(map(len, kinds)) == len(set().union(*kinds))
     assert not set(REFUSED) & set(flags())
 
@@ -166,18 +193,6 @@ def test_numbers_of_the_models_shape_are_held_to_its_config_json(tmp_path: Path)
         )
     assert "--num-layers: must be 30" in str(caught.value)
     assert "--vocab-size: must be 49152" in str(caught.value)
-
-
-def test_a_reference_of_its_own_is_refused_and_a_converted_one_is_the_policy(tmp_path: Path) -> None:
-    policy, other, converted = (tmp_path / name for name in ("policy", "other", "policy_torch_dist"))
-    for folder in (policy, other, converted):
-        folder.mkdir()
-    for folder in (policy, other):
-        (folder / "config.json").write_text("{}")
-    for path in (converted, policy, tmp_path / "absent"):
-        check_reference({"--ref-load": (str(path),)}, str(policy))
-    with pytest.raises(ConfigError, match="must be the policy's own checkpoint"):
-        check_reference({"--ref-load": (str(other),)}, str(policy))
 
 
 def test_the_preflight_compares_the_models_shape_too(tmp_path: Path) -> None:

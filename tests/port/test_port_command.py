@@ -82,7 +82,7 @@ def test_the_table_says_what_became_of_every_flag(tmp_path: Path, capsys: Captur
     main(["port", script(tmp_path)])
     table = capsys.readouterr().err
     titles = [line for line in table.splitlines() if not line.startswith(" ")]
-    assert titles == ["the same here (11)", "no effect, because (6)", "added (1)", "mapped (4)"]
+    assert titles == ["the same here (11)", "no effect, because (6)", "mapped (4)"]
     assert "--num-layers 36, --swiglu, --rotary-base 1000000" in table
     assert "set WANDB_API_KEY" in table
     assert "--micro-batch-size" not in table
@@ -130,10 +130,13 @@ def test_a_script_of_another_model_than_its_checkpoint_is_told(tmp_path: Path, c
     assert "missing here (1) --num-layers must be 28" in told
 
 
-def test_a_reference_of_its_own_is_missing(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "config.json").write_text("{}")
+def test_a_reference_of_its_own_is_the_kls_and_missing_where_there_is_none(tmp_path: Path, capsys: Capture) -> None:
     assert main(["port", script(tmp_path, f"--ref-load {tmp_path}")]) == 1
-    assert "--ref-load must be the policy's own checkpoint" in " ".join(capsys.readouterr().err.split())
+    assert "trainer.ref_load is the reference of a KL, which this run does not" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert main(["port", script(tmp_path, f"--ref-load {tmp_path} --use-kl-loss")]) == 0
+    assert f"--ref-load {tmp_path}" in capsys.readouterr().out
 
 
 def test_variables_are_taken_from_the_environment(

@@ -102,7 +102,10 @@ class TrainerRank:
             self.reference = None
             if self.config.algorithm.needs_reference:
                 self.reference = build_model(self.spec, transformer_config(self.spec, trainer)).requires_grad_(False)
-                load_weights(self.reference, tensors, self.spec)
+                other = trainer.ref_load
+                of_reference = tensors if other is None else load_tensors(other, self.spec, names=own)
+                load_weights(self.reference, of_reference, self.spec)
+                del of_reference
             # The policy's routers alone: the reference is another model, and routes by itself.
             self.replay = None if self.experts is None else RoutingReplay(self.model, self.experts)
             self.ddp = wrap_model(self.model, trainer)

@@ -13,12 +13,12 @@ from slime_spec.launch.flags import IS_NO_FLAG
 from slime_spec.launch.help import DRY_RUN
 from slime_spec.launch.port.script import Launch
 from slime_spec.launch.port.text import open_parts, shown
-from slime_spec.launch.slime.model_shape import NAMES, REF_LOAD, check_model_shape, check_reference
+from slime_spec.launch.slime.model_shape import NAMES, check_model_shape
 from slime_spec.launch.slime.notes import reason_of
+from slime_spec.launch.slime.reference import REASON, REF_LOAD, is_converted
 from slime_spec.launch.slime.together import MADE_BY, MEANINGS
 from slime_spec.launch.slime.without_effect import WANDB_KEY
 
-PROMPTS = "--prompt-data"
 BASE = ("--config", "slime")  # slime's defaults
 ASYNC = "train_async.py"
 AFTER = "--on-cpu or flags after -- say it"
@@ -38,8 +38,6 @@ OTHER_FILES: Mapping[str, tuple[str, str]] = {
         "Write {0: {mem_fraction_static: 0.7}} for each engine that differs.",
     ),
 }
-# What slime takes where a script says nothing, and no file of conf/ can say for a run without prompts of its own.
-ABSENT: Mapping[str, tuple[str, str]] = {"--input-key": ("input", "slime's key of the prompt")}
 
 
 class Fate(StrEnum):
@@ -47,7 +45,6 @@ class Fate(StrEnum):
 
     SAME = "same"
     MAPPED = "mapped"
-    ADDED = "added"
     IGNORED = "no effect"
     MISSING = "missing"
 
@@ -106,13 +103,8 @@ def port(launch: Launch, extra: Sequence[str] = ()) -> Ported:
         rows.append(row)
         if row.fate in (Fate.SAME, Fate.MAPPED) and reading.path != WANDB_KEY:
             flags.append(reading.words)
-    given = {reading.name for reading in (*readings, *own)}
-    for name, (value, why) in ABSENT.items():
-        if PROMPTS in given and name not in given:
-            flags.append((name, value))
-            rows.append(Row(Fate.ADDED, f"{name} {value}", why))
     flags += [reading.words for reading in own]
-    shape = {each.path: each.value for each in readings if each.path in NAMES or each.path == REF_LOAD}
+    shape = {each.path: each.value for each in readings if each.path in NAMES}
     if any(each.path == CHECKPOINT for each in own):
         shape = {}  # the script's shape is that of its own checkpoint
     rows += _contradictions([shown(word) for flag in flags for word in flag if word != DRY_RUN], shape)
@@ -142,6 +134,8 @@ def _row(reading: Reading) -> Row:
         return Row(Fate.MAPPED, WANDB_KEY, "set WANDB_API_KEY in the environment")
     if reason := reason_of(reading.path):
         return Row(Fate.IGNORED, flag, reason)
+    if reading.name == REF_LOAD and reading.error is None and is_converted(reading.value):
+        return Row(Fate.IGNORED, flag, REASON)
     if reading.name in OTHER_FILES:
         return Row(Fate.MISSING, flag, "; ".join(OTHER_FILES[reading.name]))
     if reading.error is not None and sources:
@@ -159,7 +153,6 @@ def _contradictions(words: Sequence[str], shape: Mapping[str, Sequence[str]]) ->
     try:
         checkpoint = composed(words).config.model.hf_checkpoint
         check_model_shape(shape, checkpoint)
-        check_reference(shape, checkpoint)
     except ConfigError as error:
         for each in each_of(error):
             yield Row(Fate.MISSING, each.setting, f"{each.rule} (got {each.value!r}); {each.remedy}")

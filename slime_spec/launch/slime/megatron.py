@@ -57,7 +57,8 @@ FATES: tuple[Fate, ...] = (
             --recompute-modules --moe-layer-recompute --checkpoint-activations --fine-grained-activation-offloading
             --offload-modules --min-offloaded-tensor-size --delay-offload-until-cuda-graph
             --delta-offload-bytes-across-pp-ranks --activation-offload-fraction
-            --fine-grained-offloading-max-inflight-offloads --high-priority-a2a-comm-stream --moe-shared-expert-overlap --use-grouped-gemm-for-shared-expert
+            --fine-grained-offloading-max-inflight-offloads --high-priority-a2a-comm-stream
+            --moe-shared-expert-overlap --use-grouped-gemm-for-shared-expert
             --use-grouped-gemm-for-dense-mlp --moe-use-grouped-tensor --moe-single-grouped-weight
             --moe-single-grouped-bias --moe-flex-dispatcher-backend --moe-permute-fusion-into-hybridep
             --moe-hybridep-pad-uneven-dispatch-inputs --moe-router-fusion --moe-flex-dispatcher-num-sms
@@ -91,8 +92,9 @@ FATES: tuple[Fate, ...] = (
         groups="network size, mla, moe, heterogeneous architecture, experimental_attention_variant",
         names="""
             --softmax-type --glu-linear-offset --activation-func-clamp-value --qk-l2-norm
-            --experimental-attention-variant --dsa-indexer-n-heads --dsa-indexer-head-dim --dsa-indexer-topk --dsa-indexer-topk-freq
-            --dsa-indexer-skip-topk-offset --dsa-indexer-rope-interleaved --no-dsa-indexer-rotate-activation
+            --experimental-attention-variant --dsa-indexer-n-heads --dsa-indexer-head-dim --dsa-indexer-topk
+            --dsa-indexer-topk-freq --dsa-indexer-skip-topk-offset --dsa-indexer-rope-interleaved
+            --no-dsa-indexer-rotate-activation
             --disable-dsa-indexer-rotate-activation --no-dsa-indexer-scoring-relu --disable-dsa-indexer-scoring-relu
             --dsa-indexer-k-norm-epsilon --dsa-indexer-k-norm-fp32 --linear-conv-kernel-dim --linear-key-head-dim
             --linear-value-head-dim --linear-num-key-heads --linear-num-value-heads --moe-latent-size

@@ -46,20 +46,8 @@ _SWITCHES = """
 --post-mlp-layernorm --rotary-interleaved --no-position-embedding --use-rotary-position-embeddings --use-rope-scaling
 """
 VALUES, SWITCHES = tuple(_VALUES.split()), tuple(_SWITCHES.split())
-REF_LOAD = "--ref-load"
 LISTS = ("--spec",)  # a module and a function
 NAMES = frozenset((*NUMBERS, *VALUES, *SWITCHES, *LISTS))
-
-
-def check_reference(given: Mapping[str, Sequence[str]], checkpoint: str) -> None:
-    """Raise ConfigError where --ref-load names a Hugging Face folder that is not the policy's own checkpoint.
-
-    What slime converts a checkpoint to (torch_dist) has no config.json: the reference is the same model then.
-    """
-    for path in map(Path, given.get(REF_LOAD, ())):
-        if (path / "config.json").is_file() and path.resolve() != Path(checkpoint).resolve():
-            rule = "must be the policy's own checkpoint: a KL is to the weights that the run begins with"
-            raise ConfigError(REF_LOAD, rule, str(path), f"Leave it out, or pass --hf-checkpoint {path}.")
 
 
 def check_model_shape(given: Mapping[str, Sequence[str]], checkpoint: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from slime_spec.errors import ConfigError
-from slime_spec.launch.slime import model_shape
 
 WANDB_KEY = "--wandb-key"
 # Each reason completes the sentence "No effect, as REASON: --optimizer adam."
@@ -88,9 +87,6 @@ WITHOUT_EFFECT: Mapping[str, WithoutEffect] = {
     "--update-weight-mode": _one("full", why=PUSHED, remedy="Pass full: a push carries whole tensors."),
     "--update-weight-transport": _one(
         "nccl", "ray", why=PUSHED, remedy="Leave it out: --push-transport and --sglang-weight-transport (disk) choose."
-    ),
-    model_shape.REF_LOAD: WithoutEffect(
-        "the reference of a KL is --hf-checkpoint itself, and nothing is converted", "1"
     ),
     "--keep-old-actor": WithoutEffect(OWN_LOGPROBS),
     "--use-rollout-entropy": WithoutEffect("the entropy is always measured by the pass that trains (train/entropy)"),
