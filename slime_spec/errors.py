@@ -1,6 +1,6 @@
 """These are the errors that a user meets; each error says what to change."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 LONGEST_SHOWN = 300  # characters of a bad value that an error repeats
 
@@ -59,6 +59,15 @@ def raise_all(errors: Iterable[ConfigError]) -> None:
         raise told[0]
     if told:
         raise ConfigErrors(told)
+
+
+def refused_by(*checks: Callable[[], object]) -> Iterator[ConfigError]:
+    """Make every check, whatever those before it refuse, and yield the errors."""
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            yield error
 
 
 class CheckpointError(ConfigError):

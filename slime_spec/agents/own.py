@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from slime_spec.config.custom_checks import SLIMES_DEFAULT
 from slime_spec.config.tree import Config, CustomConfig
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, raise_all, refused_by
 from slime_spec.tasks.rewards import load_attribute
 
 OwnFunction = Callable[..., Any]
@@ -45,9 +46,8 @@ BY_NAME = ("client", "evaluation", "rollout_id")
 
 
 def check_own_functions(config: Config) -> None:
-    """Raise ConfigError for a function that cannot be called; importing it runs the user's module."""
-    for name in POSITIONAL:
-        own_functions(config.custom, name)
+    """Raise ConfigError for every function that cannot be called; importing one runs the user's module."""
+    raise_all(refused_by(*(partial(own_functions, config.custom, name) for name in POSITIONAL)))
 
 
 def own_function(custom: CustomConfig, name: str) -> OwnFunction | None:

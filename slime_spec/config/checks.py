@@ -15,19 +15,13 @@ from slime_spec.config.speculation import check_speculation, speculation_notes
 from slime_spec.config.task_checks import check_task
 from slime_spec.config.tree import Config, RolloutConfig, TrainerConfig
 from slime_spec.engines import kind_of
-from slime_spec.errors import ConfigError, raise_all
+from slime_spec.errors import ConfigError, raise_all, refused_by
 from slime_spec.transports.choice import check_transport
 
 
 def check(config: Config) -> None:
     """Raise ConfigError for every contradiction, all at once; looks at nothing but the configuration."""
-    errors = []
-    for each in _checks(config):
-        try:
-            each()
-        except ConfigError as error:
-            errors.append(error)
-    raise_all(errors)
+    raise_all(refused_by(*_checks(config)))
 
 
 def _checks(config: Config) -> Iterator[Callable[[], None]]:

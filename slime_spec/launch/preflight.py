@@ -47,8 +47,8 @@ from slime_spec.preflight.routing import check_routing_replay
 from slime_spec.rl.rollout_data import check_rollout_data
 from slime_spec.run_folder import CHECKPOINTS, check_run_folder, folder_of
 from slime_spec.speculation.corpus import corpus_lines
-from slime_spec.tasks.eval_prompts import EvalPrompts
-from slime_spec.tasks.source import PromptSource, load_tasks
+from slime_spec.tasks.eval_prompts import EvalPrompts, check_set
+from slime_spec.tasks.source import PromptSource, check_data
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
 from trainer_bridge.layout import check_layout
 
@@ -193,17 +193,22 @@ def _inputs(config: Config, refusals: _Refusals, takes_prompts: bool) -> Inputs 
     if Path(config.model.hf_checkpoint).is_dir():  # or its absence, told above, would be told once more
         names = config.task.template_values
         tokenizer = refusals.of(Tokenizer.load, config.model.hf_checkpoint, config.task.chat_date, names)
+    if config.run.mode != "rollout_only":
+        refusals.of(check_reference, config, spec)
     if spec is not None:
         _check_target(config, spec, refusals)
     if spec is not None and tokenizer is not None:
         refusals.of(check_vocabulary, tokenizer, spec)
     refusals.of(_check_corpus, config)
     refusals.of(check_own_functions, config)
-    if tokenizer is None:
-        refusals.of(load_tasks, config.task)  # their errors can be told all the same
-        return None
-    prompts = refusals.of(PromptSource, config, tokenizer) if takes_prompts else None
     sets = (refusals.of(eval_sets, config) or ()) if config.evaluates else ()
+    prompts = refusals.of(PromptSource, config, tokenizer) if takes_prompts and tokenizer is not None else None
+    if takes_prompts and prompts is None:  # what else is wrong with the data and the reward can be told all the same
+        refusals.of(check_data, config)
+    if tokenizer is None:
+        for each in sets:
+            refusals.of(check_set, each, config.task.reward)
+        return None
     of_sets = (refusals.of(EvalPrompts.load, each, tokenizer) for each in sets)
     eval_prompts = tuple(each for each in of_sets if each is not None)
     return Inputs(spec, tokenizer, prompts, load, eval_prompts)
@@ -214,7 +219,6 @@ def _check_target(config: Config, spec: ModelSpec, refusals: _Refusals) -> None:
     refusals.of(check_routing_replay, config, spec)
     if config.run.mode != "rollout_only":
         refusals.of(check_layout, config, spec)
-        refusals.of(check_reference, config, spec)
     # A damaged file must be refused here, not in an actor a minute later.
     generates = config.run.mode != "train_only"
     dtypes = [getattr(torch, config.engine.dtype)] if generates else []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from slime_spec.checkpoints.draft_location import locate_draft
 from slime_spec.checkpoints.end_of_text import ReplyEnds
@@ -14,7 +15,7 @@ from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.config.api_key import api_key_of
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, raise_all, refused_by
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.gpus import visible_gpu_bytes
 from slime_spec.sglang.arguments import config_as_served, config_of_engine, planned_places, server_flags, with_flags
@@ -31,11 +32,15 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
     """Return the facts of each engine whose configuration differs from that of every engine before it.
 
     ``given`` are the paths of the settings that somebody has set; the others have their defaults.
-    Raises ConfigError for a checkpoint that cannot be read. Of the checkpoints only JSON files and the headers of the
-    weights are read; SGLang's interpreter is asked for its version, and for its flags where the version is not the
-    pinned one; a server that someone else started is asked for both.
+    Raises ConfigError for a checkpoint that cannot be read, together with what is wrong of the other files. Of the
+    checkpoints only JSON files and the headers of the weights are read; SGLang's interpreter is asked for its version,
+    and for its flags where the version is not the pinned one; a server that someone else started is asked for both.
     """
-    target = Checkpoint.read(config.model.hf_checkpoint)
+    try:
+        target = Checkpoint.read(config.model.hf_checkpoint)
+    except ConfigError as error:
+        raise_all((error, *refused_by(*_besides_target(config))))
+        raise
     base = Facts(
         config=config,
         given=given,
@@ -51,6 +56,22 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
     if not base.on_sglang:
         return (base,)
     return tuple(_external(base) if kind_of(config).uses_external_servers(config) else _started(base))
+
+
+def _besides_target(config: Config) -> Iterator[Callable[[], object]]:
+    """Yield what reads the files that are given beside the target's checkpoint."""
+    if config.run.mode != "train_only":
+        yield partial(_read_draft, config)
+        if kind_of(config).has_servers and not kind_of(config).uses_external_servers(config):
+            yield partial(find_release, config.sglang_server.python)
+            yield partial(api_key_of, config)
+            yield lambda: list(_engines(config))
+
+
+def _read_draft(config: Config) -> None:
+    draft = locate_draft(config.speculative, config.model.hf_checkpoint)
+    if draft is not None and draft.kind != "in_target":
+        Checkpoint.read(draft.folder, DRAFT_PATH)
 
 
 def _started(base: Facts) -> Iterator[Facts]:

@@ -15,12 +15,17 @@ REFERENCE = "trainer.ref_load"
 LENGTH = "max_position_embeddings"  # of which the run's own longest sequence is checked
 
 
-def check_reference(config: Config, spec: ModelSpec) -> None:
-    """Raise ConfigError for a reference whose folder cannot be read, or is of another architecture than the policy."""
+def check_reference(config: Config, spec: ModelSpec | None) -> None:
+    """Raise ConfigError for a reference whose folder cannot be read, or is of another architecture than the policy.
+
+    ``spec`` is the policy's, None where that cannot be read itself.
+    """
     folder = config.trainer.ref_load
     if folder is None or not config.algorithm.needs_reference:
         return
     theirs = ModelSpec.from_folder(folder, REFERENCE)
+    if spec is None:
+        return
     names = [each.name for each in fields(spec) if each.name != LENGTH]
     different = [name for name in names if getattr(theirs, name) != getattr(spec, name)]
     if different:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.eval_sets import EvalSet, as_of_evaluation
 from slime_spec.config.tree import RolloutConfig
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, each_of, raise_all
 from slime_spec.tasks.scoring import PendingSamples
-from slime_spec.tasks.source import PromptSource
+from slime_spec.tasks.source import PromptSource, check_data
 from slime_spec.types import GeneratedSample, Prompt
 
 
@@ -63,3 +63,11 @@ class EvalPrompts:
     def close(self) -> None:
         """End the processes of rewards."""
         self.source.close()
+
+
+def check_set(eval_set: EvalSet, runs_reward: str) -> None:
+    """Raise ConfigError as EvalPrompts.load, as far as no tokenizer is needed to know; not of the run's own reward."""
+    try:
+        check_data(eval_set.config, with_reward=eval_set.config.task.reward != runs_reward)
+    except ConfigError as error:
+        raise_all(as_of_evaluation(each, eval_set.name) for each in each_of(error))

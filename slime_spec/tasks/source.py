@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from fractions import Fraction
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config, TaskConfig
-from slime_spec.errors import CheckpointError, ConfigError
+from slime_spec.errors import CheckpointError, ConfigError, raise_all, refused_by
 from slime_spec.files import is_encodable, shortened
 from slime_spec.interfaces import Problem, Task
 from slime_spec.tasks.jsonl import Choose, JsonlTask, PlacedProblem, every_problem
@@ -245,6 +245,17 @@ def load_tasks(config: TaskConfig, choose: Choose = every_problem) -> tuple[Task
     return tasks
 
 
+def check_data(config: Config, with_reward: bool = True) -> None:
+    """Raise ConfigError for data, tasks and, ``with_reward``, a reward that cannot be loaded, all at once.
+
+    PromptSource says more, and needs a tokenizer. A reward's module is imported into this process.
+    """
+    checks: list[Callable[[], object]] = [partial(load_tasks, config.task)]
+    if config.task.reads_data and with_reward:
+        checks.append(_reward_of_data(config).load)
+    raise_all(refused_by(*checks))
+
+
 def _weights(config: TaskConfig, tasks: Sequence[Task]) -> list[Fraction]:
     return [source.weight for source in data_sources(config)] if config.reads_data else [Fraction(1)] * len(tasks)
 
@@ -269,9 +280,19 @@ def _scorer(config: Config, task: Task, first: Prompt) -> Scorer:
 
 def _reward_name(config: Config, task: Task) -> RewardName | None:
     """Return the name of the reward of data, or of a task that is not of this package; None for those that are."""
-    settings = config.task
-    make = partial(RewardName, key=settings.reward_key, args=by_flag(config), limit_s=settings.reward_timeout_s)
     if isinstance(task, JsonlTask):
-        return make(settings.reward, is_grouped=settings.group_rm and not is_named(settings.reward))
-    own = (name for name in settings.names if runs_elsewhere(name) and task in tasks_named(name))
-    return next((make(name, is_task=True) for name in own), None)
+        return _reward_of_data(config)
+    own = (name for name in config.task.names if runs_elsewhere(name) and task in tasks_named(name))
+    return next((_made_reward(config, name, is_task=True) for name in own), None)
+
+
+def _reward_of_data(config: Config) -> RewardName:
+    settings = config.task
+    return _made_reward(config, settings.reward, is_grouped=settings.group_rm and not is_named(settings.reward))
+
+
+def _made_reward(config: Config, name: str, is_task: bool = False, is_grouped: bool = False) -> RewardName:
+    settings = config.task
+    return RewardName(
+        name, is_task, settings.reward_key, by_flag(config), is_grouped, limit_s=settings.reward_timeout_s
+    )
