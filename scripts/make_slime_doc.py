@@ -1,51 +1,85 @@
-"""Write the flag tables of docs/coming-from-slime.md from the code: ``python scripts/make_slime_doc.py``."""
+"""Write the tables of flags into docs/coming-from-slime.md, and docs/megatron-flags.md, from the code.
+
+python scripts/make_slime_doc.py
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 
 from slime_spec.config.schema import settings
-from slime_spec.launch.flags import REFUSED, find_flag, is_flag
+from slime_spec.launch.compose import compose
+from slime_spec.launch.flags import REFUSED, find_flag, flags, is_flag
+from slime_spec.launch.slime.defaults import KEPT
+from slime_spec.launch.slime.megatron import fates as all_fates
+from slime_spec.launch.slime.megatron import num_values_of_megatron
+from slime_spec.launch.slime.miles import REFUSED_OF_MILES
 from slime_spec.launch.slime.model_shape import NAMES, NUMBERS
 from slime_spec.launch.slime.notes import reason_of
 from slime_spec.launch.slime.together import MEANINGS
 from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
 from slime_spec.sglang.flags import RENAMED, sglang_flags, sglang_version
 
-DOC = Path(__file__).resolve().parent.parent / "docs" / "coming-from-slime.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOC, MEGATRON_DOC = ROOT / "docs" / "coming-from-slime.md", ROOT / "docs" / "megatron-flags.md"
 BEGIN, END = "<!-- flags: scripts/make_slime_doc.py -->\n", "<!-- /flags -->"
+# Every argument that slime itself defines, with its default; tests hold the command line to it.
+ARGUMENTS = ROOT / "tests" / "config" / "arguments_of_slime.txt"
+MEGATRON_HEAD = """\
+# Megatron-LM's flags
 
-# slime's arguments that set something here, besides --sglang-*; the code says what.
-SLIMES = """
---adam-beta1 --adam-beta2 --advantage-estimator --apply-chat-template --apply-chat-template-kwargs --bf16
---calculate-per-token-loss --check-weight-update-equal --colocate --custom-generate-function-path
---custom-reward-post-process-path --custom-rm-path --custom-rollout-log-function-path --debug-rollout-only
---debug-train-only --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
---disable-grpo-std-normalization --dynamic-sampling-filter-path --enable-mtp-training --entropy-coef --eps-clip
---eps-clip-c --eps-clip-high --eval-config --eval-input-key --eval-interval --eval-label-key --eval-max-prompt-len
---eval-max-response-len --eval-prompt-data --eval-reward-key --eval-temperature --eval-tool-key --eval-top-k
---eval-top-p --expert-model-parallel-size --expert-tensor-parallel-size --gamma --global-batch-size --group-rm
---hf-checkpoint --input-key --kl-coef --kl-loss-coef --kl-loss-type --label-key --load --load-debug-rollout-data
---loss-type --lr --lr-decay-style --lr-warmup-fraction --max-tokens-per-gpu --metadata-key --min-lr
---mtp-loss-scaling-factor --mtp-num-layers --n-samples-per-eval-prompt --n-samples-per-prompt --no-offload-rollout
---no-offload-train --normalize-advantages --num-epoch --num-gpus-per-node --num-rollout --num-steps-per-rollout
---offload-rollout --offload-train --optimizer-cpu-offload --over-sampling-batch-size --partial-rollout
---pipeline-model-parallel-size --prompt-data --recompute-granularity --reward-key --rm-type --rm-url
---rollout-batch-size --rollout-external-engine-addrs --rollout-function-path --rollout-max-context-len
---rollout-max-prompt-len --rollout-max-response-len --rollout-num-gpus-per-engine --rollout-sample-filter-path
---rollout-shuffle --rollout-stop --rollout-stop-token-ids --rollout-temperature --rollout-top-k --rollout-top-p --save
---save-debug-rollout-data --save-interval --seed --sglang-config --skip-eval-before-train --tensor-model-parallel-size
---tis-clip --tis-clip-low --tool-key --update-weight-buffer-size --update-weights-interval --use-distributed-optimizer
---use-kl-loss --use-rollout-routing-replay --use-tensorboard --use-tis --use-wandb --wandb-group --wandb-host
---wandb-mode --wandb-project --wandb-team --weight-decay
+slime passes all of Megatron-LM's flags on. Those that set something here, and those of slime's scripts, are in
+[coming-from-slime.md](coming-from-slime.md#every-flag); every other is here. Written by `scripts/make_slime_doc.py` from
+`slime_spec/launch/slime/megatron.py`.
 """
 
 
 def tables() -> str:
     """Return the tables as markdown."""
-    parts = (_accepted(), _together(), _without_effect(), _refused(), _unknown())
+    of_miles = _refused("### Refused of miles", REFUSED_OF_MILES)
+    refused = _refused("### Refused, with a reason", REFUSED)
+    parts = (_defaults(), _accepted(), _together(), _without_effect(), refused, of_miles)
     return "\n".join(line for part in parts for line in (*part, ""))
+
+
+def megatron_page() -> str:
+    """Return docs/megatron-flags.md."""
+    others = [name for name in num_values_of_megatron() if name not in REFUSED and not _sets_a_setting(name)]
+    fates = {name: fate for name, fate in all_fates().items() if name in others and name not in flags()}
+    none = {name: (fate.reason, "") for name, fate in fates.items() if fate.remedy is None}
+    refused = {name: (fate.reason, fate.remedy) for name, fate in fates.items() if fate.remedy is not None}
+    parts = (_by_reason("## Accepted without effect", none), _by_reason("## Refused, with a reason", refused))
+    return "\n".join((MEGATRON_HEAD, *(line for part in parts for line in (*part, "")))).rstrip() + "\n"
+
+
+def _sets_a_setting(name: str) -> bool:
+    return is_flag(name) and find_flag(name)[0].path in settings()
+
+
+def _by_reason(title: str, told: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    yield title
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for name, reason in told.items():
+        by_reason.setdefault(reason, []).append(f"`{name}`")
+    for (why, remedy), names in by_reason.items():
+        yield ""
+        yield f"**{why[0].upper()}{why[1:]}.** {remedy}".rstrip()
+        yield ", ".join(sorted(names))
+
+
+def _defaults() -> Iterator[str]:
+    yield "### Defaults that stay different"
+    yield ""
+    yield "`--config slime` has slime's defaults, but for these:"
+    yield ""
+    yield "| flag | here | because |"
+    yield "|---|---|---|"
+    needed = ["--prompt-data", "prompts.jsonl", "--n-samples-per-prompt", "2"]
+    preset = compose(["--config", "slime", *needed])
+    for name, why in KEPT.items():
+        yield f"| `{name}` | {_shown(attrgetter(find_flag(name)[0].path)(preset))} | {why} |"
 
 
 def _accepted() -> Iterator[str]:
@@ -53,8 +87,9 @@ def _accepted() -> Iterator[str]:
     yield ""
     yield "| flag | setting | default | meaning |"
     yield "|---|---|---|---|"
-    for name in sorted(SLIMES.split()):
-        if name in REFUSED or not is_flag(name) or name in WITHOUT_EFFECT:
+    slimes = [line.split()[0] for line in ARGUMENTS.read_text(encoding="utf-8").splitlines()]
+    for name in sorted({*slimes, *num_values_of_megatron()}):
+        if not _sets_a_setting(name):
             continue
         flag, is_on = find_flag(name)
         setting = settings()[flag.path]
@@ -95,24 +130,16 @@ def _without_effect() -> Iterator[str]:
     yield f"Of the model's shape these are compared with `config.json`, and a contradiction is refused: {compared}."
 
 
-def _refused() -> Iterator[str]:
-    yield "### Refused, with a reason"
+def _refused(title: str, table: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    yield title
     yield ""
     yield "| why | what to do | flags |"
     yield "|---|---|---|"
     by_reason: dict[tuple[str, str], list[str]] = {}
-    for name, told in REFUSED.items():
+    for name, told in table.items():
         by_reason.setdefault(told, []).append(f"`{name}`")
     for (why, remedy), names in by_reason.items():
         yield f"| {why} | {remedy} | {', '.join(sorted(names))} |"
-
-
-def _unknown() -> Iterator[str]:
-    unknown = [name for name in sorted(SLIMES.split()) if name not in REFUSED and not is_flag(name)]
-    if unknown:
-        yield "### Unknown here"
-        yield ""
-        yield ", ".join(f"`{name}`" for name in unknown)
 
 
 def _shown(default: object) -> str:
@@ -131,3 +158,4 @@ def with_tables(document: str) -> str:
 
 if __name__ == "__main__":
     DOC.write_text(with_tables(DOC.read_text(encoding="utf-8")), encoding="utf-8")
+    MEGATRON_DOC.write_text(megatron_page(), encoding="utf-8")

@@ -9,6 +9,7 @@ from slime_spec.algorithms import LOOKUP, NEXTN, STANDALONE
 from slime_spec.config.schema import Setting, nodes, settings
 from slime_spec.launch.flags import SP_TYPES
 from slime_spec.launch.groups import GROUPS, choices
+from slime_spec.launch.slime.megatron import num_values_of_megatron
 from slime_spec.launch.slime.model_shape import NAMES
 from slime_spec.launch.slime.together import MEANINGS, TEXTS
 from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
@@ -104,6 +105,11 @@ def _lines(command: str) -> Iterator[str]:
         yield from _wrapped(meaning, indent=" " * 6)
     yield "slime's flags that are accepted without effect (docs/coming-from-slime.md says why)"
     yield from _wrapped(" ".join((*WITHOUT_EFFECT, *sorted(NAMES))), indent="  ")
+    yield from _wrapped(
+        f"Megatron-LM's {len(num_values_of_megatron())} flags are known: what has no effect is told in a note, what "
+        "would change the run is refused with a remedy (docs/megatron-flags.md).",
+        indent="  ",
+    )
     yield "RTP-LLM's names"
     yield f"  --sp-type {'|'.join(SP_TYPES)}    speculative.algorithm"
     yield from _wrapped(

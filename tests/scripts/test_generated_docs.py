@@ -65,7 +65,10 @@ def test_the_document_of_metrics_has_every_name():
 
 def test_the_flags_of_slime_are_told_as_the_command_line_takes_them():
     document = (DOCS / "coming-from-slime.md").read_text(encoding="utf-8")
-    assert script("make_slime_doc").with_tables(document) == document, "run: python scripts/make_slime_doc.py"
+    made = script("make_slime_doc")
+    assert made.with_tables(document) == document, "run: python scripts/make_slime_doc.py"
+    page = (DOCS / "megatron-flags.md").read_text(encoding="utf-8")
+    assert made.megatron_page() == page, "run: python scripts/make_slime_doc.py"
 
 
 def test_the_picture_shows_the_numbers_of_the_measurements():
