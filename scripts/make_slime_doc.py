@@ -31,8 +31,8 @@ MEGATRON_HEAD = """\
 # Megatron-LM's flags
 
 slime passes all of Megatron-LM's flags on. Those that set something here, and those of slime's scripts, are in
-[coming-from-slime.md](coming-from-slime.md#every-flag); every other is here. Written by `scripts/make_slime_doc.py` from
-`slime_spec/launch/slime/megatron.py`.
+[coming-from-slime.md](coming-from-slime.md#every-flag); every other is here.
+`scripts/make_slime_doc.py` writes this page from `slime_spec/launch/slime/megatron.py`.
 """
 
 

@@ -12,6 +12,7 @@ from slime_spec.errors import ConfigError, raise_all
 from slime_spec.launch.flags import OVERRIDE, Flag, find_flag, flags, is_flag, parse_value
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
 from slime_spec.launch.newer_flags import newer_flag
+from slime_spec.launch.others.names import counterpart_of
 from slime_spec.launch.slime.notes import without_effect
 from slime_spec.sglang.flags import sglang_flag
 from slime_spec.suggest import did_you_mean
@@ -174,6 +175,8 @@ def _read_override(token: str) -> tuple[str, Any]:
     if not equals:
         known = [*flags(), *settings()]
         raise ConfigError(token, "is neither a --flag nor a path=value", token, did_you_mean(token, known) + _SPELLINGS)
+    if path not in settings() and (theirs := counterpart_of(path)) is not None:
+        raise theirs.refusal(path)
     if path[:1] in ("+", "~"):
         raise ConfigError(token, "the tree is closed: nothing is added to it or taken away", token, _SPELLINGS)
     if path in GROUPS:

@@ -14,6 +14,7 @@ from slime_spec.config.setting import AUTO, INT32
 from slime_spec.config.texts import NULLS, PARSERS, whole_number
 from slime_spec.errors import ConfigError
 from slime_spec.launch.groups import EXPERIMENT, GROUPS, check_choice
+from slime_spec.launch.others.names import counterpart_of, nearest
 from slime_spec.launch.slime import model_shape, together
 from slime_spec.launch.slime.megatron import refused_of_megatron, without_effect_of_megatron
 from slime_spec.launch.slime.miles import REFUSED_OF_MILES
@@ -91,12 +92,17 @@ def find_flag(name: str) -> tuple[Flag, bool]:
     if (refusal := refusal_of(spelling)) is not None:
         rule, remedy = refusal
         raise ConfigError(spelling, rule, name, remedy)
-    raise ConfigError(
-        name,
-        IS_NO_FLAG,
-        name,
-        f"{did_you_mean(spelling, flags())}`slime-spec train --help` lists every flag.",
-    )
+    if (theirs := counterpart_of(spelling)) is not None:
+        raise theirs.refusal(name)
+    raise ConfigError(name, IS_NO_FLAG, name, f"{_suggestion(spelling)}`slime-spec train --help` lists every flag.")
+
+
+def _suggestion(spelling: str) -> str:
+    """Return the flag that a mistyped one most likely means, also where it is the name that another trainer has."""
+    if own := did_you_mean(spelling, flags()):
+        return own
+    theirs = nearest(spelling)
+    return "" if theirs is None else f"If {theirs.trainer}'s {theirs.name} is meant: p{theirs.passing[1:]}. "
 
 
 def refusal_of(name: str) -> tuple[str, str] | None:
