@@ -6,12 +6,12 @@ flag's fate is that of a row that names it, else that of the row that names its 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from slime_spec.files import read_json_object
 from slime_spec.launch.slime.without_effect import CONFIG_JSON, KERNELS, WithoutEffect
 
 TABLE = Path(__file__).with_name("megatron_flags.json")
@@ -275,5 +275,4 @@ def refused_of_megatron() -> Mapping[str, tuple[str, str]]:
 
 
 def _groups() -> Mapping[str, Mapping[str, str]]:
-    groups: Mapping[str, Mapping[str, str]] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return groups
+    return read_json_object(TABLE)
