@@ -102,7 +102,8 @@ def test_ci_takes_its_environment_back_from_a_checkout_that_used_it_meanwhile(tm
     (tmp_path / "scripts/check.sh").write_text(
         'stamp="$SLIME_SPEC_VENV/.slime_spec_stamp"; ls "$stamp" || echo "$stamp"\n'
     )
-    (tmp_path / "scripts/test.sh").touch()
+    for name in ("test.sh", "check-python312.sh"):
+        (tmp_path / "scripts" / name).touch()
     environ = {key: value for key, value in os.environ.items() if key != "SLIME_SPEC_VENV"}
     environ["XDG_CACHE_HOME"] = str(tmp_path)
 
