@@ -20,6 +20,8 @@ def estimated_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str) 
         case "k2":
             return log_ratio.square() / 2.0
         case "k3" | "low_var_kl":
-            kl = (-log_ratio).exp() + log_ratio - 1.0
-            return kl.clamp(max=LARGEST) if kind == "low_var_kl" else kl
+            if kind == "k3":
+                return (-log_ratio).exp() + log_ratio - 1.0
+            held = log_ratio.clamp(min=-2.0 * LARGEST)  # where the bound holds: exp of more may be infinite, no 0
+            return ((-held).exp() + held - 1.0).clamp(max=LARGEST)
     raise AssertionError(f"the settings know no KL {kind}")

@@ -18,6 +18,8 @@ from trainer_bridge.importance import ImportanceWeights, Weighed
 from trainer_bridge.kl import estimated_kl
 from trainer_bridge.microbatch import Microbatch
 
+LARGEST_LOG_RATIO = 60.0  # far beyond every bound, and exp of it times any advantage is finite in 32 bits
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -90,9 +92,11 @@ def clipped_objective(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``-min(r A, clip(r, 1 - low, 1 + high) A)`` and where the clip lowered the objective.
 
-    With dual clip a negative advantage's loss is at most ``-dual A``.
+    With dual clip a negative advantage's loss is at most ``-dual A``. Where a bound holds, a ratio that overflows
+    changes neither the loss nor its gradient, 0; where none does (A < 0 without dual clip) it has to stop the step.
     """
-    ratio = log_ratio.exp()
+    is_bounded = advantages >= 0 if clip.dual is None else torch.ones_like(advantages, dtype=torch.bool)
+    ratio = torch.where(is_bounded, log_ratio.clamp(max=LARGEST_LOG_RATIO), log_ratio).exp()
     free = -ratio * advantages
     held = -ratio.clamp(1.0 - clip.low, 1.0 + clip.high) * advantages
     loss = torch.maximum(free, held)

@@ -218,5 +218,37 @@ def test_without_a_reference_there_is_no_kl_in_the_loss() -> None:
     assert terms.kl.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("advantage", "dual", "loss"),
+    [(2.0, None, -2.0 * 1.25), (0.0, None, 0.0), (2.0, 3.0, -2.0 * 1.25), (-2.0, 3.0, 3.0 * 2.0), (0.0, 3.0, 0.0)],
+)
+def test_a_ratio_that_overflows_has_the_bounds_loss_and_no_gradient(
+    advantage: float, dual: float | None, loss: float, dtype: torch.dtype
+) -> None:
+    """At the bound -(1 + 0.25) A or -c A; the exponential of 200 is infinite in 32 bits, and 0 times it no number."""
+    log_ratio = torch.tensor([200.0, 95.0], dtype=dtype, requires_grad=True)
+    terms, _ = clipped_objective(log_ratio, torch.full((2,), advantage, dtype=dtype), Clip(0.2, 0.25, dual))
+    terms.sum().backward()
+    assert terms.tolist() == [loss, loss]
+    assert log_ratio.grad is not None
+    assert log_ratio.grad.tolist() == [0.0, 0.0]
+
+
+def test_a_ratio_that_overflows_where_nothing_bounds_it_stays_infinite() -> None:
+    """The step must stop: the largest number in its place would look like a loss."""
+    (loss, _) = clipped_objective(torch.tensor([200.0]), torch.tensor([-1.0]), Clip(0.2, 0.25))
+    assert loss.tolist() == [math.inf]
+
+
+@pytest.mark.parametrize("log_ratio", [-95.0, -200.0])
+def test_low_var_kl_beyond_its_bound_has_no_gradient_however_far(log_ratio: float) -> None:
+    logprobs = torch.tensor([log_ratio], requires_grad=True)
+    kl = estimated_kl(logprobs, torch.zeros(1), "low_var_kl")
+    kl.sum().backward()
+    assert logprobs.grad is not None
+    assert (kl.tolist(), logprobs.grad.tolist()) == ([10.0], [0.0])
+
+
 def test_every_estimator_names_a_loss_that_there_is() -> None:
     assert {each.policy_loss for each in ESTIMATORS.values()} == POLICY_LOSSES.keys()
