@@ -12,6 +12,7 @@ from slime_spec.errors import ConfigError
 from slime_spec.files import MEND, LineFile, parse_json_object, read_text, shortened
 
 FILE = "metrics.jsonl"
+LARGEST = 1e300
 
 
 class JsonlSink:
@@ -39,7 +40,8 @@ class JsonlSink:
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Return every step's metrics in order, each step once: the last line written for it.
 
-    A last line without its end (the run is writing it, or was killed) is left out. Raises ConfigError naming the file
+    None stands for what is not finite, as another tool may have written it. A last line without its end (the run is
+    writing it, or was killed) is left out. Raises ConfigError naming the file
     and the line for any other line that is no row.
     """
     by_step: dict[int, dict[str, float | None]] = {}
@@ -50,5 +52,10 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
             raise ConfigError(f"{path}:{number}", "must have the number of its step", step, MEND)
         if not all(value is None or isinstance(value, int | float) for value in row.values()):
             raise ConfigError(f"{path}:{number}", "must hold numbers alone", shortened(line), MEND)
-        by_step[step] = row
+        by_step[step] = {**{name: _finite(value) for name, value in row.items()}, "step": step}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a number as it is; None where it, or a sum of a few such, is beyond a float's range."""
+    return value if value is not None and -LARGEST < value < LARGEST else None

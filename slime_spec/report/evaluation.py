@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from slime_spec.report.folder import ReportedRun
-from slime_spec.report.series import ChartData, Line, line_of
+from slime_spec.report.series import NUMBER, ChartData, Line, line_of
 
 NAME = re.compile(r"eval/(?P<set>[^/]+)(/(?P<what>.+))?")
 ENDS = ("_low", "_high")  # of a metric's interval
@@ -40,7 +40,8 @@ def _chart(name: str, what: str, runs: Sequence[ReportedRun]) -> ChartData:
 def _of_several_samples(name: str, runs: Sequence[ReportedRun]) -> Iterator[ChartData]:
     prefix = f"eval/{name}/{PASS}"
     for index, run in enumerate(runs):
-        counts = sorted(int(each.removeprefix(prefix)) for each in run.names if each.startswith(prefix))
+        named = (each.removeprefix(prefix) for each in run.names if each.startswith(prefix))
+        counts = sorted(int(each) for each in named if NUMBER.fullmatch(each))
         lines: list[Line] = [
             line_of(run, index, f"{prefix}{count}", f"{PASS}{count}", shade=shade) for shade, count in enumerate(counts)
         ]

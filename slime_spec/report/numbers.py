@@ -92,6 +92,8 @@ def _number(value: float | None, has_it: bool) -> Number:
 
 def shown(value: float) -> str:
     """Return a figure in at most four significant digits, large ones with their thousands apart."""
+    if not math.isfinite(value):
+        return "not finite"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e9):
         return f"{value:.3e}"
     if abs(value) >= 1000:

@@ -66,7 +66,7 @@ def _of_one_step(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _one_per_prompt(rows: Sequence[dict[str, Any]]) -> tuple[ShownSample, ...]:
-    by_prompt = {row.get("prompt_id"): row for row in reversed(rows)}
+    by_prompt = {repr(row.get("prompt_id")): row for row in reversed(rows)}
     return tuple(_shown(row) for row in list(by_prompt.values())[::-1][:NUM_PROMPTS])
 
 
@@ -88,7 +88,12 @@ def _shown(row: dict[str, Any]) -> ShownSample:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
 
 
 def _rows(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:

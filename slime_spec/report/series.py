@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ PHASES = (
 )
 WHOLE = "perf/step_time"
 BY_VERSION = "spec/accept_length_by_version/"
+NUMBER = re.compile("[0-9]{1,18}")  # in a metric's name; a file may hold what this project never wrote
 Point = tuple[int, float | None]
 Interval = tuple[float | None, float | None]
 
@@ -105,7 +107,8 @@ def staleness_lines(run: ReportedRun, index: int) -> tuple[Line, ...]:
     """Return the accepted length by how many versions a sample's oldest weights are behind the step's newest."""
     by_age: dict[int, list[Point]] = defaultdict(list)
     for step, row in zip(run.steps, run.rows, strict=True):
-        versions = {int(name.removeprefix(BY_VERSION)): name for name in row if name.startswith(BY_VERSION)}
+        named = ((name.removeprefix(BY_VERSION), name) for name in row if name.startswith(BY_VERSION))
+        versions = {int(version): name for version, name in named if NUMBER.fullmatch(version)}
         newest = row.get("rollout/weight_version_max")
         newest = max(versions, default=0) if newest is None else int(newest)
         for version, name in sorted(versions.items(), reverse=True):

@@ -390,3 +390,29 @@ def test_a_section_without_values_is_left_out(tmp_path: Path) -> None:
     run = read_run(run_folder(tmp_path / "mine", [{"step": 0, "rollout/reward_mean": 0.5}]), "mine")
     assert [title for title, _ in charts_of([run])] == ["Learning"]
     assert named(charts_of([run]), "Reward").lines == (Line(0, "", ((0, 0.5),)),)
+
+
+REWARD = "rollout/reward_mean"
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400, "1.7e308"])
+def test_a_number_that_another_tool_wrote_beyond_what_can_be_drawn_is_not_finite(tmp_path: Path, value: str) -> None:
+    folder = run_folder(tmp_path / "run", [])
+    lines = [f'{{"step": {step}, "{REWARD}": {number}}}\n' for step, number in enumerate((0.5, value, value, 0.25))]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    (run,) = read_runs([folder])
+    assert run.points(REWARD) == [(0, 0.5), (1, None), (2, None), (3, 0.25)]
+    (drawn,) = chart(page_of(folder), "Reward")["lines"]
+    assert drawn["y"] == [0.5, None, None, 0.25]
+
+
+def test_names_and_samples_of_another_kind_are_left_out_or_shown_as_they_are(tmp_path: Path) -> None:
+    names = ["spec/accept_length_by_version/x", "spec/accept_length_by_version/²", "eval/a/pass@x", "eval/a/pass@"]
+    odd = [{"prompt_id": [1], "reply": "listed"}, {"prompt_id": {"a": 1}, "reward": 10**400, "reply": "huge"}]
+    folder = run_folder(tmp_path / "run", [])
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, **dict.fromkeys(names, 1.0)}) + "\n")
+    (folder / "samples.jsonl").write_text("".join(json.dumps({"rollout_id": 0, **each}) + "\n" for each in odd))
+    texts = Elements(page_of(folder)).texts
+    assert set(names) <= {text.strip() for text in texts}
+    ((listed, huge),) = ends_of_samples(folder / "samples.jsonl")
+    assert (listed.reply, huge.reply, huge.reward) == ("listed", "huge", None)
