@@ -11,9 +11,18 @@ def shown(value: object) -> str:
         value = value[: LONGEST_SHOWN + 1]
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply; more digits than Python writes
+    except Exception:  # noqa: BLE001 - nested too deeply, more digits than Python writes, a class of a user's own
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
+
+
+def raised(error: BaseException) -> str:
+    """Return an exception's type and message; a class of a user's own may have a message that raises itself."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - as above
+        text = "a message that cannot be read"
+    return f"{type(error).__name__}: {text}"
 
 
 class ConfigError(ValueError):

@@ -18,7 +18,7 @@ def as_slime(sample: Sample, own: Any = None) -> Any:
         made = Reply(sample.prompt, sample.response, sample.text).for_slime()
         made.loss_mask = list(sample.response.loss_mask) or [1] * len(sample.response.token_ids)
         made.rollout_log_probs = list(sample.response.logprobs)
-    if made.reward is None or own is None:
+    if getattr(made, "reward", None) is None or own is None:
         made.reward = sample.reward
     return made
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slime_spec.agents.as_slime import new_sample
@@ -23,7 +23,7 @@ from slime_spec.preflight.requests import RequestLimits
 from slime_spec.request_feed import RequestFeed
 from slime_spec.rl.requests import sampling_params
 from slime_spec.slime_sample import Args
-from slime_spec.tasks.judge import users_traceback
+from slime_spec.tasks.judge import told_of
 from slime_spec.types import GeneratedSample, Prompt
 
 
@@ -87,24 +87,30 @@ class FunctionGroups:
     async def _one(self, prompt: Prompt, client: Client) -> list[Made]:
         """Return the samples of one call; where it fails, one without a response, and why."""
         custom = self._config.custom
-        asked = Asked(prompt, client.sample_index, self._state.weight_version)
+        limits = client.settings.limits
+        version = self._state.weight_version
+        asked = Asked(prompt, client.sample_index, version, limits.vocab_size, limits.context_length)
         async with self._at_once:
-            begun, timeout = self._clock(), asyncio.timeout(custom.generate_timeout_s)
+            begun = self._clock()
+            call = asyncio.create_task(self._call(prompt, client))
             try:
-                async with timeout:
-                    returned = await self._call(prompt, client)
-                passed_s = self._clock() - begun
-                asked = replace(asked, e2e_latency_s=passed_s, outside_s=max(0.0, passed_s - client.waited_s))
-                return made_of(returned, client.turns, asked)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - it is a user's function
-                asked = replace(asked, e2e_latency_s=self._clock() - begun)
-                if timeout.expired():
-                    limit = f"{custom.generate_timeout_s:g} s (--custom-generate-timeout)"
-                    return [failed(asked, f"{self._name} gave no sample within {limit}")]
-                text = f"{self._name}: {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
-                return [failed(asked, text)]
+                # Not asyncio.timeout, which waits for a function that takes no cancellation.
+                await asyncio.wait({call}, timeout=custom.generate_timeout_s)
+            finally:
+                call.cancel()
+            passed_s = self._clock() - begun
+            asked = replace(asked, e2e_latency_s=passed_s)
+            if not call.done():
+                limit = f"{custom.generate_timeout_s:g} s (--custom-generate-timeout)"
+                return [failed(asked, f"{self._name} gave no sample within {limit}")]
+            try:
+                asked_in_time = replace(asked, outside_s=max(0.0, passed_s - client.waited_s))
+                return made_of(_unless_raised(call.result()), client.turns, asked_in_time)
+            except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:  # noqa: BLE001 - a user's
+                return [failed(asked, f"{self._name}: {told_of(error, __file__)}")]
 
     async def _call(self, prompt: Prompt, client: Client) -> Any:
+        """Return what the function returns, or in _Raised what ends an event loop where a task raises it."""
         rollout = self._config.rollout
         sample = new_sample(prompt, client.sample_index)
         params = {
@@ -121,8 +127,24 @@ class FunctionGroups:
             besides["client"] = client
         if takes(self._function, "evaluation"):
             besides["evaluation"] = self._evaluates
-        made = await self._function(self._args, sample, params, **besides)
-        return await hooked(self._hooks, self._args, made, self._state.rollout_id, self._evaluates)
+        try:
+            made = await self._function(self._args, sample, params, **besides)
+            return await hooked(self._hooks, self._args, made, self._state.rollout_id, self._evaluates)
+        except (SystemExit, KeyboardInterrupt) as error:
+            return _Raised(error)
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """Holds an exception that a task must not raise."""
+
+    error: BaseException
+
+
+def _unless_raised(given: Any) -> Any:
+    if isinstance(given, _Raised):
+        raise given.error
+    return given
 
 
 def turn_settings(config: Config, tokenizer: Tokenizer, turns: Turns, clock: Callable[[], float]) -> TurnSettings:

@@ -13,11 +13,13 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from slime_spec.agents.daemon_threads import DaemonThreads
 from slime_spec.errors import CustomFunctionError
 from slime_spec.request_feed import RequestFeed
 from slime_spec.types import GeneratedSample, GroupRequest
 
 Result = TypeVar("Result")
+NUM_BLOCKING_THREADS = 32  # of asyncio.to_thread: most that asyncio starts itself
 END_LIMIT_S = 1.0  # for what calls do when they are cancelled
 
 
@@ -60,6 +62,7 @@ class FunctionThread:
     def __init__(self, name: str, limit_s: float, clock: Callable[[], float]) -> None:
         self._name, self._limit_s, self._clock = name, limit_s, clock
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(DaemonThreads(NUM_BLOCKING_THREADS, "custom functions that block"))
         self._asked_at: float | None = None  # when the loop was asked for a sign of life that it still owes
         self._thread = threading.Thread(target=self._loop.run_forever, name="custom functions", daemon=True)
         self._thread.start()
@@ -68,7 +71,12 @@ class FunctionThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def check(self) -> None:
-        """Raise CustomFunctionError where the loop has run nothing else for longer than a call may take."""
+        """Raise CustomFunctionError where the loop has ended, or run nothing else for longer than a call may take."""
+        if not self._thread.is_alive():
+            raise CustomFunctionError(
+                f"a task of {self._name} ended the event loop of all samples: let it raise an Exception, and neither "
+                "SystemExit nor KeyboardInterrupt"
+            )
         now = self._clock()
         if self._asked_at is None:
             self._asked_at = now
@@ -81,8 +89,9 @@ class FunctionThread:
 
     def close(self) -> None:
         """End all calls, then the loop; a function that blocks the loop ends with the process."""
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-        self._thread.join(2 * END_LIMIT_S)
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+            self._thread.join(2 * END_LIMIT_S)
         if not self._thread.is_alive():
             self._loop.close()
 

@@ -17,7 +17,9 @@ from functools import reduce
 from typing import Any
 
 from slime_spec.agents.client import MadeTurn
+from slime_spec.errors import shown
 from slime_spec.partial_samples import note_version, reported_spans
+from slime_spec.preflight.requests import UNBOUNDED
 from slime_spec.routed_experts import RoutedExperts
 from slime_spec.speculation.counters import pooled
 from slime_spec.types import FinishReason, GeneratedSample, Prompt, SpecCounters, TurnCounts, VersionSpan
@@ -31,11 +33,16 @@ class ReturnedError(ValueError):
 
 @dataclass(frozen=True)
 class Asked:
-    """Holds what is known of a call besides the turns: the prompt's sample, the weights now, the call's times."""
+    """Holds what is known of a call besides the turns: the prompt's sample, the weights now, the call's times.
+
+    ``vocab_size`` and ``context_length`` bound what the trainer can be fed.
+    """
 
     prompt: Prompt
     sample_index: int
     weight_version: int
+    vocab_size: int = UNBOUNDED
+    context_length: int = UNBOUNDED
     e2e_latency_s: float = 0.0
     outside_s: float = 0.0
 
@@ -93,9 +100,10 @@ def failed(asked: Asked, error: str) -> Made:
 
 def _made(own: Any, turns: Sequence[MadeTurn], asked: Asked) -> Made:
     """Return one sample; its counters are not those of its turns yet."""
-    tokens, length = _tokens(own)
+    tokens, length = _tokens(own, turns, asked)
     prompt_len = len(tokens) - length
     mask = _mask(own, length)
+    _check_length(prompt_len, mask, asked)
     placed = _placed(tokens, turns)
     logprobs = _logprobs(own, tokens, mask, placed, bool(turns))
     status = str(getattr(getattr(own, "status", None), "value", "pending"))
@@ -127,31 +135,59 @@ def _made(own: Any, turns: Sequence[MadeTurn], asked: Asked) -> Made:
     return Made(replace(asked.prompt, token_ids=tokens[:prompt_len]), response, own)
 
 
-def _tokens(own: Any) -> tuple[tuple[int, ...], int]:
+def _tokens(own: Any, turns: Sequence[MadeTurn], asked: Asked) -> tuple[tuple[int, ...], int]:
     """Return a sample's tokens, and how many are the response's."""
     absent = [name for name in ("tokens", "response_length", "response") if not hasattr(own, name)]
     if absent:
         raise ReturnedError(
             f"the function must return a Sample or a list of them; {type(own).__name__} has no {absent[0]}"
         )
-    try:
-        tokens, length = tuple(int(each) for each in own.tokens), int(own.response_length)
-    except (TypeError, ValueError) as error:
-        raise ReturnedError(f"tokens must be token ids, and response_length their number: {error}") from None
+    tokens = _whole_numbers("tokens must be token ids", own.tokens)
+    (length,) = _whole_numbers("response_length must be a number of tokens", [own.response_length])
+    generated = {each for turn in turns for each in turn.response.token_ids}  # perhaps of a vocabulary's padding
+    if strange := [each for each in tokens if not 0 <= each < asked.vocab_size and each not in generated]:
+        raise ReturnedError(f"tokens must be token ids from 0 to {asked.vocab_size - 1}, {strange[0]} is none")
+    if not isinstance(own.response, str):
+        raise ReturnedError(f"response must be the text of the response, it was {shown(own.response)}")
     if not 0 <= length < len(tokens):
         raise ReturnedError(f"response_length must leave a token to the prompt: it is {length} of {len(tokens)} tokens")
     return tokens, length
+
+
+def _whole_numbers(rule: str, given: Any) -> tuple[int, ...]:
+    """Return whole numbers of any kind (numpy's, torch's, 1.0), and never what another number would be cut to.
+
+    Raises ReturnedError, which begins with the ``rule``.
+    """
+    try:
+        listed = [*given]
+        numbers = tuple(int(each) for each in listed)
+        are_same = all(number == each for number, each in zip(numbers, listed, strict=True))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ReturnedError(f"{rule}: {error}") from None
+    if not are_same:
+        raise ReturnedError(f"{rule}, it was {shown(given)}")
+    return numbers
+
+
+def _check_length(prompt_len: int, mask: tuple[int, ...], asked: Asked) -> None:
+    """Refuse what the trainer would be fed beyond the length that it was planned for."""
+    fed = prompt_len + (len(mask) - mask[::-1].index(1) if 1 in mask else 0)
+    if fed > asked.context_length:
+        raise ReturnedError(
+            f"a sample must have at most {asked.context_length} tokens up to its last that counts in the loss "
+            f"(--rollout-max-context-len), it has {fed}"
+        )
 
 
 def _mask(own: Any, length: int) -> tuple[int, ...]:
     given = getattr(own, "loss_mask", None)
     if given is None:
         return (1,) * length
-    mask = tuple(int(each) for each in given)
+    rule = f"loss_mask must have a 0 or a 1 for each of the response's {length} tokens"
+    mask = _whole_numbers(rule, given)
     if len(mask) != length or not set(mask) <= {0, 1}:
-        raise ReturnedError(
-            f"loss_mask must have a 0 or a 1 for each of the response's {length} tokens, it has {len(mask)}"
-        )
+        raise ReturnedError(f"{rule}, it has {len(mask)}")
     return mask
 
 
@@ -190,13 +226,13 @@ def _logprobs(
     known: dict[int, float] = {}
     for start, count, turn in placed:
         known |= dict(zip(range(start, start + count), turn.response.logprobs, strict=False))
-    given: Sequence[Any] | None = getattr(own, "rollout_log_probs", None)
+    given = _numbers(getattr(own, "rollout_log_probs", None))
     if given is not None and len(given) != len(mask):
         raise ReturnedError(f"rollout_log_probs must have one for each of {len(mask)} tokens, it has {len(given)}")
     logprobs = []
     for index, counts in enumerate(mask):
         of_turn = known.get(prompt_len + index)
-        value = of_turn if given is None else float(given[index])
+        value = of_turn if given is None else given[index]
         if not counts:
             logprobs.append(0.0)
         elif has_turns and of_turn is None:
@@ -214,6 +250,13 @@ def _logprobs(
         else:
             logprobs.append(value)
     return tuple(logprobs)
+
+
+def _numbers(given: Any) -> list[float] | None:
+    try:
+        return None if given is None else [float(each) for each in given]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ReturnedError(f"rollout_log_probs must be numbers: {error}") from None
 
 
 def _spans(placed: Sequence[Placed], prompt_len: int) -> list[VersionSpan]:

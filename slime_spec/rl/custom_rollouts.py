@@ -12,7 +12,7 @@ from typing import Any
 
 from slime_spec.agents.as_slime import as_slime
 from slime_spec.agents.own import OwnFunction
-from slime_spec.errors import CustomFunctionError, shown
+from slime_spec.errors import CustomFunctionError, raised, shown
 from slime_spec.interfaces import RunState
 from slime_spec.rl.evaluation import Evaluated
 from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource, SamplesRefused
@@ -74,7 +74,7 @@ class CustomRollouts:
         _called("rollout_sample_filter", self._filter, self._args, groups)
         return [
             replace(sample, response=replace(sample.response, loss_mask=(0,) * len(sample.response.token_ids)))
-            if own.remove_sample
+            if getattr(own, "remove_sample", False)
             else sample
             for sample, own in pairs
         ]
@@ -117,4 +117,4 @@ def _called(name: str, function: OwnFunction, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:
-        raise CustomFunctionError(f"{name} raised {type(error).__name__}: {error}") from error
+        raise CustomFunctionError(f"{name} raised {raised(error)}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime_spec.agents.own import FILTERS, WITH_FALLBACK, OwnFunction
-from slime_spec.errors import CustomFunctionError
+from slime_spec.errors import CustomFunctionError, raised, shown
 from slime_spec.slime_sample import Args
 from slime_spec.types import Sample
 
@@ -55,10 +55,22 @@ def make_filter(name: str, function: OwnFunction | None, args: Args) -> Filter:
         scored = [own for own, sample in zip(owns, samples, strict=True) if sample.reward is not None]
         try:
             given = function(args, scored)
-            keep = bool(getattr(given, "keep", given))
+            keep = _truth(getattr(given, "keep", given))
+            reason = getattr(given, "reason", None)
         except Exception as error:
-            raise CustomFunctionError(f"the filter {name} raised {type(error).__name__}: {error}") from error
-        reason = getattr(given, "reason", None)
+            raise CustomFunctionError(f"the filter {name} raised {raised(error)}") from error
+        if keep is None:
+            rule = "must return whether the group is kept, or an object with keep (and reason)"
+            raise CustomFunctionError(f"the filter {name} {rule}; it was {shown(given)}")
         return Judgement(keep, str(reason or "filter"), bool(getattr(given, "keep_when_insufficient", False)))
 
     return judge
+
+
+def _truth(given: object) -> bool | None:
+    """Return a bool, also of numpy's and torch's kind, or a number as a bool.
+
+    None for anything else, which Python would call true or false all the same: a coroutine that nobody awaited, a
+    (bool, reason) pair, None where a return was forgotten.
+    """
+    return bool(given) if given is not None and hasattr(given, "__bool__") else None

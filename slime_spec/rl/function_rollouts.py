@@ -15,14 +15,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 from slime_spec.agents.as_slime import new_sample
 from slime_spec.agents.client import Client, TurnSettings
+from slime_spec.agents.daemon_threads import DaemonThreads
 from slime_spec.agents.function_groups import turn_settings
-from slime_spec.agents.function_thread import Turns
+from slime_spec.agents.function_thread import NUM_BLOCKING_THREADS, Turns
 from slime_spec.agents.own import OwnFunction, takes
 from slime_spec.agents.returned import Asked, Made, ReturnedError, failed, made_of
 from slime_spec.checkpoints.tokenizer import Tokenizer
@@ -31,9 +32,9 @@ from slime_spec.errors import ConfigError, CustomFunctionError, shown
 from slime_spec.interfaces import Engines, RunState
 from slime_spec.metrics.table import metric
 from slime_spec.request_feed import FeedClosed, RequestFeed
-from slime_spec.rl.rollouts import Progress, Rollout, warn_of_unfinished
+from slime_spec.rl.rollouts import Progress, PromptIds, Rollout
 from slime_spec.slime_sample import Args
-from slime_spec.tasks.judge import Reply, Verdict, users_traceback, verdict_of
+from slime_spec.tasks.judge import Reply, Verdict, told_of, verdict_of
 from slime_spec.tasks.scoring import warn_of
 from slime_spec.types import Prompt, Sample
 
@@ -74,9 +75,16 @@ class DataSource:
         return again + [[new_sample(prompt, index) for index in range(self._num_samples)] for prompt in prompts]
 
     def add_samples(self, samples: SampleGroups) -> None:
-        """Keep groups for a later step, with their turns so far; they live as long as the run's process."""
+        """Keep groups for a later step, with their turns so far; a resumed run begins their prompts anew."""
         with self._lock:
             self.returned += samples
+
+    @property
+    def returned_prompt_ids(self) -> set[int]:
+        """Return the prompts of the groups that were added and not given again."""
+        with self._lock:
+            ids = {_key(own)[0] for group in self.returned for own in _flat(group)}
+        return {each for each in ids if isinstance(each, int)}
 
     def client(self, sample: Any) -> Client:
         """Return the client of a sample that came from here; the same at each call."""
@@ -105,7 +113,8 @@ class DataSource:
             raise CustomFunctionError(
                 f"the rollout function returned a sample of no prompt that it got: {shown(group)}"
             )
-        asked, client = Asked(prompt, index, weight_version), self._clients.get((prompt.prompt_id, index))
+        limits, client = self._settings.limits, self._clients.get((prompt.prompt_id, index))
+        asked = Asked(prompt, index, weight_version, limits.vocab_size, limits.context_length)
         try:
             return made_of(own, [] if client is None else client.turns, asked)
         except ReturnedError as error:
@@ -132,13 +141,14 @@ class FunctionRollouts:
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout:
         """Call the function once; raises CustomFunctionError where it fails or returns something else."""
-        warn_of_unfinished(state)
-        next_prompt_id = state.next_prompt_id
+        kept = set() if self._kept is None else self._kept.returned_prompt_ids
+        unfinished = (each for each in state.unfinished_prompt_ids if each not in kept)
+        ids = PromptIds(tuple(sorted(unfinished)), state.next_prompt_id)
 
         def take(num: int) -> Sequence[Prompt]:
-            nonlocal next_prompt_id
-            next_prompt_id += num
-            return self._take_prompts(num, next_prompt_id - num)
+            nonlocal ids
+            taken, ids = [ids[place] for place in range(num)], ids.after(num)
+            return [prompt for each in taken for prompt in self._take_prompts(1, each)]
 
         feed = RequestFeed()
         turns = Turns(feed)
@@ -150,7 +160,7 @@ class FunctionRollouts:
             source.resume(self._kept)
         wanted = self._config.rollout.batch_size * num_samples
         progress(0, wanted)
-        threads = ThreadPoolExecutor(1, thread_name_prefix="rollout function")
+        threads = DaemonThreads(1, "rollout function")
         try:
             responses = self._engines.generate(feed)  # before the function can return: its end aborts this generation
             returned: Future[Any] = threads.submit(self._call, state.rollout_id, source)
@@ -166,7 +176,9 @@ class FunctionRollouts:
         groups = _groups(getattr(output, "samples", output))
         samples, owns = self._scored(groups, source, state.weight_version)
         progress(len(samples), wanted)
-        return Rollout(samples, next_prompt_id, metrics=_metrics(getattr(output, "metrics", None)), owns=tuple(owns))
+        metrics = _metrics(getattr(output, "metrics", None))
+        left = tuple(sorted({*ids.unfinished, *source.returned_prompt_ids}))
+        return Rollout(samples, ids.next_new, left, metrics, tuple(owns))
 
     def _chosen(self, buffer: SampleGroups, num_samples: int) -> SampleGroups:
         """Return what the user's filter takes out of the buffer, slime's way: it removes it there by itself."""
@@ -193,8 +205,7 @@ class FunctionRollouts:
             return asyncio.run(_awaited(output)) if inspect.isawaitable(output) else output
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it is a user's function
             name = self._config.custom.rollout
-            text = f"{name}: {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
-            raise CustomFunctionError(text) from None
+            raise CustomFunctionError(f"{name}: {told_of(error, __file__)}") from None
 
     def _scored(self, groups: SampleGroups, source: DataSource, version: int) -> tuple[list[Sample], list[Any]]:
         scored = []
@@ -209,6 +220,7 @@ class FunctionRollouts:
 
 
 async def _awaited(output: Any) -> Any:
+    asyncio.get_running_loop().set_default_executor(DaemonThreads(NUM_BLOCKING_THREADS, "rollout function that blocks"))
     return await output
 
 

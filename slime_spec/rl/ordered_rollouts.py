@@ -13,11 +13,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from typing import Any
 
 from slime_spec.agents.as_slime import as_slime
+from slime_spec.agents.daemon_threads import DaemonThreads
 from slime_spec.agents.returned import Made
 from slime_spec.config.tree import Config
 from slime_spec.errors import CustomFunctionError
@@ -26,7 +27,7 @@ from slime_spec.metrics.rollout import filter_metrics
 from slime_spec.request_feed import RequestFeed
 from slime_spec.rl.dynamic_filter import Filter, Judgement, keep_all
 from slime_spec.rl.groups import Groups
-from slime_spec.rl.rollouts import Progress, Rollout, warn_of_unfinished
+from slime_spec.rl.rollouts import Progress, PromptIds, Rollout
 from slime_spec.tasks.judge import Reply, Verdict, verdict_of
 from slime_spec.tasks.scoring import PendingSamples, warn_of
 from slime_spec.types import GeneratedSample, Prompt, Sample
@@ -65,11 +66,10 @@ class OrderedRollouts:
 
     def rollout(self, state: RunState, progress: Progress) -> Rollout:
         """Generate, score and filter one step."""
-        warn_of_unfinished(state)
         feed = RequestFeed(self._groups.check)
         self._groups.begin_step(feed, state)
-        threads = ThreadPoolExecutor(NUM_WAITING_THREADS, thread_name_prefix="rollout")
-        step = _Step(self._config, state.next_prompt_id, self._begin(threads, feed), progress)
+        threads = DaemonThreads(NUM_WAITING_THREADS, "rollout")  # a filter may never return
+        step = _Step(self._config, PromptIds.of(state), self._begin(threads, feed), progress)
         step.ended = lambda has_others: self._end(feed, has_others)
         try:
             step.begin()
@@ -91,16 +91,16 @@ class OrderedRollouts:
             self._engines.abort()  # before the generation can end: the abort is of this one
         feed.close()
 
-    def _begin(self, threads: ThreadPoolExecutor, feed: RequestFeed) -> Callable[[_Step, int], None]:
-        """Return what begins a prompt's group, and settles it in the step when it is complete."""
+    def _begin(self, threads: DaemonThreads, feed: RequestFeed) -> Callable[[_Step, int], None]:
+        """Return what begins the group of a prompt at a place of the step, and settles it there when it is complete."""
 
-        def settle(step: _Step, prompt: Prompt, made: list[Made]) -> None:
+        def settle(step: _Step, place: int, prompt: Prompt, made: list[Made]) -> None:
             try:
-                step.settle(prompt.prompt_id, self._settled(prompt, made))
+                step.settle(place, self._settled(prompt, made))
             except BaseException as error:  # noqa: BLE001 - the main thread raises it
                 feed.fail(error)
 
-        def complete(step: _Step, prompt: Prompt, group: Future[list[Made]]) -> None:
+        def complete(step: _Step, place: int, prompt: Prompt, group: Future[list[Made]]) -> None:
             try:
                 made = group.result()
             except (CancelledError, Exception) as error:  # noqa: BLE001 - the main thread raises it
@@ -108,11 +108,11 @@ class OrderedRollouts:
                     feed.fail(error)
                 return
             if not step.is_over:
-                threads.submit(settle, step, prompt, made)
+                threads.submit(settle, step, place, prompt, made)
 
-        def begin(step: _Step, prompt_id: int) -> None:
-            (prompt,) = self._take_prompts(1, prompt_id)
-            self._groups.begin(prompt).add_done_callback(lambda group: complete(step, prompt, group))
+        def begin(step: _Step, place: int) -> None:
+            (prompt,) = self._take_prompts(1, step.ids[place])
+            self._groups.begin(prompt).add_done_callback(lambda group: complete(step, place, prompt, group))
 
         return begin
 
@@ -145,15 +145,16 @@ def _has_reward(made: Made) -> bool:
 
 
 class _Step:
-    """Knows which groups of a step are begun, settled and needed; every method may be called from any thread."""
+    """Knows which groups of a step are begun, settled and needed; every method may be called from any thread.
 
-    def __init__(
-        self, config: Config, first_prompt_id: int, begin: Callable[[_Step, int], None], progress: Progress
-    ) -> None:
+    A group is known by its place among the prompts that the step may take.
+    """
+
+    def __init__(self, config: Config, ids: PromptIds, begin: Callable[[_Step, int], None], progress: Progress) -> None:
         rollout = config.rollout
         self._size, self._at_once = rollout.batch_size, rollout.over_sampling_batch_size or 0
         self._num_samples = rollout.n_samples_per_prompt
-        self._first, self._next, self._begin, self._progress = first_prompt_id, first_prompt_id, begin, progress
+        self.ids, self._num_begun, self._begin, self._progress = ids, 0, begin, progress
         self._settled: dict[int, Settled] = {}
         self._chosen: list[int] = []
         self._lock = threading.RLock()
@@ -166,12 +167,12 @@ class _Step:
         with self._lock:
             self._open(max(self._size, self._at_once))
 
-    def settle(self, prompt_id: int, settled: Settled) -> None:
+    def settle(self, place: int, settled: Settled) -> None:
         """Note a group's samples; begin other groups, or end the step, where this decides it."""
         with self._lock:
             if self.is_over:
                 return
-            self._settled[prompt_id] = settled
+            self._settled[place] = settled
             chosen, num_dropped, num_open = self._look()
             self._report()
             if num_dropped > MOST_DROPPED * self._size:
@@ -182,7 +183,7 @@ class _Step:
                 )
             if len(chosen) >= self._size:
                 self._chosen, self.is_over = chosen[: self._size], True
-                self.ended(len(self._settled) < self._next - self._first)
+                self.ended(len(self._settled) < self._num_begun)
             elif (missing := self._size - len(chosen) - num_open) > 0:
                 self._open(max(missing, self._at_once))
 
@@ -190,20 +191,22 @@ class _Step:
         """Return the step's samples, and where the prompts go on: after the last group that it needed."""
         pairs = [
             (sample, own)
-            for prompt_id in self._chosen
-            for sample, own in zip(self._settled[prompt_id].samples, self._settled[prompt_id].owns, strict=True)
+            for place in self._chosen
+            for sample, own in zip(self._settled[place].samples, self._settled[place].owns, strict=True)
         ]
+        left = self.ids.after(self._chosen[-1] + 1)
         return Rollout(
             [sample for sample, _ in pairs],
-            self._chosen[-1] + 1,
+            left.next_new,
+            left.unfinished,
             metrics=filter_metrics(self._dropped()),
             owns=tuple(own for _, own in pairs),
         )
 
     def _open(self, num: int) -> None:
         for _ in range(num):
-            self._next += 1
-            self._begin(self, self._next - 1)
+            self._num_begun += 1
+            self._begin(self, self._num_begun - 1)
 
     def _look(self) -> tuple[list[int], int, int]:
         """Return the groups that the step takes for certain, how many are dropped, how many may still come.
@@ -212,16 +215,16 @@ class _Step:
         """
         chosen: list[int] = []
         num_dropped = num_open = 0
-        spare = max(0, self._next - self._first - self._size)  # so many may be dropped and still fill the step
+        spare = max(0, self._num_begun - self._size)  # so many may be dropped and still fill the step
         is_certain = True
-        for prompt_id in range(self._first, self._next):
-            settled = self._settled.get(prompt_id)
+        for place in range(self._num_begun):
+            settled = self._settled.get(place)
             if settled is None:
                 is_certain = False
                 num_open += 1
             elif settled.judgement.keep or (settled.judgement.fills and num_dropped >= spare):
                 if is_certain:
-                    chosen.append(prompt_id)
+                    chosen.append(place)
                 else:
                     num_open += 1
             else:
@@ -230,11 +233,11 @@ class _Step:
 
     def _dropped(self) -> Counter[str]:
         """Return the groups that were dropped before the last that the step takes, by reason."""
-        last = self._chosen[-1] if self._chosen else self._next
+        last = self._chosen[-1] if self._chosen else self._num_begun
         return Counter(
             settled.judgement.reason
-            for prompt_id, settled in sorted(self._settled.items())
-            if prompt_id < last and prompt_id not in self._chosen and not settled.judgement.keep
+            for place, settled in sorted(self._settled.items())
+            if place < last and place not in self._chosen and not settled.judgement.keep
         )
 
     def _report(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,8 +16,6 @@ from slime_spec.rl.reply_history import ReplyHistory
 from slime_spec.rl.requests import group_requests
 from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.types import GeneratedSample, Prompt, Sample
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (samples finished, samples wanted)
 
@@ -53,14 +50,27 @@ class RolloutSource(Protocol):
     def rollout(self, state: RunState, progress: Progress) -> Rollout: ...
 
 
-def warn_of_unfinished(state: RunState) -> None:
-    """Tell of groups of a partial rollout that a source resumes from a checkpoint and does not go on with."""
-    if num := len(state.unfinished_prompt_ids):
-        logger.warning(
-            "prompts of unfinished groups are skipped: a dynamic filter and functions go on with no group that a "
-            "checkpoint of a partial rollout left num_prompts=%d",
-            num,
-        )
+@dataclass(frozen=True)
+class PromptIds:
+    """Gives the ids of the prompts that a step may take, by place: those that earlier steps left, then new ones.
+
+    E.g. ``PromptIds((7, 9), next_new=12)`` is 7, 9, 12, 13, ...
+    """
+
+    unfinished: tuple[int, ...]
+    next_new: int
+
+    @classmethod
+    def of(cls, state: RunState) -> PromptIds:
+        return cls(tuple(sorted(state.unfinished_prompt_ids)), state.next_prompt_id)
+
+    def __getitem__(self, place: int) -> int:
+        num_left = len(self.unfinished)
+        return self.unfinished[place] if place < num_left else self.next_new + place - num_left
+
+    def after(self, num_taken: int) -> PromptIds:
+        """Return what is left where the first ``num_taken`` are taken."""
+        return PromptIds(self.unfinished[num_taken:], self.next_new + max(0, num_taken - len(self.unfinished)))
 
 
 class GeneratedRollouts:

@@ -16,12 +16,15 @@ import inspect
 import math
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from slime_spec.errors import ConfigError, shown
+import numpy as np
+
+from slime_spec.errors import ConfigError, raised, shown
 from slime_spec.files import shortened
 from slime_spec.slime_sample import Sample as SlimeSample
 from slime_spec.slime_sample import Status
@@ -40,6 +43,7 @@ TRL_REMEDY = (
 )
 DEFAULT_KEY = "score"
 ROW_REWARD = "rm_type"  # the key of a row's metadata, as in slime
+LONGEST_TOLD = 20_000  # letters of what a user's function raised: a message may hold a whole batch
 LARGEST = 1e30  # a group's sums, in 64 bits, and its advantages, in the trainer's 32, are finite
 
 
@@ -53,7 +57,7 @@ class Reply:
     own: Any = None
 
     def for_slime(self) -> Any:
-        """Return the sample as slime's rewards get it."""
+        """Return the sample as slime's rewards get it, with copies of what a function may change."""
         if self.own is not None:
             return self.own
         prompt, response = self.prompt, self.response
@@ -64,9 +68,9 @@ class Reply:
             tokens=[*prompt.token_ids, *response.token_ids],
             response=self.text,
             response_length=len(response.token_ids),
-            label=prompt.answer if prompt.label is None else prompt.label,
+            label=prompt.answer if prompt.label is None else deepcopy(prompt.label),
             status=Status.TRUNCATED if response.finish_reason == "length" else Status.COMPLETED,
-            metadata=dict(prompt.metadata),
+            metadata=deepcopy(dict(prompt.metadata)),
             rollout_log_probs=list(response.logprobs),
             weight_versions=[str(version) for _, version in response.spans],
         )
@@ -186,6 +190,8 @@ class Judge:
             (given,) = self._given([[reply.for_slime() for reply in replies]])
             if isinstance(given, Verdict):
                 return [given] * len(replies)
+            if hasattr(given, "tolist"):  # an array or a tensor
+                given = given.tolist()
             if not isinstance(given, Sequence) or len(given) != len(replies):
                 text = f"the reward must be a list of {len(replies)} rewards, it was {shown(given)}"
                 return [Verdict(None, text)] * len(replies)
@@ -302,26 +308,29 @@ def form_of(function: Callable[..., Any], setting: str, name: str, is_grouped: b
 def _finite(given: object) -> float | None:
     """Return a number, a bool, or a scalar of numpy or torch as a float.
 
-    None for anything else (a text is not a number).
+    None for anything else (a text is not a number, and of a complex number only a half would be).
     """
-    if not hasattr(given, "__float__"):
+    if not hasattr(given, "__float__") or isinstance(given, np.complexfloating):
         return None
     try:
         number = float(given)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # an array or tensor of several numbers
+    except Exception:  # noqa: BLE001 - an array or tensor of several numbers; a class of a user's own
         return None
     return number if math.isfinite(number) else None
 
 
 def _raised(error: BaseException) -> Verdict:
-    text = f"the reward raised {type(error).__name__}: {error}\n{users_traceback(error, __file__)}"
-    return Verdict(None, text, is_answer=False)
+    return Verdict(None, f"the reward raised {told_of(error, __file__)}", is_answer=False)
 
 
-def users_traceback(error: BaseException, *callers: str) -> str:
-    """Format the traceback from the user's first frame on: after those of the files that call, and of asyncio."""
+def told_of(error: BaseException, *callers: str) -> str:
+    """Return what a user's function raised, with the traceback from the user's first frame on.
+
+    That is after the frames of the files that call, and of asyncio.
+    """
     ours = {*callers, asyncio.base_events.__file__, asyncio.tasks.__file__}
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename in ours:
         frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+    trace = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+    return shortened(f"{shortened(raised(error), LONGEST_TOLD // 4)}\n{trace}", LONGEST_TOLD)

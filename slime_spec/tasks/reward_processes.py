@@ -152,12 +152,16 @@ def _serve(pipe: Connection, reward: RewardName) -> None:
         pipe.send(str(error))
         return
     pipe.send("")
+    own_pid = os.getpid()
     while True:
         try:
             replies = pipe.recv()
         except EOFError:
             return
-        pipe.send(judge.verdicts(replies))
+        verdicts = judge.verdicts(replies)
+        if os.getpid() != own_pid:  # a fork of the reward that came back: its answer would be taken for the next call's
+            os._exit(0)
+        pipe.send(verdicts)
 
 
 def _end_with_the_driver() -> None:

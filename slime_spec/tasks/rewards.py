@@ -113,15 +113,21 @@ def random(args: Any, sample: Sample) -> float:
 
 
 def find_reward(setting: str, name: str, where: str = "") -> NamedReward:
-    """Return the record of a named reward; raises ConfigError, which begins with ``where``, for an unknown name."""
+    """Return the record of a named reward; raises ConfigError for an unknown name.
+
+    It begins with ``where``, the place of a row that names one: a row cannot name a function.
+    """
     plain = name.removeprefix(BOXED)
     if plain in REWARDS:
         return REWARDS[plain]
     if plain in REFUSED:
         reason, remedy = REFUSED[plain]
         raise ConfigError(setting, where + reason, name, remedy)
-    rule = f"{where}must be one of {', '.join(sorted(REWARDS))}, or a function of your own as module:function"
-    hint = did_you_mean(name, REWARDS, repr)
+    rule, hint = f"{where}must be one of {', '.join(sorted(REWARDS))}", did_you_mean(name, REWARDS, repr)
+    if where:
+        remedy = "Choose a known name; a function of your own judges a whole run (--rm-type module:function)."
+        raise ConfigError(setting, rule, name, f"{hint}{remedy}")
+    rule = f"{rule}, or a function of your own as module:function"
     raise ConfigError(setting, rule, name, f"{hint}Choose a known name, or write module:function.")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ import pytest
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import CustomConfig
 from slime_spec.errors import CustomFunctionError
+from slime_spec.interfaces import RunState
 from slime_spec.request_feed import FeedClosed, RequestFeed
 from slime_spec.rl.function_rollouts import FunctionRollouts
 from slime_spec.slime_sample import Args
@@ -140,13 +144,79 @@ async def one_group(args: Any, rollout_id: int, data_source: Any) -> Any:
 
 
 @pytest.mark.parametrize("makes", ["a step", "a group"])
-def test_a_partial_rollouts_checkpoint_is_told_of_what_is_not_gone_on_with(
-    folder: Path, makes: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    resumed = replace(START, rollout_id=3, next_prompt_id=9, unfinished_prompt_ids=(4, 6, 8))
-    if makes == "a step":
-        step = rollouts_of(folder, one_group).rollout(resumed, lambda *_: None)
-    else:
-        step, _ = step_of(agents_config(folder), two_turns, resumed)
-    assert min(each.prompt.prompt_id for each in step.samples) == 9
-    assert [record.levelname for record in caplog.records if "num_prompts=3" in record.getMessage()] == ["WARNING"]
+def test_prompts_that_a_checkpoint_left_come_before_new_ones_and_each_once(folder: Path, makes: str) -> None:
+    """A checkpoint of a partial rollout has prompts that no step was trained on: 4, 6 and 8, before the new 9."""
+    state = replace(START, rollout_id=3, next_prompt_id=9, unfinished_prompt_ids=(8, 4, 6))
+    source = rollouts_of(folder, one_group)
+    seen: list[list[int]] = []
+    for _ in range(3):
+        if makes == "a step":
+            step = source.rollout(state, lambda *_: None)
+        else:
+            step, _ = step_of(agents_config(folder), two_turns, state)
+        seen.append(sorted({each.prompt.prompt_id for each in step.samples}))
+        state = replace(state, next_prompt_id=step.next_prompt_id, unfinished_prompt_ids=step.unfinished_prompt_ids)
+    if makes == "a step":  # of one prompt
+        assert (seen, state.unfinished_prompt_ids, state.next_prompt_id) == ([[4], [6], [8]], (), 9)
+    else:  # of two
+        assert (seen, state.unfinished_prompt_ids, state.next_prompt_id) == ([[4, 6], [8, 9], [10, 11]], (), 12)
+
+
+def test_prompts_of_groups_that_a_function_kept_come_again_in_a_resumed_run(folder: Path) -> None:
+    async def keeps(args: Any, rollout_id: int, data_source: Any) -> Any:
+        kept, group = data_source.get_samples(2)
+        for sample in group:
+            await data_source.client(sample).turn(sample)
+            sample.reward = 1.0
+        data_source.add_samples([kept])
+        return [group]
+
+    def ids(step: Any) -> set[int]:
+        return {each.prompt.prompt_id for each in step.samples}
+
+    def after(step: Any) -> RunState:
+        return replace(START, next_prompt_id=step.next_prompt_id, unfinished_prompt_ids=step.unfinished_prompt_ids)
+
+    source = rollouts_of(folder, keeps)
+    first = source.rollout(START, lambda *_: None)
+    assert (ids(first), first.unfinished_prompt_ids, first.next_prompt_id) == ({1}, (0,), 2)
+    going_on, resumed = (each.rollout(after(first), lambda *_: None) for each in (source, rollouts_of(folder, keeps)))
+    for second in (going_on, resumed):
+        assert (ids(second), second.unfinished_prompt_ids, second.next_prompt_id) == ({2}, (0,), 3)
+
+
+BLOCKING = """
+import asyncio, sys, threading, time
+from pathlib import Path
+from tests.agents.test_function_rollouts import TwoTurnEngines, rollouts_of, START
+folder, how = Path(sys.argv[1]), sys.argv[2]
+blocks = threading.Event()
+
+class Fails(TwoTurnEngines):
+    def generate(self, feed):
+        assert blocks.wait(20), "the function has not begun"
+        raise RuntimeError("no engine is left")
+        yield
+
+def waits():
+    blocks.set()
+    threading.Event().wait()
+
+def directly(args, rollout_id, data_source):
+    waits()
+
+async def in_a_thread(args, rollout_id, data_source):
+    await asyncio.to_thread(waits)
+
+rollouts_of(folder, {"directly": directly, "in a thread": in_a_thread}[how], Fails()).rollout(START, lambda *_: None)
+"""
+
+
+@pytest.mark.parametrize("how", ["directly", "in a thread"])
+def test_a_function_that_blocks_for_ever_does_not_hold_a_process_that_has_failed(folder: Path, how: str) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKING, str(folder), how],
+        env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, "RuntimeError: no engine is left" in done.stderr) == (1, True), done.stderr
