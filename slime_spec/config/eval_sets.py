@@ -153,7 +153,8 @@ def _in_file(path: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     data = data.get("eval", data)
     listed = data.get("datasets") if isinstance(data, dict) else None
     if isinstance(listed, dict):
-        listed = [{"name": name, **(each or {})} for name, each in listed.items()]
+        are_sets = all(isinstance(each, dict | None) for each in listed.values())
+        listed = [{"name": name, **(each or {})} for name, each in listed.items()] if are_sets else None
     defaults = data.get("defaults") or {} if isinstance(data, dict) else {}
     are_mappings = isinstance(listed, list) and all(isinstance(each, dict) for each in (*listed, defaults))
     if not listed or not are_mappings:
@@ -173,7 +174,7 @@ def _own(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
         if key in ("name", "path"):
             continue
         if key not in KEYS:
-            hint = did_you_mean(key, [*KEYS, "name", "path"])
+            hint = did_you_mean(str(key), [*KEYS, "name", "path"])
             rule = f"{path}: {key} is no key of a data set here"
             raise ConfigError(FILE, rule, value, f"{hint}Known are name, path, {', '.join(KEYS)}.")
         setting: Setting = settings()[f"eval.{KEYS[key]}"]

@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slime_spec.config.eval_sets import eval_sets
 from slime_spec.config.task_checks import OF_DATA
 from slime_spec.config.tree import TaskConfig
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, each_of, raise_all
 from slime_spec.launch.arguments import Arguments, read_arguments
 from slime_spec.launch.compose import Composed, composed
+from slime_spec.tasks.eval_prompts import check_data
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
 
 DESCRIPTION = """\
@@ -74,7 +76,11 @@ def read_eval_arguments(argv: Sequence[str], folder: Path) -> EvalArguments:
     for flag, path in (("--json", own.json), ("--samples", own.samples)):
         _check_writable(flag, path)
     asked = read_arguments(rest)
-    loads, of_checkpoint = _base(argv[0])
+    try:
+        loads, of_checkpoint = _base(argv[0])
+    except ConfigError as error:
+        raise_all([error, *_other_mistakes([*_generating(0), *rest, *_evaluates(asked), "--output-dir", str(folder)])])
+        raise
     for path, value in asked.settings.items():
         section = path.partition(".")[0]
         is_of_run = section == "run" and path not in OF_RUN
@@ -92,6 +98,15 @@ def read_eval_arguments(argv: Sequence[str], folder: Path) -> EvalArguments:
             raise
         raise ConfigError("eval", "needs prompts to evaluate on", argv[0], SETS) from None
     return EvalArguments(made, argv[0], own.json, own.samples)
+
+
+def _other_mistakes(words: Sequence[str]) -> Sequence[ConfigError]:
+    """Return what is wrong with the settings and the data, whatever the checkpoint is."""
+    try:
+        check_data(eval_sets(composed([*words]).config))
+    except ConfigError as error:
+        return each_of(error)
+    return ()
 
 
 def _base(checkpoint: str) -> tuple[bool, list[str]]:

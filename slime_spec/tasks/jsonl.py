@@ -193,7 +193,7 @@ class _Row:
             if not needs_label:
                 return json.dumps(label, default=str), label
             raise self._refused(f"{key!r} must be a text or a number", label, "Write the expected answer.")
-        if not takes_any and not str(label).strip():  # what every reply contains, or none equals
+        if needs_label and not str(label).strip():  # what every reply contains, or none equals
             rule = f"{key!r} must not be empty for the reward {reward_name}"
             raise self._refused(rule, label, "Write the expected answer, or leave the line out.")
         if reward_name != "last_integer":

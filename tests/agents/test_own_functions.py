@@ -60,6 +60,14 @@ def test_functions_are_found_in_both_spellings(here: Path, joint: str) -> None:
     assert own_function(CustomConfig(dynamic_filter=slimes), "dynamic_filter") is None
 
 
+def test_all_functions_that_are_not_there_are_told_at_once(here: Path) -> None:
+    named = CustomConfig(generate="no_such_module.f", dynamic_filter="my_agents_functions.nothing", sample_filter="x.y")
+    with pytest.raises(ConfigError) as refused:
+        check_own_functions(Config(custom=named))
+    told = str(refused.value)
+    assert [each in told for each in ("no_such_module", "has no attribute nothing", "custom.sample_filter")] == [True] * 3
+
+
 @pytest.mark.parametrize(
     ("setting", "name", "expected"),
     [

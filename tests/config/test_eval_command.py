@@ -24,7 +24,7 @@ from slime_spec.config.tree import (
     TaskConfig,
     TrainerConfig,
 )
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, each_of
 from slime_spec.launch.cli import main
 from slime_spec.launch.eval_arguments import EvalArguments, read_eval_arguments
 from slime_spec.launch.evaluate import as_json, engines_folder, table
@@ -175,6 +175,16 @@ def test_what_cannot_be_evaluated_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, *argv)
+
+
+def test_what_else_is_wrong_is_told_with_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "here.jsonl").write_text('{"prompt": "a", "label": 1}\n')
+    sets = ["here", str(tmp_path / "here.jsonl"), "gone", str(tmp_path / "gone.jsonl")]
+    with pytest.raises(ConfigError) as refused:
+        read(tmp_path, str(tmp_path / "nowhere"), "--eval-prompt-data", *sets)
+    told = [each.setting for each in each_of(refused.value)]
+    assert told == ["CHECKPOINT", "eval.prompt_data"]
+    assert "set gone: must be a readable file" in str(refused.value)
 
 
 def test_a_refusal_ends_the_command_with_2_and_leaves_no_folder(

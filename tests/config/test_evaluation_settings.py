@@ -155,6 +155,10 @@ def test_a_file_may_name_its_sets_as_keys(tmp_path: Path) -> None:
     [
         ("eval: {datasets: []}", "must have a list of mappings under datasets"),
         ("eval: 3", "must have a list of mappings under datasets"),
+        ("eval: {datasets: {a: b.jsonl}}", "must have a list of mappings under datasets"),
+        ("eval: {datasets: {a: [1]}}", "must have a list of mappings under datasets"),
+        ("eval: {datasets: [{name: a, path: b, 5: 6}]}", "5 is no key of a data set here"),
+        ("eval: {defaults: {5: 6}, datasets: [{name: a, path: b}]}", "5 is no key of a data set here"),
         ("eval: {datasets: [{name: a}]}", "each data set must have a path"),
         ("eval: {datasets: [{name: a, path: b, app_service: c}]}", "app_service is no key of a data set here"),
         ("eval: {datasets: [{name: a, path: b, top_p: 2}]}", "top_p must be at most 1"),

@@ -42,6 +42,15 @@ def test_everything_wrong_with_the_sets_is_said_at_once(job: list[str]) -> None:
     assert "set no_task: must be one of" in str(refused.value)
 
 
+def test_files_of_sets_are_looked_for_without_the_checkpoint_too(job: list[str], tmp_path: Path) -> None:
+    absent = ["--hf-checkpoint", str(tmp_path / "nowhere"), "--prompt-data", str(tmp_path / "none.jsonl")]
+    with closing(look(composed([*job, *absent]))) as looked, pytest.raises(ConfigError) as refused:
+        looked.checked()
+    told = str(refused.value)
+    assert all(each in told for each in ("nowhere", "none.jsonl", "set gone: must be a readable file"))
+    assert "set held" not in told
+
+
 def test_an_evaluation_beyond_the_models_context_is_refused_by_its_own_flags(job: list[str]) -> None:
     made = composed([*job[:-2], "--eval-max-response-len", "500"])
     with closing(look(made)) as looked, pytest.raises(ConfigError, match="Lower --eval-max-prompt-len or --eval-max"):
