@@ -135,6 +135,11 @@ class EngineActors:
     engine: ray.actor.ActorHandle
     nodes: tuple[ray.actor.ActorHandle, ...]
 
+    def kill(self) -> None:
+        """End their processes, also where they are dead or hang."""
+        for actor in (self.engine, *self.nodes):
+            ray.kill(actor)
+
 
 def create_engine_actors(config: Config, engine_index: int, placement: Placement) -> EngineActors:
     """Start one engine's actors in their bundles, each with ``num_cpus_per_engine`` compute threads."""

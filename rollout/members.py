@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
-
-import ray
+from typing import Any
 
 from rollout.actor import EngineActors, create_engine_actors
 from slime_spec.config.tree import Config
@@ -35,7 +34,7 @@ class Members:
     def __len__(self) -> int:
         return len(self._actors)
 
-    def engine(self, engine: int) -> ray.actor.ActorHandle:
+    def engine(self, engine: int) -> Any:
         return self._actors[engine].engine
 
     def may_make(self) -> bool:
@@ -50,7 +49,7 @@ class Members:
         Ray's own restarts do not do: an actor that Ray has restarted answers before it is started, with version 0.
         """
         self._made_at.append(self._now())
-        self._kill(engine)
+        self._actors[engine].kill()
         last = self._last.pop(engine, None) or self._earlier.get(engine)
         if last is not None:
             self._earlier[engine] = replace(last, num_restarts=last.num_restarts + 1)
@@ -67,17 +66,12 @@ class Members:
 
     def stop(self) -> None:
         """Kill every actor."""
-        for engine in range(len(self._actors)):
-            self._kill(engine)
+        for actors in self._actors:
+            actors.kill()
         self._actors = []
 
     def _create(self, engine: int) -> EngineActors:
         return create_engine_actors(self._config, engine, self._placement)
-
-    def _kill(self, engine: int) -> None:
-        actors = self._actors[engine]
-        for actor in (actors.engine, *actors.nodes):
-            ray.kill(actor)
 
 
 def after(earlier: EngineStats, now: EngineStats) -> EngineStats:

@@ -341,6 +341,8 @@ class GenerationCore:
     def _finish(self, finished: Iterable[tuple[int, Ending]]) -> None:
         """Hand out finished samples and free their rows, highest row first so that rows below keep their numbers."""
         for row, ending in sorted(finished, key=lambda pair: pair[0], reverse=True):
+            if ending is not ABORTED:
+                self._prefiller.keep(row, self.version)
             sequence = self.batch.remove(row)
             if ending is not ABORTED:
                 self.speculation.finish(sequence)

@@ -104,6 +104,17 @@ class Prefiller:
             ready.append(sequence)
         return ready
 
+    def keep(self, row: int, version: int) -> None:
+        """Keep the text of a sequence that has ended: the prompt of the next turn begins with it.
+
+        A group's samples lie behind a prompt that they share, and features are at hand of prompts alone.
+        """
+        sequence = self._batch.sequences[row]
+        is_current = sequence.oldest_version == sequence.kv_version == version
+        if is_current and not sequence.group.shares_prompt and not self._target.has_features:
+            text = sequence.token_ids[: sequence.own_len]
+            self._prompts.keep(text, self._target.cache.own, row, None)
+
     def _next_pieces(self, budget: int, version: int) -> Iterator[Piece]:
         batch, begun = self._batch, list[Piece]()
         for row in range(batch.num_running, len(batch.sequences)):

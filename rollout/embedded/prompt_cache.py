@@ -1,11 +1,13 @@
-"""A prompt cache keeps the keys and values of recent prompts, so that what prompts begin alike with is computed once.
+"""A prompt cache keeps the keys and values of recent texts, so that what prompts begin alike with is computed once.
 
-    keep(tokens)      a prompt that has just been computed, in place of the one that was of no use for longest
+    keep(tokens)      a prompt that has just been computed, or a prompt with its reply, which the next turn begins with;
+                      in place of the text that it continues, or of the one that was of no use for longest
     longest(tokens)   the kept prompt that begins alike with these tokens over the greatest length, if that is enough
     copy(beginning)   its keys and values go into another prompt's row; its features for the drafter come with it
 
-All prompts of a task share its chat template, and many requests repeat a prompt. What is kept is of the weights that
-serve: it is cleared when they change. SGLang's radix cache does the same with pages that are shared and not copied.
+All prompts of a task share its chat template, many requests repeat a prompt, and a turn repeats all before it. What is
+kept is of the weights that serve: it is cleared when they change. SGLang's radix cache does the same with pages that
+are shared and not copied.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch
 
 from rollout.embedded.kv_cache import KvCache, KvStore
 
-NUM_PROMPTS = 4
-PART_OF_CACHE = 8  # one token in so many of the cache's may be a kept prompt's
+PART_OF_CACHE = 8  # one token in so many of the cache's may be a kept text's
+LEAST_PROMPTS, MOST_PROMPTS = 4, 64  # texts for which that part is enough, and that are looked through
 # Fewer tokens are computed about as fast as they are copied; on a GPU they are rows of a pass that is run anyway.
 LEAST_TOKENS, LEAST_TOKENS_ON_GPU = 16, 256
 
@@ -40,14 +42,15 @@ class _Kept:
 
 
 class PromptCache:
-    """Keeps at most NUM_PROMPTS prompts in ``cache.kept``, each as far as its row has room."""
+    """Keeps texts in ``cache.kept``, the fewer the longer they are, each as far as its row has room."""
 
     def __init__(self, cache: KvCache, is_on: bool = True) -> None:
         self._cache = cache
         self._prompts: list[_Kept] = []  # prompts[i] owns row i
         self._clock = 0
         self.least = LEAST_TOKENS_ON_GPU if cache.device.type == "cuda" else LEAST_TOKENS
-        self._most = cache.max_total_tokens // (PART_OF_CACHE * NUM_PROMPTS) if is_on else 0
+        self._room = cache.max_total_tokens // PART_OF_CACHE if is_on else 0
+        self._most = self._room // LEAST_PROMPTS
 
     @property
     def is_on(self) -> bool:
@@ -78,16 +81,30 @@ class PromptCache:
         """Keep the tokens whose keys and values lie in ``row``, as far as there is room."""
         self._note_lost_room()
         count = min(len(token_ids), self._most)
-        if not self.is_on or not self._cache.reserve_kept((NUM_PROMPTS, max(count, self._cache.kept.capacity))):
+        text = tuple(token_ids[:count])
+        if count < self.least or any(kept.token_ids[:count] == text for kept in self._prompts):
             return
-        kept = _Kept(tuple(token_ids[:count]), None if features is None else features[:count].clone(), self._tick())
-        if len(self._prompts) < NUM_PROMPTS:
-            self._prompts.append(kept)
-            target = len(self._prompts) - 1
-        else:
-            target = min(range(NUM_PROMPTS), key=lambda each: self._prompts[each].last_use)
-            self._prompts[target] = kept
+        target = self._row_for(text)
+        capacity = max(count, self._cache.kept.capacity)
+        num_rows = max(LEAST_PROMPTS, min(MOST_PROMPTS, self._room // capacity))
+        if target >= num_rows:
+            target = min(range(num_rows), key=lambda each: self._prompts[each].last_use)
+        # Rows come by doubling, as a filling batch's do; longer texts leave room for fewer.
+        grown = self._cache.kept.rows if target < self._cache.kept.rows else max(LEAST_PROMPTS, 2 * target)
+        if not self._cache.reserve_kept((min(grown, num_rows), capacity)):
+            return
+        del self._prompts[num_rows:]
+        self._prompts[target : target + 1] = [
+            _Kept(text, None if features is None else features[:count].clone(), self._tick())
+        ]
         self._cache.kept.copy_from(store, row, target, count)
+
+    def _row_for(self, text: tuple[int, ...]) -> int:
+        """Return the row of the kept text that this one continues, else the next row."""
+        for row, kept in enumerate(self._prompts):
+            if text[: len(kept.token_ids)] == kept.token_ids:
+                return row
+        return len(self._prompts)
 
     def _note_lost_room(self) -> None:
         if not self._cache.kept.rows:

@@ -154,6 +154,11 @@ class Target:
         with self._timed():
             return self.decoder.logits(hidden)
 
+    @property
+    def has_features(self) -> bool:
+        """Return whether the drafter wants hidden states of every position."""
+        return self._need.any
+
     def features(self, output: PassOutput) -> torch.Tensor | None:
         """Return the features for the drafter [tokens, width], in the order of FeatureNeed.
 

@@ -12,6 +12,7 @@ turn has the seed that the sample has without a function of the user's own.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
@@ -19,16 +20,18 @@ from typing import Any
 
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
+from slime_spec.partial_samples import as_earlier
 from slime_spec.preflight.requests import RequestLimits, check_request
 from slime_spec.rl.requests import turn_seed
 from slime_spec.sglang.metadata import meta_info
 from slime_spec.slime_sample import Sample
-from slime_spec.types import GeneratedSample, GroupRequest, Prompt, SamplingParams
+from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest, Prompt, SamplingParams
 
 Submit = Callable[[GroupRequest], "Future[GeneratedSample]"]
 
 # What slime passes besides, which says how SGLang writes texts: a turn's text is its tokens, stop strings included.
 WRITING = frozenset(("skip_special_tokens", "no_stop_trim", "spaces_between_special_tokens"))
+MOST_SAID = 32  # turns, the latest: what one request carries of them
 SETTABLE = frozenset(each.name for each in fields(SamplingParams)) - {"advice_token_ids", "edit", "logit_bias"}
 
 
@@ -66,14 +69,33 @@ class TurnSettings:
     clock: Callable[[], float]
 
 
+class SaidInGroup:
+    """Holds what the turns of a prompt's samples said, for engines to draft the others' turns from."""
+
+    def __init__(self) -> None:
+        self._replies: deque[EarlierReply] = deque(maxlen=MOST_SAID)
+
+    def note(self, response: GeneratedSample, sample_index: int) -> None:
+        if response.token_ids:
+            self._replies.append(replace(as_earlier(response), sample_index=sample_index))
+
+    def by_others(self, sample_index: int) -> tuple[EarlierReply, ...]:
+        """Return the replies of the other samples: a sample's own are in its prompts."""
+        return tuple(each for each in self._replies if each.sample_index != sample_index)
+
+
 @dataclass
 class Client:
-    """Asks for the turns of one sample, and remembers them: see the module's head."""
+    """Asks for the turns of one sample, and remembers them: see the module's head.
+
+    ``said`` is there where the algorithm drafts from replies of other samples; it changes no turn.
+    """
 
     settings: TurnSettings
     prompt: Prompt
     sample_index: int
     turns: list[MadeTurn] = field(default_factory=list)
+    said: SaidInGroup | None = None
     waited_s: float = 0.0
     _num_asked: int = 0
     _num_waiting: int = 0
@@ -102,10 +124,13 @@ class Client:
             params = replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
         seed = turn_seed(self.settings.run_seed, self.prompt.prompt_id, self.sample_index, number)
         near = self.turns[-1].response.engine if self.turns else None
-        request = GroupRequest(self._group_id(number), prompt, (seed,), params, near=near)
+        earlier = () if self.said is None else self.said.by_others(self.sample_index)
+        request = GroupRequest(self._group_id(number), prompt, (seed,), params, near=near, earlier=earlier)
         check_request(request, self.settings.limits)
         made = MadeTurn(prompt, await self._answered(request))
         self.turns.append(made)
+        if self.said is not None:
+            self.said.note(made.response, self.sample_index)
         return self._turn(made.response)
 
     async def turn(self, sample: Sample, sampling_params: Mapping[str, Any] | None = None) -> Turn:

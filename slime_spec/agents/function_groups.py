@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slime_spec.agents.as_slime import new_sample
-from slime_spec.agents.client import Client, TurnSettings
+from slime_spec.agents.client import Client, SaidInGroup, TurnSettings
 from slime_spec.agents.function_thread import FunctionThread, Turns
 from slime_spec.agents.hooks import hooked
 from slime_spec.agents.own import OwnFunction, takes
 from slime_spec.agents.returned import Asked, Made, failed, made_of
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.schema import by_flag
+from slime_spec.config.speculation import reads_replies
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import RunState
 from slime_spec.preflight.requests import RequestLimits
@@ -78,10 +79,9 @@ class FunctionGroups:
 
     async def _group(self, prompt: Prompt, turns: Turns) -> list[Made]:
         settings = turn_settings(self._config, self._tokenizer, turns, self._clock)
-        count = self._config.rollout.n_samples_per_prompt
-        of_samples = await asyncio.gather(
-            *(self._one(prompt, Client(settings, prompt, index)) for index in range(count))
-        )
+        said = SaidInGroup() if reads_replies(self._config) else None
+        clients = (Client(settings, prompt, i, said=said) for i in range(self._config.rollout.n_samples_per_prompt))
+        of_samples = await asyncio.gather(*(self._one(prompt, client) for client in clients))
         return [made for each in of_samples for made in each]
 
     async def _one(self, prompt: Prompt, client: Client) -> list[Made]:

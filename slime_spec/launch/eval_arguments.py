@@ -13,15 +13,16 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from slime_spec.config.eval_sets import eval_sets
 from slime_spec.config.task_checks import OF_DATA
 from slime_spec.config.tree import TaskConfig
-from slime_spec.errors import ConfigError, each_of, raise_all
+from slime_spec.errors import ConfigError, each_of, raise_all, refused_by
 from slime_spec.launch.arguments import Arguments, read_arguments
 from slime_spec.launch.compose import Composed, composed
-from slime_spec.tasks.eval_prompts import check_data
+from slime_spec.tasks.eval_prompts import check_set
 from trainer_bridge.checkpoint_folder import has_checkpoint, resolve_checkpoint, saved_step
 
 DESCRIPTION = """\
@@ -103,7 +104,8 @@ def read_eval_arguments(argv: Sequence[str], folder: Path) -> EvalArguments:
 def _other_mistakes(words: Sequence[str]) -> Sequence[ConfigError]:
     """Return what is wrong with the settings and the data, whatever the checkpoint is."""
     try:
-        check_data(eval_sets(composed([*words]).config))
+        config = composed([*words]).config
+        raise_all(refused_by(*(partial(check_set, each, runs_reward="") for each in eval_sets(config))))
     except ConfigError as error:
         return each_of(error)
     return ()

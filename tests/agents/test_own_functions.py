@@ -65,7 +65,9 @@ def test_all_functions_that_are_not_there_are_told_at_once(here: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         check_own_functions(Config(custom=named))
     told = str(refused.value)
-    assert [each in told for each in ("no_such_module", "has no attribute nothing", "custom.sample_filter")] == [True] * 3
+    assert [each in told for each in ("no_such_module", "has no attribute nothing", "custom.sample_filter")] == [
+        True
+    ] * 3
 
 
 @pytest.mark.parametrize(

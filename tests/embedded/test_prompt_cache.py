@@ -14,7 +14,7 @@ from rollout.embedded.assemble import Assembly
 from rollout.embedded.core import GenerationCore
 from rollout.embedded.kv_cache import KvStore
 from rollout.embedded.plan import RowSpan
-from rollout.embedded.prompt_cache import NUM_PROMPTS, num_common
+from rollout.embedded.prompt_cache import MOST_PROMPTS, num_common
 from rollout.embedded.target import PassOutput
 from slime_spec.launch.compose import compose
 from slime_spec.types import GroupRequest, SamplingParams
@@ -181,14 +181,14 @@ def test_a_draft_network_is_shown_the_copied_tokens_with_their_features(
 
 
 def test_the_prompt_that_was_of_no_use_for_longest_gives_way(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [random_prompt(30, seed=i) for i in range(NUM_PROMPTS + 1)]
+    prompts = [random_prompt(30, seed=i) for i in range(MOST_PROMPTS + 1)]
     core = make_core(engine_config(tiny_llama))
-    order = [*range(NUM_PROMPTS), 0, NUM_PROMPTS, 0, 1]
+    order = [*range(MOST_PROMPTS), 0, MOST_PROMPTS, 0, 1]
     passes = record_prefills(core, monkeypatch)
     for turn, number in enumerate(order):
         run(core, [GroupRequest(str(turn), prompts[number], (turn,), PARAMS)])
     started = [spans[0][0] for spans in passes]
-    assert started == [*[0] * NUM_PROMPTS, 29, 0, 29, 0]  # number 1 gave way, number 0 had been used since
+    assert started == [*[0] * MOST_PROMPTS, 29, 0, 29, 0]  # number 1 gave way, number 0 had been used since
 
 
 def test_a_long_prompt_is_kept_as_far_as_its_share_of_the_cache(
