@@ -330,7 +330,7 @@ class GenerationCore:
             if ending is not None:
                 break
         if group.record is not None:
-            group.record.ranked[sequence.sample_index] += verified.ranked[: sequence.num_generated - before]
+            group.record.add(sequence.sample_index, verified.beside[: sequence.num_generated - before])
         if group.on_progress is not None:
             try:
                 group.on_progress(sequence.progress_since(before))

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from rollout.embedded.draft import Draft
-from rollout.embedded.logprobs import LogprobRecord
+from rollout.embedded.logprobs import LogprobRecord, Wanted
 from rollout.embedded.stop import Ending
 from rollout.embedded.uniforms import Uniforms
 from rollout.embedded.unread import AnyDraft
@@ -87,8 +87,8 @@ class Group:
         return self.num_prompt_tokens if self.shares_prompt else 0
 
     @property
-    def num_ranked(self) -> int:
-        return 0 if self.record is None else self.record.num_ranked
+    def wanted(self) -> Wanted | None:
+        return None if self.record is None else self.record.wanted
 
     @property
     def scores_prompt(self) -> bool:
@@ -212,7 +212,7 @@ class SampleState:
             uniforms=self.uniforms,
             token_ids=self.token_ids,
             num_prompt_tokens=group.num_prompt_tokens,
-            num_ranked=group.num_ranked,
+            wanted=group.wanted,
         )
 
     def append(self, token_id: int, logprob: float) -> None:

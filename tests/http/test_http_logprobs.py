@@ -81,6 +81,29 @@ def test_the_likeliest_tokens_are_ranked_as_they_are_sampled(server: Served, mod
         seen.add(token)
 
 
+def test_the_logprobs_of_given_tokens_are_those_of_transformers(server: Served, model: Any) -> None:
+    """Of prompt and reply, one list for all prompts or one each, whole and in a stream."""
+    body = {"sampling_params": GREEDY, "return_logprob": True, "logprob_start_len": 1}
+    both = server.generate(input_ids=[PROMPT, PROMPT[:20]], token_ids_logprob=[[7, 104], [0]], **body)
+    for answer, prompt, wanted in zip(both, (PROMPT, PROMPT[:20]), ([7, 104], [0]), strict=True):
+        expected = reference(model, prompt + answer["output_ids"])[:, wanted]
+        of_prompt, of_reply = (answer["meta_info"][f"{side}_token_ids_logprobs"] for side in ("input", "output"))
+        assert of_prompt[0] is None
+        for row, triples in zip(expected[1:-1], of_prompt[1:] + of_reply, strict=True):
+            assert [token_id for _, token_id, _ in triples] == wanted
+            assert [logprob for logprob, _, _ in triples] == pytest.approx(row.tolist(), abs=1e-4)
+    alike = server.stream(input_ids=PROMPT, token_ids_logprob=[7, 104], **body)[-1]["meta_info"]
+    for name in ("input_token_ids_logprobs", "output_token_ids_logprobs"):
+        assert alike[name] == both[0]["meta_info"][name]
+
+
+def test_an_impossible_tokens_logprob_is_null(server: Served) -> None:
+    """A reply of at least as many tokens as there are cannot end before."""
+    params = {"temperature": 1, "max_new_tokens": 5, "min_new_tokens": 5}
+    answer = server.generate(input_ids=PROMPT, sampling_params=params, return_logprob=True, token_ids_logprob=[256])
+    assert {each[0][0] for each in answer["meta_info"]["output_token_ids_logprobs"]} == {None}
+
+
 def test_logprobs_begin_where_they_are_asked_for_and_the_first_has_none(server: Served) -> None:
     body = {"input_ids": PROMPT, "sampling_params": GREEDY, "return_logprob": True}
     whole = server.generate(**body, logprob_start_len=0)["meta_info"]["input_token_logprobs"]

@@ -59,6 +59,9 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"n": 5000}, "sampling_params.n"),
     ({"sampling_seed": "a"}, "sampling_params.sampling_seed"),
     ({"ignore_eos": 1}, "sampling_params.ignore_eos"),
+    ({"custom_params": [1]}, "sampling_params.custom_params: must be a JSON object"),
+    ({"custom_params": {"thinking_budget": 5}}, "sampling_params.custom_params.thinking_budget"),
+    ({"custom_params": {"return_top_p_token_ids": "yes"}}, "custom_params.return_top_p_token_ids"),
 ]
 BAD_BODIES: list[tuple[Any, str]] = [
     ([1], "body: must be a JSON object"),
@@ -85,6 +88,15 @@ BAD_BODIES: list[tuple[Any, str]] = [
     ({"text": "a", "return_logprob": True, "logprob_start_len": 2}, "logprob_start_len: .* from -1 to 1"),
     ({"text": "a", "return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num: .* from 0 to 20"),
     ({"text": "a", "return_logprob": True, "top_logprobs_num": True}, "top_logprobs_num: "),
+    ({"text": "a", "return_logprob": True, "token_ids_logprob": [257]}, "token_ids_logprob: .* from 0 to 256"),
+    (
+        {"text": "a", "return_logprob": True, "token_ids_logprob": [[1], [2]]},
+        "token_ids_logprob: .*each of the 1 prompts",
+    ),
+    ({"text": "a", "return_logprob": True, "token_ids_logprob": [0] * 1025}, "token_ids_logprob: .*at most 1024"),
+    ({"text": "a", "return_logprob": True, "token_ids_logprob": [1, True]}, "token_ids_logprob: "),
+    ({"text": "a", "return_sampling_mask": 1}, "return_sampling_mask: "),
+    ({"text": "a", "return_sampling_mask": True, "sampling_logprobs_mode": "support"}, "one of selected"),
     ({"text": "a", "stream": "yes"}, "stream: "),
     ({"text": "a", "aux_info": 1}, "aux_info: "),
     ({"text": "a", "extra_config": 1}, "extra_config: must be a JSON object"),

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
+
+import numpy as np
 
 from rollout.embedded.http.calls import Call, PromptCall
 from rollout.embedded.http.generations import Finished, NewTokens
 from rollout.embedded.http.json_io import finite
 from rollout.embedded.http.sampling import Sampling
 from rollout.embedded.http.serving import VersionNames
+from rollout.embedded.logprobs import Beside
 from rollout.embedded.request import Progress
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.sglang.metadata import aux_info, meta_info
 from slime_spec.types import GeneratedSample
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of the first bytes of a character
+PER_TOKEN = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
 Answer = dict[str, Any]
 """``{"text": ..., "output_ids": [...], "meta_info": {...}}``"""
 
@@ -135,6 +141,10 @@ class AnswerWriter:
             info.pop(name, None)
         if prompt.return_logprob:
             info |= self._logprobs(call, prompt, sample.sample_index, sample.logprobs, sample.token_ids)
+        if prompt.record is not None and sample.token_ids:
+            beside = prompt.record.beside[sample.sample_index][: len(sample.token_ids)]
+            info |= kept_tokens(beside) if prompt.sampling.returns_kept else {}
+            info |= sampling_mask(beside) if prompt.return_mask else {}
         text = response_text(self._tokenizer, sample, prompt.sampling)
         answer = {"text": text, "output_ids": list(sample.token_ids), "meta_info": info}
         if call.aux_info:
@@ -167,6 +177,9 @@ class AnswerWriter:
         The first of the prompt's has no logprob, as with SGLang.
         """
         start, prompt_ids, record = prompt.logprob_start, prompt.request.prompt_token_ids, prompt.record
+        beside = [] if record is None else record.beside[sample_index][: len(token_ids)]
+        if prompt.sampling.returns_kept:
+            logprobs = [each.kept_logprob for each in beside]
 
         def triples(pairs: Iterable[tuple[float | None, int]]) -> list[list[Any]]:
             return [[logprob, token_id, self._text(call, token_id)] for logprob, token_id in pairs]
@@ -180,11 +193,18 @@ class AnswerWriter:
         if record is not None and record.of_prompt:
             of_prompt = [None, *map(finite, record.prompt[start:])]
             answer["input_token_logprobs"] = triples(zip(of_prompt, prompt_ids[start:], strict=True))
-        if record is not None and record.num_ranked:
-            of_tokens = record.ranked[sample_index][: len(token_ids)]
+        if record is not None and record.wanted.num_ranked:
             of_prompt_ranked = [None, *map(triples, record.prompt_ranked[start:])] if record.of_prompt else []
-            answer["output_top_logprobs"] = [triples(each) for each in of_tokens]
+            answer["output_top_logprobs"] = [triples(each.ranked) for each in beside]
             answer["input_top_logprobs"] = of_prompt_ranked
+        if record is not None and (token_ids := record.wanted.token_ids):
+
+            def of_ids(values: Iterable[float]) -> list[list[Any]]:
+                return triples(zip(map(finite, values), token_ids, strict=True))
+
+            of_prompt_ids = [None, *map(of_ids, record.prompt_of_ids[start:])] if record.of_prompt else []
+            answer["output_token_ids_logprobs"] = [of_ids(each.of_ids) for each in beside]
+            answer["input_token_ids_logprobs"] = of_prompt_ids
         return answer
 
     def _text(self, call: Call, token_id: int) -> str | None:
@@ -194,6 +214,26 @@ class AnswerWriter:
         if call.prompt_ids:
             answer["prompt_token_ids"] = list(prompt.request.prompt_token_ids)
         return answer
+
+
+def kept_tokens(beside: Sequence[Beside]) -> Answer:
+    """Return the kept token ids of a response, token after token, and where each token's begin, as slime reads them.
+
+    Both are base64 of little-endian 32-bit numbers; there is one offset more than there are tokens.
+    """
+    offsets = [0, *accumulate(len(each.kept) for each in beside)]
+    token_ids = np.concatenate([np.asarray(each.kept, "<i4") for each in beside])
+    arrays = {"top_p_token_ids": token_ids, "top_p_token_offsets": np.asarray(offsets, "<i4")}
+    return {name: b64encode(each.tobytes()).decode() for name, each in arrays.items()}
+
+
+def sampling_mask(beside: Sequence[Beside]) -> Answer:
+    """Return the same in SGLang's own form: lists of ids, and each token's logprob among those of its place."""
+    return {
+        "output_token_sampling_mask": [list(each.kept) for each in beside],
+        "output_token_sampling_logprobs": [each.kept_logprob for each in beside],
+        "output_token_sampling_mask_length": len(beside),
+    }
 
 
 class Grown:
@@ -250,7 +290,7 @@ class Chunks:
         if self._incremental:
             info = answer["meta_info"]
             answer = {**answer, "text": answer["text"][num_chars:], "output_ids": answer["output_ids"][num_tokens:]}
-            per_token = [name for name in ("output_token_logprobs", "output_top_logprobs") if name in info]
+            per_token = [name for name in PER_TOKEN if name in info]
             answer["meta_info"] = {**info, **{name: info[name][num_tokens:] for name in per_token}}
         if self._call.is_list:
             prompt, sample_index = place

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from rollout.embedded.http.json_io import LONGEST_NAME, MAX_COUNT, Fields, as_object, is_text, is_whole
 from rollout.embedded.http.sampling import UNSERVED_FIELDS, Sampling, check_unserved, read_sampling
-from rollout.embedded.logprobs import MOST_RANKED, LogprobRecord
+from rollout.embedded.logprobs import MOST_RANKED, MOST_TOKEN_IDS, LogprobRecord, Wanted
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.requests import RequestLimits, check_request
@@ -20,11 +20,13 @@ from slime_spec.speculation.request_fields import ADVICE, RTP_OBJECTS, with_rtp_
 from slime_spec.types import GeneratedSample, GroupRequest, SpecCounters
 
 SERVED = ("text", "input_ids", "sampling_params", "rid", "stream")
-LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num")
-SHOWN = ("return_text_in_logprobs", "return_prompt_token_ids")
-# Fields that a client may send and this server does not use: labels, routing, keys of a cache across requests.
+LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob")
+MASK = "return_sampling_mask"
+SHOWN = (MASK, "sampling_logprobs_mode", "return_text_in_logprobs", "return_prompt_token_ids")
+# Fields that a client may send and this server does not use: labels, routing, keys of a cache across requests. One
+# model is served, whatever its client calls it.
 LABELS = ("log_metrics", "no_logs", "session_id", "conversation_id", "custom_labels", "external_trace_header")
-ROUTING = ("routing_key", "priority", "extra_key", "cache_salt", "received_time", "http_worker_ipc")
+ROUTING = ("model", "routing_key", "priority", "extra_key", "cache_salt", "received_time", "http_worker_ipc")
 AUX_INFO = "aux_info"  # RTP-LLM's; it may stand in one of the objects too
 RTP_PREFIX = "extra_config."
 KNOWN = frozenset((*SERVED, *LOGPROBS, *SHOWN, AUX_INFO, *RTP_OBJECTS, *LABELS, *ROUTING, *UNSERVED_FIELDS))
@@ -34,14 +36,15 @@ KNOWN = frozenset((*SERVED, *LOGPROBS, *SHOWN, AUX_INFO, *RTP_OBJECTS, *LABELS, 
 class PromptCall:
     """Holds one prompt of a call: its request to the engine, and how its answers are written.
 
-    ``record`` is there where logprobs are wanted that samples do not have: of the prompt from ``logprob_start`` on, or
-    of the likeliest tokens.
+    ``record`` is there where something is wanted that samples do not have: logprobs of the prompt from
+    ``logprob_start`` on, or what is beside each token.
     """
 
     rid: str
     request: GroupRequest
     sampling: Sampling
     return_logprob: bool
+    return_mask: bool
     logprob_start: int
     record: LogprobRecord | None
 
@@ -93,7 +96,10 @@ class CallReader:
         logprobs = _per_prompt(fields, "return_logprob", len(prompts), False)
         starts = _per_prompt(fields, "logprob_start_len", len(prompts), -1)
         ranked = _per_prompt(fields, "top_logprobs_num", len(prompts), 0)
-        calls = tuple(map(self._prompt_call, rids, prompts, sampling, logprobs, starts, ranked))
+        masks = _per_prompt(fields, MASK, len(prompts), False)
+        fields.choice("sampling_logprobs_mode", ("selected",), "selected")
+        token_ids = self._token_ids(fields.raw("token_ids_logprob"), len(prompts))
+        calls = tuple(map(self._prompt_call, rids, prompts, sampling, logprobs, starts, ranked, token_ids, masks))
         return Call(
             prompts=calls,
             rid=rid,
@@ -112,13 +118,15 @@ class CallReader:
         return_logprob: object,
         logprob_start: object,
         top_logprobs_num: object,
+        token_ids: tuple[int, ...],
+        return_mask: object,
     ) -> PromptCall:
-        if not isinstance(return_logprob, bool):
-            raise ConfigError("return_logprob", "must be true or false", return_logprob, "Correct it or leave it out.")
+        returns_logprob, returns_mask = _switch("return_logprob", return_logprob), _switch(MASK, return_mask)
         start = _whole("logprob_start_len", logprob_start, -1, len(prompt))
         num_ranked = _whole("top_logprobs_num", top_logprobs_num, 0, MOST_RANKED)
-        of_prompt = return_logprob and 0 <= start < len(prompt)
-        has_record = of_prompt or (return_logprob and num_ranked > 0)
+        of_prompt = returns_logprob and 0 <= start < len(prompt)
+        of_logprobs = (num_ranked, token_ids) if returns_logprob else (0, ())
+        wanted = Wanted(*of_logprobs, kept=sampling.returns_kept or returns_mask)
         seeds = tuple(self._seeds(sampling))
         request = GroupRequest(rid, prompt, seeds, sampling.params)
         try:
@@ -129,10 +137,31 @@ class CallReader:
             rid=rid,
             request=request,
             sampling=sampling,
-            return_logprob=return_logprob,
+            return_logprob=returns_logprob,
+            return_mask=returns_mask,
             logprob_start=start if of_prompt else len(prompt),
-            record=LogprobRecord(num_ranked, of_prompt) if has_record else None,
+            record=LogprobRecord(wanted, of_prompt) if wanted or of_prompt else None,
         )
+
+    def _token_ids(self, value: object, count: int) -> list[tuple[int, ...]]:
+        """Return, for each prompt, the tokens whose logprobs are wanted; the field is one list for all, or one each."""
+        if not value:
+            return [()] * count
+        lists = value if isinstance(value, list) and not any(map(is_whole, value)) else [value] * count
+        if len(lists) != count:
+            rule = f"must have one list for each of the {count} prompts"
+            raise ConfigError("token_ids_logprob", rule, value, "Send one list of token ids for all.")
+        return [self._of_vocabulary(each) for each in lists]
+
+    def _of_vocabulary(self, token_ids: Any) -> tuple[int, ...]:
+        if token_ids is None:
+            return ()
+        most, vocabulary = MOST_TOKEN_IDS, range(self._limits.vocab_size)
+        is_short_list = isinstance(token_ids, list) and len(token_ids) <= most
+        if not is_short_list or not all(is_whole(each) and each in vocabulary for each in token_ids):
+            rule = f"must be at most {most} token ids from 0 to {vocabulary[-1]}"
+            raise ConfigError("token_ids_logprob", rule, token_ids, "Correct it or leave it out.")
+        return tuple(token_ids)
 
     def _prompts(self, fields: Fields) -> tuple[list[tuple[int, ...]], bool]:
         """Return the prompts' token ids, and whether the client sent a list of prompts."""
@@ -226,6 +255,12 @@ def _per_prompt(fields: Fields, name: str, count: int, default: Any) -> list[Any
     if len(value) != count:
         raise ConfigError(name, f"must have one entry for each of the {count} prompts", value, "Send one for all.")
     return [default if each is None else each for each in value]
+
+
+def _switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(name, "must be true or false", value, "Correct it or leave it out.")
+    return value
 
 
 def _whole(name: str, value: object, minimum: int, maximum: int) -> int:

@@ -56,6 +56,7 @@ SAMPLING: dict[str, Schema] = {
     "stop": TEXTS,
     "stop_token_ids": IDS,
     "logit_bias": {"type": "object", "additionalProperties": NUMBER},
+    "custom_params": {"type": "object", "properties": {"return_top_p_token_ids": SWITCH}},
 }
 _LISTED = "one value for all prompts, or a list"
 GENERATE: dict[str, Schema] = {
@@ -67,6 +68,9 @@ GENERATE: dict[str, Schema] = {
     "return_logprob": {**SWITCH, "description": _LISTED},
     "logprob_start_len": {**WHOLE, "description": "-1: none of the prompt"},
     "top_logprobs_num": {**WHOLE, "description": _LISTED},
+    "token_ids_logprob": {"anyOf": [IDS, {"type": "array", "items": IDS}], "description": "tokens to score besides"},
+    "return_sampling_mask": {**SWITCH, "description": "the tokens that top_k, top_p and min_p kept at each place"},
+    "sampling_logprobs_mode": {"type": "string", "enum": ["selected"]},
     "return_text_in_logprobs": SWITCH,
     "return_prompt_token_ids": SWITCH,
     "extra_config": {"type": "object", "description": "RTP-LLM's fields"},

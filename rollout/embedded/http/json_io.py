@@ -54,15 +54,15 @@ class Fields:
         self._data, self._prefix = data, prefix
 
     def check_names(self, known: Collection[str]) -> None:
-        """Refuse the first name that is none of ``known``."""
+        """Refuse the first name that is none of ``known``, but with null: routers spell out what is absent."""
         names = sorted(known)
-        for name in self._data:
-            if name not in known:
+        for name, value in self._data.items():
+            if name not in known and value is not None:
                 short = shortened(name)
                 raise ConfigError(
                     self._prefix + short,
                     "is not a field of this request",
-                    self._data[name],
+                    value,
                     f"{did_you_mean(short, names)}The fields are {', '.join(names)}.",
                 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from time import perf_counter
 from typing import Any
 
 from aiohttp import web
@@ -15,10 +16,12 @@ from prometheus_client.registry import Collector
 import slime_spec
 from rollout.embedded.http.json_io import json_response
 from rollout.embedded.http.serving import Serving
+from slime_spec.errors import ConfigError
 from slime_spec.sglang.draft_shape import embedded_shape
 from slime_spec.types import GeneratedSample
 
 LABEL = "model_name"
+SECTIONS = {"all", "core", "memory", "spec", "lora", "disagg", "queues"}  # that SGLang's clients ask /v1/loads for
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400, 600, 1200)
 # Name, meaning; "sglang:" goes before the name.
 GAUGES = {
@@ -105,7 +108,7 @@ class LoadCollector(Collector):
 
 
 class LoadRoutes:
-    """Handles /metrics and /v1/loads."""
+    """Handles /metrics, /v1/loads and /get_load."""
 
     def __init__(self, serving: Serving) -> None:
         self._load, name = Load(serving), serving.model_name
@@ -123,7 +126,8 @@ class LoadRoutes:
         serving.totals.watchers.append(self._observe)
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.get("/metrics", self._metrics), web.get("/v1/loads", self._loads)]
+        of_loads = web.get("/v1/loads", self._loads), web.get("/get_load", self._older_load)
+        return [web.get("/metrics", self._metrics), *of_loads]
 
     def _observe(self, sample: GeneratedSample) -> None:
         self._latency.observe(sample.e2e_latency_s)
@@ -137,7 +141,12 @@ class LoadRoutes:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _loads(self, request: web.Request) -> web.Response:
-        """Report the load to a router, as SGLang does for its one rank."""
+        """Report the load to a router, as SGLang does for its one rank, with the sums of its older releases."""
+        sections = set(request.query.get("include", "all").replace(" ", "").split(","))
+        if unknown := sorted(sections - SECTIONS):
+            raise ConfigError("include", f"must be among {', '.join(sorted(SECTIONS))}", unknown[0], "Leave it out.")
+        if request.query.get("dp_rank", "0") != "0":
+            raise ConfigError("dp_rank", "must be 0: there is one rank", request.query["dp_rank"], "Leave it out.")
         gauges: dict[str, Any] = self._load.gauges()
         rounds = {"accept_length": gauges.pop("spec_accept_length"), "accept_rate": gauges.pop("spec_accept_rate")}
         waiting = gauges.pop("num_queue_reqs")
@@ -146,8 +155,32 @@ class LoadRoutes:
             **{name: value for name, value in gauges.items() if not name.startswith("spec_")},
             "num_waiting_reqs": waiting,
             "num_total_reqs": gauges["num_running_reqs"] + waiting,
+            "num_total_tokens": gauges["num_used_tokens"],
             "max_running_requests": self._max_running,
-            "speculative": rounds,
+            "utilization": min(1.0, gauges["num_running_reqs"] / self._max_running),
+        }
+        if sections & {"spec", "all"}:
+            load["speculative"] = rounds
+        sums = {
+            "total_running_reqs": load["num_running_reqs"],
+            "total_waiting_reqs": waiting,
+            "total_reqs": load["num_total_reqs"],
+            "avg_token_usage": load["token_usage"],
+            "avg_throughput": load["gen_throughput"],
+            "avg_utilization": load["utilization"],
         }
         now = datetime.now(UTC).isoformat()
-        return json_response({"timestamp": now, "version": slime_spec.__version__, "loads": [load]})
+        head = {"timestamp": now, "version": slime_spec.__version__, "num_accelerators": 1, "dp_rank_count": 1}
+        return json_response({**head, "loads": [load], "aggregate": sums})
+
+    async def _older_load(self, request: web.Request) -> web.Response:
+        """Report requests and tokens as releases of SGLang did before /v1/loads."""
+        gauges = self._load.gauges()
+        load = {
+            "dp_rank": 0,
+            "num_reqs": gauges["num_running_reqs"] + gauges["num_queue_reqs"],
+            "num_waiting_reqs": gauges["num_queue_reqs"],
+            "num_tokens": gauges["num_used_tokens"],
+            "num_pending_tokens": 0,
+        }
+        return json_response([{**load, "ts_tic": perf_counter()}])

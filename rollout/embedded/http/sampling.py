@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rollout.embedded.http.json_io import Fields, finite
+from rollout.embedded.http.json_io import Fields, as_object, finite
+from rollout.embedded.verification.distributions import is_filtered
 from slime_spec.errors import ConfigError
 from slime_spec.preflight.requests import RequestLimits
-from slime_spec.types import SamplingParams
+from slime_spec.types import SamplingParams, is_greedy
 
 _FIELDS = {
     "this engine reads text only": """
         input_embeds image_data video_data audio_data mm_hashes mm_content_hashes use_audio_in_video video_config
         modalities max_dynamic_patch min_dynamic_patch image_max_dynamic_patch video_max_dynamic_patch images_config
         return_bytes positional_embed_overrides""",
-    "logprobs are those of the tokens themselves, and of the likeliest": """
-        token_ids_logprob return_sampling_mask sampling_logprobs_mode return_entropy
-        return_flat_raw_top_logprobs return_flat_raw_top_logprobs_b64""",
+    "logprobs are those of the tokens themselves, of the likeliest, and of token_ids_logprob": """
+        return_entropy return_flat_raw_top_logprobs return_flat_raw_top_logprobs_b64""",
     "this engine returns tokens, text and logprobs only": """
         return_hidden_states return_routed_experts routed_experts_start_len return_indexer_topk
         multi_item_delimiter_indices token_indices_to_pool""",
@@ -34,7 +34,6 @@ _FIELDS = {
 _PARAMETERS = {
     "constrained decoding is not served": "json_schema regex ebnf structural_tag",
     "stop takes texts, stop_token_ids tokens": "stop_regex",
-    "there are no custom logit processors": "custom_params",
     "there is no beam search": "beam_width",
 }
 # Values, besides null, false, zero and emptiness, by which a request asks for nothing.
@@ -55,7 +54,8 @@ def _by_name(reasons: Mapping[str, str]) -> Mapping[str, str]:
 
 UNSERVED_FIELDS = _by_name(_FIELDS)
 UNSERVED_PARAMETERS = _by_name(_PARAMETERS)
-KNOWN = frozenset((*DISTRIBUTION, *PENALTIES, *LENGTH, *WRITING, *UNSERVED_PARAMETERS))
+CUSTOM, KEPT = "custom_params", "return_top_p_token_ids"
+KNOWN = frozenset((*DISTRIBUTION, *PENALTIES, *LENGTH, *WRITING, CUSTOM, *UNSERVED_PARAMETERS))
 
 
 def check_unserved(data: Mapping[str, Any], reasons: Mapping[str, str], prefix: str = "") -> None:
@@ -75,6 +75,7 @@ class Sampling:
     """Holds one prompt's sampling: ``num_samples`` responses, whose seeds derive from ``seed`` where one is given.
 
     ``prefill_only``: no token is wanted (``max_new_tokens: 0``); the engine makes one, which nobody is shown.
+    ``returns_kept``: the tokens that top-k, top-p and min-p kept are wanted, and logprobs among them (slime's replay).
     """
 
     params: SamplingParams
@@ -84,6 +85,7 @@ class Sampling:
     trim_stop: bool
     stream_interval: int
     prefill_only: bool = False
+    returns_kept: bool = False
 
     @cached_property
     def stop_token_ids(self) -> frozenset[int]:
@@ -125,7 +127,17 @@ def read_sampling(data: Mapping[str, Any], limits: RequestLimits, num_prompt_tok
         trim_stop=not fields.switch("no_stop_trim"),
         stream_interval=fields.count("stream_interval", 1),
         prefill_only=not num_new,
+        returns_kept=_returns_kept(fields.raw(CUSTOM), params),
     )
+
+
+def _returns_kept(custom_params: object, params: SamplingParams) -> bool:
+    """Return whether kept tokens are wanted; where all are kept, slime's SGLang returns none either."""
+    if not custom_params:
+        return False
+    fields = Fields(as_object(custom_params, PREFIX + CUSTOM), f"{PREFIX}{CUSTOM}.")
+    fields.check_names({KEPT})
+    return fields.switch(KEPT) and (is_greedy(params.temperature) or is_filtered(params))
 
 
 def _top_k(top_k: int, vocab_size: int) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from rollout.embedded.logprobs import Ranked
+from rollout.embedded.logprobs import Beside, Wanted
 from rollout.embedded.uniforms import Uniforms
 from rollout.embedded.unread import AnyDraft
 from slime_spec.types import SamplingParams
@@ -23,7 +23,7 @@ class VerifyRow:
     uniforms: Uniforms
     token_ids: Sequence[int]
     num_prompt_tokens: int
-    num_ranked: int = 0  # likeliest tokens that are wanted beside each emitted one
+    wanted: Wanted | None = None  # beside each emitted token
 
     @property
     def num_generated(self) -> int:
@@ -54,7 +54,7 @@ class Verified(NamedTuple):
     token_ids: list[int]
     logprobs: list[float]
     path: tuple[int, ...]
-    ranked: Sequence[Ranked] = ()  # at each token, where a row asks for them
+    beside: Sequence[Beside] = ()  # each token, where a row wants something
 
 
 class Verifier(Protocol):

@@ -248,8 +248,8 @@ class OpenAIAnswers:
         """Return the response's tokens from ``start`` on."""
         record, new = prompt.record, slice(start, len(token_ids))
         ranked: Sequence[Ranked] = [()] * len(token_ids[new])
-        if record is not None and record.num_ranked:
-            ranked = record.ranked[sample_index][new]
+        if record is not None and record.wanted.num_ranked:
+            ranked = [each.ranked for each in record.beside[sample_index][new]]
         return list(map(ScoredToken, token_ids[new], logprobs[new], ranked))
 
     def _scored_prompt(self, prompt: PromptCall) -> list[ScoredToken]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rollout.embedded.http.calls import MASK
 from rollout.embedded.http.json_io import as_object
 from rollout.embedded.http.sampling import UNSERVED_FIELDS, UNSERVED_PARAMETERS, check_unserved
 from rollout.embedded.logprobs import MOST_RANKED
@@ -20,6 +21,7 @@ TOOLS_NOT_PARSED = "a model cannot be held to calling a tool here, and no tool c
 UNSERVED: Mapping[str, str] = {
     **UNSERVED_FIELDS,
     **UNSERVED_PARAMETERS,
+    **dict.fromkeys(("custom_params", "token_ids_logprob", MASK, "sampling_logprobs_mode"), "send it to /generate"),
     "response_format": "constrained decoding is not served",
     "suffix": "models are not asked to fill in text",
     "functions": "send tools",
@@ -107,8 +109,9 @@ class OpenAIBody(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """Return the names of the fields that nobody here knows."""
-        return sorted((self.model_extra or {}).keys() - UNSERVED.keys())
+        """Return the names of the fields that nobody here knows, and that ask for something."""
+        asked = {name for name, value in (self.model_extra or {}).items() if value is not None}
+        return sorted(asked - UNSERVED.keys())
 
     @property
     def num_ranked(self) -> int | None:

@@ -29,7 +29,7 @@ MOST_NAMES_LOGGED = 100
 HARMLESS = frozenset(
     (
         *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("parallel_tool_calls", "verbosity"),
+        *("parallel_tool_calls", "verbosity", "separate_reasoning", "stream_reasoning"),
     )
 )
 
