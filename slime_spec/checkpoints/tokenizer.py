@@ -61,8 +61,7 @@ class Tokenizer:
         self._hf = transformers_tokenizer
         self._source = source
         self._template_values = {**_date_values(chat_date), **(template_values or {})}
-        template = str(self._hf.chat_template)
-        if unread := [name for name in template_values or () if not re.search(rf"\b{re.escape(name)}\b", template)]:
+        if unread := [name for name in template_values or () if not self.template_reads(name)]:
             logger.warning("the chat template reads none of names=%s checkpoint=%s", ",".join(unread), source)
         self._hf.encode("")  # resets truncation and padding once: doing so later would race with other threads
         if self._hf.chat_template is not None:
@@ -128,6 +127,14 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._hf.chat_template is not None
+
+    @property
+    def chat_template(self) -> str:
+        """Return the text of the chat template, of all where there are several; nothing without one."""
+        return str(self._hf.chat_template or "")
+
+    def template_reads(self, name: str) -> bool:
+        return re.search(rf"\b{re.escape(name)}\b", self.chat_template) is not None
 
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
         """Return ids of plain text, with the tokenizer's additions (Llama's BOS; none for SmolLM2) if ``special``."""

@@ -206,6 +206,7 @@ RAW: dict[str, tuple[bytes, int]] = {
     "a header with a NUL": (head(LENGTH, b"X: a\0b", body=ASK), 400),
     "an odd method": (b"PROPFIND /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
     "a method of nobody": (b"BREW /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 400),
+    "HTTP/2, as a gRPC client begins": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0", 400),
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     "a path that is an asterisk": (b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     "a path of bytes": (b"GET /%ff%fe%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404),

@@ -14,6 +14,7 @@ from rollout.embedded.http.answers import Answer, AnswerWriter, Grown, response_
 from rollout.embedded.http.calls import Call, PromptCall
 from rollout.embedded.http.generations import Event, Finished
 from rollout.embedded.http.json_io import finite
+from rollout.embedded.http.openai.tool_calls import Reply, ToolCall, ToolFormat
 from rollout.embedded.logprobs import Ranked
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.sglang.metadata import speculative_keys
@@ -56,8 +57,8 @@ class Form(Protocol):
     chunk: str
     prefix: str
 
-    def choice(self, text: str) -> Answer: ...
-    def delta(self, text: str, is_first: bool) -> Answer: ...
+    def choice(self, text: str, calls: Sequence[ToolCall]) -> Answer: ...
+    def delta(self, text: str, is_first: bool, calls: Sequence[ToolCall]) -> Answer: ...
     def logprobs(self, tokens: Sequence[ScoredToken], offset: int) -> Answer: ...
     def width(self, tokens: Sequence[ScoredToken]) -> int: ...
 
@@ -71,10 +72,10 @@ class CompletionForm:
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
 
-    def choice(self, text: str) -> Answer:
+    def choice(self, text: str, calls: Sequence[ToolCall]) -> Answer:
         return {"text": text}
 
-    def delta(self, text: str, is_first: bool) -> Answer:
+    def delta(self, text: str, is_first: bool, calls: Sequence[ToolCall]) -> Answer:
         return {"text": text}
 
     def logprobs(self, tokens: Sequence[ScoredToken], offset: int) -> Answer:
@@ -114,11 +115,16 @@ class ChatForm:
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
 
-    def choice(self, text: str) -> Answer:
-        return {"message": {"role": "assistant", "content": text, "refusal": None, "tool_calls": None}}
+    def choice(self, text: str, calls: Sequence[ToolCall]) -> Answer:
+        shown = [call.shown() for call in calls]
+        content = {"role": "assistant", "content": text or (None if shown else text), "refusal": None}
+        return {"message": {**content, "tool_calls": shown or None}}
 
-    def delta(self, text: str, is_first: bool) -> Answer:
-        return {"delta": {"role": "assistant", "content": text} if is_first else {"content": text} if text else {}}
+    def delta(self, text: str, is_first: bool, calls: Sequence[ToolCall]) -> Answer:
+        delta: Answer = {"role": "assistant", "content": text} if is_first else {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [{"index": index, **call.shown()} for index, call in enumerate(calls)]
+        return {"delta": delta}
 
     def logprobs(self, tokens: Sequence[ScoredToken], offset: int) -> Answer:
         """Return the list of tokens; ``offset`` is no part of it."""
@@ -139,7 +145,7 @@ class ChatForm:
 class Asked:
     """Holds a call with what its answers need: when it came (seconds of the epoch), and what they shall show.
 
-    ``echoes`` are the texts with which each prompt's choices begin.
+    ``echoes`` are the texts with which each prompt's choices begin; by ``tool_format`` calls are read out of replies.
     """
 
     call: Call
@@ -147,6 +153,7 @@ class Asked:
     model: str
     created_s: int
     echoes: tuple[str, ...] | None = None
+    tool_format: ToolFormat | None = None
     token_ids: bool = False
     spec_details: bool = False
     usage_in_stream: bool = False
@@ -168,8 +175,9 @@ class OpenAIAnswers:
         for event in finished:
             prompt, sample = self._prompt(event.prompt), self._shown(event)
             start = self._echo(event.prompt)
-            choice = self._asked.form.choice(start + response_text(self._tokenizer, sample, prompt.sampling))
-            choices.append(self._choice(event.prompt, choice, sample))
+            reply = self._reply(response_text(self._tokenizer, sample, prompt.sampling), sample)
+            choice = self._asked.form.choice(start + reply.text, reply.calls)
+            choices.append(self._choice(event.prompt, choice, sample, reply))
         head = self._head(self._asked.form.whole, choices)
         return {**head, "usage": self._usage(finished), **self._details(finished)}
 
@@ -211,32 +219,44 @@ class OpenAIAnswers:
         is_first = place not in self._sent
         num_chars, num_tokens, offset = self._sent.get(place, (0, 0, 0))
         echo = self._echo(prompt_index)
-        added = (echo if is_first else "") + text[num_chars:]
+        reply = self._reply(text, sample)
+        added = (echo if is_first else "") + reply.text[num_chars:]
         has_news = added or sample is not None or (prompt.return_logprob and len(token_ids) > num_tokens)
         if not has_news:
             return []
-        fields: Answer = {**form.delta(added, is_first), "index": place, "logprobs": None, "finish_reason": None}
+        fields: Answer = {
+            **form.delta(added, is_first, reply.calls),
+            "index": place,
+            "logprobs": None,
+            "finish_reason": None,
+        }
         if prompt.return_logprob:
             tokens = self._scored(prompt, sample_index, token_ids, logprobs, num_tokens)
             if is_first and self._asked.echoes is not None:
                 tokens = [*self._scored_prompt(prompt), *tokens]
             fields["logprobs"] = form.logprobs(tokens, offset)
             offset += form.width(tokens)
-        self._sent[place] = len(text), len(token_ids), offset
+        self._sent[place] = len(reply.text), len(token_ids), offset
         if self._asked.token_ids:
             fields["token_ids"] = list(token_ids[num_tokens:])
         if sample is not None:
-            fields |= _ending(sample)
+            fields |= _ending(sample, reply)
         return [self._head(form.chunk, [fields])]
 
-    def _choice(self, prompt_index: int, choice: Answer, sample: GeneratedSample) -> Answer:
+    def _reply(self, text: str, sample: GeneratedSample | None) -> Reply:
+        """Return text and calls of a reply; of a reply that grows, the text that is certain to be text."""
+        if (tool_format := self._asked.tool_format) is None:
+            return Reply(text)
+        return Reply(tool_format.visible(text)) if sample is None else tool_format.read(text)
+
+    def _choice(self, prompt_index: int, choice: Answer, sample: GeneratedSample, reply: Reply) -> Answer:
         prompt, logprobs = self._prompt(prompt_index), None
         if prompt.return_logprob:
             of_prompt = [] if self._asked.echoes is None else self._scored_prompt(prompt)
             of_sample = self._scored(prompt, sample.sample_index, sample.token_ids, sample.logprobs, 0)
             logprobs = self._asked.form.logprobs([*of_prompt, *of_sample], 0)
         index = self._place(prompt_index, sample.sample_index)
-        made = {"index": index, **choice, "logprobs": logprobs, **_ending(sample)}
+        made = {"index": index, **choice, "logprobs": logprobs, **_ending(sample, reply)}
         if self._asked.token_ids:
             made["prompt_token_ids"] = list(prompt.request.prompt_token_ids)
             made["token_ids"] = list(sample.token_ids)
@@ -312,5 +332,9 @@ class OpenAIAnswers:
         return prompt * self._asked.call.prompts[0].sampling.num_samples + sample_index
 
 
-def _ending(sample: GeneratedSample) -> dict[str, Any]:
-    return {"finish_reason": sample.finish_reason, "matched_stop": sample.matched_stop}
+def _ending(sample: GeneratedSample, reply: Reply) -> dict[str, Any]:
+    ends_with_calls = reply.calls and sample.finish_reason == "stop"
+    return {
+        "finish_reason": "tool_calls" if ends_with_calls else sample.finish_reason,
+        "matched_stop": sample.matched_stop,
+    }

@@ -17,7 +17,7 @@ from rollout.embedded.http.sampling import UNSERVED_FIELDS, UNSERVED_PARAMETERS,
 from rollout.embedded.logprobs import MOST_RANKED
 from slime_spec.errors import ConfigError
 
-TOOLS_NOT_PARSED = "a model cannot be held to calling a tool here, and no tool calls are parsed out of its text"
+MAY_NOT_CALL = "a model cannot be held to calling a tool here, for constrained decoding is not served"
 UNSERVED: Mapping[str, str] = {
     **UNSERVED_FIELDS,
     **UNSERVED_PARAMETERS,
@@ -175,7 +175,7 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens, which it goes before")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_RANKED)
-    tools: list[dict[str, Any]] | None = Field(None, description="shown to the chat template; calls are not parsed")
+    tools: list[dict[str, Any]] | None = Field(None, description="shown to the chat template")
     tool_choice: str | dict[str, Any] | None = Field(None, description="auto, or none: the template sees no tools")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further values of the chat template")
     reasoning_effort: str | float | None = Field(None, description="a value of the chat template")
@@ -183,7 +183,7 @@ class ChatBody(OpenAIBody):
 
     def check(self) -> None:
         if self.tool_choice not in (None, "none", "auto"):
-            rule = f"must be none or auto: {TOOLS_NOT_PARSED}"
+            rule = f"must be none or auto: {MAY_NOT_CALL}"
             raise ConfigError("tool_choice", rule, self.tool_choice, "Leave it out.")
         if self.top_logprobs and not self.logprobs:
             raise ConfigError("top_logprobs", "needs logprobs", self.top_logprobs, "Send logprobs: true.")

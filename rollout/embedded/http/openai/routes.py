@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from time import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from rollout.embedded.http.json_io import error_body, json_response
 from rollout.embedded.http.openai.answers import Asked, ChatForm, CompletionForm, OpenAIAnswers, Texts
 from rollout.embedded.http.openai.bodies import ChatBody, CompletionBody, OpenAIBody, in_clients_words
 from rollout.embedded.http.openai.messages import template_messages, text_of
+from rollout.embedded.http.openai.tool_calls import tool_format
 from rollout.embedded.http.running import CallRunner
 from rollout.embedded.http.serving import Serving
 from slime_spec.algorithms import find_algorithm
@@ -45,6 +47,7 @@ class OpenAIRoutes:
         texts = Texts(serving.tokenizer)
         self._completion_form, self._chat_form = CompletionForm(texts), ChatForm(texts)
         self._ignored: set[str] = set()
+        self._tool_format = tool_format(serving.tokenizer.chat_template)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -111,6 +114,9 @@ class OpenAIRoutes:
         if not self._tokenizer.has_chat_template:
             rule = "need a checkpoint with a chat template, and the served one has none"
             raise ConfigError("messages", rule, self._name, "Send a prompt to /v1/completions.")
+        if body.shown_tools and not self._tokenizer.template_reads("tools"):
+            rule = "need a chat template that shows tools, and that of the served checkpoint shows none"
+            raise ConfigError("tools", rule, self._name, "Leave them out, or write them into a message.")
         values = body.template_values
         try:
             prompt = self._tokenizer.chat(messages, tools=body.shown_tools, template_values=values)
@@ -120,7 +126,8 @@ class OpenAIRoutes:
         takes_advice = find_algorithm(self._limits.algorithm).takes_advice
         if body.prediction is not None and takes_advice:  # a hint: where nothing drafts from it, nothing is lost
             made["extra_config"] = {ADVICE: text_of(body.prediction.content, "prediction.content")}
-        return self._asked(body, self._call(body, made), self._chat_form)
+        asked = self._asked(body, self._call(body, made), self._chat_form)
+        return replace(asked, tool_format=self._tool_format) if body.shown_tools else asked
 
     def _call(self, body: OpenAIBody, generate_body: dict[str, Any]) -> Call:
         for name in body.ignored:
