@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -121,6 +122,55 @@ def test_a_client_written_for_sglang_runs_a_rollout_loop(client: SGLangClient, p
     client.sleep()
     client.wake()
     assert client.generate_one([97, 98, 99, 97, 98, 99], params)[0] == tokens
+
+
+def num_requests_of(load: Any) -> int:
+    """As slime reads a load: the first count that any level has."""
+    if isinstance(load, list):
+        return sum(map(num_requests_of, load))
+    if "loads" in load:
+        return num_requests_of(load["loads"])
+    return next(load[name] for name in ("num_reqs", "num_total_reqs", "total_reqs") if name in load)
+
+
+def test_slimes_client_fills_a_sample_over_two_turns_and_replays_top_p(client: SGLangClient, policy: Path) -> None:
+    """The bodies of slime 624b824a8 at top_p 0.9; what it checks of an answer raises there, and ends its run."""
+    custom = {"return_top_p_token_ids": True}
+    params = {"temperature": 1.0, "top_p": 0.9, "top_k": -1, "max_new_tokens": 20, "stop": None, "stop_token_ids": None}
+    params |= {"skip_special_tokens": False, "no_stop_trim": True, "spaces_between_special_tokens": False}
+    prompt, response, kept, offsets = list(b"abcabc"), [], [], [0]
+    for _ in range(2):
+        body = {"sampling_params": {**params, "custom_params": custom}, "return_logprob": True}
+        answer = client.post("generate", {**body, "input_ids": prompt + response})
+        info = answer["meta_info"]
+        assert info["finish_reason"]["type"] in ("stop", "length")
+        response += [token_id for _, token_id, _ in info["output_token_logprobs"]]
+        arrays = (base64.b64decode(info[name]) for name in ("top_p_token_ids", "top_p_token_offsets"))
+        token_ids, ends = (list(memoryview(each).cast("i")) for each in arrays)
+        assert (ends[0], ends[-1]) == (0, len(token_ids))
+        offsets += [offsets[-1] + end for end in ends[1:]]
+        kept += token_ids
+    assert len(offsets) == len(response) + 1
+    assert offsets[-1] == len(kept)
+    for place, token in enumerate(response):
+        assert token in kept[offsets[place] : offsets[place + 1]]
+    client.post("update_weights_from_disk", {"model_path": str(policy), "weight_version": "3"})
+    assert requests.get(f"{client.base}/get_weight_version", timeout=60).json() == {"weight_version": "3"}
+    client.sleep()
+    client.post("resume_memory_occupation", {"tags": None})
+    assert client.generate_one(prompt, {"max_new_tokens": 1})[2] == "3"
+
+
+def test_slimes_abort_finds_the_server_idle(client: SGLangClient) -> None:
+    client.abort_all()
+    loads = requests.get(f"{client.base}/v1/loads?include=core", timeout=60).json()
+    older = requests.get(f"{client.base}/get_load", timeout=60).json()
+    assert num_requests_of(loads) == num_requests_of(older) == 0
+    assert "speculative" not in loads["loads"][0]
+    assert loads["aggregate"]["total_reqs"] == 0
+    for query in ("include=everything", "dp_rank=1"):
+        refused = requests.get(f"{client.base}/v1/loads?{query}", timeout=60)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, query.partition("=")[0])
 
 
 def test_a_partial_rollout_gets_its_aborted_samples_back(client: SGLangClient) -> None:

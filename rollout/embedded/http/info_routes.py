@@ -44,6 +44,8 @@ class InfoRoutes:
             "/get_server_info": self._server_info,
             "/model_info": self._model_info,
             "/get_model_info": self._model_info,
+            "/weight_version": self._weight_version,
+            "/get_weight_version": self._weight_version,
         }
         return [web.get(path, handler) for path, handler in paths.items()]
 
@@ -91,6 +93,10 @@ class InfoRoutes:
                 "architectures": [self._spec.architecture],
             }
         )
+
+    async def _weight_version(self, request: web.Request) -> web.Response:
+        """Name the version of the weights in use."""
+        return json_response({"weight_version": self._names.current()})
 
     async def _server_info(self, request: web.Request) -> web.Response:
         """Answer the server's settings, and its counters since it started."""
