@@ -11,6 +11,7 @@ from slime_spec.algorithms import STANDALONE
 from slime_spec.checkpoints.config_keys import check_keys, shown
 from slime_spec.checkpoints.families import FORMAT_OF, family_of, format_of_family
 from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFamily, DraftFormat, DraftReading
+from slime_spec.checkpoints.families.dspark import VANILLA
 from slime_spec.checkpoints.families.family import MtpLayer
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.families.nextn import OWN_LAYER
@@ -54,6 +55,7 @@ class DraftSpec:
     block_size: int = 0  # tokens that one pass of a block drafter runs over, the root and masks; 0: it drafts by steps
     drafts_from_root: bool = False  # the root's own row of a block drafts, too
     markov_rank: int = 0  # of the bias that the token before makes to a block's logits; 0: none
+    markov_kind: str = VANILLA  # of MARKOV_KINDS: what else the bias depends on
     mask_token_id: int = 0  # whose embedding a block drafter reads where it drafts
     num_target_layers: int = 0  # where the config.json, or the name of an MTP layer, must say it
     in_target: bool = False  # the draft's tensors are part of the target's checkpoint

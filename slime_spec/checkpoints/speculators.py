@@ -18,7 +18,7 @@ from slime_spec.checkpoints.families.dflash import ARCHITECTURE as DFLASH
 from slime_spec.checkpoints.families.dflash import BLOCK as BLOCK_SIZE
 from slime_spec.checkpoints.families.dflash import FROM_ROOT, LAYERS, MASK, NESTED
 from slime_spec.checkpoints.families.dspark import ARCHITECTURE as DSPARK
-from slime_spec.checkpoints.families.dspark import KIND, RANK
+from slime_spec.checkpoints.families.dspark import KIND, RANK, RNN, VANILLA
 from slime_spec.checkpoints.families.eagle3 import ARCHITECTURE, CAPTURED
 from slime_spec.errors import CheckpointError
 
@@ -97,7 +97,12 @@ def _block_drafter(config: Mapping[str, Any], inner: Mapping[str, Any], source: 
         NESTED: {MASK: config.get(MASK), LAYERS: [layer - 1 for layer in layers]},
     }
     if kind == "dspark":
-        own |= {FROM_ROOT: from_root, RANK: config.get(RANK, DEFAULT_RANK), KIND: config.get(KIND, "vanilla")}
+        kind = config.get(KIND, VANILLA)
+        if kind == RNN and not from_root:
+            # Training there begins the recurrence a row before the first draft, SGLang and DeepSpec at the first.
+            rule = f"must not be {RNN} beside {FROM_ROOT} false: no engine begins the recurrence where they train it"
+            raise CheckpointError(f"{source}: {KIND}", rule, kind, "Choose another draft.")
+        own |= {FROM_ROOT: from_root, RANK: config.get(RANK, DEFAULT_RANK), KIND: kind}
     return own
 
 
@@ -131,7 +136,7 @@ def _as_block_drafter(spec: DraftSpec) -> dict[str, Any]:
         FROM_ROOT: spec.family == "dspark" and spec.drafts_from_root,
     }
     if spec.family == "dspark":
-        own |= {RANK: spec.markov_rank, KIND: "vanilla", "enable_confidence_head": False}
+        own |= {RANK: spec.markov_rank, KIND: spec.markov_kind, "enable_confidence_head": False}
     return own
 
 

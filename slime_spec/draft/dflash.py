@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.checkpoints.families.dspark import GATED, RNN
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.draft.block import DraftAttention, RmsNorm, SwiGlu
+from slime_spec.draft.markov import behind_token
 from slime_spec.draft.network import DraftNetwork
 
 
@@ -48,19 +50,32 @@ class DFlashLayer(nn.Module):
 
 
 class MarkovHead(nn.Module):
-    """Makes the bias w2(w1(token before)) of DSpark's logits."""
+    """Holds the matrices of the bias that the tokens before make to DSpark's logits."""
 
-    def __init__(self, vocab_size: int, rank: int) -> None:
+    def __init__(self, spec: DraftSpec) -> None:
         super().__init__()
-        self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        rank, size, self.kind = spec.markov_rank, spec.block.hidden_size, spec.markov_kind
+        self.markov_w1 = nn.Embedding(spec.block.vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, spec.block.vocab_size, bias=False)
+        if self.kind == GATED:
+            self.gate_proj = nn.Linear(size + rank, rank)
+        elif self.kind == RNN:
+            self.joint_proj = nn.Linear(size + 2 * rank, 3 * rank)
+
+    def behind(
+        self, states: torch.Tensor, previous_ids: torch.Tensor, memory: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what w2 reads behind tokens [...], and the memory of the next position; see behind_token."""
+        mix = {GATED: "gate_proj", RNN: "joint_proj"}.get(self.kind)
+        before = self.markov_w1(previous_ids).to(states.dtype)
+        return behind_token(self.kind, None if mix is None else getattr(self, mix), before, states, memory)
 
 
 class DFlashNetwork(DraftNetwork):
     """Applies its layers to [embedding of the root, of masks], over what ``fc`` makes of the target's features.
 
     Features are [..., captured layers · target hidden]. The target's head reads the states of the masks. Of a DSpark
-    draft what the head reads is [state, w1 of the token before]: [..., hidden + rank].
+    draft what the head reads is [state, what w2 reads]: [..., hidden + rank].
     """
 
     def __init__(self, spec: DraftSpec) -> None:
@@ -72,7 +87,7 @@ class DFlashNetwork(DraftNetwork):
         self.layers = nn.ModuleList(DFlashLayer(block) for _ in range(block.num_layers))
         self.norm = RmsNorm(block.hidden_size, block.rms_norm_eps)
         if spec.markov_rank:
-            self.markov_head = MarkovHead(block.vocab_size, spec.markov_rank)
+            self.markov_head = MarkovHead(spec)
         if spec.has_own_embedding:
             self.embed_tokens = nn.Embedding(block.vocab_size, block.hidden_size)
 
@@ -84,11 +99,14 @@ class DFlashNetwork(DraftNetwork):
     def head_weight(self) -> torch.Tensor | None:
         return self.markov_head.markov_w2.weight if self.spec.markov_rank else None
 
-    def behind(self, states: torch.Tensor, previous_ids: torch.Tensor) -> torch.Tensor:
-        """Return what the head reads of states [..., hidden] behind tokens [...]."""
+    def behind(
+        self, states: torch.Tensor, previous_ids: torch.Tensor, memory: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what the head reads of states [..., hidden] behind tokens [...], and the next position's memory."""
         if not self.spec.markov_rank:
-            return states
-        return torch.cat([states, self.markov_head.markov_w1(previous_ids).to(states.dtype)], dim=-1)
+            return states, None
+        read, memory = self.markov_head.behind(states, previous_ids, memory)
+        return torch.cat([states, read.to(states.dtype)], dim=-1), memory
 
     def context(self, features: torch.Tensor) -> torch.Tensor:
         """Return what every layer's keys and values of committed tokens are made of, [..., hidden]."""
@@ -101,7 +119,7 @@ class BlockUnroll:
 
     Row t stands for the round whose root is token t + 1: its block is that token and masks, at positions t + 1 and
     further, and sees the features of tokens to t and all of itself. Of the tokens before it in the block a step depends
-    on the last, and in DFlash on none.
+    on the last, with a recurrent head on all, and in DFlash on none.
     """
 
     def __init__(
@@ -113,6 +131,7 @@ class BlockUnroll:
     ) -> None:
         self._network, self._embed = network, embed
         self._rows = starts[:, None] + torch.arange(num_rows, device=starts.device)
+        self._memory: torch.Tensor | None = None
 
     def first(self, features: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Run the blocks; returns what the head reads of the first token behind each root [batch, rows, hidden].
@@ -132,10 +151,14 @@ class BlockUnroll:
         for layer in network.layers:
             x = layer(x, positions, context)
         self._read = network.norm(x)
-        self._position = size - network.spec.num_block_drafts
-        return network.behind(self._read[:, :, self._position], roots)
+        self._position, self._memory = size - network.spec.num_block_drafts, None
+        return self._behind(roots)
 
     def next(self, ids: torch.Tensor) -> torch.Tensor:
         """Return what the head reads of the next position, behind the token ids [batch, rows]."""
         self._position += 1
-        return self._network.behind(self._read[:, :, self._position], ids)
+        return self._behind(ids)
+
+    def _behind(self, ids: torch.Tensor) -> torch.Tensor:
+        head_input, self._memory = self._network.behind(self._read[:, :, self._position], ids, self._memory)
+        return head_input

@@ -195,7 +195,7 @@ def test_dspark_counts_its_drafts_and_writes_what_both_engines_read() -> None:
         assert written["markov_rank"] == written["dflash_config"]["markov_rank"] == 8
     with pytest.raises(CheckpointError, match="markov_rank: must be given"):
         DraftSpec.from_dict({**DSPARK, "dflash_config": DFLASH["dflash_config"]}, TARGET)
-    for changes in ({"markov_head_type": "gated"}, {"projector_type": "domino"}):
+    for changes in ({"markov_head_type": "lstm"}, {"projector_type": "domino"}):
         with pytest.raises(NotComputedError, match=next(iter(changes))):
             DraftSpec.from_dict({**DSPARK, "dflash_config": {**DSPARK["dflash_config"], **changes}}, TARGET)
 

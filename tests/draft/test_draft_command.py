@@ -193,7 +193,8 @@ def test_a_training_begun_before_steps_had_a_default_of_their_own_is_resumed(pol
     assert run_draft(command(policy, tmp_path / "out", "--minutes", "0")) == 0
     known = json.loads(path.read_text())
     assert known["num_steps"] == 5
-    newer = ("draft_checksum", "norm_output_convention", "num_layers", "block_size", "mask_token_id", "markov_rank")
+    newer = ("draft_checksum", "norm_output_convention", "num_layers", "block_size", "mask_token_id")
+    newer += ("markov_rank", "markov_kind")
     path.write_text(json.dumps({name: value for name, value in known.items() if name not in newer}))
     assert run_draft(command(policy, tmp_path / "out", "--minutes", "0", "--resume")) == 0
 

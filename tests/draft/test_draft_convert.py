@@ -17,7 +17,17 @@ from slime_spec.errors import CheckpointError, ConfigError
 from slime_spec.launch.draft.command import run_draft
 from slime_spec.launch.draft.convert import read_any
 from tests.support.published_drafts import REFUSED_DRAFTS
-from tests.support.tiny_drafts import DFLASH, DSPARK, EAGLE, EAGLE3, edit_config, edit_tensors, make_tiny_draft
+from tests.support.tiny_drafts import (
+    DFLASH,
+    DSPARK,
+    EAGLE,
+    EAGLE3,
+    GATED,
+    RECURRENT,
+    edit_config,
+    edit_tensors,
+    make_tiny_draft,
+)
 from tests.support.tiny_models import make_tiny_checkpoint
 
 NESTED = EAGLE3["eagle_config"]
@@ -88,6 +98,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "dflash": DFLASH,
     "dspark": DSPARK,
     "dspark of masks alone": {**DSPARK, "block_size": 4, "sample_from_anchor": False},
+    "dspark with a gated head": {**GATED, "block_size": 4, "sample_from_anchor": False},
+    "dspark with a recurrent head": RECURRENT,
 }
 
 
@@ -108,7 +120,7 @@ def test_speculators_count_a_block_with_its_root_and_have_copies_of_the_targets_
 ) -> None:
     tables = load_file(target / "model.safetensors")
     sizes = {"dflash": (6, False, 5), "dspark": (5, True, 5), "dspark of masks alone": (5, False, 4)}
-    for kind, config in BLOCKS.items():
+    for kind, config in ((kind, BLOCKS[kind]) for kind in sizes):
         draft = make_tiny_draft(tmp_path / kind / "draft", target, config)
         theirs = converted(draft, target, tmp_path / kind / "theirs", "speculators")
         written = json.loads((theirs / "config.json").read_text())
@@ -145,6 +157,13 @@ def test_a_block_that_is_not_computed_is_refused_by_its_key(
     draft = make_tiny_draft(tmp_path / "draft", target, DFLASH)
     theirs = edit_config(converted(draft, target, tmp_path / "theirs", "speculators"), **changes)
     with pytest.raises(CheckpointError, match=said):
+        converted(theirs, target, tmp_path / "ours", "sglang")
+
+
+def test_a_recurrence_that_no_engine_begins_where_it_was_trained_is_refused(target: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, RECURRENT)
+    theirs = edit_config(converted(draft, target, tmp_path / "theirs", "speculators"), sample_from_anchor=False)
+    with pytest.raises(CheckpointError, match="markov_head_type: must not be rnn beside sample_from_anchor false"):
         converted(theirs, target, tmp_path / "ours", "sglang")
 
 

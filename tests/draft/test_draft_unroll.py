@@ -35,6 +35,7 @@ DEEPSEEK_BLOCK = replace(
 )
 BEHIND_THE_LAST = DraftSpec("mtp", GLM_BLOCK, 48, 131, recurrent_norm=True, num_target_layers=4, in_target=True)
 DFLASH = DraftSpec("dflash", replace(LLAMA, num_layers=2, qk_norm=True), 48, 131, (0, 2), block_size=6, mask_token_id=7)
+DSPARK = replace(DFLASH, family="dspark", block_size=5, drafts_from_root=True, markov_rank=8)
 SPECS = {
     "eagle": EAGLE,
     "eagle with a qwen2 block and no bias": replace(
@@ -46,8 +47,11 @@ SPECS = {
     "eagle3, recurrence after the norm": replace(EAGLE3, recurrent_norm=True),
     "eagle3, logits before the norm": replace(EAGLE3, logits_norm=False),
     "dflash": DFLASH,
-    "dspark": replace(DFLASH, family="dspark", block_size=5, drafts_from_root=True, markov_rank=8),
-    "dspark of masks alone": replace(DFLASH, family="dspark", block_size=5, markov_rank=8),
+    "dspark": DSPARK,
+    "dspark of masks alone": replace(DSPARK, drafts_from_root=False),
+    "dspark with a gated head": replace(DSPARK, markov_kind="gated"),
+    "dspark with a recurrent head": replace(DSPARK, markov_kind="rnn"),
+    "dspark of masks alone with a recurrent head": replace(DSPARK, drafts_from_root=False, markov_kind="rnn"),
     "mtp": MTP,
     "mtp of glm": BEHIND_THE_LAST,
     "mtp of deepseek": replace(BEHIND_THE_LAST, block=DEEPSEEK_BLOCK),

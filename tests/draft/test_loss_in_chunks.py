@@ -35,18 +35,19 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 @pytest.fixture(
     scope="module",
-    params=[("eagle3", 50), ("mtp", VOCAB), ("dspark", VOCAB), ("dspark", 50)],
-    ids=["own head", "the target's head", "a bias beside it", "a bias of some tokens"],
+    params=[("eagle3", 50), ("mtp", VOCAB), ("dspark", VOCAB), ("dspark", 50), ("dspark with a recurrent head", VOCAB)],
+    ids=["own head", "the target's head", "a bias beside it", "a bias of some tokens", "a recurrent bias"],
 )
 def model(request: pytest.FixtureRequest, target: ModelSpec) -> DraftModel:
     family, size = request.param
     block = replace(target, num_layers=1)
     if family == "mtp":
         spec = DraftSpec("mtp", block, HIDDEN, VOCAB, hidden_first=True, recurrent_norm=True, zero_first_embedding=True)
-    elif family == "dspark":
+    elif family.startswith("dspark"):
         qwen3 = replace(block, architecture="Qwen3ForCausalLM", qk_norm=True)
         spec = DraftSpec("dspark", qwen3, HIDDEN, VOCAB, capture_layers=(0, 1), block_size=STEPS)
-        spec = replace(spec, mask_token_id=7, drafts_from_root=True, markov_rank=RANK)
+        kind = "rnn" if "recurrent" in family else "vanilla"
+        spec = replace(spec, mask_token_id=7, drafts_from_root=True, markov_rank=RANK, markov_kind=kind)
     else:
         spec = DraftSpec("eagle3", block, HIDDEN, size, capture_layers=(0, 1, 2), has_own_head=True)
     generator = torch.Generator().manual_seed(1)

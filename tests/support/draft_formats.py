@@ -16,7 +16,17 @@ from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.tensors import load_tensors
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
 from tests.support.reference_drafts import ReferenceDraft
-from tests.support.tiny_drafts import DFLASH, DSPARK, EAGLE, EAGLE3, NEXTN, make_tiny_draft, make_tiny_mimo
+from tests.support.tiny_drafts import (
+    DFLASH,
+    DSPARK,
+    EAGLE,
+    EAGLE3,
+    GATED,
+    NEXTN,
+    RECURRENT,
+    make_tiny_draft,
+    make_tiny_mimo,
+)
 from tests.support.tiny_models import load_reference, make_tiny_checkpoint
 
 NUM_LAYERS = 4
@@ -48,6 +58,8 @@ BLOCK_FORMATS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "dflash": ("DFLASH", DFLASH),
     "dspark": ("DSPARK", DSPARK),
     "dspark of masks alone": ("DSPARK", {**DSPARK, "block_size": 4, "sample_from_anchor": False}),
+    "dspark with a gated head": ("DSPARK", GATED),
+    "dspark of masks alone with a recurrent head": ("DSPARK", {**RECURRENT, "sample_from_anchor": False}),
 }
 
 

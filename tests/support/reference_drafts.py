@@ -185,6 +185,24 @@ def dflash(spec: DraftSpec, tensors: Tensors, block: torch.Tensor, features: tor
     return norm(y, tensors["norm.weight"], eps)
 
 
+def markov_bias(kind: str, tensors: Tensors, before: Sequence[int], states: torch.Tensor) -> torch.Tensor:
+    """The bias behind tokens ``before``, the root first, by the block's ``states``: DeepSpec's three heads."""
+    w1, w2 = (tensors[f"markov_head.markov_{name}.weight"] for name in ("w1", "w2"))
+    rank, memory = w1.shape[1], torch.zeros(w1.shape[1], dtype=torch.float64)
+    latent = w1[before[-1]]
+    for token_id, state in zip(before, states, strict=False):
+        if kind == "gated":  # of the last position alone; those before change nothing
+            gate = tensors["markov_head.gate_proj.weight"] @ torch.cat([state, w1[token_id]])
+            latent = w1[token_id] / (1 + (-gate - tensors["markov_head.gate_proj.bias"]).exp())
+        elif kind == "rnn":
+            read = torch.cat([memory, w1[token_id], state])
+            mixed = tensors["markov_head.joint_proj.weight"] @ read + tensors["markov_head.joint_proj.bias"]
+            kept = 1 / (1 + (-mixed[:rank]).exp())
+            memory = kept * memory + (1 - kept) * mixed[rank : 2 * rank].tanh()
+            latent = mixed[2 * rank :].tanh()
+    return w2 @ latent
+
+
 FORWARD: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"eagle3": eagle3, "eagle": eagle, "mtp": mtp}
 
 
@@ -231,14 +249,14 @@ class ReferenceDraft:
         return self._spread(read[-1])
 
     def _in_block(self, root: int, features: torch.Tensor, path: Sequence[int]) -> torch.Tensor:
-        """A block's tokens do not depend on each other, or (DSpark) on the one before."""
+        """A block's tokens do not depend on each other, or (DSpark) on the one before or all before."""
         masks = [self.spec.mask_token_id] * (self.spec.block_size - 1)
         read = dflash(self.spec, self.tensors, self.embedding[torch.tensor([root, *masks])], features)
         row = len(path) + (0 if self.spec.drafts_from_root else 1)
         if not self.spec.markov_rank:
             return self._spread(read[row])
-        before = self.tensors["markov_head.markov_w1.weight"][path[-1] if path else root]
-        return self._spread(read[row], self.tensors["markov_head.markov_w2.weight"] @ before)
+        drafts = read if self.spec.drafts_from_root else read[1:]
+        return self._spread(read[row], markov_bias(self.spec.markov_kind, self.tensors, [root, *path], drafts))
 
     def _spread(self, read: torch.Tensor, bias: torch.Tensor | float = 0.0) -> torch.Tensor:
         distribution = torch.full((self.embedding.shape[0],), float("-inf"), dtype=torch.float64)

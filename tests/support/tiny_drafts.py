@@ -51,6 +51,9 @@ DSPARK = {
         "markov_head_type": "vanilla",
     },
 }
+GATED, RECURRENT = (
+    {**DSPARK, "dflash_config": {**DSPARK["dflash_config"], "markov_head_type": kind}} for kind in ("gated", "rnn")
+)
 NEXTN = {**BLOCK, "architectures": ["LlamaForCausalLMNextN"], "num_nextn_predict_layers": 1}
 
 

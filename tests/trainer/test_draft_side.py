@@ -58,7 +58,12 @@ DSPARK = {
     **DFLASH,
     "architectures": ["DSparkDraftModel"],
     "block_size": 3,
-    "dflash_config": {**DFLASH["dflash_config"], "projector_type": "dspark", "markov_rank": 8},
+    "dflash_config": {
+        **DFLASH["dflash_config"],
+        "projector_type": "dspark",
+        "markov_rank": 8,
+        "markov_head_type": "rnn",
+    },
 }
 DRAFTS = {
     "eagle3": ("EAGLE3", EAGLE3),

@@ -9,7 +9,8 @@ drafts:
     catch_up                      caches what waits without drafting
 
 The tokens of a block are drawn one by one from their own logits. In DFlash a token's distribution depends on no token
-before it in the block, in DSpark on the last. That is a chain as any other to verification, whatever its rule.
+before it in the block, in DSpark on the last or on all of them. That is a chain as any other to verification, whatever
+its rule.
 """
 
 from __future__ import annotations
@@ -97,13 +98,19 @@ class BlockDrafter:
         states = states[:, :num_steps]
         assert self._target is not None, "a drafter is bound before it drafts"
         logits = self._target.head.wide(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        later = iter(range(1, num_steps))
+        positions = iter(range(num_steps))
+        memory: torch.Tensor | None = None
+
+        def heads_behind(token_ids: torch.Tensor) -> Heads:
+            nonlocal memory
+            here = next(positions)
+            biased, memory = network.biased(logits[:, here], token_ids, states[:, here], memory)
+            return Heads(biased, states[:, here])
 
         def step(token_ids: torch.Tensor, hidden: torch.Tensor, spans: Sequence[RowSpan]) -> Heads:
-            index = next(later)
-            return Heads(network.biased(logits[:, index], token_ids), states[:, index])
+            return heads_behind(token_ids)
 
-        first = Heads(network.biased(logits[:, 0], blocks[:, 0]), states[:, 0])
+        first = heads_behind(blocks[:, 0])
         slots = [RowSpan(row.row, row.own_len, 1) for row in rows]
         return grow_chains(first, step, slots, contexts, num_steps, self._vocab, self._setup.drawing)
 

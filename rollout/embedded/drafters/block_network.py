@@ -5,7 +5,7 @@
     block     [embedding of the root, of masks …]          its tokens see the context and all of the block; the keys
               and values of the block are of one round alone and are never cached
     logits    the target's head over norm(y) of the masks: the i-th is that of the i-th token behind the root
-              (DSpark, arXiv 2607.05147: from the root's row on, plus a bias w2(w1(token before)) of low rank)
+              (DSpark, arXiv 2607.05147: from the root's row on, plus a bias of low rank by the tokens before)
 
 It runs in torch's operators on every device: the native kernels have no attention in both directions.
 """
@@ -25,6 +25,7 @@ from rollout.embedded.linear import PackedLinear
 from rollout.embedded.plan import AttentionPlan
 from rollout.embedded.rope import RopeTable, rotate
 from slime_spec.checkpoints.draft_spec import DraftSpec
+from slime_spec.draft.markov import behind_token
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class BlockNetwork(Weights):
     embedding: torch.Tensor | None = None
     previous: torch.Tensor | None = None  # w1 [vocab, rank]
     bias: PackedLinear | None = None  # w2 [vocab, rank]
+    mix: PackedLinear | None = None  # of the token before, the state and the memory, in gated and recurrent heads
 
     def cache_context(self, features: torch.Tensor, plan: AttentionPlan) -> None:
         """Put the keys and values of committed tokens' features [tokens, feature size] where ``plan`` says."""
@@ -81,12 +83,19 @@ class BlockNetwork(Weights):
             x = x + gated_mlp(self._norm(x, layer.post_norm), layer)
         return self._norm(x.view(num_rows, block, hidden)[:, block - self.spec.num_block_drafts :], self.norm)
 
-    def biased(self, logits: torch.Tensor, previous_ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits [rows, vocab] of tokens behind ``previous_ids`` [rows]; a DSpark draft's depend on them."""
+    def biased(
+        self, logits: torch.Tensor, previous_ids: torch.Tensor, states: torch.Tensor, memory: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits [rows, vocab] of tokens behind ``previous_ids`` [rows], and the next position's memory.
+
+        A DSpark draft's logits depend on those tokens, and in some heads on ``states`` [rows, hidden] and ``memory``.
+        """
         if self.bias is None:
-            return logits
+            return logits, None
         assert self.previous is not None, "the bias has two factors"
-        return logits + self.bias.wide(F.embedding(previous_ids, self.previous))
+        before = F.embedding(previous_ids, self.previous)
+        read, memory = behind_token(self.spec.markov_kind, self.mix, before, states, memory)
+        return logits + self.bias.wide(read), memory
 
     def _heads(self, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries, keys (both normed) and values [tokens, heads, head_dim] of x [tokens, hidden]."""

@@ -18,7 +18,7 @@ from rollout.embedded.rope import RopeTable
 from rollout.embedded.slots import Slot, block_slots, make_layer, module_at
 from slime_spec.checkpoints.draft_spec import DraftSpec
 from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft
-from slime_spec.checkpoints.families.dspark import BIAS, PREVIOUS
+from slime_spec.checkpoints.families.dspark import BIAS, MIXES, PREVIOUS
 
 logger = logging.getLogger(__name__)
 Network = DraftNetwork | BlockNetwork
@@ -37,6 +37,7 @@ def draft_slots(spec: DraftSpec) -> list[Slot]:
         top |= {f"{FC_NORMS}{index}": f"fc_norm.{index}.weight" for index in range(len(spec.capture_layers))}
     elif spec.block_size:
         top |= {"hidden_norm": "hidden_norm.weight", "previous": PREVIOUS, "bias": BIAS}
+        top |= {"mix": f"{MIXES.get(spec.markov_kind)}.weight"}
     elif spec.family == "mtp":
         family = spec.mtp_layer
         blocks = [family.prefix + family.block]
@@ -46,8 +47,9 @@ def draft_slots(spec: DraftSpec) -> list[Slot]:
     slots = []
     for attribute, name in top.items():
         if name in shapes:
-            bias = ("fc.bias",) if attribute == "fc" and "fc.bias" in shapes else ()
-            slots.append(Slot(-1, attribute, (name,), bias, linear=attribute in ("fc", "head", "bias")))
+            bias = name.removesuffix("weight") + "bias"
+            is_linear = attribute in ("fc", "head", "bias", "mix")
+            slots.append(Slot(-1, attribute, (name,), (bias,) if bias in shapes else (), linear=is_linear))
     for layer, block in enumerate(blocks):
         slots += _block_slots(layer, block, spec, shapes)
     return slots

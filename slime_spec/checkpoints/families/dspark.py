@@ -1,8 +1,9 @@
 """DSpark (arXiv 2607.05147) is DFlash whose drafts know the token before: a low-rank bias of the logits by that token.
 
-The layout is SpecForge's and SGLang's ``DSparkDraftModel`` with the vanilla Markov head. A block of n masks and root
-drafts n tokens, the first from the root's own row, or from the masks alone (``sample_from_anchor`` false). The head
-that predicts acceptance is left aside: it changes no token.
+The layout is SpecForge's and SGLang's ``DSparkDraftModel``; DeepSpec, where its authors train, calls it
+``Qwen3DSparkModel``. The bias is of the token before alone, gated by the block's state, or recurrent
+(slime_spec.draft.markov). A block of n masks and root drafts n tokens, the first from the root's own row, or from the
+masks alone (``sample_from_anchor`` false). The head that predicts acceptance is left aside: it changes no token.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ from slime_spec.errors import CheckpointError
 if TYPE_CHECKING:
     from slime_spec.checkpoints.draft_spec import DraftSpec
 
-ARCHITECTURE = "DSparkDraftModel"
+ARCHITECTURE, OF_DEEPSPEC = "DSparkDraftModel", "Qwen3DSparkModel"
 OWN, RANK, KIND = "dspark_config", "markov_rank", "markov_head_type"
+MARKOV_KINDS = VANILLA, GATED, RNN = "vanilla", "gated", "rnn"
 PREVIOUS, BIAS = "markov_head.markov_w1.weight", "markov_head.markov_w2.weight"
+MIXES = {GATED: "markov_head.gate_proj", RNN: "markov_head.joint_proj"}  # the projection of each kind that has one
 MARKOV_KEYS: Keys = {
     RANK: whole(1, 2**14),
-    KIND: only("vanilla", why=OTHER_HEAD),
+    KIND: only(*MARKOV_KINDS, why=OTHER_HEAD),
     FROM_ROOT: flag(),
     **dict.fromkeys(
         ("enable_confidence_head", "confidence_head_with_markov", "confidence_head_alpha"),
@@ -75,17 +78,27 @@ def _fields(read: DraftReading) -> dict[str, Any]:
     mask = next((each[MASK] for each in (own, read.config, nested) if each.get(MASK) is not None), None)
     fields = block_fields(read, {**nested, MASK: mask})
     size = fields["block_size"] if from_root else fields["block_size"] + 1
-    return {**fields, "block_size": size, "drafts_from_root": from_root, "markov_rank": rank}
+    kind = named(KIND) or VANILLA
+    return {**fields, "block_size": size, "drafts_from_root": from_root, "markov_rank": rank, "markov_kind": kind}
 
 
 def _shapes(spec: DraftSpec) -> Shapes:
     table = (spec.block.vocab_size, spec.markov_rank)
-    return {**layer_shapes(spec), PREVIOUS: table, BIAS: table}
+    shapes = {**layer_shapes(spec), PREVIOUS: table, BIAS: table}
+    if spec.markov_kind in MIXES:
+        rows, columns = _mix_shape(spec.markov_kind, spec.markov_rank, spec.block.hidden_size)
+        name = MIXES[spec.markov_kind]
+        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    return shapes
+
+
+def _mix_shape(kind: str, rank: int, hidden_size: int) -> tuple[int, int]:
+    return (rank, hidden_size + rank) if kind == GATED else (3 * rank, hidden_size + 2 * rank)
 
 
 def _config(spec: DraftSpec) -> dict[str, Any]:
     # SpecForge reads the nested object, SGLang the config.json's own keys.
-    markov = {RANK: spec.markov_rank, KIND: "vanilla", FROM_ROOT: spec.drafts_from_root}
+    markov = {RANK: spec.markov_rank, KIND: spec.markov_kind, FROM_ROOT: spec.drafts_from_root}
     attention = "mha" if spec.block.num_heads == spec.block.num_kv_heads else "gqa"
     more = {**markov, "projector_type": "dspark", "attention_mode": attention, "enable_confidence_head": False}
     return {
@@ -102,14 +115,16 @@ def _is_unread(name: str, spec: DraftSpec) -> bool:
 
 def _num_own_parameters(config: Mapping[str, Any]) -> int:
     places = (config.get(OWN), config.get(NESTED), config)
-    ranks = [each.get(RANK) for each in places if isinstance(each, Mapping)]
-    rank = next((each for each in ranks if type(each) is int), 0)
-    return int(num_layer_parameters(config) + 2 * rank * config["vocab_size"])
+    named = [each for each in places if isinstance(each, Mapping)]
+    rank = next((each[RANK] for each in named if type(each.get(RANK)) is int), 0)
+    kind = next((each[KIND] for each in named if each.get(KIND) in MIXES), VANILLA)
+    rows, columns = _mix_shape(kind, rank, config["hidden_size"]) if kind in MIXES else (0, 0)
+    return int(num_layer_parameters(config) + 2 * rank * config["vocab_size"] + rows * (columns + 1))
 
 
 DSPARK = DraftFormat(
     family="dspark",
-    blocks={ARCHITECTURE: QWEN3.architecture},
+    blocks={ARCHITECTURE: QWEN3.architecture, OF_DEEPSPEC: QWEN3.architecture},
     block_config=block_config,
     fields=_fields,
     shapes=_shapes,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from slime_spec.checkpoints.families.dspark import MARKOV_KINDS
 from slime_spec.config.draft_training import LOSSES, POSITION_WEIGHTS, STEP_DECAY, TOP_K, check_loss_settings
 from slime_spec.errors import ConfigError
 from slime_spec.launch.draft.corpus_settings import CorpusSettings
@@ -45,6 +46,7 @@ class DraftOptions:
     mask_token_id: int | None
     norm_output_convention: str
     markov_rank: int | None
+    markov_kind: str | None
     held_out_percent: int
     num_steps: int | None
     epochs: int
@@ -162,6 +164,7 @@ SAME_NAME = (
     "block_size",
     "mask_token_id",
     "markov_rank",
+    "markov_kind",
     "norm_output_convention",
     "held_out_percent",
     "num_steps",
@@ -182,7 +185,7 @@ SAME_NAME = (
 )
 
 
-OF_BLOCKS = ("num_layers", "block_size", "mask_token_id", "markov_rank")
+OF_BLOCKS = ("num_layers", "block_size", "mask_token_id", "markov_rank", "markov_kind")
 # The shape of a new draft: the flags, and what they are where they are not given.
 DRAFT_VOCAB_SIZE = 4096
 SHAPE: dict[str, str | int | None] = {
@@ -202,8 +205,9 @@ def _fill_shape(given: argparse.Namespace) -> None:
             flag, "is of a draft to train on", given.norm_output_convention, f"Drop {flag}, or pass --draft."
         )
     given.norm_output_convention = given.norm_output_convention or "sglang"
-    if given.markov_rank is not None and given.kind != "dspark":
-        raise ConfigError("--markov-rank", "is dspark's alone", given.markov_rank, "Drop it, or pass --kind dspark.")
+    for flag, value in (("--markov-rank", given.markov_rank), ("--markov-kind", given.markov_kind)):
+        if value is not None and given.kind != "dspark":
+            raise ConfigError(flag, "is dspark's alone", value, "Drop it, or pass --kind dspark.")
     for name, default in SHAPE.items():
         value = getattr(given, name)
         if given.draft is None:
@@ -298,6 +302,11 @@ def _add_network(add: Add) -> None:
     add("--block-size", type=int, help="tokens of its block, the root included (8)")
     add("--mask-token-id", type=int, help="token whose embedding stands where it drafts (the vocabulary's last)")
     add("--markov-rank", type=int, help="rank of dspark's bias by the token before (64)")
+    add(
+        "--markov-kind",
+        choices=MARKOV_KINDS,
+        help="what else that bias reads: nothing, the state, all before (vanilla)",
+    )
     add("--draft-dtype", choices=DTYPES, default="bfloat16", help="dtype of the checkpoint (bfloat16)")
 
 

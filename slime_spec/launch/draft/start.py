@@ -13,6 +13,7 @@ from slime_spec.checkpoints.draft_location import BUILTIN, builtin_folder
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config, is_trainable
 from slime_spec.checkpoints.draft_tensors import DraftCheckpoint, load_draft, with_stored_embedding
 from slime_spec.checkpoints.families.dflash import default_capture_layers as default_block_layers
+from slime_spec.checkpoints.families.dspark import VANILLA
 from slime_spec.checkpoints.families.eagle3 import default_capture_layers
 from slime_spec.checkpoints.families.qwen3 import QWEN3
 from slime_spec.checkpoints.model_spec import ModelSpec
@@ -119,6 +120,7 @@ def _block_spec(options: DraftOptions, target: ModelSpec, block: ModelSpec) -> D
         block_size=options.block_size or BLOCK_SIZE,
         drafts_from_root=is_dspark,
         markov_rank=(options.markov_rank or MARKOV_RANK) if is_dspark else 0,
+        markov_kind=options.markov_kind or VANILLA,
         mask_token_id=target.vocab_size - 1 if options.mask_token_id is None else options.mask_token_id,
         num_target_layers=target.num_layers,
     )
