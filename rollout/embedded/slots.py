@@ -101,7 +101,10 @@ def _grouped_slots(layer: int, step: str, prefix: str, spec: ModelSpec) -> list[
     biases = tuple(name + "bias" for name in qkv) if spec.qkv_bias else ()
     slots = [
         Slot(layer, step + "qkv", tuple(name + "weight" for name in qkv), biases),
-        Slot(layer, step + "out", (prefix + "self_attn.o_proj.weight",)),
+        Slot(
+            *(layer, step + "out", (prefix + "self_attn.o_proj.weight",)),
+            (prefix + "self_attn.o_proj.bias",) if spec.out_bias else (),
+        ),
     ]
     if spec.qk_norm:
         slots += [Slot(layer, f"{step}{x}_norm", (f"{prefix}self_attn.{x}_norm.weight",), linear=False) for x in "qk"]

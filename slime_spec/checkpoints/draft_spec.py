@@ -9,8 +9,15 @@ from typing import Any
 
 from slime_spec.algorithms import STANDALONE
 from slime_spec.checkpoints.config_keys import check_keys, shown
+from slime_spec.checkpoints.draft_writers import read_uniformly
 from slime_spec.checkpoints.families import FORMAT_OF, family_of, format_of_family
-from slime_spec.checkpoints.families.draft_format import ANOTHER_DRAFT, DraftFamily, DraftFormat, DraftReading
+from slime_spec.checkpoints.families.draft_format import (
+    ANOTHER_DRAFT,
+    DRAFT_KEYS,
+    DraftFamily,
+    DraftFormat,
+    DraftReading,
+)
 from slime_spec.checkpoints.families.dspark import VANILLA
 from slime_spec.checkpoints.families.family import MtpLayer
 from slime_spec.checkpoints.families.llama import LLAMA
@@ -20,9 +27,10 @@ from slime_spec.checkpoints.families.qwen3 import QWEN3
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder, architecture_of
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.checkpoints.quantization import KEY, scheme_of
-from slime_spec.checkpoints.rope_settings import YARN
+from slime_spec.checkpoints.rope_settings import YARN, as_read_for_text
 from slime_spec.errors import CheckpointError, NotComputedError
 
+BIASES = "attention_bias"
 OWN_EMBEDDING = "embed_tokens.weight"  # a draft's, where it does not share its target's
 NORM_OUTPUT_CONVENTIONS = ("sglang", "specforge")
 
@@ -85,7 +93,8 @@ class DraftSpec:
     def from_folder(cls, folder: str | Path, target: ModelSpec, norm_output_convention: str = "sglang") -> DraftSpec:
         """Read ``folder/config.json``; raises CheckpointError for what cannot draft for ``target``."""
         stored = CheckpointFolder(Path(folder), DRAFT_PATH)
-        return cls.from_dict(stored.config, target, norm_output_convention, stored.source)
+        config = read_uniformly(stored.config, stored.source, stored.tensors_there or ())
+        return cls.from_dict(config, target, norm_output_convention, stored.source)
 
     @classmethod
     def from_dict(
@@ -100,19 +109,17 @@ class DraftSpec:
         ``norm_output_convention`` is what EAGLE-3's ``norm_output`` means.
         """
         assert norm_output_convention in NORM_OUTPUT_CONVENTIONS, norm_output_convention
+        config = read_uniformly(config, source)
         architecture = architecture_of(config)
         draft_format, layer = FORMAT_OF.get(architecture), family_of(architecture).mtp
         if draft_format is None:
-            is_of_speculators = "speculators_model_type" in config
             raise CheckpointError(
                 f"{source}: architectures",
                 f"must name a draft: {', '.join(FORMAT_OF)}",
                 architecture,
-                "Write it in this layout: slime-spec draft convert --to sglang"
-                if is_of_speculators
-                else f"Correct the config.json if it is such a draft, or use {STANDALONE.name} for a whole model.",
+                f"Correct the config.json if it is such a draft, or use {STANDALONE.name} for a whole model.",
             )
-        check_keys(config, draft_format.keys, source)
+        check_keys(config, draft_format.keys if layer is not None else {**DRAFT_KEYS, **draft_format.keys}, source)
         # A draft without rope_theta rotates by 10000, whatever its target does.
         of_block = draft_format.blocks.get(architecture, architecture)
         as_model = {
@@ -124,7 +131,13 @@ class DraftSpec:
         if layer is None and scheme_of(config, source) is not None:
             rule = "must be left out: of drafts only the MTP layers of a target in fp8 are computed"
             raise NotComputedError(f"{source}: {KEY}", rule, shown(config[KEY]), ANOTHER_DRAFT)
-        block = ModelSpec.from_dict({**draft_format.block_config(config, layer, source), **as_model}, source, (YARN,))
+        has_biases = _has_biases(config, draft_format)
+        if has_biases:
+            as_model["attention_bias"] = False  # of whole models none with biases of all four matrices is computed
+        of_text = as_read_for_text(draft_format.block_config(config, layer, source))
+        block = ModelSpec.from_dict({**of_text, **as_model}, source, (YARN,))
+        if has_biases:
+            block = replace(block, qkv_bias=True, out_bias=True)
         reading = DraftReading(config, block, target, layer, norm_output_convention, source)
         spec = cls(family=draft_format.family, block=block, **draft_format.fields(reading))
         _check_against_target(spec, target, source)
@@ -151,7 +164,7 @@ def draft_config(spec: DraftSpec) -> dict[str, Any]:
     block = spec.block
     config: dict[str, Any] = {
         "architectures": [],
-        "model_type": (QWEN3 if block.qk_norm else QWEN2 if block.qkv_bias else LLAMA).model_type,
+        "model_type": family_of(block.architecture).model_type if block.out_bias else _plain_type(block),
         "hidden_size": block.hidden_size,
         "intermediate_size": block.intermediate_size,
         "num_hidden_layers": block.num_layers,
@@ -167,7 +180,17 @@ def draft_config(spec: DraftSpec) -> dict[str, Any]:
     }
     if block.rope_scaling is not None:
         config["rope_scaling"] = block.rope_scaling.as_config()
-    return {**config, **spec.format.config(spec)}
+    return {**config, **spec.format.config(spec), **({BIASES: True} if block.out_bias else {})}
+
+
+def _plain_type(block: ModelSpec) -> str:
+    return (QWEN3 if block.qk_norm else QWEN2 if block.qkv_bias else LLAMA).model_type
+
+
+def _has_biases(config: Mapping[str, Any], draft_format: DraftFormat) -> bool:
+    """Return whether the matrices of a draft's attention have biases, all four; a Qwen2 block has three always."""
+    is_qwen2 = draft_format.blocks.get(architecture_of(config)) == QWEN2.architecture
+    return bool(config.get(BIASES)) and draft_format.family != "mtp" and not is_qwen2
 
 
 def _check_against_target(spec: DraftSpec, target: ModelSpec, source: str) -> None:

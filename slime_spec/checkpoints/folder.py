@@ -21,6 +21,7 @@ CONFIG = "config.json"
 QUANTIZATION = "hf_quant_config.json"  # where NVIDIA's ModelOpt describes quantised weights, and SGLang reads it
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"  # where EAGLE's authors keep drafts; an engine unpickles nothing
 TARGET_PATH = "model.hf_checkpoint"
 DRAFT_PATH = "speculative.draft_model_path"
 # The setting that names a folder -> what to do where the folder is not a checkpoint.
@@ -122,6 +123,8 @@ class CheckpointFolder:
             remedy = REMEDIES[TARGET_PATH]
             if self.setting != TARGET_PATH:
                 remedy = "Pass the folder of a checkpoint with its weights."
+            if self.setting == DRAFT_PATH and self.has(PICKLED):
+                remedy = f"Convert {PICKLED}: slime-spec draft convert --to sglang"
             raise CheckpointError(self.setting, f"must hold {SINGLE} or {INDEX}", str(self.path), remedy)
         absent = [name for name in names if not self.has(name)]
         if absent:

@@ -42,6 +42,7 @@ class ModelSpec:
     qk_norm: bool
     rope_scaling: RopeScaling | Yarn | None
     rotary_columns: int | None = None  # of a head, where they are not all
+    out_bias: bool = False  # of the attention's last matrix: of drafts alone
     latent: LatentAttention | None = None
     experts: Experts | None = None
 

@@ -26,7 +26,7 @@ from slime_spec.checkpoints.config_keys import (
 from slime_spec.errors import CheckpointError
 
 DEFAULT_THETA = 10000.0
-LLAMA3, YARN = "llama3", "yarn"
+LLAMA3, YARN, MROPE = "llama3", "yarn", "mrope"
 DEFAULT_KINDS = ("default", LLAMA3)
 OF_OTHER_KINDS = harmless("read for the kinds of scaling that are refused")
 # Keys of config.json, and those within its rope_scaling or rope_parameters.
@@ -93,6 +93,17 @@ class Yarn:
         """Return the ``rope_scaling`` of a config.json of grouped-query attention, which reads no ``score_factor``."""
         kept = {name: value for name, value in vars(self).items() if name not in ("magnitude", "score_factor")}
         return {"rope_type": YARN, **kept, "attention_factor": self.magnitude}
+
+
+def as_read_for_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``config`` as it is for tokens of text: a rotation by three axes of positions, which are one there."""
+    changed = {}
+    for place in ("rope_scaling", "rope_parameters"):
+        rope = config.get(place)
+        if isinstance(rope, dict) and any(rope.get(name) == MROPE for name in ("rope_type", "type")):
+            kept = {name: value for name, value in rope.items() if name not in ("type", "mrope_section")}
+            changed[place] = {**kept, "rope_type": "default"}
+    return {**config, **changed} if changed else config
 
 
 def read_rope(

@@ -1,4 +1,4 @@
-"""The layouts in which vLLM's speculators library keeps EAGLE-3, DFlash and DSpark drafts, to and from SGLang's.
+"""The layouts in which vLLM's speculators library keeps EAGLE-3, DFlash and DSpark drafts, as SGLang keeps them.
 
 config.json has the draft's block under ``transformer_layer_config``, the rest beside it; captured layers are counted as
 inputs (SGLang's outputs + 1), and ``norm_output`` means the recurrence, as in SGLang. Tensors of EAGLE-3's block begin
@@ -11,9 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
 from slime_spec.checkpoints.families.dflash import ARCHITECTURE as DFLASH
 from slime_spec.checkpoints.families.dflash import BLOCK as BLOCK_SIZE
 from slime_spec.checkpoints.families.dflash import FROM_ROOT, LAYERS, MASK, NESTED
@@ -24,8 +21,6 @@ from slime_spec.errors import CheckpointError
 
 MODEL_TYPE, BLOCK = "speculators_model_type", "transformer_layer_config"
 BESIDE = ("draft_vocab_size", "target_hidden_size", CAPTURED, "fc_norm", "norm_before_fc", "norm_before_residual")
-OURS, THEIRS = "midlayer.", "layers.0."
-ANOTHER_LAYOUT = "Pass --to sglang, or another draft."
 THEIR_CAPTURED = "aux_hidden_state_layer_ids"
 BLOCK_DRAFTERS = {"dflash": DFLASH, "dspark": DSPARK}
 UNREAD = frozenset(("t2d", "d2t", "verifier_lm_head.weight", "verifier_norm.weight"))  # of a block drafter's tensors
@@ -104,71 +99,3 @@ def _block_drafter(config: Mapping[str, Any], inner: Mapping[str, Any], source: 
             raise CheckpointError(f"{source}: {KIND}", rule, kind, "Choose another draft.")
         own |= {FROM_ROOT: from_root, RANK: config.get(RANK, DEFAULT_RANK), KIND: kind}
     return own
-
-
-def as_speculators(spec: DraftSpec, target: str, target_architecture: str, dtype: str) -> dict[str, Any]:
-    """Return the config.json of ``spec``, for a target of that name or path; raises CheckpointError if it has none."""
-    own = _as_block_drafter(spec) if spec.family in BLOCK_DRAFTERS else _as_eagle3(spec)
-    return {
-        **own,
-        MODEL_TYPE: spec.family,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "speculators_config": {
-            "algorithm": spec.family,
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": spec.num_block_drafts or 3}],
-            "verifier": {"name_or_path": target, "architectures": [target_architecture]},
-        },
-    }
-
-
-def _as_block_drafter(spec: DraftSpec) -> dict[str, Any]:
-    whole = draft_config(spec)
-    beside = (BLOCK_SIZE, NESTED, FROM_ROOT, RANK, KIND, "architectures", "enable_confidence_head")
-    own: dict[str, Any] = {
-        "architectures": [BLOCK_DRAFTERS[spec.family]],
-        BLOCK: {name: value for name, value in whole.items() if name not in beside},
-        "draft_vocab_size": spec.draft_vocab_size,
-        BLOCK_SIZE: spec.block_size,
-        MASK: spec.mask_token_id,
-        THEIR_CAPTURED: [layer + 1 for layer in spec.capture_layers],
-        FROM_ROOT: spec.family == "dspark" and spec.drafts_from_root,
-    }
-    if spec.family == "dspark":
-        own |= {RANK: spec.markov_rank, KIND: spec.markov_kind, "enable_confidence_head": False}
-    return own
-
-
-def _as_eagle3(spec: DraftSpec) -> dict[str, Any]:
-    for is_so, what in (
-        (spec.family != "eagle3", f"it is of the format {spec.family}"),
-        (not spec.has_own_head, "it has no head of its own"),
-        (spec.fc_bias, "its fc has a bias"),
-        (not spec.logits_norm, "its head reads states before the norm"),
-        (spec.norm_before_fc and spec.fc_norm, "it norms its features twice"),
-    ):
-        if is_so:
-            rule = f"speculators has no layout for this draft: {what}"
-            raise CheckpointError("--to", rule, "speculators", ANOTHER_LAYOUT)
-    whole = draft_config(spec)
-    inner = {name: value for name, value in whole.items() if name not in (*BESIDE, "architectures", "eagle_config")}
-    for name in ("bias", "num_aux_hidden_states", "norm_output"):
-        inner.pop(name, None)
-    own_size = None if spec.target_hidden_size == spec.block.hidden_size else spec.target_hidden_size
-    return {
-        "architectures": ["Eagle3DraftModel"],
-        BLOCK: {**inner, "attention_bias": False, "mlp_bias": False},
-        "draft_vocab_size": spec.draft_vocab_size,
-        "target_hidden_size": own_size,
-        CAPTURED: [layer + 1 for layer in spec.capture_layers],
-        "fc_norm": spec.fc_norm,
-        "norm_before_fc": spec.norm_before_fc,
-        "norm_before_residual": spec.residual_norm,
-        "norm_output": spec.recurrent_norm,
-    }
-
-
-def their_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors of ``draft_shapes`` under speculators' names."""
-    return {THEIRS + name.removeprefix(OURS) if name.startswith(OURS) else name: each for name, each in tensors.items()}

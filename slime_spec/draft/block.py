@@ -60,7 +60,7 @@ class DraftAttention(nn.Module):
         self.q_proj = nn.Linear(input_size, q_size, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(input_size, kv_size, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(input_size, kv_size, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(q_size, spec.hidden_size, bias=False)
+        self.o_proj = nn.Linear(q_size, spec.hidden_size, bias=spec.out_bias)
         if spec.qk_norm:
             self.q_norm = RmsNorm(self.head_dim, spec.rms_norm_eps)
             self.k_norm = RmsNorm(self.head_dim, spec.rms_norm_eps)

@@ -26,7 +26,8 @@ class Eagle3Layer(nn.Module):
 class Eagle3Network(StepNetwork):
     """Applies fc to the captured layers, then one block, a norm and a head over the draft vocabulary.
 
-    Features are [..., captured layers · target hidden], low to high. The head's rows are the draft vocabulary's tokens.
+    Features are [..., captured layers · target hidden], low to high; without captured layers the target's hidden state
+    after its final norm. The head's rows are the draft vocabulary's tokens.
     The recurrent state is the residual stream before ``norm`` unless the spec says otherwise.
     """
 
@@ -40,7 +41,8 @@ class Eagle3Network(StepNetwork):
             self.fc_norm = nn.ModuleList(norms)
         if spec.norm_before_fc:
             self.input_norm = RmsNorm(width, block.rms_norm_eps)
-        self.fc = nn.Linear(width, block.hidden_size, bias=spec.fc_bias)
+        if spec.capture_layers:
+            self.fc = nn.Linear(width, block.hidden_size, bias=spec.fc_bias)
         self.midlayer = Eagle3Layer(block)
         self.norm = RmsNorm(block.hidden_size, block.rms_norm_eps)
         if spec.has_own_head:
@@ -71,7 +73,9 @@ class Eagle3Network(StepNetwork):
         return normed if self.spec.logits_norm else y, normed if self.spec.recurrent_norm else y
 
     def _joined(self, features: torch.Tensor) -> torch.Tensor:
-        """Apply fc to the captured layers, normed first where the checkpoint's family does."""
+        """Apply fc to the captured layers, normed first where the checkpoint's family does; a final state stays."""
+        if not self.spec.capture_layers:
+            return features
         if self.spec.norm_before_fc:
             features = self.input_norm(features)
         if self.spec.fc_norm:

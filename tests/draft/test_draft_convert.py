@@ -16,7 +16,7 @@ from slime_spec.checkpoints.speculators import QWEN3_DEFAULTS
 from slime_spec.errors import CheckpointError, ConfigError
 from slime_spec.launch.draft.command import run_draft
 from slime_spec.launch.draft.convert import read_any
-from tests.support.published_drafts import REFUSED_DRAFTS
+from tests.support.published_drafts import OTHER_WRITERS
 from tests.support.tiny_drafts import (
     DFLASH,
     DSPARK,
@@ -160,6 +160,13 @@ def test_a_block_that_is_not_computed_is_refused_by_its_key(
         converted(theirs, target, tmp_path / "ours", "sglang")
 
 
+def test_a_block_drafter_whose_copies_nobody_compared_is_refused_with_the_way(target: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, DFLASH)
+    theirs = converted(draft, target, tmp_path / "theirs", "speculators")
+    with pytest.raises(CheckpointError, match=r"copies of the target's tables.*draft convert --to sglang"):
+        DraftSpec.from_folder(theirs, ModelSpec.from_folder(target))
+
+
 def test_a_recurrence_that_no_engine_begins_where_it_was_trained_is_refused(target: Path, tmp_path: Path) -> None:
     draft = make_tiny_draft(tmp_path / "draft", target, RECURRENT)
     theirs = edit_config(converted(draft, target, tmp_path / "theirs", "speculators"), sample_from_anchor=False)
@@ -210,7 +217,7 @@ def test_pickled_tensors_are_read_and_nothing_else_in_them(target: Path, tmp_pat
 
 def test_published_configs_of_speculators_are_read(target: Path, tmp_path: Path) -> None:
     """Case of draft-varieties: the nested block and the flags beside it, tensors named as SpecForge names them."""
-    (_, _, _, published) = REFUSED_DRAFTS["RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3"]
+    (_, published) = OTHER_WRITERS["RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3"]
     draft = make_tiny_draft(tmp_path / "draft", target, {**EAGLE3, "eagle_config": None})
     block = {
         **published["transformer_layer_config"],
@@ -221,9 +228,8 @@ def test_published_configs_of_speculators_are_read(target: Path, tmp_path: Path)
     (draft / "config.json").write_text(
         json.dumps({**published, "draft_vocab_size": 61, "transformer_layer_config": block})
     )
-    with pytest.raises(CheckpointError, match="slime-spec draft convert --to sglang"):
-        DraftSpec.from_folder(draft, ModelSpec.from_folder(target))
     spec = read_any(draft, target, ModelSpec.from_folder(target)).spec
+    assert spec == DraftSpec.from_folder(draft, ModelSpec.from_folder(target))
     assert spec.capture_layers == (1, 3, 4)  # inputs of 2, n // 2, n - 3
     assert (spec.draft_vocab_size, spec.residual_norm, spec.block.num_heads) == (61, False, 6)
 

@@ -196,7 +196,12 @@ def test_a_family_with_other_blocks_is_refused_with_the_reason(target: Path) -> 
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 4]}}, "layer_ids", "0 to 3"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 1]}}, "layer_ids", "different layers"),
         ({"eagle_config": {}}, "layer_ids", "by default they are"),
-        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state", "must be true"),
+        ({"eagle_config": {"use_aux_hidden_state": False}, "fc_norm": True}, "fc_norm", "is read as it is"),
+        (
+            {"eagle_config": {"use_aux_hidden_state": False, "eagle_aux_hidden_state_layer_ids": [1]}},
+            "eagle_config.eagle_aux_hidden_state_layer_ids",
+            "is read as it is",
+        ),
         ({"architectures": ["LlamaForCausalLM"]}, "architectures", "must name a draft"),
         (
             {"hidden_size": 32, "target_hidden_size": 48, "draft_vocab_size": None},

@@ -24,7 +24,7 @@ from slime_spec.errors import CheckpointError, NotComputedError
 from slime_spec.launch.cli import main
 from tests.support.chat_templates import QWEN2_5, save_tokenizer
 from tests.support.published_configs import BUILT, PARAMETERS
-from tests.support.published_drafts import DRAFTS, REFUSED_DRAFTS
+from tests.support.published_drafts import DRAFTS, OTHER_WRITERS
 from tests.support.published_served import FP8, MIXED, SERVED
 
 MODELOPT = "nvidia/Llama-3.1-8B-Instruct-FP8"  # its config.json is the unquantised model's
@@ -159,9 +159,9 @@ def test_a_dry_run_lets_sglang_serve_it_from_its_json_files(
     assert "serve this one with --rollout-engine sglang --debug-rollout-only" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("name", REFUSED_DRAFTS)
-def test_a_draft_that_is_not_computed_is_refused_by_its_key(name: str) -> None:
-    target_name, key, words, config = REFUSED_DRAFTS[name]
-    with pytest.raises(CheckpointError, match=words) as refused:
-        DraftSpec.from_dict(config, ModelSpec.from_dict(BUILT[target_name]))
-    assert refused.value.setting == f"config.json: {key}"
+@pytest.mark.parametrize("name", OTHER_WRITERS)
+def test_a_draft_that_its_writer_names_or_nests_otherwise_is_the_same_draft(name: str) -> None:
+    """Case draft-varieties: AngelSlim's name, and speculators' nested block."""
+    same, config = OTHER_WRITERS[name]
+    target = ModelSpec.from_dict(BUILT[DRAFTS[same][0]])
+    assert DraftSpec.from_dict(config, target) == DraftSpec.from_dict(DRAFTS[same][1], target)

@@ -139,12 +139,10 @@ DRAFTS: Mapping[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-# Drafts that the embedded engine refuses -> (their target, the key, words of the error, their config.json).
-REFUSED_DRAFTS: Mapping[str, tuple[str, str, str, dict[str, Any]]] = {
+# As other writers name or nest a draft -> (the draft of DRAFTS that it is, their config.json).
+OTHER_WRITERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3": (
-        "meta-llama/Llama-3.1-8B-Instruct",
-        "architectures",
-        "must name a draft: LlamaForCausalLMEagle3, ",
+        "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B",
         {
             "architectures": ["Eagle3DraftModel"],
             "auto_map": {"": "eagle3.Eagle3SpeculatorConfig"},
@@ -161,9 +159,7 @@ REFUSED_DRAFTS: Mapping[str, tuple[str, str, str, dict[str, Any]]] = {
         },
     ),
     "AngelSlim's older name of the architecture": (
-        "Qwen/Qwen3-8B",
-        "architectures",
-        "must name a draft: LlamaForCausalLMEagle3, ",
+        "AngelSlim/Qwen3-8B_eagle3",
         {**_EAGLE3_QWEN3, **sizes(4096, 12288, 1, 32, 8), "architectures": ["Eagle3LlamaForCausalLM"]},
     ),
 }

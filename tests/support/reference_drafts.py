@@ -54,7 +54,7 @@ def attention(x: torch.Tensor, tensors: Tensors, prefix: str, block: ModelSpec) 
     scores = torch.einsum("qhd,khd->hqk", query, keys) / block.head_dim**0.5
     scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
     out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).reshape(length, -1)
-    return out @ tensors[f"{prefix}self_attn.o_proj.weight"].T
+    return out @ tensors[f"{prefix}self_attn.o_proj.weight"].T + tensors.get(f"{prefix}self_attn.o_proj.bias", 0)
 
 
 def gated(x: torch.Tensor, tensors: Tensors, prefix: str) -> torch.Tensor:
@@ -172,7 +172,9 @@ def dflash(spec: DraftSpec, tensors: Tensors, block: torch.Tensor, features: tor
         read = torch.cat([context, x])  # the context itself, in every layer
 
         def heads(name: str, prefix: str = prefix, read: torch.Tensor = read) -> torch.Tensor:
-            each = (read @ tensors[f"{prefix}self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, spec.block.head_dim))
+            made = read @ tensors[f"{prefix}self_attn.{name}_proj.weight"].T
+            made = made + tensors.get(f"{prefix}self_attn.{name}_proj.bias", 0)
+            each = made.unflatten(-1, (-1, spec.block.head_dim))
             if name == "v":
                 return each
             return rotated(norm(each, tensors[f"{prefix}self_attn.{name}_norm.weight"], eps), spec.block.rope_theta)
@@ -181,7 +183,8 @@ def dflash(spec: DraftSpec, tensors: Tensors, block: torch.Tensor, features: tor
         keys, values = (heads(name).repeat_interleave(group, dim=1) for name in "kv")
         scores = torch.einsum("qhd,khd->hqk", query, keys) / spec.block.head_dim**0.5  # no mask: all see all
         out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).flatten(1)
-        y = after_attention(y + out @ tensors[f"{prefix}self_attn.o_proj.weight"].T, tensors, prefix, eps)
+        out = out @ tensors[f"{prefix}self_attn.o_proj.weight"].T + tensors.get(f"{prefix}self_attn.o_proj.bias", 0)
+        y = after_attention(y + out, tensors, prefix, eps)
     return norm(y, tensors["norm.weight"], eps)
 
 
@@ -218,7 +221,7 @@ class ReferenceDraft:
 
     def projected(self, features: torch.Tensor) -> torch.Tensor:
         spec, eps = self.spec, self.spec.block.rms_norm_eps
-        if spec.family != "eagle3":
+        if spec.family != "eagle3" or not spec.capture_layers:
             return features
         if spec.norm_before_fc:
             features = norm(features, self.tensors["input_norm.weight"], eps)

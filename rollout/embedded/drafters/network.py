@@ -39,7 +39,7 @@ class DraftNetwork(Weights):
     spec: DraftSpec
     rope: RopeTable
     layers: list[AnyLayer]
-    fc: PackedLinear
+    fc: PackedLinear | None = None  # an EAGLE-3 draft that reads the target's final state has none
     norm: torch.Tensor | None = None
     embedding_norm: torch.Tensor | None = None
     hidden_norm: torch.Tensor | None = None
@@ -54,7 +54,7 @@ class DraftNetwork(Weights):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Return the target's features [tokens, feature size] as what ``forward`` reads [tokens, hidden]."""
-        if self.spec.family != "eagle3":
+        if self.spec.family != "eagle3" or self.fc is None:
             return features
         if self.input_norm is not None:
             features = self._norm(features, self.input_norm)
@@ -88,6 +88,7 @@ class DraftNetwork(Weights):
     def _enter(self, embedded: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (the first block's residual stream, its attention's input, None where that is the stream's norm)."""
         if self.spec.family == "eagle":
+            assert self.fc is not None, "it projects both halves"
             x = self.fc(torch.cat([embedded, hidden], dim=-1))
             return x, x
         assert self.embedding_norm is not None, "both halves have a norm"
@@ -95,11 +96,13 @@ class DraftNetwork(Weights):
         embedded, normed = self._norm(embedded, self.embedding_norm), self._norm(hidden, self.hidden_norm)
         if self.spec.family == "eagle3":
             return normed if self.spec.residual_norm else hidden, torch.cat([embedded, normed], dim=-1)
+        assert self.fc is not None, "it projects both halves"
         halves = [normed, embedded] if self.spec.hidden_first else [embedded, normed]
         return self.fc(torch.cat(halves, dim=-1)), None
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         eps = self.spec.block.rms_norm_eps
-        if self.fc.packing is Packing.NATIVE:
-            return self.fc.library.rms_norm(x.contiguous(), weight, eps)
+        linear = self.head if self.fc is None else self.fc
+        if linear is not None and linear.packing is Packing.NATIVE:
+            return linear.library.rms_norm(x.contiguous(), weight, eps)
         return rms_norm(x, weight, eps)

@@ -126,4 +126,6 @@ def grouped_attention_shapes(prefix: str, spec: ModelSpec, input_size: int) -> S
     if spec.qk_norm:
         shapes |= {f"{prefix}self_attn.{x}_norm.weight": (dim,) for x in "qk"}
     shapes[prefix + "self_attn.o_proj.weight"] = (spec.hidden_size, rows["q"])
+    if spec.out_bias:
+        shapes[prefix + "self_attn.o_proj.bias"] = (spec.hidden_size,)
     return shapes

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from slime_spec.checkpoints.config_keys import Keys
+from slime_spec.checkpoints.config_keys import Keys, flag, only
 from slime_spec.checkpoints.families.dense import Shapes
 from slime_spec.checkpoints.families.family import MtpLayer
 
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from slime_spec.checkpoints.draft_spec import DraftSpec
     from slime_spec.checkpoints.model_spec import ModelSpec
 
+# What changes a draft's numbers in an engine or a trainer, whatever its format, and leaves no trace in its tensors.
+DRAFT_KEYS: Keys = {
+    "attention_bias": flag(),
+    **dict.fromkeys(("rope_is_neox_style", "is_neox_style"), only(True, why="SGLang rotates neighbours then")),
+    "logits_mup_width_multiplier": only(1, why="of Inkling's targets, which are not computed"),
+    "position_embedding_type": only("rope", why="ModelOpt's"),
+    "eagle_decoder_type": only("llama", why="ModelOpt's"),
+}
 DraftFamily = Literal["eagle", "eagle3", "mtp", "dflash", "dspark"]
 ANOTHER_DRAFT = "Pass --sglang-speculative-draft-model-path with a draft made for this target."
 

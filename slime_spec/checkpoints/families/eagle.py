@@ -41,7 +41,8 @@ def _shapes(spec: DraftSpec) -> Shapes:
 
 
 def _config(spec: DraftSpec) -> dict[str, Any]:
-    return {"architectures": [ON_QWEN2 if spec.block.qkv_bias else ON_LLAMA], "bias": spec.fc_bias}
+    is_qwen2 = spec.block.qkv_bias and not spec.block.out_bias
+    return {"architectures": [ON_QWEN2 if is_qwen2 else ON_LLAMA], "bias": spec.fc_bias}
 
 
 def _is_unread(name: str, spec: DraftSpec) -> bool:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 D2T, T2D = TABLES = "d2t", "t2d"  # constants of a reduced vocabulary, which SGLang reads once, at its start
 NUM_CAPTURED = 3  # layers, where config.json names none
-CAPTURED = "eagle_aux_hidden_state_layer_ids"
+CAPTURED, USES_LAYERS = "eagle_aux_hidden_state_layer_ids", "use_aux_hidden_state"
 KEYS: Keys = {
     "draft_vocab_size": whole(),
     "target_hidden_size": whole(),
@@ -39,7 +39,7 @@ KEYS: Keys = {
 NESTED_KEYS: Keys = {
     CAPTURED: listed(whole(0)),
     "norm_before_fc": flag(),
-    "use_aux_hidden_state": only(True, why="the final hidden state alone"),
+    USES_LAYERS: flag(),
     # NVIDIA's ModelOpt.
     **dict.fromkeys(("use_input_layernorm_in_first_layer", "use_last_layernorm", "next_layer_regular"), only(True)),
     "use_mtp_layernorm": only(False),
@@ -71,13 +71,16 @@ def _fields(read: DraftReading) -> dict[str, Any]:
             True,
             "Set it to false and keep lm_head.weight in the draft, or leave draft_vocab_size out.",
         )
+    layers = _capture_layers(read) if reads_layers(config) else ()
+    if not layers:
+        _check_final_state(read)
     norm_output = config.get("norm_output")
     is_sglangs = read.convention == "sglang"
     target_hidden_size = config.get("target_hidden_size") or block.hidden_size
     return {
         "target_hidden_size": target_hidden_size,
         "draft_vocab_size": draft_vocab or block.vocab_size,
-        "capture_layers": _capture_layers(read),
+        "capture_layers": layers,
         "has_own_embedding": target_hidden_size != block.hidden_size,
         "has_own_head": draft_vocab is not None and not tied,
         "fc_bias": bool(config.get("bias", False)),
@@ -87,6 +90,30 @@ def _fields(read: DraftReading) -> dict[str, Any]:
         "recurrent_norm": bool(norm_output) if is_sglangs else False,
         "residual_norm": bool(config.get("norm_before_residual")),
     }
+
+
+def reads_layers(config: Mapping[str, Any]) -> bool:
+    """Return whether the draft reads several layers; else the final state, after the target's norm, and has no fc."""
+    return (config.get("eagle_config") or {}).get(USES_LAYERS) is not False
+
+
+def _check_final_state(read: DraftReading) -> None:
+    """Raise CheckpointError for what the final state, which no fc projects, contradicts."""
+    config, eagle = read.config, read.config.get("eagle_config") or {}
+    contradicting = {
+        f"eagle_config.{CAPTURED}": eagle.get(CAPTURED),
+        CAPTURED: config.get(CAPTURED),
+        "num_aux_hidden_states": config.get("num_aux_hidden_states"),
+        **{name: config.get(name) for name in ("fc_norm", "use_aux_norm", "norm_before_fc", "bias")},
+        "eagle_config.norm_before_fc": eagle.get("norm_before_fc"),
+    }
+    size = config.get("target_hidden_size")
+    if size not in (None, read.block.hidden_size):
+        contradicting["target_hidden_size"] = size
+    for name, value in contradicting.items():
+        if value:
+            rule = f"must be left out beside eagle_config.{USES_LAYERS} false: the final state is read as it is"
+            raise CheckpointError(f"{read.source}: {name}", rule, value, f"Correct it, or {USES_LAYERS}.")
 
 
 def _capture_layers(read: DraftReading) -> tuple[int, ...]:
@@ -122,7 +149,7 @@ def _capture_layers(read: DraftReading) -> tuple[int, ...]:
 
 def _shapes(spec: DraftSpec) -> Shapes:
     hidden = spec.block.hidden_size
-    shapes: Shapes = {"fc.weight": (hidden, spec.feature_size)}
+    shapes: Shapes = {"fc.weight": (hidden, spec.feature_size)} if spec.capture_layers else {}
     if spec.fc_bias:
         shapes["fc.bias"] = (hidden,)
     if spec.norm_before_fc:
@@ -145,13 +172,13 @@ def _config(spec: DraftSpec) -> dict[str, Any]:
     if spec.has_own_head:
         config["draft_vocab_size"] = spec.draft_vocab_size
     config["target_hidden_size"] = spec.target_hidden_size
-    config["num_aux_hidden_states"] = len(spec.capture_layers)
-    config["eagle_config"] = {
-        CAPTURED: list(spec.capture_layers),
-        "use_aux_hidden_state": True,
-        "norm_before_fc": spec.norm_before_fc,
-    }
-    config[CAPTURED] = [layer + 1 for layer in spec.capture_layers]  # vLLM reads this key, and counts inputs
+    if spec.capture_layers:
+        config["num_aux_hidden_states"] = len(spec.capture_layers)
+        nested = {CAPTURED: list(spec.capture_layers), USES_LAYERS: True, "norm_before_fc": spec.norm_before_fc}
+        config["eagle_config"] = nested
+        config[CAPTURED] = [layer + 1 for layer in spec.capture_layers]  # vLLM reads this key, and counts inputs
+    else:
+        config["eagle_config"] = {USES_LAYERS: False}
     config["fc_norm"] = spec.fc_norm
     if spec.residual_norm:
         config["norm_before_residual"] = True
@@ -169,7 +196,7 @@ def _is_unread(name: str, spec: DraftSpec) -> bool:
 
 def _num_own_parameters(config: Mapping[str, Any]) -> int:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    features = NUM_CAPTURED * (config.get("target_hidden_size") or hidden)
+    features = NUM_CAPTURED * (config.get("target_hidden_size") or hidden) if reads_layers(config) else 0
     head = (config.get("draft_vocab_size") or 0) * hidden
     qkv_heads = heads + 2 * (config.get("num_key_value_heads") or heads)
     wider_attention = qkv_heads * (config.get("head_dim") or hidden // heads) * hidden

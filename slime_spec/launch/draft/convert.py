@@ -23,27 +23,16 @@ from slime_spec.checkpoints.draft_tensors import (
     vocabulary_tables,
     with_stored_embedding,
 )
-from slime_spec.checkpoints.families.eagle import ON_LLAMA
-from slime_spec.checkpoints.families.eagle3 import ARCHITECTURE, D2T, T2D
-from slime_spec.checkpoints.families.llama import LLAMA
-from slime_spec.checkpoints.folder import AGAIN, CONFIG, SINGLE, CheckpointFolder, architecture_of
+from slime_spec.checkpoints.draft_writers import PROJECTION, read_uniformly
+from slime_spec.checkpoints.families.eagle3 import D2T, T2D
+from slime_spec.checkpoints.folder import AGAIN, CONFIG, PICKLED, SINGLE, CheckpointFolder
 from slime_spec.checkpoints.model_spec import ModelSpec
-from slime_spec.checkpoints.speculators import (
-    BLOCK_DRAFTERS,
-    MODEL_TYPE,
-    UNREAD,
-    as_sglang,
-    as_speculators,
-    is_of_speculators,
-    their_names,
-)
+from slime_spec.checkpoints.speculators import BLOCK_DRAFTERS, MODEL_TYPE, UNREAD, is_of_speculators
+from slime_spec.checkpoints.speculators_written import as_speculators, their_names
 from slime_spec.checkpoints.tensors import EMBEDDING, HEAD, save_checkpoint, stored_tensors
 from slime_spec.errors import CheckpointError
 from slime_spec.launch.draft.convert_options import ConvertOptions
 
-PICKLED = "pytorch_model.bin"
-PROJECTION = "fc.weight"  # of [embedding; hidden], which no whole model has
-OTHER_NAMES = {"Eagle3LlamaForCausalLM": ARCHITECTURE}  # AngelSlim's, and vLLM's of its own class
 DRAFT = "--draft"
 
 
@@ -68,11 +57,9 @@ def read_any(folder: Path, target_folder: Path, target: ModelSpec) -> DraftCheck
     with TemporaryDirectory(prefix="slime-spec-draft-") as name:
         uniform = Path(name)
         tensors = _tensors(folder)
-        if is_of_speculators(config):
-            if config.get(MODEL_TYPE) in BLOCK_DRAFTERS:
-                tensors = _without_copies(tensors, target_folder, folder)
-            config = as_sglang(config, str(folder / CONFIG))
-        (uniform / CONFIG).write_text(json.dumps({**config, "architectures": [_architecture(config, tensors)]}))
+        if is_of_speculators(config) and config.get(MODEL_TYPE) in BLOCK_DRAFTERS:
+            tensors = _without_copies(tensors, target_folder, folder)
+        (uniform / CONFIG).write_text(json.dumps(read_uniformly(config, str(folder / CONFIG), tensors, True)))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, uniform / SINGLE)
         try:
             spec = with_stored_embedding(uniform, DraftSpec.from_folder(uniform, target), target_folder)
@@ -105,14 +92,6 @@ def _table(target: Path, name: str) -> torch.Tensor:
         name = EMBEDDING
     ((_, table),) = stored_tensors(target, name.__eq__)
     return table
-
-
-def _architecture(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the name that engines know a draft by, for those that its writer has called otherwise."""
-    named = architecture_of(config)
-    if named == LLAMA.architecture and PROJECTION in tensors:
-        return ON_LLAMA  # the authors of the paper name a draft as its target
-    return OTHER_NAMES.get(named, named)
 
 
 def _tensors(folder: Path) -> Mapping[str, torch.Tensor]:
