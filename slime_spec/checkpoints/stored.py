@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slime_spec.checkpoints.folder import TARGET_PATH, CheckpointFolder, StoredTensor, architecture_of
+from slime_spec.checkpoints.draft_writers import read_uniformly
+from slime_spec.checkpoints.folder import CONFIG, TARGET_PATH, CheckpointFolder, StoredTensor, architecture_of
 from slime_spec.checkpoints.quantization import CODES, SCALE
 
 
@@ -16,18 +17,25 @@ from slime_spec.checkpoints.quantization import CODES, SCALE
 class Checkpoint:
     """Holds a checkpoint that may be incomplete: a property that its config.json does not give is None.
 
-    ``tensors`` is None where the folder has no weights (a plan needs none).
+    ``tensors`` is None where the folder has no weights (a plan needs none). ``named_by_its_writer`` is the architecture
+    that a draft's config.json names where SGLang knows it by another, which ``config`` then has.
     """
 
     folder: str
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor] | None
+    named_by_its_writer: str = ""
 
     @classmethod
     def read(cls, folder: str, setting: str = TARGET_PATH) -> Checkpoint:
         """Read ``folder``; raises CheckpointError naming ``setting``, or the file if it is damaged."""
         stored = CheckpointFolder(Path(folder), setting)
         return cls(folder, stored.config, stored.tensors_there)
+
+    def as_draft(self) -> Checkpoint:
+        """Return the checkpoint of a draft, whoever wrote it; raises CheckpointError as ``read_uniformly`` does."""
+        config = read_uniformly(self.config, str(Path(self.folder) / CONFIG), self.tensors or ())
+        return self if config is self.config else Checkpoint(self.folder, config, self.tensors, self.architecture)
 
     @property
     def architecture(self) -> str:

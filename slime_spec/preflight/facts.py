@@ -34,7 +34,7 @@ class Facts:
     not counted. ``acceptance`` are a finished run's cumulative rates by draft position. ``silent_servers`` are those
     that someone else started and that did not report their flags; ``differing`` are the flags of one that did, where
     they are not this run's. ``reply_ends`` is None for a run that generates nothing, and where the target's folder has
-    no tokenizer.
+    no tokenizer. ``draft_embeds_otherwise``: the draft's file holds an embedding that is not the target's.
     """
 
     config: Config
@@ -51,6 +51,7 @@ class Facts:
     silent_servers: tuple[str, ...] = ()
     differing: tuple[Difference, ...] = ()
     reply_ends: ReplyEnds | None = None
+    draft_embeds_otherwise: bool = False
 
     @property
     def external_url(self) -> str:

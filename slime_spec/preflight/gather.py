@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from slime_spec.checkpoints.draft_location import locate_draft
+from slime_spec.checkpoints.embedding_rows import embeds_otherwise
 from slime_spec.checkpoints.end_of_text import ReplyEnds
 from slime_spec.checkpoints.folder import DRAFT_PATH
 from slime_spec.checkpoints.stored import Checkpoint
@@ -55,6 +56,8 @@ def gather(config: Config, given: frozenset[str], acceptance: tuple[float, ...] 
     )
     if not base.on_sglang:
         return (base,)
+    if base.draft is not None and base.draft_kind == "head":
+        base = replace(base, draft_embeds_otherwise=embeds_otherwise(base.draft.folder, target.folder))
     return tuple(_external(base) if kind_of(config).uses_external_servers(config) else _started(base))
 
 
@@ -138,4 +141,5 @@ def _draft(config: Config, target: Checkpoint) -> Checkpoint | None:
         return None
     if os.path.realpath(draft.folder) == os.path.realpath(target.folder):
         return target
-    return Checkpoint.read(draft.folder, DRAFT_PATH)
+    checkpoint = Checkpoint.read(draft.folder, DRAFT_PATH)
+    return checkpoint if draft.kind == "whole" else checkpoint.as_draft()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
 from slime_spec.checkpoints.draft_tensors import load_draft, save_draft_checkpoint
+from slime_spec.checkpoints.embedding_rows import embeds_otherwise
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.errors import CheckpointError, NotComputedError
 from slime_spec.types import GroupRequest, SamplingParams
@@ -236,3 +237,22 @@ def test_pickled_tensors_are_refused_with_the_way_to_read_them(target: Path, tmp
     spec = DraftSpec.from_folder(draft, ModelSpec.from_folder(target))
     with pytest.raises(CheckpointError, match=r"Convert pytorch_model\.bin: slime-spec draft convert --to sglang"):
         load_draft(draft, spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_other"),
+    [
+        *((None, False), (lambda own: own, False), (torch.Tensor.bfloat16, False), (torch.Tensor.half, False)),
+        *((lambda own: own + 0.1, True), (lambda own: own.flip(0), True), (lambda own: own[:, :24], False)),
+    ],
+)
+def test_a_plan_sees_in_a_few_rows_that_a_draft_has_an_embedding_of_its_own(
+    change: Callable[[torch.Tensor], torch.Tensor] | None, is_other: bool, target: Path, tmp_path: Path
+) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target, EAGLE3)
+    shared = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+    if change is not None:
+        edit_tensors(draft, embed_tokens__weight=change(shared).contiguous())
+    assert embeds_otherwise(str(draft), str(target)) is is_other
+    (draft / "model.safetensors").unlink()
+    assert not embeds_otherwise(str(draft), str(target))

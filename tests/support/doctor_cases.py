@@ -24,6 +24,7 @@ from tests.support.doctor_facts import (
     TREE,
     case,
 )
+from tests.support.draft_key_cases import DRAFT_KEYS
 from tests.support.quantized_cases import QUANTIZED
 
 ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
@@ -170,6 +171,7 @@ CASES = (
     case("capture-layers", EAGLE3, **HEAD),
     case("norm-output", EAGLE3, WARNING, draft={**EAGLE3_HEAD, "norm_output": True}),
     case("norm-output", EAGLE3, **HEAD),
+    *DRAFT_KEYS,
     case("token-map", (*MTP, "--speculative-token-map", "hot.pt"), WARNING, target=MIMO),
     case("token-map", (*MTP, "--speculative-token-map", "hot.pt", ROLLOUTS), target=MIMO),
     case("cpu-backend", (*PLAIN, *ON_CPU), ERROR),

@@ -72,6 +72,7 @@ def make_facts(
     environ: Mapping[str, str] | None = None,
     acceptance: tuple[float, ...] = (),
     reply_ends: ReplyEnds | None = None,
+    draft_embeds_otherwise: bool = False,
 ) -> Facts:
     """``tensors`` are names in the draft's file (the target's, where it drafts itself)."""
     own = Checkpoint.read(str(_folder(folder / "target", target)))
@@ -80,6 +81,8 @@ def make_facts(
     if tensors is not None:
         stored = {name: StoredTensor("bfloat16", (1,), 2) for name in tensors}
         head, own = (replace(head, tensors=stored), own) if head else (head, replace(own, tensors=stored))
+    if head is not None and "STANDALONE" not in argv:
+        head = head.as_draft()
     made = composed_once(words)
     composed = made.config
     config = replace(
@@ -104,6 +107,7 @@ def make_facts(
         differing=differing,
         acceptance=acceptance,
         reply_ends=reply_ends,
+        draft_embeds_otherwise=draft_embeds_otherwise,
     )
 
 

@@ -169,8 +169,7 @@ def _shapes(spec: DraftSpec) -> Shapes:
 
 def _config(spec: DraftSpec) -> dict[str, Any]:
     config: dict[str, Any] = {"architectures": [ARCHITECTURE], "bias": spec.fc_bias}
-    if spec.has_own_head:
-        config["draft_vocab_size"] = spec.draft_vocab_size
+    config["draft_vocab_size"] = spec.draft_vocab_size if spec.has_own_head else None  # SGLang wants the key
     config["target_hidden_size"] = spec.target_hidden_size
     if spec.capture_layers:
         config["num_aux_hidden_states"] = len(spec.capture_layers)

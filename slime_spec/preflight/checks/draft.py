@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slime_spec.algorithms import LOOKUP, NGRAM, STANDALONE, Algorithm, algorithm_of_family
 from slime_spec.checkpoints.families import FORMAT_OF, family_of, head_format
-from slime_spec.checkpoints.families.eagle3 import CAPTURED, EAGLE3, default_capture_layers, named_layers
+from slime_spec.checkpoints.families.eagle3 import CAPTURED, EAGLE3, default_capture_layers, named_layers, reads_layers
 from slime_spec.config.speculation import feeds_corpus
 from slime_spec.preflight.checks.distribution import has_reduced_vocabulary
 from slime_spec.preflight.facts import Facts
@@ -114,7 +114,7 @@ def draft_tensors(facts: Facts) -> Sighting | None:
     draft = facts.draft
     if draft is None or draft.tensors is None or draft.architecture not in EAGLE3.blocks:
         return None
-    wanted = ["fc.weight", "norm.weight"]
+    wanted = ["fc.weight", "norm.weight"] if reads_layers(draft.config) else ["norm.weight"]
     if draft.config.get("draft_vocab_size") is not None:
         wanted.append("lm_head.weight")
     if has_reduced_vocabulary(facts):
@@ -139,6 +139,8 @@ def draft_tensors(facts: Facts) -> Sighting | None:
 def capture_layers(facts: Facts) -> Sighting | None:
     draft, num_layers = facts.draft, facts.target.config.get("num_hidden_layers")
     if draft is None or draft.architecture not in EAGLE3.blocks or num_layers is None:
+        return None
+    if not reads_layers(draft.config):
         return None
     named = named_layers(draft.config)
     layers = tuple(named or default_capture_layers(num_layers))
