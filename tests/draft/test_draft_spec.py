@@ -18,7 +18,7 @@ from slime_spec.checkpoints.families.eagle3 import default_capture_layers
 from slime_spec.checkpoints.model_spec import ModelSpec
 from slime_spec.config.tree import Config, EngineConfig, ModelConfig, SpeculativeConfig
 from slime_spec.draft.block import DraftAttention
-from slime_spec.errors import CheckpointError, ConfigError
+from slime_spec.errors import CheckpointError, ConfigError, NotComputedError
 from tests.support.tiny_drafts import EAGLE, EAGLE3, NEXTN, edit_config, make_tiny_draft, make_tiny_mimo
 from tests.support.tiny_models import make_tiny_checkpoint
 from tests.support.tiny_policy import make_tiny_policy
@@ -222,6 +222,29 @@ def test_an_mtp_checkpoint_without_mtp_layers_is_refused(tmp_path: Path) -> None
     mimo = edit_config(make_tiny_mimo(tmp_path / "mimo"), num_nextn_predict_layers=0)
     with pytest.raises(ConfigError, match="has no MTP layer"):
         DraftSpec.from_folder(mimo, ModelSpec.from_folder(mimo))
+
+
+def test_of_several_mtp_layers_none_is_taken_for_all(tmp_path: Path) -> None:
+    mimo = edit_config(make_tiny_mimo(tmp_path / "mimo"), num_nextn_predict_layers=2)
+    with pytest.raises(NotComputedError, match="num_nextn_predict_layers: must be 1: of several layers"):
+        DraftSpec.from_folder(mimo, ModelSpec.from_folder(mimo))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own", "others"),
+    [
+        ("MiMoForCausalLM", ("model.mtp_layers.0.norm", "model.mtp_layers.12.norm"), ("model.layers.4.norm",)),
+        ("DeepseekV3ForCausalLM", ("model.layers.4.norm", "model.layers.15.norm"), ("model.layers.3.norm", "lm_head")),
+        ("Qwen3NextForCausalLM", ("mtp.norm", "mtp.layers.1.norm"), ("model.layers.4.norm",)),
+    ],
+)
+def test_every_mtp_layer_of_a_checkpoint_is_known_by_its_tensors(
+    architecture: str, own: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    layer = BY_ARCHITECTURE[architecture].mtp
+    assert layer is not None
+    assert all(layer.is_of_any(name, 4) for name in own)
+    assert not any(layer.is_of_any(name, 4) for name in others)
 
 
 def chosen(target: Path, draft: Path | None, algorithm: str = "EAGLE3", length: int | None = None, **settings: Any):  # type: ignore[no-untyped-def]

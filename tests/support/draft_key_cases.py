@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slime_spec.preflight.finding import Severity
-from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, SERVERS, TARGET, Case, case
+from tests.support.doctor_facts import CHAIN, EAGLE3_HEAD, MIMO, MTP, SERVERS, TARGET, Case, case
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 EAGLE3 = (*SERVERS, "--speculative-algorithm", "EAGLE3", *CHAIN)
@@ -56,6 +56,10 @@ DRAFT_KEYS: tuple[Case, ...] = (
     case("draft-keys", EAGLE3, **head(norm_before_residual=False, attention_bias=False)),
     case("draft-keys", EAGLE3, **head(eagle_config={**LAYERS, "use_last_layernorm": True})),
     case("draft-keys", EMBEDDED, **head(norm_before_residual=True)),
+    case("draft-keys", EAGLE3, ERROR, **head(tie_word_embeddings=True)),
+    case("draft-unknown-keys", EAGLE3, WARNING, **head(norm_of_everything=True)),
+    case("draft-unknown-keys", EMBEDDED, WARNING, **head(eagle_config={**LAYERS, "skip_layer": 1})),
+    case("draft-unknown-keys", EMBEDDED, **head(modal_type="LLM", use_cache=True, norm_of_everything=None)),
     case("draft-keys", EAGLE, draft={**FIRST, "attention_bias": True}),
     case("draft-keys", DSPARK, ERROR, **spark(nested=MARKOV)),
     case("draft-keys", DSPARK, ERROR, **spark(markov_rank=256, nested={"markov_head_type": "rnn"})),
@@ -68,6 +72,8 @@ DRAFT_KEYS: tuple[Case, ...] = (
     case("draft-embedding", EAGLE3, ERROR, **head(), draft_embeds_otherwise=True),
     case("draft-embedding", EAGLE3, **head(), draft_embeds_otherwise=False),
     case("draft-embedding", EAGLE3, **head(hidden_size=2048, target_hidden_size=4096), draft_embeds_otherwise=True),
+    case("mtp-layers", MTP, ERROR, target={**MIMO, "num_nextn_predict_layers": 2}),
+    case("mtp-layers", MTP, target=MIMO),
     case("capture-layers", EAGLE3, **head(eagle_config={"use_aux_hidden_state": False})),
     case("eagle-bias", EAGLE, WARNING, draft=FIRST, tensors=["fc.weight"]),
     case("eagle-bias", EAGLE, draft=FIRST, tensors=["fc.weight", "fc.bias"]),

@@ -89,9 +89,10 @@ def _begin(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """Names the MTP layer that a checkpoint has beside its policy: ``names`` are none of a family that has no layer.
+    """Names the MTP layers that a checkpoint has beside its policy: ``names`` are none of a family that has none.
 
-    ``copies`` are of the policy's tables, by their names in the policy.
+    The first is trained, if any is; the others stay as they are stored. ``copies`` are of the policy's tables, by their
+    names in the policy.
     """
 
     source: Path
@@ -105,9 +106,10 @@ class StoredLayer:
         layer = family_of(stored.architecture).mtp
         if layer is None:
             return cls(source, trained)
-        prefix = layer.prefix_in(stored.config["num_hidden_layers"])
-        names = {name for name in stored.tensors if name.startswith(prefix)}
-        copies = {prefix + name: original for name, original in layer.copies.items() if prefix + name in names}
+        num_layers = stored.config["num_hidden_layers"]
+        names = {name for name in stored.tensors if layer.is_of_any(name, num_layers)}
+        pairs = ((name, copy) for name in names for copy in layer.copies if name.endswith(f".{copy}"))
+        copies = {name: layer.copies[copy] for name, copy in pairs}
         return cls(source, trained, frozenset(names - copies.keys()), copies)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

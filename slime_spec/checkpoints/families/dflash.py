@@ -188,4 +188,5 @@ DFLASH = DraftFormat(
     num_block_drafts=_num_block_drafts,
     num_captured=num_captured,
     keys=KEYS,
+    nested_keys={NESTED: NESTED_KEYS},
 )

@@ -53,12 +53,12 @@ class DraftFormat:
     ``blocks`` has config.json's architectures and for each that of the draft's decoder block; ``served`` are further
     architectures of the format that SGLang alone reads. ``block_config`` gives the block's config.json, and raises
     CheckpointError for a draft that the embedded engine cannot run. ``fields`` are those of the DraftSpec beyond family
-    and block, and ``keys`` the keys of config.json that they read. ``shapes`` are the trainable tensors but shared
-    embedding and head, ``config`` the keys of config.json beyond the block's. ``renamed`` maps beginnings of names that
-    some files use to ours. ``optional`` tensors are zero where a file lacks them; those for which ``is_unread`` are
-    left aside, as SGLang does. ``num_own_parameters`` counts the draft's parameters beyond its decoder block from
-    config.json alone, ``num_captured`` the target's layers that it reads, and ``num_block_drafts`` the tokens that a
-    block drafter drafts at once, None where a damaged file does not say it.
+    and block, ``keys`` the keys of config.json that they read, and ``nested_keys`` those of objects in it. ``shapes``
+    are the trainable tensors but shared embedding and head, ``config`` the keys of config.json beyond the block's.
+    ``renamed`` maps beginnings of names that some files use to ours. ``optional`` tensors are zero where a file lacks
+    them; those for which ``is_unread`` are left aside, as SGLang does. ``num_own_parameters`` counts the draft's
+    parameters beyond its decoder block from config.json alone, ``num_captured`` the target's layers that it reads, and
+    ``num_block_drafts`` the tokens that a block drafter drafts at once, None where a damaged file does not say it.
     """
 
     family: DraftFamily
@@ -77,6 +77,7 @@ class DraftFormat:
     num_block_drafts: Callable[[Mapping[str, Any]], int | None] | None = None
     num_captured: Callable[[Mapping[str, Any]], int] | None = None
     keys: Keys = field(default_factory=dict)
+    nested_keys: Mapping[str, Keys] = field(default_factory=dict)
 
     def canonical_name(self, stored: str) -> str:
         """Return our name of a tensor that its file calls ``stored``."""

@@ -135,4 +135,5 @@ DSPARK = DraftFormat(
     num_block_drafts=block_size_of,  # its config.json counts the drafts alone
     num_captured=num_captured,
     keys=KEYS,
+    nested_keys={NESTED: NESTED_KEYS, OWN: {**MARKOV_KEYS, MASK: whole(0)}},
 )

@@ -219,4 +219,5 @@ EAGLE3 = DraftFormat(
     has_tables=True,
     num_own_parameters=_num_own_parameters,
     keys=KEYS,
+    nested_keys={"eagle_config": NESTED_KEYS},
 )

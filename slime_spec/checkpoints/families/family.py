@@ -39,6 +39,15 @@ class MtpLayer:
     zero_first_embedding: bool = False
     refused: str = ""
 
+    def is_of_any(self, name: str, num_layers: int) -> bool:
+        """Return whether a tensor belongs to an MTP layer of a target of ``num_layers`` decoder layers, of any."""
+        first = self.prefix_in(num_layers)
+        before, _, number = first.removesuffix(".").rpartition(".")
+        if not number.isdigit():
+            return name.startswith(first)
+        found = name.removeprefix(f"{before}.").partition(".")[0]
+        return name.startswith(f"{before}.") and found.isdigit() and int(found) >= int(number)
+
     def prefix_in(self, num_layers: int | None) -> str:
         """Return the prefix in a target of ``num_layers`` decoder layers."""
         return self.prefix.replace("{layers}", str(num_layers))

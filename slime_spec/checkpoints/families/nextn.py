@@ -19,11 +19,12 @@ from slime_spec.checkpoints.families.family import MtpLayer
 from slime_spec.checkpoints.families.glm4_moe import GLM4_MOE
 from slime_spec.checkpoints.families.llama import LLAMA
 from slime_spec.checkpoints.families.mimo import MIMO_LAYER
-from slime_spec.errors import CheckpointError
+from slime_spec.errors import CheckpointError, NotComputedError
 
 if TYPE_CHECKING:
     from slime_spec.checkpoints.draft_spec import DraftSpec
 
+OTHERWISE = "or draft with a head of its own, or from texts"
 ARCHITECTURE = "LlamaForCausalLMNextN"
 OWN_LAYER = MIMO_LAYER
 # The decoders whose own layer comes in such folders.
@@ -40,6 +41,13 @@ def _block_config(config: Mapping[str, Any], layer: MtpLayer | None, source: str
             "must be at least 1: this checkpoint has no MTP layer",
             config.get("num_nextn_predict_layers"),
             ANOTHER_DRAFT,
+        )
+    if config["num_nextn_predict_layers"] > 1:
+        raise NotComputedError(
+            f"{source}: num_nextn_predict_layers",
+            "must be 1: of several layers, each of which predicts a token further, none is computed here",
+            config["num_nextn_predict_layers"],
+            f"Set it to 1, so that the first layer drafts every token, {OTHERWISE}.",
         )
     return {**config, "num_hidden_layers": 1, **OF_THE_LAST}
 

@@ -63,6 +63,24 @@ def mtp_missing(facts: Facts) -> Sighting | None:
 
 
 @trap(
+    "mtp-layers",
+    "SGLang's servers of these families have one MTP layer: DeepSeek's and GLM's end while they load a checkpoint with "
+    "more, MiMo's puts all of them into one layer, where the last that is read stays.",
+    "https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/models/mimo_mtp.py",
+)
+def mtp_layers(facts: Facts) -> Sighting | None:
+    target = facts.target
+    is_known = family_of(target.architecture).mtp is not None
+    if facts.draft_kind != "in_target" or not is_known or target.num_mtp_layers < 2:
+        return None
+    return Sighting(
+        Severity.ERROR,
+        f"{target.architecture} drafts with its own MTP layer, and its checkpoint has {target.num_mtp_layers}",
+        "Keep the first layer alone in the checkpoint and set num_nextn_predict_layers to 1, or draft with a head.",
+    )
+
+
+@trap(
     "draft-fit",
     "A draft reads one target's hidden states and writes its vocabulary; for another the server ends while loading, "
     "or worse, drafts noise.",

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from slime_spec.checkpoints.draft_keys import unknown_keys
 from slime_spec.checkpoints.draft_writers import CONVERT
 from slime_spec.checkpoints.families.dflash import FROM_ROOT, NESTED
 from slime_spec.checkpoints.families.draft_format import DraftFamily
 from slime_spec.checkpoints.families.dspark import KIND, OWN, RANK, VANILLA
 from slime_spec.preflight.facts import Facts
-from slime_spec.preflight.finding import Severity, Sighting, trap
+from slime_spec.preflight.finding import Severity, Sighting, speculating, trap
 
 COMPUTED = "Pass --rollout-engine embedded, which computes it, or choose a draft without it."
 RETRAIN = "Choose a draft without it."
@@ -76,6 +77,9 @@ def _ignored(family: DraftFamily, config: Mapping[str, Any], flags: Mapping[str,
             value = (config.get(outer) or {}).get(inner) if inner else config.get(outer)
             if value is not None and value != computed:
                 yield f"{key} {_shown(value)}", RETRAIN if inner else COMPUTED
+        if config.get("tie_word_embeddings") and config.get("draft_vocab_size") not in (None, config.get("vocab_size")):
+            untie = 'Set "tie_word_embeddings" to false there: tied, the head is the embedding of all tokens.'
+            yield "lm_head.weight beside tie_word_embeddings true", untie
     if family in ("eagle3", "eagle") and (window := _window(config)) and not flags.get(WINDOW[2:].replace("-", "_")):
         yield f"sliding_window {window}", f"Pass --sglang{WINDOW[1:]} {window - 1}."
     if family == "dspark":
@@ -105,6 +109,27 @@ def _window(config: Mapping[str, Any]) -> int | None:
 
 def _shown(value: Any) -> str:
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value).replace("'", '"')
+
+
+@trap(
+    "draft-unknown-keys",
+    "Writers of drafts add keys of their own, some of which change what the draft computes. A key that is unknown here "
+    "is read by nobody: if it has a meaning, drafts are others than they were trained to be, and few of them stand.",
+    "https://github.com/sgl-project/SpecForge",
+    applies=speculating,
+)
+def draft_unknown_keys(facts: Facts) -> Sighting | None:
+    if facts.draft is None or facts.draft is facts.target:
+        return None
+    unknown = unknown_keys(facts.draft.config)
+    if not unknown:
+        return None
+    return Sighting(
+        Severity.WARNING,
+        f"{facts.draft.folder}/config.json has keys that are read neither here nor counted without effect: "
+        f"{', '.join(unknown)}",
+        "Watch rollout/spec_accept_length, and ask the draft's writer what they mean; remove those without effect.",
+    )
 
 
 @trap(
