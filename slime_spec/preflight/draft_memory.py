@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime_spec.checkpoints.families.draft_format import DraftFormat
-from slime_spec.checkpoints.families.eagle3 import NUM_CAPTURED, named_layers
 from slime_spec.config.draft_training import MAX_LOGITS_BYTES, loss_for, rows_of_reply
 from slime_spec.config.tree import Config
 
@@ -58,11 +57,7 @@ class DraftSizes:
         cls, draft_format: DraftFormat, draft: Mapping[str, Any], target: Mapping[str, Any], num_parameters: int
     ) -> DraftSizes:
         """Read both config.json."""
-        captured = 1
-        if draft_format.has_tables:
-            captured = len(named_layers(draft) or ()) or NUM_CAPTURED
-        elif draft_format.num_captured is not None:
-            captured = draft_format.num_captured(draft)
+        captured = 1 if draft_format.num_captured is None else max(1, draft_format.num_captured(draft))
         hidden = target["hidden_size"]
         vocab = draft.get("draft_vocab_size") or target["vocab_size"]
         heads = draft["num_hidden_layers"] * draft["num_attention_heads"]

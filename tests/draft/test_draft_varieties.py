@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from safetensors.torch import load_file
 
 from slime_spec.checkpoints.draft_choice import choose_draft
 from slime_spec.checkpoints.draft_spec import DraftSpec, draft_config
-from slime_spec.checkpoints.draft_tensors import load_draft, save_draft_checkpoint
+from slime_spec.checkpoints.draft_tensors import draft_shapes, load_draft, save_draft_checkpoint
 from slime_spec.checkpoints.embedding_rows import embeds_otherwise
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.stored import Checkpoint
 from slime_spec.errors import CheckpointError, NotComputedError
+from slime_spec.preflight.memory import draft_parameters
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.draft_formats import FreshDraft, TinyDraft
 from tests.support.embedded_harness import make_core, random_prompt, run
@@ -31,6 +34,8 @@ from tests.support.tiny_drafts import (
     DSPARK,
     EAGLE,
     EAGLE3,
+    GATED,
+    RECURRENT,
     edit_config,
     edit_tensors,
     make_tiny_draft,
@@ -132,6 +137,8 @@ VARIETIES: dict[str, Variety] = {
         algorithm="EAGLE",
     ),
     "nested by speculators": eagle3({}, fields={"residual_norm": True}, write=nested_by_speculators),
+    "a gated Markov head": Variety(GATED, DSPARK, fields={"markov_kind": "gated"}, algorithm="DSPARK"),
+    "a recurrent Markov head": Variety(RECURRENT, DSPARK, fields={"markov_kind": "rnn"}, algorithm="DSPARK"),
     "DeepSpec's name": Variety(DSPARK, DSPARK, write=named("Qwen3DSparkModel"), algorithm="DSPARK"),
 }
 
@@ -169,6 +176,16 @@ def test_a_variety_that_is_written_again_is_the_same_draft(name: str, target: Pa
     again = load_draft(tmp_path / "again", DraftSpec.from_folder(tmp_path / "again", spec))
     assert again.spec == read.spec == DraftSpec.from_dict(draft_config(read.spec), spec)
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in read.tensors.items())
+
+
+@pytest.mark.parametrize("name", VARIETIES)
+def test_a_plan_counts_a_variety_from_its_config_alone(name: str, target: Path, tmp_path: Path) -> None:
+    variety = VARIETIES[name]
+    draft = make_tiny_draft(tmp_path / "draft", target, variety.config)
+    variety.write(draft)
+    checkpoint = Checkpoint.read(str(draft)).as_draft()
+    counted = draft_parameters(replace(checkpoint, tensors=None))
+    assert counted == pytest.approx(sum(map(prod, draft_shapes(variety.meant).values())), rel=0.03)
 
 
 # What is not computed -> (the config.json, the key that the error names).

@@ -193,9 +193,14 @@ def _is_unread(name: str, spec: DraftSpec) -> bool:
     return name.startswith("layers.") and name.endswith(".input_layernorm.weight")
 
 
+def num_captured(config: Mapping[str, Any]) -> int:
+    """Count the layers that the draft reads; 0 for the final state."""
+    return (len(named_layers(config) or ()) or NUM_CAPTURED) if reads_layers(config) else 0
+
+
 def _num_own_parameters(config: Mapping[str, Any]) -> int:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    features = NUM_CAPTURED * (config.get("target_hidden_size") or hidden) if reads_layers(config) else 0
+    features = num_captured(config) * (config.get("target_hidden_size") or hidden)
     head = (config.get("draft_vocab_size") or 0) * hidden
     qkv_heads = heads + 2 * (config.get("num_key_value_heads") or heads)
     wider_attention = qkv_heads * (config.get("head_dim") or hidden // heads) * hidden
@@ -218,6 +223,7 @@ EAGLE3 = DraftFormat(
     },
     has_tables=True,
     num_own_parameters=_num_own_parameters,
+    num_captured=num_captured,
     keys=KEYS,
     nested_keys={"eagle_config": NESTED_KEYS},
 )
