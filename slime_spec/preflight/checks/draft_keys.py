@@ -44,7 +44,7 @@ def draft_layout(facts: Facts) -> Sighting | None:
     return Sighting(
         Severity.ERROR,
         f"{draft.folder}/config.json names {draft.named_by_its_writer}, and the draft is a {draft.architecture}",
-        f"Write it for SGLang: {CONVERT} --draft {draft.folder}",
+        f"Write it for SGLang: {CONVERT} --draft {draft.folder} --target {facts.target.folder} --out NEW",
     )
 
 
@@ -126,8 +126,7 @@ def draft_unknown_keys(facts: Facts) -> Sighting | None:
         return None
     return Sighting(
         Severity.WARNING,
-        f"{facts.draft.folder}/config.json has keys that are read neither here nor counted without effect: "
-        f"{', '.join(unknown)}",
+        f"{facts.draft.folder}/config.json has keys that nobody here knows: {', '.join(unknown)}",
         "Watch rollout/spec_accept_length, and ask the draft's writer what they mean; remove those without effect.",
     )
 
