@@ -16,11 +16,10 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 from http import HTTPStatus
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
-from rollout.sglang_engine.client import ServerGone, ServerRefused
-from rollout.sglang_engine.kept_server import KeptServer
+from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.reply_texts import ReplyTexts
 from slime_spec.types import EarlierReply, GroupRequest
 
@@ -33,6 +32,16 @@ LEAST_FRESH = 0.25  # of the tokens of the corpus
 MAX_REFUSALS = 3  # in a row, then the server is fed no more
 
 
+class FedServer(Protocol):
+    """Is a server with a client in the loop of its corpus; ``num_replaced`` counts the servers that it has replaced."""
+
+    @property
+    def client(self) -> SglangClient: ...
+
+    @property
+    def num_replaced(self) -> int: ...
+
+
 class ReplyCorpus:
     """Keeps the corpus of one engine's server. Its methods run in the engine's asyncio loop, and none is waited for.
 
@@ -41,7 +50,7 @@ class ReplyCorpus:
     included.
     """
 
-    def __init__(self, server: KeptServer, texts: ReplyTexts, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, server: FedServer, texts: ReplyTexts, decode: Callable[[Sequence[int]], str]) -> None:
         self._server, self._texts, self._decode = server, texts, decode
         self._run, self._numbers = uuid4().hex[:8], count()
         self._feeding: asyncio.Task[None] | None = None

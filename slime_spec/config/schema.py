@@ -117,12 +117,13 @@ def nodes() -> Mapping[str, type]:
 @cache
 def settings() -> Mapping[str, Setting]:
     """Return every setting of the tree by its path, in the tree's order."""
-    table = {}
-    for node, cls in nodes().items():
-        hints = typing.get_type_hints(cls)
-        for leaf in fields(cls):
-            table[f"{node}.{leaf.name}"] = _setting(f"{node}.{leaf.name}", leaf, hints[leaf.name])
-    return table
+    return {path: each for node, cls in nodes().items() for path, each in settings_of(node, cls).items()}
+
+
+def settings_of(node: str, cls: type) -> dict[str, Setting]:
+    """Return the settings of one dataclass by their paths, which begin with ``node``."""
+    hints = typing.get_type_hints(cls)
+    return {f"{node}.{leaf.name}": _setting(f"{node}.{leaf.name}", leaf, hints[leaf.name]) for leaf in fields(cls)}
 
 
 def by_flag(config: Config) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from slime_spec.speculation.net_benefit import NetBenefit
-from slime_spec.types import EngineStats
+from slime_spec.types import EngineStats, SpecCounters
 
 
 def engine_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats], speculates: bool) -> dict[str, float]:
@@ -34,12 +34,7 @@ def benefit_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats])
     total = NetBenefit()
     for was, now in zip(earlier, after, strict=True):
         total = total.plus(now.benefit if was is None else now.benefit.since(was.benefit))
-    metrics = {}
-    if total.one_step_s:
-        metrics["spec/break_even_length"] = total.drafted_s / total.one_step_s
-    if total.spent_s:
-        metrics["spec/net_speedup_est"] = total.plain_s / total.spent_s
-        metrics["spec/net_speedup_err"] = total.error_s / total.spent_s
+    metrics = net_metrics(total)
     limits = [each.pays_up_to for each in after if each.pays_up_to is not None]
     if limits:
         metrics["spec/pays_up_to_batch"] = float(min(limits))
@@ -49,9 +44,25 @@ def benefit_metrics(before: Sequence[EngineStats], after: Sequence[EngineStats])
     return metrics
 
 
+def net_metrics(total: NetBenefit) -> dict[str, float]:
+    """Return what rounds cost and gained; a ratio that nothing was measured for is absent."""
+    metrics = {}
+    if total.one_step_s:
+        metrics["spec/break_even_length"] = total.drafted_s / total.one_step_s
+    if total.spent_s:
+        metrics["spec/net_speedup_est"] = total.plain_s / total.spent_s
+        metrics["spec/net_speedup_err"] = total.error_s / total.spent_s
+    return metrics
+
+
 def canary_metrics(stats: Sequence[EngineStats]) -> dict[str, float]:
     """Return the metrics ``sync/canary_*`` after a push, over the engines that ran a canary."""
-    counted = [each.canary for each in stats if each.canary.num_rounds]
+    return counted_canaries(each.canary for each in stats)
+
+
+def counted_canaries(canaries: Iterable[SpecCounters]) -> dict[str, float]:
+    """Return the same of what the canaries counted, one an engine."""
+    counted = [each for each in canaries if each.num_rounds]
     if not counted:
         return {}
     num_correct, num_rounds = sum(each.num_correct for each in counted), sum(each.num_rounds for each in counted)

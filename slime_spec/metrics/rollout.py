@@ -30,8 +30,7 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "rollout/weight_version_max": float(max(versions)),
         **_turn_metrics([sample.response for sample in samples]),
         **_reward_metrics(samples),
-        **_acceptance(samples),
-        **_acceptance_by_position([sample.response.spec for sample in samples]),
+        **acceptance_metrics([sample.response for sample in samples]),
     }
 
 
@@ -75,8 +74,13 @@ def _reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
-    verified = [sample.response for sample in samples if sample.response.spec.num_rounds > 0]
+def acceptance_metrics(responses: Sequence[GeneratedSample]) -> dict[str, float]:
+    """Return the acceptance of responses: pooled over all of them, by draft position and by weight version."""
+    return {**_acceptance(responses), **_acceptance_by_position([response.spec for response in responses])}
+
+
+def _acceptance(responses: Sequence[GeneratedSample]) -> dict[str, float]:
+    verified = [response for response in responses if response.spec.num_rounds > 0]
     num_rounds = sum(response.spec.num_rounds for response in verified)
     num_proposed = sum(response.spec.num_proposed for response in verified)
     num_correct = sum(response.spec.num_correct for response in verified)
@@ -89,7 +93,7 @@ def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
         "spec/nonfinite_rounds": float(sum(response.spec.num_nonfinite_rounds for response in verified)),
         "spec/correct_drafts": float(num_correct),
     }
-    num_off_steps = sum(sample.response.spec.num_off_steps for sample in samples)
+    num_off_steps = sum(response.spec.num_off_steps for response in responses)
     if num_off_steps:
         metrics["spec/off_ratio"] = num_off_steps / (num_off_steps + num_rounds)
     if num_proposed:

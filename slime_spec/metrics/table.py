@@ -107,6 +107,12 @@ TABLE = (
         "rollout/spec_accept_length of the samples whose oldest weights are of this version; in steps with several.",
     ),
     Metric(
+        "spec/sudden_drop",
+        "0 or 1",
+        "1: rollout/spec_accept_length fell by more than 15 % from the step before, which is no drift of the policy: "
+        "look for a fault of the weight sync first. Of the plug-in for slime and miles.",
+    ),
+    Metric(
         "spec/draft_version_lag",
         "versions",
         "Mean of the target's version less the draft's, over the samples with a verify round; absent for a draft "

@@ -6,7 +6,7 @@ import logging
 import netrc
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
@@ -107,6 +107,15 @@ class WandbSink:
                 xs, ys = ([[point[at] for point in points[name]] for name in keys] for at in (0, 1))
                 chart = wandb.plot.line_series(xs=xs, ys=ys, keys=keys, title=title.partition("/")[2], xname=STEP)
                 self._run.log({title: chart}, step=self._last_step + self._num_repeated)
+
+
+def chart_over(axis: str, names: Iterable[str]) -> None:
+    """Have the process's own wandb run, if there is one, draw metrics (``spec/*``) over another metric."""
+    import wandb
+
+    if wandb.run is not None:
+        for name in names:
+            wandb.define_metric(name, step_metric=axis)
 
 
 def rows_of_panel(rows: Sequence[Row], num_lines: int) -> Sequence[Row]:

@@ -51,8 +51,10 @@ def generation_of(meta_info: Mapping[str, Any]) -> Generation | None:
     raise UnknownMetadataError(f"{meta_info[ROUNDS]} verify rounds under unknown keys: {', '.join(keys)}")
 
 
-def spec_counters(meta_info: Mapping[str, Any], num_steps: int = 0, fills_rounds: bool = True) -> SpecCounters:
-    """Return the counters of one response.
+def spec_counters(
+    meta_info: Mapping[str, Any], num_steps: int = 0, fills_rounds: bool = True, num_off_steps: int = 0
+) -> SpecCounters:
+    """Return the counters of one response, with as many plain steps as the caller knows of (``plain_steps``).
 
     ``num_steps`` is the depth of a draft (SpecCounters.num_steps). ``fills_rounds`` says that the algorithm always
     drafts all it proposes; NGRAM does not, and SGLang does not report how much of a round was padding.
@@ -72,7 +74,14 @@ def spec_counters(meta_info: Mapping[str, Any], num_steps: int = 0, fills_rounds
         num_drafted=proposed if fills_rounds else 0,
         num_steps=num_steps,
         num_correct_unbinned=int(meta_info[generation.correct]) - binned,
+        num_off_steps=num_off_steps,
     )
+
+
+def plain_steps(meta_info: Mapping[str, Any]) -> int:
+    """Return the plain steps between the verify rounds of a response, which RTP-LLM's ``iter_count`` tells of."""
+    num_rounds = int(meta_info.get(ROUNDS) or 0)
+    return max(0, int(meta_info.get("iter_count") or 0) - num_rounds - 1) if num_rounds else 0
 
 
 def meta_info(sample: GeneratedSample) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class InfoRoutes:
             "/get_model_info": self._model_info,
             "/weight_version": self._weight_version,
             "/get_weight_version": self._weight_version,
+            "/workers": self._workers,
         }
         return [web.get(path, handler) for path, handler in paths.items()]
 
@@ -97,6 +98,12 @@ class InfoRoutes:
     async def _weight_version(self, request: web.Request) -> web.Response:
         """Name the version of the weights in use."""
         return json_response({"weight_version": self._names.current()})
+
+    async def _workers(self, request: web.Request) -> web.Response:
+        """List this server as sglang-router lists its servers: clients of a router may call it directly."""
+        return json_response(
+            {"workers": [{"url": f"{request.scheme}://{request.host}", "is_healthy": True}], "total": 1}
+        )
 
     async def _server_info(self, request: web.Request) -> web.Response:
         """Answer the server's settings, and its counters since it started."""
@@ -153,6 +160,7 @@ class InfoRoutes:
             "num_generated_tokens": totals.num_tokens,
             "avg_spec_accept_length": totals.mean_accept_length,
             "spec_break_even_length": benefit.drafted_s / benefit.one_step_s if benefit.one_step_s else None,
+            "net_benefit": benefit._asdict(),
             "time_in_forward_s": stats.time_in_forward_s,
             "time_total_s": stats.time_total_s,
         }
