@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
@@ -67,3 +68,7 @@ def test_the_help_of_config_is_its_own(capsys: Capture) -> None:
     told = capsys.readouterr().out
     assert told.startswith("slime-spec config")
     assert len(told.splitlines()) < 20
+    examples = [line.strip() for line in told.splitlines() if line.startswith("  slime-spec config")]
+    assert len(examples) == 2
+    for example in examples:
+        assert main(re.split(r" > |    ", example)[0].split()[1:]) == 0
