@@ -17,6 +17,7 @@ from slime_spec.types import GeneratedSample, TurnCounts
 
 KEPT = "slime_spec_answers"  # attribute of a sample; slime's to_dict and from_dict carry it
 INFO = "prefix_cache_info"
+ABORTED = "aborted"  # the status of a sample that goes on later, in slime and miles
 PREFIX = "spec_"
 KEYS = ("completion_tokens", "prompt_tokens", "cached_tokens", "weight_version", "draft_version", "lossy", "iter_count")
 Answer = Mapping[str, Any]
@@ -58,6 +59,12 @@ def settle(sample: Any) -> None:
     if isinstance(hearing, Hearing):
         setattr(sample, INFO, hearing.info)
         setattr(sample, KEPT, [*getattr(sample, KEPT, ()), *hearing.answers])
+
+
+def prompt_and_reply(sample: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids of a sample's prompt and of its response; nothing before it is generated."""
+    num_prompt = len(sample.tokens) - sample.response_length
+    return tuple(sample.tokens[:num_prompt]), tuple(sample.tokens[num_prompt:])
 
 
 def is_heard(sample: Any) -> bool:

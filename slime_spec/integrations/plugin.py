@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from slime_spec.integrations.answers import (
     algorithm_of,
@@ -21,21 +21,33 @@ from slime_spec.integrations.answers import (
     responses_of,
     settle,
 )
-from slime_spec.integrations.framework import ALGORITHM, Framework, first_of, generated, own_generate
+from slime_spec.integrations.framework import ALGORITHM, Framework, Generate, first_of, generated, own_generate
+from slime_spec.integrations.scores import score
 from slime_spec.integrations.settings import PluginSettings, plugin_settings
+from slime_spec.metrics.alarm import AcceptanceAlarm
 from slime_spec.metrics.evaluation import OF_ROLLOUT
 from slime_spec.metrics.rollout import acceptance_metrics
 from slime_spec.rl.draft_updates import EVERY, SUDDEN, DraftUpdates
 from slime_spec.sglang.metadata import UnknownMetadataError
 
-if TYPE_CHECKING:
-    from slime_spec.integrations.servers import Servers
-
 logger = logging.getLogger(__name__)
 
 ACCEPT_LENGTH = "rollout/spec_accept_length"
 OF_EVALUATION = {own: name for own, name in OF_ROLLOUT.items() if own.startswith("spec_")}
+LEAST_ROUNDS = 400  # of a rollout that is compared with the one before: 15 % is then about four standard errors
 AXIS, CHARTED = "rollout/step", ("spec/*", "sync/*")
+
+
+class Source(Protocol):
+    """Hears of every sample, and says what no sample says of a rollout."""
+
+    def began(self, sample: Any) -> None: ...
+
+    def ended(self, sample: Any, made: Sequence[Any]) -> None:
+        """Note the samples that were made of one that ``began``, none where that failed."""
+
+    def measured(self) -> dict[str, float]:
+        """Return metrics of the rollout that is over; the next sample begins another."""
 
 
 class Plugin:
@@ -44,8 +56,9 @@ class Plugin:
     def __init__(self, framework: Framework) -> None:
         self._framework = framework
         self._settings: PluginSettings | None = None
-        self._servers: Servers | None = None
+        self._source: Source | None = None
         self._updates = DraftUpdates(EVERY, interval=1, horizon=1)  # knows a sudden loss
+        self._alarm: AcceptanceAlarm | None = None
         self._is_charted = self._has_told_of_silence = False
 
     async def generate(self, args: Any, sample: Any, sampling_params: Any, evaluation: bool) -> Any:
@@ -56,17 +69,32 @@ class Plugin:
             if settings.generate is None
             else own_generate(settings.generate)
         )
-        servers = self._servers_of(args, settings)
-        servers.began(sample)
-        made = None
+        return await self._heard(function, self._source_of(args, settings), args, sample, sampling_params, evaluation)
+
+    async def generate_embedded(self, args: Any, sample: Any, sampling_params: Any, evaluation: bool) -> Any:
+        """Generate a sample on an engine in this process; keep its answer."""
+        from slime_spec.integrations.embedded import Embedded
+
+        if not isinstance(self._source, Embedded):
+            self._source = Embedded.of(args, self._settings_of(args))
+        return await self._heard(self._source.generate, self._source, args, sample, sampling_params, evaluation)
+
+    async def _heard(
+        self, function: Generate, source: Source, args: Any, sample: Any, sampling_params: Any, evaluation: bool
+    ) -> Any:
+        source.began(sample)
+        made: list[Any] = []
         try:
             with heard(sample):
-                made = await generated(function, args, sample, sampling_params, evaluation)
+                given = await generated(function, args, sample, sampling_params, evaluation)
+            made = list(_leaves(given))
         finally:
-            servers.ended(sample, [] if made is None else list(_leaves(made)))
-        for each in _leaves(made):
+            source.ended(sample, made)
+        for each in made:
             settle(each)
-        return made
+        if (name := self._settings_of(args).reward) is not None:
+            await score(made, name, args)
+        return given
 
     def log_rollout(
         self, rollout_id: int, args: Any, samples: Sequence[Any], extra: Mapping[str, Any] | None, rollout_s: float
@@ -75,7 +103,7 @@ class Plugin:
         args.logged_rollout_id = rollout_id
         if not self._framework.can_log(args):
             return False
-        measured = self._rollout_metrics(args, samples)
+        measured = self._rollout_metrics(rollout_id, args, samples)
         if measured is None:
             return False
         self._chart(args)
@@ -108,19 +136,20 @@ class Plugin:
         )
         return True
 
-    def _rollout_metrics(self, args: Any, samples: Sequence[Any]) -> dict[str, float] | None:
+    def _rollout_metrics(self, rollout_id: int, args: Any, samples: Sequence[Any]) -> dict[str, float] | None:
         measured = self._acceptance(args, samples)
         if measured is None or getattr(args, "load_debug_rollout_data", None):
             return measured
+        self._warn(rollout_id, args, measured)
         settings, length = self._settings_of(args), measured.get(ACCEPT_LENGTH)
-        of_servers = self._servers_of(args, settings).measured()
+        of_servers = self._source_of(args, settings).measured()
         if length is not None and settings.break_even_length is not None:
             known = {
                 "spec/break_even_length": settings.break_even_length,
                 "spec/net_speedup_est": length / settings.break_even_length,
             }
             of_servers = {**known, **of_servers}
-        return {**measured, **self._drop(length, of_servers), **of_servers}
+        return {**measured, **self._drop(measured, of_servers), **of_servers}
 
     def _acceptance(self, args: Any, samples: Sequence[Any]) -> dict[str, float] | None:
         """Return the acceptance of samples; None where their counters cannot be read, which is told."""
@@ -147,12 +176,20 @@ class Plugin:
         )
         logger.warning("no sample has a verify round algorithm=%s remedy=%r", getattr(args, ALGORITHM), hint)
 
-    def _drop(self, length: float | None, of_servers: Mapping[str, float]) -> dict[str, float]:
-        """Return whether the accept length fell at once, which no drift of the policy does."""
-        before = self._updates.record.accept_length
-        self._updates.saw_rollout(length, 0.0)
-        if length is None:
+    def _warn(self, rollout_id: int, args: Any, measured: Mapping[str, float]) -> None:
+        """Warn once of a draft that is never accepted, with the likely causes of the algorithm's."""
+        algorithm = algorithm_of(args)
+        if self._alarm is None and algorithm is not None:
+            self._alarm = AcceptanceAlarm(algorithm)
+        if self._alarm is not None:
+            self._alarm.write(rollout_id, measured)
+
+    def _drop(self, measured: Mapping[str, float], of_servers: Mapping[str, float]) -> dict[str, float]:
+        """Return whether the accept length fell at once, which no drift of the policy does; rollouts of many rounds."""
+        if measured.get("spec/verify_rounds", 0.0) < LEAST_ROUNDS:
             return {}
+        length, before = measured[ACCEPT_LENGTH], self._updates.record.accept_length
+        self._updates.saw_rollout(length, 0.0)
         is_sudden = self._updates.record.is_sudden
         if is_sudden:
             logger.error(
@@ -177,12 +214,12 @@ class Plugin:
             self._settings = plugin_settings(args)
         return self._settings
 
-    def _servers_of(self, args: Any, settings: PluginSettings) -> Servers:
-        if self._servers is None:
+    def _source_of(self, args: Any, settings: PluginSettings) -> Source:
+        if self._source is None:
             from slime_spec.integrations.servers import Servers  # with an HTTP client: an import of hooks is light
 
-            self._servers = Servers.of(args, settings)
-        return self._servers
+            self._source = Servers.of(args, settings)
+        return self._source
 
 
 def _leaves(made: Any) -> Iterable[Any]:

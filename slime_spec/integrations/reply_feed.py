@@ -18,12 +18,12 @@ import xxhash
 
 from rollout.sglang_engine.reply_corpus import FedServer, ReplyCorpus
 from rollout.sglang_engine.reply_texts import MAX_CORPUS_TOKENS, ReplyTexts
+from slime_spec.integrations.answers import ABORTED, prompt_and_reply
 from slime_spec.rl.reply_history import ReplyHistory
 from slime_spec.sglang.labels import version_number
 from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest, SamplingParams
 
 MAX_PROMPTS = 65_536  # whose token ids are kept
-ABORTED = "aborted"  # the status of a sample that goes on later, in slime and miles
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -79,16 +79,15 @@ class ReplyFeed:
 
     async def _note(self, key: bytes, sample: Any) -> None:
         """Keep a finished reply, and tell of it where siblings still run."""
-        num_prompt = len(sample.tokens) - sample.response_length
-        reply = tuple(sample.tokens[num_prompt:])
+        prompt, reply = prompt_and_reply(sample)
         if not reply or sample.status.value == ABORTED:
             return
-        self._prompts[key] = array("i", sample.tokens[:num_prompt])
+        self._prompts[key] = array("i", prompt)
         self._prompts.move_to_end(key)
         while len(self._prompts) > MAX_PROMPTS:
             self._prompts.popitem(last=False)
         version = _oldest(sample.weight_versions)
-        finished = GeneratedSample("", 0, reply, (), "stop", version, num_prompt)
+        finished = GeneratedSample("", 0, reply, (), "stop", version, len(prompt))
         self._history.note(self._prompts[key], [finished])
         if not self._num_running[key]:
             return

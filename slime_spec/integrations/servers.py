@@ -19,7 +19,7 @@ from typing import Any
 from rollout.sglang_engine.canary import Canary
 from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.loop_thread import AsyncLoop
-from slime_spec.integrations.answers import algorithm_of
+from slime_spec.integrations.answers import algorithm_of, prompt_and_reply
 from slime_spec.integrations.reply_feed import ReplyFeed
 from slime_spec.integrations.settings import PluginSettings
 from slime_spec.metrics.engines import counted_canaries, net_metrics
@@ -79,7 +79,7 @@ class Servers:
         if self._loop is None:
             return
         for each in made:
-            prompt = tuple(each.tokens[: len(each.tokens) - each.response_length])
+            prompt, _ = prompt_and_reply(each)
             if len(self._prompts) < self._settings.canary_prompts and prompt and prompt not in self._prompts:
                 self._prompts.append(prompt)
         if self._feed is not None:

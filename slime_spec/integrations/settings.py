@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from slime_spec.config.build import frozen
 from slime_spec.config.schema import Setting, settings_of
 from slime_spec.config.setting import SAMPLES, setting
 from slime_spec.config.sglang_server import SglangServerConfig
@@ -26,15 +25,14 @@ from slime_spec.suggest import did_you_mean
 
 BLOCK = "slime_spec"
 VARIABLE = "SLIME_SPEC_PLUGIN"
-ENGINE, DRAFT = "engine", "draft"
 LONGEST_BREAK_EVEN = 1_000.0
 _SERVERS = SglangServerConfig()
 REMEDY = f"Write a YAML file with a block {BLOCK}: (docs/plug-in.md)."
 
 
 @dataclass(frozen=True)
-class PlainSettings:
-    """Holds the settings of a plug-in in another framework that are no groups."""
+class PluginSettings:
+    """Holds the settings of a plug-in in another framework"""
 
     generate: str | None = setting(
         None, "Function of the user's own that generates a sample; default: the framework's own generate."
@@ -65,20 +63,20 @@ class PlainSettings:
         above=0.0,
         maximum=LONGEST_BREAK_EVEN,
     )
-
-
-@dataclass(frozen=True)
-class PluginSettings(PlainSettings):
-    """Holds a plug-in's settings; the groups are settings of this project's own, which their users check."""
-
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    draft: Mapping[str, Any] = field(default_factory=dict)
+    reward: str | None = setting(
+        None,
+        "Reward of this project's that scores samples as they are generated (math_verify, ...), or module:function; "
+        "default: the framework's own.",
+    )
+    engine: tuple[str, ...] = setting(
+        (), "Flags of slime-spec serve for the engine of generate_embedded; its checkpoint is --hf-checkpoint's."
+    )
 
 
 @cache
 def known() -> Mapping[str, Setting]:
-    """Return the block's settings by their paths, the groups left out."""
-    return settings_of(BLOCK, PlainSettings)
+    """Return the block's settings by their paths."""
+    return settings_of(BLOCK, PluginSettings)
 
 
 def plugin_settings(args: Any) -> PluginSettings:
@@ -97,18 +95,13 @@ def read_block(block: object) -> PluginSettings:
     errors: list[ConfigError] = []
     for name, value in block.items():
         path = f"{BLOCK}.{name}"
-        if name in (ENGINE, DRAFT):
-            if isinstance(value, Mapping):
-                made[name] = frozen(value)
-            else:
-                errors.append(ConfigError(path, "must be a group of settings", value, REMEDY))
-        elif path not in known():
-            hint = did_you_mean(path, [*known(), f"{BLOCK}.{ENGINE}", f"{BLOCK}.{DRAFT}"])
-            errors.append(ConfigError(path, "is not a setting of the plug-in", value, hint + REMEDY))
-        else:
-            try:
-                made[name] = known()[path].check(value)
-            except ConfigError as error:
-                errors.append(ConfigError(path, error.rule, error.value, REMEDY))
+        if path not in known():
+            rule, hint = "is not a setting of the plug-in", did_you_mean(path, known())
+            errors.append(ConfigError(path, rule, value, hint + REMEDY))
+            continue
+        try:
+            made[name] = known()[path].check(value)
+        except ConfigError as error:
+            errors.append(ConfigError(path, error.rule, error.value, REMEDY))
     raise_all(errors)
     return PluginSettings(**made)

@@ -16,6 +16,13 @@ async def generate(args: Any, sample: Any, sampling_params: Mapping[str, Any], e
     return await PLUGIN.generate(args, sample, sampling_params, evaluation)
 
 
+async def generate_embedded(
+    args: Any, sample: Any, sampling_params: Mapping[str, Any], evaluation: bool = False
+) -> Any:
+    """Generate on an embedded engine in this process, by the block's ``engine`` (--custom-generate-function-path)."""
+    return await PLUGIN.generate_embedded(args, sample, sampling_params, evaluation)
+
+
 def log_rollout(
     rollout_id: int,
     args: Any,
