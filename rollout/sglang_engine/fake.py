@@ -19,6 +19,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from aiohttp import web
@@ -107,6 +108,7 @@ class FakeServer(FakeWeights, FakeCorpora):
         if self.crashes:
             os._exit(1)
         sampling = body["sampling_params"]
+        body.setdefault("rid", uuid4().hex)
         if len(body["input_ids"]) + sampling["max_new_tokens"] > CONTEXT_LENGTH:
             return await self._answer(request, body, _once(recordings()["errors"]["too_long"]), status=400)
         if SAMPLING_PARAMS.field in sampling and self.switch != SAMPLING_PARAMS:

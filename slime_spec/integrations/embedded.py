@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ class Embedded:
         self._tokenizer = Tokenizer.load(config.model.hf_checkpoint)
         self._engine = EmbeddedEngine(config, 0, InProcessTransport())
         self._engine.start()
-        self._before: NetBenefit | None = None
+        # The framework tells nobody that it ends, and the engine's thread would keep the process alive.
+        threading.Thread(target=self._end_with_process, name="embedded-engine-end", daemon=True).start()
+        self._before = NetBenefit()
         self._history = ReplyHistory() if config.speculative.record.reads_replies else None
         logger.info("embedded engine started model=%s", config.model.hf_checkpoint)
 
@@ -57,17 +60,26 @@ class Embedded:
         return cls(read_serve_arguments(words).config)
 
     def began(self, sample: Any) -> None:
-        if self._before is None:
-            self._before = self._engine.stats().benefit
+        """Do nothing: a sample is known here when it is generated."""
 
     def ended(self, sample: Any, made: Sequence[Any]) -> None:
-        """Do nothing: what a sample became is known here."""
+        """Do nothing, likewise."""
 
     def measured(self) -> dict[str, float]:
-        before, self._before = self._before, None
-        return {} if before is None else net_metrics(self._engine.stats().benefit.since(before))
+        return net_metrics(self._since_last())
+
+    def leave_out(self) -> None:
+        self._since_last()
+
+    def _since_last(self) -> NetBenefit:
+        before, self._before = self._before, self._engine.stats().benefit
+        return self._before.since(before)
 
     def close(self) -> None:
+        self._engine.stop()
+
+    def _end_with_process(self) -> None:
+        threading.main_thread().join()
         self._engine.stop()
 
     async def generate(self, args: Any, sample: Any, sampling_params: Any, evaluation: bool = False) -> Any:

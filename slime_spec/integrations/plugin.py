@@ -26,7 +26,7 @@ from slime_spec.integrations.scores import score
 from slime_spec.integrations.settings import PluginSettings, plugin_settings
 from slime_spec.metrics.alarm import AcceptanceAlarm
 from slime_spec.metrics.evaluation import OF_ROLLOUT
-from slime_spec.metrics.rollout import acceptance_metrics
+from slime_spec.metrics.rollout import acceptance_metrics, sudden_drop_metrics
 from slime_spec.rl.draft_updates import EVERY, SUDDEN, DraftUpdates
 from slime_spec.sglang.metadata import UnknownMetadataError
 
@@ -48,6 +48,11 @@ class Source(Protocol):
 
     def measured(self) -> dict[str, float]:
         """Return metrics of the rollout that is over; the next sample begins another."""
+
+    def leave_out(self) -> None:
+        """Count what was generated until now in no rollout."""
+
+    def close(self) -> None: ...
 
 
 class Plugin:
@@ -128,6 +133,8 @@ class Plugin:
             if found is None:
                 return False
             measured |= {f"eval/{name}/{own}": found[key] for own, key in OF_EVALUATION.items() if key in found}
+        if self._source is not None:
+            self._source.leave_out()
         self._framework.log(
             self._framework.log_eval,
             args,
@@ -135,6 +142,12 @@ class Plugin:
             lambda log, quiet, metrics: log(rollout_id, quiet, data, metrics),
         )
         return True
+
+    def close(self) -> None:
+        """End what the plug-in has started; a process that ends needs no call."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
 
     def _rollout_metrics(self, rollout_id: int, args: Any, samples: Sequence[Any]) -> dict[str, float] | None:
         measured = self._acceptance(args, samples)
@@ -200,7 +213,7 @@ class Plugin:
                 before,
                 of_servers.get("sync/canary_accept_length"),
             )
-        return {"spec/sudden_drop": float(is_sudden)}
+        return sudden_drop_metrics(is_sudden)
 
     def _chart(self, args: Any) -> None:
         if getattr(args, "use_wandb", False) and not self._is_charted:

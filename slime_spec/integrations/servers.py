@@ -1,6 +1,6 @@
 """Servers asks the servers behind a framework's router what nothing in a sample says, beside the framework's own calls.
 
-    began(sample) ──► once a rollout: who the servers are, what rounds took so far, the canary
+    began(sample) ──► once a rollout: who the servers are, the canary
     ended(sample) ──► prompts for the canary; replies for n-gram servers (ReplyFeed)
     measured()    ──► metrics of the rollout
 
@@ -36,7 +36,7 @@ NGRAM = "NGRAM"
 
 @dataclass
 class Worker:
-    """Holds what is known of one server; ``before`` are the sums of its rounds as the rollout began."""
+    """Holds what is known of one server; ``before`` are the sums of its rounds as the last rollout was over."""
 
     client: SglangClient
     canary: Canary
@@ -70,7 +70,7 @@ class Servers:
             return
         loop = self._running()
         if self._beginning is None:
-            self._beginning = loop.submit(self._begin())
+            self._beginning = loop.submit(self._begin(list(self._prompts)))
         if self._feed is not None:
             loop.submit(self._feed.began(sample))
 
@@ -92,6 +92,11 @@ class Servers:
         beginning, self._beginning = self._beginning, None
         return self._loop.call(self._measured(beginning))
 
+    def leave_out(self) -> None:
+        """Count the rounds until now, an evaluation's, in no rollout."""
+        if self._loop is not None:
+            self._loop.call(self._since_last())
+
     def close(self) -> None:
         if self._loop is not None:
             self._loop.call(self._close_clients())
@@ -103,30 +108,36 @@ class Servers:
             self._loop = AsyncLoop("slime-spec-servers")
         return self._loop
 
-    async def _begin(self) -> None:
-        """Find the servers, read their sums, and have each generate the canary's prompts."""
+    async def _begin(self, prompts: list[tuple[int, ...]]) -> None:
+        """Find the servers, and have each generate these prompts for its canary."""
         for url in await self._urls():
             if url not in self._workers:
                 self._workers[url] = await self._open(url)
         workers = list(self._workers.values())
-        await asyncio.gather(*map(_read_sums, workers))
         if self._feed is not None:
             self._feed.serve(workers)
-        if self._prompts:
+        if prompts:
+            for worker in workers:
+                worker.canary.prompts = prompts
             await asyncio.gather(*map(_run_canary, workers))
 
     async def _measured(self, beginning: Future[None]) -> dict[str, float]:
         await asyncio.wrap_future(beginning)
-        workers = list(self._workers.values())
-        total = NetBenefit()
-        for worker, before in [(worker, worker.before) for worker in workers]:
-            await _read_sums(worker)
-            if worker.before is not None:
-                total = total.plus(worker.before if before is None else worker.before.since(before))
+        total, workers = await self._since_last(), self._workers.values()
         counted = [worker.counted for worker in workers]
         for worker in workers:
             worker.counted = SpecCounters()
         return net_metrics(total) | counted_canaries(counted)
+
+    async def _since_last(self) -> NetBenefit:
+        """Return what all servers' rounds took and gained since the last call, since their starts at the first."""
+        total = NetBenefit()
+        for worker in self._workers.values():
+            before, now = worker.before, await _sums(worker.client)
+            worker.before = now
+            if now is not None:
+                total = total.plus(now if before is None else now.since(before))
+        return total
 
     async def _urls(self) -> list[str]:
         """Return the servers' URLs: those of the settings, or the router's, which may be a server itself."""
@@ -149,9 +160,7 @@ class Servers:
     async def _open(self, url: str) -> Worker:
         client, settings = SglangClient(url), self._settings
         await client.open()
-        canary = Canary(
-            settings.canary_prompts, settings.canary_tokens, settings.canary_drop, LONGEST_PROMPT, self._prompts
-        )
+        canary = Canary(settings.canary_prompts, settings.canary_tokens, settings.canary_drop, LONGEST_PROMPT)
         return Worker(client, canary)
 
     async def _close_clients(self) -> None:
@@ -167,17 +176,17 @@ def _listed(answer: object) -> Iterable[str]:
             yield worker["url"]
 
 
-async def _read_sums(worker: Worker) -> None:
-    """Read what a server's rounds took so far, and would have taken without drafts; most servers measure neither."""
-    worker.before = None
+async def _sums(client: SglangClient) -> NetBenefit | None:
+    """Return what a server's rounds took, and would have taken without drafts; most servers measure neither."""
     for path in PATHS:
         try:
-            worker.before = _sums_of(await worker.client.get(path, ASK_TIMEOUT_S))
+            return _sums_of(await client.get(path, ASK_TIMEOUT_S))
         except ServerRefused:
             continue
         except ServerGone as error:
-            logger.warning("a server did not say what its rounds took url=%s reason=%s", worker.client.url, error)
-        return
+            logger.warning("a server did not say what its rounds took url=%s reason=%s", client.url, error)
+            return None
+    return None
 
 
 def _sums_of(answer: Any) -> NetBenefit | None:

@@ -50,6 +50,11 @@ def _turn_metrics(responses: Sequence[GeneratedSample]) -> dict[str, float]:
     }
 
 
+def sudden_drop_metrics(is_sudden: bool) -> dict[str, float]:
+    """Return the metric of a loss of acceptance from one step to the next."""
+    return {"spec/sudden_drop": float(is_sudden)}
+
+
 def filter_metrics(dropped: Mapping[str, int]) -> dict[str, float]:
     """Return the metrics of a step's groups that a filter dropped, by reason; a reason is shown without its slashes."""
     return {f"rollout/dynamic_filter/drop_{reason.replace('/', '_')}": float(num) for reason, num in dropped.items()}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("slime_spec", "rollout", "trainer_bridge")
 LAUNCH = "slime_spec.launch"
 # The composition roots: they alone import all three packages, and nothing below imports them.
-ROOTS = (LAUNCH, "slime_spec.bench")
+ROOTS = (LAUNCH, "slime_spec.bench", "slime_spec.integrations")
 # A library and the only modules (or packages) that may import it.
 HOMES = {
     "megatron": ("trainer_bridge.megatron",),
@@ -164,6 +164,7 @@ def test_a_circle_that_a_lazy_import_hides_is_found() -> None:
         ("rollout.pool", "from slime_spec import launch"),
         ("slime_spec.preflight.gather", "from slime_spec.launch.arguments import read_arguments"),
         ("slime_spec.rl.loop", "from slime_spec.bench.rows import Row"),
+        ("rollout.pool", "from slime_spec.integrations.plugin import Plugin"),
         ("trainer_bridge.losses", "import megatron.core"),
         ("slime_spec.config.build", "from omegaconf import OmegaConf"),
         ("rollout.embedded.engine", "import ray"),

@@ -12,7 +12,7 @@ from samples import sample
 
 from slime_spec.metrics.engines import benefit_metrics, canary_metrics, engine_metrics
 from slime_spec.metrics.evaluation import evaluation_metrics
-from slime_spec.metrics.rollout import filter_metrics, rollout_metrics
+from slime_spec.metrics.rollout import filter_metrics, rollout_metrics, sudden_drop_metrics
 from slime_spec.metrics.step import draft_push_metrics, draft_update_metrics, perf_metrics, push_metrics, train_metrics
 from slime_spec.metrics.table import TABLE, metric
 from slime_spec.speculation.net_benefit import NetBenefit
@@ -186,6 +186,7 @@ def test_every_metric_that_is_made_is_a_row_of_the_table() -> None:
         **push_metrics(push),
         **draft_push_metrics(push),
         **draft_update_metrics(True, 2.0, 1.0),
+        **sudden_drop_metrics(True),
         **perf_metrics([sample()], {"rollout": 1.0, "train": 1.0, "sync": 1.0, "draft_sync": 1.0, "eval": 1.0}, 3.0),
         **evaluation_metrics("aime", [drafted_by(1, (1, 2, 1))], 1),
         **said_by_engines(),
