@@ -1,7 +1,8 @@
-"""The command ``slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]`` checks a configuration."""
+"""The command ``slime-spec doctor [flags of train] [--slime SCRIPT] [--metrics RUN] [--json] [--fix]`` checks a run."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,17 @@ from slime_spec.preflight import report
 from slime_spec.preflight.facts import Facts
 from slime_spec.preflight.finding import Finding
 from slime_spec.preflight.finished_run import acceptance_by_position
-from slime_spec.preflight.gate import refused
+from slime_spec.preflight.gate import ORDER, refused
 
 USAGE = """\
-slime-spec doctor [flags of train] [--metrics RUN] [--json] [--fix]
+slime-spec doctor [flags of train] [--slime SCRIPT] [--metrics RUN] [--json] [--fix]
 
   Makes the checks of a launch without starting anything: it reads every file that the run reads (checkpoints,
   prompts, rewards), looks for every trap of speculative rollouts that is known to this version, asks SGLang's
   interpreter (--sglang-python) for its version and the driver for this machine's GPUs.
 
+  --slime SCRIPT   judge what a launch script of slime's would run, on slime: its servers, drafts and prompts, and what
+                   slime itself does with a draft; nothing of the script is run. Flags of train beside it win
   --metrics RUN    also judge the acceptance of a finished run (its folder or metrics.jsonl) by draft position;
                    without flags of train the run is checked as it ran
   --json           findings as JSON
@@ -38,6 +41,7 @@ class Options:
     """Holds the command's own flags, and the flags of train."""
 
     metrics: Path | None
+    slime: Path | None
     as_json: bool
     as_fix: bool
     train: tuple[str, ...]
@@ -78,6 +82,8 @@ def run_doctor(argv: Sequence[str], show: Callable[[str], None]) -> int:
 
 
 def _examine(options: Options) -> Examined:
+    if options.slime is not None:
+        return _examine_slime(options, options.slime)
     acceptance = acceptance_by_position(options.metrics) if options.metrics is not None else ()
     try:
         made = composed(options.train)
@@ -98,6 +104,33 @@ def _examine(options: Options) -> Examined:
     return Examined([*looked.findings], judged, sglang, config.run.skip_checks, _memory(first))
 
 
+def _examine_slime(options: Options, script: Path) -> Examined:
+    """Examine slime's own launch: what cannot be composed here is no mistake of slime's."""
+    from slime_spec.launch.slime.doctor import not_judged, of_slime, read_launch, slimes_own
+
+    acceptance = acceptance_by_position(options.metrics) if options.metrics is not None else ()
+    try:
+        launch = read_launch(script, os.environ, options.train)
+    except ConfigError as error:
+        return Examined([refused(each) for each in each_of(error)], "a script that cannot be read", None, ())
+    try:
+        made = composed(launch.train)
+        from slime_spec.launch.preflight import look
+
+        looked = look(made, acceptance)
+        looked.close()
+    except ConfigError as error:
+        judged = "slime's launch, of which no facts are known"
+        return Examined([*slimes_own(launch, None), *not_judged(error)], judged, None, ())
+    first = looked.engines[0] if looked.engines else None
+    sglang = first.release.text if first is not None and first.on_sglang else None
+    judged = f"slime's launch on SGLang {sglang}" if sglang else "slime's launch"
+    findings = sorted(
+        [*of_slime(looked.findings), *slimes_own(launch, first)], key=lambda each: ORDER.index(each.severity)
+    )
+    return Examined(findings, judged, sglang, made.config.run.skip_checks)
+
+
 def _memory(facts: Facts) -> tuple[str, ...]:
     """Return the table of what GPUs hold, where all fit: what does not is a finding with its table."""
     from slime_spec.preflight.gpu_memory import plan_gpus
@@ -109,23 +142,24 @@ def _memory(facts: Facts) -> tuple[str, ...]:
 
 
 def _options(argv: Sequence[str]) -> Options:
-    metrics: Path | None = None
+    named: dict[str, Path | None] = {"--metrics": None, "--slime": None}
+    needs = {"--metrics": ("a run's folder or metrics.jsonl", "runs/NAME"), "--slime": ("a launch script", "run.sh")}
     train: list[str] = []
     words = iter(argv)
     for word in words:
         name, _, value = word.partition("=")
-        if name == "--metrics":
+        if name in named:
             path = value or next(words, None)
             if path is None:
-                raise ConfigError(
-                    "--metrics", "needs a run's folder or metrics.jsonl", None, "Pass --metrics runs/NAME."
-                )
-            metrics = Path(path)
+                what, example = needs[name]
+                raise ConfigError(name, f"needs {what}", None, f"Pass {name} {example}.")
+            named[name] = Path(path)
         elif word not in ("--json", "--fix"):
             train.append(word)
-    if metrics is not None and not train:
+    metrics, slime = named["--metrics"], named["--slime"]
+    if metrics is not None and slime is None and not train:
         train = _as_it_ran(metrics)
-    return Options(metrics, "--json" in argv, "--fix" in argv, tuple(train))
+    return Options(metrics, slime, "--json" in argv, "--fix" in argv, tuple(train))
 
 
 def _as_it_ran(metrics: Path) -> list[str]:
