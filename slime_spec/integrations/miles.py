@@ -32,3 +32,10 @@ def log_eval(
 ) -> bool:
     """Log an evaluation, with pooled acceptance (--custom-eval-rollout-log-function-path)."""
     return PLUGIN.log_eval(rollout_id, args, data, extra_metrics)
+
+
+def before_train_step(
+    args: Any, rollout_id: int, step_id: int, model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any
+) -> None:
+    """Train the servers' draft beside the policy (--custom-megatron-before-train-step-hook-path)."""
+    PLUGIN.before_train_step(args, rollout_id, model)

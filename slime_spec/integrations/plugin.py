@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from slime_spec.errors import ConfigError
 from slime_spec.integrations.answers import (
     algorithm_of,
     answers_of,
@@ -29,6 +30,9 @@ from slime_spec.metrics.evaluation import OF_ROLLOUT
 from slime_spec.metrics.rollout import acceptance_metrics, sudden_drop_metrics
 from slime_spec.rl.draft_updates import EVERY, SUDDEN, DraftUpdates
 from slime_spec.sglang.metadata import UnknownMetadataError
+
+if TYPE_CHECKING:
+    from slime_spec.integrations.draft_learner import DraftLearner
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,8 @@ class Plugin:
         self._source: Source | None = None
         self._updates = DraftUpdates(EVERY, interval=1, horizon=1)  # knows a sudden loss
         self._alarm: AcceptanceAlarm | None = None
+        self._learner: DraftLearner | None = None
+        self._learned_rollout = -1
         self._is_charted = self._has_told_of_silence = False
 
     async def generate(self, args: Any, sample: Any, sampling_params: Any, evaluation: bool) -> Any:
@@ -142,6 +148,24 @@ class Plugin:
             lambda log, quiet, metrics: log(rollout_id, quiet, data, metrics),
         )
         return True
+
+    def before_train_step(self, args: Any, rollout_id: int, model: Sequence[Any]) -> None:
+        """Have the draft learn from the last step's passes, and see this step's; publish it as a rollout begins."""
+        settings = self._settings_of(args)
+        if settings.learned_draft is None:
+            remedy = (
+                "Name a folder there, or leave the hook out: MTP layers learn by slime's own --enable-mtp-training."
+            )
+            raise ConfigError("slime_spec.learned_draft", "must be set for before_train_step", None, remedy)
+        if self._learner is None:
+            from slime_spec.integrations.draft_learner import DraftLearner
+
+            self._learner = DraftLearner(args, settings, model)
+            self._learned_rollout = rollout_id
+        self._learner.before_step()
+        if rollout_id != self._learned_rollout:
+            self._learner.publish(self._learned_rollout)
+            self._learned_rollout = rollout_id
 
     def close(self) -> None:
         """End what the plug-in has started; a process that ends needs no call."""

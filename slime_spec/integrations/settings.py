@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from slime_spec.config.draft_training import DraftTrainingConfig
 from slime_spec.config.schema import Setting, settings_of
 from slime_spec.config.setting import SAMPLES, setting
 from slime_spec.config.sglang_server import SglangServerConfig
@@ -26,7 +27,7 @@ from slime_spec.suggest import did_you_mean
 BLOCK = "slime_spec"
 VARIABLE = "SLIME_SPEC_PLUGIN"
 LONGEST_BREAK_EVEN = 1_000.0
-_SERVERS = SglangServerConfig()
+_SERVERS, _DRAFTS = SglangServerConfig(), DraftTrainingConfig()
 REMEDY = f"Write a YAML file with a block {BLOCK}: (docs/plug-in.md)."
 
 
@@ -67,6 +68,12 @@ class PluginSettings:
         None,
         "Reward of this project's that scores samples as they are generated (math_verify, ...), or module:function; "
         "default: the framework's own.",
+    )
+    learned_draft: str | None = setting(
+        None, "Folder in which before_train_step writes the draft that it trains, once a rollout; default: none learns."
+    )
+    draft_lr: float = setting(
+        _DRAFTS.lr, "Learning rate of the draft that before_train_step trains.", minimum=0.0, maximum=1.0
     )
     engine: tuple[str, ...] = setting(
         (), "Flags of slime-spec serve for the engine of generate_embedded; its checkpoint is --hf-checkpoint's."
