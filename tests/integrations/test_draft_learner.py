@@ -149,7 +149,8 @@ def test_the_draft_learns_and_is_written_once_a_rollout(args: Namespace, plugin:
         assert learner is not None
         losses.append(learner.last_loss)
     assert losses[0] is None
-    assert losses[-1] < 0.7 * losses[1]
+    assert losses[-1] < 0.75 * losses[1]
+    assert losses[-1] < losses[9] < losses[1]
     folders = sorted((tmp_path / "learned").iterdir())
     assert [each.name for each in folders] == ["rollout_0", "rollout_1", "rollout_2"]
     spec = DraftSpec.from_folder(folders[-1], ModelSpec.from_folder(args.hf_checkpoint))
