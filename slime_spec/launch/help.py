@@ -48,7 +48,7 @@ machines, too.
 
   slime-spec config --config smollm2-135m --lr 1e-6 > mine.yaml
   slime-spec train --config mine.yaml --num-rollout 5
-  slime-spec config --config slime --prompt-data FILE.jsonl --n-samples-per-prompt 8 --colocate    slime's defaults"""
+  slime-spec config --config slime --actor-num-nodes 2 --colocate --n-samples-per-prompt 8 --prompt-data FILE.jsonl"""
 
 BENCH = """\
 slime-spec bench NAME [flags]
