@@ -163,6 +163,17 @@ def test_a_dry_run_prints_the_whole_plan_and_starts_nothing(job: list[str], tmp_
     assert "TP 1 x PP 1 x DP 1" in told
     assert told.rstrip().endswith("a launch would go on")
     assert not run.exists()
+    assert [line for line in told.splitlines() if len(line) > 120 and " " in line[120:] and "sglang" not in line] == []
+
+
+def test_a_plan_without_speculation_says_so(job: list[str]) -> None:
+    told = {
+        algorithm: [
+            line for line in sections(make_plan(look(composed([*job, *algorithm]))))["engine"] if "specul" in line
+        ]
+        for algorithm in ((), ("--speculative-algorithm", "NGRAM"))
+    }
+    assert [lines[0].partition(":")[0] for lines in told.values()] == ["no speculation", "speculation NGRAM"]
 
 
 def test_a_dry_run_of_what_preflight_refuses_ends_as_the_launch_would(job: list[str], capsys: Capture) -> None:

@@ -134,6 +134,8 @@ def _engine(plan: Plan) -> Iterator[str]:
             f"speculation {spec.algorithm}: {most}num_steps {shape.num_steps}, topk {shape.topk}, "
             f"{shape.num_draft_tokens} tokens verified a round{', as many as pay' if most else ''}"
         )
+    else:
+        yield "no speculation: nothing drafts (slime-spec tune with the same flags measures what would pay)"
     router = config.sglang_server
     if router.router or router.router_addr:
         yield f"requests go through an sglang-router{f' at {router.router_addr}' if router.router_addr else ''}"
