@@ -74,7 +74,7 @@ def test_a_script_becomes_a_command_that_composes_to_what_slime_would_do(tmp_pat
         100,
     )
     assert (config.task.input_key, config.task.apply_chat_template) == ("input", False)
-    assert config.model.hf_checkpoint == "/data/Qwen3-4B"
+    assert (config.model.hf_checkpoint, config.run.name) == ("/data/Qwen3-4B", "run-qwen3-4B")
     assert not {"--optimizer", "--num-layers", "--ref-load", "--wandb-key"} & set(words)
 
 
@@ -82,7 +82,7 @@ def test_the_table_says_what_became_of_every_flag(tmp_path: Path, capsys: Captur
     main(["port", script(tmp_path)])
     table = capsys.readouterr().err
     titles = [line for line in table.splitlines() if not line.startswith(" ")]
-    assert titles == ["the same here (11)", "no effect, because (6)", "mapped (4)"]
+    assert titles == ["the same here (11)", "no effect, because (6)", "added (1)", "mapped (4)"]
     assert "--num-layers 36, --swiglu, --rotary-base 1000000" in table
     assert "set WANDB_API_KEY" in table
     assert "--micro-batch-size" not in table
@@ -188,8 +188,14 @@ def test_on_cpu_takes_the_place_of_everything_that_a_script_says_about_gpus(tmp_
     assert (trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size) == (1, 1)
     assert (trainer.expert_model_parallel_size, rollout.engine, config.cluster.colocate) == (1, "embedded", True)
     assert (rollout.batch_size, config.task.input_key) == (32, "messages")
-    assert "added" not in printed.err
+    assert "--input-key" not in printed.err.partition("added (1)")[2]
     assert "--context-parallel-size 2" in printed.err.partition("flags after -- say it:")[2]
+
+
+def test_a_run_is_named_as_its_script_unless_somebody_names_it_or_its_folder(tmp_path: Path, capsys: Capture) -> None:
+    for extra, name in (([], "run-qwen3-4B"), (["--run-name", "mine"], "mine"), (["run.output_dir=here"], "slime")):
+        main(["port", script(tmp_path), "--", *extra])
+        assert compose(words_of(capsys.readouterr().out)).run.name == name
 
 
 def test_flags_after_the_dashes_win_over_on_cpu(tmp_path: Path, capsys: Capture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -38,6 +39,7 @@ OTHER_FILES: Mapping[str, tuple[str, str]] = {
         "Write {0: {mem_fraction_static: 0.7}} for each engine that differs.",
     ),
 }
+RUN_NAME, NAME = "--run-name", re.compile(r"\w[\w.-]*")
 
 
 class Fate(StrEnum):
@@ -103,6 +105,12 @@ def port(launch: Launch, extra: Sequence[str] = ()) -> Ported:
         rows.append(row)
         if row.fate in (Fate.SAME, Fate.MAPPED) and reading.path != WANDB_KEY:
             flags.append(reading.words)
+    name = launch.files[0].stem
+    if NAME.fullmatch(name) and not {"run.name", "run.output_dir"} & {each.path for each in (*readings, *own)}:
+        flags.append((RUN_NAME, name))
+        rows.append(
+            Row(Fate.ADDED, f"{RUN_NAME} {name}", "the script's: runs of other scripts have folders of their own")
+        )
     flags += [reading.words for reading in own]
     shape = {each.path: each.value for each in readings if each.path in NAMES}
     if any(each.path == CHECKPOINT for each in own):
