@@ -13,6 +13,8 @@ from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.tasks.source import PromptSource, check_data
 from slime_spec.types import GeneratedSample, Prompt
 
+CHOSEN_FOR_TRAINING = frozenset({"metadata_key"})  # evaluations have no flag for it
+
 
 @dataclass(frozen=True)
 class EvalPrompts:
@@ -33,7 +35,7 @@ class EvalPrompts:
         """Read a set; raises ConfigError, in the words of eval.*, for data, a task or a reward that cannot work."""
         config = eval_set.config
         try:
-            source = PromptSource(config, tokenizer)
+            source = PromptSource(config, tokenizer, may_lack=CHOSEN_FOR_TRAINING)
             try:
                 prompts = source.rows() if eval_set.num_problems is None else source.take(eval_set.num_problems, 0)
             except BaseException:

@@ -54,7 +54,8 @@ class JsonlTask:
 
         ``choose`` goes through the problems once, as they are read.
         """
-        self.name = source.name
+        self.name, self.path = source.name, source.path
+        self.absent_keys = frozenset[str]()
         self.reward_names = set[str]()
         self._config = config
         self.problems = choose(source, self._read(source))
@@ -90,10 +91,16 @@ class JsonlTask:
         if not num_rows:
             rule = "must hold at least one prompt"
             raise ConfigError(source.setting, rule, source.path, "Put one JSON object on each line.")
-        for setting in absent:
-            what = {"advice_key": "a text", "tool_key": "tools", "label_key": "a label"}.get(setting, "an object")
-            rule, flag = f"no line of {source.path} has {what} under it", f"--{setting.replace('_', '-')}"
-            raise ConfigError(f"task.{setting}", rule, getattr(self._config, setting), f"Correct {flag}.")
+        self.absent_keys = frozenset(absent)
+
+
+def check_keys(config: TaskConfig, sources: Sequence[JsonlTask], may_lack: frozenset[str] = frozenset()) -> None:
+    """Raise ConfigError for a key that the user chose, and under which no row of any source has anything."""
+    for setting in sorted(frozenset.intersection(*(source.absent_keys for source in sources)) - may_lack):
+        what = {"advice_key": "a text", "tool_key": "tools", "label_key": "a label"}.get(setting, "an object")
+        names = " and ".join(source.path for source in sources)
+        rule, flag = f"no line of {names} has {what} under it", f"--{setting.replace('_', '-')}"
+        raise ConfigError(f"task.{setting}", rule, getattr(config, setting), f"Correct {flag}.")
 
 
 # Keys that --config slime sets, as slime does, whatever the data are.

@@ -17,7 +17,7 @@ from slime_spec.config.tree import Config, TaskConfig
 from slime_spec.errors import CheckpointError, ConfigError, raise_all, refused_by
 from slime_spec.files import is_encodable, shortened
 from slime_spec.interfaces import Problem, Task
-from slime_spec.tasks.jsonl import Choose, JsonlTask, PlacedProblem, every_problem
+from slime_spec.tasks.jsonl import Choose, JsonlTask, PlacedProblem, check_keys, every_problem
 from slime_spec.tasks.judge import Judge, RewardName
 from slime_spec.tasks.mix import DataSource, data_sources
 from slime_spec.tasks.named_tasks import known_tasks, runs_elsewhere, tasks_named
@@ -40,10 +40,17 @@ class PromptSource:
     samples = source.score(prompts[0], responses)()
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, is_scored: bool = True) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        is_scored: bool = True,
+        may_lack: frozenset[str] = frozenset(),
+    ) -> None:
         """Load the tasks and try them; raises ConfigError for data, a task or a reward that cannot work.
 
-        ``is_scored`` is False for a source of prompts alone, whose rewards are not tried.
+        ``is_scored`` is False for a source of prompts alone, whose rewards are not tried. ``may_lack`` are settings of
+        keys that were chosen for other data too, and under which these data need not have anything.
         """
         if config.task.system_prompt and not config.task.apply_chat_template:
             raise ConfigError(
@@ -54,7 +61,7 @@ class PromptSource:
             )
         self._config = config
         self._tokenizer = tokenizer
-        self._tasks = load_tasks(config.task, self._fitting)
+        self._tasks = load_tasks(config.task, self._fitting, may_lack)
         self._turns = Turns(_weights(config.task, self._tasks))
         self._scorers: dict[str, Scorer] = {}
         first = [self._prompt(prompt_id) for prompt_id in self._turns.first_of_each()]
@@ -232,10 +239,14 @@ def _chunks(placed: Iterable[PlacedProblem]) -> Iterator[list[PlacedProblem]]:
         yield chunk
 
 
-def load_tasks(config: TaskConfig, choose: Choose = every_problem) -> tuple[Task, ...]:
+def load_tasks(
+    config: TaskConfig, choose: Choose = every_problem, may_lack: frozenset[str] = frozenset()
+) -> tuple[Task, ...]:
     """Return the run's tasks in their turn: sources of data, or built-in names, suites and ``module:attribute``."""
     if config.reads_data:
-        return tuple(JsonlTask(config, source, choose) for source in data_sources(config))
+        sources = tuple(JsonlTask(config, source, choose) for source in data_sources(config))
+        check_keys(config, sources, may_lack)
+        return sources
     if not config.names:
         raise ConfigError("task.names", "must name at least one task", config.names, f"Choose of {known_tasks()}.")
     tasks = tuple(task for name in config.names for task in tasks_named(name))

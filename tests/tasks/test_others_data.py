@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slime_spec.checkpoints.tokenizer import Tokenizer
-from slime_spec.config.eval_sets import as_of_evaluation
+from slime_spec.config.eval_sets import as_of_evaluation, eval_sets
+from slime_spec.config.evaluation import EvalConfig
 from slime_spec.config.tree import Config, RolloutConfig, TaskConfig
 from slime_spec.errors import ConfigError, each_of
+from slime_spec.tasks.eval_prompts import EvalPrompts
 from slime_spec.tasks.judge import GROUP, VERL, Reply, RewardName, Verdict, form_of
 from slime_spec.tasks.source import PromptSource
 from slime_spec.types import GeneratedSample, Prompt
@@ -121,3 +124,25 @@ def test_trls_reward_is_refused_with_the_line_that_calls_it() -> None:
     assert judge.form == GROUP
     prompt = Prompt(3, "data", "2+3?", (1, 2), "5")
     assert judge.verdicts([reply_to(prompt, "abc"), reply_to(prompt, "", 1)]) == [Verdict(3.0), Verdict(0.0)]
+
+
+def test_an_evaluation_set_need_not_have_the_metadata_that_training_reads(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "label": 1, "extra_info": {"level": 1}}')
+    (tmp_path / "held.jsonl").write_text('{"prompt": "b", "label": 2}')
+    task = TaskConfig(names=(), prompt_data=str(tmp_path / "train.jsonl"), metadata_key="extra_info")
+    sets = EvalConfig(interval=1, prompt_data=("held", str(tmp_path / "held.jsonl")))
+    (held,) = eval_sets(Config(task=task, eval=sets))
+    assert [(each.text, each.metadata) for each in EvalPrompts.load(held, tokenizer).prompts] == [("b", {})]
+    with pytest.raises(ConfigError, match=r"task\.metadata_key: no line of .*held\.jsonl has an object under it"):
+        PromptSource(Config(task=replace(task, prompt_data=str(tmp_path / "held.jsonl"))), tokenizer)
+
+
+def test_a_key_that_one_source_of_a_mix_has_is_no_mistake(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "label": 1, "extra_info": {"level": 1}}')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "b", "label": 2}')
+    mix = tuple(f"{name}=1:{tmp_path / name}.jsonl" for name in "ab")
+    task = TaskConfig(names=(), prompt_data_mix=mix, metadata_key="extra_info")
+    prompts = PromptSource(Config(task=task), tokenizer).take(2, 0)
+    assert {each.text: each.metadata for each in prompts} == {"a": {"level": 1}, "b": {}}
+    with pytest.raises(ConfigError, match=r"no line of .*a\.jsonl and .*b\.jsonl has an object under it"):
+        PromptSource(Config(task=replace(task, metadata_key="extras")), tokenizer)
