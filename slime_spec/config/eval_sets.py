@@ -26,6 +26,8 @@ from slime_spec.suggest import did_you_mean
 PROMPT_DATA = "eval.prompt_data"
 FILE = "eval.config"
 PAIRS = "Write --eval-prompt-data NAME FILE, and NAME FILE again for each further set."
+# Of a remedy for a run's missing data; an evaluation has its own other choice.
+OR_THE_RUNS_OWN = " (a script's PROMPT_DATA), or data=arithmetic for the built-in task"
 # A name is a part of metrics' names.
 NAME = re.compile(r"[A-Za-z0-9_.+@-]+")
 # The settings of an evaluation that stand for one of the run's, by their names in both sections.
@@ -93,6 +95,7 @@ def as_of_evaluation(error: ConfigError, name: str) -> ConfigError:
     for own, path in run_settings.items():
         for flag in settings()[path].flags:
             remedy = re.sub(rf"{flag}(?![\w-])", settings()[f"eval.{own}"].flags[0], remedy)
+    remedy = remedy.replace(OR_THE_RUNS_OWN, ", or --eval-task TASK")
     remedy = remedy.replace("--eval-prompt-data FILE", "--eval-prompt-data NAME FILE")
     return type(error)(paths.get(error.setting, error.setting), f"set {name}: {error.rule}", error.value, remedy)
 

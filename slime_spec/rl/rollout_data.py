@@ -1,7 +1,8 @@
 """A file keeps one step's samples, to train on again or to read: ``--save-debug-rollout-data DIR/{rollout_id}.pt``.
 
 The file is ``torch.save`` of plain types, ``{"rollout_id": 3, "samples": [{...}, ...]}``, read back with
-``weights_only=True``: nothing in it is executed. Samples come back exactly as they were.
+``weights_only=True``: nothing in it is executed. Samples come back exactly as they were, but for objects that a task of
+a user's own may give as answers, labels and metadata: numpy's are numbers and lists, and all others are texts.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from slime_spec.config.tree import RunConfig
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, shown
 from slime_spec.routed_experts import RoutedExperts
 from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters, TurnCounts
 
 PLACEHOLDER = "{rollout_id}"
+PLAIN = (str, int, float, complex, bytes, bytearray)
 SAVE = "run.save_debug_rollout_data"
 LOAD = "run.load_debug_rollout_data"
 
@@ -42,7 +45,7 @@ def save_rollout(template: str, rollout_id: int, samples: Sequence[Sample]) -> P
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            torch.save({"rollout_id": rollout_id, "samples": [asdict(sample) for sample in samples]}, file)
+            torch.save({"rollout_id": rollout_id, "samples": [asdict(_plain(sample)) for sample in samples]}, file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a RuntimeError: torch's writer met a full disk
         with suppress(OSError):
@@ -63,6 +66,27 @@ def load_rollout(template: str, rollout_id: int) -> list[Sample]:
         raise ConfigError(
             LOAD, f"must be a saved rollout ({type(error).__name__}: {reason})", str(path), "Save the rollout again."
         ) from None
+
+
+def _plain(sample: Sample) -> Sample:
+    """Return the sample with plain values alone, as reading executes nothing that could make others."""
+    prompt = sample.prompt
+    label, metadata, answer = (_plain_value(each) for each in (prompt.label, prompt.metadata, prompt.answer))
+    return replace(sample, prompt=replace(prompt, label=label, metadata=metadata, answer=answer))
+
+
+def _plain_value(value: Any) -> Any:
+    for kind in PLAIN:
+        if isinstance(value, kind):  # also of a class of its own, such as numpy's texts and an IntEnum
+            return value if type(value) in (kind, bool) else kind(value)
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain_value(key): _plain_value(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        listed = [_plain_value(each) for each in value]
+        return listed if isinstance(value, list) else tuple(listed) if isinstance(value, tuple) else set(listed)
+    return _plain_value(value.tolist()) if isinstance(value, np.ndarray | np.generic) else shown(value)
 
 
 def _path(template: str, rollout_id: int) -> Path:

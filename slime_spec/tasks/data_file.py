@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from slime_spec.config.eval_sets import OR_THE_RUNS_OWN
 from slime_spec.errors import ConfigError
 from slime_spec.files import json_rows, read_json_object
 from slime_spec.interfaces import unknown_choice
@@ -37,7 +38,7 @@ def data_rows(setting: str, named: str) -> Iterator[Row]:
     path = Path(named if found is None else found["path"])
     if not os.path.exists(path):
         rule = "must be a readable file: No such file or directory"
-        remedy = "Pass --prompt-data FILE.jsonl (a script's PROMPT_DATA), or data=arithmetic for the built-in task."
+        remedy = f"Pass --prompt-data FILE.jsonl{OR_THE_RUNS_OWN}."
         raise ConfigError(setting, rule, str(path), remedy)
     split = None if found is None else found["split"]
     rows = _rows(setting, path, split)

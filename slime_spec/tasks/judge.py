@@ -68,12 +68,19 @@ class Reply:
             tokens=[*prompt.token_ids, *response.token_ids],
             response=self.text,
             response_length=len(response.token_ids),
-            label=prompt.answer if prompt.label is None else deepcopy(prompt.label),
+            label=prompt.answer if prompt.label is None else _copied(prompt.label),
             status=Status.TRUNCATED if response.finish_reason == "length" else Status.COMPLETED,
-            metadata=deepcopy(dict(prompt.metadata)),
+            metadata={key: _copied(value) for key, value in prompt.metadata.items()},
             rollout_log_probs=list(response.logprobs),
             weight_versions=[str(version) for _, version in response.spans],
         )
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return deepcopy(value)
+    except Exception:  # noqa: BLE001 - an object of a user's own task, which samples share then
+        return value
 
 
 @dataclass(frozen=True)

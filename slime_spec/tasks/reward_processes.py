@@ -21,7 +21,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, raised
 from slime_spec.tasks.judge import Reply, RewardName, Verdict
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ class RewardProcesses:
                 process = self._start()
                 if problem := process.answer(START_LIMIT_S, self._say_every_s, f"loading {self._reward.name}"):
                     raise _GoneError(str(problem))
-            process.ask(replies)
+            if problem := process.ask(replies):
+                return [Verdict(None, problem)] * len(replies)
             prompt, index = replies[0].prompt, replies[0].response.sample_index
             doing = f"scoring task={prompt.task} prompt_id={prompt.prompt_id} sample={index}"
             limit_s = num_waits * self._limit_s
@@ -106,11 +107,15 @@ class _Process:
         self._process.start()
         theirs.close()
 
-    def ask(self, replies: list[Reply]) -> None:
+    def ask(self, replies: list[Reply]) -> str:
+        """Send a call; return why it cannot be sent, "" where it was."""
         try:
             self._pipe.send(replies)
         except OSError:
             raise self._ended() from None
+        except Exception as error:  # noqa: BLE001 - of pickling objects of a user's own task, before any of it is sent
+            return f"the sample cannot be sent to the reward's process: {raised(error)}"
+        return ""
 
     def answer(self, limit_s: float, say_every_s: float, doing: str) -> Any:
         """Wait for the answer, and say every now and then for what; raises _GoneError without any."""

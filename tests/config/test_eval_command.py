@@ -185,6 +185,7 @@ def test_what_else_is_wrong_is_told_with_a_checkpoint_that_is_not_there(tmp_path
     told = [each.setting for each in each_of(refused.value)]
     assert told == ["CHECKPOINT", "eval.prompt_data"]
     assert "set gone: must be a readable file" in str(refused.value)
+    assert "Pass --eval-prompt-data NAME FILE.jsonl, or --eval-task TASK." in str(refused.value)
 
 
 def test_a_refusal_ends_the_command_with_2_and_leaves_no_folder(

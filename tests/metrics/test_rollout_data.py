@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import pickle
 from dataclasses import replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -43,6 +47,40 @@ def test_samples_come_back_exactly_as_they_were(
     template = str(tmp_path_factory.mktemp("rollout") / "step_{rollout_id}.pt")
     save_rollout(template, 7, samples)
     assert load_rollout(template, 7) == samples
+
+
+class Level(enum.IntEnum):
+    HARD = 3
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (
+            {"a": [1, 2.5, None, True, b"x", (3, "y")], "b": {1, 2}},
+            {"a": [1, 2.5, None, True, b"x", (3, "y")], "b": {1, 2}},
+        ),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        ({"score": np.float32(0.5), "id": np.int64(7), "name": np.str_("n")}, {"score": 0.5, "id": 7, "name": "n"}),
+        (Level.HARD, 3),
+        (MappingProxyType({"k": (np.int8(1),)}), {"k": (1,)}),
+        (date(2026, 1, 2), "datetime.date(2026, 1, 2)"),
+        (Decimal("1.50"), "Decimal('1.50')"),
+        (range(3), "range(0, 3)"),
+    ],
+)
+def test_what_a_task_gives_besides_texts_is_read_again_as_plain_values(
+    tmp_path: Path, value: object, read: object
+) -> None:
+    """torch.load makes no other objects with weights_only: the whole file could not be read for one of them."""
+    one = sample()
+    template = str(tmp_path / "step_{rollout_id}.pt")
+    odd = replace(one.prompt, label=value, metadata={"given": value})
+    save_rollout(template, 0, [replace(one, prompt=odd)])
+    (loaded,) = load_rollout(template, 0)
+    assert (loaded.prompt.label, loaded.prompt.metadata) == (read, {"given": read})
+    assert type(loaded.prompt.label) is type(read)
+    assert loaded.response == one.response
 
 
 @pytest.mark.parametrize("matched_stop", [None, 151645, "</answer>"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,17 @@ def test_what_is_no_reward_is_told_and_costs_its_sample(name: str, told: str) ->
     assert verdict.reward is None
     assert told in verdict.error
     assert len(verdict.error) < 2 * LONGEST_TOLD
+
+
+def test_a_sample_that_no_process_can_be_sent_is_told_and_the_next_is_judged() -> None:
+    """A task of a user's own may give any object as metadata."""
+    unsendable = reply(1)
+    unsendable = replace(unsendable, prompt=replace(PROMPT, metadata={"lock": threading.Lock()}))
+    refused, judged = verdicts("forks", [unsendable], [reply(2)])
+    assert refused.reward is None
+    assert "the sample cannot be sent to the reward's process: TypeError: cannot pickle" in refused.error
+    assert judged.reward == 2.0
+    assert unsendable.for_slime().metadata["lock"] is unsendable.prompt.metadata["lock"]
 
 
 def test_one_number_of_torch_is_a_reward() -> None:
