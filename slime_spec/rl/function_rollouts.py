@@ -174,6 +174,9 @@ class FunctionRollouts:
             threads.shutdown(wait=False, cancel_futures=True)
         self._kept = source
         groups = _groups(getattr(output, "samples", output))
+        if len(groups) != self._config.rollout.batch_size:
+            text = "the rollout function returned another number of groups than --rollout-batch-size groups=%d asked=%d"
+            logger.warning(text, len(groups), self._config.rollout.batch_size)
         samples, owns = self._scored(groups, source, state.weight_version)
         progress(len(samples), wanted)
         metrics = _metrics(getattr(output, "metrics", None))
@@ -226,8 +229,8 @@ async def _awaited(output: Any) -> Any:
 
 def _groups(given: Any, who: str = "the rollout function") -> SampleGroups:
     """Return groups of samples, a fanned-out group's in one list; raises CustomFunctionError for anything else."""
-    if not isinstance(given, list) or not given or not all(isinstance(group, list) for group in given):
-        rule = f"{who} must return groups of samples, list[list[Sample]], or an object that has them"
+    if not isinstance(given, list) or not given or not all(isinstance(group, list) and group for group in given):
+        rule = f"{who} must return groups of samples, list[list[Sample]], or an object that has such lists"
         raise CustomFunctionError(f"{rule} as samples; it was {shown(given)}")
     return [_flat(group) for group in given]
 

@@ -143,6 +143,17 @@ async def one_group(args: Any, rollout_id: int, data_source: Any) -> Any:
     return groups
 
 
+@pytest.mark.parametrize("given", [None, [], [[]], "groups", [5]])
+def test_a_function_that_returns_no_samples_ends_the_run(folder: Path, given: Any) -> None:
+    with pytest.raises(CustomFunctionError, match=r"must return groups of samples, list\[list\[Sample\]\]"):
+        rollouts_of(folder, lambda args, rollout_id, data_source: given).rollout(START, lambda *_: None)
+
+
+def test_fewer_groups_than_a_step_has_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rollouts_of(folder, one_group).rollout(START, lambda *_: None)
+    assert [each.levelname for each in caplog.records if "groups=1 asked=2" in each.getMessage()] == ["WARNING"]
+
+
 @pytest.mark.parametrize("makes", ["a step", "a group"])
 def test_prompts_that_a_checkpoint_left_come_before_new_ones_and_each_once(folder: Path, makes: str) -> None:
     """A checkpoint of a partial rollout has prompts that no step was trained on: 4, 6 and 8, before the new 9."""

@@ -47,6 +47,7 @@ class Fate(StrEnum):
 
     SAME = "same"
     MAPPED = "mapped"
+    ADDED = "added"
     IGNORED = "no effect"
     MISSING = "missing"
 
