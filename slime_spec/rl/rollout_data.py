@@ -25,7 +25,7 @@ from slime_spec.routed_experts import RoutedExperts
 from slime_spec.types import GeneratedSample, Prompt, Sample, SpecCounters, TurnCounts
 
 PLACEHOLDER = "{rollout_id}"
-PLAIN = (str, int, float, complex, bytes, bytearray)
+PLAIN: tuple[type[Any], ...] = (str, int, float, complex, bytes, bytearray)
 SAVE = "run.save_debug_rollout_data"
 LOAD = "run.load_debug_rollout_data"
 
