@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LONGEST_ANSWER_BYTES = 16 << 20
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
 MAY_PASS = {408, 425, 429, 500, 502, 503, 504}  # statuses of a server that is busy or starts
 
@@ -51,10 +53,21 @@ async def _answer(session: aiohttp.ClientSession, url: str, asked: dict[str, Any
     async with session.post(url, json=asked, timeout=limit) as response:
         if response.status in MAY_PASS:
             response.raise_for_status()
-        text = await response.text()
+        text = await _text(response)
         if not response.ok:
             raise RemoteRewardError(f"{url} answered {response.status} {response.reason}: {shortened(text, 200)}")
         try:
-            return await response.json(content_type=None)
-        except ValueError:
+            return json.loads(text)
+        except (ValueError, RecursionError):
             raise RemoteRewardError(f"{url} answered no JSON: {shortened(text, 200)}") from None
+
+
+async def _text(response: aiohttp.ClientResponse) -> str:
+    """Read the whole answer; raises RemoteRewardError beyond what a reward takes: a stranger's file may never end."""
+    read = bytearray()
+    async for chunk in response.content.iter_any():
+        read += chunk
+        if len(read) > LONGEST_ANSWER_BYTES:
+            raise RemoteRewardError(f"{response.url} answered more than {LONGEST_ANSWER_BYTES >> 20} MiB")
+    encoding = json.detect_encoding(read) if response.charset is None else response.get_encoding()
+    return read.decode(encoding, "replace")

@@ -18,6 +18,7 @@ from slime_spec.config.checks import check
 from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config, TaskConfig
 from slime_spec.errors import ConfigError
+from slime_spec.tasks import remote
 from slime_spec.tasks.judge import Reply, RewardName, Verdict
 from slime_spec.tasks.source import PromptSource
 from slime_spec.types import GeneratedSample, Prompt
@@ -125,6 +126,14 @@ def test_an_answer_that_is_no_reward_excludes_the_sample_and_says_why(server: Se
     (verdict,) = verdicts(server.url, "a")
     assert verdict.reward is None
     assert reason in verdict.error
+
+
+def test_an_answer_that_never_ends_is_not_read_to_its_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LONGEST_ANSWER_BYTES", 1 << 20)
+    server.answer = lambda asked: (200, b"1" * (64 << 20))
+    (verdict,) = verdicts(server.url, "5")
+    assert verdict.reward is None
+    assert "answered more than 1 MiB" in verdict.error
 
 
 def test_a_server_that_is_not_there_costs_the_sample_after_the_time_limit() -> None:
