@@ -1,5 +1,6 @@
 """Logprobs of prompts and of the likeliest tokens are the model's, whatever drafts, samples, chunks and pushes do."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -127,6 +128,24 @@ def test_a_prompt_in_chunks_and_one_that_was_computed_before_have_the_same_logpr
     with served(config) as chunked:
         pieces = chunked.generate(**body)["meta_info"]["input_token_logprobs"]
     assert [logprob for logprob, _, _ in pieces[1:]] == pytest.approx([each[0] for each in whole[1:]], abs=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_request_that_is_aborted_before_its_prompt_is_computed_has_no_logprobs_of_it(
+    own_server: Served, start: int
+) -> None:
+    own_server.post("/pause_generation", {"mode": "in_place"})
+    body = {"input_ids": PROMPT, "rid": "early", "sampling_params": GREEDY, "return_logprob": True}
+    body |= {"logprob_start_len": start, "top_logprobs_num": 1, "token_ids_logprob": [1], "return_sampling_mask": True}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(own_server.generate, **body)
+        own_server.wait_for(lambda state: state["num_queue_reqs"] == 1)
+        own_server.post("/abort_request", {"rid": "early"})
+        info = waiting.result(60)["meta_info"]
+    assert info["finish_reason"] == {"type": "abort"}
+    assert info["input_token_logprobs"] == [[None, PROMPT[start], None]]
+    assert (info["input_top_logprobs"], info["input_token_ids_logprobs"]) == ([None], [None])
+    assert "output_token_sampling_mask" not in info
 
 
 def test_a_stream_shows_them_too(server: Served) -> None:

@@ -192,7 +192,8 @@ class AnswerWriter:
         }
         if record is not None and record.of_prompt:
             of_prompt = [None, *map(finite, record.prompt[start:])]
-            answer["input_token_logprobs"] = triples(zip(of_prompt, prompt_ids[start:], strict=True))
+            scored = prompt_ids[start : max(start, len(record.prompt)) + 1]  # all of them, but for an early abort
+            answer["input_token_logprobs"] = triples(zip(of_prompt, scored, strict=True))
         if record is not None and record.wanted.num_ranked:
             of_prompt_ranked = [None, *map(triples, record.prompt_ranked[start:])] if record.of_prompt else []
             answer["output_top_logprobs"] = [triples(each.ranked) for each in beside]
