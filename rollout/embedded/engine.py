@@ -149,6 +149,10 @@ class EmbeddedEngine:
         return self._assembly.limits
 
     @property
+    def weight_version(self) -> int:
+        return self._core.version
+
+    @property
     def draft_version(self) -> int:
         return self._core.draft_version
 

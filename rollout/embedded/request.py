@@ -29,6 +29,10 @@ class Progress:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
 
+    def joined(self, later: Progress) -> Progress:
+        """Return what this round and a later one added to the sample."""
+        return Progress(self.sample_index, self.token_ids + later.token_ids, self.logprobs + later.logprobs)
+
 
 @dataclass(frozen=True)
 class Stamp:

@@ -1,12 +1,13 @@
 """Streams: SGLang's framing, chunks that add up to the plain answer, text that never has to be taken back."""
 
+import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from threading import Event
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import pytest
 import requests
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.embedded.http.answers import AnswerWriter, GrowingText, StopMatch, borders, response_text
+from rollout.embedded.http.generations import Finished, NewTokens, gathered
 from rollout.embedded.http.running import LARGE_TEXT_BYTES
 from rollout.embedded.http.sampling import Sampling
 from rollout.embedded.loop_thread import Refused
@@ -23,7 +25,7 @@ from rollout.embedded.verification.verifier import Verified, VerifyRow
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
 from slime_spec.interfaces import Generation
-from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
+from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams, SpecCounters
 from tests.support.http_server import TIMEOUT_S, Served, served
 
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
@@ -296,3 +298,21 @@ def test_samples_of_a_request_share_its_stop_tokens(policy_tokenizer: Tokenizer)
 @pytest.fixture(scope="module")
 def policy_tokenizer(config: Config) -> Tokenizer:
     return Tokenizer.load(config.model.hf_checkpoint)
+
+
+def test_a_slow_reader_gets_all_that_a_sample_gained_at_once_and_in_order() -> None:
+    """Chunks hold everything so far: one for each round of a long reply would cost the square of its length."""
+    first, other = Progress(0, (1, 2), (-0.1, -0.2)), Progress(1, (7,), (-0.7,))
+    done = Finished(0, GeneratedSample("g", 0, (1, 2, 3), (-0.1, -0.2, -0.3), "length", 0, 1, SpecCounters(), 0.0))
+    error = RuntimeError("the engine has ended")
+
+    async def read() -> list[object]:
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        for event in (NewTokens(0, first), NewTokens(0, other), NewTokens(0, Progress(0, (3,), (-0.3,))), done, error):
+            queue.put_nowait(event)
+        found: list[object] = [*await gathered(queue)]
+        asyncio.get_running_loop().call_soon(queue.put_nowait, NewTokens(1, other))
+        return [*found, *await gathered(queue)]
+
+    whole = NewTokens(0, Progress(0, (1, 2, 3), (-0.1, -0.2, -0.3)))
+    assert asyncio.run(read()) == [whole, NewTokens(0, other), done, error, NewTokens(1, other)]

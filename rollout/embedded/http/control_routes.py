@@ -98,7 +98,7 @@ class ControlRoutes:
 
     @property
     def _version(self) -> int:
-        return self._engine.stats().weight_version
+        return self._engine.weight_version
 
 
 async def _tags(request: web.Request) -> set[str]:

@@ -99,6 +99,27 @@ class Handle:
             generation.abort()
 
 
+async def gathered(queue: asyncio.Queue[Event | BaseException]) -> list[Event | BaseException]:
+    """Return what has come, a sample's new tokens as one event; waits for the first.
+
+    A reader that is slower than the engine gets fewer and larger events: a stream's chunk holds everything so far, and
+    chunk after chunk of a long reply would cost the square of its length. Other handlers have their turn in between.
+    """
+    await asyncio.sleep(0)
+    events: dict[object, Event | BaseException] = {}
+    event = await queue.get()
+    while True:
+        key: object = object()
+        if isinstance(event, NewTokens):
+            key = event.prompt, event.progress.sample_index
+            if isinstance(earlier := events.get(key), NewTokens):
+                event = NewTokens(event.prompt, earlier.progress.joined(event.progress))
+        events[key] = event
+        if queue.empty():
+            return list(events.values())
+        event = queue.get_nowait()
+
+
 class Generations:
     """Runs all generations of one engine, at most ``max_samples`` at once; its methods belong to the event loop."""
 
@@ -154,12 +175,13 @@ class Generations:
         self._jobs.update(jobs)
         self._num_samples += num_samples
         try:
-            for _ in range(num_samples):
-                while not isinstance(event := await queue.get(), Finished):
+            num_finished = 0
+            while num_finished < num_samples:
+                for event in await gathered(queue):
                     if isinstance(event, BaseException):
                         raise event
+                    num_finished += isinstance(event, Finished)
                     yield event
-                yield event
         finally:
             for job, handle in zip(jobs, handles, strict=True):
                 if not job.cancel() and not job.done():

@@ -152,7 +152,7 @@ class EngineServer:
             generations=generations,
             control=control,
             reading=reading,
-            names=VersionNames(lambda: engine.stats().weight_version),
+            names=VersionNames(lambda: engine.weight_version),
             totals=Totals(AcceptanceAlarm(algorithm) if algorithm.speculates else None),
         )
 

@@ -170,7 +170,7 @@ class WeightUpdates:
 
     def rename(self, version_name: str) -> None:
         """Give the weights in use another version name."""
-        self._names.give(self._engine.stats().weight_version, version_name)
+        self._names.give(self._engine.weight_version, version_name)
 
     def _push(self, tensors: Mapping[Side, Tensors], version_name: str | None) -> None:
         for side, own in tensors.items():  # all of it before any of it, for two sides are two pushes
@@ -180,7 +180,7 @@ class WeightUpdates:
             if side == "draft":
                 push_tensors(self._engine, side, self._engine.draft_version + 1, own)
                 continue
-            version = self._engine.stats().weight_version + 1
+            version = self._engine.weight_version + 1
             self._names.give(version, version_name or self._names.current())  # as SGLang: without one the old one stays
             push_tensors(self._engine, side, version, own)
 
