@@ -18,6 +18,7 @@ from slime_spec.launch.slime.megatron import num_values_of_megatron
 from slime_spec.launch.slime.miles import REFUSED_OF_MILES
 from slime_spec.launch.slime.model_shape import NAMES, NUMBERS
 from slime_spec.launch.slime.notes import reason_of
+from slime_spec.launch.slime.refused import REFUSED_OF_ROUTER
 from slime_spec.launch.slime.together import MEANINGS
 from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT
 from slime_spec.sglang.flags import RENAMED, sglang_flags, sglang_version
@@ -38,7 +39,7 @@ slime passes all of Megatron-LM's flags on. Those that set something here, and t
 
 def tables() -> str:
     """Return the tables as markdown."""
-    of_miles = _refused("### Refused of miles", REFUSED_OF_MILES)
+    of_miles = _refused("### Refused of miles and of sglang_router", {**REFUSED_OF_MILES, **REFUSED_OF_ROUTER})
     refused = _refused("### Refused, with a reason", REFUSED)
     parts = (_defaults(), _accepted(), _together(), _without_effect(), refused, of_miles)
     return "\n".join(line for part in parts for line in (*part, ""))

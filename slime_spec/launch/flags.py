@@ -18,7 +18,7 @@ from slime_spec.launch.others.names import counterpart_of, nearest
 from slime_spec.launch.slime import model_shape, together
 from slime_spec.launch.slime.megatron import refused_of_megatron, without_effect_of_megatron
 from slime_spec.launch.slime.miles import REFUSED_OF_MILES
-from slime_spec.launch.slime.refused import REFUSED_OF_SLIME
+from slime_spec.launch.slime.refused import REFUSED_OF_ROUTER, REFUSED_OF_SLIME
 from slime_spec.launch.slime.without_effect import WITHOUT_EFFECT, WithoutEffect
 from slime_spec.sglang.flags import SglangFlag, sglang_flags, typed_elsewhere
 from slime_spec.suggest import did_you_mean
@@ -107,7 +107,8 @@ def _suggestion(spelling: str) -> str:
 
 def refusal_of(name: str) -> tuple[str, str] | None:
     """Return why a flag of slime, miles, SGLang's router, Megatron or RTP-LLM is refused, and the remedy."""
-    return REFUSED.get(name) or REFUSED_OF_MILES.get(name) or refused_of_megatron().get(name)
+    tables = (REFUSED, REFUSED_OF_ROUTER, REFUSED_OF_MILES, refused_of_megatron())
+    return next((table[name] for table in tables if name in table), None)
 
 
 def is_flag(token: str) -> bool:

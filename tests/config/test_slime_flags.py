@@ -62,7 +62,11 @@ def is_known(name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("names", [SLIMES, MILES], ids=["slime", "miles"])
+# What sglang_router adds to slime's parser (0.3.2), some of it.
+ROUTER = ["--router-policy", "--router-cache-threshold", "--router-retry-max-retries", "--router-api-key"]
+
+
+@pytest.mark.parametrize("names", [SLIMES, MILES, ROUTER], ids=["slime", "miles", "sglang_router"])
 def test_every_argument_of_its_parser_is_known(names: Iterable[str]) -> None:
     assert [name for name in names if not is_known(name)] == []
     assert not is_known("--made-up")

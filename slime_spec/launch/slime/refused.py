@@ -76,13 +76,7 @@ _GROUPS: Mapping[tuple[str, str], str] = {
     _NO_CRITIC: """
         --use-critic --critic-num-nodes --critic-num-gpus-per-node --critic-load --critic-save --critic-lr
         --critic-lr-warmup-iters --critic-train-only""",
-    _NO_ROUTER: " ".join(
-        (
-            "--sglang-router-request-timeout-secs",
-            "--sglang-router-policy",
-            *(f"--router-{each}" for each in _OF_ROUTER.split()),
-        )
-    ),
+    _NO_ROUTER: "--sglang-router-request-timeout-secs --sglang-router-policy",
     _NO_BUFFER_SERVER: """
         --rollout-buffer-url --fetch-trajectory-retry-times --min-batch-collection-ratio --rollout-task-type""",
     _NO_PROFILER: """
@@ -214,3 +208,4 @@ def _rows() -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 REFUSED_OF_SLIME: Mapping[str, tuple[str, str]] = dict(_rows())
+REFUSED_OF_ROUTER: Mapping[str, tuple[str, str]] = {f"--router-{each}": _NO_ROUTER for each in _OF_ROUTER.split()}
