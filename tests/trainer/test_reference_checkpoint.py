@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slime_spec.checkpoints.model_spec import ModelSpec
+from slime_spec.checkpoints.parameters import count_parameters
 from slime_spec.config.tree import Config
 from slime_spec.errors import ConfigError
 from slime_spec.launch.compose import composed
 from slime_spec.launch.preflight import look
 from slime_spec.preflight.reference import check_reference
+from slime_spec.preflight.trainer_memory import trainer_memory
 from slime_spec.types import TrainSample
 from tests.support.tiny_models import load_reference
 from tests.trainer.trainer_support import make_policy, run_ranks, tiny_config, tiny_samples
@@ -73,6 +76,18 @@ def test_without_it_the_kl_is_to_the_weights_that_the_run_begins_with(policy: Pa
 
 def with_reference(policy: Path, reference: Path) -> Config:
     return tiny_config(policy, {"ref_load": str(reference)}, {"use_kl_loss": True})
+
+
+def test_the_plan_counts_a_second_copy_of_the_weights(policy: Path, earlier: Path) -> None:
+    """4 bytes a value of the file, which is in float32, as the policy's own."""
+    target = json.loads((policy / "config.json").read_text())
+    counted = count_parameters(target)
+    assert counted is not None
+    (with_one,) = trainer_memory(with_reference(policy, earlier), target, counted)
+    (without,) = trainer_memory(tiny_config(policy), target, counted)
+    num_bytes = sum(4 * tensor.numel() for tensor in load_file(earlier / "model.safetensors").values())
+    assert (with_one.reference_bytes, without.reference_bytes) == (num_bytes, 0)
+    assert with_one.kept_bytes - without.kept_bytes == with_one.host_bytes - without.host_bytes == num_bytes
 
 
 def test_another_architecture_is_refused_by_what_differs(policy: Path, tmp_path: Path) -> None:
