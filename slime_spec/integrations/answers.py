@@ -6,7 +6,7 @@ passes through ``sample.prefix_cache_info.add(meta_info=...)``, whichever functi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,12 +32,17 @@ class Hearing:
 
     def add(self, meta_info: Mapping[str, Any]) -> None:
         self.info.add(meta_info=meta_info)
-        self.answers.append({key: meta_info[key] for key in meta_info if key.startswith(PREFIX) or key in KEYS})
+        self.answers.append(kept(meta_info))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "info":  # a copy that has not been filled yet
             raise AttributeError(name)
         return getattr(self.info, name)
+
+
+def kept(meta_info: Mapping[str, Any]) -> Answer:
+    """Return what is kept of a response's metadata."""
+    return {key: meta_info[key] for key in meta_info if key.startswith(PREFIX) or key in KEYS}
 
 
 @contextmanager
@@ -82,13 +87,17 @@ def answers_of(sample: Any) -> list[Answer]:
 
 
 def responses_of(samples: Iterable[Any], algorithm: Algorithm | None, num_steps: int = 0) -> list[GeneratedSample]:
-    """Return each answer of the samples as a response, for the metrics of acceptance; tokens are counted, not kept.
+    """Return each answer of the samples as a response; see ``responses_from``."""
+    return responses_from([answer for sample in samples for answer in answers_of(sample)], algorithm, num_steps)
+
+
+def responses_from(answers: Sequence[Answer], algorithm: Algorithm | None, num_steps: int = 0) -> list[GeneratedSample]:
+    """Return answers as responses, for the metrics of acceptance; tokens are counted, not kept.
 
     ``algorithm`` is the record of the servers', None where it is not known. Raises UnknownMetadataError for counters
     under names that nobody knows. Weight versions that are no numbers count as one version.
     """
     fills_rounds = algorithm is None or algorithm.fills_rounds
-    answers = [answer for sample in samples for answer in answers_of(sample)]
     versions = _versions([answer.get("weight_version") for answer in answers])
     return [
         _response(answer, version, num_steps, fills_rounds) for answer, version in zip(answers, versions, strict=True)

@@ -118,6 +118,14 @@ def chart_over(axis: str, names: Iterable[str]) -> None:
             wandb.define_metric(name, step_metric=axis)
 
 
+def log_beside(step: int, values: Mapping[str, float]) -> None:
+    """Add values to what somebody else logs of a step to the process's own wandb run, if there is one."""
+    import wandb
+
+    if wandb.run is not None:
+        wandb.log(dict(values), step=step, commit=False)
+
+
 def rows_of_panel(rows: Sequence[Row], num_lines: int) -> Sequence[Row]:
     """Return the rows, or of a long run every second, third, ... of them, the last one always: a panel has a limit."""
     every = max(1, ceil(len(rows) * num_lines / MOST_POINTS))

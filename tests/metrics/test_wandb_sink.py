@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import wandb
 from samples import sample
 from wandb.proto import wandb_internal_pb2
 
@@ -19,7 +20,7 @@ from slime_spec.metrics.jsonl import read_metrics
 from slime_spec.metrics.log import MetricLog
 from slime_spec.metrics.rollout import rollout_metrics
 from slime_spec.metrics.step import perf_metrics, push_metrics, train_metrics
-from slime_spec.metrics.wandb import mode, rows_of_panel, server_url
+from slime_spec.metrics.wandb import chart_over, log_beside, mode, rows_of_panel, server_url
 from slime_spec.run_folder import RunFolder
 from slime_spec.types import TrainReport
 from slime_spec.weights.run import PushReport
@@ -204,3 +205,20 @@ def test_the_mode_follows_the_setting_then_the_environment_then_the_key(tmp_path
 def test_a_mode_that_wandb_does_not_know_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be online, offline or disabled"):
         mode(None, {"WANDB_MODE": "dryrun"})
+
+
+def test_values_stand_beside_what_another_framework_logs_of_a_step(tmp_path: Path) -> None:
+    """As in the processes of slime and verl, which have a wandb run of their own."""
+    log_beside(3, {"spec/verify_rounds": 1.0})  # no run: nothing happens
+    chart_over("rollout/step", ["spec/*"])
+    run = wandb.init(mode="offline", dir=str(tmp_path), settings=wandb.Settings(silent=True, console="off"))
+    chart_over("rollout/step", ["spec/*"])
+    log_beside(3, {"spec/verify_rounds": 8.0})
+    wandb.log({"rollout/step": 3, "critic/score": 0.5}, step=3)
+    folder = Path(run.dir).parent
+    run.finish()
+    (path,) = folder.glob("*.wandb")
+    wait_until_written(path)
+    assert history(path)[3] == {"spec/verify_rounds": 8.0, "rollout/step": 3, "critic/score": 0.5}
+    axes = [each.metric for each in records(path) if each.WhichOneof("record_type") == "metric"]
+    assert [each.step_metric for each in axes if each.glob_name == "spec/*"] == ["rollout/step"]

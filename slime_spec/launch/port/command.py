@@ -20,8 +20,8 @@ Exit code: 0 where every flag has a place here, 1 where something is missing, 2 
 """
 TITLES = {
     Fate.MISSING: "missing here",
-    Fate.ADDED: "added",
     Fate.MAPPED: "mapped",
+    Fate.ADDED: "added",
     Fate.IGNORED: "no effect, because",
     Fate.SAME: "the same here",
 }
