@@ -100,7 +100,8 @@ def _placement(plan: Plan) -> Iterator[str]:
     config, bundles = plan.facts.config, plan.bundles
     num_gpus = sum(bundle.num_gpus for bundle in bundles.bundles)
     shared = bundles.engine_bundles and set(bundles.engine_bundles) <= set(bundles.rank_bundles)
-    yield f"{counted(len(bundles.bundles), 'bundle')}: {bundles.num_cpus:g} cores and {num_gpus:g} GPUs in all" + (
+    gpus = f"{num_gpus:g} GPU{'s' * (num_gpus != 1)}"
+    yield f"{counted(len(bundles.bundles), 'bundle')}: {bundles.num_cpus:g} cores and {gpus} in all" + (
         "; engines and trainer take turns on them" if shared else ""
     )
     yield from placement_lines(bundles)

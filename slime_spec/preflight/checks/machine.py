@@ -22,7 +22,7 @@ def gpus(facts: Facts) -> Sighting | None:
         return None
     return Sighting(
         Severity.ERROR,
-        f"the run wants {wanted:g} GPUs and this machine has {len(facts.gpu_bytes)}",
+        f"the run wants {wanted:g} GPU{'s' * (wanted != 1)} and this machine has {len(facts.gpu_bytes)}",
         "Pass --ray-address of a cluster that has them, fewer engines and ranks, or --rollout-num-gpus-per-engine 0 "
         "--actor-num-gpus 0 to run on the CPU.",
     )
