@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def error_block(error: ConfigError) -> str:
     """Format the four facts of a ConfigError, one per line; a fact that is a list begins below its name.
 
-    Several errors have a line each. A rule is wrapped; a remedy is not, for it may be a command to copy.
+    Several errors have a line each. A rule in words is wrapped; paths and commands stay whole, for those who copy them.
     """
     if isinstance(error, ConfigErrors):
         return f"error: {error}"
@@ -90,7 +90,8 @@ def error_block(error: ConfigError) -> str:
     lines = [
         f"  {f'{name}:':8}{text}" if not text.startswith("\n") else f"  {name}:{text}" for name, text in facts.items()
     ]
-    lines[0] = fitted(lines[0], indent=" " * 10)
+    if not {"\n", "/"} & set(error.rule):
+        lines[0] = fitted(lines[0], indent=" " * 10)
     return "\n".join([f"error: {error.setting}", *lines])
 
 
