@@ -91,8 +91,9 @@ def test_a_file_replaces_the_tasks_of_an_experiment() -> None:
 def test_the_plan_says_which_data_and_reward_the_run_takes(problems: Path, tmp_path: Path) -> None:
     made = STAND_INS["glm4.5-air"](tmp_path).target
     done = launched("run-glm4.5-air-mtp.sh", made, *EXACT, "--dry-run", PROMPT_DATA=str(problems))
-    assert f"prompts of {problems}, keys prompt and label, reward exact\n" in done.stdout
-    assert "The last line is Answer: $Answer" in done.stdout, "the first prompt as the model reads it"
+    told = " ".join(done.stdout.split())  # lines are wrapped
+    assert f"prompts of {problems}, keys prompt and label, reward exact " in told
+    assert "The last line is Answer: $Answer" in told, "the first prompt as the model reads it"
     assert done.stdout.rstrip().endswith("a launch would go on")
     toy = launched("run-glm4.5-air-mtp.sh", made, "data=arithmetic", "--dry-run")
     assert "prompts and rewards of the tasks arithmetic\n" in toy.stdout
