@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from slime_spec.files import shortened
+from slime_spec.errors import ConfigError
+from slime_spec.files import parse_json, shortened
 
 if TYPE_CHECKING:
     from slime_spec.slime_sample import Sample
@@ -57,8 +57,8 @@ async def _answer(session: aiohttp.ClientSession, url: str, asked: dict[str, Any
         if not response.ok:
             raise RemoteRewardError(f"{url} answered {response.status} {response.reason}: {shortened(text, 200)}")
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return parse_json(text, url)
+        except ConfigError:
             raise RemoteRewardError(f"{url} answered no JSON: {shortened(text, 200)}") from None
 
 
@@ -69,5 +69,7 @@ async def _text(response: aiohttp.ClientResponse) -> str:
         read += chunk
         if len(read) > LONGEST_ANSWER_BYTES:
             raise RemoteRewardError(f"{response.url} answered more than {LONGEST_ANSWER_BYTES >> 20} MiB")
-    encoding = json.detect_encoding(read) if response.charset is None else response.get_encoding()
-    return read.decode(encoding, "replace")
+    try:
+        return read.decode(response.charset or "utf-8", "replace")
+    except LookupError:
+        raise RemoteRewardError(f"{response.url} answered in an unknown encoding: {response.charset}") from None
