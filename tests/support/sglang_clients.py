@@ -46,20 +46,18 @@ def frontend(url: str) -> dict[str, Any]:
     }
 
 
-def benchmark(url: str, tokenizer: str, folder: Path) -> list[dict[str, Any]]:
-    """What ``python -m sglang.bench_serving`` measures, in SGLang's own form and in OpenAI's."""
-    results = []
-    for backend in ("sglang", "sglang-oai-chat"):
-        file = folder / f"{backend}.jsonl"
-        sys.argv = ["bench_serving", "--backend", backend, "--base-url", url, "--model", tokenizer]
-        sys.argv += ["--tokenizer", tokenizer, "--dataset-name", "random-ids", "--num-prompts", "3", "--disable-tqdm"]
-        sys.argv += ["--random-input-len", "8", "--random-output-len", "8", "--output-file", str(file)]
-        runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
-        results.append(json.loads(file.read_text()))
-    return results
+def benchmark(url: str, tokenizer: str, file: Path) -> dict[str, Any]:
+    """What ``python -m sglang.bench_serving`` measures."""
+    sys.argv = ["bench_serving", "--backend", "sglang", "--base-url", url, "--model", tokenizer]
+    sys.argv += ["--tokenizer", tokenizer, "--dataset-name", "random-ids", "--num-prompts", "3", "--disable-tqdm"]
+    sys.argv += ["--random-input-len", "8", "--random-output-len", "8", "--random-range-ratio", "1"]
+    sys.argv += ["--output-file", str(file)]
+    runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
+    measured: dict[str, Any] = json.loads(file.read_text())
+    return measured
 
 
 if __name__ == "__main__":
     url, tokenizer, results = sys.argv[1:]
-    found = {"frontend": frontend(url), "benchmark": benchmark(url, tokenizer, Path(results))}
+    found = {"frontend": frontend(url), "benchmark": benchmark(url, tokenizer, Path(results) / "benchmark.jsonl")}
     (Path(results) / "found.json").write_text(json.dumps(found))
