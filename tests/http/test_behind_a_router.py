@@ -23,7 +23,13 @@ import requests
 from slime_spec.ports import free_port
 from tests.support.sglang_real import cpu_environment, sglang_python
 
-pytestmark = pytest.mark.sglang_server
+# Two processes, a router and a client start: half a minute on two cores.
+pytestmark = [
+    pytest.mark.sglang_server,
+    pytest.mark.proves(
+        "rollout.embedded.http", "rollout.embedded.drafters", "slime_spec.launch.serve", "tests.support.sglang_clients"
+    ),
+]
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120.0
 # As slime 624b824a8 sends it; the router spells every field that it knows and that is absent as null.
