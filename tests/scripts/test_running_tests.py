@@ -189,6 +189,7 @@ def test_the_record_names_the_files_of_proofs_and_a_proof_sees_the_engine_and_wh
     others = {
         "tests/embedded/test_fused_blocks.py",
         "tests/bench/test_bench_robustness.py",
+        "tests/http/test_behind_a_router.py",
         "tests/scripts/test_gpu_kit.py",
     }
     trained = {

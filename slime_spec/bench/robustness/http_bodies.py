@@ -33,16 +33,8 @@ ODD: tuple[Any, ...] = ([], {}, [[]], [None], [1, "a"], {"a": 1}, DEEP, [DEEP], 
 PARAMETERS = (
     *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "n"),
     *("max_new_tokens", "min_new_tokens", "sampling_seed", "stream_interval", "stop", "stop_token_ids", "logit_bias"),
-    *(
-        "ignore_eos",
-        "skip_special_tokens",
-        "no_stop_trim",
-        "regex",
-        "beam_width",
-        "json_schema",
-        "custom_params",
-        "temprature",
-    ),
+    *("ignore_eos", "skip_special_tokens", "no_stop_trim", "regex", "beam_width", "json_schema", "custom_params"),
+    "temprature",
 )
 # Values at the bounds of what is allowed, all of which may come together.
 EXTREMES: Mapping[str, tuple[Any, ...]] = {
@@ -61,18 +53,8 @@ EXTREMES: Mapping[str, tuple[Any, ...]] = {
 FIELDS = (
     *("text", "input_ids", "sampling_params", "rid", "stream", "return_logprob", "logprob_start_len", "aux_info"),
     *("return_text_in_logprobs", "return_prompt_token_ids", "extra_config", "generate_config", "custom_labels"),
-    *(
-        "image_data",
-        "lora_path",
-        "top_logprobs_num",
-        "token_ids_logprob",
-        "return_sampling_mask",
-        "model",
-        "return_hidden_states",
-        "session_params",
-        "priority",
-        "txt",
-    ),
+    *("image_data", "lora_path", "top_logprobs_num", "return_hidden_states", "session_params", "priority", "txt"),
+    *("token_ids_logprob", "return_sampling_mask", "model"),
 )
 OPENAI_FIELDS = (
     *("model", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "echo", "seed", "best_of", "suffix"),
@@ -107,16 +89,8 @@ PATHS = (
     *("/", "*", "//generate", "/generate/", "/generate?a=b", "/generate#a", "/%67enerate", "/health/../generate"),
     *("/" + "a" * 5000, "/" + "a" * 9000, "/%ff%fe", "/%00", "/\udcff", "/é", "http://x/generate", "/server_info"),
     *("/health", "/health_generate", "/model_info", "/get_server_info", "/weights_checker", "/generate"),
-    *(
-        "/v1/models",
-        "/v1/models/a%2Fb",
-        "/v1/loads",
-        "/v1/loads?include=core",
-        "/get_load",
-        "/metrics",
-        "/openapi.json",
-        "/docs",
-    ),
+    *("/v1/models", "/v1/models/a%2Fb", "/v1/loads", "/metrics", "/openapi.json", "/docs"),
+    *("/v1/loads?include=core", "/get_load", "/get_weight_version"),
 )
 METHODS = ("GET", "POST", "PUT", "HEAD", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "PROPFIND", "BREW", "get")
 HEADERS: tuple[tuple[str, str], ...] = (
