@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -118,8 +119,9 @@ class DraftLearner:
         unfinished = self._folder / f".rollout_{rollout_id}"
         unfinished.mkdir(parents=True, exist_ok=True)
         save_draft_checkpoint(unfinished, self.spec, tensors, self._hot_token_ids)
-        if not folder.exists():
-            unfinished.rename(folder)
+        if folder.exists():  # of an earlier launch, which this one repeats
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
         logger.info("draft published folder=%s", folder)
 
     def _head_weight(self) -> torch.Tensor:

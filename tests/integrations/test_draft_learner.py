@@ -20,10 +20,15 @@ from slime_spec.integrations.draft_learner import DraftLearner
 from slime_spec.integrations.plugin import Plugin
 from slime_spec.integrations.settings import PluginSettings
 from tests.support.tiny_drafts import make_tiny_draft
-from tests.trainer.test_draft_side import EAGLE3
 from tests.trainer.trainer_support import make_policy
 
 HIDDEN, VOCABULARY = 32, 160
+EAGLE3: dict[str, Any] = {
+    **{"hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCABULARY, "max_position_embeddings": 128},
+    **{"rms_norm_eps": 1e-5, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 70},
+    "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "use_aux_hidden_state": True},
+}
 
 
 class Layer(torch.nn.Module):
