@@ -84,5 +84,9 @@ setup(
             *("openai", "lm_eval[hf,api]", "jsonschema"),  # what talks to slime-spec serve: 430 MB
         ],
     },
-    entry_points={"console_scripts": ["slime-spec = slime_spec.launch.cli:main"]},
+    entry_points={
+        "console_scripts": ["slime-spec = slime_spec.launch.cli:main"],
+        # SGLang's own processes load it (docs/plug-in.md).
+        "sglang.srt.plugins": ["slime_spec = rollout.sglang_engine.plugin.entry:activate"],
+    },
 )

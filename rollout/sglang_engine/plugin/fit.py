@@ -1,0 +1,41 @@
+"""Whether the SGLang of this process has the names that a contract expects, looking as it expects them."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Sequence
+
+from rollout.sglang_engine.plugin.hooks import Contract, Name
+
+
+def misfit(name: Name) -> str | None:
+    """What of a name differs, in words for a log line; nothing where it is as expected."""
+    try:
+        found = pkgutil.resolve_name(name.target)
+    except (ImportError, AttributeError) as error:
+        return f"{name.target} is missing ({error})"
+    if isinstance(found, type):
+        missing = [member for member in name.members if member not in members(found)]
+        return f"{name.target} has no {', '.join(missing)}" if missing else None
+    parameters = tuple(inspect.signature(found).parameters)
+    if parameters != name.parameters:
+        return f"{name.target} takes ({', '.join(parameters)}) instead of ({', '.join(name.parameters)})"
+    return None
+
+
+def members(found: type) -> set[str]:
+    """The methods and annotated fields of a class and its bases."""
+    fields = {field for base in found.__mro__ for field in vars(base).get("__annotations__", {})}
+    return fields | set(dir(found))
+
+
+def fitting(contracts: Sequence[Contract]) -> tuple[Contract | None, list[str]]:
+    """The first contract that fits, and else what each one misses."""
+    misfits = []
+    for contract in contracts:
+        differences = [difference for name in contract.names if (difference := misfit(name))]
+        if not differences:
+            return contract, []
+        misfits.append(f"as of {contract.releases}: {'; '.join(differences)}")
+    return None, misfits
