@@ -133,6 +133,16 @@ def test_an_installed_command_runs_far_from_the_checkout(environment: Environmen
     assert (run / "hf" / "config.json").is_file()
 
 
+def test_an_sglang_beside_it_finds_the_plug_in(environment: Environment, tmp_path: Path) -> None:
+    """SGLang's own way of asking; what it gets needs nothing beside the wheel."""
+    asked = "from importlib.metadata import entry_points as e; print([p.load() for p in e(group='sglang.srt.plugins')])"
+    told = environment.run(
+        "python", "-S", "-c", f"import sys; sys.path.append({str(environment.packages)!r}); {asked}", folder=tmp_path
+    )
+    assert told.returncode == 0, told.stderr
+    assert "function activate" in told.stdout
+
+
 @pytest.mark.parametrize("command", [("slime-spec",), ("python", "-m", "slime_spec")])
 def test_a_package_of_the_same_name_in_the_current_folder_is_one_error(
     command: tuple[str, ...], environment: Environment, tmp_path: Path

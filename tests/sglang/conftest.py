@@ -31,6 +31,9 @@ from slime_spec.weights.run import PushReport, run_push
 from tests.support.pushes import DirectTransport, other_weights
 from tests.support.sglang_checkpoints import make_draft, make_target
 from tests.support.sglang_real import TABLES, Models, Real, cpu_environment, started
+from tests.support.slime_way import installed_plugin
+
+WITH_PLUGIN = "EAGLE"
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="session")
 def running(request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
     """One real server of each algorithm, one at a time: tests/conftest.py has those of an algorithm run together."""
-    with cpu_environment(), started(models.config(request.param, tmp_path_factory.mktemp("run"))) as engine:
+    # A server with the plug-in treats the engine's pushes as one without it does: one of the servers has it.
+    beside = installed_plugin(tmp_path_factory.mktemp("plugin")) if request.param == WITH_PLUGIN else ()
+    config = models.config(request.param, tmp_path_factory.mktemp("run"))
+    with cpu_environment(*beside), started(config) as engine:
         yield Real(request.param, engine)
 
 

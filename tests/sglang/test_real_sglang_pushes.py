@@ -25,6 +25,7 @@ from slime_spec.weights.messages import Side
 from slime_spec.weights.run import push_messages, run_push
 from tests.support.pushes import disturbed
 from tests.support.sglang_real import Models, Real, cpu_environment, greedy, on, started
+from tests.support.slime_way import SlimeClient, Stored
 
 pytestmark = [pytest.mark.long, pytest.mark.sglang_server]
 
@@ -43,6 +44,23 @@ def changed(before: Sums, after: Sums) -> set[str]:
 
 def without(names: Mapping[str, object] | set[str], *parts: str) -> set[str]:
     return {name for name in names if not any(part in name for part in parts)}
+
+
+@pytest.mark.parametrize("way", ["tensors", "disk"])
+@on("EAGLE")
+def test_beside_the_plug_in_a_client_that_names_no_side_updates_the_target_alone(
+    real: Real, tmp_path: Path, way: str
+) -> None:
+    """As slime does; tests/sglang/test_plugin_real.py has every release and algorithm."""
+    slime, stored = SlimeClient(real.engine.client.url), Stored.make(real.target_folder, tmp_path / "other")
+    target, draft, drafted = real.checksums("target"), real.checksums("draft"), slime.drafted()
+    slime.update(way, stored.other)
+    assert changed(target, real.checksums("target")) == without(target, "rotary", "cos_sin")
+    assert without(changed(draft, real.checksums("draft")), *SHARED) == set()
+    assert slime.session()["is_open"] is False
+    slime.update(way, stored.first)
+    assert (real.checksums("target"), real.checksums("draft")) == (target, draft)
+    assert slime.drafted() == drafted
 
 
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])

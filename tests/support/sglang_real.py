@@ -70,10 +70,10 @@ def sglang_python(release: str = "") -> str:
 
 
 @contextmanager
-def cpu_environment() -> Iterator[None]:
-    """What SGLang needs to run on a CPU, for the servers started within."""
+def cpu_environment(*more: Path) -> Iterator[None]:
+    """What SGLang needs to run on a CPU, for the servers started within; ``more`` is imported from there, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(CPU))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (CPU, *more))))
         patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -197,9 +197,13 @@ class Real:
         return run_push(messages, lambda message: [self.engine.update_weights(message)], **options)
 
     @property
+    def target_folder(self) -> Path:
+        return Path(self.config.model.hf_checkpoint)
+
+    @property
     def target_weights(self) -> dict[str, torch.Tensor]:
         """The checkpoint's, without an MTP layer."""
-        stored = load_file(Path(self.config.model.hf_checkpoint) / "model.safetensors")
+        stored = load_file(self.target_folder / "model.safetensors")
         return {name: tensor for name, tensor in stored.items() if "mtp" not in name}
 
     @property

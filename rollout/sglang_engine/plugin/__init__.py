@@ -1,1 +1,4 @@
-"""The plug-in gives unmodified SGLang servers draft-safe weight updates; it loads in their processes, so it imports nothing heavy."""
+"""The plug-in makes unmodified SGLang servers safe to speculate in RL.
+
+It runs in SGLang's own processes, so it imports nothing heavy: no Ray, no torch, and of slime_spec the version alone.
+"""

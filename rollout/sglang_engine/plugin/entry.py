@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from importlib.metadata import version
 
-from rollout.sglang_engine.plugin import info
+from rollout.sglang_engine.plugin import draft_safe, info
 from rollout.sglang_engine.plugin.fit import fitting
-from rollout.sglang_engine.plugin.hooks import Contract, Feature, Hook
-from rollout.sglang_engine.plugin.state import ALL, OFF, STATE, logger, turned_off
+from rollout.sglang_engine.plugin.hooks import Feature, Hook
+from rollout.sglang_engine.plugin.state import ALL, OFF, STATE, State, logger, turned_off
 
-FEATURES: tuple[Feature, ...] = (info.FEATURE,)
-# SGLang's functions that run a process, and how it is called here.
+FEATURES: tuple[Feature, ...] = (draft_safe.FEATURE, info.FEATURE)
+# SGLang's functions that run a process, and how that is called here.
 PROCESSES = {
     "run_scheduler_process": "scheduler",
     "run_detokenizer_process": "detokenizer",
@@ -22,51 +24,42 @@ HOOKED = ("main", "scheduler")
 
 
 def activate() -> None:
-    """Hooks what fits, and says in one line what is active and in one line each what is not."""
+    """Hooks what fits this SGLang, for it to apply when all its plug-ins have run."""
     STATE.process, STATE.sglang = this_process(), version("sglang")
     if STATE.process not in HOOKED:
         return
-    off = turned_off()
-    if unknown := off - {ALL, *(feature.name for feature in FEATURES)}:
-        known = ", ".join([ALL, *(feature.name for feature in FEATURES)])
-        logger.warning("slime_spec plug-in: %s names %s; known are %s", OFF, ", ".join(sorted(unknown)), known)
-    for feature in FEATURES:
-        if ALL in off or feature.name in off:
-            STATE.inactive[feature.name] = f"turned off by {OFF}"
-        else:
-            hook(feature)
-    active = ", ".join(f"{name} (as of {releases})" for name, releases in STATE.active.items()) or "nothing"
-    logger.warning("slime_spec plug-in: process=%s sglang=%s active=%s", STATE.process, STATE.sglang, active)
+    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
+    for hook in choose(FEATURES, STATE, os.environ, sys.modules):
+        registry.HookRegistry.register(hook.name.target, hook.function, registry.HookType(hook.kind))
 
 
-def hook(feature: Feature) -> None:
-    contract, misfits = fitting(feature.contracts)
-    if contract is None:
-        STATE.inactive[feature.name] = " | ".join(misfits)
-        logger.error(
-            "slime_spec plug-in: %s is NOT active, as SGLang %s differs from every release that it knows: %s",
-            feature.name,
-            STATE.sglang,
-            STATE.inactive[feature.name],
-        )
-        return
-    register(contract)
-    STATE.active[feature.name] = contract.releases
-
-
-def register(contract: Contract) -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    for each in contract.hooks:
-        if wanted(each):
-            HookRegistry.register(each.name.target, each.function, HookType(each.kind))
-
-
-def wanted(each: Hook) -> bool:
-    """Hooks of the schedulers are registered wherever the process may be one, whatever SGLang calls its functions."""
-    if each.only_where_loaded and each.name.target.rpartition(".")[0] not in sys.modules:
-        return False
-    return each.process == "scheduler" or STATE.process != "scheduler"
+def choose(
+    features: Sequence[Feature], state: State, environment: Mapping[str, str], modules: Container[str]
+) -> list[Hook]:
+    """Returns the hooks of what fits and is not turned off; says in a line what is active, and what is not, and why."""
+    off, known = turned_off(environment), [ALL, *(feature.name for feature in features)]
+    if unknown := off - set(known):
+        logger.error("slime_spec plug-in: %s names %s; known are %s", OFF, ", ".join(sorted(unknown)), ", ".join(known))
+    hooks: list[Hook] = []
+    for feature in features:
+        if off & {ALL, feature.name}:
+            state.inactive[feature.name] = f"turned off by {OFF}"
+            continue
+        contract, misfits = fitting([each.within(state.process, modules) for each in feature.contracts])
+        if contract is None:
+            state.inactive[feature.name] = " | ".join(misfits)
+            logger.error(
+                "slime_spec plug-in: %s is NOT active: SGLang %s is none of the releases that it knows: %s",
+                feature.name,
+                state.sglang,
+                state.inactive[feature.name],
+            )
+            continue
+        state.active[feature.name] = contract.releases
+        hooks += contract.hooks
+    active = ", ".join(f"{name} (as of {releases})" for name, releases in state.active.items()) or "nothing"
+    logger.warning("slime_spec plug-in: process=%s sglang=%s active=%s", state.process, state.sglang, active)
+    return hooks
 
 
 def this_process() -> str:

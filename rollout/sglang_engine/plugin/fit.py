@@ -1,4 +1,4 @@
-"""Whether the SGLang of this process has the names that a contract expects, looking as it expects them."""
+"""The check compares the names of this process's SGLang with those that a contract expects, before any is hooked."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def misfit(name: Name) -> str | None:
 
 
 def members(found: type) -> set[str]:
-    """The methods and annotated fields of a class and its bases."""
-    fields = {field for base in found.__mro__ for field in vars(base).get("__annotations__", {})}
-    return fields | set(dir(found))
+    """The methods and annotated fields of a class and its bases; ``dir`` leaves out an enumeration's methods."""
+    of_bases = (vars(base) for base in found.__mro__)
+    return {name for names in of_bases for name in (*names, *names.get("__annotations__", {}))}
 
 
 def fitting(contracts: Sequence[Contract]) -> tuple[Contract | None, list[str]]:

@@ -1,4 +1,4 @@
-"""A hook, a contract and a feature are what the plug-in declares of itself; nothing here imports SGLang.
+"""Hooks, contracts and features declare what the plug-in does to SGLang; nothing here imports it.
 
 A feature has one contract per generation of SGLang's sources. The first contract whose names all look as expected is
 hooked; where none fits, the feature does nothing and says so.
@@ -6,8 +6,8 @@ hooked; where none fits, the feature does nothing and says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Kind = Literal["before", "after", "around"]
@@ -34,7 +34,7 @@ class Hook:
     kind: Kind
     process: Process  # whose calls it is for: main has the tokenizer manager and HTTP
     function: Callable[..., Any]
-    # A module that a server of another kind need not load (the HTTP server of an engine without one).
+    # For a module's function where the module need not be loaded: an engine has no HTTP server.
     only_where_loaded: bool = False
 
 
@@ -49,6 +49,17 @@ class Contract:
     @property
     def names(self) -> tuple[Name, ...]:
         return (*(hook.name for hook in self.hooks), *self.needs)
+
+    def within(self, process: str, modules: Container[str]) -> Contract:
+        """The part that a process takes, which has loaded ``modules``.
+
+        Main takes all hooks: where SGLang calls its functions otherwise, a scheduler is taken for it.
+        """
+        taken = tuple(hook for hook in self.hooks if process == "main" or hook.process == process)
+        loaded = tuple(
+            hook for hook in taken if not hook.only_where_loaded or hook.name.target.rpartition(".")[0] in modules
+        )
+        return replace(self, hooks=loaded)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The plug-in's state in /server_info: the main process's at the top, a scheduler's among its internal state."""
+"""The plug-in shows its state in /server_info: the main process's at the top, a scheduler's in its internal state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def show_main(global_state: Any) -> None:
 
 
 def show_scheduler(output: Any, scheduler: Any, recv_req: Any) -> Any:
-    output.internal_state[KEY] = STATE.shown()
+    output.internal_state[KEY] = STATE.shown_in_detail()
     return output
 
 
@@ -23,7 +23,7 @@ FEATURE = Feature(
     "shows in /server_info what is active",
     (
         Contract(
-            "0.5.20 to 0.5.23",
+            "0.5.15 to 0.5.23",
             (
                 Hook(
                     Name("sglang.srt.entrypoints.http_server.set_global_state", ("global_state",)),

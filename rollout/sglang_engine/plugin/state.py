@@ -1,10 +1,10 @@
-"""What the plug-in does in this process: shown in one log line, and in the server's /server_info."""
+"""The state is what the plug-in does in this process; a log line and the server's /server_info show it."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,13 @@ logger = logging.getLogger("slime_spec.plugin")
 
 @dataclass
 class State:
-    """The plug-in in one process; features add what they count to ``counts``."""
+    """The plug-in in one process; a feature adds by its name how it shows what it does."""
 
     process: str = ""
     sglang: str = ""
     active: dict[str, str] = field(default_factory=dict)  # feature to the releases of its contract
     inactive: dict[str, str] = field(default_factory=dict)  # feature to the reason
-    counts: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
     def shown(self) -> dict[str, Any]:
         return {
@@ -33,8 +33,11 @@ class State:
             "process": self.process,
             "active": sorted(self.active),
             "inactive": dict(self.inactive),
-            **self.counts,
         }
+
+    def shown_in_detail(self) -> dict[str, Any]:
+        """What the features of a scheduler count, too."""
+        return self.shown() | {feature: show() for feature, show in self.details.items() if feature in self.active}
 
 
 STATE = State()

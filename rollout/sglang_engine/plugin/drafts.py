@@ -1,0 +1,110 @@
+"""A scheduler's draft has weights of its own, or those of an MTP head, which is part of the target's checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rollout.sglang_engine.plugin.state import logger
+
+OWN, OF_THE_TARGET, NONE = "own weights", "part of the target", "no weights"
+ROUTES = {
+    OWN: "only the target takes updates that name no side",
+    OF_THE_TARGET: "target and draft take updates that name no side",
+    NONE: "the target takes updates",
+}
+
+
+def draft_runners(draft_worker: Any) -> list[Any]:
+    """The model runners of a draft, by the names that SGLang 0.5.15 to 0.5.23 have for them; none for n-grams."""
+    if draft_worker is None:
+        return []
+    if hasattr(draft_worker, "weight_update_runners"):
+        return [runner for _, runner in draft_worker.weight_update_runners()]
+    holder = holder_of(draft_worker)
+    for name in ("draft_runners", "draft_runner_list"):
+        if runners := getattr(holder, name, None):
+            return list(runners)
+    one = getattr(draft_worker, "draft_model_runner", None) or getattr(holder, "draft_runner", None)
+    return [] if one is None else [one]
+
+
+def holder_of(draft_worker: Any) -> Any:
+    """What of a draft's worker has its runners."""
+    return getattr(draft_worker, "draft_worker", None) or getattr(draft_worker, "_draft_worker", None)
+
+
+class DraftKind:
+    """The kind of a scheduler's draft, found before the first update: updates from a folder change the paths."""
+
+    def __init__(self) -> None:
+        self.known: str | None = None
+
+    def of(self, updater: Any) -> str:
+        if self.known is None:
+            self.known = draft_kind(updater)
+            logger.warning("slime_spec plug-in: first update of weights draft=%r: %s", self.known, ROUTES[self.known])
+        return self.known
+
+
+def draft_kind(updater: Any) -> str:
+    """An MTP head is read from the target's own checkpoint; a model of its own that drafts (STANDALONE) may be too."""
+    runners = draft_runners(updater.draft_worker)
+    if not runners:
+        return NONE
+    target = updater.tp_worker.model_runner
+    if target.spec_algorithm.is_standalone():
+        return OWN
+    same = all(folder_of(runner) == folder_of(target) for runner in runners)
+    return OF_THE_TARGET if same else OWN
+
+
+def folder_of(runner: Any) -> str:
+    """A folder's real path, or a hub's name as it is."""
+    path = str(runner.model_config.model_path)
+    return os.path.realpath(path) if os.path.isdir(path) else path
+
+
+@contextmanager
+def without_draft(updater: Any) -> Iterator[None]:
+    """SGLang loads whatever arrives into the target alone, as on a server that does not speculate."""
+    draft_worker, updater.draft_worker = updater.draft_worker, None
+    try:
+        yield
+    finally:
+        updater.draft_worker = draft_worker
+
+
+def renew_copied_rows(updater: Any) -> None:
+    """With a map of frequent tokens, EAGLE's head is a copy of rows of the target's, made when the server started."""
+    target = updater.tp_worker.model_runner
+    rows = getattr(holder_of(updater.draft_worker), "hot_token_id", None)
+    if rows is None or not target.spec_algorithm.is_eagle() or target.spec_algorithm.is_eagle3():
+        return
+    _, head = target.model.get_embed_and_head()
+    for runner in draft_runners(updater.draft_worker):
+        runner.model.lm_head.weight.data.copy_(head.data[rows])
+
+
+@contextmanager
+def with_draft_riding(updater: Any) -> Iterator[None]:
+    """What the target's model loads, the draft's models load too; SGLang itself sees the target alone."""
+    model = updater.tp_worker.model_runner.model
+    load = model.load_weights
+    drafts = [runner.model for runner in draft_runners(updater.draft_worker)]
+
+    def load_in_all(weights: Any, *args: Any, **kwargs: Any) -> Any:
+        weights = list(weights)
+        loaded = load(weights, *args, **kwargs)
+        for draft in drafts:
+            draft.load_weights(weights)
+        return loaded
+
+    model.load_weights = load_in_all
+    try:
+        with without_draft(updater):
+            yield
+    finally:
+        del model.load_weights
