@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.sglang_real import CPU, Models, sglang_python
 from tests.support.slime_way import (
@@ -131,21 +130,6 @@ def test_a_client_that_dies_half_way_leaves_no_session_open(
         assert server.session()["closed_by"]["timeout"] == 1
     server.update("tensors", stored[algorithm].first, "4")  # the client is started again
     assert server.drafted().num_accepted > 0
-
-
-def test_a_head_of_copied_rows_follows_the_target(models: Models, stored: dict[str, Stored], tmp_path: Path) -> None:
-    """EAGLE with a map of frequent tokens: SGLang itself copies the rows once, when it starts."""
-    torch.save(list(range(0, 200, 2)), tmp_path / "frequent.pt")
-    given = arguments(models, "EAGLE", tmp_path) | {"speculative_token_map": str(tmp_path / "frequent.pt")}
-    with launched_by_slime(given, tmp_path) as server:
-        before = server.checksums()
-        server.update("tensors", stored["EAGLE"].other)
-        changed = {name for name, checksum in server.checksums().items() if checksum != before[name]}
-        copied = "draft.lm_head.weight"
-        assert before[copied] not in {checksum for name, checksum in before.items() if name != copied}
-        assert {name for name in changed if name.startswith("draft.")} == {copied, "draft.model.embed_tokens.weight"}
-        server.update("tensors", stored["EAGLE"].first)
-        assert server.checksums() == before
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release or "pinned")
