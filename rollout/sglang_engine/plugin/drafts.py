@@ -83,7 +83,9 @@ def renew_copied_rows(updater: Any) -> None:
     rows = getattr(holder_of(updater.draft_worker), "hot_token_id", None)
     if rows is None or not target.spec_algorithm.is_eagle() or target.spec_algorithm.is_eagle3():
         return
-    _, head = target.model.get_embed_and_head()
+    _, head = target.model.get_embed_and_head()  # SGLang copied the rows from there
+    if head is None:
+        return
     for runner in draft_runners(updater.draft_worker):
         runner.model.lm_head.weight.data.copy_(head.data[rows])
 
