@@ -36,9 +36,15 @@ def is_version(node: ast.AST) -> bool:
     return len(numbers) == 3 and numbers[:2] == [0, 5]
 
 
+def releases_of_contracts(tree: ast.AST) -> set[ast.AST]:
+    """The releases that a ``Contract`` of the plug-in is for: shown to people, while names decide what is hooked."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+    return {call.args[0] for call in calls if call.func.id == "Contract" and call.args}  # type: ignore[attr-defined]
+
+
 def names_a_version(source: str) -> bool:
     tree = ast.parse(source)
-    prose = docstrings(tree)
+    prose = docstrings(tree) | releases_of_contracts(tree)
     return any(is_version(node) for node in ast.walk(tree) if node not in prose)
 
 
@@ -51,6 +57,7 @@ def test_only_the_table_of_releases_names_a_version() -> None:
     [
         "if release.version >= (0, 5, 12): pass",
         'CONTRACT = "0.5.21"',
+        'Contract("of sessions", "0.5.21")',
         'def f() -> str:\n    return f"Use SGLang 0.5.6 or newer, not {x}."',
     ],
 )
@@ -58,7 +65,10 @@ def test_the_rule_catches_a_version_in_code(source: str) -> None:
     assert names_a_version(source)
 
 
-@pytest.mark.parametrize("source", ['"""Since 0.5.3."""', "x = 1  # from 0.5.10 on", "CHOSEN = (0, 5, 7, 3)"])
+@pytest.mark.parametrize(
+    "source",
+    ['"""Since 0.5.3."""', "x = 1  # from 0.5.10 on", "CHOSEN = (0, 5, 7, 3)", 'Contract("0.5.1 to 0.5.2", x)'],
+)
 def test_the_rule_leaves_prose_alone(source: str) -> None:
     assert not names_a_version(source)
 

@@ -191,6 +191,8 @@ def test_the_record_names_the_files_of_proofs_and_a_proof_sees_the_engine_and_wh
         "tests/bench/test_bench_robustness.py",
         "tests/http/test_behind_a_router.py",
         "tests/scripts/test_gpu_kit.py",
+        "tests/sglang/test_plugin_absent.py",
+        "tests/sglang/test_plugin_real.py",
     }
     trained = {
         f"tests/trainer/test_{name}.py" for name in ("draft_side", "mixed_families", "mixed_weights", "mtp_of_families")
