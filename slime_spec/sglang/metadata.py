@@ -12,7 +12,7 @@ length, and spec_num_proposed_drafts its nodes: there spec_accept_rate is no acc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slime_spec.speculation.counters import accepted_per_position
@@ -84,6 +84,20 @@ def plain_steps(meta_info: Mapping[str, Any]) -> int:
     return max(0, int(meta_info.get("iter_count") or 0) - num_rounds - 1) if num_rounds else 0
 
 
+def in_every_generation(meta_info: Mapping[str, Any], num_steps: int = 0) -> dict[str, Any]:
+    """Return the response's counters under the keys of every generation and RTP-LLM's; those that it has are as it is.
+
+    Where no verify round ran they are zeros: who reads a missing counter as one round of drafts would be wrong. Raises
+    UnknownMetadataError as ``generation_of`` does. ``num_steps`` is the depth of a draft, where it is known.
+    """
+    spec = spec_counters(meta_info, num_steps)
+    if not spec.num_steps:
+        spec = replace(spec, num_steps=max(0, len(spec.histogram) - 1))
+    num_tokens = int(meta_info.get("completion_tokens", 0))
+    keys = speculative_keys(spec, num_tokens) or {ROUNDS: 0, **_counts(0, 0, []), **rtp_counters(spec, num_tokens)}
+    return {name: meta_info.get(name, value) for name, value in keys.items()}
+
+
 def meta_info(sample: GeneratedSample) -> dict[str, Any]:
     """Return the response metadata of one sample; ``output_token_logprobs`` holds (logprob, token id, text or None).
 
@@ -143,10 +157,16 @@ def speculative_keys(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:
         "spec_accept_rate": correct / proposed,
         "spec_accept_length": (num_tokens - spec.num_off_steps) / spec.num_rounds,
     }
-    for generation in reversed(GENERATIONS):
-        keys |= {generation.correct: correct, generation.proposed: proposed, generation.histogram: histogram}
+    keys |= _counts(correct, proposed, histogram)
     theirs = rtp_counters(spec, num_tokens)
     return {**keys, **theirs, "avg_tokens_per_iter": num_tokens / theirs["iter_count"]}
+
+
+def _counts(correct: int, proposed: int, histogram: list[int]) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for generation in reversed(GENERATIONS):
+        keys |= {generation.correct: correct, generation.proposed: proposed, generation.histogram: histogram}
+    return keys
 
 
 def rtp_counters(spec: SpecCounters, num_tokens: int) -> dict[str, Any]:

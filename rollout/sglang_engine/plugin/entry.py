@@ -8,12 +8,17 @@ import sys
 from collections.abc import Container, Mapping, Sequence
 from importlib.metadata import version
 
-from rollout.sglang_engine.plugin import draft_safe, info
+from rollout.sglang_engine.plugin import draft_safe, info, metadata
 from rollout.sglang_engine.plugin.fit import fitting
 from rollout.sglang_engine.plugin.hooks import Feature, Hook
 from rollout.sglang_engine.plugin.state import ALL, OFF, STATE, State, logger, turned_off
 
-FEATURES: tuple[Feature, ...] = (draft_safe.FEATURE, info.FEATURE)
+# A later feature's hook is outside an earlier feature's on the same function.
+FEATURES: tuple[Feature, ...] = (
+    draft_safe.FEATURE,
+    metadata.FEATURE,
+    info.FEATURE,
+)
 # SGLang's functions that run a process, and how that is called here.
 PROCESSES = {
     "run_scheduler_process": "scheduler",
