@@ -26,6 +26,10 @@ def activate() -> None:
         import fp8_in_torch  # of this folder; it takes imports that other servers do not need here
 
         fp8_in_torch.activate()
+    if os.environ.get("SGLANG_STAND_IN_MEMORY_SAVER"):
+        import memory_saver_on_cpu
+
+        memory_saver_on_cpu.activate()
 
 
 def _plain_memory(
