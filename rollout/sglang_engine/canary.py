@@ -16,12 +16,12 @@ from uuid import uuid4
 
 from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from slime_spec.sglang.metadata import spec_counters
+from slime_spec.speculation.accepted_mean import AcceptedMean
 from slime_spec.speculation.counters import pooled
 from slime_spec.types import SpecCounters
 
 logger = logging.getLogger(__name__)
 
-MEMORY = 0.7  # weight of the past in the running mean
 LONGEST_S = 120.0  # of one attempt: a server that takes longer for a few tokens hangs
 ANSWER_SHOWN = 200  # characters of an odd answer
 
@@ -43,8 +43,10 @@ class Canary:
     drop: float
     longest: int
     prompts: list[tuple[int, ...]] = field(default_factory=list)
-    mean: float | None = None
     waits_s: tuple[float, ...] = (1.0, 5.0)
+
+    def __post_init__(self) -> None:
+        self._accepted = AcceptedMean(self.drop)
 
     def see(self, prompt: Sequence[int]) -> None:
         """Keep a prompt for the canary until there are ``num_prompts``."""
@@ -69,20 +71,14 @@ class Canary:
                     await asyncio.sleep(wait_s)
         return None
 
-    def judge(self, counted: SpecCounters) -> bool:
-        """Return whether as many drafts per round are accepted as before; a good number goes into the mean.
+    @property
+    def mean(self) -> float | None:
+        """Return the mean of accepted drafts per round; None before the first count."""
+        return self._accepted.mean
 
-        It is True where no round was verified.
-        """
-        if not counted.num_rounds:
-            return True
-        accepted = counted.num_correct / counted.num_rounds
-        if self.mean is not None and accepted < self.drop * self.mean:
-            logger.error("ALARM drafts are refused accepted_per_round=%.3f mean=%.3f", accepted, self.mean)
-            return False
-        self.mean = accepted if self.mean is None else MEMORY * self.mean + (1 - MEMORY) * accepted
-        logger.info("canary accepted_per_round=%.3f mean=%.3f", accepted, self.mean)
-        return True
+    def judge(self, counted: SpecCounters) -> bool:
+        """Return whether as many drafts per round are accepted as before."""
+        return self._accepted.judge(counted)
 
     async def _generate(self, client: SglangClient, prompt: tuple[int, ...]) -> SpecCounters:
         sampling = {"temperature": 0.0, "max_new_tokens": self.num_tokens, "ignore_eos": True}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Container, Mapping, Sequence
 from importlib.metadata import version
 
-from rollout.sglang_engine.plugin import draft_push, draft_safe, info, kept_draft, metadata
+from rollout.sglang_engine.plugin import draft_push, draft_safe, endpoints, info, kept_draft, metadata
 from rollout.sglang_engine.plugin.fit import fitting
 from rollout.sglang_engine.plugin.hooks import Feature, Hook
 from rollout.sglang_engine.plugin.state import ALL, OFF, STATE, State, logger, turned_off
@@ -19,6 +19,7 @@ FEATURES: tuple[Feature, ...] = (
     metadata.FEATURE,
     draft_push.FEATURE,
     kept_draft.FEATURE,
+    endpoints.FEATURE,
     info.FEATURE,
 )
 # SGLang's functions that run a process, and how that is called here.
