@@ -193,6 +193,8 @@ def test_the_record_names_the_files_of_proofs_and_a_proof_sees_the_engine_and_wh
         "tests/scripts/test_gpu_kit.py",
         "tests/sglang/test_plugin_absent.py",
         "tests/sglang/test_plugin_real.py",
+        "tests/sglang/test_plugin_real_drafts.py",
+        "tests/sglang/test_plugin_names.py",
     }
     trained = {
         f"tests/trainer/test_{name}.py" for name in ("draft_side", "mixed_families", "mixed_weights", "mtp_of_families")
