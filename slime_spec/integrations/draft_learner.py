@@ -224,7 +224,7 @@ def _spec(args: Any, settings: PluginSettings) -> DraftSpec:
     folder = _draft_folder(args)
     spec = DraftSpec.from_folder(folder, ModelSpec.from_folder(args.hf_checkpoint))
     if not is_trainable(spec) or spec.block.experts is not None or spec.block_size:
-        rule = "learns EAGLE and EAGLE-3 drafts without experts; this draft is another"
+        rule = "learns EAGLE-1 and EAGLE-3 drafts without experts; this draft is another"
         raise ConfigError(SETTING, rule, folder, ALONE)
     return spec
 

@@ -94,6 +94,9 @@ class Embedded:
                 return sample
         fed = (*prompt, *reply)
         sampling = read_sampling(sampling_params, self._engine.limits, len(fed))
+        if sampling.returns_kept:
+            rule = "kept tokens, for slime's replay of top-p, come of `slime-spec serve` and of SGLang's servers"
+            raise ConfigError("sampling_params.custom_params", rule, True, "Set --rollout-top-p 1, or use a server.")
         seed = _seed(args, sample, evaluation) if sampling.seed is None else sampling.seed
         earlier = self._history.of(prompt) if self._history is not None else ()
         request = GroupRequest(f"{sample.index}", fed, (seed,), sampling.params, earlier=earlier)

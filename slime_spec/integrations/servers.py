@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 10.0
 LONGEST_PROMPT = 1 << 20  # of a canary: what was generated for once can be again
-NGRAM = "NGRAM"
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Servers:
         host, port = getattr(args, "sglang_router_ip", None), getattr(args, "sglang_router_port", None)
         router = f"http://{host}:{port}" if host and port else None
         algorithm = algorithm_of(args)
-        feeds = settings.feed_replies and algorithm is not None and algorithm.name == NGRAM
+        feeds = settings.feed_replies and algorithm is not None and algorithm.takes_corpus
         return cls(router, settings, ReplyFeed.of(args) if feeds else None)
 
     def began(self, sample: Any) -> None:

@@ -54,9 +54,7 @@ class PluginSettings:
         above=0.0,
         maximum=1.0,
     )
-    feed_replies: bool = setting(
-        True, "Give n-gram servers the earlier replies to a prompt as an external corpus; with NGRAM alone."
-    )
+    feed_replies: bool = setting(True, "Give n-gram servers the earlier replies to a prompt as an external corpus.")
     break_even_length: float | None = setting(
         None,
         "Accept length from which on drafting is faster than not drafting at these servers, as slime-spec tune "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slime_spec.errors import ConfigError, each_of
+from slime_spec.errors import ConfigError, each_of, raise_all
 from slime_spec.launch.compose import composed
 from slime_spec.preflight import report
 from slime_spec.preflight.facts import Facts
@@ -119,6 +119,8 @@ def _examine_slime(options: Options, script: Path) -> Examined:
 
         looked = look(made, acceptance)
         looked.close()
+        if not looked.engines:
+            raise_all(looked.refusals)
     except ConfigError as error:
         judged = "slime's launch, of which no facts are known"
         return Examined([*slimes_own(launch, None), *not_judged(error)], judged, None, ())

@@ -200,7 +200,7 @@ def test_the_record_names_the_files_of_proofs_and_a_proof_sees_the_engine_and_wh
         f"tests/trainer/test_{name}.py" for name in ("draft_side", "mixed_families", "mixed_weights", "mtp_of_families")
     }
     served = {f"tests/sglang/test_real_{name}.py" for name in ("families", "fp8", "nodes", "older", "routed_experts")}
-    runs = {f"tests/e2e/test_{name}_run.py" for name in ("mixed_families", "routing_replay")}
+    runs = {f"tests/e2e/test_{name}_run.py" for name in ("engine_faults", "mixed_families", "routing_replay")}
     runs |= {
         "tests/agents/test_calculator_page.py",
         "tests/scripts/test_launch_scripts.py",

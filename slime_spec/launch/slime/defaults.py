@@ -23,6 +23,6 @@ KEPT: Mapping[str, str] = {
     "--offload-rollout": "as --offload",
     "--wandb-project": "slime has none; wandb's own default would be the folder's name",
     "--seed": "slime has 1234 for weights that nobody draws here, and 42 for prompts (--rollout-seed), which is ours",
-    "--rollout-health-check-interval": "slime has 30 s and generates a token; here a process is asked, for nothing (10 s)",
+    "--rollout-health-check-interval": "slime has 30 s and generates a token; here a process is asked (10 s)",
     "--rollout-health-check-timeout": "slime has 30 s; here a busy machine is no hang (120 s)",
 }
