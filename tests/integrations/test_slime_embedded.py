@@ -97,7 +97,7 @@ def test_a_sample_goes_on_from_the_tokens_that_it_has(args: Namespace, plugin: P
 def test_what_the_engine_cannot_do_is_refused_by_name(args: Namespace, plugin: Plugin) -> None:
     with pytest.raises(ConfigError, match="prompt: must be a text"):
         asyncio.run(slime.generate_embedded(args, Sample(prompt=[{"role": "user"}]), dict(SAMPLING)))
-    top_p = {**SAMPLING, "custom_params": {"return_top_p_token_ids": True}}
+    top_p = {**SAMPLING, "top_p": 0.9, "custom_params": {"return_top_p_token_ids": True}}
     with pytest.raises(ConfigError, match=r"sampling_params.custom_params"):
         asyncio.run(slime.generate_embedded(args, Sample(prompt=PROMPT), top_p))
 
