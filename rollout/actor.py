@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rollout.node_actor import NodeWorker, RayNode
 from slime_spec.config.tree import Config
 from slime_spec.engines import kind_of
-from slime_spec.interfaces import Generation, MayStopServing, RolloutEngine, load
+from slime_spec.interfaces import Generation, MayServeLater, MayStopServing, RolloutEngine, load
 from slime_spec.placement import Placement
 from slime_spec.site import Site
 from slime_spec.transports.choice import make_transport
@@ -50,12 +50,21 @@ class EngineWorker:
         self._stopped = threading.Event()
 
     @ray.method(concurrency_group="control")
-    def start(self) -> EngineStats:
+    def start(self, is_apart: bool = False) -> EngineStats:
+        """Build and start the engine; ``is_apart``: it is to ``serve`` later (MayServeLater)."""
         # Built here: what an actor's constructor raises reaches the caller only as Ray's "the actor died".
         engine_class, site = load(kind_of(self._config).engine), site_here(self._nodes, self._devices)
         self._engine = engine_class(self._config, self._index, make_transport(self._config), site=site)
-        self._engine.start()
+        if is_apart and isinstance(self._engine, MayServeLater):
+            self._engine.start_apart()
+        else:
+            self._engine.start()
         return self._engine.stats()
+
+    @ray.method(concurrency_group="control")
+    def serve(self) -> None:
+        if isinstance(self._engine, MayServeLater):
+            self._engine.serve()
 
     @ray.method(concurrency_group="generate", num_returns="streaming")
     def generate(self, request: GroupRequest, number: int) -> Iterator[GeneratedSample]:

@@ -116,6 +116,8 @@ class Coordinator:
         self._serving = [True] * num_engines
         self._dead: dict[int, EngineProcessDied] = {}
         self._unreplaced: set[int] = set()  # dead, and nothing starts in their place
+        self._newly_dead: set[int] = set()  # with samples that nobody has taken over yet
+        self._last_death = ""
         self._starts: dict[Call, int] = {}  # of processes in place of dead ones
         self._started: dict[int, Call] = {}  # ready, and waiting for weights
         self._watches: dict[Call, int] = {}
@@ -144,22 +146,31 @@ class Coordinator:
         """Go on without an engine whose process has died, until the next generation replaces it."""
         if engine in self._dead:
             return
-        self._dead[engine] = error
-        self._unreplaced.add(engine)
+        self._note_death(engine, error)
+        self._newly_dead.add(engine)
         self._serving[engine] = False
         self._forget(self._watches, engine)
         logger.error("engine process died, others take over its samples engine=%d error=%s", engine, error)
 
     @property
     def living(self) -> list[int]:
+        """Return the engines whose process serves or may serve again."""
         return [engine for engine in range(len(self._serving)) if engine not in self._dead]
+
+    @property
+    def coming(self) -> dict[int, Call]:
+        """Return the starts of processes in place of dead ones that have not joined yet, by engine."""
+        return {**{engine: start for start, engine in self._starts.items()}, **self._started}
 
     def _samples(self, groups: InFlightGroups, feed: RequestFeed | None, num_aborts: int) -> Iterator[GeneratedSample]:
         self._streams = {}
+        self._newly_dead.clear()
         self._replace_dead()
         if self._unreplaced:
-            *_, last = self._dead.values()
-            raise EngineProcessDied(f"engines may not be replaced so often, the last one died so: {last}") from last
+            raise EngineProcessDied(
+                "no more engines may be started anew within the hour (--max-engine-restarts-per-hour); the last one "
+                f"died so: {self._last_death}. Look why, and resume the run from its last checkpoint"
+            )
         self._hear_all()
         while groups.has_unfinished or (feed is not None and feed.has_more):
             is_aborted = self._num_aborts > num_aborts  # read once: no group may come after an abort
@@ -177,7 +188,7 @@ class Coordinator:
                 else:
                     self._hear(call)
                     self._abort(groups.recall())
-                if self._unreplaced:
+                if self._newly_dead:
                     yield from self._lost(groups)
                 self._launch(groups)
                 if self._num_aborts > num_aborts and not groups.is_aborted:
@@ -189,8 +200,13 @@ class Coordinator:
         if self._unreplaced:
             self._replace_dead()
         if len(self._dead) == len(self._serving) and not self._starts:
-            *_, last = self._dead.values()
-            raise EngineProcessDied(f"no engine is left: their processes have died, the last so: {last}") from last
+            if self._started:
+                raise EngineProcessDied(
+                    f"no engine is left that may serve, the last one died so: {self._last_death}. The one in its place "
+                    "has no weights: the trainer is ahead of what was pushed (--update-weights-interval); resume the "
+                    "run from its last checkpoint"
+                )
+            raise EngineProcessDied(f"no engine is left: their processes have died, the last so: {self._last_death}")
         return self._calls.ready(self._pending.calls, timeout_s)
 
     def _launch(self, groups: InFlightGroups) -> None:
@@ -219,6 +235,7 @@ class Coordinator:
         for stream, group in [(stream, group) for stream, group in self._streams.items() if group.engine in self._dead]:
             self._close(stream)
             samples += groups.lost(group)
+        self._newly_dead.clear()
         self._abort(groups.recall())
         self._replace_dead()
         return samples
@@ -297,13 +314,16 @@ class Coordinator:
         except EngineProcessDied as error:
             logger.error("engine did not start anew engine=%d error=%s", engine, error)
             del self._started[engine]
-            self._dead[engine] = error
-            self._unreplaced.add(engine)
+            self._note_death(engine, error)
             return
         del self._started[engine], self._dead[engine]
         self._serving[engine] = True
         logger.warning("engine was replaced engine=%d", engine)
         self._watch(engine)
+
+    def _note_death(self, engine: int, error: EngineProcessDied) -> None:
+        self._dead[engine], self._last_death = error, str(error)
+        self._unreplaced.add(engine)
 
     def _forget(self, calls: dict[Call, int], engine: int) -> None:
         """Wait no longer for an engine's calls."""

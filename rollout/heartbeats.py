@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from typing import Protocol
 
@@ -27,9 +28,13 @@ class Pings(Protocol):
 
 @dataclass
 class _Pulse:
-    """Records what one engine was asked: the call not yet answered, since when, and how long it may take."""
+    """Records what one engine was asked: the call not yet answered, since when, and how long it may take.
+
+    ``ends_at_s`` is when its process is ended although it answers: it has not started by then.
+    """
 
     limit_s: float
+    ends_at_s: float = inf
     call: Hashable | None = None
     since_s: float = 0.0
 
@@ -52,6 +57,11 @@ class Heartbeats:
         with self._lock:
             self._pulses[engine] = _Pulse(limit_s)
 
+    def expect_start(self, engine: int, limit_s: float) -> None:
+        """From now on an engine's process must answer, and be expected as one that has started, within ``limit_s``."""
+        with self._lock:
+            self._pulses[engine] = _Pulse(limit_s, self._now() + limit_s)
+
     def forget(self, engine: int) -> None:
         """Expect nothing of an engine any more."""
         with self._lock:
@@ -60,14 +70,15 @@ class Heartbeats:
     def beat(self) -> None:
         """Look at every engine once: ask those that owe no answer, and end those that owe one for too long."""
         with self._lock:
-            pulses = list(self._pulses.items())
-        for engine, pulse in pulses:
-            if pulse.call is None or self._pings.answered(pulse.call):
-                pulse.call, pulse.since_s = self._pings.ping(engine), self._now()
-            elif (silent_s := self._now() - pulse.since_s) > pulse.limit_s:
-                logger.error("engine does not answer, its process is ended engine=%d silent_s=%.0f", engine, silent_s)
-                self.forget(engine)
-                self._pings.end(engine)
+            for engine, pulse in list(self._pulses.items()):
+                now = self._now()
+                if pulse.call is None or self._pings.answered(pulse.call):
+                    pulse.call, pulse.since_s = self._pings.ping(engine), now
+                if now - pulse.since_s > pulse.limit_s or now > pulse.ends_at_s:
+                    why = "does not answer" if now <= pulse.ends_at_s else "does not start"
+                    logger.error("engine %s, its process is ended engine=%d after_s=%.0f", why, engine, pulse.limit_s)
+                    del self._pulses[engine]
+                    self._pings.end(engine)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -76,4 +87,7 @@ class Heartbeats:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval_s):
-            self.beat()
+            try:
+                self.beat()
+            except Exception:  # a call that Ray refuses once must not end the watch over the others
+                logger.exception("engines were not asked whether they live")

@@ -131,10 +131,11 @@ class InFlightGroups:
         news = self._siblings.news()
         return [(group, replies) for group, replies in news.items() if group.left and not group.is_recalled]
 
-    def ended(self, group: InFlightGroup) -> list[GeneratedSample]:
+    def ended(self, group: InFlightGroup, is_lost: bool = False) -> list[GeneratedSample]:
         """Close a group whose stream has ended; its partial samples wait for an engine, or are returned if aborted.
 
-        Raises RuntimeError for a sample that comes back again and again without a new token.
+        Raises RuntimeError for a sample that comes back again and again without a new token. What is lost with a
+        process does not count: how many processes may die is bounded elsewhere.
         """
         assert not group.left, f"{group.request.group_id} ended with {len(group.left)} samples missing"
         del self._on_engines[group]
@@ -143,7 +144,7 @@ class InFlightGroups:
         if self.is_aborted or not group.back:
             return group.back
         positions = {index: position for position, index in enumerate(group.request.sample_indices)}
-        for sample in group.back:
+        for sample in () if is_lost else group.back:
             self._note_progress(as_partial(group.request, positions[sample.sample_index]), sample)
         self._waiting.appendleft(request_for_rest(group.request, group.back))
         return []
@@ -153,7 +154,7 @@ class InFlightGroups:
         self._dispatcher.finished(group.engine, len(group.left))
         group.back += [as_partial(group.request, position) for position in group.left.values()]
         group.left = {}
-        return self.ended(group)
+        return self.ended(group, is_lost=True)
 
     def abort(self) -> list[GeneratedSample]:
         """Return the waiting groups' samples as they are; the caller has the engines abort the in-flight groups."""

@@ -14,18 +14,19 @@ from slime_spec.placement import Placement
 from slime_spec.types import EngineStats, SpecCounters
 
 HOUR_S = 3600.0
+LEAST_PER_HOUR = 6
 
 
 class Members:
     """Keeps each engine's actors, and its counts over all the processes that it has had.
 
-    At most ``num_per_hour`` engines are made again within an hour.
+    So many are made again within an hour as the configuration says, by default each once, and at least six.
     """
 
-    def __init__(
-        self, config: Config, placement: Placement, num_per_hour: int, now: Callable[[], float] = monotonic
-    ) -> None:
-        self._config, self._placement, self._num_per_hour, self._now = config, placement, num_per_hour, now
+    def __init__(self, config: Config, placement: Placement, now: Callable[[], float] = monotonic) -> None:
+        self._config, self._placement, self._now = config, placement, now
+        asked = config.rollout.max_engine_restarts_per_hour
+        self._num_per_hour = max(LEAST_PER_HOUR, config.rollout.num_engines) if asked is None else asked
         self._made_at: deque[float] = deque()
         self._actors = [self._create(engine) for engine in range(config.rollout.num_engines)]
         self._earlier: dict[int, EngineStats] = {}  # what processes that are no more had counted
@@ -68,7 +69,6 @@ class Members:
         """Kill every actor."""
         for actors in self._actors:
             actors.kill()
-        self._actors = []
 
     def _create(self, engine: int) -> EngineActors:
         return create_engine_actors(self._config, engine, self._placement)

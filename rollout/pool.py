@@ -8,11 +8,12 @@ generate(groups) ─► Coordinator ─► EngineWorker 0 ─┐
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 
 from rollout.actor import site_here
 from rollout.coordinator import Call, Coordinator, EngineProcessDied
@@ -28,10 +29,21 @@ from slime_spec.placement import Placement
 from slime_spec.ray_errors import result_of
 from slime_spec.request_feed import RequestFeed
 from slime_spec.types import EarlierReply, EngineStats, GeneratedSample, GroupRequest
-from slime_spec.weights.messages import CancelPush, ContinueGeneration, PushMessage, PushReply
+from slime_spec.weights.messages import (
+    BeginPush,
+    CancelPush,
+    ContinueGeneration,
+    PauseGeneration,
+    PushMessage,
+    PushReply,
+)
 
 __all__ = ["EnginePool", "EngineProcessDied", "RayCalls"]
 
+logger = logging.getLogger(__name__)
+
+# What reading from a process raises that is no more; a result may be lost with the machine that it was on.
+GONE = (RayActorError, ObjectLostError, NodeDiedError)
 # An engine whose thread is not ended keeps its process alive after Ray has gone.
 STOP_TIMEOUT_S = 10.0
 # How long a failed push waits for the engines to undo it: they take the message in turn, however long that lasts.
@@ -75,28 +87,55 @@ class RayCalls:
             return cast(GeneratedSample, result_of(next(stream)))
         except StopIteration:
             return None
-        except RayActorError as error:
+        except GONE as error:
             raise EngineProcessDied(first_line(error)) from error
 
     def serves(self, watch: Call) -> bool:
         try:
             return bool(result_of(watch))
-        except RayActorError as error:
+        except GONE as error:
             raise EngineProcessDied(first_line(error)) from error
 
     def replace(self, engine: int) -> Call | None:
         if not self._members.may_make():
             return None
         self._members.make(engine)
-        self.heartbeats.expect(engine, self._start_timeout_s)
-        return cast(Call, self._members.engine(engine).start.remote())
+        self.heartbeats.expect_start(engine, self._start_timeout_s)
+        return cast(Call, self._members.engine(engine).start.remote(is_apart=True))
 
     def join(self, engine: int, start: Call) -> bool:
+        """See EngineCalls; raises what the trainer raises while it sends its weights."""
+        failed: list[Exception] = []
+
+        def broadcast(message: PushMessage) -> Sequence[PushReply]:
+            try:
+                return [self._called(engine, "update_weights", message)]
+            except Exception as error:
+                failed.append(error)
+                raise
+
         try:
-            self._members.stats_of(engine, result_of(start))
+            self._members.stats_of(engine, self._result(start))
             self.heartbeats.expect(engine, self._answer_timeout_s)
-            return self.bring_up(engine, lambda message: [self._updated(engine, message)])
-        except (RayActorError, ConfigError, PushError) as error:
+            if not self.bring_up(engine, broadcast):
+                return False
+            self._called(engine, "serve")
+        except EngineProcessDied:
+            raise
+        except PushError as error:
+            if not failed:
+                raise
+            raise EngineProcessDied(first_line(error)) from error
+        return True
+
+    def _called(self, engine: int, method: str, *arguments: object) -> Any:
+        return self._result(getattr(self._members.engine(engine), method).remote(*arguments))
+
+    def _result(self, call: Call) -> Any:
+        """Return a call's result; raises EngineProcessDied where the engine died, or raised anything at all."""
+        try:
+            return result_of(call)
+        except (*GONE, RayTaskError, ConfigError, PushError) as error:
             raise EngineProcessDied(first_line(error)) from error
 
     def ping(self, engine: int) -> Call:
@@ -128,13 +167,14 @@ class EnginePool:
         self._shared = shared_part(config, site_here())
         self._config = self._shared.engine_config
         rollout, self._start_timeout_s = config.rollout, kind_of(config).start_timeout_s(config)
-        self._members = Members(self._config, placement, rollout.max_engine_restarts_per_hour)
+        self._members = Members(self._config, placement)
         timeouts = self._start_timeout_s, rollout.health_check_timeout_s, rollout.health_check_interval_s
         self._calls = RayCalls(self._members, *timeouts)
         # Room for more than an engine decodes at once: its queue does not run dry before the next group reaches it.
         room = 2 * self._config.engine.max_running_requests
         self._coordinator = Coordinator(self._calls, len(self._members), room, shares_replies=reads_replies(config))
         self._failed: dict[int, Exception] = {}  # by engine, in the push that runs
+        self._is_unanswered = False  # a message of it, as an interrupt came
 
     def __enter__(self) -> EnginePool:
         return self
@@ -149,7 +189,7 @@ class EnginePool:
         try:
             self._shared.wait_until_ready()
             started = result_of(calls, self._start_timeout_s)
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             raise ConfigError(
                 "cluster.actor_start_timeout_s",
                 "engines must start within it",
@@ -178,44 +218,62 @@ class EnginePool:
         return tuple(self._coordinator.living)
 
     def broadcast(self, message: PushMessage) -> list[PushReply]:
-        """Deliver one push message to every living engine; raises if one refuses, or has died, that had not failed yet.
+        """Deliver one push message to every living engine; raises PushError if one died, and its error if one refuses.
 
-        The others get it all the same. After a failure nothing waits long for engines to undo a push: one may hang.
+        The others get the message all the same. After a failure nothing waits long
+        for engines to undo a push: one may hang.
         """
-        undoes = self._failed and isinstance(message, CancelPush | ContinueGeneration)
+        if isinstance(message, PauseGeneration | BeginPush):
+            self._failed, self._is_unanswered = {}, False
+        undoes = isinstance(message, CancelPush | ContinueGeneration) and (self._is_unanswered or bool(self._failed))
+        self._is_unanswered = True
         replies, failed = self._ask("update_weights", message, timeout_s=UNDO_TIMEOUT_S if undoes else None)
-        newly_failed = [error for engine, error in failed.items() if engine not in self._failed]
+        self._is_unanswered = undoes
+        if undoes:  # who takes long to undo has not failed by that, and who had failed is known
+            failed = {engine: error for engine, error in failed.items() if not isinstance(error, GetTimeoutError)}
+        raised = [error for engine, error in failed.items() if not (undoes and engine in self._failed)]
         self._failed = failed | self._failed
-        if newly_failed:
-            raise newly_failed[0]
+        for error in raised:
+            if isinstance(error, EngineProcessDied):
+                raise PushError(str(error)) from error
+            raise error
         return list(replies.values())
 
     def leave_out_failed(self, refusing: bool) -> bool:
-        """See Engines."""
+        """See Engines. Where one died, what others refused may be its doing: they take part in the next try."""
         living, failed, self._failed = len(self._coordinator.living), self._failed, {}
-        if not refusing or len(failed) == living:
-            failed = {engine: error for engine, error in failed.items() if isinstance(error, EngineProcessDied)}
-        for engine, error in failed.items():
+        died = {engine: error for engine, error in failed.items() if isinstance(error, EngineProcessDied)}
+        given_up = failed if refusing and not died and len(failed) < living else died
+        for engine, error in given_up.items():
             self._bury(engine, EngineProcessDied(f"in a push: {error}"))
-        return bool(failed)
+        return bool(given_up)
 
     def bring_up_with(self, bring_up: BringUp) -> None:
         self._calls.bring_up = bring_up
 
     def set_resident(self, resident: bool) -> list[EngineStats]:
-        return self._stats("set_resident", resident)
+        """See Engines. A process that starts meanwhile would take the trainer's memory: it is waited for first."""
+        for engine, start in self._coordinator.coming.items():
+            logger.info("waiting for an engine that is started anew engine=%d", engine)
+            ray.wait([start], timeout=None)  # ended, where it takes too long, by the heartbeats
+        return self._stats("set_resident", resident, also=list(self._coordinator.coming))
 
     def stats(self) -> list[EngineStats]:
         return self._stats("stats")
 
-    def _stats(self, method: str, *arguments: object) -> list[EngineStats]:
-        """Call a method of every living engine that returns its stats; of a dead one these are the last known."""
-        stats, failed = self._ask(method, *arguments)
+    def _stats(self, method: str, *arguments: object, also: Sequence[int] = ()) -> list[EngineStats]:
+        """Call a method that returns stats of every living engine, and of ``also``; of a dead one they are the last."""
+        stats, failed = self._ask(method, *arguments, also=also)
         for engine, error in failed.items():
+            if engine in also:
+                continue  # the next generation hears of it
             if not isinstance(error, EngineProcessDied):
                 raise error
             self._bury(engine, error)
-        return [self._members.stats_of(engine, stats.get(engine)) for engine in range(len(self._members))]
+        return [
+            self._members.stats_of(engine, None if engine in also else stats.get(engine))
+            for engine in range(len(self._members))
+        ]
 
     def _bury(self, engine: int, error: EngineProcessDied) -> None:
         self._calls.heartbeats.forget(engine)
@@ -223,11 +281,11 @@ class EnginePool:
         self._coordinator.bury(engine, error)
 
     def _ask(
-        self, method: str, *arguments: object, timeout_s: float | None = None
+        self, method: str, *arguments: object, timeout_s: float | None = None, also: Sequence[int] = ()
     ) -> tuple[dict[int, Any], dict[int, Exception]]:
-        """Call a method of every living engine; returns the results and the errors by engine."""
-        living = self._coordinator.living
-        calls = {engine: getattr(self._members.engine(engine), method).remote(*arguments) for engine in living}
+        """Call a method of every living engine, and of ``also``; returns the results and the errors by engine."""
+        asked = [*self._coordinator.living, *also]
+        calls = {engine: getattr(self._members.engine(engine), method).remote(*arguments) for engine in asked}
         if calls:
             ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s)
         results: dict[int, Any] = {}
@@ -235,7 +293,7 @@ class EnginePool:
         for engine, call in calls.items():
             try:
                 results[engine] = result_of(call, timeout_s and 0.0)
-            except RayActorError as error:
+            except GONE as error:
                 errors[engine] = EngineProcessDied(f"an engine's process died: {first_line(error)}")
             except Exception as error:  # noqa: BLE001 - broadcast and _stats raise it
                 errors[engine] = error

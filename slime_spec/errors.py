@@ -104,4 +104,4 @@ class GenerationError(RuntimeError):
 
 
 class PushError(RuntimeError):
-    """A weight push was refused or failed; every engine stays on, or returned to, its previous version."""
+    """A weight push was refused or failed; every engine that lives stays on, or returned to, its previous version."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from slime_spec.config.tree import Config
-    from slime_spec.weights.messages import NamedTensors, PushBucket, PushMessage, PushReply, Side
+    from slime_spec.weights.messages import NamedTensors, Opening, PushBucket, PushMessage, PushReply, Side
 
 
 Choice = TypeVar("Choice")
@@ -78,6 +78,17 @@ class MayStopServing(Protocol):
 
     def wait_serving(self, known: bool) -> bool:
         """Wait until the engine serves or not, other than ``known``, and return it; raises when it never will again."""
+
+
+@runtime_checkable
+class MayServeLater(Protocol):
+    """Starts apart: nobody else's requests reach the engine until it has the weights that the others serve."""
+
+    def start_apart(self) -> None:
+        """Do what ``start`` does, but for ``serve``."""
+
+    def serve(self) -> None:
+        """Let others' requests come, and see that none go to the process in whose place this one is."""
 
 
 class Engines(Protocol):
@@ -146,12 +157,12 @@ class Trainer(Protocol):
         """Run the policy step(s) for one rollout's samples; a draft in training learns from them, or not this time."""
 
     def push(
-        self, version: int, side: Side = "target", receivers: Sequence[int] = ()
+        self, version: int, side: Side = "target", receivers: Sequence[int] = (), is_new: bool = False
     ) -> Generator[PushMessage, None, None]:
         """Yield a side's weights as one push's messages: begin, buckets, commit (slime_spec.weights.messages).
 
-        ``receivers`` are the engines that take part, without them all. The side draft only where the trainer trains it.
-        Closing the generator gives the push up.
+        ``receivers`` are the engines that take part, without them all; ``is_new`` as in Opening. The side draft only
+        where the trainer trains it. Closing the generator gives the push up.
         """
 
     def save(self, folder: str, state: RunState) -> None:
@@ -172,8 +183,8 @@ class WeightTransport(Protocol):
 
     lends: bool
 
-    def open(self, host: str, num_engines: int) -> Any:
-        """Get ready for a push to so many engines, on the side of a trainer's rank, which engines reach at ``host``.
+    def open(self, host: str, opening: Opening) -> Any:
+        """Get ready for a push, on the side of a trainer's rank, which engines reach at ``host``.
 
         Returns what BeginPush tells the engines of it, or None.
         """

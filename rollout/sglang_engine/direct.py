@@ -102,8 +102,8 @@ class ByHandles:
 
     uses_group = False
 
-    def __init__(self, engine_index: int, num_ranks: int) -> None:
-        self._first, self._num_ranks = engine_index * num_ranks, num_ranks
+    def __init__(self, transport: ToServers, engine_index: int, num_ranks: int) -> None:
+        self._transport, self._index, self._num_ranks = transport, engine_index, num_ranks
 
     async def load(self, client: SglangClient, bucket: PushBucket, fields: Fields) -> None:
         await client.post(TENSOR, {"serialized_named_tensors": self._own(bucket), **fields})
@@ -113,7 +113,9 @@ class ByHandles:
 
     def _own(self, bucket: PushBucket) -> list[str]:
         handles = [text for of_rank in bucket.handle for text in of_rank.texts]
-        own = handles[self._first : self._first + self._num_ranks]
+        # Every rank publishes on GPUs, for the servers beside it; on a CPU one does, for the servers that take part.
+        place = self._index if torch.cuda.is_available() else self._transport.place
+        own = handles[place * self._num_ranks : (place + 1) * self._num_ranks]
         if len(own) < self._num_ranks:
             raise PushError(f"bucket {bucket.index} has {len(handles)} handles, and none for every rank of this server")
         return own
@@ -128,7 +130,7 @@ class Direct:
         self.way: Way = (
             ByGroup(transport, num_ranks)
             if isinstance(transport, ServerGroupTransport)
-            else ByHandles(engine_index, num_ranks)
+            else ByHandles(transport, engine_index, num_ranks)
         )
 
 

@@ -80,6 +80,17 @@ class SglangEngine:
         return self.server.client
 
     def start(self) -> None:
+        self.start_apart()
+        try:
+            self.server.enter_router()
+        except BaseException:
+            self.stop()
+            raise
+
+    def serve(self) -> None:
+        self.server.enter_router(in_place_of_dead=True)
+
+    def start_apart(self) -> None:
         try:
             self.server.start(self.weights.restore)
             self.weights.delivery = make_delivery(self.config, self._index, self._draft, self.server)
@@ -88,7 +99,6 @@ class SglangEngine:
                 Adoption(self.config, self._index, self._target, self.server, self.weights).run()
             if self._draft is not None:
                 self.weights.remember_draft()
-            self.server.enter_router()
         except BaseException:
             self.stop()
             raise

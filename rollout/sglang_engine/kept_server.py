@@ -79,13 +79,18 @@ class KeptServer:
             self._supervise()
         self.info = ServerInfo.of(self.loop.call(self.client.get("/server_info")))
 
-    def enter_router(self) -> None:
-        """Have the run's router, if there is any, send requests to the server, which has the current weights."""
+    def enter_router(self, in_place_of_dead: bool = False) -> None:
+        """Have the run's router, if there is any, send requests to the server, which has the current weights.
+
+        In the place of a dead engine, servers that do not listen any more are withdrawn: that engine could not do it.
+        """
         address = self._config.sglang_server.router_addr
         if address is None:
             return
         url = self.client.url if self._launcher is None else self._launcher.reachable_url
         routed = RoutedRequests(self.open(f"http://{address}"), self.client, url, self._key)
+        if in_place_of_dead:
+            self.loop.call(routed.withdraw_dead())
         self.loop.call(routed.enter())
         self._routed = routed
         self._started.callback(lambda: self.loop.call(routed.withdraw()))

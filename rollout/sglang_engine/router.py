@@ -119,6 +119,25 @@ class RoutedRequests:
         except (ServerGone, ServerRefused) as error:
             logger.warning("the router did not withdraw a server reason=%s", error)
 
+    async def withdraw_dead(self) -> None:
+        """Have the router drop every other server that nobody listens for; what cannot be told is only logged."""
+        try:
+            for server in await self._servers():
+                if server["url"] != self._server_url and await self._is_gone(server["url"]):
+                    logger.warning("the router drops a server that is gone server=%s", server["url"])
+                    await self._router.delete(f"/workers/{server['id']}", CALL_TIMEOUT_S)
+        except (ServerGone, ServerRefused) as error:
+            logger.warning("the router did not withdraw dead servers reason=%s", error)
+
+    async def _is_gone(self, url: str) -> bool:
+        try:
+            await self._own.at(url).get("/health", CALL_TIMEOUT_S)
+        except NotReached:
+            return True
+        except (ServerGone, ServerRefused):
+            return False  # it listens
+        return False
+
     async def _all_urls(self) -> frozenset[str]:
         """Return the URL of every server that may run a request; the router is asked once for many aborts."""
         async with self._listing:

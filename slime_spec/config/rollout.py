@@ -20,9 +20,10 @@ class RolloutConfig:
         choices=tuple(ENGINES),
     )
     num_engines: int = setting(1, "Engine actors.", flags=("--rollout-num-engines",), minimum=1, maximum=MACHINES)
-    max_engine_restarts_per_hour: int = setting(
-        6,
-        "Engine processes started anew within an hour in place of those that died or hung; at the next the run ends.",
+    max_engine_restarts_per_hour: int | None = setting(
+        None,
+        "Engine processes started anew within an hour in place of those that died or hung; at the next the run ends. "
+        "Default: as many as there are engines, and at least 6.",
         minimum=0,
         maximum=MACHINES,
     )

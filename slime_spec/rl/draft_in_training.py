@@ -104,7 +104,7 @@ class DraftInTraining:
             return
         version, _ = self._pushed
         try:
-            with closing(self._trainer.push(version, "draft", (engine,))) as messages:
+            with closing(self._trainer.push(version, "draft", (engine,), is_new=True)) as messages:
                 run_push(messages, broadcast, self._config.push.verify)
         except PushError as error:
             logger.error("a new engine has not the draft that was pushed engine=%d error=%s", engine, error)
@@ -128,7 +128,8 @@ class DraftInTraining:
             return
         version, checksum = self._pushed
         try:
-            answers = {reply.checksum for reply in self._engines.broadcast(VerifyPush(version, "draft"))}
+            replies = self._engines.broadcast(VerifyPush(version, "draft"))
+            answers = {reply.checksum for reply in replies} or {NOT_COMPARABLE}  # without an engine nothing is known
         except PushError as error:
             logger.warning("engines did not say what they draft with: %s", error)
             answers = {NOT_COMPARABLE}

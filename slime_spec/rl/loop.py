@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -260,7 +260,8 @@ def _bring_up(job: Job, state: RunState, engine: int, broadcast: Broadcast) -> b
         return True
     if state.is_ahead:
         return False
-    run_push(job.trainer.push(state.weight_version, "target", (engine,)), broadcast, job.config.push.verify)
+    with closing(job.trainer.push(state.weight_version, "target", (engine,), is_new=True)) as messages:
+        run_push(messages, broadcast, job.config.push.verify)
     if job.draft is not None:
         job.draft.bring_up(engine, broadcast)
     return True

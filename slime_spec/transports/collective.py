@@ -24,7 +24,7 @@ import torch.distributed as dist
 from slime_spec.errors import PushError
 from slime_spec.transports.packed import layout, pack, unpacked
 from slime_spec.transports.store import store_on
-from slime_spec.weights.messages import NamedTensors, PushBucket
+from slime_spec.weights.messages import NamedTensors, Opening, PushBucket
 
 # An engine that is gone holds the others up for so long: when they meet, and in a broadcast.
 MEET_TIMEOUT, SEND_TIMEOUT = timedelta(seconds=30), timedelta(seconds=60)
@@ -94,8 +94,8 @@ class CollectiveTransport:
         self._routes: dict[str, Route] = {}
         self._members: dict[str, Member] = {}
 
-    def open(self, host: str, num_engines: int) -> Route:
-        self._sender = Sender(host, 1 + num_engines)
+    def open(self, host: str, opening: Opening) -> Route:
+        self._sender = Sender(host, 1 + len(opening.receivers))
         return self._sender.route
 
     def publish(self, named: NamedTensors) -> tuple[Sent, ...]:

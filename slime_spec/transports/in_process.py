@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slime_spec.weights.messages import NamedTensors, PushBucket
+from slime_spec.weights.messages import NamedTensors, Opening, PushBucket
 
 
 class InProcessTransport:
@@ -14,7 +14,7 @@ class InProcessTransport:
 
     lends = False
 
-    def open(self, host: str, num_engines: int) -> None:
+    def open(self, host: str, opening: Opening) -> None:
         pass
 
     def publish(self, named: NamedTensors) -> tuple[torch.Tensor, ...]:

@@ -26,7 +26,7 @@ from slime_spec.errors import PushError
 from slime_spec.transports.packed import layout, pack, unpacked
 from slime_spec.transports.read_only import read_only
 from slime_spec.transports.torch_handles import DEVICE_ARGUMENT, gpu_of
-from slime_spec.weights.messages import NamedTensors, PushBucket
+from slime_spec.weights.messages import NamedTensors, Opening, PushBucket
 
 NUM_SLOTS = 2
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -123,7 +123,7 @@ class IpcTransport:
         self._turn = 0
         self._mapped: dict[SlotHandle, torch.Tensor] = {}
 
-    def open(self, host: str, num_engines: int) -> None:
+    def open(self, host: str, opening: Opening) -> None:
         pass
 
     def publish(self, named: NamedTensors) -> tuple[Lent, ...]:

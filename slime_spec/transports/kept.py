@@ -14,7 +14,7 @@ import torch
 
 from slime_spec.errors import PushError
 from slime_spec.weights.checksums import as_bytes
-from slime_spec.weights.messages import NamedTensors, TensorMeta, meta_of
+from slime_spec.weights.messages import NamedTensors, Opening, Side, TensorMeta, meta_of
 
 NUM_KEPT = 2  # pushes of the same tensors: the last that every engine took, and a push in progress
 
@@ -47,21 +47,31 @@ class KeptWeights:
 
     def __init__(self) -> None:
         self._pushes: dict[str, dict[str, torch.Tensor]] = {}
+        self._names: dict[tuple[Side, int], str] = {}
+        self._current = ""
 
-    def begin(self) -> str:
-        """Begin to keep another push, and return its name; the oldest push of the same tensors is dropped."""
-        for push in _outdated(self._pushes):
-            del self._pushes[push]
-        name = uuid4().hex
-        self._pushes[name] = {}
-        return name
+    def begin(self, opening: Opening) -> str:
+        """Begin to keep a push, and return its name: its earlier one, where the same weights were sent before.
+
+        Of its side the oldest push of the same tensors is dropped, and one that was given up half-way.
+        """
+        of_push = opening.side, opening.version
+        if of_push not in self._names:
+            earlier = {name: self._pushes[name] for (side, _), name in self._names.items() if side == opening.side}
+            dropped = _outdated(earlier)
+            self._pushes = {name: kept for name, kept in self._pushes.items() if name not in dropped}
+            self._names = {key: name for key, name in self._names.items() if name not in dropped}
+            self._names[of_push] = uuid4().hex
+            self._pushes[self._names[of_push]] = {}
+        self._current = self._names[of_push]
+        return self._current
 
     def add(self, named: NamedTensors) -> None:
         """Keep tensors of the push that was begun last; a rank that begins none, beside others, keeps none."""
-        if not self._pushes:
+        if not self._current:
             return
-        *_, last = self._pushes.values()
-        last |= {name: _host_copy(tensor.detach()) for name, tensor in named}
+        kept = self._pushes[self._current]
+        kept |= {name: _host_copy(tensor.detach()) for name, tensor in named if name not in kept}
 
     def fetch(self, push: str, names: Sequence[str], num_rows: int | None) -> dict[str, torch.Tensor]:
         kept = self._pushes.get(push)
@@ -103,13 +113,11 @@ class PushedTensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def _outdated(pushes: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
-    """Return the pushes that as many newer pushes of the same tensors follow as are kept beside a new push."""
-    return [
-        push
-        for number, (push, tensors) in enumerate(pushes.items())
-        if sum(newer.keys() == tensors.keys() for newer in list(pushes.values())[number + 1 :]) >= NUM_KEPT - 1
-    ]
+def _outdated(pushes: Mapping[str, Mapping[str, torch.Tensor]]) -> set[str]:
+    """Return the pushes of a side that as many whole ones follow as are kept beside a new push, and parts of pushes."""
+    size = max(map(len, pushes.values()), default=0)
+    whole = [push for push, tensors in pushes.items() if len(tensors) == size]
+    return pushes.keys() - whole[-(NUM_KEPT - 1) :]
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from slime_spec.transports.read_only import read_only
 from slime_spec.weights.checksums import as_bytes
-from slime_spec.weights.messages import NamedTensors, PushBucket
+from slime_spec.weights.messages import NamedTensors, Opening, PushBucket
 
 
 class RayObjectStoreTransport:
@@ -27,7 +27,7 @@ class RayObjectStoreTransport:
         # Ray may not count a reference on its way from one process to another, so it is held here.
         self._published: list[ray.ObjectRef] = []
 
-    def open(self, host: str, num_engines: int) -> None:
+    def open(self, host: str, opening: Opening) -> None:
         pass
 
     def publish(self, named: NamedTensors) -> tuple[ray.ObjectRef]:

@@ -3,9 +3,10 @@
     rank 0 of a group: a trainer's rank ──┬──► 1 …: the ranks of engine 0's server
                                           └──► …:   the ranks of engine 1's server …
 
-A group outlives a push. The servers join it by what their engines ask of them (see rollout.sglang_engine.direct), at
-the first bucket that comes by it. An engine whose server is not a member any more says so in the store where the group
-has met, and a group that a broadcast has failed in is not used again: the next push has a new group.
+A group outlives a push, as long as the same servers take part. They join it by what their engines ask of them (see
+rollout.sglang_engine.direct), at the first bucket that comes by it. An engine whose server is not a member any more
+says so in the store where the group has met, and a group that a broadcast has failed in is not used again: the next
+push has a new group.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch.distributed as dist
 
 from slime_spec.transports.store import form_group, store_on
 from slime_spec.transports.to_servers import ServerRoute, ToServers
-from slime_spec.weights.messages import NamedTensors
+from slime_spec.weights.messages import NamedTensors, Opening
 
 # A server that is gone holds the others up for so long: when they meet, and in a broadcast.
 MEET_TIMEOUT, SEND_TIMEOUT = timedelta(seconds=60), timedelta(seconds=60)
@@ -49,12 +50,15 @@ class ServerGroupTransport(ToServers):
     def __init__(self, ranks_per_server: int) -> None:
         super().__init__(ranks_per_server)
         self._sender: Sender | None = None
+        self._receivers: tuple[int, ...] = ()  # whose servers are the group's
 
-    def open(self, host: str, num_engines: int) -> ServerRoute:
-        if self._sender is None or self._sender.is_spoilt:
+    def open(self, host: str, opening: Opening) -> ServerRoute:
+        is_theirs = opening.receivers == self._receivers and not opening.is_new
+        if self._sender is None or self._sender.is_spoilt or not is_theirs:
             self._leave()
-            self._sender = Sender(host, 1 + num_engines * self.ranks_per_server)
-        return self._sender.route(self)
+            self._sender = Sender(host, 1 + len(opening.receivers) * self.ranks_per_server)
+            self._receivers = opening.receivers
+        return self._sender.route(self, opening)
 
     def _send(self, named: NamedTensors) -> Sent:
         assert self._sender is not None, "opened before it publishes"
@@ -81,8 +85,8 @@ class Sender:
         self._group: dist.ProcessGroup | None = None
         self._failed = False
 
-    def route(self, transport: ToServers) -> ServerRoute:
-        push = transport.kept.begin()
+    def route(self, transport: ToServers, opening: Opening) -> ServerRoute:
+        push = transport.kept.begin(opening)
         return ServerRoute(push, transport.kept, self._name, self._host, self._store.port, self._world_size)
 
     @property

@@ -17,7 +17,7 @@ import torch
 from slime_spec.transports.packed import layout, pack, unpacked
 from slime_spec.transports.to_servers import ServerRoute, ToServers
 from slime_spec.transports.torch_handles import handles_of, share_by_file
-from slime_spec.weights.messages import NamedTensors, meta_of
+from slime_spec.weights.messages import NamedTensors, Opening, meta_of
 
 NUM_SLOTS = 2
 
@@ -41,10 +41,10 @@ class ServerIpcTransport(ToServers):
         self._turn = 0
         self._num_readers = 1  # the server's rank on the same GPU
 
-    def open(self, host: str, num_engines: int) -> ServerRoute:
+    def open(self, host: str, opening: Opening) -> ServerRoute:
         if not torch.cuda.is_available():
-            self._num_readers = num_engines * self.ranks_per_server
-        return ServerRoute(self.kept.begin(), self.kept)
+            self._num_readers = len(opening.receivers) * self.ranks_per_server
+        return ServerRoute(self.kept.begin(opening), self.kept)
 
     def close(self) -> None:
         self._slots = [None] * NUM_SLOTS

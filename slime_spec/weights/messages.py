@@ -64,6 +64,19 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """Describes to a transport the push that it will carry, ``receivers`` as in BeginPush, and never empty.
+
+    ``is_new`` says that their processes are new, and no push has reached them.
+    """
+
+    side: Side
+    version: int
+    receivers: tuple[int, ...]
+    is_new: bool = False
+
+
+@dataclass(frozen=True)
 class BeginPush:
     """Opens a push; the engine checks every name, shape and dtype before a byte is sent.
 

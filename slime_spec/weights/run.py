@@ -22,6 +22,7 @@ from slime_spec.weights.messages import (
     ContinueGeneration,
     Manifest,
     NamedTensors,
+    Opening,
     PauseGeneration,
     PauseMode,
     PreparePush,
@@ -207,7 +208,7 @@ def push_messages(
     """
     checksums: list[tuple[str, int]] = []
     try:
-        route = transport.open(LOOPBACK, len(receivers) or num_engines)
+        route = transport.open(LOOPBACK, Opening(side, version, receivers or tuple(range(num_engines))))
         yield begin_of(manifest_of(side, version, weights), [route], receivers)
         for index, named in enumerate(bucketed(weights.items(), bucket_bytes)):
             bucket = bucket_of(named, version, index, transport)

@@ -152,7 +152,8 @@ def ended(process: subprocess.Popen[str], code: int, folder: Path) -> int:
     assert process.returncode == code, text
     assert "Traceback" not in text
     name = signal.Signals(code - 128).name
-    said = re.search(rf"stopped by {name}: step (\d+) of {NUM_STEPS} is saved, resume with --load (.*)", text)
+    words = " ".join(text.split())  # whatever the terminal's width
+    said = re.search(rf"stopped by {name}: step (\d+) of {NUM_STEPS} is saved, resume with --load (\S+)", words)
     assert said is not None, text
     assert said[2] == str(folder / "ck")
     return int(said[1])

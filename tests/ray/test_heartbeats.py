@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,40 @@ def test_an_answer_that_comes_late_but_in_time_counts_and_one_of_another_process
     for clock[0] in (400.0, 900.0):
         beats.beat()
     assert engines.ended == []
+
+
+def test_a_process_that_answers_but_does_not_start_in_time_is_ended() -> None:
+    engines, clock = Asked(), [0.0]
+    beats = Heartbeats(engines, 10.0, now=lambda: clock[0])
+    for engine in (0, 1):
+        beats.expect_start(engine, 60.0)
+    for clock[0] in (0.0, 30.0, 59.0):
+        beats.beat()
+    beats.expect(1, 30.0)  # it has started
+    for clock[0] in (60.0, 61.0, 90.0):
+        beats.beat()
+    assert engines.ended == [0]
+
+
+def test_an_engine_that_cannot_be_asked_does_not_end_the_watch_over_the_others() -> None:
+    class Refusing(Asked):
+        def ping(self, engine: int) -> Hashable:
+            if engine == 0 and self.asked.count(0) == 1:
+                self.asked.append(0)
+                raise RuntimeError("the actor was just killed")
+            return super().ping(engine)
+
+    engines = Refusing()
+    beats = Heartbeats(engines, 0.01)
+    for engine in (0, 1):
+        beats.expect(engine, 60.0)
+    beats.start()
+    deadline = time.monotonic() + 30
+    while engines.asked.count(1) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    beats.stop()
+    assert engines.asked.count(1) >= 5
+    assert engines.asked.count(0) >= 3
 
 
 def test_a_lone_engine_whose_process_hangs_is_ended_and_replaced_within_the_generation(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from slime_spec.checkpoints.tensors import expected_shapes
 from slime_spec.config.tree import Config
 from slime_spec.launch.cluster import cluster
 from slime_spec.transports.choice import COLLECTIVE, IPC, OBJECT_STORE, make_transport
-from slime_spec.weights.messages import PushBucket, PushMessage, PushReply
+from slime_spec.weights.messages import PushBucket, PushMessage, PushReply, VerifyPush
 from slime_spec.weights.run import Broadcast, push_messages, push_to_living, run_push
 from tests.ray.test_pool import requests
 from tests.support.engine_processes import process_of
@@ -51,24 +51,24 @@ def test_every_engine_computes_with_what_was_sent(pool: EnginePool, config: Conf
 
 
 class Killing:
-    """Engines of which one is killed once the buckets of a push travel."""
+    """Engines of which one is killed before a message of a push."""
 
-    def __init__(self, pool: EnginePool, engine: int) -> None:
+    def __init__(self, pool: EnginePool, engine: int, before: type[PushMessage]) -> None:
         self.receivers, self.leave_out_failed, self.pool = pool.receivers, pool.leave_out_failed, pool
-        self.process = process_of(pool, engine)
+        self.process, self.before = process_of(pool, engine), before
 
     def broadcast(self, message: PushMessage) -> Sequence[PushReply]:
-        if isinstance(message, PushBucket) and message.index == 1 and self.process:
+        if isinstance(message, self.before) and getattr(message, "index", 1) == 1 and self.process:
             os.kill(self.process, signal.SIGKILL)
             self.process = 0
         return self.pool.broadcast(message)
 
 
-@pytest.mark.parametrize("killed", [1, 0])
+@pytest.mark.parametrize(("killed", "before"), [(1, PushBucket), (0, VerifyPush)])
 def test_where_an_engine_dies_in_a_push_the_other_has_it_and_the_one_in_its_place_is_brought_to_it(
-    killed: int, pool: EnginePool, config: Config
+    killed: int, before: type[PushMessage], pool: EnginePool, config: Config
 ) -> None:
-    version, asked = 9 + killed, requests(12)
+    version, asked = 9 + 2 * killed, requests(12)
     pushed: list[tuple[int, ...]] = []
 
     def make(receivers: tuple[int, ...]) -> Generator[PushMessage, None, None]:
@@ -81,7 +81,7 @@ def test_where_an_engine_dies_in_a_push_the_other_has_it_and_the_one_in_its_plac
         return True
 
     pool.bring_up_with(bring_up)
-    report = push_to_living(make, Killing(pool, killed), "target", verify=True)
+    report = push_to_living(make, Killing(pool, killed, before), "target", verify=True)
     assert report is not None
     assert report.verified
     assert pool.receivers() == (1 - killed,)

@@ -1,5 +1,6 @@
 """The loop's order of events, with parts that only record what they were asked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -8,12 +9,13 @@ import pytest
 from slime_spec.config.tree import SpeculativeConfig
 from slime_spec.errors import PushError, RewardError
 from slime_spec.interfaces import RunState
-from slime_spec.rl.loop import first_state, run_loop
+from slime_spec.rl.loop import _bring_up, first_state, run_loop
 from slime_spec.rl.rollouts import Rollout, SamplesRefused
 from slime_spec.types import TrainReport
 from slime_spec.weights.messages import (
     CommitPush,
     PushReply,
+    Side,
 )
 from tests.support.loop_recorder import START, Recorder, config, job
 
@@ -258,3 +260,36 @@ def test_without_engines_nothing_is_said_of_them():
     recorder = Recorder()
     run_loop(job(recorder, config(num_rollout=1), engines=False), START)
     assert not [name for name in recorder.logged[0] if name.startswith(("engine/", "spec/break_even"))]
+
+
+@dataclass
+class Renewed(Recorder):
+    """Says of each push whom it is for."""
+
+    pushed: list[tuple[str, int, tuple[int, ...], bool]] = field(default_factory=list)
+
+    def push(self, version: int, side: Side = "target", receivers: Sequence[int] = (), is_new: bool = False):
+        self.pushed.append((side, version, tuple(receivers), is_new))
+        return super().push(version, side, receivers, is_new)
+
+
+def test_an_engine_that_is_new_is_brought_to_what_the_others_serve_once_nobody_is_ahead():
+    """Before the first push it has the checkpoint's weights, as the others have."""
+    recorder = Renewed()
+    run_loop(job(recorder, config(num_rollout=3, interval=2)), RunState(0, 0, 0))
+    asked = job(recorder, config(interval=2))
+    recorder.pushed.clear()
+    for state, expected in (
+        (RunState(0, 0, 0), (True, [])),
+        (RunState(1, 3, 0, is_ahead=True), (True, [])),
+        (RunState(2, 6, 1), (True, [("target", 1, (4,), True)])),
+        (RunState(3, 9, 1, is_ahead=True), (False, [])),
+    ):
+        recorder.pushed.clear()
+        assert (_bring_up(asked, state, 4, recorder.broadcast), recorder.pushed) == expected
+
+
+def test_a_run_without_a_trainer_brings_up_nothing():
+    recorder = Renewed()
+    assert _bring_up(job(recorder, config(), trainer=False), RunState(0, 0, 0), 1, recorder.broadcast)
+    assert recorder.pushed == []

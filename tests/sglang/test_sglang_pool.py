@@ -205,5 +205,5 @@ def test_an_engine_whose_process_dies_leaves_its_samples_to_the_other_and_anothe
         assert pool.stats()[0].num_restarts == 1
         os.kill(process_of(pool, 1), signal.SIGKILL)
         check_complete(list(pool.generate(asked)), asked)
-        with pytest.raises(EngineProcessDied, match="may not be replaced so often"):
+        with pytest.raises(EngineProcessDied, match="--max-engine-restarts-per-hour"):
             list(pool.generate(asked))

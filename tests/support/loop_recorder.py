@@ -80,7 +80,7 @@ class Recorder:
         report = TrainReport(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, len(samples), len(samples), 1, 1)
         return replace(report, draft=DRAFT_REPORT) if learns_draft else report
 
-    def push(self, version: int, side: Side = "target", receivers: Sequence[int] = ()):
+    def push(self, version: int, side: Side = "target", receivers: Sequence[int] = (), is_new=False):
         yield BeginPush(Manifest(side, version, ()))
         yield CommitPush(version, combined_checksum([]))
 

@@ -23,7 +23,7 @@ from slime_spec.transports.ipc import IpcTransport
 from slime_spec.transports.kept import KeptWeights, packed_for_ray, unpacked_from_ray
 from slime_spec.transports.server_ipc import ServerIpcTransport
 from slime_spec.weights.checksums import tensor_checksum
-from slime_spec.weights.messages import Manifest, PushBucket, TensorMeta
+from slime_spec.weights.messages import Manifest, Opening, PushBucket, TensorMeta
 from slime_spec.weights.receive import PushReceiver, check_values
 from slime_spec.weights.run import bucket_of, bucketed, push_messages
 from slime_spec.weights.served import ServedForm
@@ -165,7 +165,7 @@ def test_checksums_are_of_the_codes_and_scales_that_arrive(
 def test_what_a_rank_keeps_for_a_server_that_is_lost_survives_the_way_through_ray(r1: Path) -> None:
     """Torch pickles tensors in fp8, and cannot unpickle them."""
     kept = KeptWeights()
-    push, tensors = kept.begin(), sent(r1)
+    push, tensors = kept.begin(Opening("target", 1, (0,))), sent(r1)
     kept.add(list(tensors.items()))
     for num_rows in (None, 2):
         packed = pickle.loads(pickle.dumps(packed_for_ray(kept.fetch(push, list(tensors), num_rows))))
@@ -178,7 +178,7 @@ def test_what_a_rank_keeps_for_a_server_that_is_lost_survives_the_way_through_ra
 
 def test_a_rank_checks_the_values_of_what_it_sends_straight_to_servers(r1: Path) -> None:
     transport = ServerIpcTransport(1)
-    transport.open("127.0.0.1", 1)
+    transport.open("127.0.0.1", Opening("target", 1, (0,)))
     named = [(name, tensor) for name, tensor in sent(r1).items() if name.startswith(UP)]
     transport.publish(named)
     spoilt = [(name, tensor.clone()) for name, tensor in named]

@@ -21,7 +21,7 @@ from slime_spec.transports.choice import every_rank_publishes, make_transport
 from slime_spec.transports.kept import Packed, packed_for_ray, unpacked_from_ray
 from slime_spec.transports.to_servers import ServerRoute, ToServers
 from slime_spec.types import TrainReport, TrainSample
-from slime_spec.weights.messages import PushBucket, Side
+from slime_spec.weights.messages import Opening, PushBucket, Side
 
 if TYPE_CHECKING:
     from trainer_bridge.megatron.rank import TrainerRank
@@ -67,9 +67,9 @@ class RankActor:
     def step(self, samples: Sequence[TrainSample], learns_draft: bool) -> TrainReport:
         return self.worker.step(samples, learns_draft)
 
-    def open_push(self, num_engines: int) -> Any:
+    def open_push(self, opening: Opening) -> Any:
         """Get the transport ready; returns what the engines must know of it."""
-        route = self.transport.open(ray.util.get_node_ip_address(), num_engines)
+        route = self.transport.open(ray.util.get_node_ip_address(), opening)
         if isinstance(route, ServerRoute):
             return replace(route, source=RankSource(ray.get_runtime_context().current_actor))
         return route

@@ -36,6 +36,7 @@ from slime_spec.weights.checksums import combined_checksum
 from slime_spec.weights.messages import (
     CommitPush,
     Manifest,
+    Opening,
     PushBucket,
     PushMessage,
     Side,
@@ -92,7 +93,7 @@ class MegatronGroup:
         return reports[0]
 
     def push(
-        self, version: int, side: Side = "target", receivers: Sequence[int] = ()
+        self, version: int, side: Side = "target", receivers: Sequence[int] = (), is_new: bool = False
     ) -> Generator[PushMessage, None, None]:
         """Return the messages: the begin, then every stage's buckets in order as they are published, then the commit.
 
@@ -102,7 +103,7 @@ class MegatronGroup:
         """
         self._end_push()
         self._pushed_version = version
-        self._open_push = self._messages(version, side, tuple(receivers))
+        self._open_push = self._messages(Opening(side, version, tuple(receivers) or self._engines, is_new))
         return self._open_push
 
     def save(self, folder: str, state: RunState) -> None:
@@ -129,16 +130,20 @@ class MegatronGroup:
             self._open_push.close()
             self._open_push = None
 
-    def _messages(self, version: int, side: Side, receivers: tuple[int, ...]) -> Generator[PushMessage, None, None]:
+    @property
+    def _engines(self) -> tuple[int, ...]:
+        return tuple(range(self.config.rollout.num_engines))
+
+    def _messages(self, opening: Opening) -> Generator[PushMessage, None, None]:
+        side, version = opening.side, opening.version
         checksums: list[tuple[str, int]] = []
         num_buckets = 0
         last = self.layout.pipeline - 1
         stages = range(last, last + 1) if side == "draft" else range(last + 1)
         try:
             firsts = [self.actors[self.layout.holders(stage)[0]] for stage in stages]
-            num_engines = len(receivers) or self.config.rollout.num_engines
-            routes = all_results([first.open_push.remote(num_engines) for first in firsts])
-            yield begin_of(self._manifest(version, side), routes, receivers)
+            routes = all_results([first.open_push.remote(opening) for first in firsts])
+            yield begin_of(self._manifest(version, side), routes, opening.receivers)
             for stage in stages:
                 for bucket in self._stage_buckets(stage, version, side):
                     checksums += zip((meta.name for meta in bucket.tensors), bucket.checksums, strict=True)
