@@ -1,7 +1,8 @@
 """A sample keeps what the servers said of speculation in each of its answers, and gives it back as plain records.
 
 slime's and miles' samples add up three numbers, under the oldest names, in ``spec_info``. Every answer of a server also
-passes through ``sample.prefix_cache_info.add(meta_info=...)``, whichever function generates: there it is heard.
+passes through ``sample.prefix_cache_info.add(meta_info=...)``, whichever function generates: there it is heard. Each
+gets a mark there: a function that makes several samples of one copies what was heard, and an answer counts once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 from slime_spec.algorithms import ALGORITHMS, Algorithm
 from slime_spec.sglang.labels import version_number
@@ -16,6 +18,7 @@ from slime_spec.sglang.metadata import ROUNDS, plain_steps, spec_counters
 from slime_spec.types import GeneratedSample, TurnCounts
 
 KEPT = "slime_spec_answers"  # attribute of a sample; slime's to_dict and from_dict carry it
+MARK = "slime_spec_mark"  # of an answer that was heard, the same in its copies
 INFO = "prefix_cache_info"
 ABORTED = "aborted"  # the status of a sample that goes on later, in slime and miles
 PREFIX = "spec_"
@@ -32,7 +35,7 @@ class Hearing:
 
     def add(self, meta_info: Mapping[str, Any]) -> None:
         self.info.add(meta_info=meta_info)
-        self.answers.append(kept(meta_info))
+        self.answers.append({**kept(meta_info), MARK: uuid4().hex})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "info":  # a copy that has not been filled yet
@@ -87,8 +90,11 @@ def answers_of(sample: Any) -> list[Answer]:
 
 
 def responses_of(samples: Iterable[Any], algorithm: Algorithm | None, num_steps: int = 0) -> list[GeneratedSample]:
-    """Return each answer of the samples as a response; see ``responses_from``."""
-    return responses_from([answer for sample in samples for answer in answers_of(sample)], algorithm, num_steps)
+    """Return each answer of the samples as a response, once where samples share it; see ``responses_from``."""
+    counted: dict[object, Answer] = {}
+    for answer in (answer for sample in samples for answer in answers_of(sample)):
+        counted.setdefault(answer.get(MARK, len(counted)), answer)
+    return responses_from(list(counted.values()), algorithm, num_steps)
 
 
 def responses_from(answers: Sequence[Answer], algorithm: Algorithm | None, num_steps: int = 0) -> list[GeneratedSample]:
@@ -134,7 +140,11 @@ def _versions(labels: list[object]) -> list[int]:
 
 def algorithm_of(args: Any) -> Algorithm | None:
     """Return the record of the algorithm that a framework's servers run; None for none, and for one unknown here."""
-    name = getattr(args, "sglang_speculative_algorithm", None)
+    return algorithm_named(getattr(args, "sglang_speculative_algorithm", None))
+
+
+def algorithm_named(name: object) -> Algorithm | None:
+    """Return the record of an algorithm by its name here or SGLang's, in capitals or not, as SGLang takes it."""
     return None if name is None else next((each for each in ALGORITHMS.values() if _is_named(each, name)), None)
 
 

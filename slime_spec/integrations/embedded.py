@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import xxhash
@@ -37,13 +38,18 @@ BUDGET = "max_new_tokens"
 
 
 class Embedded:
-    """Owns one started engine; implements Source. Each sample is a request, and all run in one batch."""
+    """Owns one started engine; implements Source.
+
+    Each sample is a request that a thread waits for: as many as the engine decodes at once. The loop's own threads are
+    fewer on a machine of few cores, and rewards wait in them.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._tokenizer = Tokenizer.load(config.model.hf_checkpoint)
         self._engine = EmbeddedEngine(config, 0, InProcessTransport())
         self._engine.start()
+        self._waiting = ThreadPoolExecutor(config.engine.max_running_requests, "embedded-sample")
         # The framework tells nobody that it ends, and the engine's thread would keep the process alive.
         threading.Thread(target=self._end_with_process, name="embedded-engine-end", daemon=True).start()
         self._before = NetBenefit()
@@ -77,6 +83,7 @@ class Embedded:
 
     def close(self) -> None:
         self._engine.stop()
+        self._waiting.shutdown(wait=False)
 
     def _end_with_process(self) -> None:
         threading.main_thread().join()
@@ -100,7 +107,7 @@ class Embedded:
         seed = _seed(args, sample, evaluation) if sampling.seed is None else sampling.seed
         earlier = self._history.of(prompt) if self._history is not None else ()
         request = GroupRequest(f"{sample.index}", fed, (seed,), sampling.params, earlier=earlier)
-        made = await asyncio.to_thread(self._only, request)
+        made = await asyncio.get_running_loop().run_in_executor(self._waiting, self._only, request)
         if self._history is not None:
             self._history.note(prompt, [made])
         sample.tokens = list(fed)

@@ -73,7 +73,7 @@ def first_of(framework: str, paths: tuple[str, ...]) -> Callable[..., Any]:
             continue
         if found is not None:
             return found
-    remedy = f"Install {framework} (docs/plug-in.md lists the versions), in the environment that runs this."
+    remedy = f"Install {framework} (docs/plug-in-frameworks.md lists the versions), in the environment that runs this."
     raise ConfigError(framework, "must have one of the functions that the plug-in calls", ", ".join(paths), remedy)
 
 

@@ -150,7 +150,10 @@ class Plugin:
         return True
 
     def before_train_step(self, args: Any, rollout_id: int, model: Sequence[Any]) -> None:
-        """Have the draft learn from the last step's passes, and see this step's; publish it as a rollout begins."""
+        """Have the draft learn from the last step's passes, and see this step's; publish it as a rollout begins.
+
+        In the last rollout it is published anew before each step: no hook is called when training ends.
+        """
         settings = self._settings_of(args)
         if settings.learned_draft is None:
             remedy = (
@@ -166,6 +169,8 @@ class Plugin:
         if rollout_id != self._learned_rollout:
             self._learner.publish(self._learned_rollout)
             self._learned_rollout = rollout_id
+        elif self._learner.last_loss is not None and rollout_id + 1 == getattr(args, "num_rollout", None):
+            self._learner.publish(rollout_id)  # the last one's: how many steps are to come, no hook is told
 
     def close(self) -> None:
         """End what the plug-in has started; a process that ends needs no call."""

@@ -1,9 +1,10 @@
 """ReplyFeed gives n-gram servers the replies of a framework's samples: earlier ones to a prompt, and its siblings'.
 
-    began(sample)            the prompt's earlier replies ─► ReplyCorpus of every server
-    ended(sample, made)      its reply ─► the history; ─► the corpora, where siblings are still generated
+    began(key)               the prompt's earlier replies ─► ReplyCorpus of every server
+    ended(key, replies)      its replies ─► the history; ─► the corpora, where siblings are still generated
 
-A router sends a prompt's samples anywhere: every server is fed with all of them. Its methods run in one asyncio loop.
+A router sends a prompt's samples anywhere: every server is fed with all of them. Its methods run in one asyncio loop,
+while a framework goes on changing its samples: ``key_of`` and ``reply_of`` take what they need of one before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -26,6 +28,15 @@ from slime_spec.types import EarlierReply, GeneratedSample, GroupRequest, Sampli
 MAX_PROMPTS = 65_536  # whose token ids are kept
 
 Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Holds a finished reply; ``version`` is the oldest of the weights that generated it."""
+
+    prompt: tuple[int, ...]
+    reply: tuple[int, ...]
+    version: int
 
 
 class ReplyFeed:
@@ -61,41 +72,37 @@ class ReplyFeed:
             if id(server) not in self._corpora:
                 self._corpora[id(server)] = ReplyCorpus(server, ReplyTexts(self._max_tokens), self._decode)
 
-    async def began(self, sample: Any) -> None:
-        key = _key(sample)
+    async def began(self, key: bytes) -> None:
+        """Note that a sample of the prompt ``key`` is about to be generated."""
         self._num_running[key] += 1
         if key not in self._fed:
             await self._tell(key)
 
-    async def ended(self, sample: Any, made: Sequence[Any]) -> None:
-        key = _key(sample)
+    async def ended(self, key: bytes, replies: Sequence[Finished]) -> None:
+        """Note the replies of one that ``began``, none where it failed or goes on later."""
         self._num_running[key] -= 1
-        for each in made:
+        for each in replies:
             await self._note(key, each)
         if not self._num_running[key]:
             del self._num_running[key]
             for corpus in self._fed.pop(key, ()):
                 corpus.ended(key)
 
-    async def _note(self, key: bytes, sample: Any) -> None:
+    async def _note(self, key: bytes, finished: Finished) -> None:
         """Keep a finished reply, and tell of it where siblings still run."""
-        prompt, reply = prompt_and_reply(sample)
-        if not reply or sample.status.value == ABORTED:
-            return
-        self._prompts[key] = array("i", prompt)
+        self._prompts[key] = array("i", finished.prompt)
         self._prompts.move_to_end(key)
         while len(self._prompts) > MAX_PROMPTS:
             self._prompts.popitem(last=False)
-        version = _oldest(sample.weight_versions)
-        finished = GeneratedSample("", 0, reply, (), "stop", version, len(prompt))
-        self._history.note(self._prompts[key], [finished])
+        sample = GeneratedSample("", 0, finished.reply, (), "stop", finished.version, len(finished.prompt))
+        self._history.note(self._prompts[key], [sample])
         if not self._num_running[key]:
             return
         if key not in self._fed:
             await self._tell(key)
         elif len(self._corpora) > 1:  # a server alone has drafted from it already
             for corpus in self._fed[key]:
-                await corpus.learn(key, [EarlierReply(reply, version, sample_index=0)])
+                await corpus.learn(key, [EarlierReply(finished.reply, finished.version, sample_index=0)])
 
     async def _tell(self, key: bytes) -> None:
         """Begin a prompt at every server with the replies that are known; nothing is fed for a prompt without any."""
@@ -109,9 +116,17 @@ class ReplyFeed:
                 await corpus.begin(key, request)
 
 
-def _key(sample: Any) -> bytes:
+def key_of(sample: Any) -> bytes:
     """Return a digest of a sample's prompt, a text or a chat; two that shared one would only be drafted for badly."""
     return xxhash.xxh3_128_digest(str(sample.prompt).encode("utf-8", "surrogatepass"))
+
+
+def reply_of(sample: Any) -> Finished | None:
+    """Return a sample's reply; None where it has none, or goes on later."""
+    prompt, reply = prompt_and_reply(sample)
+    if not reply or sample.status.value == ABORTED:
+        return None
+    return Finished(prompt, reply, _oldest(sample.weight_versions))
 
 
 def _oldest(labels: Sequence[Any]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 from rollout.sglang_engine.canary import Canary
 from rollout.sglang_engine.client import ServerGone, ServerRefused, SglangClient
 from rollout.sglang_engine.loop_thread import AsyncLoop
+from slime_spec.errors import raised
 from slime_spec.integrations.answers import algorithm_of, prompt_and_reply
-from slime_spec.integrations.reply_feed import ReplyFeed
+from slime_spec.integrations.reply_feed import ReplyFeed, key_of, reply_of
 from slime_spec.integrations.settings import PluginSettings
 from slime_spec.metrics.engines import counted_canaries, net_metrics
 from slime_spec.sglang.server_info import PATHS
@@ -53,6 +54,7 @@ class Servers:
         self._workers: dict[str, Worker] = {}
         self._prompts: list[tuple[int, ...]] = []
         self._beginning: Future[None] | None = None
+        self._keys: dict[int, bytes] = {}  # by a sample's identity, while it is generated
 
     @classmethod
     def of(cls, args: Any, settings: PluginSettings) -> Servers:
@@ -70,8 +72,9 @@ class Servers:
         loop = self._running()
         if self._beginning is None:
             self._beginning = loop.submit(self._begin(list(self._prompts)))
-        if self._feed is not None:
-            loop.submit(self._feed.began(sample))
+        if (feed := self._feed) is not None:
+            key = self._keys[id(sample)] = key_of(sample)
+            self._tell(feed.began(key))
 
     def ended(self, sample: Any, made: Sequence[Any]) -> None:
         """Note what became of a sample that ``began``: the samples that were made of it, none where that failed."""
@@ -81,8 +84,9 @@ class Servers:
             prompt, _ = prompt_and_reply(each)
             if len(self._prompts) < self._settings.canary_prompts and prompt and prompt not in self._prompts:
                 self._prompts.append(prompt)
-        if self._feed is not None:
-            self._loop.submit(self._feed.ended(sample, made))
+        key = self._keys.pop(id(sample), None)
+        if (feed := self._feed) is not None and key is not None:
+            self._tell(feed.ended(key, [reply for each in made if (reply := reply_of(each)) is not None]))
 
     def measured(self) -> dict[str, float]:
         """Return what servers say of the rollout that is over; the next sample begins another."""
@@ -107,14 +111,25 @@ class Servers:
             self._loop = AsyncLoop("slime-spec-servers")
         return self._loop
 
+    def _tell(self, telling: Coroutine[Any, Any, None]) -> None:
+        """Have the feed hear of a sample; nobody waits for it."""
+        self._running().submit(telling).add_done_callback(self._told)
+
+    def _told(self, done: Future[None]) -> None:
+        """End the feed at its first error: what it knows of prompts in progress may be wrong from then on."""
+        if done.cancelled() or (error := done.exception()) is None or self._feed is None:
+            return
+        self._feed = None
+        logger.error("servers are given no replies from now on reason=%s", raised(error), exc_info=error)
+
     async def _begin(self, prompts: list[tuple[int, ...]]) -> None:
         """Find the servers, and have each generate these prompts for its canary."""
         for url in await self._urls():
             if url not in self._workers:
                 self._workers[url] = await self._open(url)
         workers = list(self._workers.values())
-        if self._feed is not None:
-            self._feed.serve(workers)
+        if (feed := self._feed) is not None:
+            feed.serve(workers)
         if prompts:
             for worker in workers:
                 worker.canary.prompts = prompts

@@ -28,7 +28,7 @@ BLOCK = "slime_spec"
 VARIABLE = "SLIME_SPEC_PLUGIN"
 LONGEST_BREAK_EVEN = 1_000.0
 _SERVERS, _DRAFTS = SglangServerConfig(), DraftTrainingConfig()
-REMEDY = f"Write a YAML file with a block {BLOCK}: (docs/plug-in.md)."
+REMEDY = f"Write a YAML file with a block {BLOCK}: (docs/plug-in-frameworks.md)."
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,23 @@ def test_the_draft_learns_and_is_written_once_a_rollout(args: Namespace, plugin:
     assert any(not torch.equal(written.tensors[name], before.tensors[name]) for name in written.tensors)
 
 
+def test_the_last_rollouts_draft_has_learned_too(args: Namespace, plugin: Plugin, tmp_path: Path) -> None:
+    args.num_rollout = 2
+    policy, batch = Policy(), packed()
+    learned: dict[str, torch.Tensor] = {}
+    for step in range(6):
+        slime.before_train_step(args, step // 3, step % 3, [policy], None, None)
+        assert plugin._learner is not None
+        learned = {name: tensor.detach().clone() for name, tensor in plugin._learner.draft.tensors().items()}
+        policy(**batch)
+    first, last = sorted((tmp_path / "learned").iterdir())
+    assert (first.name, last.name) == ("rollout_0", "rollout_1")
+    written = [load_draft(each, plugin._learner.spec).tensors for each in (first, last)]
+    for name, tensor in learned.items():
+        torch.testing.assert_close(written[1][name].float(), tensor.float(), rtol=1e-2, atol=1e-2)
+    assert any(not torch.equal(written[0][name], written[1][name]) for name in learned)
+
+
 @pytest.mark.parametrize(
     ("changed", "model", "told"),
     [

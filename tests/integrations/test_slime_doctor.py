@@ -98,6 +98,41 @@ def test_the_plug_ins_block_in_slimes_file_is_checked(folder: Path, capsys: Capt
     assert "Did you mean slime_spec.canary_prompts?" in found["configuration"]["remedy"]
 
 
+def test_hooks_in_slimes_file_are_hooks(folder: Path, capsys: Capture) -> None:
+    hooks = "slime_spec.integrations.slime"
+    named = {"custom_generate_function_path": f"{hooks}.generate"}
+    named["custom_rollout_log_function_path"] = f"{hooks}.log_rollout"
+    (folder / "own.yaml").write_text(json.dumps({**named, "slime_spec": {"canary_prompts": 4}}))
+    found = doctor(folder, capsys, "0.5.21", f"--custom-config-path {folder / 'own.yaml'}")
+    assert not {"slime-metadata", "slime-acceptance", "configuration"} & found.keys()
+    (folder / "own.yaml").write_text("custom_generate_function_path: null\n")  # slime's file wins over its flags
+    flag = f"--custom-generate-function-path {hooks}.generate --custom-config-path {folder / 'own.yaml'}"
+    assert "slime-metadata" in doctor(folder, capsys, "0.5.21", flag)
+
+
+def test_another_function_does_not_read_the_servers_counters(folder: Path, capsys: Capture) -> None:
+    found = doctor(folder, capsys, "0.5.21", "--custom-generate-function-path my.agent")["slime-metadata"]
+    assert "name my.agent as `generate` in its block slime_spec" in found["remedy"]
+    assert found["fix"] == []
+    embedded = "--custom-generate-function-path slime_spec.integrations.slime.generate_embedded"
+    assert "slime-metadata" not in doctor(folder, capsys, "0.5.21", embedded)
+
+
+def test_the_file_that_the_plug_in_reads_itself_is_checked_where_slimes_has_no_block(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "plugin.yaml").write_text("slime_spec:\n  canary_prompt: 3\n")
+    monkeypatch.setenv("SLIME_SPEC_PLUGIN", str(folder / "plugin.yaml"))
+    assert "slime_spec.canary_prompt = 3" in doctor(folder, capsys, "0.5.21")["configuration"]["read"]
+    (folder / "own.yaml").write_text("my_flag: 1\n")
+    with_slimes = f"--custom-config-path {folder / 'own.yaml'}"
+    assert "configuration" in doctor(folder, capsys, "0.5.21", with_slimes)
+    (folder / "own.yaml").write_text("slime_spec: {}\n")
+    assert "configuration" not in doctor(folder, capsys, "0.5.21", with_slimes)
+    monkeypatch.setenv("SLIME_SPEC_PLUGIN", str(folder / "nothing.yaml"))
+    assert "nothing.yaml" in json.dumps(doctor(folder, capsys, "0.5.21")["configuration"])
+
+
 def test_what_this_project_does_not_know_is_told_and_no_mistake(folder: Path, capsys: Capture) -> None:
     hook = "--custom-megatron-init-path my.init"
     found = doctor(folder, capsys, "0.5.21", hook)

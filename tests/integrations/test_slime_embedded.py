@@ -6,6 +6,7 @@ import asyncio
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from slime.utils.types import Sample, Status
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.errors import ConfigError
 from slime_spec.integrations import slime
+from slime_spec.integrations.embedded import Embedded
 from slime_spec.integrations.plugin import Plugin
 from slime_spec.types import GroupRequest, SamplingParams
 from tests.support.embedded_harness import engine_config, make_core, run
@@ -92,6 +94,23 @@ def test_a_sample_goes_on_from_the_tokens_that_it_has(args: Namespace, plugin: P
     assert (resumed.response_length, len(resumed.slime_spec_answers)) == (24, 2)
     full = asyncio.run(slime.generate_embedded(args, resumed, greedy))
     assert (full.response_length, full.status) == (24, Status.TRUNCATED)
+
+
+def test_as_many_samples_wait_as_the_engine_decodes_at_once(
+    args: Namespace, plugin: Plugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_samples = 40  # more than the 32 threads that a loop has by itself at most
+    all_of_them = Barrier(num_samples, timeout=60.0)
+    only = Embedded._only
+
+    def when_all_are_there(self: Embedded, request: GroupRequest) -> Any:
+        all_of_them.wait()
+        return only(self, request)
+
+    monkeypatch.setattr(Embedded, "_only", when_all_are_there)
+    samples = [Sample(index=i, group_index=0, prompt=PROMPT, label="") for i in range(num_samples)]
+    asyncio.run(generate_and_rm_group(args, samples, {**SAMPLING, "max_new_tokens": 2}))
+    assert [each.response_length for each in samples] == [2] * num_samples
 
 
 def test_what_the_engine_cannot_do_is_refused_by_name(args: Namespace, plugin: Plugin) -> None:

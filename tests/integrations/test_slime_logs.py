@@ -156,6 +156,16 @@ def test_a_function_of_the_users_own_is_heard_too(plugin: Plugin, slime_args: Ar
     assert type(made[0].prefix_cache_info) is type(made[2].prefix_cache_info)
 
 
+def test_an_answer_that_samples_share_counts_once(plugin: Plugin, logged: Logged, slime_args: Args) -> None:
+    with serving(FakeServer()) as address:
+        args = slime_args(address, slime_spec={"generate": f"{__name__}.fans_out", "canary_prompts": 0})
+        made = [asyncio.run(slime.generate(args, Sample(prompt="abcd"), dict(SAMPLING))) for _ in range(2)]
+        samples = [Sample.from_dict(copy.deepcopy(each.to_dict())) for group in made for each in group]
+        log_rollout_data(0, args, samples, None, 1.0)
+    # 10 tokens by the server: the prefill's, and 3 rounds of 3; two prompts.
+    assert (logged[0]["spec/verify_rounds"], logged[0]["rollout/spec_accept_length"]) == (2 * 3, 10 / 3)
+
+
 def test_an_evaluation_is_logged_by_its_sets(plugin: Plugin, logged: Logged, slime_args: Args) -> None:
     with serving(FakeServer()) as address:
         args = slime_args(address)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rollout.sglang_engine.fake import FakeServer, serving
 from rollout.sglang_engine.reply_corpus import PREFIX
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.integrations.plugin import Plugin
-from slime_spec.integrations.reply_feed import ReplyFeed
+from slime_spec.integrations.reply_feed import Finished, ReplyFeed, key_of, reply_of
 from slime_spec.integrations.servers import Servers
 from slime_spec.integrations.settings import PluginSettings
 from tests.support.tiny_policy import make_tiny_policy
@@ -128,17 +129,64 @@ def test_servers_that_draft_otherwise_are_fed_nothing(
 def test_a_feed_forgets_prompts_that_no_sample_runs_for_and_replies_that_are_not_whole() -> None:
     feed = ReplyFeed(str)
     sample = Sample(prompt="ab", tokens=[97, 98, 5, 6], response_length=2, weight_versions=["3"])
+    key, whole = key_of(sample), reply_of(sample)
+    assert whole is not None
+    sample.status = Status.ABORTED
+    assert reply_of(sample) is None
+    assert reply_of(Sample(prompt="ab", tokens=[97, 98])) is None
 
     async def run() -> None:
-        await feed.began(sample)
-        await feed.ended(sample, [sample])
-        sample.status = Status.ABORTED
-        await feed.began(sample)
-        await feed.ended(sample, [sample])
-        await feed.began(sample)
-        await feed.ended(sample, [])  # the generation failed
+        await feed.began(key)
+        await feed.ended(key, [whole])
+        await feed.began(key)
+        await feed.ended(key, [])  # the generation failed, or goes on later
 
     asyncio.run(run())
     (kept,) = feed._history.of((97, 98))
     assert (kept.token_ids, kept.weight_version) == ((5, 6), 3)
     assert (feed._fed, feed._num_running) == ({}, {})
+
+
+class Heard(ReplyFeed):
+    """Notes what it is told, when the loop comes to it."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__(str)
+        self.told: list[tuple[bytes, list[Finished] | None]] = []
+        self.error = error
+
+    async def began(self, key: bytes) -> None:
+        self.told.append((key, None))
+        if self.error is not None:
+            raise self.error
+
+    async def ended(self, key: bytes, replies: Sequence[Finished]) -> None:
+        self.told.append((key, list(replies)))
+
+
+def test_a_feed_hears_of_a_sample_as_it_was_whatever_the_framework_does_with_it_next() -> None:
+    feed = Heard()
+    servers = Servers("http://127.0.0.1:9", PluginSettings(), feed)
+    sample = Sample(prompt="ab", weight_versions=["3"])
+    servers.began(sample)
+    sample.prompt, sample.tokens, sample.response_length = "chat of ab", [97, 98, 5, 6], 2
+    servers.ended(sample, [sample])
+    sample.tokens, sample.response_length, sample.status = [1], 0, Status.ABORTED
+    wait_for(lambda: len(feed.told) == 2)
+    servers.close()
+    key = key_of(Sample(prompt="ab"))
+    assert feed.told == [(key, None), (key, [Finished((97, 98), (5, 6), 3)])]
+
+
+def test_a_feed_that_fails_is_told_of_once_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    feed = Heard(KeyError("a prompt"))
+    servers = Servers("http://127.0.0.1:9", PluginSettings(), feed)
+    servers.began(Sample(prompt="ab"))
+    wait_for(lambda: servers._feed is None)
+    other = Sample(prompt="ab")
+    servers.began(other)
+    servers.ended(other, [other])
+    servers.close()
+    assert len(feed.told) == 1
+    (told,) = [each.getMessage() for each in caplog.records if each.levelno == logging.ERROR]
+    assert told == "servers are given no replies from now on reason=KeyError: 'a prompt'"

@@ -8,12 +8,12 @@ their place is judged here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slime_spec.config.yaml_file import read_yaml_file
 from slime_spec.errors import ConfigError, each_of
-from slime_spec.integrations.settings import BLOCK, REMEDY, read_block
+from slime_spec.integrations.settings import BLOCK, REMEDY, VARIABLE, read_block
 from slime_spec.launch.arguments import read_each
 from slime_spec.launch.port.ported import Fate, Row, port
 from slime_spec.launch.port.script import read_script
@@ -25,7 +25,8 @@ from slime_spec.sglang.metadata import ACCEPT_TOKENS
 
 HOOKS = "slime_spec.integrations.slime"
 GENERATE, LOG, BLOCKS = "--custom-generate-function-path", "--custom-rollout-log-function-path", "--custom-config-path"
-PLUG_IN = "docs/plug-in.md"
+OF_FRAMEWORKS, PLUG_IN = "docs/plug-in-frameworks.md", "docs/plug-in.md"
+HEARING = (f"{HOOKS}.generate", f"{HOOKS}.generate_embedded")  # they read every release's counters
 # Checks of what this project's own trainer, engines and pushes do.
 OF_THIS_PROJECT = frozenset(
     {
@@ -40,12 +41,14 @@ OF_THIS_PROJECT = frozenset(
 class SlimeLaunch:
     """Holds slime's launch: ``train`` are the words of `slime-spec train` that it is equivalent to, as far as it is.
 
-    ``flags`` are slime's own words by flag; ``unknown`` what this project has no equivalent of.
+    ``flags`` are slime's own words by flag, and over them the settings of --custom-config-path's file, as slime has it;
+    ``unknown`` what this project has no equivalent of. ``plugin_file`` is what SLIME_SPEC_PLUGIN names.
     """
 
     train: tuple[str, ...]
     flags: Mapping[str, tuple[str, ...]]
     unknown: tuple[Row, ...]
+    plugin_file: str | None = None
 
     def value(self, flag: str) -> str | None:
         """Return the one value of a flag; None where it is absent, or only a shell can know it."""
@@ -59,7 +62,25 @@ def read_launch(script: Path, environment: Mapping[str, str], extra: Sequence[st
     ported = port(launch, extra)
     flags = {reading.name: tuple(reading.words[1:]) for reading in read_each(launch.words)}
     unknown = tuple(row for row in ported.rows if row.fate is Fate.MISSING)
-    return SlimeLaunch(tuple(shown(word) for word in ported.words), flags, unknown)
+    made = SlimeLaunch(tuple(shown(word) for word in ported.words), flags, unknown, environment.get(VARIABLE))
+    return replace(made, flags=_overlaid(flags, made.value(BLOCKS)))
+
+
+def _overlaid(flags: Mapping[str, tuple[str, ...]], path: str | None) -> Mapping[str, tuple[str, ...]]:
+    """Return the flags with those of slime's YAML file over them; a file that cannot be read is told of later."""
+    try:
+        settings = {} if path is None else read_yaml_file(Path(path), REMEDY)
+    except ConfigError:
+        return flags
+    made = dict(flags)
+    for name, value in settings.items():
+        flag = f"--{str(name).replace('_', '-')}"
+        if value is None or value is False:
+            made.pop(flag, None)
+        elif name != BLOCK:
+            values = value if isinstance(value, list) else () if value is True else (value,)
+            made[flag] = tuple(map(str, values))
+    return made
 
 
 def of_slime(findings: Sequence[Finding]) -> list[Finding]:
@@ -77,7 +98,7 @@ def not_judged(error: ConfigError) -> list[Finding]:
             why="A launch that cannot be composed here gives no facts to judge by; slime itself may well run it.",
             remedy=f"To have it judged: {each.remedy.strip()}",
             fix=(),
-            links=(PLUG_IN,),
+            links=(OF_FRAMEWORKS,),
         )
         for each in each_of(error)
     ]
@@ -116,17 +137,20 @@ def _draft_sync(launch: SlimeLaunch, facts: Facts) -> Finding | None:
 
 def _metadata(launch: SlimeLaunch, facts: Facts) -> Finding | None:
     """Say where slime's own acceptance would be 0.0, by the names that the servers' release writes."""
-    if not facts.speculates or facts.release.metadata == ACCEPT_TOKENS or GENERATE in launch.flags:
+    function = launch.value(GENERATE)
+    is_heard = function in HEARING if function is not None else GENERATE in launch.flags
+    if not facts.speculates or facts.release.metadata == ACCEPT_TOKENS or is_heard:
         return None
+    of_user = f", and name {function} as `generate` in its block {BLOCK}" if function is not None else ""
     return Finding(
         id="slime-metadata",
         severity=Severity.WARNING,
         read=f"SGLang {facts.release.text} writes {facts.release.metadata.correct}, and slime reads "
         f"{ACCEPT_TOKENS.correct}",
         why="slime logs an acceptance of 0.0 where the counters have other names, as if no draft were ever right.",
-        remedy=f"Pass {GENERATE} {HOOKS}.generate, which reads every release's names.",
-        fix=(GENERATE, f"{HOOKS}.generate"),
-        links=(PLUG_IN,),
+        remedy=f"Pass {GENERATE} {HOOKS}.generate, which reads every release's names{of_user}.",
+        fix=() if function is not None else (GENERATE, f"{HOOKS}.generate"),
+        links=(OF_FRAMEWORKS,),
     )
 
 
@@ -140,7 +164,7 @@ def _pooling(launch: SlimeLaunch, facts: Facts) -> Finding | None:
         why="A mean of ratios weighs a sample of three rounds as one of three hundred; what is saved, the sums say.",
         remedy=f"Pass {LOG} {HOOKS}.log_rollout for pooled acceptance, by position and version, with the net speed-up.",
         fix=(LOG, f"{HOOKS}.log_rollout"),
-        links=(PLUG_IN,),
+        links=(OF_FRAMEWORKS,),
     )
 
 
@@ -148,12 +172,13 @@ LOOKS: tuple[Callable[[SlimeLaunch, Facts], Finding | None], ...] = (_draft_sync
 
 
 def _block(launch: SlimeLaunch) -> Iterator[Finding]:
-    """Yield the mistakes in the plug-in's block of the file that slime reads settings from."""
-    named = launch.value(BLOCKS)
-    if named is None:
-        return
+    """Yield the mistakes in the plug-in's block: of the file that slime reads, else of the plug-in's own."""
     try:
-        read_block(read_yaml_file(Path(named), REMEDY).get(BLOCK, {}))
+        for named in (launch.value(BLOCKS), launch.plugin_file):
+            block = None if not named else read_yaml_file(Path(named), REMEDY).get(BLOCK)
+            if block is not None:
+                read_block(block)
+                return
     except ConfigError as error:
         yield from map(refused, each_of(error))
 
