@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Generator
 from types import SimpleNamespace
 from typing import Any
+
+
+class _Answer:
+    """A remote call's: awaited in a loop, or fetched outside one."""
+
+    def __init__(self, running: Coroutine[Any, Any, Any]) -> None:
+        self._running = running
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._running.__await__()
+
+    def get(self) -> Any:
+        return asyncio.run(self._running)
 
 
 class _Method:
     def __init__(self, method: Any) -> None:
         self._method = method
 
-    def remote(self, *args: Any, **kwargs: Any) -> Any:
-        return asyncio.run(self._method(*args, **kwargs))
+    def remote(self, *args: Any, **kwargs: Any) -> _Answer:
+        return _Answer(self._method(*args, **kwargs))
 
 
 class _Handle:
@@ -26,7 +39,7 @@ class _Handle:
 
 ray = SimpleNamespace(
     remote=lambda cls: SimpleNamespace(remote=lambda *args, **kwargs: _Handle(cls(*args, **kwargs))),
-    get=lambda answers: answers,
+    get=lambda answers: [each.get() for each in answers],
 )
 
 
@@ -53,10 +66,20 @@ class SGLangHttpServer:
 
 
 class SGLangReplica:
-    def __init__(self, replica_rank: int, config: Any, model_config: Any, gpus_per_node: int = 8) -> None:
-        self.config = config
+    def __init__(
+        self,
+        replica_rank: int,
+        config: Any,
+        model_config: Any,
+        gpus_per_node: int = 8,
+        is_reward_model: bool = False,
+        is_teacher_model: bool = False,
+    ) -> None:
+        self.config, self.is_reward_model, self.is_teacher_model = config, is_reward_model, is_teacher_model
         self.server_class = ray.remote(SGLangHttpServer)
 
     def launch_servers(self) -> None:
         self._server_handle = self.server_class.remote(config=self.config, node_rank=0)
-        self._server_handle.launch_server.remote(master_address="127.0.0.1", master_port=1)
+        # verl awaits this; a stand-in's server has nothing to wait for.
+        launched = self._server_handle.launch_server.remote(master_address="127.0.0.1", master_port=1).__await__()
+        assert next(launched, None) is None

@@ -1,0 +1,1 @@
+"""A stand-in for the framework, with its names and signatures, for tests of hooks."""
