@@ -1,5 +1,6 @@
 """These are the errors that a user meets; each error says what to change."""
 
+from asyncio import CancelledError
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 LONGEST_SHOWN = 300  # characters of a bad value that an error repeats
@@ -23,6 +24,12 @@ def raised(error: BaseException) -> str:
     except Exception:  # noqa: BLE001 - as above
         text = "a message that cannot be read"
     return f"{type(error).__name__}: {text}"
+
+
+# What a call of a user's function may raise: sys.exit() and a cancellation are no Exception, and would end a run
+# without a word. In the main thread a KeyboardInterrupt is a signal's, in every other thread the function's own.
+RAISED_BY_FUNCTIONS: tuple[type[BaseException], ...] = (Exception, SystemExit, CancelledError)
+RAISED_IN_THREADS: tuple[type[BaseException], ...] = (*RAISED_BY_FUNCTIONS, KeyboardInterrupt)
 
 
 class ConfigError(ValueError):

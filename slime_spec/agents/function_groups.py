@@ -19,6 +19,7 @@ from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.schema import by_flag
 from slime_spec.config.speculation import reads_replies
 from slime_spec.config.tree import Config
+from slime_spec.errors import RAISED_IN_THREADS
 from slime_spec.interfaces import RunState
 from slime_spec.preflight.requests import RequestLimits
 from slime_spec.request_feed import RequestFeed
@@ -106,7 +107,7 @@ class FunctionGroups:
             try:
                 asked_in_time = replace(asked, outside_s=max(0.0, passed_s - client.waited_s))
                 return made_of(_unless_raised(call.result()), client.turns, asked_in_time)
-            except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:  # noqa: BLE001 - a user's
+            except RAISED_IN_THREADS as error:
                 return [failed(asked, f"{self._name}: {told_of(error, __file__)}")]
 
     async def _call(self, prompt: Prompt, client: Client) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from slime_spec.agents.as_slime import as_slime
 from slime_spec.agents.own import OwnFunction
-from slime_spec.errors import CustomFunctionError, raised, shown
+from slime_spec.errors import RAISED_BY_FUNCTIONS, CustomFunctionError, raised, shown
 from slime_spec.interfaces import RunState
 from slime_spec.rl.evaluation import Evaluated
 from slime_spec.rl.rollouts import Progress, Rollout, RolloutSource, SamplesRefused
@@ -116,5 +116,5 @@ def log_evaluation(log: OwnFunction, args: Args, step: int, evaluated: Sequence[
 def _called(name: str, function: OwnFunction, *arguments: Any) -> Any:
     try:
         return function(*arguments)
-    except Exception as error:
+    except RAISED_BY_FUNCTIONS as error:
         raise CustomFunctionError(f"{name} raised {raised(error)}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime_spec.agents.own import FILTERS, WITH_FALLBACK, OwnFunction
-from slime_spec.errors import CustomFunctionError, raised, shown
+from slime_spec.errors import RAISED_IN_THREADS, CustomFunctionError, raised, shown
 from slime_spec.slime_sample import Args
 from slime_spec.types import Sample
 
@@ -56,13 +56,14 @@ def make_filter(name: str, function: OwnFunction | None, args: Args) -> Filter:
         try:
             given = function(args, scored)
             keep = _truth(getattr(given, "keep", given))
-            reason = getattr(given, "reason", None)
-        except Exception as error:
+            reason = str(getattr(given, "reason", None) or "filter")
+            fills_too = bool(getattr(given, "keep_when_insufficient", False))
+        except RAISED_IN_THREADS as error:
             raise CustomFunctionError(f"the filter {name} raised {raised(error)}") from error
         if keep is None:
             rule = "must return whether the group is kept, or an object with keep (and reason)"
             raise CustomFunctionError(f"the filter {name} {rule}; it was {shown(given)}")
-        return Judgement(keep, str(reason or "filter"), bool(getattr(given, "keep_when_insufficient", False)))
+        return Judgement(keep, reason, fills_too)
 
     return judge
 

@@ -28,7 +28,7 @@ from slime_spec.agents.own import OwnFunction, takes
 from slime_spec.agents.returned import Asked, Made, ReturnedError, failed, made_of
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import Config
-from slime_spec.errors import ConfigError, CustomFunctionError, shown
+from slime_spec.errors import RAISED_IN_THREADS, ConfigError, CustomFunctionError, shown
 from slime_spec.interfaces import Engines, RunState
 from slime_spec.metrics.table import metric
 from slime_spec.request_feed import FeedClosed, RequestFeed
@@ -170,7 +170,7 @@ class FunctionRollouts:
             output = returned.result()
         finally:
             feed.close()
-            turns.fail(FeedClosed("the step has ended"))  # the process waits at its end for the function's thread
+            turns.fail(FeedClosed("the step has ended"))  # or a function that waits for a turn would wait for ever
             threads.shutdown(wait=False, cancel_futures=True)
         self._kept = source
         groups = _groups(getattr(output, "samples", output))
@@ -197,16 +197,18 @@ class FunctionRollouts:
 
     def _end(self, feed: RequestFeed, turns: Turns) -> None:
         """End the generation; turns that the function left behind are aborted."""
-        if turns.has_waiting:
-            self._engines.abort()
-        feed.close()
+        try:
+            if turns.has_waiting:
+                self._engines.abort()
+        finally:
+            feed.close()
 
     def _call(self, rollout_id: int, source: DataSource) -> Any:
         besides = {"evaluation": False} if takes(self._function, "evaluation") else {}
         try:
             output = self._function(self._args, rollout_id, source, **besides)
             return asyncio.run(_awaited(output)) if inspect.isawaitable(output) else output
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is a user's function
+        except RAISED_IN_THREADS as error:
             name = self._config.custom.rollout
             raise CustomFunctionError(f"{name}: {told_of(error, __file__)}") from None
 

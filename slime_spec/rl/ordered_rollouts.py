@@ -103,12 +103,11 @@ class OrderedRollouts:
         def complete(step: _Step, place: int, prompt: Prompt, group: Future[list[Made]]) -> None:
             try:
                 made = group.result()
-            except (CancelledError, Exception) as error:  # noqa: BLE001 - the main thread raises it
                 if not step.is_over:
+                    threads.submit(settle, step, place, prompt, made)
+            except (CancelledError, Exception) as error:  # noqa: BLE001 - the main thread raises it
+                if not step.is_over:  # which it may have become since: the threads take no call then
                     feed.fail(error)
-                return
-            if not step.is_over:
-                threads.submit(settle, step, place, prompt, made)
 
         def begin(step: _Step, place: int) -> None:
             (prompt,) = self._take_prompts(1, step.ids[place])

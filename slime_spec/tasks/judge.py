@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from slime_spec.errors import ConfigError, raised, shown
+from slime_spec.errors import RAISED_BY_FUNCTIONS, ConfigError, raised, shown
 from slime_spec.files import shortened
 from slime_spec.slime_sample import Sample as SlimeSample
 from slime_spec.slime_sample import Status
@@ -56,6 +56,11 @@ class Reply:
     text: str
     own: Any = None
 
+    def for_ours(self) -> Prompt:
+        """Return the prompt with copies of what a function may change: all replies of a group share one."""
+        prompt = self.prompt
+        return replace(prompt, label=_copied(prompt.label), metadata=_copied_values(prompt.metadata))
+
     def for_slime(self) -> Any:
         """Return the sample as slime's rewards get it, with copies of what a function may change."""
         if self.own is not None:
@@ -70,7 +75,7 @@ class Reply:
             response_length=len(response.token_ids),
             label=prompt.answer if prompt.label is None else _copied(prompt.label),
             status=Status.TRUNCATED if response.finish_reason == "length" else Status.COMPLETED,
-            metadata={key: _copied(value) for key, value in prompt.metadata.items()},
+            metadata=_copied_values(prompt.metadata),
             rollout_log_probs=list(response.logprobs),
             weight_versions=[str(version) for _, version in response.spans],
         )
@@ -81,6 +86,10 @@ def _copied(value: Any) -> Any:
         return deepcopy(value)
     except Exception:  # noqa: BLE001 - an object of a user's own task, which samples share then
         return value
+
+
+def _copied_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) for key, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -220,8 +229,8 @@ class Judge:
         try:
             if self.form == VERL:
                 return self.function(**{name: value for name, value in verls(judged).items() if name in self._takes})
-            return self.function(*((judged.prompt, judged.text) if self.form == OURS else (self.args, judged)))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is a user's function; an exit is no reward
+            return self.function(*((judged.for_ours(), judged.text) if self.form == OURS else (self.args, judged)))
+        except RAISED_BY_FUNCTIONS as error:
             return _raised(error)
 
     async def _together(self, given: Sequence[Awaitable[Any]]) -> list[Any]:
@@ -232,7 +241,7 @@ class Judge:
         try:
             async with limit:
                 return await given
-        except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
+        except RAISED_BY_FUNCTIONS as error:
             if limit.expired():
                 return Verdict(None, f"the reward gave no answer within {self.limit_s:g} s (--reward-timeout)", False)
             return _raised(error)
@@ -256,8 +265,8 @@ def verls(reply: Reply) -> dict[str, Any]:
     return {
         DATA_SOURCE: prompt.metadata.get(DATA_SOURCE, prompt.task),
         "solution_str": reply.text,
-        "ground_truth": prompt.answer if prompt.label is None else prompt.label,
-        "extra_info": dict(prompt.metadata),
+        "ground_truth": prompt.answer if prompt.label is None else _copied(prompt.label),
+        "extra_info": _copied_values(prompt.metadata),
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from slime_spec.errors import ConfigError
+from slime_spec.errors import RAISED_BY_FUNCTIONS, ConfigError
 from slime_spec.interfaces import load
 from slime_spec.suggest import did_you_mean
 from slime_spec.tasks.boxed import last_boxed
@@ -172,7 +172,7 @@ def load_attribute(setting: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         loaded = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise anything
+    except RAISED_BY_FUNCTIONS as error:
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         remedy = "Set PYTHONPATH to the module's folder." if not kind else "Mend the module."
         rule = f"must name an importable module:function: {kind}{error}"

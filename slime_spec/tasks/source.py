@@ -14,7 +14,15 @@ from typing import Any
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.schema import by_flag
 from slime_spec.config.tree import Config, TaskConfig
-from slime_spec.errors import CheckpointError, ConfigError, raise_all, refused_by
+from slime_spec.errors import (
+    RAISED_BY_FUNCTIONS,
+    CheckpointError,
+    ConfigError,
+    CustomFunctionError,
+    raise_all,
+    raised,
+    refused_by,
+)
 from slime_spec.files import is_encodable, shortened
 from slime_spec.interfaces import Problem, Task
 from slime_spec.tasks.jsonl import Choose, JsonlTask, PlacedProblem, check_keys, every_problem
@@ -109,7 +117,13 @@ class PromptSource:
         turn, index = self._turns.at(prompt_id)
         task = self._tasks[turn]
         where = f"problem {index} of task {task.name}"
-        return self._made(prompt_id, task, where, task.problem(index, self._config.run.seed))
+        try:
+            given = task.problem(index, self._config.run.seed)
+        except ConfigError:
+            raise
+        except RAISED_BY_FUNCTIONS as error:
+            raise CustomFunctionError(f"{where} raised {raised(error)}") from error
+        return self._made(prompt_id, task, where, given)
 
     def _made(self, prompt_id: int, task: Task, where: str, given: Problem) -> Prompt:
         """Return the prompt of a task's problem; raises ConfigError that names ``where`` the problem is."""

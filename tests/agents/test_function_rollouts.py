@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from slime_spec.agents.daemon_threads import DaemonThreads
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import CustomConfig
 from slime_spec.errors import CustomFunctionError
@@ -69,7 +70,7 @@ class TwoTurnEngines:
 
 @pytest.mark.parametrize("error", [RuntimeError("no engine is left"), KeyboardInterrupt()])
 def test_a_function_that_waits_for_a_turn_ends_with_its_step(folder: Path, error: BaseException) -> None:
-    """Its thread would keep the process, which waits for it, from ending."""
+    """Its thread would wait for the turns for ever, one more with every step that fails."""
     ended: list[Any] = []
     is_over = threading.Event()
 
@@ -147,6 +148,57 @@ async def one_group(args: Any, rollout_id: int, data_source: Any) -> Any:
 def test_a_function_that_returns_no_samples_ends_the_run(folder: Path, given: Any) -> None:
     with pytest.raises(CustomFunctionError, match=r"must return groups of samples, list\[list\[Sample\]\]"):
         rollouts_of(folder, lambda args, rollout_id, data_source: given).rollout(START, lambda *_: None)
+
+
+def _raising(error: BaseException, is_async: bool) -> Any:
+    def directly(args: Any, rollout_id: int, data_source: Any) -> Any:
+        raise error
+
+    async def awaited(args: Any, rollout_id: int, data_source: Any) -> Any:
+        raise error
+
+    return awaited if is_async else directly
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), asyncio.CancelledError()], ids=repr)
+def test_a_function_that_ends_as_no_exception_does_is_told(folder: Path, error: BaseException, is_async: bool) -> None:
+    """Each would end the run without a word in the main thread: an exit, and what a signal raises there."""
+    with pytest.raises(CustomFunctionError, match=f"mine:f: {type(error).__name__}"):
+        rollouts_of(folder, _raising(error, is_async)).rollout(START, lambda *_: None)
+
+
+class DeafEngines(TwoTurnEngines):
+    """Answers nothing and hears no abort; its generation ends with the feed."""
+
+    asked = 0
+
+    def generate(self, feed: RequestFeed) -> Iterator[GeneratedSample]:
+        while feed.has_more:
+            self.asked += len(feed.taken())
+            time.sleep(0.001)
+        yield from ()
+
+    def abort(self) -> None:
+        raise RuntimeError("no engine hears it")
+
+
+def test_an_abort_that_fails_does_not_keep_the_step_waiting(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engines = DeafEngines()
+
+    async def leaves_a_turn(args: Any, rollout_id: int, data_source: Any) -> Any:
+        ((first, _),) = data_source.get_samples(1)
+        turn = asyncio.create_task(data_source.client(first).turn(first))
+        while not engines.asked:
+            await asyncio.sleep(0.001)
+        turn.cancel()
+        first.reward = 1.0
+        return [[first]]
+
+    source = rollouts_of(folder, leaves_a_turn, engines)
+    step = DaemonThreads(1, "step").submit(source.rollout, START, lambda *_: None).result(LIMIT_S)
+    assert [each.reward for each in step.samples] == [1.0]
+    assert "no engine hears it" in caplog.text
 
 
 def test_fewer_groups_than_a_step_has_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

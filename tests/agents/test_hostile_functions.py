@@ -213,6 +213,18 @@ def test_a_filter_says_so_by_a_truth_of_any_kind(keeps: bool, kind: Callable[[bo
     assert judgement.keep is keeps
 
 
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), asyncio.CancelledError()], ids=repr)
+def test_a_filter_that_ends_as_no_exception_does_ends_the_step_with_its_name(
+    folder: Path, error: BaseException
+) -> None:
+    def raising(args: Any, samples: Any) -> bool:
+        raise error
+
+    judge = make_filter("mine", raising, Args())
+    with pytest.raises(CustomFunctionError, match=f"the filter mine raised {type(error).__name__}"):
+        step_of(agents_config(folder), one_turn, dynamic_filter=judge)
+
+
 def test_a_filter_that_says_nothing_ends_the_step_with_its_name(folder: Path) -> None:
     judge = make_filter("mine", lambda args, samples: None, Args())
     with pytest.raises(CustomFunctionError, match=r"the filter mine must return whether the group is kept.*None"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -166,23 +168,49 @@ def failing(*_: Any) -> Any:
     raise KeyError("length")
 
 
-def test_a_filter_or_advantages_that_fail_leave_the_samples_to_be_kept(folder: Path) -> None:
+def leaving(*_: Any) -> Any:
+    sys.exit(0)
+
+
+def cancelled(*_: Any) -> Any:
+    raise asyncio.CancelledError
+
+
+FAILING = pytest.mark.parametrize(
+    ("function", "told"), [(failing, "KeyError: 'length'"), (leaving, "SystemExit: 0"), (cancelled, "CancelledError")]
+)
+
+
+@FAILING
+def test_a_filter_or_advantages_that_fail_leave_the_samples_to_be_kept(folder: Path, function: Any, told: str) -> None:
     made, _ = step_of(agents_config(folder), two_turns)
     for name, functions in (
-        ("rollout_sample_filter", {"sample_filter": failing}),
-        ("custom_reward_post_process", {"reward_post_process": failing}),
+        ("rollout_sample_filter", {"sample_filter": function}),
+        ("custom_reward_post_process", {"reward_post_process": function}),
     ):
         source = CustomRollouts(Given(made), Args(), **functions)
-        with pytest.raises(SamplesRefused, match=f"{name} raised KeyError: 'length'") as caught:
+        with pytest.raises(SamplesRefused, match=f"{name} raised {told}") as caught:
             source.rollout(START, lambda *_: None)
         assert caught.value.samples == made.samples
 
 
-def test_a_log_function_that_fails_costs_no_step(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+@FAILING
+def test_a_log_function_that_fails_costs_no_step(
+    folder: Path, caplog: pytest.LogCaptureFixture, function: Any, told: str
+) -> None:
     made, _ = step_of(agents_config(folder), two_turns)
-    rollout = CustomRollouts(Given(made), Args(), rollout_log=failing).rollout(START, lambda *_: None)
+    rollout = CustomRollouts(Given(made), Args(), rollout_log=function).rollout(START, lambda *_: None)
     assert rollout.samples == made.samples
-    assert "step 0 was not logged: custom_rollout_log raised KeyError: 'length'" in caplog.text
+    assert f"step 0 was not logged: custom_rollout_log raised {told}" in caplog.text
+
+
+def test_a_signal_during_a_log_function_is_not_taken_for_its_failure(folder: Path) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt  # as a signal's handler does in the main thread, where this is called
+
+    made, _ = step_of(agents_config(folder), two_turns)
+    with pytest.raises(KeyboardInterrupt):
+        CustomRollouts(Given(made), Args(), rollout_log=interrupted).rollout(START, lambda *_: None)
 
 
 def test_advantages_of_a_post_process_are_those_that_are_trained_with(folder: Path) -> None:

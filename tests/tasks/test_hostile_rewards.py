@@ -20,7 +20,7 @@ from slime_spec.tasks.source import PromptSource
 from slime_spec.types import GeneratedSample, Prompt
 
 SOURCE = """
-import os
+import asyncio, os
 import numpy as np, torch
 
 def forks(prompt, reply):
@@ -34,6 +34,18 @@ async def changes(args, sample, **kwargs):
     sample.label.append("?")
     sample.metadata["tools"].append("?")
     return len(sample.label) + 10 * len(sample.metadata["tools"])
+def changes_verls(solution_str, ground_truth, extra_info):
+    ground_truth.append("?")
+    extra_info["tools"].append("?")
+    return len(ground_truth) + 10 * len(extra_info["tools"])
+def changes_ours(prompt, reply):
+    prompt.label.append("?")
+    prompt.metadata["tools"].append("?")
+    prompt.metadata["more"] = reply
+    return len(prompt.label) + 10 * len(prompt.metadata["tools"])
+def leaves(prompt, reply): raise SystemExit(0)
+def cancelled(prompt, reply): raise asyncio.CancelledError
+async def cancelled_later(prompt, reply): raise asyncio.CancelledError
 def group_of_numpy(args, samples): return np.arange(len(samples)) / 4
 def group_of_torch(args, samples): return torch.arange(len(samples)) / 4
 def group_of_column(args, samples): return np.zeros((len(samples), 1))
@@ -82,9 +94,11 @@ def test_a_fork_of_a_reward_answers_no_other_call(name: str) -> None:
     assert rewards == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
-def test_what_a_reward_changes_is_its_own_samples_alone() -> None:
-    rewards = [verdict.reward for verdict in verdicts("changes", reply(0), reply(1), reply(2))]
+@pytest.mark.parametrize("name", ["changes", "changes_verls", "changes_ours"])
+def test_what_a_reward_changes_is_its_own_samples_alone(name: str) -> None:
+    rewards = [verdict.reward for verdict in verdicts(name, reply(0), reply(1), reply(2))]
     assert rewards == [2 + 10 * 1] * 3
+    assert (PROMPT.label, PROMPT.metadata) == (["a"], {"tools": []})
 
 
 @pytest.mark.parametrize("name", ["group_of_numpy", "group_of_torch"])
@@ -99,6 +113,9 @@ def test_a_groups_rewards_may_be_an_array(name: str) -> None:
         ("complex_number", "must be a finite number, it was"),
         ("odd", "must be a finite number, it was a value of type Odd"),
         ("odd_error", "the reward raised OddError: a message that cannot be read"),
+        ("leaves", "the reward raised SystemExit: 0"),
+        ("cancelled", "the reward raised CancelledError"),
+        ("cancelled_later", "the reward raised CancelledError"),
         ("long_error", "the reward raised ValueError: xxxxxxxxx"),
     ],
 )

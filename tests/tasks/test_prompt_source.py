@@ -10,7 +10,7 @@ from data_files import config, jsonl, row
 
 from slime_spec.checkpoints.tokenizer import Tokenizer
 from slime_spec.config.tree import TaskConfig
-from slime_spec.errors import ConfigError
+from slime_spec.errors import ConfigError, CustomFunctionError
 from slime_spec.tasks.source import PromptSource
 from slime_spec.types import GeneratedSample
 from tests.support.chat_templates import save_tokenizer
@@ -55,6 +55,28 @@ def test_a_template_without_a_system_turn_refuses_the_system_prompt_by_name(tmp_
         ConfigError, match=r"task\.system_prompt: problem 0 .* System role not supported.* Drop --system"
     ):
         PromptSource(config(TaskConfig(names=("add10",), system_prompt="S")), tokenizer)
+
+
+def test_a_task_that_fails_or_exits_in_the_middle_of_a_run_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> None:
+    """sys.exit() is no Exception: it would end the run without a word, with what it has not saved."""
+    (tmp_path / "own_ending_task.py").write_text(
+        "import sys\nfrom slime_spec.interfaces import Problem\n"
+        "class Ending:\n"
+        "    name = 'ending'\n"
+        "    def problem(self, index, seed): return Problem('?', '1') if index < 2 else ends[index]()\n"
+        "    def reward(self, problem, reply): return 0.0\n"
+        "ends = {2: lambda: sys.exit(0), 3: lambda: 1 // 0}\n"
+        "task = Ending()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = PromptSource(config(TaskConfig(names=("own_ending_task:task",))), tokenizer, is_scored=False)
+    assert len(source.take(2, 0)) == 2
+    with pytest.raises(CustomFunctionError, match="problem 2 of task ending raised SystemExit: 0"):
+        source.take(1, 2)
+    with pytest.raises(CustomFunctionError, match="problem 3 of task ending raised ZeroDivisionError"):
+        source.take(1, 3)
 
 
 def test_a_response_is_scored_by_the_task_of_its_prompt(tokenizer: Tokenizer) -> None:
