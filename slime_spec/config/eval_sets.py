@@ -51,12 +51,14 @@ KEYS: Mapping[str, str] = {
 class EvalSet:
     """Holds a set's name, the run's configuration with the set's own prompts and sampling, and its problems of a task.
 
-    ``num_problems`` is None for a data file, whose rows are all taken.
+    ``num_problems`` is None for a data file, whose rows are all taken. ``may_lack`` are settings of keys that were
+    chosen for training's rows, and under which the set's rows need not have anything.
     """
 
     name: str
     config: Config
     num_problems: int | None = None
+    may_lack: frozenset[str] = frozenset()
 
 
 def eval_sets(config: Config) -> tuple[EvalSet, ...]:
@@ -111,7 +113,9 @@ def _pairs(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def _of_data(config: Config, name: str, keys: Mapping[str, Any]) -> EvalSet:
     task = replace(config.task, names=TaskConfig().names, prompt_data=keys["path"], prompt_data_mix=(), advice_key=None)
-    return EvalSet(name, _with_own_settings(replace(config, task=task), name, keys))
+    has_tool_key = keys.get("tool_key", config.eval.tool_key) is not None
+    may_lack = frozenset({"metadata_key"} if has_tool_key else {"metadata_key", "tool_key"})
+    return EvalSet(name, _with_own_settings(replace(config, task=task), name, keys), may_lack=may_lack)
 
 
 def _of_task(config: Config, name: str) -> EvalSet:

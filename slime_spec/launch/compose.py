@@ -35,6 +35,8 @@ from slime_spec.sglang.flags import check_sglang
 
 # Keys that only files of conf/ read: a model's drafts, to which a file of the group speculative points.
 DRAFTS = "drafts"
+# What --config slime chooses, as slime does, whatever the data are; a file that a run has written names it, too.
+SLIMES_TOOL_KEY = "tools"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,15 @@ class Composed:
     """Holds a configuration; ``notes`` name the settings that were left out or have no effect, one sentence each.
 
     ``given`` are the paths of the settings that the command line or a file of conf/ sets; others have their defaults.
-    ``of_slime`` are slime's flags that are no settings, by their names, to compare with the checkpoint.
+    ``of_slime`` are slime's flags that are no settings, by their names, to compare with the checkpoint. ``may_lack``
+    are settings of keys that nobody chose for these data, which need not have anything under them.
     """
 
     config: Config
     notes: tuple[str, ...]
     given: frozenset[str]
     of_slime: Mapping[str, Any] = field(default_factory=dict)
+    may_lack: frozenset[str] = frozenset()
 
 
 def compose(argv: Sequence[str]) -> Config:
@@ -89,7 +93,9 @@ def composed(argv: Sequence[str]) -> Composed:
     check(config)
     check_environment(os.environ)
     told = (*arguments.notes, *notes_of_slime(arguments.of_slime), *of_length, *of_reference, *left_out, *notes(config))
-    return Composed(config, told, frozenset(values) | in_files, arguments.of_slime)
+    is_slimes = config.task.tool_key == SLIMES_TOOL_KEY and "task.tool_key" not in arguments.settings
+    may_lack = frozenset({"tool_key"} if is_slimes else ())
+    return Composed(config, told, frozenset(values) | in_files, arguments.of_slime, may_lack)
 
 
 def together(arguments: Arguments, data: Mapping[Any, Any], named: frozenset[str]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def look(made: Composed, acceptance: tuple[float, ...] = (), *, takes_prompts: b
     engines = refusals.of(gather, config, made.given, acceptance) or ()
     for facts in engines:
         refusals.add(*(each.refusal(facts.external_url) for each in facts.differing if each.is_decisive))
-    inputs = _inputs(config, refusals, takes_prompts)
+    inputs = _inputs(made, refusals, takes_prompts)
     if inputs is not None and inputs.prompts is not None and config.run.num_epoch is not None:
         config = refusals.of(with_epochs, config, inputs.prompts.num_rows) or config
         engines = tuple(replace(each, config=config) for each in engines)
@@ -179,8 +179,9 @@ def with_epochs(config: Config, num_rows: int | None) -> Config:
     return replace(config, run=replace(config.run, num_rollout=num_rollout))
 
 
-def _inputs(config: Config, refusals: _Refusals, takes_prompts: bool) -> Inputs | None:
+def _inputs(made: Composed, refusals: _Refusals, takes_prompts: bool) -> Inputs | None:
     """Read everything that a run reads, past what is refused; None where a part of the inputs is missing."""
+    config = made.config
     load = refusals.of(checkpoint_to_load, config)
     refusals.of(_check_saved_rollouts, config, load)
     refusals.of(check_run_folder, config, to_yaml(config), load)
@@ -202,9 +203,11 @@ def _inputs(config: Config, refusals: _Refusals, takes_prompts: bool) -> Inputs 
     refusals.of(_check_corpus, config)
     refusals.of(check_own_functions, config)
     sets = (refusals.of(eval_sets, config) or ()) if config.evaluates else ()
-    prompts = refusals.of(PromptSource, config, tokenizer) if takes_prompts and tokenizer is not None else None
+    prompts = None
+    if takes_prompts and tokenizer is not None:
+        prompts = refusals.of(PromptSource, config, tokenizer, may_lack=made.may_lack)
     if takes_prompts and prompts is None:  # what else is wrong with the data and the reward can be told all the same
-        refusals.of(check_data, config)
+        refusals.of(check_data, config, may_lack=made.may_lack)
     if tokenizer is None:
         for each in sets:
             refusals.of(check_set, each, config.task.reward)

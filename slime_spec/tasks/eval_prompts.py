@@ -13,8 +13,6 @@ from slime_spec.tasks.scoring import PendingSamples
 from slime_spec.tasks.source import PromptSource, check_data
 from slime_spec.types import GeneratedSample, Prompt
 
-CHOSEN_FOR_TRAINING = frozenset({"metadata_key"})  # evaluations have no flag for it
-
 
 @dataclass(frozen=True)
 class EvalPrompts:
@@ -35,7 +33,7 @@ class EvalPrompts:
         """Read a set; raises ConfigError, in the words of eval.*, for data, a task or a reward that cannot work."""
         config = eval_set.config
         try:
-            source = PromptSource(config, tokenizer, may_lack=CHOSEN_FOR_TRAINING)
+            source = PromptSource(config, tokenizer, may_lack=eval_set.may_lack)
             try:
                 prompts = source.rows() if eval_set.num_problems is None else source.take(eval_set.num_problems, 0)
             except BaseException:
@@ -70,6 +68,7 @@ class EvalPrompts:
 def check_set(eval_set: EvalSet, runs_reward: str) -> None:
     """Raise ConfigError as EvalPrompts.load, as far as no tokenizer is needed to know; not of the run's own reward."""
     try:
-        check_data(eval_set.config, with_reward=eval_set.config.task.reward != runs_reward)
+        with_reward = eval_set.config.task.reward != runs_reward
+        check_data(eval_set.config, with_reward, eval_set.may_lack)
     except ConfigError as error:
         raise_all(as_of_evaluation(each, eval_set.name) for each in each_of(error))

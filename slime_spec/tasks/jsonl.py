@@ -100,18 +100,14 @@ def check_keys(config: TaskConfig, sources: Sequence[JsonlTask], may_lack: froze
         what = {"advice_key": "a text", "tool_key": "tools", "label_key": "a label"}.get(setting, "an object")
         names = " and ".join(source.path for source in sources)
         rule, flag = f"no line of {names} has {what} under it", f"--{setting.replace('_', '-')}"
-        raise ConfigError(f"task.{setting}", rule, getattr(config, setting), f"Correct {flag}.")
-
-
-# Keys that --config slime sets, as slime does, whatever the data are.
-SLIMES = {"tool_key": "tools"}
+        raise ConfigError(f"task.{setting}", rule, getattr(config, setting), f"Correct {flag}, or leave it out.")
 
 
 def _optional_keys(config: TaskConfig) -> set[str]:
     """Return the settings of keys that the user chose, and that not every row must have."""
     default = TaskConfig()
     names = ("advice_key", "tool_key", "label_key", "metadata_key")
-    return {name for name in names if getattr(config, name) not in (None, getattr(default, name), SLIMES.get(name))}
+    return {name for name in names if getattr(config, name) not in (None, getattr(default, name))}
 
 
 def _check_rewards(config: TaskConfig, names: set[str]) -> None:

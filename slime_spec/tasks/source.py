@@ -270,12 +270,13 @@ def load_tasks(
     return tasks
 
 
-def check_data(config: Config, with_reward: bool = True) -> None:
+def check_data(config: Config, with_reward: bool = True, may_lack: frozenset[str] = frozenset()) -> None:
     """Raise ConfigError for data, tasks and, ``with_reward``, a reward that cannot be loaded, all at once.
 
-    PromptSource says more, and needs a tokenizer. A reward's module is imported into this process.
+    PromptSource, whose ``may_lack`` this is, says more, and needs a tokenizer. A reward's module is imported into this
+    process.
     """
-    checks: list[Callable[[], object]] = [partial(load_tasks, config.task)]
+    checks: list[Callable[[], object]] = [partial(load_tasks, config.task, may_lack=may_lack)]
     if config.task.reads_data and with_reward:
         checks.append(_reward_of_data(config).load)
     raise_all(refused_by(*checks))

@@ -70,3 +70,32 @@ def test_a_sets_own_reward_is_told_as_the_evaluations(tmp_path: Path) -> None:
     evaluation = ("--eval-interval", "1", "--eval-prompt-data", "own", str(data), "--eval-rm-type", "no_such_eval.f")
     told = refusals("--hf-checkpoint", "/no/policy", "--prompt-data", str(data), *evaluation)
     assert [each.setting for each in told] == ["model.hf_checkpoint", "eval.reward"]
+
+
+def test_a_set_without_what_training_reads_is_no_mistake_beside_a_missing_checkpoint(tmp_path: Path) -> None:
+    data, held = tmp_path / "prompts.jsonl", tmp_path / "held.jsonl"
+    data.write_text(json.dumps({"prompt": "1 + 1 =", "label": "2", "extra_info": {"level": 1}}) + "\n")
+    held.write_text(json.dumps({"prompt": "1 + 2 =", "label": "3"}) + "\n")
+    words = ("--hf-checkpoint", "/no/policy", "--metadata-key", "extra_info", "--eval-interval", "1")
+    with_set = refusals(*words, "--prompt-data", str(data), "--eval-prompt-data", "held", str(held))
+    assert [each.setting for each in with_set] == ["model.hf_checkpoint"]
+    of_training = refusals(*words, "--prompt-data", str(held), "--eval-prompt-data", "held", str(held))
+    assert [each.setting for each in of_training] == ["model.hf_checkpoint", "task.metadata_key"]
+
+
+@pytest.mark.parametrize("has_target", [True, False], ids=["with its checkpoint", "without its checkpoint"])
+def test_tools_that_no_row_has_are_a_mistake_of_who_asks_for_them_and_not_of_slimes_defaults(
+    tmp_path: Path, target: Path, has_target: bool
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(json.dumps({"input": "1 + 1 =", "label": "2"}) + "\n")
+    slimes = ("--config", "slime", "--hf-checkpoint", str(target) if has_target else "/no/policy")
+
+    def told(*words: str) -> list[str]:
+        looked = look(composed([*slimes, "--prompt-data", str(data), "--n-samples-per-prompt", "2", *words]))
+        looked.close()
+        return [each.setting for each in looked.refusals if each.setting.startswith("task.")]
+
+    assert told() == []
+    assert told("--tool-key", "tools") == ["task.tool_key"]
+    assert told("--tool-key", "functions") == ["task.tool_key"]

@@ -15,7 +15,7 @@ from slime_spec.config.eval_sets import as_of_evaluation, eval_sets
 from slime_spec.config.evaluation import EvalConfig
 from slime_spec.config.tree import Config, RolloutConfig, TaskConfig
 from slime_spec.errors import ConfigError, each_of
-from slime_spec.tasks.eval_prompts import EvalPrompts
+from slime_spec.tasks.eval_prompts import EvalPrompts, check_set
 from slime_spec.tasks.judge import GROUP, VERL, Reply, RewardName, Verdict, form_of
 from slime_spec.tasks.source import PromptSource
 from slime_spec.types import GeneratedSample, Prompt
@@ -135,6 +135,22 @@ def test_an_evaluation_set_need_not_have_the_metadata_that_training_reads(tmp_pa
     assert [(each.text, each.metadata) for each in EvalPrompts.load(held, tokenizer).prompts] == [("b", {})]
     with pytest.raises(ConfigError, match=r"task\.metadata_key: no line of .*held\.jsonl has an object under it"):
         PromptSource(Config(task=replace(task, prompt_data=str(tmp_path / "held.jsonl"))), tokenizer)
+
+
+def test_an_evaluation_set_need_not_have_the_tools_that_training_reads(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """No flag says that a set has none; one that names its own key is held to it."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a", "label": 1, "functions": [tool]}))
+    (tmp_path / "held.jsonl").write_text('{"prompt": "b", "label": 2}')
+    task = TaskConfig(names=(), prompt_data=str(tmp_path / "train.jsonl"), tool_key="functions")
+    sets = EvalConfig(interval=1, prompt_data=("held", str(tmp_path / "held.jsonl")))
+    (held,) = eval_sets(Config(task=task, eval=sets))
+    assert [each.text for each in EvalPrompts.load(held, tokenizer).prompts] == ["b"]
+    check_set(held, task.reward)
+    (own,) = eval_sets(Config(task=task, eval=replace(sets, tool_key="functions")))
+    for check in (lambda: EvalPrompts.load(own, tokenizer), lambda: check_set(own, task.reward)):
+        with pytest.raises(ConfigError, match=r"eval\.tool_key: set held: no line of .*held\.jsonl has tools under it"):
+            check()
 
 
 def test_a_key_that_one_source_of_a_mix_has_is_no_mistake(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -95,4 +95,5 @@ def _on_servers(options: TuneOptions) -> tuple[Workload, Callable[[], Swept]]:
 
 
 def _workload(options: TuneOptions) -> Workload:
-    return read_workload(options.config, options.prompts, options.num_new_tokens, options.prompt_key)
+    key, may_lack = options.prompt_key, options.may_lack
+    return read_workload(options.config, options.prompts, options.num_new_tokens, key, may_lack)

@@ -31,8 +31,8 @@ turn. Every other flag is one of train's: --config, --hf-checkpoint, --prompt-da
 class TuneOptions:
     """Holds the command's options; ``config`` is the run that is tuned, as flags of train describe it.
 
-    ``given`` are the paths of the settings that somebody has set. ``seconds`` bounds the repetitions at all batch sizes
-    together; acceptance, the starts of servers and the push come on top.
+    ``given`` are the paths of the settings that somebody has set, and ``may_lack`` is Composed's. ``seconds`` bounds
+    the repetitions at all batch sizes together; acceptance, the starts of servers and the push come on top.
     """
 
     config: Config
@@ -49,6 +49,7 @@ class TuneOptions:
     json: Path | None = None
     chart: Path | None = None
     given: frozenset[str] = frozenset()
+    may_lack: frozenset[str] = frozenset()
     is_quick: bool = False
 
 
@@ -76,6 +77,7 @@ def read_options(argv: Sequence[str]) -> TuneOptions:
         json=given.json,
         chart=given.chart,
         given=made.given,
+        may_lack=made.may_lack,
         is_quick=given.quick,
     )
     named = {name: getattr(given, name) for name in (*QUICK, "threads")}

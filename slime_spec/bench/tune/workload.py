@@ -70,18 +70,27 @@ class Workload:
         return [made[start : start + len(sizes)] for start in range(0, len(made), len(sizes))]
 
 
-def read_workload(config: Config, path: Path | None, num_new_tokens: int, key: str = "prompt") -> Workload:
-    """Read and tokenize the prompts, which a jsonl has under ``key``; raises ConfigError where none fits."""
+def read_workload(
+    config: Config,
+    path: Path | None,
+    num_new_tokens: int,
+    key: str = "prompt",
+    may_lack: frozenset[str] = frozenset(),
+) -> Workload:
+    """Read and tokenize the prompts, which a jsonl has under ``key``; raises ConfigError where none fits.
+
+    ``may_lack`` is PromptSource's, of the configuration's own data.
+    """
     task = config.task
     tokenizer = Tokenizer.load(config.model.hf_checkpoint, task.chat_date, task.template_values)
-    prompts = _of_task(config, tokenizer) if path is None else _of_file(config, tokenizer, path, key)
+    prompts = _of_task(config, tokenizer, may_lack) if path is None else _of_file(config, tokenizer, path, key)
     params = sampling_params(config.rollout)
     params = replace(params, max_new_tokens=min(params.max_new_tokens, num_new_tokens))
     return Workload(prompts, params, config.rollout.n_samples_per_prompt, config.run.seed)
 
 
-def _of_task(config: Config, tokenizer: Tokenizer) -> tuple[KnownPrompt, ...]:
-    source = PromptSource(config, tokenizer, is_scored=False)
+def _of_task(config: Config, tokenizer: Tokenizer, may_lack: frozenset[str]) -> tuple[KnownPrompt, ...]:
+    source = PromptSource(config, tokenizer, is_scored=False, may_lack=may_lack)
     taken = source.take(MOST_PROMPTS, start_prompt_id=0)
     return tuple(KnownPrompt(ids) for ids in dict.fromkeys(prompt.token_ids for prompt in taken))
 
