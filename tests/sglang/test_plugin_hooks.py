@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from rollout.sglang_engine.plugin import entry
+from rollout.sglang_engine.plugin.endpoints import PATHS
 from rollout.sglang_engine.plugin.fit import misfit
 from rollout.sglang_engine.plugin.hooks import Contract, Feature, Hook, Name
-from rollout.sglang_engine.plugin.state import OFF, State
+from rollout.sglang_engine.plugin.metadata import COMPLETION
+from rollout.sglang_engine.plugin.state import OFF, STATE, Detail, State
 
 HERE = "tests.sglang.test_plugin_hooks"
 
@@ -26,7 +28,14 @@ class Parent:
 
 
 class Manager(Parent):
+    def __init__(self) -> None:
+        self.is_paused = False
+
     def update(self, recv_req: object) -> None: ...
+
+    @property
+    def is_free(self) -> bool:
+        return not self.is_paused and self.session is None  # type: ignore[attr-defined]
 
 
 class Algorithm(Enum):
@@ -58,6 +67,7 @@ def test_a_name_fits_by_all_its_parameters_and_a_class_by_the_members_used() -> 
     assert misfit(UPDATE.name) is None
     assert misfit(INHERITED.name) is None
     assert misfit(Name(f"{HERE}.Manager", members=("selector", "update", "inherited"))) is None
+    assert misfit(Name(f"{HERE}.Manager", attributes=("is_paused", "session"))) is None
     assert misfit(Name(f"{HERE}.Algorithm", members=("EAGLE", "is_standalone"))) is None
 
 
@@ -68,6 +78,7 @@ def test_a_name_fits_by_all_its_parameters_and_a_class_by_the_members_used() -> 
         (hook("Manager.gone", "self").name, "Manager.gone is missing"),
         (Name("no_such_package.module.function"), "no_such_package.module.function is missing"),
         (Name(f"{HERE}.Manager", members=("selector", "session")), "Manager has no session"),
+        (Name(f"{HERE}.Manager", attributes=("is_paused", "renamed")), "Manager has no renamed"),
     ],
 )
 def test_a_name_that_looks_otherwise_is_told_in_words(name: Name, says: str) -> None:
@@ -126,8 +137,9 @@ def test_a_scheduler_takes_its_own_hooks_and_main_takes_all() -> None:
 
 
 def test_a_module_that_this_process_has_not_loaded_is_neither_imported_nor_hooked() -> None:
-    of_http = Hook(Name("no_http_server.set_state", ("state",)), "before", "main", hooked, only_where_loaded=True)
-    hooks, state = choose(Feature("info", "does", (Contract("2.0", (of_http, UPDATE)),)))
+    of_http = Hook(Name("no_http_server.set_state", ("state",), only_where_loaded=True), "before", "main", hooked)
+    needed = Name("no_http_server.State", members=("shown",), only_where_loaded=True)
+    hooks, state = choose(Feature("info", "does", (Contract("2.0", (of_http, UPDATE), (needed,)),)))
     assert hooks == [UPDATE]
     assert list(state.active) == ["info"]
 
@@ -158,9 +170,39 @@ def test_the_entry_point_imports_nothing_heavy_and_nothing_of_ours_beside_the_pl
     }
 
 
-def test_every_contract_of_a_feature_hooks_a_name_once_and_names_all_that_it_uses() -> None:
+def test_every_contract_hooks_a_name_once_and_with_its_parameters() -> None:
     for feature in entry.FEATURES:
         for contract in feature.contracts:
             targets = [hook.name.target for hook in contract.hooks]
             assert len(set(targets)) == len(targets)
             assert all(hook.name.parameters for hook in contract.hooks)
+
+
+def test_the_main_process_shows_what_it_counts_and_a_scheduler_what_it_does() -> None:
+    """The server's dict is filled once, at its start, and shown at each request."""
+    counts = {"pushes": 0}
+    details = {"push": Detail("main", lambda: counts), "kept": Detail("scheduler", lambda: {"num_kept": 0})}
+    active = {"push": "2.0", "kept": "2.0"}
+    main, scheduler = (State(process=each, active=active, details=details).shown() for each in ("main", "scheduler"))
+    counts["pushes"] += 1
+    assert (main["push"], "kept" in main) == ({"pushes": 1}, False)
+    assert (scheduler["kept"], "push" in scheduler) == ({"num_kept": 0}, False)
+
+
+def test_what_the_main_process_counts_is_in_the_servers_dict() -> None:
+    shows = {name: detail for name, detail in STATE.details.items() if detail.process == "main"}
+    assert {name: detail.show() for name, detail in shows.items()} == {
+        "metadata": COMPLETION.counts,
+        "endpoints": PATHS.shown,
+    }
+    assert shows["metadata"].show() is COMPLETION.counts
+    assert shows["endpoints"].show() is PATHS.shown
+
+
+def test_a_feature_that_is_left_out_late_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    state = State(sglang="9.9", active={"weights": "2.0"})
+    for _ in range(2):
+        state.leave_out("weights", "no runners")
+    assert (state.active, state.inactive) == ({}, {"weights": "no runners"})
+    (line,) = caplog.messages
+    assert "weights is NOT active: SGLang 9.9" in line

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rollout.sglang_engine.plugin.metadata import complete
+from rollout.sglang_engine.plugin.metadata import Completion
 from rollout.sglang_engine.recordings import recordings
 from slime_spec.sglang.metadata import GENERATIONS, spec_counters
 
@@ -26,11 +26,11 @@ def response(*generations: int) -> dict[str, Any]:
     return told
 
 
-def completed(meta: dict[str, Any], num_steps: int | None = 3) -> dict[str, Any]:
+def completed(meta: dict[str, Any], num_steps: int | None = 3, completion: Completion | None = None) -> dict[str, Any]:
     """As SGLang's hook leaves the metadata of one response."""
     meta = dict(meta)
     manager = SimpleNamespace(server_args=SimpleNamespace(speculative_num_steps=num_steps))
-    assert complete(None, manager, meta, recv_obj=None, i=0) is None
+    assert (completion or Completion()).complete(None, manager, meta, recv_obj=None, i=0) is None
     return meta
 
 
@@ -104,9 +104,27 @@ def test_a_response_without_a_verify_round_counts_as_nothing_drafted() -> None:
 
 def test_counters_under_unknown_keys_are_left_alone_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     unknown = {"completion_tokens": TOKENS, "spec_verify_ct": ROUNDS, "spec_drafts_of_tomorrow": CORRECT}
+    counting = Completion()
     with caplog.at_level(logging.ERROR, logger="slime_spec.plugin"):
-        assert [completed(unknown), completed(unknown)] == [unknown, unknown]
+        assert [completed(unknown, completion=counting) for _ in range(2)] == [unknown, unknown]
+    assert counting.counts == {"responses_with_unknown_counters": 2}
     assert [record.getMessage() for record in caplog.records if "spec_drafts_of_tomorrow" in record.getMessage()] == [
         "slime_spec plug-in: responses keep SGLang's own keys only: "
-        "10 verify rounds under unknown keys: spec_drafts_of_tomorrow, spec_verify_ct"
+        "UnknownMetadataError('10 verify rounds under unknown keys: spec_drafts_of_tomorrow, spec_verify_ct')"
     ]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"spec_num_correct_drafts": None},
+        {"spec_num_proposed_drafts": "many"},
+        {"spec_correct_drafts_histogram": [None]},
+        {"completion_tokens": None},
+    ],
+)
+def test_counters_that_are_no_numbers_never_reach_sglangs_loop(odd: dict[str, Any]) -> None:
+    """What is raised there ends the loop that hands out every response."""
+    counting, given = Completion(), response(0) | odd
+    assert completed(given, completion=counting) == given
+    assert counting.counts == {"responses_with_unknown_counters": 1}

@@ -10,6 +10,7 @@ from rollout.sglang_engine.plugin.entry import FEATURES
 from rollout.sglang_engine.plugin.hooks import Contract, Feature, Name
 from slime_spec.sglang.releases import NEWEST_READ
 from tests.support.sglang_names import Facts, Sources, facts_of, key, recorded, used, wheel
+from tests.support.sglang_real import ROOT
 
 RELEASES, FACTS = recorded()
 SLIMES_PIN = "0.5.15"
@@ -19,9 +20,10 @@ MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 def fits(name: Name, release: str) -> bool:
     fact = FACTS[name.target][release]
-    if fact is None or not name.members:
+    used = {*name.members, *name.attributes}
+    if fact is None or not used:
         return fact == name.parameters
-    return set(name.members) <= set(fact)
+    return used <= set(fact)
 
 
 def contract_of(feature: Feature, release: str) -> Contract | None:
@@ -74,7 +76,8 @@ MADE_UP = Sources(
         "sglang/srt/main.py": (
             "from sglang.srt.base import Base as Parent\n"
             "class Own:\n  def late(self): ...\n"
-            "class Manager(Parent, Own):\n  slot: str\n  def update(self, a, /, b, *rest, c, **more): ...\n"
+            "class Manager(Parent, Own):\n  slot: str\n  BEST = 1\n"
+            "  def update(self, a, /, b, *rest, c, **more): self.set = b.other\n"
             "def free(x): ...\n"
         ),
         "sglang/srt/pack/__init__.py": "def inside(): ...\n",
@@ -91,6 +94,7 @@ MADE_UP = Sources(
         (Name("sglang.srt.main.Manager.inherited"), ("self", "obj", "request")),
         (Name("sglang.srt.main.Manager.late"), ("self",)),
         (Name("sglang.srt.main.Manager", members=("field", "gone", "late", "slot")), ("field", "late", "slot")),
+        (Name("sglang.srt.main.Manager", members=("BEST",), attributes=("other", "set")), ("BEST", "set")),
         (Name("sglang.srt.main.Manager.gone"), None),
         (Name("sglang.srt.main.gone"), None),
         (Name("sglang.srt.gone.free"), None),
@@ -110,3 +114,11 @@ def test_the_wheels_say_what_was_recorded() -> None:
         pytest.skip(f"pip cannot download SGLang's wheels here: {error.stderr.decode()[-200:]}")
     read: Facts = facts_of(RELEASES, used())
     assert read == FACTS
+
+
+def test_the_documents_log_line_is_that_release_s() -> None:
+    release = "0.5.21"
+    contracts = {feature.name: contract_of(feature, release) for feature in FEATURES}
+    active = ", ".join(f"{name} (as of {each.releases})" for name, each in contracts.items() if each is not None)
+    line = f"slime_spec plug-in: process=scheduler sglang={release} active={active}\n"
+    assert line in (ROOT / "docs" / "plug-in.md").read_text()

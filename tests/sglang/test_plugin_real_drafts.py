@@ -106,6 +106,7 @@ def test_a_draft_is_pushed_alone_by_tensors_and_by_folder(served: Served) -> Non
     assert own
     told = served.push(disturbed(served.draft, seed=3), draft_version=7).json()
     assert (told["success"], told["draft_version"]) == (True, "7")
+    assert served.server.info()["slime_spec_plugin"]["endpoints"] == {"draft_version": "7"}
     changed = served.sums("draft")
     assert {name for name in draft if changed[name] != draft[name]} >= {name for name in own if "rotary" not in name}
     assert served.sums("target") == target

@@ -3,8 +3,9 @@
     python -m tests.support.sglang_names              reads the releases that sglang_names.json has once more
     python -m tests.support.sglang_names 0.5.24       and another one
 
-A function's fact is its parameters, a class's are the members that the plug-in uses; there is none where the release
-lacks the name. Wheels of tens of MB are downloaded by pip into a folder of the cache (XDG_CACHE_HOME), once.
+A function's fact is its parameters, a class's are the members and attributes that the plug-in uses; there is none where
+the release lacks the name. Wheels of tens of MB are downloaded by pip into a folder of the cache (XDG_CACHE_HOME),
+once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -42,11 +44,12 @@ class Sources:
             return cls({name: packed.read(name).decode() for name in names})
 
     def fact(self, name: Name) -> Fact:
-        """The parameters of a function in their order, or those members of a class that ``name`` asks for."""
+        """The parameters of a function in their order, or what of a class there is that ``name`` asks for."""
         found = self._find(*self._split(name.target))
         if isinstance(found, ast.ClassDef):
             module = self._split(name.target)[0]
-            return tuple(member for member in name.members if member in self._members(module, found))
+            there = tuple(member for member in name.members if member in self._members(module, found))
+            return (*there, *(each for each in name.attributes if each in self._attributes(module, found)))
         return None if found is None else parameters(found)
 
     def _split(self, target: str) -> tuple[str, list[str]]:
@@ -74,6 +77,10 @@ class Sources:
 
     def _members(self, file: str, owner: ast.ClassDef) -> set[str]:
         return {name for _, each in self._mro(file, owner) for name in _names(each)}
+
+    def _attributes(self, file: str, owner: ast.ClassDef) -> set[str]:
+        nodes = (node for _, each in self._mro(file, owner) for node in ast.walk(each))
+        return {node.attr for node in nodes if isinstance(node, ast.Attribute) and _is_self(node.value)}
 
     def _mro(self, file: str, owner: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
         """A class and its bases in SGLang, whose order matters nowhere here."""
@@ -120,15 +127,24 @@ def _names(owner: ast.ClassDef) -> Iterator[str]:
             yield node.name
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node.target.id
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
 
 
 def used() -> list[Name]:
-    """Every name that a contract of the plug-in has; a class once, with all members that any contract asks for."""
-    names = [name for feature in FEATURES for contract in feature.contracts for name in contract.names]
-    members: dict[str, set[str]] = {}
-    for name in names:
-        members.setdefault(name.target, set()).update(name.members)
-    return [Name(target, members=tuple(sorted(members[target]))) for target in sorted(members)]
+    """Every name that a contract of the plug-in has; a class once, with all that any contract asks for of it."""
+    members, attributes = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+    for name in (name for feature in FEATURES for contract in feature.contracts for name in contract.names):
+        members[name.target].update(name.members)
+        attributes[name.target].update(name.attributes)
+    return [
+        Name(target, members=tuple(sorted(members[target])), attributes=tuple(sorted(attributes[target])))
+        for target in sorted(members)
+    ]
 
 
 def wheel(release: str) -> Path:

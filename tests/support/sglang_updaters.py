@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from rollout.sglang_engine.plugin.hooks import Contract
 
 MESSAGES = SimpleNamespace(
@@ -42,6 +44,7 @@ class Runner:
             is_standalone=lambda: algorithm == "STANDALONE",
             is_eagle=lambda: algorithm in ("EAGLE", "EAGLE3"),
             is_eagle3=lambda: algorithm == "EAGLE3",
+            is_ngram=lambda: algorithm == "NGRAM",
         )
         self.calls: list[str] = []
         self.weight_updater = self
@@ -82,6 +85,19 @@ class SeveralLayers:
         self.draft_worker = SimpleNamespace(draft_runner_list=list(runners))
 
 
+class RenamedDraftWorker(DraftWorker):
+    """The draft's worker of a release that has its runners under a name of its own; updates reach them as before."""
+
+    def __init__(self, target: Runner, *runners: Runner) -> None:
+        super().__init__(target, *runners)
+        self._drafting = self.draft_worker
+        del self.draft_worker
+
+    def update_weights_from_tensor(self, request: Any) -> None:
+        self._drafting.draft_runners[0].load(request.weights)
+        self._target.load(request.weights)
+
+
 class NewerDraftWorker(DraftWorker):
     def weight_update_runners(self) -> list[tuple[str, Runner]]:
         return [("draft", runner) for runner in self.draft_worker.draft_runners]
@@ -119,9 +135,10 @@ class Older:
 
 
 class Newer:
-    """The updater from 0.5.21 on, and what of the scheduler and the manager the hooks see."""
+    """The updater from 0.5.21 on, which loads on its own rank and begins and ends with all ranks of its group."""
 
-    def __init__(self, target: Runner, draft_worker: Any) -> None:
+    def __init__(self, target: Runner, draft_worker: Any, tp_cpu_group: Any = None) -> None:
+        self.tp_cpu_group = tp_cpu_group
         self.tp_worker = SimpleNamespace(model_runner=target)
         self.draft_worker = draft_worker
         self._session: str | None = None
@@ -139,6 +156,7 @@ class Newer:
         for runner in self._runners(recv_req.selector):
             runner.begin_weight_update()
         self._session = recv_req.selector
+        self._barrier()
         return done()
 
     def end_weight_update(self, recv_req: Any) -> Any:
@@ -147,11 +165,16 @@ class Newer:
         for runner in self._runners(self._session):
             runner.end_weight_update()
         self._session = None
+        self._barrier()
         return done()
+
+    def _barrier(self) -> None:
+        if self.tp_cpu_group is not None:
+            torch.distributed.barrier(group=self.tp_cpu_group)
 
     def update_weights_from_tensor(self, recv_req: Any) -> Any:
         if self._session is None or self.fails:
-            return done(False)
+            return SimpleNamespace(success=False, message="not loaded")
         for runner in self._runners(recv_req.selector):
             runner.load(recv_req.weights)
         return done()

@@ -55,13 +55,7 @@ def choose(
             continue
         contract, misfits = fitting([each.within(state.process, modules) for each in feature.contracts])
         if contract is None:
-            state.inactive[feature.name] = " | ".join(misfits)
-            logger.error(
-                "slime_spec plug-in: %s is NOT active: SGLang %s is none of the releases that it knows: %s",
-                feature.name,
-                state.sglang,
-                state.inactive[feature.name],
-            )
+            state.leave_out(feature.name, " | ".join(misfits))
             continue
         state.active[feature.name] = contract.releases
         hooks += contract.hooks

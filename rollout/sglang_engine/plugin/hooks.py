@@ -16,14 +16,17 @@ Process = Literal["main", "scheduler"]
 
 @dataclass(frozen=True)
 class Name:
-    """A function of SGLang with all its parameters in order, or a class with the fields and methods that are used.
+    """A function of SGLang with all its parameters in order, or a class with what of it is used.
 
     ``Name("sglang.srt.managers.scheduler.Scheduler.flush_cache", ("self", "empty_cache"))``
     """
 
     target: str
     parameters: tuple[str, ...] = ()
-    members: tuple[str, ...] = ()  # of a class, which has no parameters here
+    members: tuple[str, ...] = ()  # of a class, which has no parameters here: its fields and methods
+    attributes: tuple[str, ...] = ()  # of a class's instances, which its methods set or read by that name
+    # In a module that need not be loaded, and is not loaded for this: an engine has no HTTP server.
+    only_where_loaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,6 @@ class Hook:
     kind: Kind
     process: Process  # whose calls it is for: main has the tokenizer manager and HTTP
     function: Callable[..., Any]
-    # For a module's function where the module need not be loaded: an engine has no HTTP server.
-    only_where_loaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,16 @@ class Contract:
 
         Main takes all hooks: where SGLang calls its functions otherwise, a scheduler is taken for it.
         """
+
+        def is_there(name: Name) -> bool:
+            return not name.only_where_loaded or name.target.rpartition(".")[0] in modules
+
         taken = tuple(hook for hook in self.hooks if process == "main" or hook.process == process)
-        loaded = tuple(
-            hook for hook in taken if not hook.only_where_loaded or hook.name.target.rpartition(".")[0] in modules
+        return replace(
+            self,
+            hooks=tuple(hook for hook in taken if is_there(hook.name)),
+            needs=tuple(name for name in self.needs if is_there(name)),
         )
-        return replace(self, hooks=loaded)
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ from rollout.sglang_engine.plugin.state import KEY, STATE
 
 
 def show_main(global_state: Any) -> None:
-    """SGLang answers with all that this dict holds."""
+    """SGLang answers with what this dict holds by then: the features that count here show the dicts they count in."""
     global_state.scheduler_info[KEY] = STATE.shown()
 
 
 def show_scheduler(output: Any, scheduler: Any, recv_req: Any) -> Any:
-    output.internal_state[KEY] = STATE.shown_in_detail()
+    output.internal_state[KEY] = STATE.shown()
     return output
 
 
+SERVER = "sglang.srt.entrypoints.http_server"
 FEATURE = Feature(
     "info",
     "shows in /server_info what is active",
@@ -26,11 +27,10 @@ FEATURE = Feature(
             "0.5.15 to 0.5.23",
             (
                 Hook(
-                    Name("sglang.srt.entrypoints.http_server.set_global_state", ("global_state",)),
+                    Name(f"{SERVER}.set_global_state", ("global_state",), only_where_loaded=True),
                     "before",
                     "main",
                     show_main,
-                    only_where_loaded=True,
                 ),
                 Hook(
                     Name("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req")),
@@ -38,6 +38,10 @@ FEATURE = Feature(
                     "scheduler",
                     show_scheduler,
                 ),
+            ),
+            (
+                Name(f"{SERVER}._GlobalState", members=("scheduler_info",), only_where_loaded=True),
+                Name("sglang.srt.managers.io_struct.GetInternalStateReqOutput", members=("internal_state",)),
             ),
         ),
     ),

@@ -11,21 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rollout.sglang_engine.plugin.draft_safe import UPDATER
-from rollout.sglang_engine.plugin.drafts import draft_runners
+from rollout.sglang_engine.plugin.draft_safe import ALGORITHM, UPDATER
+from rollout.sglang_engine.plugin.drafts import UnknownDraftError, draft_runners
 from rollout.sglang_engine.plugin.hooks import Contract, Feature, Hook, Name
-from rollout.sglang_engine.plugin.state import STATE, logger
+from rollout.sglang_engine.plugin.state import STATE, Detail, State, logger
 
 if TYPE_CHECKING:
     from rollout.sglang_engine.plugin.draft_copy import Copy
 
+NAME = "kept_draft"
 WEIGHTS = "weights"  # SGLang's tag of memory; a request without tags is for all of them
 
 
 class KeptDraft:
     """The hooks around one scheduler's releases of memory, with the copies of its draft while it has none."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: State = STATE) -> None:
+        self._state = state
         self._copies: list[Copy] = []
         self.num_kept = self.num_put_back = 0
 
@@ -36,7 +38,10 @@ class KeptDraft:
         is_there = WEIGHTS not in updater.offload_tags
         if of_weights(recv_req) and is_there and updater.memory_saver_adapter.enabled:
             target = updater.tp_worker.model_runner.model
-            self._copies = [Copy(runner.model, target) for runner in draft_runners(updater.draft_worker)]
+            try:
+                self._copies = [Copy(runner.model, target) for runner in draft_runners(updater)]
+            except UnknownDraftError as error:
+                self._state.leave_out(NAME, str(error))
             self.num_kept += bool(self._copies)
         return original(updater, recv_req)
 
@@ -64,15 +69,15 @@ def of_memory(name: str, function: Callable[..., Any]) -> Hook:
 
 
 KEPT = KeptDraft()
-STATE.details["kept_draft"] = KEPT.shown
+STATE.details[NAME] = Detail("scheduler", KEPT.shown)
 FEATURE = Feature(
-    "kept_draft",
+    NAME,
     "keeps the draft over release_memory_occupation and resume_memory_occupation",
     (
         Contract(
             "0.5.15 to 0.5.23",
             (of_memory("release", KEPT.keep), of_memory("resume", KEPT.put_back)),
-            (Name(UPDATER, members=("tp_worker", "draft_worker", "memory_saver_adapter", "offload_tags")),),
+            (Name(UPDATER, members=("tp_worker", "draft_worker", "memory_saver_adapter", "offload_tags")), ALGORITHM),
         ),
     ),
 )

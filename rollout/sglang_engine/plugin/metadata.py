@@ -10,25 +10,35 @@ from typing import Any
 
 from rollout.sglang_engine.plugin.draft_safe import MANAGER
 from rollout.sglang_engine.plugin.hooks import Contract, Feature, Hook, Name
-from rollout.sglang_engine.plugin.state import STATE, logger
+from rollout.sglang_engine.plugin.state import STATE, Detail, logger
 
-COUNTS = {"responses_with_unknown_counters": 0}
-
-
-def complete(result: None, manager: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
-    """Adds what the response lacks; SGLang's own values stay as they are. Nothing is raised into SGLang's loop."""
-    from slime_spec.sglang.metadata import UnknownMetadataError, in_every_generation
-
-    num_steps = getattr(manager.server_args, "speculative_num_steps", None) or 0
-    try:
-        meta_info.update(in_every_generation(meta_info, num_steps))
-    except UnknownMetadataError as error:
-        COUNTS["responses_with_unknown_counters"] += 1
-        if COUNTS["responses_with_unknown_counters"] == 1:
-            logger.error("slime_spec plug-in: responses keep SGLang's own keys only: %s", error)
+UNKNOWN = "responses_with_unknown_counters"
 
 
-STATE.details["metadata"] = lambda: COUNTS
+class Completion:
+    """The hook after SGLang has counted a response's drafts, and how many responses it could not read."""
+
+    def __init__(self) -> None:
+        self.counts = {UNKNOWN: 0}
+
+    def complete(self, result: None, manager: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
+        """Adds what the response lacks; SGLang's own values stay as they are.
+
+        What cannot be read is counted, and said once: raised, it would end SGLang's loop of responses.
+        """
+        from slime_spec.sglang.metadata import in_every_generation
+
+        num_steps = getattr(manager.server_args, "speculative_num_steps", None) or 0
+        try:
+            meta_info.update(in_every_generation(meta_info, num_steps))
+        except (KeyError, TypeError, ValueError) as error:  # among them counters under unknown keys
+            self.counts[UNKNOWN] += 1
+            if self.counts[UNKNOWN] == 1:
+                logger.error("slime_spec plug-in: responses keep SGLang's own keys only: %r", error)
+
+
+COMPLETION = Completion()
+STATE.details["metadata"] = Detail("main", lambda: COMPLETION.counts)
 FEATURE = Feature(
     "metadata",
     "adds the counters of speculation under the keys of every generation",
@@ -40,7 +50,7 @@ FEATURE = Feature(
                     Name(f"{MANAGER}._calculate_spec_decoding_metrics", ("self", "meta_info", "recv_obj", "i")),
                     "after",
                     "main",
-                    complete,
+                    COMPLETION.complete,
                 ),
             ),
         ),

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from rollout.sglang_engine.plugin.draft_copy import Copy, shared_names
-from rollout.sglang_engine.plugin.drafts import OF_THE_TARGET, draft_runners, folder_of
+from rollout.sglang_engine.plugin.drafts import NONE, OF_THE_TARGET, UNKNOWN, Draft, draft_runners
 from rollout.sglang_engine.plugin.kept_draft import WEIGHTS
+from rollout.sglang_engine.plugin.ranks import told_by_all
 from rollout.sglang_engine.staging import expected_draft
 from slime_spec.checkpoints.families.eagle3 import TABLES
 from slime_spec.checkpoints.folder import DRAFT_PATH, CheckpointFolder
@@ -25,35 +26,50 @@ Tensors = list[tuple[str, torch.Tensor]]
 Load = Callable[[Any, Tensors], None]  # into the model of a runner
 
 
-def replace_draft(updater: Any, kind: str, read: Callable[[], Iterable[tuple[str, torch.Tensor]]], load: Load) -> int:
+class NotPutBackError(PushError):
+    """A draft is neither as it was nor as the push has it."""
+
+
+def replace_draft(
+    updater: Any, draft: Draft, read: Callable[[], Iterable[tuple[str, torch.Tensor]]], load: Load
+) -> int:
     """Loads what ``read`` gives and returns its number of tensors; raises PushError where the draft stays as it was.
 
-    All ranks of ``updater.tp_cpu_group`` raise where one does. ``kind`` says whose checkpoint the draft is of.
+    All ranks of ``updater.tp_cpu_group`` raise where one does. Raises NotPutBackError where the draft is lost.
     """
     if WEIGHTS in updater.offload_tags:
         raise PushError("the server's weights are released: resume its memory first")
-    runners, target = draft_runners(updater.draft_worker), updater.tp_worker.model_runner
-    if not runners:
+    if draft.kind == UNKNOWN:
+        raise PushError(draft.problem)
+    if draft.kind == NONE:
         raise PushError("this server drafts without weights")
+    runners, target = draft_runners(updater), updater.tp_worker.model_runner
+    if methods := sorted({str(each.model_config.quantization) for each in runners if each.model_config.quantization}):
+        raise PushError(f"the draft is quantized ({', '.join(methods)}): what a push loads could not be put back")
     tensors: Tensors = []
+    copies: list[Copy] = []
 
     def check() -> None:
-        expected = draft_files(Path(folder_of(target if kind == OF_THE_TARGET else runners[0])), kind)
         tensors.extend(read())
-        check_whole(tensors, expected)
+        check_whole(tensors, draft_files(draft))
+        copies.extend(Copy(runner.model, target.model) for runner in runners)
 
     def load_all() -> None:
         for runner in runners:
             shared = {_end(name) for name in shared_names(runner.model, target.model)}
             load(runner, [(name, tensor) for name, tensor in tensors if _end(name) not in shared])
 
-    agree(attempt(check), updater.tp_cpu_group)
-    copies = [Copy(runner.model, target.model) for runner in runners]
-    try:
-        agree(attempt(load_all), updater.tp_cpu_group)
-    except PushError:
+    def put_back() -> None:
         for copy in copies:
             copy.put_back()
+
+    agree(attempt(check), updater.tp_cpu_group)
+    try:
+        agree(attempt(load_all), updater.tp_cpu_group)
+    except PushError as error:
+        if problems := told_by_all(attempt(put_back), updater.tp_cpu_group):
+            lost = "; ".join(problems)
+            raise NotPutBackError(f"{error}. The draft is lost ({lost}): restart the server") from error
         raise
     return len(tensors)
 
@@ -71,12 +87,8 @@ def attempt(action: Callable[[], None]) -> str:
 
 def agree(problem: str, group: Any) -> None:
     """Raises PushError on all ranks where one has a problem."""
-    problems: list[str] = [problem]
-    if (size := torch.distributed.get_world_size(group=group)) > 1:
-        problems = [""] * size
-        torch.distributed.all_gather_object(problems, problem, group=group)
-    if any(problems):
-        raise PushError("; ".join(sorted({each for each in problems if each})))
+    if problems := told_by_all(problem, group):
+        raise PushError("; ".join(problems))
 
 
 def check_whole(tensors: Tensors, expected: DraftFiles) -> None:
@@ -87,24 +99,24 @@ def check_whole(tensors: Tensors, expected: DraftFiles) -> None:
     check_values([name for name, _ in tensors], [tensor for _, tensor in tensors], torch.float32)
 
 
-def draft_files(where: Path, kind: str) -> DraftFiles:
+def draft_files(draft: Draft) -> DraftFiles:
     """What a push must bring, by the checkpoint that the draft is of: an MTP head's is the target's."""
+    where = Path(draft.folder)
     if not where.is_dir():
         raise PushError(
             f"the draft's checkpoint {where} is no folder here: nothing says which tensors a push must bring"
         )
-    if kind == OF_THE_TARGET:
+    if draft.kind == OF_THE_TARGET:
         return DraftFiles(TargetFiles.read(str(where)).mtp_shapes, in_target=True)
     stored = CheckpointFolder(where, DRAFT_PATH).tensors
     return DraftFiles({name: each.shape for name, each in stored.items() if name not in TABLES}, in_target=False)
 
 
-def of_folder(folder: Path, updater: Any, kind: str) -> Tensors:
+def of_folder(folder: Path, draft: Draft) -> Tensors:
     """The draft's tensors of a checkpoint; its vocabulary must be the server's, which it reads once, at its start."""
-    if kind == OF_THE_TARGET:
-        wanted = draft_files(Path(folder_of(updater.tp_worker.model_runner)), kind).shapes.keys()
-        return list(stored_tensors(folder, wanted.__contains__, DRAFT_PATH))
-    ours = Path(folder_of(draft_runners(updater.draft_worker)[0]))
+    if draft.kind == OF_THE_TARGET:
+        return list(stored_tensors(folder, draft_files(draft).shapes.__contains__, DRAFT_PATH))
+    ours = Path(draft.folder)
     tables, others = (dict(stored_tensors(each, TABLES.__contains__, DRAFT_PATH)) for each in (ours, folder))
     if different := [name for name in tables if name in others and not torch.equal(tables[name], others[name])]:
         raise PushError(f"{', '.join(different)} of {folder} differs from the server's: restart it with that draft")

@@ -18,7 +18,7 @@ from rollout.sglang_engine.plugin.state import logger
 # Seconds after which a session is closed that its client has left open.
 SESSION_S = "SLIME_SPEC_PLUGIN_SESSION_S"
 DEFAULT_SESSION_S = 300.0
-EXPIRED = "slime_spec_plugin: expired"  # the request id by which a scheduler knows the main process's own request
+OURS = "slime_spec_plugin: "  # in a request's id, before the reason: so a scheduler knows the main process's request
 Messages = Callable[[], Any]  # returns the module of SGLang's messages between its processes
 
 
@@ -26,11 +26,18 @@ def sglang_messages() -> Any:
     return importlib.import_module("sglang.srt.managers.io_struct")
 
 
+def in_attention_groups() -> bool:
+    """Whether groups of ranks have requests of their own (DP attention); updates are for all ranks."""
+    return bool(importlib.import_module("sglang.srt.runtime_context").get_parallel().attn_dp_size > 1)
+
+
 class LazySession:
     """The session that the plug-in has opened in this scheduler, if it is open, and the hooks that close it."""
 
-    def __init__(self, messages: Messages = sglang_messages) -> None:
-        self._messages = messages
+    def __init__(
+        self, messages: Messages = sglang_messages, in_groups: Callable[[], bool] = in_attention_groups
+    ) -> None:
+        self._messages, self._in_groups = messages, in_groups
         self.is_open = False
         self.num_opened = 0
         self.closed_by: dict[str, int] = {}
@@ -58,24 +65,25 @@ class LazySession:
         return original(updater, recv_req)
 
     def end(self, original: Any, updater: Any, recv_req: Any) -> Any:
-        """A client that ends what it never began has its session closed; a timeout closes no client's session."""
-        if recv_req.rid != EXPIRED:
+        """A client that ends what it never began has its session closed; the main process closes no client's."""
+        rid = str(recv_req.rid)
+        if not rid.startswith(OURS):
             self.is_open = False
             return original(updater, recv_req)
-        self.close(updater, "timeout")
+        self.close(updater, rid.removeprefix(OURS))
         return self._messages().EndWeightUpdateReqOutput(success=True, message="Success")
 
     def before_continue(self, scheduler: Any, recv_req: Any) -> None:
         self.close(scheduler.weight_updater, "continue_generation")
 
     def before_flush(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-        """Clients that pause nothing flush the cache after their last bucket."""
-        if self.is_open:  # SGLang flushes before it has an updater
+        """Clients that pause nothing flush after their last bucket; groups of ranks each flush once they are idle."""
+        if self.is_open and not self._in_groups():  # SGLang flushes before it has an updater
             self.close(scheduler.weight_updater, "flush_cache")
 
     def before_generate(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-        """A paused scheduler only queues what arrives."""
-        if self.is_open and not scheduler._engine_paused:
+        """A paused scheduler only queues what arrives; with DP attention not all ranks are here (``Watch``)."""
+        if self.is_open and not scheduler._engine_paused and not self._in_groups():
             self.close(scheduler.weight_updater, "generate")
 
     def before_release(self, updater: Any, recv_req: Any) -> None:
@@ -100,10 +108,15 @@ def session_s(environment: Mapping[str, str] = os.environ) -> float:
 
 
 class Watch:
-    """The main process's clock: it starts anew with each bucket."""
+    """The main process's clock: it starts anew with each bucket. What closes a session goes to all ranks."""
 
-    def __init__(self, after_s: float, messages: Messages = sglang_messages) -> None:
-        self._after_s, self._messages = after_s, messages
+    def __init__(
+        self,
+        after_s: float,
+        messages: Messages = sglang_messages,
+        in_groups: Callable[[], bool] = in_attention_groups,
+    ) -> None:
+        self._after_s, self._messages, self._in_groups = after_s, messages, in_groups
         self._timer: asyncio.TimerHandle | None = None
         self._asking: asyncio.Future[None] | None = None
 
@@ -114,6 +127,16 @@ class Watch:
         finally:
             self._start(manager)
 
+    async def before_request(self, original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:
+        """With DP attention, has the session closed that a bucket may have opened, before any request goes on."""
+        if (self._timer is not None or self._asking is not None) and self._in_groups():
+            if self._timer is not None and not manager.is_pause:
+                self._stop()
+                self._ask(manager, "generate")
+            if self._asking is not None:
+                await asyncio.shield(self._asking)  # a request that is given up ends for itself alone
+        return await original(manager, *args, **kwargs)
+
     def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -121,11 +144,16 @@ class Watch:
 
     def _start(self, manager: Any) -> None:
         self._stop()
-        self._timer = asyncio.get_running_loop().call_later(self._after_s, self._ask, manager)
+        self._timer = asyncio.get_running_loop().call_later(self._after_s, self._ask, manager, "timeout")
 
-    def _ask(self, manager: Any) -> None:
-        self._asking = asyncio.ensure_future(self._expire(manager))  # a loop holds its tasks weakly
+    def _ask(self, manager: Any, reason: str) -> None:
+        self._timer = None
+        self._asking = asyncio.ensure_future(self._close(manager, reason))  # a loop holds its tasks weakly
 
-    async def _expire(self, manager: Any) -> None:
+    async def _close(self, manager: Any, reason: str) -> None:
         """Asks the schedulers, past the lock of updates: for that, requests in flight would have to end first."""
-        await manager.end_weight_update_communicator(self._messages().EndWeightUpdateReqInput(rid=EXPIRED))
+        try:
+            asked = self._messages().EndWeightUpdateReqInput(rid=f"{OURS}{reason}")
+            await manager.end_weight_update_communicator(asked)
+        except Exception:  # noqa: BLE001 - nobody awaits a clock, and a request must go on
+            logger.exception("slime_spec plug-in: could not close a session of weight updates reason=%s", reason)

@@ -30,7 +30,7 @@ class Runner:
         self.model_runner = self
         self.model_config = SimpleNamespace(model_path=path)
         yes, no = (lambda: True), (lambda: False)
-        self.spec_algorithm = SimpleNamespace(is_standalone=no, is_eagle=yes, is_eagle3=no)
+        self.spec_algorithm = SimpleNamespace(is_standalone=no, is_eagle=yes, is_eagle3=no, is_ngram=no)
 
     def note(self, what: str) -> tuple[bool, str]:
         CALLS.append(f"{self.name} {what}")
