@@ -10,11 +10,11 @@ from rollout.sglang_engine.plugin.state import KEY, STATE
 
 def show_main(global_state: Any) -> None:
     """SGLang answers with what this dict holds by then: the features that count here show the dicts they count in."""
-    global_state.scheduler_info[KEY] = STATE.shown()
+    global_state.scheduler_info[KEY] = STATE.shown("main")
 
 
 def show_scheduler(output: Any, scheduler: Any, recv_req: Any) -> Any:
-    output.internal_state[KEY] = STATE.shown()
+    output.internal_state[KEY] = STATE.shown("scheduler")
     return output
 
 

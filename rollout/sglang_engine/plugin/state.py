@@ -49,15 +49,16 @@ class State:
             reason,
         )
 
-    def shown(self) -> dict[str, Any]:
+    def shown(self, process: Process) -> dict[str, Any]:
+        """Return what is shown of a process; a scheduler that was forked has the state of the main process."""
         details = {
             feature: detail.show()
             for feature, detail in self.details.items()
-            if feature in self.active and detail.process == self.process
+            if feature in self.active and detail.process == process
         }
         return {
             "version": __version__,
-            "process": self.process,
+            "process": process,
             "active": sorted(self.active),
             "inactive": dict(self.inactive),
             **details,
