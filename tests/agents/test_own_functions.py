@@ -39,6 +39,14 @@ limit = 3
 """
 
 
+@pytest.fixture(autouse=True)
+def without_slime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where slime is not installed: tests of its hooks have left their stand-in for it in this process."""
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if Path(each).name != "frameworks"])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "slime"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder on the path, with modules of a user's own."""
