@@ -299,5 +299,10 @@ def test_drafts_and_mtp_layers_are_held_against_the_same_table(
             changes = {"mlp_bias": True}
     else:
         config = DRAFTS[draft]
+    if key == "attention_bias" and draft in ("eagle", "eagle3"):
+        # Computed: tests/draft/test_draft_varieties.py holds them to a plain reference.
+        block = DraftSpec.from_dict({**config, **changes}, target).block
+        assert (block.qkv_bias, block.out_bias) == (True, True)
+        return
     with pytest.raises(NotComputedError):
         DraftSpec.from_dict({**config, **changes}, target)
