@@ -71,9 +71,14 @@ def sglang_python(release: str = "") -> str:
 
 @contextmanager
 def cpu_environment(*more: Path) -> Iterator[None]:
-    """What SGLang needs to run on a CPU, for the servers started within; ``more`` is imported from there, too."""
+    """What SGLang needs to run on a CPU, for the servers started within; ``more`` is imported from there, too.
+
+    Without ``more`` the plug-in is off: a server that is started in a checkout finds it there.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (CPU, *more))))
+        if not more:
+            patch.setenv("SLIME_SPEC_PLUGIN_OFF", "all")
         patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
