@@ -147,9 +147,6 @@ class RayCalls:
     def end(self, engine: int) -> None:
         ray.kill(self._members.engine(engine))
 
-    def _updated(self, engine: int, message: PushMessage) -> PushReply:
-        return cast(PushReply, result_of(self._members.engine(engine).update_weights.remote(message)))
-
 
 def first_line(error: Exception) -> str:
     """Return what an error of Ray says, without the identifiers below it."""
@@ -220,8 +217,8 @@ class EnginePool:
     def broadcast(self, message: PushMessage) -> list[PushReply]:
         """Deliver one push message to every living engine; raises PushError if one died, and its error if one refuses.
 
-        The others get the message all the same. After a failure nothing waits long
-        for engines to undo a push: one may hang.
+        The others get the message all the same. After a failure nothing waits long for engines to undo a push: one may
+        hang.
         """
         if isinstance(message, PauseGeneration | BeginPush):
             self._failed, self._is_unanswered = {}, False

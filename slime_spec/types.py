@@ -372,9 +372,8 @@ class EngineStats:
 
     ``canary`` is what the canary after the last push counted, no rounds where none ran. ``benefit`` is what rounds took
     and what plain decoding would have. ``pays_up_to`` is the largest number of sequences at once at which speculation
-    pays by what is known now, None where nobody decides by it. ``costs`` is what its rounds cost by batch and context,
-    as timed at its start, None where nothing was timed. ``draft_temperature`` is that of sampled drafts now, None where
-    drafts are not sampled. An engine that does not measure leaves its times at 0.
+    pays, None where nobody decides by it. ``costs`` is what its rounds cost by batch and context, None if not timed.
+    ``draft_temperature`` is None where drafts are not sampled. Times are 0 where the engine does not measure.
     """
 
     weight_version: int

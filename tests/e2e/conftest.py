@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,21 @@ def slime_spec(policy: Path) -> Run:
         return done
 
     return run
+
+
+@contextmanager
+def launched(policy: Path, folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A training run of the tiny job in a process group of its own, as in a terminal; killed where it has not ended."""
+    words = ["train", "--config", "tiny", "--hf-checkpoint", str(policy), "--output-dir", str(folder), *arguments]
+    with subprocess.Popen(
+        [sys.executable, "-m", "slime_spec", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.conftest import ROOT
+from tests.e2e.conftest import launched
 from tests.e2e.test_restarts import wait_for_rows
 
 pytestmark = [pytest.mark.long, pytest.mark.proves("slime_spec", "rollout", "trainer_bridge", "conf")]
@@ -44,20 +43,9 @@ def name_of(process: psutil.Process) -> str:
 
 def run(policy: Path, graded: tuple[str, ...], folder: Path, faults: Faults) -> str:
     """Run the job while ``faults`` happen to it; the digest of the weights that it exports."""
-    words = ["train", "--config", "tiny", "--hf-checkpoint", str(policy), "--output-dir", str(folder / "run")]
-    with subprocess.Popen(
-        [sys.executable, "-m", "slime_spec", *words, "--num-rollout", str(STEPS), *graded, *ENGINES],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-    ) as process:
-        try:
-            faults(process, folder)
-            text = process.communicate(timeout=RUN_S)[0]
-        finally:
-            process.kill()
+    with launched(policy, folder / "run", "--num-rollout", str(STEPS), *graded, *ENGINES) as process:
+        faults(process, folder)
+        text = process.communicate(timeout=RUN_S)[0]
     assert process.returncode == 0, text
     assert "Traceback" not in text, text
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

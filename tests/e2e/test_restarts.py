@@ -5,10 +5,9 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,9 @@ from slime_spec.launch import train
 from slime_spec.launch.preflight import checkpoint_to_load
 from slime_spec.rl.loop import Job
 from slime_spec.stop import StopSignals
+from tests.e2e.conftest import launched
 from trainer_bridge.checkpoint_folder import begin_checkpoint, publish_checkpoint, resolve_checkpoint, saved_step
 
-ROOT = Path(__file__).resolve().parents[2]
 START_S = 240
 NUM_STEPS = 100_000  # it never gets there
 
@@ -119,23 +118,10 @@ def num_rows(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@contextmanager
-def started(policy: Path, folder: Path, graded: tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
-    """The one command of a run, in a process group of its own, as in a terminal."""
-    words = ["train", "--config", "tiny", "--hf-checkpoint", str(policy), "--output-dir", str(folder / "run")]
-    words += ["--save", str(folder / "ck"), "--load", str(folder / "ck"), "--save-interval", "2", "--save-samples"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "slime_spec", *words, "--num-rollout", str(NUM_STEPS), *graded],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def started(policy: Path, folder: Path, graded: tuple[str, ...]) -> AbstractContextManager[subprocess.Popen[str]]:
+    """The one command of every start of a run."""
+    saves = ("--save", str(folder / "ck"), "--load", str(folder / "ck"), "--save-interval", "2", "--save-samples")
+    return launched(policy, folder / "run", *graded, *saves, "--num-rollout", str(NUM_STEPS))
 
 
 def wait_for_rows(process: subprocess.Popen[str], folder: Path, count: int) -> None:
